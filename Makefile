@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything is built into .venv and build/; `make clean` removes both. PYTHON=/path/to/python3 chooses
+# the interpreter for a new .venv (3.11 or newer).
+
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := accounting cache faults service transport
+CORES := $(addsuffix /core,cache accounting faults transport)
+C_SOURCES := $(wildcard $(addsuffix /*.c,$(CORES)))
+C_HEADERS := $(wildcard $(addsuffix /*.h,$(CORES)))
+CORE := cache/_core.abi3.so
+PIP := $(BIN)/pip install -qq --disable-pip-version-check
+
+# What `make check` compiles every C file with, on its own; the build adds its own flags to -Werror.
+C_CHECK := gcc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -I. -c -o /dev/null
+
+# `make sanitize SANITIZE=address SANITIZE_TESTS=tests/faults`
+SANITIZE := thread
+SANITIZE_TESTS := tests
+SANITIZED := build/sanitize-$(SANITIZE)
+SANITIZER_LIBRARY = $(shell gcc -print-file-name=lib$(if $(filter thread,$(SANITIZE)),tsan,asan).so)
+
+# Our own builds fail on any warning; those of people with other compilers do not.
+export CFLAGS := -Werror
+export PYTHON
+
+.PHONY: help setup demo test check format bench sanitize wheel clean links
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(VENV)/.installed $(CORE) ## everything into .venv, and the C core built; does nothing twice
+
+# The dependencies. Editable: Python edits need no `make`, and `make` rebuilds the C core in place.
+$(VENV)/.installed: pyproject.toml setup.py tools/bootstrap.sh
+	@sh tools/bootstrap.sh $(VENV)
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# A file that goes away is not newer than anything, so the list of files is a prerequisite too.
+C_LIST := build/core-files
+$(shell mkdir -p build; echo '$(sort $(C_SOURCES) $(C_HEADERS))' | cmp -s - $(C_LIST) || \
+	echo '$(sort $(C_SOURCES) $(C_HEADERS))' > $(C_LIST))
+
+$(CORE): $(C_SOURCES) $(C_HEADERS) $(C_LIST) cache/core_build.py | $(VENV)/.installed
+	@$(BIN)/python setup.py -q build_ext --inplace --force
+
+demo: setup ## a short tour on real images
+	@$(BIN)/python bench/demo.py
+
+test: setup ## every test
+	@$(BIN)/pytest -q --durations=10 $(TESTS)
+
+check: setup links ## lint, types, import contract, C warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(addprefix -p cowshed.,$(PACKAGES))
+	$(BIN)/lint-imports --cache-dir build/import-linter
+	@set -e; for file in $(C_SOURCES); do $(C_CHECK) $$file; done
+	@set -e; for file in $(C_HEADERS); do $(C_CHECK) -x c -include $$file /dev/null; done
+	@echo "check: $(words $(C_SOURCES)) C sources and $(words $(C_HEADERS)) headers compile without warnings"
+
+# The namespace as folders, for tools that do not follow the editable install's import hook.
+links:
+	@mkdir -p build/dev/cowshed
+	@for package in $(PACKAGES); do ln -sfn ../../../$$package build/dev/cowshed/$$package; done
+
+format: setup ## lay out the Python code
+	@$(BIN)/ruff check -q --fix-only .
+	@$(BIN)/ruff format -q .
+
+bench: setup ## measurements, with how to repeat them
+	@$(BIN)/python bench/run.py
+
+# A second build beside the plain one; PYTHONPATH puts it before the editable install.
+sanitize: setup ## the tests on a core built with SANITIZE=thread (or address)
+	@rm -rf $(SANITIZED)/lib
+	@COWSHED_SANITIZE=$(SANITIZE) $(BIN)/python setup.py -q build \
+		--build-base $(SANITIZED)/build --build-lib $(SANITIZED)/lib
+	@PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib LD_PRELOAD=$(SANITIZER_LIBRARY) \
+		COWSHED_SANITIZE=$(SANITIZE) ASAN_OPTIONS=detect_leaks=0 \
+		setarch -R $(BIN)/pytest -q $(SANITIZE_TESTS)
+
+wheel: setup ## the abi3 wheel, into dist/
+	@$(BIN)/pip wheel -qq --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## remove everything that make made
+	rm -rf $(VENV) build dist *.egg-info cache/_core.*.so .hypothesis .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

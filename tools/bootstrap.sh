@@ -1,0 +1,62 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# Makes sure that the machine has what `make setup` needs, and a virtual environment at $1.
+#
+# Looks first and installs only what is missing (with apt-get, as root), so that on a complete machine
+# it changes nothing and needs no network. PYTHON chooses the interpreter; else the first of 3.11 or
+# newer is taken.
+set -eu
+
+venv=${1:?usage: tools/bootstrap.sh VENV}
+# mkfs.ext4 and its kin live where ordinary users do not look.
+PATH=$PATH:/usr/sbin:/sbin
+
+fail() {
+    echo "setup: $*" >&2
+    exit 1
+}
+
+updated=
+apt_install() {
+    command -v apt-get >/dev/null || fail "missing $*; install it with this system's package manager"
+    [ "$(id -u)" = 0 ] || fail "missing $*; run as root: apt-get install $*"
+    echo "setup: installing $*"
+    if [ -z "$updated" ]; then
+        apt-get -qq update || fail "apt-get update failed; install by hand: $*"
+        updated=1
+    fi
+    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "$@" >/dev/null ||
+        fail "apt-get install failed; install by hand: $*"
+}
+
+# PROGRAM:PACKAGE pairs. A C compiler is needed to build; the file systems, by the demo and the tests.
+missing=
+for pair in gcc:gcc gcc:libc6-dev mkfs.ext4:e2fsprogs mksquashfs:squashfs-tools mkfs.erofs:erofs-utils; do
+    command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
+done
+# shellcheck disable=SC2086 # a list of package names
+[ -z "$missing" ] || apt_install $missing
+
+[ ! -x "$venv/bin/python" ] || exit 0
+
+new_enough='import sys; sys.exit(sys.version_info < (3, 11))'
+python=
+for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    if "$candidate" -c "$new_enough" 2>/dev/null; then
+        python=$candidate
+        break
+    fi
+done
+[ -n "$python" ] ||
+    fail "no Python 3.11 or newer (tried: ${PYTHON:-python3 python3.13 python3.12 python3.11}); install one or set PYTHON=/path/to/python3"
+
+can_build='import ensurepip, os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'
+if ! "$python" -c "$can_build" 2>/dev/null; then
+    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    case $("$python" -c 'import sys; print(sys.base_prefix)') in
+    /usr) apt_install "python$version-venv" "python$version-dev" ;;
+    *) fail "$python lacks ensurepip or Python.h; choose another with PYTHON=/path/to/python3" ;;
+    esac
+fi
+"$python" -m venv "$venv" || fail "cannot make $venv; remove it and try again"
