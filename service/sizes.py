@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Byte counts as people write and read them.
+
+Units are powers of 1024, as for QEMU and nbdkit: ``64M``, ``64MiB`` and ``67108864`` are one size.
+``64MB`` is refused rather than guessed at, since half its readers mean 1000 and half 1024.
+"""
+
+import re
+from fractions import Fraction
+
+from cowshed.cache.errors import UsageError
+
+_UNITS = "KMGTPE"
+_MAX_BYTES = 2**63 - 1  # off_t: no file, and so no image or offset, is longer
+_SIZE = re.compile(r"(?P<count>[0-9]+(?:\.[0-9]+)?)\s*(?P<unit>[A-Za-z]*)", re.ASCII)
+_HOW = "write a number of bytes or a size such as 64K, 64M or 2G"
+
+
+def parse_size(text: str, what: str = "size") -> int:
+    """The number of bytes `text` names, 0 to 2**63 - 1; `what` is how an error calls the value.
+
+    Accepts plain bytes (``4096``, ``4096B``) and K, M, G, T, P, E with or without ``iB``, in any
+    case, blanks around them. Fractions are fine if the result is whole bytes (``1.5G``).
+    Raises UsageError, one line, on anything else.
+    """
+    stripped = text.strip()
+    match = _SIZE.fullmatch(stripped)
+    # Nobody needs more than 19 digits: refuse more before arithmetic is spent on them.
+    if match is None or len(stripped) > 40:
+        raise UsageError(f"{what} {_shown(text)} is not a size: {_HOW}")
+    unit = match["unit"].upper()
+    if unit in ("", "B"):
+        exponent = 0
+    elif unit[0] in _UNITS and unit[1:] in ("", "IB"):
+        exponent = _UNITS.index(unit[0]) + 1
+    elif unit[0] in _UNITS and unit[1:] == "B":
+        raise UsageError(
+            f"{what} {_shown(text)} could mean powers of 1000 or of 1024: "
+            f"write {match['count']}{unit[0]} for 1024"
+        )
+    else:
+        raise UsageError(f"{what} {_shown(text)} has no known unit: {_HOW}")
+    nr_bytes = Fraction(match["count"]) * 1024**exponent
+    if nr_bytes.denominator != 1:
+        raise UsageError(f"{what} {_shown(text)} is not a whole number of bytes: {_HOW}")
+    if nr_bytes > _MAX_BYTES:
+        raise UsageError(
+            f"{what} {_shown(text)} is more than {_MAX_BYTES} bytes: write a smaller size"
+        )
+    return int(nr_bytes)
+
+
+def format_bytes(nr_bytes: int) -> str:
+    """`nr_bytes` in three or so significant digits (``0``, ``512``, ``1.5K``, ``64M``, ``1.21G``).
+
+    What it returns is what parse_size reads; it differs from `nr_bytes` by less than 1 %.
+    """
+    if nr_bytes < 0:
+        return "-" + format_bytes(-nr_bytes)
+    exponent = 0
+    count = Fraction(nr_bytes)
+    # 1023.5 and more would be shown as 1024 of its unit: show it as 1 of the next.
+    while count >= Fraction(2047, 2) and exponent < len(_UNITS):
+        count /= 1024
+        exponent += 1
+    if exponent == 0:
+        return str(nr_bytes)
+    nr_decimals = 2 if count < 10 else 1 if count < 100 else 0
+    digits = f"{float(count):.{nr_decimals}f}"
+    if "." in digits:
+        digits = digits.rstrip("0").rstrip(".")
+    return digits + _UNITS[exponent - 1]
+
+
+def _shown(text: str) -> str:
+    """`text` quoted on one line, however long or odd it is."""
+    return repr(text if len(text) <= 40 else text[:37] + "...")
