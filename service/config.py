@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `cowshed serve` is told: by a TOML file, the environment, options; the last word wins.
+
+A file has this shape; every key is optional, and an unknown one is an error::
+
+    capacity = "2G"                 # memory for all images together
+    run_dir  = "/run/cowshed"       # sockets
+    state_dir = "/var/lib/cowshed"  # recorded working sets; RUN_DIR/state unless given
+    extent   = "64K"                # unit of load and eviction: a power of two, 4K to 2M
+    loaders  = 4                    # threads that load extents
+    quota    = "64M"                # private bytes of guests that name no quota; or "none"
+    on_quota = "stop"               # at the limit: stop the writer, kill it, or allow (count)
+
+    [images]
+    debian = "/srv/images/debian.raw"     # a relative path starts at this file's directory
+    alpine = "file:///srv/images/alpine.raw"
+
+Everything is checked here, before anything is opened, except whether sources can be read: that is
+the image's to say. Each error is one UsageError naming the thing, the value and the cure.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from cowshed.cache.errors import UsageError
+from cowshed.service.images import ImageSpec, absolute, image_spec, parse_image
+from cowshed.service.sizes import format_bytes, parse_size
+
+OnQuota = Literal["stop", "kill", "allow"]
+
+RUN_DIR_DEFAULT = "/run/cowshed"
+SOCKET_NAME = "cowshed.sock"
+PAGE_BYTES = 4096
+CAPACITY_DEFAULT_BYTES = 1 << 30
+CAPACITY_MIN_EXTENTS = 8  # room for what is being loaded and for the watermarks
+EXTENT_DEFAULT_BYTES = 64 << 10
+EXTENT_MIN_BYTES = 4 << 10
+EXTENT_MAX_BYTES = 2 << 20
+LOADERS_DEFAULT = 4
+LOADERS_MAX = 64
+SOCKET_PATH_MAX_BYTES = 107  # sun_path less its NUL, unix(7)
+
+_KEYS = ("capacity", "run_dir", "state_dir", "extent", "loaders", "quota", "on_quota", "images")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A complete, checked configuration; see the module's text for what each value means.
+
+    `default_quota_bytes` None is no limit. Paths are absolute. Raises UsageError when it is made
+    with values that do not hold.
+    """
+
+    images: tuple[ImageSpec, ...]
+    run_dir: Path
+    state_dir: Path
+    capacity_bytes: int = CAPACITY_DEFAULT_BYTES
+    extent_bytes: int = EXTENT_DEFAULT_BYTES
+    loaders: int = LOADERS_DEFAULT
+    default_quota_bytes: int | None = None
+    default_on_quota: OnQuota = "stop"
+
+    def __post_init__(self) -> None:
+        extent = self.extent_bytes
+        if not EXTENT_MIN_BYTES <= extent <= EXTENT_MAX_BYTES or extent & (extent - 1):
+            raise UsageError(f"extent of {extent} bytes: use a power of two, 4K to 2M, such as 64K")
+        least_bytes = CAPACITY_MIN_EXTENTS * extent
+        if self.capacity_bytes < least_bytes:
+            raise UsageError(
+                f"capacity of {self.capacity_bytes} bytes is less than {CAPACITY_MIN_EXTENTS} "
+                f"extents of {format_bytes(extent)}: give {format_bytes(least_bytes)} or more"
+            )
+        if not 1 <= self.loaders <= LOADERS_MAX:
+            raise UsageError(f"loaders is {self.loaders}: use 1 to {LOADERS_MAX} threads")
+        if self.default_quota_bytes is not None:
+            check_quota(self.default_quota_bytes)
+        if self.default_on_quota not in get_args(OnQuota):
+            raise UsageError(
+                f"on_quota {self.default_on_quota!r} is not stop, kill or allow: use one"
+            )
+        if not self.images:
+            raise UsageError("no image to serve: give --image NAME=SOURCE or [images] in --config")
+        seen: set[str] = set()
+        for image in self.images:
+            if image.name in seen:
+                raise UsageError(f"image {image.name!r} is given twice: use each name once")
+            seen.add(image.name)
+        socket_path(self.run_dir)
+
+
+def socket_path(run_dir: Path) -> Path:
+    """Where the daemon of `run_dir` listens, absolute; UsageError if no socket can be there."""
+    path = absolute(run_dir) / SOCKET_NAME
+    nr_bytes = len(os.fsencode(path))
+    if nr_bytes > SOCKET_PATH_MAX_BYTES:
+        raise UsageError(
+            f"socket path {str(path)!r} has {nr_bytes} bytes and the kernel takes "
+            f"{SOCKET_PATH_MAX_BYTES}: choose a shorter --run-dir"
+        )
+    return path
+
+
+def check_quota(quota_bytes: int) -> None:
+    """Raise UsageError for a quota that is less than a page and not 0 (which forbids writing)."""
+    if 0 < quota_bytes < PAGE_BYTES or quota_bytes < 0:
+        raise UsageError(
+            f"quota of {quota_bytes} bytes is less than a page: "
+            "give 4K or more, 0 to forbid writing, or 'none' for no limit"
+        )
+
+
+def parse_quota(text: str) -> int | None:
+    """A quota as people write it: a size, or ``none`` for no limit. Raises UsageError."""
+    if text.strip().lower() == "none":
+        return None
+    quota_bytes = parse_size(text, "quota")
+    check_quota(quota_bytes)
+    return quota_bytes
+
+
+def config_load(
+    *,
+    config_file: Path | None = None,
+    images: Sequence[str] = (),
+    capacity: str | None = None,
+    run_dir: str | None = None,
+) -> Config:
+    """The configuration of `config_file` (None: none) overridden by options that are given.
+
+    `images` are NAME=SOURCE; one of the same name as an image of the file takes its place.
+    `run_dir` is --run-dir or $COWSHED_RUN_DIR. Reads the file and nothing else. Raises UsageError,
+    one line.
+    """
+    table: Mapping[str, Any] = {} if config_file is None else _read_table(config_file)
+    file_dir = Path.cwd() if config_file is None else absolute(config_file).parent
+
+    specs: dict[str, ImageSpec] = {}
+    try:
+        for name, source in _images_of(table).items():
+            specs[name] = image_spec(name, source, file_dir)
+        settings = _settings_of(table)
+        paths = {
+            key: file_dir / _text_of(table, key) for key in ("run_dir", "state_dir") if key in table
+        }
+    except UsageError as error:
+        raise UsageError(f"{config_file}: {error}") from error
+
+    named: set[str] = set()
+    for text in images:
+        name, source = parse_image(text)
+        if name in named:
+            raise UsageError(f"image {name!r} is given twice: use each name once")
+        named.add(name)
+        specs[name] = image_spec(name, source, Path.cwd())
+
+    if capacity is not None:
+        settings["capacity_bytes"] = parse_size(capacity, "capacity")
+    if run_dir:
+        paths["run_dir"] = Path(run_dir)
+    run_dir_path = absolute(paths.get("run_dir", Path(RUN_DIR_DEFAULT)))
+    state_dir_path = absolute(paths.get("state_dir", run_dir_path / "state"))
+    return Config(
+        images=tuple(specs.values()), run_dir=run_dir_path, state_dir=state_dir_path, **settings
+    )
+
+
+def _read_table(config_file: Path) -> Mapping[str, Any]:
+    """The top-level table of a TOML file, its keys known to be ours."""
+    try:
+        table = tomllib.loads(config_file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"cannot read configuration {str(config_file)!r}: {error.strerror}: check --config"
+        ) from error
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, a number of 5000 digits
+        raise UsageError(f"{config_file} is not TOML: {error}") from error
+    for key in table:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            cure = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(_KEYS)}"
+            raise UsageError(f"{config_file}: unknown key {key!r}: {cure}")
+    return table
+
+
+def _images_of(table: Mapping[str, Any]) -> dict[str, str]:
+    images = table.get("images", {})
+    if not isinstance(images, dict):
+        raise UsageError(f'images is {images!r}: write [images] and NAME = "SOURCE" lines')
+    for name, source in images.items():
+        if not isinstance(source, str):
+            raise UsageError(f"image {name!r} has source {source!r}: give a path in quotes")
+    return images
+
+
+def _settings_of(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Config's fields (images and paths apart) for the keys that the file holds."""
+    settings: dict[str, Any] = {}
+    for key, field in (("capacity", "capacity_bytes"), ("extent", "extent_bytes")):
+        if key in table:
+            settings[field] = parse_size(_size_text(table, key), key)
+    if "quota" in table:
+        settings["default_quota_bytes"] = parse_quota(_size_text(table, "quota"))
+    if "on_quota" in table:
+        settings["default_on_quota"] = _text_of(table, "on_quota")
+    if "loaders" in table:
+        value = table["loaders"]
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UsageError(f"loaders is {value!r}: give a whole number of threads")
+        settings["loaders"] = value
+    return settings
+
+
+def _text_of(table: Mapping[str, Any], key: str) -> str:
+    value = table[key]
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise UsageError(f"{key} is {value!r}: give text in quotes")
+    return value
+
+
+def _size_text(table: Mapping[str, Any], key: str) -> str:
+    """A size in the file as text: a string, or a whole number of bytes (but not true or false)."""
+    value = table[key]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value) if value.bit_length() < 64 else hex(value)  # which parse_size refuses
+    raise UsageError(f'{key} is {value!r}: give a size such as "64M", in quotes')
