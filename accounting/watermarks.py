@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much room the background evictor keeps free.
+
+As with the kernel's kswapd, two marks: when free room falls below low_free the evictor is ordered
+to make it high_free again, so that loaders seldom wait for an eviction, and an eviction is seldom
+for one extent only. One mark would have the evictor woken by every single load.
+"""
+
+from dataclasses import dataclass, field
+
+from cowshed.cache.errors import InvariantError, UsageError
+
+LOW_SHARE = 32
+"""low_free is one in this many of the capacity."""
+HIGH_SHARE = 16
+"""high_free is one in this many of the capacity."""
+MOST_SHARE = 8
+"""Small caches round up, but never keep free more than one in this many (and always one extent)."""
+MOST_EXTENTS = 4096
+"""Large caches keep no more free than this (256 MiB of 64 KiB extents): bursts stop growing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watermarks:
+    """The free room, in extents, at which background eviction begins and ends.
+
+    Always 1 <= low_free <= high_free <= capacity_extents - 1, so that an extent can stay.
+    Raises UsageError for a capacity of less than 2 extents.
+    """
+
+    capacity_extents: int
+    low_free: int = field(init=False)
+    high_free: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive both marks from the capacity."""
+        capacity = self.capacity_extents
+        if capacity < 2:
+            raise UsageError(f"capacity of {capacity} extents is too small: give at least 2")
+        low = max(1, min(capacity // LOW_SHARE, MOST_EXTENTS // 2))
+        high = max(low + 1, min(capacity // HIGH_SHARE, MOST_EXTENTS))
+        object.__setattr__(self, "low_free", low)
+        object.__setattr__(self, "high_free", min(high, max(1, capacity // MOST_SHARE)))
+
+    def nr_to_evict(self, free_extents: int) -> int:
+        """Say how many extents the evictor is to evict now: 0 unless free room is below low_free.
+
+        Keeps no state between calls: the evictor finishes one order before it asks for the next.
+        Raises InvariantError if free_extents is not within 0 and the capacity.
+        """
+        if not 0 <= free_extents <= self.capacity_extents:
+            raise InvariantError(
+                f"{free_extents} extents free of {self.capacity_extents}: "
+                "the count is wrong, report this bug"
+            )
+        return self.high_free - free_extents if free_extents < self.low_free else 0
