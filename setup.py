@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds what pyproject.toml cannot say: the cffi extension, tagged for the stable ABI of Python 3.11.
+"""Builds what pyproject.toml cannot say: the cffi extension, for the stable ABI of Python 3.11.
 
 The build script itself is left out of the wheel: it reads C headers that only the source tree has.
 """

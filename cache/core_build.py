@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Describes the C core to cffi, once: the headers are also the cdef.
 
-Every package keeps its C in a `core` folder; all of it becomes one extension, `cowshed.cache._core`,
-so that a fault travels from the handler to the store to the ledger without leaving C. What Python
-may see of a header stands between these two lines (a header may have several such pairs):
+Every package keeps its C in a `core` folder; all of it is one extension, `cowshed.cache._core`, so
+that a fault goes from the handler to the store to the ledger without leaving C. What Python may
+see of a header stands between these two lines (a header may have several such pairs):
 
     /* cdef-begin */
     /* cdef-end */
@@ -71,9 +71,7 @@ def cdef_of_header(header_text: str, name: str) -> str:
             nr_marks += 1
             lines.append("")
         elif mark in (BEGIN, END):
-            raise BuildError(
-                f"{name}:{line_no}: {mark} out of place; marks come in pairs, unnested"
-            )
+            raise BuildError(f"{name}:{line_no}: {mark} out of place; marks come in pairs")
         else:
             lines.append(line if inside else "")
     if inside:
@@ -86,8 +84,8 @@ def cdef_of_header(header_text: str, name: str) -> str:
 def present_headers(root: Path) -> list[str]:
     """Return HEADERS, every one of which exists and no other of which has marks.
 
-    Raises BuildError for a listed header that is missing (unless COWSHED_BOOTSTRAP=1) and for a header
-    with marks that is not listed, whose declarations would silently be no part of the extension.
+    Raises BuildError for a listed header that is missing (unless COWSHED_BOOTSTRAP=1) and for one
+    with marks that is not listed, whose declarations would silently be left out.
     """
     missing = [name for name in HEADERS if not (root / name).is_file()]
     if missing and os.environ.get("COWSHED_BOOTSTRAP") != "1":
