@@ -59,16 +59,14 @@ class BuildError(Exception):
 def cdef_of_header(header_text: str, name: str) -> str:
     """Return what stands between the marks, padded so that line numbers stay the header's own.
 
-    Raises BuildError if the marks are absent, nested or unclosed.
+    Raises BuildError if the marks are nested or unclosed.
     """
     lines: list[str] = []
     inside = False
-    nr_marks = 0
     for line_no, line in enumerate(header_text.splitlines(), start=1):
         mark = line.strip()
         if mark == (END if inside else BEGIN):
             inside = not inside
-            nr_marks += 1
             lines.append("")
         elif mark in (BEGIN, END):
             raise BuildError(f"{name}:{line_no}: {mark} out of place; marks come in pairs")
@@ -76,26 +74,30 @@ def cdef_of_header(header_text: str, name: str) -> str:
             lines.append(line if inside else "")
     if inside:
         raise BuildError(f"{name}: {BEGIN} without {END}; close it")
-    if not nr_marks:
-        raise BuildError(f"{name}: has no {BEGIN}; mark what Python sees or take it off HEADERS")
     return "\n".join(lines)
 
 
-def present_headers(root: Path) -> list[str]:
-    """Return HEADERS, every one of which exists and no other of which has marks.
+def has_marks(header: Path) -> bool:
+    """Whether the header exists and shows Python anything."""
+    return header.is_file() and BEGIN in header.read_text()
 
-    Raises BuildError for a listed header that is missing (unless COWSHED_BOOTSTRAP=1) and for one
-    with marks that is not listed, whose declarations would silently be left out.
+
+def present_headers(root: Path) -> list[str]:
+    """Return HEADERS, every one of which has marks, and no other header.
+
+    Raises BuildError for a listed header without them (unless COWSHED_BOOTSTRAP=1) and for one with
+    marks that is not listed, whose declarations would silently be left out.
     """
-    missing = [name for name in HEADERS if not (root / name).is_file()]
+    missing = [name for name in HEADERS if not has_marks(root / name)]
     if missing and os.environ.get("COWSHED_BOOTSTRAP") != "1":
-        raise BuildError(f"{', '.join(missing)}: no such header; write it or take it off HEADERS")
+        wrong = ", ".join(missing)
+        raise BuildError(f"{wrong}: no such header, or no {BEGIN} in it; write it or unlist it")
     for name in missing:
         print(f"core_build: bootstrapping without {name}", file=sys.stderr)
     for core in CORES:
         for path in sorted((root / core).glob("*.h")):
             name = path.relative_to(root).as_posix()
-            if name not in HEADERS and BEGIN in path.read_text():
+            if name not in HEADERS and has_marks(path):
                 raise BuildError(f"{name}: has {BEGIN} but is not on HEADERS; list it")
     return [name for name in HEADERS if name not in missing]
 

@@ -84,7 +84,6 @@ def test_cdef_keeps_the_lines_of_the_header() -> None:
 @pytest.mark.parametrize(
     ("header", "complaint"),
     [
-        ("int a;\n", "has no"),
         ("/* cdef-begin */\nint a;\n", "close it"),
         ("/* cdef-end */\n", "a.h:1: .* out of place"),
         ("/* cdef-begin */\n/* cdef-begin */\n/* cdef-end */\n", "a.h:2: .* out of place"),
