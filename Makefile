@@ -53,7 +53,7 @@ check: setup links ## lint, types, import contract, C warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(addprefix -p cowshed.,$(PACKAGES))
-	$(BIN)/lint-imports --cache-dir build/import-linter
+	$(BIN)/lint-imports --no-logo --cache-dir build/import-linter
 	@set -e; for file in $(C_SOURCES); do $(C_CHECK) $$file; done
 	@set -e; for file in $(C_HEADERS); do $(C_CHECK) -x c -include $$file /dev/null; done
 	@echo "check: $(words $(C_SOURCES)) C sources and $(words $(C_HEADERS)) headers compile without warnings"
@@ -70,14 +70,20 @@ format: setup ## lay out the Python code
 bench: setup ## measurements, with how to repeat them
 	@$(BIN)/python bench/run.py
 
-# A second build beside the plain one; PYTHONPATH puts it before the editable install.
+# A second build beside the plain one; PYTHONPATH puts it before the editable install. Reports go to
+# files, because pytest would swallow them, and those of killed processes too.
 sanitize: setup ## the tests on a core built with SANITIZE=thread (or address)
-	@rm -rf $(SANITIZED)/lib
+	@rm -rf $(SANITIZED)/lib $(SANITIZED)/report.*
 	@COWSHED_SANITIZE=$(SANITIZE) $(BIN)/python setup.py -q build \
 		--build-base $(SANITIZED)/build --build-lib $(SANITIZED)/lib
-	@PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib LD_PRELOAD=$(SANITIZER_LIBRARY) \
-		COWSHED_SANITIZE=$(SANITIZE) ASAN_OPTIONS=detect_leaks=0 \
-		setarch -R $(BIN)/pytest -q $(SANITIZE_TESTS)
+	@status=0; PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib LD_PRELOAD=$(SANITIZER_LIBRARY) \
+		TSAN_OPTIONS=log_path=$(CURDIR)/$(SANITIZED)/report:exitcode=0 \
+		ASAN_OPTIONS=log_path=$(CURDIR)/$(SANITIZED)/report:detect_leaks=0 \
+		setarch -R $(BIN)/pytest -q $(SANITIZE_TESTS) || status=$$?; \
+	for report in $(SANITIZED)/report.*; do \
+		[ ! -e "$$report" ] || { cat "$$report"; status=1; }; \
+	done; \
+	exit $$status
 
 wheel: setup ## the abi3 wheel, into dist/
 	@$(BIN)/pip wheel -qq --no-deps --wheel-dir dist .
