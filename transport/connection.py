@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages and descriptors over one connected unix sequenced-packet socket.
+
+One packet of the protocol is one packet of the socket. A Connection is used in one of two ways:
+send and recv wait (a guest, a command); queue, flush and recv_ready never do (the daemon's loop,
+which watches fileno() for reading, and for writing while wants_write). Not for two threads at once.
+
+Descriptors that arrive belong to whoever takes the message; those of a message that is refused, or
+never finished, are closed here. After a PeerError the only thing left to do is close().
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import enum
+import os
+import select
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, NamedTuple
+
+from cowshed.cache.errors import CapacityError, PeerError
+from cowshed.transport.protocol import (
+    MAX_FDS,
+    MAX_PACKET_BYTES,
+    MAX_REPLY_BYTES,
+    Body,
+    Decoder,
+    Message,
+    encode,
+)
+
+MAX_QUEUED_BYTES: Final = 4 << 20
+MAX_QUEUED_FDS: Final = 64
+MAX_PACKETS_AT_ONCE: Final = 32
+SO_PEERPIDFD: Final = 77  # Linux 6.5; Python has no name for it
+_UCRED: Final = struct.Struct("3i")
+_FD_BYTES: Final = array.array("i").itemsize
+
+
+class Eof(enum.Enum):
+    """The peer has closed; nothing more will come."""
+
+    EOF = enum.auto()
+
+
+EOF: Final = Eof.EOF
+
+
+@dataclass(frozen=True, slots=True)
+class Received(Message):
+    """A message with its descriptors, which belong to whoever took it."""
+
+    fds: list[int] = field(default_factory=list)
+
+    def close_fds(self) -> None:
+        """Close the descriptors that are still in fds; take those you keep out of it first."""
+        _close_all(self.fds)
+
+
+class Peer(NamedTuple):
+    """Who connected, told by the kernel; uid and gid are those at the time of connecting.
+
+    The pidfd, None where the kernel has none to give, is the connection's: closed with it.
+    """
+
+    pid: int
+    uid: int
+    gid: int
+    pidfd: int | None
+
+
+class Connection:
+    """One connected sequenced-packet socket, owned: close() closes it.
+
+    Invariants: (1) descriptors in _arrived belong to the decoder's unfinished message, and are none
+    without one; (2) _queued_bytes and _queued_fds are the sums over _queue.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        receive_limit_bytes: int = MAX_REPLY_BYTES,
+        send_limit_bytes: int = MAX_REPLY_BYTES,
+    ) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._decoder = Decoder(receive_limit_bytes)
+        self._send_limit_bytes = send_limit_bytes
+        self._packet = memoryview(bytearray(MAX_PACKET_BYTES))
+        self._arrived: list[int] = []
+        self._queue: deque[tuple[bytes, list[int]]] = deque()
+        self._queued_bytes = 0
+        self._queued_fds = 0
+        self._next_tag = 1
+        self._peer: Peer | None = None
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """Give the socket's descriptor, -1 once closed."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close the socket and every descriptor held for it; does nothing twice."""
+        self._socket.close()
+        _close_all(self._arrived)
+        for _, fds in self._queue:
+            _close_all(fds)
+        self._queue.clear()
+        self._queued_bytes = self._queued_fds = 0
+        if self._peer is not None and self._peer.pidfd is not None:
+            os.close(self._peer.pidfd)
+            self._peer = self._peer._replace(pidfd=None)
+
+    @property
+    def peer(self) -> Peer:
+        """Who is at the other end; kept after close, without the pidfd."""
+        if self._peer is None:
+            raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+            pidfd = None
+            # Refused by an older kernel, or because the peer is gone and reaped.
+            with contextlib.suppress(OSError):
+                pidfd = self._socket.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+            pid, uid, gid = _UCRED.unpack(raw)
+            self._peer = Peer(pid, uid, gid, pidfd)
+        return self._peer
+
+    @property
+    def alive(self) -> bool:
+        """Whether the peer still holds its end open. Costs a system call."""
+        if self._socket.fileno() < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return not poll.poll(0)
+
+    # Waiting.
+
+    def send(
+        self,
+        body: Mapping[str, Any],
+        fds: Sequence[int] = (),
+        tag: int | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Send a message and what is queued before it; give its tag, a fresh one if none is given.
+
+        fds stay the caller's. Raises UsageError for a bad body, PeerError if the peer has closed
+        or takes nothing for timeout seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        tag = self.queue(body, fds, tag)
+        while not self.flush():
+            if not self._wait(select.POLLOUT, deadline):
+                raise PeerError(f"peer took no message in {timeout:g} s")
+        return tag
+
+    def recv(self, timeout: float | None = None) -> tuple[Body, list[int], int]:
+        """Wait for one message; give its body, its descriptors (now the caller's) and its tag.
+
+        Raises PeerError for a closed, silent or misbehaving peer.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            got = self._receive()
+            if got is EOF:
+                raise PeerError("peer closed the connection")
+            if got:
+                return got[0].body, got[0].fds, got[0].tag
+            if got is None and not self._wait(select.POLLIN, deadline):
+                raise PeerError(f"peer sent no message in {timeout:g} s")
+
+    def _wait(self, event: int, deadline: float | None) -> bool:
+        poll = select.poll()
+        poll.register(self._socket, event)
+        if deadline is None:
+            return bool(poll.poll())
+        return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+
+    # Not waiting.
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether something is queued that flush could send."""
+        return bool(self._queue)
+
+    def queue(
+        self, body: Mapping[str, Any], fds: Sequence[int] = (), tag: int | None = None
+    ) -> int:
+        """Put a message behind those queued; give its tag, a fresh one if none is given.
+
+        fds are duplicated: they stay the caller's. Raises UsageError for a bad body, PeerError if
+        the peer has let more than MAX_QUEUED_BYTES or MAX_QUEUED_FDS pile up, CapacityError if
+        this process has no descriptors left; nothing is queued then.
+        """
+        if tag is None:
+            tag = self._next_tag
+            self._next_tag = self._next_tag % 0xFFFFFFFF + 1
+        packets = encode(tag, body, len(fds), self._send_limit_bytes)
+        if self._queued_bytes > MAX_QUEUED_BYTES or self._queued_fds > MAX_QUEUED_FDS:
+            raise PeerError(
+                f"peer leaves {self._queued_bytes} bytes and {self._queued_fds} descriptors unread"
+            )
+        ours: list[int] = []
+        try:
+            for fd in fds:
+                ours.append(os.dup(fd))
+        except OSError as error:
+            _close_all(ours)
+            raise CapacityError(f"cannot duplicate descriptor {fd}: {error.strerror}") from error
+        self._queued_fds += len(ours)
+        for packet in packets:
+            self._queue.append((packet, ours))
+            self._queued_bytes += len(packet)
+            ours = []
+        return tag
+
+    def flush(self) -> bool:
+        """Send what can be sent now; whether all is sent. Raises PeerError for a closed peer."""
+        while self._queue:
+            packet, fds = self._queue[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                self._socket.sendmsg([packet], rights, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                raise PeerError(f"cannot send to the peer: {error.strerror}") from error
+            self._queue.popleft()
+            self._queued_bytes -= len(packet)
+            self._queued_fds -= len(fds)
+            _close_all(fds)
+        return True
+
+    def recv_ready(self) -> list[Received] | Literal[Eof.EOF]:
+        """Give the messages that are there, in order; EOF once all are taken and the peer closed.
+
+        Takes at most MAX_PACKETS_AT_ONCE packets, so that one peer cannot hold up the others: what
+        is left keeps fileno() readable. Raises PeerError as soon as the peer breaks a rule.
+        """
+        messages: list[Received] = []
+        try:
+            for _ in range(MAX_PACKETS_AT_ONCE):
+                got = self._receive()
+                if got is EOF:
+                    return messages or EOF
+                if got is None:
+                    break
+                messages += got
+        except PeerError:
+            for message in messages:
+                message.close_fds()
+            raise
+        return messages
+
+    def _receive(self) -> list[Received] | Literal[Eof.EOF] | None:
+        """Take one packet, give the 0 or 1 messages it ends; None if there is no packet."""
+        try:
+            length, ancillary, flags, _ = self._socket.recvmsg_into(
+                [self._packet], socket.CMSG_SPACE(MAX_FDS * _FD_BYTES), socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise PeerError(f"cannot receive from the peer: {error.strerror}") from error
+        nr_fds = self._take_fds(ancillary)
+        try:
+            if flags & socket.MSG_TRUNC:
+                raise PeerError(f"peer sent a packet of more than {MAX_PACKET_BYTES} bytes")
+            if flags & socket.MSG_CTRUNC:
+                raise PeerError(f"peer sent more than {MAX_FDS} descriptors, or more than fit here")
+            if length == 0:
+                # The end, or an empty packet, which looks the same and which no peer of ours sends.
+                if self._decoder.unfinished or nr_fds:
+                    raise PeerError("peer closed the connection in the middle of a message")
+                return EOF
+            messages = self._decoder.feed(self._packet[:length], nr_fds)
+        except PeerError:
+            _close_all(self._arrived)
+            raise
+        if not messages:
+            return []
+        fds, self._arrived = self._arrived, []
+        return [Received(one.tag, one.body, one.nr_fds, fds) for one in messages]
+
+    def _take_fds(self, ancillary: list[tuple[int, int, bytes]]) -> int:
+        fds = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % _FD_BYTES])
+        self._arrived += fds
+        return len(fds)
+
+
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        # A descriptor of a peer's choosing may fail to close; it is gone all the same.
+        with contextlib.suppress(OSError):
+            os.close(fds.pop())

@@ -1,0 +1,253 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A hole of the shared memfd that is read through an unguarded mapping gives zeros, silently.  So the
+ * whole of this file is about never having such a mapping:
+ *
+ * - init publishes the address only after UFFDIO_REGISTER; nothing touches the range before.
+ * - The guest keeps its own copy of the userfaultfd for as long as the mapping lives: with the
+ *   backend dead, a fault then waits for the backend's successor instead of finding no handler.
+ * - MADV_DONTFORK: a forked child would inherit the mapping without the guard.
+ * - deinit makes the range PROT_NONE before it takes the guard off.  It unregisters before munmap
+ *   because munmap of a range with UFFD_FEATURE_EVENT_UNMAP waits until somebody reads the event, for
+ *   ever if the backend is dead (our own copy of the userfaultfd keeps it from being released).
+ *
+ * Reading and writing go through process_vm_readv/writev on ourselves, not memcpy: a poisoned page is
+ * then EFAULT at a known place and not SIGBUS.  It costs one copy, as memcpy would.  The kernel waits
+ * for such faults killably, not interruptibly, so a waiting call ends by an answer or by SIGKILL.  It
+ * raises them in kernel mode, hence the demand for a userfaultfd that is not UFFD_USER_MODE_ONLY.
+ */
+#define _GNU_SOURCE
+#include "transport/core/region.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "cache/core/abi.h"
+
+/* One system call's worth: bounds how long the kernel goes without looking at a fatal signal. */
+#define CHUNK_BYTES ((uint64_t)8 << 20)
+
+static void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
+/* Seccomp filters of some containers forbid it: better known at attach than at the first read. */
+static int probe_copy(void)
+{
+	char from = 1, to = 0;
+	struct iovec remote = {&from, 1}, local = {&to, 1};
+
+	if (process_vm_readv(getpid(), &local, 1, &remote, 1, 0) != 1)
+		return -errno;
+	return 0;
+}
+
+/* The lent device, then the device by our own right, then the system call; -errno of the last. */
+static int open_uffd(int uffd_device)
+{
+	int flags = O_CLOEXEC | O_NONBLOCK;
+	int uffd = -1, own;
+
+	if (uffd_device >= 0)
+		uffd = ioctl(uffd_device, USERFAULTFD_IOC_NEW, flags);
+	if (uffd < 0) {
+		own = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+		if (own >= 0) {
+			uffd = ioctl(own, USERFAULTFD_IOC_NEW, flags);
+			close(own);
+		}
+	}
+	/* Without UFFD_USER_MODE_ONLY on purpose: such a one is always to be had, and not enough. */
+	if (uffd < 0)
+		uffd = (int)syscall(SYS_userfaultfd, flags);
+	return uffd < 0 ? -errno : uffd;
+}
+
+static int ask_features(int uffd, uint64_t features)
+{
+	struct uffdio_api api = {.api = UFFD_API, .features = features};
+
+	if (ioctl(uffd, UFFDIO_API, &api) < 0)
+		return -errno;
+	return (api.features & features) == features ? 0 : -EOPNOTSUPP;
+}
+
+static int register_range(int uffd, void *address, uint64_t map_bytes)
+{
+	const uint64_t needed = (uint64_t)1 << _UFFDIO_CONTINUE | (uint64_t)1 << _UFFDIO_WRITEPROTECT |
+				(uint64_t)1 << _UFFDIO_COPY | (uint64_t)1 << _UFFDIO_WAKE;
+	struct uffdio_register reg = {
+		.range = {.start = (uintptr_t)address, .len = map_bytes},
+		.mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR |
+			UFFDIO_REGISTER_MODE_WP,
+	};
+
+	if (ioctl(uffd, UFFDIO_REGISTER, &reg) < 0)
+		return -errno;
+	return (reg.ioctls & needed) == needed ? 0 : -EOPNOTSUPP;
+}
+
+static int open_proc(const char *path, int *fd_out)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+	if (fd < 0)
+		return -errno;
+	*fd_out = fd;
+	return 0;
+}
+
+int region_init(struct region *r, int memfd, uint64_t map_bytes, int uffd_device, uint64_t features,
+		int *stage_out)
+{
+	struct region new = {.map_bytes = map_bytes, .uffd = -1, .pagemap_fd = -1, .mem_fd = -1};
+	int stage, err;
+
+	stage = REGION_STAGE_COPY;
+	err = probe_copy();
+	if (err < 0)
+		goto fail;
+
+	stage = REGION_STAGE_MAP;
+	if (map_bytes == 0 || map_bytes % PAGE_BYTES != 0) {
+		err = -EINVAL;
+		goto fail;
+	}
+	/* NORESERVE: only what the guest writes costs it memory, and the quota bounds that. */
+	new.address = mmap(NULL, map_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE,
+			   memfd, 0);
+	if (new.address == MAP_FAILED) {
+		err = -errno;
+		new.address = NULL;
+		goto fail;
+	}
+	if (madvise(new.address, map_bytes, MADV_DONTFORK) < 0) {
+		err = -errno;
+		goto fail;
+	}
+
+	stage = REGION_STAGE_UFFD;
+	err = open_uffd(uffd_device);
+	if (err < 0)
+		goto fail;
+	new.uffd = err;
+
+	stage = REGION_STAGE_API;
+	err = ask_features(new.uffd, features);
+	if (err < 0)
+		goto fail;
+
+	stage = REGION_STAGE_REGISTER;
+	err = register_range(new.uffd, new.address, map_bytes);
+	if (err < 0)
+		goto fail;
+
+	stage = REGION_STAGE_PROC;
+	err = open_proc("/proc/self/pagemap", &new.pagemap_fd);
+	if (err == 0)
+		err = open_proc("/proc/self/mem", &new.mem_fd);
+	if (err < 0)
+		goto fail;
+
+	*r = new;
+	*stage_out = REGION_STAGE_NONE;
+	return 0;
+fail:
+	region_deinit(&new);
+	*stage_out = stage;
+	return err;
+}
+
+int region_deinit(struct region *r)
+{
+	int err = 0;
+
+	if (r->address) {
+		struct uffdio_range range = {.start = (uintptr_t)r->address, .len = r->map_bytes};
+
+		/* Whoever still looks dies of SIGSEGV: better than zeros. */
+		mprotect(r->address, r->map_bytes, PROT_NONE);
+		if (r->uffd >= 0)
+			ioctl(r->uffd, UFFDIO_UNREGISTER, &range);
+		if (munmap(r->address, r->map_bytes) < 0)
+			err = -errno;
+		r->address = NULL;
+	}
+	close_fd(&r->uffd);
+	close_fd(&r->pagemap_fd);
+	close_fd(&r->mem_fd);
+	return err;
+}
+
+void region_forget(struct region *r)
+{
+	r->address = NULL;
+	close_fd(&r->uffd);
+	close_fd(&r->pagemap_fd);
+	close_fd(&r->mem_fd);
+}
+
+static bool is_inside(const struct region *r, uint64_t offset, uint64_t length)
+{
+	return r->address && offset <= r->map_bytes && length <= r->map_bytes - offset;
+}
+
+typedef ssize_t (*copy_fn)(pid_t, const struct iovec *, unsigned long, const struct iovec *, unsigned long,
+			   unsigned long);
+
+static int64_t copy_range(copy_fn copy, const struct region *r, uint64_t offset, char *ours, uint64_t length)
+{
+	pid_t self = getpid();
+	uint64_t done = 0;
+
+	if (!is_inside(r, offset, length))
+		return -EINVAL;
+	while (done < length) {
+		uint64_t left = length - done;
+		uint64_t chunk_bytes = left < CHUNK_BYTES ? left : CHUNK_BYTES;
+		struct iovec local = {ours + done, chunk_bytes};
+		struct iovec remote = {(char *)r->address + offset + done, chunk_bytes};
+		ssize_t copied = copy(self, &local, 1, &remote, 1, 0);
+
+		if (copied > 0) {
+			done += (uint64_t)copied;
+			continue;
+		}
+		if (copied < 0 && errno == EINTR)
+			continue;
+		/* Short before, and now nothing: the page at done cannot be had. */
+		if (done > 0)
+			break;
+		return copied == 0 || errno == EFAULT ? -EIO : -errno;
+	}
+	return (int64_t)done;
+}
+
+int64_t region_read(const struct region *r, uint64_t offset, void *to, uint64_t length)
+{
+	return copy_range(process_vm_readv, r, offset, to, length);
+}
+
+int64_t region_write(struct region *r, uint64_t offset, const void *from, uint64_t length)
+{
+	/* An iovec has no const; writev only reads it. */
+	return copy_range(process_vm_writev, r, offset, (char *)(uintptr_t)from, length);
+}
+
+int region_discard(struct region *r, uint64_t offset, uint64_t length)
+{
+	if (!is_inside(r, offset, length) || (offset | length) % PAGE_BYTES != 0)
+		return -EINVAL;
+	if (length == 0)
+		return 0;
+	return madvise((char *)r->address + offset, length, MADV_DONTNEED) < 0 ? -errno : 0;
+}

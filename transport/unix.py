@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Listen at and connect to unix:///absolute/path; what then flows is in connection.py."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+import struct
+from typing import Final
+
+from cowshed.cache.errors import PeerError, UsageError
+from cowshed.transport.connection import EOF, Connection, Peer, Received
+from cowshed.transport.protocol import MAX_REPLY_BYTES, MAX_REQUEST_BYTES
+
+__all__ = ["EOF", "Connection", "Listener", "Peer", "Received", "connect", "listen", "parse_uri"]
+
+_SCHEME: Final = "unix://"
+# sockaddr_un: 108 bytes with the closing NUL.
+_MAX_PATH_BYTES: Final = 107
+_TIMEVAL: Final = struct.Struct("ll")
+_CONNECT_SECONDS: Final = 10
+
+
+class Listener:
+    """A listening socket at a path, owned: close() closes it and removes the path.
+
+    Keeps one descriptor in reserve, so that at the limit of open files a peer is turned away
+    instead of waking the loop for ever.
+    """
+
+    def __init__(self, sock: socket.socket, path: str) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._path = path
+        self._inode = os.stat(path).st_ino
+        self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """Give the socket's descriptor, -1 once closed."""
+        return self._socket.fileno()
+
+    def accept(self) -> Connection | None:
+        """Take a peer that waits; None if there is none, or it had to be turned away."""
+        try:
+            sock, _ = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self._turn_away()
+            return None
+        return Connection(sock, MAX_REQUEST_BYTES, MAX_REPLY_BYTES)
+
+    def _turn_away(self) -> None:
+        if self._reserve >= 0:
+            os.close(self._reserve)
+            self._reserve = -1
+        with contextlib.suppress(OSError):
+            self._socket.accept()[0].close()
+        with contextlib.suppress(OSError):
+            self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Close the socket and remove its path, unless that is another's by now; nothing twice."""
+        if self._socket.fileno() < 0:
+            return
+        self._socket.close()
+        if self._reserve >= 0:
+            os.close(self._reserve)
+        with contextlib.suppress(OSError):
+            if os.stat(self._path).st_ino == self._inode:
+                os.unlink(self._path)
+
+
+def parse_uri(uri: str) -> str:
+    """Give the path of a unix:///absolute/path; UsageError for anything else."""
+    if not uri.startswith(_SCHEME):
+        raise UsageError(f"cannot use {uri!r}: only unix:///absolute/path is supported now")
+    path = uri.removeprefix(_SCHEME)
+    if not path.startswith("/") or "\0" in path:
+        raise UsageError(f"{uri!r} has no absolute path; write unix:///absolute/path")
+    if len(os.fsencode(path)) > _MAX_PATH_BYTES:
+        raise UsageError(f"socket path {path!r} is over {_MAX_PATH_BYTES} bytes; use a shorter one")
+    return path
+
+
+def connect(uri: str) -> Connection:
+    """Connect, to send requests and receive replies.
+
+    Raises UsageError for a uri that cannot be used, PeerError if nobody answers there.
+    """
+    path = parse_uri(uri)
+    sock = _new_socket()
+    # Bounds the wait for room in the listener's backlog, the only thing this connect waits for.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(_CONNECT_SECONDS, 0))
+    try:
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        raise PeerError(
+            f"cannot connect to {uri}: {error.strerror}; is the backend running?"
+        ) from error
+    return Connection(sock, MAX_REPLY_BYTES, MAX_REQUEST_BYTES)
+
+
+def listen(uri: str, mode: int = 0o666, backlog: int = 128) -> Listener:
+    """Listen; whom mode lets write to the path may connect.
+
+    A path left behind by a dead listener is replaced; one that is alive, or no socket, is a
+    UsageError. Two listeners starting at once must be kept apart by a lock of their own.
+    """
+    path = parse_uri(uri)
+    _remove_stale(uri, path)
+    sock = _new_socket()
+    try:
+        # The path gets the socket's own mode less the umask: closed to others until widened.
+        os.fchmod(sock.fileno(), mode & 0o700)
+        sock.bind(path)
+        os.chmod(path, mode)
+        sock.listen(backlog)
+    except OSError as error:
+        sock.close()
+        raise UsageError(f"cannot listen at {uri}: {error.strerror}") from error
+    return Listener(sock, path)
+
+
+def _remove_stale(uri: str, path: str) -> None:
+    try:
+        if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
+            raise UsageError(f"cannot listen at {uri}: {path} is there and is no socket; move it")
+    except OSError:
+        return
+    probe = _new_socket()
+    probe.setblocking(False)
+    try:
+        probe.connect(path)
+    except (ConnectionRefusedError, FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EPROTOTYPE):
+            raise UsageError(f"cannot listen at {uri}: {error.strerror}") from error
+    finally:
+        probe.close()
+    raise UsageError(f"cannot listen at {uri}: another process does; stop it or use another path")
+
+
+def _new_socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
