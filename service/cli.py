@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `cowshed serve`, and the commands that ask a running daemon."""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+from cowshed.cache.errors import CowshedError, UsageError
+from cowshed.service.config import RUN_DIR_DEFAULT, config_load
+from cowshed.service.control_client import ControlClient
+from cowshed.service.render import audit_view, status_view
+from cowshed.service.shell import (
+    EXIT_MISMATCHES,
+    OneLineGroup,
+    WrongUsage,
+    extent_arguments,
+    quota_argument,
+    run_dir_option,
+    same_version,
+    say,
+    show,
+)
+from cowshed.service.sizes import format_bytes
+
+
+@click.group(
+    cls=OneLineGroup,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+)
+@click.version_option(package_name="cowshed")
+def cli() -> None:
+    """Keep one copy of read-only images in memory for every guest on this host.
+
+    `cowshed serve` is the daemon; the other commands ask it. Sizes are bytes or 64K, 64M, 2G.
+    """
+
+
+@cli.command()
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="TOML file of settings; options win over it.",
+)
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    metavar="NAME=SOURCE",
+    help="Serve SOURCE, a path or file: URL, as NAME. Repeatable.",
+)
+@click.option("--capacity", metavar="SIZE", help="Memory for all images together [default: 1G].")
+@click.option(
+    "--run-dir",
+    envvar="COWSHED_RUN_DIR",
+    metavar="DIR",
+    help=f"Where to put the socket; also $COWSHED_RUN_DIR [default: {RUN_DIR_DEFAULT}].",
+)
+def serve(
+    config_file: Path | None, images: tuple[str, ...], capacity: str | None, run_dir: str | None
+) -> int:
+    """Run the daemon in the foreground, serving images to guests.
+
+    The TOML file of --config may set capacity, run_dir, state_dir, extent, loaders, quota,
+    on_quota ("stop", "kill" or "allow") and, in a table [images], NAME = "SOURCE".
+    """
+    try:
+        config = config_load(
+            config_file=config_file, images=images, capacity=capacity, run_dir=run_dir
+        )
+    except UsageError as error:
+        raise WrongUsage(str(error)) from error
+    # Not at the top: it loads the C core, which `--help` and a wrong option do without.
+    from cowshed.service.daemon import run
+
+    try:
+        return run(config)
+    except OSError as error:
+        raise CowshedError(f"cannot serve at {config.run_dir}: {error}") from error
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object, for programs.")
+@run_dir_option
+def status(as_json: bool, run_dir: Path) -> None:
+    """Show what is resident, who uses it and who is stopped."""
+    with ControlClient(run_dir) as client, same_version():
+        answer = client.request("status")["status"]
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+    else:
+        show(lambda: status_view(answer))
+
+
+@cli.command()
+@click.option("--once", is_flag=True, help="Print one frame and end.")
+@run_dir_option
+def top(once: bool, run_dir: Path) -> None:
+    """Watch the daemon, refreshed every second; q quits."""
+    from cowshed.service.top import frame, watch
+
+    console = Console(highlight=False)
+    if not once and not console.is_terminal:
+        raise WrongUsage("top needs a terminal: use 'cowshed top --once' or 'cowshed status'")
+    with ControlClient(run_dir) as client, same_version():
+        if once:
+            console.print(frame(client.request("status")["status"]))
+        else:
+            watch(lambda: client.request("status")["status"], console)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object, for programs.")
+@run_dir_option
+def audit(as_json: bool, run_dir: Path) -> int:
+    """Recount from the kernel what the ledger says, and list what differs.
+
+    Exit status 3 if anything does.
+    """
+    with ControlClient(run_dir) as client:
+        reply = client.request("audit")
+    with same_version():
+        answer = {key: reply[key] for key in ("mismatches", "checked")}
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+    else:
+        show(lambda: audit_view(answer))
+    return EXIT_MISMATCHES if answer["mismatches"] else 0
+
+
+@cli.command()
+@extent_arguments
+@run_dir_option
+def pin(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
+    """Forbid eviction of IMAGE, or LENGTH bytes of it from OFFSET."""
+    with ControlClient(run_dir) as client:
+        reply = client.request("pin", image=image, **extent)
+    with same_version():
+        say(f"{image}: {format_bytes(reply['pinned_bytes'])} pinned")
+
+
+@cli.command()
+@extent_arguments
+@run_dir_option
+def unpin(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
+    """Take back what pin did."""
+    with ControlClient(run_dir) as client:
+        reply = client.request("unpin", image=image, **extent)
+    with same_version():
+        say(f"{image}: {format_bytes(reply['pinned_bytes'])} still pinned")
+
+
+@cli.command()
+@extent_arguments
+@run_dir_option
+def warm(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
+    """Load IMAGE, or LENGTH bytes of it from OFFSET, before guests ask."""
+    terminal = Console(stderr=True, highlight=False)
+    with (
+        ControlClient(run_dir) as client,
+        same_version(),
+        Progress(
+            "{task.description}",
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TimeRemainingColumn(),
+            console=terminal,
+            transient=True,
+            disable=not terminal.is_terminal,
+        ) as bar,
+    ):
+        task = bar.add_task("warming", total=None)
+        reply: dict[str, Any] = {}
+        for reply in client.stream("warm", image=image, **extent):
+            if progress := reply.get("progress"):
+                bar.update(task, completed=progress["done_bytes"], total=progress["total_bytes"])
+    with same_version():
+        loaded, already = format_bytes(reply["loaded_bytes"]), format_bytes(reply["already_bytes"])
+    say(f"{image}: {loaded} loaded, {already} already resident")
+
+
+@cli.command()
+@extent_arguments
+@run_dir_option
+def evict(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
+    """Give up memory of IMAGE, or LENGTH bytes of it from OFFSET.
+
+    Guests never notice. What is pinned or busy is kept, which is no failure.
+    """
+    with ControlClient(run_dir) as client:
+        reply = client.request("evict", image=image, **extent)
+    with same_version():
+        line = f"{image}: {format_bytes(reply['evicted_bytes'])} evicted"
+        if reply["kept_bytes"]:
+            line += f", {format_bytes(reply['kept_bytes'])} kept ({reply['kept_why']})"
+    say(line)
+
+
+@cli.command()
+@click.argument("guest")
+@quota_argument
+@run_dir_option
+def quota(guest: str, quota_bytes: int | None, run_dir: Path) -> None:
+    """Let GUEST have SIZE private bytes, or 'none' for no limit.
+
+    A guest that its quota stopped goes on when there is room again.
+    """
+    with ControlClient(run_dir) as client:
+        reply = client.request("quota", guest=guest, quota_bytes=quota_bytes)
+    with same_version():
+        granted_bytes = reply["quota_bytes"]
+    limit = "no quota" if granted_bytes is None else f"quota {format_bytes(granted_bytes)}"
+    say(f"{guest}: {limit}")
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    cli.main()
+    raise AssertionError("cli.main() ends the process")
+
+
+if __name__ == "__main__":
+    main()

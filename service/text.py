@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values as short plain text that is safe to print on a terminal."""
+
+
+def printable(value: object) -> str:
+    """`value` as one line with every control or format character escaped.
+
+    Guests name themselves, so a name may hold terminal escapes or text that runs right to left.
+    """
+    return "".join(
+        mark if mark.isprintable() else mark.encode("unicode_escape").decode("ascii")
+        for mark in str(value)
+    )
+
+
+def one_line(message: object) -> str:
+    """`message` with its line ends and runs of blanks made single blanks, and printable."""
+    return printable(" ".join(str(message).split()))
+
+
+def format_count(count: int) -> str:
+    """A whole number with its thousands apart: ``1,234,567``."""
+    return f"{count:,}"
+
+
+def format_share(part: float, whole: float) -> str:
+    """`part` of `whole` in percent, ``-`` of nothing; says 100% and 0% only when they are exact."""
+    if not whole:
+        return "-"
+    percent = 100 * part / whole
+    if 0 < percent < 0.1:
+        return "<0.1%"
+    if 99.9 < percent < 100:
+        return ">99.9%"
+    return f"{percent:.1f}".removesuffix(".0") + "%"
+
+
+def format_seconds(seconds: float) -> str:
+    """A length of time in its two largest units: ``12s``, ``3m 05s``, ``1h 02m``, ``9d 04h``."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600:02}h"
+
+
+def format_us(microseconds: float) -> str:
+    """A latency: ``3.1us``, ``85us``, ``1.2ms``, ``2.5s``."""
+    for limit, scale, unit in (
+        (999.5, 1.0, "us"),
+        (999_500.0, 1e3, "ms"),
+        (float("inf"), 1e6, "s"),
+    ):
+        if microseconds < limit:
+            return f"{microseconds / scale:.3g}{unit}"
+    return "-"
