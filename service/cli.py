@@ -119,9 +119,9 @@ def top(once: bool, run_dir: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object, for programs.")
 @run_dir_option
 def audit(as_json: bool, run_dir: Path) -> int:
-    """Recount from the kernel what the ledger says, and list what differs.
+    """List where the ledger differs from what the kernel counts.
 
-    Exit status 3 if anything does.
+    Exit status 3 if it does anywhere.
     """
     with ControlClient(run_dir) as client:
         reply = client.request("audit")

@@ -52,7 +52,7 @@ def audit_view(audit: Answer) -> RenderableType:
     mismatches = audit["mismatches"]
     if not mismatches:
         return Text(f"No mismatches. Checked {checked}.")
-    table = new_table("CHECK", "WHERE", ">EXPECTED", ">FOUND")
+    table = new_table("=CHECK", "WHERE", ">EXPECTED", ">FOUND")
     for mismatch in mismatches:
         where = (
             f"{key} {mismatch[key]}" for key in _MISMATCH_WHERE if mismatch.get(key) is not None
@@ -152,7 +152,7 @@ def _totals(status: Answer) -> Table:
 
 
 def _latencies(latency_us: Mapping[str, Answer]) -> Table:
-    table = new_table("ANSWERED", ">COUNT", ">P50", ">P90", ">P99", ">MAX")
+    table = new_table("=ANSWERED", ">COUNT", ">P50", ">P90", ">P99", ">MAX")
     for kind, latency in latency_us.items():
         times = (latency[key] if latency["count"] else None for key in ("p50", "p90", "p99", "max"))
         shown = ("-" if time is None else format_us(time) for time in times)
@@ -161,7 +161,7 @@ def _latencies(latency_us: Mapping[str, Answer]) -> Table:
 
 
 def _images(images: Sequence[Answer]) -> Table:
-    table = new_table("IMAGE", ">SIZE", ">RESIDENT", ">", ">PINNED", "DIGEST", "SOURCE")
+    table = new_table("IMAGE", ">SIZE", ">RESIDENT", ">", ">PINNED", "=DIGEST", "SOURCE")
     for image in sorted(images, key=lambda image: str(image["name"])):
         digest = str(image["digest"] or "-")
         add_row(
@@ -178,7 +178,9 @@ def _images(images: Sequence[Answer]) -> Table:
 
 
 def _guests(guests: Iterable[Answer]) -> Table:
-    table = new_table("GUEST", "IMAGE", ">PID", "STATE", ">GRANTED", ">PRIVATE", "POLICY", ">HITS")
+    table = new_table(
+        "GUEST", "IMAGE", ">PID", "=STATE", ">GRANTED", ">PRIVATE", "=POLICY", ">HITS"
+    )
     for guest in sorted(guests, key=lambda guest: str(guest["name"])):
         add_row(
             table,
@@ -194,24 +196,28 @@ def _guests(guests: Iterable[Answer]) -> Table:
     return table
 
 
-def new_table(*headers: str, fold: bool = True) -> Table:
-    """A table without rules; a header that starts with ``>`` is for numbers, which never wrap.
+def new_table(*headers: str) -> Table:
+    """A table without rules, its columns named by `headers`.
 
-    Other columns fold when the line is short, or with `fold` False are cut off with an ellipsis.
+    A header that starts with ``>`` is for numbers, with ``=`` for words: both keep their width. The
+    other columns, for names, give way when the line is short.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for header in headers:
-        is_number = header.startswith(">")
         table.add_column(
-            header.removeprefix(">"),
-            justify="right" if is_number else "left",
-            no_wrap=is_number or not fold,
-            overflow="fold" if fold else "ellipsis",
+            header.lstrip(">="),
+            justify="right" if header.startswith(">") else "left",
+            no_wrap=header.startswith((">", "=")),
         )
     return table
 
 
-def add_row(table: Table, *cells: object, style: str = "") -> None:
-    """Add `cells` to `table`, text made printable and nothing in it taken for markup."""
-    shown = (cell if isinstance(cell, Text) else Text(printable(cell)) for cell in cells)
+def add_row(table: Table, *cells: object, style: str = "", one_line: bool = False) -> None:
+    """Add `cells` to `table`, text made printable and nothing in it taken for markup.
+
+    A name without room for it is folded or, with `one_line`, cut off with an ellipsis.
+    """
+    shown = [cell if isinstance(cell, Text) else Text(printable(cell)) for cell in cells]
+    for cell in shown:
+        cell.no_wrap, cell.overflow = one_line or None, "ellipsis" if one_line else "fold"
     table.add_row(*shown, style=style)

@@ -106,9 +106,9 @@ def top_view(status: Answer, history: History, nr_lines: int | None = None) -> R
         f"{format_bytes(status['saved_bytes'])} saved by sharing",
         "Hits": f"{'-' if now is None else format_share(now, 1)} now, "
         f"{format_share(hits, hits + misses)} in all  {sparkline(history.hit_rates)}",
-        "Rates": f"{_a_second(history.rate('hits', 'misses'))} faults, "
-        f"{_a_second(history.rate('loads'))} loads, "
-        f"{_a_second(history.rate('evicted_extents'))} evictions",
+        "Rates": f"{_rounded(history.rate('hits', 'misses'))} faults, "
+        f"{_rounded(history.rate('loads'))} loads, "
+        f"{_rounded(history.rate('evicted_extents'))} evictions a second",
         "Guests": f"{format_count(len(status['guests']))}, {format_count(nr_stopped)} stopped",
     }.items():
         grid.add_row(Text(label, style="bold"), Text(line, no_wrap=True))
@@ -119,9 +119,7 @@ def top_view(status: Answer, history: History, nr_lines: int | None = None) -> R
 
     guests = sorted(status["guests"], key=urgency)
     nr_rows = len(guests) if nr_lines is None else max(0, nr_lines - _HEADER_LINES - 2)
-    table = new_table(
-        "GUEST", "IMAGE", "STATE", ">GRANTED", ">PRIVATE", ">FAULTS", ">COPIES", ">HITS", fold=False
-    )
+    table = new_table("GUEST", "IMAGE", "=STATE", ">PRIVATE", ">FAULTS/s", ">COPIES/s", ">HITS")
     for guest in guests[:nr_rows]:
         name = guest["name"]
         add_row(
@@ -129,11 +127,11 @@ def top_view(status: Answer, history: History, nr_lines: int | None = None) -> R
             name,
             guest["image"],
             guest_state(guest),
-            format_bytes(guest["granted_bytes"]),
             format_quota(guest),
-            _a_second(history.rate("hits", "misses", guest=name)),
-            _a_second(history.rate("cow_breaks", guest=name)),
+            _rounded(history.rate("hits", "misses", guest=name)),
+            _rounded(history.rate("cow_breaks", guest=name)),
             format_share(guest["hits"], guest["hits"] + guest["misses"]),
+            one_line=True,
         )
     parts: list[RenderableType] = [heading(status), grid, Text(), table]
     if len(guests) > nr_rows:
@@ -193,7 +191,7 @@ def _keys() -> Iterator[Callable[[float], bool]]:
         termios.tcsetattr(stdin, termios.TCSADRAIN, before)
 
 
-def _a_second(rate: float | None) -> str:
+def _rounded(rate: float | None) -> str:
     if rate is None:
         return "-"
-    return f"{rate:.1f}/s" if 0 < rate < 10 else f"{format_count(round(rate))}/s"
+    return f"{rate:.1f}" if 0 < rate < 10 else format_count(round(rate))

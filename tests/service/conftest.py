@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a daemon would say, and one that says it."""
+
+import select
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cowshed.transport import Connection, listen
+
+Body = dict[str, Any]
+
+
+def make_guest(name: str, **changes: object) -> Body:
+    return {
+        "name": name,
+        "image": "debian-12",
+        "transport": "unix",
+        "state": "running",
+        "pid": 41234,
+        "uid": 1000,
+        "granted_bytes": 512 << 20,
+        "private_bytes": 12 << 20,
+        "quota_bytes": 64 << 20,
+        "hits": 120345,
+        "misses": 234,
+        "cow_breaks": 3072,
+        "policy": "stop",
+        "quota_stops": 0,
+        "stopped_seconds": 0.0,
+        **changes,
+    }
+
+
+@pytest.fixture
+def new_guest() -> Callable[..., Body]:
+    return make_guest
+
+
+@pytest.fixture
+def status() -> Body:
+    """A status object as a busy daemon gives it: a stopped guest, an odd name, a changed source."""
+    return {
+        "pid": 4242,
+        "version": "0.1.0",
+        "run_dir": "/run/cowshed",
+        "uptime_seconds": 3725.5,
+        "capacity_bytes": 2 << 30,
+        "resident_bytes": 1288490188,
+        "hits": 1234567,
+        "misses": 2345,
+        "evicted_extents": 123,
+        "evictions": {"pressure": 100, "request": 23},
+        "loads": 2345,
+        "load_errors": 7,
+        "saved_bytes": 5800000000,
+        "faults": {"missing": 12345, "minor": 1200000, "write": 24567},
+        "latency_us": {
+            "hit": {"p50": 3.1, "p90": 12, "p99": 85, "max": 1210, "count": 1234567},
+            "miss": {"p50": 140, "p90": 420, "p99": 1900, "max": 25300, "count": 2345},
+            "write": {"p50": 0, "p90": 0, "p99": 0, "max": 0, "count": 0},
+        },
+        "images": [
+            {
+                "name": "debian-12",
+                "size_bytes": 2 << 30,
+                "resident_bytes": 1 << 30,
+                "digest": "sha256:" + "ab12cd34" * 8,
+                "source": "/srv/images/debian-12-generic-amd64-20240102.raw",
+                "pinned_bytes": 64 << 20,
+                "source_changed": False,
+            },
+            {
+                "name": "alpine",
+                "size_bytes": 5 << 20,
+                "resident_bytes": 0,
+                "digest": "",
+                "source": "/srv/alpine.raw",
+                "pinned_bytes": 0,
+                "source_changed": True,
+            },
+        ],
+        "guests": [
+            make_guest("web-1"),
+            make_guest(
+                "build-7", state="stopped-quota", private_bytes=64 << 20, stopped_seconds=192.4
+            ),
+            make_guest("sandbox-0a1b2c3d4e5f", quota_bytes=None, state="detached"),
+            make_guest("evil\x1b[2J[red]\u202e", policy="kill", hits=0, misses=0, image="alpine"),
+        ],
+    }
+
+
+class StandIn:
+    """Listens in a run-dir and gives each operation its replies, then waits for the next client.
+
+    `asked` are the requests it was sent; an operation without replies is a hang-up.
+    """
+
+    def __init__(self, run_dir: Path, replies: dict[str, list[Body]]) -> None:
+        self.run_dir = run_dir
+        self.replies = replies
+        self.asked: list[Body] = []
+        self._listener = listen(f"unix://{run_dir}/cowshed.sock")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while not self._ended.is_set():
+            select.select([self._listener.fileno()], [], [], 0.05)
+            connection = self._listener.accept()
+            if connection is not None:
+                self._answer(connection)
+                connection.close()
+
+    def _answer(self, connection: Connection) -> None:
+        hello: Body = {"ok": True, "version": 1, "features": [], "pid": 1}
+        while not self._ended.is_set():
+            readable, _, _ = select.select([connection.fileno()], [], [], 0.05)
+            if not readable:
+                continue
+            try:
+                body, _, tag = connection.recv(timeout=1)
+            except Exception:  # the client is done
+                return
+            if body["op"] != "hello":
+                self.asked.append(body)
+            replies = self.replies.get(body["op"], [hello] if body["op"] == "hello" else [])
+            for reply in replies:
+                connection.send(reply, tag=tag)
+            if not replies:
+                return
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Iterator[Callable[..., StandIn]]:
+    """Start a StandIn in tmp_path with the replies given by operation."""
+    started: list[StandIn] = []
+
+    def start(**replies: list[Body]) -> StandIn:
+        started.append(StandIn(tmp_path, replies))
+        return started[-1]
+
+    yield start
+    for peer in started:
+        peer.close()

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people see of a daemon's answers, on 80 columns and without a terminal."""
+
+import io
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from cowshed.service.config import parse_quota
+from cowshed.service.render import audit_view, quota_command, status_view
+from cowshed.service.text import (
+    format_seconds,
+    format_share,
+    format_us,
+    one_line,
+    printable,
+)
+from cowshed.service.top import History, frame, sparkline, top_view
+
+Body = dict[str, Any]
+SECOND_NS = 10**9
+
+
+def text_of(view: RenderableType, width: int = 80) -> str:
+    """What a pipe would get."""
+    out = io.StringIO()
+    Console(file=out, width=width, highlight=False).print(view)
+    return out.getvalue()
+
+
+def line_with(text: str, words: str) -> str:
+    lines = [line for line in text.splitlines() if words in line]
+    assert len(lines) == 1, f"{words!r} is in {len(lines)} lines of\n{text}"
+    return lines[0]
+
+
+def words_of(text: str, words: str) -> str:
+    """The one line of `text` that holds `words`, its columns a blank apart."""
+    return " ".join(line_with(text, words).split())
+
+
+def test_status_fits_80_columns_and_loses_no_name(status: Body) -> None:
+    text = text_of(status_view(status))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "\u2026" not in text
+    together = "".join(text.split())
+    for whole in ("sandbox-", "debian-12", "-amd64-", "ab12cd34ab12", "/srv/alpine.raw"):
+        assert whole in together
+
+
+def test_status_shows_totals_in_human_units(status: Body) -> None:
+    text = text_of(status_view(status))
+    assert "cowshed 0.1.0, pid 4242, up 1h 02m, /run/cowshed" in text
+    assert "1.2G of 2G resident (60%), 5.4G saved by sharing" in text
+    assert "99.8% (1,234,567 hits, 2,345 misses)" in text
+    assert "2,345 (7 failed)" in text
+    assert "123 extents (100 under pressure, 23 on request)" in text
+    assert words_of(text, "1,234,567  ") == "hit 1,234,567 3.1us 12us 85us 1.21ms"
+    assert words_of(text, "write      ") == "write 0 - - - -"
+
+
+def test_a_guest_stopped_by_its_quota_is_marked_with_who_why_and_the_cure(status: Body) -> None:
+    text = text_of(status_view(status))
+    assert line_with(text, "STOPPED").split()[:4] == ["build-7", "debian-12", "41234", "STOPPED"]
+    told = " ".join(text.split())
+    assert "build-7 is stopped (pid 41234, uid 1000, for 3m 12s): it wrote 64M of 64M" in told
+    assert line_with(text, "cowshed quota") == "  cowshed quota build-7 128M"
+
+
+def test_a_running_guest_brings_no_warning(status: Body) -> None:
+    status["guests"] = status["guests"][:1]
+    status["images"] = status["images"][:1]
+    text = text_of(status_view(status))
+    assert "stopped" not in text.lower()
+    assert "changed" not in text
+
+
+def test_a_changed_source_is_told(status: Body) -> None:
+    assert "alpine: its source changed" in text_of(status_view(status))
+
+
+def test_a_guest_without_a_quota_has_no_limit_shown(status: Body) -> None:
+    status["guests"] = [guest for guest in status["guests"] if guest["quota_bytes"] is None]
+    row = words_of(text_of(status_view(status), width=120), "sandbox-")
+    assert row == "sandbox-0a1b2c3d4e5f debian-12 41234 detached 512M 12M - 99.8%"
+
+
+def test_names_can_neither_move_the_cursor_nor_style_the_text(status: Body) -> None:
+    for view in (status_view(status), frame(status)):
+        text = text_of(view, width=120)
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+        assert r"evil\x1b[2J[red]\u202e" in text
+
+
+def test_an_idle_daemon_says_so(status: Body) -> None:
+    status["guests"] = []
+    for latency in status["latency_us"].values():
+        latency["count"] = 0
+    text = text_of(status_view(status))
+    assert "No guests." in text
+    assert "P50" not in text
+
+
+@pytest.mark.parametrize("quota_bytes", [0, 4096, 100_000, 64 << 20, 3 << 40])
+@pytest.mark.parametrize("name", ["g1", "-g", "two words"])
+def test_the_command_offered_is_one_the_shell_takes_and_raises_the_quota(
+    new_guest: Callable[..., Body], quota_bytes: int, name: str
+) -> None:
+    guest = new_guest(name, quota_bytes=quota_bytes)
+    words = shlex.split(quota_command(guest, "/tmp/my run"))
+    assert words[:4] == ["cowshed", "quota", "--run-dir", "/tmp/my run"]
+    assert words[-2] == name
+    assert ("--" in words) == name.startswith("-")
+    suggested = parse_quota(words[-1])
+    assert suggested is not None
+    assert suggested > quota_bytes
+    assert "--run-dir" not in quota_command(guest, "/run/cowshed")
+
+
+def test_a_clean_audit_says_what_was_checked() -> None:
+    text = text_of(audit_view({"mismatches": [], "checked": {"images": 2, "private_pages": 4000}}))
+    assert text == "No mismatches. Checked 2 images, 4,000 private pages.\n"
+
+
+def test_every_mismatch_is_a_row() -> None:
+    mismatches = [
+        {"check": "refs", "image": "debian", "extent": 0, "expected": 2, "found": 3},
+        {"check": "private_pages", "guest": "g\x1b[m", "expected": 40, "found": 41},
+    ]
+    text = text_of(audit_view({"mismatches": mismatches, "checked": {"images": 2}}))
+    assert text.startswith("2 mismatches. Checked 2 images.")
+    assert words_of(text, "refs") == "refs image debian, extent 0 2 3"
+    assert words_of(text, "private") == r"private_pages guest g\x1b[m 40 41"
+
+
+def later(status: Body, *, hits: int, misses: int, **changes: object) -> Body:
+    """`status` after so many more hits and misses, all of its first guest."""
+    first = status["guests"][0]
+    grown = {**first, "hits": first["hits"] + hits, "misses": first["misses"] + misses}
+    return {
+        **status,
+        "hits": status["hits"] + hits,
+        "misses": status["misses"] + misses,
+        "guests": [grown, *status["guests"][1:]],
+        **changes,
+    }
+
+
+def test_rates_are_growth_over_the_time_between_samples(status: Body) -> None:
+    history = History()
+    history.observe(status, 5 * SECOND_NS)
+    assert history.rate("hits") is None
+    history.observe(later(status, hits=90, misses=10), 7 * SECOND_NS)
+    assert history.rate("hits", "misses") == 50
+    assert history.rate("hits", guest="web-1") == 45
+    assert history.rate("hits", guest="build-7") == 0
+    assert list(history.hit_rates) == [0.9]
+
+
+def test_a_moment_without_faults_has_no_hit_rate(status: Body) -> None:
+    history = History()
+    history.observe(status, 0)
+    history.observe(status, SECOND_NS)
+    assert list(history.hit_rates) == [None]
+
+
+@pytest.mark.parametrize("changes", [{"pid": 1}, {"hits": 5}])
+def test_a_restarted_daemon_starts_rates_afresh(status: Body, changes: Body) -> None:
+    history = History()
+    history.observe(status, 0)
+    history.observe(later(status, hits=1, misses=1), SECOND_NS)
+    history.observe({**later(status, hits=1, misses=1), **changes}, 2 * SECOND_NS)
+    assert not history.hit_rates
+    assert history.rate("hits") is None
+
+
+def test_a_guest_that_comes_back_under_its_name_counts_from_nothing(
+    status: Body, new_guest: Callable[..., Body]
+) -> None:
+    history = History()
+    history.observe(status, 0)
+    history.observe({**status, "guests": [new_guest("web-1", hits=30)]}, SECOND_NS)
+    assert history.rate("hits", guest="web-1") == 30
+
+
+def test_history_keeps_a_bounded_number_of_samples(status: Body) -> None:
+    history = History()
+    for second in range(100):
+        history.observe(later(status, hits=second, misses=0), second * SECOND_NS)
+    assert len(history.hit_rates) == 40
+
+
+def test_sparkline_tells_nothing_from_none() -> None:
+    assert sparkline([None, 0.0, 0.5, 0.999, 1.0]) == " \u2581\u2585\u2588\u2588"
+
+
+def test_top_fits_an_80_by_24_terminal_whatever_the_guests(
+    status: Body, new_guest: Callable[..., Body]
+) -> None:
+    history = History()
+    status["guests"] = [new_guest(f"a-very-long-guest-name-indeed-{no}") for no in range(50)]
+    status["guests"] += [new_guest("zz", state="stopped-quota")]
+    history.observe(status, 0)
+    for second in range(60):
+        history.observe(later(status, hits=9 * second, misses=0), (second + 1) * SECOND_NS)
+    lines = text_of(top_view(status, history, 24)).splitlines()
+    assert len(lines) <= 24
+    assert max(len(line) for line in lines) <= 80
+    shown = [line for line in lines if line.startswith(("zz", "a-very"))]
+    assert lines[-1] == f"and {51 - len(shown)} more"
+    assert shown[0].startswith("zz")
+    assert "51, 1 stopped" in "\n".join(lines)
+
+
+def test_the_busiest_guest_comes_first(status: Body, new_guest: Callable[..., Body]) -> None:
+    history = History()
+    status["guests"] = [new_guest("busy"), new_guest("a-idle")]
+    history.observe(status, 0)
+    status = later(status, hits=1000, misses=0)
+    history.observe(status, SECOND_NS)
+    text = text_of(top_view(status, history))
+    assert text.index("busy") < text.index("a-idle")
+    assert "1,000" in line_with(text, "busy")
+
+
+def test_one_frame_has_totals_and_no_rates(status: Body) -> None:
+    text = text_of(frame(status))
+    assert "1.2G of 2G (60%)" in text
+    assert "- faults, - loads, - evictions a second" in text
+    assert "- now, 99.8% in all" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.9, "59s"),
+        (60, "1m 00s"),
+        (3599, "59m 59s"),
+        (3725, "1h 02m"),
+        (9e5, "10d 10h"),
+    ],
+)
+def test_times_are_shown_in_two_units(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "text"),
+    [(0, "0us"), (3.14, "3.14us"), (999.4, "999us"), (999.6, "1ms"), (1e6, "1s"), (2.5e6, "2.5s")],
+)
+def test_latencies_are_shown_in_three_digits(microseconds: float, text: str) -> None:
+    assert format_us(microseconds) == text
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "text"),
+    [
+        (0, 0, "-"),
+        (0, 9, "0%"),
+        (9, 9, "100%"),
+        (1, 3, "33.3%"),
+        (99_999, 100_000, ">99.9%"),
+        (1, 100_000, "<0.1%"),
+        (999, 1000, "99.9%"),
+    ],
+)
+def test_shares_are_not_rounded_to_all_or_nothing(part: int, whole: int, text: str) -> None:
+    assert format_share(part, whole) == text
+
+
+def test_text_becomes_one_printable_line() -> None:
+    assert one_line("a\n  b\tc\x07") == r"a b c\x07"
+    assert printable("\ud800\u2028é") == "\\ud800\\u2028é"
