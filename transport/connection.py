@@ -158,12 +158,16 @@ class Connection:
         fds stay the caller's. Raises UsageError for a bad body, PeerError if the peer has closed
         or takes nothing for timeout seconds.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
         tag = self.queue(body, fds, tag)
+        self.drain(timeout)
+        return tag
+
+    def drain(self, timeout: float | None = None) -> None:
+        """Send all that is queued; PeerError if the peer has closed or takes too long."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         while not self.flush():
             if not self._wait(select.POLLOUT, deadline):
                 raise PeerError(f"peer took no message in {timeout:g} s")
-        return tag
 
     def recv(self, timeout: float | None = None) -> tuple[Body, list[int], int]:
         """Wait for one message; give its body, its descriptors (now the caller's) and its tag.

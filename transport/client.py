@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a guest uses: connect to a backend, open images, read them and write a private copy.
+
+    with connect("unix:///run/cowshed/cowshed.sock") as backend:
+        with backend.open("debian", guest="g1", quota_bytes=64 << 20) as disk:
+            disk.write(0, b"mine")
+
+A process forked from a user of these must connect for itself: what it inherits refuses use.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any, Final
+
+from cowshed.cache.errors import UsageError
+from cowshed.transport.disk import Disk
+from cowshed.transport.exchange import ask_stream, close_all, greet
+from cowshed.transport.forks import forget_in_child
+from cowshed.transport.messages import check_reply
+from cowshed.transport.protocol import Body
+
+__all__ = ["Backend", "Disk", "connect"]
+
+_disk_numbers = itertools.count(1)
+
+
+def connect(uri: str) -> Backend:
+    """Connect to a backend and agree on the protocol.
+
+    Raises UsageError for a uri that cannot be used, PeerError if no backend answers there.
+    """
+    return Backend(uri)
+
+
+class Backend:
+    """A backend one is connected to; for use by any thread, and to open any number of disks."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri: Final = uri
+        self._lock = threading.Lock()
+        self._forked = False
+        self._connection = greet(uri)
+        forget_in_child(self)
+
+    def __enter__(self) -> Backend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the backend still holds its end of the connection."""
+        return self._connection.alive
+
+    def close(self) -> None:
+        """End the connection; disks that were opened have their own and stay open."""
+        self._connection.close()
+
+    def forget(self) -> None:
+        """In a forked child: close the copy of the socket."""
+        self._forked = True
+        self._lock = threading.Lock()
+        self._connection.close()
+
+    def request(self, op: str, **fields: Any) -> Body:
+        """Ask for one thing and wait for it, leaving out progress reports.
+
+        Raises what the backend's refusal stands for (UsageError, CapacityError, SourceError), and
+        PeerError, which closes the connection, if the backend is gone, silent or makes no sense.
+        """
+        for reply in self.stream(op, **fields):
+            if "progress" not in reply:
+                return reply
+        raise AssertionError("a stream ends with a reply")
+
+    def stream(self, op: str, **fields: Any) -> Iterator[Body]:
+        """Like request, giving each progress report as it comes, and at last the reply.
+
+        Other threads wait until then; leaving early closes the connection.
+        """
+        with self._lock:
+            if self._connection.fileno() < 0:
+                raise UsageError(
+                    f"the connection to {self.uri} was made before a fork; connect again here"
+                    if self._forked
+                    else f"the connection to {self.uri} is closed; connect again"
+                )
+            for body, fds in ask_stream(self._connection, op, fields):
+                close_all(fds)
+                yield check_reply(body)
+
+    def open(
+        self,
+        image: str,
+        guest: str | None = None,
+        quota_bytes: int | None = None,
+        on_quota: str | None = None,
+        window_bytes: int | None = None,
+        write_window_bytes: int | None = None,
+    ) -> Disk:
+        """Open an image as a guest of its own; None leaves a choice to the backend.
+
+        guest names it, after this process if None. At quota_bytes of private pages the backend does
+        what on_quota says: "stop" the writer, "kill" it, or "allow" and count.
+
+        Raises as request does, and UsageError if this process cannot have the page faults it needs.
+        """
+        return Disk(
+            greet(self.uri),
+            {
+                "image": image,
+                "guest": guest or f"pid-{os.getpid()}-{next(_disk_numbers)}",
+                "quota_bytes": quota_bytes,
+                "on_quota": on_quota,
+                "window_bytes": window_bytes,
+                "write_window_bytes": write_window_bytes,
+            },
+        )

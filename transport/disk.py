@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An image as its guest sees it: shared pages to read, private ones where it has written.
+
+The pages are mapped here (see region.c); a page that is missing or written to for the first time is
+a fault that the backend answers. So any call that touches pages waits until it does: through its
+restart, and for as long as a quota stops the guest; only SIGKILL ends such a wait. A page that the
+backend could not load is OSError (EIO) from read and write, and SIGBUS for whoever uses view.
+
+Starts no thread. Not for a forked child, where the pages are not mapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from cowshed.cache._core import ffi, lib
+from cowshed.cache.errors import CowshedError, UsageError
+from cowshed.transport.attach import PAGE_BYTES, attach, round_up
+from cowshed.transport.connection import Connection
+from cowshed.transport.exchange import ask
+from cowshed.transport.forks import forget_in_child
+from cowshed.transport.protocol import Body
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+# Between two of these a long read or write looks at signals, so that Ctrl-C ends it.
+_SLICE_BYTES: Final = 64 << 20
+_CLOSE_SECONDS: Final = 5.0
+
+# The documented way to fill a bytes object once, in place: no zeroing, no second copy.
+_new_bytes: Callable[[None, int], bytes] = ctypes.PYFUNCTYPE(
+    ctypes.py_object, ctypes.c_char_p, ctypes.c_ssize_t
+)(("PyBytes_FromStringAndSize", ctypes.pythonapi))
+
+
+class Disk:
+    """An image opened by Backend.open, with a connection of its own; for use by any thread.
+
+    Invariants: (1) until closed or forgotten, _region is mapped and guarded; (2) _nr_busy calls are
+    copying, and while there are any, or _exporter is alive, it stays mapped.
+    """
+
+    mapped: Final = True
+
+    def __init__(self, connection: Connection, request: Body) -> None:
+        """Attach over connection, which becomes the disk's; it is closed if this fails."""
+        self.image: Final[str] = request["image"]
+        self.guest: Final[str] = request["guest"]
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._state = "closed"
+        self._nr_busy = 0
+        self._exporter: weakref.ref[Any] | None = None
+        try:
+            attached = attach(connection, request)
+        except BaseException:
+            connection.close()
+            raise
+        self.size_bytes: Final = attached.size_bytes
+        self.extent_bytes: Final = attached.extent_bytes
+        self.digest: Final = attached.digest
+        self._region = attached.region
+        self._state = "open"
+        forget_in_child(self)
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        # A frame of the error on its way may still hold a view: not worth hiding the error for.
+        with contextlib.suppress(UsageError):
+            self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_state", "closed") == "open":
+            warnings.warn(f"disk {self.image!r} was not closed", ResourceWarning, stacklevel=1)
+            self.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the backend is there; without it resident pages work and others wait."""
+        return self._connection.alive
+
+    @property
+    def view(self) -> memoryview:
+        """The whole image as writable memory; writes are private to this guest.
+
+        Keeps the disk mapped: release every view, and what was made of it, before close.
+        A touch may wait for the backend while it holds the interpreter's lock.
+        """
+        with self._lock:
+            self._check_open()
+            exporter = self._exporter() if self._exporter else None
+            if exporter is None:
+                # The pointer's destructor does nothing but hold the disk while views live.
+                pointer = ffi.gc(ffi.cast("char *", self._region.address), self._keep)
+                exporter = ffi.buffer(pointer, self.size_bytes)
+                self._exporter = weakref.ref(exporter)
+            return memoryview(exporter)
+
+    def _keep(self, pointer: object) -> None:
+        pass
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Give the bytes there now. Copies once.
+
+        Raises UsageError for a range outside the image, OSError (EIO) if a page cannot be had.
+        """
+        self._check_range("read", offset, length)
+        if length == 0:
+            return b""
+        result = _new_bytes(None, length)
+        self._copy("read", lib.region_read, offset, ffi.from_buffer(result), length)
+        return result
+
+    def write(self, offset: int, data: ReadableBuffer) -> int:
+        """Put bytes there, private to this guest; give their number. Copies once.
+
+        Raises as read does; what came before the bad page is then written.
+        """
+        with ffi.from_buffer(data) as source:
+            length = len(source)
+            self._check_range("write", offset, length)
+            self._copy("write", lib.region_write, offset, source, length)
+        return length
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give back private pages: the range is again what the image holds.
+
+        Raises UsageError unless offset is a multiple of 4096, and the end too or that of the image.
+        """
+        self._check_range("discard", offset, length)
+        end = offset + length
+        if offset % PAGE_BYTES or (end % PAGE_BYTES and end != self.size_bytes):
+            raise UsageError(
+                f"discard of {length} bytes at {offset} is not of whole 4096-byte pages"
+            )
+        self._begin()
+        try:
+            err = lib.region_discard(self._region, offset, round_up(length))
+        finally:
+            self._end()
+        if err < 0:
+            raise OSError(-err, f"discard of {length} bytes at {offset} of image {self.image!r}")
+
+    def close(self) -> None:
+        """Detach: private pages are gone. Does nothing twice, or in a forked child.
+
+        Raises UsageError, and leaves the disk open, while views of it or calls on it are alive.
+        """
+        with self._lock:
+            if self._state != "open":
+                return
+            if self._nr_busy:
+                raise UsageError(
+                    f"disk {self.image!r} is in use by {self._nr_busy} other threads; join them"
+                )
+            if self._exporter and self._exporter() is not None:
+                raise UsageError(
+                    f"disk {self.image!r} still has views; release() or del them before close"
+                )
+            self._state = "closed"
+        # The backend lets go first: a handler late by an instant must not meet another mapping at
+        # this address. If it is not there, all that matters is that we do not wait for it.
+        with contextlib.suppress(CowshedError):
+            if self._connection.alive:
+                ask(self._connection, "close", {}, timeout=_CLOSE_SECONDS)
+        lib.region_deinit(self._region)
+        self._connection.close()
+
+    def forget(self) -> None:
+        """In a forked child: close the copies of the descriptors; the pages are not here."""
+        if self._state == "open":
+            self._state = "forked"
+            lib.region_forget(self._region)
+        self._lock = threading.Lock()
+        self._connection.close()
+
+    def _check_range(self, what: str, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size_bytes:
+            raise UsageError(
+                f"{what} of {length} bytes at {offset} is outside image {self.image!r}; "
+                f"stay within its {self.size_bytes} bytes"
+            )
+
+    def _check_open(self) -> None:
+        if self._state == "forked":
+            raise UsageError(f"disk {self.image!r} was opened before a fork; open it again here")
+        if self._state != "open":
+            raise UsageError(f"disk {self.image!r} is closed; open it again")
+
+    def _begin(self) -> None:
+        with self._lock:
+            self._check_open()
+            self._nr_busy += 1
+
+    def _end(self) -> None:
+        with self._lock:
+            self._nr_busy -= 1
+
+    def _copy(
+        self,
+        what: str,
+        copy: Callable[[Any, int, Any, int], int],
+        offset: int,
+        ours: Any,
+        length: int,
+    ) -> None:
+        done = 0
+        self._begin()
+        try:
+            while done < length:
+                slice_bytes = min(length - done, _SLICE_BYTES)
+                copied = copy(self._region, offset + done, ours + done, slice_bytes)
+                if copied < 0:
+                    raise self._copy_error(what, -copied, offset, done, length)
+                done += copied
+        finally:
+            self._end()
+
+    def _copy_error(self, what: str, code: int, offset: int, done: int, length: int) -> OSError:
+        page_offset = (offset + done) // PAGE_BYTES * PAGE_BYTES
+        return OSError(
+            code,
+            f"{what} of {length} bytes at {offset} of image {self.image!r} failed after {done}: "
+            f"no page at {page_offset}; see the backend's log",
+        )

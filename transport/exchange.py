@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The asking side of the protocol: a request, its progress reports, its reply."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from cowshed.cache.errors import PeerError
+from cowshed.transport.connection import Connection
+from cowshed.transport.messages import check_reply, take_number
+from cowshed.transport.protocol import VERSION, Body
+from cowshed.transport.unix import connect
+
+REPLY_SECONDS: Final = 60.0
+
+
+def greet(uri: str) -> Connection:
+    """Connect and agree on the version; the connection is the caller's.
+
+    Raises UsageError for a uri that cannot be used, PeerError if no backend of ours answers there.
+    """
+    connection = connect(uri)
+    try:
+        reply = ask(connection, "hello", {"version": VERSION, "features": []})
+        version = take_number(reply, "version")
+        if version != VERSION:
+            raise PeerError(f"the backend at {uri} speaks version {version}, we speak {VERSION}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def ask(
+    connection: Connection,
+    op: str,
+    fields: Mapping[str, Any],
+    fds: Sequence[int] = (),
+    timeout: float = REPLY_SECONDS,
+) -> Body:
+    """Ask for one thing and give the reply; raises what a refusal stands for.
+
+    PeerError, for a backend that is gone, silent for timeout seconds or makes no sense, closes the
+    connection.
+    """
+    reply, reply_fds = ask_for_fds(connection, op, fields, fds, timeout)
+    close_all(reply_fds)
+    return reply
+
+
+def ask_for_fds(
+    connection: Connection,
+    op: str,
+    fields: Mapping[str, Any],
+    fds: Sequence[int] = (),
+    timeout: float = REPLY_SECONDS,
+) -> tuple[Body, list[int]]:
+    """Like ask, giving also the reply's descriptors, which are then the caller's."""
+    for body, reply_fds in ask_stream(connection, op, fields, fds, timeout):
+        if "progress" in body:
+            close_all(reply_fds)
+            continue
+        try:
+            return check_reply(body), reply_fds
+        except BaseException:
+            close_all(reply_fds)
+            raise
+    raise AssertionError("a stream ends with a reply")
+
+
+def ask_stream(
+    connection: Connection,
+    op: str,
+    fields: Mapping[str, Any],
+    fds: Sequence[int] = (),
+    timeout: float = REPLY_SECONDS,
+) -> Iterator[tuple[Body, list[int]]]:
+    """Ask, and give each progress report as it comes, at last the reply, unchecked, with its fds.
+
+    The connection is closed if anything goes wrong or the caller does not stay to the end.
+    """
+    tag = connection.queue({"op": op, **fields}, fds)
+    finished = False
+    try:
+        connection.drain(timeout)
+        while not finished:
+            body, reply_fds, reply_tag = connection.recv(timeout)
+            if reply_tag != tag:
+                close_all(reply_fds)
+                raise PeerError(f"the backend answered request {reply_tag} instead of {tag}")
+            finished = "progress" not in body
+            yield body, reply_fds
+    except PeerError as error:
+        raise PeerError(f"{op}: {error}; is the backend running?") from error
+    finally:
+        if not finished:
+            connection.close()
+
+
+def close_all(fds: list[int]) -> None:
+    """Close these descriptors and empty the list."""
+    while fds:
+        os.close(fds.pop())
