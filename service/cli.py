@@ -28,6 +28,7 @@ from cowshed.service.sizes import format_bytes
 
 
 @click.group(
+    name="cowshed",
     cls=OneLineGroup,
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},

@@ -42,6 +42,7 @@ class OneLineGroup(click.Group):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a terminal that knows ASCII only
         extra["standalone_mode"] = False
+        extra.setdefault("prog_name", "cowshed")  # also as `python -m cowshed.service.cli`
         try:
             sys.exit(super().main(*args, **extra) or 0)
         except WrongUsage as error:

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what is refused and how, what is asked of a daemon, what its answers become."""
+
+import errno
+import json
+import os
+import pty
+import select
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cowshed.service.cli import cli
+
+Body = dict[str, Any]
+COMMAND = [sys.executable, "-m", "cowshed.service.cli"]
+
+
+def run(*words: str, **env: str) -> Result:
+    """`cowshed WORDS` in this process."""
+    return CliRunner(env={"COWSHED_RUN_DIR": "", "COLUMNS": "80", **env}).invoke(cli, words)
+
+
+def refused(result: Result, exit_code: int) -> str:
+    """The one line of an error, checked to be all there is."""
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == ""
+    line = result.stderr
+    assert line.startswith("cowshed: ")
+    assert line.endswith("\n")
+    assert line.count("\n") == 1
+    return line.removeprefix("cowshed: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("", "missing command: see 'cowshed --help'"),
+        ("statu", "no such command 'statu'"),
+        ("attach debian", "no such command"),
+        ("drain", "no such command"),
+        ("status --bogus", "no such option"),
+        ("status extra", "unexpected extra argument"),
+        ("serve --metrics :1", "no such option"),
+        ("serve", "no image to serve"),
+        ("serve --image debian", "has no '='"),
+        ("serve --image a=/a --capacity 64MB", "powers of 1000 or of 1024"),
+        ("serve --image a=/a --config /nowhere/c.toml", "check --config"),
+        ("pin", "missing argument 'IMAGE': see 'cowshed pin --help'"),
+        ("pin a 1M", "give both OFFSET and LENGTH"),
+        ("unpin a 1 2 3", "give both OFFSET and LENGTH"),
+        ("warm a x 4K", "OFFSET 'x' is not a size"),
+        ("evict a 0 y", "LENGTH 'y' is not a size"),
+        ("evict a 0 0", "LENGTH is 0"),
+        ("quota g", "missing argument 'SIZE'"),
+        ("quota g 100", "less than a page"),
+        ("top", "top needs a terminal"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_status_2(words: str, says: str) -> None:
+    assert says in refused(run(*words.split()), 2)
+
+
+def test_help_names_every_command_there_is_and_no_other() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    listed = result.stdout.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == sorted(
+        ["serve", "status", "top", "audit", "pin", "unpin", "warm", "evict", "quota"]
+    )
+    assert "..." not in "".join(listed)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["status", "audit", "top --once", "pin a", "unpin a", "warm a", "evict a", "quota g 1M"],
+)
+def test_without_a_daemon_every_command_says_so_with_status_1(tmp_path: Path, words: str) -> None:
+    message = refused(run(*words.split(), "--run-dir", str(tmp_path)), 1)
+    assert message.startswith(f"no daemon at {tmp_path} ")
+    assert "'cowshed serve'" in message
+
+
+def test_the_run_dir_comes_from_the_option_then_the_environment(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert f"no daemon at {there} " in refused(run("status", COWSHED_RUN_DIR=str(there)), 1)
+    both = run("status", "--run-dir", str(here), COWSHED_RUN_DIR=str(there))
+    assert f"no daemon at {here} " in refused(both, 1)
+
+
+def test_a_socket_left_over_is_told_from_none(tmp_path: Path, stand_in: Callable[..., Any]) -> None:
+    left_over = tmp_path / "cowshed.sock"
+    os.mknod(left_over, stat.S_IFSOCK | 0o666)
+    assert "left over" in refused(run("status", "--run-dir", str(tmp_path)), 1)
+
+
+def test_a_daemon_that_hangs_up_is_one_line(stand_in: Callable[..., Any]) -> None:
+    peer = stand_in()
+    message = refused(run("status", "--run-dir", str(peer.run_dir)), 1)
+    assert message.startswith(f"the daemon at {peer.run_dir} (status): ")
+    assert message.endswith("look at its log")
+
+
+def test_a_refusal_of_the_daemon_is_passed_on_with_status_1(stand_in: Callable[..., Any]) -> None:
+    error = {"kind": "denied", "message": "pin is for root:\nuse sudo\x1b[m"}
+    peer = stand_in(pin=[{"ok": False, "error": error}])
+    message = refused(run("pin", "a", "--run-dir", str(peer.run_dir)), 1)
+    assert message.startswith("pin is for root: use sudo")
+    assert "\x1b" not in message
+
+
+def test_an_answer_of_another_version_is_explained(stand_in: Callable[..., Any]) -> None:
+    peer = stand_in(status=[{"ok": True, "status": {"pid": 1}}])
+    message = refused(run("status", "--run-dir", str(peer.run_dir)), 1)
+    assert "another version" in message
+
+
+def test_status_is_tables_for_people_and_json_for_programs(
+    stand_in: Callable[..., Any], status: Body
+) -> None:
+    peer = stand_in(status=[{"ok": True, "status": status}])
+    table = run("status", "--run-dir", str(peer.run_dir))
+    assert table.exit_code == 0
+    assert "STOPPED" in table.stdout
+    program = run("status", "--json", "--run-dir", str(peer.run_dir))
+    assert program.exit_code == 0
+    assert json.loads(program.stdout) == status
+
+
+@pytest.mark.parametrize(("mismatches", "exit_code"), [([], 0), ([1], 3)])
+@pytest.mark.parametrize("option", ["--json", None])
+def test_audit_ends_with_3_only_if_something_differs(
+    stand_in: Callable[..., Any], mismatches: list[int], exit_code: int, option: str | None
+) -> None:
+    found = [{"check": "refs", "image": "a", "extent": 1, "expected": 1, "found": 2}] * len(
+        mismatches
+    )
+    answer = {"mismatches": found, "checked": {"images": 1}}
+    peer = stand_in(audit=[{"ok": True, **answer}])
+    result = run("audit", *([option] if option else []), "--run-dir", str(peer.run_dir))
+    assert result.exit_code == exit_code
+    assert result.stderr == ""
+    if option:
+        assert json.loads(result.stdout) == answer
+    else:
+        assert ("No mismatches" in result.stdout) == (not mismatches)
+
+
+@pytest.mark.parametrize(
+    ("words", "asked", "reply", "line"),
+    [
+        (
+            "pin debian",
+            {"op": "pin", "image": "debian", "offset": None, "length": None},
+            {"pinned_bytes": 64 << 20},
+            "debian: 64M pinned",
+        ),
+        (
+            "unpin debian 1M 64KiB",
+            {"op": "unpin", "image": "debian", "offset": 1 << 20, "length": 64 << 10},
+            {"pinned_bytes": 0},
+            "debian: 0 still pinned",
+        ),
+        (
+            "evict debian",
+            {"op": "evict", "image": "debian", "offset": None, "length": None},
+            {"evicted_bytes": 1 << 20, "kept_bytes": 0, "kept_why": ""},
+            "debian: 1M evicted",
+        ),
+        (
+            "evict debian 0 2M",
+            {"op": "evict", "image": "debian", "offset": 0, "length": 2 << 20},
+            {"evicted_bytes": 1 << 20, "kept_bytes": 1 << 20, "kept_why": "pinned"},
+            "debian: 1M evicted, 1M kept (pinned)",
+        ),
+        (
+            "quota g1 2G",
+            {"op": "quota", "guest": "g1", "quota_bytes": 2 << 30},
+            {"quota_bytes": 2 << 30},
+            "g1: quota 2G",
+        ),
+        (
+            "quota g1 none",
+            {"op": "quota", "guest": "g1", "quota_bytes": None},
+            {"quota_bytes": None},
+            "g1: no quota",
+        ),
+    ],
+)
+def test_an_order_is_sent_in_bytes_and_its_outcome_told(
+    stand_in: Callable[..., Any], words: str, asked: Body, reply: Body, line: str
+) -> None:
+    peer = stand_in(**{asked["op"]: [{"ok": True, **reply}]})
+    result = run(*words.split(), "--run-dir", str(peer.run_dir))
+    assert (result.exit_code, result.stdout, result.stderr) == (0, line + "\n", "")
+    assert peer.asked == [asked]
+
+
+def warm_replies() -> list[Body]:
+    total_bytes = 128 << 20
+    steps = range(0, total_bytes + 1, 32 << 20)
+    reports = [{"done_bytes": done, "total_bytes": total_bytes} for done in steps]
+    replies: list[Body] = [{"ok": True, "progress": report} for report in reports]
+    return [*replies, {"ok": True, "loaded_bytes": 96 << 20, "already_bytes": 32 << 20}]
+
+
+def test_warm_tells_its_outcome_and_draws_nothing_into_a_pipe(stand_in: Callable[..., Any]) -> None:
+    peer = stand_in(warm=warm_replies())
+    result = run("warm", "debian", "--run-dir", str(peer.run_dir))
+    assert result.exit_code == 0
+    assert result.stdout == "debian: 96M loaded, 32M already resident\n"
+    assert result.stderr == ""
+
+
+def test_warm_that_fails_half_way_is_a_failure(stand_in: Callable[..., Any]) -> None:
+    error = {"kind": "source", "message": "cannot read /srv/a at 4096: Input/output error"}
+    peer = stand_in(warm=[*warm_replies()[:2], {"ok": False, "error": error}])
+    message = refused(run("warm", "debian", "--run-dir", str(peer.run_dir)), 1)
+    assert message == "cannot read /srv/a at 4096: Input/output error"
+
+
+class Terminal:
+    """A command on a terminal of 80x24, and what it has drawn so far."""
+
+    def __init__(self, *words: str) -> None:
+        self.drawn = ""
+        self._keys, theirs = pty.openpty()
+        env = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+        self.process = subprocess.Popen(
+            [*COMMAND, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=env
+        )
+        os.close(theirs)
+
+    def press(self, key: bytes) -> None:
+        os.write(self._keys, key)
+
+    def read_until(self, words: str) -> None:
+        while words not in self.drawn:
+            assert self._read(), f"ended without {words!r}: {self.drawn!r}"
+
+    def end(self) -> int:
+        """Read to the end and give the exit status."""
+        while self._read():
+            pass
+        os.close(self._keys)
+        return self.process.wait(timeout=20)
+
+    def _read(self) -> bool:
+        readable, _, _ = select.select([self._keys], [], [], 20)
+        assert readable, f"silent for 20 s after {self.drawn!r}"
+        try:
+            got = os.read(self._keys, 65536)
+        except OSError as error:
+            if error.errno == errno.EIO:  # how a terminal says that nobody has it open
+                return False
+            raise
+        self.drawn += got.decode(errors="replace")
+        return bool(got)
+
+
+def test_top_draws_until_q_and_gives_the_screen_back(
+    stand_in: Callable[..., Any], status: Body
+) -> None:
+    peer = stand_in(status=[{"ok": True, "status": status}])
+    terminal = Terminal("top", "--run-dir", str(peer.run_dir))
+    terminal.read_until("STOPPED")
+    terminal.press(b"xq")
+    assert terminal.end() == 0
+    assert terminal.drawn.index("\x1b[?1049h") < terminal.drawn.index("\x1b[?1049l")
+    assert "Traceback" not in terminal.drawn
+
+
+def test_top_ends_quietly_on_ctrl_c(stand_in: Callable[..., Any], status: Body) -> None:
+    peer = stand_in(status=[{"ok": True, "status": status}])
+    terminal = Terminal("top", "--run-dir", str(peer.run_dir))
+    terminal.read_until("STOPPED")
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.end() == 130
+    assert "Traceback" not in terminal.drawn
+    assert "cowshed: " not in terminal.drawn
+
+
+def test_top_that_loses_its_daemon_leaves_the_screen_and_says_why(
+    stand_in: Callable[..., Any], status: Body
+) -> None:
+    peer = stand_in(status=[{"ok": True, "status": status}])
+    terminal = Terminal("top", "--run-dir", str(peer.run_dir))
+    terminal.read_until("STOPPED")
+    peer.close()
+    assert terminal.end() == 1
+    assert "cowshed: the daemon at" in terminal.drawn.partition("\x1b[?1049l")[2]
+
+
+def test_warm_shows_its_progress_on_a_terminal(stand_in: Callable[..., Any]) -> None:
+    peer = stand_in(warm=warm_replies())
+    terminal = Terminal("warm", "debian", "--run-dir", str(peer.run_dir))
+    assert terminal.end() == 0
+    assert "warming" in terminal.drawn
+    assert "128.0" in terminal.drawn
+    assert "debian: 96M loaded" in terminal.drawn
+
+
+@pytest.mark.parametrize("option", ["--json", None])
+def test_a_reader_that_has_gone_away_is_no_news(
+    stand_in: Callable[..., Any], status: Body, option: str | None
+) -> None:
+    peer = stand_in(status=[{"ok": True, "status": status}])
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = ["status", *([option] if option else []), "--run-dir", str(peer.run_dir)]
+    done = subprocess.run([*COMMAND, *words], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert done.stderr == b""
+    assert done.returncode != 0
+
+
+@pytest.mark.parametrize("option", ["--json", None])
+def test_a_full_disk_is_told_in_one_line(
+    stand_in: Callable[..., Any], status: Body, option: str | None
+) -> None:
+    peer = stand_in(status=[{"ok": True, "status": status}])
+    words = ["status", *([option] if option else []), "--run-dir", str(peer.run_dir)]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*COMMAND, *words], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.stderr == b"cowshed: cannot write the answer: No space left on device\n"
+    assert done.returncode == 1
+
+
+def test_names_a_terminal_cannot_show_are_no_failure(
+    stand_in: Callable[..., Any], status: Body
+) -> None:
+    status["guests"][0]["name"] = "g\u00fcnther"
+    peer = stand_in(status=[{"ok": True, "status": status}])
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for words in (["status"], ["top", "--once"]):
+        command = [*COMMAND, *words, "--run-dir", str(peer.run_dir)]
+        done = subprocess.run(command, capture_output=True, env=env, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert b"g?nther" in done.stdout
