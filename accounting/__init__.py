@@ -2,6 +2,16 @@
 """What the backend knows and decides about its pages: who holds them, and which to give up."""
 
 from cowshed.accounting.eviction import EvictionPolicy, ExtentKey, Heat
+from cowshed.accounting.ledger import (
+    Account,
+    AccountCounters,
+    AccountStatus,
+    Latency,
+    LatencyKind,
+    QuotaPolicy,
+    evict,
+    read_latency,
+)
 from cowshed.accounting.watermarks import Watermarks
 from cowshed.accounting.workingset import (
     FirstTouches,
@@ -11,12 +21,20 @@ from cowshed.accounting.workingset import (
 )
 
 __all__ = [
+    "Account",
+    "AccountCounters",
+    "AccountStatus",
     "EvictionPolicy",
     "ExtentKey",
     "FirstTouches",
     "Heat",
+    "Latency",
+    "LatencyKind",
+    "QuotaPolicy",
     "Watermarks",
     "WorkingSet",
+    "evict",
+    "read_latency",
     "read_working_set",
     "write_working_set",
 ]

@@ -136,21 +136,22 @@ class EvictionPolicy:
         nr_small_unseen = len(small)
         nr_stuck = 0  # extents of main passed in a row since anything changed; all of them: give up
         patience = PATIENCE * nr_extents
-        while len(victims) < nr_extents:
-            if nr_small_unseen and (len(small) >= self.nr_small_wanted or nr_stuck >= len(main)):
+        small_due = len(small) >= self.nr_small_wanted  # decided per victim: what small promotes
+        while len(victims) < nr_extents:  # is not for main to give up before the rest of small
+            if nr_small_unseen and (small_due or nr_stuck >= len(main)):
                 nr_small_unseen -= 1
+                queue = small
                 place, key = small.peekitem(0)
                 if not heat.evictable(key):
                     self._move(small, place, small, key)
-                elif patience > 0 and self._is_wanted(key, heat):
+                    continue
+                if patience > 0 and self._is_wanted(key, heat):
                     self._move(small, place, main, key)
                     patience -= 1
                     nr_stuck = 0
-                else:
-                    del small[place]
-                    self._chosen[key] = small
-                    victims.append(key)
+                    continue
             elif nr_stuck < len(main):
+                queue = main
                 place, key = main.peekitem(0)
                 if not heat.evictable(key):
                     self._move(main, place, main, key)
@@ -162,12 +163,13 @@ class EvictionPolicy:
                     self._credits[key] = credit - 1
                     self._move(main, place, main, key)
                     patience -= 1
-                else:
-                    del main[place]
-                    self._chosen[key] = main
-                    victims.append(key)
+                    continue
             else:
                 break
+            del queue[place]
+            self._chosen[key] = queue
+            victims.append(key)
+            small_due = len(small) >= self.nr_small_wanted
         if not victims:
             raise CapacityError(
                 f"none of {len(self)} resident extents can be evicted: "

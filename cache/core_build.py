@@ -25,17 +25,15 @@ from cffi import FFI
 MODULE = "cowshed.cache._core"
 CORES = ("cache/core", "accounting/core", "faults/core", "transport/core")
 HEADERS = (
-    "cache/core/error.h",
+    "cache/core/points.h",
     "cache/core/extent.h",
     "cache/core/image.h",
-    "cache/core/loader.h",
     "cache/core/store.h",
-    "cache/core/points.h",
     "accounting/core/ledger.h",
     "accounting/core/settle.h",
     "accounting/core/evict.h",
-    "faults/core/guest.h",
     "faults/core/window.h",
+    "faults/core/guest.h",
     "transport/core/region.h",
 )
 BEGIN = "/* cdef-begin */"

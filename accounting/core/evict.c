@@ -1,0 +1,71 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "accounting/core/evict.h"
+
+#include "accounting/core/settle.h"
+#include "cache/core/points.h"
+#include "cache/core/store.h"
+
+#include <stdlib.h>
+
+static int compare_extents(const void *a, const void *b)
+{
+	uint32_t left = *(const uint32_t *)a, right = *(const uint32_t *)b;
+
+	return left < right ? -1 : left > right;
+}
+
+/* Neighbours are punched together: each punch walks every guest's mapping. */
+static void punch_runs(struct image *image, const uint32_t *extents, uint64_t nr)
+{
+	for (uint64_t i = 0, run; i < nr; i += run) {
+		run = 1;
+		while (i + run < nr && extents[i + run] == extents[i] + run)
+			run++;
+		int err = image_punch(image, extents[i], run);
+		/* A punch inside our own unsealed memfd has no reason to fail that can be mended here. */
+		if (err)
+			abort();
+	}
+}
+
+static void revoke_grants(struct image *image, const uint32_t *extents, uint64_t nr)
+{
+	uint64_t extent_pages = image->shape.extent_pages;
+
+	pthread_rwlock_rdlock(&image->accounts_lock);
+	for (struct account *account = image->accounts; account; account = account->next) {
+		bool locked = false;
+
+		for (uint64_t i = 0; i < nr; i++) {
+			uint64_t first = extents[i] * extent_pages;
+			uint64_t nr_pages = image_extent_pages(image, extents[i]);
+
+			account_revoke(account, extents[i]);
+			/* A page allowed to become private, and punched before it did, is charged for nothing. */
+			if (bits_next(account->unsettled, first, first + nr_pages) == first + nr_pages)
+				continue;
+			if (!locked)
+				pthread_mutex_lock(&account->write_lock);
+			locked = true;
+			account_settle_range(account, first, nr_pages);
+		}
+		if (locked)
+			pthread_mutex_unlock(&account->write_lock);
+	}
+	pthread_rwlock_unlock(&image->accounts_lock);
+}
+
+int64_t evict_extents(struct image *image, uint32_t *extents, uint64_t nr)
+{
+	uint64_t nr_going = store_begin_evict(image, extents, nr);
+
+	if (!nr_going)
+		return 0;
+	qsort(extents, nr_going, sizeof *extents, compare_extents);
+	point_reach(POINT_EVICT_PUNCH);
+	punch_runs(image, extents, nr_going);
+	point_reach(POINT_EVICT_REVOKE);
+	revoke_grants(image, extents, nr_going);
+	store_end_evict(image, extents, nr_going);
+	return (int64_t)nr_going;
+}

@@ -1,0 +1,14 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Eviction: named victims lose their frames, in every guest at once, and every grant on them is revoked. */
+#ifndef COWSHED_EVICT_H
+#define COWSHED_EVICT_H
+
+#include "accounting/core/ledger.h"
+
+/* cdef-begin */
+/* Evicts those of nr extents that are resident, unpinned and idle; moves them to the front of the array; how
+ * many.  Cost: a punch for each run of neighbours, which walks every guest's mapping of it. */
+int64_t evict_extents(struct image *image, uint32_t *extents, uint64_t nr);
+/* cdef-end */
+
+#endif

@@ -1,0 +1,231 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "accounting/core/ledger.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static int ledger_map(struct account *account)
+{
+	const struct image_shape *shape = &account->image->shape;
+	size_t by_extent = bits_bytes(shape->nr_extents);
+	size_t by_page = bits_bytes(shape->nr_pages);
+
+	account->ledger_bytes = sizeof *account->header + by_extent + 4 * by_page;
+	account->ledger_fd = memfd_create("cowshed-ledger", MFD_CLOEXEC);
+	if (account->ledger_fd < 0 || ftruncate(account->ledger_fd, (off_t)account->ledger_bytes) < 0)
+		return -errno;
+	void *at = mmap(NULL, account->ledger_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, account->ledger_fd, 0);
+	if (at == MAP_FAILED)
+		return -errno;
+	account->header = at;
+	char *bits = (char *)(account->header + 1);
+	account->granted = (bits_word *)bits;
+	account->private = (bits_word *)(bits + by_extent);
+	account->unsettled = (bits_word *)(bits + by_extent + by_page);
+	account->discarded = (bits_word *)(bits + by_extent + 2 * by_page);
+	account->poisoned = (bits_word *)(bits + by_extent + 3 * by_page);
+	account->header->magic = LEDGER_MAGIC;
+	account->header->nr_pages = shape->nr_pages;
+	account->header->nr_extents = shape->nr_extents;
+	return 0;
+}
+
+static void account_free(struct account *account)
+{
+	if (account->header)
+		munmap(account->header, account->ledger_bytes);
+	if (account->ledger_fd >= 0)
+		close(account->ledger_fd);
+	pthread_mutex_destroy(&account->write_lock);
+	free(account);
+}
+
+int account_open(struct image *image, uint64_t quota_pages, int policy, struct account **account_out)
+{
+	struct account *account = calloc(1, sizeof *account);
+
+	if (!account)
+		return -ENOMEM;
+	account->image = image;
+	account->ledger_fd = account->uffd = account->pagemap_fd = -1;
+	pthread_mutex_init(&account->write_lock, NULL);
+	int err = ledger_map(account);
+	if (!err)
+		err = account_set_quota(account, quota_pages, policy);
+	if (err) {
+		account_free(account);
+		return err;
+	}
+	pthread_rwlock_wrlock(&image->accounts_lock);
+	account->next = image->accounts;
+	image->accounts = account;
+	pthread_rwlock_unlock(&image->accounts_lock);
+	*account_out = account;
+	return 0;
+}
+
+int account_close(struct account *account)
+{
+	struct image *image = account->image;
+	uint64_t nr_extents = image->shape.nr_extents;
+
+	pthread_rwlock_wrlock(&image->accounts_lock);
+	struct account **at = &image->accounts;
+	while (*at != account)
+		at = &(*at)->next;
+	*at = account->next;
+	for (uint64_t e = 0; (e = bits_next(account->granted, e, nr_extents)) < nr_extents; e++)
+		account_revoke(account, e);
+	uint64_t nr_poisoned = bits_count(account->poisoned, 0, image->shape.nr_pages);
+	atomic_fetch_sub(&image->nr_poisoned, nr_poisoned);
+	pthread_rwlock_unlock(&image->accounts_lock);
+	account_free(account);
+	return 0;
+}
+
+void account_place(struct account *account, int uffd, int pagemap_fd, uint64_t base_address)
+{
+	pthread_mutex_lock(&account->write_lock);
+	account->uffd = uffd;
+	account->pagemap_fd = pagemap_fd;
+	atomic_store(&account->base_address, base_address);
+	pthread_mutex_unlock(&account->write_lock);
+}
+
+void account_grant(struct account *account, uint64_t extent)
+{
+	if (bits_test(account->granted, extent) || !bits_set(account->granted, extent))
+		return;
+	atomic_fetch_add(&account->image->refs[extent], 1);
+	count_add(&account->header->granted_extents, 1);
+	image_note_first_touch(account->image, extent);
+}
+
+void account_revoke(struct account *account, uint64_t extent)
+{
+	if (!bits_clear(account->granted, extent))
+		return;
+	uint32_t before = atomic_fetch_sub(&account->image->refs[extent], 1);
+	assert(before > 0);
+	(void)before;
+	atomic_fetch_sub(&account->header->granted_extents, 1);
+}
+
+void account_charge(struct account *account, uint64_t page)
+{
+	bool fresh = bits_set(account->private, page);
+
+	assert(fresh);
+	(void)fresh;
+	bits_set(account->unsettled, page);
+	count_add(&account->header->private_pages, 1);
+	count_add(&account->header->charged_pages, 1);
+}
+
+void account_uncharge(struct account *account, uint64_t page)
+{
+	bool was = bits_clear(account->private, page);
+
+	assert(was);
+	(void)was;
+	bits_clear(account->unsettled, page);
+	atomic_fetch_sub(&account->header->private_pages, 1);
+}
+
+void account_read(const struct account *account, struct account_status *status_out)
+{
+	struct ledger_header *header = account->header;
+
+	*status_out = (struct account_status){
+		.granted_extents = header->granted_extents,
+		.private_pages = header->private_pages,
+		.quota_pages = header->quota_pages,
+		.stopped_since_ns = header->stopped_since_ns,
+		.policy = header->policy,
+		.broken = header->broken,
+		.counters = {
+			.hits = header->hits,
+			.misses = header->misses,
+			.faults_missing = header->faults_missing,
+			.faults_minor = header->faults_minor,
+			.faults_write = header->faults_write,
+			.charged_pages = header->charged_pages,
+			.uncharged_pages = header->uncharged_pages,
+			.discarded_pages = header->discarded_pages,
+			.mapped_pages = header->mapped_pages,
+			.poisoned_pages = header->poisoned_pages,
+			.repaired_pages = header->repaired_pages,
+			.quota_stops = header->quota_stops,
+			.retries = header->retries,
+		},
+	};
+}
+
+/* Four buckets to each power of two: bounds are within 25 % of any duration they hold. */
+static uint32_t bucket_of(uint64_t duration_ns)
+{
+	if (duration_ns < 4)
+		return (uint32_t)duration_ns;
+	uint32_t exponent = 63 - (uint32_t)__builtin_clzll(duration_ns);
+	uint32_t bucket = (exponent - 1) * 4 + (uint32_t)(duration_ns >> (exponent - 2) & 3);
+	return bucket < LATENCY_BUCKETS ? bucket : LATENCY_BUCKETS - 1;
+}
+
+uint64_t bucket_bound_ns(uint32_t bucket)
+{
+	uint32_t next = bucket + 1;
+
+	if (next < 8)
+		return next;
+	return (uint64_t)(4 + next % 4) << (next / 4 - 1);
+}
+
+void account_note_latency(struct account *account, int kind, uint64_t duration_ns)
+{
+	count_add(&account->header->latency[kind][bucket_of(duration_ns)], 1);
+	count_add(&account->header->latency_sum_ns[kind], duration_ns);
+}
+
+int account_latency(const struct account *account, int kind, uint64_t *counts_out, uint64_t *sum_ns_out)
+{
+	if (kind < 0 || kind >= LATENCY_NR)
+		return -EINVAL;
+	for (int i = 0; i < LATENCY_BUCKETS; i++)
+		counts_out[i] += account->header->latency[kind][i];
+	*sum_ns_out += account->header->latency_sum_ns[kind];
+	return 0;
+}
+
+int account_set_quota(struct account *account, uint64_t quota_pages, int policy)
+{
+	if (policy < QUOTA_STOP || policy > QUOTA_ALLOW)
+		return -EINVAL;
+	atomic_store(&account->header->quota_pages, quota_pages);
+	atomic_store(&account->header->policy, (uint32_t)policy);
+	return 0;
+}
+
+int account_add_grants(const struct account *account, uint64_t first, uint64_t nr, uint32_t *refs_out)
+{
+	uint64_t nr_extents = account->image->shape.nr_extents;
+
+	if (first > nr_extents || nr > nr_extents - first)
+		return -ERANGE;
+	for (uint64_t e = first; (e = bits_next(account->granted, e, first + nr)) < first + nr; e++)
+		refs_out[e - first]++;
+	return 0;
+}
+
+int account_bitmap(const struct account *account, int unsettled, uint64_t *words_out, uint64_t nr_words)
+{
+	const bits_word *bits = unsettled ? account->unsettled : account->private;
+
+	if (nr_words != bits_bytes(account->image->shape.nr_pages) / 8)
+		return -ERANGE;
+	for (uint64_t i = 0; i < nr_words; i++)
+		words_out[i] = bits[i];
+	return 0;
+}

@@ -1,0 +1,126 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The ledger of one guest: what it was granted, which pages are its own, what it may spend and what it did.
+ *
+ * All of it lives in one memfd per guest (header, then bitmaps), so that it can outlive the process; struct
+ * account is this process's handle on it.
+ *
+ *   granted    by extent  the guest may map it; counted in the image's refs
+ *   private    by page    charged: the page is the guest's own, or it was allowed to become so
+ *   unsettled  by page    charged, but the kernel's copy has not been seen yet (settle.h)
+ *   discarded  by page    was given back once (MADV_DONTNEED); a late zap may still take a new copy away, so
+ *                         such a page is never taken as settled for good
+ *   poisoned   by page    SIGBUS for the guest, because the source failed
+ */
+#ifndef COWSHED_LEDGER_H
+#define COWSHED_LEDGER_H
+
+#include "cache/core/bits.h"
+#include "cache/core/image.h"
+
+#include <pthread.h>
+
+/* cdef-begin */
+struct account;
+
+enum quota_policy { QUOTA_STOP, QUOTA_KILL, QUOTA_ALLOW };
+enum latency_kind { LATENCY_HIT, LATENCY_MISS, LATENCY_WRITE, LATENCY_NR };
+#define LATENCY_BUCKETS 160
+
+struct account_counters {
+	uint64_t hits;            /* faults answered from a resident extent */
+	uint64_t misses;          /* faults that waited for a load */
+	uint64_t faults_missing, faults_minor, faults_write;
+	uint64_t charged_pages;   /* ever charged */
+	uint64_t uncharged_pages; /* of those, given back because the copy never happened */
+	uint64_t discarded_pages; /* private pages the guest gave back */
+	uint64_t mapped_pages;    /* mapped into the guest, asked for or ahead */
+	uint64_t poisoned_pages, repaired_pages;
+	uint64_t quota_stops;     /* times the guest came to a stop at its quota */
+	uint64_t retries;         /* answers put off because the guest's memory was changing */
+};
+
+struct account_status {
+	uint64_t granted_extents;
+	uint64_t private_pages; /* charged now */
+	uint64_t quota_pages;
+	uint64_t stopped_since_ns; /* CLOCK_MONOTONIC, 0: running */
+	uint32_t policy;
+	int32_t broken; /* -errno once its memory can't be served any more */
+	struct account_counters counters;
+};
+
+/* Opens the ledger of a guest of image, all zero, with its quota; part of the image's accounts from now on. */
+int account_open(struct image *image, uint64_t quota_pages, int policy, struct account **account_out);
+/* Returns all grants and charges.  The guest's fault thread must have been stopped. */
+int account_close(struct account *account);
+/* Makes it known where the guest's mapping is; descriptors are borrowed and must outlive the account. */
+void account_place(struct account *account, int uffd, int pagemap_fd, uint64_t base_address);
+
+void account_read(const struct account *account, struct account_status *status_out);
+/* Adds the latency counts to counts_out[LATENCY_BUCKETS] and the total to sum_ns_out.
+ * Bucket i holds durations below bucket_bound_ns(i). */
+int account_latency(const struct account *account, int kind, uint64_t *counts_out, uint64_t *sum_ns_out);
+uint64_t bucket_bound_ns(uint32_t bucket);
+int account_set_quota(struct account *account, uint64_t quota_pages, int policy);
+/* Adds 1 to refs_out[i] for each granted extent first + i. */
+int account_add_grants(const struct account *account, uint64_t first, uint64_t nr, uint32_t *refs_out);
+/* Copies of the bitmap of private (or, 1: unsettled) pages: (nr_pages + 63) / 64 words. */
+int account_bitmap(const struct account *account, int unsettled, uint64_t *words_out, uint64_t nr_words);
+/* cdef-end */
+
+#define LEDGER_MAGIC 0x31474c4453574f43ull /* "COWSDLG1" */
+
+struct ledger_header {
+	uint64_t magic;
+	uint64_t nr_pages, nr_extents;
+	_Atomic uint64_t granted_extents, private_pages, quota_pages, stopped_since_ns;
+	_Atomic uint32_t policy;
+	_Atomic int32_t broken;
+	_Atomic uint64_t hits, misses, faults_missing, faults_minor, faults_write;
+	_Atomic uint64_t charged_pages, uncharged_pages, discarded_pages, mapped_pages;
+	_Atomic uint64_t poisoned_pages, repaired_pages, quota_stops, retries;
+	_Atomic uint64_t latency_sum_ns[LATENCY_NR];
+	_Atomic uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
+};
+_Static_assert(sizeof(struct ledger_header) == 8 * (21 + LATENCY_NR * (1 + LATENCY_BUCKETS)), "the layout is shared");
+
+/*
+ * Invariants: (1) granted_extents is the number of granted bits, each counted in the image's refs;
+ * (2) private_pages is the number of private bits; (3) unsettled is a subset of private.
+ * (2), (3) change only under write_lock.
+ */
+struct account {
+	struct account *next; /* in image->accounts */
+	struct image *image;
+	struct ledger_header *header;
+	size_t ledger_bytes;
+	int ledger_fd, uffd, pagemap_fd;
+	_Atomic uint64_t base_address;
+	bits_word *granted, *private, *unsettled, *discarded, *poisoned;
+	pthread_mutex_t write_lock; /* within image->accounts_lock, outside store->lock */
+};
+
+/* Grants an extent that the caller holds. */
+void account_grant(struct account *account, uint64_t extent);
+/* Takes a grant back; the extent is EVICTING, or the account is closing. */
+void account_revoke(struct account *account, uint64_t extent);
+
+/* Under write_lock.  Charges a page that is not private yet; the caller has seen to the quota. */
+void account_charge(struct account *account, uint64_t page);
+/* Under write_lock.  Gives the charge of a private page back. */
+void account_uncharge(struct account *account, uint64_t page);
+
+static inline uint64_t account_address(const struct account *account, uint64_t page)
+{
+	return atomic_load_explicit(&account->base_address, memory_order_relaxed) + (page << 12);
+}
+
+void account_note_latency(struct account *account, int kind, uint64_t duration_ns);
+
+static inline void count_add(_Atomic uint64_t *counter, uint64_t nr)
+{
+	atomic_fetch_add_explicit(counter, nr, memory_order_relaxed);
+}
+
+#endif

@@ -1,0 +1,164 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "accounting/core/settle.h"
+
+#include "cache/core/abi.h"
+#include "cache/core/points.h"
+
+#include <errno.h>
+#include <string.h>
+
+#define LOOKS_MAX 512
+#define REGIONS_MAX 64
+
+/*
+ * PAGE_IS_WRITTEN means "not write-protected by userfaultfd".  A swap-like entry that is write-protected is the
+ * marker the kernel leaves where a protected page was punched away; one that is not is a copy in swap, or the
+ * marker of a poisoned page, which the ledger knows.
+ */
+static uint8_t page_look(const struct account *account, uint64_t page, uint64_t categories)
+{
+	bool written = categories & PAGE_IS_WRITTEN;
+
+	if (categories & PAGE_IS_PRESENT) {
+		if (!(categories & PAGE_IS_FILE))
+			return PAGE_LOOK_PRIVATE;
+		return written ? PAGE_LOOK_OPEN : PAGE_LOOK_SHARED;
+	}
+	if (categories & PAGE_IS_SWAPPED && !(categories & PAGE_IS_FILE) && written &&
+	    !bits_test(account->poisoned, page))
+		return PAGE_LOOK_PRIVATE;
+	return PAGE_LOOK_ABSENT;
+}
+
+int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *looks_out)
+{
+	struct page_region regions[REGIONS_MAX];
+	uint64_t base = account_address(account, 0);
+	struct pm_scan_arg scan = {
+		.size = sizeof scan,
+		.start = account_address(account, first),
+		.end = account_address(account, first + nr),
+		.vec = (uint64_t)(uintptr_t)regions,
+		.vec_len = REGIONS_MAX,
+		.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+		.return_mask = PAGE_IS_WRITTEN | PAGE_IS_FILE | PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+	};
+
+	if (first > account->image->shape.nr_pages || nr > account->image->shape.nr_pages - first)
+		return -ERANGE;
+	memset(looks_out, PAGE_LOOK_ABSENT, nr);
+	while (scan.start < scan.end) {
+		int nr_regions = ioctl(account->pagemap_fd, PAGEMAP_SCAN, &scan);
+
+		if (nr_regions < 0)
+			return -errno;
+		for (int i = 0; i < nr_regions; i++)
+			for (uint64_t at = regions[i].start; at < regions[i].end; at += PAGE_BYTES) {
+				uint64_t page = (at - base) >> PAGE_SHIFT;
+
+				looks_out[page - first] = page_look(account, page, regions[i].categories);
+			}
+		if (scan.walk_end <= scan.start)
+			break;
+		scan.start = scan.walk_end;
+	}
+	return 0;
+}
+
+static int protect(struct account *account, uint64_t first, uint64_t nr, bool on)
+{
+	struct uffdio_writeprotect order = {
+		.range = {.start = account_address(account, first), .len = nr << PAGE_SHIFT},
+		.mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : UFFDIO_WRITEPROTECT_MODE_DONTWAKE,
+	};
+
+	return ioctl(account->uffd, UFFDIO_WRITEPROTECT, &order) < 0 ? -errno : 0;
+}
+
+static void settle_page(struct account *account, uint64_t page, uint8_t look, int64_t *nr_returned)
+{
+	if (look == PAGE_LOOK_PRIVATE) {
+		if (!bits_test(account->discarded, page))
+			bits_clear(account->unsettled, page);
+	} else if (look != PAGE_LOOK_OPEN) {
+		account_uncharge(account, page);
+		count_add(&account->header->uncharged_pages, 1);
+		++*nr_returned;
+	}
+}
+
+/*
+ * An open page (un-protected, not written yet) is protected again and then looked at once more: between the
+ * first look and the protection its guest may have made the copy after all.  Such a copy is un-protected
+ * again at once, so that "private and protected" is never a state anybody has to know.
+ */
+static int64_t settle_batch(struct account *account, uint64_t first, uint64_t nr)
+{
+	uint8_t looks[LOOKS_MAX];
+	int64_t nr_returned = 0;
+	int err = account_look(account, first, nr, looks);
+
+	for (uint64_t i = 0; i < nr && !err; i++) {
+		uint64_t run = 0;
+
+		while (i + run < nr && looks[i + run] == PAGE_LOOK_OPEN && bits_test(account->unsettled, first + i + run))
+			run++;
+		if (!run)
+			continue;
+		err = protect(account, first + i, run, true);
+		point_reach(POINT_SETTLE_PROTECTED);
+		if (!err)
+			err = account_look(account, first + i, run, looks + i);
+		for (uint64_t j = i; j < i + run && !err; j++)
+			if (looks[j] == PAGE_LOOK_PRIVATE)
+				err = protect(account, first + j, 1, false);
+		i += run - 1;
+	}
+	if (err)
+		return err;
+	for (uint64_t i = 0; i < nr; i++)
+		if (bits_test(account->unsettled, first + i))
+			settle_page(account, first + i, looks[i], &nr_returned);
+	return nr_returned;
+}
+
+int64_t account_settle_range(struct account *account, uint64_t first, uint64_t nr)
+{
+	uint64_t end = first + nr;
+	int64_t nr_returned = 0;
+
+	if (account->pagemap_fd < 0)
+		return 0;
+	for (uint64_t page = first; (page = bits_next(account->unsettled, page, end)) < end;) {
+		uint64_t batch = end - page < LOOKS_MAX ? end - page : LOOKS_MAX;
+		int64_t nr_here = settle_batch(account, page, batch);
+
+		if (nr_here < 0)
+			return nr_here;
+		nr_returned += nr_here;
+		page += batch;
+	}
+	return nr_returned;
+}
+
+int64_t account_settle(struct account *account)
+{
+	pthread_mutex_lock(&account->write_lock);
+	int64_t nr = account_settle_range(account, 0, account->image->shape.nr_pages);
+	pthread_mutex_unlock(&account->write_lock);
+	return nr;
+}
+
+bool account_page_is_private(struct account *account, uint64_t page)
+{
+	uint8_t look = PAGE_LOOK_ABSENT;
+
+	if (!bits_test(account->private, page))
+		return false;
+	if (account_look(account, page, 1, &look) < 0 || look == PAGE_LOOK_PRIVATE)
+		return true; /* in doubt it stays charged */
+	account_uncharge(account, page);
+	count_add(&account->header->uncharged_pages, 1);
+	return false;
+}

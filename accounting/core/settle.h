@@ -1,0 +1,30 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Settling: what was charged against what the kernel did.
+ *
+ * A page is charged before it is un-protected, because afterwards nobody asks us again; whether and when the
+ * guest's write then makes the copy is the kernel's business.  So a charged page is "unsettled" until
+ * PAGEMAP_SCAN shows the copy.  Settling a range leaves each charged page of it in one of two states: copied,
+ * and charged; or shared and write-protected, and not charged.
+ */
+#ifndef COWSHED_SETTLE_H
+#define COWSHED_SETTLE_H
+
+#include "accounting/core/ledger.h"
+
+/* cdef-begin */
+/* Settles every unsettled page of the guest; how many charges were given back, or -errno of PAGEMAP_SCAN (the
+ * charges stand).  Cost: 0.02 us for each page between the first and the last unsettled one. */
+int64_t account_settle(struct account *account);
+
+/* What the kernel says of nr pages from first: a byte each, PAGE_LOOK_ABSENT .. PAGE_LOOK_PRIVATE. */
+enum page_look { PAGE_LOOK_ABSENT, PAGE_LOOK_SHARED, PAGE_LOOK_OPEN, PAGE_LOOK_PRIVATE };
+int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *looks_out);
+/* cdef-end */
+
+/* Under write_lock: the same for unsettled pages in [first, first + nr). */
+int64_t account_settle_range(struct account *account, uint64_t first, uint64_t nr);
+/* Under write_lock: whether a charged page is really the guest's own; gives the charge back if not. */
+bool account_page_is_private(struct account *account, uint64_t page);
+
+#endif

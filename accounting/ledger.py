@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One guest's account: grants, private pages, quota and counters, kept by the C core."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Final
+
+from cowshed.cache import Image, UsageError
+from cowshed.cache._core import ffi, lib
+from cowshed.cache.calls import checked
+from cowshed.cache.images import PAGE_BYTES
+
+__all__ = [
+    "Account",
+    "AccountCounters",
+    "AccountStatus",
+    "Latency",
+    "LatencyKind",
+    "QuotaPolicy",
+    "evict",
+    "read_latency",
+]
+
+
+class QuotaPolicy(IntEnum):
+    """What a guest meets at its quota: it waits, it gets SIGBUS, or it is only counted."""
+
+    STOP = lib.QUOTA_STOP
+    KILL = lib.QUOTA_KILL
+    ALLOW = lib.QUOTA_ALLOW
+
+
+class LatencyKind(IntEnum):
+    """Faults answered from a resident extent, after a load, and write faults."""
+
+    HIT = lib.LATENCY_HIT
+    MISS = lib.LATENCY_MISS
+    WRITE = lib.LATENCY_WRITE
+
+
+@dataclass(frozen=True)
+class AccountCounters:
+    """What was done for a guest since it attached; each only grows. Meanings: ledger.h."""
+
+    hits: int
+    misses: int
+    faults_missing: int
+    faults_minor: int
+    faults_write: int
+    charged_pages: int
+    uncharged_pages: int
+    discarded_pages: int
+    mapped_pages: int
+    poisoned_pages: int
+    repaired_pages: int
+    quota_stops: int
+    retries: int
+
+    @property
+    def cow_breaks(self) -> int:
+        """Pages replaced by a private copy, after a settle; before it, some may be yet to come."""
+        return self.charged_pages - self.uncharged_pages
+
+
+@dataclass(frozen=True)
+class AccountStatus:
+    """A guest's account, read field by field while it runs.
+
+    stopped_since_ns is CLOCK_MONOTONIC, 0 while the guest runs. broken is 0, or -errno once its
+    memory can no longer be served.
+    """
+
+    granted_extents: int
+    private_pages: int
+    quota_pages: int
+    stopped_since_ns: int
+    policy: QuotaPolicy
+    broken: int
+    counters: AccountCounters
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A histogram of durations: counts[i] were below bounds_ns[i] and not below the one before."""
+
+    counts: list[int]
+    sum_ns: int
+
+    @property
+    def count(self) -> int:
+        """All durations noted."""
+        return sum(self.counts)
+
+    def percentile_ns(self, percent: float) -> int:
+        """Give an upper bound, within 25 %, of the duration that percent of all stay below."""
+        wanted = self.count * percent / 100
+        seen = 0
+        for bucket, nr in enumerate(self.counts):
+            seen += nr
+            if nr and seen >= wanted:
+                return int(lib.bucket_bound_ns(bucket))
+        return 0
+
+
+class Account:
+    """A guest's account with one image. Made before its faults are answered, closed after."""
+
+    def __init__(self, image: Image, quota_bytes: int, policy: QuotaPolicy) -> None:
+        account = ffi.new("struct account **")
+        checked(
+            lib.account_open(image.cdata, _quota_pages(quota_bytes), policy, account),
+            f"opening an account with {image.name!r}",
+        )
+        self.image: Final = image
+        self.cdata = account[0]
+
+    def place(self, uffd: int, pagemap_fd: int, base_address: int) -> None:
+        """Say where the guest's mapping is; the descriptors are borrowed until close()."""
+        lib.account_place(self.cdata, uffd, pagemap_fd, base_address)
+
+    def close(self) -> None:
+        """Return every grant and charge; the guest's fault thread must have been stopped."""
+        if self.cdata is not None:
+            lib.account_close(self.cdata)
+            self.cdata = None
+
+    def status(self) -> AccountStatus:
+        """Read the account; private_pages may be ahead of the kernel by charges not settled."""
+        status = ffi.new("struct account_status *")
+        lib.account_read(self.cdata, status)
+        counters = status.counters
+        return AccountStatus(
+            granted_extents=status.granted_extents,
+            private_pages=status.private_pages,
+            quota_pages=status.quota_pages,
+            stopped_since_ns=status.stopped_since_ns,
+            policy=QuotaPolicy(status.policy),
+            broken=status.broken,
+            counters=AccountCounters(
+                *(getattr(counters, field.name) for field in fields(AccountCounters))
+            ),
+        )
+
+    def settle(self) -> None:
+        """Give back charges whose copies never happened, so that charged means copied.
+
+        If the guest's page tables cannot be read (it is going away) the charges stand.
+        """
+        lib.account_settle(self.cdata)
+
+    def set_quota(self, quota_bytes: int, policy: QuotaPolicy) -> None:
+        """Change the quota; a guest that is stopped must be resumed by its fault handler."""
+        checked(
+            lib.account_set_quota(self.cdata, _quota_pages(quota_bytes), policy),
+            "changing a quota",
+        )
+
+    def add_grants(self, refs: array[int]) -> None:
+        """Add this account's grants to refs, an array of one count per extent."""
+        checked(
+            lib.account_add_grants(
+                self.cdata, 0, self.image.nr_extents, ffi.from_buffer("uint32_t[]", refs)
+            ),
+            "reading grants",
+        )
+
+    def private_bitmap(self) -> bytes:
+        """Copy the bitmap of charged pages: bit i % 8 of byte i // 8 is page i."""
+        return self._bitmap(unsettled=False)
+
+    def unsettled_bitmap(self) -> bytes:
+        """Copy the bitmap of charged pages whose copies were not seen yet."""
+        return self._bitmap(unsettled=True)
+
+    def _bitmap(self, *, unsettled: bool) -> bytes:
+        nr_words = (self.image.nr_pages + 63) // 64
+        words = bytearray(8 * nr_words)
+        checked(
+            lib.account_bitmap(
+                self.cdata, int(unsettled), ffi.from_buffer("uint64_t[]", words), nr_words
+            ),
+            "reading private pages",
+        )
+        return bytes(words)
+
+    def looks(self) -> bytes:
+        """Ask the kernel about every page: a PAGE_LOOK_* value each; OSError if it cannot say."""
+        looks = bytearray(self.image.nr_pages)
+        result = lib.account_look(self.cdata, 0, self.image.nr_pages, ffi.from_buffer(looks))
+        if result < 0:
+            raise OSError(-result, "PAGEMAP_SCAN")
+        return bytes(looks)
+
+
+def read_latency(accounts: Iterable[Account], kind: LatencyKind) -> Latency:
+    """Add up the histograms of several accounts."""
+    counts = ffi.new(f"uint64_t[{lib.LATENCY_BUCKETS}]")
+    sum_ns = ffi.new("uint64_t *")
+    for account in accounts:
+        checked(lib.account_latency(account.cdata, kind, counts, sum_ns), "reading latencies")
+    return Latency(list(counts), sum_ns[0])
+
+
+def evict(image: Image, extents: list[int]) -> list[int]:
+    """Punch extents that may go, revoke their grants, and return those that went.
+
+    Pinned, held and absent ones stay as they are.
+    """
+    victims = array("I", extents)
+    nr = checked(
+        lib.evict_extents(image.cdata, ffi.from_buffer("uint32_t[]", victims), len(victims)),
+        f"evicting from {image.name!r}",
+    )
+    return victims[:nr].tolist()
+
+
+def _quota_pages(quota_bytes: int) -> int:
+    if quota_bytes < PAGE_BYTES:
+        raise UsageError(
+            f"a quota of {quota_bytes} bytes holds no page; give at least {PAGE_BYTES}"
+        )
+    return quota_bytes // PAGE_BYTES

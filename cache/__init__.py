@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images, their sources, and the page store: what is resident, how it is loaded and given up."""
+
+from cowshed.cache.errors import (
+    CapacityError,
+    CowshedError,
+    InvariantError,
+    PeerError,
+    SourceError,
+    UsageError,
+)
+from cowshed.cache.images import ExtentState, Image, ImageCounters
+from cowshed.cache.sources import FileSource
+from cowshed.cache.store import PageStore, StoreCounters
+
+__all__ = [
+    "CapacityError",
+    "CowshedError",
+    "ExtentState",
+    "FileSource",
+    "Image",
+    "ImageCounters",
+    "InvariantError",
+    "PageStore",
+    "PeerError",
+    "SourceError",
+    "StoreCounters",
+    "UsageError",
+]

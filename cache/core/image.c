@@ -1,0 +1,254 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "cache/core/image.h"
+
+#include "cache/core/abi.h"
+#include "cache/core/loader.h"
+#include "cache/core/store.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/*
+ * The frames are owned by mode 0 and handed out through an O_RDONLY description opened before the mode
+ * went away.  Seals would do it too, but F_SEAL_WRITE and F_SEAL_FUTURE_WRITE forbid punching.
+ */
+static int frames_open(uint64_t map_bytes, int *frames_fd_out, int *guest_fd_out)
+{
+	char path[32];
+	int frames_fd = memfd_create("cowshed-image", MFD_CLOEXEC);
+	int guest_fd = -1;
+
+	if (frames_fd < 0)
+		return -errno;
+	snprintf(path, sizeof path, "/proc/self/fd/%d", frames_fd);
+	if (ftruncate(frames_fd, (off_t)map_bytes) == 0)
+		guest_fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (guest_fd < 0 || fchmod(frames_fd, 0) < 0) {
+		int err = -errno;
+
+		if (guest_fd >= 0)
+			close(guest_fd);
+		close(frames_fd);
+		return err;
+	}
+	*frames_fd_out = frames_fd;
+	*guest_fd_out = guest_fd;
+	return 0;
+}
+
+static int arrays_open(struct image *image)
+{
+	uint64_t nr = image->shape.nr_extents;
+	size_t words = (nr * sizeof(uint32_t) + 63) / 64 * 64;
+	size_t bytes = (nr + 63) / 64 * 64;
+
+	image->ledger_bytes = 4 * words + 2 * bytes;
+	image->ledger_fd = memfd_create("cowshed-extents", MFD_CLOEXEC);
+	if (image->ledger_fd < 0)
+		return -errno;
+	if (ftruncate(image->ledger_fd, (off_t)image->ledger_bytes) < 0)
+		return -errno;
+	image->ledger = mmap(NULL, image->ledger_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, image->ledger_fd, 0);
+	if (image->ledger == MAP_FAILED)
+		return -errno;
+	char *at = image->ledger;
+	image->states = (extent_word *)at;
+	image->refs = (_Atomic uint32_t *)(at + words);
+	image->pins = (_Atomic uint32_t *)(at + 2 * words);
+	image->order = (_Atomic uint32_t *)(at + 3 * words);
+	image->touches = (_Atomic uint8_t *)(at + 4 * words);
+	image->touched = (_Atomic uint8_t *)(at + 4 * words + bytes);
+	image->waiters = calloc(nr, sizeof *image->waiters);
+	return image->waiters ? 0 : -ENOMEM;
+}
+
+static void image_deinit(struct image *image)
+{
+	free(image->waiters);
+	if (image->ledger != MAP_FAILED)
+		munmap(image->ledger, image->ledger_bytes);
+	if (image->ledger_fd >= 0)
+		close(image->ledger_fd);
+	if (image->guest_fd >= 0)
+		close(image->guest_fd);
+	if (image->frames_fd >= 0)
+		close(image->frames_fd);
+	pthread_rwlock_destroy(&image->accounts_lock);
+	free(image);
+}
+
+int image_open(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, struct image **image_out)
+{
+	uint64_t nr_pages = (size_bytes + PAGE_BYTES - 1) / PAGE_BYTES;
+	uint32_t extent_pages = store_extent_pages(store);
+
+	if (size_bytes == 0 || size_bytes >> 48)
+		return -EINVAL;
+	struct image *image = calloc(1, sizeof *image);
+	if (!image)
+		return -ENOMEM;
+	image->store = store;
+	image->shape = (struct image_shape){
+		.extent_pages = extent_pages,
+		.size_bytes = size_bytes,
+		.map_bytes = nr_pages * PAGE_BYTES,
+		.nr_pages = nr_pages,
+		.nr_extents = (nr_pages + extent_pages - 1) / extent_pages,
+	};
+	image->frames_fd = image->guest_fd = image->ledger_fd = -1;
+	image->ledger = MAP_FAILED;
+	image->source_fd = source_fd;
+	image->direct_fd = direct_fd;
+	pthread_rwlock_init(&image->accounts_lock, NULL);
+
+	int err = frames_open(image->shape.map_bytes, &image->frames_fd, &image->guest_fd);
+	if (!err)
+		err = arrays_open(image);
+	if (!err)
+		err = store_add_image(store, image);
+	if (err) {
+		image_deinit(image);
+		return err;
+	}
+	*image_out = image;
+	return 0;
+}
+
+int image_close(struct image *image)
+{
+	pthread_rwlock_rdlock(&image->accounts_lock);
+	int busy = image->accounts != NULL;
+	pthread_rwlock_unlock(&image->accounts_lock);
+	if (busy)
+		return -EBUSY;
+	store_remove_image(image->store, image);
+	close(image->source_fd);
+	if (image->direct_fd >= 0)
+		close(image->direct_fd);
+	image_deinit(image);
+	return 0;
+}
+
+int image_punch(struct image *image, uint64_t first, uint64_t nr)
+{
+	uint64_t step = (uint64_t)image->shape.extent_pages * PAGE_BYTES;
+	uint64_t start = first * step;
+	uint64_t length = nr * step;
+
+	if (start + length > image->shape.map_bytes)
+		length = image->shape.map_bytes - start;
+	if (fallocate(image->frames_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)start, (off_t)length) < 0)
+		return -errno;
+	return 0;
+}
+
+void image_shape(const struct image *image, struct image_shape *shape_out)
+{
+	*shape_out = image->shape;
+}
+
+void image_count(const struct image *image, struct image_counters *counters_out)
+{
+	*counters_out = (struct image_counters){
+		.loads = atomic_load(&image->loads),
+		.load_bytes = atomic_load(&image->load_bytes),
+		.load_errors = atomic_load(&image->load_errors),
+		.load_retries = atomic_load(&image->load_retries),
+		.demand_loads = atomic_load(&image->demand_loads),
+		.evictions = atomic_load(&image->evictions),
+		.strays = atomic_load(&image->strays),
+		.nr_touched = atomic_load(&image->nr_touched),
+	};
+}
+
+int image_frames_fd(const struct image *image)
+{
+	return image->frames_fd;
+}
+
+int image_guest_fd(const struct image *image)
+{
+	return image->guest_fd;
+}
+
+uint64_t image_resident_pages(const struct image *image)
+{
+	return atomic_load(&image->resident_pages);
+}
+
+uint64_t image_generation(const struct image *image)
+{
+	return atomic_load(&image->generation);
+}
+
+static bool extents_ok(const struct image *image, uint64_t first, uint64_t nr)
+{
+	return first <= image->shape.nr_extents && nr <= image->shape.nr_extents - first;
+}
+
+int image_states(const struct image *image, uint64_t first, uint64_t nr, uint8_t *states_out)
+{
+	if (!extents_ok(image, first, nr))
+		return -ERANGE;
+	for (uint64_t i = 0; i < nr; i++)
+		states_out[i] = (uint8_t)extent_state(&image->states[first + i]);
+	return 0;
+}
+
+int image_refs(const struct image *image, uint64_t first, uint64_t nr, uint32_t *refs_out)
+{
+	if (!extents_ok(image, first, nr))
+		return -ERANGE;
+	for (uint64_t i = 0; i < nr; i++)
+		refs_out[i] = atomic_load(&image->refs[first + i]);
+	return 0;
+}
+
+int image_pins(const struct image *image, uint64_t first, uint64_t nr, uint32_t *pins_out)
+{
+	if (!extents_ok(image, first, nr))
+		return -ERANGE;
+	for (uint64_t i = 0; i < nr; i++)
+		pins_out[i] = atomic_load(&image->pins[first + i]);
+	return 0;
+}
+
+uint8_t image_take_touches(struct image *image, uint64_t extent)
+{
+	assert(extent < image->shape.nr_extents);
+	if (!atomic_load_explicit(&image->touches[extent], memory_order_relaxed))
+		return 0;
+	return atomic_exchange_explicit(&image->touches[extent], 0, memory_order_relaxed);
+}
+
+uint32_t image_extent_refs(const struct image *image, uint64_t extent)
+{
+	assert(extent < image->shape.nr_extents);
+	return atomic_load_explicit(&image->refs[extent], memory_order_relaxed);
+}
+
+int image_extent_idle(const struct image *image, uint64_t extent)
+{
+	assert(extent < image->shape.nr_extents);
+	return atomic_load(&image->pins[extent]) == 0 && atomic_load(&image->states[extent]) == EXTENT_RESIDENT;
+}
+
+int64_t image_first_touches(const struct image *image, uint32_t *extents_out, uint64_t nr_max)
+{
+	uint64_t nr = atomic_load(&image->nr_touched);
+	int64_t nr_copied = 0;
+
+	for (uint64_t i = 0; i < nr && i < nr_max; i++) {
+		uint32_t entry = atomic_load_explicit(&image->order[i], memory_order_acquire);
+
+		if (entry)
+			extents_out[nr_copied++] = entry - 1;
+	}
+	return nr_copied;
+}

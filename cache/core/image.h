@@ -1,0 +1,140 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * An image: its frames (one memfd, page offset = image offset) and what is known of each extent.
+ *
+ * Nobody maps the frames here.  Loaders write them with pwrite, guests map them through a read-only
+ * descriptor, and an extent counts as resident only when its state says so: the memfd may hold stray
+ * zero pages that a reader of an unguarded mapping caused.
+ *
+ * The per-extent arrays live in a memfd of their own, so that they can outlive the process.
+ */
+#ifndef COWSHED_IMAGE_H
+#define COWSHED_IMAGE_H
+
+#include "cache/core/bits.h"
+#include "cache/core/extent.h"
+
+#include <pthread.h>
+
+/* cdef-begin */
+struct store;
+struct image;
+
+struct image_shape {
+	uint32_t image_no;
+	uint32_t extent_pages;
+	uint64_t size_bytes;
+	uint64_t map_bytes; /* size_bytes rounded up to a page: what guests map */
+	uint64_t nr_pages;
+	uint64_t nr_extents;
+};
+
+struct image_counters {
+	uint64_t loads;        /* extents made resident */
+	uint64_t load_bytes;   /* bytes read from the source */
+	uint64_t load_errors;  /* reads that failed after their retries */
+	uint64_t load_retries;
+	uint64_t demand_loads; /* of loads: with somebody waiting */
+	uint64_t evictions;    /* extents given up */
+	uint64_t strays;       /* extents found with frames nobody loaded, and emptied */
+	uint64_t nr_touched;   /* extents ever granted: the length of the first-touch order */
+};
+
+/* Makes an image over source_fd (and direct_fd, the same file opened O_DIRECT, or -1).  Takes both
+ * descriptors over on success only.  -EINVAL for a size of 0 or past 2^48. */
+int image_open(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, struct image **image_out);
+/* Gives everything back.  -EBUSY, and nothing done, while a guest is attached. */
+int image_close(struct image *image);
+
+void image_shape(const struct image *image, struct image_shape *shape_out);
+void image_count(const struct image *image, struct image_counters *counters_out);
+/* Borrowed descriptors: the frames (read-write, for audits) and what guests get (read-only). */
+int image_frames_fd(const struct image *image);
+int image_guest_fd(const struct image *image);
+/* Pages in RESIDENT extents; O(1). */
+uint64_t image_resident_pages(const struct image *image);
+/* Copies of the arrays, nr extents from first: states (enum extent_state), refs, pins. */
+int image_states(const struct image *image, uint64_t first, uint64_t nr, uint8_t *states_out);
+int image_refs(const struct image *image, uint64_t first, uint64_t nr, uint32_t *refs_out);
+int image_pins(const struct image *image, uint64_t first, uint64_t nr, uint32_t *pins_out);
+/* One extent's figures for the eviction policy; takes the touches (they start again at 0). */
+uint8_t image_take_touches(struct image *image, uint64_t extent);
+uint32_t image_extent_refs(const struct image *image, uint64_t extent);
+/* RESIDENT, not pinned, held by nobody at this moment. */
+int image_extent_idle(const struct image *image, uint64_t extent);
+/* Changes whenever an extent's state does: two equal readings enclose a quiet time. */
+uint64_t image_generation(const struct image *image);
+/* The order in which extents were first granted; how many were copied. */
+int64_t image_first_touches(const struct image *image, uint32_t *extents_out, uint64_t nr_max);
+/* cdef-end */
+
+#define TOUCHES_MAX 3
+
+struct account;
+struct load_waiter;
+
+/*
+ * Invariants: (1) frames of a RESIDENT extent are all in the memfd; (2) refs[e] is the number of attached
+ * accounts whose grant bit e is set; (3) waiters[e] is empty unless e is LOADING or EVICTING;
+ * (4) resident_pages is the sum of the pages of RESIDENT extents.
+ */
+struct image {
+	struct store *store;
+	struct image *next;
+	struct image_shape shape;
+	int frames_fd, guest_fd, source_fd, direct_fd, ledger_fd;
+
+	void *ledger; /* the mapped memfd of the arrays below */
+	size_t ledger_bytes;
+	extent_word *states;
+	_Atomic uint32_t *refs;
+	_Atomic uint32_t *pins; /* changed under the store's lock */
+	_Atomic uint32_t *order;
+	_Atomic uint8_t *touches;
+	_Atomic uint8_t *touched;
+	_Atomic uint64_t nr_touched;
+
+	struct load_waiter **waiters; /* by extent, under the store's lock */
+
+	pthread_rwlock_t accounts_lock; /* taken before an account's write_lock, and that before the store's */
+	struct account *accounts;
+	_Atomic uint64_t nr_poisoned; /* pages poisoned in any guest: whether loads must look for repairs */
+	/* Called by a loader, without locks, for each extent it made resident while nr_poisoned > 0. */
+	void (*_Atomic repair)(struct image *image, uint64_t extent);
+
+	_Atomic uint64_t resident_pages, generation;
+	_Atomic uint64_t loads, load_bytes, load_errors, load_retries, demand_loads, evictions, strays;
+};
+
+static inline uint64_t image_extent_pages(const struct image *image, uint64_t extent)
+{
+	uint64_t first = extent * image->shape.extent_pages;
+	uint64_t left = image->shape.nr_pages - first;
+
+	return left < image->shape.extent_pages ? left : image->shape.extent_pages;
+}
+
+/* Drops the frames of nr extents from first, in every mapping of every guest. */
+int image_punch(struct image *image, uint64_t first, uint64_t nr);
+
+/* A fault touched the extent: heat for the policy. */
+static inline void image_touch(struct image *image, uint64_t extent)
+{
+	uint8_t seen = atomic_load_explicit(&image->touches[extent], memory_order_relaxed);
+
+	if (seen < TOUCHES_MAX) /* a lost update is harmless: this is a hint */
+		atomic_store_explicit(&image->touches[extent], (uint8_t)(seen + 1), memory_order_relaxed);
+}
+
+/* The extent was granted to somebody: remembers the order of firsts. */
+static inline void image_note_first_touch(struct image *image, uint64_t extent)
+{
+	if (atomic_load_explicit(&image->touched[extent], memory_order_relaxed))
+		return;
+	if (atomic_exchange_explicit(&image->touched[extent], 1, memory_order_relaxed))
+		return;
+	uint64_t no = atomic_fetch_add_explicit(&image->nr_touched, 1, memory_order_relaxed);
+	atomic_store_explicit(&image->order[no], (uint32_t)extent + 1, memory_order_release); /* 0: not yet written */
+}
+
+#endif

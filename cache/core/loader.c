@@ -1,0 +1,307 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "cache/core/loader.h"
+
+#include "cache/core/abi.h"
+#include "cache/core/points.h"
+#include "cache/core/store.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <time.h>
+#include <unistd.h>
+
+#define LOAD_ATTEMPTS 3
+#define RETRY_DELAY_NS 5000000l /* doubled each time */
+/* The most extents in one read: LOAD_CHUNK_BYTES of one-page extents. */
+#define RUN_MAX (LOAD_CHUNK_BYTES / PAGE_BYTES)
+
+void load_queue_init(struct load_queue *queue)
+{
+	*queue = (struct load_queue){.tail = &queue->head};
+}
+
+void load_queue_push(struct load_queue *queue, struct load *load)
+{
+	load->next = NULL;
+	*queue->tail = load;
+	queue->tail = &load->next;
+	queue->nr++;
+}
+
+static void load_queue_push_front(struct load_queue *queue, struct load *load)
+{
+	load->next = queue->head;
+	if (!queue->head)
+		queue->tail = &load->next;
+	queue->head = load;
+	queue->nr++;
+}
+
+static struct load *load_queue_unlink(struct load_queue *queue, struct load **at)
+{
+	struct load *load = *at;
+
+	*at = load->next;
+	if (!load->next)
+		queue->tail = at;
+	queue->nr--;
+	return load;
+}
+
+struct load *load_queue_pop(struct load_queue *queue)
+{
+	return queue->head ? load_queue_unlink(queue, &queue->head) : NULL;
+}
+
+struct load *load_queue_take(struct load_queue *queue, const struct image *image, uint64_t extent)
+{
+	for (struct load **at = &queue->head; *at; at = &(*at)->next)
+		if ((*at)->image == image && extent - (*at)->first < (*at)->nr)
+			return load_queue_unlink(queue, at);
+	return NULL;
+}
+
+/* Reads exactly length bytes, or fails: a short file is an error, never a page of zeros. */
+static int source_read_all(int fd, char *to, uint64_t length, uint64_t offset, uint64_t asked)
+{
+	uint64_t done = 0;
+
+	while (done < length) {
+		ssize_t got = pread(fd, to + done, asked - done, (off_t)(offset + done));
+
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got < 0)
+			return -errno;
+		if (got == 0)
+			return -ENODATA; /* shorter than when it was opened */
+		done += (uint64_t)got;
+	}
+	return 0;
+}
+
+/*
+ * O_DIRECT keeps the source out of the kernel's page cache, where it would stand a second time; it wants
+ * lengths in whole blocks, so the tail is asked for in full pages and ends short at the end of the file.
+ * A file system that has no O_DIRECT gets buffered reads, and what they leave behind is dropped.
+ */
+static int source_read(struct image *image, char *to, uint64_t length, uint64_t offset)
+{
+	uint64_t whole = (length + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+	int err = point_reach(POINT_LOAD_READ);
+
+	if (err)
+		return err;
+	err = -EINVAL;
+	if (image->direct_fd >= 0)
+		err = source_read_all(image->direct_fd, to, length, offset, whole);
+	if (err == -EINVAL) {
+		err = source_read_all(image->source_fd, to, length, offset, length);
+		posix_fadvise(image->source_fd, (off_t)offset, (off_t)whole, POSIX_FADV_DONTNEED);
+	}
+	return err;
+}
+
+static int source_read_retrying(struct image *image, char *to, uint64_t length, uint64_t offset)
+{
+	struct timespec delay = {.tv_nsec = RETRY_DELAY_NS};
+	int err = 0;
+
+	for (int attempt = 0; attempt < LOAD_ATTEMPTS; attempt++) {
+		err = source_read(image, to, length, offset);
+		if (!err || err == -ENODATA)
+			break;
+		if (attempt + 1 < LOAD_ATTEMPTS) {
+			atomic_fetch_add(&image->load_retries, 1);
+			nanosleep(&delay, NULL);
+			delay.tv_nsec *= 2;
+		}
+	}
+	return err;
+}
+
+static int frames_write(struct image *image, const char *from, uint64_t length, uint64_t offset)
+{
+	int err = point_reach(POINT_LOAD_FILL);
+
+	for (uint64_t done = 0; done < length && !err;) {
+		ssize_t put = pwrite(image->frames_fd, from + done, length - done, (off_t)(offset + done));
+
+		if (put < 0 && errno != EINTR)
+			err = -errno;
+		if (put > 0)
+			done += (uint64_t)put;
+	}
+	return err;
+}
+
+/* Reads [first, first + nr) and writes whole pages into the frames; the tail of the last page is zero. */
+static int run_fill(struct image *image, uint64_t first, uint64_t nr, char *buffer)
+{
+	uint64_t step = (uint64_t)image->shape.extent_pages * PAGE_BYTES;
+	uint64_t offset = first * step;
+	uint64_t length = nr * step;
+
+	if (length > image->shape.size_bytes - offset)
+		length = image->shape.size_bytes - offset;
+	int err = source_read_retrying(image, buffer, length, offset);
+	if (err)
+		return err;
+	uint64_t whole = (length + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+	memset(buffer + length, 0, whole - length);
+	err = frames_write(image, buffer, whole, offset);
+	if (err)
+		image_punch(image, first, nr);
+	else
+		atomic_fetch_add(&image->load_bytes, length);
+	return err;
+}
+
+static void inserted_push(struct store *store, const struct image *image, uint64_t extent)
+{
+	uint64_t entry = (uint64_t)image->shape.image_no << INSERTED_SHIFT | extent;
+
+	store->inserted[store->inserted_head++ % store->nr_inserted_slots] = entry;
+}
+
+/* Ends the load of a run: its extents are RESIDENT or, on error, ABSENT, and whoever waited is answered. */
+static void run_end(struct store *store, struct image *image, uint64_t first, uint64_t nr, int status)
+{
+	struct load_waiter *waiters[RUN_MAX];
+	bool held[RUN_MAX];
+	bool repair = status == 0 && atomic_load(&image->nr_poisoned) > 0;
+
+	assert(nr <= RUN_MAX);
+	pthread_mutex_lock(&store->lock);
+	for (uint64_t i = 0; i < nr; i++) {
+		uint64_t extent = first + i;
+
+		waiters[i] = image->waiters[extent];
+		image->waiters[extent] = NULL;
+		held[i] = status == 0 && (waiters[i] || repair);
+		if (status == 0) {
+			atomic_fetch_add(&image->resident_pages, image_extent_pages(image, extent));
+			atomic_fetch_add(&image->demand_loads, waiters[i] != NULL);
+			inserted_push(store, image, extent);
+		}
+		extent_step(&image->states[extent], EXTENT_LOADING, status == 0 ? EXTENT_RESIDENT : EXTENT_ABSENT, held[i]);
+	}
+	atomic_fetch_add(status == 0 ? &image->loads : &image->load_errors, nr);
+	atomic_fetch_add(&image->generation, 1);
+	store->loading_extents -= nr;
+	if (status) {
+		store->reserved_extents -= nr;
+		pthread_cond_broadcast(&store->work);
+	}
+	pthread_mutex_unlock(&store->lock);
+
+	for (uint64_t i = 0; i < nr; i++) {
+		void (*mend)(struct image *, uint64_t) = atomic_load(&image->repair);
+
+		if (repair && mend)
+			mend(image, first + i);
+		for (struct load_waiter *next, *waiter = waiters[i]; waiter; waiter = next) {
+			next = waiter->next;
+			waiter->answer(waiter, status);
+		}
+		if (held[i])
+			extent_release(&image->states[first + i]);
+	}
+}
+
+static void run_load(struct store *store, struct image *image, uint64_t first, uint64_t nr, char *buffer)
+{
+	int err = run_fill(image, first, nr, buffer);
+
+	if (err && nr > 1) { /* one bad place must not fail its neighbours */
+		for (uint64_t i = 0; i < nr; i++)
+			run_load(store, image, first + i, 1, buffer);
+		return;
+	}
+	int stopped = point_reach(POINT_LOAD_PUBLISH);
+	if (!err && stopped) {
+		image_punch(image, first, nr);
+		err = stopped;
+	}
+	run_end(store, image, first, nr, err);
+}
+
+/* The next load there is room for and this thread may do, under lock; NULL: wait. */
+static struct load *next_load(struct store *store, bool *prefetch_out)
+{
+	struct load *load = NULL;
+
+	*prefetch_out = false;
+	if (store->reserved_extents >= store->capacity_extents)
+		return NULL;
+	load = load_queue_pop(&store->demand);
+	if (!load && (store->nr_prefetching + 1 < store->nr_loaders || store->nr_loaders == 1)) {
+		load = load_queue_pop(&store->prefetch);
+		*prefetch_out = load != NULL;
+	}
+	return load;
+}
+
+static void wait_for_work(struct store *store)
+{
+	bool no_room = store->reserved_extents >= store->capacity_extents && (store->demand.nr || store->prefetch.nr);
+
+	if (no_room)
+		store_raise(store->pressure_fd);
+	store->nr_waiting_room += no_room;
+	pthread_cond_wait(&store->work, &store->lock);
+	store->nr_waiting_room -= no_room;
+}
+
+void *loader_main(void *arg)
+{
+	struct store *store = arg;
+	uint64_t step = (uint64_t)store->extent_pages * PAGE_BYTES;
+	uint64_t chunk = step > LOAD_CHUNK_BYTES ? 1 : LOAD_CHUNK_BYTES / step;
+	char *buffer = NULL;
+
+	prctl(PR_SET_NAME, "cow-loader");
+	while (!buffer && posix_memalign((void **)&buffer, PAGE_BYTES, chunk * step))
+		sleep(1); /* nothing can be loaded without it: come back when there is memory */
+	pthread_mutex_lock(&store->lock);
+	while (!store->stop) {
+		bool prefetch;
+		struct load *load = next_load(store, &prefetch);
+
+		if (!load) {
+			wait_for_work(store);
+			continue;
+		}
+		struct image *image = load->image;
+		uint64_t first = load->first, nr = load->nr;
+		uint64_t room = store->capacity_extents - store->reserved_extents;
+
+		nr = nr > chunk ? chunk : nr;
+		nr = nr > room ? room : nr;
+		load->first += nr;
+		load->nr -= nr;
+		if (load->nr)
+			load_queue_push_front(prefetch ? &store->prefetch : &store->demand, load);
+		else
+			free(load);
+		store->reserved_extents += nr;
+		store->loading_extents += nr;
+		store->nr_prefetching += prefetch;
+		if (room - nr < store->low_free)
+			store_raise(store->pressure_fd);
+		pthread_mutex_unlock(&store->lock);
+
+		run_load(store, image, first, nr, buffer);
+
+		pthread_mutex_lock(&store->lock);
+		store->nr_prefetching -= prefetch;
+		pthread_cond_broadcast(&store->loaded);
+	}
+	pthread_mutex_unlock(&store->lock);
+	free(buffer);
+	return NULL;
+}

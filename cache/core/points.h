@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Named places in the core where a test can make something happen: stop there until told to go on,
+ * fail with an errno, or kill the process.  Unarmed, a point costs one relaxed load.
+ */
+#ifndef COWSHED_POINTS_H
+#define COWSHED_POINTS_H
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdint.h>
+
+/* cdef-begin */
+enum point {
+	POINT_LOAD_READ,        /* a loader is about to read the source; an error is the source's */
+	POINT_LOAD_FILL,        /* read; about to write the frames; an error is the memfd's */
+	POINT_LOAD_PUBLISH,     /* frames written; extents still LOADING */
+	POINT_EVICT_PUNCH,      /* extents EVICTING; frames still mapped */
+	POINT_EVICT_REVOKE,     /* frames gone; grants not yet revoked */
+	POINT_FAULT_READ,       /* events read, none answered */
+	POINT_FAULT_HELD,       /* an extent is held, not yet mapped */
+	POINT_WRITE_CHARGED,    /* pages charged, still write-protected */
+	POINT_SETTLE_PROTECTED, /* pages protected again, not yet looked at */
+	POINT_NR
+};
+
+enum point_action { POINT_OFF, POINT_STOP, POINT_FAIL, POINT_KILL };
+
+/* Arms a point for the next nr_times threads that reach it (0: every one); arg is the errno to fail with.
+ * Arming anew forgets what was armed before and lets go whoever was stopped there. */
+int point_arm(int point, int action, int arg, uint32_t nr_times);
+/* Waits until at least nr_threads have reached an armed point since it was armed; -ETIMEDOUT if not. */
+int point_wait(int point, uint32_t nr_threads, int timeout_ms);
+/* Disarms: everybody stopped there goes on. Never fails for a valid point. */
+int point_release(int point);
+/* cdef-end */
+
+extern _Atomic int point_actions[POINT_NR];
+
+int point_reach_armed(int point);
+
+/* 0, or the -errno a test asked for. */
+static inline int point_reach(int point)
+{
+	if (__builtin_expect(atomic_load_explicit(&point_actions[point], memory_order_relaxed) == POINT_OFF, 1))
+		return 0;
+	return point_reach_armed(point);
+}
+
+#endif

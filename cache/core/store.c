@@ -1,0 +1,463 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "cache/core/store.h"
+
+#include "cache/core/abi.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#define LOADER_STACK_BYTES (256u << 10)
+
+static int thread_start(pthread_t *thread, void *(*run)(void *), void *arg)
+{
+	pthread_attr_t attr;
+
+	pthread_attr_init(&attr);
+	pthread_attr_setstacksize(&attr, LOADER_STACK_BYTES);
+	int err = pthread_create(thread, &attr, run, arg);
+	pthread_attr_destroy(&attr);
+	return -err;
+}
+
+static void store_stop_loaders(struct store *store)
+{
+	pthread_mutex_lock(&store->lock);
+	store->stop = true;
+	pthread_cond_broadcast(&store->work);
+	pthread_cond_broadcast(&store->loaded);
+	pthread_mutex_unlock(&store->lock);
+	for (uint32_t i = 0; i < store->nr_loaders; i++)
+		pthread_join(store->loaders[i], NULL);
+}
+
+static void store_free(struct store *store)
+{
+	if (store->pressure_fd >= 0)
+		close(store->pressure_fd);
+	if (store->notice_fd >= 0)
+		close(store->notice_fd);
+	free(store->inserted);
+	free(store->loaders);
+	pthread_cond_destroy(&store->work);
+	pthread_cond_destroy(&store->loaded);
+	pthread_mutex_destroy(&store->lock);
+	free(store);
+}
+
+int store_init(uint64_t capacity_extents, uint32_t extent_pages, uint32_t nr_loaders, uint64_t low_free,
+               struct store **store_out)
+{
+	int err = 0;
+
+	if (!capacity_extents || !extent_pages || extent_pages & (extent_pages - 1) || !nr_loaders)
+		return -EINVAL;
+	if ((uint64_t)extent_pages * PAGE_BYTES > LOAD_CHUNK_BYTES * 2u)
+		return -EINVAL;
+	struct store *store = calloc(1, sizeof *store);
+	if (!store)
+		return -ENOMEM;
+	store->capacity_extents = capacity_extents;
+	store->extent_pages = extent_pages;
+	store->low_free = low_free;
+	store->nr_inserted_slots = 4 * capacity_extents + 1024;
+	pthread_mutex_init(&store->lock, NULL);
+	pthread_cond_init(&store->work, NULL);
+	pthread_condattr_t monotonic;
+	pthread_condattr_init(&monotonic);
+	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+	pthread_cond_init(&store->loaded, &monotonic);
+	pthread_condattr_destroy(&monotonic);
+	load_queue_init(&store->demand);
+	load_queue_init(&store->prefetch);
+	store->pressure_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	store->notice_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	store->inserted = calloc(store->nr_inserted_slots, sizeof *store->inserted);
+	store->loaders = calloc(nr_loaders, sizeof *store->loaders);
+	if (store->pressure_fd < 0 || store->notice_fd < 0)
+		err = -EMFILE;
+	else if (!store->inserted || !store->loaders)
+		err = -ENOMEM;
+	for (uint32_t i = 0; i < nr_loaders && !err; i++) {
+		pthread_mutex_lock(&store->lock); /* loaders read nr_loaders */
+		err = thread_start(&store->loaders[i], loader_main, store);
+		if (!err)
+			store->nr_loaders++;
+		pthread_mutex_unlock(&store->lock);
+	}
+	if (err) {
+		store_stop_loaders(store);
+		store_free(store);
+		return err;
+	}
+	*store_out = store;
+	return 0;
+}
+
+int store_deinit(struct store *store)
+{
+	pthread_mutex_lock(&store->lock);
+	bool busy = store->images != NULL;
+	pthread_mutex_unlock(&store->lock);
+	if (busy)
+		return -EBUSY;
+	store_stop_loaders(store);
+	assert(store->reserved_extents == 0 && store->loading_extents == 0 && store->pinned_extents == 0);
+	store_free(store);
+	return 0;
+}
+
+void store_raise(int eventfd)
+{
+	uint64_t one = 1;
+
+	/* Only EAGAIN is possible, when the counter is full: then the reader has news already. */
+	if (write(eventfd, &one, sizeof one) < 0)
+		assert(errno == EAGAIN);
+}
+
+uint32_t store_extent_pages(const struct store *store)
+{
+	return store->extent_pages;
+}
+
+int store_pressure_fd(const struct store *store)
+{
+	return store->pressure_fd;
+}
+
+int store_notice_fd(const struct store *store)
+{
+	return store->notice_fd;
+}
+
+void store_count(struct store *store, struct store_counters *counters_out)
+{
+	pthread_mutex_lock(&store->lock);
+	*counters_out = (struct store_counters){
+		.capacity_extents = store->capacity_extents,
+		.reserved_extents = store->reserved_extents,
+		.loading_extents = store->loading_extents,
+		.pinned_extents = store->pinned_extents,
+		.nr_waiting_loaders = store->nr_waiting_room,
+		.queued_loads = store->demand.nr + store->prefetch.nr,
+	};
+	pthread_mutex_unlock(&store->lock);
+}
+
+int64_t store_take_inserted(struct store *store, uint64_t *inserted_out, uint64_t nr_max)
+{
+	int64_t nr = 0;
+
+	pthread_mutex_lock(&store->lock);
+	if (store->inserted_head - store->inserted_tail > store->nr_inserted_slots) {
+		store->inserted_tail = store->inserted_head; /* entries were lost: the caller must look for itself */
+		nr = -EOVERFLOW;
+	}
+	while (nr >= 0 && (uint64_t)nr < nr_max && store->inserted_tail != store->inserted_head)
+		inserted_out[nr++] = store->inserted[store->inserted_tail++ % store->nr_inserted_slots];
+	pthread_mutex_unlock(&store->lock);
+	return nr;
+}
+
+int store_add_image(struct store *store, struct image *image)
+{
+	pthread_mutex_lock(&store->lock);
+	image->shape.image_no = store->nr_images_ever++;
+	image->next = store->images;
+	store->images = image;
+	pthread_mutex_unlock(&store->lock);
+	return 0;
+}
+
+static void queue_purge(struct store *store, struct load_queue *queue, struct image *image)
+{
+	struct load *load = queue->head;
+
+	load_queue_init(queue);
+	while (load) {
+		struct load *next = load->next;
+
+		if (load->image == image) {
+			for (uint64_t i = 0; i < load->nr; i++)
+				extent_step(&image->states[load->first + i], EXTENT_LOADING, EXTENT_ABSENT, 0);
+			free(load);
+		} else {
+			load_queue_push(queue, load);
+		}
+		load = next;
+	}
+	(void)store;
+}
+
+static uint64_t next_in_state(const struct image *image, uint64_t from, enum extent_state state)
+{
+	while (from < image->shape.nr_extents && extent_state(&image->states[from]) != state)
+		from++;
+	return from;
+}
+
+void store_remove_image(struct store *store, struct image *image)
+{
+	pthread_mutex_lock(&store->lock);
+	queue_purge(store, &store->demand, image);
+	queue_purge(store, &store->prefetch, image);
+	while (next_in_state(image, 0, EXTENT_LOADING) < image->shape.nr_extents)
+		pthread_cond_wait(&store->loaded, &store->lock);
+	for (uint64_t e = 0; e < image->shape.nr_extents; e++)
+		if (atomic_exchange(&image->pins[e], 0))
+			store->pinned_extents--;
+	pthread_mutex_unlock(&store->lock);
+
+	for (uint64_t e = 0; (e = next_in_state(image, e, EXTENT_RESIDENT)) < image->shape.nr_extents; e++) {
+		uint32_t extent = (uint32_t)e;
+
+		if (store_begin_evict(image, &extent, 1) == 1)
+			store_end_evict(image, &extent, 1); /* closing the memfd drops the frames */
+	}
+
+	pthread_mutex_lock(&store->lock);
+	struct image **at = &store->images;
+	while (*at != image)
+		at = &(*at)->next;
+	*at = image->next;
+	pthread_mutex_unlock(&store->lock);
+}
+
+static struct load *load_new(struct image *image, uint64_t first, uint64_t nr)
+{
+	struct load *load = malloc(sizeof *load);
+
+	if (load) {
+		*load = (struct load){.image = image, .first = first, .nr = nr};
+		for (uint64_t i = 0; i < nr; i++)
+			extent_step(&image->states[first + i], EXTENT_ABSENT, EXTENT_LOADING, 0);
+		atomic_fetch_add(&image->generation, 1);
+	}
+	return load;
+}
+
+int store_want(struct image *image, uint64_t extent, struct load_waiter *waiter)
+{
+	struct store *store = image->store;
+	struct load *load = NULL;
+	int result = 0;
+
+	pthread_mutex_lock(&store->lock);
+	switch (extent_state(&image->states[extent])) {
+	case EXTENT_RESIDENT:
+		result = 1;
+		break;
+	case EXTENT_ABSENT:
+		load = load_new(image, extent, 1);
+		if (!load)
+			result = -ENOMEM;
+		break;
+	case EXTENT_LOADING:
+		load = load_queue_take(&store->prefetch, image, extent);
+		break;
+	case EXTENT_EVICTING: /* store_end_evict starts the load */
+		break;
+	}
+	if (load) {
+		load_queue_push(&store->demand, load);
+		pthread_cond_signal(&store->work);
+	}
+	if (result == 0) {
+		waiter->extent = extent;
+		waiter->next = image->waiters[extent];
+		image->waiters[extent] = waiter;
+	}
+	pthread_mutex_unlock(&store->lock);
+	return result;
+}
+
+int64_t store_prefetch(struct image *image, uint64_t first, uint64_t nr)
+{
+	struct store *store = image->store;
+	uint64_t chunk = LOAD_CHUNK_BYTES / PAGE_BYTES / store->extent_pages;
+	uint64_t end = first + nr;
+	int64_t nr_asked = 0;
+
+	if (chunk == 0)
+		chunk = 1;
+	if (first > image->shape.nr_extents || nr > image->shape.nr_extents - first)
+		return -ERANGE;
+	pthread_mutex_lock(&store->lock);
+	/* Readahead of more than an eighth of the store would push out what it has just brought. */
+	uint64_t budget = store->capacity_extents / 8 + 1;
+	uint64_t pending = store->prefetch.nr * chunk;
+	budget = budget > pending ? budget - pending : 0;
+	while (first < end && budget) {
+		if (extent_state(&image->states[first]) != EXTENT_ABSENT) {
+			first++;
+			continue;
+		}
+		uint64_t run = 1;
+		while (run < chunk && run < budget && first + run < end &&
+		       extent_state(&image->states[first + run]) == EXTENT_ABSENT)
+			run++;
+		struct load *load = load_new(image, first, run);
+		if (!load)
+			break;
+		load_queue_push(&store->prefetch, load);
+		pthread_cond_signal(&store->work);
+		first += run;
+		budget -= run;
+		nr_asked += (int64_t)run;
+	}
+	pthread_mutex_unlock(&store->lock);
+	return nr_asked;
+}
+
+int store_wait_loaded(struct image *image, uint64_t first, uint64_t nr, int timeout_ms)
+{
+	struct store *store = image->store;
+	struct timespec deadline;
+	int err = 0;
+
+	if (first > image->shape.nr_extents || nr > image->shape.nr_extents - first)
+		return -ERANGE;
+	clock_gettime(CLOCK_MONOTONIC, &deadline);
+	uint64_t nsec = (uint64_t)deadline.tv_nsec + (uint64_t)timeout_ms * 1000000;
+	deadline.tv_sec += (time_t)(nsec / 1000000000);
+	deadline.tv_nsec = (long)(nsec % 1000000000);
+	pthread_mutex_lock(&store->lock);
+	while (!store->stop && err != ETIMEDOUT && next_in_state(image, first, EXTENT_LOADING) < first + nr)
+		err = pthread_cond_timedwait(&store->loaded, &store->lock, &deadline);
+	bool done = next_in_state(image, first, EXTENT_LOADING) >= first + nr;
+	pthread_mutex_unlock(&store->lock);
+	return done ? 0 : -ETIMEDOUT;
+}
+
+int store_pin(struct image *image, uint64_t first, uint64_t nr, uint64_t max_pinned)
+{
+	struct store *store = image->store;
+	uint64_t nr_new = 0;
+	int err = 0;
+
+	if (first > image->shape.nr_extents || nr > image->shape.nr_extents - first)
+		return -ERANGE;
+	pthread_mutex_lock(&store->lock);
+	for (uint64_t i = 0; i < nr; i++)
+		nr_new += atomic_load(&image->pins[first + i]) == 0;
+	if (store->pinned_extents + nr_new > max_pinned) {
+		err = -ENOSPC;
+	} else {
+		for (uint64_t i = 0; i < nr; i++)
+			atomic_fetch_add(&image->pins[first + i], 1);
+		store->pinned_extents += nr_new;
+	}
+	pthread_mutex_unlock(&store->lock);
+	return err;
+}
+
+int store_unpin(struct image *image, uint64_t first, uint64_t nr)
+{
+	struct store *store = image->store;
+	int err = 0;
+
+	if (first > image->shape.nr_extents || nr > image->shape.nr_extents - first)
+		return -ERANGE;
+	pthread_mutex_lock(&store->lock);
+	for (uint64_t i = 0; i < nr && !err; i++)
+		if (atomic_load(&image->pins[first + i]) == 0)
+			err = -ENOENT;
+	for (uint64_t i = 0; i < nr && !err; i++)
+		if (atomic_fetch_sub(&image->pins[first + i], 1) == 1)
+			store->pinned_extents--;
+	pthread_mutex_unlock(&store->lock);
+	return err;
+}
+
+uint64_t store_begin_evict(struct image *image, uint32_t *extents, uint64_t nr)
+{
+	struct store *store = image->store;
+	uint64_t nr_going = 0;
+
+	pthread_mutex_lock(&store->lock);
+	for (uint64_t i = 0; i < nr; i++) {
+		uint32_t extent = extents[i];
+
+		if (extent < image->shape.nr_extents && !atomic_load(&image->pins[extent]) &&
+		    extent_begin_evict(&image->states[extent])) {
+			atomic_fetch_sub(&image->resident_pages, image_extent_pages(image, extent));
+			extents[i] = extents[nr_going];
+			extents[nr_going++] = extent;
+		}
+	}
+	if (nr_going)
+		atomic_fetch_add(&image->generation, 1);
+	pthread_mutex_unlock(&store->lock);
+	return nr_going;
+}
+
+void store_end_evict(struct image *image, const uint32_t *extents, uint64_t nr)
+{
+	struct store *store = image->store;
+
+	pthread_mutex_lock(&store->lock);
+	for (uint64_t i = 0; i < nr; i++) {
+		struct load *load = NULL;
+
+		extent_step(&image->states[extents[i]], EXTENT_EVICTING, EXTENT_ABSENT, 0);
+		if (image->waiters[extents[i]])
+			load = load_new(image, extents[i], 1);
+		if (load)
+			load_queue_push(&store->demand, load);
+		/* Without memory for it the waiters stay: the next fault on the extent takes them along. */
+	}
+	assert(store->reserved_extents >= nr);
+	store->reserved_extents -= nr;
+	atomic_fetch_add(&image->evictions, nr);
+	atomic_fetch_add(&image->generation, 1);
+	pthread_cond_broadcast(&store->work);
+	pthread_mutex_unlock(&store->lock);
+}
+
+/* Makes one ABSENT extent with frames clean again, by the steps of an eviction. */
+static bool scrub_extent(struct image *image, uint64_t extent)
+{
+	struct store *store = image->store;
+	uint32_t no = (uint32_t)extent;
+	bool mine = false;
+
+	pthread_mutex_lock(&store->lock);
+	if (extent_state(&image->states[extent]) == EXTENT_ABSENT && store->reserved_extents < store->capacity_extents) {
+		extent_step(&image->states[extent], EXTENT_ABSENT, EXTENT_EVICTING, 0);
+		store->reserved_extents++;
+		mine = true;
+	}
+	pthread_mutex_unlock(&store->lock);
+	if (mine) {
+		image_punch(image, extent, 1);
+		store_end_evict(image, &no, 1);
+		atomic_fetch_sub(&image->evictions, 1);
+		atomic_fetch_add(&image->strays, 1);
+	}
+	return mine;
+}
+
+int64_t store_scrub(struct image *image)
+{
+	uint64_t step = (uint64_t)image->shape.extent_pages * PAGE_BYTES;
+	int64_t nr = 0;
+
+	for (uint64_t e = 0; e < image->shape.nr_extents; e++) {
+		if (extent_state(&image->states[e]) != EXTENT_ABSENT)
+			continue;
+		off_t at = lseek(image->frames_fd, (off_t)(e * step), SEEK_DATA);
+		if (at < 0)
+			return errno == ENXIO ? nr : -errno;
+		uint64_t found = (uint64_t)at / step;
+		if (found > e)
+			e = found - 1; /* on to the next frame, whoever's it is */
+		else
+			nr += scrub_extent(image, e);
+	}
+	return nr;
+}

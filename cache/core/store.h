@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The page store: every image's frames under one capacity.
+ *
+ * An extent takes its room when a loader begins to fill it and gives it back when it is ABSENT again, so
+ * the frames never exceed the capacity, not by one extent.  A loader that finds no room raises the pressure
+ * eventfd and waits; who watches that descriptor chooses victims and evicts them.  The store never
+ * chooses.
+ */
+#ifndef COWSHED_STORE_H
+#define COWSHED_STORE_H
+
+#include "cache/core/image.h"
+#include "cache/core/loader.h"
+
+/* cdef-begin */
+struct store_counters {
+	uint64_t capacity_extents;
+	uint64_t reserved_extents; /* LOADING, RESIDENT or EVICTING */
+	uint64_t loading_extents;  /* of those, being filled; queued ones have no room yet */
+	uint64_t pinned_extents;
+	uint64_t nr_waiting_loaders; /* for room */
+	uint64_t queued_loads;
+};
+
+/* extent_pages: a power of two.  low_free: pressure is raised when fewer extents are free. */
+int store_init(uint64_t capacity_extents, uint32_t extent_pages, uint32_t nr_loaders, uint64_t low_free,
+               struct store **store_out);
+/* -EBUSY, and nothing done, while images are open. */
+int store_deinit(struct store *store);
+void store_count(struct store *store, struct store_counters *counters_out);
+/* Borrowed eventfds: room is short; something a person should hear of happened (a guest stopped or broke). */
+int store_pressure_fd(const struct store *store);
+int store_notice_fd(const struct store *store);
+/* Takes the extents that became resident since the last call, as image_no << 32 | extent, in order; how many. */
+int64_t store_take_inserted(struct store *store, uint64_t *inserted_out, uint64_t nr_max);
+
+/* Asks for absent extents in [first, first + nr) to be loaded, behind all demand loads; how many were asked for. */
+int64_t store_prefetch(struct image *image, uint64_t first, uint64_t nr);
+/* Waits until no extent in [first, first + nr) is LOADING: 0, or -ETIMEDOUT. */
+int store_wait_loaded(struct image *image, uint64_t first, uint64_t nr, int timeout_ms);
+/* Forbids eviction of nr extents from first, resident or not; counted.  -ENOSPC, and nothing done, if more than
+ * max_pinned extents would be pinned in the store. */
+int store_pin(struct image *image, uint64_t first, uint64_t nr, uint64_t max_pinned);
+/* Takes one pin back from each; -ENOENT, and nothing done, if one of them has none. */
+int store_unpin(struct image *image, uint64_t first, uint64_t nr);
+/* Punches frames in ABSENT extents that nobody loaded; how many extents had some. */
+int64_t store_scrub(struct image *image);
+/* cdef-end */
+
+#define INSERTED_SHIFT 32
+
+/*
+ * Invariants, all under lock: (1) reserved_extents counts the extents in state RESIDENT or EVICTING plus those a
+ * loader is filling; (2) reserved_extents <= capacity_extents; (3) an extent is in at most one load of the queues;
+ * (4) inserted holds at most one entry per resident extent, so the ring cannot overflow.
+ */
+struct store {
+	pthread_mutex_t lock;
+	pthread_cond_t work;   /* a load was queued, room came free, or stop */
+	pthread_cond_t loaded; /* a load ended, or stop */
+	struct image *images;
+	uint32_t nr_images_ever;
+	uint32_t extent_pages;
+	uint64_t capacity_extents, low_free;
+	uint64_t reserved_extents, loading_extents, pinned_extents;
+	int pressure_fd, notice_fd;
+
+	struct load_queue demand, prefetch;
+	uint32_t nr_loaders, nr_prefetching, nr_waiting_room;
+	pthread_t *loaders;
+	bool stop;
+
+	uint64_t *inserted; /* ring */
+	uint64_t nr_inserted_slots, inserted_head, inserted_tail;
+};
+
+uint32_t store_extent_pages(const struct store *store);
+int store_add_image(struct store *store, struct image *image);
+/* Waits for its loads, evicts the rest, forgets it. */
+void store_remove_image(struct store *store, struct image *image);
+
+/* Wants extent for a fault: 1 if it is RESIDENT (hold it), 0 if waiter was queued and will be answered by a
+ * loader (in its thread, without locks, with the extent held if status is 0). */
+int store_want(struct image *image, uint64_t extent, struct load_waiter *waiter);
+
+/* Eviction in three steps, so that the middle one can be somebody else's (accounting/core/evict.c). */
+/* Marks those of nr extents that may go as EVICTING and moves them to the front; how many. */
+uint64_t store_begin_evict(struct image *image, uint32_t *extents, uint64_t nr);
+/* EVICTING -> ABSENT, room given back, waiters' loads started. */
+void store_end_evict(struct image *image, const uint32_t *extents, uint64_t nr);
+
+void store_raise(int eventfd);
+
+#endif

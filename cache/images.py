@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An image as Python sees it: its shape, its figures, and orders about its extents.
+
+Nothing here touches a frame. Extents are numbered from 0; arrays hold one entry per extent.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Final
+
+from cowshed.cache._core import ffi, lib
+from cowshed.cache.calls import checked
+from cowshed.cache.sources import FileSource
+
+if TYPE_CHECKING:
+    from cowshed.cache.store import PageStore
+
+__all__ = ["ExtentState", "Image", "ImageCounters"]
+
+PAGE_BYTES: Final = 4096
+
+
+class ExtentState(IntEnum):
+    """The life of an extent: ABSENT -> LOADING -> RESIDENT -> EVICTING -> ABSENT."""
+
+    ABSENT = lib.EXTENT_ABSENT
+    LOADING = lib.EXTENT_LOADING
+    RESIDENT = lib.EXTENT_RESIDENT
+    EVICTING = lib.EXTENT_EVICTING
+
+
+@dataclass(frozen=True)
+class ImageCounters:
+    """What was done for an image since it was opened; each only grows. Meanings: image.h."""
+
+    loads: int
+    load_bytes: int
+    load_errors: int
+    load_retries: int
+    demand_loads: int
+    evictions: int
+    strays: int
+    nr_touched: int
+
+
+class Image:
+    """An open image. Made by PageStore.open_image; used until PageStore.close_image.
+
+    digest is "sha256:..." once somebody computed it (see digests in service), "" before.
+    """
+
+    def __init__(self, store: PageStore, name: str, source: FileSource, cdata: Any) -> None:
+        shape = ffi.new("struct image_shape *")
+        lib.image_shape(cdata, shape)
+        self.store: Final = store
+        self.name: Final = name
+        self.source: Final = source
+        self.cdata: Final = cdata
+        self.digest = ""
+        self.image_no: Final[int] = shape.image_no
+        self.size_bytes: Final[int] = shape.size_bytes
+        self.map_bytes: Final[int] = shape.map_bytes
+        self.nr_pages: Final[int] = shape.nr_pages
+        self.nr_extents: Final[int] = shape.nr_extents
+        self.extent_pages: Final[int] = shape.extent_pages
+
+    @property
+    def extent_bytes(self) -> int:
+        """Bytes in each extent but the last, which may have fewer."""
+        return self.extent_pages * PAGE_BYTES
+
+    @property
+    def guest_fd(self) -> int:
+        """The frames, read-only: what guests are handed. Borrowed."""
+        return int(lib.image_guest_fd(self.cdata))
+
+    @property
+    def frames_fd(self) -> int:
+        """The frames, read-write: for audits. Borrowed."""
+        return int(lib.image_frames_fd(self.cdata))
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of frames in RESIDENT extents."""
+        return int(lib.image_resident_pages(self.cdata)) * PAGE_BYTES
+
+    @property
+    def generation(self) -> int:
+        """Changes whenever any extent's state does: two equal readings enclose a quiet time."""
+        return int(lib.image_generation(self.cdata))
+
+    def counters(self) -> ImageCounters:
+        """Read the counters, at no one instant."""
+        counters = ffi.new("struct image_counters *")
+        lib.image_count(self.cdata, counters)
+        return ImageCounters(*(getattr(counters, field.name) for field in fields(ImageCounters)))
+
+    def states(self) -> bytes:
+        """One ExtentState value per extent; O(extents)."""
+        states = bytearray(self.nr_extents)
+        checked(
+            lib.image_states(self.cdata, 0, self.nr_extents, ffi.from_buffer(states)),
+            f"reading the states of {self.name!r}",
+        )
+        return bytes(states)
+
+    def refs(self) -> array[int]:
+        """Grants outstanding per extent; O(extents)."""
+        return self._counts(lib.image_refs)
+
+    def pins(self) -> array[int]:
+        """Pins per extent; O(extents)."""
+        return self._counts(lib.image_pins)
+
+    def _counts(self, read: Any) -> array[int]:
+        counts = array("I", bytes(4 * self.nr_extents))
+        checked(
+            read(self.cdata, 0, self.nr_extents, ffi.from_buffer("uint32_t[]", counts)),
+            f"reading the counts of {self.name!r}",
+        )
+        return counts
+
+    def extent_bytes_of(self, extent: int) -> int:
+        """Bytes of frames that one extent has."""
+        return min(self.extent_bytes, self.map_bytes - extent * self.extent_bytes)
+
+    def prefetch(self, first_extent: int, nr_extents: int) -> int:
+        """Ask for absent extents to be loaded, behind all demand; return how many were taken on.
+
+        The store takes on an eighth of its capacity at a time: ask again for the rest.
+        """
+        return checked(
+            lib.store_prefetch(self.cdata, first_extent, nr_extents),
+            f"loading extents {first_extent}+{nr_extents} of {self.name!r}",
+        )
+
+    def wait_loaded(self, first_extent: int, nr_extents: int, timeout_ms: int) -> bool:
+        """Wait until none of the extents is LOADING; False if the time ran out before."""
+        return bool(lib.store_wait_loaded(self.cdata, first_extent, nr_extents, timeout_ms) == 0)
+
+    def pin(self, first_extent: int, nr_extents: int, max_pinned_extents: int) -> None:
+        """Forbid the eviction of extents, resident or not; counted.
+
+        CapacityError, and nothing pinned, beyond max_pinned_extents in the store.
+        """
+        checked(
+            lib.store_pin(self.cdata, first_extent, nr_extents, max_pinned_extents),
+            f"pinning {nr_extents} extents of {self.name!r}",
+        )
+
+    def unpin(self, first_extent: int, nr_extents: int) -> None:
+        """Take one pin back from each extent; UsageError, and nothing done, if one has none."""
+        checked(
+            lib.store_unpin(self.cdata, first_extent, nr_extents),
+            f"unpinning {nr_extents} extents of {self.name!r}",
+        )
+
+    def scrub(self) -> int:
+        """Empty ABSENT extents that somebody filled by reading an unguarded mapping; how many."""
+        return checked(lib.store_scrub(self.cdata), f"scrubbing {self.name!r}")
+
+    def first_touches(self) -> list[int]:
+        """Extents in the order in which any guest was first granted them."""
+        order = array("I", bytes(4 * self.nr_extents))
+        nr = lib.image_first_touches(
+            self.cdata, ffi.from_buffer("uint32_t[]", order), self.nr_extents
+        )
+        return order[:nr].tolist()

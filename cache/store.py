@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page store: all images' frames under one capacity, and the loaders that fill them.
+
+The store never chooses what to give up. It raises `pressure_fd` when room is short and waits.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import Final
+
+from cowshed.cache._core import ffi, lib
+from cowshed.cache.calls import checked
+from cowshed.cache.errors import CapacityError, UsageError
+from cowshed.cache.images import PAGE_BYTES, Image
+from cowshed.cache.sources import FileSource
+
+__all__ = ["PageStore", "StoreCounters"]
+
+_TAKE_MAX = 4096
+
+
+@dataclass(frozen=True)
+class StoreCounters:
+    """The store at one instant, in extents unless the name says otherwise. Meanings: store.h."""
+
+    capacity_extents: int
+    reserved_extents: int
+    loading_extents: int
+    pinned_extents: int
+    nr_waiting_loaders: int
+    queued_loads: int
+
+    @property
+    def free_extents(self) -> int:
+        """Room that a loader could take now."""
+        return self.capacity_extents - self.reserved_extents
+
+
+class PageStore:
+    """Owns loader threads and images; close it, or use it in a `with`, guests first.
+
+    capacity_bytes is rounded down to whole extents. low_free_extents: with less room than that
+    left, pressure_fd becomes readable.
+    """
+
+    def __init__(
+        self,
+        capacity_bytes: int,
+        *,
+        extent_bytes: int = 64 << 10,
+        nr_loaders: int = 4,
+        low_free_extents: int = 1,
+    ) -> None:
+        if capacity_bytes < extent_bytes:
+            raise CapacityError(
+                f"a capacity of {capacity_bytes} bytes is below one extent of {extent_bytes}; "
+                "give at least that"
+            )
+        store = ffi.new("struct store **")
+        checked(
+            lib.store_init(
+                capacity_bytes // extent_bytes,
+                extent_bytes // PAGE_BYTES,
+                nr_loaders,
+                low_free_extents,
+                store,
+            ),
+            "starting the page store",
+        )
+        self._store = store[0]
+        self._images: dict[int, Image] = {}
+        self.extent_bytes: Final = extent_bytes
+        self.capacity_bytes: Final = capacity_bytes // extent_bytes * extent_bytes
+
+    def __enter__(self) -> PageStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Image]:
+        return iter(list(self._images.values()))
+
+    def close(self) -> None:
+        """Close every image and end the loaders; UsageError if a guest is still attached."""
+        if self._store is None:
+            return
+        for image in list(self._images.values()):
+            self.close_image(image)
+        checked(lib.store_deinit(self._store), "closing the page store")
+        self._store = None
+
+    def open_image(self, name: str, source: FileSource) -> Image:
+        """Take a source over as an image; its extents are ABSENT."""
+        image = ffi.new("struct image **")
+        checked(
+            lib.image_open(self._store, source.fd, source.direct_fd, source.size_bytes, image),
+            f"opening image {name!r} of {source.size_bytes} bytes",
+        )
+        opened = Image(self, name, source, image[0])
+        self._images[opened.image_no] = opened
+        return opened
+
+    def close_image(self, image: Image) -> None:
+        """Give up an image and its frames; UsageError if a guest is still attached."""
+        if self._images.get(image.image_no) is not image:
+            raise UsageError(f"image {image.name!r} is not open in this store")
+        checked(lib.image_close(image.cdata), f"closing image {image.name!r}")
+        del self._images[image.image_no]
+
+    def image(self, image_no: int) -> Image | None:
+        """Give the open image of that number, or None."""
+        return self._images.get(image_no)
+
+    @property
+    def pressure_fd(self) -> int:
+        """An eventfd: readable when room is short. Borrowed."""
+        return int(lib.store_pressure_fd(self._store))
+
+    @property
+    def notice_fd(self) -> int:
+        """An eventfd: readable when a guest stopped at its quota or broke. Borrowed."""
+        return int(lib.store_notice_fd(self._store))
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of frames in RESIDENT extents of all images."""
+        return sum(image.resident_bytes for image in self)
+
+    def counters(self) -> StoreCounters:
+        """Read the counters, all at one instant."""
+        counters = ffi.new("struct store_counters *")
+        lib.store_count(self._store, counters)
+        return StoreCounters(*(getattr(counters, field.name) for field in fields(StoreCounters)))
+
+    def take_inserted(self) -> list[tuple[int, int]] | None:
+        """Take (image_no, extent) pairs that became resident since the last call, in order.
+
+        None if some were lost because nobody took them for long: look at the states instead.
+        """
+        taken = array("Q", bytes(8 * _TAKE_MAX))
+        pairs: list[tuple[int, int]] = []
+        while True:
+            nr = lib.store_take_inserted(
+                self._store, ffi.from_buffer("uint64_t[]", taken), _TAKE_MAX
+            )
+            if nr < 0:
+                return None
+            pairs.extend((entry >> 32, entry & 0xFFFFFFFF) for entry in taken[:nr])
+            if nr < _TAKE_MAX:
+                return pairs

@@ -1,0 +1,288 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Missing and minor faults.
+ *
+ * The order is: hold the extent, grant it, map it, release it.  The hold keeps an eviction out, so the frames
+ * are there while they are mapped and a grant is never made on an extent that is going.  An extent that is not
+ * resident is wanted from the store, and a loader answers in the fault thread's place.
+ */
+#include "faults/core/guest.h"
+
+#include "accounting/core/settle.h"
+#include "cache/core/abi.h"
+#include "cache/core/points.h"
+#include "cache/core/store.h"
+#include "faults/core/uffd.h"
+
+#include <stdlib.h>
+
+#define RETRY_AFTER_NS 1000000u
+#define AHEAD_STEP_PAGES 256
+#define SKIPS_HERE 16        /* mapped pages passed over in the faulting extent */
+#define FOLLOW_BYTES (1u << 20) /* resident extents mapped along when a load is answered */
+
+struct miss {
+	struct load_waiter waiter;
+	struct guest *guest;
+	uint64_t page;
+	uint64_t read_ns;
+};
+
+void answer_failed(struct guest *guest, int err)
+{
+	struct ledger_header *header = guest->account->header;
+
+	if (err >= 0 || err == -EEXIST || err == -ENOENT)
+		return;
+	if (err == -EAGAIN) {
+		count_add(&header->retries, 1);
+		guest->retry_at_ns = clock_now_ns() + RETRY_AFTER_NS;
+		return;
+	}
+	atomic_store(&header->broken, err);
+	store_raise(guest->image->store->notice_fd);
+}
+
+/* Maps a run of pages whose extents the caller holds.  A mapping that was split in the middle is not one mapping
+ * for the kernel: then at least the page that matters is mapped. */
+static int map_run(struct guest *guest, uint64_t first, uint64_t nr, uint64_t fault_page, uint32_t max_skips)
+{
+	struct account *account = guest->account;
+	uint64_t mapped;
+	int err = uffd_continue(guest->uffd, account_address(account, first), nr << PAGE_SHIFT, max_skips, &mapped);
+
+	count_add(&account->header->mapped_pages, mapped >> PAGE_SHIFT);
+	if (err == -ENOENT && nr > 1 && fault_page - first < nr) {
+		err = uffd_continue(guest->uffd, account_address(account, fault_page), PAGE_BYTES, 0, &mapped);
+		count_add(&account->header->mapped_pages, mapped >> PAGE_SHIFT);
+	}
+	return err;
+}
+
+/* Holds, grants and maps the resident, ungranted extents of [first, first + nr), in runs. */
+static int map_extents(struct guest *guest, uint64_t first, uint64_t nr)
+{
+	struct image *image = guest->image;
+	uint64_t end = first + nr;
+	int err = 0;
+
+	for (uint64_t extent = first; extent < end && !err;) {
+		uint64_t run = 0;
+
+		while (extent + run < end && !bits_test(guest->account->granted, extent + run) &&
+		       extent_hold(&image->states[extent + run])) {
+			account_grant(guest->account, extent + run);
+			run++;
+		}
+		if (run) {
+			uint64_t page = extent * image->shape.extent_pages;
+			uint64_t last = extent + run - 1;
+			uint64_t nr_pages = last * image->shape.extent_pages + image_extent_pages(image, last) - page;
+
+			/* A page that is mapped already ends the run: what is behind it faults, if it is ever touched. */
+			err = map_run(guest, page, nr_pages, page, 1);
+			if (err == -EEXIST)
+				err = 0;
+		}
+		for (uint64_t i = 0; i < run; i++)
+			extent_release(&image->states[extent + i]);
+		extent += run ? run : 1;
+	}
+	return err;
+}
+
+bool answer_ahead(struct guest *guest)
+{
+	uint64_t step = AHEAD_STEP_PAGES / guest->image->shape.extent_pages;
+
+	if (!guest->nr_ahead)
+		return false;
+	step = step ? step : 1;
+	step = step < guest->nr_ahead ? step : guest->nr_ahead;
+	answer_failed(guest, map_extents(guest, guest->ahead_extent, step));
+	guest->ahead_extent += step;
+	guest->nr_ahead -= step;
+	return true;
+}
+
+/* The faulting page first, so that the guest goes on while the rest of its window is mapped. */
+static int map_window(struct guest *guest, uint64_t page, const struct window_plan *plan)
+{
+	uint64_t extent_pages = guest->image->shape.extent_pages;
+	uint64_t extent = page / extent_pages;
+	uint64_t end = plan->first_page + plan->nr_pages;
+	uint64_t here = extent * extent_pages;
+	uint64_t here_end = here + image_extent_pages(guest->image, extent);
+	uint64_t first = plan->first_page > here ? plan->first_page : here;
+	uint64_t last = end < here_end ? end : here_end;
+	int err = map_run(guest, page, last - page, page, SKIPS_HERE);
+
+	if ((!err || err == -EEXIST) && first < page)
+		err = map_run(guest, first, page - first, page, SKIPS_HERE);
+	if ((!err || err == -EEXIST) && end > here_end)
+		err = map_extents(guest, extent + 1, (end - here_end + extent_pages - 1) / extent_pages);
+	if ((!err || err == -EEXIST) && plan->first_page < here)
+		err = map_extents(guest, plan->first_page / extent_pages, extent - plan->first_page / extent_pages);
+	return err;
+}
+
+static void poison_page(struct guest *guest, uint64_t page)
+{
+	struct account *account = guest->account;
+	uint8_t look = PAGE_LOOK_PRIVATE;
+
+	pthread_mutex_lock(&account->write_lock);
+	if (account->pagemap_fd >= 0)
+		account_look(account, page, 1, &look);
+	int err = uffd_poison_page(guest->uffd, account_address(account, page), look == PAGE_LOOK_ABSENT);
+	if (!err && bits_set(account->poisoned, page)) {
+		atomic_fetch_add(&guest->image->nr_poisoned, 1);
+		count_add(&account->header->poisoned_pages, 1);
+	}
+	pthread_mutex_unlock(&account->write_lock);
+}
+
+/* In a loader thread: the extent is held (status 0) or its source failed. */
+static void answer_loaded(struct load_waiter *waiter, int status)
+{
+	struct miss *miss = (struct miss *)waiter;
+	struct guest *guest = miss->guest;
+	struct image *image = guest->image;
+	uint64_t extent = waiter->extent;
+	uint64_t first = extent * image->shape.extent_pages;
+	uint64_t nr_pages = image_extent_pages(image, extent);
+	uint64_t fixed = atomic_load(&guest->window_pages);
+
+	pthread_mutex_lock(&guest->answer_lock);
+	if (!guest->stopped) {
+		/* From here on a new fault on the extent is on its own; one read before is covered by what follows. */
+		bits_clear(guest->waiting, extent);
+		if (status == 0) {
+			account_grant(guest->account, extent);
+			int err = map_run(guest, first, nr_pages, miss->page, (uint32_t)nr_pages);
+
+			if (!err && !fixed) {
+				uint64_t nr_follow = FOLLOW_BYTES / PAGE_BYTES / image->shape.extent_pages;
+				uint64_t nr_left = image->shape.nr_extents - extent - 1;
+
+				map_extents(guest, extent + 1, nr_follow < nr_left ? nr_follow : nr_left);
+			}
+		} else {
+			poison_page(guest, miss->page);
+		}
+		/* Whoever waits for another page of the extent, or met an error above, asks again. */
+		uffd_wake(guest->uffd, account_address(guest->account, first), nr_pages << PAGE_SHIFT);
+		account_note_latency(guest->account, LATENCY_MISS, clock_now_ns() - miss->read_ns);
+	}
+	pthread_mutex_unlock(&guest->answer_lock);
+	free(miss);
+	guest_put(guest);
+}
+
+/* Queues the guest as a waiter for the extent; true if it turned out to be resident meanwhile. */
+static bool want_extent(struct guest *guest, uint64_t extent, uint64_t page, uint64_t read_ns)
+{
+	struct miss *miss;
+	int resident;
+
+	if (!bits_set(guest->waiting, extent))
+		return false; /* it waits already, and the answer covers the whole extent */
+	miss = malloc(sizeof *miss);
+	if (miss) {
+		*miss = (struct miss){
+			.waiter = {.answer = answer_loaded},
+			.guest = guest,
+			.page = page,
+			.read_ns = read_ns,
+		};
+		atomic_fetch_add(&guest->nr_users, 1);
+		resident = store_want(guest->image, extent, &miss->waiter);
+		if (resident == 0)
+			return false;
+		atomic_fetch_sub(&guest->nr_users, 1);
+		free(miss);
+	} else {
+		resident = -ENOMEM;
+	}
+	bits_clear(guest->waiting, extent);
+	if (resident < 0)
+		answer_failed(guest, -EAGAIN);
+	return resident == 1;
+}
+
+/* A fault on a page that the ledger calls private: the kernel knows better.  True if the fault is answered. */
+static bool answer_private(struct guest *guest, uint64_t page)
+{
+	struct account *account = guest->account;
+
+	if (!bits_test(account->private, page))
+		return false;
+	pthread_mutex_lock(&account->write_lock);
+	bool private = account_page_is_private(account, page);
+	pthread_mutex_unlock(&account->write_lock);
+	if (private) /* an old report of a fault that was answered long ago */
+		uffd_wake(guest->uffd, account_address(account, page), PAGE_BYTES);
+	return private;
+}
+
+void answer_access(struct guest *guest, uint64_t page, bool write, uint64_t read_ns)
+{
+	struct image *image = guest->image;
+	struct account *account = guest->account;
+	uint64_t extent = page / image->shape.extent_pages;
+	struct window_shape shape = {
+		.nr_pages = image->shape.nr_pages,
+		.nr_extents = image->shape.nr_extents,
+		.extent_pages = image->shape.extent_pages,
+		.fixed_pages = atomic_load_explicit(&guest->window_pages, memory_order_relaxed),
+	};
+	struct window_plan plan;
+
+	if (answer_private(guest, page))
+		return;
+	window_plan_fault(&guest->windows, &shape, (const uint64_t *)account->granted, page, &plan);
+	image_touch(image, extent);
+	bool held = extent_hold(&image->states[extent]);
+	count_add(held ? &account->header->hits : &account->header->misses, 1);
+	while (!held) {
+		if (!want_extent(guest, extent, page, read_ns))
+			break;
+		held = extent_hold(&image->states[extent]);
+	}
+	if (held) {
+		point_reach(POINT_FAULT_HELD);
+		account_grant(account, extent);
+		if (!write || !write_first(guest, page))
+			answer_failed(guest, map_window(guest, page, &plan));
+		extent_release(&image->states[extent]);
+		account_note_latency(account, LATENCY_HIT, clock_now_ns() - read_ns);
+	}
+	if (plan.nr_prefetch)
+		store_prefetch(image, plan.prefetch_extent, plan.nr_prefetch);
+	if (plan.nr_ahead) {
+		guest->ahead_extent = plan.ahead_extent;
+		guest->nr_ahead = plan.nr_ahead;
+	}
+}
+
+void answer_repair(struct image *image, uint64_t extent)
+{
+	uint64_t first = extent * image->shape.extent_pages;
+	uint64_t end = first + image_extent_pages(image, extent);
+
+	pthread_rwlock_rdlock(&image->accounts_lock);
+	for (struct account *account = image->accounts; account; account = account->next)
+		for (uint64_t page = first; (page = bits_next(account->poisoned, page, end)) < end; page++) {
+			uint64_t mapped;
+
+			account_grant(account, extent);
+			int err = uffd_continue(account->uffd, account_address(account, page), PAGE_BYTES, 1, &mapped);
+			if (err && err != -EEXIST)
+				continue; /* the next good load tries again */
+			if (bits_clear(account->poisoned, page)) {
+				atomic_fetch_sub(&image->nr_poisoned, 1);
+				count_add(&account->header->repaired_pages, 1);
+			}
+		}
+	pthread_rwlock_unlock(&image->accounts_lock);
+}

@@ -1,0 +1,316 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "faults/core/guest.h"
+
+#include "cache/core/abi.h"
+#include "cache/core/points.h"
+#include "cache/core/store.h"
+#include "faults/core/uffd.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <time.h>
+#include <unistd.h>
+
+#define GUEST_STACK_BYTES (128u << 10)
+#define STOPPED_RECHECK_NS 100000000u
+/* A spin that finds a fault earns credit, one that does not costs it; without credit one sleep in
+ * SPIN_PROBE is preceded by a spin, to see whether it pays again. */
+#define SPIN_CREDIT_MAX 16
+#define SPIN_EARNED 4
+#define SPIN_PROBE 256
+
+/* Spinning threads in the process.  Each takes a CPU from the guests, so there is only ever one. */
+static _Atomic int nr_spinning;
+
+uint64_t clock_now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+uint64_t guest_uffd_features(void)
+{
+	return COWSHED_UFFD_FEATURES;
+}
+
+void guest_put(struct guest *guest)
+{
+	if (atomic_fetch_sub(&guest->nr_users, 1) > 1)
+		return;
+	pthread_mutex_destroy(&guest->answer_lock);
+	free(guest->waiting);
+	free(guest);
+}
+
+/* The part of [start, end) that lies in the guest's mapping, as pages. */
+static bool clip_pages(const struct guest *guest, uint64_t start, uint64_t end, uint64_t *first_out, uint64_t *nr_out)
+{
+	uint64_t base = account_address(guest->account, 0);
+	uint64_t limit = account_address(guest->account, guest->image->shape.nr_pages);
+
+	start = start > base ? start : base;
+	end = end < limit ? end : limit;
+	if (start >= end)
+		return false;
+	*first_out = (start - base) >> PAGE_SHIFT;
+	*nr_out = (end - start + PAGE_BYTES - 1) >> PAGE_SHIFT;
+	return true;
+}
+
+/* The whole mapping may move; a part of it moved away is a mapping we can no longer describe. */
+static void handle_remap(struct guest *guest, const struct uffd_msg *message)
+{
+	struct account *account = guest->account;
+	uint64_t from = message->arg.remap.from, to = message->arg.remap.to;
+
+	if (from == account_address(account, 0) && message->arg.remap.len >= guest->image->shape.map_bytes) {
+		pthread_mutex_lock(&account->write_lock);
+		atomic_store(&account->base_address, to);
+		pthread_mutex_unlock(&account->write_lock);
+	} else {
+		answer_failed(guest, -EXDEV);
+	}
+}
+
+static void handle_message(struct guest *guest, const struct uffd_msg *message, uint64_t read_ns)
+{
+	struct ledger_header *header = guest->account->header;
+	uint64_t first, nr;
+
+	switch (message->event) {
+	case UFFD_EVENT_PAGEFAULT: {
+		uint64_t address = message->arg.pagefault.address, flags = message->arg.pagefault.flags;
+
+		if (!clip_pages(guest, address, address + 1, &first, &nr))
+			return; /* of a mapping we were never told of: its owner waits for itself */
+		if (flags & UFFD_PAGEFAULT_FLAG_WP) {
+			count_add(&header->faults_write, 1);
+			answer_write(guest, first, read_ns);
+		} else {
+			count_add(flags & UFFD_PAGEFAULT_FLAG_MINOR ? &header->faults_minor : &header->faults_missing, 1);
+			answer_access(guest, first, flags & UFFD_PAGEFAULT_FLAG_WRITE, read_ns);
+		}
+		break;
+	}
+	case UFFD_EVENT_REMOVE:
+	case UFFD_EVENT_UNMAP:
+		if (clip_pages(guest, message->arg.remove.start, message->arg.remove.end, &first, &nr))
+			answer_discard(guest, first, nr);
+		break;
+	case UFFD_EVENT_REMAP:
+		handle_remap(guest, message);
+		break;
+	default:
+		break;
+	}
+}
+
+static ssize_t read_messages(const struct guest *guest, struct uffd_msg *messages)
+{
+	ssize_t got = read(guest->uffd, messages, MESSAGES_MAX * sizeof *messages);
+
+	return got < 0 ? -errno : got / (ssize_t)sizeof *messages;
+}
+
+/*
+ * The next fault often comes within microseconds, and a thread that is still awake answers it without the price of a
+ * wake-up.  That only works if the guest runs on another CPU meanwhile: hence the credit.
+ */
+static ssize_t spin_for_messages(struct guest *guest, struct uffd_msg *messages)
+{
+	uint64_t spin_ns = atomic_load_explicit(&guest->spin_ns, memory_order_relaxed);
+	ssize_t nr = -EAGAIN;
+
+	if (!spin_ns || (guest->spin_credit <= 0 && ++guest->nr_sleeps % SPIN_PROBE))
+		return nr;
+	if (atomic_fetch_add(&nr_spinning, 1) == 0) {
+		uint64_t end = clock_now_ns() + spin_ns;
+
+		while (nr == -EAGAIN && clock_now_ns() < end)
+			nr = read_messages(guest, messages);
+		guest->spin_credit += nr > 0 ? SPIN_EARNED : -1;
+		if (guest->spin_credit > SPIN_CREDIT_MAX)
+			guest->spin_credit = SPIN_CREDIT_MAX;
+	}
+	atomic_fetch_sub(&nr_spinning, 1);
+	return nr;
+}
+
+/* How long the thread may sleep, and whether it is time to ask the waiting ones again. */
+static bool retry_due(struct guest *guest, struct timespec **timeout, struct timespec *room)
+{
+	uint64_t now = clock_now_ns();
+
+	if (!guest->retry_at_ns && atomic_load(&guest->account->header->stopped_since_ns))
+		guest->retry_at_ns = now + STOPPED_RECHECK_NS;
+	*timeout = NULL;
+	if (!guest->retry_at_ns)
+		return false;
+	if (guest->retry_at_ns <= now)
+		return true;
+	*room = (struct timespec){
+		.tv_sec = (time_t)((guest->retry_at_ns - now) / 1000000000u),
+		.tv_nsec = (long)((guest->retry_at_ns - now) % 1000000000u),
+	};
+	*timeout = room;
+	return false;
+}
+
+/* Everybody who waits for an answer tries again, and what is still in the way is reported anew. */
+static void ask_again(struct guest *guest)
+{
+	guest->retry_at_ns = 0;
+	atomic_store(&guest->account->header->stopped_since_ns, 0);
+	uffd_wake(guest->uffd, account_address(guest->account, 0), guest->image->shape.map_bytes);
+}
+
+static bool quota_has_room(const struct guest *guest)
+{
+	const struct ledger_header *header = guest->account->header;
+
+	return atomic_load(&header->private_pages) < atomic_load(&header->quota_pages) ||
+	       atomic_load(&header->policy) == QUOTA_ALLOW;
+}
+
+static void sleep_for_messages(struct guest *guest)
+{
+	struct pollfd fds[2] = {
+		{.fd = guest->uffd, .events = POLLIN},
+		{.fd = guest->kick_fd, .events = POLLIN},
+	};
+	struct timespec room, *timeout;
+	uint64_t kicks;
+
+	if (retry_due(guest, &timeout, &room)) {
+		if (!atomic_load(&guest->account->header->stopped_since_ns) || quota_has_room(guest))
+			ask_again(guest);
+		else
+			guest->retry_at_ns = 0;
+		return;
+	}
+	/* A descriptor its guest made blocking polls as an error, and one whose guest is broken has nothing to say. */
+	if (atomic_load(&guest->account->header->broken))
+		fds[0].fd = -1;
+	if (ppoll(fds, 2, timeout, NULL) < 0)
+		return;
+	if (fds[0].revents & (POLLERR | POLLNVAL))
+		answer_failed(guest, -EBADFD);
+	if (fds[1].revents && read(guest->kick_fd, &kicks, sizeof kicks) > 0 && atomic_exchange(&guest->wake_wanted, false))
+		ask_again(guest);
+}
+
+static void *guest_main(void *arg)
+{
+	struct guest *guest = arg;
+	struct uffd_msg messages[MESSAGES_MAX];
+
+	prctl(PR_SET_NAME, "cow-faults");
+	prctl(PR_SET_TIMERSLACK, 1ul);
+	while (!atomic_load_explicit(&guest->stop, memory_order_acquire)) {
+		ssize_t nr = -EAGAIN;
+
+		if (!atomic_load_explicit(&guest->account->header->broken, memory_order_relaxed))
+			nr = read_messages(guest, messages);
+		if (nr == -EAGAIN && answer_ahead(guest))
+			continue;
+		if (nr == -EAGAIN)
+			nr = spin_for_messages(guest, messages);
+		if (nr == -EAGAIN || nr == -EINTR) {
+			sleep_for_messages(guest);
+			continue;
+		}
+		if (nr <= 0) {
+			answer_failed(guest, nr ? (int)nr : -EPIPE);
+			continue;
+		}
+		uint64_t read_ns = clock_now_ns();
+		point_reach(POINT_FAULT_READ);
+		for (ssize_t i = 0; i < nr; i++)
+			handle_message(guest, &messages[i], read_ns);
+	}
+	return NULL;
+}
+
+int guest_set_orders(struct guest *guest, const struct guest_orders *orders)
+{
+	if (orders->window_pages & (orders->window_pages - 1) || orders->window_pages > WINDOW_MAX_PAGES)
+		return -EINVAL;
+	if (orders->write_window_pages > WINDOW_WRITE_MAX_PAGES)
+		return -EINVAL;
+	atomic_store(&guest->window_pages, orders->window_pages);
+	atomic_store(&guest->write_window_pages, orders->write_window_pages);
+	atomic_store(&guest->spin_ns, orders->spin_ns);
+	return 0;
+}
+
+static int thread_start(struct guest *guest)
+{
+	pthread_attr_t attr;
+
+	pthread_attr_init(&attr);
+	pthread_attr_setstacksize(&attr, GUEST_STACK_BYTES);
+	int err = pthread_create(&guest->thread, &attr, guest_main, guest);
+	pthread_attr_destroy(&attr);
+	return -err;
+}
+
+int guest_start(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
+                struct guest **guest_out)
+{
+	struct guest *guest = calloc(1, sizeof *guest);
+	int flags = fcntl(uffd, F_GETFL);
+
+	if (!guest)
+		return -ENOMEM;
+	guest->account = account;
+	guest->image = account->image;
+	guest->uffd = uffd;
+	guest->pidfd = pidfd;
+	guest->spin_credit = SPIN_CREDIT_MAX;
+	guest->kick_fd = -1;
+	atomic_store(&guest->nr_users, 1);
+	pthread_mutex_init(&guest->answer_lock, NULL);
+	guest->waiting = calloc(1, bits_bytes(guest->image->shape.nr_extents));
+	int err = guest->waiting ? guest_set_orders(guest, orders) : -ENOMEM;
+	if (!err && (flags < 0 || fcntl(uffd, F_SETFL, flags | O_NONBLOCK) < 0))
+		err = -errno;
+	if (!err && (guest->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0)
+		err = -errno;
+	if (!err) {
+		atomic_store(&guest->image->repair, answer_repair);
+		err = thread_start(guest);
+	}
+	if (err) {
+		if (guest->kick_fd >= 0)
+			close(guest->kick_fd);
+		guest_put(guest);
+		return err;
+	}
+	*guest_out = guest;
+	return 0;
+}
+
+int guest_stop(struct guest *guest)
+{
+	atomic_store_explicit(&guest->stop, true, memory_order_release);
+	store_raise(guest->kick_fd);
+	pthread_join(guest->thread, NULL);
+	pthread_mutex_lock(&guest->answer_lock);
+	guest->stopped = true;
+	pthread_mutex_unlock(&guest->answer_lock);
+	close(guest->kick_fd);
+	guest_put(guest);
+	return 0;
+}
+
+void guest_resume(struct guest *guest)
+{
+	atomic_store(&guest->wake_wanted, true);
+	store_raise(guest->kick_fd);
+}

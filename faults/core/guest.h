@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A guest's fault thread: reads what the kernel reports and answers what it can by itself.
+ *
+ * One thread per guest.  A guest holds its own copy of its userfaultfd and may steal events from it or make
+ * it blocking; a thread that waited for several guests could be stuck by one of them.  And a thread that
+ * sleeps in the kernel is woken on a CPU near the guest that woke it, which is where its answer is cheapest.
+ *
+ * Whoever faults waits in the kernel, not here: what cannot be answered now (the quota is used up, the
+ * memory is changing) is dropped, and the guest's range is woken when it is worth asking again.  The only
+ * thing remembered per fault is who waits for a load, once per extent.
+ */
+#ifndef COWSHED_GUEST_H
+#define COWSHED_GUEST_H
+
+#include "accounting/core/ledger.h"
+#include "faults/core/window.h"
+
+/* cdef-begin */
+struct guest;
+
+struct guest_orders {
+	uint32_t window_pages;       /* 0: adaptive; else a power of two: mapped per fault */
+	uint32_t write_window_pages; /* 0: adaptive; else opened per write fault */
+	uint32_t spin_ns;            /* look for the next fault this long before sleeping, while it pays */
+};
+
+/* Starts answering the faults of uffd, which covers base_address .. + the image's length; the account has been
+ * placed there.  pidfd (or -1) is who gets SIGBUS under QUOTA_KILL.  Descriptors are borrowed until guest_stop. */
+int guest_start(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
+                struct guest **guest_out);
+/* Stops and joins the thread; afterwards nobody uses the descriptors or the account on its behalf. */
+int guest_stop(struct guest *guest);
+/* Asks again everybody who waits: after its quota was changed. */
+void guest_resume(struct guest *guest);
+int guest_set_orders(struct guest *guest, const struct guest_orders *orders);
+/* The features a guest's userfaultfd must have been made with. */
+uint64_t guest_uffd_features(void);
+/* cdef-end */
+
+#define MESSAGES_MAX 16 /* answered in one pass: a flood cannot starve the idle work */
+
+/*
+ * Invariants: (1) waiting[e] is set while exactly one struct miss of this guest waits for extent e;
+ * (2) nr_users is 1 for the owner plus 1 for each such miss; (3) windows, ahead_* belong to the thread.
+ */
+struct guest {
+	struct account *account;
+	struct image *image;
+	int uffd, pidfd, kick_fd;
+	pthread_t thread;
+	_Atomic bool stop;
+	_Atomic bool wake_wanted;
+	_Atomic uint32_t window_pages, write_window_pages, spin_ns;
+
+	pthread_mutex_t answer_lock; /* loaders against guest_stop; outside write_lock */
+	bool stopped;                /* under answer_lock: descriptors and account are gone */
+	_Atomic uint32_t nr_users;
+	bits_word *waiting;          /* by extent */
+
+	struct window_state windows;
+	uint64_t ahead_extent, nr_ahead;
+	uint64_t retry_at_ns;        /* 0: nothing to retry */
+	int32_t spin_credit;
+	uint32_t nr_sleeps;
+};
+
+uint64_t clock_now_ns(void);
+
+/* Answers a missing or minor fault (answer.c) or a write fault (write.c) on page. */
+void answer_access(struct guest *guest, uint64_t page, bool write, uint64_t read_ns);
+void answer_write(struct guest *guest, uint64_t page, uint64_t read_ns);
+/* The guest gave pages back (madvise) or unmapped them. */
+void answer_discard(struct guest *guest, uint64_t first, uint64_t nr);
+/* A first write to a page nobody mapped yet; the extent is held.  Whether the fault is answered. */
+bool write_first(struct guest *guest, uint64_t page);
+/* Maps a part of ahead_*; whether there was anything to do. */
+bool answer_ahead(struct guest *guest);
+/* image->repair: a failed extent was loaded after all. */
+void answer_repair(struct image *image, uint64_t extent);
+/* Sorts out an ioctl's error: retry later, broken guest, or nothing. */
+void answer_failed(struct guest *guest, int err);
+void guest_put(struct guest *guest);
+
+#endif

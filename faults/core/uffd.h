@@ -1,0 +1,26 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The userfaultfd ioctls, with the kernel's partial progress and its EEXIST and EAGAIN made plain. */
+#ifndef COWSHED_UFFD_H
+#define COWSHED_UFFD_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/*
+ * Maps [address, address + length) from the frames, write-protected, and wakes whoever waits there.  Pages that are
+ * mapped already are woken and skipped, max_skips of them at most: then it ends with -EEXIST.  *mapped_out is the
+ * number of bytes newly mapped, on failure too.
+ * -EAGAIN: the memory is changing, read the events and come back; -EFAULT: a page has no frame; -ENOENT: not one
+ * registered mapping; -ESRCH: the process is gone.
+ */
+int uffd_continue(int uffd, uint64_t address, uint64_t length, uint32_t max_skips, uint64_t *mapped_out);
+/* Installs a private, writable copy of one page; -EEXIST (woken) if one is mapped. */
+int uffd_copy_page(int uffd, uint64_t address, const void *from);
+/* Lets the range be written, and wakes it. */
+int uffd_open(int uffd, uint64_t address, uint64_t length);
+/* SIGBUS for whoever touches the page, and wakes it; -EEXIST if one is mapped.  marked: what may be in the way is
+ * the marker that a write-protected page leaves when it is punched; it is taken off first. */
+int uffd_poison_page(int uffd, uint64_t address, bool marked);
+int uffd_wake(int uffd, uint64_t address, uint64_t length);
+
+#endif

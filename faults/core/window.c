@@ -1,0 +1,113 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "faults/core/window.h"
+
+static uint64_t least(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+static struct window_stream *stream_find(struct window_state *state, uint64_t extent)
+{
+	for (int i = 0; i < WINDOW_STREAMS; i++) {
+		struct window_stream *stream = &state->streams[i];
+
+		if (stream->used && extent > stream->last_extent && extent <= stream->next_extent)
+			return stream;
+	}
+	return NULL;
+}
+
+static struct window_stream *stream_least_recent(struct window_state *state)
+{
+	struct window_stream *oldest = &state->streams[0];
+
+	for (int i = 1; i < WINDOW_STREAMS; i++)
+		if (state->streams[i].used < oldest->used)
+			oldest = &state->streams[i];
+	return oldest;
+}
+
+/* The largest aligned block round extent of which, at every size up to it, half is granted. */
+static uint64_t dense_block(const struct window_shape *shape, const uint64_t *granted, uint64_t extent)
+{
+	uint64_t max = WINDOW_MAX_PAGES / shape->extent_pages;
+	uint64_t block = 1;
+
+	for (uint64_t size = 2; size <= max; size *= 2) {
+		uint64_t first = extent / size * size;
+		uint64_t end = least(first + size, shape->nr_extents);
+		uint64_t nr = bits_count((const bits_word *)granted, first, end) +
+		              !bits_test((const bits_word *)granted, extent); /* it is about to be */
+
+		if (2 * nr < end - first)
+			break;
+		block = size;
+	}
+	return block;
+}
+
+void window_plan_fault(struct window_state *state, const struct window_shape *shape, const uint64_t *granted,
+                       uint64_t page, struct window_plan *plan_out)
+{
+	uint64_t extent = page / shape->extent_pages;
+	uint64_t max = WINDOW_MAX_PAGES / shape->extent_pages;
+	struct window_stream *stream = stream_find(state, extent);
+	struct window_plan plan = {0};
+
+	if (max == 0)
+		max = 1;
+	if (stream) {
+		stream->nr_extents = least(stream->nr_extents * 2, max);
+		stream->first_extent = extent;
+	} else {
+		stream = stream_least_recent(state);
+		*stream = (struct window_stream){.first_extent = extent, .nr_extents = 1};
+	}
+	stream->last_extent = extent;
+	stream->used = ++state->stamp;
+	uint64_t end = least(extent + stream->nr_extents, shape->nr_extents);
+	if (stream->next_extent < end)
+		stream->next_extent = end;
+
+	plan.first_page = extent * shape->extent_pages;
+	plan.nr_pages = shape->extent_pages;
+	if (stream->nr_extents > 1) {
+		uint64_t now = WINDOW_NOW_PAGES / shape->extent_pages;
+
+		now = least(now ? now : 1, end - extent);
+		plan.nr_pages = now * shape->extent_pages;
+		plan.ahead_extent = extent + now;
+		plan.nr_ahead = end - plan.ahead_extent;
+		plan.prefetch_extent = extent + 1;
+		plan.nr_prefetch = least(stream->nr_extents, WINDOW_PREFETCH_MAX_PAGES / shape->extent_pages);
+		plan.nr_prefetch = least(plan.nr_prefetch, shape->nr_extents - plan.prefetch_extent);
+	} else {
+		uint64_t block = dense_block(shape, granted, extent);
+
+		if (block > 1) {
+			plan.ahead_extent = extent / block * block;
+			plan.nr_ahead = least(block, shape->nr_extents - plan.ahead_extent);
+		}
+	}
+	if (shape->fixed_pages) {
+		plan.first_page = page / shape->fixed_pages * shape->fixed_pages;
+		plan.nr_pages = shape->fixed_pages;
+		plan.nr_ahead = 0;
+	}
+	plan.nr_pages = least(plan.nr_pages, shape->nr_pages - plan.first_page);
+	*plan_out = plan;
+}
+
+uint64_t window_plan_write(struct window_state *state, const struct window_shape *shape, uint64_t page)
+{
+	uint64_t nr = 1;
+
+	if (shape->fixed_pages)
+		nr = shape->fixed_pages;
+	else if (page == state->write_next_page && state->write_pages)
+		nr = least(state->write_pages * 2, WINDOW_WRITE_MAX_PAGES);
+	nr = least(nr, shape->nr_pages - page);
+	state->write_pages = nr;
+	state->write_next_page = page + nr;
+	return nr;
+}

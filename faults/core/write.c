@@ -1,0 +1,186 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Write faults.
+ *
+ * Charge first, open afterwards, and open exactly what was charged: once a page is un-protected nobody is
+ * asked again.  The kernel makes the copy when the guest's write is tried again.  At the quota the charges
+ * that never became copies are looked for; if that gives nothing, the writer stays where it is (stop) or gets
+ * SIGBUS (kill).
+ */
+#define _GNU_SOURCE
+#include "faults/core/guest.h"
+
+#include "accounting/core/settle.h"
+#include "cache/core/abi.h"
+#include "cache/core/points.h"
+#include "cache/core/store.h"
+#include "faults/core/uffd.h"
+
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static uint64_t quota_left(const struct ledger_header *header)
+{
+	uint64_t quota = atomic_load(&header->quota_pages);
+	uint64_t used = atomic_load(&header->private_pages);
+
+	if (atomic_load(&header->policy) == QUOTA_ALLOW)
+		return UINT64_MAX;
+	return quota > used ? quota - used : 0;
+}
+
+/* Under write_lock: how many of nr_wanted more pages the guest may have. */
+static uint64_t quota_take(struct account *account, uint64_t nr_wanted)
+{
+	uint64_t left = quota_left(account->header);
+
+	if (left == 0 && account_settle_range(account, 0, account->image->shape.nr_pages) > 0)
+		left = quota_left(account->header);
+	return left < nr_wanted ? left : nr_wanted;
+}
+
+static void quota_stop(struct guest *guest)
+{
+	struct ledger_header *header = guest->account->header;
+
+	if (atomic_load(&header->stopped_since_ns))
+		return;
+	atomic_store(&header->stopped_since_ns, clock_now_ns());
+	count_add(&header->quota_stops, 1);
+	store_raise(guest->image->store->notice_fd);
+}
+
+/*
+ * A page that is mapped, shared and protected cannot be poisoned for one guest alone, so SIGBUS goes to the process
+ * as a signal.  If it cannot be sent, or is blocked, the writer just stays stopped: the quota holds either way.
+ */
+static void quota_refuse(struct guest *guest)
+{
+	if (atomic_load(&guest->account->header->policy) == QUOTA_KILL && guest->pidfd >= 0)
+		syscall(SYS_pidfd_send_signal, guest->pidfd, SIGBUS, NULL, 0);
+	quota_stop(guest);
+}
+
+/* Under write_lock: charges what it may of the free pages in [page, page + nr); how many pages from page on may be
+ * opened, 0 if the quota is used up. */
+static uint64_t charge_run(struct account *account, uint64_t page, uint64_t nr)
+{
+	uint64_t end = bits_next(account->private, page, page + nr);
+	uint64_t nr_charged = quota_take(account, end - page);
+
+	for (uint64_t i = 0; i < nr_charged; i++)
+		account_charge(account, page + i);
+	return nr_charged;
+}
+
+static int open_pages(struct account *account, int uffd, uint64_t page, uint64_t nr)
+{
+	point_reach(POINT_WRITE_CHARGED);
+	return uffd_open(uffd, account_address(account, page), nr << PAGE_SHIFT);
+}
+
+static uint64_t write_window(struct guest *guest, uint64_t page)
+{
+	struct window_shape shape = {
+		.nr_pages = guest->image->shape.nr_pages,
+		.fixed_pages = atomic_load_explicit(&guest->write_window_pages, memory_order_relaxed),
+	};
+
+	return window_plan_write(&guest->windows, &shape, page);
+}
+
+/* Under write_lock.  A charged page that still faults was charged by an earlier report of the same fault, or was
+ * protected by a settling: it only has to be opened. */
+static void answer_write_locked(struct guest *guest, uint64_t page)
+{
+	struct account *account = guest->account;
+	uint64_t nr = 1;
+
+	if (!bits_test(account->private, page)) {
+		nr = charge_run(account, page, write_window(guest, page));
+		if (!nr) {
+			quota_refuse(guest);
+			return;
+		}
+	}
+	answer_failed(guest, open_pages(account, guest->uffd, page, nr));
+}
+
+void answer_write(struct guest *guest, uint64_t page, uint64_t read_ns)
+{
+	struct account *account = guest->account;
+
+	image_touch(guest->image, page / guest->image->shape.extent_pages);
+	pthread_mutex_lock(&account->write_lock);
+	answer_write_locked(guest, page);
+	pthread_mutex_unlock(&account->write_lock);
+	account_note_latency(account, LATENCY_WRITE, clock_now_ns() - read_ns);
+}
+
+/* Under write_lock: one UFFDIO_COPY from the frame, which the caller's hold keeps where it is. */
+static int copy_page(struct guest *guest, uint64_t page)
+{
+	char frame[PAGE_BYTES] __attribute__((aligned(64)));
+	struct account *account = guest->account;
+
+	if (pread(guest->image->frames_fd, frame, sizeof frame, (off_t)(page << PAGE_SHIFT)) != sizeof frame)
+		return -EFAULT;
+	account_charge(account, page);
+	int err = uffd_copy_page(guest->uffd, account_address(account, page), frame);
+	if (err) {
+		account_uncharge(account, page);
+		count_add(&account->header->uncharged_pages, 1);
+	}
+	return err;
+}
+
+/*
+ * One write costs one event this way instead of two.  A run of writes is answered by mapping the extent and opening
+ * the run, so that the kernel does the copying; and a page that is charged already waits for its second event.
+ */
+bool write_first(struct guest *guest, uint64_t page)
+{
+	struct account *account = guest->account;
+	int err;
+
+	pthread_mutex_lock(&account->write_lock);
+	if (bits_test(account->private, page) || write_window(guest, page) > 1) {
+		guest->windows.write_next_page = page; /* the second event asks the same question */
+		pthread_mutex_unlock(&account->write_lock);
+		return false;
+	}
+	if (quota_take(account, 1) == 0) {
+		bool kill = atomic_load(&account->header->policy) == QUOTA_KILL;
+
+		if (!kill || uffd_poison_page(guest->uffd, account_address(account, page), false) < 0)
+			quota_refuse(guest);
+		pthread_mutex_unlock(&account->write_lock);
+		return true;
+	}
+	err = copy_page(guest, page);
+	pthread_mutex_unlock(&account->write_lock);
+	answer_failed(guest, err);
+	return true;
+}
+
+void answer_discard(struct guest *guest, uint64_t first, uint64_t nr)
+{
+	struct account *account = guest->account;
+	struct ledger_header *header = account->header;
+	uint64_t end = first + nr;
+
+	pthread_mutex_lock(&account->write_lock);
+	for (uint64_t page = first; page < end; page++) {
+		bits_set(account->discarded, page);
+		if (bits_test(account->private, page)) {
+			account_uncharge(account, page);
+			count_add(&header->discarded_pages, 1);
+		}
+		if (bits_clear(account->poisoned, page))
+			atomic_fetch_sub(&guest->image->nr_poisoned, 1);
+	}
+	pthread_mutex_unlock(&account->write_lock);
+	if (atomic_load(&header->stopped_since_ns))
+		guest_resume(guest);
+}

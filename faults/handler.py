@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest's fault thread, as Python sees it: started, given orders, stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cowshed.cache import UsageError
+from cowshed.cache._core import ffi, lib
+from cowshed.cache.calls import checked
+from cowshed.cache.images import PAGE_BYTES
+
+__all__ = ["FaultHandler", "Orders", "uffd_features"]
+
+
+@dataclass(frozen=True)
+class Orders:
+    """Standing orders. A window of 0 is adaptive; else bytes, a power of two of whole pages.
+
+    window_bytes: mapped per fault, 16 MiB at most. write_window_bytes: opened per write fault,
+    256 KiB at most. spin_ns: how long to look for the next fault before sleeping, while it pays.
+    """
+
+    window_bytes: int = 0
+    write_window_bytes: int = 0
+    spin_ns: int = 20_000
+
+    def __post_init__(self) -> None:
+        _check_window("window", self.window_bytes, lib.WINDOW_MAX_PAGES)
+        _check_window("write window", self.write_window_bytes, lib.WINDOW_WRITE_MAX_PAGES)
+
+
+def _check_window(what: str, window_bytes: int, max_pages: int) -> None:
+    nr_pages, rest = divmod(window_bytes, PAGE_BYTES)
+    if window_bytes == 0:
+        return
+    if rest or not 0 < nr_pages <= max_pages or nr_pages & (nr_pages - 1):
+        raise UsageError(
+            f"a {what} of {window_bytes} bytes is not possible; give 0 (adaptive) or a power of "
+            f"two from {PAGE_BYTES} to {max_pages * PAGE_BYTES}"
+        )
+
+
+def uffd_features() -> int:
+    """The UFFD_FEATURE_* bits that a guest's userfaultfd must have been made with."""
+    return int(lib.guest_uffd_features())
+
+
+class FaultHandler:
+    """Answers one guest's faults until stop(). The descriptors are borrowed until then.
+
+    account is the C account (Account.cdata) that was placed at the guest's mapping. pidfd is who
+    gets SIGBUS under QuotaPolicy.KILL, or -1.
+    """
+
+    def __init__(self, account: Any, uffd: int, pidfd: int, orders: Orders) -> None:
+        guest = ffi.new("struct guest **")
+        checked(
+            lib.guest_start(account, uffd, pidfd, _corders(orders), guest),
+            "starting a fault thread",
+        )
+        self._guest = guest[0]
+
+    def stop(self) -> None:
+        """Join the thread; what its guest still waits for is never answered by it."""
+        if self._guest is not None:
+            lib.guest_stop(self._guest)
+            self._guest = None
+
+    def resume(self) -> None:
+        """Have everybody who waits ask again: after a change of quota."""
+        lib.guest_resume(self._guest)
+
+    def set_orders(self, orders: Orders) -> None:
+        """Change the standing orders from the next fault on."""
+        checked(lib.guest_set_orders(self._guest, _corders(orders)), "giving orders")
+
+
+def _corders(orders: Orders) -> Any:
+    return ffi.new(
+        "struct guest_orders *",
+        {
+            "window_pages": orders.window_bytes // PAGE_BYTES,
+            "write_window_pages": orders.write_window_bytes // PAGE_BYTES,
+            "spin_ns": orders.spin_ns,
+        },
+    )
