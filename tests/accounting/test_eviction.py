@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The eviction policy: single facts, then random operations beside a plain model of the rules."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from cowshed.accounting.eviction import PATIENCE, EvictionPolicy, ExtentKey
+from cowshed.cache.errors import CapacityError, InvariantError, UsageError
+
+
+@dataclass
+class Ledger:
+    """Heat as a test sets it."""
+
+    touches: dict[ExtentKey, int] = field(default_factory=dict)
+    holders: dict[ExtentKey, int] = field(default_factory=dict)
+    pinned: set[ExtentKey] = field(default_factory=set)
+
+    def take_touches(self, key: ExtentKey) -> int:
+        return min(3, self.touches.pop(key, 0))
+
+    def refs(self, key: ExtentKey) -> int:
+        return self.holders.get(key, 0)
+
+    def evictable(self, key: ExtentKey) -> bool:
+        return key not in self.pinned
+
+
+def extents(numbers: Iterable[int], image_no: int = 0) -> list[ExtentKey]:
+    return [(image_no, extent_no) for extent_no in numbers]
+
+
+def evict(policy: EvictionPolicy, nr_extents: int, ledger: Ledger) -> list[ExtentKey]:
+    victims = policy.choose_victims(nr_extents, ledger)
+    policy.forget(victims, evicted=True)
+    policy.check()
+    return victims
+
+
+def with_main(policy: EvictionPolicy, keys: list[ExtentKey]) -> None:
+    """Make keys resident in main, by way of the ghosts, in order."""
+    policy.admit(keys)
+    policy.forget(keys, evicted=True)
+    policy.admit(keys)
+
+
+def test_untouched_extents_go_in_the_order_they_came() -> None:
+    policy = EvictionPolicy(20)
+    policy.admit(extents(range(20)))
+    assert evict(policy, 5, Ledger()) == extents(range(5))
+    assert evict(policy, 15, Ledger()) == extents(range(5, 20))
+    assert len(policy) == 0
+
+
+@pytest.mark.parametrize(
+    ("touches", "refs", "stays"),
+    [(0, 1, False), (1, 1, False), (2, 1, True), (1, 2, True), (0, 7, False), (0, 8, True)],
+)
+def test_small_keeps_what_was_touched_again_or_is_shared(
+    touches: int, refs: int, stays: bool
+) -> None:
+    policy, ledger = EvictionPolicy(20), Ledger({(0, 0): touches}, {(0, 0): refs})
+    policy.admit(extents(range(20)))
+    assert evict(policy, 1, ledger) == extents([1] if stays else [0])
+
+
+@pytest.mark.parametrize(
+    ("touches", "refs", "rounds"),
+    [(0, 1, 0), (0, 2, 1), (0, 8, 2), (2, 1, 2), (3, 8, 3), (9, 1, 3)],
+)
+def test_main_grants_a_round_for_each_credit(touches: int, refs: int, rounds: int) -> None:
+    policy, ledger = EvictionPolicy(20), Ledger({(0, 0): touches}, {(0, 0): refs})
+    with_main(policy, extents([0]))
+    for extent_no in range(1, rounds + 1):  # each round passes it once and takes the one behind it
+        with_main(policy, extents([extent_no]))
+        assert evict(policy, 1, ledger) == extents([extent_no])
+    with_main(policy, extents([99]))
+    assert evict(policy, 1, ledger) == extents([0])
+
+
+def test_sharing_alone_cools_down_and_a_touch_warms_it_again() -> None:
+    policy, ledger = EvictionPolicy(20), Ledger(holders={(0, 0): 8})
+    with_main(policy, extents([0, 1, 2]))
+    assert evict(policy, 2, ledger) == extents([1, 2])  # credit 2, one left after the round
+    with_main(policy, extents([3, 4, 5, 6]))
+    ledger.touches[0, 0] = 1  # 1 left + 1 touch + 2 for sharing, of which 3 count
+    assert evict(policy, 4, ledger) == extents([3, 4, 5, 6])
+    with_main(policy, extents([7]))
+    assert evict(policy, 1, ledger) == extents([7])
+    with_main(policy, extents([8]))
+    assert evict(policy, 1, ledger) == extents([8])
+    with_main(policy, extents([9]))
+    assert evict(policy, 1, ledger) == extents([0])
+
+
+def test_main_gives_nothing_up_before_the_rest_of_small_when_small_is_due() -> None:
+    policy, ledger = EvictionPolicy(20), Ledger({(0, 0): 2})
+    policy.admit(extents([0, 1]))
+    assert evict(policy, 1, ledger) == extents([1])
+
+
+def test_an_extent_that_comes_back_soon_goes_to_main() -> None:
+    policy, ledger = EvictionPolicy(20), Ledger()
+    policy.admit(extents(range(20)))
+    evict(policy, 1, ledger)
+    policy.admit(extents([0]))
+    assert evict(policy, 19, ledger) == extents([*range(1, 19), 0])  # small keeps its last one
+
+
+def test_ghosts_forget_the_oldest() -> None:
+    policy = EvictionPolicy(20)  # 18 ghosts
+    policy.admit(extents(range(20)))
+    evict(policy, 19, Ledger())
+    policy.admit(extents([1, 0, 30, 31]))  # 0 is a ghost no more; small is 19, 0, 30, 31
+    assert evict(policy, 5, Ledger()) == extents([19, 0, 30, 1, 31])
+
+
+def test_an_extent_that_was_not_evicted_leaves_no_ghost() -> None:
+    policy = EvictionPolicy(20)
+    policy.admit(extents(range(5)))
+    policy.forget(extents([0]), evicted=False)
+    policy.admit(extents([0]))
+    assert evict(policy, 5, Ledger()) == extents([1, 2, 3, 4, 0])
+
+
+def test_pinned_extent_is_never_a_victim() -> None:
+    policy, ledger = EvictionPolicy(20), Ledger(pinned={(0, 0), (0, 5)})
+    with_main(policy, extents(range(5)))
+    policy.admit(extents(range(5, 10)))
+    assert set(evict(policy, 10, ledger)) == set(extents([1, 2, 3, 4, 6, 7, 8, 9]))
+    assert len(policy) == 2
+
+
+def test_pinned_extents_keep_their_order() -> None:
+    policy, ledger = EvictionPolicy(20), Ledger(pinned=set(extents([0, 1, 2])))
+    policy.admit(extents(range(6)))
+    assert evict(policy, 1, ledger) == extents([3])
+    ledger.pinned.clear()
+    assert evict(policy, 5, ledger) == extents([4, 5, 0, 1, 2])
+
+
+@pytest.mark.parametrize("nr_resident", [0, 1, 50])
+def test_nothing_evictable_is_a_capacity_error(nr_resident: int) -> None:
+    policy, ledger = EvictionPolicy(20), Ledger(pinned=set(extents(range(50))))
+    with_main(policy, extents(range(nr_resident // 2)))
+    policy.admit(extents(range(nr_resident // 2, nr_resident)))
+    with pytest.raises(CapacityError, match=f"none of {nr_resident} resident"):
+        policy.choose_victims(1, ledger)
+    policy.check()
+    assert len(policy) == nr_resident
+
+
+def test_the_only_evictable_extent_is_found_however_hot() -> None:
+    policy = EvictionPolicy(20)
+    ledger = Ledger({(0, 9): 3}, {(0, 9): 99}, set(extents(range(9))))
+    with_main(policy, extents(range(9)))
+    policy.admit(extents([9]))
+    assert evict(policy, 3, ledger) == extents([9])
+
+
+def test_a_victim_not_forgotten_returns_to_its_place() -> None:
+    policy, ledger = EvictionPolicy(20), Ledger()
+    policy.admit(extents(range(10)))
+    assert policy.choose_victims(3, ledger) == extents(range(3))
+    assert len(policy) == 10
+    assert (0, 0) in policy
+    policy.forget(extents([1]), evicted=True)
+    assert policy.choose_victims(3, ledger) == extents([0, 2, 3])
+    ledger.touches[0, 0] = 2  # busy when it was to be evicted, and wanted since
+    assert policy.choose_victims(3, ledger) == extents([2, 3, 4])
+
+
+def test_guests_that_fault_all_the_time_do_not_keep_the_hand_going_round() -> None:
+    class Storm(Ledger):
+        nr_asked = 0
+
+        def take_touches(self, key: ExtentKey) -> int:
+            self.nr_asked += 1
+            return 3
+
+    policy, storm = EvictionPolicy(10_000), Storm()
+    with_main(policy, extents(range(9000)))
+    assert len(evict(policy, 2, storm)) == 2
+    assert storm.nr_asked <= 2 * PATIENCE + 2
+    few = EvictionPolicy(10)
+    with_main(few, extents(range(3)))
+    storm.nr_asked = 0
+    assert evict(few, 1, storm) == extents([0])  # all alike: the oldest
+    assert storm.nr_asked == 3
+
+
+def test_a_dropped_image_leaves_nothing_behind() -> None:
+    policy, ledger = EvictionPolicy(40), Ledger()
+    for image_no in (0, 1):
+        with_main(policy, extents(range(5), image_no))
+        policy.admit(extents(range(5, 10), image_no))
+    evict(policy, 6, ledger)
+    policy.choose_victims(3, ledger)
+    policy.drop_image(1)
+    policy.check()
+    assert not any((1, extent_no) in policy for extent_no in range(10))
+    policy.admit(extents(range(10), 1))  # all to small: no ghost remembers them
+    assert evict(policy, 7, ledger) == extents(range(7), 1)
+
+
+def test_impossible_calls_are_refused() -> None:
+    policy, ledger = EvictionPolicy(1), Ledger()
+    policy.admit(extents([0]))
+    with pytest.raises(InvariantError, match="resident twice"):
+        policy.admit(extents([1, 0, 2]))
+    with pytest.raises(InvariantError, match="not tracked"):
+        policy.forget(extents([1, 2]), evicted=True)
+    assert ((0, 0) in policy, (0, 1) in policy, (0, 2) in policy) == (True, False, False)
+    with pytest.raises(UsageError, match="0 victims"):
+        policy.choose_victims(0, ledger)
+    with pytest.raises(UsageError, match="capacity of 0"):
+        EvictionPolicy(0)
+    policy.check()
+
+
+class PlainModel:
+    """The rules, written for the eye: one dict in order, filtered anew at every look."""
+
+    def __init__(self, capacity_extents: int) -> None:
+        self.nr_small_wanted = max(1, capacity_extents // 10)
+        self.nr_ghosts = max(1, capacity_extents - self.nr_small_wanted)
+        self.in_main: dict[ExtentKey, bool] = {}  # in the order placed
+        self.credit: dict[ExtentKey, int] = {}
+        self.ghosts: list[ExtentKey] = []
+
+    def append(self, key: ExtentKey, in_main: bool) -> None:
+        self.in_main.pop(key, None)
+        self.in_main[key] = in_main
+
+    def admit(self, key: ExtentKey) -> None:
+        self.append(key, in_main=key in self.ghosts)
+        self.ghosts = [ghost for ghost in self.ghosts if ghost != key]
+
+    def forget(self, key: ExtentKey, evicted: bool) -> None:
+        del self.in_main[key]
+        self.credit.pop(key, None)
+        if evicted:
+            self.ghosts = [*self.ghosts, key][-self.nr_ghosts :]
+
+    def choose(self, nr_extents: int, ledger: Ledger) -> list[ExtentKey]:
+        victims: list[ExtentKey] = []
+        patience = 32 * nr_extents
+        looked_at: set[ExtentKey] = set()
+
+        def queue(in_main: bool) -> list[ExtentKey]:
+            return [k for k, where in self.in_main.items() if where == in_main and k not in victims]
+
+        def from_small() -> ExtentKey | None:
+            nonlocal patience
+            for key in queue(in_main=False):
+                if key in looked_at:
+                    continue
+                looked_at.add(key)
+                if not ledger.evictable(key):
+                    self.append(key, in_main=False)
+                elif patience and ledger.take_touches(key) + shared(key) >= 2:
+                    self.append(key, in_main=True)
+                    patience -= 1
+                else:
+                    return key
+            return None
+
+        def from_main() -> ExtentKey | None:
+            nonlocal patience
+            while any(ledger.evictable(key) for key in queue(in_main=True)):
+                key = queue(in_main=True)[0]
+                if ledger.evictable(key):
+                    touches = 0 if key in looked_at else ledger.take_touches(key)
+                    looked_at.add(key)
+                    credit = self.credit.get(key, 0)
+                    if touches or key not in self.credit:
+                        credit = min(3, credit + touches + shared(key))
+                    if not credit or not patience:
+                        return key
+                    self.credit[key] = credit - 1
+                    patience -= 1
+                self.append(key, in_main=True)
+            return None
+
+        def shared(key: ExtentKey) -> int:
+            return sum(ledger.refs(key) >= bound for bound in (2, 8))
+
+        while len(victims) < nr_extents:
+            due = len(queue(in_main=False)) >= self.nr_small_wanted
+            victim = (from_small() if due else None) or from_main() or from_small() or from_main()
+            if victim is None:
+                break
+            victims.append(victim)
+        return victims
+
+
+ALL = [(image_no, extent_no) for image_no in range(3) for extent_no in range(12)]
+
+
+class PolicyBesideModel(RuleBasedStateMachine):
+    """Random operations on the policy and the model; they must name the same victims."""
+
+    @initialize(capacity=st.integers(1, 40), nr_warm=st.integers(0, 36))
+    def start(self, capacity: int, nr_warm: int) -> None:
+        self.policy, self.model, self.ledger = (
+            EvictionPolicy(capacity),
+            PlainModel(capacity),
+            Ledger(),
+        )
+        self.tracked: set[ExtentKey] = set()
+        self.victims: list[ExtentKey] = []
+        self.admit(ALL[:nr_warm])
+
+    @rule(keys=st.lists(st.sampled_from(ALL), unique=True))
+    def admit(self, keys: list[ExtentKey]) -> None:
+        fresh = [key for key in keys if key not in self.tracked]
+        self.policy.admit(fresh)
+        for key in fresh:
+            self.model.admit(key)
+        self.tracked.update(fresh)
+
+    @precondition(lambda self: self.tracked)
+    @rule(data=st.data(), touches=st.integers(0, 5), refs=st.integers(0, 9))
+    def touch(self, data: st.DataObject, touches: int, refs: int) -> None:
+        for key in data.draw(st.lists(st.sampled_from(sorted(self.tracked)), max_size=8)):
+            self.ledger.touches[key] = touches
+            self.ledger.holders[key] = refs
+
+    @precondition(lambda self: self.tracked)
+    @rule(data=st.data())
+    def pin_and_unpin(self, data: st.DataObject) -> None:
+        self.ledger.pinned ^= data.draw(st.sets(st.sampled_from(sorted(self.tracked))))
+
+    @rule(nr_extents=st.integers(1, 8))
+    def choose(self, nr_extents: int) -> None:
+        copy = Ledger(dict(self.ledger.touches), self.ledger.holders, self.ledger.pinned)
+        expected = self.model.choose(nr_extents, copy)
+        nr_evictable = len(self.tracked - self.ledger.pinned)
+        assert len(expected) == min(nr_extents, nr_evictable)
+        try:
+            self.victims = self.policy.choose_victims(nr_extents, self.ledger)
+        except CapacityError:
+            self.victims = []
+        assert self.victims == expected
+        assert self.ledger.touches == copy.touches
+
+    @rule(nr_evicted=st.integers(0, 8))
+    def evict_some_of_the_chosen(self, nr_evicted: int) -> None:
+        self.forget(self.victims[:nr_evicted], evicted=True)
+
+    @precondition(lambda self: self.tracked)
+    @rule(data=st.data(), evicted=st.booleans())
+    def forget_any(self, data: st.DataObject, evicted: bool) -> None:
+        self.forget(
+            data.draw(st.lists(st.sampled_from(sorted(self.tracked)), unique=True)), evicted
+        )
+
+    def forget(self, keys: list[ExtentKey], evicted: bool) -> None:
+        self.policy.forget(keys, evicted=evicted)
+        for key in keys:
+            self.forget_in_model(key, evicted)
+
+    @rule(image_no=st.integers(0, 2))
+    def drop_image(self, image_no: int) -> None:
+        self.policy.drop_image(image_no)
+        for key in [key for key in self.tracked if key[0] == image_no]:
+            self.forget_in_model(key, evicted=False)
+        self.model.ghosts = [key for key in self.model.ghosts if key[0] != image_no]
+
+    def forget_in_model(self, key: ExtentKey, evicted: bool) -> None:
+        self.model.forget(key, evicted)
+        self.tracked.discard(key)
+        self.ledger.pinned.discard(key)
+        self.victims = [victim for victim in self.victims if victim != key]
+
+    @invariant()
+    def holds_together(self) -> None:
+        self.policy.check()
+        assert len(self.policy) == len(self.tracked)
+        assert all(key in self.policy for key in self.tracked)
+
+
+TestPolicyBesideModel = PolicyBesideModel.TestCase
+TestPolicyBesideModel.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
