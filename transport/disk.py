@@ -99,7 +99,8 @@ class Disk:
         A touch may wait for the backend while it holds the interpreter's lock.
         """
         with self._lock:
-            self._check_open()
+            if self._state != "open":
+                raise self._unusable()
             exporter = self._exporter() if self._exporter else None
             if exporter is None:
                 # The pointer's destructor does nothing but hold the disk while views live.
@@ -193,15 +194,15 @@ class Disk:
                 f"stay within its {self.size_bytes} bytes"
             )
 
-    def _check_open(self) -> None:
+    def _unusable(self) -> UsageError:
         if self._state == "forked":
-            raise UsageError(f"disk {self.image!r} was opened before a fork; open it again here")
-        if self._state != "open":
-            raise UsageError(f"disk {self.image!r} is closed; open it again")
+            return UsageError(f"disk {self.image!r} was opened before a fork; open it again here")
+        return UsageError(f"disk {self.image!r} is closed; open it again")
 
     def _begin(self) -> None:
         with self._lock:
-            self._check_open()
+            if self._state != "open":
+                raise self._unusable()
             self._nr_busy += 1
 
     def _end(self) -> None:
