@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the backend knows and decides about its pages: who holds them, and which to give up."""
 
+from cowshed.accounting.audit import AuditReport, Mismatch, audit
 from cowshed.accounting.eviction import EvictionPolicy, ExtentKey, Heat
 from cowshed.accounting.ledger import (
     Account,
@@ -24,15 +25,18 @@ __all__ = [
     "Account",
     "AccountCounters",
     "AccountStatus",
+    "AuditReport",
     "EvictionPolicy",
     "ExtentKey",
     "FirstTouches",
     "Heat",
     "Latency",
     "LatencyKind",
+    "Mismatch",
     "QuotaPolicy",
     "Watermarks",
     "WorkingSet",
+    "audit",
     "evict",
     "read_latency",
     "read_working_set",

@@ -95,6 +95,10 @@ class Latency:
         """All durations noted."""
         return sum(self.counts)
 
+    def __add__(self, other: Latency) -> Latency:
+        counts = [mine + its for mine, its in zip(self.counts, other.counts, strict=True)]
+        return Latency(counts, self.sum_ns + other.sum_ns)
+
     def percentile_ns(self, percent: float) -> int:
         """Give an upper bound, within 25 %, of the duration that percent of all stay below."""
         wanted = self.count * percent / 100

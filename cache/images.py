@@ -49,7 +49,8 @@ class ImageCounters:
 class Image:
     """An open image. Made by PageStore.open_image; used until PageStore.close_image.
 
-    digest is "sha256:..." once somebody computed it (see digests in service), "" before.
+    digest is "sha256:..." once somebody computed it, "" before. source_change says how the source
+    changed under us, None as long as it did not.
     """
 
     def __init__(self, store: PageStore, name: str, source: FileSource, cdata: Any) -> None:
@@ -60,6 +61,7 @@ class Image:
         self.source: Final = source
         self.cdata: Final = cdata
         self.digest = ""
+        self.source_change: str | None = None
         self.image_no: Final[int] = shape.image_no
         self.size_bytes: Final[int] = shape.size_bytes
         self.map_bytes: Final[int] = shape.map_bytes
@@ -98,11 +100,12 @@ class Image:
         lib.image_count(self.cdata, counters)
         return ImageCounters(*(getattr(counters, field.name) for field in fields(ImageCounters)))
 
-    def states(self) -> bytes:
-        """One ExtentState value per extent; O(extents)."""
-        states = bytearray(self.nr_extents)
+    def states(self, first_extent: int = 0, nr_extents: int | None = None) -> bytes:
+        """One ExtentState value per extent, of all or of nr_extents from first_extent."""
+        nr_extents = self.nr_extents - first_extent if nr_extents is None else nr_extents
+        states = bytearray(nr_extents)
         checked(
-            lib.image_states(self.cdata, 0, self.nr_extents, ffi.from_buffer(states)),
+            lib.image_states(self.cdata, first_extent, nr_extents, ffi.from_buffer(states)),
             f"reading the states of {self.name!r}",
         )
         return bytes(states)
@@ -126,6 +129,17 @@ class Image:
     def extent_bytes_of(self, extent: int) -> int:
         """Bytes of frames that one extent has."""
         return min(self.extent_bytes, self.map_bytes - extent * self.extent_bytes)
+
+    def look_at_source(self) -> str | None:
+        """Note, once, how the source differs from what was opened; None if nothing new is wrong.
+
+        What is resident stays as it is. Later loads read what is there now; past a new end they fail.
+        """
+        changed = self.source.changed()
+        if changed is None or self.source_change is not None:
+            return None
+        self.source_change = changed
+        return changed
 
     def prefetch(self, first_extent: int, nr_extents: int) -> int:
         """Ask for absent extents to be loaded, behind all demand; return how many were taken on.

@@ -21,7 +21,7 @@ _MAX_BYTES = 1 << 48
 class FileSource:
     """A file or block device, open for reading and known to be usable.
 
-    Owns its descriptors until take(). direct_fd is the same file opened O_DIRECT, or -1 where its
+    Owns its descriptors until an image takes them over. direct_fd is the same file opened O_DIRECT, or -1 where its
     file system has no such thing.
     """
 
@@ -66,9 +66,9 @@ class FileSource:
                 direct_fd = -1
         return cls(path, size_bytes, fd, direct_fd, status.st_mtime_ns)
 
-    def changed(self, fd: int) -> str | None:
-        """Say how the file behind fd differs from what was opened, or None if it does not."""
-        status = os.fstat(fd)
+    def changed(self) -> str | None:
+        """Say how the open file differs from when it was opened, or None if it does not."""
+        status = os.fstat(self.fd)
         if stat.S_ISREG(status.st_mode):
             if status.st_size != self.size_bytes:
                 return f"size was {self.size_bytes} bytes and is {status.st_size}"

@@ -37,7 +37,7 @@ RUN_DIR_DEFAULT = "/run/cowshed"
 SOCKET_NAME = "cowshed.sock"
 PAGE_BYTES = 4096
 CAPACITY_DEFAULT_BYTES = 1 << 30
-CAPACITY_MIN_EXTENTS = 8  # room for what is being loaded and for the watermarks
+CAPACITY_MIN_EXTENTS = 2  # one stays while the next is loaded
 EXTENT_DEFAULT_BYTES = 64 << 10
 EXTENT_MIN_BYTES = 4 << 10
 EXTENT_MAX_BYTES = 2 << 20
@@ -106,11 +106,11 @@ def socket_path(run_dir: Path) -> Path:
 
 
 def check_quota(quota_bytes: int) -> None:
-    """Raise UsageError for a quota that is less than a page and not 0 (which forbids writing)."""
-    if 0 < quota_bytes < PAGE_BYTES or quota_bytes < 0:
+    """Raise UsageError for a quota that holds no page: its guest would stop at its first write."""
+    if quota_bytes < PAGE_BYTES:
         raise UsageError(
             f"quota of {quota_bytes} bytes is less than a page: "
-            "give 4K or more, 0 to forbid writing, or 'none' for no limit"
+            "give 4K or more, or 'none' for no limit"
         )
 
 

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recomputes from the kernel what the ledger claims, and reports every difference.
+
+Four things are checked. refs: an extent's reference count is the number of accounts whose grant bit
+is set. private: the pages an account is charged for are the pages PAGEMAP_SCAN shows as the guest's
+own. granted: a shared page that is mapped lies in a granted extent. resident: an extent has all its
+frames in the memfd when it is RESIDENT and none when it is ABSENT, and in a quiet moment the memfd's
+st_blocks say the same.
+
+Guests run meanwhile, so one look may catch a step half done. What counts as a mismatch is what
+several looks in a row show, with time for the step to end in between.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from cowshed.accounting.ledger import Account
+from cowshed.cache import ExtentState, Image
+from cowshed.cache._core import lib
+
+__all__ = ["AuditReport", "Mismatch", "audit"]
+
+_LOOKS: Final = 6
+_BETWEEN_SECONDS: Final = 0.03
+# looks, as text for int(..., 2): which pages are private, and which are mapped and shared.
+_PRIVATE: Final = bytes(49 if look == lib.PAGE_LOOK_PRIVATE else 48 for look in range(256))
+_SHARED: Final = bytes(
+    49 if look in (lib.PAGE_LOOK_SHARED, lib.PAGE_LOOK_OPEN) else 48 for look in range(256)
+)
+
+
+@dataclass(frozen=True, order=True)
+class Mismatch:
+    """One difference: where it is, what the ledger says and what the kernel shows."""
+
+    check: str
+    image: str
+    guest: str
+    place: str
+    place_no: int
+    expected: int = field(compare=False)
+    found: int = field(compare=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the form that `cowshed audit --json` prints."""
+        return {
+            "check": self.check,
+            "image": self.image,
+            "guest": self.guest,
+            self.place: self.place_no,
+            "expected": self.expected,
+            "found": self.found,
+        }
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """Every mismatch that stayed, and how much was looked at."""
+
+    mismatches: list[Mismatch]
+    checked: dict[str, int]
+
+
+Accounts = Mapping[str, Account]
+
+
+def audit(
+    images: Callable[[], list[Image]],
+    accounts: Callable[[Image], AbstractContextManager[Accounts]],
+) -> AuditReport:
+    """Check every image and account; O(pages of all images and guests), milliseconds per GiB.
+
+    accounts gives the accounts of an image, by guest name, and keeps them open inside `with`.
+    """
+    checked: dict[str, int] = {}
+    suspects = _look(images, accounts, checked)
+    for _ in range(_LOOKS - 1):
+        if not suspects:
+            break
+        time.sleep(_BETWEEN_SECONDS)
+        seen = {mismatch: mismatch for mismatch in _look(images, accounts, checked)}
+        suspects = [seen[mismatch] for mismatch in suspects if mismatch in seen]
+    return AuditReport(sorted(suspects), checked)
+
+
+def _look(
+    images: Callable[[], list[Image]],
+    accounts: Callable[[Image], AbstractContextManager[Accounts]],
+    checked: dict[str, int],
+) -> list[Mismatch]:
+    mismatches: list[Mismatch] = []
+    names = ("images", "guests", "extents", "refs", "private_pages", "resident_extents")
+    checked.update(dict.fromkeys(names, 0))
+    for image in images():
+        with accounts(image) as of_image:
+            checked["images"] += 1
+            checked["guests"] += len(of_image)
+            checked["extents"] += image.nr_extents
+            mismatches += _look_at_refs(image, of_image, checked)
+            for guest, account in of_image.items():
+                mismatches += _look_at_pages(image, guest, account, checked)
+        mismatches += _look_at_frames(image, checked)
+    return mismatches
+
+
+def _look_at_refs(image: Image, accounts: Accounts, checked: dict[str, int]) -> Iterator[Mismatch]:
+    refs = image.refs()
+    grants = array("I", bytes(4 * image.nr_extents))
+    for account in accounts.values():
+        account.add_grants(grants)
+    checked["refs"] += sum(grants)
+    if refs != grants:
+        for extent, (found, expected) in enumerate(zip(refs, grants, strict=True)):
+            if found != expected:
+                yield Mismatch("refs", image.name, "", "extent", extent, expected, found)
+
+
+def _look_at_pages(
+    image: Image, guest: str, account: Account, checked: dict[str, int]
+) -> Iterator[Mismatch]:
+    try:
+        account.settle()
+        before = account.private_bitmap()
+        looks = account.looks()
+    except OSError:
+        return  # the guest is going away, and its account with it
+    charged = int.from_bytes(before, "little")
+    copied = int(looks.translate(_PRIVATE)[::-1], 2)
+    checked["private_pages"] += copied.bit_count()
+    for page in _bits(charged ^ copied):
+        yield Mismatch(
+            "private", image.name, guest, "page", page, charged >> page & 1, copied >> page & 1
+        )
+    mapped = int(looks.translate(_SHARED)[::-1], 2)
+    for extent in _ungranted(image, account):
+        width = image.extent_pages
+        found = (mapped >> (extent * width) & ((1 << width) - 1)).bit_count()
+        if found:
+            yield Mismatch("granted", image.name, guest, "extent", extent, 0, found)
+
+
+def _ungranted(image: Image, account: Account) -> Iterator[int]:
+    grants = array("I", bytes(4 * image.nr_extents))
+    account.add_grants(grants)
+    return (extent for extent, granted in enumerate(grants) if not granted)
+
+
+def _look_at_frames(image: Image, checked: dict[str, int]) -> Iterator[Mismatch]:
+    generation = image.generation
+    states = image.states()
+    filled = _filled_bytes(image)
+    blocks_bytes = os.fstat(image.frames_fd).st_blocks * 512
+    resident_bytes = image.resident_bytes
+    if image.generation != generation:
+        states_after = image.states()
+    else:
+        states_after = states
+        busy = states.count(ExtentState.LOADING) + states.count(ExtentState.EVICTING)
+        if not busy and blocks_bytes != resident_bytes:
+            yield Mismatch("resident", image.name, "", "extent", -1, resident_bytes, blocks_bytes)
+    checked["resident_extents"] += states.count(ExtentState.RESIDENT)
+    wanted = {ExtentState.ABSENT: 0, ExtentState.RESIDENT: 1}
+    for extent, (state, after) in enumerate(zip(states, states_after, strict=True)):
+        if state != after or state not in wanted:
+            continue
+        expected = wanted[ExtentState(state)] * image.extent_bytes_of(extent)
+        if filled[extent] != expected:
+            yield Mismatch(
+                "resident", image.name, "", "extent", extent, expected, filled[extent]
+            )
+
+
+def _filled_bytes(image: Image) -> array[int]:
+    """Bytes of frames per extent, from the memfd's own map of data and holes."""
+    filled = array("Q", bytes(8 * image.nr_extents))
+    step = image.extent_bytes
+    end = 0
+    while True:
+        try:
+            start = os.lseek(image.frames_fd, end, os.SEEK_DATA)
+            end = os.lseek(image.frames_fd, start, os.SEEK_HOLE)
+        except OSError:
+            return filled  # ENXIO: no more data
+        while start < end:
+            extent = start // step
+            stop = min(end, (extent + 1) * step)
+            filled[extent] += stop - start
+            start = stop
+
+
+def _bits(number: int) -> Iterator[int]:
+    while number:
+        low = number & -number
+        yield low.bit_length() - 1
+        number ^= low
+
+

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What operators may ask of a running daemon, each a function from the request to its replies.
+
+Requests come from outside: fields are read through transport.messages, which refuses what does not
+fit. Everything here runs in a worker thread, never in the loop that answers guests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+from cowshed.accounting import audit
+from cowshed.cache import CapacityError, ExtentState, Image, PageStore, UsageError
+from cowshed.service.config import check_quota
+from cowshed.service.evictor import Evictor
+from cowshed.service.guests import NO_QUOTA_BYTES, GuestTable
+from cowshed.service.sizes import format_bytes
+from cowshed.service.status import StatusReader
+from cowshed.service.working_sets import WorkingSets
+from cowshed.transport.messages import take_optional_number, take_text
+
+__all__ = ["Control"]
+
+Body = dict[str, Any]
+
+_WAIT_MS: Final = 200
+_BATCH_EXTENTS: Final = 64
+
+
+class Control:
+    """The operations, by name. perform() may be called from any one thread at a time."""
+
+    def __init__(
+        self,
+        store: PageStore,
+        evictor: Evictor,
+        guests: GuestTable,
+        status: StatusReader,
+        working_sets: WorkingSets,
+    ) -> None:
+        self._store = store
+        self._evictor = evictor
+        self._guests = guests
+        self._status = status
+        self._working_sets = working_sets
+        self._ops: dict[str, Callable[[Body], Iterable[Body]]] = {
+            "status": self._do_status,
+            "audit": self._do_audit,
+            "pin": self._do_pin,
+            "unpin": self._do_unpin,
+            "warm": self._do_warm,
+            "evict": self._do_evict,
+            "quota": self._do_quota,
+        }
+
+    def knows(self, op: str) -> bool:
+        """Whether op is one of the operations here."""
+        return op in self._ops
+
+    def perform(self, op: str, request: Body) -> Iterator[Body]:
+        """Give the replies to a request as they come; raises CowshedError for a refusal."""
+        for reply in self._ops[op](request):
+            yield {"ok": True, **reply}
+
+    def find_image(self, name: str) -> Image:
+        """Give the image of that name; UsageError naming those there are."""
+        images = {image.name: image for image in self._store}
+        if name not in images:
+            raise UsageError(f"no image {name!r}; there is {', '.join(sorted(images))}")
+        return images[name]
+
+    def _do_status(self, _: Body) -> Iterator[Body]:
+        yield {"status": self._status.read()}
+
+    def _do_audit(self, _: Body) -> Iterator[Body]:
+        report = audit(lambda: list(self._store), self._guests.accounts)
+        yield {
+            "mismatches": [mismatch.as_json() for mismatch in report.mismatches],
+            "checked": report.checked,
+        }
+
+    def _do_pin(self, request: Body) -> Iterator[Body]:
+        image, extents = self._range(request)
+        most = max(0, self._evictor.max_pinned_extents)
+        try:
+            image.pin(extents.start, len(extents), most)
+        except CapacityError as error:
+            raise CapacityError(
+                f"cannot pin {format_bytes(len(extents) * image.extent_bytes)} of {image.name!r}: "
+                f"at most {format_bytes(most * image.extent_bytes)} of the capacity can be pinned; "
+                "unpin something, or raise the capacity"
+            ) from error
+        for _ in self._load(image, extents):
+            pass
+        yield {"pinned_bytes": _pinned_bytes(image)}
+
+    def _do_unpin(self, request: Body) -> Iterator[Body]:
+        image, extents = self._range(request)
+        try:
+            image.unpin(extents.start, len(extents))
+        except UsageError as error:
+            raise UsageError(
+                f"not all of the {format_bytes(len(extents) * image.extent_bytes)} of "
+                f"{image.name!r} are pinned; name a range that was pinned (see status)"
+            ) from error
+        yield {"pinned_bytes": _pinned_bytes(image)}
+
+    def _do_warm(self, request: Body) -> Iterator[Body]:
+        image, extents = self._range(request)
+        whole = request.get("offset") is None and request.get("length") is None
+        wanted = list(extents)
+        if whole:
+            first = self._working_sets.recorded(image)
+            wanted = list(dict.fromkeys([*first, *wanted]))
+        room = self._evictor.watermarks.capacity_extents - self._evictor.watermarks.high_free
+        states = image.states()
+        loads_before = image.counters().loads
+        already = sum(states[extent] == ExtentState.RESIDENT for extent in wanted[:room])
+        done = 0
+        for done in self._load(image, wanted[:room]):
+            yield {
+                "progress": {
+                    "done_bytes": done * image.extent_bytes,
+                    "total_bytes": len(wanted[:room]) * image.extent_bytes,
+                }
+            }
+        loaded = min(image.counters().loads - loads_before, len(wanted[:room]) - already)
+        yield {
+            "loaded_bytes": loaded * image.extent_bytes,
+            "already_bytes": already * image.extent_bytes,
+            "left_out_bytes": max(0, len(wanted) - room) * image.extent_bytes,
+        }
+
+    def _load(self, image: Image, wanted: Iterable[int]) -> Iterator[int]:
+        """Load extents, in order, a run at a time; gives how many of them have been seen to.
+
+        What the store did not take on at once is asked for again; what cannot be read is passed
+        over.
+        """
+        done = 0
+        for run in _runs(wanted):
+            for at in range(run.start, run.stop, _BATCH_EXTENTS):
+                nr = min(_BATCH_EXTENTS, run.stop - at)
+                errors = image.counters().load_errors
+                for _ in range(_BATCH_EXTENTS):
+                    image.prefetch(at, nr)
+                    while not image.wait_loaded(at, nr, _WAIT_MS):
+                        yield done
+                    if ExtentState.ABSENT not in image.states(at, nr):
+                        break
+                    if image.counters().load_errors > errors:
+                        break
+                done += nr
+                yield done
+
+    def _do_evict(self, request: Body) -> Iterator[Body]:
+        image, extents = self._range(request)
+        resident = [
+            extent
+            for extent, state in enumerate(image.states())
+            if state == ExtentState.RESIDENT and extent in extents
+        ]
+        gone = self._evictor.evict_now(image, resident)
+        pins = image.pins()
+        kept = set(resident) - set(gone)
+        yield {
+            "evicted_bytes": sum(image.extent_bytes_of(extent) for extent in gone),
+            "kept_bytes": sum(image.extent_bytes_of(extent) for extent in kept),
+            "kept_why": "pinned" if any(pins[extent] for extent in kept) else "busy",
+        }
+
+    def _do_quota(self, request: Body) -> Iterator[Body]:
+        name = take_text(request, "guest")
+        quota_bytes = take_optional_number(request, "quota_bytes")
+        if quota_bytes is not None:
+            check_quota(quota_bytes)
+        with self._guests.lock:
+            guest = self._guests.find(name)
+            if guest is None:
+                there = ", ".join(sorted(guest.name for guest in self._guests)) or "none"
+                raise UsageError(f"no guest {name!r}; attached are: {there}")
+            guest.account.set_quota(
+                NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, guest.terms.policy
+            )
+            guest.quota_bytes = quota_bytes
+            guest.handler.resume()
+        yield {"quota_bytes": quota_bytes}
+
+    def _range(self, request: Body) -> tuple[Image, range]:
+        """The image and the extents that a request's byte range touches."""
+        image = self.find_image(take_text(request, "image"))
+        offset = take_optional_number(request, "offset") or 0
+        length = take_optional_number(request, "length")
+        if length is None:
+            length = max(0, image.size_bytes - offset)
+        if length == 0 or offset + length > image.map_bytes:
+            raise UsageError(
+                f"{length} bytes at {offset} are not a part of {image.name!r}, "
+                f"which has {image.size_bytes} bytes; give a range inside"
+            )
+        first = offset // image.extent_bytes
+        return image, range(first, (offset + length - 1) // image.extent_bytes + 1)
+
+
+def _pinned_bytes(image: Image) -> int:
+    pins = image.pins()
+    return (len(pins) - pins.count(0)) * image.extent_bytes
+
+
+def _runs(extents: Iterable[int]) -> Iterator[range]:
+    """Neighbours in order as ranges."""
+    run = range(0)
+    for extent in extents:
+        if run and extent == run.stop:
+            run = range(run.start, extent + 1)
+        else:
+            if run:
+                yield run
+            run = range(extent, extent + 1)
+    if run:
+        yield run

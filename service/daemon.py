@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon: puts the rooms together, and runs the loop that everything but faults comes through.
+
+Threads: the loop (connections, guests coming and going), one worker for what operators ask, the
+evictor, the digests, and the C core's loaders and fault threads. Faults meet none of the Python ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import queue
+import resource
+import selectors
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from cowshed.accounting import Watermarks
+from cowshed.cache import FileSource, Image, PageStore, PeerError, UsageError
+from cowshed.service.config import Config, socket_path
+from cowshed.service.control import Control
+from cowshed.service.digests import DigestThread
+from cowshed.service.evictor import Evictor
+from cowshed.service.guests import GuestTable
+from cowshed.service.sessions import Session
+from cowshed.service.sizes import format_bytes
+from cowshed.service.status import StatusReader, guest_state
+from cowshed.service.userfaultfd import open_device
+from cowshed.service.working_sets import WorkingSets
+from cowshed.transport import EOF, listen
+from cowshed.transport.messages import error_reply
+
+__all__ = ["Daemon", "run"]
+
+_log = logging.getLogger("cowshed")
+
+Body = dict[str, Any]
+
+_HOUSEKEEPING_SECONDS: Final = 1.0
+_SAVE_SECONDS: Final = 60.0
+# Descriptors a guest takes (socket, userfaultfd, two of /proc, pidfd, eventfd, ledger), and one to spare.
+_FDS_PER_GUEST: Final = 8
+_FDS_OF_OURS: Final = 128
+
+
+def run(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT, then give everything back; the exit status.
+
+    Raises CowshedError, one line, if it cannot begin.
+    """
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="cowshed: %(levelname)s: %(message)s"
+    )
+    with contextlib.ExitStack() as stack:
+        daemon = Daemon(config, stack)
+        daemon.serve()
+    return 0
+
+
+class Daemon:
+    """Everything that serves one configuration; what it opens is closed by the stack it is given."""
+
+    def __init__(self, config: Config, stack: contextlib.ExitStack) -> None:
+        self.config: Final = config
+        self._stopping = False
+        self._sessions: dict[int, Session] = {}
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._max_sessions = _raise_file_limit() // _FDS_PER_GUEST - _FDS_OF_OURS // _FDS_PER_GUEST
+
+        stack.enter_context(_locked(config.run_dir))
+        self.uffd_device = open_device()
+        if self.uffd_device is None:
+            _log.warning("no /dev/userfaultfd to lend: guests need their own right to userfaultfd")
+        else:
+            stack.callback(os.close, self.uffd_device)
+        watermarks = Watermarks(config.capacity_bytes // config.extent_bytes)
+        store = self._store = stack.enter_context(
+            PageStore(
+                config.capacity_bytes,
+                extent_bytes=config.extent_bytes,
+                nr_loaders=config.loaders,
+                low_free_extents=watermarks.low_free,
+            )
+        )
+        for spec in config.images:
+            _open_image(store, spec.name, Path(spec.source))
+        self.guests: Final = GuestTable()
+        evictor = Evictor(store)
+        self._working_sets = WorkingSets(config.state_dir)
+        self.control: Final = Control(
+            store,
+            evictor,
+            self.guests,
+            StatusReader(store, evictor, self.guests, config.run_dir),
+            self._working_sets,
+        )
+        evictor.start()
+        stack.callback(evictor.stop)
+        digests = DigestThread(store, self._on_digest)
+        digests.start()
+        stack.callback(digests.stop)
+        stack.callback(self._end_sessions)
+        self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        stack.callback(os.close, self._wake_reader)
+        stack.callback(os.close, self._wake_writer)
+        worker = threading.Thread(target=self._work, name="worker", daemon=True)
+        worker.start()
+        stack.callback(worker.join)
+        stack.callback(self._jobs.put, None)
+        self._listener = stack.enter_context(listen(f"unix://{socket_path(config.run_dir)}"))
+        self._selector = stack.enter_context(selectors.DefaultSelector())
+
+    # What sessions need.
+
+    def submit(self, work: Callable[[], Iterator[Body]], reply: Callable[[Body], None]) -> None:
+        """Run work in the worker thread; each of its replies is given to reply in the loop."""
+
+        def job() -> None:
+            try:
+                for body in work():
+                    self._call(lambda body=body: reply(body))  # type: ignore[misc]
+                    if self._stopping:
+                        return
+            except Exception as error:
+                _log.exception("a request failed")
+                body = error_reply("peer", f"the daemon failed ({error}); see its log")
+                self._call(lambda: reply(body))
+
+        self._jobs.put(job)
+
+    def shut_down(self) -> None:
+        """End the loop, once it has sent what is queued."""
+        self._call(self._stop)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _call(self, call: Callable[[], None]) -> None:
+        self._calls.put(call)
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_writer, b"x")
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    # The loop.
+
+    def serve(self) -> None:
+        """Answer until a signal or shut_down ends it."""
+        previous = signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop())
+        try:
+            select = self._selector
+            select.register(self._listener, selectors.EVENT_READ, self._on_connect)
+            select.register(self._wake_reader, selectors.EVENT_READ, self._on_wake)
+            select.register(self._store.notice_fd, selectors.EVENT_READ, self._on_notice)
+            images = ", ".join(
+                f"{image.name} ({format_bytes(image.size_bytes)})" for image in self._store
+            )
+            _log.info(
+                "serving %s with a capacity of %s at %s",
+                images,
+                format_bytes(self.config.capacity_bytes),
+                self.config.run_dir,
+            )
+            next_look = time.monotonic() + _HOUSEKEEPING_SECONDS
+            next_save = time.monotonic() + _SAVE_SECONDS
+            while not self._stopping:
+                for key, events in select.select(max(0.0, next_look - time.monotonic())):
+                    key.data(key, events)
+                now = time.monotonic()
+                if now >= next_look:
+                    next_look = now + _HOUSEKEEPING_SECONDS
+                    self._look_after(now)
+                if now >= next_save:
+                    next_save = now + _SAVE_SECONDS
+                    self._jobs.put(lambda: self._working_sets.save(self._store))
+        finally:
+            signal.set_wakeup_fd(previous)
+        self._working_sets.save(self._store)
+        _log.info("stopping")
+
+    def _on_connect(self, *_: object) -> None:
+        connection = self._listener.accept()
+        if connection is None:
+            return
+        if len(self._sessions) >= self._max_sessions:
+            _log.warning("turned a connection away: %d are open", len(self._sessions))
+            connection.close()
+            return
+        session = Session(connection, self)
+        fd = connection.fileno()
+        self._sessions[fd] = session
+        self._selector.register(fd, selectors.EVENT_READ, self._on_session)
+
+    def _on_session(self, key: selectors.SelectorKey, events: int) -> None:
+        session = self._sessions.get(key.fd)
+        if session is None:
+            return
+        try:
+            if events & selectors.EVENT_READ and not session.closing:
+                messages = session.connection.recv_ready()
+                if messages is EOF:
+                    self._end(key.fd)
+                    return
+                for no, message in enumerate(messages):
+                    try:
+                        session.handle(message)
+                    except BaseException:
+                        for rest in messages[no + 1 :]:
+                            rest.close_fds()
+                        raise
+            self._send(key.fd, session)
+        except PeerError as error:
+            peer = session.connection.peer
+            _log.warning("dropped a connection of pid %d, uid %d: %s", peer.pid, peer.uid, error)
+            self._say_goodbye(session, error)
+            self._end(key.fd)
+
+    def _send(self, fd: int, session: Session) -> None:
+        done = session.connection.flush()
+        if done and session.closing:
+            self._end(fd)
+            return
+        events = selectors.EVENT_READ if done else selectors.EVENT_READ | selectors.EVENT_WRITE
+        self._selector.modify(fd, events, self._on_session)
+
+    def _say_goodbye(self, session: Session, error: PeerError) -> None:
+        with contextlib.suppress(Exception):
+            session.connection.queue(error_reply("peer", str(error)), tag=0)
+            session.connection.flush()
+
+    def _end(self, fd: int) -> None:
+        session = self._sessions.pop(fd)
+        self._selector.unregister(fd)
+        session.end()
+
+    def _end_sessions(self) -> None:
+        for session in self._sessions.values():
+            session.end()
+        self._sessions.clear()
+
+    def _on_wake(self, key: selectors.SelectorKey, _: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(key.fd, 4096)
+        while True:
+            try:
+                call = self._calls.get_nowait()
+            except queue.Empty:
+                break
+            call()
+        for fd, session in list(self._sessions.items()):
+            if session.connection.wants_write:
+                try:
+                    self._send(fd, session)
+                except PeerError:
+                    self._end(fd)
+
+    def _on_notice(self, key: selectors.SelectorKey, _: int) -> None:
+        os.read(key.fd, 8)
+        self._say_states()
+
+    def _say_states(self) -> None:
+        """Log, once each, guests that stopped, went on or broke; drop those that broke."""
+        for fd, session in list(self._sessions.items()):
+            guest = session.guest
+            if guest is None:
+                continue
+            status = guest.account.status()
+            state = guest_state(status)
+            if state == guest.said_state:
+                continue
+            guest.said_state = state
+            if state == "stopped-quota":
+                _log.warning(
+                    "guest %s: stopped at its quota of %s on %s; raise it with: "
+                    "cowshed quota %s SIZE",
+                    guest.name,
+                    format_bytes(guest.quota_bytes or 0),
+                    guest.image.name,
+                    guest.name,
+                )
+            elif state == "running":
+                _log.info("guest %s: goes on", guest.name)
+            else:
+                _log.warning(
+                    "guest %s: dropped, its memory cannot be served (%s)",
+                    guest.name,
+                    os.strerror(-status.broken),
+                )
+                self._end(fd)
+
+    def _look_after(self, now: float) -> None:
+        self._say_states()
+        for image in self._store:
+            if changed := image.look_at_source():
+                _log.error(
+                    "image %s: its source %s changed while it is served: %s; "
+                    "images must not change: restart with a copy that stays as it is",
+                    image.name,
+                    image.source.path,
+                    changed,
+                )
+        for fd, session in list(self._sessions.items()):
+            if session.deadline is not None and now > session.deadline:
+                _log.warning("dropped a connection that did not finish its handshake")
+                self._end(fd)
+
+    def _on_digest(self, image: Image) -> None:
+        _log.info("image %s: %s", image.name, image.digest)
+
+
+def _open_image(store: PageStore, name: str, path: Path) -> None:
+    source = FileSource.open(path)
+    try:
+        store.open_image(name, source)
+    except BaseException:
+        source.close()
+        raise
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Own a run-dir for as long as the block lasts; UsageError if another daemon does."""
+    try:
+        run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UsageError(
+            f"cannot use run-dir {str(run_dir)!r}: {error.strerror}; name another with --run-dir"
+        ) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "?"
+            raise UsageError(
+                f"run-dir {str(run_dir)!r} is in use by the daemon with pid {owner}; "
+                "stop that, or name another with --run-dir"
+            ) from error
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _raise_file_limit() -> int:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

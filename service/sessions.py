@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection's conversation: what it may say when, and what is done about it.
+
+    NEW --hello--> IDLE --open--> OPENED --region--> ATTACHED --close--> CLOSED
+                   IDLE: operators' requests, if the peer is root or our own user
+
+A request out of turn, or fields that make no sense, is the peer's error: it costs the peer its
+connection. A request that is understood and cannot be met gets a refusal, and the conversation goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Protocol
+
+from cowshed.accounting import QuotaPolicy
+from cowshed.cache import (
+    CapacityError,
+    CowshedError,
+    PeerError,
+    SourceError,
+    UsageError,
+)
+from cowshed.faults import Orders, uffd_features
+from cowshed.service.config import Config, check_quota
+from cowshed.service.control import Control
+from cowshed.service.guests import Guest, GuestTable, Terms
+from cowshed.service.userfaultfd import check_guest_files, check_uffd
+from cowshed.transport import Connection, Received
+from cowshed.transport.messages import (
+    error_reply,
+    take_choice,
+    take_number,
+    take_optional_number,
+    take_text,
+)
+
+__all__ = ["Session", "SessionHost"]
+
+_log = logging.getLogger("cowshed.sessions")
+
+Body = dict[str, Any]
+
+_VERSION: Final = 1
+_HANDSHAKE_SECONDS: Final = 10.0
+_ERROR_KINDS: Final[tuple[tuple[type[CowshedError], str], ...]] = (
+    (UsageError, "usage"),
+    (CapacityError, "capacity"),
+    (SourceError, "source"),
+    (PeerError, "peer"),
+)
+
+
+class State(enum.Enum):
+    """Where a conversation is; see the module's picture."""
+
+    NEW = enum.auto()
+    IDLE = enum.auto()
+    OPENED = enum.auto()
+    ATTACHED = enum.auto()
+    CLOSED = enum.auto()
+
+
+_NEXT: Final = {
+    (State.NEW, "hello"): State.IDLE,
+    (State.IDLE, "open"): State.OPENED,
+    (State.OPENED, "region"): State.ATTACHED,
+    (State.OPENED, "close"): State.CLOSED,
+    (State.IDLE, "close"): State.CLOSED,
+    (State.ATTACHED, "close"): State.CLOSED,
+}
+
+
+class SessionHost(Protocol):
+    """What a session needs of the daemon."""
+
+    config: Config
+    control: Control
+    guests: GuestTable
+    uffd_device: int | None
+
+    def submit(self, work: Callable[[], Iterator[Body]], reply: Callable[[Body], None]) -> None:
+        """Run work in the worker thread and give each of its replies to reply, in the loop."""
+
+    def shut_down(self) -> None:
+        """End the daemon once the replies are out."""
+
+
+class Session:
+    """The backend's half of one connection; end() gives back whatever it holds.
+
+    deadline is when a handshake must have got further (time.monotonic()), or None.
+    """
+
+    def __init__(self, connection: Connection, host: SessionHost) -> None:
+        self.connection: Final = connection
+        self.guest: Guest | None = None
+        self.deadline: float | None = time.monotonic() + _HANDSHAKE_SECONDS
+        self._host = host
+        self._state = State.NEW
+        self._terms: Terms | None = None
+
+    @property
+    def closing(self) -> bool:
+        """Whether the conversation is over and only replies are left to send."""
+        return self._state is State.CLOSED
+
+    def end(self) -> None:
+        """Detach the guest, if there is one, and close the connection; nothing twice."""
+        self._state = State.CLOSED
+        guest, self.guest = self.guest, None
+        if guest is not None:
+            self._host.guests.detach(guest)
+            _log.info("guest %s: detached from %s", guest.name, guest.image.name)
+        terms, self._terms = self._terms, None
+        if terms is not None:
+            self._host.guests.release(terms.name)
+        self.connection.close()
+
+    def handle(self, message: Received) -> None:
+        """Do what one message asks and queue the reply; PeerError ends the connection."""
+        try:
+            self._dispatch(message)
+        except PeerError:
+            raise
+        except CowshedError as error:
+            self._refuse(message.tag, error)
+        finally:
+            message.close_fds()
+
+    def _dispatch(self, message: Received) -> None:
+        op = take_text(message.body, "op", max_length=32)
+        following = _NEXT.get((self._state, op))
+        if following is not None:
+            getattr(self, f"_on_{op}")(message)
+            self._state = following
+            self.deadline = (
+                time.monotonic() + _HANDSHAKE_SECONDS if following is State.OPENED else None
+            )
+        elif self._state is State.IDLE and (op == "shutdown" or self._host.control.knows(op)):
+            self._on_control(op, message)
+        elif self._state is State.NEW:
+            raise PeerError(f"the first request must be 'hello', not {op!r}")
+        elif any(op == known for _, known in _NEXT):
+            raise PeerError(f"request {op!r} does not fit here ({self._state.name.lower()})")
+        else:
+            self._reply(message.tag, error_reply("unknown", f"no request {op!r} is known here"))
+
+    def _on_hello(self, message: Received) -> None:
+        take_number(message.body, "version", minimum=1)
+        self._reply(
+            message.tag,
+            {"ok": True, "version": _VERSION, "features": ["map"], "pid": os.getpid()},
+        )
+
+    def _on_open(self, message: Received) -> None:
+        terms = self._read_terms(message.body)
+        self._host.guests.reserve(terms.name)
+        self._terms = terms
+        image = terms.image
+        device = self._host.uffd_device
+        fds = [image.guest_fd] if device is None else [image.guest_fd, device]
+        self._reply(
+            message.tag,
+            {
+                "ok": True,
+                "size_bytes": image.size_bytes,
+                "map_bytes": image.map_bytes,
+                "extent_bytes": image.extent_bytes,
+                "uffd_features": uffd_features(),
+                "digest": image.digest or None,
+            },
+            fds,
+        )
+
+    def _read_terms(self, body: Body) -> Terms:
+        config = self._host.config
+        quota_bytes = take_optional_number(body, "quota_bytes")
+        if quota_bytes is None:
+            quota_bytes = config.default_quota_bytes
+        else:
+            check_quota(quota_bytes)
+        policy = take_choice(
+            body, "on_quota", ("stop", "kill", "allow"), default=config.default_on_quota
+        )
+        return Terms(
+            name=take_text(body, "guest", max_length=64),
+            image=self._host.control.find_image(take_text(body, "image")),
+            quota_bytes=quota_bytes,
+            policy=QuotaPolicy[policy.upper()],
+            orders=Orders(
+                window_bytes=take_optional_number(body, "window_bytes") or 0,
+                write_window_bytes=take_optional_number(body, "write_window_bytes") or 0,
+            ),
+        )
+
+    def _on_region(self, message: Received) -> None:
+        terms = self._terms
+        assert terms is not None
+        if len(message.fds) != 3:
+            raise PeerError(f"a region comes with 3 descriptors, not {len(message.fds)}")
+        address = take_number(message.body, "address", minimum=4096, maximum=1 << 56)
+        length = take_number(message.body, "length", minimum=4096, maximum=1 << 48)
+        if address % 4096 or length != terms.image.map_bytes:
+            raise PeerError(
+                f"a region of {length} bytes at {address:#x} is no mapping of "
+                f"{terms.image.name!r}, which takes {terms.image.map_bytes}"
+            )
+        peer = self.connection.peer
+        check_uffd(message.fds[0])
+        check_guest_files(peer.pid, message.fds[1], message.fds[2])
+        self.guest = self._host.guests.attach(
+            terms,
+            (peer.pid, peer.uid),
+            -1 if peer.pidfd is None else peer.pidfd,
+            address,
+            list(message.fds),
+        )
+        message.fds.clear()
+        _log.info("guest %s: attached to %s, pid %d", terms.name, terms.image.name, peer.pid)
+        self._reply(message.tag, {"ok": True, "guest": terms.name})
+
+    def _on_close(self, message: Received) -> None:
+        guest, self.guest = self.guest, None
+        if guest is not None:
+            self._host.guests.detach(guest)
+            _log.info("guest %s: detached from %s", guest.name, guest.image.name)
+        self._reply(message.tag, {"ok": True})
+
+    def _on_control(self, op: str, message: Received) -> None:
+        uid = self.connection.peer.uid
+        if uid not in (0, os.geteuid()):
+            denied = f"{op!r} is for root and the daemon's user, not for uid {uid}"
+            self._reply(message.tag, error_reply("denied", denied))
+            return
+        if op == "shutdown":
+            self._reply(message.tag, {"ok": True})
+            self._host.shut_down()
+            return
+        tag, body = message.tag, message.body
+
+        def work() -> Iterator[Body]:
+            try:
+                yield from self._host.control.perform(op, body)
+            except CowshedError as error:
+                yield _refusal(error)
+
+        self._host.submit(work, lambda reply: self._late_reply(tag, reply))
+
+    def _late_reply(self, tag: int, reply: Body) -> None:
+        if self._state is not State.CLOSED:
+            # A peer that has gone, or reads nothing, is noticed by the loop.
+            with contextlib.suppress(PeerError):
+                self._reply(tag, reply)
+
+    def _refuse(self, tag: int, error: CowshedError) -> None:
+        self._reply(tag, _refusal(error))
+
+    def _reply(self, tag: int, body: Body, fds: list[int] | None = None) -> None:
+        self.connection.queue(body, fds or (), tag)
+
+
+def _refusal(error: CowshedError) -> Body:
+    for kind, name in _ERROR_KINDS:
+        if isinstance(error, kind):
+            return error_reply(name, str(error))
+    raise error

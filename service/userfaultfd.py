@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this host's userfaultfd can do, and what a descriptor that a guest sent really is."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from pathlib import Path
+from typing import Final
+
+from cowshed.cache import PeerError, UsageError
+from cowshed.faults import uffd_features
+
+__all__ = ["check_guest_files", "check_uffd", "open_device"]
+
+DEVICE: Final = "/dev/userfaultfd"
+_USERFAULTFD_IOC_NEW: Final = 0xAA00
+_UFFDIO_API: Final = 0xC018AA3F
+_UFFD_API: Final = 0xAA
+_SYSCTL: Final = Path("/proc/sys/vm/unprivileged_userfaultfd")
+
+
+def open_device() -> int | None:
+    """Open the device that guests make their userfaultfd with; None if guests must see for themselves.
+
+    Raises UsageError, with the cure, if this host cannot serve any guest.
+    """
+    try:
+        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if os.geteuid() == 0 or _sysctl_allows():
+            return None
+        raise UsageError(
+            f"cannot open {DEVICE}: {error.strerror}, so guests could have no faults answered; "
+            "run as root, give this user access to the device, "
+            "or set sysctl vm.unprivileged_userfaultfd=1"
+        ) from error
+    try:
+        _check_features(device)
+    except BaseException:
+        os.close(device)
+        raise
+    return device
+
+
+def _sysctl_allows() -> bool:
+    try:
+        return _SYSCTL.read_text().strip() == "1"
+    except OSError:
+        return False
+
+
+def _check_features(device: int) -> None:
+    uffd = fcntl.ioctl(device, _USERFAULTFD_IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        api = bytearray(struct.pack("QQQ", _UFFD_API, 0, 0))
+        fcntl.ioctl(uffd, _UFFDIO_API, api)
+    finally:
+        os.close(uffd)
+    missing = uffd_features() & ~struct.unpack("QQQ", api)[1]
+    if missing:
+        raise UsageError(
+            f"this kernel's userfaultfd lacks features {missing:#x} that cowshed needs; "
+            "run Linux 6.7 or newer"
+        )
+
+
+def check_uffd(fd: int) -> None:
+    """Raise PeerError unless fd is a userfaultfd made with the features guests are told to use."""
+    if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[userfaultfd]":
+        raise PeerError("the first descriptor of a region must be a userfaultfd")
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+        if line.startswith("API:"):
+            features = int(line.split(":")[2], 16)
+            if uffd_features() & ~features:
+                raise PeerError(
+                    f"the userfaultfd has features {features:#x}, needed are {uffd_features():#x}"
+                )
+            return
+    raise PeerError("the userfaultfd was not set up with UFFDIO_API")
+
+
+def check_guest_files(pid: int, pagemap_fd: int, mem_fd: int) -> None:
+    """Raise PeerError unless the files are /proc/PID/pagemap and /proc/PID/mem of the peer itself.
+
+    A guest that passed somebody else's page tables could hide its private pages from its quota.
+    """
+    for fd, name in ((pagemap_fd, "pagemap"), (mem_fd, "mem")):
+        try:
+            same = os.path.samestat(os.fstat(fd), os.stat(f"/proc/{pid}/{name}"))
+        except OSError as error:
+            raise PeerError(f"/proc/{pid}/{name} is not there: {error.strerror}") from error
+        if not same:
+            raise PeerError(f"a region needs the guest's own /proc/self/{name}")

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which extents each image's guests touched first, kept in the state directory between runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from cowshed.accounting import FirstTouches, read_working_set, write_working_set
+from cowshed.cache import CowshedError, Image
+
+__all__ = ["WorkingSets"]
+
+_log = logging.getLogger("cowshed.workingsets")
+
+
+class WorkingSets:
+    """Reads what an earlier run recorded, and writes what this one saw, one file per image."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = state_dir
+        self._written: dict[str, int] = {}
+
+    def path(self, image: Image) -> Path:
+        """Where an image's working set is kept."""
+        return self._state_dir / f"{image.name}.workingset"
+
+    def recorded(self, image: Image) -> list[int]:
+        """Give the extents to load first: this run's touches, or an earlier run's; maybe none."""
+        touched = image.first_touches()
+        return touched or list(self._earlier(image))
+
+    def _earlier(self, image: Image) -> Iterable[int]:
+        if not image.digest:
+            return ()
+        try:
+            recorded = read_working_set(
+                self.path(image),
+                digest=image.digest,
+                extent_bytes=image.extent_bytes,
+                nr_image_extents=image.nr_extents,
+            )
+        except CowshedError as error:
+            _log.warning("image %s: %s", image.name, error)
+            return ()
+        return recorded.extents if recorded else ()
+
+    def save(self, images: Iterable[Image]) -> None:
+        """Write the working sets that grew since they were written; a failure is logged."""
+        for image in images:
+            order = image.first_touches()
+            if not image.digest or len(order) <= self._written.get(image.name, 0):
+                continue
+            touches = FirstTouches()
+            touches.note(order)
+            try:
+                self._state_dir.mkdir(parents=True, exist_ok=True)
+                write_working_set(
+                    self.path(image),
+                    touches.working_set(
+                        digest=image.digest,
+                        extent_bytes=image.extent_bytes,
+                        nr_image_extents=image.nr_extents,
+                    ),
+                )
+            except (CowshedError, OSError) as error:
+                _log.warning("image %s: working set not saved: %s", image.name, error)
+                continue
+            self._written[image.name] = len(order)
