@@ -180,17 +180,18 @@ def test_a_failed_read_names_the_place(tmp_path: Path) -> None:
         read_sample(tmp_path)
 
 
+@pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file_and_no_litter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     path = tmp_path / "debian.workingset"
     write_working_set(path, SAMPLE)
 
-    def no_space(fd: int) -> None:
+    def no_space(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(SourceError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(SourceError, match="No space left"):
+        patch.setattr(os, step, no_space)
         write_working_set(path, WorkingSet("sha256:00ff", 65536, 1000, (1,)))
     assert read_sample(path) == SAMPLE
     assert os.listdir(tmp_path) == [path.name]
