@@ -68,6 +68,16 @@ def test_a_wrong_command_line_is_one_line_and_status_2(words: str, says: str) ->
     assert says in refused(run(*words.split()), 2)
 
 
+def test_a_name_of_two_lines_is_shown_in_one(tmp_path: Path) -> None:
+    message = refused(run("serve", "--config", str(tmp_path / "a\n\x1b.toml")), 2)
+    assert "check --config" in message
+    assert "\x1b" not in message
+    (tmp_path / "b\n\x1b.toml").write_text("=")
+    message = refused(run("serve", "--config", str(tmp_path / "b\n\x1b.toml")), 2)
+    assert "is not TOML" in message
+    assert "\x1b" not in message
+
+
 def test_help_names_every_command_there_is_and_no_other() -> None:
     result = run("--help")
     assert result.exit_code == 0

@@ -28,6 +28,7 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root: it runs a 
         "no_thread_and_no_descriptor_is_left",
         "close_does_not_wait_for_a_dead_backend",
         "replies_are_understood",
+        "waiting_read_never_gives_zeros",
     ],
 )
 def test_guest(name: str, start_backend: Start, run_guest: Run) -> None:

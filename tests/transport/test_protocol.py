@@ -231,6 +231,8 @@ def test_descriptors_come_with_the_first_packet_only() -> None:
 def test_depth_up_to_the_limit_is_accepted() -> None:
     text = b'{"a":' + b"[" * 15 + b"]" * 15 + b"}"
     assert parse_body(text) == json.loads(text)
+    text = b'{"b":{},' + text[1:]  # more brackets than levels
+    assert parse_body(text) == json.loads(text)
     # Broad is not deep.
     broad = b'{"a":[' + b",".join([b"[]"] * 1000) + b"]}"
     assert len(parse_body(broad)["a"]) == 1000

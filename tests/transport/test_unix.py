@@ -258,6 +258,12 @@ def test_slow_peer_is_bounded_and_loses_nothing(pair: tuple[Connection, socket.s
             while packet := peer.recv(MAX_PACKET_BYTES):
                 tags.append(struct.unpack_from("<I", packet, 8)[0])
     assert tags == list(range(sent))
+    # What was taken counts no more: as much again can be sent, descriptors too.
+    for _ in range(2 * sent):
+        connection.queue({"t": "x" * 65000}, [0])
+        assert connection.flush()
+        _, fds, _, _ = socket.recv_fds(peer, MAX_PACKET_BYTES, 1)
+        os.close(fds[0])
 
 
 def test_descriptors_pile_up_for_a_slow_peer_only_so_far(
@@ -353,6 +359,21 @@ def test_path_has_the_mode_asked_for_and_goes_with_the_listener(socket_path: Pat
             assert stat.S_IMODE(socket_path.stat().st_mode) == mode
             listener.close()
         assert not socket_path.exists()
+
+
+def test_path_is_open_to_nobody_else_before_its_mode_is_set(
+    socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    chmod = os.chmod
+
+    def look_and_chmod(path: str, mode: int) -> None:
+        seen.append(stat.S_IMODE(os.stat(path).st_mode))
+        chmod(path, mode)
+
+    monkeypatch.setattr(os, "chmod", look_and_chmod)
+    listen(f"unix://{socket_path}", 0o660).close()
+    assert seen == [0o600]
 
 
 def test_stale_path_is_replaced_a_live_one_is_not(socket_path: Path) -> None:

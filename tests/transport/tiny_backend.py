@@ -107,6 +107,7 @@ class Backend:
                 )
                 reply |= {"guest": "g"}
             case "close":
+                self.counts["close"] += 1
                 self.detach(connection)
             case "count":
                 reply |= {"counts": dict(self.counts), "guests": len(self.regions)}

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures for both domains: a real daemon in a process of its own, and guests in theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cowshed.transport import Backend, connect
+
+SUPPORT = Path(__file__).parent
+NOBODY = 65534
+ANSWER_SECONDS = 60
+
+
+class Daemon:
+    """A `cowshed serve` of ours. Its log is at log_path."""
+
+    def __init__(self, run_dir: Path, arguments: list[str]) -> None:
+        self.run_dir = run_dir
+        self.uri = f"unix://{run_dir}/cowshed.sock"
+        self.log_path = run_dir / "log"
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cowshed.service.cli", "serve", "--run-dir", str(run_dir)]
+                + arguments,
+                stderr=log,
+                stdout=log,
+            )
+        self.pid = self.process.pid
+
+    def wait_ready(self) -> None:
+        """Wait until it listens; fails with its log if it ends instead."""
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            while b"serving " not in self.log_path.read_bytes():
+                ended, _, _ = select.select([pidfd], [], [], 0.02)
+                assert not ended, f"the daemon ended: {self.log_path.read_text()}"
+        finally:
+            os.close(pidfd)
+
+    def connect(self) -> Backend:
+        return connect(self.uri)
+
+    def request(self, op: str, **fields: Any) -> dict[str, Any]:
+        with self.connect() as backend:
+            return dict(backend.request(op, **fields))
+
+    def status(self) -> dict[str, Any]:
+        return dict(self.request("status")["status"])
+
+    def guest_status(self, name: str) -> dict[str, Any]:
+        (guest,) = [guest for guest in self.status()["guests"] if guest["name"] == name]
+        return dict(guest)
+
+    def mismatches(self) -> list[Any]:
+        return list(self.request("audit")["mismatches"])
+
+    def stop(self) -> int:
+        """End it in an orderly way; its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(ANSWER_SECONDS)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Guest:
+    """A scripted_guest.py process; call(order) waits, start(order) and finish() do not."""
+
+    def __init__(self, uri: str, uid: int | None = None) -> None:
+        command = [sys.executable, str(SUPPORT / "scripted_guest.py"), uri]
+        self.process = subprocess.Popen(
+            command + ([] if uid is None else [str(uid)]),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.pid = self.process.pid
+        self.finish()
+
+    def start(self, do: str, **fields: Any) -> None:
+        """Give an order without waiting for its answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def answered(self, seconds: float = 0.0) -> bool:
+        """Whether the answer to the last order is there, or comes within seconds."""
+        assert self.process.stdout is not None
+        return bool(select.select([self.process.stdout], [], [], seconds)[0])
+
+    def finish(self) -> Any:
+        """Wait for the answer to the last order; raises AssertionError for a failure there."""
+        assert self.answered(ANSWER_SECONDS), "the guest does not answer: is its fault unanswered?"
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the guest ended with status {self.process.wait()}"
+        answer = json.loads(line)
+        assert "error" not in answer, f"{answer['error']}: {answer['message']}"
+        return answer["ok"]
+
+    def call(self, do: str, **fields: Any) -> Any:
+        self.start(do, **fields)
+        return self.finish()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.close()
+
+    def close(self) -> None:
+        """End it if it still runs, and reap it."""
+        with contextlib.suppress(OSError):
+            self.process.kill()
+        self.process.communicate()
+
+
+StartDaemon = Callable[..., Daemon]
+StartGuest = Callable[..., Guest]
+MakeImage = Callable[..., Path]
+
+
+@pytest.fixture
+def run_dir() -> Iterator[Path]:
+    """A run-dir any user may enter, with a path short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="cowshed-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def start_daemon(run_dir: Path) -> Iterator[StartDaemon]:
+    """Start `cowshed serve` with these arguments more; ready on return."""
+    daemons: list[Daemon] = []
+
+    def start(*arguments: str, at: Path = run_dir) -> Daemon:
+        daemon = Daemon(at, list(arguments))
+        daemons.append(daemon)
+        daemon.wait_ready()
+        return daemon
+
+    yield start
+    for daemon in daemons:
+        daemon.kill()
+
+
+@pytest.fixture
+def start_guest() -> Iterator[StartGuest]:
+    """Start a guest process: start_guest(uri, uid=None)."""
+    guests: list[Guest] = []
+
+    def start(uri: str, uid: int | None = None) -> Guest:
+        guest = Guest(uri, uid)
+        guests.append(guest)
+        return guest
+
+    yield start
+    for guest in guests:
+        guest.close()
+
+
+@pytest.fixture
+def make_image(run_dir: Path) -> MakeImage:
+    """Make a file, readable by all, whose every page differs: make_image(size_bytes, name=...)."""
+
+    def make(size_bytes: int, name: str = "image.raw") -> Path:
+        path = run_dir / name
+        with path.open("wb") as file:
+            for page in range((size_bytes + 4095) // 4096):
+                file.write((page * 2654435761 % (1 << 64)).to_bytes(8, "little") * 512)
+            file.truncate(size_bytes)
+        return path
+
+    return make
+
+
+def in_thread(call: Callable[[], Any]) -> threading.Thread:
+    """Run a call in a thread of its own, started."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    return thread

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest process that does what it is told: one JSON order a line in, one JSON answer a line out.
+
+    scripted_guest.py URI [UID]
+
+With UID it becomes that user first. Orders are the methods of Script below whose names begin with
+do_; an answer is {"ok": value} or {"error": type, "message": text}. Faults happen here and never in
+the test's own process, which may be the one that answers them.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from cowshed.transport import Disk, connect
+
+PAGE_BYTES = 4096
+PR_SET_DUMPABLE = 4
+
+
+def become(uid: int) -> None:
+    """Change to uid for good; as after an exec, /proc/self is the new user's."""
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+class Script:
+    """The orders, and the one disk they are about."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.disk: Disk | None = None
+
+    def opened(self) -> Disk:
+        assert self.disk is not None
+        return self.disk
+
+    def do_open(self, image: str, **terms: Any) -> int:
+        """Open the image; its size."""
+        with connect(self.uri) as backend:
+            self.disk = backend.open(image, **terms)
+        return self.disk.size_bytes
+
+    def do_close(self) -> None:
+        self.opened().close()
+        self.disk = None
+
+    def do_read(self, offset: int, length: int) -> str:
+        """Read; as hex."""
+        return self.opened().read(offset, length).hex()
+
+    def do_hash(self, offset: int, length: int) -> str:
+        """Read; as SHA-256."""
+        return hashlib.sha256(self.opened().read(offset, length)).hexdigest()
+
+    def do_compare(self, path: str, offset: int, length: int, step: int = 1 << 20) -> int:
+        """Count the bytes that differ from a file's, over a range."""
+        wrong = 0
+        with Path(path).open("rb") as file:
+            for at in range(offset, offset + length, step):
+                nr = min(step, offset + length - at)
+                file.seek(at)
+                wanted = file.read(nr)
+                found = self.opened().read(at, nr)
+                if wanted != found:
+                    wrong += sum(a != b for a, b in zip(wanted, found, strict=True))
+        return wrong
+
+    def do_write(self, offset: int, hex: str) -> int:
+        return self.opened().write(offset, bytes.fromhex(hex))
+
+    def do_fill(self, offset: int, length: int, byte: int) -> int:
+        """Write one byte value over a range."""
+        return self.opened().write(offset, bytes([byte]) * length)
+
+    def do_discard(self, offset: int, length: int) -> None:
+        self.opened().discard(offset, length)
+
+    def do_touch(self, pages: list[int]) -> list[int]:
+        """Read the first byte of each page through the mapping itself, as programs do."""
+        view = self.opened().view
+        return [view[page * PAGE_BYTES] for page in pages]
+
+    def do_poke(self, pages: list[int], byte: int) -> None:
+        """Write the first byte of each page through the mapping itself."""
+        view = self.opened().view
+        for page in pages:
+            view[page * PAGE_BYTES] = byte
+
+    def do_pid(self) -> int:
+        return os.getpid()
+
+
+def main() -> None:
+    uri, *rest = sys.argv[1:]
+    if rest:
+        become(int(rest[0]))
+    script = Script(uri)
+    print(json.dumps({"ok": os.getpid()}), flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            answer = {"ok": getattr(script, "do_" + order.pop("do"))(**order)}
+        except Exception as error:
+            answer = {"error": type(error).__name__, "message": str(error)}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
