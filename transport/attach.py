@@ -48,7 +48,10 @@ _CURES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """A mapped image whose faults are answered; region is a struct region, to be deinited."""
+    """A mapped image whose faults are answered; region is a struct region, to be deinited.
+
+    The digest is "" while the backend does not know it.
+    """
 
     region: Any
     size_bytes: int
@@ -84,7 +87,7 @@ def attach(connection: Connection, request: Body) -> Attached:
 def _map(reply: Body, fds: list[int], image: str) -> tuple[Attached, int]:
     size_bytes = take_number(reply, "size_bytes", minimum=1)
     extent_bytes = take_number(reply, "extent_bytes", minimum=PAGE_BYTES)
-    digest = take_text(reply, "digest")
+    digest = take_text(reply, "digest", default="")
     features = take_number(reply, "uffd_features")
     map_bytes = round_up(size_bytes)
     if take_number(reply, "map_bytes") != map_bytes or not 1 <= len(fds) <= 2:
