@@ -6,7 +6,6 @@ is wrong; 3 when audit found mismatches; 130 after Ctrl-C. An error is one line 
 starts with ``cowshed:``; results go to stdout.
 """
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,7 +50,7 @@ class OneLineGroup(click.Group):
             command = error.ctx.command_path if error.ctx else "cowshed"
             message = one_line(error.format_message()).rstrip(".")
             fail(f"{message[:1].lower()}{message[1:]}: see '{command} --help'", EXIT_USAGE)
-        except click.Abort:
+        except click.Abort:  # what click makes of Ctrl-C
             sys.exit(EXIT_INTERRUPTED)
         except click.ClickException as error:
             fail(error.format_message())
@@ -60,16 +59,7 @@ class OneLineGroup(click.Group):
         except ImportError as error:
             fail(f"a part of cowshed is missing ({error}): install it again")
         except OSError as error:
-            # What is left in the buffer would fail again, with a traceback, as the process ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             fail(f"cannot write the answer: {error.strerror or error}")
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; Ctrl-C ends it without a word."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
 
 
 def fail(message: object, status: int = EXIT_FAILED) -> NoReturn:

@@ -12,7 +12,7 @@ from cowshed.cache.errors import UsageError
 
 _UNITS = "KMGTPE"
 _MAX_BYTES = 2**63 - 1  # off_t: no file, and so no image or offset, is longer
-_SIZE = re.compile(r"(?P<count>[0-9]+(?:\.[0-9]+)?)\s*(?P<unit>[A-Za-z]*)", re.ASCII)
+_SIZE = re.compile(r"(?P<count>[0-9]+(?:\.[0-9]+)?)\s*(?P<unit>[A-Za-z]*)")
 _HOW = "write a number of bytes or a size such as 64K, 64M or 2G"
 
 

@@ -68,9 +68,7 @@ class StatusReader:
             "loads": sum(counter.loads for counter in counters),
             "load_bytes": sum(counter.load_bytes for counter in counters),
             "load_errors": sum(counter.load_errors for counter in counters),
-            "faults": {
-                kind: totals[f"faults_{kind}"] for kind in ("missing", "minor", "write")
-            },
+            "faults": {kind: totals[f"faults_{kind}"] for kind in ("missing", "minor", "write")},
             "latency_us": {kind.name.lower(): self._latency_us(kind) for kind in LatencyKind},
             "images": images,
             "guests": guests,

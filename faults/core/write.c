@@ -16,6 +16,7 @@
 #include "cache/core/store.h"
 #include "faults/core/uffd.h"
 
+#include <errno.h>
 #include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -77,7 +78,10 @@ static uint64_t charge_run(struct account *account, uint64_t page, uint64_t nr)
 static int open_pages(struct account *account, int uffd, uint64_t page, uint64_t nr)
 {
 	point_reach(POINT_WRITE_CHARGED);
-	return uffd_open(uffd, account_address(account, page), nr << PAGE_SHIFT);
+	int err = uffd_open(uffd, account_address(account, page), nr << PAGE_SHIFT);
+	if (err == -ENOENT && nr > 1) /* the guest unregistered a part of the run: the others' charges settle */
+		err = uffd_open(uffd, account_address(account, page), PAGE_BYTES);
+	return err;
 }
 
 static uint64_t write_window(struct guest *guest, uint64_t page)
