@@ -140,6 +140,7 @@ class EvictionPolicy:
         while len(victims) < nr_extents:  # is not for main to give up before the rest of small
             if nr_small_unseen and (small_due or nr_stuck >= len(main)):
                 nr_small_unseen -= 1
+                small_due = True
                 queue = small
                 place, key = small.peekitem(0)
                 if not heat.evictable(key):

@@ -104,6 +104,12 @@ def test_main_gives_nothing_up_before_the_rest_of_small_when_small_is_due() -> N
     assert evict(policy, 1, ledger) == extents([1])
 
 
+def test_main_gives_nothing_up_before_the_rest_of_small_when_main_had_nothing() -> None:
+    policy, ledger = EvictionPolicy(30), Ledger({(0, 0): 2})
+    policy.admit(extents([0, 1]))  # fewer than small's three: main is asked first, and is empty
+    assert evict(policy, 1, ledger) == extents([1])
+
+
 def test_an_extent_that_comes_back_soon_goes_to_main() -> None:
     policy, ledger = EvictionPolicy(20), Ledger()
     policy.admit(extents(range(20)))
