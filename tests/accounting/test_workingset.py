@@ -190,8 +190,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(
     def no_space(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(SourceError, match="No space left"):
-        patch.setattr(os, step, no_space)
+    monkeypatch.setattr(os, step, no_space)
+    with pytest.raises(SourceError, match="No space left"):
         write_working_set(path, WorkingSet("sha256:00ff", 65536, 1000, (1,)))
     assert read_sample(path) == SAMPLE
     assert os.listdir(tmp_path) == [path.name]
