@@ -183,7 +183,12 @@ def warm(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
                 bar.update(task, completed=progress["done_bytes"], total=progress["total_bytes"])
     with same_version():
         loaded, already = format_bytes(reply["loaded_bytes"]), format_bytes(reply["already_bytes"])
-    say(f"{image}: {loaded} loaded, {already} already resident")
+        line = f"{image}: {loaded} loaded, {already} already resident"
+        if reply["left_out_bytes"]:
+            line += (
+                f", {format_bytes(reply['left_out_bytes'])} left out: more than the capacity holds"
+            )
+    say(line)
 
 
 @cli.command()

@@ -108,6 +108,18 @@ def warnings(status: Answer) -> list[Text]:
     ]
     found += [
         Text.assemble(
+            (
+                f"{printable(guest['name'])} has {format_count(guest['poisoned_pages'])} pages",
+                "bold red",
+            ),
+            f" of {printable(guest['image'])} that could not be loaded, and gets SIGBUS or EIO for "
+            "them until a later load succeeds: see that the source can be read.",
+        )
+        for guest in status["guests"]
+        if guest["poisoned_pages"]
+    ]
+    found += [
+        Text.assemble(
             (f"{printable(image['name'])}: its source changed", "bold red"),
             " after it was opened, and an image must not change: restore "
             f"{printable(image['source'])}, or restart the daemon to serve the new bytes.",

@@ -126,12 +126,11 @@ static int map_window(struct guest *guest, uint64_t page, const struct window_pl
 	return err;
 }
 
-static void poison_page(struct guest *guest, uint64_t page)
+int answer_poison(struct guest *guest, uint64_t page)
 {
 	struct account *account = guest->account;
 	uint8_t look = PAGE_LOOK_PRIVATE;
 
-	pthread_mutex_lock(&account->write_lock);
 	if (account->pagemap_fd >= 0)
 		account_look(account, page, 1, &look);
 	int err = uffd_poison_page(guest->uffd, account_address(account, page), look == PAGE_LOOK_ABSENT);
@@ -139,7 +138,7 @@ static void poison_page(struct guest *guest, uint64_t page)
 		atomic_fetch_add(&guest->image->nr_poisoned, 1);
 		count_add(&account->header->poisoned_pages, 1);
 	}
-	pthread_mutex_unlock(&account->write_lock);
+	return err;
 }
 
 /* In a loader thread: the extent is held (status 0) or its source failed. */
@@ -168,7 +167,9 @@ static void answer_loaded(struct load_waiter *waiter, int status)
 				map_extents(guest, extent + 1, nr_follow < nr_left ? nr_follow : nr_left);
 			}
 		} else {
-			poison_page(guest, miss->page);
+			pthread_mutex_lock(&guest->account->write_lock);
+			answer_poison(guest, miss->page);
+			pthread_mutex_unlock(&guest->account->write_lock);
 		}
 		/* Whoever waits for another page of the extent, or met an error above, asks again. */
 		uffd_wake(guest->uffd, account_address(guest->account, first), nr_pages << PAGE_SHIFT);

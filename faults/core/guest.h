@@ -74,6 +74,8 @@ void answer_write(struct guest *guest, uint64_t page, uint64_t read_ns);
 void answer_discard(struct guest *guest, uint64_t first, uint64_t nr);
 /* A first write to a page nobody mapped yet; the extent is held.  Whether the fault is answered. */
 bool write_first(struct guest *guest, uint64_t page);
+/* Under the account's write_lock: SIGBUS for who touches the page, which nobody mapped. */
+int answer_poison(struct guest *guest, uint64_t page);
 /* Maps a part of ahead_*; whether there was anything to do. */
 bool answer_ahead(struct guest *guest);
 /* image->repair: a failed extent was loaded after all. */

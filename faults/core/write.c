@@ -157,7 +157,7 @@ bool write_first(struct guest *guest, uint64_t page)
 	if (quota_take(account, 1) == 0) {
 		bool kill = atomic_load(&account->header->policy) == QUOTA_KILL;
 
-		if (!kill || uffd_poison_page(guest->uffd, account_address(account, page), false) < 0)
+		if (!kill || answer_poison(guest, page) < 0)
 			quota_refuse(guest);
 		pthread_mutex_unlock(&account->write_lock);
 		return true;

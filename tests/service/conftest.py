@@ -29,6 +29,7 @@ def make_guest(name: str, **changes: object) -> Body:
         "misses": 234,
         "cow_breaks": 3072,
         "policy": "stop",
+        "poisoned_pages": 0,
         "quota_stops": 0,
         "stopped_seconds": 0.0,
         **changes,

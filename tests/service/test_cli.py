@@ -218,7 +218,8 @@ def warm_replies() -> list[Body]:
     steps = range(0, total_bytes + 1, 32 << 20)
     reports = [{"done_bytes": done, "total_bytes": total_bytes} for done in steps]
     replies: list[Body] = [{"ok": True, "progress": report} for report in reports]
-    return [*replies, {"ok": True, "loaded_bytes": 96 << 20, "already_bytes": 32 << 20}]
+    outcome = {"loaded_bytes": 96 << 20, "already_bytes": 32 << 20, "left_out_bytes": 0}
+    return [*replies, {"ok": True, **outcome}]
 
 
 def test_warm_tells_its_outcome_and_draws_nothing_into_a_pipe(stand_in: Callable[..., Any]) -> None:
@@ -227,6 +228,13 @@ def test_warm_tells_its_outcome_and_draws_nothing_into_a_pipe(stand_in: Callable
     assert result.exit_code == 0
     assert result.stdout == "debian: 96M loaded, 32M already resident\n"
     assert result.stderr == ""
+
+
+def test_warm_tells_what_had_no_room(stand_in: Callable[..., Any]) -> None:
+    outcome = {"loaded_bytes": 1 << 20, "already_bytes": 0, "left_out_bytes": 3 << 20}
+    peer = stand_in(warm=[{"ok": True, **outcome}])
+    line = run("warm", "debian", "--run-dir", str(peer.run_dir)).stdout
+    assert line.endswith(", 3M left out: more than the capacity holds\n")
 
 
 def test_warm_that_fails_half_way_is_a_failure(stand_in: Callable[..., Any]) -> None:

@@ -148,7 +148,7 @@ def test_image_names_that_could_not_be_a_socket_or_label_are_refused(name: str) 
         ("capacity = 1.5", "capacity is 1.5"),
         ("capacity = -1", "capacity '-1'"),
         ("capacity = 0x" + "f" * 5000, "is not a size"),
-        ('capacity = "511K"', "give 512K or more"),
+        ('capacity = "127K"', "give 128K or more"),
         ("extent = 65537", "power of two"),
         ('extent = "2K"', "power of two"),
         ('extent = "4M"', "power of two"),
@@ -211,8 +211,8 @@ def test_a_config_made_by_hand_is_checked_too() -> None:
         Config(images=twice, run_dir=Path("/run/x"), state_dir=Path("/run/x/state"))
 
 
-def test_capacity_of_exactly_eight_extents_is_enough() -> None:
-    assert config_load(images=["a=/a"], capacity="512K").capacity_bytes == 512 << 10
+def test_capacity_of_exactly_two_extents_is_enough() -> None:
+    assert config_load(images=["a=/a"], capacity="128K").capacity_bytes == 128 << 10
 
 
 def test_run_dir_must_leave_room_for_a_socket_name() -> None:
@@ -224,7 +224,8 @@ def test_run_dir_must_leave_room_for_a_socket_name() -> None:
 
 def test_quota_is_a_size_or_none() -> None:
     assert parse_quota("64M") == 64 << 20
-    assert parse_quota("0") == 0
+    assert parse_quota("4K") == 4096
     assert parse_quota(" None ") is None
-    with pytest.raises(UsageError, match="less than a page"):
-        parse_quota("4095")
+    for less in ("0", "4095"):
+        with pytest.raises(UsageError, match="less than a page"):
+            parse_quota(less)

@@ -78,6 +78,13 @@ def test_a_running_guest_brings_no_warning(status: Body) -> None:
     assert "changed" not in text
 
 
+def test_pages_that_could_not_be_loaded_are_told(status: Body) -> None:
+    assert "could not be loaded" not in text_of(status_view(status))
+    status["guests"][0]["poisoned_pages"] = 3
+    told = " ".join(text_of(status_view(status)).split())
+    assert "web-1 has 3 pages of debian-12 that could not be loaded" in told
+
+
 def test_a_changed_source_is_told(status: Body) -> None:
     assert "alpine: its source changed" in text_of(status_view(status))
 
