@@ -46,7 +46,7 @@ def status_view(status: Answer) -> RenderableType:
 def audit_view(audit: Answer) -> RenderableType:
     """What was checked and every mismatch found."""
     checked = ", ".join(
-        f"{format_count(count)} {printable(what).replace('_', ' ')}"
+        f"{format_count(count)} {_counted(printable(what).replace('_', ' '), count)}"
         for what, count in audit["checked"].items()
     )
     mismatches = audit["mismatches"]
@@ -206,6 +206,10 @@ def _guests(guests: Iterable[Answer]) -> Table:
             format_share(guest["hits"], guest["hits"] + guest["misses"]),
         )
     return table
+
+
+def _counted(plural: str, count: int) -> str:
+    return plural.removesuffix("s") if count == 1 else plural
 
 
 def new_table(*headers: str) -> Table:

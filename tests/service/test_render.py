@@ -129,8 +129,8 @@ def test_the_command_offered_is_one_the_shell_takes_and_raises_the_quota(
 
 
 def test_a_clean_audit_says_what_was_checked() -> None:
-    text = text_of(audit_view({"mismatches": [], "checked": {"images": 2, "private_pages": 4000}}))
-    assert text == "No mismatches. Checked 2 images, 4,000 private pages.\n"
+    text = text_of(audit_view({"mismatches": [], "checked": {"images": 1, "private_pages": 4000}}))
+    assert text == "No mismatches. Checked 1 image, 4,000 private pages.\n"
 
 
 def test_every_mismatch_is_a_row() -> None:
