@@ -110,6 +110,18 @@ def test_main_gives_nothing_up_before_the_rest_of_small_when_main_had_nothing() 
     assert evict(policy, 1, ledger) == extents([1])
 
 
+def test_a_touch_adds_to_the_credit_left() -> None:
+    policy, ledger = EvictionPolicy(20), Ledger({(0, 0): 2})
+    with_main(policy, extents([0, 1]))
+    assert evict(policy, 1, ledger) == extents([1])  # 1 left
+    ledger.touches[0, 0] = 1
+    for extent_no in (2, 3):  # so 2 rounds more
+        with_main(policy, extents([extent_no]))
+        assert evict(policy, 1, ledger) == extents([extent_no])
+    with_main(policy, extents([4]))
+    assert evict(policy, 1, ledger) == extents([0])
+
+
 def test_an_extent_that_comes_back_soon_goes_to_main() -> None:
     policy, ledger = EvictionPolicy(20), Ledger()
     policy.admit(extents(range(20)))

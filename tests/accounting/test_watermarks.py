@@ -56,6 +56,7 @@ def test_known_marks() -> None:
 def test_a_batch_is_more_than_one_extent_once_there_is_room() -> None:
     marks = Watermarks(16384)
     assert marks.nr_to_evict(marks.low_free - 1) > 256
+    assert marks.nr_to_evict(marks.low_free) == 0
 
 
 @pytest.mark.parametrize("capacity", [-1, 0, 1])
