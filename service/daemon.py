@@ -2,7 +2,7 @@
 """The daemon: puts the rooms together, and runs the loop that everything but faults comes through.
 
 Threads: the loop (connections, guests coming and going), one worker for what operators ask, the
-evictor, the digests, and the C core's loaders and fault threads. Faults meet none of the Python ones.
+evictor, the digests, and the C core's loaders and fault threads. Faults meet no Python thread.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Body = dict[str, Any]
 
 _HOUSEKEEPING_SECONDS: Final = 1.0
 _SAVE_SECONDS: Final = 60.0
-# Descriptors a guest takes (socket, userfaultfd, two of /proc, pidfd, eventfd, ledger), and one to spare.
+# A guest takes socket, userfaultfd, two of /proc, pidfd, eventfd and ledger; and one to spare.
 _FDS_PER_GUEST: Final = 8
 _FDS_OF_OURS: Final = 128
 
@@ -65,7 +65,7 @@ def run(config: Config) -> int:
 
 
 class Daemon:
-    """Everything that serves one configuration; what it opens is closed by the stack it is given."""
+    """Everything that serves one configuration; the stack it is given closes what it opens."""
 
     def __init__(self, config: Config, stack: contextlib.ExitStack) -> None:
         self.config: Final = config
@@ -76,7 +76,7 @@ class Daemon:
         self._max_sessions = _raise_file_limit() // _FDS_PER_GUEST - _FDS_OF_OURS // _FDS_PER_GUEST
 
         stack.enter_context(_locked(config.run_dir))
-        self.uffd_device = open_device()
+        self.uffd_device: Final = open_device()
         if self.uffd_device is None:
             _log.warning("no /dev/userfaultfd to lend: guests need their own right to userfaultfd")
         else:

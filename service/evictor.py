@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The background evictor: keeps room free, as kswapd does, so that loaders seldom wait.
 
-A thread sleeps on the store's pressure descriptor. When room is short it tells the policy what became
-resident, has it choose victims, evicts them, and tells it what went. Commands that evict come through
-here too, so that the policy knows.
+A thread sleeps on the store's pressure descriptor. When room is short it tells the policy what
+became resident, has it choose victims, evicts them, and tells it what went. Commands that evict
+come through here too, so that the policy knows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Evictor"]
 _log = logging.getLogger("cowshed.evictor")
 
 _IDLE_SECONDS: Final = 1.0
-# With loaders waiting and nothing to give up (all held or pinned for the moment), look again this soon.
+# With loaders waiting and nothing to give up (all held or pinned for the moment): look again soon.
 _RETRY_SECONDS: Final = 0.005
 
 

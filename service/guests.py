@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guests: who is attached to which image, from the handshake's last word to the last grant returned."""
+"""The guests: who is attached to which image, from the handshake's last word until detached."""
 
 from __future__ import annotations
 

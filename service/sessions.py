@@ -5,7 +5,8 @@
                    IDLE: operators' requests, if the peer is root or our own user
 
 A request out of turn, or fields that make no sense, is the peer's error: it costs the peer its
-connection. A request that is understood and cannot be met gets a refusal, and the conversation goes on.
+connection. A request that is understood and cannot be met gets a refusal, and the conversation goes
+on.
 """
 
 from __future__ import annotations
@@ -79,10 +80,21 @@ _NEXT: Final = {
 class SessionHost(Protocol):
     """What a session needs of the daemon."""
 
-    config: Config
-    control: Control
-    guests: GuestTable
-    uffd_device: int | None
+    @property
+    def config(self) -> Config:
+        """What the daemon was told."""
+
+    @property
+    def control(self) -> Control:
+        """What operators may ask."""
+
+    @property
+    def guests(self) -> GuestTable:
+        """Who is attached."""
+
+    @property
+    def uffd_device(self) -> int | None:
+        """An open /dev/userfaultfd to lend, or None."""
 
     def submit(self, work: Callable[[], Iterator[Body]], reply: Callable[[Body], None]) -> None:
         """Run work in the worker thread and give each of its replies to reply, in the loop."""

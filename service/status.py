@@ -134,7 +134,7 @@ def _image_status(image: Image) -> dict[str, Any]:
         "source_changed": bool(image.source_change),
         "extent_bytes": image.extent_bytes,
         "pinned_bytes": (len(pins) - pins.count(0)) * image.extent_bytes,
-        # What the same mappings would take if each guest had frames of its own, less what they take.
+        # What these mappings would take if each guest had its own frames, less what they take.
         "saved_bytes": (nr_granted - nr_shared) * image.extent_bytes,
         "refs": nr_granted,
         "loads": image.counters().loads,

@@ -22,7 +22,7 @@ _SYSCTL: Final = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
 
 def open_device() -> int | None:
-    """Open the device that guests make their userfaultfd with; None if guests must see for themselves.
+    """Open the device that guests make their userfaultfd with; None if they have other means.
 
     Raises UsageError, with the cure, if this host cannot serve any guest.
     """
