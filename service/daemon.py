@@ -207,6 +207,7 @@ class Daemon:
         session = self._sessions.get(key.fd)
         if session is None:
             return
+        tag = 0
         try:
             if events & selectors.EVENT_READ and not session.closing:
                 messages = session.connection.recv_ready()
@@ -214,6 +215,7 @@ class Daemon:
                     self._end(key.fd)
                     return
                 for no, message in enumerate(messages):
+                    tag = message.tag
                     try:
                         session.handle(message)
                     except BaseException:
@@ -224,7 +226,7 @@ class Daemon:
         except PeerError as error:
             peer = session.connection.peer
             _log.warning("dropped a connection of pid %d, uid %d: %s", peer.pid, peer.uid, error)
-            self._say_goodbye(session, error)
+            self._say_goodbye(session, error, tag)
             self._end(key.fd)
 
     def _send(self, fd: int, session: Session) -> None:
@@ -235,9 +237,9 @@ class Daemon:
         events = selectors.EVENT_READ if done else selectors.EVENT_READ | selectors.EVENT_WRITE
         self._selector.modify(fd, events, self._on_session)
 
-    def _say_goodbye(self, session: Session, error: PeerError) -> None:
-        with contextlib.suppress(Exception):
-            session.connection.queue(error_reply("peer", str(error)), tag=0)
+    def _say_goodbye(self, session: Session, error: PeerError, tag: int) -> None:
+        with contextlib.suppress(PeerError):
+            session.connection.queue(error_reply("peer", str(error)), tag=tag)
             session.connection.flush()
 
     def _end(self, fd: int) -> None:

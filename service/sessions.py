@@ -225,7 +225,7 @@ class Session:
             )
         peer = self.connection.peer
         check_uffd(message.fds[0])
-        check_guest_files(peer.pid, message.fds[1], message.fds[2])
+        check_guest_files(peer.pid, peer.pidfd, message.fds[1], message.fds[2])
         self.guest = self._host.guests.attach(
             terms,
             (peer.pid, peer.uid),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import struct
 from pathlib import Path
 from typing import Final
@@ -12,7 +13,7 @@ from typing import Final
 from cowshed.cache import PeerError, UsageError
 from cowshed.faults import uffd_features
 
-__all__ = ["check_guest_files", "check_uffd", "open_device"]
+__all__ = ["check_guest_files", "check_uffd", "has_ended", "open_device"]
 
 DEVICE: Final = "/dev/userfaultfd"
 _USERFAULTFD_IOC_NEW: Final = 0xAA00
@@ -81,15 +82,38 @@ def check_uffd(fd: int) -> None:
     raise PeerError("the userfaultfd was not set up with UFFDIO_API")
 
 
-def check_guest_files(pid: int, pagemap_fd: int, mem_fd: int) -> None:
+def check_guest_files(pid: int, pidfd: int | None, pagemap_fd: int, mem_fd: int) -> None:
     """Raise PeerError unless the files are /proc/PID/pagemap and /proc/PID/mem of the peer itself.
 
     A guest that passed somebody else's page tables could hide its private pages from its quota.
+    Files of a /proc that is not ours, as a container's, cannot be compared: ours take their place,
+    under the same numbers, if we may open them.
     """
     for fd, name in ((pagemap_fd, "pagemap"), (mem_fd, "mem")):
+        path = f"/proc/{pid}/{name}"
         try:
-            same = os.path.samestat(os.fstat(fd), os.stat(f"/proc/{pid}/{name}"))
+            sent, own = os.fstat(fd), os.stat(path)
+            if sent.st_dev != own.st_dev:
+                _replace(fd, path)
+                sent = own
         except OSError as error:
-            raise PeerError(f"/proc/{pid}/{name} is not there: {error.strerror}") from error
-        if not same:
+            raise PeerError(f"cannot use {path}: {error.strerror}") from error
+        if not os.path.samestat(sent, own):
             raise PeerError(f"a region needs the guest's own /proc/self/{name}")
+    if pidfd is None or has_ended(pidfd):
+        raise PeerError(f"the guest's process {pid} has ended")
+
+
+def has_ended(pidfd: int) -> bool:
+    """Whether the process of a pidfd has ended, reaped or not."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _replace(fd: int, path: str) -> None:
+    ours = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.dup2(ours, fd, inheritable=False)
+    finally:
+        os.close(ours)
