@@ -222,12 +222,26 @@ class Daemon:
                         for rest in messages[no + 1 :]:
                             rest.close_fds()
                         raise
+            self._watch_death(session)
             self._send(key.fd, session)
         except PeerError as error:
             peer = session.connection.peer
             _log.warning("dropped a connection of pid %d, uid %d: %s", peer.pid, peer.uid, error)
             self._say_goodbye(session, error, tag)
             self._end(key.fd)
+
+    def _watch_death(self, session: Session) -> None:
+        """Notice a guest's death even if another process holds its end of the connection open."""
+        pidfd = session.connection.peer.pidfd if session.guest else None
+        if pidfd is None or session.watched_fd >= 0:
+            return
+        session.watched_fd = pidfd
+        self._selector.register(pidfd, selectors.EVENT_READ, lambda *_: self._on_death(session))
+
+    def _on_death(self, session: Session) -> None:
+        fd = session.connection.fileno()
+        if self._sessions.get(fd) is session:
+            self._end(fd)
 
     def _send(self, fd: int, session: Session) -> None:
         done = session.connection.flush()
@@ -245,6 +259,8 @@ class Daemon:
     def _end(self, fd: int) -> None:
         session = self._sessions.pop(fd)
         self._selector.unregister(fd)
+        if session.watched_fd >= 0:
+            self._selector.unregister(session.watched_fd)
         session.end()
 
     def _end_sessions(self) -> None:

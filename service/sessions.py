@@ -106,13 +106,15 @@ class SessionHost(Protocol):
 class Session:
     """The backend's half of one connection; end() gives back whatever it holds.
 
-    deadline is when a handshake must have got further (time.monotonic()), or None.
+    deadline is when a handshake must have got further (time.monotonic()), or None. watched_fd is
+    the guest's pidfd once the loop watches it, else -1.
     """
 
     def __init__(self, connection: Connection, host: SessionHost) -> None:
         self.connection: Final = connection
         self.guest: Guest | None = None
         self.deadline: float | None = time.monotonic() + _HANDSHAKE_SECONDS
+        self.watched_fd = -1
         self._host = host
         self._state = State.NEW
         self._terms: Terms | None = None
