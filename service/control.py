@@ -2,7 +2,7 @@
 """What operators may ask of a running daemon, each a function from the request to its replies.
 
 Requests come from outside: fields are read through transport.messages, which refuses what does not
-fit. Everything here runs in a worker thread, never in the loop that answers guests.
+fit. Everything here runs in worker threads, never in the loop that answers guests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BATCH_EXTENTS: Final = 64
 
 
 class Control:
-    """The operations, by name. perform() may be called from any one thread at a time."""
+    """The operations, by name. perform() may be called from any thread."""
 
     def __init__(
         self,
@@ -57,6 +57,10 @@ class Control:
     def knows(self, op: str) -> bool:
         """Whether op is one of the operations here."""
         return op in self._ops
+
+    def is_quick(self, op: str) -> bool:
+        """Whether op takes milliseconds, not as long as a disk takes."""
+        return op in ("status", "quota")
 
     def perform(self, op: str, request: Body) -> Iterator[Body]:
         """Give the replies to a request as they come; raises CowshedError for a refusal."""

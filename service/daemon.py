@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The daemon: puts the rooms together, and runs the loop that everything but faults comes through.
 
-Threads: the loop (connections, guests coming and going), one worker for what operators ask, the
+Threads: the loop (connections, guests coming and going), workers for what operators ask, the
 evictor, the digests, and the C core's loaders and fault threads. Faults meet no Python thread.
 """
 
@@ -16,11 +16,10 @@ import resource
 import selectors
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from cowshed.accounting import Watermarks
 from cowshed.cache import FileSource, Image, PageStore, PeerError, UsageError
@@ -33,6 +32,7 @@ from cowshed.service.sessions import Session
 from cowshed.service.sizes import format_bytes
 from cowshed.service.status import StatusReader, guest_state
 from cowshed.service.userfaultfd import open_device
+from cowshed.service.workers import Workers
 from cowshed.service.working_sets import WorkingSets
 from cowshed.transport import EOF, listen
 from cowshed.transport.messages import error_reply
@@ -40,8 +40,6 @@ from cowshed.transport.messages import error_reply
 __all__ = ["Daemon", "run"]
 
 _log = logging.getLogger("cowshed")
-
-Body = dict[str, Any]
 
 _HOUSEKEEPING_SECONDS: Final = 1.0
 _SAVE_SECONDS: Final = 60.0
@@ -72,7 +70,6 @@ class Daemon:
         self._stopping = False
         self._sessions: dict[int, Session] = {}
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._max_sessions = _raise_file_limit() // _FDS_PER_GUEST - _FDS_OF_OURS // _FDS_PER_GUEST
 
         stack.enter_context(_locked(config.run_dir))
@@ -111,30 +108,12 @@ class Daemon:
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         stack.callback(os.close, self._wake_reader)
         stack.callback(os.close, self._wake_writer)
-        worker = threading.Thread(target=self._work, name="worker", daemon=True)
-        worker.start()
-        stack.callback(worker.join)
-        stack.callback(self._jobs.put, None)
+        self.workers: Final = Workers(self._call)
+        stack.callback(self.workers.stop)
         self._listener = stack.enter_context(listen(f"unix://{socket_path(config.run_dir)}"))
         self._selector = stack.enter_context(selectors.DefaultSelector())
 
     # What sessions need.
-
-    def submit(self, work: Callable[[], Iterator[Body]], reply: Callable[[Body], None]) -> None:
-        """Run work in the worker thread; each of its replies is given to reply in the loop."""
-
-        def job() -> None:
-            try:
-                for body in work():
-                    self._call(lambda body=body: reply(body))  # type: ignore[misc]
-                    if self._stopping:
-                        return
-            except Exception as error:
-                _log.exception("a request failed")
-                body = error_reply("peer", f"the daemon failed ({error}); see its log")
-                self._call(lambda: reply(body))
-
-        self._jobs.put(job)
 
     def shut_down(self) -> None:
         """End the loop, once it has sent what is queued."""
@@ -147,10 +126,6 @@ class Daemon:
         self._calls.put(call)
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake_writer, b"x")
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
 
     # The loop.
 
@@ -184,7 +159,7 @@ class Daemon:
                     self._look_after(now)
                 if now >= next_save:
                     next_save = now + _SAVE_SECONDS
-                    self._jobs.put(lambda: self._working_sets.save(self._store))
+                    self.workers.run(lambda: self._working_sets.save(self._store))
         finally:
             signal.set_wakeup_fd(previous)
         self._working_sets.save(self._store)

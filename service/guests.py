@@ -138,7 +138,7 @@ class GuestTable:
         """Give the durations of all faults of a kind, of guests that left too."""
         with self.lock:
             attached = read_latency([guest.account for guest in self], kind)
-        return self._past_latency[kind] + attached
+            return self._past_latency[kind] + attached
 
     @contextlib.contextmanager
     def accounts(self, image: Image) -> Iterator[dict[str, Account]]:

@@ -16,7 +16,7 @@ import enum
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final, Protocol
 
 from cowshed.accounting import QuotaPolicy
@@ -32,6 +32,7 @@ from cowshed.service.config import Config, check_quota
 from cowshed.service.control import Control
 from cowshed.service.guests import Guest, GuestTable, Terms
 from cowshed.service.userfaultfd import check_guest_files, check_uffd
+from cowshed.service.workers import Workers
 from cowshed.transport import Connection, Received
 from cowshed.transport.messages import (
     error_reply,
@@ -96,8 +97,9 @@ class SessionHost(Protocol):
     def uffd_device(self) -> int | None:
         """An open /dev/userfaultfd to lend, or None."""
 
-    def submit(self, work: Callable[[], Iterator[Body]], reply: Callable[[Body], None]) -> None:
-        """Run work in the worker thread and give each of its replies to reply, in the loop."""
+    @property
+    def workers(self) -> Workers:
+        """Threads for what takes long."""
 
     def shut_down(self) -> None:
         """End the daemon once the replies are out."""
@@ -260,11 +262,18 @@ class Session:
 
         def work() -> Iterator[Body]:
             try:
-                yield from self._host.control.perform(op, body)
+                for reply in self._host.control.perform(op, body):
+                    yield reply
+                    if self.closing:
+                        return  # nobody waits for the rest
             except CowshedError as error:
                 yield _refusal(error)
 
-        self._host.submit(work, lambda reply: self._late_reply(tag, reply))
+        self._host.workers.submit(
+            work,
+            lambda reply: self._late_reply(tag, reply),
+            is_quick=self._host.control.is_quick(op),
+        )
 
     def _late_reply(self, tag: int, reply: Body) -> None:
         if self._state is not State.CLOSED:

@@ -38,8 +38,8 @@ class StatusReader:
 
         Cost: about a millisecond per guest that wrote lately and GiB of image.
         """
-        totals = dict(self._guests.past)
         with self._guests.lock:
+            totals = dict(self._guests.past)
             guests = []
             for guest in self._guests:
                 guest.account.settle()
