@@ -26,6 +26,8 @@ Body = dict[str, Any]
 
 _WAIT_MS: Final = 200
 _BATCH_EXTENTS: Final = 64
+# A reply has a limit.
+_MOST_MISMATCHES: Final = 10_000
 
 
 class Control:
@@ -80,7 +82,8 @@ class Control:
     def _do_audit(self, _: Body) -> Iterator[Body]:
         report = audit(lambda: list(self._store), self._guests.accounts)
         yield {
-            "mismatches": [mismatch.as_json() for mismatch in report.mismatches],
+            "mismatches": [mismatch.as_json() for mismatch in report.mismatches[:_MOST_MISMATCHES]],
+            "left_out": max(0, len(report.mismatches) - _MOST_MISMATCHES),
             "checked": report.checked,
         }
 
