@@ -12,7 +12,6 @@ import fcntl
 import logging
 import os
 import queue
-import resource
 import selectors
 import signal
 import sys
@@ -26,6 +25,7 @@ from cowshed.cache import FileSource, Image, PageStore, PeerError, UsageError
 from cowshed.service.config import Config, socket_path
 from cowshed.service.control import Control
 from cowshed.service.digests import DigestThread
+from cowshed.service.door import Door, raise_file_limit
 from cowshed.service.evictor import Evictor
 from cowshed.service.guests import GuestTable
 from cowshed.service.sessions import Session
@@ -43,9 +43,7 @@ _log = logging.getLogger("cowshed")
 
 _HOUSEKEEPING_SECONDS: Final = 1.0
 _SAVE_SECONDS: Final = 60.0
-# A guest takes socket, userfaultfd, two of /proc, pidfd, eventfd and ledger; and one to spare.
-_FDS_PER_GUEST: Final = 8
-_FDS_OF_OURS: Final = 128
+_SAY_FULL_SECONDS: Final = 10.0
 
 
 def run(config: Config) -> int:
@@ -68,9 +66,10 @@ class Daemon:
     def __init__(self, config: Config, stack: contextlib.ExitStack) -> None:
         self.config: Final = config
         self._stopping = False
+        self._say_full_at = 0.0
         self._sessions: dict[int, Session] = {}
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._max_sessions = _raise_file_limit() // _FDS_PER_GUEST - _FDS_OF_OURS // _FDS_PER_GUEST
+        self._door = Door(raise_file_limit())
 
         stack.enter_context(_locked(config.run_dir))
         self.uffd_device: Final = open_device()
@@ -169,8 +168,10 @@ class Daemon:
         connection = self._listener.accept()
         if connection is None:
             return
-        if len(self._sessions) >= self._max_sessions:
-            _log.warning("turned a connection away: %d are open", len(self._sessions))
+        if refusal := self._door.enter(connection.peer.uid):
+            if time.monotonic() >= self._say_full_at:
+                self._say_full_at = time.monotonic() + _SAY_FULL_SECONDS
+                _log.warning("turning connections away: %s", refusal)
             connection.close()
             return
         session = Session(connection, self)
@@ -199,7 +200,8 @@ class Daemon:
                         raise
             self._watch_death(session)
             self._send(key.fd, session)
-        except PeerError as error:
+        except (PeerError, OSError) as error:
+            # OSError: no descriptors left, say. Whoever asked for them pays, not the daemon.
             peer = session.connection.peer
             _log.warning("dropped a connection of pid %d, uid %d: %s", peer.pid, peer.uid, error)
             self._say_goodbye(session, error, tag)
@@ -226,7 +228,7 @@ class Daemon:
         events = selectors.EVENT_READ if done else selectors.EVENT_READ | selectors.EVENT_WRITE
         self._selector.modify(fd, events, self._on_session)
 
-    def _say_goodbye(self, session: Session, error: PeerError, tag: int) -> None:
+    def _say_goodbye(self, session: Session, error: Exception, tag: int) -> None:
         with contextlib.suppress(PeerError):
             session.connection.queue(error_reply("peer", str(error)), tag=tag)
             session.connection.flush()
@@ -236,6 +238,7 @@ class Daemon:
         self._selector.unregister(fd)
         if session.watched_fd >= 0:
             self._selector.unregister(session.watched_fd)
+        self._door.leave(session.connection.peer.uid)
         session.end()
 
     def _end_sessions(self) -> None:
@@ -346,10 +349,3 @@ def _locked(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def _raise_file_limit() -> int:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

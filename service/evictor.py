@@ -12,6 +12,7 @@ import logging
 import os
 import select
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Final
@@ -25,6 +26,7 @@ __all__ = ["Evictor"]
 _log = logging.getLogger("cowshed.evictor")
 
 _IDLE_SECONDS: Final = 1.0
+_SCRUB_SECONDS: Final = 1.0
 # With loaders waiting and nothing to give up (all held or pinned for the moment): look again soon.
 _RETRY_SECONDS: Final = 0.005
 
@@ -95,6 +97,7 @@ class Evictor:
         poll.register(self._store.pressure_fd, select.POLLIN)
         poll.register(self._stop_reader, select.POLLIN)
         wait = _IDLE_SECONDS
+        next_scrub = time.monotonic() + _SCRUB_SECONDS
         while True:
             ready = [fd for fd, _ in poll.poll(wait * 1000)]
             if self._stop_reader in ready:
@@ -104,8 +107,9 @@ class Evictor:
             try:
                 with self._lock:
                     waiting = self._make_room()
-                if not ready and not waiting:
+                if time.monotonic() >= next_scrub:
                     self._scrub()
+                    next_scrub = time.monotonic() + _SCRUB_SECONDS
             except Exception:
                 _log.exception("the evictor failed; trying again")
                 waiting = True
@@ -160,9 +164,8 @@ class Evictor:
     def _scrub(self) -> None:
         """Empty frames that nobody loaded: somebody read a mapping that nothing guards."""
         for image in self._store:
-            generation = image.generation
-            held_bytes = os.fstat(image.frames_fd).st_blocks * 512
-            if held_bytes > image.resident_bytes and image.generation == generation:
+            # Loads and evictions under way make a difference too; looking costs little then.
+            if os.fstat(image.frames_fd).st_blocks * 512 > image.resident_bytes:
                 nr = image.scrub()
                 if nr:
                     _log.warning(

@@ -279,7 +279,10 @@ class Session:
         if self._state is not State.CLOSED:
             # A peer that has gone, or reads nothing, is noticed by the loop.
             with contextlib.suppress(PeerError):
-                self._reply(tag, reply)
+                try:
+                    self._reply(tag, reply)
+                except UsageError as error:  # too long to send
+                    self._refuse(tag, error)
 
     def _refuse(self, tag: int, error: CowshedError) -> None:
         self._reply(tag, _refusal(error))

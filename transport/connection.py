@@ -18,6 +18,7 @@ import os
 import select
 import socket
 import struct
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -92,7 +93,6 @@ class Connection:
         self._socket = sock
         self._decoder = Decoder(receive_limit_bytes)
         self._send_limit_bytes = send_limit_bytes
-        self._packet = memoryview(bytearray(MAX_PACKET_BYTES))
         self._arrived: list[int] = []
         self._queue: deque[tuple[bytes, list[int]]] = deque()
         self._queued_bytes = 0
@@ -269,9 +269,10 @@ class Connection:
 
     def _receive(self) -> list[Received] | Literal[Eof.EOF] | None:
         """Take one packet, give the 0 or 1 messages it ends; None if there is no packet."""
+        packet = _packet_of_thread()
         try:
             length, ancillary, flags, _ = self._socket.recvmsg_into(
-                [self._packet], socket.CMSG_SPACE(MAX_FDS * _FD_BYTES), socket.MSG_CMSG_CLOEXEC
+                [packet], socket.CMSG_SPACE(MAX_FDS * _FD_BYTES), socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             return None
@@ -288,7 +289,7 @@ class Connection:
                 if self._decoder.unfinished or nr_fds:
                     raise PeerError("peer closed the connection in the middle of a message")
                 return EOF
-            messages = self._decoder.feed(self._packet[:length], nr_fds)
+            messages = self._decoder.feed(packet[:length], nr_fds)
         except PeerError:
             _close_all(self._arrived)
             raise
@@ -304,6 +305,17 @@ class Connection:
                 fds.frombytes(payload[: len(payload) - len(payload) % _FD_BYTES])
         self._arrived += fds
         return len(fds)
+
+
+_of_thread = threading.local()
+
+
+def _packet_of_thread() -> memoryview:
+    """A buffer for one packet: with one a connection, a flood of idle ones would cost gigabytes."""
+    if not hasattr(_of_thread, "packet"):
+        _of_thread.packet = memoryview(bytearray(MAX_PACKET_BYTES))
+    packet: memoryview = _of_thread.packet
+    return packet
 
 
 def _close_all(fds: list[int]) -> None:
