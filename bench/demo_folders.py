@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the demo puts its files for as long as it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from demo_stage import DemoError
+
+from cowshed.service.sizes import format_bytes
+
+__all__ = ["open_to_all", "roomy", "temporary_folder"]
+
+_BUILD: Final = Path(__file__).resolve().parent.parent / "build"
+# How long the folder of a run-dir may be for a socket's path to fit (unix(7)).
+_MAX_FOLDER_CHARACTERS: Final = 70
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder in parent, removed with all it holds when the block ends."""
+    with tempfile.TemporaryDirectory(
+        prefix="cowshed-demo-", dir=parent, ignore_cleanup_errors=True
+    ) as folder:
+        yield Path(folder)
+
+
+def roomy(needed_bytes: int) -> Path:
+    """Give a folder with that much room on its file system; that for temporary files if it has."""
+    _BUILD.mkdir(exist_ok=True)
+    folders = [Path(tempfile.gettempdir()), _BUILD, Path("/var/tmp")]
+    for folder in folders:
+        if folder.is_dir() and shutil.disk_usage(folder).free > needed_bytes:
+            return folder
+    names = ", ".join(map(str, folders))
+    raise DemoError(
+        f"no room for {format_bytes(needed_bytes)} in {names}: make room, name another folder "
+        "in TMPDIR, or give a smaller --size"
+    )
+
+
+def open_to_all() -> Path:
+    """Give a folder that other users can enter, where a socket's path is short enough."""
+    for folder in (Path(tempfile.gettempdir()).resolve(), Path("/tmp"), Path("/run")):
+        enterable = all(part.stat().st_mode & 0o001 for part in (folder, *folder.parents))
+        if enterable and len(str(folder)) <= _MAX_FOLDER_CHARACTERS:
+            return folder
+    raise DemoError("no folder for the socket that other users can enter: set TMPDIR to one")
