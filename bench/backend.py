@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other processes of a benchmark: a `cowshed serve` of ours, and the worker that measures."""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from cowshed.transport import connect
+
+__all__ = ["BENCH", "BenchError", "Served", "WorkerProcess"]
+
+BENCH = Path(__file__).resolve().parent
+START_SECONDS = 60.0
+
+
+class BenchError(Exception):
+    """A measurement could not be made; the message says why."""
+
+
+class Served:
+    """A running daemon that serves these images, all digests done, so that it has nothing to do."""
+
+    def __init__(self, images: dict[str, Path], capacity_bytes: int) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="cowshed-bench-")
+        run_dir = Path(self._folder.name)
+        self.uri = f"unix://{run_dir}/cowshed.sock"
+        self._log_path = run_dir / "log"
+        command = [sys.executable, "-m", "cowshed.service.cli", "serve"]
+        command += ["--run-dir", str(run_dir), "--capacity", str(capacity_bytes)]
+        for name, path in images.items():
+            command += ["--image", f"{name}={path}"]
+        with self._log_path.open("wb") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        self.pid = self._process.pid
+        try:
+            self._wait_for("serving ", *(f"image {name}: sha256:" for name in images))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _wait_for(self, *lines: str) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not all(line in (log := self._log_path.read_text()) for line in lines):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise BenchError(f"the daemon does not serve; its log:\n{log}")
+            time.sleep(0.02)
+
+    def request(self, op: str, **fields: Any) -> dict[str, Any]:
+        """Ask the daemon for one thing, as an operator."""
+        with connect(self.uri) as backend:
+            return dict(backend.request(op, **fields))
+
+    def evict(self, image: str) -> None:
+        """Give all of an image up; BenchError if some of it stayed."""
+        kept = self.request("evict", image=image)["kept_bytes"]
+        if kept:
+            raise BenchError(f"{kept} bytes of {image} could not be evicted")
+
+    def image_status(self, name: str) -> dict[str, Any]:
+        """Give one image's part of the status."""
+        (image,) = [i for i in self.request("status")["status"]["images"] if i["name"] == name]
+        return dict(image)
+
+    def close(self) -> None:
+        """End the daemon and remove its run-dir."""
+        self._process.terminate()
+        try:
+            self._process.wait(START_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._folder.cleanup()
+
+
+class WorkerProcess:
+    """A worker.py; call() gives it an order and waits for the answer."""
+
+    def __init__(self, build_dir: Path, served: Served, answer_seconds: float = 120.0) -> None:
+        self._answer_seconds = answer_seconds
+        self._process = subprocess.Popen(
+            [sys.executable, str(BENCH / "worker.py"), str(build_dir), served.uri, str(served.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.pid = self._process.pid
+        self._answer("start")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def call(self, do: str, **fields: Any) -> Any:
+        """Give an order and its answer; BenchError if it fails there or takes too long."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
+        self._process.stdin.flush()
+        return self._answer(do)
+
+    def _answer(self, do: str) -> Any:
+        stdout = self._process.stdout
+        assert stdout is not None
+        if not select.select([stdout], [], [], self._answer_seconds)[0]:
+            raise BenchError(f"{do!r} is not done after {self._answer_seconds:g} s")
+        line = stdout.readline()
+        if not line:
+            raise BenchError(f"the worker ended at {do!r} with status {self._process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise BenchError(f"{do!r} failed: {answer['error']}")
+        return answer["ok"]

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One fault at a time: what a trap to the backend costs, against a byte through pipes and back.
+
+Windows are one page, so each page of a random order is a fault of its own. The peer is what any two
+processes pay the scheduler for a round trip, with the same placement on CPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from cases import Bench, CaseResult, Row, Side, explain
+from stats import Aim, compare
+
+__all__ = ["fault"]
+
+FAULT_AIM = Aim(1.5)
+NR_FAULTS = 2048
+
+
+def fault(bench: Bench) -> CaseResult:
+    """Single-fault latency on one CPU, on two, and where the scheduler likes."""
+    bench.served.request("warm", image="warm")
+    cpus = sorted(os.sched_getaffinity(0))
+    placements: dict[str, tuple[list[int], list[int]]] = {"one CPU": (cpus[:1], cpus[:1])}
+    if len(cpus) > 1:
+        placements["two CPUs"] = (cpus[:1], cpus[1:2])
+    placements["anywhere"] = (cpus, cpus)
+    result = CaseResult(
+        "one random single-page fault, against a ping-pong over pipes with the same placement",
+        [],
+        [
+            "a sample is the median of a round's faults; means feel what disturbed a few of them",
+            "the daemon looks for the next fault for some time before it sleeps: us_in_handler",
+        ],
+    )
+    for label, (ours, theirs) in placements.items():
+        pooled: dict[str, list[list[int]]] = {"fault": [], "ping-pong": []}
+        sides = {
+            "fault": _faults(bench, pooled["fault"], theirs),
+            "ping-pong": _pings(bench, pooled["ping-pong"], theirs),
+        }
+        bench.worker.call("pin", cpus=ours)
+        ratios = [("fault", "ping-pong", FAULT_AIM)]
+        row = Row.measure(bench, f"round trip, {label}", "us", sides, ratios)
+        for name, rounds in pooled.items():
+            row.samples[f"{name}, mean"] = [float(np.mean(each)) / 1e3 for each in rounds[1:]]
+        row.ratios.append(compare(row.samples, "fault, mean", "ping-pong, mean"))
+        result.rows.append(row)
+        for name, rounds in pooled.items():
+            percents = list(np.linspace(0, 99.5, 200))
+            values = [float(ns) / 1e3 for ns in np.percentile(rounds[1:], percents)]
+            result.curves.append((f"{name}, {label}", values, [float(p) for p in percents]))
+    bench.worker.call("pin", cpus=cpus)
+    return result
+
+
+def _faults(bench: Bench, pooled: list[list[int]], cpus: list[int]) -> Side:
+    def measure() -> tuple[float, dict[str, float]]:
+        nr = min(NR_FAULTS, bench.warm.stat().st_size // 4096)
+        seed = bench.rng.randrange(1 << 30)
+        answer = bench.worker.call("each", place="warm", nr=nr, seed=seed, fault_cpus=cpus)
+        return _medians(answer, pooled, explain(answer, nr))
+
+    return measure
+
+
+def _pings(bench: Bench, pooled: list[list[int]], cpus: list[int]) -> Side:
+    def measure() -> tuple[float, dict[str, float]]:
+        return _medians(bench.worker.call("ping", nr=NR_FAULTS, pong_cpus=cpus), pooled, {})
+
+    return measure
+
+
+def _medians(
+    answer: dict[str, Any], pooled: list[list[int]], where: dict[str, float]
+) -> tuple[float, dict[str, float]]:
+    each_ns = answer["each_ns"]
+    pooled.append(each_ns)
+    median, p99 = (float(ns) / 1e3 for ns in np.percentile(each_ns, [50, 99]))
+    return median, {"us_p99": p99, **where}

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures what cowshed costs, as ratios to what the plain kernel takes in the same run.
+
+    make bench                          every case, a few minutes
+    .venv/bin/python bench/run.py --quick --only fault
+
+Writes build/bench/bench.json, bench.png and bench.svg. It judges nothing: the exit status says only
+whether it could measure. docs/benchmarks.md says how each case is measured and what to make of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from backend import BenchError, Served, WorkerProcess
+from case_cold import cold
+from case_fault import fault
+from case_memory import memory
+from case_resident import first_write, resident
+from cases import Bench, CaseResult
+from machine import LoadWatch, describe
+from native import ROOT, load
+from plot import draw
+from report import JSON_VERSION, case_json, case_text, machine_text, verdict
+
+CASES: dict[str, Callable[[Bench], CaseResult]] = {
+    "resident": resident,
+    "fault": fault,
+    "write": first_write,
+    "cold": cold,
+    "memory": memory,
+}
+MIB = 1 << 20
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="small images, few rounds: a taste")
+    parser.add_argument("--only", action="append", choices=CASES, help="this case; may be repeated")
+    parser.add_argument("--rounds", type=int, help="rounds of each row (15; quick: 3)")
+    parser.add_argument("--seed", type=int, default=1, help="of orders and pages (1)")
+    parser.add_argument("--out", type=Path, default=ROOT / "build/bench", help="where files go")
+    options = parser.parse_args()
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: give 1 or more")
+    return options
+
+
+def make_image(path: Path, size_bytes: int) -> Path:
+    """Have a file of random bytes at path; one of the right size is used again."""
+    if not path.exists() or path.stat().st_size != size_bytes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        generator = np.random.default_rng(7)
+        with path.open("wb") as file:
+            for _ in range(size_bytes // MIB):
+                file.write(generator.bytes(MIB))
+    # Written back, or it could not be dropped from the page cache.
+    subprocess.run(["sync", str(path)], check=True)
+    return path
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the chosen cases, print each as it is done, and give the whole as JSON's object."""
+    out: Path = options.out
+    warm = make_image(out / "warm.raw", (16 if options.quick else 128) * MIB)
+    cold_image = make_image(out / "cold.raw", (32 if options.quick else 256) * MIB)
+    lib = load(out)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    machine = {
+        **describe(out),
+        "clock_ns": int(lib.touch_clock_ns()),
+        "commit": commit.stdout.strip() or "?",
+    }
+    print(machine_text(machine), flush=True)
+    results: dict[str, CaseResult] = {}
+    cases = []
+    images = {"warm": warm, "cold": cold_image}
+    capacity_bytes = 2 * sum(image.stat().st_size for image in images.values())
+    with Served(images, capacity_bytes) as served, WorkerProcess(out, served) as worker:
+        bench = Bench(
+            served=served,
+            worker=worker,
+            warm=warm,
+            cold=cold_image,
+            build_dir=out,
+            rounds=options.rounds or (3 if options.quick else 15),
+            row_seconds=3 if options.quick else 15,
+            quick=options.quick,
+            rng=random.Random(options.seed),
+            say=lambda text: print(f"  ... {text}", file=sys.stderr, flush=True),
+        )
+        for name in options.only or CASES:
+            watch = LoadWatch([served.pid, worker.pid])
+            result = results[name] = CASES[name](bench)
+            load_seen = watch.read()
+            cases.append(case_json(name, result, load_seen))
+            print(case_text(name, result, load_seen), flush=True)
+    plots = [out / "bench.png", out / "bench.svg"]
+    draw(results, machine_text(machine), plots)
+    print(f"\n{'case':<10}{'row':<36}{'ratio':<36}aim")
+    for name, result in results.items():
+        for row in result.rows:
+            for ratio in row.ratios:
+                if ratio.aim is not None:
+                    what = f"{ratio.of} / {ratio.to}"
+                    start = f"{name:<10}{row.name:<36}{what:<28}"
+                    print(f"{start}{ratio.value:>6.3g}  {verdict(ratio)}")
+    return {
+        "version": JSON_VERSION,
+        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine,
+        "options": {"quick": options.quick, "rounds": bench.rounds, "seed": options.seed},
+        "cases": cases,
+    }
+
+
+def main() -> int:
+    """Measure, and write the JSON; 1 if something could not be measured."""
+    options = arguments()
+    try:
+        report = measure(options)
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    path = options.out / "bench.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nwrote {path}, and bench.png and bench.svg beside it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
