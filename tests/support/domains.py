@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,50 @@ NOBODY = 65534
 ANSWER_SECONDS = 60
 
 
-class Daemon:
-    """A `cowshed serve` of ours. Its log is at log_path."""
+def command(*arguments: str, uid: int | None = None) -> list[str]:
+    """The words of a cowshed command, to be run as uid."""
+    if uid is None:
+        return [sys.executable, "-m", "cowshed.service.cli", *arguments]
+    return [sys.executable, str(SUPPORT / "as_user.py"), str(uid), *arguments]
 
-    def __init__(self, run_dir: Path, arguments: list[str]) -> None:
+
+def cowshed(
+    *arguments: str | Path, uid: int | None = None, before: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run a cowshed command that ends by itself; before is a command that runs it."""
+    return subprocess.run(
+        [*before, *command(*map(str, arguments), uid=uid)],
+        capture_output=True,
+        text=True,
+        timeout=ANSWER_SECONDS,
+        check=False,
+    )
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for something that sends no event; AssertionError if it does not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        select.select([], [], [], 0.01)
+
+
+class Daemon:
+    """A `cowshed serve` of ours, as uid, run by the command before. Its log is at log_path."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        arguments: list[str],
+        uid: int | None = None,
+        before: Sequence[str] = (),
+    ) -> None:
         self.run_dir = run_dir
         self.uri = f"unix://{run_dir}/cowshed.sock"
         self.log_path = run_dir / "log"
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cowshed.service.cli", "serve", "--run-dir", str(run_dir)]
-                + arguments,
+                [*before, *command("serve", "--run-dir", str(run_dir), *arguments, uid=uid)],
                 stderr=log,
                 stdout=log,
             )
@@ -50,6 +84,28 @@ class Daemon:
                 assert not ended, f"the daemon ended: {self.log_path.read_text()}"
         finally:
             os.close(pidfd)
+
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def nr_fds(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def nr_threads(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/task"))
+
+    def resident_set_bytes(self) -> int:
+        """What it takes of memory for itself, without the images' frames."""
+        text = Path(f"/proc/{self.pid}/status").read_text()
+        return 1024 * int(text.split("RssAnon:")[1].split()[0])
+
+    def frames_path(self) -> Path:
+        """Its first image's frames: os.stat() of this says what they take."""
+        fds = Path(f"/proc/{self.pid}/fd")
+        for fd in sorted(os.listdir(fds), key=int):
+            if os.readlink(fds / fd).startswith("/memfd:cowshed-image"):
+                return fds / fd
+        raise AssertionError("the daemon has no image open")
 
     def connect(self) -> Backend:
         return connect(self.uri)
@@ -82,10 +138,16 @@ class Daemon:
 class Guest:
     """A scripted_guest.py process; call(order) waits, start(order) and finish() do not."""
 
-    def __init__(self, uri: str, uid: int | None = None) -> None:
-        command = [sys.executable, str(SUPPORT / "scripted_guest.py"), uri]
+    def __init__(
+        self,
+        uri: str,
+        uid: int | None = None,
+        script: str = "scripted_guest.py",
+        before: Sequence[str] = (),
+    ) -> None:
+        words = [*before, sys.executable, str(SUPPORT / script), uri]
         self.process = subprocess.Popen(
-            command + ([] if uid is None else [str(uid)]),
+            words + ([] if uid is None else [str(uid)]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -133,12 +195,19 @@ StartGuest = Callable[..., Guest]
 MakeImage = Callable[..., Path]
 
 
-@pytest.fixture
-def run_dir() -> Iterator[Path]:
-    """A run-dir any user may enter, with a path short enough for sockets."""
+@contextlib.contextmanager
+def new_run_dir() -> Iterator[Path]:
+    """A directory any user may enter, with a path short enough for sockets, and gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="cowshed-") as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
+
+
+@pytest.fixture
+def run_dir() -> Iterator[Path]:
+    """A run-dir of the test's own."""
+    with new_run_dir() as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -146,8 +215,8 @@ def start_daemon(run_dir: Path) -> Iterator[StartDaemon]:
     """Start `cowshed serve` with these arguments more; ready on return."""
     daemons: list[Daemon] = []
 
-    def start(*arguments: str, at: Path = run_dir) -> Daemon:
-        daemon = Daemon(at, list(arguments))
+    def start(*arguments: str, at: Path = run_dir, **how: Any) -> Daemon:
+        daemon = Daemon(at, list(arguments), **how)
         daemons.append(daemon)
         daemon.wait_ready()
         return daemon
@@ -159,11 +228,11 @@ def start_daemon(run_dir: Path) -> Iterator[StartDaemon]:
 
 @pytest.fixture
 def start_guest() -> Iterator[StartGuest]:
-    """Start a guest process: start_guest(uri, uid=None)."""
+    """Start a guest process: start_guest(uri, uid=None, script=..., before=...)."""
     guests: list[Guest] = []
 
-    def start(uri: str, uid: int | None = None) -> Guest:
-        guest = Guest(uri, uid)
+    def start(uri: str, uid: int | None = None, **how: Any) -> Guest:
+        guest = Guest(uri, uid, **how)
         guests.append(guest)
         return guest
 
@@ -172,17 +241,21 @@ def start_guest() -> Iterator[StartGuest]:
         guest.close()
 
 
+def write_image(path: Path, size_bytes: int) -> Path:
+    """Make a file whose every page differs."""
+    with path.open("wb") as file:
+        for page in range((size_bytes + 4095) // 4096):
+            file.write((page * 2654435761 % (1 << 64)).to_bytes(8, "little") * 512)
+        file.truncate(size_bytes)
+    return path
+
+
 @pytest.fixture
 def make_image(run_dir: Path) -> MakeImage:
     """Make a file, readable by all, whose every page differs: make_image(size_bytes, name=...)."""
 
     def make(size_bytes: int, name: str = "image.raw") -> Path:
-        path = run_dir / name
-        with path.open("wb") as file:
-            for page in range((size_bytes + 4095) // 4096):
-                file.write((page * 2654435761 % (1 << 64)).to_bytes(8, "little") * 512)
-            file.truncate(size_bytes)
-        return path
+        return write_image(run_dir / name, size_bytes)
 
     return make
 

@@ -73,7 +73,7 @@ class Script:
                     wrong += sum(a != b for a, b in zip(wanted, found, strict=True))
         return wrong
 
-    def do_write(self, offset: int, hex: str) -> int:
+    def do_write(self, offset: int, hex: str) -> int:  # noqa: A002
         return self.opened().write(offset, bytes.fromhex(hex))
 
     def do_fill(self, offset: int, length: int, byte: int) -> int:
@@ -94,15 +94,20 @@ class Script:
         for page in pages:
             view[page * PAGE_BYTES] = byte
 
+    def do_request(self, op: str, **fields: Any) -> dict[str, Any]:
+        """Ask what operators ask."""
+        with connect(self.uri) as backend:
+            return backend.request(op, **fields)
+
     def do_pid(self) -> int:
         return os.getpid()
 
 
-def main() -> None:
+def main(kind: type[Script] = Script) -> None:
     uri, *rest = sys.argv[1:]
     if rest:
         become(int(rest[0]))
-    script = Script(uri)
+    script = kind(uri)
     print(json.dumps({"ok": os.getpid()}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)
