@@ -62,7 +62,8 @@ def _faults(bench: Bench, pooled: list[list[int]], cpus: list[int]) -> Side:
         nr = min(NR_FAULTS, bench.warm.stat().st_size // 4096)
         seed = bench.rng.randrange(1 << 30)
         answer = bench.worker.call("each", place="warm", nr=nr, seed=seed, fault_cpus=cpus)
-        return _medians(answer, pooled, explain(answer, nr))
+        where = explain(answer, nr) | {"handler_may_use_cpus": len(answer["handler_cpus"])}
+        return _medians(answer, pooled, where)
 
     return measure
 

@@ -108,6 +108,7 @@ class Worker:
             return {
                 "each_ns": list(each),
                 "wall_ns": wall_ns,
+                "handler_cpus": sorted(os.sched_getaffinity(tid)),
                 "daemon": self._daemon_since(before),
                 "guest": self._guest_status(mapping.name),
             }

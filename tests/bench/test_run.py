@@ -2,6 +2,7 @@
 """The benchmark writes down what it promises; how fast anything was is not looked at."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,13 @@ def test_every_page_of_a_random_order_is_a_fault_of_its_own(report: Any) -> None
     (case,) = [case for case in report["cases"] if case["name"] == "fault"]
     for row in case["rows"]:
         assert row["where"]["fault"]["pages_per_fault"] == pytest.approx(1.0, rel=0.01)
+
+
+def test_handler_is_pinned_where_the_row_says(report: Any) -> None:
+    (case,) = [case for case in report["cases"] if case["name"] == "fault"]
+    allowed = {row["name"]: row["where"]["fault"]["handler_may_use_cpus"] for row in case["rows"]}
+    assert allowed.pop("round trip, anywhere") == len(os.sched_getaffinity(0))
+    assert set(allowed.values()) == {1}
 
 
 def test_guests_of_a_cold_image_wait_for_loads_and_others_do_not(report: Any) -> None:
