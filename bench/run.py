@@ -11,12 +11,14 @@ whether it could measure. docs/benchmarks.md says how each case is measured and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +58,24 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def make_image(path: Path, size_bytes: int) -> Path:
-    """Have a file of random bytes at path; one of the right size is used again."""
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Have the folder for this run alone: two at once would share, and count, each other's pages."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BenchError(
+                f"another run uses {out}; wait for it, or give --out another folder"
+            ) from error
+        yield
+
+
+def make_image(out: Path, name: str, size_bytes: int) -> Path:
+    """Have a file of random bytes; one of an earlier run is used again."""
+    path = out / f"{name}-{size_bytes // MIB}M.raw"
     if not path.exists() or path.stat().st_size != size_bytes:
-        path.parent.mkdir(parents=True, exist_ok=True)
         generator = np.random.default_rng(7)
         with path.open("wb") as file:
             for _ in range(size_bytes // MIB):
@@ -72,8 +88,8 @@ def make_image(path: Path, size_bytes: int) -> Path:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run the chosen cases, print each as it is done, and give the whole as JSON's object."""
     out: Path = options.out
-    warm = make_image(out / "warm.raw", (16 if options.quick else 128) * MIB)
-    cold_image = make_image(out / "cold.raw", (32 if options.quick else 256) * MIB)
+    warm = make_image(out, "warm", (16 if options.quick else 128) * MIB)
+    cold_image = make_image(out, "cold", (32 if options.quick else 256) * MIB)
     lib = load(out)
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
@@ -130,7 +146,8 @@ def main() -> int:
     """Measure, and write the JSON; 1 if something could not be measured."""
     options = arguments()
     try:
-        report = measure(options)
+        with locked(options.out):
+            report = measure(options)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark writes down what it promises; how fast anything was is not looked at."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -98,6 +99,16 @@ def test_every_page_is_mapped_in_the_end(report: Any) -> None:
             if "mapped_pages" in side:
                 expected = 8192 if "image" in row["name"] else 4096
                 assert side["mapped_pages"] == expected, (row["name"], name)
+
+
+def test_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [sys.executable, str(ROOT / "bench/run.py"), "--quick", "--out", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=55)
+    assert done.returncode == 1
+    assert "another run uses" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_plots_are_drawn(report: Any) -> None:
