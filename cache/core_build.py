@@ -47,6 +47,7 @@ COMPILE_FLAGS = (
     "-Wextra",
     "-pthread",
     "-fvisibility=hidden",
+    "-UNDEBUG",  # Python's own flags take assertions out; ours guard against wrong bytes
 )
 
 
