@@ -7,6 +7,7 @@ fit. Everything here runs in worker threads, never in the loop that answers gues
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
@@ -26,6 +27,9 @@ Body = dict[str, Any]
 
 _WAIT_MS: Final = 200
 _BATCH_EXTENTS: Final = 64
+# How often, and how long, to ask for a load again that the store did not take on.
+_AGAIN_SECONDS: Final = 0.002
+_PATIENCE_SECONDS: Final = 10.0
 # A reply has a limit.
 _MOST_MISMATCHES: Final = 10_000
 
@@ -143,23 +147,38 @@ class Control:
         """Load extents, in order, a run at a time; gives how many of them have been seen to.
 
         What the store did not take on at once is asked for again; what cannot be read is passed
-        over.
+        over, and so is what finds no room for long. One loaded and evicted again has had its turn.
         """
         done = 0
         for run in _runs(wanted):
             for at in range(run.start, run.stop, _BATCH_EXTENTS):
                 nr = min(_BATCH_EXTENTS, run.stop - at)
-                errors = image.counters().load_errors
-                for _ in range(_BATCH_EXTENTS):
-                    image.prefetch(at, nr)
-                    while not image.wait_loaded(at, nr, _WAIT_MS):
-                        yield done
-                    if ExtentState.ABSENT not in image.states(at, nr):
-                        break
-                    if image.counters().load_errors > errors:
-                        break
+                for _ in self._load_batch(image, at, nr):
+                    yield done
                 done += nr
                 yield done
+
+    def _load_batch(self, image: Image, first_extent: int, nr_extents: int) -> Iterator[None]:
+        """See each of a few extents resident once; gives now and then while it waits."""
+        left = set(range(first_extent, first_extent + nr_extents))
+        errors = image.counters().load_errors
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while time.monotonic() < deadline and image.counters().load_errors == errors:
+            first = min(left)
+            nr = max(left) + 1 - first
+            image.prefetch(first, nr)
+            while not image.wait_loaded(first, nr, _WAIT_MS):
+                yield
+            states = image.states(first, nr)
+            seen = {extent for extent in left if states[extent - first] == ExtentState.RESIDENT}
+            left -= seen
+            if not left:
+                return
+            if seen:
+                deadline = time.monotonic() + _PATIENCE_SECONDS
+            else:  # others' readahead uses up what the store takes on: no event tells the end of it
+                time.sleep(_AGAIN_SECONDS)
+            yield
 
     def _do_evict(self, request: Body) -> Iterator[Body]:
         image, extents = self._range(request)

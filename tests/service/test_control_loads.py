@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pin and warm, while the store has other loads on its hands."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from domains import MakeImage, in_thread
+
+from cowshed.cache import ExtentState, FileSource, Image, PageStore
+from cowshed.cache._core import lib
+from cowshed.service.control import Control
+from cowshed.service.evictor import Evictor
+from cowshed.service.guests import GuestTable
+from cowshed.service.status import StatusReader
+from cowshed.service.working_sets import WorkingSets
+
+EXTENT_BYTES = 4096
+WAIT_MS = 10_000
+
+
+@pytest.fixture
+def store() -> Iterator[PageStore]:
+    with PageStore(32 * EXTENT_BYTES, extent_bytes=EXTENT_BYTES, nr_loaders=1) as store:
+        yield store
+
+
+@pytest.fixture
+def image(store: PageStore, make_image: MakeImage) -> Image:
+    return store.open_image("disk", FileSource.open(make_image(20 * EXTENT_BYTES)))
+
+
+@pytest.fixture
+def control(store: PageStore, run_dir: Path) -> Iterator[Control]:
+    evictor, guests = Evictor(store), GuestTable()
+    evictor.start()
+    status = StatusReader(store, evictor, guests, run_dir)
+    yield Control(store, evictor, guests, status, WorkingSets(run_dir))
+    evictor.stop()
+
+
+@pytest.mark.parametrize("op", ["pin", "warm"])
+def test_what_is_pinned_or_warmed_is_resident_although_readahead_fills_the_queue(
+    op: str, image: Image, control: Control
+) -> None:
+    lib.point_arm(lib.POINT_LOAD_READ, lib.POINT_STOP, 0, 1)
+    image.prefetch(0, 1)
+    assert lib.point_wait(lib.POINT_LOAD_READ, 1, WAIT_MS) == 0
+    image.prefetch(1, 1)  # behind it: the store takes no more readahead on
+    assert image.prefetch(2, 1) == 0
+    request = {"image": "disk", "offset": 10 * EXTENT_BYTES, "length": 3 * EXTENT_BYTES}
+    replies: list[object] = []
+    thread = in_thread(lambda: replies.extend(control.perform(op, request)))
+    thread.join(0.1)
+    lib.point_release(lib.POINT_LOAD_READ)
+    thread.join(WAIT_MS / 1000)
+    assert replies
+    assert image.states(10, 3) == bytes([ExtentState.RESIDENT] * 3)
