@@ -67,6 +67,7 @@ def memory(bench: Bench) -> CaseResult:
         where = {
             "guests": {
                 "mib_private": private / MIB,
+                "mib_mapped_per_guest": guests["mapped"] / MIB / nr,
                 "mib_resident_not_mapped": unmapped / MIB,
                 "kib_backend_grew_per_guest": backend / 1024 / nr,
                 "kib_other_per_guest": guests["other"] / 1024 / nr,
@@ -74,6 +75,7 @@ def memory(bench: Bench) -> CaseResult:
             },
             "plain mmap": {
                 "mib_private": plain["private"] / MIB,
+                "mib_mapped_per_guest": plain["mapped"] / MIB / nr,
                 "kib_other_per_guest": plain["other"] / 1024 / nr,
                 "kib_page_tables_per_guest": plain["tables"] / 1024 / nr,
             },
@@ -112,11 +114,12 @@ def _own(pid: int) -> int:
 
 def _weigh(people: list[tuple[int, int]]) -> dict[str, float]:
     """Add up, over (pid, address of the image), what the image and all else take."""
-    sums = dict.fromkeys(("image", "private", "other", "tables"), 0.0)
+    sums = dict.fromkeys(("image", "mapped", "private", "other", "tables"), 0.0)
     for pid, address in people:
         whole = rollup(pid)
         image = smaps_of(pid, address)
         sums["image"] += image["Pss"]
+        sums["mapped"] += image["Rss"]
         sums["private"] += image["Anonymous"]
         sums["other"] += whole["Pss"] - image["Pss"]
         sums["tables"] += whole["Tables"]

@@ -60,7 +60,7 @@ def arguments() -> argparse.Namespace:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Have the folder for this run alone: two at once would share, and count, each other's pages."""
+    """Have the folder for this run alone: two at once would share each other's pages."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("w") as lock:
         try:

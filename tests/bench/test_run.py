@@ -101,6 +101,13 @@ def test_every_page_is_mapped_in_the_end(report: Any) -> None:
                 assert side["mapped_pages"] == expected, (row["name"], name)
 
 
+def test_everybody_in_a_crowd_has_all_of_the_image(report: Any) -> None:
+    (case,) = [case for case in report["cases"] if case["name"] == "memory"]
+    for row in case["rows"]:
+        assert row["where"]["guests"]["mib_mapped_per_guest"] == 16
+        assert row["where"]["plain mmap"]["mib_mapped_per_guest"] == 16
+
+
 def test_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
