@@ -40,7 +40,8 @@ class Served:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         self.pid = self._process.pid
         try:
-            self._wait_for("serving ", *(f"image {name}: sha256:" for name in images))
+            self._wait_for_line("event=serving ")
+            self._wait_for_digests()
         except BaseException:
             self.close()
             raise
@@ -51,11 +52,19 @@ class Served:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _wait_for(self, *lines: str) -> None:
+    def _wait_for_line(self, line: str) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while not all(line in (log := self._log_path.read_text()) for line in lines):
+        while line not in (log := self._log_path.read_text()):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise BenchError(f"the daemon does not serve; its log:\n{log}")
+            time.sleep(0.02)
+
+    def _wait_for_digests(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not all(image["digest"] for image in self.request("status")["status"]["images"]):
+            if time.monotonic() > deadline:
+                log = self._log_path.read_text()
+                raise BenchError(f"the daemon computed no digests; its log:\n{log}")
             time.sleep(0.02)
 
     def request(self, op: str, **fields: Any) -> dict[str, Any]:

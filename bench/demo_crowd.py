@@ -69,7 +69,7 @@ class Backend:
         deadline = time.monotonic() + _READY_SECONDS
         pidfd = os.pidfd_open(self.process.pid)
         try:
-            while b"serving " not in self._log_path.read_bytes():
+            while b"event=serving " not in self._log_path.read_bytes():
                 ended, _, _ = select.select([pidfd], [], [], 0.02)
                 if ended or time.monotonic() > deadline:
                     how = "ended" if ended else f"is not ready after {_READY_SECONDS:.0f} s"

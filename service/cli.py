@@ -63,17 +63,27 @@ def cli() -> None:
     metavar="DIR",
     help=f"Where to put the socket; also $COWSHED_RUN_DIR [default: {RUN_DIR_DEFAULT}].",
 )
+@click.option("--verbose", is_flag=True, help="Also log guests coming and going.")
 def serve(
-    config_file: Path | None, images: tuple[str, ...], capacity: str | None, run_dir: str | None
+    config_file: Path | None,
+    images: tuple[str, ...],
+    capacity: str | None,
+    run_dir: str | None,
+    verbose: bool,
 ) -> int:
     """Run the daemon in the foreground, serving images to guests.
 
     The TOML file of --config may set capacity, run_dir, state_dir, extent, loaders, quota,
-    on_quota ("stop", "kill" or "allow") and, in a table [images], NAME = "SOURCE".
+    on_quota ("stop", "kill" or "allow"), log ("logfmt" or "json"), log_level
+    ("debug" to "error") and, in a table [images], NAME = "SOURCE".
     """
     try:
         config = config_load(
-            config_file=config_file, images=images, capacity=capacity, run_dir=run_dir
+            config_file=config_file,
+            images=images,
+            capacity=capacity,
+            run_dir=run_dir,
+            verbose=verbose,
         )
     except UsageError as error:
         raise WrongUsage(str(error)) from error

@@ -10,6 +10,8 @@ A file has this shape; every key is optional, and an unknown one is an error::
     loaders  = 4                    # threads that load extents
     quota    = "64M"                # private bytes of guests that name no quota; or "none"
     on_quota = "stop"               # at the limit: stop the writer, kill it, or allow (count)
+    log      = "logfmt"             # or "json"
+    log_level = "notice"            # debug, info (guests come and go), notice, warning or error
 
     [images]
     debian = "/srv/images/debian.raw"     # a relative path starts at this file's directory
@@ -29,6 +31,7 @@ from typing import Any, Literal, get_args
 
 from cowshed.cache.errors import UsageError
 from cowshed.service.images import ImageSpec, absolute, image_spec, parse_image
+from cowshed.service.logs import LEVELS, LOG_FORMATS, LogFormat, LogLevel
 from cowshed.service.sizes import format_bytes, parse_size
 
 OnQuota = Literal["stop", "kill", "allow"]
@@ -45,7 +48,18 @@ LOADERS_DEFAULT = 4
 LOADERS_MAX = 64
 SOCKET_PATH_MAX_BYTES = 107  # sun_path less its NUL, unix(7)
 
-_KEYS = ("capacity", "run_dir", "state_dir", "extent", "loaders", "quota", "on_quota", "images")
+_KEYS = (
+    "capacity",
+    "run_dir",
+    "state_dir",
+    "extent",
+    "loaders",
+    "quota",
+    "on_quota",
+    "log",
+    "log_level",
+    "images",
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,8 @@ class Config:
     loaders: int = LOADERS_DEFAULT
     default_quota_bytes: int | None = None
     default_on_quota: OnQuota = "stop"
+    log_format: LogFormat = "logfmt"
+    log_level: LogLevel = "notice"
 
     def __post_init__(self) -> None:
         extent = self.extent_bytes
@@ -83,6 +99,14 @@ class Config:
             raise UsageError(
                 f"on_quota {self.default_on_quota!r} is not stop, kill or allow: use one"
             )
+        for key, value, choices in (
+            ("log", self.log_format, LOG_FORMATS),
+            ("log_level", self.log_level, tuple(LEVELS)),
+        ):
+            if value not in choices:
+                raise UsageError(
+                    f"{key} {value!r} is not {', '.join(choices[:-1])} or {choices[-1]}: use one"
+                )
         if not self.images:
             raise UsageError("no image to serve: give --image NAME=SOURCE or [images] in --config")
         seen: set[str] = set()
@@ -129,12 +153,13 @@ def config_load(
     images: Sequence[str] = (),
     capacity: str | None = None,
     run_dir: str | None = None,
+    verbose: bool = False,
 ) -> Config:
     """The configuration of `config_file` (None: none) overridden by options that are given.
 
     `images` are NAME=SOURCE; one of the same name as an image of the file takes its place.
-    `run_dir` is --run-dir or $COWSHED_RUN_DIR. Reads the file and nothing else. Raises UsageError,
-    one line.
+    `run_dir` is --run-dir or $COWSHED_RUN_DIR; `verbose` is a log_level of info, at least. Reads
+    the file and nothing else. Raises UsageError, one line.
     """
     table: Mapping[str, Any] = {} if config_file is None else _read_table(config_file)
     file_dir = Path.cwd() if config_file is None else absolute(config_file).parent
@@ -162,6 +187,8 @@ def config_load(
         settings["capacity_bytes"] = parse_size(capacity, "capacity")
     if run_dir:
         paths["run_dir"] = Path(run_dir)
+    if verbose and settings.get("log_level") != "debug":
+        settings["log_level"] = "info"
     run_dir_path = absolute(paths.get("run_dir", Path(RUN_DIR_DEFAULT)))
     state_dir_path = absolute(paths.get("state_dir", run_dir_path / "state"))
     return Config(
@@ -207,6 +234,9 @@ def _settings_of(table: Mapping[str, Any]) -> dict[str, Any]:
         settings["default_quota_bytes"] = parse_quota(_size_text(table, "quota"))
     if "on_quota" in table:
         settings["default_on_quota"] = _text_of(table, "on_quota")
+    for key, field in (("log", "log_format"), ("log_level", "log_level")):
+        if key in table:
+            settings[field] = _text_of(table, key)
     if "loaders" in table:
         value = table["loaders"]
         if not isinstance(value, int) or isinstance(value, bool):

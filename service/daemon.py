@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
 import queue
 import selectors
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +26,7 @@ from cowshed.service.digests import DigestThread
 from cowshed.service.door import Door, raise_file_limit
 from cowshed.service.evictor import Evictor
 from cowshed.service.guests import GuestTable
+from cowshed.service.logs import EventLog, logging_begin, logging_end, logging_tell_suppressed
 from cowshed.service.sessions import Session
 from cowshed.service.sizes import format_bytes
 from cowshed.service.status import StatusReader, guest_state
@@ -39,11 +38,10 @@ from cowshed.transport.messages import error_reply
 
 __all__ = ["Daemon", "run"]
 
-_log = logging.getLogger("cowshed")
+_log = EventLog("cowshed")
 
 _HOUSEKEEPING_SECONDS: Final = 1.0
 _SAVE_SECONDS: Final = 60.0
-_SAY_FULL_SECONDS: Final = 10.0
 
 
 def run(config: Config) -> int:
@@ -51,10 +49,9 @@ def run(config: Config) -> int:
 
     Raises CowshedError, one line, if it cannot begin.
     """
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="cowshed: %(levelname)s: %(message)s"
-    )
+    logging_begin(config.log_format, config.log_level)
     with contextlib.ExitStack() as stack:
+        stack.callback(logging_end)
         daemon = Daemon(config, stack)
         daemon.serve()
     return 0
@@ -66,7 +63,6 @@ class Daemon:
     def __init__(self, config: Config, stack: contextlib.ExitStack) -> None:
         self.config: Final = config
         self._stopping = False
-        self._say_full_at = 0.0
         self._sessions: dict[int, Session] = {}
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._door = Door(raise_file_limit())
@@ -74,7 +70,10 @@ class Daemon:
         stack.enter_context(_locked(config.run_dir))
         self.uffd_device: Final = open_device()
         if self.uffd_device is None:
-            _log.warning("no /dev/userfaultfd to lend: guests need their own right to userfaultfd")
+            _log.warning(
+                "no-userfaultfd-device",
+                "no /dev/userfaultfd to lend: guests need their own right to userfaultfd",
+            )
         else:
             stack.callback(os.close, self.uffd_device)
         watermarks = Watermarks(config.capacity_bytes // config.extent_bytes)
@@ -138,14 +137,14 @@ class Daemon:
             select.register(self._listener, selectors.EVENT_READ, self._on_connect)
             select.register(self._wake_reader, selectors.EVENT_READ, self._on_wake)
             select.register(self._store.notice_fd, selectors.EVENT_READ, self._on_notice)
-            images = ", ".join(
-                f"{image.name} ({format_bytes(image.size_bytes)})" for image in self._store
-            )
-            _log.info(
-                "serving %s with a capacity of %s at %s",
-                images,
-                format_bytes(self.config.capacity_bytes),
-                self.config.run_dir,
+            _log.notice(
+                "serving",
+                pid=os.getpid(),
+                run_dir=self.config.run_dir,
+                capacity=format_bytes(self.config.capacity_bytes),
+                images=", ".join(
+                    f"{image.name} ({format_bytes(image.size_bytes)})" for image in self._store
+                ),
             )
             next_look = time.monotonic() + _HOUSEKEEPING_SECONDS
             next_save = time.monotonic() + _SAVE_SECONDS
@@ -159,19 +158,19 @@ class Daemon:
                 if now >= next_save:
                     next_save = now + _SAVE_SECONDS
                     self.workers.run(lambda: self._working_sets.save(self._store))
+                    logging_tell_suppressed()
         finally:
             signal.set_wakeup_fd(previous)
         self._working_sets.save(self._store)
-        _log.info("stopping")
+        _log.notice("stopping", pid=os.getpid())
 
     def _on_connect(self, *_: object) -> None:
         connection = self._listener.accept()
         if connection is None:
             return
         if refusal := self._door.enter(connection.peer.uid):
-            if time.monotonic() >= self._say_full_at:
-                self._say_full_at = time.monotonic() + _SAY_FULL_SECONDS
-                _log.warning("turning connections away: %s", refusal)
+            peer = connection.peer
+            _log.warning("turned-away", refusal, pid=peer.pid, uid=peer.uid)
             connection.close()
             return
         session = Session(connection, self)
@@ -202,10 +201,20 @@ class Daemon:
             self._send(key.fd, session)
         except (PeerError, OSError) as error:
             # OSError: no descriptors left, say. Whoever asked for them pays, not the daemon.
-            peer = session.connection.peer
-            _log.warning("dropped a connection of pid %d, uid %d: %s", peer.pid, peer.uid, error)
+            self._say_dropped(session, str(error))
             self._say_goodbye(session, error, tag)
             self._end(key.fd)
+
+    def _say_dropped(self, session: Session, why: str) -> None:
+        guest, peer = session.guest, session.connection.peer
+        _log.warning(
+            "dropped",
+            why,
+            guest=guest and guest.name,
+            image=guest and guest.image.name,
+            pid=peer.pid,
+            uid=peer.uid,
+        )
 
     def _watch_death(self, session: Session) -> None:
         """Notice a guest's death even if another process holds its end of the connection open."""
@@ -277,23 +286,22 @@ class Daemon:
             if state == guest.said_state:
                 continue
             guest.said_state = state
+            who = {"guest": guest.name, "image": guest.image.name}
+            who_else = {"pid": guest.pid, "uid": guest.uid}
             if state == "stopped-quota":
+                quota = format_bytes(guest.quota_bytes or 0)
                 _log.warning(
-                    "guest %s: stopped at its quota of %s on %s; raise it with: "
-                    "cowshed quota %s SIZE",
-                    guest.name,
-                    format_bytes(guest.quota_bytes or 0),
-                    guest.image.name,
-                    guest.name,
+                    "quota-stop",
+                    "its writes wait until 'cowshed quota GUEST SIZE' raises its quota",
+                    **who,
+                    quota=quota,
+                    **who_else,
                 )
             elif state == "running":
-                _log.info("guest %s: goes on", guest.name)
+                _log.notice("quota-resume", **who, **who_else)
             else:
-                _log.warning(
-                    "guest %s: dropped, its memory cannot be served (%s)",
-                    guest.name,
-                    os.strerror(-status.broken),
-                )
+                why = f"its memory cannot be served: {os.strerror(-status.broken)}"
+                self._say_dropped(session, why)
                 self._end(fd)
 
     def _look_after(self, now: float) -> None:
@@ -301,19 +309,19 @@ class Daemon:
         for image in self._store:
             if changed := image.look_at_source():
                 _log.error(
-                    "image %s: its source %s changed while it is served: %s; "
-                    "images must not change: restart with a copy that stays as it is",
-                    image.name,
-                    image.source.path,
-                    changed,
+                    "source-changed",
+                    f"{changed}; an image must not change while it is served: "
+                    "restart with a copy that stays as it is",
+                    image=image.name,
+                    source=image.source.path,
                 )
         for fd, session in list(self._sessions.items()):
             if session.deadline is not None and now > session.deadline:
-                _log.warning("dropped a connection that did not finish its handshake")
+                self._say_dropped(session, "it did not finish its handshake in time")
                 self._end(fd)
 
     def _on_digest(self, image: Image) -> None:
-        _log.info("image %s: %s", image.name, image.digest)
+        _log.info("digest", image=image.name, digest=image.digest)
 
 
 def _open_image(store: PageStore, name: str, path: Path) -> None:

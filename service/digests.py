@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import mmap
 import os
 import threading
@@ -12,10 +11,11 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from cowshed.cache import FileSource, Image
+from cowshed.service.logs import EventLog
 
 __all__ = ["DigestThread", "digest_of"]
 
-_log = logging.getLogger("cowshed.digests")
+_log = EventLog("cowshed.digests")
 _CHUNK_BYTES: Final = 1 << 20
 
 
@@ -68,7 +68,7 @@ class DigestThread:
             try:
                 image.digest = digest_of(image.source, self._stop.is_set)
             except OSError as error:
-                _log.error("image %s: no digest: %s", image.name, error)
+                _log.error("no-digest", str(error), image=image.name)
                 continue
             if image.digest:
                 self._done(image)

@@ -8,7 +8,6 @@ come through here too, so that the policy knows.
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import threading
@@ -20,10 +19,11 @@ from typing import Final
 from cowshed.accounting import EvictionPolicy, ExtentKey, Watermarks, evict
 from cowshed.cache import CapacityError, ExtentState, Image, PageStore
 from cowshed.cache._core import lib
+from cowshed.service.logs import EventLog
 
 __all__ = ["Evictor"]
 
-_log = logging.getLogger("cowshed.evictor")
+_log = EventLog("cowshed.evictor")
 
 _IDLE_SECONDS: Final = 1.0
 _SCRUB_SECONDS: Final = 1.0
@@ -111,7 +111,7 @@ class Evictor:
                     self._scrub()
                     next_scrub = time.monotonic() + _SCRUB_SECONDS
             except Exception:
-                _log.exception("the evictor failed; trying again")
+                _log.crash("evictor-failed", "trying again; a defect of cowshed: please report it")
                 waiting = True
             wait = _RETRY_SECONDS if waiting else _IDLE_SECONDS
 
@@ -169,8 +169,8 @@ class Evictor:
                 nr = image.scrub()
                 if nr:
                     _log.warning(
-                        "image %s: emptied %d extents that a guest filled with zeros by reading "
-                        "a mapping without userfaultfd",
-                        image.name,
-                        nr,
+                        "strays-emptied",
+                        "a guest read a mapping without userfaultfd, which fills it with zeros",
+                        image=image.name,
+                        extents=nr,
                     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from cowshed.faults import Orders, uffd_features
 from cowshed.service.config import Config, check_quota
 from cowshed.service.control import Control
 from cowshed.service.guests import Guest, GuestTable, Terms
+from cowshed.service.logs import EventLog
 from cowshed.service.userfaultfd import check_guest_files, check_uffd
 from cowshed.service.workers import Workers
 from cowshed.transport import Connection, Received
@@ -44,7 +44,7 @@ from cowshed.transport.messages import (
 
 __all__ = ["Session", "SessionHost"]
 
-_log = logging.getLogger("cowshed.sessions")
+_log = EventLog("cowshed.sessions")
 
 Body = dict[str, Any]
 
@@ -129,10 +129,7 @@ class Session:
     def end(self) -> None:
         """Detach the guest, if there is one, and close the connection; nothing twice."""
         self._state = State.CLOSED
-        guest, self.guest = self.guest, None
-        if guest is not None:
-            self._host.guests.detach(guest)
-            _log.info("guest %s: detached from %s", guest.name, guest.image.name)
+        self._detach()
         terms, self._terms = self._terms, None
         if terms is not None:
             self._host.guests.release(terms.name)
@@ -238,15 +235,20 @@ class Session:
             list(message.fds),
         )
         message.fds.clear()
-        _log.info("guest %s: attached to %s, pid %d", terms.name, terms.image.name, peer.pid)
+        _log.info("attached", guest=terms.name, image=terms.image.name, pid=peer.pid, uid=peer.uid)
         self._reply(message.tag, {"ok": True, "guest": terms.name})
 
     def _on_close(self, message: Received) -> None:
+        self._detach()
+        self._reply(message.tag, {"ok": True})
+
+    def _detach(self) -> None:
         guest, self.guest = self.guest, None
         if guest is not None:
             self._host.guests.detach(guest)
-            _log.info("guest %s: detached from %s", guest.name, guest.image.name)
-        self._reply(message.tag, {"ok": True})
+            _log.info(
+                "detached", guest=guest.name, image=guest.image.name, pid=guest.pid, uid=guest.uid
+            )
 
     def _on_control(self, op: str, message: Received) -> None:
         uid = self.connection.peer.uid

@@ -7,16 +7,16 @@ behind it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
+from cowshed.service.logs import EventLog
 from cowshed.transport.messages import error_reply
 
 __all__ = ["Workers"]
 
-_log = logging.getLogger("cowshed.workers")
+_log = EventLog("cowshed.workers")
 
 Body = dict[str, Any]
 
@@ -63,6 +63,6 @@ class Workers:
                 if self._stopping:
                     return
         except Exception as error:
-            _log.exception("a request failed")
+            _log.crash("request-failed", "a defect of cowshed: please report it")
             body = error_reply("peer", f"the daemon failed ({error}); see its log")
             self._post(lambda: reply(body))

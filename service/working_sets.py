@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from cowshed.accounting import FirstTouches, read_working_set, write_working_set
 from cowshed.cache import CowshedError, Image
+from cowshed.service.logs import EventLog
 
 __all__ = ["WorkingSets"]
 
-_log = logging.getLogger("cowshed.workingsets")
+_log = EventLog("cowshed.workingsets")
 
 
 class WorkingSets:
@@ -42,7 +42,7 @@ class WorkingSets:
                 nr_image_extents=image.nr_extents,
             )
         except CowshedError as error:
-            _log.warning("image %s: %s", image.name, error)
+            _log.warning("working-set-unusable", str(error), image=image.name)
             return ()
         return recorded.extents if recorded else ()
 
@@ -65,6 +65,6 @@ class WorkingSets:
                     ),
                 )
             except (CowshedError, OSError) as error:
-                _log.warning("image %s: working set not saved: %s", image.name, error)
+                _log.warning("working-set-unsaved", str(error), image=image.name)
                 continue
             self._written[image.name] = len(order)

@@ -221,9 +221,9 @@ def test_an_image_that_shrinks_fails_only_what_it_lost(
     with pytest.raises(AssertionError, match=lost):
         other.call("read", offset=2 * MIB, length=1)
     until(lambda: daemon.status()["images"][0]["source_changed"] is True)
-    lines = [line for line in daemon.log().splitlines() if "its source" in line]
+    lines = [line for line in daemon.log().splitlines() if "event=source-changed" in line]
     assert len(lines) == 1
-    assert has(lines[0], "image d", str(image), str(4 * MIB), str(2 * MIB), "restart")
+    assert has(lines[0], "image=d", str(image), str(4 * MIB), str(2 * MIB), "restart")
     assert daemon.status()["load_errors"] > 0
     assert daemon.mismatches() == []
     # Whole again, and so are the reads.
@@ -375,7 +375,7 @@ def test_serving_ends_by_a_second_signal_too_and_with_status_0(
     words = command("serve", "--run-dir", str(run_dir), "--image", f"d={make_image(MIB)}")
     with subprocess.Popen(words, stderr=subprocess.PIPE) as serving:
         assert serving.stderr is not None
-        assert b"serving d" in serving.stderr.readline()
+        assert b"event=serving " in serving.stderr.readline()
         serving.send_signal(signal.SIGINT)
         serving.send_signal(signal.SIGTERM)
         assert serving.wait(20) == 0

@@ -17,6 +17,8 @@ extent = "128K"
 loaders = 7
 quota = "64M"
 on_quota = "kill"
+log = "json"
+log_level = "error"
 
 [images]
 debian = "images/debian.raw"
@@ -50,6 +52,8 @@ def test_every_key_of_a_file_is_read_and_its_paths_start_beside_it(tmp_path: Pat
         loaders=7,
         default_quota_bytes=64 << 20,
         default_on_quota="kill",
+        log_format="json",
+        log_level="error",
     )
 
 
@@ -76,6 +80,17 @@ def test_defaults_hold_without_a_file() -> None:
     assert config.extent_bytes == 64 << 10
     assert config.default_quota_bytes is None
     assert config.default_on_quota == "stop"
+    assert (config.log_format, config.log_level) == ("logfmt", "notice")
+
+
+def test_verbose_raises_a_log_level_and_never_lowers_it(tmp_path: Path) -> None:
+    assert config_load(images=["a=/a"], verbose=True).log_level == "info"
+    path = tmp_path / "cowshed.toml"
+    for level, verbose_level in (("error", "info"), ("info", "info"), ("debug", "debug")):
+        path.write_text(f'log_level = "{level}"')
+        for verbose, expected in ((False, level), (True, verbose_level)):
+            config = config_load(config_file=path, images=["a=/a"], verbose=verbose)
+            assert config.log_level == expected
 
 
 def test_relative_paths_of_options_start_at_the_working_directory(
@@ -161,6 +176,9 @@ def test_image_names_that_could_not_be_a_socket_or_label_are_refused(name: str) 
         ('quota = "some"', "quota 'some' is not a size"),
         ('on_quota = "pause"', "stop, kill or allow"),
         ("on_quota = 1", "text in quotes"),
+        ('log = "xml"', "log 'xml' is not logfmt or json"),
+        ('log_level = "loud"', "debug, info, notice, warning or error"),
+        ("log_level = 3", "text in quotes"),
         ('run_dir = ""', "text in quotes"),
         ("state_dir = 1", "text in quotes"),
         ("images = []", "write [images]"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -24,6 +25,8 @@ from cowshed.transport import Backend, connect
 SUPPORT = Path(__file__).parent
 NOBODY = 65534
 ANSWER_SECONDS = 60
+# In the daemon's log, of either form, once it listens.
+SERVING = re.compile(rb'event=serving |"event": "serving"')
 
 
 def command(*arguments: str, uid: int | None = None) -> list[str]:
@@ -79,7 +82,7 @@ class Daemon:
         """Wait until it listens; fails with its log if it ends instead."""
         pidfd = os.pidfd_open(self.pid)
         try:
-            while b"serving " not in self.log_path.read_bytes():
+            while not SERVING.search(self.log_path.read_bytes()):
                 ended, _, _ = select.select([pidfd], [], [], 0.02)
                 assert not ended, f"the daemon ended: {self.log_path.read_text()}"
         finally:

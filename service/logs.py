@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon's log: one line an event, for people and programs, that no peer can forge or flood.
+
+    time=2026-11-01T09:12:44.031Z level=warning event=quota-stop guest=g1 image=debian uid=1000 ...
+
+A line begins with time, level and event; fields follow, `message` last: a sentence with the cure,
+where there is one. Values that hold blanks, quotes or what is not printable stand in quotes and are
+escaped as in JSON. With `log = "json"` a line is a JSON object of the same fields.
+
+Levels: notice, the default, is what a quiet log needs (start, stop, what goes on again). Warnings
+and errors are above it; info, below it, tells of guests that come and go. Nothing is said per
+fault.
+
+Whoever can connect can cause events. So an event of one user (its `uid` field) is said so often and
+no oftener; the rest are counted, and told as `suppressed` in the next line of that kind, or once a
+minute in a line of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+__all__ = [
+    "LEVELS",
+    "LOG_FORMATS",
+    "EventLog",
+    "FloodLimit",
+    "LogFormat",
+    "LogLevel",
+    "format_event",
+    "logging_begin",
+    "logging_end",
+    "logging_tell_suppressed",
+]
+
+LogFormat = Literal["logfmt", "json"]
+LogLevel = Literal["debug", "info", "notice", "warning", "error"]
+
+NOTICE: Final = 25
+LEVELS: Final[Mapping[str, int]] = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "notice": NOTICE,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+LOG_FORMATS: Final[tuple[LogFormat, ...]] = ("logfmt", "json")
+
+# How many lines of one event of one user at once, and how many a second after that. What was asked
+# for with --verbose may be many: each of a thousand guests that attach has its line.
+_BUDGET: Final = (20, 0.1)
+_BUDGET_VERBOSE: Final = (2000, 50.0)
+# Users whose lines are counted apart; of more than these, the one quiet for longest is forgotten.
+_MOST_KEYS: Final = 1024
+
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_./:@%+,~-]+")
+_NAMES: Final = {number: name for name, number in LEVELS.items()}
+
+
+class EventLog:
+    """What a module says: `log.warning("dropped", "why, and the cure", pid=7, uid=1000)`.
+
+    The first word names the event, in words joined by '-'; fields whose value is None are left out.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def debug(self, event: str, message: str = "", /, **fields: Any) -> None:
+        """What only somebody looking into cowshed itself wants."""
+        self._say(logging.DEBUG, event, message, fields)
+
+    def info(self, event: str, message: str = "", /, **fields: Any) -> None:
+        """What happens all the time when all is well."""
+        self._say(logging.INFO, event, message, fields)
+
+    def notice(self, event: str, message: str = "", /, **fields: Any) -> None:
+        """What a quiet log needs to be understood."""
+        self._say(NOTICE, event, message, fields)
+
+    def warning(self, event: str, message: str = "", /, **fields: Any) -> None:
+        """What somebody should look at, while the daemon goes on as it was."""
+        self._say(logging.WARNING, event, message, fields)
+
+    def error(self, event: str, message: str = "", /, **fields: Any) -> None:
+        """What somebody has to act on."""
+        self._say(logging.ERROR, event, message, fields)
+
+    def crash(self, event: str, message: str = "", /, **fields: Any) -> None:
+        """An error of ours, with the traceback of the exception being handled."""
+        self._say(logging.ERROR, event, message, fields, with_traceback=True)
+
+    def _say(
+        self,
+        level: int,
+        event: str,
+        message: str,
+        fields: dict[str, Any],
+        *,
+        with_traceback: bool = False,
+    ) -> None:
+        if self._logger.isEnabledFor(level):
+            extra = {"event": event, "fields": fields}
+            self._logger.log(level, "%s", message, exc_info=with_traceback, extra=extra)
+
+
+def format_event(fields: Mapping[str, Any], log_format: LogFormat) -> str:
+    """One line, without its end, of the fields in order; None values are left out."""
+    said = {name: value for name, value in fields.items() if value is not None}
+    if log_format == "json":
+        return json.dumps(said, default=str)
+    return " ".join(f"{name}={_quoted(value)}" for name, value in said.items())
+
+
+def _quoted(value: Any) -> str:
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if _PLAIN.fullmatch(text):
+        return text
+    return '"' + "".join(_escaped(mark) for mark in text) + '"'
+
+
+def _escaped(mark: str) -> str:
+    """A character as JSON writes it, unless it is one that any terminal shows as itself."""
+    if mark not in '"\\' and mark.isprintable():
+        return mark
+    return json.dumps(mark)[1:-1]
+
+
+@dataclass
+class _Bucket:
+    tokens: float
+    at: float
+    nr_suppressed: int = 0
+
+
+class FloodLimit:
+    """Decides which lines are said; pure, its caller says what time it is. Not thread-safe.
+
+    Invariants: at most _MOST_KEYS buckets, the last used last; of any key, no more lines pass in t
+    seconds than its burst and t times its rate.
+    """
+
+    def __init__(self) -> None:
+        self._buckets: OrderedDict[tuple[str, Any], _Bucket] = OrderedDict()
+
+    def admit(self, event: str, uid: Any, *, verbose: bool, now: float) -> int | None:
+        """Whether to say a line: how many of its kind were not said before it, None for no."""
+        burst, per_second = _BUDGET_VERBOSE if verbose else _BUDGET
+        bucket = self._buckets.setdefault((event, uid), _Bucket(burst, now))
+        self._buckets.move_to_end((event, uid))
+        if len(self._buckets) > _MOST_KEYS:
+            self._buckets.popitem(last=False)
+        bucket.tokens = min(burst, bucket.tokens + (now - bucket.at) * per_second)
+        bucket.at = now
+        if bucket.tokens < 1:
+            bucket.nr_suppressed += 1
+            return None
+        bucket.tokens -= 1
+        nr_suppressed, bucket.nr_suppressed = bucket.nr_suppressed, 0
+        return nr_suppressed
+
+    def take_suppressed(self) -> list[tuple[str, Any, int]]:
+        """Give (event, uid, number) of what was never told, once."""
+        untold = [(*key, each.nr_suppressed) for key, each in self._buckets.items()]
+        for each in self._buckets.values():
+            each.nr_suppressed = 0
+        return [entry for entry in untold if entry[2]]
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, log_format: LogFormat) -> None:
+        super().__init__()
+        self._log_format = log_format
+
+    def format(self, record: logging.LogRecord) -> str:
+        # A record of somebody else's has no event: a library's warning.
+        event = getattr(record, "event", None)
+        fields = dict(getattr(record, "fields", {}))
+        traceback = self.formatException(record.exc_info) if record.exc_info else None
+        return format_event(
+            {
+                "time": _timestamp(record.created),
+                "level": _NAMES.get(record.levelno, record.levelname.lower()),
+                "event": event or "message",
+                "logger": None if event else record.name,
+                **fields,
+                "suppressed": getattr(record, "suppressed", None) or None,
+                "message": record.getMessage() or None,
+                "traceback": traceback,
+            },
+            self._log_format,
+        )
+
+
+def _timestamp(seconds: float) -> str:
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{int(seconds % 1 * 1000):03}Z"
+
+
+class _Handler(logging.Handler):
+    """Writes each line whole, in UTF-8 whatever the locale; what cannot be written is lost."""
+
+    def __init__(self, fd: int, log_format: LogFormat) -> None:
+        super().__init__()
+        self.setFormatter(_Formatter(log_format))
+        self._fd = fd
+        self._limit = FloodLimit()
+        self._limit_lock = threading.Lock()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is said; notes in it how many of its kind were not."""
+        uid = getattr(record, "fields", {}).get("uid")
+        with self._limit_lock:
+            suppressed = self._limit.admit(
+                getattr(record, "event", record.name),
+                uid,
+                verbose=record.levelno < NOTICE,
+                now=time.monotonic(),
+            )
+        if suppressed is None:
+            return False
+        record.suppressed = suppressed
+        return True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record's line."""
+        try:
+            line = self.format(record).encode("utf-8", "backslashreplace")
+        except Exception:
+            self.handleError(record)
+            return
+        with contextlib.suppress(OSError):
+            os.write(self._fd, line + b"\n")
+
+    def tell_suppressed(self) -> None:
+        """Say how much was counted and not said."""
+        with self._limit_lock:
+            untold = self._limit.take_suppressed()
+        for event, uid, nr in untold:
+            EventLog("cowshed").notice("suppressed", of=event, uid=uid, lines=nr)
+
+
+def logging_begin(log_format: LogFormat, log_level: LogLevel, fd: int = 2) -> None:
+    """Have all that this process logs from `log_level` up go to `fd`; replaces an earlier order."""
+    logging_end()
+    root = logging.getLogger()
+    root.addHandler(_Handler(fd, log_format))
+    root.setLevel(LEVELS[log_level])
+
+
+def logging_tell_suppressed() -> None:
+    """Say how many lines were left out, as far as no later line has; for every minute or so."""
+    for handler in _handlers():
+        handler.tell_suppressed()
+
+
+def logging_end() -> None:
+    """Say what was left out, and log no more."""
+    for handler in _handlers():
+        handler.tell_suppressed()
+        logging.getLogger().removeHandler(handler)
+
+
+def _handlers() -> list[_Handler]:
+    return [each for each in logging.getLogger().handlers if isinstance(each, _Handler)]
