@@ -13,7 +13,7 @@ static int ledger_map(struct account *account)
 	size_t by_extent = bits_bytes(shape->nr_extents);
 	size_t by_page = bits_bytes(shape->nr_pages);
 
-	account->ledger_bytes = sizeof *account->header + by_extent + 4 * by_page;
+	account->ledger_bytes = sizeof *account->header + by_extent + 5 * by_page;
 	account->ledger_fd = memfd_create("cowshed-ledger", MFD_CLOEXEC);
 	if (account->ledger_fd < 0 || ftruncate(account->ledger_fd, (off_t)account->ledger_bytes) < 0)
 		return -errno;
@@ -26,7 +26,8 @@ static int ledger_map(struct account *account)
 	account->private = (bits_word *)(bits + by_extent);
 	account->unsettled = (bits_word *)(bits + by_extent + by_page);
 	account->discarded = (bits_word *)(bits + by_extent + 2 * by_page);
-	account->poisoned = (bits_word *)(bits + by_extent + 3 * by_page);
+	account->unmapped = (bits_word *)(bits + by_extent + 3 * by_page);
+	account->poisoned = (bits_word *)(bits + by_extent + 4 * by_page);
 	account->header->magic = LEDGER_MAGIC;
 	account->header->nr_pages = shape->nr_pages;
 	account->header->nr_extents = shape->nr_extents;

@@ -10,6 +10,7 @@
  *   unsettled  by page    charged, but the kernel's copy has not been seen yet (settle.h)
  *   discarded  by page    was given back once (MADV_DONTNEED); a late zap may still take a new copy away, so
  *                         such a page is never taken as settled for good
+ *   unmapped   by page    the guest unmapped it (munmap): what is at its address now is none of ours
  *   poisoned   by page    SIGBUS for the guest, because the source failed
  */
 #ifndef COWSHED_LEDGER_H
@@ -97,7 +98,7 @@ struct account {
 	size_t ledger_bytes;
 	int ledger_fd, uffd, pagemap_fd;
 	_Atomic uint64_t base_address;
-	bits_word *granted, *private, *unsettled, *discarded, *poisoned;
+	bits_word *granted, *private, *unsettled, *discarded, *unmapped, *poisoned;
 	pthread_mutex_t write_lock; /* within image->accounts_lock, outside store->lock */
 };
 

@@ -20,6 +20,8 @@ static uint8_t page_look(const struct account *account, uint64_t page, uint64_t 
 {
 	bool written = categories & PAGE_IS_WRITTEN;
 
+	if (bits_test(account->unmapped, page))
+		return PAGE_LOOK_ABSENT;
 	if (categories & PAGE_IS_PRESENT) {
 		if (!(categories & PAGE_IS_FILE))
 			return PAGE_LOOK_PRIVATE;

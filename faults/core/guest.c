@@ -90,6 +90,8 @@ static void handle_message(struct guest *guest, const struct uffd_msg *message, 
 
 		if (!clip_pages(guest, address, address + 1, &first, &nr))
 			return; /* of a mapping we were never told of: its owner waits for itself */
+		if (bits_test(guest->account->unmapped, first)) /* it mapped the image there again */
+			bits_clear(guest->account->unmapped, first);
 		if (flags & UFFD_PAGEFAULT_FLAG_WP) {
 			count_add(&header->faults_write, 1);
 			answer_write(guest, first, read_ns);
@@ -102,7 +104,7 @@ static void handle_message(struct guest *guest, const struct uffd_msg *message, 
 	case UFFD_EVENT_REMOVE:
 	case UFFD_EVENT_UNMAP:
 		if (clip_pages(guest, message->arg.remove.start, message->arg.remove.end, &first, &nr))
-			answer_discard(guest, first, nr);
+			answer_discard(guest, first, nr, message->event == UFFD_EVENT_UNMAP);
 		break;
 	case UFFD_EVENT_REMAP:
 		handle_remap(guest, message);

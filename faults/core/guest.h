@@ -71,7 +71,7 @@ uint64_t clock_now_ns(void);
 void answer_access(struct guest *guest, uint64_t page, bool write, uint64_t read_ns);
 void answer_write(struct guest *guest, uint64_t page, uint64_t read_ns);
 /* The guest gave pages back (madvise) or unmapped them. */
-void answer_discard(struct guest *guest, uint64_t first, uint64_t nr);
+void answer_discard(struct guest *guest, uint64_t first, uint64_t nr, bool unmapped);
 /* A first write to a page nobody mapped yet; the extent is held.  Whether the fault is answered. */
 bool write_first(struct guest *guest, uint64_t page);
 /* Under the account's write_lock: SIGBUS for who touches the page, which nobody mapped. */

@@ -11,7 +11,13 @@ static struct window_stream *stream_find(struct window_state *state, uint64_t ex
 	for (int i = 0; i < WINDOW_STREAMS; i++) {
 		struct window_stream *stream = &state->streams[i];
 
-		if (stream->used && extent > stream->last_extent && extent <= stream->next_extent)
+		if (!stream->used)
+			continue;
+		/* One that has not walked yet is expected just behind what its first fault had mapped, or what density
+		 * added to it; anywhere in between would make streams of random reads in a dense block. */
+		if (extent == stream->last_extent + 1 || extent == stream->next_extent)
+			return stream;
+		if (stream->nr_extents > 1 && extent > stream->last_extent && extent < stream->next_extent)
 			return stream;
 	}
 	return NULL;
@@ -87,6 +93,7 @@ void window_plan_fault(struct window_state *state, const struct window_shape *sh
 		if (block > 1) {
 			plan.ahead_extent = extent / block * block;
 			plan.nr_ahead = least(block, shape->nr_extents - plan.ahead_extent);
+			stream->next_extent = plan.ahead_extent + plan.nr_ahead;
 		}
 	}
 	if (shape->fixed_pages) {

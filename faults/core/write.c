@@ -168,7 +168,7 @@ bool write_first(struct guest *guest, uint64_t page)
 	return true;
 }
 
-void answer_discard(struct guest *guest, uint64_t first, uint64_t nr)
+void answer_discard(struct guest *guest, uint64_t first, uint64_t nr, bool unmapped)
 {
 	struct account *account = guest->account;
 	struct ledger_header *header = account->header;
@@ -177,6 +177,8 @@ void answer_discard(struct guest *guest, uint64_t first, uint64_t nr)
 	pthread_mutex_lock(&account->write_lock);
 	for (uint64_t page = first; page < end; page++) {
 		bits_set(account->discarded, page);
+		if (unmapped)
+			bits_set(account->unmapped, page);
 		if (bits_test(account->private, page)) {
 			account_uncharge(account, page);
 			count_add(&header->discarded_pages, 1);

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The audit says nothing while all is right, and names the place when something is wrong."""
+
+import fcntl
+import mmap
+import os
+import struct
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stage import PAGE, MappedGuest, Stage, content, let_go, stop_at, until, wait_at
+
+from cowshed.accounting import Account, audit
+from cowshed.cache import Image
+from cowshed.cache._core import ffi, lib
+
+
+def found(stage: Stage) -> list[tuple[str, str, int, int, int]]:
+    return [
+        (one.check, one.guest, one.place_no, one.expected, one.found)
+        for one in stage.audit().mismatches
+    ]
+
+
+def busy_stage(stage: Stage) -> list[MappedGuest]:
+    guests = [stage.guest(write_window=4) for _ in range(2)]
+    for guest in guests:
+        guest.read(0, 16)
+        guest.read(40)
+        guest.call("fill", page=3, nr_pages=2, byte=1)
+    stage.evict(0)
+    guests[0].read(0)
+    return guests
+
+
+def test_nothing_is_reported_while_all_is_right_and_everything_was_looked_at(stage: Stage) -> None:
+    busy_stage(stage)
+    report = stage.audit()
+    assert report.mismatches == []
+    assert report.checked == {
+        "images": 1,
+        "guests": 2,
+        "extents": 8,
+        "refs": sum(stage.image.refs()),
+        "private_pages": 4,
+        "resident_extents": stage.image.resident_bytes // stage.image.extent_bytes,
+    }
+    assert report.checked["refs"] >= 3
+
+
+def test_a_stray_frame_is_reported_and_gone_after_a_scrub(stage: Stage) -> None:
+    stage.load(1, 1)
+    with mmap.mmap(stage.image.guest_fd, PAGE, mmap.MAP_SHARED, mmap.PROT_READ) as unguarded:
+        unguarded[:1]
+    assert found(stage) == [
+        ("resident", "", -1, 16 * PAGE, 17 * PAGE),
+        ("resident", "", 0, 0, PAGE),
+    ]
+    stage.image.scrub()
+    assert found(stage) == []
+
+
+def test_a_resident_extent_that_lost_a_frame_is_reported(stage: Stage) -> None:
+    stage.load(1, 1)
+    hole = 20 * PAGE
+    libc_fallocate(stage.image.frames_fd, hole)
+    assert ("resident", "", 1, 16 * PAGE, 15 * PAGE) in found(stage)
+
+
+def libc_fallocate(fd: int, offset: int) -> None:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.fallocate(fd, 3, ctypes.c_long(offset), ctypes.c_long(PAGE)) == 0
+
+
+def test_a_private_page_that_nobody_was_charged_for_is_reported(stage: Stage) -> None:
+    """The guest opens a page through its own userfaultfd, behind the handler's back."""
+    guest = stage.guest()
+    guest.read(0, 16)
+    address = guest.base + 5 * PAGE
+    fcntl.ioctl(guest.fds[0], 0xC018AA06, struct.pack("QQQ", address, PAGE, 0))
+    guest.call("poke", page=5, byte=1)
+    assert found(stage) == [("private", "g0", 5, 0, 1)]
+
+
+def test_a_charge_without_a_copy_is_reported(stage: Stage) -> None:
+    guest = stage.guest()
+    last = stage.image.nr_pages - 1
+    guest.call("poke", page=last, byte=1)
+    guest.account.settle()
+    frame = stage.frame(last)
+    os.ftruncate(stage.image.frames_fd, last * PAGE)  # what no eviction ever does
+    os.ftruncate(stage.image.frames_fd, stage.image.map_bytes)
+    os.pwrite(stage.image.frames_fd, frame, last * PAGE)
+    assert found(stage) == [("private", "g0", last, 1, 0)]
+
+
+def test_a_mapped_page_of_an_extent_not_granted_is_reported(stage: Stage) -> None:
+    stage.load()
+    guest = stage.guest()
+    address = guest.base + 35 * PAGE
+    fcntl.ioctl(guest.fds[0], 0xC020AA07, struct.pack("QQQq", address, 2 * PAGE, 2, 0))
+    assert found(stage) == [("granted", "g0", 2, 0, 2)]
+
+
+def test_a_reference_without_its_grant_is_reported(stage: Stage) -> None:
+    """An account that the audit is not shown stands for one whose grants were lost."""
+    one, two = stage.guest(window=1), stage.guest(window=1)
+    one.read(0)
+    two.read(0)
+    two.read(40)
+
+    @contextmanager
+    def some(_image: Image) -> Iterator[dict[str, Account]]:
+        yield {"one": one.account}
+
+    report = audit(lambda: [stage.image], some)
+    assert [
+        (each.check, each.place, each.place_no, each.expected, each.found)
+        for each in report.mismatches
+    ] == [("refs", "extent", 0, 1, 2), ("refs", "extent", 2, 0, 1)]
+    assert report.mismatches[0].as_json() == {
+        "check": "refs",
+        "image": "disk",
+        "guest": "",
+        "extent": 0,
+        "expected": 1,
+        "found": 2,
+    }
+
+
+def test_every_corrupted_grant_bit_is_found(stage: Stage) -> None:
+    guest = stage.guest(window=1)
+    guest.read(0)
+    refs = array("I", bytes(4 * 8))
+    guest.account.add_grants(refs)
+    assert list(refs) == [1] + [0] * 7
+    ledger = next(
+        fd
+        for fd in map(int, os.listdir("/proc/self/fd"))
+        if os.path.realpath(f"/proc/self/fd/{fd}").startswith("/memfd:cowshed-ledger")
+    )
+    header = os.fstat(ledger).st_size - 8 - 5 * 16
+    with mmap.mmap(ledger, 0) as mapping:
+        assert mapping[header] == 1  # the bitmap of grants
+        mapping[header] = 0b101
+        assert [each[:3] for each in found(stage)] == [("refs", "", 2)]
+        mapping[header] = 0
+        assert [each[:3] for each in found(stage)] == [("granted", "g0", 0), ("refs", "", 0)]
+        mapping[header] = 1
+    assert found(stage) == []
+
+
+def test_a_step_half_done_is_no_mismatch(stage: Stage) -> None:
+    guest = stage.guest(window=1)
+    guest.read(0)
+    stop_at(lib.POINT_LOAD_PUBLISH)  # frames are filled, the extent is not resident yet
+    ticket = guest.start("read", offset=40 * PAGE, length=8)
+    wait_at(lib.POINT_LOAD_PUBLISH)
+    assert found(stage) == []
+    let_go(lib.POINT_LOAD_PUBLISH)
+    assert bytes.fromhex(guest.finish(ticket)) == content(40)[:8]
+
+
+def test_a_guest_that_died_is_no_mismatch(stage: Stage) -> None:
+    guests = busy_stage(stage)
+    guests[1].process.kill()
+    guests[1].process.wait()
+    until(lambda: not os.path.exists(f"/proc/{guests[1].pid}"), "it is gone")
+    assert found(stage) == []
+    assert ffi.sizeof("struct account_status") > 0

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest without a daemon: it maps the frames it is given, hands its descriptors over, and obeys.
+
+    mapped_guest.py SOCKET_FD [UID]
+
+Each order is one JSON packet with an "id", carried out in a thread of its own, so that one may wait
+for a fault while the next is given. {"id", "tid"} comes first, then {"id", "ok"}, or "errno".
+Reads and writes go through process_vm_readv, which waits without the GIL; touch and poke are plain
+loads and stores, which hold it and can be killed by SIGBUS.
+"""
+
+import array
+import ctypes
+import fcntl
+import json
+import mmap
+import os
+import socket
+import sys
+import threading
+from typing import Any
+
+from scripted_guest import become
+
+from cowshed.cache._core import ffi, lib
+
+PAGE_BYTES = 4096
+MREMAP_MAYMOVE = 1
+MREMAP_FIXED = 2
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mremap.restype = ctypes.c_void_p
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+
+
+def checked(result: int) -> int:
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return result
+
+
+class MappedGuest:
+    """The orders, and the one mapping they are about."""
+
+    def __init__(self) -> None:
+        self.region = ffi.new("struct region *")
+
+    @property
+    def base(self) -> int:
+        return int(ffi.cast("uintptr_t", self.region.address))
+
+    def do_map(
+        self, fds: list[int], map_bytes: int, features: int, blocking: bool = False
+    ) -> tuple[int, list[int]]:
+        """Map and guard fds[0], with a userfaultfd from fds[1] if there is one."""
+        stage = ffi.new("int *")
+        device = fds[1] if len(fds) > 1 else -1
+        err = lib.region_init(self.region, fds[0], map_bytes, device, features, stage)
+        if err < 0:
+            raise OSError(-err, f"stage {stage[0]}")
+        if blocking:
+            flags = fcntl.fcntl(self.region.uffd, fcntl.F_GETFL)
+            fcntl.fcntl(self.region.uffd, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
+        return self.base, [self.region.uffd, self.region.pagemap_fd, self.region.mem_fd]
+
+    def do_read(self, offset: int, length: int) -> str:
+        buffer = bytearray(length)
+        done = checked(lib.region_read(self.region, offset, ffi.from_buffer(buffer), length))
+        return buffer[:done].hex()
+
+    def do_write(self, offset: int, given_hex: str) -> int:
+        given = bytes.fromhex(given_hex)
+        return checked(lib.region_write(self.region, offset, given, len(given)))
+
+    def do_fill(self, page: int, nr_pages: int, byte: int) -> int:
+        """Write one byte value over pages."""
+        return self.do_write(page * PAGE_BYTES, (bytes([byte]) * nr_pages * PAGE_BYTES).hex())
+
+    def do_touch(self, page: int) -> int:
+        return ctypes.c_ubyte.from_address(self.base + page * PAGE_BYTES).value
+
+    def do_poke(self, page: int, byte: int) -> None:
+        ctypes.c_ubyte.from_address(self.base + page * PAGE_BYTES).value = byte
+
+    def do_discard(self, page: int, nr_pages: int) -> None:
+        checked(lib.region_discard(self.region, page * PAGE_BYTES, nr_pages * PAGE_BYTES))
+
+    def do_page_out(self, page: int, nr_pages: int) -> int:
+        at = ctypes.c_void_p(self.base + page * PAGE_BYTES)
+        return int(libc.madvise(at, ctypes.c_size_t(nr_pages * PAGE_BYTES), 21))
+
+    def do_move(self) -> int:
+        """Move the whole mapping elsewhere; where it is now."""
+        length = ctypes.c_size_t(self.region.map_bytes)
+        hole = libc.mmap(None, length.value, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        moved = libc.mremap(
+            ctypes.c_void_p(self.base),
+            length,
+            length,
+            MREMAP_MAYMOVE | MREMAP_FIXED,
+            ctypes.c_void_p(hole),
+        )
+        self.region.address = ffi.cast("void *", moved)
+        return int(moved)
+
+    def do_move_part(self, page: int, nr_pages: int) -> None:
+        """Move some pages out of the mapping."""
+        length = ctypes.c_size_t(nr_pages * PAGE_BYTES)
+        hole = libc.mmap(None, length.value, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        libc.mremap(
+            ctypes.c_void_p(self.base + page * PAGE_BYTES),
+            length,
+            length,
+            MREMAP_MAYMOVE | MREMAP_FIXED,
+            ctypes.c_void_p(hole),
+        )
+
+    def do_unmap(self, page: int, nr_pages: int) -> int:
+        at = ctypes.c_void_p(self.base + page * PAGE_BYTES)
+        return int(libc.munmap(at, ctypes.c_size_t(nr_pages * PAGE_BYTES)))
+
+    def do_protect(self, page: int, nr_pages: int, prot: int) -> int:
+        at = ctypes.c_void_p(self.base + page * PAGE_BYTES)
+        return int(libc.mprotect(at, ctypes.c_size_t(nr_pages * PAGE_BYTES), prot))
+
+    def do_occupy(self, page: int, nr_pages: int) -> None:
+        """Map ordinary memory where the image was, and write to it."""
+        at = self.base + page * PAGE_BYTES
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED
+        libc.mmap(at, nr_pages * PAGE_BYTES, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        ctypes.memset(at, 1, nr_pages * PAGE_BYTES)
+
+    def do_fork_touch(self, page: int) -> int:
+        """Touch a page in a forked child; its wait status, or 0 if it read a byte."""
+        child = os.fork()
+        if child == 0:
+            self.do_touch(page)
+            os._exit(0)
+        return os.waitpid(child, 0)[1]
+
+    def do_make_blocking(self) -> None:
+        flags = fcntl.fcntl(self.region.uffd, fcntl.F_GETFL)
+        fcntl.fcntl(self.region.uffd, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
+
+    def do_unmap_all(self) -> None:
+        checked(lib.region_deinit(self.region))
+
+    def do_attack(self, fds: list[int], backend_pid: int, backend_fd: int) -> dict[str, str]:
+        """Try everything that would change or keep shared frames; what came of each."""
+        return attack(fds[0], backend_pid, backend_fd)
+
+
+def attack(fd: int, backend_pid: int, backend_fd: int) -> dict[str, str]:
+    """Every way to a frame that an image's descriptor might open: its errno's name, or "DONE"."""
+    page = ctypes.c_size_t(PAGE_BYTES)
+    shared = libc.mmap(None, PAGE_BYTES, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    at = ctypes.c_void_p(shared)
+
+    def opening(path: str, flags: int) -> Any:
+        return lambda: os.close(os.open(path, flags))
+
+    def calling(call: Any, *arguments: Any) -> Any:
+        def run() -> None:
+            if call(*arguments) in (-1, ctypes.c_void_p(-1).value):
+                raise OSError(ctypes.get_errno(), "")
+
+        return run
+
+    tries = {
+        "write": lambda: os.pwrite(fd, b"x", 0),
+        "truncate": lambda: os.ftruncate(fd, 0),
+        "punch": calling(libc.fallocate, fd, 3, ctypes.c_long(0), ctypes.c_long(PAGE_BYTES)),
+        "seal": lambda: fcntl.fcntl(fd, 1033, 0x8),  # F_ADD_SEALS, F_SEAL_WRITE
+        "chmod": lambda: os.fchmod(fd, 0o777),
+        "map shared": calling(libc.mmap, None, PAGE_BYTES, 3, mmap.MAP_SHARED, fd, 0),
+        "mprotect": calling(libc.mprotect, at, page, 3),
+        "madvise remove": calling(libc.madvise, at, page, 9),
+        "own fd": opening(f"/proc/self/fd/{fd}", os.O_RDWR),
+        "own fd, truncating": opening(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_TRUNC),
+        "backend's fd": opening(f"/proc/{backend_pid}/fd/{backend_fd}", os.O_RDWR),
+    }
+    came: dict[str, str] = {}
+    for name, call in tries.items():
+        try:
+            call()
+            came[name] = "DONE"
+        except OSError as error:
+            came[name] = os.strerror(error.errno or 0)
+    return came
+
+
+def main() -> None:
+    link = socket.socket(fileno=int(sys.argv[1]))
+    if len(sys.argv) > 2:
+        become(int(sys.argv[2]))
+    guest = MappedGuest()
+
+    def obey(order: dict[str, Any], fds: list[int]) -> None:
+        no, call = order.pop("id"), getattr(guest, "do_" + order.pop("do"))
+        link.send(json.dumps({"id": no, "tid": threading.get_native_id()}).encode())
+        give: list[int] = []
+        try:
+            answer = {"id": no, "ok": call(**order, **({"fds": fds} if fds else {}))}
+            if call == guest.do_map:
+                answer["ok"], give = answer["ok"]
+        except OSError as error:
+            answer = {"id": no, "errno": error.errno, "message": str(error)}
+        anc = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", give))] if give else []
+        link.sendmsg([json.dumps(answer).encode()], anc)
+
+    link.send(b'{"id": 0, "ok": null}')
+    while True:
+        packet, fds, _, _ = socket.recv_fds(link, 1 << 20, 8)
+        if not packet:
+            return
+        threading.Thread(target=obey, args=(json.loads(packet), fds), daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()
