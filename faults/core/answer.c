@@ -17,7 +17,7 @@
 #include <stdlib.h>
 
 #define RETRY_AFTER_NS 1000000u
-#define AHEAD_STEP_PAGES 256
+#define AHEAD_STEP_PAGES 512
 #define SKIPS_HERE 16        /* mapped pages passed over in the faulting extent */
 #define FOLLOW_BYTES (1u << 20) /* resident extents mapped along when a load is answered */
 
@@ -105,22 +105,45 @@ bool answer_ahead(struct guest *guest)
 	return true;
 }
 
-/* The faulting page first, so that the guest goes on while the rest of its window is mapped. */
-static int map_window(struct guest *guest, uint64_t page, const struct window_plan *plan)
+/*
+ * Maps from page to the end of its extent and of those extents up to last_extent that follow it resident and not
+ * granted, with one call: a guest that walks faster than it is mapped for sleeps once, not once an extent.  The
+ * caller holds page's extent.  *next_out is the first extent that was not reached.
+ */
+static int map_forward(struct guest *guest, uint64_t page, uint64_t last_extent, uint64_t end_page, uint64_t *next_out)
+{
+	struct image *image = guest->image;
+	uint64_t extent = page / image->shape.extent_pages;
+	uint64_t next = extent + 1;
+
+	while (next <= last_extent && !bits_test(guest->account->granted, next) && extent_hold(&image->states[next]))
+		account_grant(guest->account, next++);
+	uint64_t end = (next - 1) * image->shape.extent_pages + image_extent_pages(image, next - 1);
+	int err = map_run(guest, page, (end < end_page ? end : end_page) - page, page, SKIPS_HERE);
+	*next_out = next;
+	while (--next > extent)
+		extent_release(&image->states[next]);
+	return err == -EEXIST ? 0 : err;
+}
+
+/* The faulting page first, and a write opened at once, so that the guest goes on while the rest is mapped. */
+static int map_window(struct guest *guest, uint64_t page, const struct window_plan *plan, bool write)
 {
 	uint64_t extent_pages = guest->image->shape.extent_pages;
 	uint64_t extent = page / extent_pages;
 	uint64_t end = plan->first_page + plan->nr_pages;
 	uint64_t here = extent * extent_pages;
-	uint64_t here_end = here + image_extent_pages(guest->image, extent);
 	uint64_t first = plan->first_page > here ? plan->first_page : here;
-	uint64_t last = end < here_end ? end : here_end;
-	int err = map_run(guest, page, last - page, page, SKIPS_HERE);
+	uint64_t last_extent = (end - 1) / extent_pages;
+	uint64_t next;
+	int err = map_forward(guest, page, last_extent, end, &next);
 
-	if ((!err || err == -EEXIST) && first < page)
+	if (!err && write)
+		answer_open(guest, page);
+	if (!err && first < page)
 		err = map_run(guest, first, page - first, page, SKIPS_HERE);
-	if ((!err || err == -EEXIST) && end > here_end)
-		err = map_extents(guest, extent + 1, (end - here_end + extent_pages - 1) / extent_pages);
+	if ((!err || err == -EEXIST) && next <= last_extent)
+		err = map_extents(guest, next, last_extent + 1 - next);
 	if ((!err || err == -EEXIST) && plan->first_page < here)
 		err = map_extents(guest, plan->first_page / extent_pages, extent - plan->first_page / extent_pages);
 	return err;
@@ -254,7 +277,7 @@ void answer_access(struct guest *guest, uint64_t page, bool write, uint64_t read
 		point_reach(POINT_FAULT_HELD);
 		account_grant(account, extent);
 		if (!write || !write_first(guest, page))
-			answer_failed(guest, map_window(guest, page, &plan));
+			answer_failed(guest, map_window(guest, page, &plan, write));
 		extent_release(&image->states[extent]);
 		account_note_latency(account, LATENCY_HIT, clock_now_ns() - read_ns);
 	}

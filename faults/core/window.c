@@ -15,7 +15,7 @@ static struct window_stream *stream_find(struct window_state *state, uint64_t ex
 			continue;
 		/* One that has not walked yet is expected just behind what its first fault had mapped, or what density
 		 * added to it; anywhere in between would make streams of random reads in a dense block. */
-		if (extent == stream->last_extent + 1 || extent == stream->next_extent)
+		if (extent - stream->last_extent <= 1 || extent == stream->next_extent)
 			return stream;
 		if (stream->nr_extents > 1 && extent > stream->last_extent && extent < stream->next_extent)
 			return stream;
@@ -33,17 +33,16 @@ static struct window_stream *stream_least_recent(struct window_state *state)
 	return oldest;
 }
 
-/* The largest aligned block round extent of which, at every size up to it, half is granted. */
-static uint64_t dense_block(const struct window_shape *shape, const uint64_t *granted, uint64_t extent)
+/* The largest aligned block round no, of sizes from min to max, at each of which half is set, no counted as set; 1 if
+ * not even the smallest is. */
+static uint64_t dense_block(const bits_word *set, uint64_t nr_all, uint64_t no, uint64_t min, uint64_t max)
 {
-	uint64_t max = WINDOW_MAX_PAGES / shape->extent_pages;
 	uint64_t block = 1;
 
-	for (uint64_t size = 2; size <= max; size *= 2) {
-		uint64_t first = extent / size * size;
-		uint64_t end = least(first + size, shape->nr_extents);
-		uint64_t nr = bits_count((const bits_word *)granted, first, end) +
-		              !bits_test((const bits_word *)granted, extent); /* it is about to be */
+	for (uint64_t size = min; size <= max; size *= 2) {
+		uint64_t first = no / size * size;
+		uint64_t end = least(first + size, nr_all);
+		uint64_t nr = bits_count(set, first, end) + !bits_test(set, no);
 
 		if (2 * nr < end - first)
 			break;
@@ -63,7 +62,8 @@ void window_plan_fault(struct window_state *state, const struct window_shape *sh
 	if (max == 0)
 		max = 1;
 	if (stream) {
-		stream->nr_extents = least(stream->nr_extents * 2, max);
+		if (extent > stream->last_extent) /* another fault on the same extent is no step forward */
+			stream->nr_extents = least(stream->nr_extents * WINDOW_GROWTH, max);
 		stream->first_extent = extent;
 	} else {
 		stream = stream_least_recent(state);
@@ -88,7 +88,7 @@ void window_plan_fault(struct window_state *state, const struct window_shape *sh
 		plan.nr_prefetch = least(stream->nr_extents, WINDOW_PREFETCH_MAX_PAGES / shape->extent_pages);
 		plan.nr_prefetch = least(plan.nr_prefetch, shape->nr_extents - plan.prefetch_extent);
 	} else {
-		uint64_t block = dense_block(shape, granted, extent);
+		uint64_t block = dense_block((const bits_word *)granted, shape->nr_extents, extent, 2, max);
 
 		if (block > 1) {
 			plan.ahead_extent = extent / block * block;
@@ -105,16 +105,23 @@ void window_plan_fault(struct window_state *state, const struct window_shape *sh
 	*plan_out = plan;
 }
 
-uint64_t window_plan_write(struct window_state *state, const struct window_shape *shape, uint64_t page)
+void window_plan_write(struct window_state *state, const struct window_shape *shape, const uint64_t *charged,
+                       uint64_t page, uint64_t *first_out, uint64_t *nr_out)
 {
-	uint64_t nr = 1;
+	uint64_t first = page, nr = 1;
 
-	if (shape->fixed_pages)
+	if (shape->fixed_pages) {
 		nr = shape->fixed_pages;
-	else if (page == state->write_next_page && state->write_pages)
+	} else if (page == state->write_next_page && state->write_pages) {
 		nr = least(state->write_pages * 2, WINDOW_WRITE_MAX_PAGES);
-	nr = least(nr, shape->nr_pages - page);
+	} else {
+		nr = dense_block((const bits_word *)charged, shape->nr_pages, page, WINDOW_WRITE_DENSE_PAGES,
+		                 WINDOW_WRITE_MAX_PAGES);
+		first = page / nr * nr;
+	}
+	nr = least(nr, shape->nr_pages - first);
 	state->write_pages = nr;
-	state->write_next_page = page + nr;
-	return nr;
+	state->write_next_page = first + nr;
+	*first_out = first;
+	*nr_out = nr;
 }

@@ -63,52 +63,92 @@ static void quota_refuse(struct guest *guest)
 	quota_stop(guest);
 }
 
-/* Under write_lock: charges what it may of the free pages in [page, page + nr); how many pages from page on may be
- * opened, 0 if the quota is used up. */
-static uint64_t charge_run(struct account *account, uint64_t page, uint64_t nr)
+/* Under write_lock: charges the pages of [first, first + nr) that are not private yet, all of them or none. */
+static bool charge_range(struct account *account, uint64_t first, uint64_t nr)
 {
-	uint64_t end = bits_next(account->private, page, page + nr);
-	uint64_t nr_charged = quota_take(account, end - page);
+	uint64_t nr_new = nr - bits_count(account->private, first, first + nr);
 
-	for (uint64_t i = 0; i < nr_charged; i++)
-		account_charge(account, page + i);
-	return nr_charged;
+	if (quota_take(account, nr_new) < nr_new)
+		return false;
+	for (uint64_t page = first; (page = bits_next_clear(account->private, page, first + nr)) < first + nr; page++)
+		account_charge(account, page);
+	return true;
 }
 
 static int open_pages(struct account *account, int uffd, uint64_t page, uint64_t nr)
 {
 	point_reach(POINT_WRITE_CHARGED);
-	int err = uffd_open(uffd, account_address(account, page), nr << PAGE_SHIFT);
-	if (err == -ENOENT && nr > 1) /* the guest unregistered a part of the run: the others' charges settle */
-		err = uffd_open(uffd, account_address(account, page), PAGE_BYTES);
-	return err;
+	return uffd_open(uffd, account_address(account, page), nr << PAGE_SHIFT);
 }
 
-static uint64_t write_window(struct guest *guest, uint64_t page)
+static void write_window(struct guest *guest, uint64_t page, uint64_t *first_out, uint64_t *nr_out)
 {
 	struct window_shape shape = {
 		.nr_pages = guest->image->shape.nr_pages,
 		.fixed_pages = atomic_load_explicit(&guest->write_window_pages, memory_order_relaxed),
 	};
 
-	return window_plan_write(&guest->windows, &shape, page);
+	window_plan_write(&guest->windows, &shape, (const uint64_t *)guest->account->private, page, first_out, nr_out);
 }
 
-/* Under write_lock.  A charged page that still faults was charged by an earlier report of the same fault, or was
- * protected by a settling: it only has to be opened. */
+/* Cuts a window down to the granted extents round page: what is not mapped cannot be opened. */
+static void clip_to_granted(const struct guest *guest, uint64_t page, uint64_t *first, uint64_t *nr)
+{
+	uint64_t extent_pages = guest->image->shape.extent_pages;
+	uint64_t low = page / extent_pages, high = low + 1;
+	uint64_t end = *first + *nr;
+
+	while (low * extent_pages > *first && bits_test(guest->account->granted, low - 1))
+		low--;
+	while (high * extent_pages < end && bits_test(guest->account->granted, high))
+		high++;
+	*first = *first > low * extent_pages ? *first : low * extent_pages;
+	end = end < high * extent_pages ? end : high * extent_pages;
+	*nr = end - *first;
+}
+
+/*
+ * Under write_lock.  A charged page that still faults was charged by an earlier report of the same fault, or with a
+ * window of which it was not mapped then, or was protected by a settling: it only has to be opened, and so have the
+ * charged pages behind it.
+ */
 static void answer_write_locked(struct guest *guest, uint64_t page)
 {
 	struct account *account = guest->account;
-	uint64_t nr = 1;
+	uint64_t first = page, nr = 1;
 
-	if (!bits_test(account->private, page)) {
-		nr = charge_run(account, page, write_window(guest, page));
-		if (!nr) {
-			quota_refuse(guest);
-			return;
+	if (bits_test(account->private, page)) {
+		uint64_t end = page + WINDOW_WRITE_MAX_PAGES;
+
+		if (end > guest->image->shape.nr_pages)
+			end = guest->image->shape.nr_pages;
+		nr = bits_next_clear(account->unsettled, page + 1, end) - page;
+	} else {
+		write_window(guest, page, &first, &nr);
+		clip_to_granted(guest, page, &first, &nr);
+		if (!charge_range(account, first, nr)) {
+			first = page;
+			nr = 1;
+			if (!charge_range(account, first, nr)) {
+				quota_refuse(guest);
+				return;
+			}
 		}
 	}
-	answer_failed(guest, open_pages(account, guest->uffd, page, nr));
+	guest->windows.write_next_page = first + nr; /* where a run of writes faults next, if all of it is opened */
+	int err = open_pages(account, guest->uffd, first, nr);
+	if (err == -ENOENT && nr > 1) /* the guest unregistered a part of it: the other charges settle */
+		err = open_pages(account, guest->uffd, page, 1);
+	answer_failed(guest, err);
+}
+
+void answer_open(struct guest *guest, uint64_t page)
+{
+	struct account *account = guest->account;
+
+	pthread_mutex_lock(&account->write_lock);
+	answer_write_locked(guest, page);
+	pthread_mutex_unlock(&account->write_lock);
 }
 
 void answer_write(struct guest *guest, uint64_t page, uint64_t read_ns)
@@ -116,9 +156,7 @@ void answer_write(struct guest *guest, uint64_t page, uint64_t read_ns)
 	struct account *account = guest->account;
 
 	image_touch(guest->image, page / guest->image->shape.extent_pages);
-	pthread_mutex_lock(&account->write_lock);
-	answer_write_locked(guest, page);
-	pthread_mutex_unlock(&account->write_lock);
+	answer_open(guest, page);
 	account_note_latency(account, LATENCY_WRITE, clock_now_ns() - read_ns);
 }
 
@@ -140,17 +178,20 @@ static int copy_page(struct guest *guest, uint64_t page)
 }
 
 /*
- * One write costs one event this way instead of two.  A run of writes is answered by mapping the extent and opening
- * the run, so that the kernel does the copying; and a page that is charged already waits for its second event.
+ * One copy here spares the kernel's second trap.  A run of writes is answered by mapping the window and opening the
+ * run, so that one event serves all of it and the kernel does the copying.
  */
 bool write_first(struct guest *guest, uint64_t page)
 {
 	struct account *account = guest->account;
+	struct window_state before = guest->windows;
+	uint64_t first, nr;
 	int err;
 
 	pthread_mutex_lock(&account->write_lock);
-	if (bits_test(account->private, page) || write_window(guest, page) > 1) {
-		guest->windows.write_next_page = page; /* the second event asks the same question */
+	write_window(guest, page, &first, &nr);
+	if (bits_test(account->private, page) || nr > 1) {
+		guest->windows = before; /* opening asks the same question */
 		pthread_mutex_unlock(&account->write_lock);
 		return false;
 	}
