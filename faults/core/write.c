@@ -126,10 +126,10 @@ static void answer_write_locked(struct guest *guest, uint64_t page)
 	} else {
 		write_window(guest, page, &first, &nr);
 		clip_to_granted(guest, page, &first, &nr);
-		if (!charge_range(account, first, nr)) {
+		if (!charge_range(account, first, nr)) { /* then what is left, from page on */
+			nr = quota_take(account, bits_next(account->private, page, first + nr) - page);
 			first = page;
-			nr = 1;
-			if (!charge_range(account, first, nr)) {
+			if (!nr || !charge_range(account, first, nr)) {
 				quota_refuse(guest);
 				return;
 			}

@@ -42,6 +42,7 @@ class Windows:
             },
         )
         self.granted = ffi.new("uint64_t[]", self.nr_extents // 64 + 1)
+        self.charged = ffi.new("uint64_t[]", nr_pages // 64 + 1)
 
     def grant(self, *extents: int) -> None:
         for extent in extents:
@@ -52,8 +53,14 @@ class Windows:
         lib.window_plan_fault(self.state, self.shape, self.granted, page, plan)
         return Plan(*(getattr(plan, name) for name in Plan.__dataclass_fields__))
 
-    def write(self, page: int) -> int:
-        return int(lib.window_plan_write(self.state, self.shape, page))
+    def charge(self, *pages: int) -> None:
+        for page in pages:
+            self.charged[page // 64] |= 1 << page % 64
+
+    def write(self, page: int) -> range:
+        first, nr = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        lib.window_plan_write(self.state, self.shape, self.charged, page, first, nr)
+        return range(first[0], first[0] + nr[0])
 
 
 def end_of(plan: Plan) -> int:
@@ -65,14 +72,14 @@ def test_a_lone_fault_maps_its_extent_and_the_other_of_its_pair_ahead() -> None:
     assert Windows().fault(100) == Plan(96, 16, 6, 2, 0, 0)
 
 
-def test_a_stream_doubles_its_window_up_to_the_most() -> None:
+def test_a_stream_grows_its_window_fourfold_up_to_the_most() -> None:
     windows = Windows(nr_pages=1 << 20)
     page, sizes = 16, []
-    for _ in range(12):
+    for _ in range(7):
         end = end_of(windows.fault(page))
         sizes.append((end - page) // 16)
         page = end
-    assert sizes == [1, 2, 4, 8, 16, 32, 64, 128, 256, 256, 256, 256]
+    assert sizes == [1, 4, 16, 64, 256, 256, 256]
     assert lib.WINDOW_MAX_PAGES == 256 * 16
 
 
@@ -84,8 +91,13 @@ def test_a_stream_maps_a_little_at_once_and_the_rest_ahead_and_loads_further() -
         page = end_of(plan)
     assert plan.nr_pages == lib.WINDOW_NOW_PAGES
     assert plan.ahead_extent == (plan.first_page + plan.nr_pages) // 16
-    assert plan.nr_ahead == 8 - 4
-    assert (plan.prefetch_extent, plan.nr_prefetch) == (plan.first_page // 16 + 1, 8)
+    assert plan.nr_ahead == 64 - 32
+    assert (plan.prefetch_extent, plan.nr_prefetch) == (plan.first_page // 16 + 1, 64)
+
+
+def test_another_fault_on_the_same_extent_neither_grows_a_stream_nor_begins_one() -> None:
+    windows = Windows()
+    assert [windows.fault(page).nr_prefetch for page in (0, 1, 2, 16, 17, 18)] == [0] * 3 + [4] * 3
 
 
 def test_a_walk_through_resident_extents_is_a_stream_although_the_pairs_are_mapped_ahead() -> None:
@@ -112,7 +124,7 @@ def test_streams_side_by_side_do_not_break_each_other() -> None:
     for _ in range(4):
         plans = [windows.fault(place) for place in places]
         places = [end_of(plan) for plan in plans]
-    assert [plan.nr_prefetch for plan in plans] == [8, 8, 8, 8]
+    assert [plan.nr_prefetch for plan in plans] == [64, 64, 64, 64]
 
 
 def test_a_walk_backwards_is_no_stream() -> None:
@@ -167,18 +179,29 @@ def test_a_run_of_writes_doubles_what_is_opened() -> None:
     windows = Windows()
     page, opened = 10, []
     for _ in range(9):
-        nr = windows.write(page)
-        opened.append(nr)
-        page += nr
+        pages = windows.write(page)
+        assert pages.start == page
+        opened.append(len(pages))
+        page = pages.stop
     assert opened == [1, 2, 4, 8, 16, 32, 64, 64, 64]
-    assert windows.write(5) == 1
+    assert windows.write(5) == range(5, 6)
 
 
 def test_scattered_writes_open_one_page_each_and_a_fixed_window_its_width() -> None:
     windows = Windows()
-    assert [windows.write(page) for page in (5, 7, 6, 100, 50)] == [1] * 5
+    assert [len(windows.write(page)) for page in (5, 7, 6, 100, 50)] == [1] * 5
     fixed = Windows(nr_pages=100, fixed_pages=8)
-    assert [fixed.write(page) for page in (0, 50, 97)] == [8, 8, 3]
+    assert [len(fixed.write(page)) for page in (0, 50, 97)] == [8, 8, 3]
+
+
+def test_a_write_among_half_a_block_of_charged_pages_opens_the_block() -> None:
+    windows = Windows()
+    windows.charge(*range(33, 47, 2))
+    assert windows.write(38) == range(32, 48)  # with 38 they are 8 of 16
+    windows.charge(*range(32, 48))
+    assert windows.write(50) == range(50, 51)  # its own 16 are judged first
+    windows.charge(*range(48, 56))
+    assert windows.write(57) == range(32, 64)  # 25 of 32, but of 64 too few
 
 
 @settings(max_examples=150, deadline=None)
@@ -206,6 +229,8 @@ def test_every_plan_lies_in_the_image_and_covers_its_fault(
         assert plan.nr_prefetch * extent_pages <= max(lib.WINDOW_PREFETCH_MAX_PAGES, extent_pages)
         assert plan.nr_ahead * extent_pages <= max(lib.WINDOW_MAX_PAGES, extent_pages)
         windows.grant(page // extent_pages)
-        nr = windows.write(page)
-        assert 1 <= nr <= nr_pages - page
-        assert nr <= max(lib.WINDOW_WRITE_MAX_PAGES, fixed)
+        pages = windows.write(page)
+        assert page in pages
+        assert pages.stop <= nr_pages
+        assert len(pages) <= max(lib.WINDOW_WRITE_MAX_PAGES, fixed)
+        windows.charge(*pages)
