@@ -7,12 +7,12 @@ from cowshed.accounting.ledger import (
     Account,
     AccountCounters,
     AccountStatus,
-    Latency,
+    EvictReason,
     LatencyKind,
     QuotaPolicy,
     evict,
-    read_latency,
 )
+from cowshed.accounting.sums import AccountSums, Latency, read_accounts, read_latency, sum_accounts
 from cowshed.accounting.watermarks import Watermarks
 from cowshed.accounting.workingset import (
     FirstTouches,
@@ -25,7 +25,9 @@ __all__ = [
     "Account",
     "AccountCounters",
     "AccountStatus",
+    "AccountSums",
     "AuditReport",
+    "EvictReason",
     "EvictionPolicy",
     "ExtentKey",
     "FirstTouches",
@@ -38,7 +40,9 @@ __all__ = [
     "WorkingSet",
     "audit",
     "evict",
+    "read_accounts",
     "read_latency",
     "read_working_set",
+    "sum_accounts",
     "write_working_set",
 ]

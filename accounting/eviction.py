@@ -101,6 +101,10 @@ class EvictionPolicy:
         """Tell whether the extent is tracked: admitted, and not forgotten since."""
         return key in self._places
 
+    def remembers(self, key: ExtentKey) -> bool:
+        """Tell whether the extent was evicted lately: a load of it now says it went too early."""
+        return key in self._ghosts
+
     def admit(self, keys: Iterable[ExtentKey]) -> None:
         """Track extents that became resident, in that order; O(log n) each.
 

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final
 
 from cowshed.cache import Image, UsageError
 from cowshed.cache._core import ffi, lib
@@ -18,11 +17,10 @@ __all__ = [
     "Account",
     "AccountCounters",
     "AccountStatus",
-    "Latency",
+    "EvictReason",
     "LatencyKind",
     "QuotaPolicy",
     "evict",
-    "read_latency",
 ]
 
 
@@ -46,11 +44,18 @@ class LatencyKind(IntEnum):
 class AccountCounters:
     """What was done for a guest since it attached; each only grows. Meanings: ledger.h."""
 
-    hits: int
-    misses: int
     faults_missing: int
     faults_minor: int
     faults_write: int
+    misses: int
+    missing_hit: int
+    missing_loaded: int
+    missing_failed: int
+    minor_hit: int
+    minor_loaded: int
+    minor_failed: int
+    write_copied: int
+    write_refused: int
     charged_pages: int
     uncharged_pages: int
     discarded_pages: int
@@ -59,6 +64,20 @@ class AccountCounters:
     repaired_pages: int
     quota_stops: int
     retries: int
+    stopped_ns: int
+
+    @classmethod
+    def of(cls, counters: Any) -> AccountCounters:
+        """Take a copy of a C struct account_counters."""
+        return cls(*(getattr(counters, name) for name in _COUNTERS))
+
+    def __add__(self, other: AccountCounters) -> AccountCounters:
+        return AccountCounters(*(getattr(self, name) + getattr(other, name) for name in _COUNTERS))
+
+    @property
+    def hits(self) -> int:
+        """Faults that asked for a page and found its extent resident."""
+        return self.missing_hit + self.minor_hit
 
     @property
     def cow_breaks(self) -> int:
@@ -66,12 +85,15 @@ class AccountCounters:
         return self.charged_pages - self.uncharged_pages
 
 
+_COUNTERS: Final = tuple(field.name for field in fields(AccountCounters))
+
+
 @dataclass(frozen=True)
 class AccountStatus:
     """A guest's account, read field by field while it runs.
 
     stopped_since_ns is CLOCK_MONOTONIC, 0 while the guest runs. broken is 0, or -errno once its
-    memory can no longer be served.
+    memory can no longer be served. account_no is of no other account of this process.
     """
 
     granted_extents: int
@@ -80,34 +102,22 @@ class AccountStatus:
     stopped_since_ns: int
     policy: QuotaPolicy
     broken: int
+    account_no: int
     counters: AccountCounters
 
-
-@dataclass(frozen=True)
-class Latency:
-    """A histogram of durations: counts[i] were below bounds_ns[i] and not below the one before."""
-
-    counts: list[int]
-    sum_ns: int
-
-    @property
-    def count(self) -> int:
-        """All durations noted."""
-        return sum(self.counts)
-
-    def __add__(self, other: Latency) -> Latency:
-        counts = [mine + its for mine, its in zip(self.counts, other.counts, strict=True)]
-        return Latency(counts, self.sum_ns + other.sum_ns)
-
-    def percentile_ns(self, percent: float) -> int:
-        """Give an upper bound, within 25 %, of the duration that percent of all stay below."""
-        wanted = self.count * percent / 100
-        seen = 0
-        for bucket, nr in enumerate(self.counts):
-            seen += nr
-            if nr and seen >= wanted:
-                return int(lib.bucket_bound_ns(bucket))
-        return 0
+    @classmethod
+    def of(cls, status: Any) -> AccountStatus:
+        """Take a copy of a C struct account_status."""
+        return cls(
+            granted_extents=status.granted_extents,
+            private_pages=status.private_pages,
+            quota_pages=status.quota_pages,
+            stopped_since_ns=status.stopped_since_ns,
+            policy=QuotaPolicy(status.policy),
+            broken=status.broken,
+            account_no=status.account_no,
+            counters=AccountCounters.of(status.counters),
+        )
 
 
 class Account:
@@ -136,18 +146,7 @@ class Account:
         """Read the account; private_pages may be ahead of the kernel by charges not settled."""
         status = ffi.new("struct account_status *")
         lib.account_read(self.cdata, status)
-        counters = status.counters
-        return AccountStatus(
-            granted_extents=status.granted_extents,
-            private_pages=status.private_pages,
-            quota_pages=status.quota_pages,
-            stopped_since_ns=status.stopped_since_ns,
-            policy=QuotaPolicy(status.policy),
-            broken=status.broken,
-            counters=AccountCounters(
-                *(getattr(counters, field.name) for field in fields(AccountCounters))
-            ),
-        )
+        return AccountStatus.of(status)
 
     def settle(self) -> None:
         """Give back charges whose copies never happened, so that charged means copied.
@@ -200,23 +199,23 @@ class Account:
         return bytes(looks)
 
 
-def read_latency(accounts: Iterable[Account], kind: LatencyKind) -> Latency:
-    """Add up the histograms of several accounts."""
-    counts = ffi.new(f"uint64_t[{lib.LATENCY_BUCKETS}]")
-    sum_ns = ffi.new("uint64_t *")
-    for account in accounts:
-        checked(lib.account_latency(account.cdata, kind, counts, sum_ns), "reading latencies")
-    return Latency(list(counts), sum_ns[0])
+class EvictReason(IntEnum):
+    """Why extents are given up; evictions are counted by it."""
+
+    PRESSURE = lib.EVICT_PRESSURE
+    REQUEST = lib.EVICT_REQUEST
 
 
-def evict(image: Image, extents: list[int]) -> list[int]:
+def evict(image: Image, extents: list[int], reason: EvictReason = EvictReason.REQUEST) -> list[int]:
     """Punch extents that may go, revoke their grants, and return those that went.
 
     Pinned, held and absent ones stay as they are.
     """
     victims = array("I", extents)
     nr = checked(
-        lib.evict_extents(image.cdata, ffi.from_buffer("uint32_t[]", victims), len(victims)),
+        lib.evict_extents(
+            image.cdata, ffi.from_buffer("uint32_t[]", victims), len(victims), reason
+        ),
         f"evicting from {image.name!r}",
     )
     return victims[:nr].tolist()

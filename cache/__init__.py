@@ -9,7 +9,7 @@ from cowshed.cache.errors import (
     SourceError,
     UsageError,
 )
-from cowshed.cache.images import ExtentState, Image, ImageCounters
+from cowshed.cache.images import ExtentState, Image, ImageCounters, ImageFigures
 from cowshed.cache.sources import FileSource
 from cowshed.cache.store import PageStore, StoreCounters
 
@@ -20,6 +20,7 @@ __all__ = [
     "FileSource",
     "Image",
     "ImageCounters",
+    "ImageFigures",
     "InvariantError",
     "PageStore",
     "PeerError",

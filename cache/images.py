@@ -18,7 +18,7 @@ from cowshed.cache.sources import FileSource
 if TYPE_CHECKING:
     from cowshed.cache.store import PageStore
 
-__all__ = ["ExtentState", "Image", "ImageCounters"]
+__all__ = ["ExtentState", "Image", "ImageCounters", "ImageFigures"]
 
 PAGE_BYTES: Final = 4096
 
@@ -41,9 +41,28 @@ class ImageCounters:
     load_errors: int
     load_retries: int
     demand_loads: int
+    prefetch_loads: int
     evictions: int
+    evictions_pressure: int
+    evictions_request: int
     strays: int
     nr_touched: int
+
+
+@dataclass(frozen=True)
+class ImageFigures:
+    """What an image's extents come to, in bytes; read at no one instant. Meanings: image.h.
+
+    resident_by_refs counts RESIDENT extents with 0, 1, 2-3, 4-7, 8-15, 16-31 and more references.
+    """
+
+    resident_bytes: int
+    granted_bytes: int
+    saved_bytes: int
+    pinned_bytes: int
+    touched_bytes: int
+    touched_resident_bytes: int
+    resident_by_refs: tuple[int, ...]
 
 
 class Image:
@@ -99,6 +118,20 @@ class Image:
         counters = ffi.new("struct image_counters *")
         lib.image_count(self.cdata, counters)
         return ImageCounters(*(getattr(counters, field.name) for field in fields(ImageCounters)))
+
+    def figures(self) -> ImageFigures:
+        """Add up all extents; a nanosecond each."""
+        figures = ffi.new("struct image_figures *")
+        lib.image_figure(self.cdata, figures)
+        return ImageFigures(
+            resident_bytes=figures.resident_pages * PAGE_BYTES,
+            granted_bytes=figures.granted_pages * PAGE_BYTES,
+            saved_bytes=figures.saved_pages * PAGE_BYTES,
+            pinned_bytes=figures.pinned_pages * PAGE_BYTES,
+            touched_bytes=figures.touched_pages * PAGE_BYTES,
+            touched_resident_bytes=figures.touched_resident_pages * PAGE_BYTES,
+            resident_by_refs=tuple(figures.resident_by_refs),
+        )
 
     def states(self, first_extent: int = 0, nr_extents: int | None = None) -> bytes:
         """One ExtentState value per extent, of all or of nr_extents from first_extent."""

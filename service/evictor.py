@@ -12,11 +12,11 @@ import os
 import select
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Final
 
-from cowshed.accounting import EvictionPolicy, ExtentKey, Watermarks, evict
+from cowshed.accounting import EvictionPolicy, EvictReason, ExtentKey, Watermarks, evict
 from cowshed.cache import CapacityError, ExtentState, Image, PageStore
 from cowshed.cache._core import lib
 from cowshed.service.logs import EventLog
@@ -53,7 +53,8 @@ class _StoreHeat:
 class Evictor:
     """Owns the policy and the thread. start() it after the store, stop() it before.
 
-    evicted_pressure and evicted_request count extents given up by itself and on request.
+    reloads counts, by image_no, extents that were loaded again while the policy still remembered
+    their eviction.
     """
 
     def __init__(self, store: PageStore) -> None:
@@ -65,8 +66,7 @@ class Evictor:
         self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="evictor", daemon=True)
         self.watermarks: Final = Watermarks(capacity)
-        self.evicted_pressure = 0
-        self.evicted_request = 0
+        self.reloads: Final[Counter[int]] = Counter()
 
     def start(self) -> None:
         """Begin to keep room free."""
@@ -88,9 +88,7 @@ class Evictor:
         """Evict named extents of an image as far as they may go, and return those that went."""
         with self._lock:
             self._admit()
-            gone = self._evict_from(image, list(extents))
-            self.evicted_request += len(gone)
-        return gone
+            return self._evict_from(image, list(extents), EvictReason.REQUEST)
 
     def _run(self) -> None:
         poll = select.poll()
@@ -125,13 +123,12 @@ class Evictor:
                 victims = self._policy.choose_victims(wanted, self._heat)
             except CapacityError:
                 victims = []  # everything is held or pinned for the moment
-            self.evicted_pressure += self._evict_keys(victims)
+            self._evict_keys(victims)
             counters = self._store.counters()
         return counters.nr_waiting_loaders > 0 or counters.free_extents < self.watermarks.low_free
 
-    def _evict_keys(self, keys: Iterable[ExtentKey]) -> int:
+    def _evict_keys(self, keys: Iterable[ExtentKey]) -> None:
         by_image: defaultdict[int, list[int]] = defaultdict(list)
-        nr_gone = 0
         for image_no, extent in keys:
             by_image[image_no].append(extent)
         for image_no, extents in by_image.items():
@@ -139,11 +136,10 @@ class Evictor:
             if image is None:
                 self._policy.drop_image(image_no)
                 continue
-            nr_gone += len(self._evict_from(image, extents))
-        return nr_gone
+            self._evict_from(image, extents, EvictReason.PRESSURE)
 
-    def _evict_from(self, image: Image, extents: list[int]) -> list[int]:
-        gone = evict(image, extents)
+    def _evict_from(self, image: Image, extents: list[int], reason: EvictReason) -> list[int]:
+        gone = evict(image, extents, reason)
         keys = [(image.image_no, extent) for extent in gone]
         # One that became resident a moment ago is not tracked yet.
         self._policy.forget([key for key in keys if key in self._policy], evicted=True)
@@ -159,7 +155,9 @@ class Evictor:
                 for extent, state in enumerate(image.states())
                 if state == ExtentState.RESIDENT
             ]
-        self._policy.admit(key for key in inserted if key not in self._policy)
+        fresh = [key for key in dict.fromkeys(inserted) if key not in self._policy]
+        self.reloads.update(key[0] for key in fresh if self._policy.remembers(key))
+        self._policy.admit(fresh)
 
     def _scrub(self) -> None:
         """Empty frames that nobody loaded: somebody read a mapping that nothing guards."""

@@ -7,18 +7,12 @@ import contextlib
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from cowshed.accounting import (
-    Account,
-    AccountCounters,
-    Latency,
-    LatencyKind,
-    QuotaPolicy,
-    read_latency,
-)
+from cowshed.accounting import Account, QuotaPolicy
 from cowshed.cache import Image, UsageError
 from cowshed.faults import FaultHandler, Orders
 
@@ -69,15 +63,14 @@ class GuestTable:
     """All attached guests, by name. Whoever reads their accounts does so inside `with table.lock`.
 
     Invariants: a name is reserved by at most one connection; an account is open exactly while its
-    guest is in the table. past and the latencies add up what guests that left had counted.
+    guest is in the table. What guests that left had counted is in their image's sums.
     """
 
     def __init__(self) -> None:
         self.lock: Final = threading.RLock()
         self._guests: dict[str, Guest] = {}
         self._reserved: set[str] = set()
-        self.past: dict[str, int] = dict.fromkeys(AccountCounters.__dataclass_fields__, 0)
-        self._past_latency = {kind: read_latency((), kind) for kind in LatencyKind}
+        self._nr_attached_ever: Counter[int] = Counter()
 
     def __iter__(self) -> Iterator[Guest]:
         return iter(list(self._guests.values()))
@@ -118,6 +111,7 @@ class GuestTable:
         guest = Guest(terms, pid, uid, "unix", account, handler, fds, terms.quota_bytes)
         with self.lock:
             self._guests[terms.name] = guest
+            self._nr_attached_ever[terms.image.image_no] += 1
         return guest
 
     def detach(self, guest: Guest) -> None:
@@ -125,20 +119,13 @@ class GuestTable:
         with self.lock:
             del self._guests[guest.name]
             guest.handler.stop()
-            counters = guest.account.status().counters
-            for name in self.past:
-                self.past[name] += getattr(counters, name)
-            for kind, latency in self._past_latency.items():
-                self._past_latency[kind] = latency + read_latency([guest.account], kind)
             guest.account.close()
         for fd in guest.fds:
             os.close(fd)
 
-    def latency(self, kind: LatencyKind) -> Latency:
-        """Give the durations of all faults of a kind, of guests that left too."""
-        with self.lock:
-            attached = read_latency([guest.account for guest in self], kind)
-            return self._past_latency[kind] + attached
+    def nr_attached_ever(self, image: Image) -> int:
+        """Count the times that a guest was attached to an image, those that left too."""
+        return self._nr_attached_ever[image.image_no]
 
     @contextlib.contextmanager
     def accounts(self, image: Image) -> Iterator[dict[str, Account]]:

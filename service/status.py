@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import operator
 import os
 import time
 from pathlib import Path
 from typing import Any, Final
 
-from cowshed.accounting import AccountCounters, AccountStatus, LatencyKind
+from cowshed.accounting import AccountStatus, Latency, LatencyKind, sum_accounts
 from cowshed.cache import Image, PageStore
 from cowshed.service.evictor import Evictor
 from cowshed.service.guests import Guest, GuestTable
@@ -17,7 +19,6 @@ from cowshed.service.guests import Guest, GuestTable
 __all__ = ["StatusReader", "guest_state"]
 
 _PAGE_BYTES: Final = 4096
-_COUNTERS: Final = tuple(AccountCounters.__dataclass_fields__)
 
 
 class StatusReader:
@@ -39,14 +40,17 @@ class StatusReader:
         Cost: about a millisecond per guest that wrote lately and GiB of image.
         """
         with self._guests.lock:
-            totals = dict(self._guests.past)
             guests = []
             for guest in self._guests:
                 guest.account.settle()
                 status = guest.account.status()
-                for name in _COUNTERS:
-                    totals[name] += getattr(status.counters, name)
                 guests.append(_guest_status(guest, status))
+            sums = [sum_accounts(image) for image in self._store]
+        totals = functools.reduce(operator.add, (of_image.counters for of_image in sums))
+        latencies = {
+            kind: functools.reduce(operator.add, (of_image.latencies[kind] for of_image in sums))
+            for kind in LatencyKind
+        }
         images = [_image_status(image) for image in self._store]
         counters = [image.counters() for image in self._store]
         return {
@@ -57,30 +61,34 @@ class StatusReader:
             "capacity_bytes": self._store.capacity_bytes,
             "resident_bytes": sum(image["resident_bytes"] for image in images),
             "saved_bytes": sum(image["saved_bytes"] for image in images),
-            "hits": totals["hits"],
-            "misses": totals["misses"],
-            "cow_breaks": totals["charged_pages"] - totals["uncharged_pages"],
+            "hits": totals.hits,
+            "misses": totals.misses,
+            "cow_breaks": totals.cow_breaks,
             "evicted_extents": sum(counter.evictions for counter in counters),
             "evictions": {
-                "pressure": self._evictor.evicted_pressure,
-                "request": self._evictor.evicted_request,
+                "pressure": sum(counter.evictions_pressure for counter in counters),
+                "request": sum(counter.evictions_request for counter in counters),
             },
             "loads": sum(counter.loads for counter in counters),
             "load_bytes": sum(counter.load_bytes for counter in counters),
             "load_errors": sum(counter.load_errors for counter in counters),
-            "faults": {kind: totals[f"faults_{kind}"] for kind in ("missing", "minor", "write")},
-            "latency_us": {kind.name.lower(): self._latency_us(kind) for kind in LatencyKind},
+            "faults": {
+                "missing": totals.faults_missing,
+                "minor": totals.faults_minor,
+                "write": totals.faults_write,
+            },
+            "latency_us": {
+                kind.name.lower(): _latency_us(latency) for kind, latency in latencies.items()
+            },
             "images": images,
             "guests": guests,
         }
 
-    def _latency_us(self, kind: LatencyKind) -> dict[str, float]:
-        latency = self._guests.latency(kind)
-        percentiles = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
-        figures = {
-            name: latency.percentile_ns(percent) / 1000 for name, percent in percentiles.items()
-        }
-        return {**figures, "count": latency.count}
+
+def _latency_us(latency: Latency) -> dict[str, float]:
+    percentiles = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
+    figures = {name: latency.percentile_ns(percent) / 1000 for name, percent in percentiles.items()}
+    return {**figures, "count": latency.count}
 
 
 def guest_state(status: AccountStatus) -> str:
@@ -121,10 +129,8 @@ def _guest_status(guest: Guest, status: AccountStatus) -> dict[str, Any]:
 
 
 def _image_status(image: Image) -> dict[str, Any]:
-    refs = image.refs()
-    nr_granted = sum(refs)
-    nr_shared = len(refs) - refs.count(0)
-    pins = image.pins()
+    figures = image.figures()
+    counters = image.counters()
     return {
         "name": image.name,
         "size_bytes": image.size_bytes,
@@ -133,11 +139,11 @@ def _image_status(image: Image) -> dict[str, Any]:
         "source": str(image.source.path),
         "source_changed": bool(image.source_change),
         "extent_bytes": image.extent_bytes,
-        "pinned_bytes": (len(pins) - pins.count(0)) * image.extent_bytes,
+        "pinned_bytes": figures.pinned_bytes,
         # What these mappings would take if each guest had its own frames, less what they take.
-        "saved_bytes": (nr_granted - nr_shared) * image.extent_bytes,
-        "refs": nr_granted,
-        "loads": image.counters().loads,
-        "load_errors": image.counters().load_errors,
-        "working_set_bytes": image.counters().nr_touched * image.extent_bytes,
+        "saved_bytes": figures.saved_bytes,
+        "refs": sum(image.refs()),
+        "loads": counters.loads,
+        "load_errors": counters.load_errors,
+        "working_set_bytes": figures.touched_bytes,
     }

@@ -55,7 +55,7 @@ static void revoke_grants(struct image *image, const uint32_t *extents, uint64_t
 	pthread_rwlock_unlock(&image->accounts_lock);
 }
 
-int64_t evict_extents(struct image *image, uint32_t *extents, uint64_t nr)
+int64_t evict_extents(struct image *image, uint32_t *extents, uint64_t nr, int reason)
 {
 	uint64_t nr_going = store_begin_evict(image, extents, nr);
 
@@ -66,6 +66,7 @@ int64_t evict_extents(struct image *image, uint32_t *extents, uint64_t nr)
 	punch_runs(image, extents, nr_going);
 	point_reach(POINT_EVICT_REVOKE);
 	revoke_grants(image, extents, nr_going);
+	atomic_fetch_add(reason == EVICT_PRESSURE ? &image->evictions_pressure : &image->evictions_request, nr_going);
 	store_end_evict(image, extents, nr_going);
 	return (int64_t)nr_going;
 }

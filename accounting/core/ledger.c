@@ -7,6 +7,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+static _Atomic uint64_t nr_accounts_ever;
+
 static int ledger_map(struct account *account)
 {
 	const struct image_shape *shape = &account->image->shape;
@@ -60,6 +62,7 @@ int account_open(struct image *image, uint64_t quota_pages, int policy, struct a
 		account_free(account);
 		return err;
 	}
+	account->account_no = atomic_fetch_add(&nr_accounts_ever, 1);
 	pthread_rwlock_wrlock(&image->accounts_lock);
 	account->next = image->accounts;
 	image->accounts = account;
@@ -80,6 +83,7 @@ int account_close(struct account *account)
 	*at = account->next;
 	for (uint64_t e = 0; (e = bits_next(account->granted, e, nr_extents)) < nr_extents; e++)
 		account_revoke(account, e);
+	account_add_past(account);
 	uint64_t nr_poisoned = bits_count(account->poisoned, 0, image->shape.nr_pages);
 	atomic_fetch_sub(&image->nr_poisoned, nr_poisoned);
 	pthread_rwlock_unlock(&image->accounts_lock);
@@ -123,7 +127,7 @@ void account_charge(struct account *account, uint64_t page)
 	(void)fresh;
 	bits_set(account->unsettled, page);
 	count_add(&account->header->private_pages, 1);
-	count_add(&account->header->charged_pages, 1);
+	count_add(COUNTER(account->header, charged_pages), 1);
 }
 
 void account_uncharge(struct account *account, uint64_t page)
@@ -134,70 +138,6 @@ void account_uncharge(struct account *account, uint64_t page)
 	(void)was;
 	bits_clear(account->unsettled, page);
 	atomic_fetch_sub(&account->header->private_pages, 1);
-}
-
-void account_read(const struct account *account, struct account_status *status_out)
-{
-	struct ledger_header *header = account->header;
-
-	*status_out = (struct account_status){
-		.granted_extents = header->granted_extents,
-		.private_pages = header->private_pages,
-		.quota_pages = header->quota_pages,
-		.stopped_since_ns = header->stopped_since_ns,
-		.policy = header->policy,
-		.broken = header->broken,
-		.counters = {
-			.hits = header->hits,
-			.misses = header->misses,
-			.faults_missing = header->faults_missing,
-			.faults_minor = header->faults_minor,
-			.faults_write = header->faults_write,
-			.charged_pages = header->charged_pages,
-			.uncharged_pages = header->uncharged_pages,
-			.discarded_pages = header->discarded_pages,
-			.mapped_pages = header->mapped_pages,
-			.poisoned_pages = header->poisoned_pages,
-			.repaired_pages = header->repaired_pages,
-			.quota_stops = header->quota_stops,
-			.retries = header->retries,
-		},
-	};
-}
-
-/* Four buckets to each power of two: bounds are within 25 % of any duration they hold. */
-static uint32_t bucket_of(uint64_t duration_ns)
-{
-	if (duration_ns < 4)
-		return (uint32_t)duration_ns;
-	uint32_t exponent = 63 - (uint32_t)__builtin_clzll(duration_ns);
-	uint32_t bucket = (exponent - 1) * 4 + (uint32_t)(duration_ns >> (exponent - 2) & 3);
-	return bucket < LATENCY_BUCKETS ? bucket : LATENCY_BUCKETS - 1;
-}
-
-uint64_t bucket_bound_ns(uint32_t bucket)
-{
-	uint32_t next = bucket + 1;
-
-	if (next < 8)
-		return next;
-	return (uint64_t)(4 + next % 4) << (next / 4 - 1);
-}
-
-void account_note_latency(struct account *account, int kind, uint64_t duration_ns)
-{
-	count_add(&account->header->latency[kind][bucket_of(duration_ns)], 1);
-	count_add(&account->header->latency_sum_ns[kind], duration_ns);
-}
-
-int account_latency(const struct account *account, int kind, uint64_t *counts_out, uint64_t *sum_ns_out)
-{
-	if (kind < 0 || kind >= LATENCY_NR)
-		return -EINVAL;
-	for (int i = 0; i < LATENCY_BUCKETS; i++)
-		counts_out[i] += account->header->latency[kind][i];
-	*sum_ns_out += account->header->latency_sum_ns[kind];
-	return 0;
 }
 
 int account_set_quota(struct account *account, uint64_t quota_pages, int policy)

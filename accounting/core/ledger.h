@@ -29,9 +29,14 @@ enum latency_kind { LATENCY_HIT, LATENCY_MISS, LATENCY_WRITE, LATENCY_NR };
 #define LATENCY_BUCKETS 160
 
 struct account_counters {
-	uint64_t hits;            /* faults answered from a resident extent */
-	uint64_t misses;          /* faults that waited for a load */
-	uint64_t faults_missing, faults_minor, faults_write;
+	uint64_t faults_missing, faults_minor, faults_write; /* reported, before anything is done about them */
+	uint64_t misses; /* missing and minor faults that began to wait for a load */
+	/* Faults that were answered, by kind and how; hits are missing_hit and minor_hit. */
+	/* The extent was resident; was loaded for it, or for another fault that waited already; could not be loaded. */
+	uint64_t missing_hit, missing_loaded, missing_failed;
+	uint64_t minor_hit, minor_loaded, minor_failed;
+	uint64_t write_copied;    /* opened, so that the kernel makes the copy */
+	uint64_t write_refused;   /* at the quota; first touches that were writes too */
 	uint64_t charged_pages;   /* ever charged */
 	uint64_t uncharged_pages; /* of those, given back because the copy never happened */
 	uint64_t discarded_pages; /* private pages the guest gave back */
@@ -39,6 +44,7 @@ struct account_counters {
 	uint64_t poisoned_pages, repaired_pages;
 	uint64_t quota_stops;     /* times the guest came to a stop at its quota */
 	uint64_t retries;         /* answers put off because the guest's memory was changing */
+	uint64_t stopped_ns;      /* time spent stopped at the quota; in an account_status up to now */
 };
 
 struct account_status {
@@ -48,7 +54,18 @@ struct account_status {
 	uint64_t stopped_since_ns; /* CLOCK_MONOTONIC, 0: running */
 	uint32_t policy;
 	int32_t broken; /* -errno once its memory can't be served any more */
+	uint64_t account_no; /* of no other account of this process, ever */
 	struct account_counters counters;
+};
+
+/* All accounts of one image together.  What counts up counts those that were closed, too. */
+struct account_sums {
+	uint64_t nr_running, nr_stopped, nr_broken;
+	uint64_t private_pages; /* charged now */
+	uint64_t cow_pages;     /* private copies ever made; never less than an earlier reading, see account_sum */
+	struct account_counters counters;
+	uint64_t latency_sum_ns[LATENCY_NR];
+	uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
 };
 
 /* Opens the ledger of a guest of image, all zero, with its quota; part of the image's accounts from now on. */
@@ -63,6 +80,11 @@ void account_read(const struct account *account, struct account_status *status_o
  * Bucket i holds durations below bucket_bound_ns(i). */
 int account_latency(const struct account *account, int kind, uint64_t *counts_out, uint64_t *sum_ns_out);
 uint64_t bucket_bound_ns(uint32_t bucket);
+/* Adds up the accounts of an image; no account opens or closes meanwhile.  cow_pages is the most that charges less
+ * returned charges ever came to: ahead of the kernel by charges that were not settled. */
+void account_sum(struct image *image, struct account_sums *sums_out);
+/* Reads up to nr_max accounts of an image, the latest opened first; how many there are. */
+int64_t account_read_all(struct image *image, struct account_status *statuses_out, uint64_t nr_max);
 int account_set_quota(struct account *account, uint64_t quota_pages, int policy);
 /* Adds 1 to refs_out[i] for each granted extent first + i. */
 int account_add_grants(const struct account *account, uint64_t first, uint64_t nr, uint32_t *refs_out);
@@ -70,6 +92,11 @@ int account_add_grants(const struct account *account, uint64_t first, uint64_t n
 int account_bitmap(const struct account *account, int unsettled, uint64_t *words_out, uint64_t nr_words);
 /* cdef-end */
 
+#define COUNTS_NR (sizeof(struct account_counters) / sizeof(uint64_t))
+#define COUNT_NO(name) (offsetof(struct account_counters, name) / sizeof(uint64_t))
+#define COUNTER(header, name) (&(header)->counts[COUNT_NO(name)])
+/* In stopped_since_ns while a stop is being added to stopped_ns. */
+#define STOP_ENDING 1
 #define LEDGER_MAGIC 0x31474c4453574f43ull /* "COWSDLG1" */
 
 struct ledger_header {
@@ -78,13 +105,21 @@ struct ledger_header {
 	_Atomic uint64_t granted_extents, private_pages, quota_pages, stopped_since_ns;
 	_Atomic uint32_t policy;
 	_Atomic int32_t broken;
-	_Atomic uint64_t hits, misses, faults_missing, faults_minor, faults_write;
-	_Atomic uint64_t charged_pages, uncharged_pages, discarded_pages, mapped_pages;
-	_Atomic uint64_t poisoned_pages, repaired_pages, quota_stops, retries;
+	_Atomic uint64_t counts[COUNTS_NR]; /* struct account_counters: COUNTER() */
 	_Atomic uint64_t latency_sum_ns[LATENCY_NR];
 	_Atomic uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
 };
-_Static_assert(sizeof(struct ledger_header) == 8 * (21 + LATENCY_NR * (1 + LATENCY_BUCKETS)), "the layout is shared");
+_Static_assert(sizeof(struct ledger_header) == 8 * (8 + COUNTS_NR + LATENCY_NR * (1 + LATENCY_BUCKETS)),
+               "the layout is shared");
+
+/* What closed accounts had counted: the words an image keeps for it (image->past). */
+struct account_past {
+	uint64_t counts[COUNTS_NR];
+	uint64_t latency_sum_ns[LATENCY_NR];
+	uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
+	_Atomic uint64_t cow_pages; /* the highest sum so far */
+};
+_Static_assert(sizeof(struct account_past) <= 8 * IMAGE_PAST_WORDS, "an image has room for it");
 
 /*
  * Invariants: (1) granted_extents is the number of granted bits, each counted in the image's refs;
@@ -93,6 +128,7 @@ _Static_assert(sizeof(struct ledger_header) == 8 * (21 + LATENCY_NR * (1 + LATEN
  */
 struct account {
 	struct account *next; /* in image->accounts */
+	uint64_t account_no;
 	struct image *image;
 	struct ledger_header *header;
 	size_t ledger_bytes;
@@ -119,9 +155,26 @@ static inline uint64_t account_address(const struct account *account, uint64_t p
 
 void account_note_latency(struct account *account, int kind, uint64_t duration_ns);
 
+/* The guest comes to a stop at its quota, and goes on; both in its fault thread. */
+void account_begin_stop(struct account *account);
+void account_end_stop(struct account *account);
+/* Under accounts_lock, to be written: keeps what the account counted, for the sums of its image. */
+void account_add_past(const struct account *account);
+
 static inline void count_add(_Atomic uint64_t *counter, uint64_t nr)
 {
 	atomic_fetch_add_explicit(counter, nr, memory_order_relaxed);
+}
+
+enum fault_outcome { FAULT_HIT, FAULT_LOADED, FAULT_FAILED };
+_Static_assert(COUNT_NO(missing_failed) == COUNT_NO(missing_hit) + FAULT_FAILED &&
+                       COUNT_NO(minor_failed) == COUNT_NO(minor_hit) + FAULT_FAILED,
+               "outcomes are told apart by number");
+
+/* A missing (or minor) fault was answered. */
+static inline void count_access(struct ledger_header *header, bool minor, enum fault_outcome outcome)
+{
+	count_add(&header->counts[(minor ? COUNT_NO(minor_hit) : COUNT_NO(missing_hit)) + outcome], 1);
 }
 
 #endif

@@ -85,7 +85,7 @@ static void settle_page(struct account *account, uint64_t page, uint8_t look, in
 			bits_clear(account->unsettled, page);
 	} else if (look != PAGE_LOOK_OPEN) {
 		account_uncharge(account, page);
-		count_add(&account->header->uncharged_pages, 1);
+		count_add(COUNTER(account->header, uncharged_pages), 1);
 		++*nr_returned;
 	}
 }
@@ -161,6 +161,6 @@ bool account_page_is_private(struct account *account, uint64_t page)
 	if (account_look(account, page, 1, &look) < 0 || look == PAGE_LOOK_PRIVATE)
 		return true; /* in doubt it stays charged */
 	account_uncharge(account, page);
-	count_add(&account->header->uncharged_pages, 1);
+	count_add(COUNTER(account->header, uncharged_pages), 1);
 	return false;
 }

@@ -48,7 +48,7 @@ static int arrays_open(struct image *image)
 	size_t words = (nr * sizeof(uint32_t) + 63) / 64 * 64;
 	size_t bytes = (nr + 63) / 64 * 64;
 
-	image->ledger_bytes = 4 * words + 2 * bytes;
+	image->ledger_bytes = 4 * words + 2 * bytes + 8 * IMAGE_PAST_WORDS;
 	image->ledger_fd = memfd_create("cowshed-extents", MFD_CLOEXEC);
 	if (image->ledger_fd < 0)
 		return -errno;
@@ -64,6 +64,7 @@ static int arrays_open(struct image *image)
 	image->order = (_Atomic uint32_t *)(at + 3 * words);
 	image->touches = (_Atomic uint8_t *)(at + 4 * words);
 	image->touched = (_Atomic uint8_t *)(at + 4 * words + bytes);
+	image->past = (struct account_past *)(at + 4 * words + 2 * bytes);
 	image->waiters = calloc(nr, sizeof *image->waiters);
 	return image->waiters ? 0 : -ENOMEM;
 }
@@ -155,16 +156,52 @@ void image_shape(const struct image *image, struct image_shape *shape_out)
 
 void image_count(const struct image *image, struct image_counters *counters_out)
 {
-	*counters_out = (struct image_counters){
-		.loads = atomic_load(&image->loads),
+	struct image_counters counters = {
 		.load_bytes = atomic_load(&image->load_bytes),
 		.load_errors = atomic_load(&image->load_errors),
 		.load_retries = atomic_load(&image->load_retries),
 		.demand_loads = atomic_load(&image->demand_loads),
-		.evictions = atomic_load(&image->evictions),
+		.prefetch_loads = atomic_load(&image->prefetch_loads),
+		.evictions_pressure = atomic_load(&image->evictions_pressure),
+		.evictions_request = atomic_load(&image->evictions_request),
 		.strays = atomic_load(&image->strays),
 		.nr_touched = atomic_load(&image->nr_touched),
 	};
+
+	counters.loads = counters.demand_loads + counters.prefetch_loads;
+	counters.evictions = counters.evictions_pressure + counters.evictions_request;
+	*counters_out = counters;
+}
+
+static unsigned int refs_bucket(uint32_t refs)
+{
+	unsigned int bucket = refs ? 32 - (unsigned int)__builtin_clz(refs) : 0;
+
+	return bucket < REFS_BUCKETS ? bucket : REFS_BUCKETS - 1;
+}
+
+void image_figure(const struct image *image, struct image_figures *figures_out)
+{
+	struct image_figures figures = {0};
+
+	for (uint64_t e = 0; e < image->shape.nr_extents; e++) {
+		uint64_t nr_pages = image_extent_pages(image, e);
+		uint32_t refs = atomic_load_explicit(&image->refs[e], memory_order_relaxed);
+		bool resident = extent_state(&image->states[e]) == EXTENT_RESIDENT;
+		bool touched = atomic_load_explicit(&image->touched[e], memory_order_relaxed);
+
+		figures.granted_pages += refs * nr_pages;
+		figures.saved_pages += refs ? (refs - 1) * nr_pages : 0;
+		if (atomic_load_explicit(&image->pins[e], memory_order_relaxed))
+			figures.pinned_pages += nr_pages;
+		figures.touched_pages += touched ? nr_pages : 0;
+		if (!resident)
+			continue;
+		figures.resident_pages += nr_pages;
+		figures.touched_resident_pages += touched ? nr_pages : 0;
+		figures.resident_by_refs[refs_bucket(refs)]++;
+	}
+	*figures_out = figures;
 }
 
 int image_frames_fd(const struct image *image)

@@ -30,15 +30,30 @@ struct image_shape {
 };
 
 struct image_counters {
-	uint64_t loads;        /* extents made resident */
+	uint64_t loads;        /* extents made resident: demand_loads and prefetch_loads */
 	uint64_t load_bytes;   /* bytes read from the source */
 	uint64_t load_errors;  /* reads that failed after their retries */
 	uint64_t load_retries;
-	uint64_t demand_loads; /* of loads: with somebody waiting */
-	uint64_t evictions;    /* extents given up */
+	uint64_t demand_loads, prefetch_loads; /* with somebody waiting at its end, with nobody */
+	uint64_t evictions;    /* extents given up: because room was short, and on request */
+	uint64_t evictions_pressure, evictions_request;
 	uint64_t strays;       /* extents found with frames nobody loaded, and emptied */
 	uint64_t nr_touched;   /* extents ever granted: the length of the first-touch order */
 };
+
+#define REFS_BUCKETS 7
+
+/* What the per-extent arrays come to, in pages but for the last line. */
+struct image_figures {
+	uint64_t resident_pages;
+	uint64_t granted_pages; /* of all grants: a page that two guests were granted counts twice */
+	uint64_t saved_pages;   /* granted_pages, less one of each page that anybody was granted */
+	uint64_t pinned_pages;  /* resident or not */
+	uint64_t touched_pages, touched_resident_pages; /* ever granted to anybody; of those, resident */
+	uint64_t resident_by_refs[REFS_BUCKETS]; /* RESIDENT extents with 0, 1, 2-3, 4-7, 8-15, 16-31, more refs */
+};
+
+enum evict_reason { EVICT_PRESSURE, EVICT_REQUEST };
 
 /* Makes an image over source_fd (and direct_fd, the same file opened O_DIRECT, or -1).  Takes both
  * descriptors over on success only.  -EINVAL for a size of 0 or past 2^48. */
@@ -57,6 +72,8 @@ uint64_t image_resident_pages(const struct image *image);
 int image_states(const struct image *image, uint64_t first, uint64_t nr, uint8_t *states_out);
 int image_refs(const struct image *image, uint64_t first, uint64_t nr, uint32_t *refs_out);
 int image_pins(const struct image *image, uint64_t first, uint64_t nr, uint32_t *pins_out);
+/* O(extents), about 1 ns each; at no one instant. */
+void image_figure(const struct image *image, struct image_figures *figures_out);
 /* One extent's figures for the eviction policy; takes the touches (they start again at 0). */
 uint8_t image_take_touches(struct image *image, uint64_t extent);
 uint32_t image_extent_refs(const struct image *image, uint64_t extent);
@@ -69,8 +86,10 @@ int64_t image_first_touches(const struct image *image, uint32_t *extents_out, ui
 /* cdef-end */
 
 #define TOUCHES_MAX 3
+#define IMAGE_PAST_WORDS 640
 
 struct account;
+struct account_past;
 struct load_waiter;
 
 /*
@@ -93,6 +112,7 @@ struct image {
 	_Atomic uint8_t *touches;
 	_Atomic uint8_t *touched;
 	_Atomic uint64_t nr_touched;
+	struct account_past *past; /* IMAGE_PAST_WORDS of accounting's, under accounts_lock */
 
 	struct load_waiter **waiters; /* by extent, under the store's lock */
 
@@ -103,7 +123,8 @@ struct image {
 	void (*_Atomic repair)(struct image *image, uint64_t extent);
 
 	_Atomic uint64_t resident_pages, generation;
-	_Atomic uint64_t loads, load_bytes, load_errors, load_retries, demand_loads, evictions, strays;
+	_Atomic uint64_t demand_loads, prefetch_loads, load_bytes, load_errors, load_retries, strays;
+	_Atomic uint64_t evictions_pressure, evictions_request;
 };
 
 static inline uint64_t image_extent_pages(const struct image *image, uint64_t extent)

@@ -185,12 +185,13 @@ static void run_end(struct store *store, struct image *image, uint64_t first, ui
 		held[i] = status == 0 && (waiters[i] || repair);
 		if (status == 0) {
 			atomic_fetch_add(&image->resident_pages, image_extent_pages(image, extent));
-			atomic_fetch_add(&image->demand_loads, waiters[i] != NULL);
+			atomic_fetch_add(waiters[i] ? &image->demand_loads : &image->prefetch_loads, 1);
 			inserted_push(store, image, extent);
 		}
 		extent_step(&image->states[extent], EXTENT_LOADING, status == 0 ? EXTENT_RESIDENT : EXTENT_ABSENT, held[i]);
 	}
-	atomic_fetch_add(status == 0 ? &image->loads : &image->load_errors, nr);
+	if (status)
+		atomic_fetch_add(&image->load_errors, nr);
 	atomic_fetch_add(&image->generation, 1);
 	store->loading_extents -= nr;
 	if (status) {

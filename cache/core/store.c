@@ -413,7 +413,6 @@ void store_end_evict(struct image *image, const uint32_t *extents, uint64_t nr)
 	}
 	assert(store->reserved_extents >= nr);
 	store->reserved_extents -= nr;
-	atomic_fetch_add(&image->evictions, nr);
 	atomic_fetch_add(&image->generation, 1);
 	pthread_cond_broadcast(&store->work);
 	pthread_mutex_unlock(&store->lock);
@@ -436,7 +435,6 @@ static bool scrub_extent(struct image *image, uint64_t extent)
 	if (mine) {
 		image_punch(image, extent, 1);
 		store_end_evict(image, &no, 1);
-		atomic_fetch_sub(&image->evictions, 1);
 		atomic_fetch_add(&image->strays, 1);
 	}
 	return mine;

@@ -26,16 +26,17 @@ struct miss {
 	struct guest *guest;
 	uint64_t page;
 	uint64_t read_ns;
+	bool minor;
 };
 
 void answer_failed(struct guest *guest, int err)
 {
 	struct ledger_header *header = guest->account->header;
 
-	if (err >= 0 || err == -EEXIST || err == -ENOENT)
+	if (err >= 0 || err == -EEXIST || err == -ENOENT || err == -EDQUOT)
 		return;
 	if (err == -EAGAIN) {
-		count_add(&header->retries, 1);
+		count_add(COUNTER(header, retries), 1);
 		guest->retry_at_ns = clock_now_ns() + RETRY_AFTER_NS;
 		return;
 	}
@@ -51,10 +52,10 @@ static int map_run(struct guest *guest, uint64_t first, uint64_t nr, uint64_t fa
 	uint64_t mapped;
 	int err = uffd_continue(guest->uffd, account_address(account, first), nr << PAGE_SHIFT, max_skips, &mapped);
 
-	count_add(&account->header->mapped_pages, mapped >> PAGE_SHIFT);
+	count_add(COUNTER(account->header, mapped_pages), mapped >> PAGE_SHIFT);
 	if (err == -ENOENT && nr > 1 && fault_page - first < nr) {
 		err = uffd_continue(guest->uffd, account_address(account, fault_page), PAGE_BYTES, 0, &mapped);
-		count_add(&account->header->mapped_pages, mapped >> PAGE_SHIFT);
+		count_add(COUNTER(account->header, mapped_pages), mapped >> PAGE_SHIFT);
 	}
 	return err;
 }
@@ -159,7 +160,7 @@ int answer_poison(struct guest *guest, uint64_t page)
 	int err = uffd_poison_page(guest->uffd, account_address(account, page), look == PAGE_LOOK_ABSENT);
 	if (!err && bits_set(account->poisoned, page)) {
 		atomic_fetch_add(&guest->image->nr_poisoned, 1);
-		count_add(&account->header->poisoned_pages, 1);
+		count_add(COUNTER(account->header, poisoned_pages), 1);
 	}
 	return err;
 }
@@ -177,6 +178,8 @@ static void answer_loaded(struct load_waiter *waiter, int status)
 
 	pthread_mutex_lock(&guest->answer_lock);
 	if (!guest->stopped) {
+		struct ledger_header *header = guest->account->header;
+
 		/* From here on a new fault on the extent is on its own; one read before is covered by what follows. */
 		bits_clear(guest->waiting, extent);
 		if (status == 0) {
@@ -196,6 +199,7 @@ static void answer_loaded(struct load_waiter *waiter, int status)
 		}
 		/* Whoever waits for another page of the extent, or met an error above, asks again. */
 		uffd_wake(guest->uffd, account_address(guest->account, first), nr_pages << PAGE_SHIFT);
+		count_access(header, miss->minor, status == 0 ? FAULT_LOADED : FAULT_FAILED);
 		account_note_latency(guest->account, LATENCY_MISS, clock_now_ns() - miss->read_ns);
 	}
 	pthread_mutex_unlock(&guest->answer_lock);
@@ -204,13 +208,19 @@ static void answer_loaded(struct load_waiter *waiter, int status)
 }
 
 /* Queues the guest as a waiter for the extent; true if it turned out to be resident meanwhile. */
-static bool want_extent(struct guest *guest, uint64_t extent, uint64_t page, uint64_t read_ns)
+static bool want_extent(struct guest *guest, uint64_t extent, uint64_t page, bool minor, uint64_t read_ns)
 {
+	struct ledger_header *header = guest->account->header;
 	struct miss *miss;
 	int resident;
 
-	if (!bits_set(guest->waiting, extent))
-		return false; /* it waits already, and the answer covers the whole extent */
+	if (!bits_set(guest->waiting, extent)) {
+		/* It waits already, and the answer covers the whole extent.  Should the load fail, this page is asked for
+		 * again, and that fault is counted as failed. */
+		count_add(COUNTER(header, misses), 1);
+		count_access(header, minor, FAULT_LOADED);
+		return false;
+	}
 	miss = malloc(sizeof *miss);
 	if (miss) {
 		*miss = (struct miss){
@@ -218,11 +228,14 @@ static bool want_extent(struct guest *guest, uint64_t extent, uint64_t page, uin
 			.guest = guest,
 			.page = page,
 			.read_ns = read_ns,
+			.minor = minor,
 		};
 		atomic_fetch_add(&guest->nr_users, 1);
 		resident = store_want(guest->image, extent, &miss->waiter);
-		if (resident == 0)
+		if (resident == 0) {
+			count_add(COUNTER(header, misses), 1);
 			return false;
+		}
 		atomic_fetch_sub(&guest->nr_users, 1);
 		free(miss);
 	} else {
@@ -249,8 +262,17 @@ static bool answer_private(struct guest *guest, uint64_t page)
 	return private;
 }
 
-void answer_access(struct guest *guest, uint64_t page, bool write, uint64_t read_ns)
+/* From the resident extent, which is held; 0 or -errno. */
+static int answer_held(struct guest *guest, uint64_t page, bool write, const struct window_plan *plan)
 {
+	int err = write ? write_first(guest, page) : -ENOTSUP;
+
+	return err == -ENOTSUP ? map_window(guest, page, plan, write) : err;
+}
+
+void answer_access(struct guest *guest, uint64_t page, uint64_t flags, uint64_t read_ns)
+{
+	bool minor = flags & UFFD_PAGEFAULT_FLAG_MINOR;
 	struct image *image = guest->image;
 	struct account *account = guest->account;
 	uint64_t extent = page / image->shape.extent_pages;
@@ -267,19 +289,21 @@ void answer_access(struct guest *guest, uint64_t page, bool write, uint64_t read
 	window_plan_fault(&guest->windows, &shape, (const uint64_t *)account->granted, page, &plan);
 	image_touch(image, extent);
 	bool held = extent_hold(&image->states[extent]);
-	count_add(held ? &account->header->hits : &account->header->misses, 1);
 	while (!held) {
-		if (!want_extent(guest, extent, page, read_ns))
+		if (!want_extent(guest, extent, page, minor, read_ns))
 			break;
 		held = extent_hold(&image->states[extent]);
 	}
 	if (held) {
 		point_reach(POINT_FAULT_HELD);
 		account_grant(account, extent);
-		if (!write || !write_first(guest, page))
-			answer_failed(guest, map_window(guest, page, &plan, write));
+		int err = answer_held(guest, page, flags & UFFD_PAGEFAULT_FLAG_WRITE, &plan);
 		extent_release(&image->states[extent]);
-		account_note_latency(account, LATENCY_HIT, clock_now_ns() - read_ns);
+		answer_failed(guest, err);
+		if (!err || err == -EEXIST) {
+			count_access(account->header, minor, FAULT_HIT);
+			account_note_latency(account, LATENCY_HIT, clock_now_ns() - read_ns);
+		}
 	}
 	if (plan.nr_prefetch)
 		store_prefetch(image, plan.prefetch_extent, plan.nr_prefetch);
@@ -305,7 +329,7 @@ void answer_repair(struct image *image, uint64_t extent)
 				continue; /* the next good load tries again */
 			if (bits_clear(account->poisoned, page)) {
 				atomic_fetch_sub(&image->nr_poisoned, 1);
-				count_add(&account->header->repaired_pages, 1);
+				count_add(COUNTER(account->header, repaired_pages), 1);
 			}
 		}
 	pthread_rwlock_unlock(&image->accounts_lock);

@@ -93,11 +93,12 @@ static void handle_message(struct guest *guest, const struct uffd_msg *message, 
 		if (bits_test(guest->account->unmapped, first)) /* it mapped the image there again */
 			bits_clear(guest->account->unmapped, first);
 		if (flags & UFFD_PAGEFAULT_FLAG_WP) {
-			count_add(&header->faults_write, 1);
+			count_add(COUNTER(header, faults_write), 1);
 			answer_write(guest, first, read_ns);
 		} else {
-			count_add(flags & UFFD_PAGEFAULT_FLAG_MINOR ? &header->faults_minor : &header->faults_missing, 1);
-			answer_access(guest, first, flags & UFFD_PAGEFAULT_FLAG_WRITE, read_ns);
+			count_add(flags & UFFD_PAGEFAULT_FLAG_MINOR ? COUNTER(header, faults_minor) : COUNTER(header, faults_missing),
+			          1);
+			answer_access(guest, first, flags, read_ns);
 		}
 		break;
 	}
@@ -174,7 +175,7 @@ static bool retry_due(struct guest *guest, struct timespec **timeout, struct tim
 static void ask_again(struct guest *guest)
 {
 	guest->retry_at_ns = 0;
-	atomic_store(&guest->account->header->stopped_since_ns, 0);
+	account_end_stop(guest->account);
 	uffd_wake(guest->uffd, account_address(guest->account, 0), guest->image->shape.map_bytes);
 }
 

@@ -67,16 +67,17 @@ struct guest {
 
 uint64_t clock_now_ns(void);
 
-/* Answers a missing or minor fault (answer.c) or a write fault (write.c) on page. */
-void answer_access(struct guest *guest, uint64_t page, bool write, uint64_t read_ns);
+/* Answers a missing or minor fault (answer.c; flags are UFFD_PAGEFAULT_FLAG_*) or a write fault (write.c) on page. */
+void answer_access(struct guest *guest, uint64_t page, uint64_t flags, uint64_t read_ns);
 void answer_write(struct guest *guest, uint64_t page, uint64_t read_ns);
-/* Charges and opens the write window of a page that is mapped, or stops the guest at its quota. */
-void answer_open(struct guest *guest, uint64_t page);
+/* Charges and opens the write window of a page that is mapped: 0, -EDQUOT if the guest is at its quota, or another
+ * error that was seen to. */
+int answer_open(struct guest *guest, uint64_t page);
 /* The guest gave pages back (madvise) or unmapped them. */
 void answer_discard(struct guest *guest, uint64_t first, uint64_t nr, bool unmapped);
-/* A first write to a page nobody mapped yet; the extent is held.  Whether the fault is answered; if not, the page is
- * to be mapped and opened. */
-bool write_first(struct guest *guest, uint64_t page);
+/* A first write to a page nobody mapped yet; the extent is held.  0: answered; -ENOTSUP: the page is to be mapped and
+ * opened; -EDQUOT: the guest is at its quota. */
+int write_first(struct guest *guest, uint64_t page);
 /* Under the account's write_lock: SIGBUS for who touches the page, which nobody mapped. */
 int answer_poison(struct guest *guest, uint64_t page);
 /* Maps a part of ahead_*; whether there was anything to do. */

@@ -43,12 +43,9 @@ static uint64_t quota_take(struct account *account, uint64_t nr_wanted)
 
 static void quota_stop(struct guest *guest)
 {
-	struct ledger_header *header = guest->account->header;
-
-	if (atomic_load(&header->stopped_since_ns))
+	if (atomic_load(&guest->account->header->stopped_since_ns))
 		return;
-	atomic_store(&header->stopped_since_ns, clock_now_ns());
-	count_add(&header->quota_stops, 1);
+	account_begin_stop(guest->account);
 	store_raise(guest->image->store->notice_fd);
 }
 
@@ -58,6 +55,7 @@ static void quota_stop(struct guest *guest)
  */
 static void quota_refuse(struct guest *guest)
 {
+	count_add(COUNTER(guest->account->header, write_refused), 1);
 	if (atomic_load(&guest->account->header->policy) == QUOTA_KILL && guest->pidfd >= 0)
 		syscall(SYS_pidfd_send_signal, guest->pidfd, SIGBUS, NULL, 0);
 	quota_stop(guest);
@@ -112,7 +110,7 @@ static void clip_to_granted(const struct guest *guest, uint64_t page, uint64_t *
  * window of which it was not mapped then, or was protected by a settling: it only has to be opened, and so have the
  * charged pages behind it.
  */
-static void answer_write_locked(struct guest *guest, uint64_t page)
+static int answer_write_locked(struct guest *guest, uint64_t page)
 {
 	struct account *account = guest->account;
 	uint64_t first = page, nr = 1;
@@ -131,7 +129,7 @@ static void answer_write_locked(struct guest *guest, uint64_t page)
 			first = page;
 			if (!nr || !charge_range(account, first, nr)) {
 				quota_refuse(guest);
-				return;
+				return -EDQUOT;
 			}
 		}
 	}
@@ -140,15 +138,17 @@ static void answer_write_locked(struct guest *guest, uint64_t page)
 	if (err == -ENOENT && nr > 1) /* the guest unregistered a part of it: the other charges settle */
 		err = open_pages(account, guest->uffd, page, 1);
 	answer_failed(guest, err);
+	return err;
 }
 
-void answer_open(struct guest *guest, uint64_t page)
+int answer_open(struct guest *guest, uint64_t page)
 {
 	struct account *account = guest->account;
 
 	pthread_mutex_lock(&account->write_lock);
-	answer_write_locked(guest, page);
+	int err = answer_write_locked(guest, page);
 	pthread_mutex_unlock(&account->write_lock);
+	return err;
 }
 
 void answer_write(struct guest *guest, uint64_t page, uint64_t read_ns)
@@ -156,8 +156,10 @@ void answer_write(struct guest *guest, uint64_t page, uint64_t read_ns)
 	struct account *account = guest->account;
 
 	image_touch(guest->image, page / guest->image->shape.extent_pages);
-	answer_open(guest, page);
-	account_note_latency(account, LATENCY_WRITE, clock_now_ns() - read_ns);
+	if (answer_open(guest, page) == 0) {
+		count_add(COUNTER(account->header, write_copied), 1);
+		account_note_latency(account, LATENCY_WRITE, clock_now_ns() - read_ns);
+	}
 }
 
 /* Under write_lock: one UFFDIO_COPY from the frame, which the caller's hold keeps where it is. */
@@ -172,7 +174,7 @@ static int copy_page(struct guest *guest, uint64_t page)
 	int err = uffd_copy_page(guest->uffd, account_address(account, page), frame);
 	if (err) {
 		account_uncharge(account, page);
-		count_add(&account->header->uncharged_pages, 1);
+		count_add(COUNTER(account->header, uncharged_pages), 1);
 	}
 	return err;
 }
@@ -181,32 +183,32 @@ static int copy_page(struct guest *guest, uint64_t page)
  * One copy here spares the kernel's second trap.  A run of writes is answered by mapping the window and opening the
  * run, so that one event serves all of it and the kernel does the copying.
  */
-bool write_first(struct guest *guest, uint64_t page)
+int write_first(struct guest *guest, uint64_t page)
 {
 	struct account *account = guest->account;
 	struct window_state before = guest->windows;
 	uint64_t first, nr;
-	int err;
+	int err = -EDQUOT;
 
 	pthread_mutex_lock(&account->write_lock);
 	write_window(guest, page, &first, &nr);
 	if (bits_test(account->private, page) || nr > 1) {
 		guest->windows = before; /* opening asks the same question */
 		pthread_mutex_unlock(&account->write_lock);
-		return false;
+		return -ENOTSUP;
 	}
 	if (quota_take(account, 1) == 0) {
 		bool kill = atomic_load(&account->header->policy) == QUOTA_KILL;
 
 		if (!kill || answer_poison(guest, page) < 0)
 			quota_refuse(guest);
-		pthread_mutex_unlock(&account->write_lock);
-		return true;
+		else
+			count_add(COUNTER(account->header, write_refused), 1);
+	} else {
+		err = copy_page(guest, page);
 	}
-	err = copy_page(guest, page);
 	pthread_mutex_unlock(&account->write_lock);
-	answer_failed(guest, err);
-	return true;
+	return err;
 }
 
 void answer_discard(struct guest *guest, uint64_t first, uint64_t nr, bool unmapped)
@@ -222,7 +224,7 @@ void answer_discard(struct guest *guest, uint64_t first, uint64_t nr, bool unmap
 			bits_set(account->unmapped, page);
 		if (bits_test(account->private, page)) {
 			account_uncharge(account, page);
-			count_add(&header->discarded_pages, 1);
+			count_add(COUNTER(header, discarded_pages), 1);
 		}
 		if (bits_clear(account->poisoned, page))
 			atomic_fetch_sub(&guest->image->nr_poisoned, 1);

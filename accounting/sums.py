@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all accounts of an image come to, in one call to the C core that stops nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from cowshed.accounting.ledger import Account, AccountCounters, AccountStatus, LatencyKind
+from cowshed.cache import Image
+from cowshed.cache._core import ffi, lib
+from cowshed.cache.calls import checked
+
+__all__ = ["AccountSums", "Latency", "read_accounts", "read_latency", "sum_accounts"]
+
+_MORE_ACCOUNTS: Final = 64
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A histogram of durations: counts[i] were below bounds_ns[i] and not below the one before."""
+
+    counts: list[int]
+    sum_ns: int
+
+    @property
+    def count(self) -> int:
+        """All durations noted."""
+        return sum(self.counts)
+
+    def __add__(self, other: Latency) -> Latency:
+        counts = [mine + its for mine, its in zip(self.counts, other.counts, strict=True)]
+        return Latency(counts, self.sum_ns + other.sum_ns)
+
+    def percentile_ns(self, percent: float) -> int:
+        """Give an upper bound, within 25 %, of the duration that percent of all stay below."""
+        wanted = self.count * percent / 100
+        seen = 0
+        for bucket, nr in enumerate(self.counts):
+            seen += nr
+            if nr and seen >= wanted:
+                return int(lib.bucket_bound_ns(bucket))
+        return 0
+
+
+@dataclass(frozen=True)
+class AccountSums:
+    """An image's accounts together. Counters and latencies hold what closed accounts had counted.
+
+    private_pages are charged now. cow_pages are the private copies ever made, ahead of the kernel
+    by charges that were not settled yet. No counter is ever less than at an earlier reading.
+    """
+
+    nr_running: int
+    nr_stopped: int
+    nr_broken: int
+    private_pages: int
+    cow_pages: int
+    counters: AccountCounters
+    latencies: dict[LatencyKind, Latency]
+
+
+def sum_accounts(image: Image) -> AccountSums:
+    """Add up the accounts of an image; about 1 us for each that is open."""
+    sums = ffi.new("struct account_sums *")
+    lib.account_sum(image.cdata, sums)
+    return AccountSums(
+        nr_running=sums.nr_running,
+        nr_stopped=sums.nr_stopped,
+        nr_broken=sums.nr_broken,
+        private_pages=sums.private_pages,
+        cow_pages=sums.cow_pages,
+        counters=AccountCounters.of(sums.counters),
+        latencies={
+            kind: Latency(list(sums.latency[kind]), sums.latency_sum_ns[kind])
+            for kind in LatencyKind
+        },
+    )
+
+
+def read_latency(accounts: Iterable[Account], kind: LatencyKind) -> Latency:
+    """Add up the histograms of several accounts."""
+    counts = ffi.new(f"uint64_t[{lib.LATENCY_BUCKETS}]")
+    sum_ns = ffi.new("uint64_t *")
+    for account in accounts:
+        checked(lib.account_latency(account.cdata, kind, counts, sum_ns), "reading latencies")
+    return Latency(list(counts), sum_ns[0])
+
+
+def read_accounts(image: Image) -> dict[int, AccountStatus]:
+    """Read every open account of an image, by account_no; nobody waits to open or close one."""
+    room = _MORE_ACCOUNTS
+    while True:
+        statuses = ffi.new("struct account_status[]", room)
+        nr = int(lib.account_read_all(image.cdata, statuses, room))
+        if nr <= room:
+            return {
+                status.account_no: status
+                for status in (AccountStatus.of(statuses[no]) for no in range(nr))
+            }
+        room = nr + _MORE_ACCOUNTS
