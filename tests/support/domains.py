@@ -92,7 +92,19 @@ class Daemon:
         return self.log_path.read_text()
 
     def nr_fds(self) -> int:
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        """How many descriptors it has once alone: waits until it has closed its connections."""
+        folder = Path(f"/proc/{self.pid}/fd")
+        links: list[str] = []
+
+        def is_alone() -> bool:
+            links.clear()
+            for fd in folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    links.append(os.readlink(fd))
+            return sum(link.startswith("socket:") for link in links) == 1
+
+        until(is_alone)
+        return len(links)
 
     def nr_threads(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/task"))
