@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What operators ask is answered soon and truly, however hard guests run."""
+
+import random
+import subprocess
+import time
+
+import pytest
+from domains import MakeImage, StartDaemon, command, until
+from swarms import Swarm
+
+MIB = 1 << 20
+# Generous: several test runs may share two CPUs.
+SOON_SECONDS = 5.0
+
+
+@pytest.mark.timeout(120)
+def test_audit_and_status_are_true_and_quick_while_guests_run_hard(
+    make_image: MakeImage, start_daemon: StartDaemon, rng: random.Random
+) -> None:
+    image = make_image(8 * MIB)
+    daemon = start_daemon("--image", f"d={image}", "--capacity", "3M")
+    longest = 0.0
+    with (
+        daemon.connect() as backend,
+        Swarm(daemon.uri, "churn", 6, rng, path=str(image)) as swarm,
+    ):
+        until(lambda: len(daemon.status()["guests"]) == 6)
+        for look in range(400):
+            for op in ("status", "audit"):
+                began = time.monotonic()
+                reply = backend.request(op)
+                longest = max(longest, time.monotonic() - began)
+                assert op == "status" or reply["mismatches"] == []
+            if look % 20 == 0:
+                backend.request("evict", image="d")
+        swarm.end()
+        results = swarm.results()
+    assert [result["wrong"] for result in results] == [0] * 6
+    assert min(result["steps"] for result in results) > 100
+    assert longest < SOON_SECONDS
+    assert daemon.mismatches() == []
+
+
+def test_counts_never_fall_while_guests_come_and_go(
+    make_image: MakeImage, start_daemon: StartDaemon, rng: random.Random
+) -> None:
+    daemon = start_daemon("--image", f"d={make_image(2 * MIB)}", "--capacity", "1M")
+    names = ("hits", "misses", "cow_breaks", "evicted_extents", "loads")
+    before = dict.fromkeys(names, 0)
+    with (
+        daemon.connect() as backend,
+        Swarm(daemon.uri, "rounds", 3, rng, nr_rounds=300) as swarm,
+    ):
+        while swarm.running:
+            status = backend.request("status")["status"]
+            now = {name: status[name] for name in names}
+            assert all(now[name] >= before[name] for name in names), (before, now)
+            before = now
+        swarm.results()
+    assert before["hits"] > 0
+
+
+def test_status_does_not_wait_for_a_warm(make_image: MakeImage, start_daemon: StartDaemon) -> None:
+    image = make_image(MIB, "sparse.raw")
+    with image.open("r+b") as file:
+        file.truncate(1024 * MIB)
+    daemon = start_daemon("--image", f"d={image}", "--capacity", "1G")
+    with daemon.connect() as backend, daemon.connect() as other:
+        replies = backend.stream("warm", image="d")
+        assert "progress" in next(replies)
+        # The loop reads requests in order: the warm is under way when the status is asked for.
+        assert other.request("status")["status"]["resident_bytes"] < 512 * MIB
+        assert "progress" in next(replies)
+        *_, last = replies
+    assert last["loaded_bytes"] > 900 * MIB
+
+
+def test_a_warm_that_nobody_waits_for_ends(
+    make_image: MakeImage, start_daemon: StartDaemon
+) -> None:
+    image = make_image(MIB, "sparse.raw")
+    with image.open("r+b") as file:
+        file.truncate(1024 * MIB)
+    daemon = start_daemon("--image", f"d={image}", "--capacity", "1G")
+    backend = daemon.connect()
+    assert "progress" in next(backend.stream("warm", image="d"))
+    backend.close()
+    seen: list[int] = []
+
+    def is_at_rest() -> bool:
+        seen.append(daemon.status()["resident_bytes"])
+        return len(seen) >= 10 and len(set(seen[-10:])) == 1
+
+    until(is_at_rest)
+    assert 0 < seen[-1] < 900 * MIB
+
+
+def test_a_daemon_ends_in_the_middle_of_a_warm(
+    make_image: MakeImage, start_daemon: StartDaemon
+) -> None:
+    image = make_image(MIB, "sparse.raw")
+    with image.open("r+b") as file:
+        file.truncate(1024 * MIB)
+    daemon = start_daemon("--image", f"d={image}", "--capacity", "1G")
+    words = command("warm", "d", "--run-dir", str(daemon.run_dir))
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as warming:
+        until(lambda: daemon.status()["resident_bytes"] > 0)
+        assert daemon.stop() == 0
+        _, complaint = warming.communicate(timeout=20)
+    assert warming.returncode == 1
+    assert complaint.count("\n") == 1
+    assert "hung up" in complaint or "closed the connection" in complaint
+
+
+def test_totals_are_the_sums_of_the_parts(
+    make_image: MakeImage, start_daemon: StartDaemon, rng: random.Random
+) -> None:
+    first, second = make_image(2 * MIB), make_image(MIB, "second.raw")
+    daemon = start_daemon("--image", f"d={first}", "--image", f"e={second}", "--capacity", "8M")
+    with Swarm(daemon.uri, "hold", 4, rng, path=str(first)) as swarm:
+        assert swarm.results() == [{"wrong": 0}] * 4
+        daemon.request("warm", image="e")
+        status = daemon.status()
+        for name in ("hits", "misses", "cow_breaks"):
+            assert status[name] == sum(guest[name] for guest in status["guests"])
+        assert [image["resident_bytes"] for image in status["images"]] == [2 * MIB, MIB]
+        assert status["resident_bytes"] == 3 * MIB
+        assert status["saved_bytes"] == 3 * 2 * MIB
+        kinds = status["latency_us"]
+        assert kinds["hit"]["count"] + kinds["miss"]["count"] >= 32
+        for figures in kinds.values():
+            ordered = [figures[name] for name in ("p50", "p90", "p99", "max")]
+            assert ordered == sorted(ordered)
