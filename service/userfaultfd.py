@@ -93,7 +93,9 @@ def check_guest_files(pid: int, pidfd: int | None, pagemap_fd: int, mem_fd: int)
         path = f"/proc/{pid}/{name}"
         try:
             sent, own = os.fstat(fd), os.stat(path)
-            if sent.st_dev != own.st_dev:
+            if sent.st_dev != own.st_dev and os.readlink(f"/proc/self/fd/{fd}").endswith(
+                f"/{name}"
+            ):
                 _replace(fd, path)
                 sent = own
         except OSError as error:

@@ -106,6 +106,9 @@ class Daemon:
         until(is_alone)
         return len(links)
 
+    def nr_fds_now(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
     def nr_threads(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/task"))
 

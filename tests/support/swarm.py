@@ -63,9 +63,12 @@ def read_randomly(no: int, rng: random.Random, path: str, nr_reads: int) -> dict
     return {"wrong": wrong}
 
 
-def churn(no: int, rng: random.Random, path: str) -> dict[str, int]:
-    """Read, write and discard without pause until standard input ends; what was wrong."""
-    image = Path(path).read_bytes()
+def churn(no: int, rng: random.Random, path: str, span_bytes: int = 1 << 62) -> dict[str, int]:
+    """Read, write and discard without pause until standard input ends; what was wrong.
+
+    Keeps to the first span_bytes of the image.
+    """
+    image = Path(path).read_bytes()[:span_bytes]
     mine = bytearray(image)
     wrong = steps = 0
     os.set_blocking(0, False)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hostile guests: what one does to its memory costs it its connection at most, and nobody else."""
+
+import contextlib
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from domains import NOBODY, Daemon, Guest, MakeImage, StartDaemon, StartGuest, until
+from siege import MIB, SIZE, guests_are, still_serves
+from swarms import Swarm
+
+pytest_plugins = ["siege"]
+PAGE = 4096
+
+
+def test_a_guest_that_makes_its_userfaultfd_blocking_holds_up_nobody(
+    daemon: Daemon, hostile: Guest, start_guest: StartGuest
+) -> None:
+    for no in range(3):
+        bad = start_guest(daemon.uri, script="hostile_guest.py")
+        bad.call("open", image="d", guest=f"bad{no}")
+        bad.call("block", times=200)
+        assert still_serves(daemon, start_guest)
+        bad.kill()
+    until(lambda: guests_are(daemon))
+
+
+def test_a_guest_that_reads_its_own_events_harms_itself(
+    daemon: Daemon, hostile: Guest, start_guest: StartGuest
+) -> None:
+    hostile.call("open", image="d", guest="bad")
+    assert hostile.call("steal", nr_events=3) >= 0
+    assert still_serves(daemon, start_guest)
+    daemon.request("evict", image="d")
+    hostile.kill()
+    until(lambda: guests_are(daemon))
+
+
+def test_a_guest_that_unregisters_its_range_harms_itself(
+    daemon: Daemon, hostile: Guest, start_guest: StartGuest
+) -> None:
+    hostile.call("open", image="d", guest="bad")
+    hostile.call("hash", offset=0, length=SIZE)
+    hostile.call("unregister")
+    daemon.request("evict", image="d")
+    hostile.call("hash", offset=0, length=SIZE)
+    assert still_serves(daemon, start_guest)
+    hostile.kill()
+    until(lambda: guests_are(daemon))
+
+
+@pytest.mark.parametrize(
+    ("order", "fields"),
+    [
+        ("unmap", {"offset": 0, "length": SIZE}),
+        ("unmap", {"offset": PAGE, "length": 3 * PAGE}),
+        ("move", {"offset": 0, "length": SIZE}),
+        ("move", {"offset": 4 * PAGE, "length": 9 * PAGE}),
+    ],
+)
+def test_a_guest_that_changes_its_mapping_harms_itself(
+    daemon: Daemon,
+    hostile: Guest,
+    start_guest: StartGuest,
+    order: str,
+    fields: dict[str, int],
+) -> None:
+    hostile.call("open", image="d", guest="bad")
+    hostile.call("fill", offset=0, length=MIB, byte=1)
+    hostile.call(order, **fields)
+    daemon.status()
+    daemon.request("evict", image="d")
+    assert still_serves(daemon, start_guest)
+    hostile.kill()
+    until(lambda: guests_are(daemon))
+
+
+def test_a_guest_that_closes_everything_in_the_middle_of_faults_is_detached(
+    daemon: Daemon, hostile: Guest, start_guest: StartGuest
+) -> None:
+    hostile.call("open", image="d", guest="bad")
+    hostile.call("close_all")
+    until(lambda: guests_are(daemon))
+    # It goes on writing, guarded by nobody; what it fills by that is none of the image.
+    assert still_serves(daemon, start_guest)
+    hostile.kill()
+
+
+def test_floods_of_discards_hold_up_nobody(
+    daemon: Daemon, hostile: Guest, start_guest: StartGuest
+) -> None:
+    hostile.call("open", image="d", guest="bad")
+    hostile.start("flood_discards", times=300)
+    assert still_serves(daemon, start_guest)
+    daemon.status()
+    hostile.finish()
+    hostile.kill()
+    until(lambda: guests_are(daemon))
+
+
+def test_uncharged_writes_are_reported_and_harm_nobody(
+    make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest
+) -> None:
+    daemon = start_daemon("--image", f"d={make_image(SIZE)}")
+    bad = start_guest(daemon.uri, script="hostile_guest.py")
+    bad.call("open", image="d", guest="bad", quota_bytes=PAGE)
+    bad.call("hash", offset=0, length=MIB)
+    bad.call("write_uncharged", length=16 * PAGE)
+    mismatches = daemon.mismatches()
+    assert len(mismatches) == 16
+    assert {(one["guest"], one["check"]) for one in mismatches} == {("bad", "private")}
+    assert still_serves(daemon, start_guest)
+    bad.kill()
+    until(lambda: daemon.status()["guests"] == [])
+    assert daemon.mismatches() == []
+
+
+def test_an_audit_of_very_many_mismatches_is_bounded(
+    make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest
+) -> None:
+    image = make_image(MIB, "sparse.raw")
+    with image.open("r+b") as file:
+        file.truncate(256 * MIB)
+    daemon = start_daemon("--image", f"d={image}", "--capacity", "512M")
+    bad = start_guest(daemon.uri, script="hostile_guest.py")
+    bad.call("open", image="d", guest="bad")
+    bad.call("hash", offset=0, length=256 * MIB)
+    bad.call("write_uncharged", length=256 * MIB)
+    assert len(daemon.mismatches()) == 1000
+    assert daemon.stop() == 0
+
+
+def test_frames_can_be_read_and_nothing_else(hostile: Guest) -> None:
+    denied = "PermissionError"
+    errors = hostile.call("tamper")
+    assert errors[0] == errors[4] == errors[5] == errors[6] == denied
+    assert "none" not in errors
+
+
+@pytest.mark.parametrize("nr_busy", [0, 3])
+def test_holes_read_without_a_guard_are_emptied_again(
+    daemon: Daemon, start_guest: StartGuest, rng: random.Random, nr_busy: int
+) -> None:
+    """They are frames beyond the capacity; also while others keep the evictor busy."""
+    half = SIZE // 2
+    image = str(daemon.run_dir / "image.raw")
+    frames = os.open(daemon.frames_path(), os.O_RDONLY)
+
+    def is_filled() -> bool:
+        with contextlib.suppress(OSError):
+            return os.lseek(frames, half, os.SEEK_DATA) >= half
+        return False
+
+    with Swarm(daemon.uri, "churn", nr_busy, rng, path=image, span_bytes=half) as swarm:
+        until(lambda: len(daemon.status()["guests"]) == nr_busy)
+        bad = start_guest(daemon.uri, script="hostile_guest.py")
+        bad.call("read_holes", length=SIZE)
+        until(lambda: not is_filled())
+        swarm.end()
+        assert [result["wrong"] for result in swarm.results()] == [0] * nr_busy
+    os.close(frames)
+    assert "emptied" in daemon.log()
+    assert daemon.mismatches() == []
+    assert still_serves(daemon, start_guest)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it floods as nobody")
+@pytest.mark.timeout(90)
+def test_a_flood_of_connections_locks_nobody_out(
+    run_dir: Path, make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest
+) -> None:
+    few_files = ["prlimit", "--nofile=2000:2000"]
+    daemon = start_daemon("--image", f"d={make_image(SIZE)}", before=few_files)
+    before = daemon.resident_set_bytes()
+    floods = [start_guest(daemon.uri, NOBODY - no, script="hostile_guest.py") for no in range(3)]
+    let_in = [flood.call("flood_connections", nr_connections=900) for flood in floods]
+    assert 50 < let_in[0] < 900
+    assert daemon.resident_set_bytes() < before + 16 * MIB
+    # Operators and root's guests come in all the same; a second user did too.
+    assert let_in[1] > 0
+    assert daemon.status()["guests"] == []
+    assert still_serves(daemon, start_guest)
+    assert "turning connections away" in daemon.log()
+    assert daemon.log().count("turning connections away") < 20
+    for flood in floods:
+        flood.kill()
+    stranger = start_guest(daemon.uri, NOBODY)
+    until(lambda: comes_in(stranger))
+    assert daemon.stop() == 0
+
+
+def comes_in(guest: Guest) -> bool:
+    try:
+        guest.call("open", image="d", guest="stranger")
+    except AssertionError:
+        return False
+    return True
+
+
+def test_a_stopped_guest_holds_up_nobody(
+    daemon: Daemon, hostile: Guest, start_guest: StartGuest
+) -> None:
+    hostile.call("open", image="d", guest="bad")
+    hostile.call("touch_all")
+    os.kill(hostile.pid, signal.SIGSTOP)
+    assert still_serves(daemon, start_guest)
+    assert daemon.status()["pid"] == daemon.pid
+    hostile.kill()
+    until(lambda: guests_are(daemon))
