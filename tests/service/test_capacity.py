@@ -150,7 +150,7 @@ def test_a_working_set_of_another_image_is_not_replayed(
     wait_for_digest(daemon)
     daemon.request("warm", image="d")
     assert filled_extents(daemon) == [0, 1]
-    assert [line for line in daemon.log().splitlines() if "WARNING: image d: " in line]
+    assert "event=working-set-unusable image=d " in daemon.log()
 
 
 def test_a_state_dir_that_cannot_be_written_costs_only_the_working_set(
@@ -163,6 +163,6 @@ def test_a_state_dir_that_cannot_be_written_costs_only_the_working_set(
     guest.call("open", image="d")
     guest.call("read", offset=0, length=1)
     assert daemon.stop() == 0
-    (line,) = [line for line in daemon.log().splitlines() if "working set" in line]
-    assert "image d: working set not saved" in line
+    (line,) = [line for line in daemon.log().splitlines() if "event=working-set-unsaved" in line]
+    assert "image=d" in line
     assert str(run_dir / "state") in line

@@ -17,7 +17,6 @@ from cowshed.cache._core import ffi, lib
 from cowshed.transport import Connection
 from cowshed.transport.exchange import ask, ask_for_fds, close_all, greet
 
-pytest_plugins = ["siege"]
 PAGE = 4096
 
 
