@@ -115,6 +115,7 @@ struct image {
 	struct account_past *past; /* IMAGE_PAST_WORDS of accounting's, under accounts_lock */
 
 	struct load_waiter **waiters; /* by extent, under the store's lock */
+	uint32_t nr_loaders;          /* who have a load of it in hand, answering included; under the store's lock */
 
 	pthread_rwlock_t accounts_lock; /* taken before an account's write_lock, and that before the store's */
 	struct account *accounts;

@@ -199,6 +199,7 @@ static void run_end(struct store *store, struct image *image, uint64_t first, ui
 		pthread_cond_broadcast(&store->work);
 	}
 	pthread_mutex_unlock(&store->lock);
+	point_reach(POINT_LOAD_ANSWER);
 
 	for (uint64_t i = 0; i < nr; i++) {
 		void (*mend)(struct image *, uint64_t) = atomic_load(&image->repair);
@@ -292,6 +293,7 @@ void *loader_main(void *arg)
 		store->reserved_extents += nr;
 		store->loading_extents += nr;
 		store->nr_prefetching += prefetch;
+		image->nr_loaders++;
 		if (room - nr < store->low_free)
 			store_raise(store->pressure_fd);
 		pthread_mutex_unlock(&store->lock);
@@ -300,6 +302,7 @@ void *loader_main(void *arg)
 
 		pthread_mutex_lock(&store->lock);
 		store->nr_prefetching -= prefetch;
+		image->nr_loaders--;
 		pthread_cond_broadcast(&store->loaded);
 	}
 	pthread_mutex_unlock(&store->lock);

@@ -15,6 +15,7 @@ enum point {
 	POINT_LOAD_READ,        /* a loader is about to read the source; an error is the source's */
 	POINT_LOAD_FILL,        /* read; about to write the frames; an error is the memfd's */
 	POINT_LOAD_PUBLISH,     /* frames written; extents still LOADING */
+	POINT_LOAD_ANSWER,      /* extents published; nobody who waited is answered yet */
 	POINT_EVICT_PUNCH,      /* extents EVICTING; frames still mapped */
 	POINT_EVICT_REVOKE,     /* frames gone; grants not yet revoked */
 	POINT_FAULT_READ,       /* events read, none answered */

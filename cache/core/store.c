@@ -206,7 +206,8 @@ void store_remove_image(struct store *store, struct image *image)
 	pthread_mutex_lock(&store->lock);
 	queue_purge(store, &store->demand, image);
 	queue_purge(store, &store->prefetch, image);
-	while (next_in_state(image, 0, EXTENT_LOADING) < image->shape.nr_extents)
+	/* A loader is not done with the image when its extents are published: it answers, and releases them. */
+	while (image->nr_loaders || next_in_state(image, 0, EXTENT_LOADING) < image->shape.nr_extents)
 		pthread_cond_wait(&store->loaded, &store->lock);
 	for (uint64_t e = 0; e < image->shape.nr_extents; e++)
 		if (atomic_exchange(&image->pins[e], 0))

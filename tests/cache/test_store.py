@@ -181,6 +181,22 @@ def test_the_end_of_an_image_waits_for_its_loads(stage: Stage) -> None:
     assert stage.store.counters().reserved_extents == 0
 
 
+def test_the_end_of_an_image_waits_for_loaders_that_have_published_and_not_answered(
+    stage: Stage,
+) -> None:
+    stop_at(lib.POINT_LOAD_ANSWER)
+    stage.image.prefetch(0, 1)
+    wait_at(lib.POINT_LOAD_ANSWER)
+    assert stage.state(0) is RESIDENT
+    with ThreadPoolExecutor() as pool:
+        closing = pool.submit(stage.store.close_image, stage.image)
+        with pytest.raises(TimeoutError):
+            closing.result(0.1)
+        let_go(lib.POINT_LOAD_ANSWER)
+        closing.result(20)
+    assert stage.store.counters().reserved_extents == 0
+
+
 def test_what_became_resident_is_told_once_in_order(stage: Stage) -> None:
     for extent in (5, 0, 3):
         stage.load(extent, 1)
