@@ -4,7 +4,7 @@
 import contextlib
 import os
 
-from stage import PAGE, Stage, content, private_pages, write_faults
+from stage import PAGE, Stage, content, private_pages, until, write_faults
 
 from cowshed.cache._core import lib
 
@@ -93,7 +93,7 @@ def test_a_poisoned_page_is_not_private(stage: Stage) -> None:
     ticket = guest.start("read", offset=40 * PAGE, length=1)
     with contextlib.suppress(OSError):
         guest.finish(ticket)
-    assert guest.account.status().counters.poisoned_pages == 1
+    until(lambda: guest.account.status().counters.poisoned_pages == 1, "the poison is counted")
     assert stage.looks(guest, 40) == bytes([ABSENT])
     assert private_pages(guest) == 0
 

@@ -143,7 +143,7 @@ def test_trap_13_a_good_load_repairs_what_a_bad_one_poisoned(stage: Stage) -> No
     with pytest.raises(OSError, match="Input/output error"):
         guest.read(5)
     let_go(lib.POINT_LOAD_READ)
-    assert guest.account.status().counters.poisoned_pages == 1
+    until(lambda: guest.account.status().counters.poisoned_pages == 1, "the poison is counted")
     stage.load(0, 1)
     until(lambda: guest.account.status().counters.repaired_pages, "the page is repaired")
     assert guest.read(5) == content(5)
