@@ -11,6 +11,9 @@ C_HEADERS := $(wildcard $(addsuffix /*.h,$(CORES)))
 CORE := cache/_core.abi3.so
 PIP := $(BIN)/pip install -qq --disable-pip-version-check
 
+# tools/bootstrap.sh puts it there if the system has none.
+PROMTOOL := PATH="$(BIN):$$PATH" promtool
+
 # Warnings are errors for us, here and in `make check`, and not for people with other compilers.
 C_CHECK := gcc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -I. -c -o /dev/null
 
@@ -22,7 +25,7 @@ SANITIZER_LIBRARY = $(shell gcc -print-file-name=lib$(if $(filter thread,$(SANIT
 
 export PYTHON
 
-.PHONY: help setup demo test check format bench sanitize wheel clean links
+.PHONY: help setup demo test check dashboards format bench sanitize wheel clean links
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -49,11 +52,15 @@ demo: setup ## a short tour on real images
 test: setup ## every test
 	@$(BIN)/pytest -q --durations=10 $(TESTS)
 
-check: setup links ## lint, types, import contract, C warnings
+check: setup links ## lint, types, import contract, C warnings, dashboards and rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(addprefix -p cowshed.,$(PACKAGES))
+	$(BIN)/mypy $(addprefix -p cowshed.,$(PACKAGES)) -p dashboards
 	$(BIN)/lint-imports --no-logo --cache-dir build/import-linter
+	$(BIN)/python -m dashboards.build --check
+	@$(PROMTOOL) check config dashboards/prometheus.yml >/dev/null
+	@$(PROMTOOL) test rules tests/dashboards/rules/*.yaml >/dev/null
+	@echo "check: dashboards are up to date, rules are valid and do what their tests say"
 	@set -e; for file in $(C_SOURCES); do $(C_CHECK) $$file; done
 	@set -e; for file in $(C_HEADERS); do $(C_CHECK) -x c -include $$file /dev/null; done
 	@echo "check: $(words $(C_SOURCES)) C sources and $(words $(C_HEADERS)) headers compile without warnings"
@@ -62,6 +69,9 @@ check: setup links ## lint, types, import contract, C warnings
 links:
 	@mkdir -p build/dev/cowshed
 	@for package in $(PACKAGES); do ln -sfn ../../../$$package build/dev/cowshed/$$package; done
+
+dashboards: setup ## write dashboards/generated/ from dashboards/*.py
+	@$(BIN)/python -m dashboards.build
 
 format: setup ## lay out the Python code
 	@$(BIN)/ruff check -q --fix-only .

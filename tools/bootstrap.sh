@@ -37,7 +37,29 @@ done
 # shellcheck disable=SC2086 # a list of package names
 [ -z "$missing" ] || apt_install $missing
 
-[ ! -x "$venv/bin/python" ] || exit 0
+# Prometheus, for the dashboards' and rules' tests. Not installed, since the package starts a server
+# for the whole machine; its two programs need nothing but libc.
+add_prometheus() {
+    command -v prometheus >/dev/null && command -v promtool >/dev/null && return
+    [ ! -x "$venv/bin/promtool" ] || return 0
+    echo "setup: fetching prometheus"
+    download=$(mktemp -d)
+    (
+        cd "$download"
+        if ! apt-get -qq -o APT::Sandbox::User=root download prometheus 2>/dev/null; then
+            [ "$(id -u)" != 0 ] || apt-get -qq update
+            apt-get -qq -o APT::Sandbox::User=root download prometheus
+        fi
+        dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/prometheus ./usr/bin/promtool
+    ) || fail "cannot fetch prometheus; install it with this system's package manager"
+    mv "$download/usr/bin/prometheus" "$download/usr/bin/promtool" "$venv/bin/"
+    rm -r "$download"
+}
+
+if [ -x "$venv/bin/python" ]; then
+    add_prometheus
+    exit 0
+fi
 
 new_enough='import sys; sys.exit(sys.version_info < (3, 11))'
 python=
@@ -60,3 +82,4 @@ if ! "$python" -c "$can_build" 2>/dev/null; then
     esac
 fi
 "$python" -m venv "$venv" || fail "cannot make $venv; remove it and try again"
+add_prometheus

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drain: how far a drain is, what holds it up, when it will be done, and whether guests feel it."""
+
+from typing import Final
+
+from grafana_foundation_sdk.builders import dashboard
+
+from dashboards.boards import Row, assemble
+from dashboards.panels import figure, graph, state
+from dashboards.queries import BACKEND, hit_rate, per_second, quantile, total
+
+__all__ = ["board"]
+
+_PROGRESS: Final = f"cowshed_drain_progress_ratio{{{BACKEND}}}"
+_DRAINING: Final = f'(cowshed_drain_state{{{BACKEND}, state="draining"}} == 1)'
+# What is left by how fast it shrinks: +Inf for a drain that stands still; 0 without a drain.
+_LEFT: Final = (
+    f"((1 - {_PROGRESS}) / clamp_min(deriv(cowshed_drain_progress_ratio{{{BACKEND}}}[5m]), 0) "
+    f"and on (job, instance) {_DRAINING}) or (0 * {_PROGRESS})"
+)
+_STATES: Final = {"none": "blue", "draining": "yellow", "done": "green", "failed": "red"}
+
+_STATE: Final = Row(
+    "How far is the drain?",
+    [
+        state(
+            "State",
+            "none: no drain since the start; draining; done: everything was handed over; failed: "
+            "it ended without, and the backend serves on.",
+            f"max by (state, instance) (cowshed_drain_state{{{BACKEND}}} == 1)",
+            _STATES,
+            span=6,
+        ),
+        figure(
+            "Handed over",
+            "Share of the state that the other side has.",
+            "percentunit",
+            f"min({_PROGRESS})",
+            span=6,
+        ),
+        figure(
+            "Time left",
+            "At the speed of the last five minutes. Endless: it stands still. 0: nothing is "
+            "drained.",
+            "s",
+            f"max({_LEFT})",
+            span=6,
+        ),
+        figure(
+            "Blockers",
+            "What keeps the drain from ending; cowshed status names them.",
+            "short",
+            total("cowshed_drain_blockers", BACKEND),
+            span=6,
+            warn=1,
+        ),
+        graph(
+            "Handed over, over time",
+            "A flat line below 100 % is a drain that is stuck.",
+            "percentunit",
+            {"{{instance}}": f"max by (instance) ({_PROGRESS})"},
+            most=1,
+        ),
+        graph(
+            "Time left, over time",
+            "Should fall by a second each second.",
+            "s",
+            {"{{instance}}": f"max by (instance) ({_LEFT})"},
+        ),
+    ],
+)
+
+_BLOCKERS: Final = Row(
+    "What holds it up?",
+    [
+        graph(
+            "Blockers over time",
+            "What keeps the drain from ending.",
+            "short",
+            {"{{instance}}": total("cowshed_drain_blockers", BACKEND, "instance")},
+            span=8,
+        ),
+        graph(
+            "Guests",
+            "A guest that is stopped at its quota stays so while it moves.",
+            "short",
+            {"{{state}}": total("cowshed_guests", BACKEND, "state")},
+            span=8,
+            stacked=True,
+        ),
+        graph(
+            "Pins and waiting loads",
+            "Loads under way are finished before an image can go.",
+            "short",
+            {
+                "queued loads": total("cowshed_queued_loads", BACKEND),
+                "waiting loaders": total("cowshed_waiting_loaders", BACKEND),
+            },
+            span=8,
+        ),
+    ],
+)
+
+_LEFT_OVER: Final = Row(
+    "What is there to hand over?",
+    [
+        graph(
+            "Private bytes to move",
+            "Only guests' own copies must travel; image bytes can be loaded again from the source.",
+            "bytes",
+            {"{{image}}": total("cowshed_private_bytes", BACKEND, "image")},
+            stacked=True,
+        ),
+        graph(
+            "Shared bytes in use",
+            "Resident image bytes, and the working set that the other side should have warm.",
+            "bytes",
+            {
+                "resident": total("cowshed_resident_bytes", BACKEND),
+                "working set": total("cowshed_working_set_bytes", BACKEND),
+            },
+        ),
+    ],
+)
+
+_PAIN: Final = Row(
+    "Do guests feel it?",
+    [
+        graph(
+            "Faults, 99 of 100",
+            "How long faults take, by kind.",
+            "s",
+            {"{{kind}}": quantile(0.99, BACKEND)},
+            span=8,
+        ),
+        graph(
+            "Hit rate while draining",
+            "Share of page faults answered from memory.",
+            "percentunit",
+            {"{{instance}}": hit_rate(BACKEND, "instance")},
+            span=8,
+            most=1,
+        ),
+        graph(
+            "Guests that come, and errors",
+            "A backend that drains admits nobody new.",
+            "ops",
+            {
+                "attached": per_second("cowshed_guest_attaches_total", BACKEND),
+                "load errors": per_second("cowshed_load_errors_total", BACKEND),
+                "dropped connections": per_second("cowshed_connections_dropped_total", BACKEND),
+            },
+            span=8,
+        ),
+    ],
+)
+
+
+def board() -> dashboard.Dashboard:
+    """Build the dashboard."""
+    about = (
+        "How far a drain is, what holds it up, when it will be done, and whether guests feel it."
+    )
+    return assemble("Drain", about, [_STATE, _BLOCKERS, _LEFT_OVER, _PAIN])

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image: hit rate, working set, eviction, source and writes of the images chosen."""
+
+from typing import Final
+
+from grafana_foundation_sdk.builders import dashboard
+
+from dashboards.boards import Row, assemble, variable
+from dashboards.panels import Column, bars, graph, listing
+from dashboards.queries import IMAGE, hit_rate, per_second, quotient, total
+
+__all__ = ["board"]
+
+_SERVED: Final = Row(
+    "How well is the image served?",
+    [
+        graph(
+            "Hit rate by image",
+            "Share of page faults answered from memory, without a read of the source.",
+            "percentunit",
+            {"{{image}} {{instance}}": hit_rate(IMAGE, "image, instance")},
+            span=8,
+            most=1,
+        ),
+        graph(
+            "Faults by kind",
+            "missing: nothing was mapped; minor: it was in memory but not mapped; write: the "
+            "first write to a shared page.",
+            "ops",
+            {"{{kind}}": per_second("cowshed_faults_total", IMAGE, "kind")},
+            span=8,
+        ),
+        graph(
+            "Faults by outcome",
+            "hit: from memory; loaded: after a read of the source; failed: an I/O error for the "
+            "guest; copied: a private page; refused: at the quota.",
+            "ops",
+            {"{{outcome}}": per_second("cowshed_faults_total", IMAGE, "outcome")},
+            span=8,
+            stacked=True,
+        ),
+        graph(
+            "Pages mapped for each fault",
+            "One fault maps a window of pages; the more, the fewer faults there are.",
+            "short",
+            {
+                "{{image}} {{instance}}": quotient(
+                    per_second("cowshed_mapped_pages_total", IMAGE, "image, instance"),
+                    per_second("cowshed_requests_total", IMAGE, "image, instance"),
+                )
+            },
+        ),
+        graph(
+            "Faults asked again",
+            "Answers that had to be tried again because the guest's memory was changing, and "
+            "faults outside any image (strays). Neither is an error as such.",
+            "ops",
+            {
+                "tried again": per_second("cowshed_retries_total", IMAGE),
+                "strays": per_second("cowshed_strays_total", IMAGE),
+            },
+        ),
+    ],
+)
+
+_MEMORY: Final = Row(
+    "How much of it is in memory, and how widely is it shared?",
+    [
+        graph(
+            "In memory",
+            "The working set is every extent that was ever asked for since the start; resident is "
+            "what is in memory now.",
+            "bytes",
+            {
+                "size": total("cowshed_image_size_bytes", IMAGE),
+                "working set": total("cowshed_working_set_bytes", IMAGE),
+                "resident": total("cowshed_resident_bytes", IMAGE),
+                "pinned": total("cowshed_pinned_bytes", IMAGE),
+            },
+        ),
+        bars(
+            "Working set that is resident",
+            "If this is low and the hit rate too, the capacity is too small for what guests use, "
+            "or the image was not warmed.",
+            "percentunit",
+            quotient(
+                total("cowshed_working_set_resident_bytes", IMAGE, "image, instance"),
+                total("cowshed_working_set_bytes", IMAGE, "image, instance"),
+            ),
+            "{{image}} {{instance}}",
+            most=1,
+        ),
+        graph(
+            "Resident extents by number of guests",
+            "How many guests each resident extent is granted to. Extents that nobody is granted "
+            "are the first to be evicted.",
+            "short",
+            {"{{refs}} guests": total("cowshed_extents", IMAGE, "refs")},
+            stacked=True,
+        ),
+        graph(
+            "Granted, saved and private",
+            "Granted counts each guest's share; saved is what sharing spares; private are copies "
+            "made by writing.",
+            "bytes",
+            {
+                "granted": total("cowshed_granted_bytes", IMAGE),
+                "saved": total("cowshed_saved_bytes", IMAGE),
+                "private": total("cowshed_private_bytes", IMAGE),
+            },
+        ),
+    ],
+)
+
+_EVICTION: Final = Row(
+    "Is it evicted too early?",
+    [
+        graph(
+            "Evicted extents",
+            "pressure: another extent needed the room; request: somebody ran cowshed evict.",
+            "ops",
+            {"{{reason}}": per_second("cowshed_evictions_total", IMAGE, "reason")},
+            span=8,
+        ),
+        graph(
+            "Loaded extents",
+            "demand: a guest waited for it; prefetch: read ahead, or warmed.",
+            "ops",
+            {"{{reason}}": per_second("cowshed_loads_total", IMAGE, "reason")},
+            span=8,
+        ),
+        graph(
+            "Loads of what was just evicted",
+            "Share of loads that bring back an extent which eviction remembers. High for long is "
+            "thrashing: the capacity is too small.",
+            "percentunit",
+            {
+                "{{image}} {{instance}}": quotient(
+                    per_second("cowshed_reloads_total", IMAGE, "image, instance"),
+                    per_second("cowshed_loads_total", IMAGE, "image, instance"),
+                )
+            },
+            span=8,
+            most=1,
+        ),
+    ],
+)
+
+_SOURCE: Final = Row(
+    "Is its source well?",
+    [
+        graph(
+            "Read from the source",
+            "Bytes per second, by kind of source.",
+            "Bps",
+            {"{{source}}": per_second("cowshed_load_bytes_total", IMAGE, "source")},
+            span=8,
+        ),
+        graph(
+            "Failed reads",
+            "Tried again: a read failed and was repeated. Failed: all tries failed.",
+            "ops",
+            {
+                "tried again": per_second("cowshed_load_retries_total", IMAGE),
+                "failed: {{source}}": per_second("cowshed_load_errors_total", IMAGE, "source"),
+            },
+            span=8,
+        ),
+        graph(
+            "Pages that give I/O errors",
+            "Pages poisoned because their load failed, and pages repaired by a later load that "
+            "worked.",
+            "ops",
+            {
+                "poisoned": per_second("cowshed_poisoned_pages_total", IMAGE),
+                "repaired": per_second("cowshed_repaired_pages_total", IMAGE),
+            },
+            span=8,
+        ),
+        listing(
+            "Sources",
+            "Where each image comes from, and whether that was changed while it was served.",
+            [
+                Column(
+                    "Changed (1: yes)",
+                    f"max by (image, instance) (cowshed_source_changed{{{IMAGE}}})",
+                    "short",
+                ),
+                Column(
+                    "Size", total("cowshed_image_size_bytes", IMAGE, "image, instance"), "bytes"
+                ),
+                Column(
+                    "Served",
+                    f"max by (image, instance, source, digest) (cowshed_image_info{{{IMAGE}}})",
+                    "short",
+                ),
+            ],
+        ),
+    ],
+)
+
+_WRITES: Final = Row(
+    "What do writes cost?",
+    [
+        graph(
+            "Private pages",
+            "Pages copied for a guest that wrote, and pages that guests gave back.",
+            "ops",
+            {
+                "copied": per_second("cowshed_cow_pages_total", IMAGE),
+                "discarded": per_second("cowshed_discarded_pages_total", IMAGE),
+            },
+        ),
+        graph(
+            "Writes that met a quota",
+            "How often a guest was stopped at its quota, per second.",
+            "ops",
+            {
+                "{{image}} {{instance}}": per_second(
+                    "cowshed_quota_stops_total", IMAGE, "image, instance"
+                )
+            },
+        ),
+    ],
+)
+
+
+def board() -> dashboard.Dashboard:
+    """Build the dashboard."""
+    about = "Hit rate, working set, eviction, source and writes of each image."
+    scope = 'cowshed_image_info{job=~"$job", instance=~"$instance"}'
+    return assemble(
+        "Image",
+        about,
+        [_SERVED, _MEMORY, _EVICTION, _SOURCE, _WRITES],
+        [variable("image", "Image", scope)],
+    )

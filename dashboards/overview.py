@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Overview: is the cache healthy, what does it save, who uses it, is there room."""
+
+from typing import Final
+
+from grafana_foundation_sdk.builders import dashboard
+
+from dashboards.boards import Row, assemble
+from dashboards.panels import Column, figure, graph, listing
+from dashboards.queries import (
+    BACKEND,
+    BACKEND_OR_NONE,
+    added,
+    counted,
+    hit_rate,
+    per_second,
+    quantile,
+    quotient,
+    total,
+    zero_if_none,
+)
+
+__all__ = ["board"]
+
+_ALERTS: Final = f'ALERTS{{alertname=~"Cowshed.+", {BACKEND_OR_NONE}}}'
+_FIRING: Final = f'ALERTS{{alertname=~"Cowshed.+", alertstate="firing", {BACKEND_OR_NONE}}}'
+_IMAGE_URL: Final = (
+    "/d/cowshed-image?var-datasource=${datasource}&var-image=${__value.raw}&${__url_time_range}"
+)
+
+_HEALTH: Final = Row(
+    "Is anything wrong right now?",
+    [
+        figure(
+            "Backends down",
+            "Backends that Prometheus cannot scrape. Their guests go on with what is mapped and "
+            "wait at their next fault.",
+            "short",
+            zero_if_none(f"count(up{{{BACKEND}}} == 0)"),
+            bad=1,
+        ),
+        figure(
+            "Alerts firing",
+            "Alerts of cowshed's rules that fire now; the table below says which. Each has a page "
+            "in docs/runbooks.",
+            "short",
+            zero_if_none(f"count({_FIRING})"),
+            bad=1,
+        ),
+        figure(
+            "Guests stopped at their quota",
+            "Guests whose write waits until somebody raises their quota: cowshed quota GUEST SIZE.",
+            "short",
+            total("cowshed_guests", BACKEND, where='state="stopped-quota"'),
+            warn=1,
+        ),
+        figure(
+            "Audit mismatches",
+            "Differences between the ledger and the kernel that the last audit found. Expected: "
+            "none, ever.",
+            "short",
+            total("cowshed_audit_mismatches", BACKEND),
+            bad=1,
+        ),
+        figure(
+            "Load errors",
+            "Reads of sources that failed for good in the time shown; the guests that asked got "
+            "I/O errors.",
+            "short",
+            counted("cowshed_load_errors_total", BACKEND),
+            bad=1,
+        ),
+        figure(
+            "Sources changed",
+            "Images whose source was modified while it was served. What is loaded from now on may "
+            "not fit what is resident.",
+            "short",
+            total("cowshed_source_changed", BACKEND),
+            bad=1,
+        ),
+        listing(
+            "Alerts",
+            "Alerts that fire, or will if what they see lasts (pending).",
+            [Column("Is so", _ALERTS, "short")],
+            hide=["__name__", "job"],
+        ),
+    ],
+)
+
+_WORKING: Final = Row(
+    "Is the cache working?",
+    [
+        graph(
+            "Hit rate",
+            "Share of page faults answered from memory, without a read of the source. A page that "
+            "is mapped faults no more and is not counted.",
+            "percentunit",
+            {"{{instance}}": hit_rate(BACKEND, "instance")},
+            most=1,
+        ),
+        graph(
+            "How long faults take, 99 of 100",
+            "Time from reading the fault to its answer: pages that were resident (hit), pages "
+            "that had to be loaded (miss), and writes.",
+            "s",
+            {"{{kind}} {{instance}}": quantile(0.99, BACKEND, "kind, instance")},
+        ),
+        graph(
+            "Page faults",
+            "Faults that asked for a page, per second, and those that had to wait for a load.",
+            "ops",
+            {
+                "asked for": per_second("cowshed_requests_total", BACKEND),
+                "answered from memory": per_second("cowshed_hits_total", BACKEND),
+            },
+        ),
+        graph(
+            "Read from sources",
+            "Bytes per second that images were loaded with.",
+            "Bps",
+            {"{{instance}}": per_second("cowshed_load_bytes_total", BACKEND, "instance")},
+        ),
+    ],
+)
+
+_SAVES: Final = Row(
+    "What does it save?",
+    [
+        figure(
+            "Saved by sharing",
+            "What the guests' mappings would take if each had frames of its own, less what they "
+            "take.",
+            "bytes",
+            total("cowshed_saved_bytes", BACKEND),
+        ),
+        figure(
+            "Resident",
+            "Image bytes in memory, once for all guests.",
+            "bytes",
+            total("cowshed_resident_bytes", BACKEND),
+        ),
+        figure(
+            "Private",
+            "Copies that guests made by writing; charged to their quotas.",
+            "bytes",
+            total("cowshed_private_bytes", BACKEND),
+        ),
+        figure(
+            "Mappings of each resident byte",
+            "How often a resident byte is granted to a guest, on average.",
+            "short",
+            quotient(
+                total("cowshed_granted_bytes", BACKEND), total("cowshed_resident_bytes", BACKEND)
+            ),
+        ),
+        figure(
+            "Guests",
+            "Guests attached now.",
+            "short",
+            total("cowshed_guests", BACKEND),
+        ),
+        figure(
+            "Not read again",
+            "Page faults in the time shown that cost no read of a source.",
+            "short",
+            counted("cowshed_hits_total", BACKEND),
+        ),
+        graph(
+            "Memory with sharing and without",
+            "Without: every guest with frames of its own for what it is granted, and its private "
+            "copies. With: what is resident, and the private copies.",
+            "bytes",
+            {
+                "without sharing": added(
+                    total("cowshed_granted_bytes", BACKEND),
+                    total("cowshed_private_bytes", BACKEND),
+                ),
+                "with sharing": added(
+                    total("cowshed_resident_bytes", BACKEND),
+                    total("cowshed_private_bytes", BACKEND),
+                ),
+            },
+        ),
+        graph(
+            "Saved by image",
+            "The same difference, image by image.",
+            "bytes",
+            {"{{image}} {{instance}}": total("cowshed_saved_bytes", BACKEND, "image, instance")},
+            stacked=True,
+        ),
+    ],
+)
+
+_USERS: Final = Row(
+    "Who is using it?",
+    [
+        listing(
+            "Images",
+            "One line an image and backend; its name leads to its dashboard.",
+            [
+                Column("Guests", total("cowshed_guests", BACKEND, "image, instance"), "short"),
+                Column(
+                    "Faults",
+                    per_second("cowshed_requests_total", BACKEND, "image, instance"),
+                    "ops",
+                ),
+                Column("Hit rate", hit_rate(BACKEND, "image, instance"), "percentunit"),
+                Column(
+                    "Resident", total("cowshed_resident_bytes", BACKEND, "image, instance"), "bytes"
+                ),
+                Column("Saved", total("cowshed_saved_bytes", BACKEND, "image, instance"), "bytes"),
+                Column(
+                    "Private", total("cowshed_private_bytes", BACKEND, "image, instance"), "bytes"
+                ),
+            ],
+            link=("image", "Show this image", _IMAGE_URL),
+        ),
+        graph(
+            "Guests by state",
+            "running; stopped-quota: a write waits for a larger quota; detached: its memory can no "
+            "longer be served.",
+            "short",
+            {"{{state}}": total("cowshed_guests", BACKEND, "state")},
+            stacked=True,
+        ),
+        graph(
+            "Guests that come, and connections that are refused",
+            "Attaches per second, and connections the backend dropped, by reason.",
+            "ops",
+            {
+                "attached": per_second("cowshed_guest_attaches_total", BACKEND),
+                "dropped: {{reason}}": per_second(
+                    "cowshed_connections_dropped_total", BACKEND, "reason"
+                ),
+            },
+        ),
+    ],
+)
+
+_ROOM: Final = Row(
+    "Is there room?",
+    [
+        graph(
+            "Capacity",
+            "Reserved is what is loaded or being loaded; it never exceeds the capacity. Pinned "
+            "may not be evicted, and can grow to the most that pins may take.",
+            "bytes",
+            {
+                "capacity": total("cowshed_capacity_bytes", BACKEND),
+                "reserved": total("cowshed_reserved_bytes", BACKEND),
+                "pinned": total("cowshed_pinned_bytes", BACKEND),
+                "most that pins may take": total("cowshed_pinnable_bytes", BACKEND),
+            },
+        ),
+        graph(
+            "Evictions",
+            "Extents given up per second, by reason, and extents read again soon after they were "
+            "evicted (thrashing).",
+            "ops",
+            {
+                "evicted: {{reason}}": per_second("cowshed_evictions_total", BACKEND, "reason"),
+                "read again": per_second("cowshed_reloads_total", BACKEND),
+            },
+        ),
+        graph(
+            "Loads that wait",
+            "Loads in the queue, and loaders that wait for room. Loaders that wait for long mean "
+            "that eviction cannot keep up.",
+            "short",
+            {
+                "queued loads": total("cowshed_queued_loads", BACKEND),
+                "waiting loaders": total("cowshed_waiting_loaders", BACKEND),
+            },
+            span=24,
+        ),
+    ],
+)
+
+_PROCESS: Final = Row(
+    "Is the backend process itself well?",
+    [
+        graph(
+            "CPU",
+            "Processors that the backend keeps busy.",
+            "short",
+            {"{{instance}}": per_second("process_cpu_seconds_total", BACKEND, "instance")},
+            span=8,
+        ),
+        graph(
+            "Memory",
+            "The resident set of the process itself.",
+            "bytes",
+            {"{{instance}}": total("process_resident_memory_bytes", BACKEND, "instance")},
+            span=8,
+        ),
+        graph(
+            "Open descriptors, of the most it may have",
+            "A guest takes a few each; at 100 % nobody can attach.",
+            "percentunit",
+            {
+                "{{instance}}": quotient(
+                    total("process_open_fds", BACKEND, "instance"),
+                    total("process_max_fds", BACKEND, "instance"),
+                )
+            },
+            span=8,
+        ),
+        listing(
+            "Backends",
+            "Which version runs where, and for how long.",
+            [
+                Column(
+                    "Up for",
+                    f"time() - max by (instance) (cowshed_start_timestamp_seconds{{{BACKEND}}})",
+                    "s",
+                ),
+                Column(
+                    "Runs",
+                    f"max by (instance, version) (cowshed_build_info{{{BACKEND}}})",
+                    "short",
+                ),
+            ],
+        ),
+    ],
+)
+
+
+def board() -> dashboard.Dashboard:
+    """Build the dashboard."""
+    about = "Is the cache healthy, what does it save, who uses it, and is there room?"
+    return assemble("Overview", about, [_HEALTH, _WORKING, _SAVES, _USERS, _ROOM, _PROCESS])

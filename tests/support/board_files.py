@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What dashboards/ holds, as tests want to read it: panels and queries, rules, pages."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+DASHBOARDS = ROOT / "dashboards"
+GENERATED = sorted((DASHBOARDS / "generated").glob("*.json"))
+RUNBOOKS = ROOT / "docs/runbooks"
+
+# A metric's or rule's name where PromQL can have one, and the selector that follows it.
+NAME = re.compile(
+    r"(?<![\w:\"$])((?:cowshed|process|python)_\w+|(?:image|kind|instance):cowshed_[\w:]+|up|ALERTS)"
+    r"(?![\w(])(\{[^}]*\})?"
+)
+STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query, and where it stands."""
+
+    place: str
+    expr: str
+
+
+def boards() -> dict[str, dict[str, Any]]:
+    """Each generated dashboard by its file's name."""
+    return {path.stem: json.loads(path.read_text()) for path in GENERATED}
+
+
+def panels(board: dict[str, Any]) -> list[dict[str, Any]]:
+    """Its panels without the rows."""
+    return [panel for panel in board["panels"] if panel["type"] != "row"]
+
+
+def panel_queries() -> list[Query]:
+    return [
+        Query(f"{name}: {panel['title']}: {target['refId']}", target["expr"])
+        for name, board in boards().items()
+        for panel in panels(board)
+        for target in panel["targets"]
+    ]
+
+
+def rules() -> list[dict[str, Any]]:
+    """Recording and alert rules of all files and groups."""
+    found = []
+    for path in sorted((DASHBOARDS / "rules").glob("*.yaml")):
+        for group in yaml.safe_load(path.read_text())["groups"]:
+            found += group["rules"]
+    return found
+
+
+def alerts() -> dict[str, dict[str, Any]]:
+    return {rule["alert"]: rule for rule in rules() if "alert" in rule}
+
+
+def records() -> dict[str, dict[str, Any]]:
+    return {rule["record"]: rule for rule in rules() if "record" in rule}
+
+
+def rule_queries() -> list[Query]:
+    return [Query(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules()]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The lines of a page's fenced blocks of one language."""
+    fenced = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [line for block in fenced for line in block.splitlines() if line.strip()]
+
+
+def runbook_queries() -> list[Query]:
+    pages = sorted(RUNBOOKS.glob("Cowshed*.md"))
+    return [Query(page.stem, line) for page in pages for line in blocks(page, "promql")]
+
+
+def names_in(expr: str) -> set[str]:
+    """The metrics and recorded rules that a query asks for."""
+    return {match[1] for match in NAME.finditer(expr)}
+
+
+def selectors_in(expr: str) -> Iterator[tuple[str, str]]:
+    """Each metric of a query with what stands in its braces."""
+    for match in NAME.finditer(expr):
+        yield match[1], (match[2] or "{}")[1:-1]
