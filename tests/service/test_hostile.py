@@ -5,6 +5,9 @@ import contextlib
 import os
 import random
 import signal
+import socket
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -188,6 +191,42 @@ def test_a_flood_of_connections_locks_nobody_out(
     stranger = start_guest(daemon.uri, NOBODY)
     until(lambda: comes_in(stranger))
     assert daemon.stop() == 0
+
+
+def test_a_daemon_out_of_descriptors_turns_guests_away_and_lives(
+    make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest
+) -> None:
+    """Messages that never end hold their descriptors in the daemon: here all but a few it has."""
+    max_fds = 700
+    few_files = ["prlimit", f"--nofile={max_fds}:{max_fds}"]
+    daemon = start_daemon("--image", f"d={make_image(SIZE)}", before=few_files)
+    guest = start_guest(daemon.uri)
+    with contextlib.ExitStack() as stack:
+        while daemon.nr_fds_now() < max_fds - 16:
+            stack.enter_context(unfinished_message(daemon, 8))
+        for nr_fds in [*range(9), *range(9)]:
+            with unfinished_message(daemon, nr_fds), contextlib.suppress(AssertionError):
+                guest.call("open", image="d", guest="g")
+                guest.call("close")
+    until(lambda: daemon.nr_fds_now() < 60)
+    assert still_serves(daemon, start_guest)
+    assert daemon.stop() == 0
+
+
+@contextlib.contextmanager
+def unfinished_message(daemon: Daemon, nr_fds: int) -> Iterator[None]:
+    """A connection whose message has begun; it and its descriptors are in the daemon."""
+    before = daemon.nr_fds_now()
+    header = struct.pack("<IHHIHHII", 0x44485343, 1, 1, 1, nr_fds, 0, 65_513, 65_512)
+    with (
+        open("/dev/null") as null,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock,
+    ):
+        sock.connect(daemon.uri.removeprefix("unix://"))
+        socket.send_fds(sock, [header + b" " * 65_512], [null.fileno()] * nr_fds)
+        until(lambda: daemon.nr_fds_now() >= before + 2 + nr_fds)
+        yield
+    until(lambda: daemon.nr_fds_now() <= before)
 
 
 def comes_in(guest: Guest) -> bool:

@@ -80,7 +80,7 @@ def test_the_honest_region_is_taken(daemon: Daemon, handshake: Handshake) -> Non
 def test_an_absurd_region_costs_the_connection(
     daemon: Daemon, handshake: Handshake, changes: dict[str, Any]
 ) -> None:
-    with pytest.raises(PeerError, match=r"region|'address'|'length'"):
+    with pytest.raises(PeerError, match=r"a region of|'address'|'length'"):
         handshake.finish(**changes)
     until(lambda: not handshake.connection.alive)
     until(lambda: daemon.status()["guests"] == [])
