@@ -128,7 +128,7 @@ def test_totals_are_the_sums_of_the_parts(
         assert status["resident_bytes"] == 3 * MIB
         assert status["saved_bytes"] == 3 * 2 * MIB
         kinds = status["latency_us"]
-        assert kinds["hit"]["count"] + kinds["miss"]["count"] >= 32
+        assert kinds["hit"]["count"] + kinds["miss"]["count"] >= 4
         for figures in kinds.values():
             ordered = [figures[name] for name in ("p50", "p90", "p99", "max")]
             assert ordered == sorted(ordered)
