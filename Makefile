@@ -17,11 +17,9 @@ PROMTOOL := PATH="$(BIN):$$PATH" promtool
 # Warnings are errors for us, here and in `make check`, and not for people with other compilers.
 C_CHECK := gcc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -I. -c -o /dev/null
 
-# `make sanitize SANITIZE=address SANITIZE_TESTS=tests/faults`
-SANITIZE := thread
-SANITIZE_TESTS := tests
-SANITIZED := build/sanitize-$(SANITIZE)
-SANITIZER_LIBRARY = $(shell gcc -print-file-name=lib$(if $(filter thread,$(SANITIZE)),tsan,asan).so)
+# `make sanitize SANITIZE=address SANITIZE_TESTS=tests/faults` for one sanitizer, and some tests.
+SANITIZE := thread address
+SANITIZE_TESTS := $(wildcard tests/cache tests/faults tests/stress)
 
 export PYTHON
 
@@ -80,20 +78,10 @@ format: setup ## lay out the Python code
 bench: setup ## measurements, with how to repeat them
 	@$(BIN)/python bench/run.py
 
-# A second build beside the plain one; PYTHONPATH puts it before the editable install. Reports go to
-# files, because pytest would swallow them, and those of killed processes too.
-sanitize: setup ## the tests on a core built with SANITIZE=thread (or address)
-	@rm -rf $(SANITIZED)/lib $(SANITIZED)/report.*
-	@COWSHED_SANITIZE=$(SANITIZE) $(BIN)/python setup.py -q build \
-		--build-base $(SANITIZED)/build --build-lib $(SANITIZED)/lib
-	@status=0; PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib LD_PRELOAD=$(SANITIZER_LIBRARY) \
-		TSAN_OPTIONS=log_path=$(CURDIR)/$(SANITIZED)/report:exitcode=0 \
-		ASAN_OPTIONS=log_path=$(CURDIR)/$(SANITIZED)/report:detect_leaks=0 \
-		setarch -R $(BIN)/pytest -q $(SANITIZE_TESTS) || status=$$?; \
-	for report in $(SANITIZED)/report.*; do \
-		[ ! -e "$$report" ] || { cat "$$report"; status=1; }; \
-	done; \
-	exit $$status
+sanitize: setup ## the tests that race, on a core built with each sanitizer of SANITIZE
+	@set -e; for sanitizer in $(SANITIZE); do \
+		sh tools/sanitize.sh $(VENV) $$sanitizer $(SANITIZE_TESTS); \
+	done
 
 wheel: setup ## the abi3 wheel, into dist/
 	@$(BIN)/pip wheel -qq --no-deps --wheel-dir dist .

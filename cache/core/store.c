@@ -194,6 +194,21 @@ static void queue_purge(struct store *store, struct load_queue *queue, struct im
 	(void)store;
 }
 
+/* Who waited for a load that was purged: its guest was stopped, and only what it holds is to be given back. */
+static struct load_waiter *waiters_take(struct image *image)
+{
+	struct load_waiter *taken = NULL;
+
+	for (uint64_t e = 0; e < image->shape.nr_extents; e++)
+		for (struct load_waiter *next, *waiter = image->waiters[e]; waiter; waiter = next) {
+			next = waiter->next;
+			waiter->next = taken;
+			taken = waiter;
+			image->waiters[e] = NULL;
+		}
+	return taken;
+}
+
 static uint64_t next_in_state(const struct image *image, uint64_t from, enum extent_state state)
 {
 	while (from < image->shape.nr_extents && extent_state(&image->states[from]) != state)
@@ -209,11 +224,16 @@ void store_remove_image(struct store *store, struct image *image)
 	/* A loader is not done with the image when its extents are published: it answers, and releases them. */
 	while (image->nr_loaders || next_in_state(image, 0, EXTENT_LOADING) < image->shape.nr_extents)
 		pthread_cond_wait(&store->loaded, &store->lock);
+	struct load_waiter *waiters = waiters_take(image);
 	for (uint64_t e = 0; e < image->shape.nr_extents; e++)
 		if (atomic_exchange(&image->pins[e], 0))
 			store->pinned_extents--;
 	pthread_mutex_unlock(&store->lock);
 
+	for (struct load_waiter *next; waiters; waiters = next) {
+		next = waiters->next;
+		waiters->answer(waiters, -ECANCELED);
+	}
 	for (uint64_t e = 0; (e = next_in_state(image, e, EXTENT_RESIDENT)) < image->shape.nr_extents; e++) {
 		uint32_t extent = (uint32_t)e;
 

@@ -153,6 +153,13 @@ class Daemon:
         self.process.wait()
 
 
+def plain_environment() -> dict[str, str]:
+    """The environment without what puts a sanitized core into this process (tools/sanitize.sh)."""
+    if "LD_PRELOAD" not in os.environ:
+        return dict(os.environ)
+    return {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "PYTHONPATH")}
+
+
 class Guest:
     """A scripted_guest.py process; call(order) waits, start(order) and finish() do not."""
 
@@ -166,6 +173,7 @@ class Guest:
         words = [*before, sys.executable, str(SUPPORT / script), uri]
         self.process = subprocess.Popen(
             words + ([] if uid is None else [str(uid)]),
+            env=plain_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

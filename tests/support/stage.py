@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from domains import plain_environment
 
 from cowshed.accounting import Account, AuditReport, QuotaPolicy, audit, evict
 from cowshed.cache import ExtentState, FileSource, Image, PageStore
@@ -57,7 +58,7 @@ class MappedGuest:
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fd = theirs.fileno()
         command = [sys.executable, str(SCRIPT), str(fd), *([] if uid is None else [str(uid)])]
-        self.process = subprocess.Popen(command, pass_fds=[fd])
+        self.process = subprocess.Popen(command, env=plain_environment(), pass_fds=[fd])
         theirs.close()
         self.pid = self.process.pid
         self.pidfd = os.pidfd_open(self.pid)
