@@ -113,17 +113,24 @@ def status(as_json: bool, run_dir: Path) -> None:
 @click.option("--once", is_flag=True, help="Print one frame and end.")
 @run_dir_option
 def top(once: bool, run_dir: Path) -> None:
-    """Watch the daemon, refreshed every second; q quits."""
-    from cowshed.service.top import frame, watch
+    """Watch the daemon, refreshed every second; q quits, ? helps.
+
+    For a pipe, --once prints all guests, with the rates of one second.
+    """
+    from cowshed.service.top import one_frame, watch
 
     console = Console(highlight=False)
     if not once and not console.is_terminal:
         raise WrongUsage("top needs a terminal: use 'cowshed top --once' or 'cowshed status'")
     with ControlClient(run_dir) as client, same_version():
+
+        def take_status() -> dict[str, Any]:
+            return dict(client.request("status")["status"])
+
         if once:
-            console.print(frame(client.request("status")["status"]))
+            console.print(one_frame(take_status, console))
         else:
-            watch(lambda: client.request("status")["status"], console)
+            watch(take_status, console)
 
 
 @cli.command()

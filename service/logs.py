@@ -235,7 +235,7 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record's line."""
         try:
-            line = self.format(record).encode("utf-8", "backslashreplace")
+            line = self.format(record).encode()
         except Exception:
             self.handleError(record)
             return

@@ -56,7 +56,9 @@ def status() -> Body:
         "evicted_extents": 123,
         "evictions": {"pressure": 100, "request": 23},
         "loads": 2345,
+        "load_bytes": 2345 << 16,
         "load_errors": 7,
+        "cow_breaks": 24567,
         "saved_bytes": 5800000000,
         "faults": {"missing": 12345, "minor": 1200000, "write": 24567},
         "latency_us": {
@@ -73,6 +75,10 @@ def status() -> Body:
                 "source": "/srv/images/debian-12-generic-amd64-20240102.raw",
                 "pinned_bytes": 64 << 20,
                 "source_changed": False,
+                "saved_bytes": 5800000000,
+                "working_set_bytes": 700 << 20,
+                "loads": 2000,
+                "load_errors": 0,
             },
             {
                 "name": "alpine",
@@ -82,6 +88,10 @@ def status() -> Body:
                 "source": "/srv/alpine.raw",
                 "pinned_bytes": 0,
                 "source_changed": True,
+                "saved_bytes": 0,
+                "working_set_bytes": 0,
+                "loads": 345,
+                "load_errors": 7,
             },
         ],
         "guests": [

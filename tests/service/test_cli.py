@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: what is refused and how, what is asked of a daemon, what its answers become."""
 
-import errno
+import contextlib
 import json
 import os
-import pty
-import select
-import signal
 import stat
 import subprocess
 import sys
@@ -16,6 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from terminals import Terminal
 
 from cowshed.service.cli import cli
 
@@ -244,82 +242,11 @@ def test_warm_that_fails_half_way_is_a_failure(stand_in: Callable[..., Any]) -> 
     assert message == "cannot read /srv/a at 4096: Input/output error"
 
 
-class Terminal:
-    """A command on a terminal of 80x24, and what it has drawn so far."""
-
-    def __init__(self, *words: str) -> None:
-        self.drawn = ""
-        self._keys, theirs = pty.openpty()
-        env = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
-        self.process = subprocess.Popen(
-            [*COMMAND, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=env
-        )
-        os.close(theirs)
-
-    def press(self, key: bytes) -> None:
-        os.write(self._keys, key)
-
-    def read_until(self, words: str) -> None:
-        while words not in self.drawn:
-            assert self._read(), f"ended without {words!r}: {self.drawn!r}"
-
-    def end(self) -> int:
-        """Read to the end and give the exit status."""
-        while self._read():
-            pass
-        os.close(self._keys)
-        return self.process.wait(timeout=20)
-
-    def _read(self) -> bool:
-        readable, _, _ = select.select([self._keys], [], [], 20)
-        assert readable, f"silent for 20 s after {self.drawn!r}"
-        try:
-            got = os.read(self._keys, 65536)
-        except OSError as error:
-            if error.errno == errno.EIO:  # how a terminal says that nobody has it open
-                return False
-            raise
-        self.drawn += got.decode(errors="replace")
-        return bool(got)
-
-
-def test_top_draws_until_q_and_gives_the_screen_back(
-    stand_in: Callable[..., Any], status: Body
-) -> None:
-    peer = stand_in(status=[{"ok": True, "status": status}])
-    terminal = Terminal("top", "--run-dir", str(peer.run_dir))
-    terminal.read_until("STOPPED")
-    terminal.press(b"xq")
-    assert terminal.end() == 0
-    assert terminal.drawn.index("\x1b[?1049h") < terminal.drawn.index("\x1b[?1049l")
-    assert "Traceback" not in terminal.drawn
-
-
-def test_top_ends_quietly_on_ctrl_c(stand_in: Callable[..., Any], status: Body) -> None:
-    peer = stand_in(status=[{"ok": True, "status": status}])
-    terminal = Terminal("top", "--run-dir", str(peer.run_dir))
-    terminal.read_until("STOPPED")
-    terminal.process.send_signal(signal.SIGINT)
-    assert terminal.end() == 130
-    assert "Traceback" not in terminal.drawn
-    assert "cowshed: " not in terminal.drawn
-
-
-def test_top_that_loses_its_daemon_leaves_the_screen_and_says_why(
-    stand_in: Callable[..., Any], status: Body
-) -> None:
-    peer = stand_in(status=[{"ok": True, "status": status}])
-    terminal = Terminal("top", "--run-dir", str(peer.run_dir))
-    terminal.read_until("STOPPED")
-    peer.close()
-    assert terminal.end() == 1
-    assert "cowshed: the daemon at" in terminal.drawn.partition("\x1b[?1049l")[2]
-
-
 def test_warm_shows_its_progress_on_a_terminal(stand_in: Callable[..., Any]) -> None:
     peer = stand_in(warm=warm_replies())
-    terminal = Terminal("warm", "debian", "--run-dir", str(peer.run_dir))
-    assert terminal.end() == 0
+    words = [*COMMAND, "warm", "debian", "--run-dir", str(peer.run_dir)]
+    with contextlib.closing(Terminal(*words)) as terminal:
+        assert terminal.end() == 0
     assert "warming" in terminal.drawn
     assert "128.0" in terminal.drawn
     assert "debian: 96M loaded" in terminal.drawn

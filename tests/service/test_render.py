@@ -18,10 +18,8 @@ from cowshed.service.text import (
     one_line,
     printable,
 )
-from cowshed.service.top import History, frame, sparkline, top_view
 
 Body = dict[str, Any]
-SECOND_NS = 10**9
 
 
 def text_of(view: RenderableType, width: int = 80) -> str:
@@ -96,11 +94,10 @@ def test_a_guest_without_a_quota_has_no_limit_shown(status: Body) -> None:
 
 
 def test_names_can_neither_move_the_cursor_nor_style_the_text(status: Body) -> None:
-    for view in (status_view(status), frame(status)):
-        text = text_of(view, width=120)
-        assert "\x1b" not in text
-        assert "\u202e" not in text
-        assert r"evil\x1b[2J[red]\u202e" in text
+    text = text_of(status_view(status), width=120)
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert r"evil\x1b[2J[red]\u202e" in text
 
 
 def test_an_idle_daemon_says_so(status: Body) -> None:
@@ -142,103 +139,6 @@ def test_every_mismatch_is_a_row() -> None:
     assert text.startswith("2 mismatches. Checked 2 images.")
     assert words_of(text, "refs") == "refs image debian, extent 0 2 3"
     assert words_of(text, "private") == r"private_pages guest g\x1b[m 40 41"
-
-
-def later(status: Body, *, hits: int, misses: int, **changes: object) -> Body:
-    """`status` after so many more hits and misses, all of its first guest."""
-    first = status["guests"][0]
-    grown = {**first, "hits": first["hits"] + hits, "misses": first["misses"] + misses}
-    return {
-        **status,
-        "hits": status["hits"] + hits,
-        "misses": status["misses"] + misses,
-        "guests": [grown, *status["guests"][1:]],
-        **changes,
-    }
-
-
-def test_rates_are_growth_over_the_time_between_samples(status: Body) -> None:
-    history = History()
-    history.observe(status, 5 * SECOND_NS)
-    assert history.rate("hits") is None
-    history.observe(later(status, hits=90, misses=10), 7 * SECOND_NS)
-    assert history.rate("hits", "misses") == 50
-    assert history.rate("hits", guest="web-1") == 45
-    assert history.rate("hits", guest="build-7") == 0
-    assert list(history.hit_rates) == [0.9]
-
-
-def test_a_moment_without_faults_has_no_hit_rate(status: Body) -> None:
-    history = History()
-    history.observe(status, 0)
-    history.observe(status, SECOND_NS)
-    assert list(history.hit_rates) == [None]
-
-
-@pytest.mark.parametrize("changes", [{"pid": 1}, {"hits": 5}])
-def test_a_restarted_daemon_starts_rates_afresh(status: Body, changes: Body) -> None:
-    history = History()
-    history.observe(status, 0)
-    history.observe(later(status, hits=1, misses=1), SECOND_NS)
-    history.observe({**later(status, hits=1, misses=1), **changes}, 2 * SECOND_NS)
-    assert not history.hit_rates
-    assert history.rate("hits") is None
-
-
-def test_a_guest_that_comes_back_under_its_name_counts_from_nothing(
-    status: Body, new_guest: Callable[..., Body]
-) -> None:
-    history = History()
-    history.observe(status, 0)
-    history.observe({**status, "guests": [new_guest("web-1", hits=30)]}, SECOND_NS)
-    assert history.rate("hits", guest="web-1") == 30
-
-
-def test_history_keeps_a_bounded_number_of_samples(status: Body) -> None:
-    history = History()
-    for second in range(100):
-        history.observe(later(status, hits=second, misses=0), second * SECOND_NS)
-    assert len(history.hit_rates) == 40
-
-
-def test_sparkline_tells_nothing_from_none() -> None:
-    assert sparkline([None, 0.0, 0.5, 0.999, 1.0]) == " \u2581\u2585\u2588\u2588"
-
-
-def test_top_fits_an_80_by_24_terminal_whatever_the_guests(
-    status: Body, new_guest: Callable[..., Body]
-) -> None:
-    history = History()
-    status["guests"] = [new_guest(f"a-very-long-guest-name-indeed-{no}") for no in range(50)]
-    status["guests"] += [new_guest("zz", state="stopped-quota")]
-    history.observe(status, 0)
-    for second in range(60):
-        history.observe(later(status, hits=9 * second, misses=0), (second + 1) * SECOND_NS)
-    lines = text_of(top_view(status, history, 24)).splitlines()
-    assert len(lines) <= 24
-    assert max(len(line) for line in lines) <= 80
-    shown = [line for line in lines if line.startswith(("zz", "a-very"))]
-    assert lines[-1] == f"and {51 - len(shown)} more"
-    assert shown[0].startswith("zz")
-    assert "51, 1 stopped" in "\n".join(lines)
-
-
-def test_the_busiest_guest_comes_first(status: Body, new_guest: Callable[..., Body]) -> None:
-    history = History()
-    status["guests"] = [new_guest("busy"), new_guest("a-idle")]
-    history.observe(status, 0)
-    status = later(status, hits=1000, misses=0)
-    history.observe(status, SECOND_NS)
-    text = text_of(top_view(status, history))
-    assert text.index("busy") < text.index("a-idle")
-    assert "1,000" in line_with(text, "busy")
-
-
-def test_one_frame_has_totals_and_no_rates(status: Body) -> None:
-    text = text_of(frame(status))
-    assert "1.2G of 2G (60%)" in text
-    assert "- faults, - loads, - evictions a second" in text
-    assert "- now, 99.8% in all" in text
 
 
 @pytest.mark.parametrize(

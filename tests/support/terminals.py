@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A command on a pseudo-terminal: keys in, what it draws out, and a screen that shows it."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import termios
+from collections.abc import Mapping
+from typing import Any
+
+ANSWER_SECONDS = 20
+_SIZES = ("COLUMNS", "LINES")
+_CSI = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")
+
+
+def _take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it
+
+
+class Terminal:
+    """A command on a terminal of its own, and what it has drawn so far.
+
+    The terminal outlives the command, so that modes() can be compared; close() it.
+    """
+
+    def __init__(
+        self, *words: str, columns: int = 80, lines: int = 24, env: Mapping[str, str] | None = None
+    ) -> None:
+        self.drawn = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._keys, self._theirs = pty.openpty()
+        self.resize(columns, lines)
+        self.modes_before = self.modes()
+        kept = {name: value for name, value in os.environ.items() if name not in _SIZES}
+        self.process = subprocess.Popen(
+            words,
+            stdin=self._theirs,
+            stdout=self._theirs,
+            stderr=self._theirs,
+            env={**kept, "TERM": "xterm", **(env or {})},
+            start_new_session=True,
+            preexec_fn=_take_terminal,
+        )
+        self.pidfd = os.pidfd_open(self.process.pid)
+
+    def resize(self, columns: int, lines: int) -> None:
+        """Change the size; the command gets SIGWINCH."""
+        self.columns, self.lines = columns, lines
+        size = struct.pack("HHHH", lines, columns, 0, 0)
+        fcntl.ioctl(self._theirs, termios.TIOCSWINSZ, size)
+
+    def modes(self) -> list[Any]:
+        """The terminal's modes: echo, line by line or key by key, and so on."""
+        return termios.tcgetattr(self._theirs)
+
+    def press(self, keys: bytes) -> None:
+        os.write(self._keys, keys)
+
+    def read_until(self, words: str, *, since: int = 0) -> None:
+        """Read until words were drawn, after the first `since` characters."""
+        while words not in self.drawn[since:]:
+            assert self._read(), f"ended without {words!r}: {self.drawn!r}"
+
+    def show(self, words: str) -> list[str]:
+        """Read until a line of the screen holds words, and give all its lines."""
+        while not any(words in line for line in self.screen()):
+            assert self._read(), f"ended without {words!r} in {self.screen()}"
+        return self.screen()
+
+    def screen(self) -> list[str]:
+        """What a terminal of this size shows of what was drawn; of CSI, only what moves text."""
+        rows = [[" "] * self.columns for _ in range(self.lines)]
+        row = column = at = 0
+        text = self.drawn
+        while at < len(text):
+            if match := _CSI.match(text, at):
+                argument, letter = match.groups()
+                if letter == "H":
+                    row = column = 0
+                elif letter == "K":
+                    rows[row][column:] = [" "] * (self.columns - column)
+                elif letter == "J":
+                    first = 0 if argument == "2" else row + 1
+                    for no in range(first, self.lines):
+                        rows[no] = [" "] * self.columns
+                elif argument == "?1049h":
+                    rows = [[" "] * self.columns for _ in range(self.lines)]
+                at = match.end()
+                continue
+            mark = text[at]
+            at += 1
+            if mark == "\r":
+                column = 0
+            elif mark == "\n":
+                row = min(row + 1, self.lines - 1)
+            elif mark.isprintable() and column < self.columns:
+                rows[row][column] = mark
+                column += 1
+        return ["".join(each).rstrip() for each in rows]
+
+    def end(self) -> int:
+        """Read until the command has ended, and give its exit status."""
+        while not select.select([self.pidfd], [], [], 0)[0]:
+            self._read()
+        while select.select([self._keys], [], [], 0)[0]:
+            self._read()
+        return self.process.wait(timeout=ANSWER_SECONDS)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for fd in (self.pidfd, self._keys, self._theirs):
+            os.close(fd)
+
+    def _read(self) -> bool:
+        readable, _, _ = select.select([self._keys, self.pidfd], [], [], ANSWER_SECONDS)
+        assert readable, f"silent for {ANSWER_SECONDS} s after {self.drawn!r}"
+        if self._keys not in readable:
+            return False
+        try:
+            got = os.read(self._keys, 65536)
+        except OSError as error:
+            if error.errno == errno.EIO:  # how a terminal says that nobody has it open
+                return False
+            raise
+        self.drawn += self._decoder.decode(got)
+        return bool(got)
