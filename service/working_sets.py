@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cowshed.accounting import FirstTouches, read_working_set, write_working_set
@@ -27,11 +27,10 @@ class WorkingSets:
         return self._state_dir / f"{image.name}.workingset"
 
     def recorded(self, image: Image) -> list[int]:
-        """Give the extents to load first: this run's touches, or an earlier run's; maybe none."""
-        touched = image.first_touches()
-        return touched or list(self._earlier(image))
+        """Give the extents to load first: this run's touches, then an earlier run's; maybe none."""
+        return _in_order(image.first_touches(), self._earlier(image))
 
-    def _earlier(self, image: Image) -> Iterable[int]:
+    def _earlier(self, image: Image) -> Sequence[int]:
         if not image.digest:
             return ()
         try:
@@ -47,13 +46,18 @@ class WorkingSets:
         return recorded.extents if recorded else ()
 
     def save(self, images: Iterable[Image]) -> None:
-        """Write the working sets that grew since they were written; a failure is logged."""
+        """Write the working sets that grew since they were written; a failure is logged.
+
+        A run that touched less than an earlier one keeps what that knew, behind its own; the set
+        is never longer than the longer of the two, so that it follows what guests do now.
+        """
         for image in images:
             order = image.first_touches()
             if not image.digest or len(order) <= self._written.get(image.name, 0):
                 continue
+            earlier = self._earlier(image)
             touches = FirstTouches()
-            touches.note(order)
+            touches.note(_in_order(order, earlier)[: max(len(order), len(earlier))])
             try:
                 self._state_dir.mkdir(parents=True, exist_ok=True)
                 write_working_set(
@@ -68,3 +72,7 @@ class WorkingSets:
                 _log.warning("working-set-unsaved", str(error), image=image.name)
                 continue
             self._written[image.name] = len(order)
+
+
+def _in_order(first: Iterable[int], then: Iterable[int]) -> list[int]:
+    return list(dict.fromkeys([*first, *then]))

@@ -136,6 +136,24 @@ def test_warm_after_a_restart_replays_the_order_of_first_touches(
         assert daemon.stop() == 0
 
 
+def test_a_short_run_keeps_what_a_longer_one_had_recorded_behind_its_own(
+    make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest
+) -> None:
+    image = make_image(4 * MIB)
+    for touched in ([40, 7, 63, 1, 22], [22, 30]):
+        daemon = start_daemon("--image", f"d={image}", "--capacity", "8M")
+        wait_for_digest(daemon)
+        guest = start_guest(daemon.uri)
+        guest.call("open", image="d", window_bytes=4096)
+        for extent in touched:
+            guest.call("read", offset=extent * EXTENT, length=1)
+        assert daemon.stop() == 0
+    daemon = start_daemon("--image", f"d={image}", "--capacity", str(6 * EXTENT))
+    wait_for_digest(daemon)
+    assert daemon.request("warm", image="d")["loaded_bytes"] == 5 * EXTENT
+    assert filled_extents(daemon) == sorted([22, 30, 40, 7, 63])
+
+
 def test_a_working_set_of_another_image_is_not_replayed(
     make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest
 ) -> None:
