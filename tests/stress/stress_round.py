@@ -46,6 +46,15 @@ class GuestProcess:
         self.killed = True
         self.process.kill()
 
+    def freeze(self, seconds: float) -> None:
+        """Stop all its threads for a time, wherever they are."""
+        pid = self.process.pid
+        if pid is not None and self.process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(seconds)
+                os.kill(pid, signal.SIGCONT)
+
     def news(self) -> list[tuple[str, str]]:
         """What it said since the last time; raises StressError for what it saw wrong."""
         said = []
@@ -177,10 +186,8 @@ class RoundRun:
         if strike < 0.06:
             self._nr_killed += 1
             victim.kill()
-        elif strike < 0.1 and victim.process.pid is not None:
-            os.kill(victim.process.pid, signal.SIGSTOP)
-            time.sleep(self._rng.random() * 0.03)
-            os.kill(victim.process.pid, signal.SIGCONT)
+        elif strike < 0.1:
+            victim.freeze(self._rng.random() * 0.03)
         self._look_for_hangs()
 
     def _reap(self) -> None:
