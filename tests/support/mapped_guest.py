@@ -15,6 +15,7 @@ import fcntl
 import json
 import mmap
 import os
+import signal
 import socket
 import sys
 import threading
@@ -27,6 +28,7 @@ from cowshed.cache._core import ffi, lib
 PAGE_BYTES = 4096
 MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
+PR_SET_PDEATHSIG = 1
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mremap.restype = ctypes.c_void_p
@@ -194,6 +196,7 @@ def main() -> None:
     link = socket.socket(fileno=int(sys.argv[1]))
     if len(sys.argv) > 2:
         become(int(sys.argv[2]))
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a fault nobody answers holds it for ever
     guest = MappedGuest()
 
     def obey(order: dict[str, Any], fds: list[int]) -> None:
