@@ -196,7 +196,7 @@ def main() -> None:
     link = socket.socket(fileno=int(sys.argv[1]))
     if len(sys.argv) > 2:
         become(int(sys.argv[2]))
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a fault nobody answers holds it for ever
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # unanswered faults hold it for ever
     guest = MappedGuest()
 
     def obey(order: dict[str, Any], fds: list[int]) -> None:
