@@ -7,7 +7,7 @@ from grafana_foundation_sdk.builders import dashboard
 
 from dashboards.boards import Row, assemble
 from dashboards.panels import figure, graph, state
-from dashboards.queries import BACKEND, hit_rate, per_second, quantile, total
+from dashboards.queries import BACKEND, added, hit_rate, per_second, quantile, total
 
 __all__ = ["board"]
 
@@ -19,6 +19,13 @@ _LEFT: Final = (
     f"and on (job, instance) {_DRAINING}) or (0 * {_PROGRESS})"
 )
 _STATES: Final = {"none": "blue", "draining": "yellow", "done": "green", "failed": "red"}
+# The number of a backend's state in _STATES.
+_NUMBERED: Final = added(
+    *(
+        f"{number} * " + total("cowshed_drain_state", BACKEND, "instance", f'state="{name}"')
+        for number, name in enumerate(_STATES)
+    )
+)
 
 _STATE: Final = Row(
     "How far is the drain?",
@@ -27,7 +34,8 @@ _STATE: Final = Row(
             "State",
             "none: no drain since the start; draining; done: everything was handed over; failed: "
             "it ended without, and the backend serves on.",
-            f"max by (state, instance) (cowshed_drain_state{{{BACKEND}}} == 1)",
+            _NUMBERED,
+            "{{instance}}",
             _STATES,
             span=6,
         ),
@@ -89,7 +97,7 @@ _BLOCKERS: Final = Row(
             stacked=True,
         ),
         graph(
-            "Pins and waiting loads",
+            "Loads under way",
             "Loads under way are finished before an image can go.",
             "short",
             {

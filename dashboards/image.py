@@ -51,9 +51,9 @@ _SERVED: Final = Row(
             },
         ),
         graph(
-            "Faults asked again",
-            "Answers that had to be tried again because the guest's memory was changing, and "
-            "faults outside any image (strays). Neither is an error as such.",
+            "Faults tried again, and strays",
+            "Answers that had to be tried again because the guest's memory was changing; and "
+            "frames that nobody loaded, found and emptied. Neither is an error as such.",
             "ops",
             {
                 "tried again": per_second("cowshed_retries_total", IMAGE),

@@ -48,7 +48,7 @@ _HEALTH: Final = Row(
             bad=1,
         ),
         figure(
-            "Guests stopped at their quota",
+            "Guests stopped",
             "Guests whose write waits until somebody raises their quota: cowshed quota GUEST SIZE.",
             "short",
             total("cowshed_guests", BACKEND, where='state="stopped-quota"'),
@@ -146,7 +146,7 @@ _SAVES: Final = Row(
             total("cowshed_private_bytes", BACKEND),
         ),
         figure(
-            "Mappings of each resident byte",
+            "Mappings per byte",
             "How often a resident byte is granted to a guest, on average.",
             "short",
             quotient(

@@ -104,13 +104,13 @@ def figure(
 
 
 def state(
-    title: str, about: str, expr: str, colours: Mapping[str, str], *, span: int
+    title: str, about: str, expr: str, legend: str, states: Mapping[str, str], *, span: int
 ) -> stat.Panel:
-    """The label `state` of the series that are 1, coloured by name; expr keeps only those."""
+    """A word for each series: value 0 is the first of states, which maps words to colours."""
     mapping = models.ValueMap(
         options={
-            text: models.ValueMappingResult(text=text, color=colour, index=number)
-            for number, (text, colour) in enumerate(colours.items())
+            str(value): models.ValueMappingResult(text=word, color=colour, index=value)
+            for value, (word, colour) in enumerate(states.items())
         }
     )
     return (
@@ -118,16 +118,16 @@ def state(
         .title(title)
         .description(about)
         .datasource(DATASOURCE)
-        .unit("string")
+        .unit("none")
         .span(span)
         .height(4)
+        .no_value("none")
         .mappings([mapping])
         .color_mode(shapes.BigValueColorMode.VALUE)
         .graph_mode(shapes.BigValueGraphMode.NONE)
-        .text_mode(shapes.BigValueTextMode.NAME)
         .thresholds(_thresholds(None, None, BLUE))
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-        .with_target(_query(expr, "{{state}}", "A").instant())
+        .with_target(_query(expr, legend, "A").instant())
     )
 
 

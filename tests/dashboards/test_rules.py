@@ -47,6 +47,15 @@ def test_alert_does_what_its_unit_tests_say(alert: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_recorded_rules_are_what_their_unit_tests_say() -> None:
+    path = UNIT_TESTS / "records.yaml"
+    done = promtool("test", "rules", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (case,) = yaml.safe_load(path.read_text())["tests"]
+    asked = set().union(*(names_in(look["expr"]) for look in case["promql_expr_test"]))
+    assert asked == set(records())
+
+
 @pytest.mark.parametrize("alert", ALERTS)
 def test_unit_tests_of_alert_see_it_fire_recover_and_stay_quiet(alert: str) -> None:
     cases = yaml.safe_load((UNIT_TESTS / f"{alert}.yaml").read_text())["tests"]
@@ -77,7 +86,7 @@ def test_alert_says_how_bad_it_is_and_where_to_read_on(alert: str) -> None:
 
 def test_every_page_and_unit_test_has_its_alert() -> None:
     assert {page.stem for page in RUNBOOKS.glob("Cowshed*.md")} == set(ALERTS)
-    assert {path.stem for path in UNIT_TESTS.iterdir()} == set(ALERTS)
+    assert {path.stem for path in UNIT_TESTS.iterdir()} == {*ALERTS, "records"}
     index = (RUNBOOKS / "README.md").read_text()
     lines = {(alert, f"({alert}.md)", rule["labels"]["severity"]) for alert, rule in ALERTS.items()}
     assert set(re.findall(r"\| \[(\w+)\](\(\w+\.md\)) \| (\w+) \|", index)) == lines
