@@ -157,11 +157,15 @@ int answer_poison(struct guest *guest, uint64_t page)
 
 	if (account->pagemap_fd >= 0)
 		account_look(account, page, 1, &look);
-	int err = uffd_poison_page(guest->uffd, account_address(account, page), look == PAGE_LOOK_ABSENT);
-	if (!err && bits_set(account->poisoned, page)) {
+	/* Known as poisoned before it is: a good load that ends between the two would not look for it. */
+	bool fresh = bits_set(account->poisoned, page);
+	if (fresh)
 		atomic_fetch_add(&guest->image->nr_poisoned, 1);
+	int err = uffd_poison_page(guest->uffd, account_address(account, page), look == PAGE_LOOK_ABSENT);
+	if (!err && fresh)
 		count_add(COUNTER(account->header, poisoned_pages), 1);
-	}
+	if (err && fresh && bits_clear(account->poisoned, page))
+		atomic_fetch_sub(&guest->image->nr_poisoned, 1);
 	return err;
 }
 
