@@ -49,7 +49,8 @@ class AccountSums:
     """An image's accounts together. Counters and latencies hold what closed accounts had counted.
 
     private_pages are charged now. cow_pages are the private copies ever made, ahead of the kernel
-    by charges that were not settled yet. No counter is ever less than at an earlier reading.
+    by charges that were not settled yet; closed_cow_pages are those of closed accounts. No counter
+    is ever less than at an earlier reading.
     """
 
     nr_running: int
@@ -57,6 +58,7 @@ class AccountSums:
     nr_broken: int
     private_pages: int
     cow_pages: int
+    closed_cow_pages: int
     counters: AccountCounters
     latencies: dict[LatencyKind, Latency]
 
@@ -71,6 +73,7 @@ def sum_accounts(image: Image) -> AccountSums:
         nr_broken=sums.nr_broken,
         private_pages=sums.private_pages,
         cow_pages=sums.cow_pages,
+        closed_cow_pages=sums.closed_cow_pages,
         counters=AccountCounters.of(sums.counters),
         latencies={
             kind: Latency(list(sums.latency[kind]), sums.latency_sum_ns[kind])

@@ -63,19 +63,23 @@ def cli() -> None:
     metavar="DIR",
     help=f"Where to put the socket; also $COWSHED_RUN_DIR [default: {RUN_DIR_DEFAULT}].",
 )
+@click.option(
+    "--metrics", metavar="HOST:PORT", help="Serve metrics to Prometheus there [default: nowhere]."
+)
 @click.option("--verbose", is_flag=True, help="Also log guests coming and going.")
 def serve(
     config_file: Path | None,
     images: tuple[str, ...],
     capacity: str | None,
     run_dir: str | None,
+    metrics: str | None,
     verbose: bool,
 ) -> int:
     """Run the daemon in the foreground, serving images to guests.
 
     The TOML file of --config may set capacity, run_dir, state_dir, extent, loaders, quota,
-    on_quota ("stop", "kill" or "allow"), log ("logfmt" or "json"), log_level
-    ("debug" to "error") and, in a table [images], NAME = "SOURCE".
+    on_quota ("stop", "kill" or "allow"), metrics, guest_metrics, log ("logfmt" or
+    "json"), log_level ("debug" to "error") and, in a table [images], NAME = "SOURCE".
     """
     try:
         config = config_load(
@@ -83,6 +87,7 @@ def serve(
             images=images,
             capacity=capacity,
             run_dir=run_dir,
+            metrics=metrics,
             verbose=verbose,
         )
     except UsageError as error:

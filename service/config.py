@@ -10,6 +10,8 @@ A file has this shape; every key is optional, and an unknown one is an error::
     loaders  = 4                    # threads that load extents
     quota    = "64M"                # private bytes of guests that name no quota; or "none"
     on_quota = "stop"               # at the limit: stop the writer, kill it, or allow (count)
+    metrics  = "localhost:9432"     # where Prometheus may ask; nowhere unless given
+    guest_metrics = 0               # how many guests may have metrics of their own
     log      = "logfmt"             # or "json"
     log_level = "notice"            # debug, info (guests come and go), notice, warning or error
 
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cowshed.cache.errors import UsageError
+from cowshed.service.endpoint import Endpoint, parse_endpoint
 from cowshed.service.images import ImageSpec, absolute, image_spec, parse_image
 from cowshed.service.logs import LEVELS, LOG_FORMATS, LogFormat, LogLevel
 from cowshed.service.sizes import format_bytes, parse_size
@@ -46,6 +49,7 @@ EXTENT_MIN_BYTES = 4 << 10
 EXTENT_MAX_BYTES = 2 << 20
 LOADERS_DEFAULT = 4
 LOADERS_MAX = 64
+GUEST_METRICS_MAX = 100_000
 SOCKET_PATH_MAX_BYTES = 107  # sun_path less its NUL, unix(7)
 
 _KEYS = (
@@ -56,6 +60,8 @@ _KEYS = (
     "loaders",
     "quota",
     "on_quota",
+    "metrics",
+    "guest_metrics",
     "log",
     "log_level",
     "images",
@@ -78,6 +84,8 @@ class Config:
     loaders: int = LOADERS_DEFAULT
     default_quota_bytes: int | None = None
     default_on_quota: OnQuota = "stop"
+    metrics: Endpoint | None = None
+    guest_metrics: int = 0
     log_format: LogFormat = "logfmt"
     log_level: LogLevel = "notice"
 
@@ -93,6 +101,10 @@ class Config:
             )
         if not 1 <= self.loaders <= LOADERS_MAX:
             raise UsageError(f"loaders is {self.loaders}: use 1 to {LOADERS_MAX} threads")
+        if not 0 <= self.guest_metrics <= GUEST_METRICS_MAX:
+            raise UsageError(
+                f"guest_metrics is {self.guest_metrics}: use 0 (none) to {GUEST_METRICS_MAX} guests"
+            )
         if self.default_quota_bytes is not None:
             check_quota(self.default_quota_bytes)
         if self.default_on_quota not in get_args(OnQuota):
@@ -153,6 +165,7 @@ def config_load(
     images: Sequence[str] = (),
     capacity: str | None = None,
     run_dir: str | None = None,
+    metrics: str | None = None,
     verbose: bool = False,
 ) -> Config:
     """The configuration of `config_file` (None: none) overridden by options that are given.
@@ -185,6 +198,8 @@ def config_load(
 
     if capacity is not None:
         settings["capacity_bytes"] = parse_size(capacity, "capacity")
+    if metrics is not None:
+        settings["metrics"] = parse_endpoint(metrics, "metrics")
     if run_dir:
         paths["run_dir"] = Path(run_dir)
     if verbose and settings.get("log_level") != "debug":
@@ -237,11 +252,14 @@ def _settings_of(table: Mapping[str, Any]) -> dict[str, Any]:
     for key, field in (("log", "log_format"), ("log_level", "log_level")):
         if key in table:
             settings[field] = _text_of(table, key)
-    if "loaders" in table:
-        value = table["loaders"]
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise UsageError(f"loaders is {value!r}: give a whole number of threads")
-        settings["loaders"] = value
+    if "metrics" in table:
+        settings["metrics"] = parse_endpoint(_text_of(table, "metrics"), "metrics")
+    for key, what in (("loaders", "threads"), ("guest_metrics", "guests")):
+        if key in table:
+            value = table[key]
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise UsageError(f"{key} is {value!r}: give a whole number of {what}")
+            settings[key] = value
     return settings
 
 

@@ -18,6 +18,7 @@ from cowshed.service.evictor import Evictor
 from cowshed.service.guests import NO_QUOTA_BYTES, GuestTable
 from cowshed.service.sizes import format_bytes
 from cowshed.service.status import StatusReader
+from cowshed.service.tallies import Tallies
 from cowshed.service.working_sets import WorkingSets
 from cowshed.transport.messages import take_optional_number, take_text
 
@@ -44,12 +45,14 @@ class Control:
         guests: GuestTable,
         status: StatusReader,
         working_sets: WorkingSets,
+        tallies: Tallies,
     ) -> None:
         self._store = store
         self._evictor = evictor
         self._guests = guests
         self._status = status
         self._working_sets = working_sets
+        self._tallies = tallies
         self._ops: dict[str, Callable[[Body], Iterable[Body]]] = {
             "status": self._do_status,
             "audit": self._do_audit,
@@ -85,6 +88,7 @@ class Control:
 
     def _do_audit(self, _: Body) -> Iterator[Body]:
         report = audit(lambda: list(self._store), self._guests.accounts)
+        self._tallies.note_audit(mismatch.check for mismatch in report.mismatches)
         yield {
             "mismatches": [mismatch.as_json() for mismatch in report.mismatches[:_MOST_MISMATCHES]],
             "left_out": max(0, len(report.mismatches) - _MOST_MISMATCHES),

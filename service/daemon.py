@@ -8,6 +8,7 @@ evictor, the digests, and the C core's loaders and fault threads. Faults meet no
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import queue
@@ -26,10 +27,14 @@ from cowshed.service.digests import DigestThread
 from cowshed.service.door import Door, raise_file_limit
 from cowshed.service.evictor import Evictor
 from cowshed.service.guests import GuestTable
+from cowshed.service.http_server import HttpServer
 from cowshed.service.logs import EventLog, logging_begin, logging_end, logging_tell_suppressed
+from cowshed.service.metrics import Exporter, MetricsSources
+from cowshed.service.metrics_settle import Settler
 from cowshed.service.sessions import Session
 from cowshed.service.sizes import format_bytes
 from cowshed.service.status import StatusReader, guest_state
+from cowshed.service.tallies import Tallies
 from cowshed.service.userfaultfd import open_device
 from cowshed.service.workers import Workers
 from cowshed.service.working_sets import WorkingSets
@@ -40,6 +45,7 @@ __all__ = ["Daemon", "run"]
 
 _log = EventLog("cowshed")
 
+_NO_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 _HOUSEKEEPING_SECONDS: Final = 1.0
 _SAVE_SECONDS: Final = 60.0
 
@@ -68,6 +74,7 @@ class Daemon:
         self._door = Door(raise_file_limit())
 
         stack.enter_context(_locked(config.run_dir))
+        self._tallies = Tallies()
         self.uffd_device: Final = open_device()
         if self.uffd_device is None:
             _log.warning(
@@ -96,6 +103,7 @@ class Daemon:
             self.guests,
             StatusReader(store, evictor, self.guests, config.run_dir),
             self._working_sets,
+            self._tallies,
         )
         evictor.start()
         stack.callback(evictor.stop)
@@ -110,6 +118,17 @@ class Daemon:
         stack.callback(self.workers.stop)
         self._listener = stack.enter_context(listen(f"unix://{socket_path(config.run_dir)}"))
         self._selector = stack.enter_context(selectors.DefaultSelector())
+        if config.metrics is not None:
+            settler = Settler(self.guests)
+            sources = MetricsSources(
+                store, evictor, self.guests, self._tallies, config.guest_metrics
+            )
+            server = HttpServer(config.metrics, {"/metrics": Exporter(sources, settler.ask).serve})
+            settler.start()
+            stack.callback(settler.stop)
+            server.start()
+            stack.callback(server.stop)
+            _log.notice("metrics", url=f"http://{server.endpoint}/metrics")
 
     # What sessions need.
 
@@ -170,6 +189,7 @@ class Daemon:
             return
         if refusal := self._door.enter(connection.peer.uid):
             peer = connection.peer
+            self._tallies.dropped["limit"] += 1
             _log.warning("turned-away", refusal, pid=peer.pid, uid=peer.uid)
             connection.close()
             return
@@ -201,11 +221,13 @@ class Daemon:
             self._send(key.fd, session)
         except (PeerError, OSError) as error:
             # OSError: no descriptors left, say. Whoever asked for them pays, not the daemon.
-            self._say_dropped(session, str(error))
+            of_ours = isinstance(error, OSError) and error.errno in _NO_RESOURCES
+            self._say_dropped(session, "limit" if of_ours else "protocol", str(error))
             self._say_goodbye(session, error, tag)
             self._end(key.fd)
 
-    def _say_dropped(self, session: Session, why: str) -> None:
+    def _say_dropped(self, session: Session, reason: str, why: str) -> None:
+        self._tallies.dropped[reason] += 1
         guest, peer = session.guest, session.connection.peer
         _log.warning(
             "dropped",
@@ -301,7 +323,7 @@ class Daemon:
                 _log.notice("quota-resume", **who, **who_else)
             else:
                 why = f"its memory cannot be served: {os.strerror(-status.broken)}"
-                self._say_dropped(session, why)
+                self._say_dropped(session, "broken", why)
                 self._end(fd)
 
     def _look_after(self, now: float) -> None:
@@ -317,7 +339,7 @@ class Daemon:
                 )
         for fd, session in list(self._sessions.items()):
             if session.deadline is not None and now > session.deadline:
-                self._say_dropped(session, "it did not finish its handshake in time")
+                self._say_dropped(session, "handshake", "it did not finish its handshake in time")
                 self._end(fd)
 
     def _on_digest(self, image: Image) -> None:

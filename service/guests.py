@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from cowshed.accounting import Account, QuotaPolicy
+from cowshed.accounting import Account, AccountStatus, QuotaPolicy
 from cowshed.cache import Image, UsageError
 from cowshed.faults import FaultHandler, Orders
 
@@ -47,6 +47,10 @@ class Guest:
     quota_bytes: int | None
     attached_ns: int = field(default_factory=time.monotonic_ns)
     said_state: str = "running"
+    account_no: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.account_no = self.account.status().account_no
 
     @property
     def name(self) -> str:
@@ -57,6 +61,10 @@ class Guest:
     def image(self) -> Image:
         """The image it uses."""
         return self.terms.image
+
+    def granted_bytes(self, status: AccountStatus) -> int:
+        """What it may map, by a reading of its account."""
+        return min(status.granted_extents * self.image.extent_bytes, self.image.map_bytes)
 
 
 class GuestTable:
@@ -122,6 +130,12 @@ class GuestTable:
             guest.account.close()
         for fd in guest.fds:
             os.close(fd)
+
+    def settle(self, guest: Guest) -> None:
+        """Settle a guest's charges, if it is attached still."""
+        with self.lock:
+            if self._guests.get(guest.name) is guest:
+                guest.account.settle()
 
     def nr_attached_ever(self, image: Image) -> int:
         """Count the times that a guest was attached to an image, those that left too."""

@@ -63,7 +63,9 @@ class StatusReader:
             "saved_bytes": sum(image["saved_bytes"] for image in images),
             "hits": totals.hits,
             "misses": totals.misses,
-            "cow_breaks": totals.cow_breaks,
+            # Of each guest after its own settling: added up afterwards, charges would be among them.
+            "cow_breaks": sum(guest["cow_breaks"] for guest in guests)
+            + sum(of_image.closed_cow_pages for of_image in sums),
             "evicted_extents": sum(counter.evictions for counter in counters),
             "evictions": {
                 "pressure": sum(counter.evictions_pressure for counter in counters),
@@ -108,9 +110,7 @@ def _guest_status(guest: Guest, status: AccountStatus) -> dict[str, Any]:
         "state": guest_state(status),
         "pid": guest.pid,
         "uid": guest.uid,
-        "granted_bytes": min(
-            status.granted_extents * guest.image.extent_bytes, guest.image.map_bytes
-        ),
+        "granted_bytes": guest.granted_bytes(status),
         "private_bytes": status.private_pages * _PAGE_BYTES,
         "quota_bytes": guest.quota_bytes,
         "policy": status.policy.name.lower(),

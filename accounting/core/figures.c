@@ -133,6 +133,7 @@ void account_sum(struct image *image, struct account_sums *sums_out)
 	memcpy(&sums_out->counters, past->counts, sizeof past->counts);
 	memcpy(sums_out->latency_sum_ns, past->latency_sum_ns, sizeof past->latency_sum_ns);
 	memcpy(sums_out->latency, past->latency, sizeof past->latency);
+	sums_out->closed_cow_pages = sums_out->counters.charged_pages - sums_out->counters.uncharged_pages;
 	for (const struct account *account = image->accounts; account; account = account->next) {
 		const struct ledger_header *header = account->header;
 		uint64_t since_ns;

@@ -63,6 +63,7 @@ struct account_sums {
 	uint64_t nr_running, nr_stopped, nr_broken;
 	uint64_t private_pages; /* charged now */
 	uint64_t cow_pages;     /* private copies ever made; never less than an earlier reading, see account_sum */
+	uint64_t closed_cow_pages; /* of accounts that were closed */
 	struct account_counters counters;
 	uint64_t latency_sum_ns[LATENCY_NR];
 	uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];

@@ -46,7 +46,7 @@ def refused(result: Result, exit_code: int) -> str:
         ("drain", "no such command"),
         ("status --bogus", "no such option"),
         ("status extra", "unexpected extra argument"),
-        ("serve --metrics :1", "no such option"),
+        ("serve --metrics :1", "is not HOST:PORT"),
         ("serve", "no image to serve"),
         ("serve --image debian", "has no '='"),
         ("serve --image a=/a --capacity 64MB", "powers of 1000 or of 1024"),

@@ -13,6 +13,7 @@ from cowshed.service.control import Control
 from cowshed.service.evictor import Evictor
 from cowshed.service.guests import GuestTable
 from cowshed.service.status import StatusReader
+from cowshed.service.tallies import Tallies
 from cowshed.service.working_sets import WorkingSets
 
 EXTENT_BYTES = 4096
@@ -35,7 +36,7 @@ def control(store: PageStore, run_dir: Path) -> Iterator[Control]:
     evictor, guests = Evictor(store), GuestTable()
     evictor.start()
     status = StatusReader(store, evictor, guests, run_dir)
-    yield Control(store, evictor, guests, status, WorkingSets(run_dir))
+    yield Control(store, evictor, guests, status, WorkingSets(run_dir), Tallies())
     evictor.stop()
 
 

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTTP requests and answers as bytes: as much of HTTP/1.1 as pages without bodies need. Pure.
+
+An answer is (status, content type, body); a handler makes one of a Request.
+"""
+
+from __future__ import annotations
+
+import http
+import urllib.parse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = [
+    "Answer",
+    "Handler",
+    "NotHttpError",
+    "Request",
+    "answer_bytes",
+    "head_ends",
+    "parse_request",
+    "text_answer",
+]
+
+_HEADERS_MAX: Final = 100
+
+
+class NotHttpError(Exception):
+    """What came is no request; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request without its body. query has the first value of each name, headers lower-case names.
+
+    path is percent-decoded.
+    """
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+
+
+Answer = tuple[int, str, bytes]
+Handler = Callable[[Request], Answer]
+
+
+def text_answer(status: int, text: str) -> Answer:
+    """Give an answer of one line of text."""
+    return status, "text/plain; charset=utf-8", f"{text}\n".encode(errors="replace")
+
+
+def head_ends(received: bytes | bytearray) -> bool:
+    """Whether a request's head is there to its end."""
+    return b"\r\n\r\n" in received or b"\n\n" in received
+
+
+def parse_request(received: bytes) -> Request:
+    """Read a head; what follows it is ignored. Raises NotHttpError."""
+    head = received.replace(b"\r\n", b"\n").partition(b"\n\n")[0].decode("latin-1")
+    first, *lines = head.split("\n")
+    words = first.split(" ")
+    if len(words) != 3 or not words[2].startswith("HTTP/1."):
+        raise NotHttpError("not a request of HTTP/1.x")
+    method, target, _ = words
+    try:
+        parts = urllib.parse.urlsplit(target)
+        query = urllib.parse.parse_qsl(parts.query, keep_blank_values=True, max_num_fields=20)
+    except ValueError as error:
+        raise NotHttpError("no such target can be asked for") from error
+    if not parts.path.startswith("/") or len(lines) > _HEADERS_MAX:
+        raise NotHttpError("no such target can be asked for, or too many headers")
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not name or name != name.strip():
+            raise NotHttpError("a header line is not NAME: VALUE")
+        headers.setdefault(name.lower(), value.strip())
+    return Request(method, urllib.parse.unquote(parts.path), dict(reversed(query)), headers)
+
+
+def answer_bytes(answer: Answer, method: str = "GET") -> bytes:
+    """Put an answer into bytes; the connection ends with it."""
+    status, content_type, body = answer
+    head = (
+        f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n"
+        f"Content-Type: {content_type}\r\n"
+        f"Content-Length: {len(body)}\r\n"
+        "Cache-Control: no-store\r\n"
+        "X-Content-Type-Options: nosniff\r\n"
+        + ("Allow: GET, HEAD\r\n" if status == 405 else "")
+        + "Connection: close\r\n\r\n"
+    ).encode("latin-1")
+    return head if method == "HEAD" else head + body

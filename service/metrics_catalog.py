@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every metric the daemon exports: name, type, labels with their values, and what it means.
+
+The exporter makes its families from this list and docs/metrics.md is written from it, so that none
+is exported without a meaning or documented without being there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+__all__ = ["CATALOG", "Metric"]
+
+Kind = Literal["info", "gauge", "counter", "histogram"]
+
+REFS: Final = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32+")
+STATES: Final = ("running", "stopped-quota", "detached")
+TRANSPORTS: Final = ("unix",)
+ACCESS_OUTCOMES: Final = ("hit", "loaded", "failed")
+WRITE_OUTCOMES: Final = ("copied", "refused")
+LOAD_REASONS: Final = ("demand", "prefetch")
+SOURCES: Final = ("file",)
+EVICT_REASONS: Final = ("pressure", "request")
+CHECKS: Final = ("refs", "private", "granted", "resident")
+DRAIN_STATES: Final = ("none", "draining", "done", "failed")
+DROP_REASONS: Final = ("handshake", "protocol", "limit", "broken")
+DURATION_KINDS: Final = ("hit", "miss", "write")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. values names the values a label can take, where they are known beforehand.
+
+    name is as in queries: with _total, _info. of_guest: only with guest_metrics.
+    """
+
+    name: str
+    kind: Kind
+    meaning: str
+    labels: tuple[str, ...] = ()
+    values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    of_guest: bool = False
+
+
+def _image(name: str, kind: Kind, meaning: str, /, **values: tuple[str, ...]) -> Metric:
+    return Metric(f"cowshed_{name}", kind, meaning, ("image", *values), values)
+
+
+def _one(name: str, kind: Kind, meaning: str, /, **values: tuple[str, ...]) -> Metric:
+    return Metric(f"cowshed_{name}", kind, meaning, tuple(values), values)
+
+
+def _guest(name: str, kind: Kind, meaning: str) -> Metric:
+    return Metric(f"cowshed_guest_{name}", kind, meaning, ("guest", "image"), of_guest=True)
+
+
+_BACKEND: Final = (
+    Metric("cowshed_build_info", "info", "The version that runs; always 1.", ("version",)),
+    _one("start_timestamp_seconds", "gauge", "When the daemon began, in Unix time."),
+    _one("capacity_bytes", "gauge", "Memory that the frames of all images may take together."),
+    _one(
+        "reserved_bytes",
+        "gauge",
+        "Of the capacity, what is taken: by extents that are resident, being loaded or evicted.",
+    ),
+    _one("pinnable_bytes", "gauge", "The most that pins of all images may take together."),
+    _one("waiting_loaders", "gauge", "Loader threads that have work and no room for it."),
+    _one("queued_loads", "gauge", "Runs of extents that wait for a loader."),
+    _one(
+        "connections_dropped_total",
+        "counter",
+        "Connections that the daemon ended or turned away. handshake: not finished in time; "
+        "protocol: the peer broke it; limit: no place or no descriptors; broken: the guest's "
+        "memory can no longer be served.",
+        reason=DROP_REASONS,
+    ),
+    _one(
+        "audit_mismatches",
+        "gauge",
+        "Differences between the ledger and the kernel that the last audit found; 0 before the "
+        "first.",
+        check=CHECKS,
+    ),
+    _one(
+        "audit_timestamp_seconds",
+        "gauge",
+        "When the last audit ended, in Unix time; 0 before the first.",
+    ),
+    _one("drain_state", "gauge", "1 for the state the drain is in, else 0.", state=DRAIN_STATES),
+    _one("drain_progress_ratio", "gauge", "How much of the drain is done, 0 to 1."),
+    _one("drain_blockers", "gauge", "What keeps the drain from going on: guests, pins."),
+    _one(
+        "fault_duration_seconds",
+        "histogram",
+        "From the moment a fault is read to its answer. hit: answered from a resident extent; "
+        "miss: after a load, failed ones too; write: opened for a private copy. A fault that waits "
+        "at its quota is in none.",
+        kind=DURATION_KINDS,
+    ),
+    _one(
+        "guest_metrics_left_out",
+        "gauge",
+        "Guests without series of their own because guest_metrics allows no more; 0 while they "
+        "are off.",
+    ),
+)
+
+_IMAGES: Final = (
+    Metric(
+        "cowshed_image_info",
+        "info",
+        'What an image is made of; always 1. The digest is "" until it has been computed.',
+        ("image", "source", "digest"),
+    ),
+    _image("image_size_bytes", "gauge", "The image's size."),
+    _image("resident_bytes", "gauge", "Frames in resident extents."),
+    _image(
+        "granted_bytes",
+        "gauge",
+        "What guests may map of it, added up over guests: each counts the extents it was granted.",
+    ),
+    _image(
+        "private_bytes",
+        "gauge",
+        "Pages charged to attached guests as private copies. Ahead of the kernel by pages that "
+        "were opened and not written yet, until the settling that follows each scrape.",
+    ),
+    _image(
+        "saved_bytes",
+        "gauge",
+        "Memory the grants would take if every guest had its own frames, less what they take.",
+    ),
+    _image("pinned_bytes", "gauge", "Extents under at least one pin, resident or not."),
+    _image(
+        "working_set_bytes",
+        "gauge",
+        "Extents that any guest was ever granted since the daemon began.",
+    ),
+    _image("working_set_resident_bytes", "gauge", "Of the working set, what is resident."),
+    _image(
+        "extents",
+        "gauge",
+        "Resident extents by the number of guests that were granted them.",
+        refs=REFS,
+    ),
+    _image(
+        "guests",
+        "gauge",
+        "Attached guests. detached: the memory of one is no longer served and it is about to go.",
+        transport=TRANSPORTS,
+        state=STATES,
+    ),
+    _image("source_changed", "gauge", "1 if the source changed while it is served, else 0."),
+    _image(
+        "requests_total",
+        "counter",
+        "Faults that asked for a page: hits, and those that began to wait for a load.",
+    ),
+    _image("hits_total", "counter", "Of the requests, those answered from a resident extent."),
+    Metric(
+        "cowshed_faults_total",
+        "counter",
+        "Faults answered, by kind and outcome. missing and minor: hit (resident), loaded, failed "
+        "(its source could not be read); write: copied (the page was opened for a private copy), "
+        "refused (at the quota; first touches that were writes too).",
+        ("image", "kind", "outcome"),
+        {
+            "kind": ("missing", "minor", "write"),
+            "outcome": (*ACCESS_OUTCOMES, *WRITE_OUTCOMES),
+        },
+    ),
+    _image(
+        "loads_total",
+        "counter",
+        "Extents made resident. demand: a guest waited when it ended; prefetch: nobody did "
+        "(readahead, warm and pin).",
+        reason=LOAD_REASONS,
+    ),
+    _image("load_bytes_total", "counter", "Bytes read from the source.", source=SOURCES),
+    _image(
+        "load_errors_total",
+        "counter",
+        "Extents that could not be loaded, after the retries.",
+        source=SOURCES,
+    ),
+    _image("load_retries_total", "counter", "Reads of the source that were tried again."),
+    _image(
+        "evictions_total",
+        "counter",
+        "Extents given up. pressure: to make room; request: because an operator asked.",
+        reason=EVICT_REASONS,
+    ),
+    _image(
+        "reloads_total",
+        "counter",
+        "Loads of extents that were evicted a short while ago, as far back as the eviction policy "
+        "remembers: many of them are thrashing. Counted up to a second late.",
+    ),
+    _image(
+        "cow_pages_total",
+        "counter",
+        "Private copies ever made, of guests that left too. Ahead of the kernel like "
+        "cowshed_private_bytes.",
+    ),
+    _image("discarded_pages_total", "counter", "Private pages that guests gave back (madvise)."),
+    _image("poisoned_pages_total", "counter", "Pages made SIGBUS because no load succeeded."),
+    _image("repaired_pages_total", "counter", "Poisoned pages that a later load made good."),
+    _image("mapped_pages_total", "counter", "Pages mapped into guests, asked for or ahead."),
+    _image("quota_stops_total", "counter", "Times that a guest came to a stop at its quota."),
+    _image(
+        "quota_stopped_seconds_total",
+        "counter",
+        "Time that guests spent stopped at their quota, up to this moment.",
+    ),
+    _image("guest_attaches_total", "counter", "Times that a guest was attached."),
+    _image(
+        "strays_total",
+        "counter",
+        "Extents found with frames that nobody loaded (a guest read a mapping that nothing "
+        "guards), and emptied.",
+    ),
+    _image(
+        "retries_total",
+        "counter",
+        "Answers put off because the guest's memory was changing at that moment.",
+    ),
+)
+
+_GUESTS: Final = (
+    _guest("requests_total", "counter", "Faults of the guest that asked for a page."),
+    _guest("hits_total", "counter", "Of these, those answered from a resident extent."),
+    _guest("private_bytes", "gauge", "Pages charged to the guest; see cowshed_private_bytes."),
+    _guest("quota_bytes", "gauge", "Private bytes it may have; +Inf without a quota."),
+    _guest("granted_bytes", "gauge", "Extents it was granted."),
+    _guest(
+        "cow_pages_total",
+        "counter",
+        "Pages it was charged for; those of them that it never wrote, and that were given back, "
+        "too.",
+    ),
+    _guest("quota_stops_total", "counter", "Times it came to a stop at its quota."),
+    _guest("stopped", "gauge", "1 while it is stopped at its quota, else 0."),
+)
+
+CATALOG: Final[Mapping[str, Metric]] = {
+    metric.name: metric for metric in (*_BACKEND, *_IMAGES, *_GUESTS)
+}
