@@ -28,6 +28,7 @@ from case_cold import cold
 from case_fault import fault
 from case_memory import memory
 from case_resident import first_write, resident
+from case_scrape import scrape
 from cases import Bench, CaseResult
 from machine import LoadWatch, describe
 from native import ROOT, load
@@ -40,6 +41,7 @@ CASES: dict[str, Callable[[Bench], CaseResult]] = {
     "write": first_write,
     "cold": cold,
     "memory": memory,
+    "scrape": scrape,
 }
 MIB = 1 << 20
 

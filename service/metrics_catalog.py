@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-__all__ = ["CATALOG", "Metric"]
+__all__ = ["CATALOG", "LIBRARY", "Metric"]
 
 Kind = Literal["info", "gauge", "counter", "histogram"]
 
@@ -246,4 +246,30 @@ _GUESTS: Final = (
 
 CATALOG: Final[Mapping[str, Metric]] = {
     metric.name: metric for metric in (*_BACKEND, *_IMAGES, *_GUESTS)
+}
+
+_GENERATION: Final = {"generation": ("0", "1", "2")}
+# What prometheus_client adds of itself.
+LIBRARY: Final[Mapping[str, Metric]] = {
+    metric.name: metric
+    for metric in (
+        Metric("process_virtual_memory_bytes", "gauge", "Address space; images count in full."),
+        Metric(
+            "process_resident_memory_bytes",
+            "gauge",
+            "Memory of the daemon itself; the frames of images are not mapped in it.",
+        ),
+        Metric("process_start_time_seconds", "gauge", "When the process began, in Unix time."),
+        Metric("process_cpu_seconds_total", "counter", "CPU time, fault threads and loaders too."),
+        Metric("process_open_fds", "gauge", "Open descriptors: several for each guest."),
+        Metric("process_max_fds", "gauge", "How many there may be."),
+        *(
+            Metric(f"python_gc_{name}_total", "counter", meaning, ("generation",), _GENERATION)
+            for name, meaning in (
+                ("objects_collected", "Objects that Python's garbage collector freed."),
+                ("objects_uncollectable", "Objects that it could not free."),
+                ("collections", "Times that it ran."),
+            )
+        ),
+    )
 }

@@ -63,7 +63,7 @@ class StatusReader:
             "saved_bytes": sum(image["saved_bytes"] for image in images),
             "hits": totals.hits,
             "misses": totals.misses,
-            # Of each guest after its own settling: added up afterwards, charges would be among them.
+            # Each after its own settling: a later sum would hold charges that are no copies.
             "cow_breaks": sum(guest["cow_breaks"] for guest in guests)
             + sum(of_image.closed_cow_pages for of_image in sums),
             "evicted_extents": sum(counter.evictions for counter in counters),

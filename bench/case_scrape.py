@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a scrape of the metrics takes with many guests, over HTTP, against what it may take.
+
+The guests are accounts of a store in this process, which nobody maps: a scrape reads what it would
+read of mapped ones. All that a scrape does is in the time, the text and the connection too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from cases import Bench, CaseResult, Row, Side
+from stats import Aim
+
+from cowshed.accounting import Account, QuotaPolicy
+from cowshed.cache import FileSource, PageStore
+from cowshed.service.door import raise_file_limit
+from cowshed.service.endpoint import Endpoint
+from cowshed.service.evictor import Evictor
+from cowshed.service.guests import GuestTable
+from cowshed.service.http_server import HttpServer
+from cowshed.service.metrics import Exporter, MetricsSources
+from cowshed.service.tallies import Tallies
+
+__all__ = ["scrape"]
+
+MOST_MS = 50.0
+NR_IMAGES = 10
+IMAGE_BYTES = 1 << 30
+SPARE_FDS = 256
+
+
+def scrape(bench: Bench) -> CaseResult:
+    """Scrape ten images of 1 GiB with 1,000 guests in all, and with 1,000 guests each."""
+    raise_file_limit()
+    room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FDS
+    rows, notes = [], ["ten images of 1 GiB; no guest has series of its own"]
+    for nr_guests, what in ((1_000, "1,000 guests of"), (10_000, "1,000 guests of each of")):
+        if nr_guests > room:
+            notes.append(f"{nr_guests} guests need more open files than {room}: left out")
+            continue
+        with _serving(bench.build_dir, nr_guests) as url:
+            sides: dict[str, Side] = {"scrape": _side(url), "allowed": lambda: (MOST_MS, {})}
+            ratios = [("scrape", "allowed", Aim(1.0))]
+            rows.append(Row.measure(bench, f"{what} 10 images", "ms", sides, ratios))
+    return CaseResult("a scrape of /metrics, against the 50 ms it may take", rows, notes)
+
+
+@contextlib.contextmanager
+def _serving(folder: Path, nr_guests: int) -> Iterator[str]:
+    """Have an exporter of a store with so many accounts for the block; the URL it answers at."""
+    path = folder / "scrape.raw"
+    with path.open("wb") as file:
+        file.truncate(IMAGE_BYTES)
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(PageStore(1 << 30))
+        for no in range(NR_IMAGES):
+            image = store.open_image(f"image-{no}", FileSource.open(path))
+            for _ in range(nr_guests // NR_IMAGES):
+                account = Account(image, IMAGE_BYTES, QuotaPolicy.STOP)
+                stack.callback(account.close)
+        evictor = Evictor(store)
+        evictor.start()
+        stack.callback(evictor.stop)
+        exporter = Exporter(MetricsSources(store, evictor, GuestTable(), Tallies()))
+        server = HttpServer(Endpoint("127.0.0.1", 0), {"/metrics": exporter.serve})
+        server.start()
+        stack.callback(server.stop)
+        yield f"http://{server.endpoint}/metrics"
+
+
+def _side(url: str) -> Side:
+    def measure() -> tuple[float, dict[str, float]]:
+        before = time.perf_counter()
+        with urllib.request.urlopen(url) as answer:
+            text = answer.read()
+        elapsed_ms = (time.perf_counter() - before) * 1e3
+        nr_series = sum(not line.startswith(b"#") for line in text.splitlines())
+        return elapsed_ms, {"kib": len(text) / 1024, "series": nr_series}
+
+    return measure

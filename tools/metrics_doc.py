@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes docs/metrics.md from the exporter's own catalog.
+
+.venv/bin/python tools/metrics_doc.py            write it
+.venv/bin/python tools/metrics_doc.py --check    say whether it is up to date; 1 if not
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from cowshed.service.metrics_catalog import CATALOG, LIBRARY, Metric
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs/metrics.md"
+
+INTRODUCTION = """# Metrics
+
+<!-- Written by tools/metrics_doc.py from service/metrics_catalog.py. Do not edit. -->
+
+`cowshed serve --metrics HOST:PORT` (or `metrics = "HOST:PORT"` in its configuration) serves these
+at `/metrics`, as text or OpenMetrics, whichever the scraper prefers. Port 0 is one that the kernel
+chooses; the log says which. There is no TLS and no password: listen on localhost, or on a network
+where everybody may read.
+
+* All label sets whose values are known beforehand are there from the start, at 0.
+* Hits and requests are exported, not their ratio: the share of hits over five minutes is
+  `sum(rate(cowshed_hits_total[5m])) / sum(rate(cowshed_requests_total[5m]))`. Sums over images or
+  hosts are PromQL's business, too.
+* Counters of an image hold what guests that left had counted, and never go backwards while the
+  daemon runs.
+* A scrape reads the core's counters and stops nobody. It does not settle: pages charged to a guest
+  that it never wrote are found after each scrape and are gone from the next. So
+  `cowshed_private_bytes`, `cowshed_cow_pages_total` and what is charged per guest can be ahead of
+  the kernel by what was opened since the last scrape.
+* Requests and quota stops are counted when they begin, faults by outcome and durations when they
+  are answered: `cowshed_requests_total` is ahead of `cowshed_faults_total` by the faults that wait
+  at this moment, and by those whose guest left before they were answered.
+* Metrics of single guests are opt-in: `guest_metrics = N` gives series to N guests at most, in the
+  order in which they attached. `cowshed_guest_metrics_left_out` says how many have none. A guest's
+  series are gone from the first scrape after it left.
+* Guests name themselves. A name has 1 to 64 printable characters: quotes and letters of any script
+  stand escaped in labels, and a name with a line end or another control character is refused when
+  the guest attaches. Image names are letters, digits, `.`, `_` and `-`.
+* A scrape while the daemon ends is answered in full or refused; there is no answer in part.
+"""
+
+
+def table(metrics: Iterable[Metric]) -> str:
+    """One row a metric."""
+    rows = ["| metric | type | labels | means |", "|---|---|---|---|"]
+    for metric in metrics:
+        labels = ", ".join(_label(metric, label) for label in metric.labels) or "-"
+        rows.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def _label(metric: Metric, label: str) -> str:
+    values = metric.values.get(label)
+    return f"`{label}`" + (f" ({', '.join(values)})" if values else "")
+
+
+def document() -> str:
+    """Give the whole page."""
+    by_image = [metric for metric in CATALOG.values() if "image" in metric.labels]
+    sections = {
+        "The backend": [metric for metric in CATALOG.values() if "image" not in metric.labels],
+        "Images": [metric for metric in by_image if not metric.of_guest],
+        "Guests, with `guest_metrics`": [metric for metric in by_image if metric.of_guest],
+        "The process, by prometheus_client": LIBRARY.values(),
+    }
+    return INTRODUCTION + "".join(
+        f"\n## {title}\n\n{table(metrics)}" for title, metrics in sections.items()
+    )
+
+
+def main() -> int:
+    """Write the page, or check it."""
+    text = document()
+    if sys.argv[1:] != ["--check"]:
+        DOCUMENT.write_text(text)
+    elif DOCUMENT.read_text() != text:
+        print(f"{DOCUMENT} is not up to date: run tools/metrics_doc.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
