@@ -65,10 +65,10 @@ class _State(enum.IntEnum):
 class _Client:
     """One connection. request is set while WORKING, left_to_send while SENDING."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
         self.sock: Final = sock
         self.state = _State.READING
-        self.deadline: float = time.monotonic() + _READ_SECONDS
+        self.deadline = deadline
         self.received = bytearray()
         self.left_to_send = memoryview(b"")
         self.request: Request | None = None
@@ -78,9 +78,17 @@ class HttpServer:
     """Binds when it is made (UsageError, one line, if it cannot), answers from start() to stop().
 
     routes gives a handler by path. Handlers run in threads of the server's own, several at once.
+    A client has read_seconds to say what it wants.
     """
 
-    def __init__(self, endpoint: Endpoint, routes: Mapping[str, Handler]) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        routes: Mapping[str, Handler],
+        *,
+        read_seconds: float = _READ_SECONDS,
+    ) -> None:
+        self._read_seconds: Final = read_seconds
         self._routes: Final = dict(routes)
         self._listener = _bind(endpoint)
         self.endpoint: Final = Endpoint(endpoint.host, self._listener.getsockname()[1])
@@ -105,7 +113,12 @@ class HttpServer:
             thread.start()
 
     def stop(self) -> None:
-        """Refuse new clients, finish the answers under way, and end; no handler runs afterwards."""
+        """Refuse new clients, finish the answers under way, and end; no handler runs afterwards.
+
+        A second call does nothing.
+        """
+        if self._stopping:
+            return
         self._stopping = True
         self._wake()
         for thread in self._threads[:1]:
@@ -191,7 +204,8 @@ class HttpServer:
             sock.close()
             return
         sock.setblocking(False)
-        self._clients[sock.fileno()] = _Client(sock)
+        deadline = time.monotonic() + self._read_seconds
+        self._clients[sock.fileno()] = _Client(sock, deadline)
         self._selector.register(sock, selectors.EVENT_READ)
 
     def _make_room(self) -> bool:

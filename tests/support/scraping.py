@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A scraper as tests need one: what a daemon's /metrics says, parsed by prometheus_client."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from collections.abc import Mapping
+
+from domains import Daemon
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+ANY_PORT = ("--metrics", "127.0.0.1:0")
+
+Labels = frozenset[tuple[str, str]]
+Samples = dict[tuple[str, Labels], float]
+
+
+def metrics_url(daemon: Daemon) -> str:
+    """Where a daemon that was started with ANY_PORT serves its metrics."""
+    found = re.search(r"event=metrics url=(\S+)", daemon.log())
+    assert found, daemon.log()
+    return found[1]
+
+
+def fetch(url: str, **headers: str) -> str:
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        text: bytes = answer.read()
+    return text.decode()
+
+
+def families(daemon: Daemon) -> dict[str, Metric]:
+    """What a scrape gives, by the name in queries."""
+    parsed = text_string_to_metric_families(fetch(metrics_url(daemon)))
+    return {
+        family.name + ("_total" if family.type == "counter" else ""): family for family in parsed
+    }
+
+
+def samples_of(parsed: Mapping[str, Metric]) -> Samples:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in parsed.values()
+        for sample in family.samples
+    }
+
+
+def scrape(daemon: Daemon) -> Samples:
+    return samples_of(families(daemon))
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    """One sample, named without cowshed_."""
+    return samples[f"cowshed_{name}", frozenset(labels.items())]
