@@ -166,7 +166,8 @@ class Image:
     def look_at_source(self) -> str | None:
         """Note, once, how the source differs from what was opened; None if nothing new is wrong.
 
-        What is resident stays as it is. Later loads read what is there now; past a new end they fail.
+        What is resident stays as it is. Later loads read what is there now, and fail past a new
+        end.
         """
         changed = self.source.changed()
         if changed is None or self.source_change is not None:

@@ -21,8 +21,8 @@ _MAX_BYTES = 1 << 48
 class FileSource:
     """A file or block device, open for reading and known to be usable.
 
-    Owns its descriptors until an image takes them over. direct_fd is the same file opened O_DIRECT, or -1 where its
-    file system has no such thing.
+    Owns its descriptors until an image takes them over. direct_fd is the same file opened O_DIRECT,
+    or -1 where its file system has no such thing.
     """
 
     path: Path
