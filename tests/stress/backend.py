@@ -152,14 +152,16 @@ class Channel:
             for image in self._store:
                 pinned = dict.fromkeys(range(image.nr_extents), 0)
                 pinned.update({int(extent): nr for extent, nr in pins[image.name].items()})
-                for extent, (state, nr_pins) in enumerate(
-                    zip(image.states(), image.pins(), strict=True)
+                for extent, (state, nr_pins, refs) in enumerate(
+                    zip(image.states(), image.pins(), image.refs(), strict=True)
                 ):
                     where = f"extent {extent} of {image.name}"
                     resident = state == ExtentState.RESIDENT
                     nr_resident += resident
                     if resident != ((image.image_no, extent) in policy):
                         problems.append(f"{where}: state {state}, and the policy thinks otherwise")
+                    if refs and not resident:
+                        problems.append(f"{where}: {refs} grants, and in state {state}")
                     if nr_pins != pinned[extent]:
                         problems.append(f"{where}: {nr_pins} pins, must be {pinned[extent]}")
                     if nr_pins and not resident and pinned_stay:
