@@ -158,8 +158,9 @@ bool account_page_is_private(struct account *account, uint64_t page)
 
 	if (!bits_test(account->private, page))
 		return false;
-	if (account_look(account, page, 1, &look) < 0 || look == PAGE_LOOK_PRIVATE)
-		return true; /* in doubt it stays charged */
+	/* In doubt it stays charged; and an open page does, because its guest may make the copy any moment, unasked. */
+	if (account_look(account, page, 1, &look) < 0 || look == PAGE_LOOK_PRIVATE || look == PAGE_LOOK_OPEN)
+		return true;
 	account_uncharge(account, page);
 	count_add(COUNTER(account->header, uncharged_pages), 1);
 	return false;

@@ -117,6 +117,22 @@ static void handle_message(struct guest *guest, const struct uffd_msg *message, 
 
 /* Never waits, not even after its guest made the description blocking (Linux 6.10; before, such a guest holds up
  * its own thread). */
+/*
+ * What else happened goes before the faults: once a discard has been read, its pages may be gone and mapped anew, and a
+ * write window must not open one on the strength of the charge that the discard is about to give back.
+ */
+static void handle_messages(struct guest *guest, const struct uffd_msg *messages, ssize_t nr)
+{
+	uint64_t read_ns = clock_now_ns();
+
+	for (ssize_t i = 0; i < nr; i++)
+		if (messages[i].event != UFFD_EVENT_PAGEFAULT)
+			handle_message(guest, &messages[i], read_ns);
+	for (ssize_t i = 0; i < nr; i++)
+		if (messages[i].event == UFFD_EVENT_PAGEFAULT)
+			handle_message(guest, &messages[i], read_ns);
+}
+
 static ssize_t read_messages(const struct guest *guest, struct uffd_msg *messages)
 {
 	struct iovec room = {.iov_base = messages, .iov_len = MESSAGES_MAX * sizeof *messages};
@@ -238,10 +254,8 @@ static void *guest_main(void *arg)
 			answer_failed(guest, nr ? (int)nr : -EPIPE);
 			continue;
 		}
-		uint64_t read_ns = clock_now_ns();
 		point_reach(POINT_FAULT_READ);
-		for (ssize_t i = 0; i < nr; i++)
-			handle_message(guest, &messages[i], read_ns);
+		handle_messages(guest, messages, nr);
 	}
 	return NULL;
 }
