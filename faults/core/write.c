@@ -64,10 +64,14 @@ static void quota_refuse(struct guest *guest)
 /* Under write_lock: charges the pages of [first, first + nr) that are not private yet, all of them or none. */
 static bool charge_range(struct account *account, uint64_t first, uint64_t nr)
 {
-	uint64_t nr_new = nr - bits_count(account->private, first, first + nr);
+	uint64_t nr_new;
 
-	if (quota_take(account, nr_new) < nr_new)
-		return false;
+	do {
+		nr_new = nr - bits_count(account->private, first, first + nr);
+		if (quota_take(account, nr_new) < nr_new)
+			return false;
+		/* Looking for room may have given charges in the range itself back. */
+	} while (nr_new != nr - bits_count(account->private, first, first + nr));
 	for (uint64_t page = first; (page = bits_next_clear(account->private, page, first + nr)) < first + nr; page++)
 		account_charge(account, page);
 	return true;
