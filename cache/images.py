@@ -151,6 +151,15 @@ class Image:
         """Pins per extent; O(extents)."""
         return self._counts(lib.image_pins)
 
+    def touches(self) -> bytes:
+        """Faults of each extent since the eviction policy took them, at most 3; takes none."""
+        touches = bytearray(self.nr_extents)
+        checked(
+            lib.image_touches(self.cdata, 0, self.nr_extents, ffi.from_buffer(touches)),
+            f"reading the touches of {self.name!r}",
+        )
+        return bytes(touches)
+
     def _counts(self, read: Any) -> array[int]:
         counts = array("I", bytes(4 * self.nr_extents))
         checked(

@@ -83,6 +83,10 @@ class Control:
             raise UsageError(f"no image {name!r}; there is {', '.join(sorted(images))}")
         return images[name]
 
+    def status(self) -> dict[str, Any]:
+        """The object of `cowshed status --json`, a new one; from any thread."""
+        return self._status.read()
+
     def _do_status(self, _: Body) -> Iterator[Body]:
         yield {"status": self._status.read()}
 

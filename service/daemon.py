@@ -36,6 +36,8 @@ from cowshed.service.sizes import format_bytes
 from cowshed.service.status import StatusReader, guest_state
 from cowshed.service.tallies import Tallies
 from cowshed.service.userfaultfd import open_device
+from cowshed.service.web_pages import web_routes
+from cowshed.service.web_state import StateReader
 from cowshed.service.workers import Workers
 from cowshed.service.working_sets import WorkingSets
 from cowshed.transport import EOF, listen
@@ -123,7 +125,9 @@ class Daemon:
             sources = MetricsSources(
                 store, evictor, self.guests, self._tallies, config.guest_metrics
             )
-            server = HttpServer(config.metrics, {"/metrics": Exporter(sources, settler.ask).serve})
+            state = StateReader(lambda: list(store), self.control.status)
+            routes = {"/metrics": Exporter(sources, settler.ask).serve, **web_routes(state.read)}
+            server = HttpServer(config.metrics, routes)
             settler.start()
             stack.callback(settler.stop)
             server.start()

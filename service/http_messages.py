@@ -24,6 +24,12 @@ __all__ = [
 ]
 
 _HEADERS_MAX: Final = 100
+# For browsers: what is answered loads nothing but what this server has, runs no code that is not a
+# file of its own, and is part of no other page.
+_POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 class NotHttpError(Exception):
@@ -90,6 +96,7 @@ def answer_bytes(answer: Answer, method: str = "GET") -> bytes:
         f"Content-Length: {len(body)}\r\n"
         "Cache-Control: no-store\r\n"
         "X-Content-Type-Options: nosniff\r\n"
+        f"Content-Security-Policy: {_POLICY}\r\n"
         + ("Allow: GET, HEAD\r\n" if status == 405 else "")
         + "Connection: close\r\n\r\n"
     ).encode("latin-1")

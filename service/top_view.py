@@ -146,11 +146,10 @@ class Frame:
         if self.lines is None:
             return wanted
         room = max(len(sections), self.lines - nr_taken)
-        focus = self.state.focus
-        others = sum(min(nr, room // 3) for other, nr in wanted.items() if other != focus)
-        rows = {other: min(nr, room // 3) for other, nr in wanted.items()}
-        rows[focus] = room - others if focus == sections[-1] else min(wanted[focus], room - others)
-        rows[sections[-1]] = room - sum(rows[other] for other in sections[:-1])
+        focus, lowest = self.state.focus, sections[-1]
+        rows = {each: min(nr, room // 3) for each, nr in wanted.items()}
+        rows[focus] = min(wanted[focus], room - sum(rows.values()) + rows[focus])
+        rows[lowest] += room - sum(rows.values())
         return rows
 
     def _title(self, focus: Focus) -> Text:

@@ -56,7 +56,18 @@ add_prometheus() {
     rm -r "$download"
 }
 
+# A browser, for the tests of the page on the metrics port, which say so where there is none.
+add_browser() {
+    command -v chromium >/dev/null && command -v chromedriver >/dev/null && return
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        apt_install chromium chromium-driver
+    else
+        echo "setup: no chromium and chromedriver here; the tests that need them will be skipped"
+    fi
+}
+
 if [ -x "$venv/bin/python" ]; then
+    add_browser
     add_prometheus
     exit 0
 fi
@@ -82,4 +93,5 @@ if ! "$python" -c "$can_build" 2>/dev/null; then
     esac
 fi
 "$python" -m venv "$venv" || fail "cannot make $venv; remove it and try again"
+add_browser
 add_prometheus

@@ -256,6 +256,15 @@ int image_pins(const struct image *image, uint64_t first, uint64_t nr, uint32_t 
 	return 0;
 }
 
+int image_touches(const struct image *image, uint64_t first, uint64_t nr, uint8_t *touches_out)
+{
+	if (!extents_ok(image, first, nr))
+		return -ERANGE;
+	for (uint64_t i = 0; i < nr; i++)
+		touches_out[i] = atomic_load_explicit(&image->touches[first + i], memory_order_relaxed);
+	return 0;
+}
+
 uint8_t image_take_touches(struct image *image, uint64_t extent)
 {
 	assert(extent < image->shape.nr_extents);

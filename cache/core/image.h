@@ -74,6 +74,8 @@ int image_refs(const struct image *image, uint64_t first, uint64_t nr, uint32_t 
 int image_pins(const struct image *image, uint64_t first, uint64_t nr, uint32_t *pins_out);
 /* O(extents), about 1 ns each; at no one instant. */
 void image_figure(const struct image *image, struct image_figures *figures_out);
+/* The same of touches: faults since image_take_touches, at most TOUCHES_MAX. */
+int image_touches(const struct image *image, uint64_t first, uint64_t nr, uint8_t *touches_out);
 /* One extent's figures for the eviction policy; takes the touches (they start again at 0). */
 uint8_t image_take_touches(struct image *image, uint64_t extent);
 uint32_t image_extent_refs(const struct image *image, uint64_t extent);

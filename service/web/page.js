@@ -1,0 +1,414 @@
+// SPDX-License-Identifier: Apache-2.0
+// The page: asks for /state.json once a second and draws it. Whatever a guest chose, its name above
+// all, becomes text of a node and never markup.
+import { ExtentMap, LAYERS, cellAt, colour, drawMap, scaled } from "./cowshed-map.js";
+
+const POLL_MS = 1000;
+const PATIENCE_MS = 10000;
+const NR_SAMPLES = 180;
+const LEAST_SAMPLES = 30; // as wide as a line of that many, at first
+const STOPPED = "stopped-quota";
+
+const $ = (id) => document.getElementById(id);
+const history = { hit: [], faults: [], loads: [] };
+const images = new Map(); // by name: its nodes, its status, its map
+let newest = null;
+let before = null;
+let layer = "resident";
+let answeredAt = 0;
+let failure = "";
+
+// ---- words
+
+function bytes(count) {
+  const units = ["", "K", "M", "G", "T", "P"];
+  let unit = 0;
+  while (count >= 1024 && unit < units.length - 1) {
+    count /= 1024;
+    unit++;
+  }
+  return `${Number(count.toPrecision(3))}${units[unit]}`;
+}
+
+// A place in an image, to the extent: 19.25M.
+function place(offset) {
+  for (const [unit, size] of [["G", 2 ** 30], ["M", 2 ** 20], ["K", 2 ** 10]]) {
+    if (offset >= size) return `${Number((offset / size).toFixed(unit === "G" ? 5 : 3))}${unit}`;
+  }
+  return String(offset);
+}
+
+function share(part, whole) {
+  if (!whole) return "–";
+  const percent = (100 * part) / whole;
+  if (percent > 0 && percent < 0.1) return "<0.1%";
+  if (percent > 99.9 && percent < 100) return ">99.9%";
+  return `${Number(percent.toFixed(1))}%`;
+}
+
+function count(number) {
+  return Math.round(number).toLocaleString("en");
+}
+
+function rate(value) {
+  if (value === null) return "–";
+  return value > 0 && value < 10 ? value.toFixed(1) : count(value);
+}
+
+function microseconds(us) {
+  if (us < 999.5) return `${Number(us.toPrecision(3))} µs`;
+  if (us < 999500) return `${Number((us / 1000).toPrecision(3))} ms`;
+  return `${Number((us / 1e6).toPrecision(3))} s`;
+}
+
+function seconds(length) {
+  const whole = Math.floor(length);
+  const two = (number) => String(number).padStart(2, "0");
+  if (whole < 60) return `${whole}s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)}m ${two(whole % 60)}s`;
+  if (whole < 86400) return `${Math.floor(whole / 3600)}h ${two(Math.floor((whole % 3600) / 60))}m`;
+  return `${Math.floor(whole / 86400)}d ${two(Math.floor((whole % 86400) / 3600))}h`;
+}
+
+function node(tag, text = "", className = "") {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
+// ---- rates
+
+// How fast a counter grows, between the two newest states; null if that is not known.
+function growth(newer, older, key) {
+  if (!newer || !older) return null;
+  return Math.max(0, newer[key] - older[key]) / (newest.uptime_seconds - before.uptime_seconds);
+}
+
+function observe(state) {
+  if (newest && state.pid === newest.pid && state.uptime_seconds === newest.uptime_seconds) return;
+  const restarted = newest && (state.pid !== newest.pid || state.uptime_seconds < newest.uptime_seconds);
+  before = restarted ? null : newest;
+  newest = state;
+  state.guestsByName = new Map(state.guests.map((guest) => [guest.name, guest]));
+  if (restarted) for (const samples of Object.values(history)) samples.length = 0;
+  if (!before) return;
+  const faults = growth(state, before, "hits") + growth(state, before, "misses");
+  remember(history.hit, faults ? growth(state, before, "hits") / faults : null);
+  remember(history.faults, faults);
+  remember(history.loads, growth(state, before, "loads"));
+}
+
+function remember(samples, value) {
+  samples.push(value);
+  if (samples.length > NR_SAMPLES) samples.shift();
+}
+
+const last = (samples) => (samples.length ? samples[samples.length - 1] : null);
+
+// ---- drawing
+
+function drawSpark(canvas, samples, most) {
+  const width = canvas.clientWidth || 180;
+  const height = 32;
+  const pen = scaled(canvas, width, height);
+  const step = width / (Math.max(LEAST_SAMPLES, samples.length) - 1);
+  const start = width - (samples.length - 1) * step;
+  const top = most || Math.max(1, ...samples.map((value) => value ?? 0));
+  pen.strokeStyle = colour("--accent");
+  pen.fillStyle = colour("--accent-soft");
+  pen.lineWidth = 1.5;
+  let from = null; // where a stretch without gaps began
+  const path = new Path2D();
+  const finish = (x) => {
+    if (from === null) return;
+    const area = new Path2D(path);
+    area.lineTo(x, height);
+    area.lineTo(from, height);
+    pen.fill(area);
+    from = null;
+  };
+  samples.forEach((value, no) => {
+    const x = start + no * step;
+    if (value === null) return finish(x - step);
+    const y = height - 1 - (value / top) * (height - 3);
+    if (from === null) {
+      path.moveTo(x, y);
+      from = x;
+    } else path.lineTo(x, y);
+  });
+  finish(width);
+  pen.stroke(path);
+}
+
+function drawTotals(state) {
+  $("about").textContent =
+    `${state.version}, pid ${state.pid}, up ${seconds(state.uptime_seconds)}, ${state.run_dir}`;
+  $("resident").textContent = bytes(state.resident_bytes);
+  $("resident-bar").style.width = `${(100 * state.resident_bytes) / state.capacity_bytes}%`;
+  $("capacity").textContent =
+    `${share(state.resident_bytes, state.capacity_bytes)} of ${bytes(state.capacity_bytes)}`;
+  $("saved").textContent = bytes(state.saved_bytes);
+  const hit = last(history.hit);
+  $("hit-rate").textContent = hit === null ? "–" : share(hit, 1);
+  $("hit-all").textContent =
+    `${share(state.hits, state.hits + state.misses)} of ${count(state.hits + state.misses)} since the start`;
+  $("faults").textContent = rate(last(history.faults));
+  $("copies").textContent = `${rate(growth(state, before, "cow_breaks"))} copies a second`;
+  $("loads").textContent = rate(last(history.loads));
+  $("evictions").textContent =
+    `${rate(growth(state, before, "evicted_extents"))} evictions a second, ${count(state.load_errors)} loads failed`;
+  drawSpark($("hit-spark"), history.hit, 1);
+  drawSpark($("fault-spark"), history.faults);
+  drawSpark($("load-spark"), history.loads);
+  $("latency").tBodies[0].replaceChildren(
+    ...Object.entries(state.latency_us).map(([kind, latency]) => {
+      const row = node("tr");
+      const times = latency.count ? [latency.p50, latency.p99].map(microseconds) : ["–", "–"];
+      row.append(node("td", kind), ...times.map((time) => node("td", time)));
+      return row;
+    }),
+  );
+}
+
+function alertOf(what, why, cure) {
+  const alert = node("p", "", "alert");
+  alert.append(node("strong", what), ` ${why}`);
+  if (cure) alert.append(node("br"), node("code", cure));
+  return alert;
+}
+
+function drawAlerts(state) {
+  const alerts = [];
+  const stopped = state.guests.filter((guest) => guest.state === STOPPED);
+  for (const guest of stopped.slice(0, 5)) {
+    alerts.push(alertOf(
+      `${guest.name} is stopped at its quota`,
+      `of ${bytes(guest.quota_bytes)} for ${seconds(guest.stopped_seconds)} (${guest.image}, pid ${guest.pid}).`,
+      guest.cure,
+    ));
+  }
+  if (state.nr_stopped > 5) alerts.push(alertOf(`${state.nr_stopped} guests are stopped`, "in all."));
+  for (const image of state.images.filter((each) => each.source_changed)) {
+    alerts.push(alertOf(
+      `${image.name}: its source changed`,
+      `after it was opened: restore ${image.source}, or restart the daemon.`,
+    ));
+  }
+  $("alerts").replaceChildren(...alerts);
+}
+
+function imageNodes(name) {
+  const box = node("article", "", "image");
+  const title = node("div", "", "title");
+  const about = node("span");
+  const canvas = node("canvas", "", "map");
+  const source = node("p", "", "note source");
+  title.append(node("h3", name), about);
+  canvas.setAttribute("role", "img");
+  canvas.dataset.image = name;
+  box.append(title, canvas, source);
+  const entry = { box, about, canvas, source, status: null, map: null };
+  canvas.addEventListener("pointermove", (event) => showTip(event, entry));
+  canvas.addEventListener("pointerdown", (event) => showTip(event, entry));
+  canvas.addEventListener("pointerleave", hideTip);
+  return entry;
+}
+
+function drawImages(state) {
+  const names = state.images.map((image) => image.name);
+  for (const [name, entry] of images) {
+    if (!names.includes(name)) {
+      entry.box.remove();
+      images.delete(name);
+    }
+  }
+  for (const image of state.images) {
+    if (!images.has(image.name)) {
+      images.set(image.name, imageNodes(image.name));
+      $("images").append(images.get(image.name).box);
+    }
+    const entry = images.get(image.name);
+    entry.status = image;
+    entry.map = image.map && new ExtentMap(image.map);
+    entry.about.textContent =
+      `${bytes(image.resident_bytes)} of ${bytes(image.size_bytes)} resident ` +
+      `(${share(image.resident_bytes, image.size_bytes)}), ${bytes(image.saved_bytes)} saved, ` +
+      `${bytes(image.pinned_bytes)} pinned, ${count(image.nr_guests)} guests`;
+    entry.source.textContent =
+      `${image.source}, ${(image.digest || "digest not known yet").slice(0, 19)}, ` +
+      (entry.map && entry.map.perCell > 1
+        ? `a square is ${entry.map.perCell} extents of ${bytes(image.extent_bytes)}`
+        : `a square is an extent of ${bytes(image.extent_bytes)}`);
+    drawEntry(entry);
+  }
+}
+
+function drawEntry({ canvas, map, status }) {
+  if (!map) return;
+  drawMap(canvas, map, layer);
+  const counts = map.counts(layer);
+  canvas.dataset.layer = layer;
+  canvas.dataset.counts = JSON.stringify(counts);
+  canvas.setAttribute("aria-label",
+    `Extents of ${status.name} by ${layer}: ` +
+    Object.entries(counts).filter(([, number]) => number).map(([name, number]) => `${number} ${name}`).join(", "));
+}
+
+function drawLegend() {
+  const items = LAYERS[layer].map(([name, variable, words]) => legendItem(words, colour(variable), name));
+  if (layer === "resident") items.push(legendItem("pinned", colour("--resident-4"), "pinned", true));
+  $("legend").replaceChildren(...items);
+}
+
+function legendItem(words, fill, name, isPinned = false) {
+  const item = node("li");
+  const swatch = node("canvas");
+  swatch.dataset.class = name;
+  const pen = scaled(swatch, 12, 12);
+  pen.fillStyle = fill;
+  pen.fillRect(0, 0, 12, 12);
+  if (isPinned) {
+    pen.fillStyle = colour("--pin");
+    pen.fillRect(4, 4, 4, 4);
+  }
+  item.append(swatch, words);
+  return item;
+}
+
+function drawGuests(state) {
+  $("guest-count").textContent =
+    count(state.nr_guests) + (state.nr_stopped ? `, ${count(state.nr_stopped)} stopped` : "");
+  const rows = state.guests.map(guestRow);
+  const left = state.nr_guests - state.guests.length;
+  if (left > 0) rows.push(wideRow(`and ${count(left)} more: see cowshed top`));
+  if (!rows.length) rows.push(wideRow("no guests"));
+  $("guests").tBodies[0].replaceChildren(...rows);
+}
+
+function guestRow(guest) {
+  const old = before && before.guestsByName.get(guest.name);
+  const was = old && old.pid === guest.pid ? old : null;
+  const hits = growth(guest, was, "hits");
+  const faults = hits === null ? null : hits + growth(guest, was, "misses");
+  const row = node("tr");
+  const name = node("td");
+  name.append(node("bdi", guest.name));
+  name.title = guest.name;
+  const isStopped = guest.state === STOPPED;
+  const state = node("td", isStopped ? "STOPPED" : guest.state, isStopped ? "stopped" : guest.state);
+  row.append(name, node("td", guest.image), state, privateCell(guest));
+  for (const text of [
+    bytes(guest.granted_bytes),
+    rate(faults),
+    rate(growth(guest, was, "cow_breaks")),
+    share(guest.hits, guest.hits + guest.misses),
+    String(guest.pid),
+  ]) row.append(node("td", text, "n"));
+  return row;
+}
+
+function privateCell(guest) {
+  const hasQuota = guest.quota_bytes !== null;
+  const cell = node("td", bytes(guest.private_bytes) + (hasQuota ? ` of ${bytes(guest.quota_bytes)}` : ""), "n");
+  if (hasQuota) {
+    const meter = node("div", "", "meter");
+    const part = Math.min(1, guest.private_bytes / guest.quota_bytes);
+    const filled = node("span", "", part > 0.9 ? "full" : "");
+    filled.style.width = `${100 * part}%`;
+    meter.append(filled);
+    cell.append(meter);
+  }
+  return cell;
+}
+
+function wideRow(text) {
+  const row = node("tr");
+  const cell = node("td", text, "empty");
+  cell.colSpan = 9;
+  row.append(cell);
+  return row;
+}
+
+// ---- the tip
+
+function showTip(event, { canvas, map, status }) {
+  const cell = map ? cellAt(canvas, map, event.offsetX, event.offsetY) : -1;
+  if (cell < 0) return hideTip();
+  const first = cell * map.perCell;
+  const nr = map.extentsIn(cell);
+  const start = place(first * status.extent_bytes);
+  const end = place(Math.min(status.size_bytes, (first + nr) * status.extent_bytes));
+  const guests = map.refs[cell];
+  $("tip").textContent = [
+    nr === 1 ? `extent ${count(first)}, ${start} to ${end}` : `extents ${count(first)}–${count(first + nr - 1)}, ${start} to ${end}`,
+    nr === 1
+      ? map.resident[cell] ? "resident" : "not in memory"
+      : `${map.resident[cell]} of ${nr} resident`,
+    `${nr === 1 ? "" : "at most "}${guests === 1 ? "1 guest" : `${guests} guests`}, heat ${map.heat[cell]} of 6`,
+    ...(map.pinned[cell] ? [nr === 1 ? "pinned" : `${map.pinned[cell]} pinned`] : []),
+  ].join("\n");
+  const tip = $("tip");
+  tip.hidden = false;
+  const x = Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8);
+  const y = event.clientY + 18 + tip.offsetHeight > window.innerHeight
+    ? event.clientY - tip.offsetHeight - 12
+    : event.clientY + 18;
+  tip.style.left = `${Math.max(4, x)}px`;
+  tip.style.top = `${Math.max(4, y)}px`;
+}
+
+function hideTip() {
+  $("tip").hidden = true;
+}
+
+// ---- asking
+
+function drawAll() {
+  if (!newest) return;
+  drawLegend();
+  drawTotals(newest);
+  drawAlerts(newest);
+  drawImages(newest);
+  drawGuests(newest);
+  document.body.dataset.uptime = newest.uptime_seconds; // which state is on the screen
+}
+
+function drawLive() {
+  const live = $("live");
+  live.classList.toggle("stale", failure !== "");
+  live.textContent = failure === ""
+    ? "live"
+    : answeredAt ? `no answer for ${seconds((Date.now() - answeredAt) / 1000)}: ${failure}` : `no answer: ${failure}`;
+}
+
+async function ask() {
+  try {
+    const answer = await fetch("state.json", { cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
+    if (!answer.ok) throw new Error(`status ${answer.status}`);
+    const state = await answer.json();
+    answeredAt = Date.now();
+    failure = "";
+    observe(state);
+    drawAll();
+  } catch (error) {
+    failure = error.name === "TimeoutError" ? "too slow" : error.message;
+  }
+  drawLive();
+  setTimeout(again, POLL_MS);
+}
+
+// A page that nobody sees asks for nothing.
+function again() {
+  if (document.hidden) document.addEventListener("visibilitychange", ask, { once: true });
+  else ask();
+}
+
+$("layers").addEventListener("change", (event) => {
+  layer = event.target.value;
+  hideTip();
+  drawAll();
+});
+new ResizeObserver(drawAll).observe($("images"));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+ask();
