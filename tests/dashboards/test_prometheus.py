@@ -92,7 +92,7 @@ class Scene:
         self.wait_scraped('cowshed_guests{image="small", state="stopped-quota"} == 1')
         self.wait_scraped('cowshed_load_errors_total{image="torn"} > 0')
         self.wait_scraped("cowshed_source_changed == 1")
-        # Two readers that gave 8 pages back of 64: known when discards are read and charges settled.
+        # Two readers gave 8 pages back of 64, known when discards are read and charges settled.
         self.wait_scraped(f'sum(cowshed_guest_private_bytes{{guest=~"r."}}) == {2 * 56 * 4096}')
         self.wait_scraped("cowshed_audit_timestamp_seconds > 0")
         self.wait_scraped("sum(cowshed_connections_dropped_total) > 0")
