@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Drain dashboard says of drains: its queries, on series that promtool makes up."""
 
+import math
 import subprocess
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def asks(place: str) -> str:
     return expr.replace("$job", ".+").replace("$instance", ".+")
 
 
-def check(folder: Path, state: str, progress: str, expected: dict[str, int | str]) -> None:
+def check(folder: Path, state: str, progress: str, expected: dict[str, float]) -> None:
     """Assert what panels show after 20 minutes in state with progress, a value a minute."""
     series = {f"cowshed_drain_progress_ratio{BACKEND}": progress}
     for name in STATES:
@@ -52,12 +53,12 @@ def check(folder: Path, state: str, progress: str, expected: dict[str, int | str
         ("none", "0x20", 0, 0),
         # A 32nd a minute: 20 of 32 are done, 12 minutes are left.
         ("draining", "0+0.03125x20", 1, 720),
-        ("draining", "0.5x20", 1, "Inf"),
+        ("draining", "0.5x20", 1, math.inf),
         ("done", "1x20", 2, 0),
         ("failed", "0.5x20", 3, 0),
     ],
 )
 def test_state_and_time_left(
-    tmp_path: Path, state: str, progress: str, shown: int, left: int | str
+    tmp_path: Path, state: str, progress: str, shown: int, left: float
 ) -> None:
     check(tmp_path, state, progress, {"State": shown, "Time left": left})
