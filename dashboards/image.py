@@ -210,6 +210,7 @@ _WRITES: Final = Row(
                 "copied": per_second("cowshed_cow_pages_total", IMAGE),
                 "discarded": per_second("cowshed_discarded_pages_total", IMAGE),
             },
+            span=8,
         ),
         graph(
             "Writes that met a quota",
@@ -220,6 +221,19 @@ _WRITES: Final = Row(
                     "cowshed_quota_stops_total", IMAGE, "image, instance"
                 )
             },
+            span=8,
+        ),
+        graph(
+            "Guests that stand still at a quota",
+            "Guests stopped, on average, between two points of the graph.",
+            "short",
+            {
+                "{{image}} {{instance}}": per_second(
+                    "cowshed_quota_stopped_seconds_total", IMAGE, "image, instance"
+                )
+            },
+            span=8,
+            stacked=True,
         ),
     ],
 )

@@ -307,11 +307,17 @@ _PROCESS: Final = Row(
         ),
         listing(
             "Backends",
-            "Which version runs where, and for how long.",
+            "Which version runs where, for how long, and when it was last audited.",
             [
                 Column(
                     "Up for",
                     f"time() - max by (instance) (cowshed_start_timestamp_seconds{{{BACKEND}}})",
+                    "s",
+                ),
+                Column(
+                    "Since the last audit",
+                    "time() - max by (instance) "
+                    f"(cowshed_audit_timestamp_seconds{{{BACKEND}}} > 0)",
                     "s",
                 ),
                 Column(

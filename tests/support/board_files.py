@@ -25,10 +25,11 @@ STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 @dataclass(frozen=True)
 class Query:
-    """A query, and where it stands."""
+    """A query, where it stands, and the legend of its series."""
 
     place: str
     expr: str
+    legend: str = ""
 
 
 def boards() -> dict[str, dict[str, Any]]:
@@ -43,7 +44,9 @@ def panels(board: dict[str, Any]) -> list[dict[str, Any]]:
 
 def panel_queries() -> list[Query]:
     return [
-        Query(f"{name}: {panel['title']}: {target['refId']}", target["expr"])
+        Query(
+            f"{name}: {panel['title']}: {target['refId']}", target["expr"], target["legendFormat"]
+        )
         for name, board in boards().items()
         for panel in panels(board)
         for target in panel["targets"]
