@@ -218,10 +218,12 @@ def test_the_map_shows_what_the_daemon_has_before_and_after_an_evict(
     daemon = start_daemon("--image", f"d={image}", "--capacity", "16M", "--metrics", "127.0.0.1:0")
     guests = [start_guest(daemon.uri) for _ in range(3)]
     for no, guest in enumerate(guests):
-        guest.call("open", image="d", guest=f"g{no}")
+        guest.call("open", image="d", guest=f"g{no}", window_bytes=EXTENT)
     guests[0].call("hash", offset=0, length=4 * MIB)
     for guest in guests[1:]:
         guest.call("hash", offset=0, length=MIB)
+    # What readahead took besides.
+    until(lambda: daemon.request("evict", image="d", offset=6 * MIB)["evicted_bytes"] == 0)
     daemon.request("pin", image="d", offset=0, length=MIB // 2)
     browser.become(1280, 900)
     browser.open(page_url(daemon))
