@@ -241,6 +241,23 @@ def test_a_frame_fills_its_terminal_and_no_more(
     assert sum(line.startswith(("zz  ", "a-very")) for line in shown) >= lines - 20
 
 
+@pytest.mark.parametrize(("focus", "most"), [("images", "i"), ("guests", "a-very")])
+def test_the_table_in_focus_has_most_of_the_rows_and_the_other_some(
+    crowd: tuple[Body, History], focus: Any, most: str
+) -> None:
+    status, history = crowd
+    image = {**status["images"][0], "source_changed": False}
+    status["images"] = [{**image, "name": f"i{no:02}"} for no in range(40)]
+    status["guests"] = status["guests"][:50]
+    shown = frame(status, history, state=TopState(focus=focus), lines=40)
+    assert len(shown) == 40
+    rows = {start: sum(line.startswith(start) for line in shown) for start in ("i", "a-very")}
+    rows[most] -= focus == "guests"  # the line about the one selected
+    rows[most] -= focus == "images"
+    least = min(rows.values())
+    assert 6 <= least <= rows[most] // 2 + 1
+
+
 def test_the_wider_a_terminal_the_more_columns(crowd: tuple[Body, History]) -> None:
     for columns, absent, present in [
         (50, ["HITS", "SAVED"], ["STATE", "PRIVATE"]),

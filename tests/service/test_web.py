@@ -252,6 +252,9 @@ def test_the_map_shows_what_the_daemon_has_before_and_after_an_evict(
     wait_for(browser, daemon)
     assert shown(browser, "resident") == ["all"] * 8 + ["none"] * 120
     assert shown(browser, "refs") == ["2-3"] * 8 + ["none"] * 120
+    heat = values(state_of(daemon)["images"][0]["map"]["heat"])
+    assert min(heat[:8]) > 0
+    assert heat[8:] == [0] * 120
     browser.screenshot(SCREENSHOTS / "after-evict.png")
     assert [guest.call("compare", path=str(image), offset=0, length=MIB) for guest in guests] == [
         0,
@@ -264,7 +267,7 @@ def test_the_map_shows_what_the_daemon_has_before_and_after_an_evict(
 
 @needs_browser
 def test_a_cell_of_several_extents_says_how_many_are_there(
-    run_dir: Path, start_daemon: StartDaemon, browser: Browser
+    run_dir: Path, start_daemon: StartDaemon, start_guest: StartGuest, browser: Browser
 ) -> None:
     image = run_dir / "large.raw"
     with image.open("wb") as file:
@@ -273,9 +276,14 @@ def test_a_cell_of_several_extents_says_how_many_are_there(
     daemon.request("warm", image="d", offset=0, length=4 * EXTENT)
     for cell, nr in ((1, 1), (2, 2), (3, 3)):
         daemon.request("warm", image="d", offset=4 * cell * EXTENT, length=nr * EXTENT)
+    guest = start_guest(daemon.uri)
+    guest.call("open", image="d", window_bytes=4096)
+    guest.call("touch", pages=[3 * 4 * EXTENT // 4096])
     browser.become(1280, 900)
     browser.open(page_url(daemon))
     wait_for(browser, daemon)
+    assert shown(browser, "refs")[:5] == ["0", "0", "0", "1", "none"]
+    assert shown(browser, "heat")[:5] == ["0", "0", "0", "2", "none"]
     cells = shown(browser, "resident")
     assert len(cells) == MOST_CELLS
     assert cells[:5] == ["all", "quarter", "half", "most", "none"]
