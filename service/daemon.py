@@ -48,6 +48,7 @@ __all__ = ["Daemon", "run"]
 _log = EventLog("cowshed")
 
 _NO_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _HOUSEKEEPING_SECONDS: Final = 1.0
 _SAVE_SECONDS: Final = 60.0
 
@@ -62,6 +63,9 @@ def run(config: Config) -> int:
         stack.callback(logging_end)
         daemon = Daemon(config, stack)
         daemon.serve()
+    # Python's own end gives signals their default back: a second SIGTERM would make it a death.
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     return 0
 
 
@@ -153,7 +157,7 @@ class Daemon:
     def serve(self) -> None:
         """Answer until a signal or shut_down ends it."""
         previous = signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _STOP_SIGNALS:
             signal.signal(number, lambda *_: self._stop())
         try:
             select = self._selector

@@ -417,7 +417,8 @@ uint64_t store_begin_evict(struct image *image, uint32_t *extents, uint64_t nr)
 	return nr_going;
 }
 
-void store_end_evict(struct image *image, const uint32_t *extents, uint64_t nr)
+/* EVICTING -> ABSENT for nr extents, of which nr_room had room of their own. */
+static void end_evict(struct image *image, const uint32_t *extents, uint64_t nr, uint64_t nr_room)
 {
 	struct store *store = image->store;
 
@@ -432,11 +433,16 @@ void store_end_evict(struct image *image, const uint32_t *extents, uint64_t nr)
 			load_queue_push(&store->demand, load);
 		/* Without memory for it the waiters stay: the next fault on the extent takes them along. */
 	}
-	assert(store->reserved_extents >= nr);
-	store->reserved_extents -= nr;
+	assert(store->reserved_extents >= nr_room);
+	store->reserved_extents -= nr_room;
 	atomic_fetch_add(&image->generation, 1);
 	pthread_cond_broadcast(&store->work);
 	pthread_mutex_unlock(&store->lock);
+}
+
+void store_end_evict(struct image *image, const uint32_t *extents, uint64_t nr)
+{
+	end_evict(image, extents, nr, nr);
 }
 
 /* Makes one ABSENT extent with frames clean again, by the steps of an eviction. */
@@ -447,15 +453,14 @@ static bool scrub_extent(struct image *image, uint64_t extent)
 	bool mine = false;
 
 	pthread_mutex_lock(&store->lock);
-	if (extent_state(&image->states[extent]) == EXTENT_ABSENT && store->reserved_extents < store->capacity_extents) {
+	if (extent_state(&image->states[extent]) == EXTENT_ABSENT) {
 		extent_step(&image->states[extent], EXTENT_ABSENT, EXTENT_EVICTING, 0);
-		store->reserved_extents++;
 		mine = true;
 	}
 	pthread_mutex_unlock(&store->lock);
 	if (mine) {
 		image_punch(image, extent, 1);
-		store_end_evict(image, &no, 1);
+		end_evict(image, &no, 1, 0); /* a stray never had room, so a full store can be rid of it too */
 		atomic_fetch_add(&image->strays, 1);
 	}
 	return mine;

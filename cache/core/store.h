@@ -51,8 +51,8 @@ int64_t store_scrub(struct image *image);
 #define INSERTED_SHIFT 32
 
 /*
- * Invariants, all under lock: (1) reserved_extents counts the extents in state RESIDENT or EVICTING plus those a
- * loader is filling; (2) reserved_extents <= capacity_extents; (3) an extent is in at most one load of the queues;
+ * Invariants, all under lock: (1) reserved_extents counts the extents in state RESIDENT or EVICTING (but not those that
+ * are being scrubbed) plus those a loader is filling; (2) reserved_extents <= capacity_extents; (3) an extent is in at most one load of the queues;
  * (4) inserted holds at most one entry per resident extent, so the ring cannot overflow.
  */
 struct store {
