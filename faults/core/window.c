@@ -64,10 +64,9 @@ void window_plan_fault(struct window_state *state, const struct window_shape *sh
 	if (stream) {
 		if (extent > stream->last_extent) /* another fault on the same extent is no step forward */
 			stream->nr_extents = least(stream->nr_extents * WINDOW_GROWTH, max);
-		stream->first_extent = extent;
 	} else {
 		stream = stream_least_recent(state);
-		*stream = (struct window_stream){.first_extent = extent, .nr_extents = 1};
+		*stream = (struct window_stream){.nr_extents = 1};
 	}
 	stream->last_extent = extent;
 	stream->used = ++state->stamp;

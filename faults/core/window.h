@@ -23,8 +23,7 @@
 #define WINDOW_WRITE_DENSE_PAGES 16 /* the smallest block of random writes that is judged by its density */
 
 struct window_stream {
-	uint64_t first_extent; /* where the current window began */
-	uint64_t next_extent;  /* its end: where the stream is expected to fault next */
+	uint64_t next_extent;  /* the end of the current window: where the stream is expected to fault next */
 	uint64_t last_extent;  /* of the last fault */
 	uint64_t nr_extents;   /* its length */
 	uint64_t used;         /* a stamp: the least recent stream is replaced */
