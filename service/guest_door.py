@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where guests and operators come in: RUN_DIR/cowshed.sock, and a session for each connection."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from cowshed.cache import PeerError
+from cowshed.service.door import Door
+from cowshed.service.guests import Guest
+from cowshed.service.logs import EventLog
+from cowshed.service.loop import READ, WRITE, Loop
+from cowshed.service.sessions import Session, SessionHost
+from cowshed.service.sizes import format_bytes
+from cowshed.service.status import guest_state
+from cowshed.service.tallies import Tallies
+from cowshed.transport import EOF, Listener
+from cowshed.transport.messages import error_reply
+
+__all__ = ["GuestDoor"]
+
+_log = EventLog("cowshed")
+
+_NO_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+_LOOK_SECONDS: Final = 1.0
+
+
+class GuestDoor:
+    """Accepts connections, runs their sessions, and ends those that broke, died or stay silent.
+
+    Everything happens in the loop. The listener is borrowed.
+    """
+
+    def __init__(
+        self, listener: Listener, door: Door, host: SessionHost, tallies: Tallies, loop: Loop
+    ) -> None:
+        self._listener = listener
+        self._door = door
+        self._host = host
+        self._tallies = tallies
+        self._loop = loop
+        self._sessions: dict[int, Session] = {}
+        loop.watch(listener.fileno(), READ, self._on_connect)
+        loop.after_calls(self._send_all)
+        loop.every(_LOOK_SECONDS, self._look_after)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._sessions.values()))
+
+    def close(self) -> None:
+        """End every session; the loop has stopped."""
+        for session in self._sessions.values():
+            session.end()
+        self._sessions.clear()
+
+    def say_states(self) -> None:
+        """Log, once each, guests that stopped, went on or broke; drop those that broke."""
+        for fd, session in list(self._sessions.items()):
+            guest = session.guest
+            if guest is None:
+                continue
+            status = guest.account.status()
+            state = guest_state(status)
+            if state == guest.said_state:
+                continue
+            guest.said_state = state
+            if state == "detached":
+                why = f"its memory cannot be served: {os.strerror(-status.broken)}"
+                self._say_dropped(session, "broken", why)
+                self._end(fd)
+            else:
+                _say_quota(guest, state)
+
+    def _on_connect(self, *_: int) -> None:
+        connection = self._listener.accept()
+        if connection is None:
+            return
+        if refusal := self._door.enter(connection.peer.uid):
+            peer = connection.peer
+            self._tallies.dropped["limit"] += 1
+            _log.warning("turned-away", refusal, pid=peer.pid, uid=peer.uid)
+            connection.close()
+            return
+        session = Session(connection, self._host)
+        fd = connection.fileno()
+        self._sessions[fd] = session
+        self._loop.watch(fd, READ, self._on_session)
+
+    def _on_session(self, fd: int, events: int) -> None:
+        session = self._sessions[fd]
+        tag = 0
+        try:
+            if events & READ and not session.closing:
+                messages = session.connection.recv_ready()
+                if messages is EOF:
+                    self._end(fd)
+                    return
+                for no, message in enumerate(messages):
+                    tag = message.tag
+                    try:
+                        session.handle(message)
+                    except BaseException:
+                        for rest in messages[no + 1 :]:
+                            rest.close_fds()
+                        raise
+            self._watch_death(session)
+            self._send(fd, session)
+        except (PeerError, OSError) as error:
+            # OSError: no descriptors left, say. Whoever asked for them pays, not the daemon.
+            of_ours = isinstance(error, OSError) and error.errno in _NO_RESOURCES
+            self._say_dropped(session, "limit" if of_ours else "protocol", str(error))
+            self._say_goodbye(session, error, tag)
+            self._end(fd)
+
+    def _watch_death(self, session: Session) -> None:
+        """Notice a guest's death even if another process holds its end of the connection open."""
+        pidfd = session.connection.peer.pidfd if session.guest else None
+        if pidfd is None or session.watched_fd >= 0:
+            return
+        session.watched_fd = pidfd
+        self._loop.watch(pidfd, READ, lambda *_: self._end(session.connection.fileno()))
+
+    def _send_all(self) -> None:
+        for fd, session in list(self._sessions.items()):
+            if session.connection.wants_write:
+                try:
+                    self._send(fd, session)
+                except PeerError:
+                    self._end(fd)
+
+    def _send(self, fd: int, session: Session) -> None:
+        done = session.connection.flush()
+        if done and session.closing:
+            self._end(fd)
+            return
+        self._loop.change(fd, READ if done else READ | WRITE)
+
+    def _say_goodbye(self, session: Session, error: Exception, tag: int) -> None:
+        with contextlib.suppress(PeerError):
+            session.connection.queue(error_reply("peer", str(error)), tag=tag)
+            session.connection.flush()
+
+    def _end(self, fd: int) -> None:
+        session = self._sessions.pop(fd)
+        self._loop.forget(fd)
+        if session.watched_fd >= 0:
+            self._loop.forget(session.watched_fd)
+        self._door.leave(session.connection.peer.uid)
+        session.end()
+
+    def _look_after(self) -> None:
+        self.say_states()
+        now = time.monotonic()
+        for fd, session in list(self._sessions.items()):
+            if session.deadline is not None and now > session.deadline:
+                self._say_dropped(session, "handshake", "it did not finish its handshake in time")
+                self._end(fd)
+
+    def _say_dropped(self, session: Session, reason: str, why: str) -> None:
+        self._tallies.dropped[reason] += 1
+        guest, peer = session.guest, session.connection.peer
+        _log.warning(
+            "dropped",
+            why,
+            guest=guest and guest.name,
+            image=guest and guest.image.name,
+            pid=peer.pid,
+            uid=peer.uid,
+        )
+
+
+def _say_quota(guest: Guest, state: str) -> None:
+    who = {"guest": guest.name, "image": guest.image.name}
+    who_else = {"pid": guest.pid, "uid": guest.uid}
+    if state == "running":
+        _log.notice("quota-resume", **who, **who_else)
+        return
+    _log.warning(
+        "quota-stop",
+        "its writes wait until 'cowshed quota GUEST SIZE' raises its quota",
+        **who,
+        quota=format_bytes(guest.quota_bytes or 0),
+        **who_else,
+    )

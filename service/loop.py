@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon's loop: ready descriptors, calls from other threads, things done by the clock.
+
+Everything that is not a fault comes through here, in one thread. What takes long goes to workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import selectors
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["READ", "WRITE", "Loop", "ignore_stop_signals"]
+
+READ: Final = selectors.EVENT_READ
+WRITE: Final = selectors.EVENT_WRITE
+
+OnReady = Callable[[int, int], None]
+
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass
+class _Timer:
+    seconds: float
+    due: float
+    call: Callable[[], None]
+
+
+class Loop:
+    """Watches descriptors for their owners; close() it, or leave the `with`, when they are done.
+
+    All but call() and stop() are for the loop's own thread, or before run().
+    """
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._timers: list[_Timer] = []
+        self._after_calls: list[Callable[[], None]] = []
+        self._stopping = False
+        self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.watch(self._wake_reader, READ, self._on_wake)
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the loop's own descriptors back; those it watches stay their owners'."""
+        self._selector.close()
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)
+
+    def watch(self, fd: int, events: int, on_ready: OnReady) -> None:
+        """Call on_ready(fd, events) whenever fd is ready for READ, WRITE or both."""
+        self._selector.register(fd, events, on_ready)
+
+    def change(self, fd: int, events: int) -> None:
+        """Watch a descriptor for other events from now on."""
+        key = self._selector.get_key(fd)
+        if key.events != events:
+            self._selector.modify(fd, events, key.data)
+
+    def forget(self, fd: int) -> None:
+        """Watch a descriptor no more; to be done before it is closed."""
+        self._selector.unregister(fd)
+
+    def every(self, seconds: float, call: Callable[[], None]) -> None:
+        """Call something again and again, seconds apart or later."""
+        self._timers.append(_Timer(seconds, time.monotonic() + seconds, call))
+
+    def after_calls(self, call: Callable[[], None]) -> None:
+        """Call something each time that calls of other threads have been made."""
+        self._after_calls.append(call)
+
+    def call(self, call: Callable[[], None]) -> None:
+        """Have the loop call something; from any thread."""
+        self._calls.put(call)
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_writer, b"x")
+
+    def stop(self) -> None:
+        """End run(), once it has made the calls that were asked for before; from any thread."""
+        self.call(self._stop)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def run(self) -> None:
+        """Serve until stop(), SIGTERM or SIGINT."""
+        previous = signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
+        for number in _STOP_SIGNALS:
+            signal.signal(number, lambda *_: self._stop())
+        try:
+            while not self._stopping:
+                for key, events in self._selector.select(self._seconds_left()):
+                    # One of those before it may have closed it.
+                    now = self._selector.get_map().get(key.fd)
+                    if now is not None and now.data is key.data:
+                        key.data(key.fd, events)
+                self._look_at_clock()
+        finally:
+            signal.set_wakeup_fd(previous)
+
+    def _seconds_left(self) -> float | None:
+        if not self._timers:
+            return None
+        return max(0.0, min(timer.due for timer in self._timers) - time.monotonic())
+
+    def _look_at_clock(self) -> None:
+        for timer in self._timers:
+            now = time.monotonic()
+            if now >= timer.due:
+                timer.due = now + timer.seconds
+                timer.call()
+
+    def _on_wake(self, fd: int, _: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(fd, 4096)
+        while True:
+            try:
+                call = self._calls.get_nowait()
+            except queue.Empty:
+                break
+            call()
+        for after in self._after_calls:
+            after()
+
+
+def ignore_stop_signals() -> None:
+    """For the very end: Python gives signals their default back, and a second one would kill."""
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
