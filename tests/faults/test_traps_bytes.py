@@ -39,6 +39,13 @@ def test_trap_01_a_hole_is_never_read_as_zeros(stage: Stage) -> None:
     assert guest.read(20) == content(20)
 
 
+def test_trap_01_memory_locked_in_advance_is_not_filled_with_zeros(stage: Stage) -> None:
+    guest = stage.guest(window=1, lock_all=True)
+    assert os.stat(stage.image.frames_fd).st_blocks == 0
+    assert guest.call("touch", page=20) == content(20)[0]
+    assert guest.read(21) == content(21)
+
+
 def test_trap_01_a_zero_frame_that_a_reader_left_is_not_taken_for_the_image(stage: Stage) -> None:
     guest = stage.guest(window=1)
     with mmap.mmap(stage.image.guest_fd, PAGE, mmap.MAP_SHARED, mmap.PROT_READ) as unguarded:

@@ -26,6 +26,7 @@ from scripted_guest import become
 from cowshed.cache._core import ffi, lib
 
 PAGE_BYTES = 4096
+MCL_FUTURE = 2
 MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
 PR_SET_PDEATHSIG = 1
@@ -53,9 +54,16 @@ class MappedGuest:
         return int(ffi.cast("uintptr_t", self.region.address))
 
     def do_map(
-        self, fds: list[int], map_bytes: int, features: int, blocking: bool = False
+        self,
+        fds: list[int],
+        map_bytes: int,
+        features: int,
+        blocking: bool = False,
+        lock_all: bool = False,
     ) -> tuple[int, list[int]]:
         """Map and guard fds[0], with a userfaultfd from fds[1] if there is one."""
+        if lock_all:
+            checked(-1 if libc.mlockall(MCL_FUTURE) else 0)
         stage = ffi.new("int *")
         device = fds[1] if len(fds) > 1 else -1
         err = lib.region_init(self.region, fds[0], map_bytes, device, features, stage)

@@ -174,6 +174,7 @@ class Stage:
         write_window: int = 1,
         uid: int | None = None,
         blocking: bool = False,
+        lock_all: bool = False,
         spin_ns: int = 0,
     ) -> MappedGuest:
         """Start and attach a guest: windows in pages, 0 adaptive; quota in pages."""
@@ -186,6 +187,7 @@ class Stage:
             map_bytes=self.image.map_bytes,
             features=uffd_features(),
             blocking=blocking,
+            lock_all=lock_all,
         )
         quota_bytes = NO_QUOTA if quota is None else quota * PAGE
         guest.account = Account(self.image, quota_bytes, policy)

@@ -4,6 +4,8 @@
  * whole of this file is about never having such a mapping:
  *
  * - init publishes the address only after UFFDIO_REGISTER; nothing touches the range before.
+ * - Until then it is PROT_NONE: in a process that did mlockall(MCL_FUTURE), mmap itself would touch every
+ *   page of it.
  * - The guest keeps its own copy of the userfaultfd for as long as the mapping lives: with the
  *   backend dead, a fault then waits for the backend's successor instead of finding no handler.
  * - MADV_DONTFORK: a forked child would inherit the mapping without the guard.
@@ -24,11 +26,11 @@
 #include <stdbool.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #include "cache/core/abi.h"
+#include "transport/core/guard.h"
 
 /* One system call's worth: bounds how long the kernel goes without looking at a fatal signal. */
 #define CHUNK_BYTES ((uint64_t)8 << 20)
@@ -49,51 +51,6 @@ static int probe_copy(void)
 	if (process_vm_readv(getpid(), &local, 1, &remote, 1, 0) != 1)
 		return -errno;
 	return 0;
-}
-
-/* The lent device, then the device by our own right, then the system call; -errno of the last. */
-static int open_uffd(int uffd_device)
-{
-	int flags = O_CLOEXEC | O_NONBLOCK;
-	int uffd = -1, own;
-
-	if (uffd_device >= 0)
-		uffd = ioctl(uffd_device, USERFAULTFD_IOC_NEW, flags);
-	if (uffd < 0) {
-		own = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
-		if (own >= 0) {
-			uffd = ioctl(own, USERFAULTFD_IOC_NEW, flags);
-			close(own);
-		}
-	}
-	/* Without UFFD_USER_MODE_ONLY on purpose: such a one is always to be had, and not enough. */
-	if (uffd < 0)
-		uffd = (int)syscall(SYS_userfaultfd, flags);
-	return uffd < 0 ? -errno : uffd;
-}
-
-static int ask_features(int uffd, uint64_t features)
-{
-	struct uffdio_api api = {.api = UFFD_API, .features = features};
-
-	if (ioctl(uffd, UFFDIO_API, &api) < 0)
-		return -errno;
-	return (api.features & features) == features ? 0 : -EOPNOTSUPP;
-}
-
-static int register_range(int uffd, void *address, uint64_t map_bytes)
-{
-	const uint64_t needed = (uint64_t)1 << _UFFDIO_CONTINUE | (uint64_t)1 << _UFFDIO_WRITEPROTECT |
-				(uint64_t)1 << _UFFDIO_COPY | (uint64_t)1 << _UFFDIO_WAKE;
-	struct uffdio_register reg = {
-		.range = {.start = (uintptr_t)address, .len = map_bytes},
-		.mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR |
-			UFFDIO_REGISTER_MODE_WP,
-	};
-
-	if (ioctl(uffd, UFFDIO_REGISTER, &reg) < 0)
-		return -errno;
-	return (reg.ioctls & needed) == needed ? 0 : -EOPNOTSUPP;
 }
 
 static int open_proc(const char *path, int *fd_out)
@@ -123,8 +80,7 @@ int region_init(struct region *r, int memfd, uint64_t map_bytes, int uffd_device
 		goto fail;
 	}
 	/* NORESERVE: only what the guest writes costs it memory, and the quota bounds that. */
-	new.address = mmap(NULL, map_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE,
-			   memfd, 0);
+	new.address = mmap(NULL, map_bytes, PROT_NONE, MAP_PRIVATE | MAP_NORESERVE, memfd, 0);
 	if (new.address == MAP_FAILED) {
 		err = -errno;
 		new.address = NULL;
@@ -136,18 +92,20 @@ int region_init(struct region *r, int memfd, uint64_t map_bytes, int uffd_device
 	}
 
 	stage = REGION_STAGE_UFFD;
-	err = open_uffd(uffd_device);
+	err = guard_open(uffd_device);
 	if (err < 0)
 		goto fail;
 	new.uffd = err;
 
 	stage = REGION_STAGE_API;
-	err = ask_features(new.uffd, features);
+	err = guard_agree(new.uffd, features);
 	if (err < 0)
 		goto fail;
 
 	stage = REGION_STAGE_REGISTER;
-	err = register_range(new.uffd, new.address, map_bytes);
+	err = guard_range(new.uffd, new.address, map_bytes);
+	if (err == 0 && mprotect(new.address, map_bytes, PROT_READ | PROT_WRITE) < 0)
+		err = -errno;
 	if (err < 0)
 		goto fail;
 
@@ -172,12 +130,10 @@ int region_deinit(struct region *r)
 	int err = 0;
 
 	if (r->address) {
-		struct uffdio_range range = {.start = (uintptr_t)r->address, .len = r->map_bytes};
-
 		/* Whoever still looks dies of SIGSEGV: better than zeros. */
 		mprotect(r->address, r->map_bytes, PROT_NONE);
 		if (r->uffd >= 0)
-			ioctl(r->uffd, UFFDIO_UNREGISTER, &range);
+			guard_lift(r->uffd, r->address, r->map_bytes);
 		if (munmap(r->address, r->map_bytes) < 0)
 			err = -errno;
 		r->address = NULL;
