@@ -42,6 +42,7 @@ class Mismatch:
     """One difference: where it is, what the ledger says and what the kernel shows."""
 
     check: str
+    domain: str
     image: str
     guest: str
     place: str
@@ -53,6 +54,7 @@ class Mismatch:
         """Give the form that `cowshed audit --json` prints."""
         return {
             "check": self.check,
+            "domain": self.domain,
             "image": self.image,
             "guest": self.guest,
             self.place: self.place_no,
@@ -121,7 +123,9 @@ def _look_at_refs(image: Image, accounts: Accounts, checked: dict[str, int]) -> 
     if refs != grants:
         for extent, (found, expected) in enumerate(zip(refs, grants, strict=True)):
             if found != expected:
-                yield Mismatch("refs", image.name, "", "extent", extent, expected, found)
+                yield Mismatch(
+                    "refs", image.domain, image.name, "", "extent", extent, expected, found
+                )
 
 
 def _look_at_pages(
@@ -138,9 +142,11 @@ def _look_at_pages(
     checked["private_pages"] += copied.bit_count()
     for page in _bits(charged ^ copied):
         is_charged = before[page // 8] >> page % 8 & 1
-        yield Mismatch("private", image.name, guest, "page", page, is_charged, 1 - is_charged)
+        yield Mismatch(
+            "private", image.domain, image.name, guest, "page", page, is_charged, 1 - is_charged
+        )
     for extent, nr_mapped in _mapped_ungranted(image, account, looks.translate(_SHARED)):
-        yield Mismatch("granted", image.name, guest, "extent", extent, 0, nr_mapped)
+        yield Mismatch("granted", image.domain, image.name, guest, "extent", extent, 0, nr_mapped)
 
 
 def _mapped_ungranted(image: Image, account: Account, shared: bytes) -> Iterator[tuple[int, int]]:
@@ -169,7 +175,9 @@ def _look_at_frames(image: Image, checked: dict[str, int]) -> Iterator[Mismatch]
         states_after = states
         busy = states.count(ExtentState.LOADING) + states.count(ExtentState.EVICTING)
         if not busy and blocks_bytes != resident_bytes:
-            yield Mismatch("resident", image.name, "", "extent", -1, resident_bytes, blocks_bytes)
+            yield Mismatch(
+                "resident", image.domain, image.name, "", "extent", -1, resident_bytes, blocks_bytes
+            )
     checked["resident_extents"] += states.count(ExtentState.RESIDENT)
     wanted = {ExtentState.ABSENT: 0, ExtentState.RESIDENT: 1}
     for extent, (state, after) in enumerate(zip(states, states_after, strict=True)):
@@ -177,7 +185,9 @@ def _look_at_frames(image: Image, checked: dict[str, int]) -> Iterator[Mismatch]
             continue
         expected = wanted[ExtentState(state)] * image.extent_bytes_of(extent)
         if filled[extent] != expected:
-            yield Mismatch("resident", image.name, "", "extent", extent, expected, filled[extent])
+            yield Mismatch(
+                "resident", image.domain, image.name, "", "extent", extent, expected, filled[extent]
+            )
 
 
 def _filled_bytes(image: Image) -> array[int]:

@@ -18,9 +18,15 @@ from cowshed.cache.sources import FileSource
 if TYPE_CHECKING:
     from cowshed.cache.store import PageStore
 
-__all__ = ["ExtentState", "Image", "ImageCounters", "ImageFigures"]
+__all__ = ["DEFAULT_DOMAIN", "ExtentState", "Image", "ImageCounters", "ImageFigures", "image_label"]
 
 PAGE_BYTES: Final = 4096
+DEFAULT_DOMAIN: Final = "default"
+
+
+def image_label(domain: str, name: str) -> str:
+    """Name an image as logs and messages do: DOMAIN/NAME, or NAME in the default domain."""
+    return name if domain == DEFAULT_DOMAIN else f"{domain}/{name}"
 
 
 class ExtentState(IntEnum):
@@ -68,15 +74,19 @@ class ImageFigures:
 class Image:
     """An open image. Made by PageStore.open_image; used until PageStore.close_image.
 
-    digest is "sha256:..." once somebody computed it, "" before. source_change says how the source
-    changed under us, None as long as it did not.
+    Its frames are its own: two images of one source, in different domains say, share none. domain
+    and name together are unique in a store. digest is "sha256:..." once somebody computed it, ""
+    before. source_change says how the source changed under us, None as long as it did not.
     """
 
-    def __init__(self, store: PageStore, name: str, source: FileSource, cdata: Any) -> None:
+    def __init__(
+        self, store: PageStore, name: str, source: FileSource, cdata: Any, domain: str
+    ) -> None:
         shape = ffi.new("struct image_shape *")
         lib.image_shape(cdata, shape)
         self.store: Final = store
         self.name: Final = name
+        self.domain: Final = domain
         self.source: Final = source
         self.cdata: Final = cdata
         self.digest = ""
@@ -87,6 +97,11 @@ class Image:
         self.nr_pages: Final[int] = shape.nr_pages
         self.nr_extents: Final[int] = shape.nr_extents
         self.extent_pages: Final[int] = shape.extent_pages
+
+    @property
+    def label(self) -> str:
+        """The name to call it by where images of several domains may meet."""
+        return image_label(self.domain, self.name)
 
     @property
     def extent_bytes(self) -> int:
@@ -139,7 +154,7 @@ class Image:
         states = bytearray(nr_extents)
         checked(
             lib.image_states(self.cdata, first_extent, nr_extents, ffi.from_buffer(states)),
-            f"reading the states of {self.name!r}",
+            f"reading the states of {self.label!r}",
         )
         return bytes(states)
 
@@ -156,7 +171,7 @@ class Image:
         touches = bytearray(self.nr_extents)
         checked(
             lib.image_touches(self.cdata, 0, self.nr_extents, ffi.from_buffer(touches)),
-            f"reading the touches of {self.name!r}",
+            f"reading the touches of {self.label!r}",
         )
         return bytes(touches)
 
@@ -164,7 +179,7 @@ class Image:
         counts = array("I", bytes(4 * self.nr_extents))
         checked(
             read(self.cdata, 0, self.nr_extents, ffi.from_buffer("uint32_t[]", counts)),
-            f"reading the counts of {self.name!r}",
+            f"reading the counts of {self.label!r}",
         )
         return counts
 
@@ -191,7 +206,7 @@ class Image:
         """
         return checked(
             lib.store_prefetch(self.cdata, first_extent, nr_extents),
-            f"loading extents {first_extent}+{nr_extents} of {self.name!r}",
+            f"loading extents {first_extent}+{nr_extents} of {self.label!r}",
         )
 
     def wait_loaded(self, first_extent: int, nr_extents: int, timeout_ms: int) -> bool:
@@ -205,19 +220,19 @@ class Image:
         """
         checked(
             lib.store_pin(self.cdata, first_extent, nr_extents, max_pinned_extents),
-            f"pinning {nr_extents} extents of {self.name!r}",
+            f"pinning {nr_extents} extents of {self.label!r}",
         )
 
     def unpin(self, first_extent: int, nr_extents: int) -> None:
         """Take one pin back from each extent; UsageError, and nothing done, if one has none."""
         checked(
             lib.store_unpin(self.cdata, first_extent, nr_extents),
-            f"unpinning {nr_extents} extents of {self.name!r}",
+            f"unpinning {nr_extents} extents of {self.label!r}",
         )
 
     def scrub(self) -> int:
         """Empty ABSENT extents that somebody filled by reading an unguarded mapping; how many."""
-        return checked(lib.store_scrub(self.cdata), f"scrubbing {self.name!r}")
+        return checked(lib.store_scrub(self.cdata), f"scrubbing {self.label!r}")
 
     def first_touches(self) -> list[int]:
         """Extents in the order in which any guest was first granted them."""

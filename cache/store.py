@@ -15,7 +15,7 @@ from typing import Final
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
 from cowshed.cache.errors import CapacityError, UsageError
-from cowshed.cache.images import PAGE_BYTES, Image
+from cowshed.cache.images import DEFAULT_DOMAIN, PAGE_BYTES, Image, image_label
 from cowshed.cache.sources import FileSource
 
 __all__ = ["PageStore", "StoreCounters"]
@@ -99,22 +99,28 @@ class PageStore:
         checked(lib.store_deinit(self._store), "closing the page store")
         self._store = None
 
-    def open_image(self, name: str, source: FileSource) -> Image:
-        """Take a source over as an image; its extents are ABSENT."""
+    def open_image(self, name: str, source: FileSource, domain: str = DEFAULT_DOMAIN) -> Image:
+        """Take a source over as an image with frames of its own; its extents are ABSENT.
+
+        UsageError, and nothing taken over, if the domain has an image of that name.
+        """
+        label = image_label(domain, name)
+        if any((image.domain, image.name) == (domain, name) for image in self):
+            raise UsageError(f"image {label!r} is open already; use each name once in a domain")
         image = ffi.new("struct image **")
         checked(
             lib.image_open(self._store, source.fd, source.direct_fd, source.size_bytes, image),
-            f"opening image {name!r} of {source.size_bytes} bytes",
+            f"opening image {label!r} of {source.size_bytes} bytes",
         )
-        opened = Image(self, name, source, image[0])
+        opened = Image(self, name, source, image[0], domain)
         self._images[opened.image_no] = opened
         return opened
 
     def close_image(self, image: Image) -> None:
         """Give up an image and its frames; UsageError if a guest is still attached."""
         if self._images.get(image.image_no) is not image:
-            raise UsageError(f"image {image.name!r} is not open in this store")
-        checked(lib.image_close(image.cdata), f"closing image {image.name!r}")
+            raise UsageError(f"image {image.label!r} is not open in this store")
+        checked(lib.image_close(image.cdata), f"closing image {image.label!r}")
         del self._images[image.image_no]
 
     def image(self, image_no: int) -> Image | None:

@@ -19,19 +19,28 @@ A file has this shape; every key is optional, and an unknown one is an error::
     debian = "/srv/images/debian.raw"     # a relative path starts at this file's directory
     alpine = "file:///srv/images/alpine.raw"
 
+    [[image]]                       # the same, with room for a sharing domain; repeatable
+    name = "debian"
+    source = "/srv/images/debian.raw"
+    domain = "tenant-a"             # "default" unless given
+
+    [domains.tenant-a]              # who its guests are; see domains.py
+    uids = [1001, "alice"]
+
 Everything is checked here, before anything is opened, except whether sources can be read: that is
 the image's to say. Each error is one UsageError naming the thing, the value and the cure.
 """
 
-import difflib
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cowshed.cache.errors import UsageError
+from cowshed.cache.images import DEFAULT_DOMAIN
+from cowshed.service.domains import Domains, check_key, parse_domains
 from cowshed.service.endpoint import Endpoint, parse_endpoint
 from cowshed.service.images import ImageSpec, absolute, image_spec, parse_image
 from cowshed.service.logs import LEVELS, LOG_FORMATS, LogFormat, LogLevel
@@ -65,7 +74,10 @@ _KEYS = (
     "log",
     "log_level",
     "images",
+    "image",
+    "domains",
 )
+_IMAGE_KEYS = ("name", "source", "domain")
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,7 @@ class Config:
     guest_metrics: int = 0
     log_format: LogFormat = "logfmt"
     log_level: LogLevel = "notice"
+    domains: Domains = field(default_factory=Domains)
 
     def __post_init__(self) -> None:
         extent = self.extent_bytes
@@ -123,9 +136,9 @@ class Config:
             raise UsageError("no image to serve: give --image NAME=SOURCE or [images] in --config")
         seen: set[str] = set()
         for image in self.images:
-            if image.name in seen:
-                raise UsageError(f"image {image.name!r} is given twice: use each name once")
-            seen.add(image.name)
+            if image.label in seen:
+                raise _given_twice(image)
+            seen.add(image.label)
         socket_path(self.run_dir)
 
 
@@ -170,17 +183,20 @@ def config_load(
 ) -> Config:
     """The configuration of `config_file` (None: none) overridden by options that are given.
 
-    `images` are NAME=SOURCE; one of the same name as an image of the file takes its place.
-    `run_dir` is --run-dir or $COWSHED_RUN_DIR; `verbose` is a log_level of info, at least. Reads
-    the file and nothing else. Raises UsageError, one line.
+    `images` are NAME=SOURCE[,domain=DOMAIN]; one of the same name and domain as an image of the
+    file takes its place. `run_dir` is --run-dir or $COWSHED_RUN_DIR; `verbose` is a log_level of
+    info, at least. Reads the file, looks up users and groups that it names, and nothing else.
+    Raises UsageError, one line.
     """
     table: Mapping[str, Any] = {} if config_file is None else _read_table(config_file)
     file_dir = Path.cwd() if config_file is None else absolute(config_file).parent
 
     specs: dict[str, ImageSpec] = {}
     try:
-        for name, source in _images_of(table).items():
-            specs[name] = image_spec(name, source, file_dir)
+        for spec in _images_of(table, file_dir):
+            if spec.label in specs:
+                raise _given_twice(spec)
+            specs[spec.label] = spec
         settings = _settings_of(table)
         paths = {
             key: file_dir / _text_of(table, key) for key in ("run_dir", "state_dir") if key in table
@@ -190,11 +206,12 @@ def config_load(
 
     named: set[str] = set()
     for text in images:
-        name, source = parse_image(text)
-        if name in named:
-            raise UsageError(f"image {name!r} is given twice: use each name once")
-        named.add(name)
-        specs[name] = image_spec(name, source, Path.cwd())
+        name, source, domain = parse_image(text)
+        spec = image_spec(name, source, Path.cwd(), domain)
+        if spec.label in named:
+            raise _given_twice(spec)
+        named.add(spec.label)
+        specs[spec.label] = spec
 
     if capacity is not None:
         settings["capacity_bytes"] = parse_size(capacity, "capacity")
@@ -222,36 +239,54 @@ def _read_table(config_file: Path) -> Mapping[str, Any]:
     except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, a number of 5000 digits
         raise UsageError(f"{config_file} is not TOML: {error}") from error
     for key in table:
-        if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1)
-            cure = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(_KEYS)}"
-            raise UsageError(f"{config_file}: unknown key {key!r}: {cure}")
+        check_key(key, _KEYS, f"{config_file}: ")
     return table
 
 
-def _images_of(table: Mapping[str, Any]) -> dict[str, str]:
+def _given_twice(image: ImageSpec) -> UsageError:
+    within = "" if image.domain == DEFAULT_DOMAIN else " in a domain"
+    return UsageError(f"image {image.label!r} is given twice: use each name once{within}")
+
+
+def _images_of(table: Mapping[str, Any], file_dir: Path) -> Iterator[ImageSpec]:
+    """The images of [images], then those of [[image]]."""
     images = table.get("images", {})
     if not isinstance(images, dict):
         raise UsageError(f'images is {images!r}: write [images] and NAME = "SOURCE" lines')
     for name, source in images.items():
         if not isinstance(source, str):
             raise UsageError(f"image {name!r} has source {source!r}: give a path in quotes")
-    return images
+        yield image_spec(name, source, file_dir)
+    listed = table.get("image", [])
+    if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
+        raise UsageError(f"image is {listed!r}: write [[image]], and name and source below it")
+    for each in listed:
+        for key in each:
+            check_key(key, _IMAGE_KEYS, f"image {each.get('name', '?')!r} has ")
+        for key in ("name", "source"):
+            if key not in each:
+                raise UsageError(f'an [[image]] has no {key}: write {key} = "..." below it')
+        yield image_spec(
+            _text_of(each, "name"),
+            _text_of(each, "source"),
+            file_dir,
+            _text_of(each, "domain") if "domain" in each else DEFAULT_DOMAIN,
+        )
 
 
 def _settings_of(table: Mapping[str, Any]) -> dict[str, Any]:
     """Config's fields (images and paths apart) for the keys that the file holds."""
-    settings: dict[str, Any] = {}
-    for key, field in (("capacity", "capacity_bytes"), ("extent", "extent_bytes")):
+    settings: dict[str, Any] = {"domains": parse_domains(table.get("domains", {}))}
+    for key, into in (("capacity", "capacity_bytes"), ("extent", "extent_bytes")):
         if key in table:
-            settings[field] = parse_size(_size_text(table, key), key)
+            settings[into] = parse_size(_size_text(table, key), key)
     if "quota" in table:
         settings["default_quota_bytes"] = parse_quota(_size_text(table, "quota"))
     if "on_quota" in table:
         settings["default_on_quota"] = _text_of(table, "on_quota")
-    for key, field in (("log", "log_format"), ("log_level", "log_level")):
+    for key, into in (("log", "log_format"), ("log_level", "log_level")):
         if key in table:
-            settings[field] = _text_of(table, key)
+            settings[into] = _text_of(table, key)
     if "metrics" in table:
         settings["metrics"] = parse_endpoint(_text_of(table, "metrics"), "metrics")
     for key, what in (("loaders", "threads"), ("guest_metrics", "guests")):

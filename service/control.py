@@ -16,6 +16,7 @@ from cowshed.cache import CapacityError, ExtentState, Image, PageStore, UsageErr
 from cowshed.service.config import check_quota
 from cowshed.service.evictor import Evictor
 from cowshed.service.guests import NO_QUOTA_BYTES, GuestTable
+from cowshed.service.image_names import find_for_guest, find_for_operator
 from cowshed.service.sizes import format_bytes
 from cowshed.service.status import StatusReader
 from cowshed.service.tallies import Tallies
@@ -77,11 +78,12 @@ class Control:
             yield {"ok": True, **reply}
 
     def find_image(self, name: str) -> Image:
-        """Give the image of that name; UsageError naming those there are."""
-        images = {image.name: image for image in self._store}
-        if name not in images:
-            raise UsageError(f"no image {name!r}; there is {', '.join(sorted(images))}")
-        return images[name]
+        """Give the image that an operator means by a name; UsageError naming the choices."""
+        return find_for_operator(self._store, name)
+
+    def find_guest_image(self, name: str, domain: str, *, is_operator: bool) -> Image:
+        """Give the image that a guest of a domain means; UsageError naming those it may use."""
+        return find_for_guest(self._store, name, domain, is_operator=is_operator)
 
     def status(self) -> dict[str, Any]:
         """The object of `cowshed status --json`, a new one; from any thread."""
@@ -106,7 +108,7 @@ class Control:
             image.pin(extents.start, len(extents), most)
         except CapacityError as error:
             raise CapacityError(
-                f"cannot pin {format_bytes(len(extents) * image.extent_bytes)} of {image.name!r}: "
+                f"cannot pin {format_bytes(len(extents) * image.extent_bytes)} of {image.label!r}: "
                 f"at most {format_bytes(most * image.extent_bytes)} of the capacity can be pinned; "
                 "unpin something, or raise the capacity"
             ) from error
@@ -121,7 +123,7 @@ class Control:
         except UsageError as error:
             raise UsageError(
                 f"not all of the {format_bytes(len(extents) * image.extent_bytes)} of "
-                f"{image.name!r} are pinned; name a range that was pinned (see status)"
+                f"{image.label!r} are pinned; name a range that was pinned (see status)"
             ) from error
         yield {"pinned_bytes": _pinned_bytes(image)}
 
@@ -230,7 +232,7 @@ class Control:
             length = max(0, image.size_bytes - offset)
         if length == 0 or offset + length > image.map_bytes:
             raise UsageError(
-                f"{length} bytes at {offset} are not a part of {image.name!r}, "
+                f"{length} bytes at {offset} are not a part of {image.label!r}, "
                 f"which has {image.size_bytes} bytes; give a range inside"
             )
         first = offset // image.extent_bytes

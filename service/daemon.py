@@ -23,6 +23,7 @@ from cowshed.service.evictor import Evictor
 from cowshed.service.guest_door import GuestDoor
 from cowshed.service.guests import GuestTable
 from cowshed.service.http_server import HttpServer
+from cowshed.service.images import ImageSpec
 from cowshed.service.logs import EventLog, logging_begin, logging_end, logging_tell_suppressed
 from cowshed.service.loop import READ, Loop, ignore_stop_signals
 from cowshed.service.metrics import Exporter, MetricsSources
@@ -127,7 +128,7 @@ class Daemon:
             run_dir=self.config.run_dir,
             capacity=format_bytes(self.config.capacity_bytes),
             images=", ".join(
-                f"{image.name} ({format_bytes(image.size_bytes)})" for image in self._store
+                f"{image.label} ({format_bytes(image.size_bytes)})" for image in self._store
             ),
         )
         loop.run()
@@ -149,7 +150,7 @@ class Daemon:
                     "source-changed",
                     f"{changed}; an image must not change while it is served: "
                     "restart with a copy that stays as it is",
-                    image=image.name,
+                    image=image.label,
                     source=image.source.path,
                 )
 
@@ -175,18 +176,18 @@ def _open_store(config: Config) -> Iterator[PageStore]:
         low_free_extents=Watermarks(config.capacity_bytes // config.extent_bytes).low_free,
     ) as store:
         for spec in config.images:
-            _open_image(store, spec.name, Path(spec.source))
+            _open_image(store, spec)
         yield store
 
 
-def _open_image(store: PageStore, name: str, path: Path) -> None:
-    source = FileSource.open(path)
+def _open_image(store: PageStore, spec: ImageSpec) -> None:
+    source = FileSource.open(Path(spec.source))
     try:
-        store.open_image(name, source)
+        store.open_image(spec.name, source, spec.domain)
     except BaseException:
         source.close()
         raise
 
 
 def _say_digest(image: Image) -> None:
-    _log.info("digest", image=image.name, digest=image.digest)
+    _log.info("digest", image=image.label, digest=image.digest)

@@ -68,7 +68,7 @@ class DigestThread:
             try:
                 image.digest = digest_of(image.source, self._stop.is_set)
             except OSError as error:
-                _log.error("no-digest", str(error), image=image.name)
+                _log.error("no-digest", str(error), image=image.label)
                 continue
             if image.digest:
                 self._done(image)

@@ -169,6 +169,6 @@ class Evictor:
                     _log.warning(
                         "strays-emptied",
                         "a guest read a mapping without userfaultfd, which fills it with zeros",
-                        image=image.name,
+                        image=image.label,
                         extents=nr,
                     )

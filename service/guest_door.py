@@ -168,14 +168,14 @@ class GuestDoor:
             "dropped",
             why,
             guest=guest and guest.name,
-            image=guest and guest.image.name,
+            image=guest and guest.image.label,
             pid=peer.pid,
             uid=peer.uid,
         )
 
 
 def _say_quota(guest: Guest, state: str) -> None:
-    who = {"guest": guest.name, "image": guest.image.name}
+    who = {"guest": guest.name, "image": guest.image.label}
     who_else = {"pid": guest.pid, "uid": guest.uid}
     if state == "running":
         _log.notice("quota-resume", **who, **who_else)

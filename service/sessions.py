@@ -22,6 +22,7 @@ from cowshed.accounting import QuotaPolicy
 from cowshed.cache import (
     CapacityError,
     CowshedError,
+    Image,
     PeerError,
     SourceError,
     UsageError,
@@ -29,6 +30,7 @@ from cowshed.cache import (
 from cowshed.faults import Orders, uffd_features
 from cowshed.service.config import Config, check_quota
 from cowshed.service.control import Control
+from cowshed.service.domains import Identity, is_operator
 from cowshed.service.guests import Guest, GuestTable, Terms
 from cowshed.service.logs import EventLog
 from cowshed.service.userfaultfd import check_guest_files, check_uffd
@@ -203,7 +205,7 @@ class Session:
         )
         return Terms(
             name=take_text(body, "guest", max_length=64),
-            image=self._host.control.find_image(take_text(body, "image")),
+            image=self._find_image(take_text(body, "image")),
             quota_bytes=quota_bytes,
             policy=QuotaPolicy[policy.upper()],
             orders=Orders(
@@ -211,6 +213,12 @@ class Session:
                 write_window_bytes=take_optional_number(body, "write_window_bytes") or 0,
             ),
         )
+
+    def _find_image(self, name: str) -> Image:
+        """The image of that name in the peer's domain."""
+        peer = self.connection.peer
+        domain = self._host.config.domains.domain_of(Identity(peer.uid, peer.gid))
+        return self._host.control.find_guest_image(name, domain, is_operator=is_operator(peer.uid))
 
     def _on_region(self, message: Received) -> None:
         terms = self._terms
@@ -222,7 +230,7 @@ class Session:
         if address % 4096 or length != terms.image.map_bytes:
             raise PeerError(
                 f"a region of {length} bytes at {address:#x} is no mapping of "
-                f"{terms.image.name!r}, which takes {terms.image.map_bytes}"
+                f"{terms.image.label!r}, which takes {terms.image.map_bytes}"
             )
         peer = self.connection.peer
         check_uffd(message.fds[0])
@@ -235,7 +243,7 @@ class Session:
             list(message.fds),
         )
         message.fds.clear()
-        _log.info("attached", guest=terms.name, image=terms.image.name, pid=peer.pid, uid=peer.uid)
+        _log.info("attached", guest=terms.name, image=terms.image.label, pid=peer.pid, uid=peer.uid)
         self._reply(message.tag, {"ok": True, "guest": terms.name})
 
     def _on_close(self, message: Received) -> None:
@@ -247,12 +255,12 @@ class Session:
         if guest is not None:
             self._host.guests.detach(guest)
             _log.info(
-                "detached", guest=guest.name, image=guest.image.name, pid=guest.pid, uid=guest.uid
+                "detached", guest=guest.name, image=guest.image.label, pid=guest.pid, uid=guest.uid
             )
 
     def _on_control(self, op: str, message: Received) -> None:
         uid = self.connection.peer.uid
-        if uid not in (0, os.geteuid()):
+        if not is_operator(uid):
             denied = f"{op!r} is for root and the daemon's user, not for uid {uid}"
             self._reply(message.tag, error_reply("denied", denied))
             return

@@ -106,6 +106,7 @@ def _guest_status(guest: Guest, status: AccountStatus) -> dict[str, Any]:
     return {
         "name": guest.name,
         "image": guest.image.name,
+        "domain": guest.image.domain,
         "transport": guest.transport,
         "state": guest_state(status),
         "pid": guest.pid,
@@ -133,6 +134,7 @@ def _image_status(image: Image) -> dict[str, Any]:
     counters = image.counters()
     return {
         "name": image.name,
+        "domain": image.domain,
         "size_bytes": image.size_bytes,
         "resident_bytes": image.resident_bytes,
         "digest": image.digest,

@@ -23,8 +23,8 @@ class WorkingSets:
         self._written: dict[str, int] = {}
 
     def path(self, image: Image) -> Path:
-        """Where an image's working set is kept."""
-        return self._state_dir / f"{image.name}.workingset"
+        """Where an image's working set is kept: each domain but the default one has its folder."""
+        return self._state_dir / f"{image.label}.workingset"
 
     def recorded(self, image: Image) -> list[int]:
         """Give the extents to load first: this run's touches, then an earlier run's; maybe none."""
@@ -41,7 +41,7 @@ class WorkingSets:
                 nr_image_extents=image.nr_extents,
             )
         except CowshedError as error:
-            _log.warning("working-set-unusable", str(error), image=image.name)
+            _log.warning("working-set-unusable", str(error), image=image.label)
             return ()
         return recorded.extents if recorded else ()
 
@@ -53,13 +53,13 @@ class WorkingSets:
         """
         for image in images:
             order = image.first_touches()
-            if not image.digest or len(order) <= self._written.get(image.name, 0):
+            if not image.digest or len(order) <= self._written.get(image.label, 0):
                 continue
             earlier = self._earlier(image)
             touches = FirstTouches()
             touches.note(_in_order(order, earlier)[: max(len(order), len(earlier))])
             try:
-                self._state_dir.mkdir(parents=True, exist_ok=True)
+                self.path(image).parent.mkdir(parents=True, exist_ok=True)
                 write_working_set(
                     self.path(image),
                     touches.working_set(
@@ -69,9 +69,9 @@ class WorkingSets:
                     ),
                 )
             except (CowshedError, OSError) as error:
-                _log.warning("working-set-unsaved", str(error), image=image.name)
+                _log.warning("working-set-unsaved", str(error), image=image.label)
                 continue
-            self._written[image.name] = len(order)
+            self._written[image.label] = len(order)
 
 
 def _in_order(first: Iterable[int], then: Iterable[int]) -> list[int]:

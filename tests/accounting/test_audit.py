@@ -123,6 +123,7 @@ def test_a_reference_without_its_grant_is_reported(stage: Stage) -> None:
     ] == [("refs", "extent", 0, 1, 2), ("refs", "extent", 2, 0, 1)]
     assert report.mismatches[0].as_json() == {
         "check": "refs",
+        "domain": "default",
         "image": "disk",
         "guest": "",
         "extent": 0,

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which image a name means, for whom: several domains may each have one of the same name.
+
+An operator says NAME, if only one domain has it, or DOMAIN/NAME. A guest says NAME and means its
+own domain's; what other domains have it cannot find out, since the answer is the same as for a name
+that nobody has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from cowshed.cache.errors import UsageError
+from cowshed.cache.images import DEFAULT_DOMAIN, image_label
+
+__all__ = ["Named", "find_for_guest", "find_for_operator", "image_socket_path"]
+
+
+class Named(Protocol):
+    """What has a domain and a name: an image, or an order to serve one."""
+
+    @property
+    def domain(self) -> str:
+        """The domain."""
+
+    @property
+    def name(self) -> str:
+        """The name, unique in the domain."""
+
+
+N = TypeVar("N", bound=Named)
+
+
+def find_for_operator(images: Iterable[N], text: str) -> N:
+    """The image that NAME or DOMAIN/NAME means; UsageError, with the choices, if not just one."""
+    images = list(images)
+    found = [image for image in images if text in (image.name, _full(image))]
+    if not found:
+        raise _no_image(text, map(_label, images))
+    if len(found) > 1:
+        choices = ", ".join(sorted(_full(image) for image in found))
+        raise UsageError(f"image {text!r} is in several domains: name one of {choices}")
+    return found[0]
+
+
+def find_for_guest(images: Iterable[N], text: str, domain: str, *, is_operator: bool = False) -> N:
+    """The image of that name in a guest's domain; UsageError naming those in that domain alone.
+
+    An operator's guest may name another domain's as DOMAIN/NAME, and no other way: frames are
+    shared across domains on nobody's guess.
+    """
+    images = list(images)
+    own = [image for image in images if image.domain == domain]
+    for image in own:
+        if text == image.name:
+            return image
+    for image in images if is_operator else own:
+        if text == _full(image):
+            return image
+    raise _no_image(text, map(_label, images) if is_operator else (image.name for image in own))
+
+
+def image_socket_path(run_dir: Path, image: Named) -> Path:
+    """Where an image's own socket is: images/NAME.sock, or images/DOMAIN/NAME.sock."""
+    folder = run_dir / "images"
+    if image.domain != DEFAULT_DOMAIN:
+        folder /= image.domain
+    return folder / f"{image.name}.sock"
+
+
+def _full(image: Named) -> str:
+    return f"{image.domain}/{image.name}"
+
+
+def _label(image: Named) -> str:
+    return image_label(image.domain, image.name)
+
+
+def _no_image(text: str, there: Iterable[str]) -> UsageError:
+    return UsageError(f"no image {text!r}; there is {', '.join(sorted(there)) or 'none'}")
