@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon's certificate, and whose it takes: the table [tls], for all that listens with TLS.
+
+    [tls]
+    cert = "/etc/cowshed/server.pem"   # the daemon's certificate, and those up to the CA's
+    key = "/etc/cowshed/server.key"    # its key, without a passphrase
+    ca = "/etc/cowshed/ca.pem"         # who signs clients' certificates
+    clients = "required"               # or "optional": without a certificate, nobody in particular
+
+Relative paths start at the configuration file's directory.
+"""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+from cowshed.cache.errors import UsageError
+
+__all__ = ["TlsConfig", "make_context", "parse_tls"]
+
+Clients = Literal["required", "optional"]
+
+_FILES: Final = ("cert", "key", "ca")
+
+
+@dataclass(frozen=True)
+class TlsConfig:
+    """Three PEM files, not opened yet, and whether clients must show a certificate."""
+
+    cert: Path
+    key: Path
+    ca: Path
+    clients: Clients = "required"
+
+
+def parse_tls(table: object, base_dir: Path) -> TlsConfig:
+    """The TlsConfig of a configuration's table [tls]. Raises UsageError; opens nothing."""
+    if not isinstance(table, dict):
+        raise UsageError(f"tls is {table!r}: write [tls] and cert, key and ca below it")
+    known = (*_FILES, "clients")
+    for key, value in table.items():
+        if key not in known:
+            raise UsageError(f"tls has unknown key {key!r}: known keys are {', '.join(known)}")
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise UsageError(f"{key} of tls is {value!r}: give text in quotes")
+    if missing := [name for name in _FILES if name not in table]:
+        raise UsageError(f'tls lacks {missing[0]}: write {missing[0]} = "FILE" below [tls]')
+    clients = table.get("clients", "required")
+    if clients not in get_args(Clients):
+        raise UsageError(f"clients of tls is {clients!r}: use required or optional")
+    return TlsConfig(*(base_dir / table[name] for name in _FILES), clients=clients)
+
+
+def make_context(config: TlsConfig) -> ssl.SSLContext:
+    """Read the files into a server's context, TLS 1.2 or newer. Raises UsageError, one line."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_verify_locations(cafile=config.ca)
+    except OSError as error:  # ssl.SSLError is one
+        raise UsageError(f"cannot use ca {str(config.ca)!r} of tls: {_reason(error)}") from error
+    try:
+        context.load_cert_chain(config.cert, config.key, password=_no_passphrase)
+    except OSError as error:
+        raise UsageError(
+            f"cannot use cert {str(config.cert)!r} with key {str(config.key)!r} of tls: "
+            f"{_reason(error)}"
+        ) from error
+    required = config.clients == "required"
+    context.verify_mode = ssl.CERT_REQUIRED if required else ssl.CERT_OPTIONAL
+    return context
+
+
+def _no_passphrase() -> str:
+    # Without this, OpenSSL would ask at the terminal of whoever started us.
+    raise UsageError("key of tls is encrypted: give one without a passphrase")
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or "not PEM").replace("_", " ").lower()
+    return error.strerror or str(error)
