@@ -51,7 +51,8 @@ def parse_tls(table: object, base_dir: Path) -> TlsConfig:
     clients = table.get("clients", "required")
     if clients not in get_args(Clients):
         raise UsageError(f"clients of tls is {clients!r}: use required or optional")
-    return TlsConfig(*(base_dir / table[name] for name in _FILES), clients=clients)
+    cert, key, ca = (base_dir / table[name] for name in _FILES)
+    return TlsConfig(cert, key, ca, clients)
 
 
 def make_context(config: TlsConfig) -> ssl.SSLContext:
