@@ -9,7 +9,7 @@ from cowshed.cache.errors import (
     SourceError,
     UsageError,
 )
-from cowshed.cache.images import ExtentState, Image, ImageCounters, ImageFigures
+from cowshed.cache.images import ExtentState, Image, ImageCounters, ImageFigures, ImageRemains
 from cowshed.cache.sources import FileSource
 from cowshed.cache.store import PageStore, StoreCounters
 
@@ -21,6 +21,7 @@ __all__ = [
     "Image",
     "ImageCounters",
     "ImageFigures",
+    "ImageRemains",
     "InvariantError",
     "PageStore",
     "PeerError",

@@ -18,7 +18,15 @@ from cowshed.cache.sources import FileSource
 if TYPE_CHECKING:
     from cowshed.cache.store import PageStore
 
-__all__ = ["DEFAULT_DOMAIN", "ExtentState", "Image", "ImageCounters", "ImageFigures", "image_label"]
+__all__ = [
+    "DEFAULT_DOMAIN",
+    "ExtentState",
+    "Image",
+    "ImageCounters",
+    "ImageFigures",
+    "ImageRemains",
+    "image_label",
+]
 
 PAGE_BYTES: Final = 4096
 DEFAULT_DOMAIN: Final = "default"
@@ -40,7 +48,7 @@ class ExtentState(IntEnum):
 
 @dataclass(frozen=True)
 class ImageCounters:
-    """What was done for an image since it was opened; each only grows. Meanings: image.h."""
+    """What was ever done for an image, over restarts too; each only grows. Meanings: image.h."""
 
     loads: int
     load_bytes: int
@@ -53,6 +61,8 @@ class ImageCounters:
     evictions_request: int
     strays: int
     nr_touched: int
+    reloads: int
+    attaches: int
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,15 @@ class ImageFigures:
     touched_bytes: int
     touched_resident_bytes: int
     resident_by_refs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ImageRemains:
+    """Descriptors of an image whose process is gone: its frames, what guests got, its arrays."""
+
+    frames_fd: int
+    guest_fd: int
+    arrays_fd: int
 
 
 class Image:
@@ -117,6 +136,11 @@ class Image:
     def frames_fd(self) -> int:
         """The frames, read-write: for audits. Borrowed."""
         return int(lib.image_frames_fd(self.cdata))
+
+    @property
+    def arrays_fd(self) -> int:
+        """What is known of the extents: for who comes after this process. Borrowed."""
+        return int(lib.image_arrays_fd(self.cdata))
 
     @property
     def resident_bytes(self) -> int:
@@ -229,6 +253,14 @@ class Image:
             lib.store_unpin(self.cdata, first_extent, nr_extents),
             f"unpinning {nr_extents} extents of {self.label!r}",
         )
+
+    def note_reloads(self, nr_extents: int) -> None:
+        """Count extents that were loaded again soon after their eviction."""
+        lib.image_note_reloads(self.cdata, nr_extents)
+
+    def note_attach(self) -> None:
+        """Count a guest that was attached."""
+        lib.image_note_attach(self.cdata)
 
     def scrub(self) -> int:
         """Empty ABSENT extents that somebody filled by reading an unguarded mapping; how many."""

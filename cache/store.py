@@ -6,6 +6,7 @@ The store never chooses what to give up. It raises `pressure_fd` when room is sh
 
 from __future__ import annotations
 
+import errno
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -15,7 +16,7 @@ from typing import Final
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
 from cowshed.cache.errors import CapacityError, UsageError
-from cowshed.cache.images import DEFAULT_DOMAIN, PAGE_BYTES, Image, image_label
+from cowshed.cache.images import DEFAULT_DOMAIN, PAGE_BYTES, Image, ImageRemains, image_label
 from cowshed.cache.sources import FileSource
 
 __all__ = ["PageStore", "StoreCounters"]
@@ -104,17 +105,51 @@ class PageStore:
 
         UsageError, and nothing taken over, if the domain has an image of that name.
         """
-        label = image_label(domain, name)
-        if any((image.domain, image.name) == (domain, name) for image in self):
-            raise UsageError(f"image {label!r} is open already; use each name once in a domain")
+        label = self._new_label(name, domain)
         image = ffi.new("struct image **")
         checked(
             lib.image_open(self._store, source.fd, source.direct_fd, source.size_bytes, image),
             f"opening image {label!r} of {source.size_bytes} bytes",
         )
-        opened = Image(self, name, source, image[0], domain)
-        self._images[opened.image_no] = opened
-        return opened
+        return self._add(Image(self, name, source, image[0], domain))
+
+    def adopt_image(
+        self, name: str, source: FileSource, remains: ImageRemains, domain: str = DEFAULT_DOMAIN
+    ) -> Image:
+        """Take over a source and what another process, now gone, left of its image.
+
+        What was resident is so still, as far as there is room. UsageError, and all descriptors
+        still the caller's, if the domain has an image of that name, or the remains are not of an
+        image of this size and these extents.
+        """
+        label = self._new_label(name, domain)
+        image = ffi.new("struct image **")
+        fds = (remains.frames_fd, remains.guest_fd, remains.arrays_fd)
+        err = lib.image_adopt(
+            self._store,
+            source.fd,
+            source.direct_fd,
+            source.size_bytes,
+            ffi.new("struct image_remains *", fds),
+            image,
+        )
+        if err == -errno.EBADMSG:
+            raise UsageError(
+                f"what is left of image {label!r} is not of {source.size_bytes} bytes in extents "
+                f"of {self.extent_bytes}; serve it as before, or detach its guests first"
+            )
+        checked(err, f"adopting image {label!r}")
+        return self._add(Image(self, name, source, image[0], domain))
+
+    def _new_label(self, name: str, domain: str) -> str:
+        label = image_label(domain, name)
+        if any((image.domain, image.name) == (domain, name) for image in self):
+            raise UsageError(f"image {label!r} is open already; use each name once in a domain")
+        return label
+
+    def _add(self, image: Image) -> Image:
+        self._images[image.image_no] = image
+        return image
 
     def close_image(self, image: Image) -> None:
         """Give up an image and its frames; UsageError if a guest is still attached."""

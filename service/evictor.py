@@ -51,11 +51,7 @@ class _StoreHeat:
 
 
 class Evictor:
-    """Owns the policy and the thread. start() it after the store, stop() it before.
-
-    reloads counts, by image_no, extents that were loaded again while the policy still remembered
-    their eviction.
-    """
+    """Owns the policy and the thread. start() it after the store, stop() it before."""
 
     def __init__(self, store: PageStore) -> None:
         capacity = store.counters().capacity_extents
@@ -66,7 +62,6 @@ class Evictor:
         self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="evictor", daemon=True)
         self.watermarks: Final = Watermarks(capacity)
-        self.reloads: Final[Counter[int]] = Counter()
 
     def start(self) -> None:
         """Begin to keep room free."""
@@ -156,7 +151,10 @@ class Evictor:
                 if state == ExtentState.RESIDENT
             ]
         fresh = [key for key in dict.fromkeys(inserted) if key not in self._policy]
-        self.reloads.update(key[0] for key in fresh if self._policy.remembers(key))
+        reloads = Counter(key[0] for key in fresh if self._policy.remembers(key))
+        for image_no, nr_extents in reloads.items():
+            if image := self._store.image(image_no):
+                image.note_reloads(nr_extents)
         self._policy.admit(fresh)
 
     def _scrub(self) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -78,7 +77,6 @@ class GuestTable:
         self.lock: Final = threading.RLock()
         self._guests: dict[str, Guest] = {}
         self._reserved: set[str] = set()
-        self._nr_attached_ever: Counter[int] = Counter()
 
     def __iter__(self) -> Iterator[Guest]:
         return iter(list(self._guests.values()))
@@ -119,7 +117,7 @@ class GuestTable:
         guest = Guest(terms, pid, uid, "unix", account, handler, fds, terms.quota_bytes)
         with self.lock:
             self._guests[terms.name] = guest
-            self._nr_attached_ever[terms.image.image_no] += 1
+            terms.image.note_attach()
         return guest
 
     def detach(self, guest: Guest) -> None:
@@ -136,10 +134,6 @@ class GuestTable:
         with self.lock:
             if self._guests.get(guest.name) is guest:
                 guest.account.settle()
-
-    def nr_attached_ever(self, image: Image) -> int:
-        """Count the times that a guest was attached to an image, those that left too."""
-        return self._nr_attached_ever[image.image_no]
 
     @contextlib.contextmanager
     def accounts(self, image: Image) -> Iterator[dict[str, Account]]:

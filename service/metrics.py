@@ -97,11 +97,6 @@ class Exporter(Collector):
         for image in images:
             _read_image(values, image)
             _read_sums(values, image, sums[image])
-            name = (_text(image.name),)
-            values["cowshed_reloads_total"][name] = self._sources.evictor.reloads[image.image_no]
-            values["cowshed_guest_attaches_total"][name] = self._sources.guests.nr_attached_ever(
-                image
-            )
         self._read_guests(values, images)
         latencies = {
             kind: [of_image.latencies[kind] for of_image in sums.values()] for kind in LatencyKind
@@ -182,6 +177,8 @@ def _read_image(values: dict[str, _Values], image: Image) -> None:
         ("source_changed", int(image.source_change is not None)),
         ("load_retries_total", counters.load_retries),
         ("strays_total", counters.strays),
+        ("reloads_total", counters.reloads),
+        ("guest_attaches_total", counters.attaches),
     ):
         values[f"cowshed_{metric}"][(name,)] = value
     for metric, what, value in (

@@ -42,40 +42,9 @@ static int frames_open(uint64_t map_bytes, int *frames_fd_out, int *guest_fd_out
 	return 0;
 }
 
-static int arrays_open(struct image *image)
-{
-	uint64_t nr = image->shape.nr_extents;
-	size_t words = (nr * sizeof(uint32_t) + 63) / 64 * 64;
-	size_t bytes = (nr + 63) / 64 * 64;
-
-	image->ledger_bytes = 4 * words + 2 * bytes + 8 * IMAGE_PAST_WORDS;
-	image->ledger_fd = memfd_create("cowshed-extents", MFD_CLOEXEC);
-	if (image->ledger_fd < 0)
-		return -errno;
-	if (ftruncate(image->ledger_fd, (off_t)image->ledger_bytes) < 0)
-		return -errno;
-	image->ledger = mmap(NULL, image->ledger_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, image->ledger_fd, 0);
-	if (image->ledger == MAP_FAILED)
-		return -errno;
-	char *at = image->ledger;
-	image->states = (extent_word *)at;
-	image->refs = (_Atomic uint32_t *)(at + words);
-	image->pins = (_Atomic uint32_t *)(at + 2 * words);
-	image->order = (_Atomic uint32_t *)(at + 3 * words);
-	image->touches = (_Atomic uint8_t *)(at + 4 * words);
-	image->touched = (_Atomic uint8_t *)(at + 4 * words + bytes);
-	image->past = (struct account_past *)(at + 4 * words + 2 * bytes);
-	image->waiters = calloc(nr, sizeof *image->waiters);
-	return image->waiters ? 0 : -ENOMEM;
-}
-
 static void image_deinit(struct image *image)
 {
-	free(image->waiters);
-	if (image->ledger != MAP_FAILED)
-		munmap(image->ledger, image->ledger_bytes);
-	if (image->ledger_fd >= 0)
-		close(image->ledger_fd);
+	arrays_close(image);
 	if (image->guest_fd >= 0)
 		close(image->guest_fd);
 	if (image->frames_fd >= 0)
@@ -84,16 +53,14 @@ static void image_deinit(struct image *image)
 	free(image);
 }
 
-int image_open(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, struct image **image_out)
+static struct image *image_new(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes)
 {
 	uint64_t nr_pages = (size_bytes + PAGE_BYTES - 1) / PAGE_BYTES;
 	uint32_t extent_pages = store_extent_pages(store);
-
-	if (size_bytes == 0 || size_bytes >> 48)
-		return -EINVAL;
 	struct image *image = calloc(1, sizeof *image);
+
 	if (!image)
-		return -ENOMEM;
+		return NULL;
 	image->store = store;
 	image->shape = (struct image_shape){
 		.extent_pages = extent_pages,
@@ -103,22 +70,71 @@ int image_open(struct store *store, int source_fd, int direct_fd, uint64_t size_
 		.nr_extents = (nr_pages + extent_pages - 1) / extent_pages,
 	};
 	image->frames_fd = image->guest_fd = image->ledger_fd = -1;
-	image->ledger = MAP_FAILED;
 	image->source_fd = source_fd;
 	image->direct_fd = direct_fd;
 	pthread_rwlock_init(&image->accounts_lock, NULL);
+	return image;
+}
 
+int image_open(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, struct image **image_out)
+{
+	if (size_bytes == 0 || size_bytes >> 48)
+		return -EINVAL;
+	struct image *image = image_new(store, source_fd, direct_fd, size_bytes);
+	if (!image)
+		return -ENOMEM;
 	int err = frames_open(image->shape.map_bytes, &image->frames_fd, &image->guest_fd);
 	if (!err)
-		err = arrays_open(image);
-	if (!err)
-		err = store_add_image(store, image);
+		err = arrays_create(image);
 	if (err) {
+		image_deinit(image);
+		return err;
+	}
+	store_add_image(store, image);
+	*image_out = image;
+	return 0;
+}
+
+static bool frames_fit(const struct image *image, const struct image_remains *remains)
+{
+	struct stat frames, guest;
+
+	return fstat(remains->frames_fd, &frames) == 0 && fstat(remains->guest_fd, &guest) == 0 &&
+	       (uint64_t)frames.st_size == image->shape.map_bytes && frames.st_ino == guest.st_ino &&
+	       frames.st_dev == guest.st_dev && (fcntl(remains->guest_fd, F_GETFL) & O_ACCMODE) == O_RDONLY;
+}
+
+int image_adopt(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes,
+                const struct image_remains *remains, struct image **image_out)
+{
+	if (size_bytes == 0 || size_bytes >> 48)
+		return -EINVAL;
+	struct image *image = image_new(store, source_fd, direct_fd, size_bytes);
+	if (!image)
+		return -ENOMEM;
+	int err = frames_fit(image, remains) ? arrays_adopt(image, remains->arrays_fd) : -EBADMSG;
+	if (!err) {
+		image->frames_fd = remains->frames_fd;
+		image->guest_fd = remains->guest_fd;
+		err = store_adopt_image(store, image);
+	}
+	if (err) {
+		image->frames_fd = image->guest_fd = image->ledger_fd = -1; /* still the caller's */
 		image_deinit(image);
 		return err;
 	}
 	*image_out = image;
 	return 0;
+}
+
+void image_note_reloads(struct image *image, uint64_t nr)
+{
+	atomic_fetch_add(&image->totals->reloads, nr);
+}
+
+void image_note_attach(struct image *image)
+{
+	atomic_fetch_add(&image->totals->attaches, 1);
 }
 
 int image_close(struct image *image)
@@ -156,16 +172,19 @@ void image_shape(const struct image *image, struct image_shape *shape_out)
 
 void image_count(const struct image *image, struct image_counters *counters_out)
 {
+	const struct image_totals *totals = image->totals;
 	struct image_counters counters = {
-		.load_bytes = atomic_load(&image->load_bytes),
-		.load_errors = atomic_load(&image->load_errors),
-		.load_retries = atomic_load(&image->load_retries),
-		.demand_loads = atomic_load(&image->demand_loads),
-		.prefetch_loads = atomic_load(&image->prefetch_loads),
-		.evictions_pressure = atomic_load(&image->evictions_pressure),
-		.evictions_request = atomic_load(&image->evictions_request),
-		.strays = atomic_load(&image->strays),
-		.nr_touched = atomic_load(&image->nr_touched),
+		.load_bytes = atomic_load(&totals->load_bytes),
+		.load_errors = atomic_load(&totals->load_errors),
+		.load_retries = atomic_load(&totals->load_retries),
+		.demand_loads = atomic_load(&totals->demand_loads),
+		.prefetch_loads = atomic_load(&totals->prefetch_loads),
+		.evictions_pressure = atomic_load(&totals->evictions_pressure),
+		.evictions_request = atomic_load(&totals->evictions_request),
+		.strays = atomic_load(&totals->strays),
+		.nr_touched = atomic_load(&totals->nr_touched),
+		.reloads = atomic_load(&totals->reloads),
+		.attaches = atomic_load(&totals->attaches),
 	};
 
 	counters.loads = counters.demand_loads + counters.prefetch_loads;
@@ -212,6 +231,11 @@ int image_frames_fd(const struct image *image)
 int image_guest_fd(const struct image *image)
 {
 	return image->guest_fd;
+}
+
+int image_arrays_fd(const struct image *image)
+{
+	return image->ledger_fd;
 }
 
 uint64_t image_resident_pages(const struct image *image)
@@ -287,7 +311,7 @@ int image_extent_idle(const struct image *image, uint64_t extent)
 
 int64_t image_first_touches(const struct image *image, uint32_t *extents_out, uint64_t nr_max)
 {
-	uint64_t nr = atomic_load(&image->nr_touched);
+	uint64_t nr = atomic_load(&image->totals->nr_touched);
 	int64_t nr_copied = 0;
 
 	for (uint64_t i = 0; i < nr && i < nr_max; i++) {

@@ -6,11 +6,12 @@
  * descriptor, and an extent counts as resident only when its state says so: the memfd may hold stray
  * zero pages that a reader of an unguarded mapping caused.
  *
- * The per-extent arrays live in a memfd of their own, so that they can outlive the process.
+ * The per-extent arrays live in a memfd of their own (arrays.h), so that they can outlive the process.
  */
 #ifndef COWSHED_IMAGE_H
 #define COWSHED_IMAGE_H
 
+#include "cache/core/arrays.h"
 #include "cache/core/bits.h"
 #include "cache/core/extent.h"
 
@@ -39,6 +40,8 @@ struct image_counters {
 	uint64_t evictions_pressure, evictions_request;
 	uint64_t strays;       /* extents found with frames nobody loaded, and emptied */
 	uint64_t nr_touched;   /* extents ever granted: the length of the first-touch order */
+	uint64_t reloads;      /* extents loaded again while the policy remembered their eviction */
+	uint64_t attaches;     /* times a guest was attached */
 };
 
 #define REFS_BUCKETS 7
@@ -58,6 +61,18 @@ enum evict_reason { EVICT_PRESSURE, EVICT_REQUEST };
 /* Makes an image over source_fd (and direct_fd, the same file opened O_DIRECT, or -1).  Takes both
  * descriptors over on success only.  -EINVAL for a size of 0 or past 2^48. */
 int image_open(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, struct image **image_out);
+/* Descriptors of an image that another process had open; all must be gone from there. */
+struct image_remains {
+	int frames_fd, guest_fd, arrays_fd;
+};
+/* Makes an image over what is left of one.  Its resident extents stay so, as far as the store has room, and what was
+ * in hand is undone; accounts are to be adopted before guests go on.  Takes all descriptors over on success only.
+ * -EBADMSG: they are not of an image of this size, in extents of this store's. */
+int image_adopt(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes,
+                const struct image_remains *remains, struct image **image_out);
+/* What Python counts of an image: adds nr to a total. */
+void image_note_reloads(struct image *image, uint64_t nr);
+void image_note_attach(struct image *image);
 /* Gives everything back.  -EBUSY, and nothing done, while a guest is attached. */
 int image_close(struct image *image);
 
@@ -66,6 +81,7 @@ void image_count(const struct image *image, struct image_counters *counters_out)
 /* Borrowed descriptors: the frames (read-write, for audits) and what guests get (read-only). */
 int image_frames_fd(const struct image *image);
 int image_guest_fd(const struct image *image);
+int image_arrays_fd(const struct image *image);
 /* Pages in RESIDENT extents; O(1). */
 uint64_t image_resident_pages(const struct image *image);
 /* Copies of the arrays, nr extents from first: states (enum extent_state), refs, pins. */
@@ -105,15 +121,15 @@ struct image {
 	struct image_shape shape;
 	int frames_fd, guest_fd, source_fd, direct_fd, ledger_fd;
 
-	void *ledger; /* the mapped memfd of the arrays below */
+	struct arrays_header *header; /* the mapped memfd of the totals and arrays below */
 	size_t ledger_bytes;
+	struct image_totals *totals;
 	extent_word *states;
 	_Atomic uint32_t *refs;
 	_Atomic uint32_t *pins; /* changed under the store's lock */
 	_Atomic uint32_t *order;
 	_Atomic uint8_t *touches;
 	_Atomic uint8_t *touched;
-	_Atomic uint64_t nr_touched;
 	struct account_past *past; /* IMAGE_PAST_WORDS of accounting's, under accounts_lock */
 
 	struct load_waiter **waiters; /* by extent, under the store's lock */
@@ -126,8 +142,6 @@ struct image {
 	void (*_Atomic repair)(struct image *image, uint64_t extent);
 
 	_Atomic uint64_t resident_pages, generation;
-	_Atomic uint64_t demand_loads, prefetch_loads, load_bytes, load_errors, load_retries, strays;
-	_Atomic uint64_t evictions_pressure, evictions_request;
 };
 
 static inline uint64_t image_extent_pages(const struct image *image, uint64_t extent)
@@ -157,7 +171,7 @@ static inline void image_note_first_touch(struct image *image, uint64_t extent)
 		return;
 	if (atomic_exchange_explicit(&image->touched[extent], 1, memory_order_relaxed))
 		return;
-	uint64_t no = atomic_fetch_add_explicit(&image->nr_touched, 1, memory_order_relaxed);
+	uint64_t no = atomic_fetch_add_explicit(&image->totals->nr_touched, 1, memory_order_relaxed);
 	atomic_store_explicit(&image->order[no], (uint32_t)extent + 1, memory_order_release); /* 0: not yet written */
 }
 

@@ -116,7 +116,7 @@ static int source_read_retrying(struct image *image, char *to, uint64_t length, 
 		if (!err || err == -ENODATA)
 			break;
 		if (attempt + 1 < LOAD_ATTEMPTS) {
-			atomic_fetch_add(&image->load_retries, 1);
+			atomic_fetch_add(&image->totals->load_retries, 1);
 			nanosleep(&delay, NULL);
 			delay.tv_nsec *= 2;
 		}
@@ -157,15 +157,8 @@ static int run_fill(struct image *image, uint64_t first, uint64_t nr, char *buff
 	if (err)
 		image_punch(image, first, nr);
 	else
-		atomic_fetch_add(&image->load_bytes, length);
+		atomic_fetch_add(&image->totals->load_bytes, length);
 	return err;
-}
-
-static void inserted_push(struct store *store, const struct image *image, uint64_t extent)
-{
-	uint64_t entry = (uint64_t)image->shape.image_no << INSERTED_SHIFT | extent;
-
-	store->inserted[store->inserted_head++ % store->nr_inserted_slots] = entry;
 }
 
 /* Ends the load of a run: its extents are RESIDENT or, on error, ABSENT, and whoever waited is answered. */
@@ -185,13 +178,13 @@ static void run_end(struct store *store, struct image *image, uint64_t first, ui
 		held[i] = status == 0 && (waiters[i] || repair);
 		if (status == 0) {
 			atomic_fetch_add(&image->resident_pages, image_extent_pages(image, extent));
-			atomic_fetch_add(waiters[i] ? &image->demand_loads : &image->prefetch_loads, 1);
+			atomic_fetch_add(waiters[i] ? &image->totals->demand_loads : &image->totals->prefetch_loads, 1);
 			inserted_push(store, image, extent);
 		}
 		extent_step(&image->states[extent], EXTENT_LOADING, status == 0 ? EXTENT_RESIDENT : EXTENT_ABSENT, held[i]);
 	}
 	if (status)
-		atomic_fetch_add(&image->load_errors, nr);
+		atomic_fetch_add(&image->totals->load_errors, nr);
 	atomic_fetch_add(&image->generation, 1);
 	store->loading_extents -= nr;
 	if (status) {

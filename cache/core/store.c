@@ -164,14 +164,43 @@ int64_t store_take_inserted(struct store *store, uint64_t *inserted_out, uint64_
 	return nr;
 }
 
-int store_add_image(struct store *store, struct image *image)
+void inserted_push(struct store *store, const struct image *image, uint64_t extent)
 {
-	pthread_mutex_lock(&store->lock);
+	uint64_t entry = (uint64_t)image->shape.image_no << INSERTED_SHIFT | extent;
+
+	store->inserted[store->inserted_head++ % store->nr_inserted_slots] = entry;
+}
+
+static void add_image(struct store *store, struct image *image)
+{
 	image->shape.image_no = store->nr_images_ever++;
 	image->next = store->images;
 	store->images = image;
+}
+
+void store_add_image(struct store *store, struct image *image)
+{
+	pthread_mutex_lock(&store->lock);
+	add_image(store, image);
 	pthread_mutex_unlock(&store->lock);
-	return 0;
+}
+
+int store_adopt_image(struct store *store, struct image *image)
+{
+	pthread_mutex_lock(&store->lock);
+	int64_t nr_resident = arrays_mend(image, store->capacity_extents - store->reserved_extents);
+	if (nr_resident >= 0) {
+		store->reserved_extents += (uint64_t)nr_resident;
+		add_image(store, image);
+	}
+	for (uint64_t e = 0; nr_resident >= 0 && e < image->shape.nr_extents; e++) {
+		if (atomic_load(&image->pins[e]))
+			store->pinned_extents++;
+		if (extent_state(&image->states[e]) == EXTENT_RESIDENT)
+			inserted_push(store, image, e);
+	}
+	pthread_mutex_unlock(&store->lock);
+	return nr_resident < 0 ? (int)nr_resident : 0;
 }
 
 static void queue_purge(struct store *store, struct load_queue *queue, struct image *image)
@@ -461,7 +490,7 @@ static bool scrub_extent(struct image *image, uint64_t extent)
 	if (mine) {
 		image_punch(image, extent, 1);
 		end_evict(image, &no, 1, 0); /* a stray never had room, so a full store can be rid of it too */
-		atomic_fetch_add(&image->strays, 1);
+		atomic_fetch_add(&image->totals->strays, 1);
 	}
 	return mine;
 }

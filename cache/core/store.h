@@ -76,7 +76,11 @@ struct store {
 };
 
 uint32_t store_extent_pages(const struct store *store);
-int store_add_image(struct store *store, struct image *image);
+void store_add_image(struct store *store, struct image *image);
+/* Mends the arrays of an image that another process left (arrays.h) and adds it with what stays resident. */
+int store_adopt_image(struct store *store, struct image *image);
+/* Under lock: tells who asks with store_take_inserted. */
+void inserted_push(struct store *store, const struct image *image, uint64_t extent);
 /* Waits for its loads, evicts the rest, forgets it. */
 void store_remove_image(struct store *store, struct image *image);
 

@@ -1,0 +1,129 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "cache/core/arrays.h"
+
+#include "cache/core/image.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+struct layout {
+	size_t words, bytes; /* an array of uint32_t, one of uint8_t, by extent */
+	size_t total_bytes;
+};
+
+static size_t round_up(size_t length)
+{
+	return (length + 63) / 64 * 64;
+}
+
+static struct layout layout_of(const struct image *image)
+{
+	uint64_t nr = image->shape.nr_extents;
+	struct layout layout = {.words = round_up(nr * sizeof(uint32_t)), .bytes = round_up(nr)};
+
+	layout.total_bytes = sizeof(struct arrays_header) + 4 * layout.words + 2 * layout.bytes + 8 * IMAGE_PAST_WORDS;
+	return layout;
+}
+
+static int arrays_map(struct image *image)
+{
+	struct layout layout = layout_of(image);
+	void *mapped = mmap(NULL, layout.total_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, image->ledger_fd, 0);
+
+	if (mapped == MAP_FAILED)
+		return -errno;
+	char *at = (char *)mapped + sizeof(struct arrays_header);
+	image->header = mapped;
+	image->ledger_bytes = layout.total_bytes;
+	image->totals = &image->header->totals;
+	image->states = (extent_word *)at;
+	image->refs = (_Atomic uint32_t *)(at + layout.words);
+	image->pins = (_Atomic uint32_t *)(at + 2 * layout.words);
+	image->order = (_Atomic uint32_t *)(at + 3 * layout.words);
+	image->touches = (_Atomic uint8_t *)(at + 4 * layout.words);
+	image->touched = (_Atomic uint8_t *)(at + 4 * layout.words + layout.bytes);
+	image->past = (struct account_past *)(at + 4 * layout.words + 2 * layout.bytes);
+	image->waiters = calloc(image->shape.nr_extents, sizeof *image->waiters);
+	return image->waiters ? 0 : -ENOMEM;
+}
+
+int arrays_create(struct image *image)
+{
+	image->ledger_fd = memfd_create("cowshed-extents", MFD_CLOEXEC);
+	if (image->ledger_fd < 0 || ftruncate(image->ledger_fd, (off_t)layout_of(image).total_bytes) < 0)
+		return -errno;
+	int err = arrays_map(image);
+	if (err)
+		return err;
+	image->header->version = ARRAYS_VERSION;
+	image->header->extent_pages = image->shape.extent_pages;
+	image->header->size_bytes = image->shape.size_bytes;
+	image->header->nr_extents = image->shape.nr_extents;
+	image->header->magic = ARRAYS_MAGIC;
+	return 0;
+}
+
+static bool describes(const struct arrays_header *header, const struct image_shape *shape)
+{
+	return header->magic == ARRAYS_MAGIC && header->version == ARRAYS_VERSION &&
+	       header->extent_pages == shape->extent_pages && header->size_bytes == shape->size_bytes &&
+	       header->nr_extents == shape->nr_extents;
+}
+
+int arrays_adopt(struct image *image, int arrays_fd)
+{
+	struct stat status;
+
+	if (fstat(arrays_fd, &status) < 0)
+		return -errno;
+	if (status.st_size != (off_t)layout_of(image).total_bytes)
+		return -EBADMSG;
+	image->ledger_fd = arrays_fd;
+	int err = arrays_map(image);
+	if (!err && !describes(image->header, &image->shape))
+		err = -EBADMSG;
+	if (err) {
+		image->ledger_fd = -1;
+		arrays_close(image);
+	}
+	return err;
+}
+
+void arrays_close(struct image *image)
+{
+	free(image->waiters);
+	image->waiters = NULL;
+	if (image->header)
+		munmap(image->header, image->ledger_bytes);
+	image->header = NULL;
+	if (image->ledger_fd >= 0)
+		close(image->ledger_fd);
+	image->ledger_fd = -1;
+}
+
+int64_t arrays_mend(struct image *image, uint64_t nr_max)
+{
+	uint64_t nr_resident = 0, nr_pages = 0;
+
+	for (uint64_t e = 0; e < image->shape.nr_extents; e++) {
+		enum extent_state state = extent_state(&image->states[e]);
+		bool keep = state == EXTENT_RESIDENT && nr_resident < nr_max;
+
+		/* What is in the frames of an extent that was neither is of no account: a load overwrites it, a scrub drops it. */
+		if (state != EXTENT_ABSENT && !keep) {
+			int err = image_punch(image, e, 1);
+			if (err)
+				return err;
+		}
+		atomic_store(&image->states[e], keep ? EXTENT_RESIDENT : EXTENT_ABSENT);
+		atomic_store(&image->refs[e], 0);
+		nr_resident += keep;
+		nr_pages += keep ? image_extent_pages(image, e) : 0;
+	}
+	atomic_store(&image->resident_pages, nr_pages);
+	return (int64_t)nr_resident;
+}
