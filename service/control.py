@@ -16,7 +16,7 @@ from cowshed.cache import CapacityError, ExtentState, Image, PageStore, UsageErr
 from cowshed.service.config import check_quota
 from cowshed.service.evictor import Evictor
 from cowshed.service.guests import NO_QUOTA_BYTES, GuestTable
-from cowshed.service.image_names import find_for_guest, find_for_operator
+from cowshed.service.names import find_for_guest, find_for_operator
 from cowshed.service.sizes import format_bytes
 from cowshed.service.status import StatusReader
 from cowshed.service.tallies import Tallies
@@ -213,9 +213,6 @@ class Control:
             check_quota(quota_bytes)
         with self._guests.lock:
             guest = self._guests.find(name)
-            if guest is None:
-                there = ", ".join(sorted(guest.name for guest in self._guests)) or "none"
-                raise UsageError(f"no guest {name!r}; attached are: {there}")
             guest.account.set_quota(
                 NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, guest.terms.policy
             )

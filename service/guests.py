@@ -14,6 +14,7 @@ from typing import Final
 from cowshed.accounting import Account, AccountStatus, QuotaPolicy
 from cowshed.cache import Image, UsageError
 from cowshed.faults import FaultHandler, Orders
+from cowshed.service.names import find_for_operator
 
 __all__ = ["NO_QUOTA_BYTES", "Guest", "GuestTable", "Terms"]
 
@@ -30,6 +31,11 @@ class Terms:
     quota_bytes: int | None
     policy: QuotaPolicy
     orders: Orders
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What is unique among guests: names are, within a domain."""
+        return self.image.domain, self.name
 
 
 @dataclass
@@ -53,8 +59,13 @@ class Guest:
 
     @property
     def name(self) -> str:
-        """The guest's name, unique among those attached."""
+        """The guest's name, unique among those attached in its domain."""
         return self.terms.name
+
+    @property
+    def domain(self) -> str:
+        """The sharing domain it is in: its image's."""
+        return self.terms.image.domain
 
     @property
     def image(self) -> Image:
@@ -67,7 +78,9 @@ class Guest:
 
 
 class GuestTable:
-    """All attached guests, by name. Whoever reads their accounts does so inside `with table.lock`.
+    """All attached guests, by domain and name.
+
+    Whoever reads their accounts does so inside `with table.lock`.
 
     Invariants: a name is reserved by at most one connection; an account is open exactly while its
     guest is in the table. What guests that left had counted is in their image's sums.
@@ -75,8 +88,8 @@ class GuestTable:
 
     def __init__(self) -> None:
         self.lock: Final = threading.RLock()
-        self._guests: dict[str, Guest] = {}
-        self._reserved: set[str] = set()
+        self._guests: dict[tuple[str, str], Guest] = {}
+        self._reserved: set[tuple[str, str]] = set()
 
     def __iter__(self) -> Iterator[Guest]:
         return iter(list(self._guests.values()))
@@ -84,19 +97,21 @@ class GuestTable:
     def __len__(self) -> int:
         return len(self._guests)
 
-    def find(self, name: str) -> Guest | None:
-        """Give the attached guest of that name, or None."""
-        return self._guests.get(name)
+    def find(self, text: str) -> Guest:
+        """Give the attached guest that NAME or DOMAIN/NAME means; UsageError if not just one."""
+        return find_for_operator(self, text, "guest")
 
-    def reserve(self, name: str) -> None:
+    def reserve(self, terms: Terms) -> None:
         """Take a name for a connection that is about to attach; UsageError if it is taken."""
-        if name in self._reserved:
-            raise UsageError(f"guest name {name!r} is taken; choose another, or detach that guest")
-        self._reserved.add(name)
+        if terms.key in self._reserved:
+            raise UsageError(
+                f"guest name {terms.name!r} is taken; choose another, or detach that guest"
+            )
+        self._reserved.add(terms.key)
 
-    def release(self, name: str) -> None:
+    def release(self, terms: Terms) -> None:
         """Give a reserved name back."""
-        self._reserved.discard(name)
+        self._reserved.discard(terms.key)
 
     def attach(
         self, terms: Terms, peer: tuple[int, int], pidfd: int, address: int, fds: list[int]
@@ -116,14 +131,14 @@ class GuestTable:
             raise
         guest = Guest(terms, pid, uid, "unix", account, handler, fds, terms.quota_bytes)
         with self.lock:
-            self._guests[terms.name] = guest
+            self._guests[terms.key] = guest
             terms.image.note_attach()
         return guest
 
     def detach(self, guest: Guest) -> None:
         """Stop answering a guest, return its grants and charges, close its descriptors."""
         with self.lock:
-            del self._guests[guest.name]
+            del self._guests[guest.terms.key]
             guest.handler.stop()
             guest.account.close()
         for fd in guest.fds:
@@ -132,7 +147,7 @@ class GuestTable:
     def settle(self, guest: Guest) -> None:
         """Settle a guest's charges, if it is attached still."""
         with self.lock:
-            if self._guests.get(guest.name) is guest:
+            if self._guests.get(guest.terms.key) is guest:
                 guest.account.settle()
 
     @contextlib.contextmanager

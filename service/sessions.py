@@ -134,7 +134,7 @@ class Session:
         self._detach()
         terms, self._terms = self._terms, None
         if terms is not None:
-            self._host.guests.release(terms.name)
+            self._host.guests.release(terms)
         self.connection.close()
 
     def handle(self, message: Received) -> None:
@@ -175,7 +175,7 @@ class Session:
 
     def _on_open(self, message: Received) -> None:
         terms = self._read_terms(message.body)
-        self._host.guests.reserve(terms.name)
+        self._host.guests.reserve(terms)
         self._terms = terms
         image = terms.image
         device = self._host.uffd_device

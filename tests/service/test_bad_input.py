@@ -274,7 +274,7 @@ def served(daemon: Daemon, guest: Guest) -> bool:
     ("arguments", "status", "words"),
     [
         (["pin", "e"], 1, ["no image 'e'", "there is d"]),
-        (["quota", "h", "1M"], 1, ["no guest 'h'", "attached are: g"]),
+        (["quota", "h", "1M"], 1, ["no guest 'h'", "there is g"]),
         (["quota", "g", "0"], 2, ["quota of 0 bytes", "4K or more", "none"]),
         (["quota", "g", "4095"], 2, ["quota of 4095 bytes", "4K or more"]),
         (["pin", "d", "4M", "1"], 1, ["1 bytes at 4194304", "'d'", "4194304 bytes", "inside"]),

@@ -11,8 +11,8 @@ import pytest
 from cowshed.cache.errors import UsageError
 from cowshed.service.config import config_load
 from cowshed.service.domains import DomainMembers, Domains, Identity, parse_domains
-from cowshed.service.image_names import find_for_guest, find_for_operator, image_socket_path
 from cowshed.service.images import ImageSpec
+from cowshed.service.names import find_for_guest, find_for_operator, image_socket_path
 
 A = ImageSpec("debian", "/d", "tenant-a")
 B = ImageSpec("debian", "/d", "tenant-b")
@@ -94,6 +94,14 @@ def test_an_operator_names_what_is_unique_and_is_told_the_choices_else() -> None
         find_for_operator(IMAGES, "debian")
     with pytest.raises(UsageError, match="no image 'x'; there is alpine, tenant-a/debian, ten"):
         find_for_operator(IMAGES, "x")
+
+
+def test_nobodys_name_stands_in_for_anothers_full_one() -> None:
+    mine, forged = ImageSpec("x", "/x", "tenant-a"), ImageSpec("tenant-a/x", "/y")
+    assert find_for_operator([forged, mine], "tenant-a/x", "guest") is mine
+    assert find_for_operator([forged, mine], "default/tenant-a/x", "guest") is forged
+    with pytest.raises(UsageError, match=r"no guest 'y'; there is tenant-a/x, tenant-a/x$"):
+        find_for_operator([forged, mine], "y", "guest")
 
 
 def test_each_image_has_a_socket_of_its_own() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which image a name means, for whom: several domains may each have one of the same name.
+"""What a name means, for whom: several domains may each have an image, or a guest, of that name.
 
 An operator says NAME, if only one domain has it, or DOMAIN/NAME. A guest says NAME and means its
 own domain's; what other domains have it cannot find out, since the answer is the same as for a name
@@ -19,7 +19,7 @@ __all__ = ["Named", "find_for_guest", "find_for_operator", "image_socket_path"]
 
 
 class Named(Protocol):
-    """What has a domain and a name: an image, or an order to serve one."""
+    """What has a domain and a name: an image, an order to serve one, a guest."""
 
     @property
     def domain(self) -> str:
@@ -33,15 +33,18 @@ class Named(Protocol):
 N = TypeVar("N", bound=Named)
 
 
-def find_for_operator(images: Iterable[N], text: str) -> N:
-    """The image that NAME or DOMAIN/NAME means; UsageError, with the choices, if not just one."""
-    images = list(images)
-    found = [image for image in images if text in (image.name, _full(image))]
+def find_for_operator(things: Iterable[N], text: str, what: str = "image") -> N:
+    """The one that NAME or DOMAIN/NAME means; UsageError, with the choices, if not just one."""
+    things = list(things)
+    # No domain has a slash in its name, so nobody's name can stand in for another's full one.
+    found = [each for each in things if text == _full(each)] or [
+        each for each in things if text == each.name
+    ]
     if not found:
-        raise _no_image(text, map(_label, images))
+        raise _none(what, text, map(_label, things))
     if len(found) > 1:
-        choices = ", ".join(sorted(_full(image) for image in found))
-        raise UsageError(f"image {text!r} is in several domains: name one of {choices}")
+        choices = ", ".join(sorted(map(_full, found)))
+        raise UsageError(f"{what} {text!r} is in several domains: name one of {choices}")
     return found[0]
 
 
@@ -59,7 +62,7 @@ def find_for_guest(images: Iterable[N], text: str, domain: str, *, is_operator: 
     for image in images if is_operator else own:
         if text == _full(image):
             return image
-    raise _no_image(text, map(_label, images) if is_operator else (image.name for image in own))
+    raise _none("image", text, map(_label, images) if is_operator else (one.name for one in own))
 
 
 def image_socket_path(run_dir: Path, image: Named) -> Path:
@@ -78,5 +81,5 @@ def _label(image: Named) -> str:
     return image_label(image.domain, image.name)
 
 
-def _no_image(text: str, there: Iterable[str]) -> UsageError:
-    return UsageError(f"no image {text!r}; there is {', '.join(sorted(there)) or 'none'}")
+def _none(what: str, text: str, there: Iterable[str]) -> UsageError:
+    return UsageError(f"no {what} {text!r}; there is {', '.join(sorted(there)) or 'none'}")
