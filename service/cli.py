@@ -66,6 +66,12 @@ def cli() -> None:
 @click.option(
     "--metrics", metavar="HOST:PORT", help="Serve metrics to Prometheus there [default: nowhere]."
 )
+@click.option(
+    "--nbd", metavar="HOST:PORT", help="Speak NBD there too, not only at the run-dir's nbd.sock."
+)
+@click.option(
+    "--overlay-dir", metavar="DIR", help="Keep NBD guests' writes there [default: in memory]."
+)
 @click.option("--verbose", is_flag=True, help="Also log guests coming and going.")
 def serve(
     config_file: Path | None,
@@ -73,13 +79,16 @@ def serve(
     capacity: str | None,
     run_dir: str | None,
     metrics: str | None,
+    nbd: str | None,
+    overlay_dir: str | None,
     verbose: bool,
 ) -> int:
     """Run the daemon in the foreground, serving images to guests.
 
     The TOML file of --config may set capacity, run_dir, state_dir, extent, loaders, quota,
-    on_quota ("stop", "kill" or "allow"), metrics, guest_metrics, log ("logfmt" or
-    "json"), log_level ("debug" to "error") and, in a table [images], NAME = "SOURCE".
+    on_quota ("stop", "kill" or "allow"), metrics, guest_metrics, nbd, overlay_dir, log
+    ("logfmt" or "json"), log_level ("debug" to "error") and, in a table [images],
+    NAME = "SOURCE"; a table [tls] has cert, key and ca, and turns TLS on.
     """
     try:
         config = config_load(
@@ -88,6 +97,8 @@ def serve(
             capacity=capacity,
             run_dir=run_dir,
             metrics=metrics,
+            nbd=nbd,
+            overlay_dir=overlay_dir,
             verbose=verbose,
         )
     except UsageError as error:

@@ -12,6 +12,8 @@ A file has this shape; every key is optional, and an unknown one is an error::
     on_quota = "stop"               # at the limit: stop the writer, kill it, or allow (count)
     metrics  = "localhost:9432"     # where Prometheus may ask; nowhere unless given
     guest_metrics = 0               # how many guests may have metrics of their own
+    nbd      = "localhost:10809"    # NBD over TCP there too; only RUN_DIR/nbd.sock unless given
+    overlay_dir = "/var/lib/cowshed/overlays"  # NBD guests' private pages; in memory unless given
     log      = "logfmt"             # or "json"
     log_level = "notice"            # debug, info (guests come and go), notice, warning or error
 
@@ -23,6 +25,13 @@ A file has this shape; every key is optional, and an unknown one is an error::
     name = "debian"
     source = "/srv/images/debian.raw"
     domain = "tenant-a"             # "default" unless given
+    uids = [1001, "alice"]          # who may use it, all of its domain unless given; also gids
+    clients = ["vm7.example"]       # the same, by the name in a TLS client's certificate
+
+    [tls]                           # for what listens on networks; see tls_config.py
+    cert = "server.pem"
+    key = "server.key"
+    ca = "ca.pem"
 
     [domains.tenant-a]              # who its guests are; see domains.py
     uids = [1001, "alice"]
@@ -40,11 +49,12 @@ from typing import Any, Literal, get_args
 
 from cowshed.cache.errors import UsageError
 from cowshed.cache.images import DEFAULT_DOMAIN
-from cowshed.service.domains import Domains, check_key, parse_domains
+from cowshed.service.domains import DomainMembers, Domains, check_key, parse_domains, parse_members
 from cowshed.service.endpoint import Endpoint, parse_endpoint
 from cowshed.service.images import ImageSpec, absolute, image_spec, parse_image
 from cowshed.service.logs import LEVELS, LOG_FORMATS, LogFormat, LogLevel
 from cowshed.service.sizes import format_bytes, parse_size
+from cowshed.service.tls_config import TlsConfig, parse_tls
 
 OnQuota = Literal["stop", "kill", "allow"]
 
@@ -71,13 +81,17 @@ _KEYS = (
     "on_quota",
     "metrics",
     "guest_metrics",
+    "nbd",
+    "overlay_dir",
+    "tls",
     "log",
     "log_level",
     "images",
     "image",
     "domains",
 )
-_IMAGE_KEYS = ("name", "source", "domain")
+_MEMBER_KEYS = ("uids", "gids", "clients")
+_IMAGE_KEYS = ("name", "source", "domain", *_MEMBER_KEYS)
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,9 @@ class Config:
     default_on_quota: OnQuota = "stop"
     metrics: Endpoint | None = None
     guest_metrics: int = 0
+    nbd: Endpoint | None = None
+    overlay_dir: Path | None = None
+    tls: TlsConfig | None = None
     log_format: LogFormat = "logfmt"
     log_level: LogLevel = "notice"
     domains: Domains = field(default_factory=Domains)
@@ -179,6 +196,8 @@ def config_load(
     capacity: str | None = None,
     run_dir: str | None = None,
     metrics: str | None = None,
+    nbd: str | None = None,
+    overlay_dir: str | None = None,
     verbose: bool = False,
 ) -> Config:
     """The configuration of `config_file` (None: none) overridden by options that are given.
@@ -199,8 +218,12 @@ def config_load(
             specs[spec.label] = spec
         settings = _settings_of(table)
         paths = {
-            key: file_dir / _text_of(table, key) for key in ("run_dir", "state_dir") if key in table
+            key: file_dir / _text_of(table, key)
+            for key in ("run_dir", "state_dir", "overlay_dir")
+            if key in table
         }
+        if "tls" in table:
+            settings["tls"] = parse_tls(table["tls"], file_dir)
     except UsageError as error:
         raise UsageError(f"{config_file}: {error}") from error
 
@@ -217,8 +240,14 @@ def config_load(
         settings["capacity_bytes"] = parse_size(capacity, "capacity")
     if metrics is not None:
         settings["metrics"] = parse_endpoint(metrics, "metrics")
+    if nbd is not None:
+        settings["nbd"] = parse_endpoint(nbd, "nbd")
     if run_dir:
         paths["run_dir"] = Path(run_dir)
+    if overlay_dir is not None:
+        paths["overlay_dir"] = Path(_text_of({"overlay_dir": overlay_dir}, "overlay_dir"))
+    if "overlay_dir" in paths:
+        settings["overlay_dir"] = absolute(paths["overlay_dir"])
     if verbose and settings.get("log_level") != "debug":
         settings["log_level"] = "info"
     run_dir_path = absolute(paths.get("run_dir", Path(RUN_DIR_DEFAULT)))
@@ -271,7 +300,14 @@ def _images_of(table: Mapping[str, Any], file_dir: Path) -> Iterator[ImageSpec]:
             _text_of(each, "source"),
             file_dir,
             _text_of(each, "domain") if "domain" in each else DEFAULT_DOMAIN,
+            _allowed_of(each),
         )
+
+
+def _allowed_of(each: Mapping[str, Any]) -> DomainMembers | None:
+    """Who may use an [[image]]; None is all of its domain."""
+    lists = {key: each[key] for key in _MEMBER_KEYS if key in each}
+    return parse_members(f"image {each['name']!r}", lists) if lists else None
 
 
 def _settings_of(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,8 +323,9 @@ def _settings_of(table: Mapping[str, Any]) -> dict[str, Any]:
     for key, into in (("log", "log_format"), ("log_level", "log_level")):
         if key in table:
             settings[into] = _text_of(table, key)
-    if "metrics" in table:
-        settings["metrics"] = parse_endpoint(_text_of(table, "metrics"), "metrics")
+    for key in ("metrics", "nbd"):
+        if key in table:
+            settings[key] = parse_endpoint(_text_of(table, key), key)
     for key, what in (("loaders", "threads"), ("guest_metrics", "guests")):
         if key in table:
             value = table[key]

@@ -13,10 +13,12 @@ from typing import Any, Final
 
 from cowshed.accounting import audit
 from cowshed.cache import CapacityError, ExtentState, Image, PageStore, UsageError
+from cowshed.service.access import Access
 from cowshed.service.config import check_quota
+from cowshed.service.domains import Identity
 from cowshed.service.evictor import Evictor
 from cowshed.service.guests import NO_QUOTA_BYTES, GuestTable
-from cowshed.service.names import find_for_guest, find_for_operator
+from cowshed.service.names import find_for_operator
 from cowshed.service.sizes import format_bytes
 from cowshed.service.status import StatusReader
 from cowshed.service.tallies import Tallies
@@ -47,8 +49,10 @@ class Control:
         status: StatusReader,
         working_sets: WorkingSets,
         tallies: Tallies,
+        access: Access,
     ) -> None:
         self._store = store
+        self._access = access
         self._evictor = evictor
         self._guests = guests
         self._status = status
@@ -81,9 +85,9 @@ class Control:
         """Give the image that an operator means by a name; UsageError naming the choices."""
         return find_for_operator(self._store, name)
 
-    def find_guest_image(self, name: str, domain: str, *, is_operator: bool) -> Image:
-        """Give the image that a guest of a domain means; UsageError naming those it may use."""
-        return find_for_guest(self._store, name, domain, is_operator=is_operator)
+    def find_guest_image(self, name: str, identity: Identity) -> Image:
+        """Give the image that a guest means; UsageError naming those it may use."""
+        return self._access.find(self._store, name, identity)
 
     def status(self) -> dict[str, Any]:
         """The object of `cowshed status --json`, a new one; from any thread."""

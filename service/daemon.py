@@ -15,6 +15,7 @@ from typing import Final
 
 from cowshed.accounting import Watermarks
 from cowshed.cache import FileSource, Image, PageStore
+from cowshed.service.access import Access
 from cowshed.service.config import Config, socket_path
 from cowshed.service.control import Control
 from cowshed.service.digests import DigestThread
@@ -81,6 +82,7 @@ class Daemon:
             StatusReader(store, evictor, self.guests, config.run_dir),
             self._working_sets,
             self._tallies,
+            Access(config.domains, config.images),
         )
         evictor.start()
         stack.callback(evictor.stop)

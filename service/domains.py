@@ -37,6 +37,7 @@ __all__ = [
     "check_key",
     "is_operator",
     "parse_domains",
+    "parse_members",
 ]
 
 # No dot: beside NAME.sock and NAME.workingset there are folders named for domains.
@@ -60,11 +61,19 @@ class Identity:
 
 @dataclass(frozen=True)
 class DomainMembers:
-    """Who is in one domain."""
+    """Who is in one domain, or may use one image."""
 
     uids: frozenset[int] = frozenset()
     gids: frozenset[int] = frozenset()
     clients: frozenset[str] = frozenset()
+
+    def has(self, identity: Identity) -> bool:
+        """Whether somebody is listed, in whatever way."""
+        return (
+            identity.uid in self.uids
+            or identity.gid in self.gids
+            or identity.client_name in self.clients
+        )
 
 
 @dataclass(frozen=True)
@@ -162,48 +171,51 @@ def _members(domain: str, lists: object) -> DomainMembers:
         raise UsageError(f"domain {domain!r} is {lists!r}: write [domains.{domain}]")
     for key in lists:
         check_key(key, _KEYS, f"domain {domain!r} has ")
+    return parse_members(f"domain {domain!r}", lists)
+
+
+def parse_members(what: str, lists: Mapping[str, Any]) -> DomainMembers:
+    """The lists uids, gids and clients of what, as "domain 'a'". Raises UsageError."""
     return DomainMembers(
-        uids=_ids(domain, lists, "uid", "user", lambda name: pwd.getpwnam(name).pw_uid),
-        gids=_ids(domain, lists, "gid", "group", lambda name: grp.getgrnam(name).gr_gid),
-        clients=_clients(domain, lists),
+        uids=_ids(what, lists, "uid", "user", lambda name: pwd.getpwnam(name).pw_uid),
+        gids=_ids(what, lists, "gid", "group", lambda name: grp.getgrnam(name).gr_gid),
+        clients=_clients(what, lists),
     )
 
 
 def _ids(
-    domain: str, lists: Mapping[str, Any], what: str, of: str, look_up: Callable[[str], int]
+    what: str, lists: Mapping[str, Any], kind: str, of: str, look_up: Callable[[str], int]
 ) -> frozenset[int]:
     ids = set()
-    for who in _list(domain, lists, f"{what}s"):
+    for who in _list(what, lists, f"{kind}s"):
         if isinstance(who, str):
             try:
                 ids.add(look_up(who))
             except (KeyError, ValueError) as error:  # ValueError: a NUL in it
                 raise UsageError(
-                    f"domain {domain!r} lists {of} {who!r}, which this host does not know: "
-                    f"correct the name, or give a {what} without quotes"
+                    f"{what} lists {of} {who!r}, which this host does not know: "
+                    f"correct the name, or give a {kind} without quotes"
                 ) from error
         elif isinstance(who, int) and not isinstance(who, bool) and 0 <= who <= _ID_MAX:
             ids.add(who)
         else:
             raise UsageError(
-                f"domain {domain!r} lists {what} {who!r}: give a whole number from 0 to "
+                f"{what} lists {kind} {who!r}: give a whole number from 0 to "
                 f"{_ID_MAX}, or the name of a {of} in quotes"
             )
     return frozenset(ids)
 
 
-def _clients(domain: str, lists: Mapping[str, Any]) -> frozenset[str]:
-    clients = _list(domain, lists, "clients")
+def _clients(what: str, lists: Mapping[str, Any]) -> frozenset[str]:
+    clients = _list(what, lists, "clients")
     for name in clients:
         if not isinstance(name, str) or not name.strip():
-            raise UsageError(
-                f"domain {domain!r} lists client {name!r}: give a certificate's name in quotes"
-            )
+            raise UsageError(f"{what} lists client {name!r}: give a certificate's name in quotes")
     return frozenset(clients)
 
 
-def _list(domain: str, lists: Mapping[str, Any], key: str) -> list[Any]:
+def _list(what: str, lists: Mapping[str, Any], key: str) -> list[Any]:
     value = lists.get(key, [])
     if not isinstance(value, list):
-        raise UsageError(f"{key} of domain {domain!r} is {value!r}: give a list, as {key} = [...]")
+        raise UsageError(f"{key} of {what} is {value!r}: give a list, as {key} = [...]")
     return value

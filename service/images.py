@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from cowshed.cache.errors import UsageError
 from cowshed.cache.images import DEFAULT_DOMAIN, image_label
-from cowshed.service.domains import check_domain_name
+from cowshed.service.domains import DomainMembers, check_domain_name
 
 _IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _OPTION = re.compile(r"(?P<source>.*),(?P<key>domain)=(?P<value>[^,]*)", re.DOTALL)
@@ -22,11 +22,15 @@ _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):")
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """One image to serve: its name, the absolute path its bytes come from, and its domain."""
+    """One image to serve: its name, the absolute path its bytes come from, and its domain.
+
+    allowed is who of the domain may use it; None is everybody there.
+    """
 
     name: str
     source: str
     domain: str = DEFAULT_DOMAIN
+    allowed: DomainMembers | None = None
 
     @property
     def label(self) -> str:
@@ -58,7 +62,13 @@ def parse_image(text: str) -> tuple[str, str, str]:
     return name, source, options.get("domain", DEFAULT_DOMAIN)
 
 
-def image_spec(name: str, source: str, base_dir: Path, domain: str = DEFAULT_DOMAIN) -> ImageSpec:
+def image_spec(
+    name: str,
+    source: str,
+    base_dir: Path,
+    domain: str = DEFAULT_DOMAIN,
+    allowed: DomainMembers | None = None,
+) -> ImageSpec:
     """A checked image; a relative path starts at `base_dir`. Raises UsageError; opens nothing."""
     if not _IMAGE_NAME.fullmatch(name):
         raise UsageError(
@@ -69,7 +79,7 @@ def image_spec(name: str, source: str, base_dir: Path, domain: str = DEFAULT_DOM
     path = _source_path(name, source)
     if not path or "\0" in path:
         raise UsageError(f"source {source!r} of image {name!r} names no file: give a path")
-    return ImageSpec(name, os.path.abspath(base_dir / path), domain)
+    return ImageSpec(name, os.path.abspath(base_dir / path), domain, allowed)
 
 
 def _source_path(name: str, source: str) -> str:

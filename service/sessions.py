@@ -217,8 +217,7 @@ class Session:
     def _find_image(self, name: str) -> Image:
         """The image of that name in the peer's domain."""
         peer = self.connection.peer
-        domain = self._host.config.domains.domain_of(Identity(peer.uid, peer.gid))
-        return self._host.control.find_guest_image(name, domain, is_operator=is_operator(peer.uid))
+        return self._host.control.find_guest_image(name, Identity(peer.uid, peer.gid))
 
     def _on_region(self, message: Received) -> None:
         terms = self._terms

@@ -9,7 +9,9 @@ from domains import MakeImage, in_thread
 
 from cowshed.cache import ExtentState, FileSource, Image, PageStore
 from cowshed.cache._core import lib
+from cowshed.service.access import Access
 from cowshed.service.control import Control
+from cowshed.service.domains import Domains
 from cowshed.service.evictor import Evictor
 from cowshed.service.guests import GuestTable
 from cowshed.service.status import StatusReader
@@ -36,7 +38,9 @@ def control(store: PageStore, run_dir: Path) -> Iterator[Control]:
     evictor, guests = Evictor(store), GuestTable()
     evictor.start()
     status = StatusReader(store, evictor, guests, run_dir)
-    yield Control(store, evictor, guests, status, WorkingSets(run_dir), Tallies())
+    yield Control(
+        store, evictor, guests, status, WorkingSets(run_dir), Tallies(), Access(Domains(), [])
+    )
     evictor.stop()
 
 
