@@ -14,7 +14,7 @@ from grafana_foundation_sdk.models import dashboard as models
 
 from dashboards.panels import DATASOURCE, Panel
 
-__all__ = ["Row", "assemble", "variable"]
+__all__ = ["IMAGE_VARIABLES", "Row", "assemble", "variable"]
 
 TAG: Final = "cowshed"
 
@@ -41,6 +41,14 @@ def variable(name: str, label: str, metric: str) -> dashboard.QueryVariable:
         .all_value(".+")
         .current(models.VariableOption(text="All", value="$__all", selected=True))
     )
+
+
+_INFO: Final = 'cowshed_image_info{job=~"$job", instance=~"$instance"'
+# Which images: the domain first, since names are unique within one only.
+IMAGE_VARIABLES: Final = (
+    variable("domain", "Domain", f"{_INFO}}}"),
+    variable("image", "Image", f'{_INFO}, domain=~"$domain"}}'),
+)
 
 
 def assemble(

@@ -116,7 +116,7 @@ _LEFT_OVER: Final = Row(
             "Private bytes to move",
             "Only guests' own copies must travel; image bytes can be loaded again from the source.",
             "bytes",
-            {"{{image}}": total("cowshed_private_bytes", BACKEND, "image")},
+            {"{{domain}}/{{image}}": total("cowshed_private_bytes", BACKEND, "domain, image")},
             stacked=True,
         ),
         graph(

@@ -8,7 +8,7 @@ from typing import Final
 
 from grafana_foundation_sdk.builders import dashboard
 
-from dashboards.boards import Row, assemble, variable
+from dashboards.boards import IMAGE_VARIABLES, Row, assemble, variable
 from dashboards.panels import Column, bars, figure, graph, heat, listing
 from dashboards.queries import (
     BACKEND,
@@ -24,8 +24,8 @@ from dashboards.queries import (
 
 __all__ = ["board"]
 
-_BY: Final = "guest, image, instance"
-_LEGEND: Final = "{{guest}} {{image}} {{instance}}"
+_BY: Final = "guest, domain, image, instance"
+_LEGEND: Final = "{{guest}} {{domain}}/{{image}} {{instance}}"
 _OF_QUOTA: Final = quotient(
     total("cowshed_guest_private_bytes", GUEST, _BY), total("cowshed_guest_quota_bytes", GUEST, _BY)
 )
@@ -196,11 +196,10 @@ _WRITES: Final = Row(
 def board() -> dashboard.Dashboard:
     """Build the dashboard."""
     about = "Quotas, faults, latency and memory of guests. Needs guest_metrics for single guests."
-    image = 'cowshed_image_info{job=~"$job", instance=~"$instance"}'
-    guest = 'cowshed_guest_private_bytes{job=~"$job", instance=~"$instance", image=~"$image"}'
+    scope = f"cowshed_guest_private_bytes{{{IMAGE}}}"
     return assemble(
         "Guest",
         about,
         [_STOPPED, _FAULTS, _LATENCY, _WRITES],
-        [variable("image", "Image", image), variable("guest", "Guest", guest)],
+        [*IMAGE_VARIABLES, variable("guest", "Guest", scope)],
     )

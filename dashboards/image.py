@@ -5,7 +5,7 @@ from typing import Final
 
 from grafana_foundation_sdk.builders import dashboard
 
-from dashboards.boards import Row, assemble, variable
+from dashboards.boards import IMAGE_VARIABLES, Row, assemble
 from dashboards.panels import Column, bars, graph, listing
 from dashboards.queries import IMAGE, hit_rate, per_second, quotient, total
 
@@ -18,7 +18,7 @@ _SERVED: Final = Row(
             "Hit rate by image",
             "Share of page faults answered from memory, without a read of the source.",
             "percentunit",
-            {"{{image}} {{instance}}": hit_rate(IMAGE, "image, instance")},
+            {"{{domain}}/{{image}} {{instance}}": hit_rate(IMAGE, "domain, image, instance")},
             span=8,
             most=1,
         ),
@@ -44,9 +44,9 @@ _SERVED: Final = Row(
             "One fault maps a window of pages; the more, the fewer faults there are.",
             "short",
             {
-                "{{image}} {{instance}}": quotient(
-                    per_second("cowshed_mapped_pages_total", IMAGE, "image, instance"),
-                    per_second("cowshed_requests_total", IMAGE, "image, instance"),
+                "{{domain}}/{{image}} {{instance}}": quotient(
+                    per_second("cowshed_mapped_pages_total", IMAGE, "domain, image, instance"),
+                    per_second("cowshed_requests_total", IMAGE, "domain, image, instance"),
                 )
             },
         ),
@@ -84,10 +84,10 @@ _MEMORY: Final = Row(
             "or the image was not warmed.",
             "percentunit",
             quotient(
-                total("cowshed_working_set_resident_bytes", IMAGE, "image, instance"),
-                total("cowshed_working_set_bytes", IMAGE, "image, instance"),
+                total("cowshed_working_set_resident_bytes", IMAGE, "domain, image, instance"),
+                total("cowshed_working_set_bytes", IMAGE, "domain, image, instance"),
             ),
-            "{{image}} {{instance}}",
+            "{{domain}}/{{image}} {{instance}}",
             most=1,
         ),
         graph(
@@ -135,9 +135,9 @@ _EVICTION: Final = Row(
             "thrashing: the capacity is too small.",
             "percentunit",
             {
-                "{{image}} {{instance}}": quotient(
-                    per_second("cowshed_reloads_total", IMAGE, "image, instance"),
-                    per_second("cowshed_loads_total", IMAGE, "image, instance"),
+                "{{domain}}/{{image}} {{instance}}": quotient(
+                    per_second("cowshed_reloads_total", IMAGE, "domain, image, instance"),
+                    per_second("cowshed_loads_total", IMAGE, "domain, image, instance"),
                 )
             },
             span=8,
@@ -183,15 +183,18 @@ _SOURCE: Final = Row(
             [
                 Column(
                     "Changed (1: yes)",
-                    f"max by (image, instance) (cowshed_source_changed{{{IMAGE}}})",
+                    f"max by (domain, image, instance) (cowshed_source_changed{{{IMAGE}}})",
                     "short",
                 ),
                 Column(
-                    "Size", total("cowshed_image_size_bytes", IMAGE, "image, instance"), "bytes"
+                    "Size",
+                    total("cowshed_image_size_bytes", IMAGE, "domain, image, instance"),
+                    "bytes",
                 ),
                 Column(
                     "Served",
-                    f"max by (image, instance, source, digest) (cowshed_image_info{{{IMAGE}}})",
+                    "max by (domain, image, instance, source, digest) "
+                    f"(cowshed_image_info{{{IMAGE}}})",
                     "short",
                 ),
             ],
@@ -217,8 +220,8 @@ _WRITES: Final = Row(
             "How often a guest was stopped at its quota, per second.",
             "ops",
             {
-                "{{image}} {{instance}}": per_second(
-                    "cowshed_quota_stops_total", IMAGE, "image, instance"
+                "{{domain}}/{{image}} {{instance}}": per_second(
+                    "cowshed_quota_stops_total", IMAGE, "domain, image, instance"
                 )
             },
             span=8,
@@ -228,8 +231,8 @@ _WRITES: Final = Row(
             "Guests stopped, on average, between two points of the graph.",
             "short",
             {
-                "{{image}} {{instance}}": per_second(
-                    "cowshed_quota_stopped_seconds_total", IMAGE, "image, instance"
+                "{{domain}}/{{image}} {{instance}}": per_second(
+                    "cowshed_quota_stopped_seconds_total", IMAGE, "domain, image, instance"
                 )
             },
             span=8,
@@ -242,10 +245,9 @@ _WRITES: Final = Row(
 def board() -> dashboard.Dashboard:
     """Build the dashboard."""
     about = "Hit rate, working set, eviction, source and writes of each image."
-    scope = 'cowshed_image_info{job=~"$job", instance=~"$instance"}'
     return assemble(
         "Image",
         about,
         [_SERVED, _MEMORY, _EVICTION, _SOURCE, _WRITES],
-        [variable("image", "Image", scope)],
+        IMAGE_VARIABLES,
     )

@@ -25,7 +25,8 @@ __all__ = ["board"]
 _ALERTS: Final = f'ALERTS{{alertname=~"Cowshed.+", {BACKEND_OR_NONE}}}'
 _FIRING: Final = f'ALERTS{{alertname=~"Cowshed.+", alertstate="firing", {BACKEND_OR_NONE}}}'
 _IMAGE_URL: Final = (
-    "/d/cowshed-image?var-datasource=${datasource}&var-image=${__value.raw}&${__url_time_range}"
+    "/d/cowshed-image?var-datasource=${datasource}&var-domain=${__data.fields.domain}"
+    "&var-image=${__value.raw}&${__url_time_range}"
 )
 
 _HEALTH: Final = Row(
@@ -185,7 +186,11 @@ _SAVES: Final = Row(
             "Saved by image",
             "The same difference, image by image.",
             "bytes",
-            {"{{image}} {{instance}}": total("cowshed_saved_bytes", BACKEND, "image, instance")},
+            {
+                "{{domain}}/{{image}} {{instance}}": total(
+                    "cowshed_saved_bytes", BACKEND, "domain, image, instance"
+                )
+            },
             stacked=True,
         ),
     ],
@@ -196,24 +201,57 @@ _USERS: Final = Row(
     [
         listing(
             "Images",
-            "One line an image and backend; its name leads to its dashboard.",
+            "One line an image, of each domain, and backend; its name leads to its dashboard.",
             [
-                Column("Guests", total("cowshed_guests", BACKEND, "image, instance"), "short"),
+                Column(
+                    "Guests", total("cowshed_guests", BACKEND, "domain, image, instance"), "short"
+                ),
                 Column(
                     "Faults",
-                    per_second("cowshed_requests_total", BACKEND, "image, instance"),
+                    per_second("cowshed_requests_total", BACKEND, "domain, image, instance"),
                     "ops",
                 ),
-                Column("Hit rate", hit_rate(BACKEND, "image, instance"), "percentunit"),
+                Column("Hit rate", hit_rate(BACKEND, "domain, image, instance"), "percentunit"),
                 Column(
-                    "Resident", total("cowshed_resident_bytes", BACKEND, "image, instance"), "bytes"
+                    "Resident",
+                    total("cowshed_resident_bytes", BACKEND, "domain, image, instance"),
+                    "bytes",
                 ),
-                Column("Saved", total("cowshed_saved_bytes", BACKEND, "image, instance"), "bytes"),
                 Column(
-                    "Private", total("cowshed_private_bytes", BACKEND, "image, instance"), "bytes"
+                    "Saved",
+                    total("cowshed_saved_bytes", BACKEND, "domain, image, instance"),
+                    "bytes",
+                ),
+                Column(
+                    "Private",
+                    total("cowshed_private_bytes", BACKEND, "domain, image, instance"),
+                    "bytes",
                 ),
             ],
             link=("image", "Show this image", _IMAGE_URL),
+        ),
+        listing(
+            "Sharing domains",
+            "One line a domain and backend. Guests share memory within a domain and never beyond; "
+            "private copies come on top.",
+            [
+                Column("Guests", total("cowshed_guests", BACKEND, "domain, instance"), "short"),
+                Column("Hit rate", hit_rate(BACKEND, "domain, instance"), "percentunit"),
+                Column(
+                    "Resident",
+                    total("cowshed_resident_bytes", BACKEND, "domain, instance"),
+                    "bytes",
+                ),
+                Column("Saved", total("cowshed_saved_bytes", BACKEND, "domain, instance"), "bytes"),
+                Column(
+                    "Private", total("cowshed_private_bytes", BACKEND, "domain, instance"), "bytes"
+                ),
+                Column(
+                    "Evictions",
+                    per_second("cowshed_evictions_total", BACKEND, "domain, instance"),
+                    "ops",
+                ),
+            ],
         ),
         graph(
             "Guests by state",

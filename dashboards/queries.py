@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 BACKEND: Final = 'job=~"$job", instance=~"$instance"'
-IMAGE: Final = f'{BACKEND}, image=~"$image"'
+IMAGE: Final = f'{BACKEND}, domain=~"$domain", image=~"$image"'
 GUEST: Final = f'{IMAGE}, guest=~"$guest"'
 # Alerts about a backend that is gone carry no instance.
 BACKEND_OR_NONE: Final = 'job=~"$job", instance=~"$instance|"'

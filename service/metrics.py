@@ -157,15 +157,15 @@ class Exporter(Collector):
                 ("quota_stops_total", counters.quota_stops),
                 ("stopped", int(status.stopped_since_ns != 0)),
             ):
-                labels = (_text(guest.name), _text(guest.image.name))
+                labels = (_text(guest.name), *_labels(guest.image))
                 values[f"cowshed_guest_{name}"][labels] = value
 
 
 def _read_image(values: dict[str, _Values], image: Image) -> None:
-    name = _text(image.name)
+    labels = _labels(image)
     source = _text(os.fsencode(image.source.path).decode(errors="replace"))
     figures, counters = image.figures(), image.counters()
-    values["cowshed_image_info"][name, source, image.digest] = 1
+    values["cowshed_image_info"][*labels, source, image.digest] = 1
     for metric, value in (
         ("image_size_bytes", image.size_bytes),
         ("resident_bytes", figures.resident_bytes),
@@ -180,7 +180,7 @@ def _read_image(values: dict[str, _Values], image: Image) -> None:
         ("reloads_total", counters.reloads),
         ("guest_attaches_total", counters.attaches),
     ):
-        values[f"cowshed_{metric}"][(name,)] = value
+        values[f"cowshed_{metric}"][labels] = value
     for metric, what, value in (
         ("loads_total", "demand", counters.demand_loads),
         ("loads_total", "prefetch", counters.prefetch_loads),
@@ -190,11 +190,11 @@ def _read_image(values: dict[str, _Values], image: Image) -> None:
         ("evictions_total", "request", counters.evictions_request),
         *(("extents", refs, nr) for refs, nr in zip(REFS, figures.resident_by_refs, strict=True)),
     ):
-        values[f"cowshed_{metric}"][name, what] = value
+        values[f"cowshed_{metric}"][*labels, what] = value
 
 
 def _read_sums(values: dict[str, _Values], image: Image, sums: AccountSums) -> None:
-    name = _text(image.name)
+    labels = _labels(image)
     counters = sums.counters
     for metric, value in (
         ("private_bytes", sums.private_pages * PAGE_BYTES),
@@ -209,11 +209,11 @@ def _read_sums(values: dict[str, _Values], image: Image, sums: AccountSums) -> N
         ("quota_stopped_seconds_total", counters.stopped_ns / 1e9),
         ("retries_total", counters.retries),
     ):
-        values[f"cowshed_{metric}"][(name,)] = value
+        values[f"cowshed_{metric}"][labels] = value
     guests = values["cowshed_guests"]
-    guests[name, "unix", "running"] = sums.nr_running
-    guests[name, "unix", "stopped-quota"] = sums.nr_stopped
-    guests[name, "unix", "detached"] = sums.nr_broken
+    guests[*labels, "unix", "running"] = sums.nr_running
+    guests[*labels, "unix", "stopped-quota"] = sums.nr_stopped
+    guests[*labels, "unix", "detached"] = sums.nr_broken
     faults = values["cowshed_faults_total"]
     for kind, outcome, nr in (
         ("missing", "hit", counters.missing_hit),
@@ -225,7 +225,7 @@ def _read_sums(values: dict[str, _Values], image: Image, sums: AccountSums) -> N
         ("write", "copied", counters.write_copied),
         ("write", "refused", counters.write_refused),
     ):
-        faults[name, kind, outcome] = nr
+        faults[*labels, kind, outcome] = nr
 
 
 def _family(name: str, values: _Values) -> Metric:
@@ -260,6 +260,10 @@ def _histogram(
 
 def _quota_bytes(guest: Guest) -> float:
     return float("inf") if guest.quota_bytes is None else guest.quota_bytes
+
+
+def _labels(image: Image) -> tuple[str, str]:
+    return image.domain, _text(image.name)
 
 
 def _text(value: str) -> str:

@@ -45,7 +45,7 @@ class Metric:
 
 
 def _image(name: str, kind: Kind, meaning: str, /, **values: tuple[str, ...]) -> Metric:
-    return Metric(f"cowshed_{name}", kind, meaning, ("image", *values), values)
+    return Metric(f"cowshed_{name}", kind, meaning, ("domain", "image", *values), values)
 
 
 def _one(name: str, kind: Kind, meaning: str, /, **values: tuple[str, ...]) -> Metric:
@@ -53,7 +53,9 @@ def _one(name: str, kind: Kind, meaning: str, /, **values: tuple[str, ...]) -> M
 
 
 def _guest(name: str, kind: Kind, meaning: str) -> Metric:
-    return Metric(f"cowshed_guest_{name}", kind, meaning, ("guest", "image"), of_guest=True)
+    return Metric(
+        f"cowshed_guest_{name}", kind, meaning, ("guest", "domain", "image"), of_guest=True
+    )
 
 
 _BACKEND: Final = (
@@ -112,7 +114,7 @@ _IMAGES: Final = (
         "cowshed_image_info",
         "info",
         'What an image is made of; always 1. The digest is "" until it has been computed.',
-        ("image", "source", "digest"),
+        ("domain", "image", "source", "digest"),
     ),
     _image("image_size_bytes", "gauge", "The image's size."),
     _image("resident_bytes", "gauge", "Frames in resident extents."),
@@ -165,7 +167,7 @@ _IMAGES: Final = (
         "Faults answered, by kind and outcome. missing and minor: hit (resident), loaded, failed "
         "(its source could not be read); write: copied (the page was opened for a private copy), "
         "refused (at the quota; first touches that were writes too).",
-        ("image", "kind", "outcome"),
+        ("domain", "image", "kind", "outcome"),
         {
             "kind": ("missing", "minor", "write"),
             "outcome": (*ACCESS_OUTCOMES, *WRITE_OUTCOMES),

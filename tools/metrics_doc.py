@@ -42,7 +42,9 @@ where everybody may read.
   series are gone from the first scrape after it left.
 * Guests name themselves. A name has 1 to 64 printable characters: quotes and letters of any script
   stand escaped in labels, and a name with a line end or another control character is refused when
-  the guest attaches. Image names are letters, digits, `.`, `_` and `-`.
+  the guest attaches. Image names are letters, digits, `.`, `_` and `-`; domain names have no `.`.
+* Every series of an image has the label `domain`: images of one name in several sharing domains are
+  apart, and so are guests. It is `default` where no domains are configured.
 * A scrape while the daemon ends is answered in full or refused; there is no answer in part.
 """
 

@@ -111,6 +111,7 @@ def of_panel(panel: dict[str, Any]) -> Iterator[str]:
         if panel["type"] in ("timeseries", "bargauge") and not target["legendFormat"]:
             yield f"{target['refId']} has no legend"
         yield from of_expr(target["expr"])
+        yield from of_labels(target["expr"], target["legendFormat"])
 
 
 def of_expr(expr: str) -> Iterator[str]:
@@ -128,6 +129,15 @@ def of_expr(expr: str) -> Iterator[str]:
     raw = Counter(name for name, _ in selectors_in(expr) if COUNTER.search(name))
     if raw != Counter(name for _, name, _ in called if COUNTER.search(name)):
         yield f"a counter as such, which starts again at 0 with the backend: {expr}"
+
+
+def of_labels(expr: str, legend: str) -> Iterator[str]:
+    """Names of images are unique within a domain only."""
+    for labels in re.findall(r"by \(([^)]*)\)", expr):
+        if "image" in labels.split(", ") and "domain" not in labels.split(", "):
+            yield f"by ({labels}) adds up images of several domains"
+    if "{{image}}" in legend and "{{domain}}/{{image}}" not in legend:
+        yield f"legend {legend} does not tell domains apart"
 
 
 @pytest.mark.parametrize("name", BOARDS)
@@ -189,3 +199,11 @@ SCOPE = '{job=~"$job", instance=~"$instance"}'
 )
 def test_lint_notices_in_queries(expr: str, complaint: str) -> None:
     assert any(complaint in wrong for wrong in of_expr(expr))
+
+
+def test_lint_notices_images_without_their_domain() -> None:
+    assert list(of_labels("sum by (instance, image) (x)", "{{image}}")) == [
+        "by (instance, image) adds up images of several domains",
+        "legend {{image}} does not tell domains apart",
+    ]
+    assert list(of_labels("sum by (domain, image) (x)", "{{domain}}/{{image}}")) == []

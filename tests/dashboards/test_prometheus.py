@@ -32,7 +32,7 @@ from cowshed.transport import connect
 
 IMAGE_BYTES = 8 << 20
 VARIABLES = {"$__rate_interval": "20s", "$__range": "60s"}
-EVERYTHING = dict.fromkeys(("$job", "$instance", "$image", "$guest"), ".+")
+EVERYTHING = dict.fromkeys(("$job", "$instance", "$domain", "$image", "$guest"), ".+")
 # Names that tests themselves make, or that only some states have.
 FROM_PROMETHEUS = {"up", "ALERTS"}
 
@@ -51,7 +51,7 @@ class Scene:
             [
                 *("--config", str(folder / "cowshed.toml"), "--metrics", target),
                 *("--capacity", "4M", "--image", f"small={self.small}"),
-                *("--image", f"torn={self.torn}"),
+                *("--image", f"torn={self.torn},domain=tenant"),
             ],
         )
         self.metrics_url = f"http://{target}/metrics"
@@ -74,7 +74,7 @@ class Scene:
         self.prometheus.wait_ready()
         readers = [self.open("small", guest=f"r{nr}", quota_bytes=1 << 20) for nr in range(2)]
         stopped = self.open("small", guest="stopped", quota_bytes=16 << 12)
-        torn = self.open("torn", guest="torn")
+        torn = self.open("tenant/torn", guest="torn")
         self.wait_scraped('count(cowshed_guest_requests_total{image="small"}) == 3')
         self.wait_scraped('cowshed_load_errors_total{image="torn"}')
 

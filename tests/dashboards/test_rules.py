@@ -108,10 +108,12 @@ def test_rules_ask_only_for_recorded_rules_that_exist() -> None:
     assert asked <= set(records())
 
 
-def test_alerts_keep_labels_that_dashboards_choose_by() -> None:
-    for alert, rule in ALERTS.items():
-        for labels in re.findall(r"by \(([^)]*)\)", rule["expr"]):
-            assert {"job", "instance"} <= set(labels.split(", ")), alert
+def test_rules_keep_labels_that_dashboards_choose_by() -> None:
+    for rule in rules():
+        for group in re.findall(r"by \(([^)]*)\)", rule["expr"]):
+            labels = set(group.split(", "))
+            assert {"job", "instance"} <= labels, rule
+            assert ("image" in labels) == ("domain" in labels), rule
 
 
 def test_grafana_is_told_where_everything_is() -> None:

@@ -42,7 +42,7 @@ def daemon(make_image: MakeImage, start_daemon: StartDaemon) -> Daemon:
 
 def label_sets(metric: Metric) -> list[dict[str, str]]:
     """All that a metric of two images must have from the start."""
-    known = {"image": ("a", "b"), **metric.values}
+    known = {"domain": ("default",), "image": ("a", "b"), **metric.values}
     sets = [
         dict(zip(metric.labels, values, strict=True))
         for values in itertools.product(*(known[label] for label in metric.labels))

@@ -52,5 +52,7 @@ def scrape(daemon: Daemon) -> Samples:
 
 
 def value(samples: Samples, name: str, **labels: str) -> float:
-    """One sample, named without cowshed_."""
+    """One sample, named without cowshed_; of the default domain's image unless labels say else."""
+    if "image" in labels:
+        labels = {"domain": "default", **labels}
     return samples[f"cowshed_{name}", frozenset(labels.items())]
