@@ -29,9 +29,10 @@ apt_install() {
         fail "apt-get install failed; install by hand: $*"
 }
 
-# PROGRAM:PACKAGE pairs. A C compiler is needed to build; the file systems, by the demo and the tests.
+# PROGRAM:PACKAGE pairs. A C compiler is needed to build; file systems and machines, by demos and tests.
 missing=
-for pair in gcc:gcc gcc:libc6-dev mkfs.ext4:e2fsprogs mksquashfs:squashfs-tools mkfs.erofs:erofs-utils; do
+for pair in gcc:gcc gcc:libc6-dev mkfs.ext4:e2fsprogs mksquashfs:squashfs-tools mkfs.erofs:erofs-utils \
+    qemu-system-x86_64:qemu-system-x86 busybox:busybox-static; do
     command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
 done
 # shellcheck disable=SC2086 # a list of package names
