@@ -9,9 +9,10 @@ from cowshed.accounting.ledger import (
     AccountStatus,
     EvictReason,
     LatencyKind,
-    QuotaPolicy,
+    Region,
     evict,
 )
+from cowshed.accounting.purse import NO_QUOTA_BYTES, Purse, PurseStatus, QuotaPolicy
 from cowshed.accounting.sums import AccountSums, Latency, read_accounts, read_latency, sum_accounts
 from cowshed.accounting.watermarks import Watermarks
 from cowshed.accounting.workingset import (
@@ -22,6 +23,7 @@ from cowshed.accounting.workingset import (
 )
 
 __all__ = [
+    "NO_QUOTA_BYTES",
     "Account",
     "AccountCounters",
     "AccountStatus",
@@ -35,7 +37,10 @@ __all__ = [
     "Latency",
     "LatencyKind",
     "Mismatch",
+    "Purse",
+    "PurseStatus",
     "QuotaPolicy",
+    "Region",
     "Watermarks",
     "WorkingSet",
     "audit",

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One guest's account: grants, private pages, quota and counters, kept by the C core."""
+"""A mapping's account, kept by the C core: where it is, grants, private pages and counters."""
 
 from __future__ import annotations
 
+import errno
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, Final
 
+from cowshed.accounting.purse import Purse, QuotaPolicy
 from cowshed.cache import Image, UsageError
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
@@ -19,17 +22,20 @@ __all__ = [
     "AccountStatus",
     "EvictReason",
     "LatencyKind",
-    "QuotaPolicy",
+    "Region",
     "evict",
 ]
 
+MAX_REGIONS: Final = int(lib.REGIONS_MAX)
 
-class QuotaPolicy(IntEnum):
-    """What a guest meets at its quota: it waits, it gets SIGBUS, or it is only counted."""
 
-    STOP = lib.QUOTA_STOP
-    KILL = lib.QUOTA_KILL
-    ALLOW = lib.QUOTA_ALLOW
+@dataclass(frozen=True)
+class Region:
+    """A run of an image's pages that a guest has mapped in one piece; all in bytes."""
+
+    address: int
+    offset: int
+    length: int
 
 
 class LatencyKind(IntEnum):
@@ -90,7 +96,7 @@ _COUNTERS: Final = tuple(field.name for field in fields(AccountCounters))
 
 @dataclass(frozen=True)
 class AccountStatus:
-    """A guest's account, read field by field while it runs.
+    """A mapping's account, read field by field while it runs. Quota and policy are its purse's.
 
     stopped_since_ns is CLOCK_MONOTONIC, 0 while the guest runs. broken is 0, or -errno once its
     memory can no longer be served. account_no is of no other account of this process.
@@ -121,20 +127,55 @@ class AccountStatus:
 
 
 class Account:
-    """A guest's account with one image. Made before its faults are answered, closed after."""
+    """A mapping's account with its image. Made before its faults are answered, closed after.
 
-    def __init__(self, image: Image, quota_bytes: int, policy: QuotaPolicy) -> None:
+    The purse pays for its private pages; it may be closed before the account is.
+    """
+
+    def __init__(self, image: Image, purse: Purse) -> None:
         account = ffi.new("struct account **")
         checked(
-            lib.account_open(image.cdata, _quota_pages(quota_bytes), policy, account),
+            lib.account_open(image.cdata, purse.cdata, account),
             f"opening an account with {image.name!r}",
         )
         self.image: Final = image
         self.cdata = account[0]
 
-    def place(self, uffd: int, pagemap_fd: int, base_address: int) -> None:
-        """Say where the guest's mapping is; the descriptors are borrowed until close()."""
-        lib.account_place(self.cdata, uffd, pagemap_fd, base_address)
+    def place(self, uffd: int, pagemap_fd: int, regions: Sequence[Region]) -> None:
+        """Say where the mapping is; the descriptors are borrowed until close().
+
+        Raises UsageError if there are too many regions, or one is unaligned, empty, outside of the
+        image, or overlaps another, in the image or in the guest's memory.
+        """
+        table = ffi.new("struct account_region[]", max(1, len(regions)))
+        for place, region in zip(table, regions, strict=False):
+            if (region.address | region.offset | region.length) % PAGE_BYTES:
+                raise UsageError(f"{region} is not made of whole pages of {PAGE_BYTES} bytes")
+            if min(region.address, region.offset, region.length) < 0 or (
+                max(region.address, region.offset, region.length) >> 63
+            ):
+                raise UsageError(f"{region} is nowhere in an address space")
+            place.address = region.address
+            place.first_page = region.offset // PAGE_BYTES
+            place.nr_pages = region.length // PAGE_BYTES
+        result = lib.account_place(self.cdata, uffd, pagemap_fd, table, len(regions))
+        if result == -errno.E2BIG:
+            raise UsageError(f"{len(regions)} regions are too many; give {MAX_REGIONS} at most")
+        if result == -errno.EINVAL:
+            raise UsageError(
+                f"regions that are empty, overlap, or reach beyond the {self.image.map_bytes} "
+                f"bytes of {self.image.name!r}; give parts of it, each mapped once"
+            )
+        checked(result, "placing an account")
+
+    def regions(self) -> list[Region]:
+        """Where the mapping is now, in the order of the image's pages."""
+        table = ffi.new("struct region_table *")
+        lib.account_regions(self.cdata, table)
+        return [
+            Region(region.address, region.first_page * PAGE_BYTES, region.nr_pages * PAGE_BYTES)
+            for region in table.regions[0 : table.nr]
+        ]
 
     def close(self) -> None:
         """Return every grant and charge; the guest's fault thread must have been stopped."""
@@ -154,13 +195,6 @@ class Account:
         If the guest's page tables cannot be read (it is going away) the charges stand.
         """
         lib.account_settle(self.cdata)
-
-    def set_quota(self, quota_bytes: int, policy: QuotaPolicy) -> None:
-        """Change the quota; a guest that is stopped must be resumed by its fault handler."""
-        checked(
-            lib.account_set_quota(self.cdata, _quota_pages(quota_bytes), policy),
-            "changing a quota",
-        )
 
     def add_grants(self, refs: array[int]) -> None:
         """Add this account's grants to refs, an array of one count per extent."""
@@ -219,11 +253,3 @@ def evict(image: Image, extents: list[int], reason: EvictReason = EvictReason.RE
         f"evicting from {image.name!r}",
     )
     return victims[:nr].tolist()
-
-
-def _quota_pages(quota_bytes: int) -> int:
-    if quota_bytes < PAGE_BYTES:
-        raise UsageError(
-            f"a quota of {quota_bytes} bytes holds no page; give at least {PAGE_BYTES}"
-        )
-    return quota_bytes // PAGE_BYTES

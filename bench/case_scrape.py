@@ -17,7 +17,7 @@ from pathlib import Path
 from cases import Bench, CaseResult, Row, Side
 from stats import Aim
 
-from cowshed.accounting import Account, QuotaPolicy
+from cowshed.accounting import Account, Purse, QuotaPolicy
 from cowshed.cache import FileSource, PageStore
 from cowshed.service.door import raise_file_limit
 from cowshed.service.endpoint import Endpoint
@@ -61,8 +61,10 @@ def _serving(folder: Path, nr_guests: int) -> Iterator[str]:
         store = stack.enter_context(PageStore(1 << 30))
         for no in range(NR_IMAGES):
             image = store.open_image(f"image-{no}", FileSource.open(path))
+            purse = Purse(IMAGE_BYTES, QuotaPolicy.STOP)
+            stack.callback(purse.close)
             for _ in range(nr_guests // NR_IMAGES):
-                account = Account(image, IMAGE_BYTES, QuotaPolicy.STOP)
+                account = Account(image, purse)
                 stack.callback(account.close)
         evictor = Evictor(store)
         evictor.start()

@@ -29,6 +29,8 @@ HEADERS = (
     "cache/core/extent.h",
     "cache/core/image.h",
     "cache/core/store.h",
+    "accounting/core/purse.h",
+    "accounting/core/regions.h",
     "accounting/core/ledger.h",
     "accounting/core/settle.h",
     "accounting/core/evict.h",

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
-from cowshed.accounting import audit
+from cowshed.accounting import NO_QUOTA_BYTES, audit
 from cowshed.cache import CapacityError, ExtentState, Image, PageStore, UsageError
 from cowshed.service.access import Access
 from cowshed.service.config import check_quota
 from cowshed.service.domains import Identity
 from cowshed.service.evictor import Evictor
-from cowshed.service.guests import NO_QUOTA_BYTES, GuestTable
+from cowshed.service.guests import GuestTable
 from cowshed.service.names import find_for_operator
 from cowshed.service.sizes import format_bytes
 from cowshed.service.status import StatusReader
@@ -217,7 +217,7 @@ class Control:
             check_quota(quota_bytes)
         with self._guests.lock:
             guest = self._guests.find(name)
-            guest.account.set_quota(
+            guest.purse.set_quota(
                 NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, guest.terms.policy
             )
             guest.quota_bytes = quota_bytes

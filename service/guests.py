@@ -11,15 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from cowshed.accounting import Account, AccountStatus, QuotaPolicy
+from cowshed.accounting import (
+    NO_QUOTA_BYTES,
+    Account,
+    AccountStatus,
+    Purse,
+    QuotaPolicy,
+    Region,
+)
 from cowshed.cache import Image, UsageError
 from cowshed.faults import FaultHandler, Orders
 from cowshed.service.names import find_for_operator
 
-__all__ = ["NO_QUOTA_BYTES", "Guest", "GuestTable", "Terms"]
-
-# A quota nobody reaches: more than any image has.
-NO_QUOTA_BYTES: Final = 1 << 60
+__all__ = ["Guest", "GuestTable", "Terms"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Guest:
     pid: int
     uid: int
     transport: str
+    purse: Purse
     account: Account
     handler: FaultHandler
     fds: list[int]
@@ -122,14 +127,15 @@ class GuestTable:
         """
         pid, uid = peer
         quota_bytes = NO_QUOTA_BYTES if terms.quota_bytes is None else terms.quota_bytes
-        account = Account(terms.image, quota_bytes, terms.policy)
-        try:
-            account.place(fds[0], fds[1], address)
+        purse = Purse(quota_bytes, terms.policy)
+        with contextlib.ExitStack() as stack:
+            stack.callback(purse.close)
+            account = Account(terms.image, purse)
+            stack.callback(account.close)
+            account.place(fds[0], fds[1], [Region(address, 0, terms.image.map_bytes)])
             handler = FaultHandler(account.cdata, fds[0], pidfd, terms.orders)
-        except BaseException:
-            account.close()
-            raise
-        guest = Guest(terms, pid, uid, "unix", account, handler, fds, terms.quota_bytes)
+            stack.pop_all()
+        guest = Guest(terms, pid, uid, "unix", purse, account, handler, fds, terms.quota_bytes)
         with self.lock:
             self._guests[terms.key] = guest
             terms.image.note_attach()
@@ -141,6 +147,7 @@ class GuestTable:
             del self._guests[guest.terms.key]
             guest.handler.stop()
             guest.account.close()
+            guest.purse.close()
         for fd in guest.fds:
             os.close(fd)
 

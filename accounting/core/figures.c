@@ -93,8 +93,8 @@ void account_read(const struct account *account, struct account_status *status_o
 	struct account_status status = {
 		.granted_extents = header->granted_extents,
 		.private_pages = header->private_pages,
-		.quota_pages = header->quota_pages,
-		.policy = header->policy,
+		.quota_pages = atomic_load(&account->purse->header->quota_pages),
+		.policy = purse_policy(account->purse),
 		.broken = header->broken,
 		.account_no = account->account_no,
 	};

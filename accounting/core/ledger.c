@@ -31,6 +31,7 @@ static int ledger_map(struct account *account)
 	account->unmapped = (bits_word *)(bits + by_extent + 3 * by_page);
 	account->poisoned = (bits_word *)(bits + by_extent + 4 * by_page);
 	account->header->magic = LEDGER_MAGIC;
+	account->header->layout = LEDGER_LAYOUT;
 	account->header->nr_pages = shape->nr_pages;
 	account->header->nr_extents = shape->nr_extents;
 	return 0;
@@ -43,21 +44,22 @@ static void account_free(struct account *account)
 	if (account->ledger_fd >= 0)
 		close(account->ledger_fd);
 	pthread_mutex_destroy(&account->write_lock);
+	purse_leave(account->purse);
 	free(account);
 }
 
-int account_open(struct image *image, uint64_t quota_pages, int policy, struct account **account_out)
+int account_open(struct image *image, struct purse *purse, struct account **account_out)
 {
 	struct account *account = calloc(1, sizeof *account);
 
 	if (!account)
 		return -ENOMEM;
 	account->image = image;
+	account->purse = purse;
+	purse_join(purse);
 	account->ledger_fd = account->uffd = account->pagemap_fd = -1;
 	pthread_mutex_init(&account->write_lock, NULL);
 	int err = ledger_map(account);
-	if (!err)
-		err = account_set_quota(account, quota_pages, policy);
 	if (err) {
 		account_free(account);
 		return err;
@@ -84,6 +86,7 @@ int account_close(struct account *account)
 	for (uint64_t e = 0; (e = bits_next(account->granted, e, nr_extents)) < nr_extents; e++)
 		account_revoke(account, e);
 	account_add_past(account);
+	purse_give(account->purse, account->header->private_pages);
 	uint64_t nr_poisoned = bits_count(account->poisoned, 0, image->shape.nr_pages);
 	atomic_fetch_sub(&image->nr_poisoned, nr_poisoned);
 	pthread_rwlock_unlock(&image->accounts_lock);
@@ -91,13 +94,30 @@ int account_close(struct account *account)
 	return 0;
 }
 
-void account_place(struct account *account, int uffd, int pagemap_fd, uint64_t base_address)
+int account_place(struct account *account, int uffd, int pagemap_fd, const struct account_region *regions,
+                  uint64_t nr_regions)
 {
+	struct region_table table;
+	int err = regions_make(regions, nr_regions, account->image->shape.nr_pages, &table);
+
+	if (err)
+		return err;
 	pthread_mutex_lock(&account->write_lock);
 	account->uffd = uffd;
 	account->pagemap_fd = pagemap_fd;
-	atomic_store(&account->base_address, base_address);
+	account_set_regions(account, &table);
 	pthread_mutex_unlock(&account->write_lock);
+	return 0;
+}
+
+void account_set_regions(struct account *account, const struct region_table *table)
+{
+	regions_write(&account->header->regions, table, account->image->shape.nr_pages);
+}
+
+void account_regions(const struct account *account, struct region_table *table_out)
+{
+	regions_read(&account->header->regions, table_out);
 }
 
 void account_grant(struct account *account, uint64_t extent)
@@ -138,15 +158,28 @@ void account_uncharge(struct account *account, uint64_t page)
 	(void)was;
 	bits_clear(account->unsettled, page);
 	atomic_fetch_sub(&account->header->private_pages, 1);
+	purse_give(account->purse, 1);
 }
 
-int account_set_quota(struct account *account, uint64_t quota_pages, int policy)
+/* With every write_lock held nothing is taken and not charged.  Nobody else ever holds two of them. */
+uint64_t account_purse_pages(struct image *image, struct purse *purse, uint64_t *used_out)
 {
-	if (policy < QUOTA_STOP || policy > QUOTA_ALLOW)
-		return -EINVAL;
-	atomic_store(&account->header->quota_pages, quota_pages);
-	atomic_store(&account->header->policy, (uint32_t)policy);
-	return 0;
+	struct purse_status status;
+	uint64_t nr = 0;
+
+	pthread_rwlock_rdlock(&image->accounts_lock);
+	for (struct account *account = image->accounts; account; account = account->next)
+		if (account->purse == purse) {
+			pthread_mutex_lock(&account->write_lock);
+			nr += bits_count(account->private, 0, image->shape.nr_pages);
+		}
+	purse_read(purse, &status);
+	for (struct account *account = image->accounts; account; account = account->next)
+		if (account->purse == purse)
+			pthread_mutex_unlock(&account->write_lock);
+	pthread_rwlock_unlock(&image->accounts_lock);
+	*used_out = status.used_pages;
+	return nr;
 }
 
 int account_add_grants(const struct account *account, uint64_t first, uint64_t nr, uint32_t *refs_out)

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The ledger of one guest: what it was granted, which pages are its own, what it may spend and what it did.
+ * The ledger of one mapping of a guest: where it is, what it was granted, which pages are its own and what it did.
  *
- * All of it lives in one memfd per guest (header, then bitmaps), so that it can outlive the process; struct
- * account is this process's handle on it.
+ * A guest may have several mappings, in one process or in several, each with its account; what they may spend
+ * together is in their purse (purse.h).  All of an account lives in one memfd (header, then bitmaps), so that it can
+ * outlive the process; struct account is this process's handle on it.
  *
  *   granted    by extent  the guest may map it; counted in the image's refs
  *   private    by page    charged: the page is the guest's own, or it was allowed to become so
@@ -16,6 +17,8 @@
 #ifndef COWSHED_LEDGER_H
 #define COWSHED_LEDGER_H
 
+#include "accounting/core/purse.h"
+#include "accounting/core/regions.h"
 #include "cache/core/bits.h"
 #include "cache/core/image.h"
 
@@ -24,7 +27,6 @@
 /* cdef-begin */
 struct account;
 
-enum quota_policy { QUOTA_STOP, QUOTA_KILL, QUOTA_ALLOW };
 enum latency_kind { LATENCY_HIT, LATENCY_MISS, LATENCY_WRITE, LATENCY_NR };
 #define LATENCY_BUCKETS 160
 
@@ -50,7 +52,7 @@ struct account_counters {
 struct account_status {
 	uint64_t granted_extents;
 	uint64_t private_pages; /* charged now */
-	uint64_t quota_pages;
+	uint64_t quota_pages;   /* of the purse, as the policy is */
 	uint64_t stopped_since_ns; /* CLOCK_MONOTONIC, 0: running */
 	uint32_t policy;
 	int32_t broken; /* -errno once its memory can't be served any more */
@@ -69,12 +71,17 @@ struct account_sums {
 	uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
 };
 
-/* Opens the ledger of a guest of image, all zero, with its quota; part of the image's accounts from now on. */
-int account_open(struct image *image, uint64_t quota_pages, int policy, struct account **account_out);
+/* Opens the ledger of a guest's mapping of image, all zero, paid for from purse, which it keeps; part of the image's
+ * accounts from now on.  All accounts of a purse are of one image. */
+int account_open(struct image *image, struct purse *purse, struct account **account_out);
 /* Returns all grants and charges.  The guest's fault thread must have been stopped. */
 int account_close(struct account *account);
-/* Makes it known where the guest's mapping is; descriptors are borrowed and must outlive the account. */
-void account_place(struct account *account, int uffd, int pagemap_fd, uint64_t base_address);
+/* Makes it known where the guest's mapping is; descriptors are borrowed and must outlive the account.  Fails as
+ * regions_make does. */
+int account_place(struct account *account, int uffd, int pagemap_fd, const struct account_region *regions,
+                  uint64_t nr_regions);
+/* Where it is now. */
+void account_regions(const struct account *account, struct region_table *table_out);
 
 void account_read(const struct account *account, struct account_status *status_out);
 /* Adds the latency counts to counts_out[LATENCY_BUCKETS] and the total to sum_ns_out.
@@ -86,7 +93,9 @@ uint64_t bucket_bound_ns(uint32_t bucket);
 void account_sum(struct image *image, struct account_sums *sums_out);
 /* Reads up to nr_max accounts of an image, the latest opened first; how many there are. */
 int64_t account_read_all(struct image *image, struct account_status *statuses_out, uint64_t nr_max);
-int account_set_quota(struct account *account, uint64_t quota_pages, int policy);
+/* What the private bitmaps of a purse's accounts hold together, and what the purse says is used: the same number.
+ * Cost: waits for each account's write_lock. */
+uint64_t account_purse_pages(struct image *image, struct purse *purse, uint64_t *used_out);
 /* Adds 1 to refs_out[i] for each granted extent first + i. */
 int account_add_grants(const struct account *account, uint64_t first, uint64_t nr, uint32_t *refs_out);
 /* Copies of the bitmap of private (or, 1: unsettled) pages: (nr_pages + 63) / 64 words. */
@@ -98,20 +107,23 @@ int account_bitmap(const struct account *account, int unsettled, uint64_t *words
 #define COUNTER(header, name) (&(header)->counts[COUNT_NO(name)])
 /* In stopped_since_ns while a stop is being added to stopped_ns. */
 #define STOP_ENDING 1
-#define LEDGER_MAGIC 0x31474c4453574f43ull /* "COWSDLG1" */
+#define LEDGER_MAGIC 0x474c4453574f43ull /* "COWSDLG" */
+#define LEDGER_LAYOUT 2
 
 struct ledger_header {
 	uint64_t magic;
-	uint64_t nr_pages, nr_extents;
-	_Atomic uint64_t granted_extents, private_pages, quota_pages, stopped_since_ns;
-	_Atomic uint32_t policy;
+	uint32_t layout;
 	_Atomic int32_t broken;
+	uint64_t nr_pages, nr_extents;
+	_Atomic uint64_t granted_extents, private_pages, stopped_since_ns;
+	struct shared_regions regions;
 	_Atomic uint64_t counts[COUNTS_NR]; /* struct account_counters: COUNTER() */
 	_Atomic uint64_t latency_sum_ns[LATENCY_NR];
 	_Atomic uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
 };
-_Static_assert(sizeof(struct ledger_header) == 8 * (8 + COUNTS_NR + LATENCY_NR * (1 + LATENCY_BUCKETS)),
-               "the layout is shared");
+_Static_assert(sizeof(struct ledger_header) == sizeof(struct shared_regions) +
+                                                       8 * (7 + COUNTS_NR + LATENCY_NR * (1 + LATENCY_BUCKETS)),
+               "the layout is shared: a change needs a new LEDGER_LAYOUT");
 
 /* What closed accounts had counted: the words an image keeps for it (image->past). */
 struct account_past {
@@ -124,17 +136,17 @@ _Static_assert(sizeof(struct account_past) <= 8 * IMAGE_PAST_WORDS, "an image ha
 
 /*
  * Invariants: (1) granted_extents is the number of granted bits, each counted in the image's refs;
- * (2) private_pages is the number of private bits; (3) unsettled is a subset of private.
- * (2), (3) change only under write_lock.
+ * (2) private_pages is the number of private bits, each taken from the purse; (3) unsettled is a subset of private.
+ * (2), (3) change only under write_lock; so do the regions, and only in the guest's fault thread.
  */
 struct account {
 	struct account *next; /* in image->accounts */
 	uint64_t account_no;
 	struct image *image;
+	struct purse *purse;
 	struct ledger_header *header;
 	size_t ledger_bytes;
 	int ledger_fd, uffd, pagemap_fd;
-	_Atomic uint64_t base_address;
 	bits_word *granted, *private, *unsettled, *discarded, *unmapped, *poisoned;
 	pthread_mutex_t write_lock; /* within image->accounts_lock, outside store->lock */
 };
@@ -144,14 +156,62 @@ void account_grant(struct account *account, uint64_t extent);
 /* Takes a grant back; the extent is EVICTING, or the account is closing. */
 void account_revoke(struct account *account, uint64_t extent);
 
-/* Under write_lock.  Charges a page that is not private yet; the caller has seen to the quota. */
+/* Under write_lock.  Charges a page that is not private yet; the caller has taken it from the purse. */
 void account_charge(struct account *account, uint64_t page);
-/* Under write_lock.  Gives the charge of a private page back. */
+/* Under write_lock.  Gives the charge of a private page back, to the purse. */
 void account_uncharge(struct account *account, uint64_t page);
 
+/* Under write_lock, in the fault thread: the guest moved some of its memory. */
+void account_set_regions(struct account *account, const struct region_table *table);
+
+/* Where the whole image is mapped in one piece; 0 if it is not. */
+static inline uint64_t account_whole(const struct account *account)
+{
+	return atomic_load_explicit(&account->header->regions.whole_address, memory_order_acquire);
+}
+
+/* The first run of pages [first, end) that the guest has in one piece; false if it has none of them.  To visit all:
+ *     for (; account_span(account, first, end, &span); first = span.page + span.nr_pages) */
+static inline bool account_span(const struct account *account, uint64_t first, uint64_t end,
+                                struct account_span *span_out)
+{
+	uint64_t whole = account_whole(account);
+
+	if (__builtin_expect(whole == 0, 0))
+		return regions_span(&account->header->regions, first, end, span_out);
+	*span_out = (struct account_span){first, end - first, whole + (first << 12)};
+	return first < end;
+}
+
+/* Where a page is; 0 if the guest does not have it. */
 static inline uint64_t account_address(const struct account *account, uint64_t page)
 {
-	return atomic_load_explicit(&account->base_address, memory_order_relaxed) + (page << 12);
+	struct account_span span;
+
+	return account_span(account, page, page + 1, &span) ? span.address : 0;
+}
+
+/* The region of a page; false if there is none. */
+static inline bool account_region_of(const struct account *account, uint64_t page, struct account_region *region_out)
+{
+	uint64_t whole = account_whole(account);
+
+	if (__builtin_expect(whole == 0, 0))
+		return regions_find_page(&account->header->regions, page, region_out);
+	*region_out = (struct account_region){whole, 0, account->image->shape.nr_pages};
+	return true;
+}
+
+/* The page at an address; false if there is none of ours. */
+static inline bool account_page_at(const struct account *account, uint64_t address, uint64_t *page_out)
+{
+	struct account_region region = {account_whole(account), 0, account->image->shape.nr_pages};
+
+	if (__builtin_expect(region.address == 0, 0) &&
+	    !regions_find_address(&account->header->regions, address, &region))
+		return false;
+	*page_out = region.first_page + ((address - region.address) >> 12);
+	return address - region.address < region.nr_pages << 12;
 }
 
 void account_note_latency(struct account *account, int kind, uint64_t duration_ns);

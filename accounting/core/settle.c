@@ -9,7 +9,7 @@
 #include <string.h>
 
 #define LOOKS_MAX 512
-#define REGIONS_MAX 64
+#define SCANNED_MAX 64
 
 /*
  * PAGE_IS_WRITTEN means "not write-protected by userfaultfd".  A swap-like entry that is write-protected is the
@@ -33,33 +33,29 @@ static uint8_t page_look(const struct account *account, uint64_t page, uint64_t 
 	return PAGE_LOOK_ABSENT;
 }
 
-int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *looks_out)
+static int look_at_span(struct account *account, const struct account_span *span, uint8_t *looks_out)
 {
-	struct page_region regions[REGIONS_MAX];
-	uint64_t base = account_address(account, 0);
+	struct page_region scanned[SCANNED_MAX];
 	struct pm_scan_arg scan = {
 		.size = sizeof scan,
-		.start = account_address(account, first),
-		.end = account_address(account, first + nr),
-		.vec = (uint64_t)(uintptr_t)regions,
-		.vec_len = REGIONS_MAX,
+		.start = span->address,
+		.end = span->address + (span->nr_pages << PAGE_SHIFT),
+		.vec = (uint64_t)(uintptr_t)scanned,
+		.vec_len = SCANNED_MAX,
 		.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
 		.return_mask = PAGE_IS_WRITTEN | PAGE_IS_FILE | PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
 	};
 
-	if (first > account->image->shape.nr_pages || nr > account->image->shape.nr_pages - first)
-		return -ERANGE;
-	memset(looks_out, PAGE_LOOK_ABSENT, nr);
 	while (scan.start < scan.end) {
-		int nr_regions = ioctl(account->pagemap_fd, PAGEMAP_SCAN, &scan);
+		int nr_scanned = ioctl(account->pagemap_fd, PAGEMAP_SCAN, &scan);
 
-		if (nr_regions < 0)
+		if (nr_scanned < 0)
 			return -errno;
-		for (int i = 0; i < nr_regions; i++)
-			for (uint64_t at = regions[i].start; at < regions[i].end; at += PAGE_BYTES) {
-				uint64_t page = (at - base) >> PAGE_SHIFT;
+		for (int i = 0; i < nr_scanned; i++)
+			for (uint64_t at = scanned[i].start; at < scanned[i].end; at += PAGE_BYTES) {
+				uint64_t no = (at - span->address) >> PAGE_SHIFT;
 
-				looks_out[page - first] = page_look(account, page, regions[i].categories);
+				looks_out[no] = page_look(account, span->page + no, scanned[i].categories);
 			}
 		if (scan.walk_end <= scan.start)
 			break;
@@ -68,14 +64,35 @@ int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *
 	return 0;
 }
 
+int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *looks_out)
+{
+	struct account_span span;
+	uint64_t end = first + nr;
+	int err = 0;
+
+	if (first > account->image->shape.nr_pages || nr > account->image->shape.nr_pages - first)
+		return -ERANGE;
+	memset(looks_out, PAGE_LOOK_ABSENT, nr);
+	for (uint64_t page = first; !err && account_span(account, page, end, &span); page = span.page + span.nr_pages)
+		err = look_at_span(account, &span, looks_out + (span.page - first));
+	return err;
+}
+
 static int protect(struct account *account, uint64_t first, uint64_t nr, bool on)
 {
-	struct uffdio_writeprotect order = {
-		.range = {.start = account_address(account, first), .len = nr << PAGE_SHIFT},
-		.mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : UFFDIO_WRITEPROTECT_MODE_DONTWAKE,
-	};
+	struct account_span span;
+	uint64_t end = first + nr;
+	int err = 0;
 
-	return ioctl(account->uffd, UFFDIO_WRITEPROTECT, &order) < 0 ? -errno : 0;
+	for (; !err && account_span(account, first, end, &span); first = span.page + span.nr_pages) {
+		struct uffdio_writeprotect order = {
+			.range = {.start = span.address, .len = span.nr_pages << PAGE_SHIFT},
+			.mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : UFFDIO_WRITEPROTECT_MODE_DONTWAKE,
+		};
+
+		err = ioctl(account->uffd, UFFDIO_WRITEPROTECT, &order) < 0 ? -errno : 0;
+	}
+	return err;
 }
 
 static void settle_page(struct account *account, uint64_t page, uint8_t look, int64_t *nr_returned)
@@ -149,6 +166,22 @@ int64_t account_settle(struct account *account)
 	pthread_mutex_lock(&account->write_lock);
 	int64_t nr = account_settle_range(account, 0, account->image->shape.nr_pages);
 	pthread_mutex_unlock(&account->write_lock);
+	return nr;
+}
+
+int64_t account_settle_purse(struct account *account)
+{
+	struct image *image = account->image;
+	int64_t nr = 0;
+
+	pthread_rwlock_rdlock(&image->accounts_lock);
+	for (struct account *other = image->accounts; other; other = other->next)
+		if (other->purse == account->purse) {
+			int64_t nr_here = account_settle(other);
+
+			nr += nr_here > 0 ? nr_here : 0;
+		}
+	pthread_rwlock_unlock(&image->accounts_lock);
 	return nr;
 }
 

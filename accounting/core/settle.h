@@ -24,6 +24,8 @@ int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *
 
 /* Under write_lock: the same for unsettled pages in [first, first + nr). */
 int64_t account_settle_range(struct account *account, uint64_t first, uint64_t nr);
+/* With no write_lock held: settles every account of the account's purse; how many charges were given back. */
+int64_t account_settle_purse(struct account *account);
 /* Under write_lock: whether a charged page is the guest's own, or open to become so; gives the charge back if not. */
 bool account_page_is_private(struct account *account, uint64_t page);
 

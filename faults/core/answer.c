@@ -44,20 +44,48 @@ void answer_failed(struct guest *guest, int err)
 	store_raise(guest->image->store->notice_fd);
 }
 
-/* Maps a run of pages whose extents the caller holds.  A mapping that was split in the middle is not one mapping
- * for the kernel: then at least the page that matters is mapped. */
-static int map_run(struct guest *guest, uint64_t first, uint64_t nr, uint64_t fault_page, uint32_t max_skips)
+/* A mapping that was split in the middle is not one mapping for the kernel: then at least the page that matters is
+ * mapped. */
+static int map_span(struct guest *guest, const struct account_span *span, uint64_t fault_page, uint32_t max_skips)
 {
-	struct account *account = guest->account;
+	struct ledger_header *header = guest->account->header;
 	uint64_t mapped;
-	int err = uffd_continue(guest->uffd, account_address(account, first), nr << PAGE_SHIFT, max_skips, &mapped);
+	int err = uffd_continue(guest->uffd, span->address, span->nr_pages << PAGE_SHIFT, max_skips, &mapped);
 
-	count_add(COUNTER(account->header, mapped_pages), mapped >> PAGE_SHIFT);
-	if (err == -ENOENT && nr > 1 && fault_page - first < nr) {
-		err = uffd_continue(guest->uffd, account_address(account, fault_page), PAGE_BYTES, 0, &mapped);
-		count_add(COUNTER(account->header, mapped_pages), mapped >> PAGE_SHIFT);
+	count_add(COUNTER(header, mapped_pages), mapped >> PAGE_SHIFT);
+	if (err == -ENOENT && span->nr_pages > 1 && fault_page - span->page < span->nr_pages) {
+		uint64_t address = span->address + ((fault_page - span->page) << PAGE_SHIFT);
+
+		err = uffd_continue(guest->uffd, address, PAGE_BYTES, 0, &mapped);
+		count_add(COUNTER(header, mapped_pages), mapped >> PAGE_SHIFT);
 	}
 	return err;
+}
+
+/* Maps a run of pages whose extents the caller holds, where the guest has them.  The error is that of the part with
+ * fault_page, else the first. */
+static int map_run(struct guest *guest, uint64_t first, uint64_t nr, uint64_t fault_page, uint32_t max_skips)
+{
+	struct account_span span;
+	uint64_t end = first + nr;
+	int err = 0;
+
+	for (; account_span(guest->account, first, end, &span); first = span.page + span.nr_pages) {
+		int span_err = map_span(guest, &span, fault_page, max_skips);
+
+		if (span_err && (!err || fault_page - span.page < span.nr_pages))
+			err = span_err;
+	}
+	return err;
+}
+
+void answer_wake(struct guest *guest, uint64_t first, uint64_t nr)
+{
+	struct account_span span;
+	uint64_t end = first + nr;
+
+	for (; account_span(guest->account, first, end, &span); first = span.page + span.nr_pages)
+		uffd_wake(guest->uffd, span.address, span.nr_pages << PAGE_SHIFT);
 }
 
 /* Holds, grants and maps the resident, ungranted extents of [first, first + nr), in runs. */
@@ -153,15 +181,18 @@ static int map_window(struct guest *guest, uint64_t page, const struct window_pl
 int answer_poison(struct guest *guest, uint64_t page)
 {
 	struct account *account = guest->account;
+	uint64_t address = account_address(account, page);
 	uint8_t look = PAGE_LOOK_PRIVATE;
 
+	if (!address)
+		return -ENOENT;
 	if (account->pagemap_fd >= 0)
 		account_look(account, page, 1, &look);
 	/* Known as poisoned before it is: a good load that ends between the two would not look for it. */
 	bool fresh = bits_set(account->poisoned, page);
 	if (fresh)
 		atomic_fetch_add(&guest->image->nr_poisoned, 1);
-	int err = uffd_poison_page(guest->uffd, account_address(account, page), look == PAGE_LOOK_ABSENT);
+	int err = uffd_poison_page(guest->uffd, address, look == PAGE_LOOK_ABSENT);
 	if (!err && fresh)
 		count_add(COUNTER(account->header, poisoned_pages), 1);
 	if (err && fresh && bits_clear(account->poisoned, page))
@@ -202,7 +233,7 @@ static void answer_loaded(struct load_waiter *waiter, int status)
 			pthread_mutex_unlock(&guest->account->write_lock);
 		}
 		/* Whoever waits for another page of the extent, or met an error above, asks again. */
-		uffd_wake(guest->uffd, account_address(guest->account, first), nr_pages << PAGE_SHIFT);
+		answer_wake(guest, first, nr_pages);
 		count_access(header, miss->minor, status == 0 ? FAULT_LOADED : FAULT_FAILED);
 		account_note_latency(guest->account, LATENCY_MISS, clock_now_ns() - miss->read_ns);
 	}
@@ -262,7 +293,7 @@ static bool answer_private(struct guest *guest, uint64_t page)
 	bool private = account_page_is_private(account, page);
 	pthread_mutex_unlock(&account->write_lock);
 	if (private) /* an old report of a fault that was answered long ago */
-		uffd_wake(guest->uffd, account_address(account, page), PAGE_BYTES);
+		answer_wake(guest, page, 1);
 	return private;
 }
 
@@ -286,11 +317,14 @@ void answer_access(struct guest *guest, uint64_t page, uint64_t flags, uint64_t 
 		.extent_pages = image->shape.extent_pages,
 		.fixed_pages = atomic_load_explicit(&guest->window_pages, memory_order_relaxed),
 	};
+	struct account_region region;
 	struct window_plan plan;
 
 	if (answer_private(guest, page))
 		return;
 	window_plan_fault(&guest->windows, &shape, (const uint64_t *)account->granted, page, &plan);
+	if (account_region_of(account, page, &region) && region.nr_pages != shape.nr_pages)
+		window_clip(&plan, &shape, region.first_page, region.nr_pages);
 	image_touch(image, extent);
 	bool held = extent_hold(&image->states[extent]);
 	while (!held) {
@@ -325,10 +359,12 @@ void answer_repair(struct image *image, uint64_t extent)
 	pthread_rwlock_rdlock(&image->accounts_lock);
 	for (struct account *account = image->accounts; account; account = account->next)
 		for (uint64_t page = first; (page = bits_next(account->poisoned, page, end)) < end; page++) {
-			uint64_t mapped;
+			uint64_t mapped, address = account_address(account, page);
 
+			if (!address)
+				continue;
 			account_grant(account, extent);
-			int err = uffd_continue(account->uffd, account_address(account, page), PAGE_BYTES, 1, &mapped);
+			int err = uffd_continue(account->uffd, address, PAGE_BYTES, 1, &mapped);
 			if (err && err != -EEXIST)
 				continue; /* the next good load tries again */
 			if (bits_clear(account->poisoned, page)) {

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "faults/core/guest.h"
 
+#include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 #include "cache/core/store.h"
@@ -49,47 +50,19 @@ void guest_put(struct guest *guest)
 	free(guest);
 }
 
-/* The part of [start, end) that lies in the guest's mapping, as pages. */
-static bool clip_pages(const struct guest *guest, uint64_t start, uint64_t end, uint64_t *first_out, uint64_t *nr_out)
-{
-	uint64_t base = account_address(guest->account, 0);
-	uint64_t limit = account_address(guest->account, guest->image->shape.nr_pages);
-
-	start = start > base ? start : base;
-	end = end < limit ? end : limit;
-	if (start >= end)
-		return false;
-	*first_out = (start - base) >> PAGE_SHIFT;
-	*nr_out = (end - start + PAGE_BYTES - 1) >> PAGE_SHIFT;
-	return true;
-}
-
-/* The whole mapping may move; a part of it moved away is a mapping we can no longer describe. */
-static void handle_remap(struct guest *guest, const struct uffd_msg *message)
-{
-	struct account *account = guest->account;
-	uint64_t from = message->arg.remap.from, to = message->arg.remap.to;
-
-	if (from == account_address(account, 0) && message->arg.remap.len >= guest->image->shape.map_bytes) {
-		pthread_mutex_lock(&account->write_lock);
-		atomic_store(&account->base_address, to);
-		pthread_mutex_unlock(&account->write_lock);
-	} else {
-		answer_failed(guest, -EXDEV);
-	}
-}
-
 static void handle_message(struct guest *guest, const struct uffd_msg *message, uint64_t read_ns)
 {
 	struct ledger_header *header = guest->account->header;
-	uint64_t first, nr;
+	uint64_t first;
 
 	switch (message->event) {
 	case UFFD_EVENT_PAGEFAULT: {
 		uint64_t address = message->arg.pagefault.address, flags = message->arg.pagefault.flags;
 
-		if (!clip_pages(guest, address, address + 1, &first, &nr))
-			return; /* of a mapping we were never told of: its owner waits for itself */
+		if (!account_page_at(guest->account, address, &first)) {
+			answer_stranger(guest, address);
+			return;
+		}
 		if (bits_test(guest->account->unmapped, first)) /* it mapped the image there again */
 			bits_clear(guest->account->unmapped, first);
 		if (flags & UFFD_PAGEFAULT_FLAG_WP) {
@@ -104,11 +77,10 @@ static void handle_message(struct guest *guest, const struct uffd_msg *message, 
 	}
 	case UFFD_EVENT_REMOVE:
 	case UFFD_EVENT_UNMAP:
-		if (clip_pages(guest, message->arg.remove.start, message->arg.remove.end, &first, &nr))
-			answer_discard(guest, first, nr, message->event == UFFD_EVENT_UNMAP);
+		answer_unmap(guest, message->arg.remove.start, message->arg.remove.end, message->event == UFFD_EVENT_UNMAP);
 		break;
 	case UFFD_EVENT_REMAP:
-		handle_remap(guest, message);
+		answer_remap(guest, message->arg.remap.from, message->arg.remap.to, message->arg.remap.len);
 		break;
 	default:
 		break;
@@ -174,6 +146,8 @@ static bool retry_due(struct guest *guest, struct timespec **timeout, struct tim
 
 	if (!guest->retry_at_ns && atomic_load(&guest->account->header->stopped_since_ns))
 		guest->retry_at_ns = now + STOPPED_RECHECK_NS;
+	if (!guest->retry_at_ns)
+		guest->retry_at_ns = guest->drop_at_ns;
 	*timeout = NULL;
 	if (!guest->retry_at_ns)
 		return false;
@@ -192,15 +166,17 @@ static void ask_again(struct guest *guest)
 {
 	guest->retry_at_ns = 0;
 	account_end_stop(guest->account);
-	uffd_wake(guest->uffd, account_address(guest->account, 0), guest->image->shape.map_bytes);
+	answer_wake(guest, 0, guest->image->shape.nr_pages);
 }
 
+/* What another account of the purse was charged for nothing is room too, and nobody else looks for it. */
 static bool quota_has_room(const struct guest *guest)
 {
-	const struct ledger_header *header = guest->account->header;
+	struct purse *purse = guest->account->purse;
 
-	return atomic_load(&header->private_pages) < atomic_load(&header->quota_pages) ||
-	       atomic_load(&header->policy) == QUOTA_ALLOW;
+	if (!purse_has_room(purse) && atomic_load(&purse->nr_accounts) > 1)
+		account_settle_purse(guest->account);
+	return purse_has_room(purse);
 }
 
 static void sleep_for_messages(struct guest *guest)
@@ -212,6 +188,8 @@ static void sleep_for_messages(struct guest *guest)
 	struct timespec room, *timeout;
 	uint64_t kicks;
 
+	if (guest->drop_at_ns && guest->drop_at_ns <= clock_now_ns())
+		answer_drop(guest);
 	if (retry_due(guest, &timeout, &room)) {
 		if (!atomic_load(&guest->account->header->stopped_since_ns) || quota_has_room(guest))
 			ask_again(guest);

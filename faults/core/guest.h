@@ -25,8 +25,7 @@ struct guest_orders {
 	uint32_t spin_ns;            /* look for the next fault this long before sleeping, while it pays */
 };
 
-/* Starts answering the faults of uffd, which covers base_address .. + the image's length; the account has been
- * placed there.  pidfd (or -1) is who gets SIGBUS under QUOTA_KILL.  Descriptors are borrowed until guest_stop. */
+/* Starts answering the faults of uffd, which covers the regions where the account has been placed.  pidfd (or -1) is who gets SIGBUS under QUOTA_KILL.  Descriptors are borrowed until guest_stop. */
 int guest_start(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
                 struct guest **guest_out);
 /* Stops and joins the thread; afterwards nobody uses the descriptors or the account on its behalf. */
@@ -61,6 +60,8 @@ struct guest {
 	struct window_state windows;
 	uint64_t ahead_extent, nr_ahead;
 	uint64_t retry_at_ns;        /* 0: nothing to retry */
+	uint64_t drop_at_ns;         /* 0: served; else it is dropped then, see remap.c */
+	uint64_t drop_address;
 	int32_t spin_credit;
 	uint32_t nr_sleeps;
 };
@@ -78,10 +79,18 @@ void answer_discard(struct guest *guest, uint64_t first, uint64_t nr, bool unmap
 /* A first write to a page nobody mapped yet; the extent is held.  0: answered; -ENOTSUP: the page is to be mapped and
  * opened; -EDQUOT: the guest is at its quota. */
 int write_first(struct guest *guest, uint64_t page);
+/* Whoever waits for one of the pages asks again. */
+void answer_wake(struct guest *guest, uint64_t first, uint64_t nr);
 /* Under the account's write_lock: SIGBUS for who touches the page, which nobody mapped. */
 int answer_poison(struct guest *guest, uint64_t page);
 /* Maps a part of ahead_*; whether there was anything to do. */
 bool answer_ahead(struct guest *guest);
+/* The guest moved some of its memory; unmapped some; faulted at an address where it has nothing of ours (remap.c). */
+void answer_remap(struct guest *guest, uint64_t from, uint64_t to, uint64_t length);
+void answer_unmap(struct guest *guest, uint64_t start, uint64_t end, bool unmapped);
+void answer_stranger(struct guest *guest, uint64_t address);
+/* It is time to drop a guest that moved its memory in too many pieces. */
+void answer_drop(struct guest *guest);
 /* image->repair: a failed extent was loaded after all. */
 void answer_repair(struct image *image, uint64_t extent);
 /* Sorts out an ioctl's error: retry later, broken guest, or nothing. */

@@ -104,6 +104,27 @@ void window_plan_fault(struct window_state *state, const struct window_shape *sh
 	*plan_out = plan;
 }
 
+/* Cuts [*first, *first + *nr) down to [low, end). */
+static void clip(uint64_t *first, uint64_t *nr, uint64_t low, uint64_t end)
+{
+	uint64_t from = *first > low ? *first : low;
+	uint64_t to = least(*first + *nr, end);
+
+	*first = from;
+	*nr = to > from ? to - from : 0;
+}
+
+void window_clip(struct window_plan *plan, const struct window_shape *shape, uint64_t first_page, uint64_t nr_pages)
+{
+	uint64_t end_page = first_page + nr_pages;
+	uint64_t low = first_page / shape->extent_pages;
+	uint64_t end = (end_page + shape->extent_pages - 1) / shape->extent_pages;
+
+	clip(&plan->first_page, &plan->nr_pages, first_page, end_page);
+	clip(&plan->ahead_extent, &plan->nr_ahead, low, end);
+	clip(&plan->prefetch_extent, &plan->nr_prefetch, low, end);
+}
+
 void window_plan_write(struct window_state *state, const struct window_shape *shape, const uint64_t *charged,
                        uint64_t page, uint64_t *first_out, uint64_t *nr_out)
 {

@@ -51,6 +51,8 @@ struct window_shape {
 /* granted: a bitmap of nr_extents, read only. */
 void window_plan_fault(struct window_state *state, const struct window_shape *shape, const uint64_t *granted,
                        uint64_t page, struct window_plan *plan_out);
+/* Cuts a plan down to the pages of a region, the faulting page's. */
+void window_clip(struct window_plan *plan, const struct window_shape *shape, uint64_t first_page, uint64_t nr_pages);
 /* Which pages a write fault on page should open, if they are charged; page is one of them.  charged: a bitmap of
  * nr_pages, read only. */
 void window_plan_write(struct window_state *state, const struct window_shape *shape, const uint64_t *charged,

@@ -21,24 +21,20 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-static uint64_t quota_left(const struct ledger_header *header)
-{
-	uint64_t quota = atomic_load(&header->quota_pages);
-	uint64_t used = atomic_load(&header->private_pages);
-
-	if (atomic_load(&header->policy) == QUOTA_ALLOW)
-		return UINT64_MAX;
-	return quota > used ? quota - used : 0;
-}
-
-/* Under write_lock: how many of nr_wanted more pages the guest may have. */
+/* Under write_lock: takes up to nr_wanted pages for charges that are about to be made. */
 static uint64_t quota_take(struct account *account, uint64_t nr_wanted)
 {
-	uint64_t left = quota_left(account->header);
+	uint64_t nr = purse_take(account->purse, 1, nr_wanted);
 
-	if (left == 0 && account_settle_range(account, 0, account->image->shape.nr_pages) > 0)
-		left = quota_left(account->header);
-	return left < nr_wanted ? left : nr_wanted;
+	if (nr == 0 && account_settle_range(account, 0, account->image->shape.nr_pages) > 0)
+		nr = purse_take(account->purse, 1, nr_wanted);
+	return nr;
+}
+
+/* With no lock held: whether charges of the purse's other accounts turned out to be for nothing. */
+static bool quota_settle_others(struct account *account)
+{
+	return atomic_load(&account->purse->nr_accounts) > 1 && account_settle_purse(account) > 0;
 }
 
 static void quota_stop(struct guest *guest)
@@ -56,31 +52,36 @@ static void quota_stop(struct guest *guest)
 static void quota_refuse(struct guest *guest)
 {
 	count_add(COUNTER(guest->account->header, write_refused), 1);
-	if (atomic_load(&guest->account->header->policy) == QUOTA_KILL && guest->pidfd >= 0)
+	if (purse_policy(guest->account->purse) == QUOTA_KILL && guest->pidfd >= 0)
 		syscall(SYS_pidfd_send_signal, guest->pidfd, SIGBUS, NULL, 0);
 	quota_stop(guest);
 }
 
-/* Under write_lock: charges the pages of [first, first + nr) that are not private yet, all of them or none. */
-static bool charge_range(struct account *account, uint64_t first, uint64_t nr)
+/* Under write_lock: charges the pages of [first, first + nr) that are not private yet, and were taken. */
+static void charge_range(struct account *account, uint64_t first, uint64_t nr)
 {
-	uint64_t nr_new;
-
-	do {
-		nr_new = nr - bits_count(account->private, first, first + nr);
-		if (quota_take(account, nr_new) < nr_new)
-			return false;
-		/* Looking for room may have given charges in the range itself back. */
-	} while (nr_new != nr - bits_count(account->private, first, first + nr));
+	point_reach(POINT_WRITE_TAKEN);
 	for (uint64_t page = first; (page = bits_next_clear(account->private, page, first + nr)) < first + nr; page++)
 		account_charge(account, page);
-	return true;
 }
 
 static int open_pages(struct account *account, int uffd, uint64_t page, uint64_t nr)
 {
 	point_reach(POINT_WRITE_CHARGED);
 	return uffd_open(uffd, account_address(account, page), nr << PAGE_SHIFT);
+}
+
+/* Cuts a window down to what the guest has in one piece round page. */
+static void clip_to_region(const struct account *account, uint64_t page, uint64_t *first, uint64_t *nr)
+{
+	struct account_region region;
+	uint64_t end = *first + *nr;
+
+	if (!account_region_of(account, page, &region))
+		return;
+	*first = *first > region.first_page ? *first : region.first_page;
+	end = end < region.first_page + region.nr_pages ? end : region.first_page + region.nr_pages;
+	*nr = end - *first;
 }
 
 static void write_window(struct guest *guest, uint64_t page, uint64_t *first_out, uint64_t *nr_out)
@@ -91,6 +92,7 @@ static void write_window(struct guest *guest, uint64_t page, uint64_t *first_out
 	};
 
 	window_plan_write(&guest->windows, &shape, (const uint64_t *)guest->account->private, page, first_out, nr_out);
+	clip_to_region(guest->account, page, first_out, nr_out);
 }
 
 /* Cuts a window down to the granted extents round page: what is not mapped cannot be opened. */
@@ -120,22 +122,21 @@ static int answer_write_locked(struct guest *guest, uint64_t page)
 	uint64_t first = page, nr = 1;
 
 	if (bits_test(account->private, page)) {
-		uint64_t end = page + WINDOW_WRITE_MAX_PAGES;
-
-		if (end > guest->image->shape.nr_pages)
-			end = guest->image->shape.nr_pages;
-		nr = bits_next_clear(account->unsettled, page + 1, end) - page;
+		nr = WINDOW_WRITE_MAX_PAGES;
+		clip_to_region(account, page, &first, &nr);
+		nr = bits_next_clear(account->unsettled, page + 1, page + nr) - page;
 	} else {
 		write_window(guest, page, &first, &nr);
 		clip_to_granted(guest, page, &first, &nr);
-		if (!charge_range(account, first, nr)) { /* then what is left, from page on */
+		uint64_t nr_new = nr - bits_count(account->private, first, first + nr);
+
+		if (!purse_take(account->purse, nr_new, nr_new)) { /* then what is left, from page on */
 			nr = quota_take(account, bits_next(account->private, page, first + nr) - page);
 			first = page;
-			if (!nr || !charge_range(account, first, nr)) {
-				quota_refuse(guest);
+			if (!nr)
 				return -EDQUOT;
-			}
 		}
+		charge_range(account, first, nr);
 	}
 	guest->windows.write_next_page = first + nr; /* where a run of writes faults next, if all of it is opened */
 	int err = open_pages(account, guest->uffd, first, nr);
@@ -148,10 +149,15 @@ static int answer_write_locked(struct guest *guest, uint64_t page)
 int answer_open(struct guest *guest, uint64_t page)
 {
 	struct account *account = guest->account;
+	int err;
 
-	pthread_mutex_lock(&account->write_lock);
-	int err = answer_write_locked(guest, page);
-	pthread_mutex_unlock(&account->write_lock);
+	do {
+		pthread_mutex_lock(&account->write_lock);
+		err = answer_write_locked(guest, page);
+		pthread_mutex_unlock(&account->write_lock);
+	} while (err == -EDQUOT && quota_settle_others(account));
+	if (err == -EDQUOT)
+		quota_refuse(guest);
 	return err;
 }
 
@@ -166,14 +172,17 @@ void answer_write(struct guest *guest, uint64_t page, uint64_t read_ns)
 	}
 }
 
-/* Under write_lock: one UFFDIO_COPY from the frame, which the caller's hold keeps where it is. */
+/* Under write_lock, the page having been taken: one UFFDIO_COPY from the frame, which the caller's hold keeps where it is. */
 static int copy_page(struct guest *guest, uint64_t page)
 {
 	char frame[PAGE_BYTES] __attribute__((aligned(64)));
 	struct account *account = guest->account;
 
-	if (pread(guest->image->frames_fd, frame, sizeof frame, (off_t)(page << PAGE_SHIFT)) != sizeof frame)
+	if (pread(guest->image->frames_fd, frame, sizeof frame, (off_t)(page << PAGE_SHIFT)) != sizeof frame) {
+		purse_give(account->purse, 1);
 		return -EFAULT;
+	}
+	point_reach(POINT_WRITE_TAKEN);
 	account_charge(account, page);
 	int err = uffd_copy_page(guest->uffd, account_address(account, page), frame);
 	if (err) {
@@ -183,6 +192,37 @@ static int copy_page(struct guest *guest, uint64_t page)
 	return err;
 }
 
+/* Under write_lock. */
+static int write_first_locked(struct guest *guest, uint64_t page)
+{
+	struct window_state before = guest->windows;
+	uint64_t first, nr;
+
+	write_window(guest, page, &first, &nr);
+	if (bits_test(guest->account->private, page) || nr > 1) {
+		guest->windows = before; /* opening asks the same question */
+		return -ENOTSUP;
+	}
+	return quota_take(guest->account, 1) ? copy_page(guest, page) : -EDQUOT;
+}
+
+/* Nobody mapped the page yet, so it can be poisoned for this guest alone. */
+static void refuse_first(struct guest *guest, uint64_t page)
+{
+	struct account *account = guest->account;
+	int err = -EPERM;
+
+	if (purse_policy(account->purse) == QUOTA_KILL) {
+		pthread_mutex_lock(&account->write_lock);
+		err = answer_poison(guest, page);
+		pthread_mutex_unlock(&account->write_lock);
+	}
+	if (err < 0)
+		quota_refuse(guest);
+	else
+		count_add(COUNTER(account->header, write_refused), 1);
+}
+
 /*
  * One copy here spares the kernel's second trap.  A run of writes is answered by mapping the window and opening the
  * run, so that one event serves all of it and the kernel does the copying.
@@ -190,28 +230,15 @@ static int copy_page(struct guest *guest, uint64_t page)
 int write_first(struct guest *guest, uint64_t page)
 {
 	struct account *account = guest->account;
-	struct window_state before = guest->windows;
-	uint64_t first, nr;
-	int err = -EDQUOT;
+	int err;
 
-	pthread_mutex_lock(&account->write_lock);
-	write_window(guest, page, &first, &nr);
-	if (bits_test(account->private, page) || nr > 1) {
-		guest->windows = before; /* opening asks the same question */
+	do {
+		pthread_mutex_lock(&account->write_lock);
+		err = write_first_locked(guest, page);
 		pthread_mutex_unlock(&account->write_lock);
-		return -ENOTSUP;
-	}
-	if (quota_take(account, 1) == 0) {
-		bool kill = atomic_load(&account->header->policy) == QUOTA_KILL;
-
-		if (!kill || answer_poison(guest, page) < 0)
-			quota_refuse(guest);
-		else
-			count_add(COUNTER(account->header, write_refused), 1);
-	} else {
-		err = copy_page(guest, page);
-	}
-	pthread_mutex_unlock(&account->write_lock);
+	} while (err == -EDQUOT && quota_settle_others(account));
+	if (err == -EDQUOT)
+		refuse_first(guest, page);
 	return err;
 }
 

@@ -2,11 +2,8 @@
 """A guest's mapping moved, unmapped, protected, replaced: it is served where it can be."""
 
 import mmap
-import select
 
 from stage import PAGE, Stage, content, private_pages, until
-
-from cowshed.cache._core import lib
 
 
 def test_a_mapping_that_moves_as_a_whole_is_served_where_it_is(stage: Stage) -> None:
@@ -87,15 +84,3 @@ def test_a_guest_that_unmaps_everything_is_credited_and_breaks_nobody(stage: Sta
     assert other.read(0) == content(0)
     stage.evict_all()
     assert stage.audit().mismatches == []
-
-
-def test_a_part_moved_away_is_a_guest_that_can_be_served_no_more(stage: Stage) -> None:
-    guest, other = stage.guest(), stage.guest()
-    guest.read(0)
-    guest.start("move_part", page=16, nr_pages=16)  # its own loss: it waits for events nobody reads
-    until(lambda: guest.account.status().broken, "the guest counts as broken")
-    assert select.select([stage.store.notice_fd], [], [], 20)[0]
-    assert other.read(0) == content(0)
-    assert lib.PAGE_LOOK_SHARED in stage.looks(other, 0)
-    stage.detach(guest)
-    assert other.read(17) == content(17)

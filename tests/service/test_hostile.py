@@ -197,7 +197,7 @@ def test_a_daemon_out_of_descriptors_turns_guests_away_and_lives(
     make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest
 ) -> None:
     """Messages that never end hold their descriptors in the daemon: here all but a few it has."""
-    max_fds = 700
+    max_fds = 1200
     few_files = ["prlimit", f"--nofile={max_fds}:{max_fds}"]
     daemon = start_daemon("--image", f"d={make_image(SIZE)}", before=few_files)
     guest = start_guest(daemon.uri)

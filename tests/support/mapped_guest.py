@@ -11,12 +11,14 @@ loads and stores, which hold it and can be killed by SIGBUS.
 
 import array
 import ctypes
+import errno
 import fcntl
 import json
 import mmap
 import os
 import signal
 import socket
+import struct
 import sys
 import threading
 from typing import Any
@@ -30,6 +32,7 @@ MCL_FUTURE = 2
 MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
 PR_SET_PDEATHSIG = 1
+UFFDIO_UNREGISTER = 0x8010AA01
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mremap.restype = ctypes.c_void_p
@@ -60,15 +63,21 @@ class MappedGuest:
         features: int,
         blocking: bool = False,
         lock_all: bool = False,
+        offset: int = 0,
     ) -> tuple[int, list[int]]:
-        """Map and guard fds[0], with a userfaultfd from fds[1] if there is one."""
+        """Map and guard a part of fds[0], with a userfaultfd from fds[1] if there is one."""
         if lock_all:
             checked(-1 if libc.mlockall(MCL_FUTURE) else 0)
         stage = ffi.new("int *")
         device = fds[1] if len(fds) > 1 else -1
-        err = lib.region_init(self.region, fds[0], map_bytes, device, features, stage)
+        err = lib.region_init(self.region, fds[0], offset + map_bytes, device, features, stage)
         if err < 0:
             raise OSError(-err, f"stage {stage[0]}")
+        if offset:  # what is in front of the part goes, before anybody asks
+            fcntl.ioctl(self.region.uffd, UFFDIO_UNREGISTER, struct.pack("QQ", self.base, offset))
+            libc.munmap(ctypes.c_void_p(self.base), ctypes.c_size_t(offset))
+            self.region.address = ffi.cast("void *", self.base + offset)
+            self.region.map_bytes = map_bytes
         if blocking:
             flags = fcntl.fcntl(self.region.uffd, fcntl.F_GETFL)
             fcntl.fcntl(self.region.uffd, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
@@ -114,17 +123,51 @@ class MappedGuest:
         self.region.address = ffi.cast("void *", moved)
         return int(moved)
 
-    def do_move_part(self, page: int, nr_pages: int) -> None:
-        """Move some pages out of the mapping."""
-        length = ctypes.c_size_t(nr_pages * PAGE_BYTES)
-        hole = libc.mmap(None, length.value, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-        libc.mremap(
-            ctypes.c_void_p(self.base + page * PAGE_BYTES),
-            length,
-            length,
-            MREMAP_MAYMOVE | MREMAP_FIXED,
-            ctypes.c_void_p(hole),
+    def do_move_part(self, page: int, nr_pages: int) -> int:
+        """Move some pages out of the mapping; where they are now."""
+        hole = libc.mmap(
+            None, nr_pages * PAGE_BYTES, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
         )
+        return self.do_move_to(self.base + page * PAGE_BYTES, nr_pages, int(hole))
+
+    def do_move_to(self, start: int, nr_pages: int, to: int, nr_there: int | None = None) -> int:
+        """Move pages to an address, and grow or shrink what is there."""
+        before, after = nr_pages * PAGE_BYTES, (nr_there or nr_pages) * PAGE_BYTES
+        moved = libc.mremap(
+            ctypes.c_void_p(start),
+            ctypes.c_size_t(before),
+            ctypes.c_size_t(after),
+            MREMAP_MAYMOVE | MREMAP_FIXED,
+            ctypes.c_void_p(to),
+        )
+        if moved == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), "mremap")
+        return int(moved)
+
+    def do_hole(self, nr_pages: int) -> int:
+        """Reserve address space for so many pages; where."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        return int(libc.mmap(None, nr_pages * PAGE_BYTES, 0, flags, -1, 0))
+
+    def do_read_at(self, address: int, length: int) -> str:
+        buffer = ctypes.create_string_buffer(length)
+        self._copy(libc.process_vm_readv, ctypes.addressof(buffer), address, length)
+        return buffer.raw.hex()
+
+    def do_write_at(self, address: int, given_hex: str) -> None:
+        given = bytes.fromhex(given_hex)
+        buffer = ctypes.create_string_buffer(given, len(given))
+        self._copy(libc.process_vm_writev, ctypes.addressof(buffer), address, len(given))
+
+    def _copy(self, copy: Any, ours: int, address: int, length: int) -> None:
+        local, remote = (ctypes.c_size_t * 2)(ours, length), (ctypes.c_size_t * 2)(address, length)
+        if copy(os.getpid(), local, 1, remote, 1, 0) != length:
+            raise OSError(ctypes.get_errno() or errno.EFAULT, "short")
+
+    def do_discard_at(self, address: int, nr_pages: int) -> None:
+        length = ctypes.c_size_t(nr_pages * PAGE_BYTES)
+        if libc.madvise(ctypes.c_void_p(address), length, 4):
+            raise OSError(ctypes.get_errno(), "madvise")
 
     def do_unmap(self, page: int, nr_pages: int) -> int:
         at = ctypes.c_void_p(self.base + page * PAGE_BYTES)

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from domains import plain_environment
 
-from cowshed.accounting import Account, AuditReport, QuotaPolicy, audit, evict
+from cowshed.accounting import Account, AuditReport, Purse, QuotaPolicy, Region, audit, evict
 from cowshed.cache import ExtentState, FileSource, Image, PageStore
 from cowshed.cache._core import lib
 from cowshed.faults import FaultHandler, Orders, uffd_features
@@ -68,6 +68,7 @@ class MappedGuest:
         self._answers: dict[int, dict[str, Any]] = {}
         self._last = 0
         self.account: Account
+        self.purse: Purse
         self.handler: FaultHandler
         self.finish(0)
 
@@ -176,22 +177,32 @@ class Stage:
         blocking: bool = False,
         lock_all: bool = False,
         spin_ns: int = 0,
+        purse: Purse | None = None,
+        part: tuple[int, int] | None = None,
     ) -> MappedGuest:
-        """Start and attach a guest: windows in pages, 0 adaptive; quota in pages."""
+        """Start and attach a guest: windows in pages, 0 adaptive; quota in pages.
+
+        part is the first page and the number of pages that it maps, if not all. A purse given is
+        another guest's, to be shared.
+        """
+        first, nr_pages = part or (0, self.image.nr_pages)
         guest = MappedGuest(uid)
         self.guests.append(guest)
         fds = (self.image.guest_fd,) if self.device < 0 else (self.image.guest_fd, self.device)
         guest.base = guest.call(
             "map",
             fds=fds,
-            map_bytes=self.image.map_bytes,
+            map_bytes=nr_pages * PAGE,
+            offset=first * PAGE,
             features=uffd_features(),
             blocking=blocking,
             lock_all=lock_all,
         )
         quota_bytes = NO_QUOTA if quota is None else quota * PAGE
-        guest.account = Account(self.image, quota_bytes, policy)
-        guest.account.place(guest.fds[0], guest.fds[1], guest.base)
+        guest.purse = purse or Purse(quota_bytes, policy)
+        guest.account = Account(self.image, guest.purse)
+        region = Region(guest.base, first * PAGE, nr_pages * PAGE)
+        guest.account.place(guest.fds[0], guest.fds[1], [region])
         orders = Orders(window * PAGE, write_window * PAGE, spin_ns)
         guest.handler = FaultHandler(guest.account.cdata, guest.fds[0], guest.pidfd, orders)
         return guest

@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A guest that moves, cuts up or unmaps its mapping.
+ *
+ * mremap waits until its REMAP event has been read, and then, for the old place, until its UNMAP event has.  What
+ * moved is described by regions anew.  A guest that cuts its mapping into more regions than there is room for can be
+ * served no more; but its mremap is not to hang, so it is dropped only after that second event, or after a while if
+ * none comes (MREMAP_DONTUNMAP).
+ */
+#include "faults/core/guest.h"
+
+#include "cache/core/abi.h"
+#include "faults/core/uffd.h"
+
+#include <errno.h>
+
+#define DROP_AFTER_NS 1000000000u
+
+void answer_drop(struct guest *guest)
+{
+	guest->drop_at_ns = 0;
+	answer_failed(guest, -EXDEV);
+}
+
+void answer_remap(struct guest *guest, uint64_t from, uint64_t to, uint64_t length)
+{
+	struct account *account = guest->account;
+	struct region_table table;
+
+	account_regions(account, &table);
+	int err = regions_move(&table, from, to, length);
+	if (err) {
+		guest->drop_at_ns = clock_now_ns() + DROP_AFTER_NS;
+		guest->drop_address = from;
+		return;
+	}
+	pthread_mutex_lock(&account->write_lock);
+	account_set_regions(account, &table);
+	pthread_mutex_unlock(&account->write_lock);
+	/* Who waits at the old place waits for something that is not there. */
+	uffd_wake(guest->uffd, from, length);
+}
+
+void answer_unmap(struct guest *guest, uint64_t start, uint64_t end, bool unmapped)
+{
+	struct region_table table;
+	uint64_t first, nr;
+
+	if (guest->drop_at_ns) {
+		if (unmapped && start <= guest->drop_address && guest->drop_address < end)
+			answer_drop(guest);
+		return;
+	}
+	account_regions(guest->account, &table);
+	for (uint64_t i = 0; i < table.nr; i++)
+		if (region_clip(&table.regions[i], start, end, &first, &nr))
+			answer_discard(guest, first, nr, unmapped);
+}
+
+/*
+ * Of memory that was never described: a mapping that grew, or one put under our userfaultfd by its guest.  It is told
+ * so by SIGBUS, where the kernel can; or it asks again, and is told then.
+ */
+void answer_stranger(struct guest *guest, uint64_t address)
+{
+	address &= ~(uint64_t)(PAGE_BYTES - 1);
+	if (guest->drop_at_ns || uffd_poison_page(guest->uffd, address, false) < 0)
+		uffd_wake(guest->uffd, address, PAGE_BYTES);
+}
