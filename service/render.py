@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cowshed.cache.images import DEFAULT_DOMAIN, image_label
 from cowshed.service.config import RUN_DIR_DEFAULT
 from cowshed.service.sizes import format_bytes
 from cowshed.service.text import (
@@ -28,7 +29,7 @@ Answer = Mapping[str, Any]
 
 STOPPED = "stopped-quota"
 QUOTA_SUGGESTED_BYTES = 64 << 20  # for a guest whose quota was 0
-_MISMATCH_WHERE = ("image", "guest", "extent", "page")
+_MISMATCH_PLACES = ("extent", "page")
 
 
 def status_view(status: Answer) -> RenderableType:
@@ -54,13 +55,13 @@ def audit_view(audit: Answer) -> RenderableType:
         return Text(f"No mismatches. Checked {checked}.")
     table = new_table("=CHECK", "WHERE", ">EXPECTED", ">FOUND")
     for mismatch in mismatches:
-        where = (
-            f"{key} {mismatch[key]}" for key in _MISMATCH_WHERE if mismatch.get(key) is not None
-        )
+        where = [f"image {label_of(mismatch, 'image')}"]
+        where += [f"guest {mismatch['guest']}"] if mismatch.get("guest") else []
+        where += [f"{key} {mismatch[key]}" for key in _MISMATCH_PLACES if key in mismatch]
         add_row(
             table,
             mismatch["check"],
-            ", ".join(where) or "-",
+            ", ".join(where),
             mismatch["expected"],
             mismatch["found"],
             style="bold red",
@@ -77,6 +78,21 @@ def heading(status: Answer) -> Text:
         f" {printable(status['version'])}, pid {status['pid']}, "
         f"up {format_seconds(status['uptime_seconds'])}, {printable(status['run_dir'])}",
     )
+
+
+def has_domains(status: Answer) -> bool:
+    """Whether there is more than the default domain, and so a reason to speak of domains."""
+    return any(image["domain"] != DEFAULT_DOMAIN for image in status["images"])
+
+
+def key_of(one: Answer) -> str:
+    """What tells a guest from all other guests, or an image from all others."""
+    return f"{one['domain']}/{one['name']}"
+
+
+def label_of(one: Answer, key: str = "name") -> str:
+    """The name of a guest or image or, with "image", that of a guest's image, and its domain."""
+    return printable(image_label(one["domain"], one[key]))
 
 
 def guest_state(guest: Answer) -> Text:
@@ -97,11 +113,11 @@ def warnings(status: Answer) -> list[Text]:
     """What an operator has to act on, each with who, why and the cure."""
     found = [
         Text.assemble(
-            (f"{printable(guest['name'])} is stopped", "bold red"),
+            (f"{label_of(guest)} is stopped", "bold red"),
             f" (pid {guest['pid']}, uid {guest['uid']}, for "
             f"{format_seconds(guest['stopped_seconds'])}): "
             f"it wrote {format_quota(guest)} private bytes. To resume it:\n"
-            f"  {quota_command(guest, status['run_dir'])}",
+            f"  {quota_command(guest, status)}",
         )
         for guest in status["guests"]
         if guest["state"] == STOPPED
@@ -109,10 +125,10 @@ def warnings(status: Answer) -> list[Text]:
     found += [
         Text.assemble(
             (
-                f"{printable(guest['name'])} has {format_count(guest['poisoned_pages'])} pages",
+                f"{label_of(guest)} has {format_count(guest['poisoned_pages'])} pages",
                 "bold red",
             ),
-            f" of {printable(guest['image'])} that could not be loaded, and gets SIGBUS or EIO for "
+            f" of {label_of(guest, 'image')} that could not be loaded, and gets SIGBUS or EIO for "
             "them until a later load succeeds: see that the source can be read.",
         )
         for guest in status["guests"]
@@ -120,7 +136,7 @@ def warnings(status: Answer) -> list[Text]:
     ]
     found += [
         Text.assemble(
-            (f"{printable(image['name'])}: its source changed", "bold red"),
+            (f"{label_of(image)}: its source changed", "bold red"),
             " after it was opened, and an image must not change: restore "
             f"{printable(image['source'])}, or restart the daemon to serve the new bytes.",
         )
@@ -130,13 +146,16 @@ def warnings(status: Answer) -> list[Text]:
     return found
 
 
-def quota_command(guest: Answer, run_dir: str) -> str:
+def quota_command(guest: Answer, status: Answer) -> str:
     """The command that lets a stopped guest go on: twice the quota it has."""
+    run_dir = status["run_dir"]
     quota_bytes = 2 * (guest["quota_bytes"] or 0) or QUOTA_SUGGESTED_BYTES
     words = ["cowshed", "quota"]
     if run_dir != RUN_DIR_DEFAULT:
         words += ["--run-dir", printable(run_dir)]
-    name = printable(guest["name"])
+    # Where there are domains others may have the name; and one with a slash may look like two.
+    is_plain = not has_domains(status) and "/" not in guest["name"]
+    name = printable(guest["name"] if is_plain else key_of(guest))
     words += ["--", name] if name.startswith("-") else [name]
     return shlex.join([*words, format_bytes(quota_bytes)])
 
@@ -174,11 +193,11 @@ def _latencies(latency_us: Mapping[str, Answer]) -> Table:
 
 def _images(images: Sequence[Answer]) -> Table:
     table = new_table("IMAGE", ">SIZE", ">RESIDENT", ">", ">PINNED", "=DIGEST", "SOURCE")
-    for image in sorted(images, key=lambda image: str(image["name"])):
+    for image in sorted(images, key=key_of):
         digest = str(image["digest"] or "-")
         add_row(
             table,
-            image["name"],
+            label_of(image),
             format_bytes(image["size_bytes"]),
             format_bytes(image["resident_bytes"]),
             format_share(image["resident_bytes"], image["size_bytes"]),
@@ -193,11 +212,11 @@ def _guests(guests: Iterable[Answer]) -> Table:
     table = new_table(
         "GUEST", "IMAGE", ">PID", "=STATE", ">GRANTED", ">PRIVATE", "=POLICY", ">HITS"
     )
-    for guest in sorted(guests, key=lambda guest: str(guest["name"])):
+    for guest in sorted(guests, key=key_of):
         add_row(
             table,
             guest["name"],
-            guest["image"],
+            label_of(guest, "image"),
             guest["pid"],
             guest_state(guest),
             format_bytes(guest["granted_bytes"]),

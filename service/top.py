@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from rich.console import Console, RenderableType
 
-from cowshed.service.render import Answer
+from cowshed.service.render import Answer, key_of
 from cowshed.service.top_history import History
 from cowshed.service.top_screen import Screen
 from cowshed.service.top_state import TopState
@@ -37,7 +37,7 @@ def watch(take_status: TakeStatus, console: Console) -> None:
                 screen.draw(Frame(status, history, state, columns, lines, blocks).view())
                 for key in screen.wait(deadline_ns):
                     rows = rows_of(state.focus, status, history, state)
-                    state.press(key, [row["name"] for row in rows])
+                    state.press(key, [key_of(row) for row in rows])
             if not (state.quitting or state.paused):
                 status = take_status()
 

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from cowshed.service.render import key_of
+
 Answer = Mapping[str, Any]
 
 NR_SAMPLES = 240  # four minutes, and as wide as any terminal shows
@@ -41,7 +43,7 @@ class History:
         for kind, names in (("guest", _GUEST_COUNTERS), ("image", _IMAGE_COUNTERS)):
             for one in status[f"{kind}s"]:
                 for name in names:
-                    counters[_key(name, kind, one["name"])] = one[name]
+                    counters[_key(name, kind, key_of(one))] = one[name]
         restarted = self._pid != status["pid"] or counters["hits"] < self._newer.get("hits", 0)
         if restarted:
             self.hit_rates.clear()
@@ -50,10 +52,13 @@ class History:
         self._older = {} if restarted else self._newer
         self._seconds = (now_ns - self._newer_ns) / 1e9
         self._newer, self._newer_ns, self._pid = counters, now_ns, status["pid"]
-        self._remember(guest["name"] for guest in status["guests"])
+        self._remember(key_of(guest) for guest in status["guests"])
 
     def rate(self, *names: str, guest: str | None = None, image: str | None = None) -> float | None:
-        """How fast the sum of these counters grows, a second; None until there are two samples."""
+        """How fast the sum of these counters grows, a second; None until there are two samples.
+
+        A guest or an image is named by its key_of.
+        """
         if not self._older or self._seconds <= 0:
             return None
         kind, one = ("guest", guest) if guest is not None else ("image", image)

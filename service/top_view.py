@@ -21,6 +21,8 @@ from cowshed.service.render import (
     format_quota,
     guest_state,
     heading,
+    key_of,
+    label_of,
     new_table,
     quota_command,
 )
@@ -167,7 +169,7 @@ class Frame:
 
     def _section(self, focus: Focus) -> Callable[[int], Table]:
         rows = rows_of(focus, self.status, self.history, self.state)
-        selected = self.state.row(focus, [row["name"] for row in rows])
+        selected = self.state.row(focus, [key_of(row) for row in rows])
 
         def table(nr_rows: int) -> Table:
             first = max(0, min(selected - nr_rows // 2, len(rows) - nr_rows))
@@ -181,9 +183,9 @@ class Frame:
     def _images(self, rows: Iterable[tuple[int, Answer]], chosen: int | None) -> Table:
         table = self._table(_IMAGE_COLUMNS)
         for no, image in rows:
-            guests = [each for each in self.status["guests"] if each["image"] == image["name"]]
+            guests = _guests_of(image, self.status)
             cells: list[object] = [
-                image["name"],
+                label_of(image),
                 format_bytes(image["size_bytes"]),
                 format_bytes(image["resident_bytes"]),
                 format_share(image["resident_bytes"], image["size_bytes"]),
@@ -191,7 +193,7 @@ class Frame:
                 format_bytes(image["saved_bytes"]),
                 format_count(len(guests)),
                 rounded(_faults_of(guests, self.history)),
-                rounded(self.history.rate("loads", image=image["name"])),
+                rounded(self.history.rate("loads", image=key_of(image))),
                 format_bytes(image["working_set_bytes"]),
                 image["source"],
             ]
@@ -202,18 +204,18 @@ class Frame:
     def _guests(self, rows: Iterable[tuple[int, Answer]], chosen: int | None) -> Table:
         table = self._table(_GUEST_COLUMNS)
         for no, guest in rows:
-            name = guest["name"]
-            rates = _last(self.history.guest_faults.get(name, ()), self.columns - 120)
+            key = key_of(guest)
+            rates = _last(self.history.guest_faults.get(key, ()), self.columns - 120)
             most = max(rates, default=0.0) or 1.0
             cells: list[object] = [
-                name,
-                guest["image"],
+                guest["name"],
+                label_of(guest, "image"),
                 guest["pid"],
                 format_bytes(guest["granted_bytes"]),
                 guest_state(guest),
                 format_quota(guest),
-                rounded(self.history.rate("hits", "misses", guest=name)),
-                rounded(self.history.rate("cow_breaks", guest=name)),
+                rounded(self.history.rate("hits", "misses", guest=key)),
+                rounded(self.history.rate("cow_breaks", guest=key)),
                 format_share(guest["hits"], guest["hits"] + guest["misses"]),
                 guest["uid"],
                 sparkline((rate / most if rate else None for rate in rates), blocks=self.blocks),
@@ -241,7 +243,7 @@ class Frame:
         rows = rows_of(self.state.focus, self.status, self.history, self.state)
         if not rows:
             return [Text(), Text()]
-        one = rows[self.state.row(self.state.focus, [row["name"] for row in rows])]
+        one = rows[self.state.row(self.state.focus, [key_of(row) for row in rows])]
         tell = _tell_image if self.state.focus == "images" else self._tell_guest
         name, *lines = tell(one)
         first = Text.assemble((name, "bold"), ": ", lines[0])
@@ -249,15 +251,15 @@ class Frame:
 
     def _tell_guest(self, guest: Answer) -> list[str]:
         who = f"pid {guest['pid']}, uid {guest['uid']}, {format_bytes(guest['granted_bytes'])} of "
-        who += f"{printable(guest['image'])} granted, at its quota: {guest['policy']}"
+        who += f"{label_of(guest, 'image')} granted, at its quota: {guest['policy']}"
         if guest["state"] == STOPPED:
             stopped = (
                 f"stopped for {format_seconds(guest['stopped_seconds'])} at its quota; resume it:"
             )
             return [
-                printable(guest["name"]),
+                label_of(guest),
                 stopped,
-                f"  {quota_command(guest, self.status['run_dir'])}",
+                f"  {quota_command(guest, self.status)}",
             ]
         about = [f"{format_count(guest['quota_stops'])} stops at its quota so far"]
         if guest["poisoned_pages"]:
@@ -265,7 +267,7 @@ class Frame:
                 f"{format_count(guest['poisoned_pages'])} pages could not be loaded, and give "
                 "SIGBUS or EIO: can the source be read?"
             )
-        return [printable(guest["name"]), who, "  " + ", ".join(about)]
+        return [label_of(guest), who, "  " + ", ".join(about)]
 
     def _keys(self) -> Text:
         keys = "q quit  ↑↓ select  i images  g guests  s sort  p pause  ? help"
@@ -290,13 +292,12 @@ def rows_of(focus: Focus, status: Answer, history: History, state: TopState) -> 
     """The images or guests in the order chosen; first those that somebody has to act on."""
 
     def key(one: Answer) -> tuple[object, ...]:
-        name = str(one["name"])
+        name = key_of(one)
         match state.order[focus]:
             case "name":
                 by: object = name
             case "busy" if focus == "images":
-                guests = [each for each in status["guests"] if each["image"] == name]
-                by = -(_faults_of(guests, history) or 0.0)
+                by = -(_faults_of(_guests_of(one, status), history) or 0.0)
             case "busy":
                 by = -(history.rate("hits", "misses", "cow_breaks", guest=name) or 0.0)
             case "copies":
@@ -327,11 +328,16 @@ def rounded(rate: float | None) -> str:
     return f"{rate:.1f}" if 0 < rate < 10 else format_count(round(rate))
 
 
+def _guests_of(image: Answer, status: Answer) -> list[Answer]:
+    whose = (image["domain"], image["name"])
+    return [each for each in status["guests"] if (each["domain"], each["image"]) == whose]
+
+
 def _tell_image(image: Answer) -> list[str]:
     digest = str(image["digest"] or "digest not known yet")
     changed = "CHANGED after it was opened: restore it, or restart the daemon. "
     return [
-        printable(image["name"]),
+        label_of(image),
         ", ".join(
             (
                 f"{format_bytes(image['pinned_bytes'])} pinned",
@@ -346,7 +352,7 @@ def _tell_image(image: Answer) -> list[str]:
 
 def _faults_of(guests: Sequence[Answer], history: History) -> float | None:
     """What these guests fault a second."""
-    rates = [history.rate("hits", "misses", guest=guest["name"]) for guest in guests]
+    rates = [history.rate("hits", "misses", guest=key_of(guest)) for guest in guests]
     if None in rates:
         return None
     return sum(rate for rate in rates if rate is not None)

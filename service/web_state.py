@@ -25,7 +25,7 @@ from itertools import groupby
 from typing import Any, Final
 
 from cowshed.cache import ExtentState, Image
-from cowshed.service.render import STOPPED, quota_command
+from cowshed.service.render import STOPPED, key_of, quota_command
 
 __all__ = ["MOST_CELLS", "StateReader", "image_map", "run_lengths"]
 
@@ -64,20 +64,20 @@ class StateReader:
 
     def _state(self) -> dict[str, Any]:
         status = self._status()
-        images = {image.name: image for image in self._images()}
+        images = {(image.domain, image.name): image for image in self._images()}
         most_cells = max(_LEAST_CELLS, min(MOST_CELLS, _MOST_CELLS_OF_ALL // max(1, len(images))))
         for image_status in status["images"]:
-            image = images.get(image_status["name"])
+            image = images.get((image_status["domain"], image_status["name"]))
             image_status["map"] = image and image_map(image, most_cells)
         guests = sorted(
-            status["guests"], key=lambda guest: (guest["state"] != STOPPED, guest["name"])
+            status["guests"], key=lambda guest: (guest["state"] != STOPPED, key_of(guest))
         )
-        nr_by_image = Counter(guest["image"] for guest in guests)
+        nr_by_image = Counter((guest["domain"], guest["image"]) for guest in guests)
         for image_status in status["images"]:
-            image_status["nr_guests"] = nr_by_image[image_status["name"]]
+            image_status["nr_guests"] = nr_by_image[image_status["domain"], image_status["name"]]
         for guest in guests:
             if guest["state"] == STOPPED:
-                guest["cure"] = quota_command(guest, status["run_dir"])
+                guest["cure"] = quota_command(guest, status)
         status["guests"] = guests[:_MOST_GUESTS]
         status["nr_guests"] = len(guests)
         status["nr_stopped"] = sum(guest["state"] == STOPPED for guest in guests)

@@ -11,7 +11,7 @@ const STOPPED = "stopped-quota";
 
 const $ = (id) => document.getElementById(id);
 const history = { hit: [], faults: [], loads: [] };
-const images = new Map(); // by name: its nodes, its status, its map
+const images = new Map(); // by key: its nodes, its status, its map
 let newest = null;
 let before = null;
 let layer = "resident";
@@ -70,6 +70,10 @@ function seconds(length) {
   return `${Math.floor(whole / 86400)}d ${two(Math.floor((whole % 86400) / 3600))}h`;
 }
 
+// What tells a guest or image from all others, and what to call it where it is not in the default domain.
+const keyOf = (one) => `${one.domain}/${one.name}`;
+const labelOf = (one, name = one.name) => (one.domain === "default" ? name : `${one.domain}/${name}`);
+
 function node(tag, text = "", className = "") {
   const made = document.createElement(tag);
   made.textContent = text;
@@ -90,7 +94,7 @@ function observe(state) {
   const restarted = newest && (state.pid !== newest.pid || state.uptime_seconds < newest.uptime_seconds);
   before = restarted ? null : newest;
   newest = state;
-  state.guestsByName = new Map(state.guests.map((guest) => [guest.name, guest]));
+  state.guestsByKey = new Map(state.guests.map((guest) => [keyOf(guest), guest]));
   if (restarted) for (const samples of Object.values(history)) samples.length = 0;
   if (!before) return;
   const faults = growth(state, before, "hits") + growth(state, before, "misses");
@@ -183,15 +187,15 @@ function drawAlerts(state) {
   const stopped = state.guests.filter((guest) => guest.state === STOPPED);
   for (const guest of stopped.slice(0, 5)) {
     alerts.push(alertOf(
-      `${guest.name} is stopped at its quota`,
-      `of ${bytes(guest.quota_bytes)} for ${seconds(guest.stopped_seconds)} (${guest.image}, pid ${guest.pid}).`,
+      `${labelOf(guest)} is stopped at its quota`,
+      `of ${bytes(guest.quota_bytes)} for ${seconds(guest.stopped_seconds)} (${labelOf(guest, guest.image)}, pid ${guest.pid}).`,
       guest.cure,
     ));
   }
   if (state.nr_stopped > 5) alerts.push(alertOf(`${state.nr_stopped} guests are stopped`, "in all."));
   for (const image of state.images.filter((each) => each.source_changed)) {
     alerts.push(alertOf(
-      `${image.name}: its source changed`,
+      `${labelOf(image)}: its source changed`,
       `after it was opened: restore ${image.source}, or restart the daemon.`,
     ));
   }
@@ -216,19 +220,20 @@ function imageNodes(name) {
 }
 
 function drawImages(state) {
-  const names = state.images.map((image) => image.name);
-  for (const [name, entry] of images) {
-    if (!names.includes(name)) {
+  const keys = state.images.map(keyOf);
+  for (const [key, entry] of images) {
+    if (!keys.includes(key)) {
       entry.box.remove();
-      images.delete(name);
+      images.delete(key);
     }
   }
   for (const image of state.images) {
-    if (!images.has(image.name)) {
-      images.set(image.name, imageNodes(image.name));
-      $("images").append(images.get(image.name).box);
+    const key = keyOf(image);
+    if (!images.has(key)) {
+      images.set(key, imageNodes(labelOf(image)));
+      $("images").append(images.get(key).box);
     }
-    const entry = images.get(image.name);
+    const entry = images.get(key);
     entry.status = image;
     entry.map = image.map && new ExtentMap(image.map);
     entry.about.textContent =
@@ -251,7 +256,7 @@ function drawEntry({ canvas, map, status }) {
   canvas.dataset.layer = layer;
   canvas.dataset.counts = JSON.stringify(counts);
   canvas.setAttribute("aria-label",
-    `Extents of ${status.name} by ${layer}: ` +
+    `Extents of ${labelOf(status)} by ${layer}: ` +
     Object.entries(counts).filter(([, number]) => number).map(([name, number]) => `${number} ${name}`).join(", "));
 }
 
@@ -287,7 +292,7 @@ function drawGuests(state) {
 }
 
 function guestRow(guest) {
-  const old = before && before.guestsByName.get(guest.name);
+  const old = before && before.guestsByKey.get(keyOf(guest));
   const was = old && old.pid === guest.pid ? old : null;
   const hits = growth(guest, was, "hits");
   const faults = hits === null ? null : hits + growth(guest, was, "misses");
@@ -297,7 +302,7 @@ function guestRow(guest) {
   name.title = guest.name;
   const isStopped = guest.state === STOPPED;
   const state = node("td", isStopped ? "STOPPED" : guest.state, isStopped ? "stopped" : guest.state);
-  row.append(name, node("td", guest.image), state, privateCell(guest));
+  row.append(name, node("td", labelOf(guest, guest.image)), state, privateCell(guest));
   for (const text of [
     bytes(guest.granted_bytes),
     rate(faults),

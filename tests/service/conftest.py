@@ -18,6 +18,7 @@ def make_guest(name: str, **changes: object) -> Body:
     return {
         "name": name,
         "image": "debian-12",
+        "domain": "default",
         "transport": "unix",
         "state": "running",
         "pid": 41234,
@@ -69,6 +70,7 @@ def status() -> Body:
         "images": [
             {
                 "name": "debian-12",
+                "domain": "default",
                 "size_bytes": 2 << 30,
                 "resident_bytes": 1 << 30,
                 "digest": "sha256:" + "ab12cd34" * 8,
@@ -82,6 +84,7 @@ def status() -> Body:
             },
             {
                 "name": "alpine",
+                "domain": "default",
                 "size_bytes": 5 << 20,
                 "resident_bytes": 0,
                 "digest": "",

@@ -147,9 +147,8 @@ def test_status_is_tables_for_people_and_json_for_programs(
 def test_audit_ends_with_3_only_if_something_differs(
     stand_in: Callable[..., Any], mismatches: list[int], exit_code: int, option: str | None
 ) -> None:
-    found = [{"check": "refs", "image": "a", "extent": 1, "expected": 1, "found": 2}] * len(
-        mismatches
-    )
+    mismatch = {"check": "refs", "domain": "default", "image": "a", "extent": 1}
+    found = [{**mismatch, "expected": 1, "found": 2}] * len(mismatches)
     answer = {"mismatches": found, "checked": {"images": 1}}
     peer = stand_in(audit=[{"ok": True, **answer}])
     result = run("audit", *([option] if option else []), "--run-dir", str(peer.run_dir))

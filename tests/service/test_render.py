@@ -115,14 +115,35 @@ def test_the_command_offered_is_one_the_shell_takes_and_raises_the_quota(
     new_guest: Callable[..., Body], quota_bytes: int, name: str
 ) -> None:
     guest = new_guest(name, quota_bytes=quota_bytes)
-    words = shlex.split(quota_command(guest, "/tmp/my run"))
+    words = shlex.split(quota_command(guest, {"run_dir": "/tmp/my run", "images": []}))
     assert words[:4] == ["cowshed", "quota", "--run-dir", "/tmp/my run"]
     assert words[-2] == name
     assert ("--" in words) == name.startswith("-")
     suggested = parse_quota(words[-1])
     assert suggested is not None
     assert suggested > quota_bytes
-    assert "--run-dir" not in quota_command(guest, "/run/cowshed")
+    assert "--run-dir" not in quota_command(guest, {"run_dir": "/run/cowshed", "images": []})
+
+
+def test_names_carry_their_domain_where_there_is_more_than_the_default_one(
+    status: Body, new_guest: Callable[..., Body]
+) -> None:
+    assert "default" not in text_of(status_view(status))
+    slashed = new_guest("tenant-a/web-1")
+    assert quota_command(slashed, status) == "cowshed quota default/tenant-a/web-1 128M"
+    status["images"].append({**status["images"][0], "domain": "tenant-a"})
+    status["guests"].append(new_guest("web-1", domain="tenant-a"))
+    status["guests"][1]["image"] = "alpine"
+    text = text_of(status_view(status), 120)
+    assert [line.split()[0] for line in text.splitlines() if "ab12cd34ab12" in line] == [
+        "debian-12",
+        "tenant-a/debian-12",
+    ]
+    assert [line.split()[:2] for line in text.splitlines() if line.startswith("web-1 ")] == [
+        ["web-1", "debian-12"],
+        ["web-1", "tenant-a/debian-12"],
+    ]
+    assert line_with(text, "cowshed quota") == "  cowshed quota default/build-7 128M"
 
 
 def test_a_clean_audit_says_what_was_checked() -> None:
@@ -132,13 +153,15 @@ def test_a_clean_audit_says_what_was_checked() -> None:
 
 def test_every_mismatch_is_a_row() -> None:
     mismatches = [
-        {"check": "refs", "image": "debian", "extent": 0, "expected": 2, "found": 3},
-        {"check": "private_pages", "guest": "g\x1b[m", "expected": 40, "found": 41},
+        {"check": "refs", "domain": "default", "image": "debian", "guest": "", "extent": 0},
+        {"check": "private", "domain": "a", "image": "debian", "guest": "g\x1b[m", "page": 7},
     ]
+    for mismatch in mismatches:
+        mismatch.update({"expected": 2, "found": 3})
     text = text_of(audit_view({"mismatches": mismatches, "checked": {"images": 2}}))
     assert text.startswith("2 mismatches. Checked 2 images.")
     assert words_of(text, "refs") == "refs image debian, extent 0 2 3"
-    assert words_of(text, "private") == r"private_pages guest g\x1b[m 40 41"
+    assert words_of(text, "private") == r"private image a/debian, guest g\x1b[m, page 7 2 3"
 
 
 @pytest.mark.parametrize(

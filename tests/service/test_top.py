@@ -4,6 +4,7 @@
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from domains import MakeImage, StartDaemon, StartGuest, cowshed, until
 from rich.console import Console, RenderableType
 from terminals import Terminal
 
+from cowshed.service.render import key_of
 from cowshed.service.top_history import NR_SAMPLES, History
 from cowshed.service.top_screen import keys_of
 from cowshed.service.top_state import ORDERS, TopState
@@ -70,12 +72,12 @@ def test_rates_are_growth_over_the_time_between_samples(status: Body) -> None:
     assert history.rate("hits") is None
     history.observe(later(status, hits=90, misses=10), 7 * SECOND_NS)
     assert history.rate("hits", "misses") == 50
-    assert history.rate("hits", guest="web-1") == 45
-    assert history.rate("hits", guest="build-7") == 0
+    assert history.rate("hits", guest="default/web-1") == 45
+    assert history.rate("hits", guest="default/build-7") == 0
     assert list(history.hit_rates) == [0.9]
     assert list(history.fault_rates) == [50]
     assert {name: list(rates) for name, rates in history.guest_faults.items() if any(rates)} == {
-        "web-1": [50]
+        "default/web-1": [50]
     }
 
 
@@ -87,8 +89,8 @@ def test_an_image_and_a_guest_of_one_name_are_counted_apart(
     history.observe(status, 0)
     status["guests"] = [new_guest("alpine", cow_breaks=9)]
     history.observe(status, SECOND_NS)
-    assert history.rate("cow_breaks", guest="alpine") == 4
-    assert history.rate("loads", image="alpine") == 0
+    assert history.rate("cow_breaks", guest="default/alpine") == 4
+    assert history.rate("loads", image="default/alpine") == 0
 
 
 def test_a_moment_without_faults_has_no_hit_rate(status: Body) -> None:
@@ -117,8 +119,8 @@ def test_a_guest_that_comes_back_under_its_name_counts_from_nothing(
     history = History()
     history.observe(status, 0)
     history.observe({**status, "guests": [new_guest("web-1", hits=30)]}, SECOND_NS)
-    assert history.rate("hits", guest="web-1") == 30
-    assert list(history.guest_faults) == ["web-1"]
+    assert history.rate("hits", guest="default/web-1") == 30
+    assert list(history.guest_faults) == ["default/web-1"]
 
 
 def test_history_keeps_a_bounded_number_of_samples(status: Body) -> None:
@@ -341,10 +343,11 @@ def test_rows_come_in_the_order_chosen(
 def test_the_selected_row_is_in_view_and_told_about(crowd: tuple[Body, History]) -> None:
     status, history = crowd
     state = TopState()
-    names = [row["name"] for row in rows_of("guests", status, history, state)]
+    rows = rows_of("guests", status, history, state)
+    names = [key_of(row) for row in rows]
     for key in ("end", "up", "up"):
         state.press(key, names)
-    name = names[48]
+    name = rows[48]["name"]
     shown = frame(status, history, state=state, columns=120, lines=24)
     assert shown[-3].startswith(f"{name}: pid 41234, uid 1000, 512M of debian-12 granted")
     assert any(line.startswith(name) for line in shown[:-3])
@@ -358,12 +361,36 @@ def test_the_selected_row_is_in_view_and_told_about(crowd: tuple[Body, History])
     assert "CHANGED after it was opened" in shown[-2]
 
 
+def test_guests_and_images_of_one_name_in_two_domains_are_rows_of_their_own(
+    status: Body, new_guest: Callable[..., Body]
+) -> None:
+    status["images"].append({**status["images"][0], "domain": "tenant-a", "loads": 5})
+    status["guests"].append(new_guest("web-1", domain="tenant-a", hits=0, misses=0))
+    history = History()
+    history.observe(status, 0)
+    after = later(status, hits=0, misses=0)
+    after["guests"][-1] = new_guest("web-1", domain="tenant-a", hits=70, misses=0)
+    history.observe(after, SECOND_NS)
+    assert history.rate("hits", guest="tenant-a/web-1") == 70
+    assert history.rate("hits", guest="default/web-1") == 0
+    state = TopState()
+    state.selected["guests"] = "tenant-a/web-1"
+    shown = frame(after, history, state=state, columns=120, lines=40)
+    assert shown[-3].startswith("tenant-a/web-1: pid 41234, uid 1000, 512M of tenant-a/debian-12")
+    guests_of = {
+        line.split()[0]: line.split()[6]
+        for line in shown
+        if re.match(r" *(tenant-a/)?debian-12 ", line)
+    }
+    assert guests_of == {"debian-12": "3", "tenant-a/debian-12": "1"}
+
+
 def test_names_can_neither_move_the_cursor_nor_style_the_text(status: Body) -> None:
     state = TopState()
     state.order["guests"] = "name"
     for lines in (None, 40):
-        for name in [guest["name"] for guest in status["guests"]]:
-            state.selected["guests"] = name
+        for guest in status["guests"]:
+            state.selected["guests"] = key_of(guest)
             text = "\n".join(frame(status, state=state, columns=120, lines=lines))
             assert "\x1b" not in text
             assert "\u202e" not in text

@@ -90,7 +90,8 @@ def test_a_large_image_has_a_bounded_number_of_cells(store: PageStore, tmp_path:
 
 
 def status_of(names: list[str], guests: list[Body]) -> Body:
-    return {"run_dir": "/r", "images": [{"name": name} for name in names], "guests": guests}
+    images = [{"name": name, "domain": "default"} for name in names]
+    return {"run_dir": "/r", "images": images, "guests": guests}
 
 
 def test_the_state_is_bounded_whatever_there_is(store: PageStore, tmp_path: Path) -> None:
@@ -99,7 +100,8 @@ def test_the_state_is_bounded_whatever_there_is(store: PageStore, tmp_path: Path
     for no in range(0, 1000, 2):  # the worst for run lengths
         load(images[no % 7], no, 1)
     guests: list[Body] = [
-        {"name": f"g{no:04}", "image": "i3", "state": "running"} for no in range(2000)
+        {"name": f"g{no:04}", "domain": "default", "image": "i3", "state": "running"}
+        for no in range(2000)
     ]
     guests[1777].update(state="stopped-quota", quota_bytes=4096)
     reader = StateReader(lambda: images, lambda: status_of(names, guests))
