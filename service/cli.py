@@ -53,8 +53,9 @@ def cli() -> None:
     "--image",
     "images",
     multiple=True,
-    metavar="NAME=SOURCE",
-    help="Serve SOURCE, a path or file: URL, as NAME. Repeatable.",
+    metavar="NAME=SOURCE[,domain=D]",
+    help="Serve SOURCE, a path or file: URL, as NAME, in frames of its own for each domain. "
+    "Repeatable.",
 )
 @click.option("--capacity", metavar="SIZE", help="Memory for all images together [default: 1G].")
 @click.option(
@@ -88,7 +89,9 @@ def serve(
     The TOML file of --config may set capacity, run_dir, state_dir, extent, loaders, quota,
     on_quota ("stop", "kill" or "allow"), metrics, guest_metrics, nbd, overlay_dir, log
     ("logfmt" or "json"), log_level ("debug" to "error") and, in a table [images],
-    NAME = "SOURCE"; a table [tls] has cert, key and ca, and turns TLS on.
+    NAME = "SOURCE"; [[image]] has name, source and domain; a table [domains.NAME]
+    lists its members by uids, gids and clients; a table [tls] has cert, key and ca,
+    and turns TLS on.
     """
     try:
         config = config_load(
