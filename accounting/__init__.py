@@ -12,6 +12,7 @@ from cowshed.accounting.ledger import (
     Region,
     evict,
 )
+from cowshed.accounting.overlay import Overlay
 from cowshed.accounting.purse import NO_QUOTA_BYTES, Purse, PurseStatus, QuotaPolicy
 from cowshed.accounting.sums import AccountSums, Latency, read_accounts, read_latency, sum_accounts
 from cowshed.accounting.watermarks import Watermarks
@@ -37,6 +38,7 @@ __all__ = [
     "Latency",
     "LatencyKind",
     "Mismatch",
+    "Overlay",
     "Purse",
     "PurseStatus",
     "QuotaPolicy",

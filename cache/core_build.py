@@ -34,9 +34,11 @@ HEADERS = (
     "accounting/core/ledger.h",
     "accounting/core/settle.h",
     "accounting/core/evict.h",
+    "accounting/core/overlay.h",
     "faults/core/window.h",
     "faults/core/guest.h",
     "transport/core/region.h",
+    "transport/core/nbd.h",
 )
 BEGIN = "/* cdef-begin */"
 END = "/* cdef-end */"

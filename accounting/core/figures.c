@@ -154,7 +154,7 @@ void account_sum(struct image *image, struct account_sums *sums_out)
 }
 
 /* Four buckets to each power of two: bounds are within 25 % of any duration they hold. */
-static uint32_t bucket_of(uint64_t duration_ns)
+uint32_t bucket_of(uint64_t duration_ns)
 {
 	if (duration_ns < 4)
 		return (uint32_t)duration_ns;

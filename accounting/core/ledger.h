@@ -214,6 +214,7 @@ static inline bool account_page_at(const struct account *account, uint64_t addre
 	return address - region.address < region.nr_pages << 12;
 }
 
+uint32_t bucket_of(uint64_t duration_ns);
 void account_note_latency(struct account *account, int kind, uint64_t duration_ns);
 
 /* The guest comes to a stop at its quota, and goes on; both in its fault thread. */

@@ -23,6 +23,7 @@ enum point {
 	POINT_WRITE_TAKEN,      /* pages taken from the purse, not charged yet; under write_lock */
 	POINT_WRITE_CHARGED,    /* pages charged, still write-protected */
 	POINT_SETTLE_PROTECTED, /* pages protected again, not yet looked at */
+	POINT_OVERLAY_WRITTEN,  /* an overlay has a page's bytes, and does not say so yet */
 	POINT_NR
 };
 

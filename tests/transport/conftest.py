@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from nbd_stage import nbd
+from stage import make_stage, stage
+
+__all__ = ["make_stage", "nbd", "run_guest", "socket_path", "stage", "start_backend"]
 
 HERE = Path(__file__).parent
 GUEST_SECONDS = 30

@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The private pages of a guest that maps nothing: the backend keeps them for it.
+ *
+ * The account's bitmap says which pages are private; their bytes are in a sparse memfd of the image's length, or in
+ * a sparse file, each page at its own offset. Everything else is read from the image.  A page's bytes are written
+ * before its bit is set, and its bit is cleared before they are dropped.
+ *
+ * Each run of 64 pages (a word of the bitmap) belongs to one of OVERLAY_STRIPES locks: readers of private pages share it,
+ * writers have it alone. So a page is never seen half written by two writers of different parts, and a read of
+ * one page is of one moment.  Of shared pages nothing needs a lock.
+ *
+ * The quota is taken before a byte changes, for the whole request; at the quota a request is refused with -ENOSPC and
+ * nothing of it was done (unless somebody else trimmed pages of its range meanwhile).
+ *
+ * overlay.c is the pages, overlay_disk.c what a file needs besides.
+ */
+#ifndef COWSHED_OVERLAY_H
+#define COWSHED_OVERLAY_H
+
+#include "accounting/core/ledger.h"
+
+#include <pthread.h>
+
+/* cdef-begin */
+struct overlay;
+
+/* Opens an empty overlay in memory.  The account is borrowed, and must be closed after the overlay. */
+int overlay_open(struct account *account, struct overlay **overlay_out);
+/* Gives the private pages back; with files, flushes them first and keeps them (-errno if that failed).  Nobody may
+ * use the overlay any more. */
+int overlay_close(struct overlay *overlay);
+/* Gives every private page back to the image: from now on it reads as the image does. */
+int overlay_discard(struct overlay *overlay);
+/* The pages that the memfd or file holds bytes for: (nr_pages + 63) / 64 words.  Each should be private; a private
+ * one without bytes is zeros. */
+int overlay_stored(struct overlay *overlay, uint64_t *words_out, uint64_t nr_words);
+/* cdef-end */
+
+#define OVERLAY_STRIPES 64
+
+struct overlay_disk;
+
+/* Asked to be told when all that was written is durable; done is called from the flusher's thread. */
+struct overlay_sync {
+	struct overlay_sync *next;
+	void (*done)(struct overlay_sync *sync, int status);
+};
+
+struct overlay {
+	struct account *account;
+	struct image *image;
+	int data_fd;
+	struct overlay_disk *disk; /* NULL: in memory */
+	pthread_rwlock_t stripes[OVERLAY_STRIPES];
+};
+
+/* Takes quota for those of nr pages from first that are not private; -ENOSPC. What is left of it goes back. */
+int overlay_take(struct overlay *overlay, uint64_t first, uint64_t nr, uint64_t *reserved);
+void overlay_give(struct overlay *overlay, uint64_t nr);
+
+/* The run at offset, at most length bytes, that is all private or all not. Private bytes are copied to `to`.  Its
+ * length, or -errno. */
+int64_t overlay_read_run(struct overlay *overlay, uint64_t offset, uint64_t length, void *to, bool *private_out);
+/* The same, without reading: and whether private pages are known to be zeros, if that is wanted. */
+uint64_t overlay_status_run(struct overlay *overlay, uint64_t offset, uint64_t length, bool want_zero,
+                            bool *private_out, bool *zero_out);
+/* Writes whole pages; the image's last one may be short. *reserved is what overlay_take took, and used up. */
+int overlay_write(struct overlay *overlay, uint64_t offset, uint64_t length, const uint8_t *bytes, uint64_t *reserved);
+/* The same of zeros (and, allocated, of stored ones). */
+int overlay_zero(struct overlay *overlay, uint64_t offset, uint64_t length, bool allocated, uint64_t *reserved);
+/* Writes part of one page; bytes NULL: zeros. -EAGAIN if the page is not private and frame, which is what the
+ * image has there (held), is NULL. */
+int overlay_patch(struct overlay *overlay, uint64_t offset, uint32_t length, const uint8_t *bytes, const uint8_t *frame,
+                  uint64_t *reserved);
+/* Gives pages back to the image. */
+int overlay_trim(struct overlay *overlay, uint64_t first, uint64_t nr);
+/* 1: all that was written is as durable as it gets; 0: sync will be told, once it is. */
+int overlay_flush(struct overlay *overlay, struct overlay_sync *sync);
+
+#endif

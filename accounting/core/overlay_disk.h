@@ -1,0 +1,22 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What an overlay in files has besides its pages: the map, which says after a crash which pages are private, and
+ * the thread that makes both durable.
+ */
+#ifndef COWSHED_OVERLAY_DISK_H
+#define COWSHED_OVERLAY_DISK_H
+
+#include "accounting/core/overlay.h"
+
+/* overlay.c */
+int overlay_init(struct account *account, int data_fd, struct overlay **overlay_out);
+void overlay_deinit(struct overlay *overlay);
+
+/* Under the stripe's lock: the private bits of the group of a page changed. */
+void disk_changed(struct overlay_disk *disk, uint64_t page);
+/* The same, and the bytes of these pages are to be dropped once the map says so durably. */
+void disk_trimmed(struct overlay_disk *disk, uint64_t first, uint64_t nr);
+void disk_flush(struct overlay_disk *disk, struct overlay_sync *sync);
+int disk_close(struct overlay *overlay);
+
+#endif

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stage whose image is served over NBD: exports, overlays and clients, closed in their order."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+from nbd_client import Client
+from stage import PAGE, MakeStage, Stage, content
+
+from cowshed.accounting import NO_QUOTA_BYTES, Account, Overlay, Purse, QuotaPolicy
+from cowshed.transport.nbd_core import NbdExport, NbdServer
+
+TERMS = {
+    "simple": {"structured": False, "extended": False},
+    "structured": {"structured": True, "extended": False},
+    "extended": {"structured": False, "extended": True},
+}
+
+
+class NbdStage:
+    """NBD over one Stage. bytes is what its image holds."""
+
+    def __init__(self, stage: Stage, nr_workers: int = 3) -> None:
+        self.stage = stage
+        self.size_bytes = stage.size_bytes
+        self.bytes = content(0, -(-stage.size_bytes // PAGE))[: stage.size_bytes]
+        self.server = NbdServer(nr_workers)
+        self.exports: list[NbdExport] = []
+        self.overlays: list[Overlay] = []
+        self.clients: list[Client] = []
+
+    def export(self, overlay: Overlay | None = None) -> NbdExport:
+        export = NbdExport(self.server, self.stage.image, overlay.cdata if overlay else None)
+        self.exports.append(export)
+        return export
+
+    def overlay(self, quota: int | None = None, policy: QuotaPolicy = QuotaPolicy.STOP) -> Overlay:
+        """An overlay in memory; quota in pages."""
+        purse = Purse(NO_QUOTA_BYTES if quota is None else quota * PAGE, policy)
+        overlay = Overlay(Account(self.stage.image, purse))
+        purse.close()
+        self.overlays.append(overlay)
+        return overlay
+
+    def client(
+        self,
+        export: NbdExport,
+        terms: str = "structured",
+        *,
+        read_only: bool = False,
+        contexts: bool = True,
+        early: bytes = b"",
+        link: tuple[socket.socket, socket.socket] | None = None,
+    ) -> Client:
+        ours, theirs = link or socket.socketpair()
+        client = Client(ours, **TERMS[terms])
+        client.connection_no = self.server.attach(
+            export,
+            theirs.detach(),
+            **TERMS[terms],
+            read_only=read_only,
+            context_ids=(1, 2, 3) if contexts and terms != "simple" else (),
+            early=early,
+        )
+        self.clients.append(client)
+        return client
+
+    def close(self) -> None:
+        self.server.drain()
+        for export in self.exports:
+            export.close()
+        self.server.close()
+        for overlay in self.overlays:
+            overlay.close()
+            overlay.account.close()
+        for client in self.clients:
+            client.link.close()
+
+
+@pytest.fixture
+def nbd(make_stage: MakeStage) -> Iterator[NbdStage]:
+    """256 pages and a half, all extents absent, room for them all."""
+    stage = NbdStage(make_stage(nr_pages=257, cut_bytes=PAGE // 2))
+    yield stage
+    stage.close()

@@ -1,0 +1,92 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * NBD's transmission phase: what a client may do once it has negotiated, straight from the store.
+ *
+ * Who negotiates hands a connected stream socket over with the terms agreed on; from then on the threads of the
+ * server read requests from it and answer them, and nobody else touches it.  A connection that ends, for whatever
+ * reason, is closed and reported once (nbd_event_fd, nbd_take_ended).
+ *
+ *   nbd_server.c   threads, connections, exports        nbd_read.c    READ, CACHE
+ *   nbd_turn.c     one turn: receive, parse, dispatch   nbd_modify.c  WRITE, TRIM, WRITE_ZEROES, FLUSH
+ *   nbd_output.c   replies, and what a socket would not take   nbd_status.c  BLOCK_STATUS
+ *
+ * Protocol: NetworkBlockDevice/nbd, doc/proto.md (with the extended headers of its extension-ext-header branch).
+ */
+#ifndef COWSHED_NBD_H
+#define COWSHED_NBD_H
+
+#include "accounting/core/overlay.h"
+#include "cache/core/image.h"
+
+/* cdef-begin */
+struct nbd_server;
+struct nbd_export;
+
+/* Context ids are by index: base:allocation (its own flags), cowshed:resident (1: the page is in memory),
+ * cowshed:private (1: it is the client's own; others may fail to be written with ENOSPC, at the quota). */
+enum nbd_context { NBD_CONTEXT_ALLOCATION, NBD_CONTEXT_RESIDENT, NBD_CONTEXT_PRIVATE, NBD_CONTEXTS };
+
+/* What was negotiated.  structured and extended: which replies (extended implies the 32-byte headers both ways). */
+struct nbd_terms {
+	uint32_t structured;
+	uint32_t extended;
+	uint32_t read_only;         /* of an export without an overlay every connection is */
+	uint32_t max_payload_bytes; /* as advertised: 4096 .. 2^25 */
+	uint32_t context_ids[3];    /* by enum nbd_context; 0: not negotiated */
+};
+
+/* Of an export, ever; each only grows, but parked. Requests are counted when they are answered. */
+struct nbd_counters {
+	uint64_t connections;
+	uint64_t reads, writes, trims, zeroes, flushes, caches, block_statuses;
+	uint64_t errors;                 /* requests answered with one */
+	uint64_t read_bytes, write_bytes;
+	uint64_t hits, misses;           /* extents that reads found resident; that they waited for */
+	uint64_t parked;                 /* requests that wait now: for loads, or for a disk */
+};
+
+enum nbd_latency { NBD_LATENCY_HIT, NBD_LATENCY_MISS, NBD_LATENCY_WRITE, NBD_LATENCY_FLUSH, NBD_LATENCY_NR };
+
+enum nbd_end {
+	NBD_END_DISC,     /* the client said so */
+	NBD_END_EOF,      /* it closed without saying so */
+	NBD_END_DETACHED, /* nbd_detach, nbd_server_drain */
+	NBD_END_PROTOCOL, /* it broke the protocol in a way that leaves no common ground */
+	NBD_END_IO,       /* its socket failed: err */
+	NBD_END_MEMORY    /* there was none for its requests */
+};
+
+struct nbd_ended {
+	uint64_t connection_no;
+	int32_t err; /* -errno, of NBD_END_IO */
+	uint32_t reason;
+};
+
+int nbd_server_init(uint32_t nr_workers, struct nbd_server **server_out);
+/* Ends every connection and waits until the last is gone: for loads and flushes in hand, for no client. */
+void nbd_server_drain(struct nbd_server *server);
+/* -EBUSY, and nothing done, while exports are open. */
+int nbd_server_deinit(struct nbd_server *server);
+
+/* Both are borrowed and must outlive the export.  overlay NULL: the image itself, read-only. */
+int nbd_export_init(struct nbd_server *server, struct image *image, struct overlay *overlay,
+                    struct nbd_export **export_out);
+/* -EBUSY, and nothing done, while connections use it. */
+int nbd_export_deinit(struct nbd_export *export);
+void nbd_export_count(const struct nbd_export *export, struct nbd_counters *counters_out);
+/* Adds to counts_out[LATENCY_BUCKETS] and sum_ns_out, as account_latency does; kind is an enum nbd_latency. */
+int nbd_export_latency(const struct nbd_export *export, int kind, uint64_t *counts_out, uint64_t *sum_ns_out);
+
+/* Serves a connected stream socket, which is taken over on success only.  early: bytes that came after the
+ * negotiation and were read with it.  -EINVAL for terms that contradict themselves, -EMFILE past 65,536 connections. */
+int nbd_attach(struct nbd_server *server, struct nbd_export *export, int fd, const struct nbd_terms *terms,
+               const uint8_t *early, uint64_t nr_early, uint64_t *connection_no_out);
+/* Ends a connection; it is gone when nbd_take_ended says so.  -ENOENT if it has ended already. */
+int nbd_detach(struct nbd_server *server, uint64_t connection_no);
+/* A borrowed eventfd: readable when connections ended. */
+int nbd_event_fd(const struct nbd_server *server);
+/* Takes those that ended since the last call; how many.  Each is reported once. */
+int64_t nbd_take_ended(struct nbd_server *server, struct nbd_ended *ended_out, uint64_t nr_max);
+/* cdef-end */
+
+#endif

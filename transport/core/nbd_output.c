@@ -1,0 +1,220 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Replies: put together as a list of places to send from, sent with one call.
+ *
+ * What is sent lies in the turn's arena (headers, private pages), in the frames (held until the call is over) or in a
+ * piece (freed then).  If the socket takes only a part, the rest of arena and frames is copied into a segment of the
+ * connection's backlog, a piece goes there as it is, and everything is let go.  While there is a backlog the connection is
+ * not read from, so that it never has more than one send's worth.
+ */
+#define _GNU_SOURCE
+#include "transport/core/nbd_state.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+
+bool out_has_room(const struct nbd_turn *turn, size_t nr_bytes, uint32_t nr_extents)
+{
+	const struct nbd_out *out = &turn->out;
+
+	return out->bytes < OUT_BYTES && out->arena_used + nr_bytes + 256 <= ARENA_BYTES &&
+	       out->nr_iov + 2 * nr_extents + nr_bytes / 4096 + 8 <= OUT_IOVECS && out->nr_holds + nr_extents <= OUT_HOLDS;
+}
+
+void out_refer(struct nbd_turn *turn, const void *at, size_t nr_bytes, struct nbd_piece *owner)
+{
+	struct nbd_out *out = &turn->out;
+	struct iovec *last = out->nr_iov ? &out->iov[out->nr_iov - 1] : NULL;
+
+	out->bytes += nr_bytes;
+	if (last && (const char *)last->iov_base + last->iov_len == at && out->owner[out->nr_iov - 1] == owner) {
+		last->iov_len += nr_bytes;
+		return;
+	}
+	assert(out->nr_iov < OUT_IOVECS);
+	out->iov[out->nr_iov] = (struct iovec){.iov_base = (void *)(uintptr_t)at, .iov_len = nr_bytes};
+	out->owner[out->nr_iov++] = owner;
+}
+
+uint8_t *out_reserve(struct nbd_turn *turn, size_t nr_bytes)
+{
+	uint8_t *at = turn->out.arena + turn->out.arena_used;
+
+	assert(turn->out.arena_used + nr_bytes <= ARENA_BYTES);
+	turn->out.arena_used += nr_bytes;
+	out_refer(turn, at, nr_bytes, NULL);
+	return at;
+}
+
+static void piece_spend(struct nbd_turn *turn, struct nbd_piece *piece)
+{
+	struct nbd_connection *connection = turn->connection;
+
+	connection->buffered_bytes -= piece->bytes ? piece->length : 0;
+	connection->nr_pieces--;
+	piece_free(piece);
+}
+
+void out_release(struct nbd_turn *turn)
+{
+	struct nbd_out *out = &turn->out;
+
+	for (uint32_t i = 0; i < out->nr_holds; i++)
+		extent_release(out->holds[i]);
+	for (struct nbd_piece *piece; (piece = out->spent);) {
+		out->spent = piece->next;
+		piece_spend(turn, piece);
+	}
+	out->nr_holds = out->nr_iov = 0;
+	out->bytes = out->arena_used = 0;
+}
+
+static void backlog_push(struct nbd_connection *connection, struct nbd_segment *segment)
+{
+	*connection->backlog_tail = segment;
+	connection->backlog_tail = &segment->next;
+}
+
+/* A piece that is in the backlog is freed with its segment, not with this send. */
+static void spent_forget(struct nbd_out *out, const struct nbd_piece *piece)
+{
+	for (struct nbd_piece **at = &out->spent; *at; at = &(*at)->next)
+		if (*at == piece) {
+			*at = piece->next;
+			return;
+		}
+	assert(false);
+}
+
+/* Keeps iovecs [i, nr_iov) for later. Neighbours without an owner are copied together. */
+static int backlog_keep(struct nbd_turn *turn, uint32_t i)
+{
+	struct nbd_out *out = &turn->out;
+
+	while (i < out->nr_iov) {
+		struct nbd_piece *owner = out->owner[i];
+		size_t nr = out->iov[i].iov_len;
+		uint32_t end = i + 1;
+
+		for (; !owner && end < out->nr_iov && !out->owner[end]; end++)
+			nr += out->iov[end].iov_len;
+		struct nbd_segment *segment = malloc(sizeof *segment + (owner ? 0 : nr));
+		if (!segment)
+			return -ENOMEM;
+		*segment = (struct nbd_segment){.at = owner ? out->iov[i].iov_base : segment + 1, .nr = nr, .owner = owner};
+		if (owner)
+			spent_forget(out, owner);
+		uint8_t *to = (uint8_t *)(segment + 1);
+		for (; i < end; i++)
+			if (!owner)
+				to = (uint8_t *)memcpy(to, out->iov[i].iov_base, out->iov[i].iov_len) + out->iov[i].iov_len;
+		backlog_push(turn->connection, segment);
+	}
+	return 0;
+}
+
+void out_send(struct nbd_turn *turn)
+{
+	struct nbd_connection *connection = turn->connection;
+	struct nbd_out *out = &turn->out;
+	uint32_t first = 0;
+
+	while (first < out->nr_iov && !connection->broken && !connection->backlog) {
+		struct msghdr message = {.msg_iov = out->iov + first, .msg_iovlen = out->nr_iov - first};
+		ssize_t sent = sendmsg(connection->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+		if (sent < 0 && errno == EINTR)
+			continue;
+		if (sent < 0 && errno != EAGAIN) {
+			nbd_turn_break(turn, NBD_END_IO, -errno);
+			break;
+		}
+		for (size_t left = sent < 0 ? 0 : (size_t)sent; left;) {
+			struct iovec *iov = &out->iov[first];
+			size_t nr = left < iov->iov_len ? left : iov->iov_len;
+
+			iov->iov_base = (char *)iov->iov_base + nr;
+			iov->iov_len -= nr;
+			left -= nr;
+			first += iov->iov_len == 0;
+		}
+		if (first < out->nr_iov && sent < 0 && backlog_keep(turn, first) < 0)
+			nbd_turn_break(turn, NBD_END_MEMORY, 0);
+	}
+	out_release(turn);
+}
+
+bool out_send_backlog(struct nbd_turn *turn)
+{
+	struct nbd_connection *connection = turn->connection;
+
+	for (struct nbd_segment *segment; (segment = connection->backlog) && !connection->broken;) {
+		ssize_t sent = send(connection->fd, segment->at, segment->nr, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+		if (sent < 0 && errno == EINTR)
+			continue;
+		if (sent < 0 && errno == EAGAIN)
+			return false;
+		if (sent < 0) {
+			nbd_turn_break(turn, NBD_END_IO, -errno);
+			break;
+		}
+		segment->at += sent;
+		segment->nr -= (size_t)sent;
+		if (segment->nr)
+			continue;
+		connection->backlog = segment->next;
+		if (!connection->backlog)
+			connection->backlog_tail = &connection->backlog;
+		if (segment->owner)
+			piece_spend(turn, segment->owner);
+		free(segment);
+	}
+	return true;
+}
+
+void reply_chunk(struct nbd_turn *turn, const struct nbd_request *request, uint16_t type, uint64_t length, bool done)
+{
+	bool extended = turn->connection->terms.extended;
+	uint8_t *to = out_reserve(turn, extended ? NBD_EXTENDED_CHUNK_BYTES : NBD_CHUNK_BYTES);
+
+	to = wire_put32(to, extended ? NBD_EXTENDED_REPLY_MAGIC : NBD_STRUCTURED_REPLY_MAGIC);
+	to = wire_put16(to, done ? NBD_REPLY_FLAG_DONE : 0);
+	to = wire_put16(to, type);
+	to = wire_put_raw64(to, request->cookie);
+	if (extended)
+		wire_put64(wire_put64(to, request->offset), length);
+	else
+		wire_put32(to, (uint32_t)length);
+}
+
+void reply_status(struct nbd_turn *turn, const struct nbd_request *request, int err)
+{
+	const struct nbd_terms *terms = &turn->connection->terms;
+
+	if (turn->connection->broken)
+		return;
+	turn->counts.errors += err != 0;
+	if (err && (terms->structured || terms->extended)) {
+		reply_chunk(turn, request, NBD_REPLY_TYPE_ERROR, 6, true);
+		wire_put16(wire_put32(out_reserve(turn, 6), wire_error(err)), 0);
+	} else if (terms->extended || (terms->structured && request->type == NBD_CMD_READ)) {
+		reply_chunk(turn, request, NBD_REPLY_TYPE_NONE, 0, true);
+	} else {
+		uint8_t *to = out_reserve(turn, NBD_SIMPLE_REPLY_BYTES);
+
+		to = wire_put32(to, NBD_SIMPLE_REPLY_MAGIC);
+		wire_put_raw64(wire_put32(to, err ? wire_error(err) : 0), request->cookie);
+	}
+}
+
+void reply_data(struct nbd_turn *turn, const struct nbd_request *request, uint64_t offset, uint32_t length, bool done)
+{
+	if (turn->connection->terms.structured || turn->connection->terms.extended) {
+		reply_chunk(turn, request, NBD_REPLY_TYPE_OFFSET_DATA, (uint64_t)length + 8, done);
+		wire_put64(out_reserve(turn, 8), offset);
+	} else {
+		reply_status(turn, request, 0);
+	}
+}

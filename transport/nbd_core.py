@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NBD's transmission phase, served by the C core: sockets are handed over and come back as ends.
+
+Whoever negotiated hands a socket over; from then on the core's threads own it. Nothing here runs
+per request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any, Final
+
+from cowshed.cache import Image
+from cowshed.cache._core import ffi, lib
+from cowshed.cache.calls import checked
+
+__all__ = [
+    "Ended",
+    "NbdCounters",
+    "NbdEnd",
+    "NbdExport",
+    "NbdLatency",
+    "NbdServer",
+]
+
+_TAKE_MAX: Final = 256
+_NR_BUCKETS: Final = int(lib.LATENCY_BUCKETS)
+
+
+class NbdEnd(IntEnum):
+    """Why a connection ended; who could not go on, and with what."""
+
+    DISC = lib.NBD_END_DISC
+    EOF = lib.NBD_END_EOF
+    DETACHED = lib.NBD_END_DETACHED
+    PROTOCOL = lib.NBD_END_PROTOCOL
+    IO = lib.NBD_END_IO
+    MEMORY = lib.NBD_END_MEMORY
+
+
+class NbdLatency(IntEnum):
+    """Reads answered from what is resident, reads that waited for a load, writes, flushes."""
+
+    HIT = lib.NBD_LATENCY_HIT
+    MISS = lib.NBD_LATENCY_MISS
+    WRITE = lib.NBD_LATENCY_WRITE
+    FLUSH = lib.NBD_LATENCY_FLUSH
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A connection that is no more. err is 0, or the errno its socket failed with."""
+
+    connection_no: int
+    reason: NbdEnd
+    err: int
+
+
+@dataclass(frozen=True)
+class NbdCounters:
+    """What an export's clients did, ever; parked: requests that wait now. Meanings: nbd.h."""
+
+    connections: int = 0
+    reads: int = 0
+    writes: int = 0
+    trims: int = 0
+    zeroes: int = 0
+    flushes: int = 0
+    caches: int = 0
+    block_statuses: int = 0
+    errors: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    parked: int = 0
+
+    def __add__(self, other: NbdCounters) -> NbdCounters:
+        return NbdCounters(*(getattr(self, name) + getattr(other, name) for name in _COUNTERS))
+
+
+_COUNTERS: Final = tuple(field.name for field in fields(NbdCounters))
+
+
+class NbdServer:
+    """The threads that serve connections. Close exports first, then it.
+
+    event_fd becomes readable when connections have ended; take_ended() then names them, once each.
+    """
+
+    def __init__(self, nr_workers: int) -> None:
+        server = ffi.new("struct nbd_server **")
+        checked(lib.nbd_server_init(nr_workers, server), f"starting {nr_workers} NBD threads")
+        self.cdata = server[0]
+
+    @property
+    def event_fd(self) -> int:
+        """Borrowed."""
+        return int(lib.nbd_event_fd(self.cdata))
+
+    def attach(
+        self,
+        export: NbdExport,
+        fd: int,
+        *,
+        structured: bool = False,
+        extended: bool = False,
+        read_only: bool = False,
+        context_ids: Sequence[int] = (),
+        max_payload_bytes: int = 32 << 20,
+        early: bytes = b"",
+    ) -> int:
+        """Serve a connected stream socket and give the connection's number; fd is the core's now.
+
+        context_ids: base:allocation, cowshed:resident, cowshed:private; 0 for one not negotiated.
+        early: what was received behind the negotiation. On an error fd is the caller's still.
+        """
+        terms = ffi.new(
+            "struct nbd_terms *",
+            {
+                "structured": structured,
+                "extended": extended,
+                "read_only": read_only,
+                "max_payload_bytes": max_payload_bytes,
+                "context_ids": list(context_ids),
+            },
+        )
+        number = ffi.new("uint64_t *")
+        checked(
+            lib.nbd_attach(self.cdata, export.cdata, fd, terms, early, len(early), number),
+            f"serving a client of {export.image.name!r}",
+        )
+        return int(number[0])
+
+    def detach(self, connection_no: int) -> None:
+        """Begin the end of a connection; one that has ended already is fine."""
+        lib.nbd_detach(self.cdata, connection_no)
+
+    def take_ended(self) -> list[Ended]:
+        """Name the connections that ended since the last call."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.event_fd)
+        ended = ffi.new("struct nbd_ended[]", _TAKE_MAX)
+        taken: list[Ended] = []
+        while nr := lib.nbd_take_ended(self.cdata, ended, _TAKE_MAX):
+            taken += [
+                Ended(ended[i].connection_no, NbdEnd(ended[i].reason), -ended[i].err)
+                for i in range(nr)
+            ]
+        return taken
+
+    def drain(self) -> None:
+        """End every connection and wait for the last; waits for loads and disks, for no client."""
+        lib.nbd_server_drain(self.cdata)
+
+    def close(self) -> None:
+        """End every connection, then the threads; UsageError while an export is open."""
+        if self.cdata is not None:
+            self.drain()
+            checked(lib.nbd_server_deinit(self.cdata), "ending the NBD threads")
+            self.cdata = None
+
+
+class NbdExport:
+    """An image for NBD's clients: read-only, or with an overlay (accounting.Overlay's cdata)."""
+
+    def __init__(self, server: NbdServer, image: Image, overlay: Any = None) -> None:
+        export = ffi.new("struct nbd_export **")
+        checked(
+            lib.nbd_export_init(
+                server.cdata, image.cdata, ffi.NULL if overlay is None else overlay, export
+            ),
+            f"exporting {image.name!r}",
+        )
+        self.image: Final = image
+        self.cdata = export[0]
+
+    def close(self) -> None:
+        """Give it up; UsageError, and nothing done, while a connection uses it."""
+        if self.cdata is not None:
+            checked(lib.nbd_export_deinit(self.cdata), f"closing an export of {self.image.name!r}")
+            self.cdata = None
+
+    def counters(self) -> NbdCounters:
+        """Read the counters, at no one instant."""
+        counters = ffi.new("struct nbd_counters *")
+        lib.nbd_export_count(self.cdata, counters)
+        return NbdCounters(*(getattr(counters, name) for name in _COUNTERS))
+
+    def latency(self, kind: NbdLatency) -> tuple[array[int], int]:
+        """Give the counts by bucket (bounds: bucket_bound_ns) and the sum in nanoseconds."""
+        counts = array("Q", bytes(8 * _NR_BUCKETS))
+        total = ffi.new("uint64_t *")
+        checked(
+            lib.nbd_export_latency(self.cdata, kind, ffi.from_buffer("uint64_t[]", counts), total),
+            "reading NBD latencies",
+        )
+        return counts, int(total[0])
