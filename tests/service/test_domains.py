@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cowshed.cache.errors import UsageError
+from cowshed.service.access import Access
 from cowshed.service.config import config_load
 from cowshed.service.domains import DomainMembers, Domains, Identity, parse_domains
 from cowshed.service.images import ImageSpec
@@ -83,6 +84,14 @@ def test_an_operators_guest_crosses_domains_by_the_full_name_only() -> None:
     assert find_for_guest(IMAGES, "tenant-b/debian", "default", is_operator=True) is B
     with pytest.raises(UsageError, match="there is alpine, tenant-a/debian, tenant-b/debian"):
         find_for_guest(IMAGES, "secret", "default", is_operator=True)
+
+
+def test_only_a_guests_own_images_are_listed_to_it(domains: Domains) -> None:
+    access = Access(domains, IMAGES)
+    assert access.usable(IMAGES, Identity(1001, 1)) == [A]
+    assert access.usable(IMAGES, Identity(client_name="vm.b")) == [B, ONLY_B]
+    assert access.usable(IMAGES, Identity(7, 7)) == [PLAIN]
+    assert access.usable(IMAGES, Identity(0, 0)) == IMAGES
 
 
 def test_an_operator_names_what_is_unique_and_is_told_the_choices_else() -> None:

@@ -102,11 +102,13 @@ def test_guests_share_frames_within_a_domain_and_none_beyond(
     carol = start_guest(daemon.uri, ALICE)  # alice's neighbour
     carol.call("open", image="debian", guest="other")
     carol.call("compare", path=image_path(daemon), offset=0, length=4 * MIB)
+    assert mapping(alice)[1] == mapping(carol)[1] != mapping(bob)[1]
     frames = [frame_numbers(guest) for guest in (alice, carol, bob)]
+    if frames[0] == {0}:
+        pytest.skip("the kernel hides frame numbers: needs CAP_SYS_ADMIN")
     assert len(frames[0]) == 4 * MIB // PAGE
     assert frames[0] == frames[1]
     assert not frames[0] & frames[2]
-    assert mapping(alice)[1] == mapping(carol)[1] != mapping(bob)[1]
     images = by_domain(daemon.status()["images"], "debian")
     assert [images[domain]["resident_bytes"] for domain in "ab"] == [4 * MIB, 4 * MIB]
     assert [images[domain]["saved_bytes"] for domain in "ab"] == [4 * MIB, 0]
