@@ -73,6 +73,10 @@ def cli() -> None:
 @click.option(
     "--overlay-dir", metavar="DIR", help="Keep NBD guests' writes there [default: in memory]."
 )
+@click.option(
+    "--no-keeper", is_flag=True, help="Let the backend's death be final, but under systemd."
+)
+@click.option("--keeper-of", type=int, hidden=True)
 @click.option("--verbose", is_flag=True, help="Also log guests coming and going.")
 def serve(
     config_file: Path | None,
@@ -82,12 +86,14 @@ def serve(
     metrics: str | None,
     nbd: str | None,
     overlay_dir: str | None,
+    no_keeper: bool,
+    keeper_of: int | None,
     verbose: bool,
 ) -> int:
     """Run the daemon in the foreground, serving images to guests.
 
-    The TOML file of --config may set capacity, run_dir, state_dir, extent, loaders, quota,
-    on_quota ("stop", "kill" or "allow"), metrics, guest_metrics, nbd, overlay_dir, log
+    The TOML file of --config may set capacity, run_dir, state_dir, extent, loaders, keeper,
+    quota, on_quota ("stop", "kill" or "allow"), metrics, guest_metrics, nbd, overlay_dir, log
     ("logfmt" or "json"), log_level ("debug" to "error") and, in a table [images],
     NAME = "SOURCE"; [[image]] has name, source and domain; a table [domains.NAME]
     lists its members by uids, gids and clients; a table [tls] has cert, key and ca,
@@ -102,15 +108,19 @@ def serve(
             metrics=metrics,
             nbd=nbd,
             overlay_dir=overlay_dir,
+            no_keeper=no_keeper,
             verbose=verbose,
         )
     except UsageError as error:
         raise WrongUsage(str(error)) from error
-    # Not at the top: it loads the C core, which `--help` and a wrong option do without.
+    # Not at the top: they load the C core, which `--help` and a wrong option do without.
     from cowshed.service.daemon import run
+    from cowshed.service.keeping import run_keeper_of, run_kept
 
     try:
-        return run(config)
+        if keeper_of is not None:
+            return run_keeper_of(config, keeper_of)
+        return run_kept(config) if config.keeper else run(config)
     except OSError as error:
         raise CowshedError(f"cannot serve at {config.run_dir}: {error}") from error
 

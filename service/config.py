@@ -8,6 +8,7 @@ A file has this shape; every key is optional, and an unknown one is an error::
     state_dir = "/var/lib/cowshed"  # recorded working sets; RUN_DIR/state unless given
     extent   = "64K"                # unit of load and eviction: a power of two, 4K to 2M
     loaders  = 4                    # threads that load extents
+    keeper   = true                 # a process that starts the backend again if it dies
     quota    = "64M"                # private bytes of guests that name no quota; or "none"
     on_quota = "stop"               # at the limit: stop the writer, kill it, or allow (count)
     metrics  = "localhost:9432"     # where Prometheus may ask; nowhere unless given
@@ -77,6 +78,7 @@ _KEYS = (
     "state_dir",
     "extent",
     "loaders",
+    "keeper",
     "quota",
     "on_quota",
     "metrics",
@@ -108,6 +110,7 @@ class Config:
     capacity_bytes: int = CAPACITY_DEFAULT_BYTES
     extent_bytes: int = EXTENT_DEFAULT_BYTES
     loaders: int = LOADERS_DEFAULT
+    keeper: bool = True
     default_quota_bytes: int | None = None
     default_on_quota: OnQuota = "stop"
     metrics: Endpoint | None = None
@@ -198,6 +201,7 @@ def config_load(
     metrics: str | None = None,
     nbd: str | None = None,
     overlay_dir: str | None = None,
+    no_keeper: bool = False,
     verbose: bool = False,
 ) -> Config:
     """The configuration of `config_file` (None: none) overridden by options that are given.
@@ -248,6 +252,8 @@ def config_load(
         paths["overlay_dir"] = Path(_text_of({"overlay_dir": overlay_dir}, "overlay_dir"))
     if "overlay_dir" in paths:
         settings["overlay_dir"] = absolute(paths["overlay_dir"])
+    if no_keeper:
+        settings["keeper"] = False
     if verbose and settings.get("log_level") != "debug":
         settings["log_level"] = "info"
     run_dir_path = absolute(paths.get("run_dir", Path(RUN_DIR_DEFAULT)))
@@ -332,6 +338,10 @@ def _settings_of(table: Mapping[str, Any]) -> dict[str, Any]:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise UsageError(f"{key} is {value!r}: give a whole number of {what}")
             settings[key] = value
+    if "keeper" in table:
+        if not isinstance(table["keeper"], bool):
+            raise UsageError(f"keeper is {table['keeper']!r}: give true or false")
+        settings["keeper"] = table["keeper"]
     return settings
 
 

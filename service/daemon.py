@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
-from cowshed.accounting import Watermarks
-from cowshed.cache import FileSource, Image, PageStore
+from cowshed.cache import Image
 from cowshed.service.access import Access
 from cowshed.service.config import Config, socket_path
 from cowshed.service.control import Control
 from cowshed.service.digests import DigestThread
 from cowshed.service.door import Door, raise_file_limit
 from cowshed.service.evictor import Evictor
+from cowshed.service.fd_store import FdStore, take_inherited
 from cowshed.service.guest_door import GuestDoor
 from cowshed.service.guests import GuestTable
 from cowshed.service.http_server import HttpServer
-from cowshed.service.images import ImageSpec
+from cowshed.service.image_opening import open_store
+from cowshed.service.keeping import KeeperWatch
 from cowshed.service.logs import EventLog, logging_begin, logging_end, logging_tell_suppressed
 from cowshed.service.loop import READ, Loop, ignore_stop_signals
 from cowshed.service.metrics import Exporter, MetricsSources
 from cowshed.service.metrics_settle import Settler
+from cowshed.service.remains import Remains
 from cowshed.service.run_lock import run_dir_locked
 from cowshed.service.sizes import format_bytes
 from cowshed.service.status import StatusReader
@@ -38,7 +38,7 @@ from cowshed.service.web_pages import web_routes
 from cowshed.service.web_state import StateReader
 from cowshed.service.workers import Workers
 from cowshed.service.working_sets import WorkingSets
-from cowshed.transport import listen
+from cowshed.transport import Listener, adopt_listener, listen
 
 __all__ = ["Daemon", "run"]
 
@@ -56,22 +56,37 @@ def run(config: Config) -> int:
     logging_begin(config.log_format, config.log_level)
     with contextlib.ExitStack() as stack:
         stack.callback(logging_end)
-        daemon = Daemon(config, stack)
+        left = take_inherited(os.environ)
+        supervisor = os.environ.pop("NOTIFY_SOCKET", None)
+        fd_store = stack.enter_context(contextlib.closing(FdStore(supervisor, left)))
+        daemon = Daemon(config, stack, fd_store, Remains(left))
         daemon.serve()
     ignore_stop_signals()
     return 0
 
 
 class Daemon:
-    """Everything that serves one configuration; the stack it is given closes what it opens."""
+    """Everything that serves one configuration; the stack it is given closes what it opens.
 
-    def __init__(self, config: Config, stack: contextlib.ExitStack) -> None:
+    fd_store holds what our successor is to have; remains is what our predecessor left.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        stack: contextlib.ExitStack,
+        fd_store: FdStore | None = None,
+        remains: Remains | None = None,
+    ) -> None:
         self.config: Final = config
+        self._fd_store = fd_store or stack.enter_context(contextlib.closing(FdStore(None)))
+        remains = remains or Remains({})
+        stack.callback(remains.close)
         door = Door(raise_file_limit())
         stack.enter_context(run_dir_locked(config.run_dir))
         self._tallies = Tallies()
         self.uffd_device: Final = _lend_device(stack)
-        store = self._store = stack.enter_context(_open_store(config))
+        store = self._store = stack.enter_context(open_store(config, self._fd_store, remains))
         self.guests: Final = GuestTable()
         evictor = self._evictor = Evictor(store)
         self._working_sets = WorkingSets(config.state_dir)
@@ -91,12 +106,28 @@ class Daemon:
         stack.callback(digests.stop)
         self._loop = stack.enter_context(Loop())
         self.workers: Final = Workers(self._loop.call)
-        listener = stack.enter_context(listen(f"unix://{socket_path(config.run_dir)}"))
+        listener = stack.enter_context(self._listen(remains))
+        stack.callback(KeeperWatch(self._fd_store, self._loop).close)
         self._guest_door = GuestDoor(listener, door, self, self._tallies, self._loop)
         stack.callback(self._guest_door.close)
         stack.callback(self.workers.stop)
         if config.metrics is not None:
             self._serve_metrics(stack)
+        self._let_go(remains)
+
+    def _listen(self, remains: Remains) -> Listener:
+        uri = f"unix://{socket_path(self.config.run_dir)}"
+        left = remains.take("listen/guests")
+        listener = adopt_listener(uri, left["socket"]) if left else listen(uri)
+        self._fd_store.hold("listen/guests", [listener.fileno()])
+        return listener
+
+    def _let_go(self, remains: Remains) -> None:
+        """Whatever our predecessor had that we have no use for."""
+        for name in remains:
+            _log.warning("left-over", "nothing served now is made of it", group=name)
+            self._fd_store.release(name)
+        remains.close()
 
     def _serve_metrics(self, stack: contextlib.ExitStack) -> None:
         config = self.config
@@ -121,6 +152,7 @@ class Daemon:
     def serve(self) -> None:
         """Answer until a signal or shut_down ends it."""
         loop = self._loop
+        loop.stop_on_signals()
         loop.watch(self._store.notice_fd, READ, self._on_notice)
         loop.every(_LOOK_SECONDS, self._look_at_sources)
         loop.every(_SAVE_SECONDS, self._save)
@@ -133,7 +165,9 @@ class Daemon:
                 f"{image.label} ({format_bytes(image.size_bytes)})" for image in self._store
             ),
         )
+        self._fd_store.tell(READY="1")
         loop.run()
+        self._fd_store.tell(STOPPING="1")
         self._working_sets.save(self._store)
         _log.notice("stopping", pid=os.getpid())
 
@@ -167,28 +201,6 @@ def _lend_device(stack: contextlib.ExitStack) -> int | None:
     else:
         stack.callback(os.close, device)
     return device
-
-
-@contextlib.contextmanager
-def _open_store(config: Config) -> Iterator[PageStore]:
-    with PageStore(
-        config.capacity_bytes,
-        extent_bytes=config.extent_bytes,
-        nr_loaders=config.loaders,
-        low_free_extents=Watermarks(config.capacity_bytes // config.extent_bytes).low_free,
-    ) as store:
-        for spec in config.images:
-            _open_image(store, spec)
-        yield store
-
-
-def _open_image(store: PageStore, spec: ImageSpec) -> None:
-    source = FileSource.open(Path(spec.source))
-    try:
-        store.open_image(spec.name, source, spec.domain)
-    except BaseException:
-        source.close()
-        raise
 
 
 def _say_digest(image: Image) -> None:

@@ -28,7 +28,7 @@ _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 @dataclass
 class _Timer:
-    seconds: float
+    seconds: float | None  # None: once
     due: float
     call: Callable[[], None]
 
@@ -47,6 +47,7 @@ class Loop:
         self._stopping = False
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.watch(self._wake_reader, READ, self._on_wake)
+        self._previous_wakeup: int | None = None
 
     def __enter__(self) -> Loop:
         return self
@@ -56,6 +57,8 @@ class Loop:
 
     def close(self) -> None:
         """Give the loop's own descriptors back; those it watches stay their owners'."""
+        if self._previous_wakeup is not None:
+            signal.set_wakeup_fd(self._previous_wakeup)
         self._selector.close()
         os.close(self._wake_reader)
         os.close(self._wake_writer)
@@ -78,6 +81,10 @@ class Loop:
         """Call something again and again, seconds apart or later."""
         self._timers.append(_Timer(seconds, time.monotonic() + seconds, call))
 
+    def once(self, seconds: float, call: Callable[[], None]) -> None:
+        """Call something once, that many seconds from now or later."""
+        self._timers.append(_Timer(None, time.monotonic() + seconds, call))
+
     def after_calls(self, call: Callable[[], None]) -> None:
         """Call something each time that calls of other threads have been made."""
         self._after_calls.append(call)
@@ -95,21 +102,21 @@ class Loop:
     def _stop(self) -> None:
         self._stopping = True
 
-    def run(self) -> None:
-        """Serve until stop(), SIGTERM or SIGINT."""
-        previous = signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
+    def stop_on_signals(self) -> None:
+        """From now on SIGTERM and SIGINT end run(), or keep it from beginning."""
+        self._previous_wakeup = signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         for number in _STOP_SIGNALS:
             signal.signal(number, lambda *_: self._stop())
-        try:
-            while not self._stopping:
-                for key, events in self._selector.select(self._seconds_left()):
-                    # One of those before it may have closed it.
-                    now = self._selector.get_map().get(key.fd)
-                    if now is not None and now.data is key.data:
-                        key.data(key.fd, events)
-                self._look_at_clock()
-        finally:
-            signal.set_wakeup_fd(previous)
+
+    def run(self) -> None:
+        """Serve until stop(), or a signal after stop_on_signals()."""
+        while not self._stopping:
+            for key, events in self._selector.select(self._seconds_left()):
+                # One of those before it may have closed it.
+                now = self._selector.get_map().get(key.fd)
+                if now is not None and now.data is key.data:
+                    key.data(key.fd, events)
+            self._look_at_clock()
 
     def _seconds_left(self) -> float | None:
         if not self._timers:
@@ -117,11 +124,15 @@ class Loop:
         return max(0.0, min(timer.due for timer in self._timers) - time.monotonic())
 
     def _look_at_clock(self) -> None:
-        for timer in self._timers:
+        for timer in list(self._timers):
             now = time.monotonic()
-            if now >= timer.due:
+            if now < timer.due:
+                continue
+            if timer.seconds is None:
+                self._timers.remove(timer)
+            else:
                 timer.due = now + timer.seconds
-                timer.call()
+            timer.call()
 
     def _on_wake(self, fd: int, _: int) -> None:
         with contextlib.suppress(BlockingIOError):

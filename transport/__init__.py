@@ -3,7 +3,7 @@
 
 from cowshed.transport.client import Backend, Disk, connect
 from cowshed.transport.connection import EOF, Connection, Peer, Received
-from cowshed.transport.unix import Listener, listen
+from cowshed.transport.unix import Listener, adopt_listener, listen
 
 __all__ = [
     "EOF",
@@ -13,6 +13,7 @@ __all__ = [
     "Listener",
     "Peer",
     "Received",
+    "adopt_listener",
     "connect",
     "listen",
 ]

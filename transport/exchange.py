@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -14,16 +15,32 @@ from cowshed.transport.protocol import VERSION, Body
 from cowshed.transport.unix import connect
 
 REPLY_SECONDS: Final = 60.0
+_GREETINGS: Final = 3
 
 
 def greet(uri: str) -> Connection:
     """Connect and agree on the version; the connection is the caller's.
 
-    Raises UsageError for a uri that cannot be used, PeerError if no backend of ours answers there.
+    A backend that dies as we come has a successor at the same socket, so that is asked too. Raises
+    UsageError for a uri that cannot be used, PeerError if no backend of ours answers there.
     """
+    for _ in range(_GREETINGS - 1):
+        with contextlib.suppress(_DiedError):
+            return _greet_once(uri)
+    return _greet_once(uri)
+
+
+class _DiedError(PeerError):
+    """The peer closed the connection before it said anything."""
+
+
+def _greet_once(uri: str) -> Connection:
     connection = connect(uri)
     try:
-        reply = ask(connection, "hello", {"version": VERSION, "features": []})
+        try:
+            reply = ask(connection, "hello", {"version": VERSION, "features": []})
+        except PeerError as error:
+            raise _DiedError(str(error)) from error
         version = take_number(reply, "version")
         if version != VERSION:
             raise PeerError(f"the backend at {uri} speaks version {version}, we speak {VERSION}")

@@ -15,7 +15,17 @@ from cowshed.cache.errors import PeerError, UsageError
 from cowshed.transport.connection import EOF, Connection, Peer, Received
 from cowshed.transport.protocol import MAX_REPLY_BYTES, MAX_REQUEST_BYTES
 
-__all__ = ["EOF", "Connection", "Listener", "Peer", "Received", "connect", "listen", "parse_uri"]
+__all__ = [
+    "EOF",
+    "Connection",
+    "Listener",
+    "Peer",
+    "Received",
+    "adopt_listener",
+    "connect",
+    "listen",
+    "parse_uri",
+]
 
 _SCHEME: Final = "unix://"
 # sockaddr_un: 108 bytes with the closing NUL.
@@ -132,6 +142,17 @@ def listen(uri: str, mode: int = 0o666, backlog: int = 128) -> Listener:
         sock.close()
         raise UsageError(f"cannot listen at {uri}: {error.strerror}") from error
     return Listener(sock, path)
+
+
+def adopt_listener(uri: str, fd: int) -> Listener:
+    """Go on listening with a socket that another process, now gone, listened with at uri.
+
+    Takes fd over on success. UsageError if the path is gone.
+    """
+    path = parse_uri(uri)
+    if not os.path.exists(path):
+        raise UsageError(f"cannot go on listening at {uri}: somebody removed {path}")
+    return Listener(socket.socket(fileno=fd), path)
 
 
 def _remove_stale(uri: str, path: str) -> None:

@@ -58,7 +58,10 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 class Daemon:
-    """A `cowshed serve` of ours, as uid, run by the command before. Its log is at log_path."""
+    """A `cowshed serve` of ours, as uid, run by the command before. Its log is at log_path.
+
+    pid is the backend's, or, if it is kept, the keeper's.
+    """
 
     def __init__(
         self,
@@ -66,13 +69,18 @@ class Daemon:
         arguments: list[str],
         uid: int | None = None,
         before: Sequence[str] = (),
+        kept: bool = False,
     ) -> None:
+        keeper = () if kept else ("--no-keeper",)
         self.run_dir = run_dir
         self.uri = f"unix://{run_dir}/cowshed.sock"
         self.log_path = run_dir / "log"
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [*before, *command("serve", "--run-dir", str(run_dir), *arguments, uid=uid)],
+                [
+                    *before,
+                    *command("serve", "--run-dir", str(run_dir), *keeper, *arguments, uid=uid),
+                ],
                 stderr=log,
                 stdout=log,
             )
