@@ -22,6 +22,7 @@ from cowshed.service.fd_store import FdStore, take_inherited
 from cowshed.service.guest_door import GuestDoor
 from cowshed.service.guests import GuestTable
 from cowshed.service.http_server import HttpServer
+from cowshed.service.image_folders import image_folders
 from cowshed.service.image_opening import open_store
 from cowshed.service.keeping import KeeperWatch
 from cowshed.service.logs import EventLog, logging_begin, logging_end, logging_tell_suppressed
@@ -84,6 +85,7 @@ class Daemon:
         stack.callback(remains.close)
         door = Door(raise_file_limit())
         stack.enter_context(run_dir_locked(config.run_dir))
+        stack.enter_context(image_folders(config.run_dir, config.images, config.domains))
         self._tallies = Tallies()
         self.uffd_device: Final = _lend_device(stack)
         store = self._store = stack.enter_context(open_store(config, self._fd_store, remains))

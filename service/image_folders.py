@@ -8,18 +8,22 @@ in its owner, root, and the users and groups that the domain lists, by a POSIX a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
 from cowshed.cache.errors import UsageError
 from cowshed.service.domains import DomainMembers, Domains
+from cowshed.service.logs import EventLog
 from cowshed.service.names import Named, image_socket_path
 
-__all__ = ["make_image_folders"]
+__all__ = ["image_folders", "make_image_folders"]
+
+_log = EventLog("cowshed")
 
 _ACL: Final = "system.posix_acl_access"
 # linux/posix_acl_xattr.h: a version, then {tag, permissions, id} entries in the order of tags.
@@ -28,6 +32,25 @@ _ENTRY: Final = struct.Struct("<HHI")
 _USER_OBJ, _USER, _GROUP_OBJ, _GROUP, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 _NO_ID: Final = 0xFFFFFFFF
 _ENTER: Final = 1
+
+
+@contextlib.contextmanager
+def image_folders(run_dir: Path, images: Iterable[Named], domains: Domains) -> Iterator[None]:
+    """Have the folders for as long as the block lasts; what is empty then is removed."""
+    images = list(images)
+    for domain in make_image_folders(run_dir, images, domains):
+        _log.warning(
+            "open-folder",
+            f"the file system of {run_dir} has no access control lists, so anybody can connect to "
+            f"the sockets of domain {domain!r}, and is turned away then: choose another --run-dir",
+        )
+    try:
+        yield
+    finally:
+        root = run_dir / "images"
+        for folder in [*{image_socket_path(run_dir, image).parent for image in images}, root]:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def make_image_folders(run_dir: Path, images: Iterable[Named], domains: Domains) -> list[str]:

@@ -260,6 +260,19 @@ def connects(path: Path, uid: int, gid: int) -> bool:
     return done.returncode == 0
 
 
+def test_the_daemon_has_the_folders_while_it_runs(daemon: Daemon) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        path = daemon.run_dir / "images/a/x.sock"
+        sock.bind(str(path))
+        path.chmod(0o666)
+        sock.listen()
+        assert connects(path, ALICE, ALICE)
+        assert not connects(path, BOB, BOB)
+        path.unlink()
+    assert daemon.stop() == 0
+    assert not (daemon.run_dir / "images").exists()
+
+
 def test_only_members_of_a_domain_reach_its_sockets(listener: Path, run_dir: Path) -> None:
     assert connects(listener, ALICE, 7)
     assert connects(listener, 7, BOB)
