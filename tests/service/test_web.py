@@ -348,6 +348,30 @@ def test_names_are_text_and_nothing_comes_from_elsewhere(
 
 
 @needs_browser
+def test_images_and_guests_of_one_name_in_two_domains_are_shown_apart(
+    make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest, browser: Browser
+) -> None:
+    image = make_image(MIB)
+    images = ("--image", f"d={image}", "--image", f"d={image},domain=tenant")
+    daemon = start_daemon(*images, "--metrics", "127.0.0.1:0")
+    for name, length in (("d", 4 * EXTENT), ("tenant/d", 8 * EXTENT)):
+        start_guest(daemon.uri).call("open", image=name, guest="g")
+        daemon.request("warm", image=f"default/{name}" if name == "d" else name, length=length)
+    assert [each["nr_guests"] for each in state_of(daemon)["images"]] == [1, 1]
+    browser.open(page_url(daemon))
+    wait_for(browser, daemon)
+    titles = "return [...document.querySelectorAll('#images h3')].map((each) => each.textContent)"
+    assert browser.run(titles) == ["d", "tenant/d"]
+    cells = "return [...document.querySelectorAll('#images canvas')].map((each) => "
+    cells += "JSON.parse(each.dataset.counts).all)"
+    assert browser.run(cells) == [4, 8]
+    column = "return [...document.querySelectorAll('#guests tbody tr')].map((row) => "
+    column += "row.cells[1].textContent)"
+    assert browser.run(column) == ["d", "tenant/d"]
+    assert browser.complaints() == []
+
+
+@needs_browser
 def test_the_page_fits_a_phone_and_both_colour_schemes(
     make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest, browser: Browser
 ) -> None:
