@@ -3,33 +3,74 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from array import array
+from pathlib import Path
+from typing import Any, Final
 
 from cowshed.accounting.ledger import Account
-from cowshed.cache import UsageError
+from cowshed.cache import SourceError, UsageError
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
 
 __all__ = ["Overlay"]
 
+IDENTITY_BYTES: Final = 32
+
 
 class Overlay:
     """One guest's own pages; everything else is the image's. Close it before its account.
 
-    The account's quota bounds it: at the limit a write is refused. Its policy "allow" only counts.
+    The account's purse bounds it: at the quota a write is refused with "no space". The policy
+    "allow" only counts.
     """
 
-    def __init__(self, account: Account) -> None:
-        overlay = ffi.new("struct overlay **")
-        checked(
-            lib.overlay_open(account.cdata, overlay),
-            f"opening an overlay over {account.image.name!r}",
-        )
-        self.account = account
-        self.cdata = overlay[0]
+    def __init__(self, account: Account, cdata: Any = None) -> None:
+        """Open an empty one in memory; files() gives one that outlives the process."""
+        if cdata is None:
+            overlay = ffi.new("struct overlay **")
+            checked(
+                lib.overlay_open(account.cdata, overlay),
+                f"opening an overlay over {account.image.name!r}",
+            )
+            cdata = overlay[0]
+        self.account: Final = account
+        self.cdata = cdata
+
+    @classmethod
+    def files(cls, account: Account, folder: Path, name: str, identity: bytes) -> Overlay:
+        """Open the overlay in FOLDER/NAME.pages and FOLDER/NAME.map, or make it.
+
+        identity: 32 bytes that no other image has (its digest). What the files hold is charged to
+        the account, past the quota too. UsageError if they are another image's or another process
+        has them open; SourceError if they are damaged or can't be had: they are left as they are.
+        """
+        if len(identity) != IDENTITY_BYTES:
+            raise UsageError(f"an identity of {len(identity)} bytes; give {IDENTITY_BYTES}")
+        pages, table = folder / f"{name}.pages", folder / f"{name}.map"
+        fds: list[int] = []
+        try:
+            for path in (pages, table):
+                fds.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # noqa: PERF401
+            overlay = ffi.new("struct overlay **")
+            _sync_folder(folder)
+            _check_open(
+                lib.overlay_open_files(account.cdata, fds[0], fds[1], identity, overlay), pages
+            )
+        except OSError as error:
+            _close_all(fds)
+            raise SourceError(f"{error.filename or folder}: {error.strerror}") from error
+        except BaseException:
+            _close_all(fds)
+            raise
+        return cls(account, overlay[0])
 
     def close(self) -> None:
-        """Give it up; no export may use it any more. In memory, its pages are lost."""
+        """Give it up; no export may use it any more. In memory, its pages are lost.
+
+        With files, SourceError if what was not flushed yet could not be.
+        """
         if self.cdata is not None:
             cdata, self.cdata = self.cdata, None
             checked(
@@ -53,3 +94,27 @@ class Overlay:
             f"looking at an overlay over {self.account.image.name!r}",
         )
         return words.tobytes()
+
+
+def _check_open(result: int, path: Path) -> None:
+    if result == -errno.ESTALE:
+        raise UsageError(f"{path} was made over another image; move it and its map away")
+    if result == -errno.EBUSY:
+        raise UsageError(f"{path} is open in another process; end that, or use another folder")
+    if result == -errno.EBADMSG:
+        raise SourceError(f"{path} and its map are damaged; restore them, or move them away")
+    if result < 0:
+        raise OSError(-result, os.strerror(-result), str(path))
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

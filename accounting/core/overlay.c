@@ -36,7 +36,6 @@ int overlay_init(struct account *account, int data_fd, struct overlay **overlay_
 
 void overlay_deinit(struct overlay *overlay)
 {
-	close(overlay->data_fd);
 	for (int i = 0; i < OVERLAY_STRIPES; i++)
 		pthread_rwlock_destroy(&overlay->stripes[i]);
 	free(overlay);
@@ -60,11 +59,12 @@ int overlay_close(struct overlay *overlay)
 {
 	int err = overlay->disk ? disk_close(overlay) : 0;
 
+	close(overlay->data_fd);
 	overlay_deinit(overlay);
 	return err;
 }
 
-static pthread_rwlock_t *stripe_of(struct overlay *overlay, uint64_t page)
+pthread_rwlock_t *overlay_stripe(struct overlay *overlay, uint64_t page)
 {
 	return &overlay->stripes[page / GROUP_PAGES % OVERLAY_STRIPES];
 }
@@ -116,12 +116,12 @@ static void make_private(struct overlay *overlay, uint64_t first, uint64_t nr, u
 {
 	struct account *account = overlay->account;
 
+	if (!nr_new)
+		return;
 	*reserved -= nr_new;
 	count_add(&account->header->private_pages, nr_new);
 	count_add(COUNTER(account->header, charged_pages), nr_new);
 	count_add(COUNTER(account->header, write_copied), nr_new);
-	if (!nr_new)
-		return;
 	uint64_t mask = (nr == 64 ? ~(uint64_t)0 : ((uint64_t)1 << nr) - 1) << first % 64;
 	atomic_fetch_or_explicit(&account->private[first / 64], mask, memory_order_acq_rel);
 	if (overlay->disk)
@@ -130,11 +130,11 @@ static void make_private(struct overlay *overlay, uint64_t first, uint64_t nr, u
 
 /* ---- bytes ---- */
 
-static int data_punch(struct overlay *overlay, uint64_t offset, uint64_t length)
+int overlay_punch(struct overlay *overlay, uint64_t first, uint64_t nr)
 {
 	int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
 
-	return fallocate(overlay->data_fd, mode, (off_t)offset, (off_t)length) < 0 ? -errno : 0;
+	return fallocate(overlay->data_fd, mode, (off_t)(first << PAGE_SHIFT), (off_t)(nr << PAGE_SHIFT)) < 0 ? -errno : 0;
 }
 
 static int data_write(struct overlay *overlay, uint64_t offset, uint64_t length, const uint8_t *bytes)
@@ -156,7 +156,7 @@ static void data_clean(struct overlay *overlay, uint64_t first, uint64_t nr)
 {
 	for (uint64_t page = first; page < first + nr; page++)
 		if (!bits_test(overlay->account->private, page))
-			data_punch(overlay, page << PAGE_SHIFT, PAGE_BYTES);
+			overlay_punch(overlay, page, 1);
 }
 
 static uint64_t nr_pages_of(uint64_t length)
@@ -174,7 +174,7 @@ int overlay_write(struct overlay *overlay, uint64_t offset, uint64_t length, con
 
 		here = here < length ? here : length;
 		uint64_t nr = nr_pages_of(here);
-		pthread_rwlock_wrlock(stripe_of(overlay, first));
+		pthread_rwlock_wrlock(overlay_stripe(overlay, first));
 		uint64_t nr_new = nr - bits_count(overlay->account->private, first, first + nr);
 		err = pay(overlay, nr_new, reserved);
 		if (!err) {
@@ -186,7 +186,7 @@ int overlay_write(struct overlay *overlay, uint64_t offset, uint64_t length, con
 			else
 				make_private(overlay, first, nr, nr_new, reserved);
 		}
-		pthread_rwlock_unlock(stripe_of(overlay, first));
+		pthread_rwlock_unlock(overlay_stripe(overlay, first));
 		offset += here;
 		length -= here;
 		bytes += here;
@@ -214,14 +214,16 @@ int overlay_zero(struct overlay *overlay, uint64_t offset, uint64_t length, bool
 
 		here = here < length ? here : length;
 		uint64_t nr = nr_pages_of(here);
-		pthread_rwlock_wrlock(stripe_of(overlay, first));
+		pthread_rwlock_wrlock(overlay_stripe(overlay, first));
 		uint64_t nr_new = nr - bits_count(overlay->account->private, first, first + nr);
 		err = pay(overlay, nr_new, reserved);
 		if (!err && (nr_new < nr || overlay->disk)) /* else there are no bytes to be rid of */
-			err = data_punch(overlay, offset, nr << PAGE_SHIFT);
+			err = overlay_punch(overlay, first, nr);
+		if (err == -EOPNOTSUPP) /* a file system without holes */
+			err = data_write(overlay, offset, here, zeros);
 		if (!err)
 			make_private(overlay, first, nr, nr_new, reserved);
-		pthread_rwlock_unlock(stripe_of(overlay, first));
+		pthread_rwlock_unlock(overlay_stripe(overlay, first));
 		offset += here;
 		length -= here;
 	}
@@ -238,7 +240,7 @@ int overlay_patch(struct overlay *overlay, uint64_t offset, uint32_t length, con
 
 	assert(in_page + length <= PAGE_BYTES);
 	bytes = bytes ? bytes : zeros;
-	pthread_rwlock_wrlock(stripe_of(overlay, page));
+	pthread_rwlock_wrlock(overlay_stripe(overlay, page));
 	if (bits_test(overlay->account->private, page)) {
 		err = data_write(overlay, offset, length, bytes);
 	} else if (frame) {
@@ -254,7 +256,7 @@ int overlay_patch(struct overlay *overlay, uint64_t offset, uint32_t length, con
 		else
 			make_private(overlay, page, 1, 1, reserved);
 	}
-	pthread_rwlock_unlock(stripe_of(overlay, page));
+	pthread_rwlock_unlock(overlay_stripe(overlay, page));
 	return err;
 }
 
@@ -269,7 +271,7 @@ int overlay_trim(struct overlay *overlay, uint64_t first, uint64_t nr)
 		uint64_t nr_gone = 0;
 
 		stop = stop < end ? stop : end;
-		pthread_rwlock_wrlock(stripe_of(overlay, page));
+		pthread_rwlock_wrlock(overlay_stripe(overlay, page));
 		while ((page = bits_next(account->private, page, stop)) < stop) {
 			uint64_t run_end = bits_next_clear(account->private, page, stop);
 
@@ -279,10 +281,10 @@ int overlay_trim(struct overlay *overlay, uint64_t first, uint64_t nr)
 			if (overlay->disk)
 				disk_trimmed(overlay->disk, page, run_end - page);
 			else
-				err = data_punch(overlay, page << PAGE_SHIFT, (run_end - page) << PAGE_SHIFT);
+				err = overlay_punch(overlay, page, run_end - page);
 			page = run_end;
 		}
-		pthread_rwlock_unlock(stripe_of(overlay, page - 1));
+		pthread_rwlock_unlock(overlay_stripe(overlay, page - 1));
 		atomic_fetch_sub(&account->header->private_pages, nr_gone);
 		overlay_give(overlay, nr_gone);
 		count_add(COUNTER(account->header, discarded_pages), nr_gone);
@@ -314,20 +316,20 @@ int64_t overlay_read_run(struct overlay *overlay, uint64_t offset, uint64_t leng
 	uint64_t end = offset;
 
 	if (bits_test(overlay->account->private, page)) {
-		pthread_rwlock_rdlock(stripe_of(overlay, page));
+		pthread_rwlock_rdlock(overlay_stripe(overlay, page));
 		if (bits_test(overlay->account->private, page)) {
 			end = run_end(overlay, offset, length, true);
 			for (uint64_t at = offset; at < end;) {
 				ssize_t got = pread(overlay->data_fd, (char *)to + (at - offset), end - at, (off_t)at);
 
 				if (got <= 0 && !(got < 0 && errno == EINTR)) {
-					pthread_rwlock_unlock(stripe_of(overlay, page));
+					pthread_rwlock_unlock(overlay_stripe(overlay, page));
 					return got < 0 ? -errno : -EIO;
 				}
 				at += got > 0 ? (uint64_t)got : 0;
 			}
 		}
-		pthread_rwlock_unlock(stripe_of(overlay, page));
+		pthread_rwlock_unlock(overlay_stripe(overlay, page));
 		if (end > offset) {
 			*private_out = true;
 			return (int64_t)(end - offset);
@@ -387,7 +389,8 @@ int overlay_stored(struct overlay *overlay, uint64_t *words_out, uint64_t nr_wor
 		if (end < 0)
 			return -errno;
 		for (uint64_t page = (uint64_t)at >> PAGE_SHIFT; page < nr_pages_of((uint64_t)end); page++)
-			words_out[page / 64] |= (uint64_t)1 << page % 64;
+			if (!overlay->disk || !disk_is_dropped(overlay->disk, page))
+				words_out[page / 64] |= (uint64_t)1 << page % 64;
 		at = end;
 	}
 	return 0;

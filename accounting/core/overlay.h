@@ -27,6 +27,12 @@ struct overlay;
 
 /* Opens an empty overlay in memory.  The account is borrowed, and must be closed after the overlay. */
 int overlay_open(struct account *account, struct overlay **overlay_out);
+#define OVERLAY_IDENTITY_BYTES 32
+/* Opens the overlay that two files hold, or makes it if map_fd is empty: which is of the image with that identity and
+ * size.  Its private pages are charged, past the quota too.  Takes both descriptors over on success only. -ESTALE: it is
+ * of another image; -EBADMSG: it is damaged; -EBUSY: somebody else has it open. */
+int overlay_open_files(struct account *account, int data_fd, int map_fd, const uint8_t *identity,
+                       struct overlay **overlay_out);
 /* Gives the private pages back; with files, flushes them first and keeps them (-errno if that failed).  Nobody may
  * use the overlay any more. */
 int overlay_close(struct overlay *overlay);

@@ -1,6 +1,439 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * An overlay in two files: its pages (sparse, each at its own offset), and the map of those that are private.
+ *
+ * The map is a header block, and for each 32,512 pages two slots of one block, each with a generation and a checksum. A
+ * slot is written with the next generation over the older of the two, so that a write that is cut short leaves the
+ * one before it. What a flush does, in this order:
+ *
+ *   the bits of the blocks that changed are copied        (a bit is set only after its page was written)
+ *   the pages are made durable                            so what a bit promises is there
+ *   the copies go to the older slots, and become durable  from here on a crash finds the new bits
+ *   pages that were trimmed before the copy are punched   not sooner: the old bits still promised them
+ *
+ * Blocks need not change together: each page stands for itself, and what was not flushed may be there or not.  Files
+ * that an open finds with bytes in pages that are not private (a crash before the punch) are punched then.
+ *
+ * A failed fdatasync may have lost what was written before, and the kernel says so once: every flush fails from then on.
+ */
+#define _GNU_SOURCE
 #include "accounting/core/overlay_disk.h"
-void disk_changed(struct overlay_disk *disk, uint64_t page) { (void)disk; (void)page; }
-void disk_trimmed(struct overlay_disk *disk, uint64_t first, uint64_t nr) { (void)disk; (void)first; (void)nr; }
-void disk_flush(struct overlay_disk *disk, struct overlay_sync *sync) { (void)disk; (void)sync; }
-int disk_close(struct overlay *overlay) { (void)overlay; return 0; }
+
+#include "cache/core/abi.h"
+#include "cache/core/points.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define MAP_MAGIC 0x31504d5644574f43ull /* "COWDVMP1" */
+#define MAP_VERSION 1u
+#define BLOCK_BYTES 4096u
+#define SLOT_WORDS 508u
+#define SLOT_PAGES (SLOT_WORDS * 64u)
+#define DROPPED_MAX 16384 /* pages: a flush nobody asked for gives their room back */
+
+struct map_header {
+	uint64_t magic;
+	uint32_t version, page_bytes;
+	uint64_t size_bytes;
+	uint8_t identity[OVERLAY_IDENTITY_BYTES];
+	uint32_t checksum; /* of all before it */
+	uint32_t zero;
+};
+_Static_assert(sizeof(struct map_header) == 64, "the header is on disk");
+
+struct map_slot {
+	uint64_t generation; /* its lowest bit is the slot's number */
+	uint64_t block_no;
+	uint64_t words[SLOT_WORDS];
+	uint64_t zero;
+	uint32_t also_zero;
+	uint32_t checksum; /* of all before it */
+};
+_Static_assert(sizeof(struct map_slot) == BLOCK_BYTES, "a slot is a block");
+
+struct overlay_disk {
+	struct overlay *overlay;
+	int map_fd;
+	uint64_t nr_blocks;
+	uint64_t *generations;   /* by block, of the newer slot; the flusher's */
+	_Atomic uint8_t *dirty;  /* by block: bits changed since they were copied */
+	bits_word *dropped;      /* by page: trimmed, bytes still there */
+	_Atomic uint64_t nr_dropped;
+
+	pthread_t thread;
+	pthread_mutex_t lock;
+	pthread_cond_t work;
+	struct overlay_sync *waiting, **waiting_tail;
+	bool nudged, stop;
+	int failed; /* -errno of the fdatasync that did; the flusher's */
+};
+
+/* CRC-32C, bit by bit from a table of nibbles: a block takes some 10 us, a flush some milliseconds. */
+static uint32_t checksum(const void *from, size_t nr_bytes)
+{
+	static const uint32_t table[16] = {
+		0x00000000, 0x105ec76f, 0x20bd8ede, 0x30e349b1, 0x417b1dbc, 0x5125dad3, 0x61c69362, 0x7198540d,
+		0x82f63b78, 0x92a8fc17, 0xa24bb5a6, 0xb21572c9, 0xc38d26c4, 0xd3d3e1ab, 0xe330a81a, 0xf36e6f75,
+	};
+	const uint8_t *at = from;
+	uint32_t sum = ~0u;
+
+	while (nr_bytes--) {
+		sum ^= *at++;
+		sum = sum >> 4 ^ table[sum & 15];
+		sum = sum >> 4 ^ table[sum & 15];
+	}
+	return ~sum;
+}
+
+static off_t slot_offset(uint64_t block, uint64_t generation)
+{
+	return (off_t)((1 + 2 * block + (generation & 1)) * BLOCK_BYTES);
+}
+
+static int write_all(int fd, const void *from, size_t nr_bytes, off_t offset)
+{
+	ssize_t put = pwrite(fd, from, nr_bytes, offset);
+
+	return put == (ssize_t)nr_bytes ? 0 : put < 0 ? -errno : -EIO;
+}
+
+/* ---- flushing ---- */
+
+/* Copies the bits of a block, which is clean from now on. */
+static void slot_copy(struct overlay_disk *disk, uint64_t block, struct map_slot *slot)
+{
+	const bits_word *private = disk->overlay->account->private;
+	uint64_t nr_words = bits_bytes(disk->overlay->image->shape.nr_pages) / 8;
+
+	*slot = (struct map_slot){.generation = disk->generations[block] + 1, .block_no = block};
+	for (uint64_t i = 0; i < SLOT_WORDS && block * SLOT_WORDS + i < nr_words; i++)
+		slot->words[i] = atomic_load_explicit(&private[block * SLOT_WORDS + i], memory_order_acquire);
+	slot->checksum = checksum(slot, offsetof(struct map_slot, checksum));
+}
+
+/* Drops the bytes of trimmed pages that the durable map does not promise any more. */
+static void slot_punch(struct overlay_disk *disk, const struct map_slot *slot)
+{
+	struct overlay *overlay = disk->overlay;
+	uint64_t base = slot->block_no * SLOT_PAGES, nr_pages = overlay->image->shape.nr_pages;
+	uint64_t end = base + SLOT_PAGES < nr_pages ? base + SLOT_PAGES : nr_pages;
+
+	for (uint64_t page = base; (page = bits_next(disk->dropped, page, end)) < end; page++) {
+		if (slot->words[(page - base) / 64] >> page % 64 & 1)
+			continue;
+		pthread_rwlock_t *stripe = overlay_stripe(overlay, page);
+		pthread_rwlock_wrlock(stripe);
+		if (bits_clear(disk->dropped, page)) {
+			atomic_fetch_sub(&disk->nr_dropped, 1);
+			if (!bits_test(overlay->account->private, page))
+				overlay_punch(overlay, page, 1);
+		}
+		pthread_rwlock_unlock(stripe);
+	}
+}
+
+static int flush_slots(struct overlay_disk *disk, struct map_slot *slots, uint64_t nr)
+{
+	int err = point_reach(POINT_OVERLAY_FLUSH);
+
+	if (err)
+		return err;
+	if (fdatasync(disk->overlay->data_fd) < 0)
+		return disk->failed = -errno;
+	err = point_reach(POINT_OVERLAY_SYNCED);
+	for (uint64_t i = 0; i < nr && !err; i++)
+		err = write_all(disk->map_fd, &slots[i], sizeof slots[i], slot_offset(slots[i].block_no, slots[i].generation));
+	if (!err)
+		err = point_reach(POINT_OVERLAY_MAPPED);
+	if (err || !nr)
+		return err;
+	if (fdatasync(disk->map_fd) < 0)
+		return disk->failed = -errno;
+	for (uint64_t i = 0; i < nr; i++) {
+		disk->generations[slots[i].block_no] = slots[i].generation;
+		slot_punch(disk, &slots[i]);
+	}
+	return 0;
+}
+
+static int flush_all(struct overlay_disk *disk)
+{
+	uint64_t nr_dirty = 0, nr = 0;
+
+	if (disk->failed)
+		return disk->failed;
+	for (uint64_t block = 0; block < disk->nr_blocks; block++)
+		nr_dirty += atomic_load(&disk->dirty[block]) != 0;
+	struct map_slot *slots = malloc((nr_dirty + 1) * sizeof *slots);
+	if (!slots)
+		return -ENOMEM;
+	for (uint64_t block = 0; block < disk->nr_blocks && nr < nr_dirty; block++)
+		if (atomic_exchange(&disk->dirty[block], 0))
+			slot_copy(disk, block, &slots[nr++]);
+	int err = flush_slots(disk, slots, nr);
+	for (uint64_t i = 0; i < nr && err; i++)
+		atomic_store(&disk->dirty[slots[i].block_no], 1);
+	free(slots);
+	return err;
+}
+
+static void *flusher_main(void *arg)
+{
+	struct overlay_disk *disk = arg;
+
+	prctl(PR_SET_NAME, "cow-flusher");
+	pthread_mutex_lock(&disk->lock);
+	for (;;) {
+		while (!disk->waiting && !disk->nudged && !disk->stop)
+			pthread_cond_wait(&disk->work, &disk->lock);
+		if (!disk->waiting && !disk->nudged)
+			break;
+		struct overlay_sync *syncs = disk->waiting;
+		disk->waiting = NULL;
+		disk->waiting_tail = &disk->waiting;
+		disk->nudged = false;
+		pthread_mutex_unlock(&disk->lock);
+		int err = flush_all(disk);
+		for (struct overlay_sync *next; syncs; syncs = next) {
+			next = syncs->next;
+			syncs->done(syncs, err);
+		}
+		pthread_mutex_lock(&disk->lock);
+	}
+	pthread_mutex_unlock(&disk->lock);
+	return NULL;
+}
+
+void disk_flush(struct overlay_disk *disk, struct overlay_sync *sync)
+{
+	pthread_mutex_lock(&disk->lock);
+	if (sync) {
+		sync->next = NULL;
+		*disk->waiting_tail = sync;
+		disk->waiting_tail = &sync->next;
+	} else {
+		disk->nudged = true;
+	}
+	pthread_cond_signal(&disk->work);
+	pthread_mutex_unlock(&disk->lock);
+}
+
+void disk_changed(struct overlay_disk *disk, uint64_t page)
+{
+	atomic_store(&disk->dirty[page / SLOT_PAGES], 1);
+}
+
+void disk_trimmed(struct overlay_disk *disk, uint64_t first, uint64_t nr)
+{
+	uint64_t nr_fresh = 0;
+
+	for (uint64_t page = first; page < first + nr; page++)
+		nr_fresh += bits_set(disk->dropped, page);
+	uint64_t before = atomic_fetch_add(&disk->nr_dropped, nr_fresh);
+	disk_changed(disk, first); /* all of one group, and so of one block */
+	if (before / DROPPED_MAX != (before + nr_fresh) / DROPPED_MAX)
+		disk_flush(disk, NULL);
+}
+
+bool disk_is_dropped(const struct overlay_disk *disk, uint64_t page)
+{
+	return bits_test(disk->dropped, page);
+}
+
+/* ---- opening ---- */
+
+static void disk_free(struct overlay_disk *disk)
+{
+	free(disk->generations);
+	free((void *)disk->dirty);
+	free((void *)disk->dropped);
+	free(disk);
+}
+
+static void header_fill(const struct image *image, const uint8_t *identity, struct map_header *header)
+{
+	*header = (struct map_header){
+		.magic = MAP_MAGIC, .version = MAP_VERSION, .page_bytes = PAGE_BYTES, .size_bytes = image->shape.size_bytes,
+	};
+	memcpy(header->identity, identity, sizeof header->identity);
+	header->checksum = checksum(header, offsetof(struct map_header, checksum));
+}
+
+/* Lays out an empty map; the header comes last, so that without it there is nothing to lose. */
+static int map_create(struct overlay_disk *disk, const uint8_t *identity)
+{
+	const struct image *image = disk->overlay->image;
+	struct map_slot slot;
+	struct map_header header;
+	uint8_t block[BLOCK_BYTES] = {0};
+
+	if (ftruncate(disk->overlay->data_fd, 0) < 0 || ftruncate(disk->overlay->data_fd, (off_t)image->shape.map_bytes) < 0)
+		return -errno;
+	for (uint64_t i = 0; i < 2 * disk->nr_blocks; i++) {
+		slot = (struct map_slot){.generation = 2 + i % 2, .block_no = i / 2};
+		slot.checksum = checksum(&slot, offsetof(struct map_slot, checksum));
+		int err = write_all(disk->map_fd, &slot, sizeof slot, slot_offset(i / 2, slot.generation));
+		if (err)
+			return err;
+		disk->generations[i / 2] = slot.generation;
+	}
+	if (fsync(disk->map_fd) < 0 || fsync(disk->overlay->data_fd) < 0)
+		return -errno;
+	header_fill(image, identity, &header);
+	memcpy(block, &header, sizeof header);
+	int err = write_all(disk->map_fd, block, sizeof block, 0);
+	return err ? err : fsync(disk->map_fd) < 0 ? -errno : 0;
+}
+
+static bool slot_read(struct overlay_disk *disk, uint64_t block, uint64_t generation, struct map_slot *slot)
+{
+	return pread(disk->map_fd, slot, sizeof *slot, slot_offset(block, generation)) == (ssize_t)sizeof *slot &&
+	       slot->checksum == checksum(slot, offsetof(struct map_slot, checksum)) && slot->block_no == block &&
+	       (slot->generation & 1) == generation;
+}
+
+/* Takes the private bits over from the newer of each two slots. */
+static int map_load(struct overlay_disk *disk)
+{
+	struct account *account = disk->overlay->account;
+	uint64_t nr_pages = disk->overlay->image->shape.nr_pages, nr_private = 0;
+	struct map_slot slots[2];
+
+	for (uint64_t block = 0; block < disk->nr_blocks; block++) {
+		bool good[2] = {slot_read(disk, block, 0, &slots[0]), slot_read(disk, block, 1, &slots[1])};
+
+		if (!good[0] && !good[1])
+			return -EBADMSG;
+		bool second = !good[0] || (good[1] && slots[1].generation > slots[0].generation);
+		const struct map_slot *slot = &slots[second];
+		disk->generations[block] = slot->generation;
+		for (uint64_t i = 0; i < SLOT_PAGES; i++) {
+			uint64_t page = block * SLOT_PAGES + i;
+
+			if (!(slot->words[i / 64] >> i % 64 & 1))
+				continue;
+			if (page >= nr_pages)
+				return -EBADMSG;
+			nr_private += bits_set(account->private, page);
+		}
+	}
+	purse_take_anyway(account->purse, nr_private);
+	count_add(&account->header->private_pages, nr_private);
+	count_add(COUNTER(account->header, charged_pages), nr_private);
+	return 0;
+}
+
+static int drop_leftovers(struct overlay *overlay)
+{
+	uint64_t nr_pages = overlay->image->shape.nr_pages;
+	uint64_t *stored = malloc(bits_bytes(nr_pages));
+	int err = stored ? overlay_stored(overlay, stored, bits_bytes(nr_pages) / 8) : -ENOMEM;
+
+	for (uint64_t page = 0; page < nr_pages && !err; page++)
+		if (stored[page / 64] >> page % 64 & 1 && !bits_test(overlay->account->private, page))
+			err = overlay_punch(overlay, page, 1);
+	free(stored);
+	return err;
+}
+
+static int map_open(struct overlay_disk *disk, const uint8_t *identity)
+{
+	static const struct map_header none;
+	struct map_header found = {0}, wanted;
+	struct stat about;
+
+	header_fill(disk->overlay->image, identity, &wanted);
+	if (pread(disk->map_fd, &found, sizeof found, 0) < 0)
+		return -errno;
+	if (memcmp(&found, &none, sizeof found) == 0)
+		return map_create(disk, identity);
+	if (found.magic != MAP_MAGIC || found.checksum != checksum(&found, offsetof(struct map_header, checksum)))
+		return -EBADMSG;
+	if (memcmp(&found, &wanted, sizeof found) != 0)
+		return -ESTALE;
+	if (fstat(disk->overlay->data_fd, &about) < 0)
+		return -errno;
+	if ((uint64_t)about.st_size != disk->overlay->image->shape.map_bytes)
+		return -EBADMSG;
+	int err = map_load(disk);
+	return err ? err : drop_leftovers(disk->overlay);
+}
+
+static int disk_open(struct overlay *overlay, int map_fd, const uint8_t *identity)
+{
+	uint64_t nr_pages = overlay->image->shape.nr_pages;
+	struct overlay_disk *disk = calloc(1, sizeof *disk);
+
+	if (!disk)
+		return -ENOMEM;
+	disk->overlay = overlay;
+	disk->map_fd = map_fd;
+	disk->nr_blocks = (nr_pages + SLOT_PAGES - 1) / SLOT_PAGES;
+	disk->generations = calloc(disk->nr_blocks, sizeof *disk->generations);
+	disk->dirty = calloc(disk->nr_blocks, sizeof *disk->dirty);
+	disk->dropped = calloc(1, bits_bytes(nr_pages));
+	disk->waiting_tail = &disk->waiting;
+	int err = disk->generations && disk->dirty && disk->dropped ? 0 : -ENOMEM;
+	if (!err)
+		err = map_open(disk, identity);
+	if (err) {
+		disk_free(disk);
+		return err;
+	}
+	pthread_mutex_init(&disk->lock, NULL);
+	pthread_cond_init(&disk->work, NULL);
+	err = -pthread_create(&disk->thread, NULL, flusher_main, disk);
+	if (err) {
+		pthread_mutex_destroy(&disk->lock);
+		pthread_cond_destroy(&disk->work);
+		disk_free(disk);
+		return err;
+	}
+	overlay->disk = disk;
+	return 0;
+}
+
+int overlay_open_files(struct account *account, int data_fd, int map_fd, const uint8_t *identity,
+                       struct overlay **overlay_out)
+{
+	struct overlay *overlay;
+
+	if (flock(map_fd, LOCK_EX | LOCK_NB) < 0)
+		return errno == EWOULDBLOCK ? -EBUSY : -errno;
+	int err = overlay_init(account, data_fd, &overlay);
+	if (!err) {
+		err = disk_open(overlay, map_fd, identity);
+		if (err)
+			overlay_deinit(overlay);
+		else
+			*overlay_out = overlay;
+	}
+	if (err)
+		flock(map_fd, LOCK_UN);
+	return err;
+}
+
+int disk_close(struct overlay *overlay)
+{
+	struct overlay_disk *disk = overlay->disk;
+
+	pthread_mutex_lock(&disk->lock);
+	disk->stop = true;
+	pthread_cond_signal(&disk->work);
+	pthread_mutex_unlock(&disk->lock);
+	pthread_join(disk->thread, NULL);
+	int err = flush_all(disk);
+	close(disk->map_fd);
+	pthread_mutex_destroy(&disk->lock);
+	pthread_cond_destroy(&disk->work);
+	disk_free(disk);
+	return err;
+}

@@ -10,13 +10,19 @@
 
 /* overlay.c */
 int overlay_init(struct account *account, int data_fd, struct overlay **overlay_out);
-void overlay_deinit(struct overlay *overlay);
+void overlay_deinit(struct overlay *overlay); /* leaves data_fd open */
+pthread_rwlock_t *overlay_stripe(struct overlay *overlay, uint64_t page);
+/* Drops the bytes of pages; under their stripe's lock, or nobody else there. */
+int overlay_punch(struct overlay *overlay, uint64_t first, uint64_t nr);
 
 /* Under the stripe's lock: the private bits of the group of a page changed. */
 void disk_changed(struct overlay_disk *disk, uint64_t page);
 /* The same, and the bytes of these pages are to be dropped once the map says so durably. */
 void disk_trimmed(struct overlay_disk *disk, uint64_t first, uint64_t nr);
+/* sync NULL: soon, and nobody is told. */
 void disk_flush(struct overlay_disk *disk, struct overlay_sync *sync);
+bool disk_is_dropped(const struct overlay_disk *disk, uint64_t page);
+/* Ends the flusher with what was asked of it, flushes a last time, closes the map. */
 int disk_close(struct overlay *overlay);
 
 #endif

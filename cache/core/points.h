@@ -24,6 +24,9 @@ enum point {
 	POINT_WRITE_CHARGED,    /* pages charged, still write-protected */
 	POINT_SETTLE_PROTECTED, /* pages protected again, not yet looked at */
 	POINT_OVERLAY_WRITTEN,  /* an overlay has a page's bytes, and does not say so yet */
+	POINT_OVERLAY_FLUSH,    /* what changed is known, nothing is durable yet */
+	POINT_OVERLAY_SYNCED,   /* pages are durable, the map is not written */
+	POINT_OVERLAY_MAPPED,   /* the map is written, and not durable */
 	POINT_NR
 };
 

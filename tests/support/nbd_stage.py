@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from nbd_client import Client
 from stage import PAGE, MakeStage, Stage, content
 
 from cowshed.accounting import NO_QUOTA_BYTES, Account, Overlay, Purse, QuotaPolicy
+from cowshed.cache._core import lib
 from cowshed.transport.nbd_core import NbdExport, NbdServer
 
 TERMS = {
@@ -37,13 +39,37 @@ class NbdStage:
         self.exports.append(export)
         return export
 
-    def overlay(self, quota: int | None = None, policy: QuotaPolicy = QuotaPolicy.STOP) -> Overlay:
-        """An overlay in memory; quota in pages."""
+    def overlay(
+        self,
+        quota: int | None = None,
+        policy: QuotaPolicy = QuotaPolicy.STOP,
+        *,
+        files: Path | None = None,
+        identity: bytes = b"i" * 32,
+    ) -> Overlay:
+        """An overlay in memory, or in a folder; quota in pages."""
         purse = Purse(NO_QUOTA_BYTES if quota is None else quota * PAGE, policy)
-        overlay = Overlay(Account(self.stage.image, purse))
+        account = Account(self.stage.image, purse)
         purse.close()
+        try:
+            overlay = Overlay.files(account, files, "x", identity) if files else Overlay(account)
+        except BaseException:
+            account.close()
+            raise
         self.overlays.append(overlay)
         return overlay
+
+    def disconnect(self) -> None:
+        """End every client, then every export, then every overlay."""
+        self.server.drain()
+        for client in self.clients:
+            client.link.close()
+        for export in self.exports:
+            export.close()
+        for overlay in self.overlays:
+            overlay.close()
+            overlay.account.close()
+        self.clients, self.exports, self.overlays = [], [], []
 
     def client(
         self,
@@ -69,15 +95,10 @@ class NbdStage:
         return client
 
     def close(self) -> None:
-        self.server.drain()
-        for export in self.exports:
-            export.close()
+        for point in range(lib.POINT_NR):
+            lib.point_release(point)
+        self.disconnect()
         self.server.close()
-        for overlay in self.overlays:
-            overlay.close()
-            overlay.account.close()
-        for client in self.clients:
-            client.link.close()
 
 
 @pytest.fixture
