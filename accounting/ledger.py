@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import Any, Final
 
 from cowshed.accounting.purse import Purse, QuotaPolicy
-from cowshed.cache import Image, UsageError
+from cowshed.cache import Image, InvariantError, UsageError
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
 from cowshed.cache.images import PAGE_BYTES
@@ -132,14 +132,26 @@ class Account:
     The purse pays for its private pages; it may be closed before the account is.
     """
 
-    def __init__(self, image: Image, purse: Purse) -> None:
+    def __init__(self, image: Image, purse: Purse, adopt_fd: int | None = None) -> None:
+        """Open an account; or go on with the one in adopt_fd, taken over on success.
+
+        InvariantError if adopt_fd is no account of this image.
+        """
         account = ffi.new("struct account **")
-        checked(
-            lib.account_open(image.cdata, purse.cdata, account),
-            f"opening an account with {image.name!r}",
-        )
+        if adopt_fd is None:
+            err = lib.account_open(image.cdata, purse.cdata, account)
+        else:
+            err = lib.account_adopt(image.cdata, purse.cdata, adopt_fd, account)
+        if err == -errno.EBADMSG:
+            raise InvariantError(f"what was left is no account of image {image.label!r}")
+        checked(err, f"opening an account with {image.label!r}")
         self.image: Final = image
         self.cdata = account[0]
+
+    @property
+    def fd(self) -> int:
+        """The memfd that the account is in, for who comes after this process. Borrowed."""
+        return int(lib.account_fd(self.cdata))
 
     def place(self, uffd: int, pagemap_fd: int, regions: Sequence[Region]) -> None:
         """Say where the mapping is; the descriptors are borrowed until close().

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, Self
 
-from cowshed.cache import Image, UsageError
+from cowshed.cache import Image, InvariantError, UsageError
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
 from cowshed.cache.images import PAGE_BYTES
@@ -44,6 +45,21 @@ class Purse:
         purse = ffi.new("struct purse **")
         checked(lib.purse_open(_quota_pages(quota_bytes), policy, purse), "opening a purse")
         self.cdata = purse[0]
+
+    @classmethod
+    def adopt(cls, fd: int) -> Self:
+        """Go on with the purse in a memfd that another process left; takes fd over on success.
+
+        It is empty until its accounts are adopted too. InvariantError if it is no purse of ours.
+        """
+        purse = ffi.new("struct purse **")
+        err = lib.purse_adopt(fd, purse)
+        if err == -errno.EBADMSG:
+            raise InvariantError("what was left is no purse")
+        checked(err, "adopting a purse")
+        adopted = cls.__new__(cls)
+        adopted.cdata = purse[0]
+        return adopted
 
     def close(self) -> None:
         """Let go of it; accounts that were opened with it keep it."""

@@ -5,21 +5,24 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 static _Atomic uint64_t nr_accounts_ever;
 
-static int ledger_map(struct account *account)
+static size_t ledger_bytes(const struct image_shape *shape)
+{
+	return sizeof(struct ledger_header) + bits_bytes(shape->nr_extents) + 5 * bits_bytes(shape->nr_pages);
+}
+
+static int ledger_map(struct account *account, int ledger_fd)
 {
 	const struct image_shape *shape = &account->image->shape;
 	size_t by_extent = bits_bytes(shape->nr_extents);
 	size_t by_page = bits_bytes(shape->nr_pages);
 
-	account->ledger_bytes = sizeof *account->header + by_extent + 5 * by_page;
-	account->ledger_fd = memfd_create("cowshed-ledger", MFD_CLOEXEC);
-	if (account->ledger_fd < 0 || ftruncate(account->ledger_fd, (off_t)account->ledger_bytes) < 0)
-		return -errno;
-	void *at = mmap(NULL, account->ledger_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, account->ledger_fd, 0);
+	account->ledger_bytes = ledger_bytes(shape);
+	void *at = mmap(NULL, account->ledger_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, ledger_fd, 0);
 	if (at == MAP_FAILED)
 		return -errno;
 	account->header = at;
@@ -30,6 +33,19 @@ static int ledger_map(struct account *account)
 	account->discarded = (bits_word *)(bits + by_extent + 2 * by_page);
 	account->unmapped = (bits_word *)(bits + by_extent + 3 * by_page);
 	account->poisoned = (bits_word *)(bits + by_extent + 4 * by_page);
+	return 0;
+}
+
+static int ledger_create(struct account *account)
+{
+	const struct image_shape *shape = &account->image->shape;
+
+	account->ledger_fd = memfd_create("cowshed-ledger", MFD_CLOEXEC);
+	if (account->ledger_fd < 0 || ftruncate(account->ledger_fd, (off_t)ledger_bytes(shape)) < 0)
+		return -errno;
+	int err = ledger_map(account, account->ledger_fd);
+	if (err)
+		return err;
 	account->header->magic = LEDGER_MAGIC;
 	account->header->layout = LEDGER_LAYOUT;
 	account->header->nr_pages = shape->nr_pages;
@@ -48,29 +64,109 @@ static void account_free(struct account *account)
 	free(account);
 }
 
-int account_open(struct image *image, struct purse *purse, struct account **account_out)
+static struct account *account_new(struct image *image, struct purse *purse)
 {
 	struct account *account = calloc(1, sizeof *account);
 
 	if (!account)
-		return -ENOMEM;
+		return NULL;
 	account->image = image;
 	account->purse = purse;
 	purse_join(purse);
 	account->ledger_fd = account->uffd = account->pagemap_fd = -1;
 	pthread_mutex_init(&account->write_lock, NULL);
-	int err = ledger_map(account);
-	if (err) {
-		account_free(account);
-		return err;
-	}
+	return account;
+}
+
+/* Makes it one of the image's. */
+static void account_add(struct account *account)
+{
+	struct image *image = account->image;
+
 	account->account_no = atomic_fetch_add(&nr_accounts_ever, 1);
 	pthread_rwlock_wrlock(&image->accounts_lock);
 	account->next = image->accounts;
 	image->accounts = account;
 	pthread_rwlock_unlock(&image->accounts_lock);
+}
+
+int account_open(struct image *image, struct purse *purse, struct account **account_out)
+{
+	struct account *account = account_new(image, purse);
+
+	if (!account)
+		return -ENOMEM;
+	int err = ledger_create(account);
+	if (err) {
+		account_free(account);
+		return err;
+	}
+	account_add(account);
 	*account_out = account;
 	return 0;
+}
+
+/* Nobody else knows the account yet. */
+static void account_mend(struct account *account)
+{
+	struct ledger_header *header = account->header;
+	struct image *image = account->image;
+	uint64_t nr_granted = 0, nr_private = bits_count(account->private, 0, header->nr_pages);
+
+	for (uint64_t e = 0; (e = bits_next(account->granted, e, header->nr_extents)) < header->nr_extents; e++) {
+		if (extent_state(&image->states[e]) != EXTENT_RESIDENT) {
+			bits_clear(account->granted, e);
+			continue;
+		}
+		atomic_fetch_add(&image->refs[e], 1);
+		nr_granted++;
+	}
+	atomic_store(&header->granted_extents, nr_granted);
+	atomic_store(&header->private_pages, nr_private);
+	purse_take_anyway(account->purse, nr_private);
+	for (uint64_t i = 0; i < bits_bytes(header->nr_pages) / sizeof(bits_word); i++) {
+		uint64_t private = atomic_load(&account->private[i]);
+
+		atomic_store(&account->unsettled[i], private);
+		atomic_fetch_or(&account->discarded[i], private);
+	}
+	atomic_fetch_add(&image->nr_poisoned, bits_count(account->poisoned, 0, header->nr_pages));
+	/* Whoever is at the quota still comes to a stop again. */
+	if (atomic_load(&header->stopped_since_ns) == STOP_ENDING)
+		atomic_store(&header->stopped_since_ns, 0);
+	account_end_stop(account);
+}
+
+int account_adopt(struct image *image, struct purse *purse, int ledger_fd, struct account **account_out)
+{
+	struct stat status;
+
+	if (fstat(ledger_fd, &status) < 0)
+		return -errno;
+	if ((uint64_t)status.st_size != ledger_bytes(&image->shape))
+		return -EBADMSG;
+	struct account *account = account_new(image, purse);
+	if (!account)
+		return -ENOMEM;
+	int err = ledger_map(account, ledger_fd);
+	const struct ledger_header *header = account->header;
+	if (!err && (header->magic != LEDGER_MAGIC || header->layout != LEDGER_LAYOUT ||
+	             header->nr_pages != image->shape.nr_pages || header->nr_extents != image->shape.nr_extents))
+		err = -EBADMSG;
+	if (err) {
+		account_free(account);
+		return err;
+	}
+	account->ledger_fd = ledger_fd;
+	account_mend(account);
+	account_add(account);
+	*account_out = account;
+	return 0;
+}
+
+int account_fd(const struct account *account)
+{
+	return account->ledger_fd;
 }
 
 int account_close(struct account *account)

@@ -74,6 +74,13 @@ struct account_sums {
 /* Opens the ledger of a guest's mapping of image, all zero, paid for from purse, which it keeps; part of the image's
  * accounts from now on.  All accounts of a purse are of one image. */
 int account_open(struct image *image, struct purse *purse, struct account **account_out);
+/* The account in a memfd that another process left, taken over on success; its image and purse were adopted before.
+ * What can be half done is done again: grants of extents that are not resident any more are taken back, counts are
+ * counted, and every private page is to be settled, since nobody knows which discards were read and not seen to.
+ * Its place is still to be told (account_place).  -EBADMSG: it is not of this image. */
+int account_adopt(struct image *image, struct purse *purse, int ledger_fd, struct account **account_out);
+/* The memfd it is in; the account's own. */
+int account_fd(const struct account *account);
 /* Returns all grants and charges.  The guest's fault thread must have been stopped. */
 int account_close(struct account *account);
 /* Makes it known where the guest's mapping is; descriptors are borrowed and must outlive the account.  Fails as

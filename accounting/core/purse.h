@@ -32,6 +32,9 @@ struct purse_status {
 
 /* An empty purse; the caller's reference and each account's keep it. */
 int purse_open(uint64_t quota_pages, int policy, struct purse **purse_out);
+/* The purse in a memfd that another process left, taken over on success; nothing is used until its accounts are adopted
+ * too.  -EBADMSG: it is none of ours. */
+int purse_adopt(int fd, struct purse **purse_out);
 /* Gives up a reference. */
 void purse_close(struct purse *purse);
 /* May be less than what is used: then nothing can be taken until enough was given back. */

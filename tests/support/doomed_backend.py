@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A backend of one guest that is to die at a named point; run by test_successors.py.
+
+    doomed_backend.py SOCKET_FD SOURCE CAPACITY_EXTENTS QUOTA_BYTES
+
+First it sends the descriptors of what it leaves: frames, guest's, arrays, purse, ledger. Then a
+packet with the guest's [uffd, pagemap] and {"base", "pid"} comes. Then each packet is an order:
+{"arm": POINT} dies there, {"evict": [..]}, {"settle": 0}, answered by a packet.
+"""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+from cowshed.accounting import Account, Purse, QuotaPolicy, Region, evict
+from cowshed.cache import FileSource, PageStore
+from cowshed.cache._core import lib
+from cowshed.faults import FaultHandler, Orders
+
+link = socket.socket(fileno=int(sys.argv[1]))
+store = PageStore(int(sys.argv[3]) * 65536)
+image = store.open_image("disk", FileSource.open(Path(sys.argv[2])))
+purse = Purse(int(sys.argv[4]), QuotaPolicy.STOP)
+account = Account(image, purse)
+left = [image.frames_fd, image.guest_fd, image.arrays_fd, purse.fd, account.fd]
+socket.send_fds(link, [b"{}"], left)
+packet, (uffd, pagemap), _, _ = socket.recv_fds(link, 4096, 2)
+told = json.loads(packet)
+account.place(uffd, pagemap, [Region(told["base"], 0, image.map_bytes)])
+handler = FaultHandler(account.cdata, uffd, os.pidfd_open(told["pid"]), Orders(0, 4096, 0))
+link.send(b"{}")
+while packet := link.recv(4096):
+    order = json.loads(packet)
+    if "arm" in order:
+        lib.point_arm(order["arm"], lib.POINT_KILL, 0, 1)
+    elif "evict" in order:
+        evict(image, order["evict"])
+    else:
+        account.settle()
+    link.send(b"{}")
