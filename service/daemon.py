@@ -39,7 +39,7 @@ from cowshed.service.web_pages import web_routes
 from cowshed.service.web_state import StateReader
 from cowshed.service.workers import Workers
 from cowshed.service.working_sets import WorkingSets
-from cowshed.transport import Listener, adopt_listener, listen
+from cowshed.transport import AnyListener, adopt_listener, listen
 
 __all__ = ["Daemon", "run"]
 
@@ -117,7 +117,7 @@ class Daemon:
             self._serve_metrics(stack)
         self._let_go(remains)
 
-    def _listen(self, remains: Remains) -> Listener:
+    def _listen(self, remains: Remains) -> AnyListener:
         uri = f"unix://{socket_path(self.config.run_dir)}"
         left = remains.take("listen/guests")
         listener = adopt_listener(uri, left["socket"]) if left else listen(uri)

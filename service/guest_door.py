@@ -19,7 +19,7 @@ from cowshed.service.sessions import Session, SessionHost
 from cowshed.service.sizes import format_bytes
 from cowshed.service.status import guest_state
 from cowshed.service.tallies import Tallies
-from cowshed.transport import EOF, Listener
+from cowshed.transport import EOF, AnyListener
 from cowshed.transport.messages import error_reply
 
 __all__ = ["GuestDoor"]
@@ -37,7 +37,7 @@ class GuestDoor:
     """
 
     def __init__(
-        self, listener: Listener, door: Door, host: SessionHost, tallies: Tallies, loop: Loop
+        self, listener: AnyListener, door: Door, host: SessionHost, tallies: Tallies, loop: Loop
     ) -> None:
         self._listener = listener
         self._door = door

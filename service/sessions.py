@@ -31,6 +31,7 @@ from cowshed.faults import Orders, uffd_features
 from cowshed.service.config import Config, check_quota
 from cowshed.service.control import Control
 from cowshed.service.domains import Identity, is_operator
+from cowshed.service.generations import image_generation
 from cowshed.service.guests import Guest, GuestTable, Terms
 from cowshed.service.logs import EventLog
 from cowshed.service.userfaultfd import check_guest_files, check_uffd
@@ -189,6 +190,7 @@ class Session:
                 "extent_bytes": image.extent_bytes,
                 "uffd_features": uffd_features(),
                 "digest": image.digest or None,
+                "generation": image_generation(image),
             },
             fds,
         )

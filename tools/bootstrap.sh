@@ -32,7 +32,8 @@ apt_install() {
 # PROGRAM:PACKAGE pairs. A C compiler is needed to build; file systems and machines, by demos and tests.
 missing=
 for pair in gcc:gcc gcc:libc6-dev mkfs.ext4:e2fsprogs mksquashfs:squashfs-tools mkfs.erofs:erofs-utils \
-    qemu-system-x86_64:qemu-system-x86 busybox:busybox-static; do
+    qemu-system-x86_64:qemu-system-x86 busybox:busybox-static \
+    nbdkit:nbdkit openssl:openssl ip:iproute2; do
     command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
 done
 # shellcheck disable=SC2086 # a list of package names

@@ -57,6 +57,7 @@ class Attached:
     size_bytes: int
     extent_bytes: int
     digest: str
+    generation: str
 
 
 def attach(connection: Connection, request: Body) -> Attached:
@@ -103,7 +104,8 @@ def _map(reply: Body, fds: list[int], image: str) -> tuple[Attached, int]:
     if err < 0:
         what, cure = _CURES[stage[0]]
         raise UsageError(f"image {image!r}: {what} ({os.strerror(-err)}); {cure}")
-    return Attached(region, size_bytes, extent_bytes, digest), map_bytes
+    generation = take_text(reply, "generation", default="")
+    return Attached(region, size_bytes, extent_bytes, digest, generation), map_bytes
 
 
 def round_up(length: int) -> int:

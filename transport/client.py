@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any, Final
 
 from cowshed.cache.errors import UsageError
+from cowshed.transport.byte_disk import READAHEAD_BYTES, REQUEST_SECONDS, ByteDisk
 from cowshed.transport.disk import Disk
 from cowshed.transport.exchange import ask_stream, close_all, greet
 from cowshed.transport.forks import forget_in_child
 from cowshed.transport.messages import check_reply
+from cowshed.transport.network_disk import open_by_bytes
 from cowshed.transport.protocol import Body
+from cowshed.transport.schemes import scheme
 
-__all__ = ["Backend", "Disk", "connect"]
+__all__ = ["Backend", "ByteDisk", "Disk", "connect"]
 
 _disk_numbers = itertools.count(1)
 
@@ -102,22 +106,37 @@ class Backend:
         on_quota: str | None = None,
         window_bytes: int | None = None,
         write_window_bytes: int | None = None,
-    ) -> Disk:
+        token: str | None = None,
+        timeout: float = REQUEST_SECONDS,
+        readahead_bytes: int = READAHEAD_BYTES,
+    ) -> Disk | ByteDisk:
         """Open an image as a guest of its own; None leaves a choice to the backend.
+
+        Over unix:// the image is mapped. Over a network it is read and written by bytes, as
+        byte_disk.py says: token names the guest's private pages to a later open of the same guest,
+        a call gives up timeout seconds after the last sign of the backend, and sequential reads are
+        asked for readahead_bytes ahead. windows are a mapping's; token, timeout and readahead_bytes
+        a network's.
 
         guest names it, after this process if None. At quota_bytes of private pages the backend does
         what on_quota says: "stop" the writer, "kill" it, or "allow" and count.
 
         Raises as request does, and UsageError if this process cannot have the page faults it needs.
         """
-        return Disk(
-            greet(self.uri),
-            {
-                "image": image,
-                "guest": guest or f"pid-{os.getpid()}-{next(_disk_numbers)}",
-                "quota_bytes": quota_bytes,
-                "on_quota": on_quota,
-                "window_bytes": window_bytes,
-                "write_window_bytes": write_window_bytes,
-            },
-        )
+        request = {
+            "image": image,
+            "guest": guest or _fresh_name(self.uri),
+            "quota_bytes": quota_bytes,
+            "on_quota": on_quota,
+        }
+        if not scheme(self.uri).maps:
+            request["token"] = token
+            return open_by_bytes(self.uri, request, timeout, readahead_bytes)
+        request |= {"window_bytes": window_bytes, "write_window_bytes": write_window_bytes}
+        return Disk(greet(self.uri), request, self.uri)
+
+
+def _fresh_name(uri: str) -> str:
+    name = f"pid-{os.getpid()}-{next(_disk_numbers)}"
+    # Pids of different hosts are the same numbers.
+    return name if scheme(uri).maps else f"{socket.gethostname()[:32]}-{name}"

@@ -80,8 +80,11 @@ class Connection:
     """One connected sequenced-packet socket, owned: close() closes it.
 
     Invariants: (1) descriptors in _arrived belong to the decoder's unfinished message, and are none
-    without one; (2) _queued_bytes and _queued_fds are the sums over _queue.
+    without one; those in _taken to the
+    messages there; (2) _queued_bytes and _queued_fds are the sums over _queue.
     """
+
+    carries_descriptors = True
 
     def __init__(
         self,
@@ -94,6 +97,7 @@ class Connection:
         self._decoder = Decoder(receive_limit_bytes)
         self._send_limit_bytes = send_limit_bytes
         self._arrived: list[int] = []
+        self._taken: deque[Received] = deque()
         self._queue: deque[tuple[bytes, list[int]]] = deque()
         self._queued_bytes = 0
         self._queued_fds = 0
@@ -114,6 +118,9 @@ class Connection:
         """Close the socket and every descriptor held for it; does nothing twice."""
         self._socket.close()
         _close_all(self._arrived)
+        for message in self._taken:
+            message.close_fds()
+        self._taken.clear()
         for _, fds in self._queue:
             _close_all(fds)
         self._queue.clear()
@@ -134,6 +141,16 @@ class Connection:
             pid, uid, gid = _UCRED.unpack(raw)
             self._peer = Peer(pid, uid, gid, pidfd)
         return self._peer
+
+    @property
+    def identity(self) -> str:
+        """The name that the peer proved by a certificate; here none, see peer."""
+        return ""
+
+    @property
+    def peer_name(self) -> str:
+        """Who is at the other end, in words for a log."""
+        return f"pid {self.peer.pid} of uid {self.peer.uid}"
 
     @property
     def alive(self) -> bool:
@@ -175,14 +192,16 @@ class Connection:
         Raises PeerError for a closed, silent or misbehaving peer.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
+        while not self._taken:
             got = self._receive()
             if got is EOF:
                 raise PeerError("peer closed the connection")
             if got:
-                return got[0].body, got[0].fds, got[0].tag
-            if got is None and not self._wait(select.POLLIN, deadline):
+                self._taken += got
+            elif got is None and not self._wait(select.POLLIN, deadline):
                 raise PeerError(f"peer sent no message in {timeout:g} s")
+        message = self._taken.popleft()
+        return message.body, message.fds, message.tag
 
     def _wait(self, event: int, deadline: float | None) -> bool:
         poll = select.poll()
@@ -197,6 +216,11 @@ class Connection:
     def wants_write(self) -> bool:
         """Whether something is queued that flush could send."""
         return bool(self._queue)
+
+    @property
+    def queued_bytes(self) -> int:
+        """How much is queued that the kernel did not take yet."""
+        return self._queued_bytes
 
     def queue(
         self, body: Mapping[str, Any], fds: Sequence[int] = (), tag: int | None = None
@@ -252,7 +276,8 @@ class Connection:
         Takes at most MAX_PACKETS_AT_ONCE packets, so that one peer cannot hold up the others: what
         is left keeps fileno() readable. Raises PeerError as soon as the peer breaks a rule.
         """
-        messages: list[Received] = []
+        messages = list(self._taken)
+        self._taken.clear()
         try:
             for _ in range(MAX_PACKETS_AT_ONCE):
                 got = self._receive()

@@ -49,8 +49,12 @@ class Disk:
 
     mapped: Final = True
 
-    def __init__(self, connection: Connection, request: Body) -> None:
-        """Attach over connection, which becomes the disk's; it is closed if this fails."""
+    def __init__(self, connection: Connection, request: Body, origin: str = "") -> None:
+        """Attach over connection, which becomes the disk's; it is closed if this fails.
+
+        origin is the backend's URI, for those to whom page references are sent.
+        """
+        self.origin: Final = origin
         self.image: Final[str] = request["image"]
         self.guest: Final[str] = request["guest"]
         self._connection = connection
@@ -66,6 +70,7 @@ class Disk:
         self.size_bytes: Final = attached.size_bytes
         self.extent_bytes: Final = attached.extent_bytes
         self.digest: Final = attached.digest
+        self.generation: Final = attached.generation
         self._region = attached.region
         self._state = "open"
         forget_in_child(self)
@@ -153,6 +158,9 @@ class Disk:
             self._end()
         if err < 0:
             raise OSError(-err, f"discard of {length} bytes at {offset} of image {self.image!r}")
+
+    def flush(self) -> None:
+        """Nothing is to be done: private pages are this process's memory, and no safer."""
 
     def close(self) -> None:
         """Detach: private pages are gone. Does nothing twice, or in a forked child.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -12,33 +13,35 @@ from cowshed.cache.errors import PeerError
 from cowshed.transport.connection import Connection
 from cowshed.transport.messages import check_reply, take_number
 from cowshed.transport.protocol import VERSION, Body
-from cowshed.transport.unix import connect
+from cowshed.transport.schemes import connect_raw
+from cowshed.transport.unix import CONNECT_SECONDS
 
 REPLY_SECONDS: Final = 60.0
 _GREETINGS: Final = 3
 
 
-def greet(uri: str) -> Connection:
+def greet(uri: str, timeout: float = REPLY_SECONDS) -> Connection:
     """Connect and agree on the version; the connection is the caller's.
 
     A backend that dies as we come has a successor at the same socket, so that is asked too. Raises
     UsageError for a uri that cannot be used, PeerError if no backend of ours answers there.
     """
+    deadline = time.monotonic() + timeout
     for _ in range(_GREETINGS - 1):
         with contextlib.suppress(_DiedError):
-            return _greet_once(uri)
-    return _greet_once(uri)
+            return _greet_once(uri, max(0.05, deadline - time.monotonic()))
+    return _greet_once(uri, max(0.05, deadline - time.monotonic()))
 
 
 class _DiedError(PeerError):
     """The peer closed the connection before it said anything."""
 
 
-def _greet_once(uri: str) -> Connection:
-    connection = connect(uri)
+def _greet_once(uri: str, timeout: float) -> Connection:
+    connection = connect_raw(uri, min(timeout, CONNECT_SECONDS))
     try:
         try:
-            reply = ask(connection, "hello", {"version": VERSION, "features": []})
+            reply = ask(connection, "hello", {"version": VERSION, "features": []}, timeout=timeout)
         except PeerError as error:
             raise _DiedError(str(error)) from error
         version = take_number(reply, "version")

@@ -27,6 +27,11 @@ _BY_KIND: Final[dict[str, type[CowshedError]]] = {
     "source": SourceError,
     "peer": PeerError,
 }
+_KINDS: Final = (
+    (UsageError, "usage"),
+    (CapacityError, "capacity"),
+    (SourceError, "source"),
+)
 
 
 def take_number(
@@ -82,6 +87,14 @@ def take_choice(
     if not isinstance(value, str) or value not in choices:
         _refuse(f"field {field!r} is {_show(value)}; needed: one of {', '.join(choices)}")
     return value
+
+
+def kind_of(error: CowshedError) -> str:
+    """Give the kind by which the peer is told of an error; "peer" for what it cannot act on."""
+    for kind, name in _KINDS:
+        if isinstance(error, kind):
+            return name
+    return "peer"
 
 
 def error_reply(kind: str, message: str) -> Body:

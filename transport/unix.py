@@ -31,7 +31,7 @@ _SCHEME: Final = "unix://"
 # sockaddr_un: 108 bytes with the closing NUL.
 _MAX_PATH_BYTES: Final = 107
 _TIMEVAL: Final = struct.Struct("ll")
-_CONNECT_SECONDS: Final = 10
+CONNECT_SECONDS: Final = 10.0
 
 
 class Listener:
@@ -45,6 +45,7 @@ class Listener:
         sock.setblocking(False)
         self._socket = sock
         self._path = path
+        self.uri: Final = f"{_SCHEME}{path}"
         self._inode = os.stat(path).st_ino
         self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
@@ -95,7 +96,7 @@ class Listener:
 def parse_uri(uri: str) -> str:
     """Give the path of a unix:///absolute/path; UsageError for anything else."""
     if not uri.startswith(_SCHEME):
-        raise UsageError(f"cannot use {uri!r}: only unix:///absolute/path is supported now")
+        raise UsageError(f"cannot use {uri!r}: write unix:///absolute/path")
     path = uri.removeprefix(_SCHEME)
     if not path.startswith("/") or "\0" in path:
         raise UsageError(f"{uri!r} has no absolute path; write unix:///absolute/path")
@@ -104,7 +105,7 @@ def parse_uri(uri: str) -> str:
     return path
 
 
-def connect(uri: str) -> Connection:
+def connect(uri: str, timeout: float = CONNECT_SECONDS) -> Connection:
     """Connect, to send requests and receive replies.
 
     Raises UsageError for a uri that cannot be used, PeerError if nobody answers there.
@@ -112,7 +113,7 @@ def connect(uri: str) -> Connection:
     path = parse_uri(uri)
     sock = _new_socket()
     # Bounds the wait for room in the listener's backlog, the only thing this connect waits for.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(_CONNECT_SECONDS, 0))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout))
     try:
         sock.connect(path)
     except OSError as error:
@@ -121,6 +122,12 @@ def connect(uri: str) -> Connection:
             f"cannot connect to {uri}: {error.strerror}; is the backend running?"
         ) from error
     return Connection(sock, MAX_REPLY_BYTES, MAX_REQUEST_BYTES)
+
+
+def _timeval(seconds: float) -> bytes:
+    # Zero would be for ever.
+    microseconds = max(1, int(seconds * 1e6))
+    return _TIMEVAL.pack(microseconds // 1_000_000, microseconds % 1_000_000)
 
 
 def listen(uri: str, mode: int = 0o666, backlog: int = 128) -> Listener:

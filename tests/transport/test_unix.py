@@ -407,8 +407,8 @@ def test_file_that_is_no_socket_is_left_alone(socket_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "words"),
     [
-        ("tcp://host:1", "only unix:///absolute/path is supported now"),
-        ("/run/x", "only unix:///"),
+        ("tcp://host:1", "write unix:///absolute/path"),
+        ("/run/x", "write unix:///"),
         ("unix://run/x", "no absolute path"),
         ("unix://", "no absolute path"),
         ("unix:///a\0b", "no absolute path"),

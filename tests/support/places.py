@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where to listen and how to connect there, by each transport: what tests are repeated over."""
+
+import itertools
+import socket
+from functools import cache
+from pathlib import Path
+from urllib.parse import urlencode
+
+from certificates import Authority
+
+_numbers = itertools.count(1)
+
+
+@cache
+def vsock_works() -> bool:
+    """Whether this kernel carries vsock from itself to itself (module vsock_loopback)."""
+    if not hasattr(socket, "AF_VSOCK"):
+        return False
+    try:
+        with socket.socket(socket.AF_VSOCK) as ours, socket.socket(socket.AF_VSOCK) as theirs:
+            ours.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY))
+            ours.listen()
+            theirs.settimeout(1)
+            theirs.connect((1, ours.getsockname()[1]))
+    except OSError:
+        return False
+    return True
+
+
+# Tests are not repeated over what is not there; test_channel.py has one that skips instead.
+STREAMS = ["tcp", "tls"] + (["vsock"] if vsock_works() else [])
+SCHEMES = ["unix", *STREAMS]
+
+
+class Place:
+    """One transport: a new URI to listen at each time, and the client's that goes with it."""
+
+    def __init__(self, scheme: str, folder: Path, authority: Authority | None) -> None:
+        self.scheme = scheme
+        self.folder = folder
+        if authority is not None:
+            self._server = authority.issue("server", "DNS:localhost,IP:127.0.0.1")
+            self._client = authority.issue("alice", "DNS:alice.example")
+            self.authority = authority
+
+    @property
+    def listen_uri(self) -> str:
+        match self.scheme:
+            case "unix":
+                return f"unix://{self.folder}/s{next(_numbers)}"
+            case "tls":
+                return f"tls://127.0.0.1:0?{urlencode(self._server)}"
+            case "vsock":
+                return f"vsock://any:{6_000_000 + next(_numbers)}"
+        return "tcp://127.0.0.1:0"
+
+    def connect_uri(self, listening: str) -> str:
+        match self.scheme:
+            case "tls":
+                return f"{listening}?{urlencode(self._client)}"
+            case "vsock":
+                return listening.replace("any", "1")
+        return listening
+
+
+def make_place(scheme: str, folder: Path) -> Place:
+    """A place for a scheme, with certificates where it needs them."""
+    return Place(scheme, folder, Authority(folder / "ca") if scheme == "tls" else None)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest's handshake where nothing can be mapped: hello, open, data; then blocks by request.
+
+    hello, open {image, guest, token, ...} -> {mapped: false, size_bytes, overlay, ...}
+    data -> the connection is in NBD's transmission phase, structured replies, on this guest's bytes
+
+The token is what a connection made anew proves with that it is the same guest; whoever has it has
+the guest's private pages.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any, Final
+
+from cowshed.cache.errors import UsageError
+from cowshed.transport.byte_disk import READAHEAD_BYTES, REQUEST_SECONDS, ByteDisk, Dialled
+from cowshed.transport.exchange import ask, greet
+from cowshed.transport.messages import take_number, take_text
+from cowshed.transport.protocol import Body
+from cowshed.transport.relay import Relay
+from cowshed.transport.stream import StreamConnection
+
+__all__ = ["open_by_bytes"]
+
+_HANDSHAKE_SECONDS: Final = 10.0
+
+
+def open_by_bytes(
+    uri: str,
+    request: Body,
+    timeout: float = REQUEST_SECONDS,
+    readahead_bytes: int = READAHEAD_BYTES,
+) -> ByteDisk:
+    """Open an image as request says, over connections of the disk's own, one at a time.
+
+    Raises UsageError, CapacityError or SourceError as the backend refuses, PeerError if it is gone.
+    """
+    token = request.get("token") or secrets.token_hex(16)
+    fields = {name: value for name, value in request.items() if value is not None}
+    fields["token"] = token
+
+    def dial(timeout: float) -> Dialled:
+        return _dial(uri, fields, timeout)
+
+    return ByteDisk(
+        dial,
+        request["image"],
+        request["guest"],
+        origin=uri.partition("?")[0],
+        timeout=timeout,
+        readahead_bytes=readahead_bytes,
+    )
+
+
+def _dial(uri: str, fields: Body, timeout: float) -> Dialled:
+    deadline = time.monotonic() + timeout
+    connection = greet(uri, timeout)
+    try:
+        reply = ask(connection, "open", fields, timeout=_left(deadline))
+        dialled: dict[str, Any] = {
+            "size_bytes": take_number(reply, "size_bytes", minimum=1),
+            "extent_bytes": take_number(reply, "extent_bytes", minimum=512),
+            "digest": take_text(reply, "digest", default=""),
+            "generation": take_text(reply, "generation", default=""),
+            "overlay": take_text(reply, "overlay", default=""),
+        }
+        if reply.get("mapped") is not False or not isinstance(connection, StreamConnection):
+            raise UsageError(f"the backend at {connection.peer_name} serves no bytes here")
+        ask(connection, "data", {}, timeout=_left(deadline))
+        sock, tls = connection.take_stream()
+    finally:
+        connection.close()
+    if tls is not None:
+        sock = Relay(sock, tls, handshake_seconds=_HANDSHAKE_SECONDS).inner
+    return Dialled(sock=sock, **dialled)
+
+
+def _left(deadline: float) -> float:
+    return max(0.05, deadline - time.monotonic())
