@@ -271,6 +271,20 @@ def quota(guest: str, quota_bytes: int | None, run_dir: Path) -> None:
     say(f"{guest}: {limit}")
 
 
+@cli.command()
+@click.argument("overlay", metavar="IMAGE@GUEST")
+@run_dir_option
+def discard(overlay: str, run_dir: Path) -> None:
+    """Forget what an NBD guest wrote; nobody may be connected to it.
+
+    The next client that asks for IMAGE@GUEST begins with the image as it is.
+    """
+    with ControlClient(run_dir) as client:
+        reply = client.request("discard", overlay=overlay)
+    with same_version():
+        say(f"{overlay}: {format_bytes(reply['private_bytes'])} discarded")
+
+
 def main() -> NoReturn:
     """Run the command line of this process."""
     cli.main()

@@ -19,6 +19,7 @@ from cowshed.service.domains import Identity
 from cowshed.service.evictor import Evictor
 from cowshed.service.guests import GuestTable
 from cowshed.service.names import find_for_operator
+from cowshed.service.overlays import OverlayGuest, OverlayTable
 from cowshed.service.sizes import format_bytes
 from cowshed.service.status import StatusReader
 from cowshed.service.tallies import Tallies
@@ -46,6 +47,7 @@ class Control:
         store: PageStore,
         evictor: Evictor,
         guests: GuestTable,
+        overlays: OverlayTable,
         status: StatusReader,
         working_sets: WorkingSets,
         tallies: Tallies,
@@ -55,6 +57,7 @@ class Control:
         self._access = access
         self._evictor = evictor
         self._guests = guests
+        self._overlays = overlays
         self._status = status
         self._working_sets = working_sets
         self._tallies = tallies
@@ -66,6 +69,7 @@ class Control:
             "warm": self._do_warm,
             "evict": self._do_evict,
             "quota": self._do_quota,
+            "discard": self._do_discard,
         }
 
     def knows(self, op: str) -> bool:
@@ -215,14 +219,24 @@ class Control:
         quota_bytes = take_optional_number(request, "quota_bytes")
         if quota_bytes is not None:
             check_quota(quota_bytes)
+        everybody = [*self._guests, *self._overlays]
+        guest = find_for_operator(everybody, name, "guest")
+        if isinstance(guest, OverlayGuest):
+            self._overlays.set_quota(guest, quota_bytes)
+            yield {"quota_bytes": quota_bytes}
+            return
         with self._guests.lock:
-            guest = self._guests.find(name)
+            guest = self._guests.find(name)  # it may have left
             guest.purse.set_quota(
                 NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, guest.terms.policy
             )
             guest.quota_bytes = quota_bytes
             guest.handler.resume()
         yield {"quota_bytes": quota_bytes}
+
+    def _do_discard(self, request: Body) -> Iterator[Body]:
+        overlay = take_text(request, "overlay", max_length=300)
+        yield {"private_bytes": self._overlays.discard(overlay)}
 
     def _range(self, request: Body) -> tuple[Image, range]:
         """The image and the extents that a request's byte range touches."""

@@ -11,6 +11,7 @@ import contextlib
 import os
 from typing import Final
 
+from cowshed.accounting import QuotaPolicy
 from cowshed.cache import Image
 from cowshed.service.access import Access
 from cowshed.service.config import Config, socket_path
@@ -29,6 +30,9 @@ from cowshed.service.logs import EventLog, logging_begin, logging_end, logging_t
 from cowshed.service.loop import READ, Loop, ignore_stop_signals
 from cowshed.service.metrics import Exporter, MetricsSources
 from cowshed.service.metrics_settle import Settler
+from cowshed.service.nbd_server import NbdService
+from cowshed.service.overlay_files import OverlayFiles
+from cowshed.service.overlays import OverlayTable
 from cowshed.service.remains import Remains
 from cowshed.service.run_lock import run_dir_locked
 from cowshed.service.sizes import format_bytes
@@ -40,6 +44,7 @@ from cowshed.service.web_state import StateReader
 from cowshed.service.workers import Workers
 from cowshed.service.working_sets import WorkingSets
 from cowshed.transport import AnyListener, adopt_listener, listen
+from cowshed.transport.nbd_core import NbdServer
 
 __all__ = ["Daemon", "run"]
 
@@ -47,6 +52,7 @@ _log = EventLog("cowshed")
 
 _LOOK_SECONDS: Final = 1.0
 _SAVE_SECONDS: Final = 60.0
+_MAX_NBD_THREADS: Final = 8
 
 
 def run(config: Config) -> int:
@@ -90,16 +96,22 @@ class Daemon:
         self.uffd_device: Final = _lend_device(stack)
         store = self._store = stack.enter_context(open_store(config, self._fd_store, remains))
         self.guests: Final = GuestTable()
+        core = NbdServer(min(os.cpu_count() or 1, _MAX_NBD_THREADS))
+        stack.callback(core.close)
+        overlays = self._overlays = _keep_overlays(config, core, self.guests, door, stack)
+        overlays.adopt(list(store))
         evictor = self._evictor = Evictor(store)
         self._working_sets = WorkingSets(config.state_dir)
+        access = Access(config.domains, config.images)
         self.control: Final = Control(
             store,
             evictor,
             self.guests,
-            StatusReader(store, evictor, self.guests, config.run_dir),
+            overlays,
+            StatusReader(store, evictor, self.guests, overlays, config.run_dir),
             self._working_sets,
             self._tallies,
-            Access(config.domains, config.images),
+            access,
         )
         evictor.start()
         stack.callback(evictor.stop)
@@ -113,6 +125,10 @@ class Daemon:
         self._guest_door = GuestDoor(listener, door, self, self._tallies, self._loop)
         stack.callback(self._guest_door.close)
         stack.callback(self.workers.stop)
+        self._nbd = NbdService(
+            core, config, store, access, overlays, door, self._tallies, self._loop
+        )
+        stack.callback(self._nbd.close)
         if config.metrics is not None:
             self._serve_metrics(stack)
         self._let_go(remains)
@@ -136,7 +152,13 @@ class Daemon:
         assert config.metrics is not None
         settler = Settler(self.guests)
         sources = MetricsSources(
-            self._store, self._evictor, self.guests, self._tallies, config.guest_metrics
+            self._store,
+            self._evictor,
+            self.guests,
+            self._tallies,
+            config.guest_metrics,
+            self._overlays,
+            self._nbd.counters,
         )
         state = StateReader(lambda: list(self._store), self.control.status)
         routes = {"/metrics": Exporter(sources, settler.ask).serve, **web_routes(state.read)}
@@ -191,6 +213,23 @@ class Daemon:
                     image=image.label,
                     source=image.source.path,
                 )
+
+
+def _keep_overlays(
+    config: Config,
+    core: NbdServer,
+    guests: GuestTable,
+    door: Door,
+    stack: contextlib.ExitStack,
+) -> OverlayTable:
+    files = None
+    if config.overlay_dir is not None:
+        files = OverlayFiles(config.overlay_dir)
+        stack.callback(files.close)
+    defaults = config.default_quota_bytes, QuotaPolicy[config.default_on_quota.upper()]
+    overlays = OverlayTable(core, guests, door, defaults, files)
+    stack.callback(overlays.close)
+    return overlays
 
 
 def _lend_device(stack: contextlib.ExitStack) -> int | None:

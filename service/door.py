@@ -11,6 +11,7 @@ import contextlib
 import os
 import resource
 from collections import Counter
+from collections.abc import Hashable
 from typing import Final
 
 __all__ = ["Door", "raise_file_limit"]
@@ -31,32 +32,39 @@ def raise_file_limit() -> int:
 
 
 class Door:
-    """Counts who is in, by user.
+    """Counts who is in, by user or, where no kernel vouches for one, by address.
 
-    Invariant: enter() that returned "" is followed by one leave() of the same uid.
+    Invariant: enter() that returned "" is followed by one leave() of the same who and nr_files.
     """
 
     def __init__(self, max_files: int) -> None:
-        self._max = max(_RESERVED + 2, (max_files - _FDS_OF_OURS) // _FDS_PER_GUEST)
-        self._inside: Counter[int] = Counter()
+        self._max_files = max((_RESERVED + 2) * _FDS_PER_GUEST, max_files - _FDS_OF_OURS)
+        self._nr_files: Counter[Hashable] = Counter()
+        self._nr_inside: Counter[Hashable] = Counter()
         self._operators: Final = {0, os.geteuid()}
 
-    def enter(self, uid: int) -> str:
-        """Let a connection of uid in; or say why not."""
-        nr_inside = self._inside.total()
-        if uid not in self._operators:
-            nr_places = self._max - _RESERVED
-            if self._inside[uid] >= nr_places // 2:
-                return f"uid {uid} has {self._inside[uid]} connections open"
-            if nr_inside >= nr_places:
-                return f"{nr_inside} connections are open"
-        elif nr_inside >= self._max:
-            return f"{nr_inside} connections are open"
-        self._inside[uid] += 1
+    def enter(self, who: Hashable, nr_files: int = _FDS_PER_GUEST) -> str:
+        """Let a connection in that takes so many descriptors; or say why not.
+
+        who is a uid, or what names an address.
+        """
+        nr_taken = self._nr_files.total() + nr_files
+        if who not in self._operators:
+            nr_common = self._max_files - _RESERVED * _FDS_PER_GUEST
+            if self._nr_files[who] + nr_files > nr_common // 2:
+                name = f"uid {who}" if isinstance(who, int) else str(who)
+                return f"{name} has {self._nr_inside[who]} connections open"
+            if nr_taken > nr_common:
+                return f"{self._nr_inside.total()} connections are open"
+        elif nr_taken > self._max_files:
+            return f"{self._nr_inside.total()} connections are open"
+        self._nr_files[who] += nr_files
+        self._nr_inside[who] += 1
         return ""
 
-    def leave(self, uid: int) -> None:
-        """A connection of uid has ended."""
-        self._inside[uid] -= 1
-        if not self._inside[uid]:
-            del self._inside[uid]
+    def leave(self, who: Hashable, nr_files: int = _FDS_PER_GUEST) -> None:
+        """A connection of who has ended."""
+        self._nr_files[who] -= nr_files
+        self._nr_inside[who] -= 1
+        if not self._nr_inside[who]:
+            del self._nr_files[who], self._nr_inside[who]

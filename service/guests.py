@@ -108,11 +108,15 @@ class GuestTable:
 
     def reserve(self, terms: Terms) -> None:
         """Take a name for a connection that is about to attach; UsageError if it is taken."""
+        self.check_free(terms)
+        self._reserved.add(terms.key)
+
+    def check_free(self, terms: Terms) -> None:
+        """Raise UsageError if a name is taken."""
         if terms.key in self._reserved:
             raise UsageError(
                 f"guest name {terms.name!r} is taken; choose another, or detach that guest"
             )
-        self._reserved.add(terms.key)
 
     def release(self, terms: Terms) -> None:
         """Give a reserved name back."""

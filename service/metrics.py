@@ -9,6 +9,7 @@ after each scrape, so figures of private pages are at most one scrape behind.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,8 +34,17 @@ from cowshed.cache.images import PAGE_BYTES
 from cowshed.service.evictor import Evictor
 from cowshed.service.guests import Guest, GuestTable
 from cowshed.service.http_messages import Answer, Request
-from cowshed.service.metrics_catalog import CATALOG, DRAIN_STATES, REFS
+from cowshed.service.metrics_catalog import (
+    CATALOG,
+    DRAIN_STATES,
+    NBD_COMMANDS,
+    REFS,
+    STATES,
+    TRANSPORTS,
+)
+from cowshed.service.overlays import OverlayGuest
 from cowshed.service.tallies import Tallies
+from cowshed.transport.nbd_core import NbdCounters
 
 __all__ = ["Exporter", "MetricsSources"]
 
@@ -57,6 +67,8 @@ class MetricsSources:
     guests: GuestTable
     tallies: Tallies
     max_guests: int = 0
+    overlays: Iterable[OverlayGuest] = ()
+    nbd: Callable[[], Iterable[tuple[Image, NbdCounters]]] = tuple
 
 
 class Exporter(Collector):
@@ -97,6 +109,7 @@ class Exporter(Collector):
         for image in images:
             _read_image(values, image)
             _read_sums(values, image, sums[image])
+        self._read_nbd(values, images)
         self._read_guests(values, images)
         latencies = {
             kind: [of_image.latencies[kind] for of_image in sums.values()] for kind in LatencyKind
@@ -133,6 +146,36 @@ class Exporter(Collector):
             ("drain_state", {state: int(state == drain.state) for state in DRAIN_STATES}),
         ):
             values[f"cowshed_{by}"].update({(what,): nr for what, nr in counts.items()})
+
+    def _read_nbd(self, values: dict[str, _Values], images: list[Image]) -> None:
+        counters = {image: NbdCounters() for image in images}
+        for image, of_some in self._sources.nbd():
+            counters[image] += of_some
+        for image, of_all in counters.items():
+            labels = _labels(image)
+            for name, value in (
+                ("connections_total", of_all.connections),
+                ("errors_total", of_all.errors),
+                ("hits_total", of_all.hits),
+                ("misses_total", of_all.misses),
+                ("waiting_requests", of_all.parked),
+            ):
+                values[f"cowshed_nbd_{name}"][labels] = value
+            by_command = (
+                of_all.reads,
+                of_all.writes,
+                of_all.trims,
+                of_all.zeroes,
+                of_all.flushes,
+                of_all.caches,
+                of_all.block_statuses,
+            )
+            for command, value in zip(NBD_COMMANDS, by_command, strict=True):
+                values["cowshed_nbd_requests_total"][*labels, command] = value
+            for direction, value in (("read", of_all.read_bytes), ("write", of_all.write_bytes)):
+                values["cowshed_nbd_bytes_total"][*labels, direction] = value
+        for guest in self._sources.overlays:
+            values["cowshed_guests"][*_labels(guest.image), guest.transport, guest.state] += 1
 
     def _read_guests(self, values: dict[str, _Values], images: list[Image]) -> None:
         """The first guests, in the order in which they attached, as many as may have series."""
@@ -211,6 +254,7 @@ def _read_sums(values: dict[str, _Values], image: Image, sums: AccountSums) -> N
     ):
         values[f"cowshed_{metric}"][labels] = value
     guests = values["cowshed_guests"]
+    guests.update({(*labels, *how): 0 for how in itertools.product(TRANSPORTS, STATES)})
     guests[*labels, "unix", "running"] = sums.nr_running
     guests[*labels, "unix", "stopped-quota"] = sums.nr_stopped
     guests[*labels, "unix", "detached"] = sums.nr_broken

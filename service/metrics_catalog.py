@@ -16,8 +16,9 @@ __all__ = ["CATALOG", "LIBRARY", "Metric"]
 Kind = Literal["info", "gauge", "counter", "histogram"]
 
 REFS: Final = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32+")
-STATES: Final = ("running", "stopped-quota", "detached")
-TRANSPORTS: Final = ("unix",)
+STATES: Final = ("running", "stopped-quota", "detached", "away")
+TRANSPORTS: Final = ("unix", "nbd")
+NBD_COMMANDS: Final = ("read", "write", "trim", "zero", "flush", "cache", "status")
 ACCESS_OUTCOMES: Final = ("hit", "loaded", "failed")
 WRITE_OUTCOMES: Final = ("copied", "refused")
 LOAD_REASONS: Final = ("demand", "prefetch")
@@ -150,7 +151,8 @@ _IMAGES: Final = (
     _image(
         "guests",
         "gauge",
-        "Attached guests. detached: the memory of one is no longer served and it is about to go.",
+        "Attached guests. detached: the memory of one is no longer served and it is about to go; "
+        "away: nobody is connected, and its private pages are kept for it.",
         transport=TRANSPORTS,
         state=STATES,
     ),
@@ -217,6 +219,23 @@ _IMAGES: Final = (
         "Time that guests spent stopped at their quota, up to this moment.",
     ),
     _image("guest_attaches_total", "counter", "Times that a guest was attached."),
+    _image("nbd_connections_total", "counter", "NBD clients that finished their handshake."),
+    _image(
+        "nbd_requests_total",
+        "counter",
+        "NBD requests answered, of the image and of guests' overlays of it.",
+        command=NBD_COMMANDS,
+    ),
+    _image(
+        "nbd_bytes_total",
+        "counter",
+        "Bytes that NBD clients read and wrote.",
+        direction=("read", "write"),
+    ),
+    _image("nbd_errors_total", "counter", "NBD requests that were answered with an error."),
+    _image("nbd_hits_total", "counter", "Extents that NBD reads found resident."),
+    _image("nbd_misses_total", "counter", "Extents that NBD reads waited for."),
+    _image("nbd_waiting_requests", "gauge", "NBD requests that wait for a load or a disk."),
     _image(
         "strays_total",
         "counter",

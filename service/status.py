@@ -15,6 +15,7 @@ from cowshed.accounting import AccountStatus, Latency, LatencyKind, sum_accounts
 from cowshed.cache import Image, PageStore
 from cowshed.service.evictor import Evictor
 from cowshed.service.guests import Guest, GuestTable
+from cowshed.service.overlays import OverlayGuest, OverlayTable
 
 __all__ = ["StatusReader", "guest_state"]
 
@@ -25,11 +26,17 @@ class StatusReader:
     """Puts the status together from the store, the evictor and the guests; changes nothing."""
 
     def __init__(
-        self, store: PageStore, evictor: Evictor, guests: GuestTable, run_dir: Path
+        self,
+        store: PageStore,
+        evictor: Evictor,
+        guests: GuestTable,
+        overlays: OverlayTable,
+        run_dir: Path,
     ) -> None:
         self._store = store
         self._evictor = evictor
         self._guests = guests
+        self._overlays = overlays
         self._run_dir = run_dir
         self._started_ns = time.monotonic_ns()
         self._version = importlib.metadata.version("cowshed")
@@ -46,6 +53,8 @@ class StatusReader:
                 status = guest.account.status()
                 guests.append(_guest_status(guest, status))
             sums = [sum_accounts(image) for image in self._store]
+        with self._overlays.lock:
+            guests += [_overlay_status(guest) for guest in self._overlays]
         totals = functools.reduce(operator.add, (of_image.counters for of_image in sums))
         latencies = {
             kind: functools.reduce(operator.add, (of_image.latencies[kind] for of_image in sums))
@@ -100,7 +109,19 @@ def guest_state(status: AccountStatus) -> str:
     return "stopped-quota" if status.stopped_since_ns else "running"
 
 
-def _guest_status(guest: Guest, status: AccountStatus) -> dict[str, Any]:
+def _overlay_status(guest: OverlayGuest) -> dict[str, Any]:
+    """Of a guest that maps nothing: it has no faults, and hits and misses are of its requests."""
+    counters = guest.export.counters()
+    return {
+        **_guest_status(guest, guest.account.status()),
+        "state": guest.state,
+        "clients": guest.nr_clients,
+        "hits": counters.hits,
+        "misses": counters.misses,
+    }
+
+
+def _guest_status(guest: Guest | OverlayGuest, status: AccountStatus) -> dict[str, Any]:
     counters = status.counters
     stopped_ns = status.stopped_since_ns
     return {

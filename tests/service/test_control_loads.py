@@ -7,16 +7,20 @@ from pathlib import Path
 import pytest
 from domains import MakeImage, in_thread
 
+from cowshed.accounting import QuotaPolicy
 from cowshed.cache import ExtentState, FileSource, Image, PageStore
 from cowshed.cache._core import lib
 from cowshed.service.access import Access
 from cowshed.service.control import Control
 from cowshed.service.domains import Domains
+from cowshed.service.door import Door
 from cowshed.service.evictor import Evictor
 from cowshed.service.guests import GuestTable
+from cowshed.service.overlays import OverlayTable
 from cowshed.service.status import StatusReader
 from cowshed.service.tallies import Tallies
 from cowshed.service.working_sets import WorkingSets
+from cowshed.transport.nbd_core import NbdServer
 
 EXTENT_BYTES = 4096
 WAIT_MS = 10_000
@@ -37,10 +41,12 @@ def image(store: PageStore, make_image: MakeImage) -> Image:
 def control(store: PageStore, run_dir: Path) -> Iterator[Control]:
     evictor, guests = Evictor(store), GuestTable()
     evictor.start()
-    status = StatusReader(store, evictor, guests, run_dir)
-    yield Control(
-        store, evictor, guests, status, WorkingSets(run_dir), Tallies(), Access(Domains(), [])
-    )
+    core = NbdServer(1)
+    overlays = OverlayTable(core, guests, Door(1024), (None, QuotaPolicy.STOP))
+    status = StatusReader(store, evictor, guests, overlays, run_dir)
+    access = Access(Domains(), [])
+    yield Control(store, evictor, guests, overlays, status, WorkingSets(run_dir), Tallies(), access)
+    core.close()
     evictor.stop()
 
 

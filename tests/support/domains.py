@@ -85,6 +85,7 @@ class Daemon:
                 stdout=log,
             )
         self.pid = self.process.pid
+        self._nr_sockets = 0
 
     def wait_ready(self) -> None:
         """Wait until it listens; fails with its log if it ends instead."""
@@ -95,24 +96,23 @@ class Daemon:
                 assert not ended, f"the daemon ended: {self.log_path.read_text()}"
         finally:
             os.close(pidfd)
+        self._nr_sockets = self._links().count("socket")
 
     def log(self) -> str:
         return self.log_path.read_text()
 
     def nr_fds(self) -> int:
         """How many descriptors it has once alone: waits until it has closed its connections."""
-        folder = Path(f"/proc/{self.pid}/fd")
-        links: list[str] = []
+        until(lambda: self._links().count("socket") == self._nr_sockets)
+        return len(self._links())
 
-        def is_alone() -> bool:
-            links.clear()
-            for fd in folder.iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    links.append(os.readlink(fd))
-            return sum(link.startswith("socket:") for link in links) == 1
-
-        until(is_alone)
-        return len(links)
+    def _links(self) -> list[str]:
+        """What its descriptors are, by the words before the colon."""
+        links = []
+        for fd in Path(f"/proc/{self.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                links.append(os.readlink(fd).partition(":")[0])
+        return links
 
     def nr_fds_now(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
