@@ -68,6 +68,13 @@ def cli() -> None:
     "--metrics", metavar="HOST:PORT", help="Serve metrics to Prometheus there [default: nowhere]."
 )
 @click.option(
+    "--listen",
+    multiple=True,
+    metavar="URI",
+    help="Let guests in at tcp://, tls:// or vsock:// too; plain tcp is for "
+    "networks where everybody may read every image. Repeatable.",
+)
+@click.option(
     "--nbd", metavar="HOST:PORT", help="Speak NBD there too, not only at the run-dir's nbd.sock."
 )
 @click.option(
@@ -84,6 +91,7 @@ def serve(
     capacity: str | None,
     run_dir: str | None,
     metrics: str | None,
+    listen: tuple[str, ...],
     nbd: str | None,
     overlay_dir: str | None,
     no_keeper: bool,
@@ -93,8 +101,8 @@ def serve(
     """Run the daemon in the foreground, serving images to guests.
 
     The TOML file of --config may set capacity, run_dir, state_dir, extent, loaders, keeper,
-    quota, on_quota ("stop", "kill" or "allow"), metrics, guest_metrics, nbd, overlay_dir, log
-    ("logfmt" or "json"), log_level ("debug" to "error") and, in a table [images],
+    quota, on_quota ("stop", "kill" or "allow"), metrics, guest_metrics, listen, nbd,
+    overlay_dir, log ("logfmt" or "json"), log_level ("debug" to "error") and, in a table [images],
     NAME = "SOURCE"; [[image]] has name, source and domain; a table [domains.NAME]
     lists its members by uids, gids and clients; a table [tls] has cert, key and ca,
     and turns TLS on.
@@ -106,6 +114,7 @@ def serve(
             capacity=capacity,
             run_dir=run_dir,
             metrics=metrics,
+            listen=listen,
             nbd=nbd,
             overlay_dir=overlay_dir,
             no_keeper=no_keeper,

@@ -13,6 +13,7 @@ A file has this shape; every key is optional, and an unknown one is an error::
     on_quota = "stop"               # at the limit: stop the writer, kill it, or allow (count)
     metrics  = "localhost:9432"     # where Prometheus may ask; nowhere unless given
     guest_metrics = 0               # how many guests may have metrics of their own
+    listen   = ["tls://0.0.0.0:7000"] # guests from elsewhere: tcp://, tls://, vsock://; nowhere
     nbd      = "localhost:10809"    # NBD over TCP there too; only RUN_DIR/nbd.sock unless given
     overlay_dir = "/var/lib/cowshed/overlays"  # NBD guests' private pages; in memory unless given
     log      = "logfmt"             # or "json"
@@ -84,6 +85,7 @@ _KEYS = (
     "metrics",
     "guest_metrics",
     "nbd",
+    "listen",
     "overlay_dir",
     "tls",
     "log",
@@ -116,6 +118,7 @@ class Config:
     metrics: Endpoint | None = None
     guest_metrics: int = 0
     nbd: Endpoint | None = None
+    listen: tuple[str, ...] = ()
     overlay_dir: Path | None = None
     tls: TlsConfig | None = None
     log_format: LogFormat = "logfmt"
@@ -200,6 +203,7 @@ def config_load(
     run_dir: str | None = None,
     metrics: str | None = None,
     nbd: str | None = None,
+    listen: Sequence[str] = (),
     overlay_dir: str | None = None,
     no_keeper: bool = False,
     verbose: bool = False,
@@ -244,6 +248,8 @@ def config_load(
         settings["capacity_bytes"] = parse_size(capacity, "capacity")
     if metrics is not None:
         settings["metrics"] = parse_endpoint(metrics, "metrics")
+    if listen:
+        settings["listen"] = tuple(listen)
     if nbd is not None:
         settings["nbd"] = parse_endpoint(nbd, "nbd")
     if run_dir:
@@ -338,6 +344,11 @@ def _settings_of(table: Mapping[str, Any]) -> dict[str, Any]:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise UsageError(f"{key} is {value!r}: give a whole number of {what}")
             settings[key] = value
+    if "listen" in table:
+        uris = table["listen"]
+        if not isinstance(uris, list) or not all(isinstance(uri, str) and uri for uri in uris):
+            raise UsageError(f'listen is {uris!r}: give a list of URIs, as ["tls://0.0.0.0:7000"]')
+        settings["listen"] = tuple(uris)
     if "keeper" in table:
         if not isinstance(table["keeper"], bool):
             raise UsageError(f"keeper is {table['keeper']!r}: give true or false")

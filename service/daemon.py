@@ -31,6 +31,7 @@ from cowshed.service.loop import READ, Loop, ignore_stop_signals
 from cowshed.service.metrics import Exporter, MetricsSources
 from cowshed.service.metrics_settle import Settler
 from cowshed.service.nbd_server import NbdService
+from cowshed.service.network_door import NetworkDoor
 from cowshed.service.overlay_files import OverlayFiles
 from cowshed.service.overlays import OverlayTable
 from cowshed.service.remains import Remains
@@ -129,6 +130,10 @@ class Daemon:
             core, config, store, access, overlays, door, self._tallies, self._loop
         )
         stack.callback(self._nbd.close)
+        network = NetworkDoor(
+            config.listen, store, access, overlays, self._nbd, door, self._tallies, self._loop
+        )
+        stack.callback(network.close)
         if config.metrics is not None:
             self._serve_metrics(stack)
         self._let_go(remains)

@@ -86,6 +86,7 @@ class NbdService:
         self._loop = loop
         self._sessions: set[NbdSession] = set()
         self._clients: dict[int, _Client] = {}
+        self._others: dict[int, Callable[[Ended], None]] = {}
         self._images: dict[Image, NbdExport] = {}
         self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         self._path: Final = config.run_dir / NBD_SOCKET_NAME
@@ -224,13 +225,38 @@ class NbdService:
         if export.overlay is not None:
             self._overlays.leave(export.overlay)
 
+    # Connections that came in elsewhere and speak the same from here on.
+
+    def serve(
+        self, export: NbdExport, sock: socket.socket, on_ended: Callable[[Ended], None]
+    ) -> int:
+        """Have the core's threads serve a connection, whose number is given; sock is theirs then.
+
+        on_ended is called once, in the loop or by close(). CapacityError leaves sock the caller's.
+        """
+        number = self._core.attach(export, sock.fileno(), structured=True)
+        sock.detach()
+        self._others[number] = on_ended
+        return number
+
+    def detach(self, connection_no: int) -> None:
+        """Begin the end of a connection."""
+        self._core.detach(connection_no)
+
     # Going.
+
+    def look_ended(self) -> None:
+        """Let go of what has ended by now."""
+        self._on_ended()
 
     def _on_ended(self, *_: int) -> None:
         for ended in self._core.take_ended():
             self._end(ended)
 
     def _end(self, ended: Ended) -> None:
+        if (on_ended := self._others.pop(ended.connection_no, None)) is not None:
+            on_ended(ended)
+            return
         client = self._clients.pop(ended.connection_no)
         peer = client.peer
         self._door.leave(peer.counted_as, client.nr_files)

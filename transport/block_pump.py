@@ -31,6 +31,7 @@ _SCRATCH_BYTES: Final = 256 << 10
 _RECV_AT_ONCE: Final = 32
 # One operation may wait that many times as long as the whole link may be silent.
 _PATIENCE: Final = 4
+_GOODBYE_SECONDS: Final = 5.0
 
 
 class LinkLostError(PeerError):
@@ -70,12 +71,14 @@ class BlockPump:
             return not poll.poll(0)
 
     def close(self, *, politely: bool = False) -> None:
-        """End it: whoever waits gets LinkLostError. Does nothing twice."""
+        """End it: whoever waits gets LinkLostError. Does nothing twice.
+
+        politely says good-bye and waits for the peer's end, _GOODBYE_SECONDS at most.
+        """
         with self._lock:
-            if politely and self._error is None:
-                with contextlib.suppress(OSError):
-                    self._outgoing += self._link.start(BlockOp(Kind.DISCONNECT))
-                    self._send()
+            if politely and self._error is None and not self._pumping:
+                with contextlib.suppress(OSError, PeerError):
+                    self._say_goodbye(time.monotonic() + _GOODBYE_SECONDS)
             self._fail(LinkLostError("the connection was closed"))
 
     def abandon(self) -> None:
@@ -208,6 +211,19 @@ class BlockPump:
             raise self._error
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake_fd)
+
+    def _say_goodbye(self, deadline: float) -> None:
+        """When the peer has closed, it has let go of the guest, whose name is free again."""
+        self._queued.clear()
+        self._outgoing += self._link.start(BlockOp(Kind.DISCONNECT))
+        poll = select.poll()
+        while (left := deadline - time.monotonic()) > 0:
+            self._send()
+            poll.register(self._sock, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
+            if not poll.poll(left * 1000):
+                return
+            while self._receive():  # which raises at the end
+                pass
 
     def _fail(self, error: LinkLostError) -> None:
         if self._error is None:

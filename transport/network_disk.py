@@ -14,7 +14,7 @@ import secrets
 import time
 from typing import Any, Final
 
-from cowshed.cache.errors import UsageError
+from cowshed.cache.errors import CapacityError, UsageError
 from cowshed.transport.byte_disk import READAHEAD_BYTES, REQUEST_SECONDS, ByteDisk, Dialled
 from cowshed.transport.exchange import ask, greet
 from cowshed.transport.messages import take_number, take_text
@@ -25,6 +25,7 @@ from cowshed.transport.stream import StreamConnection
 __all__ = ["open_by_bytes"]
 
 _HANDSHAKE_SECONDS: Final = 10.0
+_PAUSE_SECONDS: Final = 0.05
 
 
 def open_by_bytes(
@@ -37,12 +38,20 @@ def open_by_bytes(
 
     Raises UsageError, CapacityError or SourceError as the backend refuses, PeerError if it is gone.
     """
-    token = request.get("token") or secrets.token_hex(16)
     fields = {name: value for name, value in request.items() if value is not None}
-    fields["token"] = token
+    fields |= {"token": request.get("token") or secrets.token_hex(16)}
+    fields |= {"keep": request.get("token") is not None}
 
     def dial(timeout: float) -> Dialled:
-        return _dial(uri, fields, timeout)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return _dial(uri, fields, _left(deadline))
+            except CapacityError:
+                # Our last connection is not quite gone there.
+                if time.monotonic() + _PAUSE_SECONDS > deadline:
+                    raise
+            time.sleep(_PAUSE_SECONDS)
 
     return ByteDisk(
         dial,

@@ -54,6 +54,11 @@ class StreamConnection(Connection):
         return self._tls.peer_name if self._tls else ""
 
     @property
+    def identities(self) -> list[str]:
+        """Every name in the peer's certificate, the one it is usually known by first."""
+        return self._tls.peer_names if self._tls else []
+
+    @property
     def peer_name(self) -> str:
         """Who is at the other end, in words for a log."""
         return f"{self.identity} ({self.where})" if self.identity else self.where

@@ -116,6 +116,11 @@ class StreamListener:
         """Give the socket's descriptor, -1 once closed."""
         return self._socket.fileno()
 
+    @property
+    def is_local(self) -> bool:
+        """Whether only this host can connect."""
+        return not self._is_vsock and self._socket.getsockname()[0].startswith(("127.", "::1"))
+
     def accept(self) -> StreamConnection | None:
         """Take a peer that waits; None if there is none, or it had to be turned away."""
         try:
@@ -151,14 +156,16 @@ class StreamListener:
             os.close(self._reserve)
 
 
-def listen(uri: str, backlog: int = 128) -> StreamListener:
+def listen(uri: str, backlog: int = 128, context: ssl.SSLContext | None = None) -> StreamListener:
     """Listen; on tls, whoever connects must show a certificate that ca signed.
 
-    Raises UsageError if this cannot be.
+    context is taken for tls if the URI and the environment name no files. Raises UsageError if
+    this cannot be.
     """
     address = parse_stream_uri(uri)
-    context = None
-    if address.scheme == "tls":
+    if address.scheme != "tls":
+        context = None
+    elif address.options or context is None:
         context = server_context(address.options, address.without_options)
     try:
         sock = _bound(address, backlog)

@@ -113,6 +113,22 @@ class TlsSession:
         """The name in the peer's certificate; "" before the handshake is done."""
         return certificate_name(self._object.getpeercert()) if self.ready else ""
 
+    @property
+    def peer_names(self) -> list[str]:
+        """Every name in the peer's certificate, peer_name first; [] before the handshake."""
+        if not self.ready:
+            return []
+        certificate: Mapping[str, Any] = self._object.getpeercert() or {}
+        names = [self.peer_name]
+        names += [str(value) for _, value in certificate.get("subjectAltName", ())]
+        names += [
+            str(value)
+            for part in certificate.get("subject", ())
+            for key, value in part
+            if key == "commonName"
+        ]
+        return list(dict.fromkeys(filter(None, names)))
+
     def feed(self, ciphertext: bytes | memoryview) -> bytes:
         """Take what came; give the plaintext there is. `ended` is set once the peer has closed."""
         self._incoming.write(ciphertext)
