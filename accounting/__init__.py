@@ -4,6 +4,7 @@
 from cowshed.accounting.audit import AuditReport, Mismatch, audit
 from cowshed.accounting.eviction import EvictionPolicy, ExtentKey, Heat
 from cowshed.accounting.ledger import (
+    MAX_REGIONS,
     Account,
     AccountCounters,
     AccountStatus,
@@ -14,7 +15,14 @@ from cowshed.accounting.ledger import (
 )
 from cowshed.accounting.overlay import Overlay
 from cowshed.accounting.purse import NO_QUOTA_BYTES, Purse, PurseStatus, QuotaPolicy
-from cowshed.accounting.sums import AccountSums, Latency, read_accounts, read_latency, sum_accounts
+from cowshed.accounting.sums import (
+    AccountSums,
+    Latency,
+    add_statuses,
+    read_accounts,
+    read_latency,
+    sum_accounts,
+)
 from cowshed.accounting.watermarks import Watermarks
 from cowshed.accounting.workingset import (
     FirstTouches,
@@ -24,6 +32,7 @@ from cowshed.accounting.workingset import (
 )
 
 __all__ = [
+    "MAX_REGIONS",
     "NO_QUOTA_BYTES",
     "Account",
     "AccountCounters",
@@ -45,6 +54,7 @@ __all__ = [
     "Region",
     "Watermarks",
     "WorkingSet",
+    "add_statuses",
     "audit",
     "evict",
     "read_accounts",

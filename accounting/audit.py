@@ -3,9 +3,9 @@
 
 Four things are checked. refs: an extent's reference count is the number of accounts whose grant bit
 is set. private: the pages an account is charged for are the pages PAGEMAP_SCAN shows as the guest's
-own. granted: a shared page that is mapped lies in a granted extent. resident: an extent has all
-its frames in the memfd when it is RESIDENT and none when it is ABSENT, and in a quiet moment the
-memfd's st_blocks say the same.
+own, and what a purse says is used is what its accounts are charged for. granted: a shared page that
+is mapped lies in a granted extent. resident: an extent has all its frames in the memfd when it is
+RESIDENT and none when it is ABSENT, and in a quiet moment the memfd's st_blocks say the same.
 
 Guests run meanwhile, so one look may catch a step half done. What counts as a mismatch is what
 several looks in a row show, with time for the step to end in between.
@@ -110,6 +110,7 @@ def _look(
             for guest, account in of_image.items():
                 found = _look_at_pages(image, guest, account, checked)
                 mismatches += itertools.islice(found, _MOST_OF_A_GUEST)
+            mismatches += _look_at_purses(image, of_image)
         mismatches += _look_at_frames(image, checked)
     return mismatches
 
@@ -147,6 +148,19 @@ def _look_at_pages(
         )
     for extent, nr_mapped in _mapped_ungranted(image, account, looks.translate(_SHARED)):
         yield Mismatch("granted", image.domain, image.name, guest, "extent", extent, 0, nr_mapped)
+
+
+def _look_at_purses(image: Image, accounts: Accounts) -> Iterator[Mismatch]:
+    """What purses say is used against what their accounts are charged for; a guest each."""
+    seen = set()
+    for guest, account in accounts.items():
+        if account.purse not in seen:
+            seen.add(account.purse)
+            charged, used = account.count_purse()
+            if charged != used:
+                yield Mismatch(
+                    "private", image.domain, image.name, guest, "purse", 0, charged, used
+                )
 
 
 def _mapped_ungranted(image: Image, account: Account, shared: bytes) -> Iterator[tuple[int, int]]:

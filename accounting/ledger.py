@@ -17,6 +17,7 @@ from cowshed.cache.calls import checked
 from cowshed.cache.images import PAGE_BYTES
 
 __all__ = [
+    "MAX_REGIONS",
     "Account",
     "AccountCounters",
     "AccountStatus",
@@ -146,6 +147,7 @@ class Account:
             raise InvariantError(f"what was left is no account of image {image.label!r}")
         checked(err, f"opening an account with {image.label!r}")
         self.image: Final = image
+        self.purse: Final = purse
         self.cdata = account[0]
 
     @property
@@ -207,6 +209,25 @@ class Account:
         If the guest's page tables cannot be read (it is going away) the charges stand.
         """
         lib.account_settle(self.cdata)
+
+    def adopt_private(self) -> int:
+        """Charge what a guest inherited over fork as its own, past the quota too; how many pages.
+
+        Its faults are being answered. OSError if its memory cannot be looked at.
+        """
+        result = int(lib.account_adopt_private(self.cdata))
+        if result < 0:
+            raise OSError(-result, "looking at inherited memory")
+        return result
+
+    def count_purse(self) -> tuple[int, int]:
+        """Count what the accounts of its purse are charged for, and what the purse says is used.
+
+        The same number. Waits for each account; writes wait meanwhile, for microseconds per GiB.
+        """
+        used = ffi.new("uint64_t *")
+        counted = int(lib.account_purse_pages(self.cdata, used))
+        return counted, int(used[0])
 
     def add_grants(self, refs: array[int]) -> None:
         """Add this account's grants to refs, an array of one count per extent."""

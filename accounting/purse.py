@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Self
 
-from cowshed.cache import Image, InvariantError, UsageError
+from cowshed.cache import InvariantError, UsageError
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
 from cowshed.cache.images import PAGE_BYTES
@@ -85,15 +85,6 @@ class Purse:
         return PurseStatus(
             status.quota_pages, status.used_pages, QuotaPolicy(status.policy), status.nr_accounts
         )
-
-    def count(self, image: Image) -> tuple[int, int]:
-        """Count the pages its accounts are charged for, and give what it says is used: the same.
-
-        Waits for each account in turn; a guest's writes wait meanwhile, for microseconds per GiB.
-        """
-        used = ffi.new("uint64_t *")
-        counted = int(lib.account_purse_pages(image.cdata, self.cdata, used))
-        return counted, int(used[0])
 
 
 def _quota_pages(quota_bytes: int) -> int:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,7 +14,14 @@ from cowshed.cache import Image
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
 
-__all__ = ["AccountSums", "Latency", "read_accounts", "read_latency", "sum_accounts"]
+__all__ = [
+    "AccountSums",
+    "Latency",
+    "add_statuses",
+    "read_accounts",
+    "read_latency",
+    "sum_accounts",
+]
 
 _MORE_ACCOUNTS: Final = 64
 
@@ -103,3 +112,24 @@ def read_accounts(image: Image) -> dict[int, AccountStatus]:
                 for status in (AccountStatus.of(statuses[no]) for no in range(nr))
             }
         room = nr + _MORE_ACCOUNTS
+
+
+def add_statuses(statuses: Sequence[AccountStatus]) -> AccountStatus:
+    """Put the accounts of a guest's mappings, at least one, together as if they were one.
+
+    It is stopped since the first of them is, and broken when all are.
+    """
+    first = statuses[0]
+    if len(statuses) == 1:
+        return first
+    stops = [status.stopped_since_ns for status in statuses if status.stopped_since_ns]
+    return AccountStatus(
+        granted_extents=sum(status.granted_extents for status in statuses),
+        private_pages=sum(status.private_pages for status in statuses),
+        quota_pages=first.quota_pages,
+        stopped_since_ns=min(stops, default=0),
+        policy=first.policy,
+        broken=first.broken if all(status.broken for status in statuses) else 0,
+        account_no=first.account_no,
+        counters=functools.reduce(operator.add, (status.counters for status in statuses)),
+    )

@@ -66,6 +66,19 @@ class FileSource:
                 direct_fd = -1
         return cls(path, size_bytes, fd, direct_fd, status.st_mtime_ns)
 
+    def reopen(self) -> int:
+        """Give a new descriptor of the file, for reading, that shares no state with ours.
+
+        Raises SourceError if it cannot be had.
+        """
+        try:
+            return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceError(
+                f"cannot open image source {str(self.path)!r} again: {error.strerror}; "
+                "name a file that the backend can read"
+            ) from error
+
     def changed(self) -> str | None:
         """Say how the open file differs from when it was opened, or None if it does not."""
         status = os.fstat(self.fd)

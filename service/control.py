@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
-from cowshed.accounting import NO_QUOTA_BYTES, audit
+from cowshed.accounting import audit
 from cowshed.cache import CapacityError, ExtentState, Image, PageStore, UsageError
 from cowshed.service.access import Access
 from cowshed.service.config import check_quota
@@ -227,11 +227,7 @@ class Control:
             return
         with self._guests.lock:
             guest = self._guests.find(name)  # it may have left
-            guest.purse.set_quota(
-                NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, guest.terms.policy
-            )
-            guest.quota_bytes = quota_bytes
-            guest.handler.resume()
+            guest.set_quota(quota_bytes)
         yield {"quota_bytes": quota_bytes}
 
     def _do_discard(self, request: Body) -> Iterator[Body]:

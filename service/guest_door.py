@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import time
 from collections.abc import Iterator
 from typing import Final
 
 from cowshed.cache import PeerError
 from cowshed.service.door import Door
-from cowshed.service.guests import Guest
+from cowshed.service.guests import Mapping
 from cowshed.service.logs import EventLog
 from cowshed.service.loop import READ, WRITE, Loop
 from cowshed.service.sessions import Session, SessionHost
 from cowshed.service.sizes import format_bytes
-from cowshed.service.status import guest_state
+from cowshed.service.status import broken_why, guest_state
 from cowshed.service.tallies import Tallies
 from cowshed.transport import EOF, AnyListener
 from cowshed.transport.messages import error_reply
@@ -61,20 +60,19 @@ class GuestDoor:
     def say_states(self) -> None:
         """Log, once each, guests that stopped, went on or broke; drop those that broke."""
         for fd, session in list(self._sessions.items()):
-            guest = session.guest
-            if guest is None:
+            mapping = session.mapping
+            if mapping is None:
                 continue
-            status = guest.account.status()
+            status = mapping.account.status()
             state = guest_state(status)
-            if state == guest.said_state:
+            if state == mapping.said_state:
                 continue
-            guest.said_state = state
+            mapping.said_state = state
             if state == "detached":
-                why = f"its memory cannot be served: {os.strerror(-status.broken)}"
-                self._say_dropped(session, "broken", why)
+                self._say_dropped(session, "broken", broken_why(status))
                 self._end(fd)
             else:
-                _say_quota(guest, state)
+                _say_quota(mapping, state)
 
     def _on_connect(self, *_: int) -> None:
         connection = self._listener.accept()
@@ -119,7 +117,7 @@ class GuestDoor:
 
     def _watch_death(self, session: Session) -> None:
         """Notice a guest's death even if another process holds its end of the connection open."""
-        pidfd = session.connection.peer.pidfd if session.guest else None
+        pidfd = session.connection.peer.pidfd if session.mapping else None
         if pidfd is None or session.watched_fd >= 0:
             return
         session.watched_fd = pidfd
@@ -163,20 +161,20 @@ class GuestDoor:
 
     def _say_dropped(self, session: Session, reason: str, why: str) -> None:
         self._tallies.dropped[reason] += 1
-        guest, peer = session.guest, session.connection.peer
+        mapping, peer = session.mapping, session.connection.peer
         _log.warning(
             "dropped",
             why,
-            guest=guest and guest.name,
-            image=guest and guest.image.label,
+            guest=mapping and mapping.name,
+            image=mapping and mapping.image.label,
             pid=peer.pid,
             uid=peer.uid,
         )
 
 
-def _say_quota(guest: Guest, state: str) -> None:
-    who = {"guest": guest.name, "image": guest.image.label}
-    who_else = {"pid": guest.pid, "uid": guest.uid}
+def _say_quota(mapping: Mapping, state: str) -> None:
+    who = {"guest": mapping.name, "image": mapping.image.label}
+    who_else = {"pid": mapping.pid, "uid": mapping.uid}
     if state == "running":
         _log.notice("quota-resume", **who, **who_else)
         return
@@ -184,6 +182,6 @@ def _say_quota(guest: Guest, state: str) -> None:
         "quota-stop",
         "its writes wait until 'cowshed quota GUEST SIZE' raises its quota",
         **who,
-        quota=format_bytes(guest.quota_bytes or 0),
+        quota=format_bytes(mapping.guest.quota_bytes or 0),
         **who_else,
     )

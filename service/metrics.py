@@ -186,7 +186,7 @@ class Exporter(Collector):
             return
         statuses = {no: status for image in images for no, status in read_accounts(image).items()}
         for guest in attached[:most]:
-            status = statuses.get(guest.account_no)
+            status = guest.pick(statuses)
             if status is None:
                 continue  # it left since
             counters = status.counters

@@ -275,8 +275,8 @@ class OverlayTable:
         policy = QuotaPolicy[record.policy.upper()]
         terms = Terms(record.guest, image, record.quota_bytes, policy, Orders())
         with contextlib.ExitStack() as undo:
-            self._guests.reserve(terms)
-            undo.callback(self._guests.release, terms)
+            self._guests.reserve_name(terms)
+            undo.callback(self._guests.release_name, terms)
             if refusal := self._door.enter(record.counted_as, _FDS_PER_OVERLAY):
                 raise UsageError(f"overlay {record.label!r} cannot be made: {refusal}")
             undo.callback(self._door.leave, record.counted_as, _FDS_PER_OVERLAY)
@@ -322,7 +322,7 @@ class OverlayTable:
             _log.error("overlay-not-flushed", str(error), overlay=guest.label)
         guest.account.close()
         guest.purse.close()
-        self._guests.release(guest.terms)
+        self._guests.release_name(guest.terms)
         self._door.leave(guest.counted_as, _FDS_PER_OVERLAY)
 
     def _record(self, guest: OverlayGuest) -> OverlayRecord:

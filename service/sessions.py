@@ -2,7 +2,7 @@
 """One connection's conversation: what it may say when, and what is done about it.
 
     NEW --hello--> IDLE --open--> OPENED --region--> ATTACHED --close--> CLOSED
-                   IDLE: operators' requests, if the peer is root or our own user
+                   IDLE: describe; operators' requests, if the peer is root or our own user
 
 A request out of turn, or fields that make no sense, is the peer's error: it costs the peer its
 connection. A request that is understood and cannot be met gets a refusal, and the conversation goes
@@ -14,11 +14,12 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from typing import Any, Final, Protocol
 
-from cowshed.accounting import QuotaPolicy
+from cowshed.accounting import QuotaPolicy, Region
 from cowshed.cache import (
     CapacityError,
     CowshedError,
@@ -32,7 +33,7 @@ from cowshed.service.config import Config, check_quota
 from cowshed.service.control import Control
 from cowshed.service.domains import Identity, is_operator
 from cowshed.service.generations import image_generation
-from cowshed.service.guests import Guest, GuestTable, Terms
+from cowshed.service.guests import Guest, GuestTable, Mapping, Peer, Terms
 from cowshed.service.logs import EventLog
 from cowshed.service.userfaultfd import check_guest_files, check_uffd
 from cowshed.service.workers import Workers
@@ -40,8 +41,10 @@ from cowshed.transport import Connection, Received
 from cowshed.transport.messages import (
     error_reply,
     take_choice,
+    take_flag,
     take_number,
     take_optional_number,
+    take_optional_text,
     take_text,
 )
 
@@ -52,6 +55,7 @@ _log = EventLog("cowshed.sessions")
 Body = dict[str, Any]
 
 _VERSION: Final = 1
+PAGE_BYTES: Final = 4096
 _HANDSHAKE_SECONDS: Final = 10.0
 _ERROR_KINDS: Final[tuple[tuple[type[CowshedError], str], ...]] = (
     (UsageError, "usage"),
@@ -73,6 +77,7 @@ class State(enum.Enum):
 
 _NEXT: Final = {
     (State.NEW, "hello"): State.IDLE,
+    (State.IDLE, "describe"): State.IDLE,
     (State.IDLE, "open"): State.OPENED,
     (State.OPENED, "region"): State.ATTACHED,
     (State.OPENED, "close"): State.CLOSED,
@@ -117,12 +122,12 @@ class Session:
 
     def __init__(self, connection: Connection, host: SessionHost) -> None:
         self.connection: Final = connection
-        self.guest: Guest | None = None
+        self.mapping: Mapping | None = None
         self.deadline: float | None = time.monotonic() + _HANDSHAKE_SECONDS
         self.watched_fd = -1
         self._host = host
         self._state = State.NEW
-        self._terms: Terms | None = None
+        self._opened: tuple[Guest, Terms] | None = None
 
     @property
     def closing(self) -> bool:
@@ -133,9 +138,9 @@ class Session:
         """Detach the guest, if there is one, and close the connection; nothing twice."""
         self._state = State.CLOSED
         self._detach()
-        terms, self._terms = self._terms, None
-        if terms is not None:
-            self._host.guests.release(terms)
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            self._host.guests.release(opened[0])
         self.connection.close()
 
     def handle(self, message: Received) -> None:
@@ -174,10 +179,30 @@ class Session:
             {"ok": True, "version": _VERSION, "features": ["map"], "pid": os.getpid()},
         )
 
+    def _on_describe(self, message: Received) -> None:
+        image = self._find_image(take_text(message.body, "image"))
+        source = image.source.reopen()
+        try:
+            status = os.fstat(source)
+            self._reply(
+                message.tag,
+                {
+                    "ok": True,
+                    "size_bytes": image.size_bytes,
+                    "map_bytes": image.map_bytes,
+                    "extent_bytes": image.extent_bytes,
+                    "digest": image.digest or None,
+                    "source_device": status.st_dev,
+                    "source_inode": status.st_ino,
+                },
+                [source],
+            )
+        finally:
+            os.close(source)
+
     def _on_open(self, message: Received) -> None:
         terms = self._read_terms(message.body)
-        self._host.guests.reserve(terms)
-        self._terms = terms
+        self._opened = self._host.guests.reserve(terms, self._peer()), terms
         image = terms.image
         device = self._host.uffd_device
         fds = [image.guest_fd] if device is None else [image.guest_fd, device]
@@ -191,6 +216,7 @@ class Session:
                 "uffd_features": uffd_features(),
                 "digest": image.digest or None,
                 "generation": image_generation(image),
+                "guest": terms.name,
             },
             fds,
         )
@@ -205,9 +231,18 @@ class Session:
         policy = take_choice(
             body, "on_quota", ("stop", "kill", "allow"), default=config.default_on_quota
         )
+        image = self._find_image(take_text(body, "image"))
+        offset_bytes = take_optional_number(body, "offset_bytes") or 0
+        length_bytes = take_optional_number(body, "length_bytes")
+        if length_bytes is None:
+            length_bytes = max(0, image.map_bytes - offset_bytes)
+        check_part(image, offset_bytes, length_bytes)
         return Terms(
-            name=take_text(body, "guest", max_length=64),
-            image=self._find_image(take_text(body, "image")),
+            name=take_optional_text(body, "guest", max_length=64) or self._new_name(),
+            image=image,
+            token=take_optional_text(body, "token", max_length=64),
+            offset_bytes=offset_bytes,
+            length_bytes=length_bytes,
             quota_bytes=quota_bytes,
             policy=QuotaPolicy[policy.upper()],
             orders=Orders(
@@ -221,27 +256,37 @@ class Session:
         peer = self.connection.peer
         return self._host.control.find_guest_image(name, Identity(peer.uid, peer.gid))
 
+    def _new_name(self) -> str:
+        """A name for a guest that gave none, which nobody else has and nobody can foresee."""
+        return f"pid-{self.connection.peer.pid}-{secrets.token_hex(4)}"
+
+    def _peer(self) -> Peer:
+        peer = self.connection.peer
+        return Peer(peer.pid, peer.uid, -1 if peer.pidfd is None else peer.pidfd)
+
     def _on_region(self, message: Received) -> None:
-        terms = self._terms
-        assert terms is not None
+        assert self._opened is not None
+        guest, terms = self._opened
         if len(message.fds) != 3:
             raise PeerError(f"a region comes with 3 descriptors, not {len(message.fds)}")
         address = take_number(message.body, "address", minimum=4096, maximum=1 << 56)
         length = take_number(message.body, "length", minimum=4096, maximum=1 << 48)
-        if address % 4096 or length != terms.image.map_bytes:
+        inherited = take_flag(message.body, "inherited")
+        if address % 4096 or length != terms.length_bytes:
             raise PeerError(
-                f"a region of {length} bytes at {address:#x} is no mapping of "
-                f"{terms.image.label!r}, which takes {terms.image.map_bytes}"
+                f"a region of {length} bytes at {address:#x} is no mapping of what was opened of "
+                f"{terms.image.label!r}, which takes {terms.length_bytes}"
             )
         peer = self.connection.peer
         check_uffd(message.fds[0])
         check_guest_files(peer.pid, peer.pidfd, message.fds[1], message.fds[2])
-        self.guest = self._host.guests.attach(
-            terms,
-            (peer.pid, peer.uid),
-            -1 if peer.pidfd is None else peer.pidfd,
-            address,
+        self.mapping = self._host.guests.attach(
+            guest,
+            terms.orders,
+            self._peer(),
+            [Region(address, terms.offset_bytes, length)],
             list(message.fds),
+            inherited=inherited,
         )
         message.fds.clear()
         _log.info("attached", guest=terms.name, image=terms.image.label, pid=peer.pid, uid=peer.uid)
@@ -252,11 +297,15 @@ class Session:
         self._reply(message.tag, {"ok": True})
 
     def _detach(self) -> None:
-        guest, self.guest = self.guest, None
-        if guest is not None:
-            self._host.guests.detach(guest)
+        mapping, self.mapping = self.mapping, None
+        if mapping is not None:
+            self._host.guests.detach(mapping)
             _log.info(
-                "detached", guest=guest.name, image=guest.image.label, pid=guest.pid, uid=guest.uid
+                "detached",
+                guest=mapping.name,
+                image=mapping.image.label,
+                pid=mapping.pid,
+                uid=mapping.uid,
             )
 
     def _on_control(self, op: str, message: Received) -> None:
@@ -300,6 +349,19 @@ class Session:
 
     def _reply(self, tag: int, body: Body, fds: list[int] | None = None) -> None:
         self.connection.queue(body, fds or (), tag)
+
+
+def check_part(image: Image, offset_bytes: int, length_bytes: int) -> None:
+    """Raise UsageError unless these are whole pages of an image, at least one."""
+    if (
+        (offset_bytes | length_bytes) % PAGE_BYTES
+        or length_bytes == 0
+        or offset_bytes + length_bytes > image.map_bytes
+    ):
+        raise UsageError(
+            f"{length_bytes} bytes at {offset_bytes} are no part of {image.label!r} to be mapped; "
+            f"give whole pages of {PAGE_BYTES} bytes within its {image.map_bytes}"
+        )
 
 
 def _refusal(error: CowshedError) -> Body:

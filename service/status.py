@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.metadata
 import operator
@@ -11,13 +12,13 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from cowshed.accounting import AccountStatus, Latency, LatencyKind, sum_accounts
+from cowshed.accounting import MAX_REGIONS, AccountStatus, Latency, LatencyKind, sum_accounts
 from cowshed.cache import Image, PageStore
 from cowshed.service.evictor import Evictor
 from cowshed.service.guests import Guest, GuestTable
 from cowshed.service.overlays import OverlayGuest, OverlayTable
 
-__all__ = ["StatusReader", "guest_state"]
+__all__ = ["StatusReader", "broken_why", "guest_state"]
 
 _PAGE_BYTES: Final = 4096
 
@@ -49,9 +50,9 @@ class StatusReader:
         with self._guests.lock:
             guests = []
             for guest in self._guests:
-                guest.account.settle()
-                status = guest.account.status()
-                guests.append(_guest_status(guest, status))
+                guest.settle()
+                if status := guest.status():
+                    guests.append(_guest_status(guest, status))
             sums = [sum_accounts(image) for image in self._store]
         with self._overlays.lock:
             guests += [_overlay_status(guest) for guest in self._overlays]
@@ -121,6 +122,13 @@ def _overlay_status(guest: OverlayGuest) -> dict[str, Any]:
     }
 
 
+def broken_why(status: AccountStatus) -> str:
+    """Say why a mapping cannot be served any more."""
+    if status.broken == -errno.EXDEV:
+        return f"it moved its mapping about in more than {MAX_REGIONS} pieces"
+    return f"its memory cannot be served: {os.strerror(-status.broken)}"
+
+
 def _guest_status(guest: Guest | OverlayGuest, status: AccountStatus) -> dict[str, Any]:
     counters = status.counters
     stopped_ns = status.stopped_since_ns
@@ -131,6 +139,7 @@ def _guest_status(guest: Guest | OverlayGuest, status: AccountStatus) -> dict[st
         "transport": guest.transport,
         "state": guest_state(status),
         "pid": guest.pid,
+        "mappings": len(guest.mappings) if isinstance(guest, Guest) else 0,
         "uid": guest.uid,
         "granted_bytes": guest.granted_bytes(status),
         "private_bytes": status.private_pages * _PAGE_BYTES,

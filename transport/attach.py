@@ -58,6 +58,7 @@ class Attached:
     extent_bytes: int
     digest: str
     generation: str
+    guest: str
 
 
 def attach(connection: Connection, request: Body) -> Attached:
@@ -89,6 +90,7 @@ def _map(reply: Body, fds: list[int], image: str) -> tuple[Attached, int]:
     size_bytes = take_number(reply, "size_bytes", minimum=1)
     extent_bytes = take_number(reply, "extent_bytes", minimum=PAGE_BYTES)
     digest = take_text(reply, "digest", default="")
+    guest = take_text(reply, "guest", max_length=64)
     features = take_number(reply, "uffd_features")
     map_bytes = round_up(size_bytes)
     if take_number(reply, "map_bytes") != map_bytes or not 1 <= len(fds) <= 2:
@@ -105,7 +107,7 @@ def _map(reply: Body, fds: list[int], image: str) -> tuple[Attached, int]:
         what, cure = _CURES[stage[0]]
         raise UsageError(f"image {image!r}: {what} ({os.strerror(-err)}); {cure}")
     generation = take_text(reply, "generation", default="")
-    return Attached(region, size_bytes, extent_bytes, digest, generation), map_bytes
+    return Attached(region, size_bytes, extent_bytes, digest, generation, guest), map_bytes
 
 
 def round_up(length: int) -> int:

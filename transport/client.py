@@ -113,30 +113,31 @@ class Backend:
         """Open an image as a guest of its own; None leaves a choice to the backend.
 
         Over unix:// the image is mapped. Over a network it is read and written by bytes, as
-        byte_disk.py says: token names the guest's private pages to a later open of the same guest,
-        a call gives up timeout seconds after the last sign of the backend, and sequential reads are
-        asked for readahead_bytes ahead. windows are a mapping's; token, timeout and readahead_bytes
-        a network's.
+        byte_disk.py says: a call gives up timeout seconds after the last sign of the backend, and
+        sequential reads are asked for readahead_bytes ahead. windows are a mapping's; timeout and
+        readahead_bytes a network's.
 
-        guest names it, after this process if None. At quota_bytes of private pages the backend does
+        guest names it; None: after this process, as nobody else can be called. Who knows the token,
+        if there is one, can be the same guest, in mappings under one quota, or in a later open over
+        a network, which finds its private pages. At quota_bytes of private pages the backend does
         what on_quota says: "stop" the writer, "kill" it, or "allow" and count.
 
         Raises as request does, and UsageError if this process cannot have the page faults it needs.
         """
         request = {
             "image": image,
-            "guest": guest or _fresh_name(self.uri),
+            "guest": guest,
             "quota_bytes": quota_bytes,
             "on_quota": on_quota,
+            "token": token,
         }
         if not scheme(self.uri).maps:
-            request["token"] = token
+            request["guest"] = guest or _fresh_name()
             return open_by_bytes(self.uri, request, timeout, readahead_bytes)
         request |= {"window_bytes": window_bytes, "write_window_bytes": write_window_bytes}
         return Disk(greet(self.uri), request, self.uri)
 
 
-def _fresh_name(uri: str) -> str:
-    name = f"pid-{os.getpid()}-{next(_disk_numbers)}"
+def _fresh_name() -> str:
     # Pids of different hosts are the same numbers.
-    return name if scheme(uri).maps else f"{socket.gethostname()[:32]}-{name}"
+    return f"{socket.gethostname()[:32]}-pid-{os.getpid()}-{next(_disk_numbers)}"

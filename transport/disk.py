@@ -56,7 +56,6 @@ class Disk:
         """
         self.origin: Final = origin
         self.image: Final[str] = request["image"]
-        self.guest: Final[str] = request["guest"]
         self._connection = connection
         self._lock = threading.Lock()
         self._state = "closed"
@@ -67,6 +66,7 @@ class Disk:
         except BaseException:
             connection.close()
             raise
+        self.guest: Final = attached.guest
         self.size_bytes: Final = attached.size_bytes
         self.extent_bytes: Final = attached.extent_bytes
         self.digest: Final = attached.digest

@@ -77,6 +77,21 @@ def take_text(
     return value
 
 
+def take_optional_text(body: Mapping[str, Any], field: str, *, max_length: int = 255) -> str | None:
+    """Give a field's text likewise, or None for a field that is absent or null."""
+    return None if body.get(field) is None else take_text(body, field, max_length=max_length)
+
+
+def take_flag(body: Mapping[str, Any], field: str) -> bool:
+    """Give a field's true or false; an absent or null one is false."""
+    value = body.get(field)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        _refuse(f"field {field!r} is {_show(value)}; needed: true or false")
+    return value
+
+
 def take_choice(
     body: Mapping[str, Any], field: str, choices: Sequence[str], *, default: str | None = None
 ) -> str:

@@ -258,8 +258,10 @@ void account_uncharge(struct account *account, uint64_t page)
 }
 
 /* With every write_lock held nothing is taken and not charged.  Nobody else ever holds two of them. */
-uint64_t account_purse_pages(struct image *image, struct purse *purse, uint64_t *used_out)
+uint64_t account_purse_pages(struct account *asked, uint64_t *used_out)
 {
+	struct image *image = asked->image;
+	struct purse *purse = asked->purse;
 	struct purse_status status;
 	uint64_t nr = 0;
 

@@ -100,9 +100,9 @@ uint64_t bucket_bound_ns(uint32_t bucket);
 void account_sum(struct image *image, struct account_sums *sums_out);
 /* Reads up to nr_max accounts of an image, the latest opened first; how many there are. */
 int64_t account_read_all(struct image *image, struct account_status *statuses_out, uint64_t nr_max);
-/* What the private bitmaps of a purse's accounts hold together, and what the purse says is used: the same number.
- * Cost: waits for each account's write_lock. */
-uint64_t account_purse_pages(struct image *image, struct purse *purse, uint64_t *used_out);
+/* What the private bitmaps of all accounts of this one's purse hold together, and what the purse says is used: the
+ * same number.  Cost: waits for each account's write_lock. */
+uint64_t account_purse_pages(struct account *account, uint64_t *used_out);
 /* Adds 1 to refs_out[i] for each granted extent first + i. */
 int account_add_grants(const struct account *account, uint64_t first, uint64_t nr, uint32_t *refs_out);
 /* Copies of the bitmap of private (or, 1: unsettled) pages: (nr_pages + 63) / 64 words. */

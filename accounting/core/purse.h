@@ -63,6 +63,7 @@ struct purse {
 	int fd;
 	_Atomic uint32_t nr_users;    /* references */
 	_Atomic uint32_t nr_accounts; /* of those, accounts */
+	_Atomic uint64_t settled_at_ns; /* when all its accounts were settled for the sake of one */
 };
 
 /* For an account. */

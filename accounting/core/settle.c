@@ -7,9 +7,11 @@
 
 #include <errno.h>
 #include <string.h>
+#include <time.h>
 
 #define LOOKS_MAX 512
 #define SCANNED_MAX 64
+#define SETTLE_PURSE_EVERY_NS 20000000u
 
 /*
  * PAGE_IS_WRITTEN means "not write-protected by userfaultfd".  A swap-like entry that is write-protected is the
@@ -78,7 +80,7 @@ int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *
 	return err;
 }
 
-static int protect(struct account *account, uint64_t first, uint64_t nr, bool on)
+int account_protect(struct account *account, uint64_t first, uint64_t nr, bool on)
 {
 	struct account_span span;
 	uint64_t end = first + nr;
@@ -125,13 +127,13 @@ static int64_t settle_batch(struct account *account, uint64_t first, uint64_t nr
 			run++;
 		if (!run)
 			continue;
-		err = protect(account, first + i, run, true);
+		err = account_protect(account, first + i, run, true);
 		point_reach(POINT_SETTLE_PROTECTED);
 		if (!err)
 			err = account_look(account, first + i, run, looks + i);
 		for (uint64_t j = i; j < i + run && !err; j++)
 			if (looks[j] == PAGE_LOOK_PRIVATE)
-				err = protect(account, first + j, 1, false);
+				err = account_protect(account, first + j, 1, false);
 		i += run - 1;
 	}
 	if (err)
@@ -169,16 +171,31 @@ int64_t account_settle(struct account *account)
 	return nr;
 }
 
+/* Whether it is the caller's turn. */
+static bool purse_begin_settle(struct purse *purse)
+{
+	struct timespec now;
+	uint64_t before_ns = atomic_load(&purse->settled_at_ns);
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	uint64_t now_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+	return now_ns - before_ns >= SETTLE_PURSE_EVERY_NS &&
+	       atomic_compare_exchange_strong(&purse->settled_at_ns, &before_ns, now_ns);
+}
+
 int64_t account_settle_purse(struct account *account)
 {
 	struct image *image = account->image;
 	int64_t nr = 0;
 
+	if (!purse_begin_settle(account->purse))
+		return 0;
 	pthread_rwlock_rdlock(&image->accounts_lock);
 	for (struct account *other = image->accounts; other; other = other->next)
-		if (other->purse == account->purse) {
-			int64_t nr_here = account_settle(other);
+		if (other->purse == account->purse && pthread_mutex_trylock(&other->write_lock) == 0) {
+			int64_t nr_here = account_settle_range(other, 0, image->shape.nr_pages);
 
+			pthread_mutex_unlock(&other->write_lock);
 			nr += nr_here > 0 ? nr_here : 0;
 		}
 	pthread_rwlock_unlock(&image->accounts_lock);

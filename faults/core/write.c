@@ -151,7 +151,7 @@ int answer_open(struct guest *guest, uint64_t page)
 	struct account *account = guest->account;
 	int err;
 
-	do {
+	do { /* twice at most: others are not settled again so soon */
 		pthread_mutex_lock(&account->write_lock);
 		err = answer_write_locked(guest, page);
 		pthread_mutex_unlock(&account->write_lock);

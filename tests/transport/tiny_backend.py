@@ -99,6 +99,7 @@ class Backend:
                     fds.append(os.open("/dev/userfaultfd", os.O_RDWR))
                 reply |= {"size_bytes": SIZE_BYTES, "map_bytes": NR_PAGES * PAGE_BYTES}
                 reply |= {"extent_bytes": 65536, "uffd_features": FEATURES, "digest": "tiny"}
+                reply["guest"] = body.get("guest") or "pid-1-tiny"
             case "region":
                 uffd = message.fds.pop(0)
                 self.regions[connection] = uffd, body["address"]

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quota that several accounts share: never exceeded, and given back by each."""
+
+import os
+import random
+import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from stage import (
+    NO_QUOTA,
+    PAGE,
+    MakeStage,
+    MappedGuest,
+    Stage,
+    content,
+    let_go,
+    private_pages,
+    stop_at,
+    until,
+    wait_at,
+)
+
+from cowshed.accounting import Account, Purse, QuotaPolicy
+from cowshed.cache import UsageError
+from cowshed.cache._core import lib
+
+
+def stopped(guest: MappedGuest) -> bool:
+    return guest.account.status().stopped_since_ns != 0
+
+
+def used(guest: MappedGuest) -> int:
+    return guest.purse.status().used_pages
+
+
+def test_a_purse_lives_in_a_file_that_says_what_it_is(stage: Stage) -> None:
+    guest = stage.guest(quota=9)
+    guest.call("fill", page=0, nr_pages=3, byte=7)
+    magic, layout, policy, quota, spent = struct.unpack("<8sIIQQ", os.pread(guest.purse.fd, 32, 0))
+    assert (magic, layout, policy, quota, spent) == (b"CWPURSE1", 1, QuotaPolicy.STOP, 9, 3)
+
+
+def test_a_purse_stays_for_the_accounts_that_were_opened_with_it(stage: Stage) -> None:
+    purse = Purse(NO_QUOTA, QuotaPolicy.STOP)
+    one, two = Account(stage.image, purse), Account(stage.image, purse)
+    assert purse.status().nr_accounts == 2
+    one.close()
+    purse.close()
+    purse.close()  # harmless
+    assert two.count_purse() == (0, 0)
+    two.close()
+
+
+def test_two_accounts_have_one_quota_and_each_gives_back_what_it_took(stage: Stage) -> None:
+    one = stage.guest(quota=6)
+    two = stage.guest(purse=one.purse)
+    one.call("fill", page=0, nr_pages=4, byte=1)
+    two.call("fill", page=0, nr_pages=2, byte=2)
+    assert (private_pages(one), private_pages(two), used(one)) == (4, 2, 6)
+    stuck = two.start("write", offset=9 * PAGE, given_hex="02")
+    until(lambda: stopped(two), "it stops at their quota")
+    assert not stopped(one)
+    one.call("discard", page=3, nr_pages=1)  # nobody tells the other: it looks by itself
+    two.finish(stuck)
+    assert (private_pages(one), private_pages(two), used(one)) == (3, 3, 6)
+    assert one.read(2) == b"\1" * PAGE
+    assert two.read(2) == content(2)
+    assert stage.audit().mismatches == []
+    stage.detach(one)
+    assert used(two) == 3
+    two.call("fill", page=20, nr_pages=3, byte=3)
+    assert used(two) == 6
+    assert stage.audit().mismatches == []
+
+
+def test_charges_of_nothing_in_another_account_are_room_for_who_is_at_the_quota(
+    stage: Stage,
+) -> None:
+    one = stage.guest(quota=8, write_window=8)
+    two = stage.guest(purse=one.purse)
+    one.read(0, 16)
+    one.call("poke", page=0, byte=1)  # seven more are open, and never written
+    assert used(one) == 8
+    two.call("fill", page=0, nr_pages=7, byte=2)
+    assert two.account.status().counters.quota_stops == 0
+    assert (private_pages(one), private_pages(two), used(one)) == (1, 7, 8)
+    assert stage.audit().mismatches == []
+
+
+def test_two_accounts_that_ask_for_the_last_page_at_once_get_it_once(
+    stage: Stage,
+) -> None:
+    stage.load()
+    one = stage.guest(quota=3)
+    two = stage.guest(purse=one.purse)
+    one.call("fill", page=0, nr_pages=2, byte=1)
+    two.read(0)
+    one.read(32)
+    stop_at(lib.POINT_WRITE_TAKEN, 0)
+    first = one.start("write", offset=32 * PAGE, given_hex="01")
+    wait_at(lib.POINT_WRITE_TAKEN)  # it has the page, and it is charged to nobody yet
+    second = two.start("write", offset=0, given_hex="02")
+    two.wait_stuck(second)
+    assert (used(one), one.account.status().private_pages) == (3, 2)
+    let_go(lib.POINT_WRITE_TAKEN)
+    one.finish(first)
+    until(lambda: stopped(two), "the other finds none left")
+    assert (private_pages(one), private_pages(two), used(one)) == (3, 0, 3)
+    assert not two.answered(second)
+    one.purse.set_quota(4 * PAGE, QuotaPolicy.STOP)
+    two.handler.resume()
+    two.finish(second)
+    assert used(one) == 4
+    assert stage.audit().mismatches == []
+
+
+@pytest.mark.parametrize("policy", [QuotaPolicy.STOP, QuotaPolicy.ALLOW])
+def test_accounts_that_write_at_random_never_take_more_than_there_is(
+    make_stage: MakeStage, rng: random.Random, policy: QuotaPolicy
+) -> None:
+    """Whoever watches the sum, at any moment, sees no more than the quota; in the end all is as
+    the kernel has it."""
+    quota = 24
+    stage = make_stage(nr_pages=256)
+    first = stage.guest(quota=quota, policy=policy, write_window=rng.choice([0, 1, 8]))
+    guests = [first, *(stage.guest(purse=first.purse, write_window=8) for _ in range(3))]
+    done = threading.Event()
+    most = 0
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.001):
+            most = max(most, used(first), sum(g.account.status().private_pages for g in guests))
+
+    def write(guest: MappedGuest, seed: int) -> None:
+        own = random.Random(seed)
+        for _ in range(40):
+            page = own.randrange(250)
+            if own.random() < 0.7:
+                guest.start("write", offset=page * PAGE, given_hex="aa")
+            else:
+                guest.call("discard", page=page, nr_pages=own.randrange(1, 6))
+            guest.read(own.randrange(250))
+
+    with ThreadPoolExecutor() as pool:
+        watching = pool.submit(watch)
+        try:
+            for each in [pool.submit(write, guest, rng.randrange(1 << 30)) for guest in guests]:
+                each.result(40)
+        finally:
+            done.set()
+        watching.result(20)
+    if policy is QuotaPolicy.STOP:
+        assert most <= quota
+    assert stage.audit().mismatches == []
+    counted, spent = first.account.count_purse()
+    assert counted == spent == sum(g.account.status().private_pages for g in guests)
+
+
+def test_an_audit_finds_a_purse_that_is_not_what_its_accounts_are_charged_for(
+    stage: Stage,
+) -> None:
+    guest = stage.guest(quota=9)
+    guest.call("fill", page=0, nr_pages=3, byte=7)
+    os.pwrite(guest.purse.fd, struct.pack("<Q", 5), 24)
+    (found,) = stage.audit().mismatches
+    assert (found.check, found.place, found.expected, found.found) == ("private", "purse", 3, 5)
+    os.pwrite(guest.purse.fd, struct.pack("<Q", 3), 24)
+    assert stage.audit().mismatches == []
+
+
+def test_a_quota_below_a_page_is_refused_on_change_too() -> None:
+    purse = Purse(PAGE, QuotaPolicy.STOP)
+    with pytest.raises(UsageError, match="give at least 4096"):
+        purse.set_quota(PAGE - 1, QuotaPolicy.STOP)
+    assert purse.status().quota_pages == 1
+    purse.close()
