@@ -8,17 +8,18 @@ import os
 import random
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from guest_kernel import VmError
+from initramfs import INIT, SYSTEM_FOLDERS, applets, find_program
 
-__all__ = ["MOUNT_OPTIONS", "make_disk", "make_files", "sums_of"]
+__all__ = ["MOUNT_OPTIONS", "add_system", "make_disk", "make_files", "sums_of"]
 
 MIB: Final = 1 << 20
 # A guest's persistent memory is of whole blocks of this size.
 _ALIGN_BYTES: Final = 2 * MIB
-_PATHS: Final = "/usr/sbin:/sbin:/usr/local/sbin"
 # What a guest gives mount(8) with each: without a page cache of its own where that can be had.
 MOUNT_OPTIONS: Final = {"ext4": "ro,dax=always", "erofs": "ro,dax=always", "squashfs": "ro"}
 
@@ -37,12 +38,23 @@ def make_files(folder: Path, total_bytes: int, rng: random.Random) -> None:
         number += 1
 
 
+def add_system(folder: Path) -> None:
+    """Put into folder what a machine needs to have it as its root (Machine's root)."""
+    for name in SYSTEM_FOLDERS:
+        (folder / name).mkdir(exist_ok=True)
+    busybox = find_program("busybox")
+    shutil.copy(busybox, folder / "bin/busybox")
+    for applet in applets(busybox):
+        if applet != "busybox":
+            (folder / "bin" / applet).symlink_to("busybox")
+    shutil.copy(INIT, folder / "init")
+    (folder / "init").chmod(0o755)
+
+
 def sums_of(folder: Path) -> str:
     """Give what `sums` prints in a guest that has this folder mounted (guest_init.sh)."""
     names = sorted(
-        "./" + os.path.relpath(os.path.join(parent, name), folder)
-        for parent, _, names in os.walk(folder)
-        for name in names
+        (f"./{path.relative_to(folder)}" for path in _regular_files(folder)), key=os.fsencode
     )
     return "".join(
         f"{hashlib.md5((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names
@@ -54,9 +66,7 @@ def make_disk(kind: str, folder: Path, path: Path, free_bytes: int = 0) -> Path:
 
     free_bytes is room for more, where the kind can be written to (ext4). Raises VmError.
     """
-    content_bytes = sum(
-        -(-file.stat().st_size // 4096) * 4096 for file in folder.rglob("*") if file.is_file()
-    )
+    content_bytes = sum(-(-path.stat().st_size // 4096) * 4096 for path in _regular_files(folder))
     if kind == "ext4":
         # A sixteenth, and a little, for what ext4 itself needs.
         size_bytes = content_bytes * 17 // 16 + 2 * MIB + free_bytes
@@ -90,10 +100,12 @@ def make_disk(kind: str, folder: Path, path: Path, free_bytes: int = 0) -> Path:
     return path
 
 
+def _regular_files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
 def _run(program: str, *words: str | Path) -> None:
-    found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:{_PATHS}")
-    if found is None:
-        raise VmError(f"{program} is not installed: `make setup` as root installs it")
-    done = subprocess.run([found, *map(str, words)], capture_output=True, text=True, check=False)
+    command = [str(find_program(program)), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise VmError(f"{program} failed: {' '.join(done.stderr.split()) or done.returncode}")

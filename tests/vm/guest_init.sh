@@ -6,16 +6,10 @@
 #   answered:  .LINE ...              each line that it printed, to stdout or stderr
 #              =NUMBER STATUS
 #
-# Says "=ready" once it listens. The kernel's messages go to the first port, and stay out of this.
+# Where the kernel is given vm_root=KIND vm_device=PATH, this first makes that device's file system, which
+# holds this script too (filesystems.py: add_system), the root, and goes on from there. Says "=ready" once it listens. The kernel's messages go to the first port, and stay out of this.
 set -o pipefail
 export PATH=/bin
-mount -t proc proc /proc
-mount -t sysfs sysfs /sys
-mount -t devtmpfs devtmpfs /dev
-echo 5 > /proc/sys/kernel/printk
-# shellcheck disable=SC2046 # a list
-modprobe -a $(sed -n 's/.*vm_modules=\([^ ]*\).*/\1/p' /proc/cmdline | tr , ' ')
-mkdir -p /mnt /tmp
 
 # Devices are found by the kernel in its own time.
 await() {
@@ -24,10 +18,33 @@ await() {
     done
 }
 
-# Every file's checksum, in the order of the names. Whole files: `sums /mnt`
+# The checksum of every file of a file system, in the order of their names.
 sums() {
-    cd "$1" && find . -type f -print0 | sort -z | xargs -0 -r md5sum
+    cd "$1" && find . -xdev -type f -print0 | sort -z | xargs -0 -r md5sum
 }
+
+word() {
+    sed -n "s/.*$1=\\([^ ]*\\).*/\\1/p" /proc/cmdline
+}
+
+if [ ! -e /proc/cmdline ]; then
+    mount -t proc proc /proc
+    mount -t sysfs sysfs /sys
+    mount -t devtmpfs devtmpfs /dev
+    echo 5 > /proc/sys/kernel/printk
+    # shellcheck disable=SC2046 # a list
+    modprobe -a $(word vm_modules | tr , ' ')
+    root=$(word vm_root)
+    if [ -n "$root" ]; then
+        device=$(word vm_device)
+        case $root$device in ext4/dev/pmem* | erofs/dev/pmem*) options=,dax=always ;; esac
+        await "$device"
+        mount -t "$root" -o "ro$options" "$device" /root
+        for folder in proc sys dev; do mount -o move "/$folder" "/root/$folder"; done
+        exec switch_root /root /init
+    fi
+fi
+mount -t tmpfs tmpfs /tmp
 
 exec 3<> /dev/ttyS1
 stty -F /dev/ttyS1 raw -echo

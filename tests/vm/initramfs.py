@@ -20,11 +20,11 @@ from typing import Final
 from guest_kernel import CACHE, GuestKernel, VmError, cache_lock
 from kernel_modules import modules_alias, modules_dep
 
-__all__ = ["archive", "initramfs"]
+__all__ = ["INIT", "SYSTEM_FOLDERS", "applets", "archive", "find_program", "initramfs"]
 
-_INIT: Final = Path(__file__).with_name("guest_init.sh")
+INIT: Final = Path(__file__).with_name("guest_init.sh")
 _SYSTEM_PATHS: Final = "/usr/sbin:/sbin:/usr/bin:/bin:/usr/local/sbin:/usr/local/bin"
-_FOLDERS: Final = ("bin", "dev", "proc", "sys", "lib", "lib/modules")
+SYSTEM_FOLDERS: Final = ("bin", "dev", "mnt", "proc", "root", "sys", "tmp")
 
 
 def initramfs(kernel: GuestKernel, programs: Sequence[str] = ()) -> Path:
@@ -57,12 +57,13 @@ def archive(entries: Mapping[str, tuple[int, bytes]]) -> bytes:
 
 def _entries(kernel: GuestKernel, programs: Sequence[str]) -> dict[str, tuple[int, bytes]]:
     folder = f"lib/modules/{kernel.release}"
-    entries = dict.fromkeys((*_FOLDERS, folder), (stat.S_IFDIR | 0o755, b""))
-    entries["init"] = (stat.S_IFREG | 0o755, _INIT.read_bytes())
-    busybox = _program("busybox")
+    entries = dict.fromkeys(
+        (*SYSTEM_FOLDERS, "lib", "lib/modules", folder), (stat.S_IFDIR | 0o755, b"")
+    )
+    entries["init"] = (stat.S_IFREG | 0o755, INIT.read_bytes())
+    busybox = find_program("busybox")
     _add_program(entries, busybox)
-    done = subprocess.run([busybox, "--list"], capture_output=True, text=True, check=True)
-    for applet in done.stdout.split():
+    for applet in applets(busybox):
         entries.setdefault(f"bin/{applet}", (stat.S_IFLNK | 0o777, b"busybox"))
     # The kernel calls it by this name to find the module of a file system.
     entries["sbin"] = (stat.S_IFLNK | 0o777, b"bin")
@@ -74,11 +75,18 @@ def _entries(kernel: GuestKernel, programs: Sequence[str]) -> dict[str, tuple[in
     ):
         entries[f"{folder}/{name}"] = (stat.S_IFREG | 0o644, text.encode())
     for name in programs:
-        _add_program(entries, _program(name))
+        _add_program(entries, find_program(name))
     return entries
 
 
-def _program(name: str) -> Path:
+def applets(busybox: Path) -> list[str]:
+    """Name the commands that this busybox has."""
+    done = subprocess.run([busybox, "--list"], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def find_program(name: str) -> Path:
+    """Give a program of this machine. Raises VmError if it is not installed."""
     found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:{_SYSTEM_PATHS}")
     if found is None:
         raise VmError(f"{name} is not installed: `make setup` as root installs what guests need")

@@ -95,11 +95,14 @@ def _kvm_boots(kit: Kit) -> bool:
         return remembered.read_text() == "yes"
     except FileNotFoundError:
         pass
+    machine = Machine(kit)
     try:
-        with Machine(kit, boot_seconds=PROBE_SECONDS):
-            boots = True
+        machine.wait_ready(PROBE_SECONDS)
+        boots = True
     except VmError:
         boots = False
+    finally:
+        machine.close()
     remembered.write_text("yes" if boots else "no")
     return boots
 
@@ -149,10 +152,13 @@ def network(*, forwards: Mapping[int, str] | None = None) -> list[str]:
 
 
 class Machine:
-    """A machine, ready for orders; call() waits for the answer, start() and finish() do not.
+    """A machine; `with` waits until it is ready. call() waits for an answer, start() does not.
 
-    disks are words of pmem(), drive() and network(); before is a command that runs QEMU. In its
-    orders a guest has, besides busybox, `await PATH` and `sums FOLDER` (guest_init.sh).
+    disks are words of pmem(), drive() and network(); before is a command that runs QEMU. root is
+    the kind of file system on root_device, if the machine is to have that as its root, read-only;
+    it holds what add_system() adds. Else the root is in the guest's memory. In its orders a guest
+    has, besides busybox, `await PATH` and `sums FOLDER` (guest_init.sh). Whoever does not use
+    `with` calls wait_ready() and close().
     """
 
     def __init__(
@@ -162,7 +168,8 @@ class Machine:
         before: Sequence[str] = (),
         memory_mib: int = 128,
         modules: Sequence[str] = (),
-        boot_seconds: float = BOOT_SECONDS,
+        root: str | None = None,
+        root_device: str = "/dev/pmem0",
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="cowshed-vm-")
         self.folder: Final = Path(self._folder.name)
@@ -170,10 +177,11 @@ class Machine:
         self._words = self.folder / "words"
         self._heard = bytearray()
         self._last = 0
-        began = time.monotonic()
+        vm_root = f"vm_root={root} vm_device={root_device}" if root else ""
+        self._began = time.monotonic()
         with self._words.open("wb") as words:
             self.process = subprocess.Popen(
-                [*before, *self._command(kit, disks, memory_mib, modules)],
+                [*before, *self._command(kit, disks, memory_mib, modules, vm_root)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=words,
@@ -181,17 +189,22 @@ class Machine:
                 preexec_fn=_die_with_parent,
             )
         self.pid: Final = self.process.pid
-        try:
-            self._hear_until(re.compile(rb"^=ready\r?\n", re.MULTILINE), "boot", boot_seconds)
-        except BaseException:
-            self.close()
-            raise
-        self.boot_seconds: Final = time.monotonic() - began
+        self.boot_seconds = 0.0
+
+    def wait_ready(self, seconds: float = BOOT_SECONDS) -> None:
+        """Wait until it listens; boot_seconds is then what that took, from the start."""
+        self._hear_until(re.compile(rb"^=ready\r?\n", re.MULTILINE), "boot", seconds)
+        self.boot_seconds = time.monotonic() - self._began
 
     def _command(
-        self, kit: Kit, disks: Sequence[Sequence[str]], memory_mib: int, modules: Sequence[str]
+        self,
+        kit: Kit,
+        disks: Sequence[Sequence[str]],
+        memory_mib: int,
+        modules: Sequence[str],
+        vm_root: str,
     ) -> list[str]:
-        loaded = ",".join([*_MODULES, *modules])
+        words = f"{_KERNEL_WORDS} vm_modules={','.join([*_MODULES, *modules])} {vm_root}"
         cpu = "host" if kit.accel == "kvm" else "qemu64"
         return [
             kit.qemu,
@@ -200,13 +213,18 @@ class Machine:
             # Room in the guest's addresses for what is mapped in beside its own memory.
             *("-m", f"size={memory_mib}M,maxmem=64G,slots=1", "-nic", "none"),
             *("-kernel", str(kit.kernel.path), "-initrd", str(kit.initramfs)),
-            *("-append", f"{_KERNEL_WORDS} vm_modules={loaded}"),
+            *("-append", words),
             *("-serial", f"file:{self._console}", "-chardev", "stdio,id=orders,signal=off"),
             *("-serial", "chardev:orders"),
             *(word for disk in disks for word in disk),
         ]
 
     def __enter__(self) -> Self:
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -121,7 +121,7 @@ def test_a_machine_that_panics_is_a_failure_with_its_console(kit: Kit) -> None:
 
 def test_a_machine_that_cannot_start_says_what_qemu_said(kit: Kit, tmp_path: Path) -> None:
     with pytest.raises(VmError, match=r"(?s)ended with status 1.*nothing-here.*No such file"):
-        Machine(kit, drive(tmp_path / "nothing-here"))
+        Machine(kit, drive(tmp_path / "nothing-here")).__enter__()
 
 
 def test_no_machine_is_left_when_whoever_started_it_is_killed(kit: Kit) -> None:
@@ -129,6 +129,7 @@ def test_no_machine_is_left_when_whoever_started_it_is_killed(kit: Kit) -> None:
         "import sys; sys.path[:0] = sys.argv[1:]\n"
         "from machines import Machine, vm_kit\n"
         "machine = Machine(vm_kit())\n"
+        "machine.wait_ready()\n"
         "print(machine.pid, flush=True)\n"
         "sys.stdin.read()\n"
     )
