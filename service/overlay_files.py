@@ -117,9 +117,11 @@ class OverlayFiles:
                 f"it: serve the one it was made of, or remove {self._folder}/{record.stem}.*"
             )
 
-    def open(self, record: OverlayRecord, account: Account) -> Overlay:  # noqa: ARG002
-        """Open an overlay's files, made if they are not there. Raises SourceError."""
-        raise SourceError(f"overlay {record.label!r}: files are not supported yet")
+    def open(self, record: OverlayRecord, account: Account) -> Overlay:
+        """Open an overlay's files, made if they are not there. Raises SourceError, UsageError."""
+        told = json.dumps({"image": record.image, **_source_of(account.image)}, sort_keys=True)
+        identity = hashlib.sha256(told.encode()).digest()
+        return Overlay.files(account, self._folder, record.stem, identity)
 
     def remove(self, image: str, guest: str) -> None:
         """Remove an overlay's files, the record last, so that none is ever without one."""

@@ -234,9 +234,8 @@ class OverlayTable:
         with self.lock:
             guest = self.find(label)
             if guest.nr_clients:
-                raise UsageError(
-                    f"overlay {guest.label!r} has {guest.nr_clients} clients: disconnect them first"
-                )
+                clients = "1 client" if guest.nr_clients == 1 else f"{guest.nr_clients} clients"
+                raise UsageError(f"overlay {guest.label!r} has {clients}: disconnect first")
             del self._overlays[guest.terms.key]
         # Its name stays reserved until it is closed; nobody waits for the disk meanwhile.
         nr_bytes = guest.account.status().private_pages * PAGE_BYTES

@@ -23,18 +23,22 @@ SECONDS = 20.0
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    authority = Authority(tmp_path_factory.mktemp("pki"))
-    authority.sign("server", "DNS:server")
-    return authority
+    return Authority(tmp_path_factory.mktemp("pki"))
+
+
+def client_context(authority: Authority, name: str | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=authority.ca)
+    if name is not None:
+        files = authority.issue(name)
+        context.load_cert_chain(files["cert"], files["key"])
+    return context
 
 
 class Rig:
     """A relay, the plain end it serves, and the raw socket of a client to be."""
 
     def __init__(self, authority: Authority, handshake_seconds: float = SECONDS) -> None:
-        folder = authority.folder
-        files = {"cert": folder / "server.pem", "key": folder / "server.key", "ca": authority.ca}
-        context = server_context({name: str(path) for name, path in files.items()}, "test")
+        context = server_context(authority.issue("server", "DNS:server"), "test")
         self.raw, ours = socket.socketpair()
         self.raw.settimeout(SECONDS)
         self.ready = threading.Event()
@@ -72,7 +76,7 @@ def rig(authority: Authority) -> Iterator[Callable[..., Rig]]:
 
 @pytest.fixture(scope="module")
 def context(authority: Authority) -> ssl.SSLContext:
-    return authority.client_context("alice")
+    return client_context(authority, "alice")
 
 
 def read_exactly(sock: socket.socket, nr_bytes: int) -> bytes:
@@ -158,9 +162,10 @@ def test_who_has_no_certificate_of_ours_is_refused(
     rig: Callable[..., Rig], authority: Authority, name: str | None, tmp_path: Path
 ) -> None:
     one = rig()
-    context = authority.client_context(None)
+    context = client_context(authority, None)
     if name:
-        context.load_cert_chain(*Authority(tmp_path / "other").sign(name))
+        files = Authority(tmp_path / "other").issue(name)
+        context.load_cert_chain(files["cert"], files["key"])
     # In TLS 1.3 the client is done before the server has seen its certificate.
     client = context.wrap_socket(one.raw, server_hostname="server")
     with client, pytest.raises(ssl.SSLError):
