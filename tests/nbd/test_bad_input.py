@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients that break the protocol, say nothing, read nothing or come in floods: it is their loss."""
+"""Clients that break the protocol, are silent, read nothing or come in floods: it is their loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import resource
 import socket
 import struct
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -172,7 +171,7 @@ def test_a_thousand_idle_clients_are_no_burden(site: Site, neighbour: Client) ->
         neighbour.ask(READ, 4096, 5)
         assert neighbour.error() == 0
         assert neighbour.receive(5) == b"hello"
-        assert site.daemon.nr_threads() == threads
+        assert site.daemon.nr_threads() <= threads
         assert "identical" in run("qemu-img", "compare", str(site.path), site.uri())
         for client in idle[::100]:
             client.ask(READ, 0, 16)
@@ -207,7 +206,7 @@ def test_a_flood_is_turned_away_and_operators_come_in(
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     site = make_site(before=["prlimit", "--nofile=1024:1024"])
     with subprocess.Popen(
-        [sys.executable, "-c", FLOOD, str(site.socket)],
+        ["/usr/bin/python3", "-c", FLOOD, str(site.socket)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -258,4 +257,4 @@ def test_half_open_clients_leave_nothing_behind(site: Site, neighbour: Client) -
         return sum(link.startswith("socket:") for link in links) <= 5
 
     until(alone)
-    assert site.daemon.nr_threads() == threads
+    assert site.daemon.nr_threads() <= threads
