@@ -17,7 +17,7 @@ Kind = Literal["info", "gauge", "counter", "histogram"]
 
 REFS: Final = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32+")
 STATES: Final = ("running", "stopped-quota", "detached", "away")
-TRANSPORTS: Final = ("unix", "nbd")
+TRANSPORTS: Final = ("unix", "nbd", "tcp", "tls", "vsock")
 NBD_COMMANDS: Final = ("read", "write", "trim", "zero", "flush", "cache", "status")
 ACCESS_OUTCOMES: Final = ("hit", "loaded", "failed")
 WRITE_OUTCOMES: Final = ("copied", "refused")
