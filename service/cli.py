@@ -83,6 +83,7 @@ def cli() -> None:
 @click.option(
     "--no-keeper", is_flag=True, help="Let the backend's death be final, but under systemd."
 )
+@click.option("--check", is_flag=True, help="Say whether the configuration is right, and end.")
 @click.option("--keeper-of", type=int, hidden=True)
 @click.option("--verbose", is_flag=True, help="Also log guests coming and going.")
 def serve(
@@ -95,6 +96,7 @@ def serve(
     nbd: str | None,
     overlay_dir: str | None,
     no_keeper: bool,
+    check: bool,
     keeper_of: int | None,
     verbose: bool,
 ) -> int:
@@ -122,6 +124,9 @@ def serve(
         )
     except UsageError as error:
         raise WrongUsage(str(error)) from error
+    if check:
+        say("the configuration is right")
+        return 0
     # Not at the top: they load the C core, which `--help` and a wrong option do without.
     from cowshed.service.daemon import run
     from cowshed.service.keeping import run_keeper_of, run_kept

@@ -27,7 +27,7 @@ from cowshed.service.image_folders import image_folders
 from cowshed.service.image_opening import open_store
 from cowshed.service.keeping import KeeperWatch
 from cowshed.service.logs import EventLog, logging_begin, logging_end, logging_tell_suppressed
-from cowshed.service.loop import READ, Loop, ignore_stop_signals
+from cowshed.service.loop import LEAVE, READ, RELOAD, Loop, ignore_stop_signals
 from cowshed.service.metrics import Exporter, MetricsSources
 from cowshed.service.metrics_settle import Settler
 from cowshed.service.nbd_server import NbdService
@@ -122,7 +122,9 @@ class Daemon:
         self._loop = stack.enter_context(Loop())
         self.workers: Final = Workers(self._loop.call)
         listener = stack.enter_context(self._listen(remains))
-        stack.callback(KeeperWatch(self._fd_store, self._loop).close)
+        watch = KeeperWatch(self._fd_store, self._loop)
+        stack.callback(watch.close)
+        self._is_supervised = self._fd_store.kept and not watch.pid
         self._guest_door = GuestDoor(listener, door, self, self._tallies, self._loop)
         stack.callback(self._guest_door.close)
         stack.callback(self.workers.stop)
@@ -181,7 +183,7 @@ class Daemon:
     def serve(self) -> None:
         """Answer until a signal or shut_down ends it."""
         loop = self._loop
-        loop.stop_on_signals()
+        loop.stop_on_signals(reload=self._is_supervised)
         loop.watch(self._store.notice_fd, READ, self._on_notice)
         loop.every(_LOOK_SECONDS, self._look_at_sources)
         loop.every(_SAVE_SECONDS, self._save)
@@ -196,9 +198,21 @@ class Daemon:
         )
         self._fd_store.tell(READY="1")
         loop.run()
+        if loop.ended_by in (LEAVE, RELOAD) or (self._is_supervised and loop.ended_by):
+            self._leave()
         self._fd_store.tell(STOPPING="1")
         self._working_sets.save(self._store)
         _log.notice("stopping", pid=os.getpid())
+
+    def _leave(self) -> None:
+        """Go as if killed, for a successor to go on: nothing is given back, nobody is told.
+
+        A supervisor that is not our keeper has its own ways to end us for good, and closes what it
+        holds then; its restart must look to guests like any other.
+        """
+        self._working_sets.save(self._store)
+        _log.notice("leaving", pid=os.getpid())
+        os._exit(0)
 
     def _save(self) -> None:
         self.workers.run(lambda: self._working_sets.save(self._store))

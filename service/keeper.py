@@ -7,7 +7,9 @@ started: what the backend imports is there already, and a death costs guests mil
 
     the one it started dies  -> fork the next, with all that is held as LISTEN_FDS
     it ends by itself        -> end with its status (it said STOPPING, or was never READY)
-    SIGTERM, SIGINT, SIGHUP  -> passed on
+    SIGTERM, SIGINT          -> passed on
+    SIGHUP                   -> become the program as it is installed now, have the backend leave,
+                                and fork its successor
 
 The keeper's own death: the backend notices, goes on serving, and starts another keeper, which
 watches it by pidfd (a keeper need not be the parent of who it keeps).
@@ -25,6 +27,7 @@ import select
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,9 +35,9 @@ from typing import Final
 
 from cowshed.service.fd_store import FIRST_FD, Groups, Notice, listen_environment
 from cowshed.service.logs import EventLog
-from cowshed.service.loop import ignore_stop_signals
+from cowshed.service.loop import LEAVE, ignore_stop_signals
 
-__all__ = ["KEEPER_PID", "Keeper", "notify_address"]
+__all__ = ["KEEPER_PID", "Keeper", "kept_before"]
 
 _log = EventLog("cowshed.keeper")
 
@@ -43,14 +46,16 @@ KEEPER_PID: Final = "COWSHED_KEEPER_PID"
 _UCRED: Final = struct.Struct("3i")
 _MAX_DATAGRAM: Final = 4096
 _MAX_FDS: Final = 253
-_PASSED_ON: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PASSED_ON: Final = (signal.SIGTERM, signal.SIGINT)
+_KEPT_PID: Final = "COWSHED_KEPT_PID"
+_NOTIFY_GROUP: Final = "keeper/notify"
 # Deaths in quick succession are made up for ever more slowly; guests wait, and none is given up.
 _QUICK_SECONDS: Final = 5.0
 _MAX_DELAY_SECONDS: Final = 10.0
 _FAR_FD: Final = 512
 
 
-def notify_address() -> str:
+def _notify_address() -> str:
     """Make up an address for NOTIFY_SOCKET that nobody else has."""
     return f"@cowshed-keeper-{os.getpid()}-{secrets.token_hex(8)}"
 
@@ -61,35 +66,56 @@ class Keeper:
     Invariant: groups are owned, and are what the living backend asked to hold.
     """
 
-    def __init__(self, serve: Callable[[], int]) -> None:
+    def __init__(self, serve: Callable[[], int], groups: Groups | None = None) -> None:
         self._serve = serve
-        self._groups: Groups = {}
-        self._address = notify_address()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._groups: Groups = groups or {}
+        inherited = self._groups.pop(_NOTIFY_GROUP, None)
+        if inherited is None:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            self._socket.bind(b"\0" + _notify_address()[1:].encode())
+        else:
+            self._socket = socket.socket(fileno=inherited[0])
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._socket.bind(b"\0" + self._address[1:].encode())
         self._socket.setblocking(False)
         self._pid = 0
         self._pidfd = -1
-        self._ready = self._stopping = False
+        self._ready = self._stopping = self._reloading = self._replacing = False
         self._nr_quick_deaths = 0
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     @property
     def address(self) -> str:
         """What the backend is told as NOTIFY_SOCKET."""
-        return self._address
+        name: bytes = self._socket.getsockname()
+        return f"@{name[1:].decode()}"
 
     def run(self, watch_pid: int | None = None) -> int:
         """Keep a backend, one that lives already if watch_pid names it; the last one's status."""
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         for number in _PASSED_ON:
             signal.signal(number, self._pass_on)
+        signal.signal(signal.SIGHUP, self._reload)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_PASSED_ON, signal.SIGHUP})
         if watch_pid is None:
             self._start()
         else:
-            self._pid, self._pidfd = watch_pid, os.pidfd_open(watch_pid)
-            self._ready = True
+            self._adopt(watch_pid)
+        return self._keep()
+
+    def replace(self, pid: int) -> int:
+        """Be followed by a backend of this program instead of pid's; the last one's status."""
+        self._adopt(pid)
+        self._replacing = True
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, LEAVE)
+        return self.run(pid)
+
+    def _adopt(self, pid: int) -> None:
+        if self._pidfd < 0:
+            self._pid, self._pidfd = pid, os.pidfd_open(pid)
+        self._ready = True
+
+    def _keep(self) -> int:
         while True:
             status = self._watch()
             if status is not None:
@@ -101,8 +127,30 @@ class Keeper:
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
-        elif number != signal.SIGHUP:
+        else:
             self._stopping = True
+
+    def _reload(self, *_: object) -> None:
+        self._reloading = True
+
+    def _become_anew(self) -> None:
+        """Become the program as it is installed now; does nothing, and says so, if that is none."""
+        self._reloading = False
+        said = subprocess.run(
+            [*_command(), "--check"], stdin=subprocess.DEVNULL, capture_output=True, check=False
+        )
+        if said.returncode:
+            why = said.stderr.decode(errors="replace").strip().removeprefix("cowshed: ")
+            _log.error("reload-refused", f"{why}; everything stays as it is")
+            return
+        groups = {**self._groups, _NOTIFY_GROUP: [self._socket.detach()]}
+        variables, fds = listen_environment(groups, os.getpid())
+        _number_from(FIRST_FD, fds, inheritable=True)
+        # What is reported from here on waits in the socket, and signals wait for handlers.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {*_PASSED_ON, signal.SIGHUP})
+        os.execve(
+            sys.executable, _command(), {**os.environ, **variables, _KEPT_PID: str(self._pid)}
+        )
 
     def _watch(self) -> int | None:
         """Hold what is given, until the backend is gone; its status if that is the end."""
@@ -115,6 +163,8 @@ class Keeper:
             if self._wake_reader in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._wake_reader, 512)
+            if self._reloading and self._ready:
+                self._become_anew()
             if self._socket.fileno() in ready:
                 self._receive()
             if self._pidfd in ready:
@@ -130,6 +180,10 @@ class Keeper:
             status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         if self._stopping or not self._ready:
             return status if status >= 0 else 128 - status
+        if self._replacing:
+            self._replacing = False
+            _log.notice("replaced", pid=self._pid)
+            return None
         died = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
         quick = lived_seconds < _QUICK_SECONDS
         self._nr_quick_deaths = self._nr_quick_deaths + 1 if quick else 0
@@ -193,12 +247,14 @@ class Keeper:
             signal.set_wakeup_fd(-1)
             for number in _PASSED_ON:
                 signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            address = self.address
             self._socket.close()
             os.close(self._wake_reader)
             os.close(self._wake_writer)
             variables, fds = listen_environment(self._groups, os.getpid())
             _number_from(FIRST_FD, fds)
-            variables |= {"NOTIFY_SOCKET": self._address, KEEPER_PID: str(os.getppid())}
+            variables |= {"NOTIFY_SOCKET": address, KEEPER_PID: str(os.getppid())}
             os.environ.update(variables)
             gc.freeze()  # what was imported stays shared with the keeper
             status = self._serve()
@@ -208,12 +264,22 @@ class Keeper:
             os._exit(status)
 
 
-def _number_from(first: int, fds: list[int]) -> None:
+def kept_before() -> int:
+    """The backend that this process kept before it became this program; 0: none."""
+    return int(os.environ.pop(_KEPT_PID, "0"))
+
+
+def _command() -> list[str]:
+    """How this process was started."""
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
+def _number_from(first: int, fds: list[int], *, inheritable: bool = False) -> None:
     """Move descriptors to first, first + 1, ..., in order; closes the originals."""
     far = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, max(_FAR_FD, first + len(fds))) for fd in fds]
     _close_all(fds)
     for number, fd in enumerate(far, first):
-        os.dup2(fd, number, inheritable=False)
+        os.dup2(fd, number, inheritable=inheritable)
         os.close(fd)
 
 

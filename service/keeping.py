@@ -13,8 +13,8 @@ import click
 
 from cowshed.cache.errors import CowshedError
 from cowshed.service.config import Config
-from cowshed.service.fd_store import FdStore
-from cowshed.service.keeper import KEEPER_PID, Keeper
+from cowshed.service.fd_store import FdStore, take_inherited
+from cowshed.service.keeper import KEEPER_PID, Keeper, kept_before
 from cowshed.service.logs import EventLog, logging_begin, logging_end
 from cowshed.service.loop import READ, Loop
 from cowshed.service.shell import EXIT_FAILED
@@ -36,6 +36,9 @@ def run_kept(config: Config) -> int:
         return _run(config)
     logging_begin(config.log_format, config.log_level)
     try:
+        pid = kept_before()
+        if pid:
+            return Keeper(lambda: _run(config), take_inherited(os.environ)).replace(pid)
         return Keeper(lambda: _run(config)).run()
     finally:
         logging_end()
@@ -72,16 +75,17 @@ def _run(config: Config) -> int:
 class KeeperWatch:
     """In the backend: notices that its keeper died, starts another and hands it everything.
 
-    Until the other has it, our death would cost the guests their backend; nothing else.
+    Until the other has it, our death would cost the guests their backend; nothing else. pid is our
+    keeper's, 0 if we have none.
     """
 
     def __init__(self, fd_store: FdStore, loop: Loop) -> None:
         self._fd_store = fd_store
         self._loop = loop
         self._pidfd = -1
-        self._pid = int(os.environ.pop(KEEPER_PID, "0"))
-        if self._pid:
-            self._watch(self._pid)
+        self.pid = int(os.environ.pop(KEEPER_PID, "0"))
+        if self.pid:
+            self._watch(self.pid)
 
     def close(self) -> None:
         """Stop looking."""
@@ -131,5 +135,6 @@ class KeeperWatch:
         with contextlib.suppress(OSError):
             self._fd_store.move(address)
         keeper.returncode = 0  # it outlives us: nobody is to wait for it
+        self.pid = keeper.pid
         self._watch(keeper.pid)
         _log.notice("keeper-changed", pid=keeper.pid)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["READ", "WRITE", "Loop", "ignore_stop_signals"]
+__all__ = ["LEAVE", "READ", "RELOAD", "WRITE", "Loop", "ignore_stop_signals"]
 
 READ: Final = selectors.EVENT_READ
 WRITE: Final = selectors.EVENT_WRITE
@@ -24,6 +24,9 @@ WRITE: Final = selectors.EVENT_WRITE
 OnReady = Callable[[int, int], None]
 
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+# The end of run(), too: by another's wish, who sees from which of them it was (Loop.ended_by).
+LEAVE: Final = signal.SIGUSR1
+RELOAD: Final = signal.SIGHUP
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Loop:
         self._timers: list[_Timer] = []
         self._after_calls: list[Callable[[], None]] = []
         self._stopping = False
+        self.ended_by: signal.Signals | None = None
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.watch(self._wake_reader, READ, self._on_wake)
         self._previous_wakeup: int | None = None
@@ -102,11 +106,17 @@ class Loop:
     def _stop(self) -> None:
         self._stopping = True
 
-    def stop_on_signals(self) -> None:
-        """From now on SIGTERM and SIGINT end run(), or keep it from beginning."""
+    def stop_on_signals(self, *, reload: bool = False) -> None:
+        """From now on SIGTERM, SIGINT, LEAVE, and RELOAD if asked, end run(), or keep it from
+        beginning.
+        """
         self._previous_wakeup = signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
-        for number in _STOP_SIGNALS:
-            signal.signal(number, lambda *_: self._stop())
+        for number in (*_STOP_SIGNALS, LEAVE, *([RELOAD] if reload else [])):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        self.ended_by = signal.Signals(number)
+        self._stop()
 
     def run(self) -> None:
         """Serve until stop(), or a signal after stop_on_signals()."""

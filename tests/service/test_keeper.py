@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A keeper starts the backend again: nothing that was resident is lost, and nobody is refused."""
 
+import configparser
 import os
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from domains import Daemon, MakeImage, StartDaemon, command, until
+
+from cowshed.service.fd_store import Notice
+from cowshed.transport import connect
 
 MIB = 1 << 20
 
@@ -123,3 +128,125 @@ def test_strangers_messages_are_not_obeyed(kept: Daemon) -> None:
     kept.request("warm", image="d")
     os.kill(pid, signal.SIGKILL)
     assert kept.status()["resident_bytes"] == 4 * MIB
+
+
+def test_a_reload_replaces_the_backend_and_refuses_nobody(kept: Daemon) -> None:
+    kept.request("warm", image="d")
+    pids = [backend_pid(kept)]
+    for _ in range(2):
+        os.kill(kept.pid, signal.SIGHUP)
+        until(lambda: kept.status()["pid"] != pids[-1])
+        status = kept.status()
+        pids.append(status["pid"])
+        assert status["resident_bytes"] == 4 * MIB
+        assert status["loads"] == 64
+        assert kept.process.poll() is None
+    assert "backend-died" not in kept.log()
+    assert kept.log().count("event=replaced ") == 2
+    assert kept.mismatches() == []
+    os.kill(pids[-1], signal.SIGKILL)  # the keeper that came by exec keeps as well
+    assert kept.status()["resident_bytes"] == 4 * MIB
+    assert kept.stop() == 0
+
+
+def test_a_reload_with_a_wrong_configuration_changes_nothing(
+    start_daemon: StartDaemon, run_dir: Path, make_image: MakeImage
+) -> None:
+    settings = run_dir / "cowshed.toml"
+    settings.write_text(f'images = {{ d = "{make_image(MIB)}" }}\n')
+    kept = start_daemon("--config", str(settings), kept=True)
+    pid = backend_pid(kept)
+    settings.write_text("loaders = 'many'\n")
+    os.kill(kept.pid, signal.SIGHUP)
+    until(lambda: "event=reload-refused" in kept.log())
+    assert "loaders is 'many'" in kept.log()
+    assert kept.status()["pid"] == pid
+    assert kept.stop() == 0
+
+
+class Supervisor:
+    """As systemd does it: holds what it is sent, passes it on, and starts what ends again."""
+
+    def __init__(self, words: list[str], log: Path) -> None:
+        self.address = log.with_name("notify")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(self.address))
+        self.socket.settimeout(20)
+        self.words = words
+        self.log = log
+        self.groups: dict[str, list[int]] = {}
+        self.start()
+
+    def start(self) -> None:
+        names = [name for name, fds in self.groups.items() for _ in fds]
+        held = [fd for fds in self.groups.values() for fd in fds]
+        script = "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); "
+        script += f"[os.dup2(fd, 900 + i) for i, fd in enumerate({held})]; "
+        script += f"[os.dup2(900 + i, 3 + i) for i in range({len(held)})]; "
+        script += "os.execv(sys.argv[1], sys.argv[1:])"
+        environment = {
+            **os.environ,
+            "NOTIFY_SOCKET": str(self.address),
+            "LISTEN_FDS": str(len(held)),
+            "LISTEN_FDNAMES": ":".join(names),
+        }
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", script, *self.words],
+                env=environment,
+                pass_fds=held,
+                stderr=log,
+            )
+        self.listen_until("READY")
+
+    def listen_until(self, word: str) -> None:
+        while True:
+            datagram, fds, _, _ = socket.recv_fds(self.socket, 4096, 16)
+            fields = Notice.parse(datagram).fields
+            if fields.get("FDSTORE") == "1":
+                self.groups.setdefault(fields["FDNAME"], []).extend(fds)
+            if fields.get("FDSTOREREMOVE") == "1":
+                for fd in self.groups.pop(fields["FDNAME"]):
+                    os.close(fd)
+            if fields.get(word) == "1":
+                return
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.socket.close()
+        for fds in self.groups.values():
+            for fd in fds:
+                os.close(fd)
+
+
+@pytest.mark.parametrize("end", [signal.SIGHUP, signal.SIGTERM, signal.SIGKILL])
+def test_a_restart_by_another_supervisor_loses_nothing(
+    run_dir: Path, make_image: MakeImage, end: signal.Signals
+) -> None:
+    words = command("serve", "--run-dir", str(run_dir), "--image", f"d={make_image(4 * MIB)}")
+    supervisor = Supervisor(words, run_dir / "log")
+    try:
+        with connect(f"unix://{run_dir}/cowshed.sock") as backend:
+            backend.request("warm", image="d")
+        supervisor.process.send_signal(end)
+        assert supervisor.process.wait(20) == (-9 if end == signal.SIGKILL else 0)
+        supervisor.start()
+        with connect(f"unix://{run_dir}/cowshed.sock") as backend:
+            status = backend.request("status")["status"]
+        assert status["pid"] == supervisor.process.pid
+        assert (status["resident_bytes"], status["loads"]) == (4 * MIB, 64)
+    finally:
+        supervisor.close()
+
+
+def test_the_unit_file_fits_the_program() -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(Path(__file__).parents[2] / "service" / "cowshed.service")
+    service = unit["Service"]
+    words = service["ExecStart"].split()
+    assert words[1:3] == ["serve", "--config"]
+    assert service["Type"] == "notify"
+    assert int(service["FileDescriptorStoreMax"]) >= 10_000
+    assert service["Restart"] == "always"
