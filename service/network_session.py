@@ -150,7 +150,9 @@ class NetworkSession:
         """Let go of the guest, unless its bytes flow by now, and close the connection."""
         entered, self.entered = self.entered, None
         if entered is not None:
-            self._host.leave(entered, said_so=self.closing)
+            # Who opened and never asked for data has nothing here, unless it was here before.
+            empty = entered.guest.account.status().private_pages == 0
+            self._host.leave(entered, said_so=self.closing or empty)
         self.connection.close()
 
     def _on_hello(self, body: Body) -> Body:

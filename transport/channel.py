@@ -30,7 +30,7 @@ from cowshed.cache.errors import CowshedError, PeerError
 from cowshed.transport.connection import EOF, MAX_QUEUED_BYTES, Connection, Received
 from cowshed.transport.dialogue import MAX_OUTSTANDING, Answer, Asked, Dialogue, Greeted, Phase
 from cowshed.transport.messages import check_reply, error_reply, kind_of
-from cowshed.transport.protocol import Body
+from cowshed.transport.protocol import MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Body
 from cowshed.transport.schemes import AnyListener, connect_raw
 from cowshed.transport.schemes import listen as listen_raw
 
@@ -113,9 +113,16 @@ class Channel:
         connection: Connection,
         features: Sequence[str] = (),
         max_outstanding: int = MAX_OUTSTANDING,
+        max_message_bytes: int = MAX_REPLY_BYTES,
     ) -> None:
         self.connection: Final = connection
-        self._dialogue = Dialogue(frozenset(features), our_limit=max_outstanding)
+        self._dialogue = Dialogue(
+            frozenset(features),
+            our_limit=max_outstanding,
+            our_message_bytes=max_message_bytes,
+        )
+        # Ours is for what is received; what the peer takes, its hello says.
+        connection.limit(max_message_bytes, MAX_REQUEST_BYTES)
         self._pending: dict[int, Pending] = {}
         self._asked: deque[Request] = deque()
         self._batching = 0
@@ -262,6 +269,7 @@ class Channel:
         match self._dialogue.take(message.tag, message.body):
             case Greeted(tag, reply):
                 message.close_fds()
+                self.connection.limit_sending(self._dialogue.their_message_bytes)
                 if reply is not None:
                     self._queue(tag, reply, ())
             case Asked(tag, body):
@@ -282,11 +290,14 @@ class ChannelListener:
     """Listens for programs that connect()."""
 
     def __init__(
-        self, listener: AnyListener, features: Sequence[str], max_outstanding: int
+        self,
+        listener: AnyListener,
+        features: Sequence[str],
+        max_outstanding: int,
+        max_message_bytes: int,
     ) -> None:
         self._listener = listener
-        self._features = features
-        self._max_outstanding = max_outstanding
+        self._terms = features, max_outstanding, max_message_bytes
 
     def __enter__(self) -> ChannelListener:
         return self
@@ -317,7 +328,7 @@ class ChannelListener:
             left = max(0.0, deadline - time.monotonic())
             if not select.select([self], [], [], left)[0]:
                 raise PeerError(f"nobody connected to {self.uri} in {timeout:g} s")
-        channel = Channel(connection, self._features, self._max_outstanding)
+        channel = Channel(connection, *self._terms)
         try:
             channel.await_hello(max(0.0, deadline - time.monotonic()))
         except BaseException:
@@ -327,10 +338,16 @@ class ChannelListener:
 
 
 def listen(
-    uri: str, features: Sequence[str] = (), max_outstanding: int = MAX_OUTSTANDING
+    uri: str,
+    features: Sequence[str] = (),
+    max_outstanding: int = MAX_OUTSTANDING,
+    max_message_bytes: int = MAX_REPLY_BYTES,
 ) -> ChannelListener:
-    """Listen by any scheme. features are what we can, max_outstanding what we take unanswered."""
-    return ChannelListener(listen_raw(uri), features, max_outstanding)
+    """Listen by any scheme.
+
+    features are what we can; max_outstanding and max_message_bytes, what we take from a peer.
+    """
+    return ChannelListener(listen_raw(uri), features, max_outstanding, max_message_bytes)
 
 
 def connect(
@@ -338,9 +355,10 @@ def connect(
     features: Sequence[str] = (),
     timeout: float = WAIT_SECONDS,
     max_outstanding: int = MAX_OUTSTANDING,
+    max_message_bytes: int = MAX_REPLY_BYTES,
 ) -> Channel:
     """Connect and say hello. Raises UsageError for the URI, PeerError if nobody answers in time."""
-    channel = Channel(connect_raw(uri, timeout), features, max_outstanding)
+    channel = Channel(connect_raw(uri, timeout), features, max_outstanding, max_message_bytes)
     try:
         channel.greet(timeout)
     except BaseException:

@@ -104,6 +104,15 @@ class Connection:
         self._next_tag = 1
         self._peer: Peer | None = None
 
+    def limit(self, receive_bytes: int, send_bytes: int) -> None:
+        """Bound messages from now on; to be called between messages."""
+        self._decoder = Decoder(receive_bytes)
+        self._send_limit_bytes = send_bytes
+
+    def limit_sending(self, send_bytes: int) -> None:
+        """Bound what is sent from now on."""
+        self._send_limit_bytes = send_bytes
+
     def __enter__(self) -> Connection:
         return self
 

@@ -22,11 +22,18 @@ from typing import Final
 
 from cowshed.cache.errors import CapacityError, PeerError, UsageError
 from cowshed.transport.messages import check_reply, take_number, take_text
-from cowshed.transport.protocol import MAX_TAG, VERSION, Body
+from cowshed.transport.protocol import (
+    MAX_REPLY_BYTES,
+    MAX_REQUEST_BYTES,
+    MAX_TAG,
+    VERSION,
+    Body,
+)
 
 __all__ = ["MAX_OUTSTANDING", "Answer", "Asked", "Dialogue", "Greeted", "Phase"]
 
 MAX_OUTSTANDING: Final = 64
+MIN_MESSAGE_BYTES: Final = 4096
 _MAX_FEATURES: Final = 64
 
 
@@ -76,6 +83,8 @@ class Dialogue:
     our_features: frozenset[str] = frozenset()
     our_limit: int = MAX_OUTSTANDING
     their_limit: int = MAX_OUTSTANDING
+    our_message_bytes: int = MAX_REPLY_BYTES
+    their_message_bytes: int = MAX_REQUEST_BYTES
     version: int = VERSION
     features: frozenset[str] = frozenset()
     phase: Phase = Phase.NEW
@@ -176,6 +185,7 @@ class Dialogue:
             "version": VERSION,
             "features": sorted(self.our_features),
             "max_outstanding": self.our_limit,
+            "max_message_bytes": self.our_message_bytes,
         }
 
     def _take_introduction(self, body: Body) -> None:
@@ -187,6 +197,9 @@ class Dialogue:
         self.features = self.our_features & _texts(features)
         told = take_number(body, "max_outstanding", 1, 1 << 20, default=1)
         self.their_limit = min(self.their_limit, told)
+        self.their_message_bytes = take_number(
+            body, "max_message_bytes", MIN_MESSAGE_BYTES, 1 << 40, default=MAX_REQUEST_BYTES
+        )
 
     def _new_tag(self) -> int:
         while True:

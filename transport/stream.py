@@ -48,6 +48,11 @@ class StreamConnection(Connection):
         self._ended = False
         self._peer = Peer(0, -1, -1, None)
 
+    def limit(self, receive_bytes: int, send_bytes: int) -> None:
+        """Bound messages from now on; to be called between messages."""
+        self._stream = StreamDecoder(receive_bytes)
+        self._send_limit_bytes = send_bytes
+
     @property
     def identity(self) -> str:
         """The name in the peer's certificate; "" without tls, or before its handshake is done."""

@@ -121,10 +121,27 @@ def test_large_messages_go_both_ways_at_once(pair: tuple[Channel, Channel]) -> N
 def test_what_is_too_large_is_not_sent(pair: tuple[Channel, Channel]) -> None:
     ours, theirs = pair
     with pytest.raises(UsageError, match="over the limit"):
-        ours.send("echo", text="x" * MAX_REQUEST_BYTES)
+        ours.send("echo", text="x" * MAX_REPLY_BYTES)
     pending = ours.send("small")  # and does not take a place
     theirs.recv(SECONDS).reply()
     assert pending.result(SECONDS)["ok"]
+
+
+def test_what_the_peer_takes_bounds_what_is_sent(place: Place) -> None:
+    with channel.listen(place.listen_uri, max_message_bytes=4096) as listener:
+        got: list[Channel] = []
+        thread = threading.Thread(target=lambda: got.append(listener.accept(SECONDS)))
+        thread.start()
+        with channel.connect(place.connect_uri(listener.uri)) as ours:
+            thread.join()
+            with got[0] as theirs:
+                with pytest.raises(UsageError, match="over the limit of 4096"):
+                    ours.send("x", text="x" * 4096)
+                # A peer that does not keep to it is dropped.
+                ours.connection.limit_sending(1 << 20)
+                ours.send("x", text="x" * 4096)
+                with pytest.raises(PeerError, match="4096 are allowed"):
+                    theirs.recv(SECONDS)
 
 
 def test_no_more_requests_fly_than_the_peer_takes(place: Place) -> None:
