@@ -99,7 +99,8 @@ def _look(
     checked: dict[str, int],
 ) -> list[Mismatch]:
     mismatches: list[Mismatch] = []
-    names = ("images", "guests", "extents", "refs", "private_pages", "resident_extents")
+    names = ["images", "guests", "extents", "refs", "private_pages", "resident_extents"]
+    names.append("unseen_guests")
     checked.update(dict.fromkeys(names, 0))
     for image in images():
         with accounts(image) as of_image:
@@ -137,7 +138,9 @@ def _look_at_pages(
         before = account.private_bitmap()
         looks = account.looks()
     except OSError:
-        return  # the guest is going away, and its account with it
+        # It is going away, and its account with it; or its page tables are not ours to read.
+        checked["unseen_guests"] += 1
+        return
     charged = int.from_bytes(before, "little")
     copied = int(looks.translate(_PRIVATE)[::-1], 2)
     checked["private_pages"] += copied.bit_count()

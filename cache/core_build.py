@@ -37,6 +37,7 @@ HEADERS = (
     "accounting/core/overlay.h",
     "faults/core/window.h",
     "faults/core/guest.h",
+    "faults/core/supply.h",
     "transport/core/region.h",
     "transport/core/nbd.h",
 )

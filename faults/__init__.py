@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The userfaultfd handler: answers faults from the store and supplies private copies on write."""
+"""The userfaultfd handler: answers faults from the store and supplies private copies."""
 
 from cowshed.faults.handler import FaultHandler, Orders, uffd_features
+from cowshed.faults.supply import ShareAllowance, SupplyHandler, SupplyRegion, SupplyTerms
 
-__all__ = ["FaultHandler", "Orders", "uffd_features"]
+__all__ = [
+    "FaultHandler",
+    "Orders",
+    "ShareAllowance",
+    "SupplyHandler",
+    "SupplyRegion",
+    "SupplyTerms",
+    "uffd_features",
+]

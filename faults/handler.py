@@ -57,7 +57,7 @@ class FaultHandler:
     def __init__(self, account: Any, uffd: int, pidfd: int, orders: Orders) -> None:
         guest = ffi.new("struct guest **")
         checked(
-            lib.guest_start(account, uffd, pidfd, _corders(orders), guest),
+            lib.guest_start(account, uffd, pidfd, corders(orders), guest),
             "starting a fault thread",
         )
         self._guest = guest[0]
@@ -74,10 +74,11 @@ class FaultHandler:
 
     def set_orders(self, orders: Orders) -> None:
         """Change the standing orders from the next fault on."""
-        checked(lib.guest_set_orders(self._guest, _corders(orders)), "giving orders")
+        checked(lib.guest_set_orders(self._guest, corders(orders)), "giving orders")
 
 
-def _corders(orders: Orders) -> Any:
+def corders(orders: Orders) -> Any:
+    """Give the C struct of orders."""
     return ffi.new(
         "struct guest_orders *",
         {

@@ -25,6 +25,7 @@ from cowshed.service.guests import GuestTable
 from cowshed.service.http_server import HttpServer
 from cowshed.service.image_folders import image_folders
 from cowshed.service.image_opening import open_store
+from cowshed.service.image_sockets import ImageSockets
 from cowshed.service.keeping import KeeperWatch
 from cowshed.service.logs import EventLog, logging_begin, logging_end, logging_tell_suppressed
 from cowshed.service.loop import LEAVE, READ, RELOAD, Loop, ignore_stop_signals
@@ -127,6 +128,10 @@ class Daemon:
         self._is_supervised = self._fd_store.kept and not watch.pid
         self._guest_door = GuestDoor(listener, door, self, self._tallies, self._loop)
         stack.callback(self._guest_door.close)
+        self._image_sockets = ImageSockets(
+            list(store), door, self, self._tallies, self._loop, evictor.max_pinned_extents
+        )
+        stack.callback(self._image_sockets.close)
         stack.callback(self.workers.stop)
         self._nbd = NbdService(
             core, config, store, access, overlays, door, self._tallies, self._loop
@@ -180,6 +185,10 @@ class Daemon:
         """End the loop, once it has sent what is queued."""
         self._loop.stop()
 
+    def recorded(self, image: Image) -> list[int]:
+        """The extents that guests of an image touched, this run's and earlier ones', in order."""
+        return self._working_sets.recorded(image)
+
     def serve(self) -> None:
         """Answer until a signal or shut_down ends it."""
         loop = self._loop
@@ -221,6 +230,7 @@ class Daemon:
     def _on_notice(self, fd: int, _: int) -> None:
         os.read(fd, 8)
         self._guest_door.say_states()
+        self._image_sockets.say_states()
 
     def _look_at_sources(self) -> None:
         for image in self._store:

@@ -11,12 +11,10 @@ from typing import Final
 
 from cowshed.cache import PeerError
 from cowshed.service.door import Door
-from cowshed.service.guests import Mapping
+from cowshed.service.guest_states import say_state
 from cowshed.service.logs import EventLog
 from cowshed.service.loop import READ, WRITE, Loop
 from cowshed.service.sessions import Session, SessionHost
-from cowshed.service.sizes import format_bytes
-from cowshed.service.status import broken_why, guest_state
 from cowshed.service.tallies import Tallies
 from cowshed.transport import EOF, AnyListener
 from cowshed.transport.messages import error_reply
@@ -63,16 +61,9 @@ class GuestDoor:
             mapping = session.mapping
             if mapping is None:
                 continue
-            status = mapping.account.status()
-            state = guest_state(status)
-            if state == mapping.said_state:
-                continue
-            mapping.said_state = state
-            if state == "detached":
-                self._say_dropped(session, "broken", broken_why(status))
+            if why := say_state(mapping):
+                self._say_dropped(session, "broken", why)
                 self._end(fd)
-            else:
-                _say_quota(mapping, state)
 
     def _on_connect(self, *_: int) -> None:
         connection = self._listener.accept()
@@ -170,18 +161,3 @@ class GuestDoor:
             pid=peer.pid,
             uid=peer.uid,
         )
-
-
-def _say_quota(mapping: Mapping, state: str) -> None:
-    who = {"guest": mapping.name, "image": mapping.image.label}
-    who_else = {"pid": mapping.pid, "uid": mapping.uid}
-    if state == "running":
-        _log.notice("quota-resume", **who, **who_else)
-        return
-    _log.warning(
-        "quota-stop",
-        "its writes wait until 'cowshed quota GUEST SIZE' raises its quota",
-        **who,
-        quota=format_bytes(mapping.guest.quota_bytes or 0),
-        **who_else,
-    )

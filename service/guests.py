@@ -28,7 +28,7 @@ from cowshed.accounting import (
     add_statuses,
 )
 from cowshed.cache import Image, UsageError
-from cowshed.faults import FaultHandler, Orders
+from cowshed.faults import FaultHandler, Orders, SupplyHandler, SupplyTerms
 from cowshed.service.names import find_for_operator
 
 __all__ = ["Guest", "GuestTable", "Mapping", "Peer", "Terms"]
@@ -279,17 +279,20 @@ class GuestTable:
         *,
         inherited: bool = False,
         transport: str = "unix",
+        supply: SupplyTerms | None = None,
     ) -> Mapping:
         """Start answering a mapping; fds are [uffd, pagemap, mem], its own on success only.
 
         inherited memory came over fork: what is private in it is charged. On failure nothing is
-        left of the mapping. Raises UsageError for regions that make no sense (Account.place).
+        left of the mapping. With supply its pages are copied into memory of its own; fds may then
+        be [uffd] alone. Raises UsageError for regions that make no sense (Account.place).
         """
         with contextlib.ExitStack() as stack:
             account = Account(guest.image, guest.purse)
             stack.callback(account.close)
-            account.place(fds[0], fds[1], regions)
-            handler = FaultHandler(account.cdata, fds[0], peer.pidfd, orders)
+            account.place(fds[0], fds[1] if len(fds) > 1 else -1, regions)
+            terms = (account.cdata, fds[0], peer.pidfd, orders)
+            handler = FaultHandler(*terms) if supply is None else SupplyHandler(*terms, supply)
             stack.callback(handler.stop)
             if inherited:
                 account.adopt_private()

@@ -13,12 +13,20 @@ from typing import Final
 from cowshed.cache import PeerError, UsageError
 from cowshed.faults import uffd_features
 
-__all__ = ["check_guest_files", "check_uffd", "has_ended", "open_device"]
+__all__ = [
+    "check_guest_files",
+    "check_supplied_uffd",
+    "check_uffd",
+    "has_ended",
+    "open_device",
+    "open_pagemap",
+]
 
 DEVICE: Final = "/dev/userfaultfd"
 _USERFAULTFD_IOC_NEW: Final = 0xAA00
 _UFFDIO_API: Final = 0xC018AA3F
 _UFFD_API: Final = 0xAA
+_UFFD_FEATURE_EVENT_FORK: Final = 1 << 1
 _SYSCTL: Final = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
 
@@ -69,17 +77,47 @@ def _check_features(device: int) -> None:
 
 def check_uffd(fd: int) -> None:
     """Raise PeerError unless fd is a userfaultfd made with the features guests are told to use."""
+    features = _features_of(fd)
+    if uffd_features() & ~features:
+        raise PeerError(
+            f"the userfaultfd has features {features:#x}, needed are {uffd_features():#x}"
+        )
+
+
+def check_supplied_uffd(fd: int) -> None:
+    """Raise PeerError unless fd is a userfaultfd whose faults can be answered by copy.
+
+    What a guest chose is its own business, but for what would put descriptors into this process.
+    """
+    features = _features_of(fd)
+    if features & _UFFD_FEATURE_EVENT_FORK:
+        raise PeerError(
+            "the userfaultfd reports forks, and a fork's memory cannot be served: "
+            "make it without UFFD_FEATURE_EVENT_FORK"
+        )
+
+
+def _features_of(fd: int) -> int:
     if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[userfaultfd]":
         raise PeerError("the first descriptor of a region must be a userfaultfd")
     for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
         if line.startswith("API:"):
-            features = int(line.split(":")[2], 16)
-            if uffd_features() & ~features:
-                raise PeerError(
-                    f"the userfaultfd has features {features:#x}, needed are {uffd_features():#x}"
-                )
-            return
+            return int(line.split(":")[2], 16)
     raise PeerError("the userfaultfd was not set up with UFFDIO_API")
+
+
+def open_pagemap(pid: int, pidfd: int | None) -> int | None:
+    """Open a peer's page tables to look at; None if this process may not, or the peer is gone."""
+    if pidfd is None or has_ended(pidfd):
+        return None
+    try:
+        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    if has_ended(pidfd):  # and the number may be somebody else's
+        os.close(fd)
+        return None
+    return fd
 
 
 def check_guest_files(pid: int, pidfd: int | None, pagemap_fd: int, mem_fd: int) -> None:

@@ -154,6 +154,7 @@ struct account {
 	struct ledger_header *header;
 	size_t ledger_bytes;
 	int ledger_fd, uffd, pagemap_fd;
+	bool supplied; /* its pages are copied into it, not mapped */
 	bits_word *granted, *private, *unsettled, *discarded, *unmapped, *poisoned;
 	pthread_mutex_t write_lock; /* within image->accounts_lock, outside store->lock */
 };

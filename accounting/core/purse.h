@@ -75,11 +75,13 @@ static inline uint32_t purse_policy(const struct purse *purse)
 	return atomic_load_explicit(&purse->header->policy, memory_order_relaxed);
 }
 
-/* Whether a page could be taken now. */
-static inline bool purse_has_room(const struct purse *purse)
+/* Whether nr pages could be taken now. */
+static inline bool purse_has_room(const struct purse *purse, uint64_t nr)
 {
-	return purse_policy(purse) == QUOTA_ALLOW ||
-	       atomic_load(&purse->header->used_pages) < atomic_load(&purse->header->quota_pages);
+	uint64_t used = atomic_load(&purse->header->used_pages);
+	uint64_t quota = atomic_load(&purse->header->quota_pages);
+
+	return purse_policy(purse) == QUOTA_ALLOW || (used < quota && quota - used >= nr);
 }
 
 /* Takes at most nr_most pages: all that is left, if that is less; but nothing if it is less than nr_least. */

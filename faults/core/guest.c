@@ -50,37 +50,57 @@ void guest_put(struct guest *guest)
 	free(guest);
 }
 
-static void handle_message(struct guest *guest, const struct uffd_msg *message, uint64_t read_ns)
+static void mapped_fault(struct guest *guest, uint64_t address, uint64_t flags, uint64_t read_ns)
 {
 	struct ledger_header *header = guest->account->header;
-	uint64_t first;
+	uint64_t page;
+
+	if (!account_page_at(guest->account, address, &page)) {
+		answer_stranger(guest, address);
+		return;
+	}
+	if (bits_test(guest->account->unmapped, page)) /* it mapped the image there again */
+		bits_clear(guest->account->unmapped, page);
+	if (flags & UFFD_PAGEFAULT_FLAG_WP) {
+		count_add(COUNTER(header, faults_write), 1);
+		answer_write(guest, page, read_ns);
+	} else {
+		count_add(flags & UFFD_PAGEFAULT_FLAG_MINOR ? COUNTER(header, faults_minor) : COUNTER(header, faults_missing),
+		          1);
+		answer_access(guest, page, flags, read_ns);
+	}
+}
+
+static void mapped_wake(struct guest *guest)
+{
+	answer_wake(guest, 0, guest->image->shape.nr_pages);
+}
+
+static const struct guest_kind mapped = {
+	.fault = mapped_fault,
+	.discard = answer_unmap,
+	.move = answer_remap,
+	.idle = answer_ahead,
+	.wake = mapped_wake,
+};
+
+static void handle_message(struct guest *guest, const struct uffd_msg *message, uint64_t read_ns)
+{
+	const struct guest_kind *kind = guest->kind;
 
 	switch (message->event) {
-	case UFFD_EVENT_PAGEFAULT: {
-		uint64_t address = message->arg.pagefault.address, flags = message->arg.pagefault.flags;
-
-		if (!account_page_at(guest->account, address, &first)) {
-			answer_stranger(guest, address);
-			return;
-		}
-		if (bits_test(guest->account->unmapped, first)) /* it mapped the image there again */
-			bits_clear(guest->account->unmapped, first);
-		if (flags & UFFD_PAGEFAULT_FLAG_WP) {
-			count_add(COUNTER(header, faults_write), 1);
-			answer_write(guest, first, read_ns);
-		} else {
-			count_add(flags & UFFD_PAGEFAULT_FLAG_MINOR ? COUNTER(header, faults_minor) : COUNTER(header, faults_missing),
-			          1);
-			answer_access(guest, first, flags, read_ns);
-		}
+	case UFFD_EVENT_PAGEFAULT:
+		kind->fault(guest, message->arg.pagefault.address, message->arg.pagefault.flags, read_ns);
 		break;
-	}
 	case UFFD_EVENT_REMOVE:
 	case UFFD_EVENT_UNMAP:
-		answer_unmap(guest, message->arg.remove.start, message->arg.remove.end, message->event == UFFD_EVENT_UNMAP);
+		kind->discard(guest, message->arg.remove.start, message->arg.remove.end, message->event == UFFD_EVENT_UNMAP);
 		break;
 	case UFFD_EVENT_REMAP:
-		answer_remap(guest, message->arg.remap.from, message->arg.remap.to, message->arg.remap.len);
+		kind->move(guest, message->arg.remap.from, message->arg.remap.to, message->arg.remap.len);
+		break;
+	case UFFD_EVENT_FORK: /* not asked for; it is a descriptor of ours all the same */
+		close((int)message->arg.fork.ufd);
 		break;
 	default:
 		break;
@@ -149,13 +169,17 @@ static bool retry_due(struct guest *guest, struct timespec **timeout, struct tim
 	if (!guest->retry_at_ns)
 		guest->retry_at_ns = guest->drop_at_ns;
 	*timeout = NULL;
-	if (!guest->retry_at_ns)
-		return false;
-	if (guest->retry_at_ns <= now)
+	if (guest->retry_at_ns && guest->retry_at_ns <= now)
 		return true;
+	uint64_t until = guest->retry_at_ns;
+	if (guest->idle_at_ns && (!until || guest->idle_at_ns < until))
+		until = guest->idle_at_ns > now ? guest->idle_at_ns : now;
+	guest->idle_at_ns = 0;
+	if (!until)
+		return false;
 	*room = (struct timespec){
-		.tv_sec = (time_t)((guest->retry_at_ns - now) / 1000000000u),
-		.tv_nsec = (long)((guest->retry_at_ns - now) % 1000000000u),
+		.tv_sec = (time_t)((until - now) / 1000000000u),
+		.tv_nsec = (long)((until - now) % 1000000000u),
 	};
 	*timeout = room;
 	return false;
@@ -166,7 +190,7 @@ static void ask_again(struct guest *guest)
 {
 	guest->retry_at_ns = 0;
 	account_end_stop(guest->account);
-	answer_wake(guest, 0, guest->image->shape.nr_pages);
+	guest->kind->wake(guest);
 }
 
 /* What another account of the purse was charged for nothing is room too, and nobody else looks for it. */
@@ -174,9 +198,9 @@ static bool quota_has_room(const struct guest *guest)
 {
 	struct purse *purse = guest->account->purse;
 
-	if (!purse_has_room(purse) && atomic_load(&purse->nr_accounts) > 1)
+	if (!purse_has_room(purse, guest->wanted_pages) && atomic_load(&purse->nr_accounts) > 1)
 		account_settle_purse(guest->account);
-	return purse_has_room(purse);
+	return purse_has_room(purse, guest->wanted_pages);
 }
 
 static void sleep_for_messages(struct guest *guest)
@@ -220,7 +244,7 @@ static void *guest_main(void *arg)
 
 		if (!atomic_load_explicit(&guest->account->header->broken, memory_order_relaxed))
 			nr = read_messages(guest, messages);
-		if (nr == -EAGAIN && answer_ahead(guest))
+		if (nr == -EAGAIN && guest->kind->idle(guest))
 			continue;
 		if (nr == -EAGAIN)
 			nr = spin_for_messages(guest, messages);
@@ -264,11 +288,20 @@ static int thread_start(struct guest *guest)
 int guest_start(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
                 struct guest **guest_out)
 {
+	return guest_start_kind(account, uffd, pidfd, orders, &mapped, NULL, guest_out);
+}
+
+int guest_start_kind(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
+                     const struct guest_kind *kind, struct supply *supply, struct guest **guest_out)
+{
 	struct guest *guest = calloc(1, sizeof *guest);
 	int flags = fcntl(uffd, F_GETFL);
 
 	if (!guest)
 		return -ENOMEM;
+	guest->wanted_pages = 1;
+	guest->kind = kind;
+	guest->supply = supply;
 	guest->account = account;
 	guest->image = account->image;
 	guest->uffd = uffd;
@@ -306,6 +339,8 @@ int guest_stop(struct guest *guest)
 	guest->stopped = true;
 	pthread_mutex_unlock(&guest->answer_lock);
 	close(guest->kick_fd);
+	if (guest->kind->end)
+		guest->kind->end(guest);
 	guest_put(guest);
 	return 0;
 }

@@ -37,6 +37,21 @@ int guest_set_orders(struct guest *guest, const struct guest_orders *orders);
 uint64_t guest_uffd_features(void);
 /* cdef-end */
 
+/*
+ * What a guest's memory is decides how it is answered: mapped (of the frames) or supplied (supply.h).  All are called
+ * by the guest's thread, but end: after that has been joined and no loader answers any more.
+ */
+struct guest_kind {
+	void (*fault)(struct guest *guest, uint64_t address, uint64_t flags, uint64_t read_ns);
+	void (*discard)(struct guest *guest, uint64_t start, uint64_t end, bool unmapped);
+	void (*move)(struct guest *guest, uint64_t from, uint64_t to, uint64_t length);
+	bool (*idle)(struct guest *guest); /* no fault waits: does a bit of other work; whether there was any */
+	void (*wake)(struct guest *guest); /* whoever waits for an answer asks again */
+	void (*end)(struct guest *guest);  /* NULL: nothing is to be done */
+};
+
+struct supply;
+
 #define MESSAGES_MAX 16 /* answered in one pass: a flood cannot starve the idle work */
 
 /*
@@ -44,6 +59,8 @@ uint64_t guest_uffd_features(void);
  * (2) nr_users is 1 for the owner plus 1 for each such miss; (3) windows, ahead_* belong to the thread.
  */
 struct guest {
+	const struct guest_kind *kind;
+	struct supply *supply; /* of a supplied guest */
 	struct account *account;
 	struct image *image;
 	int uffd, pidfd, kick_fd;
@@ -60,6 +77,8 @@ struct guest {
 	struct window_state windows;
 	uint64_t ahead_extent, nr_ahead;
 	uint64_t retry_at_ns;        /* 0: nothing to retry */
+	uint64_t wanted_pages;       /* what a fault at the quota needs */
+	uint64_t idle_at_ns;         /* 0: else there may be idle work then */
 	uint64_t drop_at_ns;         /* 0: served; else it is dropped then, see remap.c */
 	uint64_t drop_address;
 	int32_t spin_credit;
@@ -67,6 +86,17 @@ struct guest {
 };
 
 uint64_t clock_now_ns(void);
+
+/* guest_start for a kind. */
+int guest_start_kind(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
+                     const struct guest_kind *kind, struct supply *supply, struct guest **guest_out);
+
+/* write.c.  Under write_lock: takes up to nr_wanted pages from the purse, having looked for charges to return first. */
+uint64_t quota_take(struct account *account, uint64_t nr_wanted);
+/* With no lock held: whether charges of the purse's other accounts turned out to be for nothing. */
+bool quota_settle_others(struct account *account);
+/* The guest's writer stops at the quota, or its process gets SIGBUS. */
+void quota_refuse(struct guest *guest);
 
 /* Answers a missing or minor fault (answer.c; flags are UFFD_PAGEFAULT_FLAG_*) or a write fault (write.c) on page. */
 void answer_access(struct guest *guest, uint64_t page, uint64_t flags, uint64_t read_ns);

@@ -4,6 +4,7 @@
 #include "cache/core/abi.h"
 
 #include <errno.h>
+#include <stddef.h>
 
 int uffd_wake(int uffd, uint64_t address, uint64_t length)
 {
@@ -62,6 +63,55 @@ int uffd_copy_page(int uffd, uint64_t address, const void *from)
 			return woken;
 	}
 	return -err;
+}
+
+/* One call: 0, or -errno with *done_out set by what the kernel did before it stopped. */
+static int supply_once(int uffd, uint64_t address, const char *from, uint64_t length, uint64_t *done_out)
+{
+	int64_t done;
+	int err;
+
+	if (from) {
+		struct uffdio_copy order = {.dst = address, .src = (uint64_t)(uintptr_t)from, .len = length};
+
+		err = ioctl(uffd, UFFDIO_COPY, &order) < 0 ? -errno : 0;
+		done = order.copy;
+	} else {
+		struct uffdio_zeropage order = {.range = {.start = address, .len = length}};
+
+		err = ioctl(uffd, UFFDIO_ZEROPAGE, &order) < 0 ? -errno : 0;
+		done = order.zeropage;
+	}
+	*done_out = err ? (done > 0 ? (uint64_t)done : 0) : length;
+	return err;
+}
+
+int uffd_supply(int uffd, uint64_t address, const void *from, uint64_t length, uint64_t page_bytes,
+                uint64_t *done_out)
+{
+	uint64_t done = 0, step;
+	int err = 0;
+
+	while (done < length && !err) {
+		err = supply_once(uffd, address + done, from ? (const char *)from + done : NULL, length - done, &step);
+		if (err == -EEXIST && !step) {
+			/* EEXIST wakes nobody, and a thread may wait for just this page. */
+			err = uffd_wake(uffd, address + done, page_bytes);
+			step = err ? 0 : page_bytes;
+		} else if (step) {
+			err = 0; /* partial: what stopped it is said by the next call */
+		}
+		done += step;
+	}
+	*done_out = done;
+	return err;
+}
+
+int uffd_poison_range(int uffd, uint64_t address, uint64_t length)
+{
+	struct uffdio_poison order = {.range = {.start = address, .len = length}};
+
+	return ioctl(uffd, UFFDIO_POISON, &order) < 0 ? -errno : 0;
 }
 
 int uffd_open(int uffd, uint64_t address, uint64_t length)

@@ -16,6 +16,16 @@
 int uffd_continue(int uffd, uint64_t address, uint64_t length, uint32_t max_skips, uint64_t *mapped_out);
 /* Installs a private, writable copy of one page; -EEXIST (woken) if one is mapped. */
 int uffd_copy_page(int uffd, uint64_t address, const void *from);
+/*
+ * Installs private copies of [from, from + length) at address, and wakes whoever waits there; 0: pages of zeros in place
+ * of copies, which huge pages have not got.  Pages (of page_bytes) that are there already are woken and passed over.
+ * *done_out is how far it got, on failure too; errors are those of uffd_continue.
+ */
+int uffd_supply(int uffd, uint64_t address, const void *from, uint64_t length, uint64_t page_bytes,
+                uint64_t *done_out);
+/* SIGBUS for whoever touches [address, address + length), which nobody mapped, and wakes it. */
+int uffd_poison_range(int uffd, uint64_t address, uint64_t length);
+
 /* Lets the range be written, and wakes it. */
 int uffd_open(int uffd, uint64_t address, uint64_t length);
 /* SIGBUS for whoever touches the page, and wakes it; -EEXIST if one is mapped.  marked: what may be in the way is

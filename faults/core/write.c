@@ -22,7 +22,7 @@
 #include <unistd.h>
 
 /* Under write_lock: takes up to nr_wanted pages for charges that are about to be made. */
-static uint64_t quota_take(struct account *account, uint64_t nr_wanted)
+uint64_t quota_take(struct account *account, uint64_t nr_wanted)
 {
 	uint64_t nr = purse_take(account->purse, 1, nr_wanted);
 
@@ -32,7 +32,7 @@ static uint64_t quota_take(struct account *account, uint64_t nr_wanted)
 }
 
 /* With no lock held: whether charges of the purse's other accounts turned out to be for nothing. */
-static bool quota_settle_others(struct account *account)
+bool quota_settle_others(struct account *account)
 {
 	return atomic_load(&account->purse->nr_accounts) > 1 && account_settle_purse(account) > 0;
 }
@@ -49,7 +49,7 @@ static void quota_stop(struct guest *guest)
  * A page that is mapped, shared and protected cannot be poisoned for one guest alone, so SIGBUS goes to the process
  * as a signal.  If it cannot be sent, or is blocked, the writer just stays stopped: the quota holds either way.
  */
-static void quota_refuse(struct guest *guest)
+void quota_refuse(struct guest *guest)
 {
 	count_add(COUNTER(guest->account->header, write_refused), 1);
 	if (purse_policy(guest->account->purse) == QUOTA_KILL && guest->pidfd >= 0)

@@ -23,6 +23,7 @@ import sys
 import threading
 from typing import Any
 
+from machine_client import EVENT_REMOVE, MODE_MISSING, UFFDIO_REGISTER, new_uffd
 from scripted_guest import become
 
 from cowshed.cache._core import ffi, lib
@@ -82,6 +83,18 @@ class MappedGuest:
             flags = fcntl.fcntl(self.region.uffd, fcntl.F_GETFL)
             fcntl.fcntl(self.region.uffd, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
         return self.base, [self.region.uffd, self.region.pagemap_fd, self.region.mem_fd]
+
+    def do_map_anonymous(self, map_bytes: int) -> tuple[int, list[int]]:
+        """Map memory of its own and guard it as a machine monitor does, with REMOVE events."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        base = libc.mmap(None, map_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        uffd = new_uffd(EVENT_REMOVE)
+        fcntl.ioctl(uffd, UFFDIO_REGISTER, struct.pack("QQQQ", base, map_bytes, MODE_MISSING, 0))
+        self.region.address = ffi.cast("void *", base)
+        self.region.map_bytes = map_bytes
+        self.region.uffd = uffd
+        self.region.pagemap_fd = os.open("/proc/self/pagemap", os.O_RDONLY)
+        return base, [uffd, self.region.pagemap_fd]
 
     def do_read(self, offset: int, length: int) -> str:
         buffer = bytearray(length)
@@ -256,7 +269,7 @@ def main() -> None:
         give: list[int] = []
         try:
             answer = {"id": no, "ok": call(**order, **({"fds": fds} if fds else {}))}
-            if call == guest.do_map:
+            if call in (guest.do_map, guest.do_map_anonymous):
                 answer["ok"], give = answer["ok"]
         except OSError as error:
             answer = {"id": no, "errno": error.errno, "message": str(error)}

@@ -26,7 +26,14 @@ from domains import plain_environment
 from cowshed.accounting import Account, AuditReport, Purse, QuotaPolicy, Region, audit, evict
 from cowshed.cache import ExtentState, FileSource, Image, PageStore
 from cowshed.cache._core import lib
-from cowshed.faults import FaultHandler, Orders, uffd_features
+from cowshed.faults import (
+    FaultHandler,
+    Orders,
+    SupplyHandler,
+    SupplyRegion,
+    SupplyTerms,
+    uffd_features,
+)
 
 PAGE = 4096
 EXTENT_PAGES = 16
@@ -205,6 +212,28 @@ class Stage:
         guest.account.place(guest.fds[0], guest.fds[1], [region])
         orders = Orders(window * PAGE, write_window * PAGE, spin_ns)
         guest.handler = FaultHandler(guest.account.cdata, guest.fds[0], guest.pidfd, orders)
+        return guest
+
+    def machine(
+        self,
+        *,
+        quota: int | None = None,
+        policy: QuotaPolicy = QuotaPolicy.STOP,
+        window: int = 0,
+        zero_discarded: bool = True,
+    ) -> MappedGuest:
+        """Start and attach a guest whose own memory is supplied: windows in pages, 0 adaptive."""
+        guest = MappedGuest()
+        self.guests.append(guest)
+        length = self.image.map_bytes
+        guest.base = guest.call("map_anonymous", map_bytes=length)
+        guest.purse = Purse(NO_QUOTA if quota is None else quota * PAGE, policy)
+        guest.account = Account(self.image, guest.purse)
+        guest.account.place(guest.fds[0], guest.fds[1], [Region(guest.base, 0, length)])
+        region = SupplyRegion(guest.base, 0, length, PAGE)
+        terms = SupplyTerms((region,), zero_discarded=zero_discarded)
+        orders = Orders(window * PAGE, 0, 0)
+        guest.handler = SupplyHandler(guest.account.cdata, guest.fds[0], guest.pidfd, orders, terms)
         return guest
 
     def detach(self, guest: MappedGuest) -> None:

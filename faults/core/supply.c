@@ -1,0 +1,617 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "faults/core/supply.h"
+
+#include "accounting/core/settle.h"
+#include "cache/core/abi.h"
+#include "cache/core/points.h"
+#include "cache/core/store.h"
+#include "faults/core/uffd.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#define COPY_PAGES 64
+#define ZERO_PAGES 16
+#define ORDER_LOADS 16         /* of the recorded order asked for at once */
+#define ORDER_LOOK_NS 2000000u /* between two looks at whether they are there: prefetches tell nobody */
+#define ORDER_LOOKS 200
+#define AHEAD_MAX_PAGES 512 /* beyond what a stream was given at once: it is the guest's own memory that fills */
+
+uint64_t supply_address(const struct supply_region *region, uint64_t page)
+{
+	return region->address + ((page - region->first_page) << PAGE_SHIFT);
+}
+
+static uint64_t least(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+static const struct supply_region *region_at(const struct supply *supply, uint64_t address)
+{
+	for (uint32_t i = 0; i < supply->nr_regions; i++)
+		if (address - supply->regions[i].address < supply->regions[i].nr_pages << PAGE_SHIFT)
+			return &supply->regions[i];
+	return NULL;
+}
+
+static const struct supply_region *region_of(const struct supply *supply, uint64_t page)
+{
+	for (uint32_t i = 0; i < supply->nr_regions; i++)
+		if (page - supply->regions[i].first_page < supply->regions[i].nr_pages)
+			return &supply->regions[i];
+	return NULL;
+}
+
+bool supply_is_zero(const struct guest *guest, uint64_t page)
+{
+	return guest->supply->zero_discarded && bits_test(guest->account->discarded, page);
+}
+
+int frames_read(const struct image *image, uint64_t first, uint64_t nr, char *to)
+{
+	ssize_t length = (ssize_t)(nr << PAGE_SHIFT);
+
+	return pread(image->frames_fd, to, (size_t)length, (off_t)(first << PAGE_SHIFT)) == length ? 0 : -EFAULT;
+}
+
+int supply_poison(struct guest *guest, const struct supply_region *region, uint64_t page)
+{
+	struct account *account = guest->account;
+	uint64_t first = page - (page - region->first_page) % (region->page_bytes / PAGE_BYTES);
+	int err = uffd_poison_range(guest->uffd, supply_address(region, first), region->page_bytes);
+
+	if (!err && bits_set(account->poisoned, first)) {
+		atomic_fetch_add(&guest->image->nr_poisoned, 1);
+		count_add(COUNTER(account->header, poisoned_pages), 1);
+	}
+	return err;
+}
+
+void supply_refuse(struct guest *guest, const struct supply_region *region, uint64_t page)
+{
+	struct account *account = guest->account;
+	int err = -EPERM;
+
+	guest->wanted_pages = region->page_bytes / PAGE_BYTES;
+	if (purse_policy(account->purse) == QUOTA_KILL) {
+		pthread_mutex_lock(&account->write_lock);
+		err = supply_poison(guest, region, page);
+		pthread_mutex_unlock(&account->write_lock);
+	}
+	if (err < 0)
+		quota_refuse(guest);
+	else
+		count_add(COUNTER(account->header, write_refused), 1);
+}
+
+/* Under write_lock: up to nr pages, but all of a huge one. */
+static uint64_t take_pages(struct account *account, const struct supply_region *region, uint64_t nr)
+{
+	uint64_t nr_taken = quota_take(account, nr);
+
+	if (region->page_bytes > PAGE_BYTES && nr_taken < nr) {
+		purse_give(account->purse, nr_taken);
+		return 0;
+	}
+	return nr_taken;
+}
+
+int64_t supply_install(struct guest *guest, const struct supply_region *region, uint64_t first, uint64_t nr,
+                       const char *from)
+{
+	struct account *account = guest->account;
+	uint64_t done_bytes = 0, nr_charged;
+	int err = -EDQUOT;
+
+	pthread_mutex_lock(&account->write_lock);
+	while (!(nr_charged = take_pages(account, region, nr))) {
+		pthread_mutex_unlock(&account->write_lock);
+		if (!quota_settle_others(account))
+			return err;
+		pthread_mutex_lock(&account->write_lock);
+	}
+	for (uint64_t i = 0; i < nr_charged; i++)
+		account_charge(account, first + i);
+	point_reach(POINT_WRITE_CHARGED);
+	/* The last huge page of an image may reach past its end. */
+	uint64_t length = (nr_charged << PAGE_SHIFT) + region->page_bytes - 1;
+	length -= length % region->page_bytes;
+	err = uffd_supply(guest->uffd, supply_address(region, first), from, length, region->page_bytes, &done_bytes);
+	uint64_t nr_done = least(done_bytes >> PAGE_SHIFT, nr_charged);
+	for (uint64_t i = nr_done; i < nr_charged; i++) {
+		account_uncharge(account, first + i);
+		count_add(COUNTER(account->header, uncharged_pages), 1);
+	}
+	for (uint64_t page = first; (page = bits_next(account->poisoned, page, first + nr_done)) < first + nr_done; page++)
+		if (bits_clear(account->poisoned, page)) {
+			atomic_fetch_sub(&guest->image->nr_poisoned, 1);
+			count_add(COUNTER(account->header, repaired_pages), 1);
+		}
+	pthread_mutex_unlock(&account->write_lock);
+	count_add(COUNTER(account->header, mapped_pages), nr_done);
+	return nr_done ? (int64_t)nr_done : err;
+}
+
+/* The report is old, or a late zap took the page. */
+int supply_again(struct guest *guest, const struct supply_region *region, uint64_t first, const char *from)
+{
+	uint64_t done_bytes;
+
+	return uffd_supply(guest->uffd, supply_address(region, first), from, region->page_bytes, region->page_bytes,
+	                   &done_bytes);
+}
+
+/* Supplies those of [page, end) that are empty, from frames that the caller holds; 0, or -errno of what stopped it. */
+static int copy_empty(struct guest *guest, const struct supply_region *region, uint64_t page, uint64_t end)
+{
+	struct supply *supply = guest->supply;
+	const struct account *account = guest->account;
+
+	while (page < end) {
+		uint64_t nr = least(bits_next(account->private, page, end) - page, COPY_PAGES);
+
+		if (supply->zero_discarded)
+			nr = least(nr, bits_next(account->discarded, page, end) - page);
+		if (nr == 0) {
+			page++;
+			continue;
+		}
+		int err = frames_read(guest->image, page, nr, supply->buffer);
+		int64_t nr_done = err ? err : supply_install(guest, region, page, nr, supply->buffer);
+
+		if (nr_done < 0)
+			return (int)nr_done;
+		if ((uint64_t)nr_done < nr)
+			return -EDQUOT; /* or the kernel stopped it: whoever waits there asks again */
+		page += nr;
+	}
+	return 0;
+}
+
+/* Supplies page first and then the rest of [first, end), all of one extent that the caller holds. */
+static int copy_held(struct guest *guest, const struct supply_region *region, uint64_t page, uint64_t first,
+                     uint64_t end)
+{
+	struct account *account = guest->account;
+	int err = 0;
+
+	if (bits_test(account->private, page)) {
+		err = frames_read(guest->image, page, 1, guest->supply->buffer);
+		if (!err)
+			err = supply_again(guest, region, page, guest->supply->buffer);
+	}
+	if (!err)
+		err = copy_empty(guest, region, page, end);
+	if (err == -EDQUOT && !bits_test(account->private, page))
+		supply_refuse(guest, region, page);
+	else if (!err)
+		err = copy_empty(guest, region, first, page);
+	bits_set(guest->supply->supplied, page / guest->image->shape.extent_pages);
+	return err;
+}
+
+/* The part of an extent that lies in a region and in the image; false: none. */
+static bool extent_in(const struct guest *guest, const struct supply_region *region, uint64_t extent, uint64_t *first_out,
+                      uint64_t *end_out)
+{
+	uint64_t first = extent * guest->image->shape.extent_pages;
+	uint64_t end = least(first + image_extent_pages(guest->image, extent), region->first_page + region->nr_pages);
+
+	*first_out = first > region->first_page ? first : region->first_page;
+	*end_out = end;
+	return *first_out < end;
+}
+
+/* More than half of what the guest may have is left: copies that nobody asked for must not bring it to a stop. */
+static bool may_copy_ahead(const struct guest *guest)
+{
+	return purse_has_room(guest->account->purse, atomic_load(&guest->account->purse->header->used_pages));
+}
+
+/* Supplies an extent that nobody asked for; whether it is resident. */
+static bool copy_ahead(struct guest *guest, const struct supply_region *region, uint64_t extent)
+{
+	uint64_t first, end;
+
+	if (!extent_hold(&guest->image->states[extent]))
+		return false;
+	if (region->page_bytes == PAGE_BYTES && extent_in(guest, region, extent, &first, &end) && may_copy_ahead(guest)) {
+		answer_failed(guest, copy_empty(guest, region, first, end));
+		bits_set(guest->supply->supplied, extent);
+	}
+	extent_release(&guest->image->states[extent]);
+	return true;
+}
+
+/* In a loader thread: hands the extent to the guest's own thread, held. */
+static void answer_supplied(struct load_waiter *waiter, int status)
+{
+	struct supply_miss *miss = (struct supply_miss *)waiter;
+	struct guest *guest = miss->guest;
+
+	pthread_mutex_lock(&guest->answer_lock);
+	bool stopped = guest->stopped;
+	if (!stopped) {
+		bool held = status || extent_hold(&guest->image->states[waiter->extent]);
+
+		assert(held);
+		(void)held;
+		miss->status = status;
+		miss->next = guest->supply->done;
+		guest->supply->done = miss;
+		store_raise(guest->kick_fd);
+	}
+	pthread_mutex_unlock(&guest->answer_lock);
+	if (stopped) {
+		free(miss);
+		guest_put(guest);
+	}
+}
+
+int supply_want(struct guest *guest, uint64_t extent, uint64_t page, uint64_t read_ns)
+{
+	struct ledger_header *header = guest->account->header;
+	int resident = -ENOMEM;
+
+	if (!bits_set(guest->waiting, extent))
+		return 0;
+	struct supply_miss *miss = malloc(sizeof *miss);
+	if (miss) {
+		*miss = (struct supply_miss){
+			.waiter = {.answer = answer_supplied},
+			.guest = guest,
+			.page = page,
+			.read_ns = read_ns,
+		};
+		atomic_fetch_add(&guest->nr_users, 1);
+		resident = store_want(guest->image, extent, &miss->waiter);
+		if (resident == 0) {
+			count_add(COUNTER(header, misses), 1);
+			return 0;
+		}
+		atomic_fetch_sub(&guest->nr_users, 1);
+		free(miss);
+	}
+	bits_clear(guest->waiting, extent);
+	if (resident < 0)
+		answer_failed(guest, -EAGAIN);
+	return resident == 1;
+}
+
+/* An extent that was waited for is there, and held, or failed. */
+static void answer_done(struct guest *guest, struct supply_miss *miss)
+{
+	struct account *account = guest->account;
+	uint64_t extent = miss->waiter.extent;
+	uint64_t first, end;
+
+	bits_clear(guest->waiting, extent);
+	for (uint32_t i = 0; i < guest->supply->nr_regions; i++) {
+		const struct supply_region *region = &guest->supply->regions[i];
+		bool here = miss->page - region->first_page < region->nr_pages;
+
+		if (!extent_in(guest, region, extent, &first, &end))
+			continue;
+		if (share_loaded(guest, extent))
+			continue;
+		if (region->page_bytes > PAGE_BYTES) {
+			huge_loaded(guest, region, extent, miss->status);
+			continue;
+		}
+		if (miss->status == 0) {
+			answer_failed(guest, copy_held(guest, region, here ? miss->page : first, first, end));
+		} else if (here) {
+			pthread_mutex_lock(&account->write_lock);
+			supply_poison(guest, region, miss->page);
+			pthread_mutex_unlock(&account->write_lock);
+		}
+		/* Whoever waits for another page of the extent, or met an error above, asks again. */
+		uffd_wake(guest->uffd, supply_address(region, first), (end - first) << PAGE_SHIFT);
+	}
+	if (miss->status == 0)
+		extent_release(&guest->image->states[extent]);
+	count_access(account->header, false, miss->status == 0 ? FAULT_LOADED : FAULT_FAILED);
+	account_note_latency(account, LATENCY_MISS, clock_now_ns() - miss->read_ns);
+}
+
+static struct supply_miss *take_done(struct guest *guest)
+{
+	pthread_mutex_lock(&guest->answer_lock);
+	struct supply_miss *done = guest->supply->done;
+	guest->supply->done = NULL;
+	pthread_mutex_unlock(&guest->answer_lock);
+	return done;
+}
+
+static bool answer_all_done(struct guest *guest)
+{
+	struct supply_miss *next, *miss = take_done(guest);
+	bool any = miss != NULL;
+
+	for (; miss; miss = next) {
+		next = miss->next;
+		answer_done(guest, miss);
+		free(miss);
+		guest_put(guest);
+	}
+	return any;
+}
+
+/* A page that reads as zeros, and those behind it that do. */
+static int zero_run(struct guest *guest, const struct supply_region *region, uint64_t page)
+{
+	const struct account *account = guest->account;
+	uint64_t end = least(page + ZERO_PAGES, region->first_page + region->nr_pages);
+
+	if (bits_test(account->private, page))
+		return supply_again(guest, region, page, NULL);
+	end = least(end, guest->image->shape.nr_pages);
+	end = least(bits_next_clear(account->discarded, page, end), bits_next(account->private, page, end));
+	int64_t nr = supply_install(guest, region, page, end - page, NULL);
+
+	if (nr == -EDQUOT)
+		supply_refuse(guest, region, page);
+	return nr < 0 ? (int)nr : 0;
+}
+
+/* The window of a fault: what is resident of it, page and what is behind it first. */
+static int copy_window(struct guest *guest, const struct supply_region *region, uint64_t page,
+                       const struct window_plan *plan)
+{
+	uint64_t extent = page / guest->image->shape.extent_pages;
+	uint64_t plan_end = plan->first_page + plan->nr_pages;
+	uint64_t first, end;
+
+	extent_in(guest, region, extent, &first, &end);
+	int err = copy_held(guest, region, page, first > plan->first_page ? first : plan->first_page, least(end, plan_end));
+	extent_release(&guest->image->states[extent]);
+	while (!err && ++extent * guest->image->shape.extent_pages < plan_end)
+		if (!copy_ahead(guest, region, extent))
+			break;
+	return err;
+}
+
+static void fault_small(struct guest *guest, const struct supply_region *region, uint64_t page, uint64_t read_ns)
+{
+	struct supply *supply = guest->supply;
+	struct image *image = guest->image;
+	struct account *account = guest->account;
+	uint64_t extent = page / image->shape.extent_pages;
+	struct window_shape shape = {
+		.nr_pages = image->shape.nr_pages,
+		.nr_extents = image->shape.nr_extents,
+		.extent_pages = image->shape.extent_pages,
+		.fixed_pages = atomic_load_explicit(&guest->window_pages, memory_order_relaxed),
+	};
+	struct window_plan plan;
+
+	window_plan_fault(&guest->windows, &shape, (const uint64_t *)supply->supplied, page, &plan);
+	image_touch(image, extent);
+	image_note_first_touch(image, extent);
+	bool held = extent_hold(&image->states[extent]);
+	while (!held && supply_want(guest, extent, page, read_ns))
+		held = extent_hold(&image->states[extent]);
+	if (held) {
+		point_reach(POINT_FAULT_HELD);
+		int err = copy_window(guest, region, page, &plan);
+		answer_failed(guest, err);
+		if (!err) {
+			count_access(account->header, false, FAULT_HIT);
+			account_note_latency(account, LATENCY_HIT, clock_now_ns() - read_ns);
+		}
+	}
+	if (plan.nr_prefetch)
+		store_prefetch(image, plan.prefetch_extent, least(plan.nr_prefetch, AHEAD_MAX_PAGES / image->shape.extent_pages));
+	if (plan.nr_ahead) {
+		guest->ahead_extent = plan.ahead_extent;
+		guest->nr_ahead = least(plan.nr_ahead, AHEAD_MAX_PAGES / image->shape.extent_pages + 1);
+	}
+}
+
+static void supply_fault(struct guest *guest, uint64_t address, uint64_t flags, uint64_t read_ns)
+{
+	const struct supply_region *region = region_at(guest->supply, address);
+	uint64_t done_bytes;
+
+	answer_all_done(guest);
+	if (!region || flags & (UFFD_PAGEFAULT_FLAG_WP | UFFD_PAGEFAULT_FLAG_MINOR))
+		return; /* of memory we were never told of, or registered for more than this: its owner waits for itself */
+	uint64_t page = region->first_page + ((address - region->address) >> PAGE_SHIFT);
+
+	count_add(COUNTER(guest->account->header, faults_missing), 1);
+	if (page < guest->image->shape.nr_pages && bits_test(guest->account->unmapped, page))
+		bits_clear(guest->account->unmapped, page); /* it mapped and registered memory there again */
+	if (page < guest->image->shape.nr_pages && share_fault(guest, region, page, read_ns))
+		return;
+	if (region->page_bytes > PAGE_BYTES)
+		huge_fault(guest, region, page, read_ns);
+	else if (page >= guest->image->shape.nr_pages) /* less than 2 MiB a region: not charged */
+		answer_failed(guest, uffd_supply(guest->uffd, supply_address(region, page), NULL, PAGE_BYTES, PAGE_BYTES,
+		                                 &done_bytes));
+	else if (supply_is_zero(guest, page))
+		answer_failed(guest, zero_run(guest, region, page));
+	else
+		fault_small(guest, region, page, read_ns);
+}
+
+static void supply_discard(struct guest *guest, uint64_t start, uint64_t end, bool unmapped)
+{
+	for (uint32_t i = 0; i < guest->supply->nr_regions; i++) {
+		const struct supply_region *region = &guest->supply->regions[i];
+		uint64_t limit = region->address + (region->nr_pages << PAGE_SHIFT);
+		uint64_t low = start > region->address ? start : region->address;
+		uint64_t high = least(end, limit);
+
+		if (low >= high)
+			continue;
+		uint64_t first = region->first_page + ((low - region->address) >> PAGE_SHIFT);
+		uint64_t last = region->first_page + ((high - region->address + PAGE_BYTES - 1) >> PAGE_SHIFT);
+
+		last = least(last, guest->image->shape.nr_pages);
+		if (first >= last)
+			continue;
+		answer_discard(guest, first, last - first, unmapped);
+		huge_discard(guest, first, last - first);
+	}
+}
+
+/* The recorded working set, one extent a call; whether there was anything to do now. */
+static bool order_ahead(struct guest *guest)
+{
+	struct supply *supply = guest->supply;
+	struct image *image = guest->image;
+
+	while (supply->order_at < supply->nr_order) {
+		uint64_t extent = supply->order[supply->order_at];
+		const struct supply_region *region = region_of(supply, extent * image->shape.extent_pages);
+
+		if (!may_copy_ahead(guest)) {
+			supply->order_at = supply->nr_order;
+			return false;
+		}
+		if (!region || region->page_bytes > PAGE_BYTES || bits_test(supply->supplied, extent)) {
+			supply->order_at++;
+			supply->nr_order_looks = 0;
+			continue;
+		}
+		if (copy_ahead(guest, region, extent) || ++supply->nr_order_looks > ORDER_LOOKS) {
+			supply->order_at++;
+			supply->nr_order_looks = 0;
+			return true;
+		}
+		for (uint64_t i = supply->order_at; i < supply->nr_order && i < supply->order_at + ORDER_LOADS; i++)
+			store_prefetch(image, supply->order[i], 1);
+		guest->idle_at_ns = clock_now_ns() + ORDER_LOOK_NS;
+		return false;
+	}
+	return false;
+}
+
+static bool supply_idle(struct guest *guest)
+{
+	if (answer_all_done(guest))
+		return true;
+	if (guest->nr_ahead) {
+		uint64_t extent = guest->ahead_extent++;
+		const struct supply_region *region = region_of(guest->supply, extent * guest->image->shape.extent_pages);
+
+		guest->nr_ahead--;
+		if (region && !guest->supply->allowance)
+			copy_ahead(guest, region, extent);
+		return true;
+	}
+	return share_ahead(guest) || order_ahead(guest);
+}
+
+static void supply_end(struct guest *guest)
+{
+	struct supply *supply = guest->supply;
+
+	for (struct supply_miss *next, *miss = take_done(guest); miss; miss = next) {
+		next = miss->next;
+		if (miss->status == 0)
+			extent_release(&guest->image->states[miss->waiter.extent]);
+		free(miss);
+		guest_put(guest);
+	}
+	share_end(guest);
+	free(supply->assembly.buffer);
+	free(supply->buffer);
+	free(supply->supplied);
+	free(supply->shared);
+	free(supply->to_tell);
+	free(supply->order);
+	if (supply->share_fd >= 0)
+		close(supply->share_fd);
+	free(supply);
+	guest->supply = NULL;
+}
+
+static void supply_wake(struct guest *guest)
+{
+	for (uint32_t i = 0; i < guest->supply->nr_regions; i++)
+		uffd_wake(guest->uffd, guest->supply->regions[i].address, guest->supply->regions[i].nr_pages << PAGE_SHIFT);
+}
+
+/* Where a machine's memory is, it stays: what moved can be supplied no more. */
+static void supply_move(struct guest *guest, uint64_t from, uint64_t to, uint64_t length)
+{
+	(void)from, (void)to, (void)length;
+	answer_failed(guest, -EXDEV);
+}
+
+static const struct guest_kind supplied = {
+	.fault = supply_fault,
+	.discard = supply_discard,
+	.move = supply_move,
+	.idle = supply_idle,
+	.wake = supply_wake,
+	.end = supply_end,
+};
+
+static int terms_take(struct supply *supply, const struct image *image, const struct supply_terms *terms)
+{
+	if (!terms->nr_regions || terms->nr_regions > SUPPLY_REGIONS_MAX)
+		return -EINVAL;
+	for (uint32_t i = 0; i < terms->nr_regions; i++) {
+		const struct supply_region *region = &terms->regions[i];
+		uint64_t step = region->page_bytes / PAGE_BYTES;
+
+		if (region->page_bytes != PAGE_BYTES && region->page_bytes != HUGE_BYTES)
+			return -EINVAL;
+		if (region->address % region->page_bytes || region->first_page % step || region->nr_pages % step)
+			return -EINVAL;
+		if (!region->nr_pages || region->first_page >= image->shape.nr_pages)
+			return -ERANGE;
+		supply->regions[i] = *region;
+	}
+	for (uint64_t i = 0; i < terms->nr_order; i++)
+		if (terms->order[i] >= image->shape.nr_extents)
+			return -ERANGE;
+	supply->nr_regions = terms->nr_regions;
+	supply->zero_discarded = terms->zero_discarded;
+	supply->allowance = terms->allowance;
+	supply->max_pinned_extents = terms->max_pinned_extents;
+	supply->share_at = terms->allowance && terms->share_resident ? 0 : image->shape.nr_extents;
+	return 0;
+}
+
+int supply_start(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
+                 const struct supply_terms *terms, struct guest **guest_out)
+{
+	const struct image *image = account->image;
+	struct supply *supply = calloc(1, sizeof *supply);
+
+	if (!supply)
+		return -ENOMEM;
+	supply->share_fd = -1;
+	int err = terms_take(supply, image, terms);
+	supply->supplied = calloc(1, bits_bytes(image->shape.nr_extents));
+	supply->shared = calloc(1, bits_bytes(image->shape.nr_extents));
+	supply->to_tell = calloc(1, bits_bytes(image->shape.nr_extents));
+	supply->order = malloc((terms->nr_order + 1) * sizeof *supply->order);
+	if (!err && (!supply->supplied || !supply->shared || !supply->to_tell || !supply->order))
+		err = -ENOMEM;
+	if (!err && posix_memalign((void **)&supply->buffer, PAGE_BYTES, COPY_PAGES * PAGE_BYTES))
+		err = -ENOMEM;
+	if (!err && terms->allowance && (supply->share_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0)
+		err = -errno;
+	if (!err) {
+		memcpy(supply->order, terms->order, terms->nr_order * sizeof *supply->order);
+		supply->nr_order = terms->nr_order;
+		account->supplied = true;
+		err = guest_start_kind(account, uffd, pidfd, orders, &supplied, supply, guest_out);
+	}
+	if (err) { /* nothing runs and nothing is held */
+		struct guest none = {.account = account, .image = account->image, .supply = supply};
+
+		pthread_mutex_init(&none.answer_lock, NULL);
+		supply_end(&none);
+		pthread_mutex_destroy(&none.answer_lock);
+	}
+	return err;
+}

@@ -1,0 +1,199 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Shared guests: extents pinned for them and told of, so that they map the frames themselves.
+ *
+ * Nothing guards such a mapping: an extent punched under it would read as zeros, silently.  So an extent is told of only
+ * while it is resident and pinned, and the pin is given back when the guest was stopped.  An extent that was copied in
+ * part is never shared.
+ */
+#include "faults/core/supply.h"
+
+#include "cache/core/abi.h"
+#include "cache/core/store.h"
+
+#include <errno.h>
+
+#define LOOKS_AT_ONCE 64
+
+/* The extents that are told of together: one, or those of a huge page. */
+struct unit {
+	uint64_t extent, nr;
+};
+
+static struct unit unit_of(const struct guest *guest, uint64_t extent)
+{
+	const struct image_shape *shape = &guest->image->shape;
+	const struct supply *supply = guest->supply;
+	uint64_t page = extent * shape->extent_pages;
+
+	for (uint32_t i = 0; i < supply->nr_regions; i++) {
+		const struct supply_region *region = &supply->regions[i];
+
+		if (region->page_bytes == PAGE_BYTES || page - region->first_page >= region->nr_pages)
+			continue;
+		uint64_t first = page - (page - region->first_page) % HUGE_PAGES;
+		uint64_t end = first + HUGE_PAGES < shape->nr_pages ? first + HUGE_PAGES : shape->nr_pages;
+
+		return (struct unit){.extent = first / shape->extent_pages,
+		                     .nr = (end - 1) / shape->extent_pages + 1 - first / shape->extent_pages};
+	}
+	return (struct unit){.extent = extent, .nr = 1};
+}
+
+static bool allowance_take(struct share_allowance *allowance, uint64_t nr)
+{
+	_Atomic uint64_t *left = (_Atomic uint64_t *)&allowance->left_extents;
+	uint64_t seen = atomic_load(left);
+
+	while (seen >= nr)
+		if (atomic_compare_exchange_weak(left, &seen, seen - nr))
+			return true;
+	return false;
+}
+
+static void allowance_give(struct share_allowance *allowance, uint64_t nr)
+{
+	atomic_fetch_add((_Atomic uint64_t *)&allowance->left_extents, nr);
+}
+
+/* Pins the unit, if none of it was copied and there is room for it. */
+static bool unit_pin(struct guest *guest, struct unit unit)
+{
+	struct supply *supply = guest->supply;
+	const struct image_shape *shape = &guest->image->shape;
+	uint64_t end = unit.extent + unit.nr;
+	uint64_t first_page = unit.extent * shape->extent_pages, end_page = end * shape->extent_pages;
+
+	if (bits_test(supply->shared, unit.extent))
+		return true;
+	end_page = end_page < shape->nr_pages ? end_page : shape->nr_pages;
+	if (bits_next(guest->account->private, first_page, end_page) < end_page)
+		return false;
+	if (!allowance_take(supply->allowance, unit.nr))
+		return false;
+	if (store_pin(guest->image, unit.extent, unit.nr, supply->max_pinned_extents) < 0) {
+		allowance_give(supply->allowance, unit.nr);
+		return false;
+	}
+	for (uint64_t extent = unit.extent; extent < end; extent++)
+		bits_set(supply->shared, extent);
+	return true;
+}
+
+/* Tells of a pinned unit if all of it is resident, which it then stays; whether it did. */
+static bool unit_tell(struct guest *guest, struct unit unit)
+{
+	struct image *image = guest->image;
+	uint64_t end = unit.extent + unit.nr;
+
+	for (uint64_t extent = unit.extent; extent < end; extent++)
+		if (extent_state(&image->states[extent]) != EXTENT_RESIDENT)
+			return false;
+	for (uint64_t extent = unit.extent; extent < end; extent++) {
+		account_grant(guest->account, extent);
+		bits_set(guest->supply->to_tell, extent);
+	}
+	store_raise(guest->supply->share_fd);
+	return true;
+}
+
+bool share_fault(struct guest *guest, const struct supply_region *region, uint64_t page, uint64_t read_ns)
+{
+	struct account *account = guest->account;
+	struct image *image = guest->image;
+	struct unit unit;
+
+	(void)region;
+	if (!guest->supply->allowance)
+		return false;
+	unit = unit_of(guest, page / image->shape.extent_pages);
+	if (!unit_pin(guest, unit))
+		return false;
+	image_touch(image, page / image->shape.extent_pages);
+	if (unit_tell(guest, unit)) {
+		count_access(account->header, false, FAULT_HIT);
+		account_note_latency(account, LATENCY_HIT, clock_now_ns() - read_ns);
+		return true;
+	}
+	store_prefetch(image, unit.extent, unit.nr);
+	for (uint64_t extent = unit.extent; extent < unit.extent + unit.nr; extent++)
+		if (extent_state(&image->states[extent]) != EXTENT_RESIDENT)
+			supply_want(guest, extent, page, read_ns);
+	unit_tell(guest, unit);
+	return true;
+}
+
+bool share_loaded(struct guest *guest, uint64_t extent)
+{
+	if (!guest->supply->allowance || !bits_test(guest->supply->shared, extent))
+		return false;
+	if (extent_state(&guest->image->states[extent]) != EXTENT_RESIDENT)
+		return false;
+	unit_tell(guest, unit_of(guest, extent));
+	return true;
+}
+
+static bool unit_resident(const struct guest *guest, struct unit unit)
+{
+	for (uint64_t extent = unit.extent; extent < unit.extent + unit.nr; extent++)
+		if (extent_state(&guest->image->states[extent]) != EXTENT_RESIDENT)
+			return false;
+	return true;
+}
+
+bool share_ahead(struct guest *guest)
+{
+	struct supply *supply = guest->supply;
+	uint64_t nr_extents = guest->image->shape.nr_extents;
+
+	if (supply->share_at >= nr_extents)
+		return false;
+	for (int i = 0; i < LOOKS_AT_ONCE && supply->share_at < nr_extents; i++) {
+		struct unit unit = unit_of(guest, supply->share_at);
+
+		supply->share_at = unit.extent + unit.nr;
+		/* It may go between the look and the pin: then it is told of when it is asked for. */
+		if (unit_resident(guest, unit) && !bits_test(supply->shared, unit.extent) && unit_pin(guest, unit))
+			unit_tell(guest, unit);
+	}
+	return true;
+}
+
+int supply_share_fd(const struct guest *guest)
+{
+	return guest->supply->share_fd;
+}
+
+int64_t supply_take_shared(struct guest *guest, uint64_t *firsts_out, uint64_t *nrs_out, uint64_t nr_max)
+{
+	const struct image_shape *shape = &guest->image->shape;
+	bits_word *to_tell = guest->supply->to_tell;
+	uint64_t nr = 0;
+
+	for (uint64_t e = 0; nr < nr_max && (e = bits_next(to_tell, e, shape->nr_extents)) < shape->nr_extents;) {
+		uint64_t first = e;
+
+		while (e < shape->nr_extents && bits_clear(to_tell, e))
+			e++;
+		if (e == first) /* taken by nobody else: there is one taker */
+			break;
+		uint64_t end_page = e * shape->extent_pages < shape->nr_pages ? e * shape->extent_pages : shape->nr_pages;
+
+		firsts_out[nr] = first * shape->extent_pages;
+		nrs_out[nr++] = end_page - first * shape->extent_pages;
+	}
+	return (int64_t)nr;
+}
+
+void share_end(struct guest *guest)
+{
+	struct supply *supply = guest->supply;
+	uint64_t nr_extents = guest->image->shape.nr_extents;
+
+	if (!supply->allowance)
+		return;
+	for (uint64_t e = 0; (e = bits_next(supply->shared, e, nr_extents)) < nr_extents; e++) {
+		store_unpin(guest->image, e, 1);
+		allowance_give(supply->allowance, 1);
+	}
+}

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fault thread of a guest whose memory is supplied by copy, or that is told what to map."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cowshed.cache._core import ffi, lib
+from cowshed.cache.calls import checked
+from cowshed.cache.images import PAGE_BYTES
+from cowshed.faults.handler import FaultHandler, Orders, corders
+
+__all__ = ["ShareAllowance", "SupplyHandler", "SupplyRegion", "SupplyTerms"]
+
+_RUNS_AT_ONCE: Final = 256
+
+
+@dataclass(frozen=True)
+class SupplyRegion:
+    """Memory of a guest's and the part of the image that it shows, in bytes.
+
+    It may reach past the image's end, where it is zero. page_bytes: 4096 or 2 MiB; the others are
+    multiples of it.
+    """
+
+    address: int
+    offset: int
+    length: int
+    page_bytes: int
+
+
+class ShareAllowance:
+    """How many extents all shared guests together may keep pinned; to be kept while they are."""
+
+    def __init__(self, nr_extents: int) -> None:
+        self.cdata = ffi.new("struct share_allowance *", [nr_extents])
+
+    @property
+    def left_extents(self) -> int:
+        """How many more may be pinned."""
+        return int(self.cdata.left_extents)
+
+
+@dataclass(frozen=True)
+class SupplyTerms:
+    """What is supplied, and how.
+
+    zero_discarded: memory that the guest gave back is zero from then on (a machine's memory), and
+    not the image's again (a disk). order: extents to supply in idle time. allowance: extents are
+    shared by it, of max_pinned_extents pinned in the store at most; all that are resident, without
+    being asked, if share_resident.
+    """
+
+    regions: tuple[SupplyRegion, ...]
+    zero_discarded: bool
+    order: Sequence[int] = ()
+    allowance: ShareAllowance | None = None
+    max_pinned_extents: int = 0
+    share_resident: bool = False
+
+
+class SupplyHandler(FaultHandler):
+    """Answers one supplied guest's faults until stop(). The descriptors are borrowed until then."""
+
+    def __init__(
+        self, account: Any, uffd: int, pidfd: int, orders: Orders, terms: SupplyTerms
+    ) -> None:
+        regions = ffi.new("struct supply_region[]", len(terms.regions))
+        for place, region in zip(regions, terms.regions, strict=True):
+            place.address = region.address
+            place.first_page = region.offset // PAGE_BYTES
+            place.nr_pages = region.length // PAGE_BYTES
+            place.page_bytes = region.page_bytes
+        order = array("I", terms.order)
+        cterms = ffi.new(
+            "struct supply_terms *",
+            {
+                "regions": regions,
+                "nr_regions": len(terms.regions),
+                "zero_discarded": terms.zero_discarded,
+                "order": ffi.from_buffer("uint32_t[]", order),
+                "nr_order": len(order),
+                "allowance": ffi.NULL if terms.allowance is None else terms.allowance.cdata,
+                "max_pinned_extents": terms.max_pinned_extents,
+                "share_resident": terms.share_resident,
+            },
+        )
+        guest = ffi.new("struct guest **")
+        checked(
+            lib.supply_start(account, uffd, pidfd, corders(orders), cterms, guest),
+            "starting to supply a guest",
+        )
+        self._guest = guest[0]
+        self._allowance = terms.allowance  # the thread uses it
+
+    @property
+    def share_fd(self) -> int:
+        """An eventfd that is raised when extents wait to be told of, or -1; the handler's own."""
+        return int(lib.supply_share_fd(self._guest))
+
+    def take_shared(self) -> list[tuple[int, int]]:
+        """Take runs that wait to be told of, in order: offset and length in bytes; not too many.
+
+        More wait if it is not empty.
+        """
+        firsts = ffi.new("uint64_t[]", _RUNS_AT_ONCE)
+        numbers = ffi.new("uint64_t[]", _RUNS_AT_ONCE)
+        nr = checked(
+            lib.supply_take_shared(self._guest, firsts, numbers, _RUNS_AT_ONCE),
+            "taking shared extents",
+        )
+        return [(firsts[no] * PAGE_BYTES, numbers[no] * PAGE_BYTES) for no in range(nr)]

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection to an image's socket: requests and descriptors in, replies out, never waiting."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+import struct
+from collections import deque
+from typing import Final, NamedTuple
+
+from cowshed.cache import PeerError
+from cowshed.transport.handshakes import Handshake, HandshakeDecoder, Request
+
+__all__ = ["HandshakePeer", "Incoming"]
+
+_UCRED: Final = struct.Struct("3i")
+_SO_PEERPIDFD: Final = 77
+# Small pieces: a flood of tiny messages must not keep the loop from others for long.
+_PIECE_BYTES: Final = 4096
+_MAX_FDS: Final = 32
+# Replies that wait for a peer to read them: beyond so many it is at fault.
+_MAX_QUEUED: Final = 64
+
+
+class Incoming(NamedTuple):
+    """A request, and the descriptor that came with it if it is a handshake: the receiver's."""
+
+    request: Request
+    fd: int
+
+
+class HandshakePeer:
+    """A connected stream socket, owned: close() closes it and whatever arrived and was not taken.
+
+    pid, uid and gid are told by the kernel, as they were when the peer connected; pidfd is None if
+    the kernel has none to give. Invariant: _arrived are the decoder's nr_fds descriptors.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._decoder = HandshakeDecoder()
+        self._arrived: list[int] = []
+        self._queue: deque[tuple[bytes, list[int]]] = deque()
+        packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        self.pid, self.uid, self.gid = _UCRED.unpack(packed)
+        self.pidfd: int | None = None
+        with contextlib.suppress(OSError):  # an older kernel, or the peer is gone and reaped
+            self.pidfd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+
+    def fileno(self) -> int:
+        """Give the socket's descriptor."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close the socket and every descriptor held for it."""
+        self._socket.close()
+        for fd in self._arrived:
+            os.close(fd)
+        self._arrived.clear()
+        self._queue.clear()
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+            self.pidfd = None
+
+    def receive(self) -> list[Incoming] | None:
+        """Take what is there, a bounded part of it; None if the peer has closed its end.
+
+        Raises PeerError for a peer that breaks a rule.
+        """
+        try:
+            piece, ancillary, flags, _ = self._socket.recvmsg(
+                _PIECE_BYTES, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            raise PeerError(f"cannot receive from the peer: {error.strerror}") from error
+        fds = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        self._arrived += fds
+        if flags & socket.MSG_CTRUNC:
+            raise PeerError(f"more than {_MAX_FDS} descriptors came, or more than fit here")
+        if not piece:
+            if self._decoder.unfinished:
+                raise PeerError("the peer closed the connection in the middle of a message")
+            return None
+        incoming = []
+        for request in self._decoder.feed(piece, len(fds)):
+            fd = self._arrived.pop(0) if isinstance(request, Handshake) else -1
+            incoming.append(Incoming(request, fd))
+        return incoming
+
+    def queue(self, text: bytes, fds: list[int] | None = None) -> None:
+        """Put a message behind those that wait; fds stay the caller's, open until it is sent.
+
+        Raises PeerError if the peer lets too many pile up.
+        """
+        if len(self._queue) >= _MAX_QUEUED:
+            raise PeerError(f"the peer leaves {len(self._queue)} messages unread")
+        self._queue.append((text, fds or []))
+
+    def flush(self) -> bool:
+        """Send what can be sent now; whether all is sent. PeerError if the peer has closed."""
+        while self._queue:
+            text, fds = self._queue[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                nr_sent = self._socket.sendmsg([text], rights, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                raise PeerError(f"cannot send to the peer: {error.strerror}") from error
+            if nr_sent < len(text):
+                self._queue[0] = (text[nr_sent:], [])
+            else:
+                self._queue.popleft()
+        return True
