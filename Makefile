@@ -5,10 +5,11 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := accounting cache faults service transport
-CORES := $(addsuffix /core,cache accounting faults transport)
+CORES := $(addsuffix /core,cache accounting faults transport) transport/preload
 C_SOURCES := $(wildcard $(addsuffix /*.c,$(CORES)))
 C_HEADERS := $(wildcard $(addsuffix /*.h,$(CORES)))
 CORE := cache/_core.abi3.so
+PRELOAD := transport/_preload.abi3.so
 PIP := $(BIN)/pip install -qq --disable-pip-version-check
 
 # tools/bootstrap.sh puts it there if the system has none.
@@ -28,7 +29,7 @@ export PYTHON
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-setup: $(VENV)/.installed $(CORE) ## everything into .venv, and the C core built; does nothing twice
+setup: $(VENV)/.installed $(CORE) $(PRELOAD) ## everything into .venv, and the C core built; does nothing twice
 
 # The dependencies. Editable: Python edits need no `make`, and `make` rebuilds the C core in place.
 $(VENV)/.installed: pyproject.toml setup.py tools/bootstrap.sh
@@ -41,7 +42,7 @@ C_LIST := build/core-files
 $(shell mkdir -p build; echo '$(sort $(C_SOURCES) $(C_HEADERS))' | cmp -s - $(C_LIST) || \
 	echo '$(sort $(C_SOURCES) $(C_HEADERS))' > $(C_LIST))
 
-$(CORE): $(C_SOURCES) $(C_HEADERS) $(C_LIST) cache/core_build.py | $(VENV)/.installed
+$(CORE) $(PRELOAD) &: $(C_SOURCES) $(C_HEADERS) $(C_LIST) cache/core_build.py | $(VENV)/.installed
 	@CFLAGS=-Werror $(BIN)/python setup.py -q build_ext --inplace --force
 
 demo: setup ## a short tour on real images
@@ -88,5 +89,5 @@ wheel: setup ## the abi3 wheel, into dist/
 	@ls dist/*.whl
 
 clean: ## remove everything that make made
-	rm -rf $(VENV) build dist *.egg-info cache/_core.*.so .hypothesis .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info cache/_core.*.so transport/_preload.*.so .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,8 +4,25 @@
 The build script itself is left out of the wheel: it reads C headers that only the source tree has.
 """
 
-from setuptools import setup
+from glob import glob
+
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
+
+# What `cowshed attach` preloads into programs: no module, but built and shipped as one. It holds no
+# Python, and is never built with a sanitizer, which the programs would have to be built with too.
+PRELOAD = Extension(
+    "cowshed.transport._preload",
+    sources=["transport/core/guard.c", *sorted(glob("transport/preload/*.c"))],
+    depends=["transport/core/guard.h", "cache/core/abi.h", *sorted(glob("transport/preload/*.h"))],
+    include_dirs=["."],
+    py_limited_api=True,
+    extra_compile_args=[
+        *("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-pthread", "-fvisibility=hidden"),
+        *("-UNDEBUG", "-U_FORTIFY_SOURCE"),
+    ],
+    extra_link_args=["-pthread", "-Wl,-z,now"],
+)
 
 
 class BuildPackages(build_py):
@@ -18,6 +35,7 @@ class BuildPackages(build_py):
 
 
 setup(
+    ext_modules=[PRELOAD],
     cffi_modules=["cache/core_build.py:ffibuilder"],
     cmdclass={"build_py": BuildPackages},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from cowshed.cache.errors import CowshedError, UsageError
+from cowshed.service.attach_command import attach
 from cowshed.service.config import RUN_DIR_DEFAULT, config_load
 from cowshed.service.control_client import ControlClient
 from cowshed.service.render import audit_view, status_view
@@ -297,6 +298,9 @@ def discard(overlay: str, run_dir: Path) -> None:
         reply = client.request("discard", overlay=overlay)
     with same_version():
         say(f"{overlay}: {format_bytes(reply['private_bytes'])} discarded")
+
+
+cli.add_command(attach)
 
 
 def main() -> NoReturn:

@@ -69,7 +69,7 @@ def attach(connection: Connection, request: Body) -> Attached:
     """
     reply, fds = ask_for_fds(connection, "open", request)
     try:
-        attached, map_bytes = _map(reply, fds, request["image"])
+        attached, map_bytes = map_image(reply, fds, request["image"])
     finally:
         close_all(fds)
     region = attached.region
@@ -86,7 +86,11 @@ def attach(connection: Connection, request: Body) -> Attached:
     return attached
 
 
-def _map(reply: Body, fds: list[int], image: str) -> tuple[Attached, int]:
+def map_image(reply: Body, fds: list[int], image: str) -> tuple[Attached, int]:
+    """Make the guarded mapping that a reply to `open` allows; give it and its length in bytes.
+
+    The descriptors stay the caller's. Raises PeerError, and UsageError as attach does.
+    """
     size_bytes = take_number(reply, "size_bytes", minimum=1)
     extent_bytes = take_number(reply, "extent_bytes", minimum=PAGE_BYTES)
     digest = take_text(reply, "digest", default="")

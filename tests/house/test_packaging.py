@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nothing of the product is left out of the packages, the extension or the distributions."""
 
+import ctypes
 import importlib.metadata
 import re
 import tomllib
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cowshed.cache import core_build
+from cowshed.transport import preloading
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -54,12 +56,23 @@ def test_every_c_source_is_built() -> None:
         for name in SETUPTOOLS["package-dir"].values()
         for path in (ROOT / name).rglob("*.c")
     }
-    assert set(core_build.core_sources(ROOT)) == on_disk
+    # setup.py builds what is in this folder into the library of `cowshed attach`.
+    preloaded = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("transport/preload/*.c")}
+    assert set(core_build.core_sources(ROOT)) | preloaded == on_disk
+
+
+def test_the_preloaded_library_is_built_and_knows_no_python() -> None:
+    library = ctypes.CDLL(str(preloading.library_path()))
+    assert library.mmap64
+    assert library.openat
+    symbols = preloading.library_path().read_bytes()
+    assert b"Py_" not in symbols
+    assert b"PyInit" not in symbols
 
 
 def test_every_core_is_in_the_source_distribution() -> None:
     manifest = (ROOT / "MANIFEST.in").read_text()
-    for core in core_build.CORES:
+    for core in (*core_build.CORES, "transport/preload"):
         assert f"recursive-include {core} *.c *.h\n" in manifest
 
 

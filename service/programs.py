@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a program can be run with a library preloaded: found, dynamic, not privileged.
+
+A static program would load the library no more than one for another machine, and the kernel makes
+the linker ignore it in a program that gains privileges. All of that would be silent, so it is
+looked at before.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cowshed.cache.errors import UsageError
+
+__all__ = ["Elf", "check_preloadable", "find_program", "read_elf"]
+
+_MAX_INTERPRETERS: Final = 5  # the kernel's own limit for scripts run by scripts
+_MAX_LINE_BYTES: Final = 256
+_PT_INTERP: Final = 3
+_MAX_PROGRAM_HEADERS: Final = 512
+
+
+@dataclass(frozen=True)
+class Elf:
+    """What an ELF file is for, and the dynamic linker it names, "" if it is static."""
+
+    bits: int
+    little_endian: bool
+    machine: int
+    linker: str
+
+    @property
+    def kind(self) -> tuple[int, bool, int]:
+        """What a library must have in common with a program."""
+        return self.bits, self.little_endian, self.machine
+
+
+def find_program(command: str) -> str:
+    """The path of a command as a shell would find it. Raises UsageError."""
+    path = shutil.which(command)
+    if path is not None:
+        return path
+    if "/" not in command:
+        raise UsageError(f"no command {command!r} in $PATH: name a program, or give its path")
+    try:
+        is_file = stat.S_ISREG(os.stat(command).st_mode)
+    except OSError as error:
+        raise UsageError(f"no program at {command!r}: {error.strerror}") from error
+    what = "it is not executable: chmod +x it" if is_file else "it is no file"
+    raise UsageError(f"cannot run {command!r}: {what}")
+
+
+def check_preloadable(path: str) -> None:
+    """Raise UsageError, with the cure, unless a library preloaded into path will be loaded.
+
+    Follows `#!` lines to the program that runs in the end.
+    """
+    script = path
+    for _ in range(_MAX_INTERPRETERS):
+        head = _read_head(path)
+        if not head.startswith(b"#!"):
+            break
+        path = _interpreter(head, path)
+    elf = read_elf(path)
+    if elf is None:
+        if path == script and not head.startswith(b"#!"):
+            raise UsageError(
+                f"{path!r} is neither an ELF program nor a script with a #! line: "
+                "run it by its interpreter, as `-- sh SCRIPT`"
+            )
+        raise UsageError(f"{script!r} is run by {path!r}, which is no ELF program")
+    own = read_elf("/proc/self/exe")
+    if not elf.linker:
+        raise UsageError(
+            f"{path!r} is statically linked, so its mappings cannot be served: "
+            "use a dynamically linked build of it"
+        )
+    if own is not None and elf.kind != own.kind:
+        raise UsageError(
+            f"{path!r} is a {elf.bits}-bit program for another machine than this cowshed: "
+            "use a build for this one"
+        )
+    if own is not None and own.linker and Path(own.linker).name != Path(elf.linker).name:
+        raise UsageError(
+            f"{path!r} is linked by {elf.linker}, and this cowshed by {own.linker}: "
+            "use a build of it for the same C library"
+        )
+    _check_unprivileged(path)
+
+
+def read_elf(path: str) -> Elf | None:
+    """What an ELF file says of itself; None if it is none. Raises UsageError, if unreadable."""
+    try:
+        with open(path, "rb") as file:
+            ident = file.read(64)
+            if len(ident) < 52 or ident[:4] != b"\x7fELF" or ident[4] not in (1, 2):
+                return None
+            bits = 32 * ident[4]
+            order = "<" if ident[5] == 1 else ">"
+            machine = struct.unpack_from(order + "H", ident, 18)[0]
+            if bits == 64:
+                (offset,) = struct.unpack_from(order + "Q", ident, 32)
+                entry_bytes, nr_entries = struct.unpack_from(order + "HH", ident, 54)
+            else:
+                (offset,) = struct.unpack_from(order + "I", ident, 28)
+                entry_bytes, nr_entries = struct.unpack_from(order + "HH", ident, 42)
+            linker = ""
+            for entry_no in range(min(nr_entries, _MAX_PROGRAM_HEADERS)):
+                file.seek(offset + entry_no * entry_bytes)
+                entry = file.read(56 if bits == 64 else 32)
+                if len(entry) < (56 if bits == 64 else 32):
+                    break
+                if struct.unpack_from(order + "I", entry)[0] == _PT_INTERP:
+                    linker = _read_linker(file.fileno(), entry, order, bits)
+            return Elf(bits, order == "<", machine, linker)
+    except OSError as error:
+        raise UsageError(f"cannot read the program {path!r}: {error.strerror}") from error
+
+
+def _read_linker(fd: int, entry: bytes, order: str, bits: int) -> str:
+    if bits == 64:
+        offset, _, _, length = struct.unpack_from(order + "4Q", entry, 8)
+    else:
+        offset, _, _, length = struct.unpack_from(order + "4I", entry, 4)
+    if offset >= 1 << 63:
+        return ""
+    return os.fsdecode(os.pread(fd, min(length, 4096), offset).rstrip(b"\0"))
+
+
+def _read_head(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(_MAX_LINE_BYTES)
+    except OSError as error:
+        raise UsageError(f"cannot read the program {path!r}: {error.strerror}") from error
+
+
+def _interpreter(head: bytes, script: str) -> str:
+    words = head[2:].partition(b"\n")[0].split()
+    if not words:
+        raise UsageError(f"the script {script!r} names no interpreter in its #! line")
+    return os.fsdecode(words[0])
+
+
+def _check_unprivileged(path: str) -> None:
+    status = os.stat(path)
+    gains = ""
+    if status.st_mode & stat.S_ISUID and status.st_uid != os.getuid():
+        gains = "is setuid"
+    elif status.st_mode & stat.S_ISGID and status.st_gid != os.getgid():
+        gains = "is setgid"
+    elif os.getuid() != 0 and "security.capability" in _attributes(path):
+        gains = "has file capabilities"
+    if gains:
+        raise UsageError(
+            f"{path!r} {gains}, so the system lets nothing be loaded into it: "
+            "run it as the user whose rights it takes, or use a copy without them"
+        )
+
+
+def _attributes(path: str) -> list[str]:
+    try:
+        return os.listxattr(path)
+    except OSError:
+        return []

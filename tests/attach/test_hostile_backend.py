@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A backend that answers wrongly costs a program that mapping, said in a line, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from domains import ANSWER_SECONDS, plain_environment
+
+from cowshed.faults import uffd_features
+from cowshed.transport import preloading
+from cowshed.transport.protocol import HEADER, MAGIC
+
+PAGE = 4096
+NR_BYTES = 16 * PAGE
+HELLO = {"ok": True, "version": 1}
+OPENED = {"ok": True, "map_bytes": NR_BYTES, "uffd_features": uffd_features(), "digest": None}
+# Maps, is refused, and reads the file instead, as a careful program would.
+PROGRAM = """
+import mmap, sys
+with open(sys.argv[1], "rb") as file:
+    try:
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        print("refused")
+    print(file.read() == open(sys.argv[2], "rb").read())
+"""
+Answer = Callable[[socket.socket], None]
+
+
+def packet(body: object, nr_fds: int = 0, **changes: int) -> bytes:
+    text = body if isinstance(body, bytes) else json.dumps(body).encode()
+    fields = {
+        "magic": MAGIC,
+        "version": 1,
+        "flags": 0,
+        "tag": 1,
+        "nr_fds": nr_fds,
+        "reserved": 0,
+        "total_length": len(text),
+        "piece_length": len(text),
+        **changes,
+    }
+    return HEADER.pack(*fields.values()) + text
+
+
+def saying(given: bytes, fds: tuple[int, ...] = ()) -> Answer:
+    return lambda peer: (socket.send_fds(peer, [given], fds), None)[1]
+
+
+def hanging_up(peer: socket.socket) -> None:
+    peer.close()
+
+
+class Backend:
+    """Answers a connection's requests with one thing each, then hangs up."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.answers: list[Answer] = []
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                peer, _ = self._listener.accept()
+            except OSError:
+                return
+            with peer:
+                for answer in self.answers:
+                    if peer.fileno() < 0 or not peer.recv(1 << 16):
+                        break
+                    answer(peer)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+
+
+@pytest.fixture
+def backend(run_dir: Path) -> Iterator[Backend]:
+    backend = Backend(run_dir / "socket")
+    yield backend
+    backend.close()
+
+
+def run(backend: Backend, source: Path) -> subprocess.CompletedProcess[str]:
+    terms = preloading.environment(
+        plain_environment(),
+        preloading.library_path(),
+        backend.path,
+        preloading.Source(-1, NR_BYTES),
+        str(source),
+        {"image": "disk", "guest": "g"},
+    )
+    return subprocess.run(
+        ["python3", "-Wignore", "-c", PROGRAM, source, source],
+        env=terms,
+        capture_output=True,
+        text=True,
+        timeout=ANSWER_SECONDS,
+        check=False,
+    )
+
+
+def check_refused(ended: subprocess.CompletedProcess[str]) -> None:
+    assert (ended.returncode, ended.stdout) == (0, "refused\nTrue\n"), ended
+    assert ended.stderr.startswith("cowshed: attach: no mapping of the image: ")
+    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.strip().isprintable()
+
+
+@pytest.fixture
+def source(run_dir: Path) -> Path:
+    path = run_dir / "image.raw"
+    path.write_bytes(random.randbytes(NR_BYTES))
+    return path
+
+
+@pytest.fixture
+def frames() -> Iterator[int]:
+    fd = os.memfd_create("frames")
+    os.ftruncate(fd, NR_BYTES)
+    yield fd
+    os.close(fd)
+
+
+REFUSED = {"ok": False, "error": {"kind": "usage", "message": "no \x1b[2J\n\u2603 today"}}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        hanging_up,
+        saying(b"x"),
+        saying(packet(HELLO)[:-1]),
+        saying(packet(HELLO, magic=1)),
+        saying(packet(HELLO, version=2)),
+        saying(packet(HELLO, flags=1)),
+        saying(packet(HELLO, tag=2)),
+        saying(packet(HELLO, nr_fds=1)),
+        saying(packet(HELLO, total_length=1 << 31)),
+        saying(packet(b"x" * 40000)),
+        saying(packet(b"{" * 1000)),
+        saying(packet({})),
+        saying(packet({"ok": False})),
+        saying(packet({"ok": False, "error": "no"})),
+        saying(packet(REFUSED)),
+    ],
+)
+def test_a_wrong_greeting(backend: Backend, source: Path, answer: Answer) -> None:
+    backend.answers = [answer]
+    check_refused(run(backend, source))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"map_bytes": 1 << 62},
+        {"map_bytes": "many"},
+        {"uffd_features": None},
+        {"uffd_features": (1 << 63) - 1},
+        {"ok": "true"},
+    ],
+)
+def test_a_wrong_opening(
+    backend: Backend, source: Path, frames: int, change: dict[str, object]
+) -> None:
+    backend.answers = [saying(packet(HELLO)), saying(packet({**OPENED, **change}, 1), (frames,))]
+    check_refused(run(backend, source))
+
+
+@pytest.mark.parametrize("nr_fds", [0, 3, 4, 8])
+def test_an_opening_with_a_wrong_number_of_descriptors(
+    backend: Backend, source: Path, frames: int, nr_fds: int
+) -> None:
+    backend.answers = [
+        saying(packet(HELLO)),
+        saying(packet(OPENED, nr_fds), (frames,) * nr_fds),
+    ]
+    check_refused(run(backend, source))
+
+
+def test_frames_that_are_shorter_than_the_image(
+    backend: Backend, source: Path, frames: int
+) -> None:
+    os.ftruncate(frames, PAGE)
+    backend.answers = [saying(packet(HELLO)), saying(packet(OPENED, 1), (frames,))]
+    check_refused(run(backend, source))
+
+
+@pytest.mark.parametrize("answer", [hanging_up, saying(packet({"ok": 1})), saying(packet(REFUSED))])
+def test_a_region_that_is_not_taken_on(
+    backend: Backend, source: Path, frames: int, answer: Answer
+) -> None:
+    backend.answers = [saying(packet(HELLO)), saying(packet(OPENED, 1), (frames,)), answer]
+    check_refused(run(backend, source))
+    assert os.fstat(frames).st_blocks == 0  # nobody touched them
+
+
+def test_random_answers(backend: Backend, source: Path, frames: int, rng: random.Random) -> None:
+    for _ in range(8):
+        wrong = bytearray(packet(rng.choice([HELLO, OPENED]), 0))
+        for _ in range(rng.randrange(1, 4)):
+            wrong[rng.randrange(len(wrong))] = rng.randrange(256)
+        backend.answers = [
+            *([saying(packet(HELLO))] if rng.random() < 0.5 else []),
+            saying(bytes(wrong)),
+            hanging_up,
+        ]
+        check_refused(run(backend, source))

@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Mappings are MADV_DONTFORK but for the instant of a fork that these handlers know of, so that a child
+ * of anything else (clone(2), _Fork) finds nothing there, which is SIGSEGV and not zeros.  vfork and
+ * posix_spawn share the parent's memory, guard and all, and need nothing.
+ *
+ * The lock is held, and signals wait, from before the fork until the parent's mappings are back to
+ * DONTFORK and the child's are guarded.  Nothing else runs in the child before: it has one thread, and our
+ * handler, registered when the program was loaded, is the first of its kind.
+ */
+#define _GNU_SOURCE
+#include "transport/preload/forks.h"
+
+#include <pthread.h>
+#include <string.h>
+
+#include "transport/preload/mapping.h"
+#include "transport/preload/real.h"
+#include "transport/preload/table.h"
+
+/* Of the thread that forks; guarded by the lock. */
+static sigset_t signals_before;
+
+static void advise_ranges(int advice)
+{
+	for (unsigned i = 0; i < table_nr_ranges; i++) {
+		const struct range *range = &table_ranges[i];
+
+		if (!range->no_fork)
+			real_madvise((void *)range->start, range->end - range->start, advice);
+	}
+}
+
+static void prepare(void)
+{
+	sigset_t before;
+
+	lock_take(&before);
+	signals_before = before;
+	advise_ranges(MADV_DOFORK);
+}
+
+static void go_on_in_parent(void)
+{
+	sigset_t before = signals_before;
+
+	advise_ranges(MADV_DONTFORK);
+	lock_release(&before);
+}
+
+static void go_on_in_child(void)
+{
+	static struct range inherited[TABLE_MAX_RANGES];
+	unsigned nr_inherited = table_nr_ranges;
+	sigset_t before = signals_before;
+
+	memcpy(inherited, table_ranges, nr_inherited * sizeof(inherited[0]));
+	table_nr_ranges = 0;
+	table_drop_links();
+	for (unsigned i = 0; i < nr_inherited; i++)
+		if (!inherited[i].no_fork)
+			mapping_inherit(inherited[i]);
+	lock_release(&before);
+}
+
+void forks_watch(void)
+{
+	pthread_atfork(prepare, go_on_in_parent, go_on_in_child);
+}

@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Programs close descriptors that they did not open: daemons all of them, shells those above a number.
+ * Without its connection a mapping would lose its guard, so to the program ours are not open.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <limits.h>
+#include <unistd.h>
+
+#include "transport/preload/real.h"
+#include "transport/preload/table.h"
+#include "transport/preload/terms.h"
+
+static bool is_none_of_ours(unsigned first, unsigned last)
+{
+	return !terms.active || lock_is_inside() || !table_may_own(first, last);
+}
+
+EXPORTED int close(int fd)
+{
+	sigset_t signals;
+	bool is_ours;
+
+	if (is_none_of_ours((unsigned)fd, (unsigned)fd))
+		return real_close(fd);
+	lock_take(&signals);
+	is_ours = table_find_fd(fd) != NULL;
+	lock_release(&signals);
+	if (!is_ours)
+		return real_close(fd);
+	errno = EBADF;
+	return -1;
+}
+
+EXPORTED int close_range(unsigned first, unsigned last, int flags)
+{
+	sigset_t signals;
+	int result = 0;
+
+	if (is_none_of_ours(first, last) || first > last)
+		return real_close_range(first, last, flags);
+	lock_take(&signals);
+	for (unsigned long fd = first; result == 0 && fd <= last;) {
+		unsigned long ours = fd;
+
+		/* Nobody has descriptors beyond this; the tables are short. */
+		while (ours <= last && ours <= INT_MAX && !table_find_fd((int)ours) &&
+		       table_may_own((unsigned)ours, last))
+			ours++;
+		if (ours > last || !table_may_own((unsigned)ours, last))
+			ours = (unsigned long)last + 1;
+		if (ours > fd)
+			result = real_close_range((unsigned)fd, (unsigned)(ours - 1), flags);
+		fd = ours + 1;
+	}
+	lock_release(&signals);
+	return result;
+}
+
+EXPORTED void closefrom(int lowest)
+{
+	close_range(lowest < 0 ? 0 : (unsigned)lowest, UINT_MAX, 0);
+}
+
+/* A number that the program wants is given to it: ours goes elsewhere. */
+static int duplicate(int fd, int wanted, int flags, bool is_dup2)
+{
+	sigset_t signals;
+	int *ours, result;
+
+	if (is_none_of_ours((unsigned)wanted, (unsigned)wanted))
+		return real_dup3(fd, wanted, flags, is_dup2);
+	lock_take(&signals);
+	ours = table_find_fd(wanted);
+	if (ours) {
+		table_hide_fd(ours);
+		table_update_bounds();
+	}
+	result = -1;
+	errno = EMFILE;
+	if (!ours || *ours != wanted)
+		result = real_dup3(fd, wanted, flags, is_dup2);
+	lock_release(&signals);
+	return result;
+}
+
+EXPORTED int dup2(int fd, int wanted)
+{
+	return duplicate(fd, wanted, 0, true);
+}
+
+EXPORTED int dup3(int fd, int wanted, int flags)
+{
+	return duplicate(fd, wanted, flags, false);
+}

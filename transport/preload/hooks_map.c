@@ -1,0 +1,235 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The C library's mapping calls as the program sees them: what concerns the image or a guest mapping is
+ * done here, the rest goes through, at the price of a comparison (and an fstat for a new mapping of a file).
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdarg.h>
+
+#include "cache/core/abi.h"
+#include "transport/preload/mapping.h"
+#include "transport/preload/real.h"
+#include "transport/preload/table.h"
+#include "transport/preload/terms.h"
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
+
+/* Of the flags that say how, those that mean nothing here or that we can do ourselves. */
+#define SERVED_FLAGS                                                                                         \
+	(MAP_TYPE | MAP_FIXED | MAP_FIXED_NOREPLACE | MAP_NORESERVE | MAP_POPULATE | MAP_NONBLOCK |          \
+	 MAP_LOCKED | MAP_DENYWRITE | MAP_EXECUTABLE | MAP_STACK | MAP_32BIT)
+
+static uintptr_t page_up(uintptr_t address)
+{
+	return (address + PAGE_BYTES - 1) & ~(uintptr_t)(PAGE_BYTES - 1);
+}
+
+/* Whether the C library's call may go straight to the kernel. */
+static bool is_elsewhere(const void *address, size_t length)
+{
+	uintptr_t start = (uintptr_t)address;
+
+	return !terms.active || lock_is_inside() || start + length < start ||
+	       !table_may_touch(start, page_up(start + length));
+}
+
+static int failed(int err)
+{
+	errno = -err;
+	return -1;
+}
+
+/* What a program can make sense of: ENODEV is "no mmap of this file", after which some read it instead. */
+static void *mapping_failed(intptr_t err)
+{
+	switch (err) {
+	case -EACCES:
+	case -EINVAL:
+	case -ENOMEM:
+	case -EEXIST:
+	case -EPERM:
+	case -EMFILE:
+	case -ENFILE:
+	case -EAGAIN:
+	case -EOPNOTSUPP:
+		errno = (int)-err;
+		break;
+	default:
+		errno = ENODEV;
+	}
+	return MAP_FAILED;
+}
+
+static int check_wanted(int prot, int flags)
+{
+	int type = flags & MAP_TYPE;
+
+	if (type != MAP_PRIVATE && type != MAP_SHARED && type != MAP_SHARED_VALIDATE)
+		return -EINVAL;
+	if (type != MAP_PRIVATE && (prot & PROT_WRITE)) {
+		say("a shared, writable mapping of the image is refused: its pages are everybody's; map it "
+		    "MAP_PRIVATE (QEMU: share=off), or read-only");
+		return -EACCES;
+	}
+	if (flags & ~SERVED_FLAGS) {
+		say("a mapping of the image with flags %#x is refused: %#x cannot be served (such as "
+		    "MAP_HUGETLB, MAP_SYNC, MAP_GROWSDOWN); leave them out",
+		    (unsigned)flags, (unsigned)(flags & ~SERVED_FLAGS));
+		return -EOPNOTSUPP;
+	}
+	return 0;
+}
+
+/* For the image's source. Populating waits for the backend, so it comes last, outside the lock. */
+static void *map_image(void *address, size_t length, int prot, int flags, off_t offset)
+{
+	uint64_t covered;
+	sigset_t signals;
+	intptr_t at;
+	int err = check_wanted(prot, flags);
+
+	if (err < 0)
+		return mapping_failed(err);
+	length = page_up(length);
+	if (length == 0 || offset < 0 || offset % PAGE_BYTES != 0 ||
+	    (uintptr_t)address + length < (uintptr_t)address ||
+	    ((flags & MAP_FIXED) && (uintptr_t)address % PAGE_BYTES != 0))
+		return mapping_failed(-EINVAL);
+	covered = mapping_covered((uint64_t)offset, length);
+	lock_take(&signals);
+	at = mapping_make((uintptr_t)address, length, prot, flags, (uint64_t)offset);
+	lock_release(&signals);
+	if (at < 0)
+		return mapping_failed(at);
+	/* As in mmap(2), it is no error if these fail. */
+	if ((flags & MAP_POPULATE) && !(flags & MAP_NONBLOCK))
+		real_madvise((void *)at, covered, MADV_POPULATE_READ);
+	if (flags & MAP_LOCKED)
+		mlock((void *)at, covered);
+	return (void *)at;
+}
+
+EXPORTED void *mmap64(void *address, size_t length, int prot, int flags, int fd, off_t offset)
+{
+	struct stat status;
+	sigset_t signals;
+	void *mapped;
+
+	if (!terms.active || lock_is_inside())
+		return real_mmap(address, length, prot, flags, fd, offset);
+	/* What begins past the image's end is SIGBUS all over, in the source too. */
+	if (!(flags & MAP_ANONYMOUS) && fd >= 0 && fstat(fd, &status) == 0 && terms_is_image(&status) &&
+	    (uint64_t)offset < terms.map_bytes)
+		return map_image(address, length, prot, flags, offset);
+	if (!(flags & MAP_FIXED) || is_elsewhere(address, length))
+		return real_mmap(address, length, prot, flags, fd, offset);
+	/* Over a guest mapping. Its backend hears of it from the kernel. */
+	lock_take(&signals);
+	mapped = MAP_FAILED;
+	errno = ENOMEM;
+	if (table_reserve(1, 0) == 0)
+		mapped = real_mmap(address, length, prot, flags, fd, offset);
+	if (mapped != MAP_FAILED)
+		table_cut((uintptr_t)address, page_up((uintptr_t)address + length));
+	lock_release(&signals);
+	return mapped;
+}
+
+EXPORTED void *mmap(void *address, size_t length, int prot, int flags, int fd, off_t offset)
+	__attribute__((alias("mmap64")));
+
+/* Holding the lock; whole pages. */
+static int unmap(uintptr_t start, uintptr_t end)
+{
+	int err = table_reserve(1, 0);
+
+	if (err < 0)
+		return err;
+	table_retire(start, end);
+	if (real_munmap((void *)start, end - start) < 0)
+		return -errno;
+	table_cut(start, end);
+	return 0;
+}
+
+EXPORTED int munmap(void *address, size_t length)
+{
+	uintptr_t start = (uintptr_t)address;
+	sigset_t signals;
+	int err;
+
+	if (is_elsewhere(address, length) || start % PAGE_BYTES != 0 || length == 0)
+		return real_munmap(address, length);
+	lock_take(&signals);
+	err = unmap(start, page_up(start + length));
+	lock_release(&signals);
+	return err < 0 ? failed(err) : 0;
+}
+
+EXPORTED int mprotect(void *address, size_t length, int prot)
+{
+	uintptr_t start = (uintptr_t)address, end = page_up(start + length);
+	sigset_t signals;
+	int result;
+
+	if (is_elsewhere(address, length))
+		return real_mprotect(address, length, prot);
+	lock_take(&signals);
+	for (unsigned i = 0; (prot & PROT_WRITE) && i < table_nr_ranges; i++) {
+		const struct range *range = &table_ranges[i];
+
+		if (!range->is_shared || start >= range->end || end <= range->start)
+			continue;
+		lock_release(&signals);
+		say("writing is refused to a mapping of the image that was made MAP_SHARED: its pages are "
+		    "everybody's; map it MAP_PRIVATE");
+		return failed(-EACCES);
+	}
+	result = real_mprotect(address, length, prot);
+	for (unsigned i = 0; result == 0 && i < table_nr_ranges; i++)
+		if (start <= table_ranges[i].start && end >= table_ranges[i].end)
+			table_ranges[i].prot = prot;
+	lock_release(&signals);
+	return result;
+}
+
+EXPORTED int madvise(void *address, size_t length, int advice)
+{
+	uintptr_t start = (uintptr_t)address, end = page_up(start + length);
+	sigset_t signals;
+	int result;
+
+	if (is_elsewhere(address, length))
+		return real_madvise(address, length, advice);
+	switch (advice) {
+	case MADV_HUGEPAGE: /* frames come as pages */
+		return 0;
+	case MADV_COLLAPSE:
+		return failed(-EINVAL);
+	case MADV_DOFORK:
+	case MADV_DONTFORK:
+		break;
+	default:
+		return real_madvise(address, length, advice);
+	}
+	lock_take(&signals);
+	result = real_madvise(address, length, advice);
+	for (unsigned i = 0; i < table_nr_ranges; i++) {
+		struct range *range = &table_ranges[i];
+
+		if (start >= range->end || end <= range->start)
+			continue;
+		/* To the kernel they are DONTFORK but for the instant of a fork; see forks.c. */
+		real_madvise((void *)range->start, range->end - range->start, MADV_DONTFORK);
+		if (start <= range->start && end >= range->end)
+			range->no_fork = advice == MADV_DONTFORK;
+	}
+	lock_release(&signals);
+	return result;
+}

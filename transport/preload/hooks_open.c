@@ -1,0 +1,157 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Opening the image's source.  Reading it is the kernel's business.  Nobody is to write it: what was opened
+ * for reading and writing (QEMU does, for share=off, and writes nothing) can be read only, so that a write
+ * to it is EBADF, and what is for writing alone is refused.  Who may not open the source gets a descriptor
+ * from the backend, each open its own, with a position of its own.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "transport/preload/real.h"
+#include "transport/preload/terms.h"
+#include "transport/preload/wire.h"
+
+/* As fcntl.h decides whether there is a mode. */
+#define HAS_MODE(flags) (((flags) & O_CREAT) != 0 || ((flags) & O_TMPFILE) == O_TMPFILE)
+
+/* These are what fcntl.h turns open into when programs are built with _FORTIFY_SOURCE. */
+int __open_2(const char *path, int flags);
+int __open64_2(const char *path, int flags);
+int __openat_2(int folder, const char *path, int flags);
+int __openat64_2(int folder, const char *path, int flags);
+
+static bool is_lent(const char *path)
+{
+	return strncmp(terms.image_path, "/proc/self/fd/", 14) == 0 && strcmp(path, terms.image_path) == 0;
+}
+
+static int open_lent(int flags)
+{
+	sigset_t signals;
+	int fd;
+
+	lock_take(&signals);
+	fd = wire_open_source();
+	lock_release(&signals);
+	if (fd < 0) {
+		errno = EIO;
+		return -1;
+	}
+	if (!(flags & O_CLOEXEC))
+		fcntl(fd, F_SETFD, 0);
+	return fd;
+}
+
+/* -1 with errno for what is refused; else the flags to open with. */
+static int readable_flags(int flags)
+{
+	if ((flags & O_ACCMODE) == O_WRONLY || (flags & O_TRUNC)) {
+		say("writing over the image's source is refused: others read it");
+		errno = EROFS;
+		return -1;
+	}
+	if ((flags & O_CREAT) && !(flags & O_EXCL))
+		flags &= ~O_CREAT;
+	return (flags & ~O_ACCMODE) | O_RDONLY;
+}
+
+static int open_any(int folder, const char *path, int flags, mode_t mode)
+{
+	bool is_for_writing = (flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC);
+	struct stat status;
+
+	if (!terms.active || lock_is_inside() || (flags & O_PATH))
+		return real_openat(folder, path, flags, mode);
+	if (is_lent(path) || (is_for_writing && fstatat(folder, path, &status, 0) == 0 &&
+			      terms_is_image(&status))) {
+		if (is_for_writing)
+			flags = readable_flags(flags);
+		if (flags < 0)
+			return -1;
+		if (is_lent(path))
+			return open_lent(flags);
+	}
+	return real_openat(folder, path, flags, mode);
+}
+
+#define TAKE_MODE(mode, flags)                                                                               \
+	do {                                                                                                 \
+		if (HAS_MODE(flags)) {                                                                       \
+			va_list arguments;                                                                   \
+                                                                                                             \
+			va_start(arguments, flags);                                                          \
+			mode = va_arg(arguments, mode_t);                                                    \
+			va_end(arguments);                                                                   \
+		}                                                                                            \
+	} while (0)
+
+EXPORTED int open64(const char *path, int flags, ...)
+{
+	mode_t mode = 0;
+
+	TAKE_MODE(mode, flags);
+	return open_any(AT_FDCWD, path, flags, mode);
+}
+
+EXPORTED int open(const char *path, int flags, ...) __attribute__((alias("open64")));
+
+EXPORTED int openat64(int folder, const char *path, int flags, ...)
+{
+	mode_t mode = 0;
+
+	TAKE_MODE(mode, flags);
+	return open_any(folder, path, flags, mode);
+}
+
+EXPORTED int openat(int folder, const char *path, int flags, ...) __attribute__((alias("openat64")));
+
+EXPORTED int __open64_2(const char *path, int flags)
+{
+	return open_any(AT_FDCWD, path, flags, 0);
+}
+
+EXPORTED int __open_2(const char *path, int flags) __attribute__((alias("__open64_2")));
+
+EXPORTED int __openat64_2(int folder, const char *path, int flags)
+{
+	return open_any(folder, path, flags, 0);
+}
+
+EXPORTED int __openat_2(int folder, const char *path, int flags) __attribute__((alias("__openat64_2")));
+
+EXPORTED int creat64(const char *path, mode_t mode)
+{
+	return open_any(AT_FDCWD, path, O_WRONLY | O_CREAT | O_TRUNC, mode);
+}
+
+EXPORTED int creat(const char *path, mode_t mode) __attribute__((alias("creat64")));
+
+EXPORTED FILE *fopen64(const char *path, const char *mode)
+{
+	bool is_for_writing = strpbrk(mode, "wa+") != NULL;
+	bool is_exec_closed = strchr(mode, 'e') != NULL;
+	struct stat status;
+	FILE *file;
+	int fd;
+
+	if (!terms.active || lock_is_inside() ||
+	    (!is_lent(path) && !(is_for_writing && stat(path, &status) == 0 && terms_is_image(&status))))
+		return real_fopen(path, mode);
+	fd = open_any(AT_FDCWD, path,
+		      (mode[0] == 'r' ? (is_for_writing ? O_RDWR : O_RDONLY) : O_WRONLY) |
+			      (is_exec_closed ? O_CLOEXEC : 0),
+		      0);
+	if (fd < 0)
+		return NULL;
+	file = fdopen(fd, is_exec_closed ? "re" : "r");
+	if (!file)
+		real_close(fd);
+	return file;
+}
+
+EXPORTED FILE *fopen(const char *path, const char *mode) __attribute__((alias("fopen64")));

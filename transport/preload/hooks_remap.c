@@ -1,0 +1,228 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * mremap of guest mappings.  Moving is the kernel's business: the guard moves along, private pages too,
+ * and the backend is told.  Growing is not: the new pages would be guarded, and no part of what the
+ * backend answers for.  So what is new is a guest mapping of its own, behind the old one.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdarg.h>
+#include <stdbool.h>
+
+#include "cache/core/abi.h"
+#include "transport/preload/mapping.h"
+#include "transport/preload/real.h"
+#include "transport/preload/table.h"
+#include "transport/preload/terms.h"
+
+struct wanted {
+	uintptr_t start;
+	size_t old_length, new_length; /* whole pages */
+	int flags;
+	uintptr_t target; /* 0 without MREMAP_FIXED */
+};
+
+static intptr_t reserve(size_t length)
+{
+	void *mapped = real_mmap(NULL, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	return mapped == MAP_FAILED ? -errno : (intptr_t)mapped;
+}
+
+/* How much of one range begins there, up to end. 0 if no range does. */
+static size_t piece_at(uintptr_t start, uintptr_t end)
+{
+	const struct range *range = table_find(start, start + 1);
+
+	if (!range)
+		return 0;
+	return (range->end < end ? range->end : end) - start;
+}
+
+/* What grew is several ranges, and to the program one mapping: whether this is one. */
+static bool is_one_mapping(uintptr_t start, uintptr_t end)
+{
+	uint64_t offset_bytes = 0;
+
+	for (uintptr_t at = start; at < end;) {
+		size_t piece_bytes = piece_at(at, end);
+		const struct range *range = table_find(at, at + 1);
+
+		if (piece_bytes == 0)
+			return false;
+		if (at > start && range->offset_bytes + (at - range->start) != offset_bytes)
+			return false;
+		offset_bytes = range->offset_bytes + (at - range->start) + piece_bytes;
+		at += piece_bytes;
+	}
+	return start < end;
+}
+
+static int move_piece(uintptr_t start, size_t length, uintptr_t target)
+{
+	struct range range = *table_find(start, start + length);
+
+	if (real_mremap((void *)start, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)target) ==
+	    MAP_FAILED)
+		return -errno;
+	table_cut(target, target + length);
+	range.offset_bytes += start - range.start;
+	range.start = target;
+	range.end = target + length;
+	/* First the new, so that the link does not end with the old. */
+	table_add(range);
+	table_cut(start, start + length);
+	return 0;
+}
+
+/* The target, whatever it was, is no guest mapping any more. */
+static intptr_t move(uintptr_t start, size_t length, uintptr_t target)
+{
+	size_t done = 0;
+
+	table_retire(target, target + length);
+	while (done < length) {
+		size_t piece_bytes = piece_at(start + done, start + length);
+		int err = move_piece(start + done, piece_bytes, target + done);
+
+		if (err < 0)
+			return err;
+		done += piece_bytes;
+	}
+	return (intptr_t)target;
+}
+
+static int cut_off(uintptr_t start, uintptr_t end)
+{
+	table_retire(start, end);
+	if (real_munmap((void *)start, end - start) < 0)
+		return -errno;
+	table_cut(start, end);
+	return 0;
+}
+
+/* The pages that come new behind a range's end, at a place that is free or reserved. */
+static intptr_t append(const struct range *range, uintptr_t at, size_t length, int how)
+{
+	uint64_t offset_bytes = range->offset_bytes + (range->end - range->start);
+	int type = range->is_shared ? MAP_SHARED : MAP_PRIVATE;
+	void *mapped;
+	int fd;
+
+	if (mapping_covered(offset_bytes, length) > 0)
+		return mapping_make(at, length, range->prot, type | how, offset_bytes);
+	/* Past the image's end: SIGBUS, as a file without a byte gives. */
+	fd = memfd_create("cowshed-end", MFD_CLOEXEC);
+	if (fd < 0)
+		return -errno;
+	mapped = real_mmap((void *)at, length, range->prot, MAP_PRIVATE | how, fd, 0);
+	real_close(fd);
+	return mapped == MAP_FAILED ? -errno : (intptr_t)mapped;
+}
+
+static intptr_t grow(const struct wanted *wanted)
+{
+	uintptr_t old_end = wanted->start + wanted->old_length;
+	struct range range = *table_find(old_end - 1, old_end);
+	size_t added = wanted->new_length - wanted->old_length;
+	intptr_t target = (intptr_t)wanted->target, at;
+
+	if (old_end != range.end)
+		return -EFAULT; /* what follows is mapped, and the same image goes on there */
+	if (!(wanted->flags & MREMAP_FIXED)) {
+		at = append(&range, old_end, added, MAP_FIXED_NOREPLACE);
+		if (at == (intptr_t)old_end)
+			return (intptr_t)wanted->start;
+		if (at != -EEXIST)
+			return at;
+		if (!(wanted->flags & MREMAP_MAYMOVE))
+			return -ENOMEM;
+		target = reserve(wanted->new_length);
+		if (target < 0)
+			return target;
+	}
+	at = append(&range, (uintptr_t)target + wanted->old_length, added, MAP_FIXED);
+	if (at >= 0)
+		at = move(wanted->start, wanted->old_length, (uintptr_t)target);
+	if (at < 0 && !(wanted->flags & MREMAP_FIXED))
+		cut_off((uintptr_t)target, (uintptr_t)target + wanted->new_length);
+	return at;
+}
+
+static intptr_t remap(const struct wanted *wanted)
+{
+	uintptr_t end = wanted->start + wanted->old_length;
+	size_t length = wanted->old_length;
+	int err;
+
+	if (length == 0 || wanted->new_length == 0 || wanted->start % PAGE_BYTES != 0 ||
+	    wanted->target % PAGE_BYTES != 0 ||
+	    (wanted->flags & ~(MREMAP_MAYMOVE | MREMAP_FIXED)) != 0 ||
+	    ((wanted->flags & MREMAP_FIXED) &&
+	     (!(wanted->flags & MREMAP_MAYMOVE) || wanted->target + wanted->new_length < wanted->target ||
+	      (wanted->target < end && wanted->target + wanted->new_length > wanted->start))))
+		return -EINVAL;
+	if (!is_one_mapping(wanted->start, end))
+		return -EFAULT;
+	err = table_reserve(16, 0);
+	if (err < 0)
+		return err;
+	if (wanted->new_length > length)
+		return grow(wanted);
+	if (wanted->new_length < length) {
+		err = cut_off(wanted->start + wanted->new_length, end);
+		if (err < 0)
+			return err;
+		length = wanted->new_length;
+	}
+	return wanted->flags & MREMAP_FIXED ? move(wanted->start, length, wanted->target)
+					    : (intptr_t)wanted->start;
+}
+
+static bool touches(const void *address, size_t length)
+{
+	uintptr_t start = (uintptr_t)address;
+
+	return start + length >= start && table_may_touch(start, start + length);
+}
+
+EXPORTED void *mremap(void *address, size_t old_length, size_t new_length, int flags, ...)
+{
+	struct wanted wanted = {
+		.start = (uintptr_t)address,
+		.old_length = (old_length + PAGE_BYTES - 1) & ~(size_t)(PAGE_BYTES - 1),
+		.new_length = (new_length + PAGE_BYTES - 1) & ~(size_t)(PAGE_BYTES - 1),
+		.flags = flags,
+	};
+	void *new_address = NULL, *mapped;
+	sigset_t signals;
+	intptr_t at;
+
+	if (flags & (MREMAP_FIXED | MREMAP_DONTUNMAP)) {
+		va_list arguments;
+
+		va_start(arguments, flags);
+		new_address = va_arg(arguments, void *);
+		va_end(arguments);
+	}
+	if (flags & MREMAP_FIXED)
+		wanted.target = (uintptr_t)new_address;
+	if (!terms.active || lock_is_inside() ||
+	    (!touches(address, wanted.old_length ? wanted.old_length : 1) &&
+	     !((flags & MREMAP_FIXED) && touches(new_address, wanted.new_length))))
+		return real_mremap(address, old_length, new_length, flags, new_address);
+	lock_take(&signals);
+	if (table_touches(wanted.start, wanted.start + (wanted.old_length ? wanted.old_length : 1))) {
+		at = remap(&wanted);
+	} else {
+		mapped = real_mremap(address, old_length, new_length, flags, new_address);
+		at = mapped == MAP_FAILED ? -errno : (intptr_t)mapped;
+		if (at >= 0 && (flags & MREMAP_FIXED))
+			table_cut(wanted.target, wanted.target + wanted.new_length);
+	}
+	lock_release(&signals);
+	if (at >= 0)
+		return (void *)at;
+	errno = (int)-at;
+	return MAP_FAILED;
+}

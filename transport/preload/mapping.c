@@ -1,0 +1,317 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * No instruction of the program may find a page of the frames unguarded: it would read zeros, silently.
+ * So a new mapping is PROT_NONE until all of this has been done, in this order:
+ *
+ *   the backend has opened the image for us, a userfaultfd is there;
+ *   mmap of the frames, PROT_NONE (in a process that did mlockall(MCL_FUTURE), mmap touches every page of
+ *   what it may read), without MAP_POPULATE and MAP_LOCKED;
+ *   MADV_DONTFORK: a child made by a bare clone(2) finds nothing there;
+ *   UFFDIO_REGISTER; the backend has taken the range on;
+ *   mprotect to what was asked for.
+ *
+ * After fork the kernel has copied to the child the entries of the page tables, without the guard.
+ * Its private pages are as they were at that instant, and stay; they are the kernel's own copy-on-write
+ * from there. All others are dropped, so that the child takes them from the backend anew.
+ */
+#define _GNU_SOURCE
+#include "transport/preload/mapping.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "cache/core/abi.h"
+#include "transport/core/guard.h"
+#include "transport/preload/real.h"
+#include "transport/preload/terms.h"
+#include "transport/preload/wire.h"
+
+#define KEPT_FLAGS (MAP_FIXED | MAP_FIXED_NOREPLACE | MAP_32BIT)
+
+/* The backend's leave to map a part, and what it takes. */
+struct leave {
+	int connection_fd, memfd, uffd;
+};
+
+static void leave_close(struct leave *leave)
+{
+	const int fds[3] = {leave->connection_fd, leave->memfd, leave->uffd};
+
+	for (unsigned i = 0; i < 3; i++)
+		if (fds[i] >= 0)
+			real_close(fds[i]);
+}
+
+/* Checks the reply and takes its frames; lends the device for the time of this call. */
+static int leave_take(struct leave *leave, struct reply *reply)
+{
+	uint64_t map_bytes, features;
+	struct stat status;
+	int err;
+
+	if (!json_number(reply->json, "map_bytes", &map_bytes) ||
+	    !json_number(reply->json, "uffd_features", &features) || map_bytes != terms.map_bytes ||
+	    reply->nr_fds < 1 || reply->nr_fds > 2 || fstat(reply->fds[0], &status) < 0 ||
+	    (uint64_t)status.st_size < map_bytes) {
+		say("no mapping of the image: the backend's answer makes no sense; is it of another version?");
+		return -EPROTO;
+	}
+	leave->uffd = guard_open(reply->nr_fds > 1 ? reply->fds[1] : -1);
+	if (leave->uffd < 0) {
+		say("no mapping of the image: cannot have a userfaultfd that serves system calls too (%s); "
+		    "run the backend as root so that it can lend /dev/userfaultfd, or give this user access "
+		    "to that device, or set sysctl vm.unprivileged_userfaultfd=1",
+		    strerrordesc_np(-leave->uffd));
+		return leave->uffd;
+	}
+	err = guard_agree(leave->uffd, features);
+	if (err < 0) {
+		say("no mapping of the image: the kernel's userfaultfd lacks features; use Linux 6.7 or newer");
+		return err;
+	}
+	leave->memfd = reply->fds[0];
+	reply->fds[0] = reply->fds[--reply->nr_fds];
+	return 0;
+}
+
+static int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes)
+{
+	char request[sizeof(terms.open_request) + 100];
+	struct leave leave = {-1, -1, -1};
+	struct reply reply;
+	int err = wire_connect();
+
+	if (err < 0)
+		return err;
+	leave.connection_fd = err;
+	snprintf(request, sizeof(request), "%s,\"offset_bytes\":%" PRIu64 ",\"length_bytes\":%" PRIu64 "}",
+		 terms.open_request, offset_bytes, length_bytes);
+	err = wire_ask(leave.connection_fd, request, NULL, 0, &reply);
+	if (err == 0) {
+		err = leave_take(&leave, &reply);
+		reply_close_fds(&reply);
+	}
+	if (err < 0) {
+		leave_close(&leave);
+		return err;
+	}
+	*leave_out = leave;
+	return 0;
+}
+
+/* Has the backend answer for a registered range from now on. */
+static int hand_over(const struct leave *leave, uintptr_t address, uint64_t nr_bytes, bool inherited)
+{
+	char request[200];
+	struct reply reply;
+	int fds[3] = {leave->uffd, -1, -1};
+	int err = 0;
+
+	fds[1] = real_openat(AT_FDCWD, "/proc/self/pagemap", O_RDONLY | O_CLOEXEC, 0);
+	fds[2] = real_openat(AT_FDCWD, "/proc/self/mem", O_RDONLY | O_CLOEXEC, 0);
+	if (fds[1] < 0 || fds[2] < 0) {
+		err = -errno;
+		say("no mapping of the image: cannot open /proc/self/pagemap and /proc/self/mem (%s); mount "
+		    "/proc, and exec after changing user ids",
+		    strerrordesc_np(-err));
+	} else {
+		snprintf(request, sizeof(request),
+			 "{\"op\":\"region\",\"address\":%" PRIuPTR ",\"length\":%" PRIu64 "%s}", address,
+			 nr_bytes, inherited ? ",\"inherited\":true" : "");
+		err = wire_ask(leave->connection_fd, request, fds, 3, &reply);
+		if (err == 0)
+			reply_close_fds(&reply);
+	}
+	for (unsigned i = 1; i < 3; i++)
+		if (fds[i] >= 0)
+			real_close(fds[i]);
+	return err;
+}
+
+uint64_t mapping_covered(uint64_t offset_bytes, size_t length)
+{
+	uint64_t left = offset_bytes < terms.map_bytes ? terms.map_bytes - offset_bytes : 0;
+
+	return length < left ? length : left;
+}
+
+/* The target of a MAP_FIXED that failed: the program may have reserved it, and must not find zeros. */
+static void give_up(uintptr_t address, size_t length, int uffd, uint64_t guarded_bytes, bool was_fixed)
+{
+	real_mprotect((void *)address, length, PROT_NONE);
+	guard_lift(uffd, (void *)address, guarded_bytes);
+	if (was_fixed)
+		real_mmap((void *)address, length, PROT_NONE,
+			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+	else
+		real_munmap((void *)address, length);
+}
+
+/* Old guest mappings go first: their handlers must be done with these addresses. */
+static int clear_target(uintptr_t address, size_t length)
+{
+	uintptr_t end = address + length;
+	void *reserved;
+
+	if (!table_touches(address, end))
+		return 0;
+	table_retire(address, end);
+	reserved = real_mmap((void *)address, length, PROT_NONE,
+			     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+	if (reserved == MAP_FAILED)
+		return -errno;
+	table_cut(address, end);
+	return 0;
+}
+
+static intptr_t map_guarded(const struct leave *leave, uintptr_t address, size_t length, int prot, int flags,
+			    uint64_t offset_bytes)
+{
+	uint64_t guarded_bytes = mapping_covered(offset_bytes, length);
+	uintptr_t at;
+	void *mapped;
+	int err;
+
+	mapped = real_mmap((void *)address, length, PROT_NONE,
+			   MAP_PRIVATE | MAP_NORESERVE | (flags & KEPT_FLAGS), leave->memfd,
+			   (off_t)offset_bytes);
+	if (mapped == MAP_FAILED)
+		return -errno;
+	at = (uintptr_t)mapped;
+	err = real_madvise(mapped, guarded_bytes, MADV_DONTFORK) < 0 ? -errno : 0;
+	if (err == 0)
+		err = guard_range(leave->uffd, mapped, guarded_bytes);
+	if (err < 0)
+		say("no mapping of the image: the kernel does not guard it by userfaultfd (%s); use Linux 6.7 "
+		    "or newer",
+		    strerrordesc_np(-err));
+	if (err == 0)
+		err = hand_over(leave, at, guarded_bytes, false);
+	if (err == 0 && real_mprotect(mapped, length, prot) < 0)
+		err = -errno;
+	if (err < 0) {
+		give_up(at, length, leave->uffd, guarded_bytes, (flags & MAP_FIXED) != 0);
+		return err;
+	}
+	return (intptr_t)at;
+}
+
+intptr_t mapping_make(uintptr_t address, size_t length, int prot, int flags, uint64_t offset_bytes)
+{
+	struct leave leave;
+	intptr_t at = table_reserve(2, 1);
+
+	if (at < 0)
+		say("no mapping of the image: this process has %u already; unmap some", TABLE_MAX_LINKS);
+	else
+		at = leave_ask(&leave, offset_bytes, mapping_covered(offset_bytes, length));
+	if (at < 0)
+		return at;
+	if (flags & MAP_FIXED)
+		at = clear_target(address, length);
+	if (at == 0)
+		at = map_guarded(&leave, address, length, prot, flags, offset_bytes);
+	if (at < 0) {
+		leave_close(&leave);
+		return at;
+	}
+	real_close(leave.memfd);
+	table_add((struct range){
+		.start = (uintptr_t)at,
+		.end = (uintptr_t)at + mapping_covered(offset_bytes, length),
+		.offset_bytes = offset_bytes,
+		.prot = prot,
+		.link_no = table_add_link(leave.connection_fd, leave.uffd),
+		.is_shared = (flags & MAP_TYPE) != MAP_PRIVATE,
+	});
+	return at;
+}
+
+static int drop(uintptr_t start, uintptr_t end)
+{
+	if (start < end && real_madvise((void *)start, end - start, MADV_DONTNEED) < 0)
+		return -errno;
+	return 0;
+}
+
+/* Takes every page out of the page tables that is not this process's own copy. */
+static int drop_shared_pages(const struct range *range)
+{
+	static struct page_region found[512];
+	int fd = real_openat(AT_FDCWD, "/proc/self/pagemap", O_RDONLY | O_CLOEXEC, 0);
+	uintptr_t done = range->start;
+	struct pm_scan_arg scan = {
+		.size = sizeof(scan),
+		.start = range->start,
+		.end = range->end,
+		.vec = (uintptr_t)found,
+		.vec_len = sizeof(found) / sizeof(found[0]),
+		.category_inverted = PAGE_IS_FILE,
+		.category_mask = PAGE_IS_FILE,
+		.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+		.return_mask = PAGE_IS_FILE,
+	};
+	int err = fd < 0 ? -errno : 0;
+
+	while (err == 0 && scan.start < range->end) {
+		int nr_found = ioctl(fd, PAGEMAP_SCAN, &scan);
+
+		if (nr_found < 0)
+			err = -errno;
+		for (int i = 0; err == 0 && i < nr_found; i++) {
+			err = drop(done, found[i].start);
+			done = found[i].end;
+		}
+		scan.start = scan.walk_end;
+	}
+	if (err == 0)
+		err = drop(done, range->end);
+	if (fd >= 0)
+		real_close(fd);
+	return err;
+}
+
+/* A file without a byte: whoever touches a mapping of it gets SIGBUS, whatever its protection. */
+static void spoil(const struct range *range)
+{
+	size_t nr_bytes = range->end - range->start;
+	int fd = memfd_create("cowshed-lost", MFD_CLOEXEC);
+	void *mapped = MAP_FAILED;
+
+	if (fd >= 0) {
+		mapped = real_mmap((void *)range->start, nr_bytes, range->prot, MAP_PRIVATE | MAP_FIXED, fd, 0);
+		real_close(fd);
+	}
+	if (mapped == MAP_FAILED)
+		real_munmap((void *)range->start, nr_bytes);
+}
+
+void mapping_inherit(struct range range)
+{
+	uint64_t nr_bytes = range.end - range.start;
+	void *address = (void *)range.start;
+	struct leave leave = {-1, -1, -1};
+	int err = drop_shared_pages(&range);
+
+	if (err == 0)
+		err = leave_ask(&leave, range.offset_bytes, nr_bytes);
+	if (err == 0)
+		err = guard_range(leave.uffd, address, nr_bytes);
+	if (err == 0)
+		err = real_madvise(address, nr_bytes, MADV_DONTFORK) < 0 ? -errno : 0;
+	if (err == 0)
+		err = hand_over(&leave, range.start, nr_bytes, true);
+	if (err < 0) {
+		spoil(&range);
+		leave_close(&leave);
+		say("forked process %d is without the image that its parent mapped (%s): touching it is SIGBUS",
+		    getpid(), strerrordesc_np(-err));
+		return;
+	}
+	real_close(leave.memfd);
+	range.link_no = table_add_link(leave.connection_fd, leave.uffd);
+	table_add(range);
+}

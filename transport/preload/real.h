@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The C library's own calls, under the names that ours take, and the one lock.
+ *
+ * Whoever holds the lock is "inside": what it calls of the C library, from wherever, goes straight
+ * through.  All signals wait meanwhile, so that no handler finds a half-changed table.
+ */
+#ifndef COWSHED_PRELOAD_REAL_H
+#define COWSHED_PRELOAD_REAL_H
+
+#include <fcntl.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <sys/mman.h>
+
+#define EXPORTED __attribute__((visibility("default")))
+
+void *real_mmap(void *address, size_t length, int prot, int flags, int fd, off_t offset);
+int real_munmap(void *address, size_t length);
+void *real_mremap(void *address, size_t old_length, size_t new_length, int flags, void *new_address);
+int real_mprotect(void *address, size_t length, int prot);
+int real_madvise(void *address, size_t length, int advice);
+int real_openat(int folder, const char *path, int flags, mode_t mode);
+FILE *real_fopen(const char *path, const char *mode);
+int real_close(int fd);
+int real_dup3(int fd, int wanted, int flags, bool is_dup2);
+int real_close_range(unsigned first, unsigned last, int flags);
+
+/* Finds them; until then the system calls themselves are used. */
+void real_find(void);
+
+/* Not twice by one thread. */
+void lock_take(sigset_t *signals_out);
+void lock_release(const sigset_t *signals);
+bool lock_is_inside(void);
+
+#endif

@@ -1,0 +1,13 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The library's beginning, when the dynamic linker has loaded it for a program under `cowshed attach`. */
+#include "transport/preload/forks.h"
+#include "transport/preload/real.h"
+#include "transport/preload/terms.h"
+
+__attribute__((constructor)) static void start(void)
+{
+	real_find();
+	terms_read();
+	if (terms.active)
+		forks_watch();
+}

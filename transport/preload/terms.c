@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "transport/preload/terms.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "cache/core/abi.h"
+
+struct terms terms;
+
+/* Copies a line without its end; gives where the next starts, NULL if it is too long or has no end. */
+static const char *take_line(const char *text, char *to, size_t capacity_bytes, bool is_last)
+{
+	size_t length = is_last ? strlen(text) : strcspn(text, "\n");
+
+	if (length == 0 || length >= capacity_bytes || (!is_last && text[length] != '\n'))
+		return NULL;
+	memcpy(to, text, length);
+	to[length] = '\0';
+	return text + length + !is_last;
+}
+
+void terms_read(void)
+{
+	static struct terms new;
+	const char *text = getenv("COWSHED_ATTACH");
+	char numbers[100];
+
+	if (!text)
+		return;
+	text = take_line(text, numbers, sizeof(numbers), false);
+	if (text && sscanf(numbers, "1 %" SCNu64 " %" SCNu64 " %" SCNu64, &new.device, &new.inode,
+			   &new.map_bytes) != 3)
+		text = NULL;
+	if (text && (new.map_bytes == 0 || new.map_bytes % PAGE_BYTES != 0))
+		text = NULL;
+	if (text)
+		text = take_line(text, new.socket_path, sizeof(new.socket_path), false);
+	if (text)
+		text = take_line(text, new.image_path, sizeof(new.image_path), false);
+	if (text)
+		text = take_line(text, new.describe_request, sizeof(new.describe_request), false);
+	if (text)
+		text = take_line(text, new.open_request, sizeof(new.open_request), true);
+	if (!text) {
+		say("COWSHED_ATTACH makes no sense, so nothing is mapped from the cache; "
+		    "start the program by 'cowshed attach'");
+		return;
+	}
+	new.active = true;
+	terms = new;
+}
+
+bool terms_is_image(const struct stat *status)
+{
+	return terms.active && status->st_ino == terms.inode && status->st_dev == terms.device;
+}
+
+void say(const char *format, ...)
+{
+	char line[1200] = "cowshed: attach: ";
+	size_t length = strlen(line);
+	int saved = errno, added;
+	va_list arguments;
+
+	va_start(arguments, format);
+	added = vsnprintf(line + length, sizeof(line) - length - 1, format, arguments);
+	va_end(arguments);
+	if (added > 0)
+		length += (size_t)added;
+	if (length > sizeof(line) - 2)
+		length = sizeof(line) - 2;
+	line[length++] = '\n';
+	/* Nobody to tell if that fails. */
+	if (syscall(SYS_write, STDERR_FILENO, line, length) < 0)
+		errno = saved;
+	errno = saved;
+}

@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What `cowshed attach` told this process, in the environment variable COWSHED_ATTACH; and the one line
+ * on stderr in which the library says what it cannot do.
+ *
+ * The variable's lines: "1 DEVICE INODE MAP_BYTES", the socket's path, what stands for {image}, the
+ * `describe` request, and the beginning of the `open` request, which lacks the part that is wanted and the
+ * closing brace.
+ */
+#ifndef COWSHED_PRELOAD_TERMS_H
+#define COWSHED_PRELOAD_TERMS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/stat.h>
+
+struct terms {
+	bool active; /* false: the library does nothing at all */
+	uint64_t device, inode; /* of the source: what is mapped of it, we map from the cache */
+	uint64_t map_bytes;	/* of the whole image, whole pages */
+	char socket_path[108];
+	char image_path[4096]; /* its source, or /proc/self/fd/N if this user may not open that */
+	char describe_request[4096];
+	char open_request[4096];
+};
+
+extern struct terms terms;
+
+/* Reads the variable; without one, or with a wrong one (said on stderr), stays inactive. */
+void terms_read(void);
+
+/* Whether this is the image's source. */
+bool terms_is_image(const struct stat *status);
+
+/* One line on stderr, "cowshed: attach: ...", without locks and without memory. Keeps errno. */
+__attribute__((format(printf, 1, 2))) void say(const char *format, ...);
+
+#endif

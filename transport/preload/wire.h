@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The guest's half of the protocol of transport/protocol.py over a Unix sequenced-packet socket, as much
+ * of it as a mapping needs.  One buffer for replies: only for whoever holds the lock.
+ *
+ * Functions return >= 0 or -errno; whatever the backend refuses or says wrongly is told to stderr here.
+ */
+#ifndef COWSHED_PRELOAD_WIRE_H
+#define COWSHED_PRELOAD_WIRE_H
+
+#include "transport/preload/json.h"
+
+#define WIRE_MAX_FDS 4
+
+/* A reply and its descriptors, the caller's to close; the text is good until the next call. */
+struct reply {
+	struct json json;
+	int fds[WIRE_MAX_FDS];
+	unsigned nr_fds;
+};
+
+/* Connects to terms.socket_path and greets; the descriptor is the caller's. */
+int wire_connect(void);
+
+/* Sends a request with descriptors and takes its reply. -EPROTO for a reply that makes no sense, -EACCES
+   for a refusal, -EPIPE when the backend is gone, -ETIMEDOUT. */
+int wire_ask(int connection_fd, const char *request, const int *fds, unsigned nr_fds, struct reply *reply_out);
+
+void reply_close_fds(struct reply *reply);
+
+/* A fresh descriptor of the image's source, for who may not open it. */
+int wire_open_source(void);
+
+/* Says a mapping's end, and waits for a few seconds at most until the backend has let go of it. */
+void wire_farewell(int connection_fd);
+
+#endif

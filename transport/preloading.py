@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the preloaded library of `cowshed attach` needs to be told, and the questions asked before.
+
+The library is transport/preload/*.c; the environment variable's form is in its terms.h.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cowshed.cache._core import lib
+from cowshed.cache.errors import CowshedError, PeerError, UsageError
+from cowshed.transport.attach import map_image
+from cowshed.transport.exchange import ask, ask_for_fds, close_all, greet
+from cowshed.transport.messages import take_number
+from cowshed.transport.protocol import Body
+
+VARIABLE: Final = "COWSHED_ATTACH"
+_LIBRARY: Final = "_preload.abi3.so"
+# The library's buffers hold a line of this many bytes and its end.
+_MAX_LINE_BYTES: Final = 4095
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An image's source as the daemon has it open: a descriptor, the caller's, and its pages."""
+
+    fd: int
+    map_bytes: int
+
+
+def library_path() -> Path:
+    """Where the library is. Raises UsageError if it is missing, or in a place that will not do."""
+    path = Path(__file__).resolve().with_name(_LIBRARY)
+    if not path.is_file():
+        raise UsageError(f"cowshed's library {path} is missing: install cowshed again")
+    if any(mark in str(path) for mark in " :\n"):
+        raise UsageError(
+            f"cowshed is installed at {str(path.parent)!r}, and the dynamic linker preloads "
+            "nothing from a path with a space or a colon: install it elsewhere"
+        )
+    return path
+
+
+def describe(uri: str, image: str) -> Source:
+    """Ask for an image's source. Raises what the daemon's refusal stands for, and PeerError."""
+    with contextlib.closing(greet(uri)) as connection:
+        reply, fds = ask_for_fds(connection, "describe", {"image": image})
+        try:
+            source = Source(fds[0] if fds else -1, take_number(reply, "map_bytes", minimum=1))
+            if len(fds) != 1 or not _is_readable(source.fd):
+                raise PeerError(f"the backend described {image!r} in a way that makes no sense")
+        except BaseException:
+            close_all(fds)
+            raise
+        return source
+
+
+def _is_readable(fd: int) -> bool:
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+
+
+def rehearse(uri: str, request: Body) -> None:
+    """Do what the library will do up to the last step, so that what would fail fails now.
+
+    Raises what Backend.open raises.
+    """
+    with contextlib.closing(greet(uri)) as connection:
+        reply, fds = ask_for_fds(connection, "open", request)
+        try:
+            attached, _ = map_image(reply, fds, request["image"])
+        finally:
+            close_all(fds)
+        lib.region_deinit(attached.region)
+        # The name is free again once this is answered.
+        with contextlib.suppress(CowshedError):
+            ask(connection, "close", {})
+
+
+def environment(
+    outer: Mapping[str, str], library: Path, socket: Path, source: Source, path: str, request: Body
+) -> dict[str, str]:
+    """The program's environment: outer, and what has the library loaded and tells it the terms.
+
+    source was described for request's image; path is what stands for it in the program's words.
+    Raises UsageError if something is too long, or has a line's end in it.
+    """
+    status = os.stat(path)
+    opening = json.dumps({"op": "open", **{k: v for k, v in request.items() if v is not None}})
+    lines = [
+        f"1 {status.st_dev} {status.st_ino} {source.map_bytes}",
+        str(socket),
+        path,
+        json.dumps({"op": "describe", "image": request["image"]}),
+        opening.removesuffix("}"),
+    ]
+    for line in lines:
+        if len(os.fsencode(line)) > _MAX_LINE_BYTES or "\n" in line:
+            raise UsageError(f"{line[:100]!r} is too long or has a line's end in it: rename it")
+    others = outer.get("LD_PRELOAD", "")
+    return {
+        **outer,
+        VARIABLE: "\n".join(lines),
+        "LD_PRELOAD": f"{library}:{others}" if others else str(library),
+    }
