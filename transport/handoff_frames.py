@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A handoff as bytes: numbered frames, each checked and perhaps compressed; for files and sockets.
+
+    preamble   magic 8 "CSHDHAND", version u16, flags u16, crc u32 of what is before it
+    frame      kind u16, flags u16, number u32, raw_bytes u32, stored_bytes u32,
+               crc u32 of the header before it and of the payload; then the payload
+
+Little-endian. Flag 1: the payload is one zstd frame that says its content's size. Frames are
+numbered from 0 without a gap. The last one of a file, END, has the SHA-256 of every byte before it.
+
+Sans-IO: bytes in, frames out. What comes is hostile until checked; every violation is a
+DamagedError that says where, after which the decoder is of no more use. Memory is bounded by one
+frame, and grows with what has come, not with what was announced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final, Never
+
+import zstandard
+
+from cowshed.cache.errors import SourceError
+
+__all__ = [
+    "MAX_RAW_BYTES",
+    "DamagedError",
+    "Frame",
+    "FrameDecoder",
+    "FrameEncoder",
+    "FrameKind",
+]
+
+MAGIC: Final = b"CSHDHAND"
+VERSION: Final = 1
+MAX_RAW_BYTES: Final = 4 << 20
+_PREAMBLE: Final = struct.Struct("<8sHHI")
+_HEADER: Final = struct.Struct("<HHIIII")
+_UNCHECKED: Final = _HEADER.size - 4
+_COMPRESSED: Final = 1
+_LEVEL: Final = 1
+# Less than this saved is not worth the peer's time.
+_WORTH: Final = 0.9
+_MAX_WINDOW_BYTES: Final = 8 << 20
+
+
+class DamagedError(SourceError):
+    """What came is not what was sent, or was never a handoff; the text says where."""
+
+
+class FrameKind(IntEnum):
+    """What a frame holds; see handoff_sections.py."""
+
+    HEADER = 1
+    IMAGE = 2
+    GUEST = 3
+    WORKING_SET = 4
+    PAGES = 5
+    DROPPED = 6
+    TOTALS = 7
+    END = 8
+    WORD = 9  # of the two ends to each other; never in a file
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame's content, uncompressed, and where its header began."""
+
+    kind: FrameKind
+    number: int
+    payload: bytes
+    offset: int
+
+
+class FrameEncoder:
+    """Gives the bytes of frames, in order. digest() is of all that was given."""
+
+    def __init__(self) -> None:
+        self._compressor = zstandard.ZstdCompressor(level=_LEVEL)
+        self._number = 0
+        self._sha = hashlib.sha256()
+        self.nr_bytes = 0
+
+    def preamble(self) -> bytes:
+        """Give what comes before the first frame."""
+        start = _PREAMBLE.pack(MAGIC, VERSION, 0, 0)[:-4]
+        return self._given(start + struct.pack("<I", zlib.crc32(start)))
+
+    def frame(self, kind: FrameKind, payload: bytes) -> bytes:
+        """Give one frame; a payload is at most MAX_RAW_BYTES."""
+        assert len(payload) <= MAX_RAW_BYTES
+        stored, flags = payload, 0
+        if len(payload) >= 128:
+            packed = self._compressor.compress(payload)
+            if len(packed) < _WORTH * len(payload):
+                stored, flags = packed, _COMPRESSED
+        head = _HEADER.pack(kind, flags, self._number, len(payload), len(stored), 0)[:-4]
+        self._number += 1
+        crc = zlib.crc32(stored, zlib.crc32(head))
+        return self._given(head + struct.pack("<I", crc) + stored)
+
+    @property
+    def nr_frames(self) -> int:
+        """How many frames were given."""
+        return self._number
+
+    def digest(self) -> str:
+        """Give the SHA-256 of all bytes given until now."""
+        return self._sha.hexdigest()
+
+    def _given(self, raw: bytes) -> bytes:
+        self._sha.update(raw)
+        self.nr_bytes += len(raw)
+        return raw
+
+
+class FrameDecoder:
+    """Takes bytes as they come and gives frames. Invariant: offset + what is held = bytes taken."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+        self._began = False
+        self._number = 0
+        self._section = "preamble"
+        self._sha = hashlib.sha256()
+        self.offset = 0
+
+    def feed(self, raw: bytes | bytearray | memoryview) -> Iterator[Frame]:
+        """Take bytes; give the frames that they end, each with digest() being of what is before."""
+        self._held += raw
+        if not self._began:
+            if len(self._held) < _PREAMBLE.size:
+                if not MAGIC.startswith(bytes(self._held[: len(MAGIC)])):
+                    self.refuse("it does not begin as a handoff does")
+                return
+            self._take_preamble()
+        while (frame := self._next()) is not None:
+            taken = _HEADER.size + self._stored_bytes
+            yield frame
+            self._sha.update(memoryview(self._held)[:taken])
+            del self._held[:taken]
+            self.offset += taken
+            self._section = frame.kind.name
+
+    def digest(self) -> str:
+        """Give the SHA-256 of all before the frame that was given last."""
+        return self._sha.hexdigest()
+
+    def end(self) -> Never:
+        """The bytes end here, and END was not there: say how far it is good."""
+        self.refuse(
+            f"it is cut short after {len(self._held)} more bytes; everything before is good: "
+            f"go on with the transfer from byte {self.offset + len(self._held)}"
+        )
+
+    def refuse(self, what: str) -> Never:
+        """Raise DamagedError with the place."""
+        raise DamagedError(
+            f"at byte {self.offset}, frame {self._number}, after section {self._section}: {what}"
+        )
+
+    def _take_preamble(self) -> None:
+        raw = bytes(self._held[: _PREAMBLE.size])
+        magic, version, flags, crc = _PREAMBLE.unpack(raw)
+        if magic != MAGIC:
+            self.refuse("it does not begin as a handoff does")
+        if crc != zlib.crc32(raw[:-4]):
+            self.refuse("the preamble's checksum is wrong")
+        if version != VERSION or flags:
+            self.refuse(f"it is of version {version}, flags {flags}; this end knows {VERSION}, 0")
+        self._sha.update(raw)
+        del self._held[: _PREAMBLE.size]
+        self.offset = _PREAMBLE.size
+        self._began = True
+
+    def _next(self) -> Frame | None:
+        if len(self._held) < _HEADER.size:
+            return None
+        kind, flags, number, raw_bytes, stored_bytes, crc = _HEADER.unpack_from(self._held)
+        if raw_bytes > MAX_RAW_BYTES or stored_bytes > raw_bytes or flags & ~_COMPRESSED:
+            self.refuse(
+                f"a frame of {stored_bytes} bytes for {raw_bytes}, flags {flags}, cannot be"
+            )
+        if len(self._held) < _HEADER.size + stored_bytes:
+            return None
+        view = memoryview(self._held)
+        stored = bytes(view[_HEADER.size : _HEADER.size + stored_bytes])
+        checked = zlib.crc32(stored, zlib.crc32(view[:_UNCHECKED]))
+        view.release()
+        if checked != crc:
+            self.refuse("its checksum is wrong")
+        if number != self._number:
+            self.refuse(f"frame {number} comes where {self._number} should")
+        if kind not in FrameKind.__members__.values():
+            self.refuse(f"no section of kind {kind} is known")
+        payload = self._unpack(stored, raw_bytes) if flags & _COMPRESSED else stored
+        if len(payload) != raw_bytes:
+            self.refuse(f"it has {len(payload)} bytes and says {raw_bytes}")
+        frame = Frame(FrameKind(kind), number, payload, self.offset)
+        self._number += 1
+        self._stored_bytes = stored_bytes
+        return frame
+
+    def _unpack(self, stored: bytes, raw_bytes: int) -> bytes:
+        # A frame that names its size makes zstd take that much memory, whatever limit is given.
+        try:
+            if zstandard.frame_content_size(stored) != raw_bytes:
+                self.refuse("its compressed size is not the one it says")
+            return self._decompressor.decompress(
+                stored, max_output_size=raw_bytes, allow_extra_data=False
+            )
+        except zstandard.ZstdError as error:
+            self.refuse(f"it cannot be uncompressed ({error})")

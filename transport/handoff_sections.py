@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a handoff's frames hold, typed and checked: the same sections in a file and on a wire.
+
+    HEADER, IMAGE*, GUEST*, then WORKING_SET, PAGES, DROPPED, TOTALS in any order, END
+
+Images and guests are numbered from 0 in the order they come. PAGES of a page that came before take
+its place; DROPPED says that pages are no longer private. TOTALS says, for each guest, once and
+last, what it must have in the end. Between two backends, WORDs may stand anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from cowshed.cache.errors import CowshedError
+from cowshed.transport.handoff_frames import (
+    MAX_RAW_BYTES,
+    DamagedError,
+    Frame,
+    FrameDecoder,
+    FrameEncoder,
+    FrameKind,
+)
+from cowshed.transport.messages import take_number, take_optional_number, take_text
+from cowshed.transport.protocol import parse_body
+
+__all__ = [
+    "MAX_PAGES",
+    "PAGE_BYTES",
+    "Dropped",
+    "End",
+    "GuestSection",
+    "Header",
+    "ImageSection",
+    "Pages",
+    "Section",
+    "StateReader",
+    "StateWriter",
+    "Totals",
+    "Word",
+    "WorkingSetSection",
+]
+
+PAGE_BYTES: Final = 4096
+MAX_PAGES: Final = 512
+_MAX_IMAGES: Final = 4096
+_MAX_GUESTS: Final = 65536
+_POLICIES: Final = ("stop", "kill", "allow")
+_RUN: Final = struct.Struct("<QI")
+_WHOSE: Final = struct.Struct("<II")
+
+Runs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """Which handoff it is, and whose."""
+
+    handoff: str
+    backend: str = ""
+    created: int = 0
+
+
+@dataclass(frozen=True)
+class ImageSection:
+    """An image of the catalogue; bytes of it are never here, its digest says which it is."""
+
+    name: str
+    domain: str
+    size_bytes: int
+    extent_bytes: int
+    digest: str
+    source: str
+
+
+@dataclass(frozen=True)
+class GuestSection:
+    """A guest to be: owner is who may come back to its private pages, token what it proves it by.
+
+    quota_bytes None is no quota.
+    """
+
+    name: str
+    image: int
+    uid: int
+    quota_bytes: int | None
+    policy: str
+    token: str
+    owner: str
+    transport: str
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WorkingSetSection:
+    """Extents of an image, to be loaded in this order."""
+
+    image: int
+    extents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Private pages of a guest: runs of (first page, number of pages), and their bytes."""
+
+    guest: int
+    runs: Runs
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Pages of a guest that are not private any more."""
+
+    guest: int
+    runs: Runs
+
+
+@dataclass(frozen=True)
+class Totals:
+    """How many private pages a guest has in the end, and its counters by then."""
+
+    guest: int
+    private_pages: int
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Word:
+    """What one end says to the other; "say" is what."""
+
+    body: Mapping[str, Any]
+
+    @property
+    def say(self) -> str:
+        """What it is about."""
+        said = self.body.get("say")
+        return said if isinstance(said, str) else ""
+
+
+@dataclass(frozen=True)
+class End:
+    """All is here."""
+
+    nr_frames: int
+    sha256: str
+
+
+Section = (
+    Header | ImageSection | GuestSection | WorkingSetSection | Pages | Dropped | Totals | Word | End
+)
+
+_JSON_KINDS: Final[dict[type, FrameKind]] = {
+    Header: FrameKind.HEADER,
+    ImageSection: FrameKind.IMAGE,
+    GuestSection: FrameKind.GUEST,
+    Totals: FrameKind.TOTALS,
+}
+
+
+class StateWriter:
+    """Gives the bytes of sections; the caller sends them, in order."""
+
+    def __init__(self) -> None:
+        self._frames = FrameEncoder()
+        self._began = False
+
+    @property
+    def nr_bytes(self) -> int:
+        """How much was given."""
+        return self._frames.nr_bytes
+
+    def write(self, section: Section) -> bytes:
+        """Give a section's bytes, the preamble before the first."""
+        start = b"" if self._began else self._frames.preamble()
+        self._began = True
+        return start + self._frames.frame(*_encode(section))
+
+    def end(self) -> bytes:
+        """Give the last section's bytes."""
+        return self.write(End(self._frames.nr_frames, self._frames.digest()))
+
+
+def _encode(section: Section) -> tuple[FrameKind, bytes]:
+    if isinstance(section, WorkingSetSection):
+        numbers = array("I", section.extents)
+        return FrameKind.WORKING_SET, _WHOSE.pack(section.image, len(numbers)) + numbers.tobytes()
+    if isinstance(section, Pages):
+        return FrameKind.PAGES, _runs(section.guest, section.runs) + section.content
+    if isinstance(section, Dropped):
+        return FrameKind.DROPPED, _runs(section.guest, section.runs)
+    if isinstance(section, Word):
+        return FrameKind.WORD, _json(section.body)
+    if isinstance(section, End):
+        return FrameKind.END, _json(asdict(section))
+    return _JSON_KINDS[type(section)], _json(asdict(section))
+
+
+def _json(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def _runs(guest: int, runs: Sequence[tuple[int, int]]) -> bytes:
+    return _WHOSE.pack(guest, len(runs)) + b"".join(_RUN.pack(*run) for run in runs)
+
+
+class StateReader:
+    """Takes bytes and gives sections that make sense after those before; DamagedError with a place.
+
+    Invariant: images, guests and totals are those that came, by number.
+    """
+
+    def __init__(self, *, words: bool = False) -> None:
+        """words: whether a peer is at the other end, which says WORDs; a file says none."""
+        self._frames = FrameDecoder()
+        self._words = words
+        self.header: Header | None = None
+        self.images: list[ImageSection] = []
+        self.guests: list[GuestSection] = []
+        self.totals: dict[int, Totals] = {}
+        self.ended = False
+        self._in_state = False
+
+    @property
+    def offset(self) -> int:
+        """The bytes that were taken and found good."""
+        return self._frames.offset
+
+    def feed(self, raw: bytes | bytearray | memoryview) -> list[Section]:
+        """Take bytes as they come; give the sections that they end."""
+        sections = []
+        for frame in self._frames.feed(raw):
+            try:
+                section = self._decode(frame)
+                self._check(section)
+            except DamagedError:
+                raise
+            except (CowshedError, struct.error, ValueError, TypeError, OverflowError) as error:
+                self._frames.refuse(f"section {frame.kind.name}: {error}")
+            sections.append(section)
+        return sections
+
+    def end(self) -> None:
+        """The bytes end here; DamagedError if they should not."""
+        if not self.ended:
+            self._frames.end()
+
+    def _decode(self, frame: Frame) -> Section:
+        payload, kind = frame.payload, frame.kind
+        if kind is FrameKind.WORKING_SET:
+            image, nr = _WHOSE.unpack_from(payload)
+            if len(payload) != _WHOSE.size + 4 * nr:
+                raise ValueError(f"{len(payload)} bytes for {nr} extents")
+            return WorkingSetSection(image, tuple(array("I", payload[_WHOSE.size :])))
+        if kind in (FrameKind.PAGES, FrameKind.DROPPED):
+            guest, nr = _WHOSE.unpack_from(payload)
+            start = _WHOSE.size + nr * _RUN.size
+            if start > len(payload):
+                raise ValueError(f"{len(payload)} bytes for {nr} runs")
+            runs = tuple(_RUN.iter_unpack(payload[_WHOSE.size : start]))
+            if kind is FrameKind.PAGES:
+                return Pages(guest, runs, payload[start:])
+            if start != len(payload):
+                raise ValueError("bytes are left over")
+            return Dropped(guest, runs)
+        body = parse_body(payload)
+        if kind is FrameKind.WORD:
+            return Word(body)
+        if kind is FrameKind.END:
+            nr_frames, sha256 = take_number(body, "nr_frames"), take_text(body, "sha256")
+            if (nr_frames, sha256) != (frame.number, self._frames.digest()):
+                raise ValueError("the digest of all before it is another")
+            return End(nr_frames, sha256)
+        return _decode_body(kind, body)
+
+    def _check(self, section: Section) -> None:
+        """Whether a section fits those before; and take it in."""
+        if isinstance(section, Word):
+            if not self._words:
+                raise ValueError("it is for two backends, not for a file")
+            return
+        if self.ended or (self.header is None) != isinstance(section, Header):
+            raise ValueError("it is out of place")
+        if isinstance(section, Header):
+            self.header = section
+        elif isinstance(section, ImageSection | GuestSection):
+            if self._in_state or (isinstance(section, ImageSection) and self.guests):
+                raise ValueError("it is out of place")
+            if isinstance(section, ImageSection):
+                self.images.append(section)
+            else:
+                self._of(self.images, section.image, "image")
+                self.guests.append(section)
+            if len(self.images) > _MAX_IMAGES or len(self.guests) > _MAX_GUESTS:
+                raise ValueError("there are too many")
+        else:
+            self._in_state = True
+            self._check_state(section)
+
+    def _check_state(self, section: WorkingSetSection | Pages | Dropped | Totals | End) -> None:
+        if isinstance(section, End):
+            if len(self.totals) != len(self.guests):
+                raise ValueError(f"{len(self.totals)} totals for {len(self.guests)} guests")
+            self.ended = True
+        elif isinstance(section, WorkingSetSection):
+            image = self._of(self.images, section.image, "image")
+            nr_extents = -(-image.size_bytes // image.extent_bytes)
+            if max(section.extents, default=0) >= nr_extents:
+                raise ValueError(f"an extent is outside of the image's {nr_extents}")
+        else:
+            guest = self._of(self.guests, section.guest, "guest")
+            if section.guest in self.totals:
+                raise ValueError("the guest's totals were there already")
+            if isinstance(section, Totals):
+                self.totals[section.guest] = section
+                return
+            nr_pages = -(-self.images[guest.image].size_bytes // PAGE_BYTES)
+            end = total = 0
+            for first, nr in section.runs:
+                if first < end or nr == 0 or first + nr > nr_pages:
+                    raise ValueError(f"{nr} pages from {first} are out of order or of the image")
+                end, total = first + nr, total + nr
+            if isinstance(section, Pages) and len(section.content) != total * PAGE_BYTES:
+                raise ValueError(f"{len(section.content)} bytes for {total} pages")
+
+    @staticmethod
+    def _of(things: list[Any], number: int, what: str) -> Any:
+        if number >= len(things):
+            raise ValueError(f"there is no {what} {number}")
+        return things[number]
+
+
+def _decode_body(kind: FrameKind, body: dict[str, Any]) -> Section:
+    if kind is FrameKind.HEADER:
+        return Header(
+            take_text(body, "handoff", max_length=64),
+            (body.get("backend") and take_text(body, "backend")) or "",
+            take_number(body, "created", default=0),
+        )
+    if kind is FrameKind.IMAGE:
+        extent_bytes = take_number(body, "extent_bytes", 4096, 2 << 20)
+        return ImageSection(
+            take_text(body, "name"),
+            take_text(body, "domain"),
+            take_number(body, "size_bytes", 1, 1 << 56),
+            extent_bytes,
+            take_text(body, "digest", max_length=256),
+            take_text(body, "source", max_length=4096, default="?"),
+        )
+    if kind is FrameKind.TOTALS:
+        return Totals(
+            take_number(body, "guest"), take_number(body, "private_pages"), _counters(body)
+        )
+    policy = take_text(body, "policy")
+    if policy not in _POLICIES:
+        raise ValueError(f"policy {policy!r} is not known")
+    return GuestSection(
+        name=take_text(body, "name", max_length=64),
+        image=take_number(body, "image"),
+        uid=take_number(body, "uid", minimum=-1, maximum=(1 << 32) - 1),
+        quota_bytes=take_optional_number(body, "quota_bytes", minimum=PAGE_BYTES),
+        policy=policy,
+        token=take_text(body, "token", max_length=64),
+        owner=take_text(body, "owner"),
+        transport=take_text(body, "transport", max_length=32),
+        counters=_counters(body),
+    )
+
+
+def _counters(body: dict[str, Any]) -> dict[str, int]:
+    counters = body.get("counters") or {}
+    if not isinstance(counters, dict) or len(counters) > 256:
+        raise ValueError("its counters are no table of numbers")
+    return {name: take_number(counters, name) for name in counters}
+
+
+assert MAX_PAGES * (PAGE_BYTES + _RUN.size) + _WHOSE.size <= MAX_RAW_BYTES
