@@ -2,7 +2,7 @@
 /*
  * An image: its frames (one memfd, page offset = image offset) and what is known of each extent.
  *
- * Nobody maps the frames here.  Loaders write them with pwrite, guests map them through a read-only
+ * Nobody maps the frames for writing.  Loaders write them with pwrite, guests map them through a read-only
  * descriptor, and an extent counts as resident only when its state says so: the memfd may hold stray
  * zero pages that a reader of an unguarded mapping caused.
  *

@@ -94,13 +94,10 @@ class Client:
             assert offset == self._lengths[cookie][1]
         else:
             flags, kind, cookie, length = struct.unpack(">HHQI", self._exactly(16))
-        reply, data_so_far = self._half.setdefault(
-            cookie,
-            (
-                Reply(cookie),
-                bytearray(self._lengths[cookie][2] if self._lengths[cookie][0] == READ else 0),
-            ),
-        )
+        if cookie not in self._half:
+            wanted, _, read_length = self._lengths[cookie]
+            self._half[cookie] = Reply(cookie), bytearray(read_length if wanted == READ else 0)
+        reply, data_so_far = self._half[cookie]
         reply.nr_chunks += 1
         self._chunk(reply, data_so_far, kind, self._exactly(length))
         if not flags & 1:

@@ -24,7 +24,7 @@ def idle(nbd: NbdStage) -> bool:
 
 @pytest.mark.parametrize("terms", list(TERMS))
 def test_a_slow_reader_holds_nothing_and_gets_every_byte(make_stage: MakeStage, terms: str) -> None:
-    nbd = NbdStage(make_stage(nr_pages=2048))
+    nbd = NbdStage(make_stage(nr_pages=1024))
     try:
         nbd.stage.load()
         client = nbd.client(nbd.export(), terms)
