@@ -5,10 +5,6 @@
  * All threads wait on one epoll descriptor. A connection is in it with EPOLLONESHOT, and found by its number, never
  * by a pointer: an event may be read after the connection has ended.  A piece that is done, and a turn that has more to
  * do than is fair, put their connection in the ready queue, whose eventfd is in the same epoll.
- *
- * A thread that finds nothing more to do spins on the socket for a moment before it sleeps, as long as that pays: a
- * client on this machine that waits for an answer asks the next thing within microseconds, and waking an idle CPU
- * takes many. One thread spins at a time.
  */
 #define _GNU_SOURCE
 #include "transport/core/nbd_state.h"

@@ -168,7 +168,7 @@ struct nbd_server {
 	uint32_t nr_slots, nr_connections, next_generation;
 	struct nbd_frames *frames;
 	uint32_t nr_exports;
-	struct nbd_ended *ended; /* ring would do; a list that is taken as a whole */
+	struct nbd_ended *ended; /* in order; room for every connection there is */
 	uint64_t nr_ended, ended_room;
 	int epoll_fd, ready_fd, event_fd;
 	_Atomic bool stop;
@@ -178,7 +178,6 @@ struct nbd_server {
 
 	struct nbd_turn *turns;
 	uint32_t nr_workers;
-	_Atomic uint32_t spinning;
 };
 
 /* nbd_server.c */

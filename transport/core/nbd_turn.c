@@ -15,7 +15,6 @@
 #include <time.h>
 
 #define ROUNDS_MAX 64
-#define SPIN_NS 30000u
 
 static uint64_t clock_ns(void)
 {
