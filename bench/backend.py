@@ -29,7 +29,7 @@ class Served:
 
     def __init__(self, images: dict[str, Path], capacity_bytes: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="cowshed-bench-")
-        run_dir = Path(self._folder.name)
+        run_dir = self.run_dir = Path(self._folder.name)
         self.uri = f"unix://{run_dir}/cowshed.sock"
         self._log_path = run_dir / "log"
         command = [sys.executable, "-m", "cowshed.service.cli", "serve"]

@@ -27,6 +27,7 @@ from backend import BenchError, Served, WorkerProcess
 from case_cold import cold
 from case_fault import fault
 from case_memory import memory
+from case_nbd import nbd
 from case_resident import first_write, resident
 from case_scrape import scrape
 from cases import Bench, CaseResult
@@ -42,6 +43,7 @@ CASES: dict[str, Callable[[Bench], CaseResult]] = {
     "cold": cold,
     "memory": memory,
     "scrape": scrape,
+    "nbd": nbd,
 }
 MIB = 1 << 20
 

@@ -91,7 +91,8 @@ class NbdSession:
         """Let go of the client and of the socket, whatever the handshake has come to."""
         self._forget()
         self.sock.close()
-        if self.relay is not None:
+        # Once TLS is on, closing the plain end is enough: what was said last still goes out.
+        if self.relay is not None and not self._handshake.secure:
             self.relay.stop()
 
     def _watch(self, events: int) -> None:
