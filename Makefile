@@ -22,9 +22,11 @@ C_CHECK := gcc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -I. -c -o /dev/null
 SANITIZE := thread address
 SANITIZE_TESTS := $(wildcard tests/cache tests/faults tests/stress)
 
+FUZZ_SECONDS := 60
+
 export PYTHON
 
-.PHONY: help setup demo test check dashboards format bench sanitize wheel clean links
+.PHONY: help setup demo test check dashboards format bench fuzz sanitize wheel clean links
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -78,6 +80,10 @@ format: setup ## lay out the Python code
 
 bench: setup ## measurements, with how to repeat them
 	@$(BIN)/python bench/run.py
+
+fuzz: setup ## a coverage-guided fuzzer over all that reads a peer's bytes; FUZZ_SECONDS=60 for each target
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) -e '.[fuzz]'
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest -q --timeout=0 tests/fuzz
 
 sanitize: setup ## the tests that race, on a core built with each sanitizer of SANITIZE
 	@set -e; for sanitizer in $(SANITIZE); do \
