@@ -14,6 +14,7 @@ from typing import Final
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import Image
 from cowshed.service.access import Access
+from cowshed.service.bequests import Bequests
 from cowshed.service.config import Config, socket_path
 from cowshed.service.control import Control
 from cowshed.service.digests import DigestThread
@@ -37,6 +38,7 @@ from cowshed.service.overlay_files import OverlayFiles
 from cowshed.service.overlays import OverlayTable
 from cowshed.service.remains import Remains
 from cowshed.service.run_lock import run_dir_locked
+from cowshed.service.sessions import Session
 from cowshed.service.sizes import format_bytes
 from cowshed.service.status import StatusReader
 from cowshed.service.tallies import Tallies
@@ -98,6 +100,8 @@ class Daemon:
         self.uffd_device: Final = _lend_device(stack)
         store = self._store = stack.enter_context(open_store(config, self._fd_store, remains))
         self.guests: Final = GuestTable()
+        self.bequests: Final = Bequests(self._fd_store)
+        heirs = self.bequests.adopt(remains, store, self.guests)
         core = NbdServer(min(os.cpu_count() or 1, _MAX_NBD_THREADS))
         stack.callback(core.close)
         overlays = self._overlays = _keep_overlays(config, core, self.guests, door, stack)
@@ -127,6 +131,8 @@ class Daemon:
         stack.callback(watch.close)
         self._is_supervised = self._fd_store.kept and not watch.pid
         self._guest_door = GuestDoor(listener, door, self, self._tallies, self._loop)
+        for heir in heirs:
+            self._guest_door.adopt(Session.of_heir(heir, self))
         stack.callback(self._guest_door.close)
         self._image_sockets = ImageSockets(
             list(store), door, self, self._tallies, self._loop, evictor.max_pinned_extents

@@ -16,8 +16,9 @@ from typing import Final
 
 __all__ = ["Door", "raise_file_limit"]
 
-# A guest takes socket, userfaultfd, two of /proc, pidfd, eventfd, ledger and purse; one to spare.
-_FDS_PER_GUEST: Final = 9
+# A guest takes socket, userfaultfd, two of /proc, pidfd, eventfd, ledger, purse and record; and one
+# to spare.
+_FDS_PER_GUEST: Final = 10
 _FDS_OF_OURS: Final = 128
 # Places that only operators get.
 _RESERVED: Final = 16

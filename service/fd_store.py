@@ -64,13 +64,12 @@ class FdStore:
     def __init__(self, address: str | None, held: Groups | None = None) -> None:
         self.groups: Final[Groups] = {name: list(fds) for name, fds in (held or {}).items()}
         self._address = None if address is None else _socket_address(address)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        # A supervisor that reads nothing must not hold us up for ever.
-        self._socket.settimeout(_SEND_SECONDS)
+        self._socket = None if address is None else _new_socket()
 
     def close(self) -> None:
         """Stop speaking to the supervisor; it goes on holding what it holds."""
-        self._socket.close()
+        if self._socket is not None:
+            self._socket.close()
 
     @property
     def kept(self) -> bool:
@@ -80,6 +79,7 @@ class FdStore:
     def move(self, address: str) -> None:
         """From now on another supervisor holds: tell it all that the last one was told."""
         self._address = _socket_address(address)
+        self._socket = self._socket or _new_socket()
         for name, fds in self.groups.items():
             self._send({"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}, fds)
 
@@ -105,10 +105,17 @@ class FdStore:
         self._send(fields)
 
     def _send(self, fields: Mapping[str, str], fds: Sequence[int] = ()) -> None:
-        if self._address is None:
+        if self._socket is None or self._address is None:
             return
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _int_array(fds))] if fds else []
         self._socket.sendmsg([Notice(fields).encode()], rights, 0, self._address)
+
+
+def _new_socket() -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    # A supervisor that reads nothing must not hold us up for ever.
+    sock.settimeout(_SEND_SECONDS)
+    return sock
 
 
 def _int_array(fds: Sequence[int]) -> bytes:

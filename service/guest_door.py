@@ -65,6 +65,14 @@ class GuestDoor:
                 self._say_dropped(session, "broken", why)
                 self._end(fd)
 
+    def adopt(self, session: Session) -> None:
+        """Go on with a conversation that our predecessor had."""
+        self._door.enter(session.connection.peer.uid)
+        fd = session.connection.fileno()
+        self._sessions[fd] = session
+        self._loop.watch(fd, READ, self._on_session)
+        self._watch_death(session)
+
     def _on_connect(self, *_: int) -> None:
         connection = self._listener.accept()
         if connection is None:

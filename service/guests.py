@@ -28,6 +28,7 @@ from cowshed.accounting import (
     add_statuses,
 )
 from cowshed.cache import Image, UsageError
+from cowshed.cache.images import PAGE_BYTES
 from cowshed.faults import FaultHandler, Orders, SupplyHandler, SupplyTerms
 from cowshed.service.names import find_for_operator
 
@@ -72,12 +73,10 @@ class Guest:
     Changed by the table alone. nr_holders counts the connections that hold the name.
     """
 
-    def __init__(self, terms: Terms, owner: Peer) -> None:
-        quota_bytes = NO_QUOTA_BYTES if terms.quota_bytes is None else terms.quota_bytes
+    def __init__(self, terms: Terms, owner: Peer, purse: Purse) -> None:
         self.terms: Final = terms
         self.owner: Final = owner
-        self.purse: Final = Purse(quota_bytes, terms.policy)
-        self.quota_bytes = terms.quota_bytes
+        self.purse: Final = purse
         self.mappings: list[Mapping] = []
         self.nr_holders = 1
 
@@ -112,6 +111,12 @@ class Guest:
         return self.mappings[0].transport if self.mappings else "unix"
 
     @property
+    def quota_bytes(self) -> int | None:
+        """What its private pages may take, None if there is no quota."""
+        quota_bytes = self.purse.status().quota_pages * PAGE_BYTES
+        return None if quota_bytes >= NO_QUOTA_BYTES else quota_bytes
+
+    @property
     def is_attached(self) -> bool:
         """Whether it uses the image, and does not just hold a name."""
         return bool(self.mappings)
@@ -131,7 +136,6 @@ class Guest:
         self.purse.set_quota(
             NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, self.terms.policy
         )
-        self.quota_bytes = quota_bytes
         self.resume()
 
     def resume(self) -> None:
@@ -233,7 +237,9 @@ class GuestTable:
             guest = self._guests.get(terms.key)
             if guest is None:
                 self.check_free(terms)
-                guest = self._guests[terms.key] = Guest(terms, peer)
+                quota_bytes = NO_QUOTA_BYTES if terms.quota_bytes is None else terms.quota_bytes
+                guest = Guest(terms, peer, Purse(quota_bytes, terms.policy))
+                self._guests[terms.key] = guest
                 return guest
             if not guest.admits(terms, peer):
                 by = f" by uid {guest.uid}, process {guest.pid}" if peer.uid == 0 else ""
@@ -241,6 +247,21 @@ class GuestTable:
                     f"guest name {terms.name!r} is taken{by}; choose another, or detach that guest"
                 )
             guest.nr_holders += 1
+            return guest
+
+    def adopt(self, terms: Terms, peer: Peer, purse_fd: int) -> Guest:
+        """Have a guest again that a connection held before our time; release() it once.
+
+        Takes the memfd of its purse over, which the guest's other connections may have brought too.
+        """
+        with self.lock:
+            guest = self._guests.get(terms.key)
+            if guest is not None:
+                os.close(purse_fd)
+                guest.nr_holders += 1
+                return guest
+            guest = Guest(terms, peer, Purse.adopt(purse_fd))
+            self._guests[terms.key] = guest
             return guest
 
     def release(self, guest: Guest) -> None:
@@ -301,6 +322,36 @@ class GuestTable:
         with self.lock:
             guest.mappings.append(mapping)
             guest.image.note_attach()
+        return mapping
+
+    def attach_again(
+        self,
+        guest: Guest,
+        orders: Orders,
+        peer: Peer,
+        ledger_fd: int,
+        fds: list[int],
+        transport: str = "unix",
+    ) -> Mapping:
+        """Answer a mapping that another process answered; whoever waits there asks again.
+
+        Takes ledger_fd over, fds on success only. Raises InvariantError if it is no account, or one
+        that was closed.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                account = Account(guest.image, guest.purse, ledger_fd)
+            except BaseException:
+                os.close(ledger_fd)
+                raise
+            stack.callback(account.close)
+            account.place(fds[0], fds[1], account.regions())
+            handler = FaultHandler(account.cdata, fds[0], peer.pidfd, orders)
+            stack.pop_all()
+        handler.resume()
+        mapping = Mapping(guest, peer, transport, account, handler, fds)
+        with self.lock:
+            guest.mappings.append(mapping)
         return mapping
 
     def detach(self, mapping: Mapping) -> None:

@@ -29,6 +29,7 @@ from cowshed.cache import (
     UsageError,
 )
 from cowshed.faults import Orders, uffd_features
+from cowshed.service.bequests import Bequests, Heir
 from cowshed.service.config import Config, check_quota
 from cowshed.service.control import Control
 from cowshed.service.domains import Identity, is_operator
@@ -102,6 +103,10 @@ class SessionHost(Protocol):
         """Who is attached."""
 
     @property
+    def bequests(self) -> Bequests:
+        """What is to outlive us."""
+
+    @property
     def uffd_device(self) -> int | None:
         """An open /dev/userfaultfd to lend, or None."""
 
@@ -128,6 +133,18 @@ class Session:
         self._host = host
         self._state = State.NEW
         self._opened: tuple[Guest, Terms] | None = None
+        self._held_as = ""
+
+    @classmethod
+    def of_heir(cls, heir: Heir, host: SessionHost) -> Session:
+        """Go on with the conversation of a mapping that was adopted."""
+        session = cls(heir.connection, host)
+        session.mapping = heir.mapping
+        session.deadline = None
+        session._state = State.ATTACHED
+        session._opened = heir.mapping.guest, heir.terms
+        session._held_as = heir.group
+        return session
 
     @property
     def closing(self) -> bool:
@@ -289,6 +306,7 @@ class Session:
             inherited=inherited,
         )
         message.fds.clear()
+        self._held_as = self._host.bequests.hold(self.mapping, self.connection, terms)
         _log.info("attached", guest=terms.name, image=terms.image.label, pid=peer.pid, uid=peer.uid)
         self._reply(message.tag, {"ok": True, "guest": terms.name})
 
@@ -300,6 +318,7 @@ class Session:
         mapping, self.mapping = self.mapping, None
         if mapping is not None:
             self._host.guests.detach(mapping)
+            self._host.bequests.release(self._held_as)
             _log.info(
                 "detached",
                 guest=mapping.name,

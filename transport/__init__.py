@@ -5,7 +5,7 @@ from cowshed.transport.client import Backend, ByteDisk, Disk, connect
 from cowshed.transport.connection import EOF, Connection, Peer, Received
 from cowshed.transport.page_refs import PageRef, Resolver
 from cowshed.transport.schemes import AnyListener, listen
-from cowshed.transport.unix import Listener, adopt_listener
+from cowshed.transport.unix import Listener, adopt_connection, adopt_listener
 
 __all__ = [
     "EOF",
@@ -19,6 +19,7 @@ __all__ = [
     "Peer",
     "Received",
     "Resolver",
+    "adopt_connection",
     "adopt_listener",
     "connect",
     "listen",

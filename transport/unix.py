@@ -21,6 +21,7 @@ __all__ = [
     "Listener",
     "Peer",
     "Received",
+    "adopt_connection",
     "adopt_listener",
     "connect",
     "listen",
@@ -149,6 +150,11 @@ def listen(uri: str, mode: int = 0o666, backlog: int = 128) -> Listener:
         sock.close()
         raise UsageError(f"cannot listen at {uri}: {error.strerror}") from error
     return Listener(sock, path)
+
+
+def adopt_connection(fd: int) -> Connection:
+    """Go on with a backend's end of a connection that another process, now gone, had; takes fd."""
+    return Connection(socket.socket(fileno=fd), MAX_REQUEST_BYTES, MAX_REPLY_BYTES)
 
 
 def adopt_listener(uri: str, fd: int) -> Listener:

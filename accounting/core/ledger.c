@@ -182,6 +182,7 @@ int account_close(struct account *account)
 	for (uint64_t e = 0; (e = bits_next(account->granted, e, nr_extents)) < nr_extents; e++)
 		account_revoke(account, e);
 	account_add_past(account);
+	account->header->magic = 0; /* should we die now: what it counted is not to be counted again */
 	purse_give(account->purse, account->header->private_pages);
 	uint64_t nr_poisoned = bits_count(account->poisoned, 0, image->shape.nr_pages);
 	atomic_fetch_sub(&image->nr_poisoned, nr_poisoned);
