@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from domains import NOBODY, Daemon, MakeImage, StartDaemon, StartGuest, until
-from machines import MIB, PAGE, new_machine, restore, socket_of, status_of
 from siege import still_serves
+from supplied import MIB, PAGE, new_machine, restore, socket_of, status_of
 
 SIZE = 8 * MIB
 SIZES = [3 * MIB, 5 * MIB]

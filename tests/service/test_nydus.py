@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from domains import Daemon, MakeImage, StartDaemon, StartGuest, until
-from machines import MIB, PAGE, new_machine, status_of
+from supplied import MIB, PAGE, new_machine, status_of
 
 SIZE = 8 * MIB
 HUGE = 2 * MIB
