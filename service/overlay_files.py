@@ -117,6 +117,16 @@ class OverlayFiles:
                 f"it: serve the one it was made of, or remove {self._folder}/{record.stem}.*"
             )
 
+    def check_free(self, record: OverlayRecord) -> None:
+        """Raise UsageError if files of that name are there: unusable ones, or they were open."""
+        for suffix in _SUFFIXES:
+            if self._path(record.stem, suffix).exists():
+                raise UsageError(
+                    f"files of an earlier overlay {record.label!r} are there, and not usable "
+                    "when the daemon began: see its log, and move "
+                    f"{self._folder}/{record.stem}.* away"
+                )
+
     def open(self, record: OverlayRecord, account: Account) -> Overlay:
         """Open an overlay's files, made if they are not there. Raises SourceError, UsageError."""
         told = json.dumps({"image": record.image, **_source_of(account.image)}, sort_keys=True)

@@ -288,6 +288,7 @@ class OverlayTable:
                 overlay = Overlay(account)
             else:
                 if claim is not None:
+                    self._files.check_free(record)
                     self._files.write(record, image)
                     undo.callback(self._files.remove, image.label, record.guest)
                 overlay = self._files.open(record, account)

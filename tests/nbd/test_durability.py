@@ -76,7 +76,10 @@ def test_an_overlay_of_a_source_that_changed_is_not_used(
         image.write(b"changed")
     again = Site(start_daemon("--image", f"d={site.path}", *arguments), site.path)
     assert "changed since overlay 'd@g' was made" in again.daemon.log()
+    names = sorted(path.name for path in (tmp_path / "overlays").iterdir())
     run("nbdinfo", again.uri("d@g"), status=1)
+    assert sorted(path.name for path in (tmp_path / "overlays").iterdir()) == names
+    assert len(names) == 4
     assert "True" in again.nbdsh("print(h.pread(7, 0) == b'changed')")
 
 
