@@ -26,10 +26,10 @@ FUZZ_SECONDS := 60
 
 export PYTHON
 
-.PHONY: help setup demo test check dashboards format bench fuzz sanitize wheel clean links
+.PHONY: help setup demo demo-vm test check dashboards format bench fuzz sanitize wheel clean links
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup: $(VENV)/.installed $(CORE) $(PRELOAD) ## everything into .venv, and the C core built; does nothing twice
 
@@ -49,6 +49,9 @@ $(CORE) $(PRELOAD) &: $(C_SOURCES) $(C_HEADERS) $(C_LIST) cache/core_build.py | 
 
 demo: setup ## a short tour on real images
 	@$(BIN)/python bench/demo.py
+
+demo-vm: setup ## three machines boot from one disk in memory
+	@$(BIN)/python bench/demo_vm.py
 
 test: setup ## every test
 	@$(BIN)/pytest -q --durations=10 $(TESTS)

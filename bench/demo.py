@@ -11,29 +11,27 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
-import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import click
+from demo_command import fail, ignore_signals, one_line_failures, size_option, stop_on_signals
 from demo_crowd import Backend, Crowd
 from demo_folders import open_to_all, roomy, temporary_folder
 from demo_image import MadeImage, make_image
 from demo_report import Measured, pss_bytes, report, resident_frames_bytes
-from demo_stage import DemoError, Stage
+from demo_stage import Stage
 from rich.console import Console
 
-from cowshed.cache.errors import CowshedError, UsageError
-from cowshed.service.sizes import format_bytes, parse_size
+from cowshed.service.sizes import format_bytes
 from cowshed.transport import connect
 
 _WRITE_BYTES: Final = 8 << 20
 _MIN_IMAGE_BYTES: Final = 8 << 20
 _NOBODY: Final = 65534
 _NR_STEPS: Final = 9
-_STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Demo:
@@ -61,7 +59,7 @@ class Demo:
             try:
                 measured = self._show(stack)
             finally:
-                _ignore_signals()
+                ignore_signals()
         self._stage.say()
         self._stage.console.print(report(measured))
         self._stage.say()
@@ -223,45 +221,32 @@ def _nobody() -> tuple[str, int]:
         return str(_NOBODY), _NOBODY
 
 
-def _size(_ctx: click.Context, param: click.Parameter, text: str) -> int:
-    try:
-        return parse_size(text, f"--{param.name}")
-    except UsageError as error:
-        raise click.BadParameter(str(error)) from error
-
-
-def _stop(number: int, _frame: object) -> NoReturn:
-    """End because of a signal; further ones must not disturb the cleaning up."""
-    _ignore_signals()
-    raise SystemExit(128 + number)
-
-
-def _ignore_signals() -> None:
-    for number in _STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.option("--guests", type=click.IntRange(1, 200), default=16, show_default=True)
-@click.option("--size", callback=_size, default="256M", show_default=True, help="Of the image.")
 @click.option(
-    "--capacity", callback=_size, default="96M", show_default=True, help="Memory for shared pages."
+    "--size", callback=size_option, default="256M", show_default=True, help="Of the image."
+)
+@click.option(
+    "--capacity",
+    callback=size_option,
+    default="96M",
+    show_default=True,
+    help="Memory for shared pages.",
 )
 @click.option("--seed", default=1, show_default=True, help="For orders, places and contents.")
 def main(guests: int, size: int, capacity: int, seed: int) -> None:
     """Show many guests that share one copy of an image, write to it, and see no wrong byte."""
     console = Console(highlight=False)
     if os.geteuid() != 0:
-        _fail(
+        fail(
             "needs root: without it guests cannot be processes of another user than the backend's, "
             "so it could not show that users are kept apart; try: sudo make demo"
         )
     if size % 4096 or size < _MIN_IMAGE_BYTES:
-        _fail(
+        fail(
             f"--size of {size} bytes: give whole 4K pages, {format_bytes(_MIN_IMAGE_BYTES)} or more"
         )
-    for number in _STOP_SIGNALS:
-        signal.signal(number, _stop)
+    stop_on_signals()
     started = time.monotonic()
     stage = Stage(console, _NR_STEPS)
     stage.say(
@@ -270,26 +255,14 @@ def main(guests: int, size: int, capacity: int, seed: int) -> None:
         "The backend loads a page once, and maps it into every guest that touches it. It\n"
         "takes pages back when it needs room. A guest that writes to a page gets a copy.\n"
     )
-    try:
+    with one_line_failures():
         measured, problems = Demo(stage, guests, size, capacity, seed).run()
-    except (DemoError, CowshedError, OSError) as error:
-        _fail(error)
-    except SystemExit as stop:
-        if stop.code in {128 + number for number in _STOP_SIGNALS}:
-            click.echo("demo: interrupted; what it made is removed", err=True)
-        raise
     for problem in problems:
         stage.say(f"NOT RIGHT: {problem}")
     wrong = f"wrong bytes: {measured.wrong_bytes}"
     verdict = "Something is not right" if problems else "All is right"
     stage.say(f"{verdict}: {wrong}. It took {time.monotonic() - started:.0f} s; seed {seed}.")
     sys.exit(1 if problems else 0)
-
-
-def _fail(why: object, status: int = 1) -> NoReturn:
-    """Say why in one line on stderr and end."""
-    click.echo(f"demo: {why}", err=True)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Final
 
 from demo_stage import DemoError
 
-__all__ = ["MadeImage", "make_image"]
+__all__ = ["MadeImage", "fill_tree", "make_image"]
 
 _ROOTS: Final = ("/usr/bin", "/usr/lib", "/usr/share", "/usr/local", "/opt")
 _MIN_FILE_BYTES: Final = 8 << 10
@@ -54,7 +54,7 @@ def make_image(
     # Closed to others: a link to a program must not outlive an update of it within their reach.
     tree.mkdir(mode=0o700)
     try:
-        nr_files, content_bytes = _fill(tree, size_bytes, on_progress)
+        nr_files, content_bytes = fill_tree(tree, size_bytes, on_progress)
         path = folder / "demo.ext4"
         with path.open("wb") as file:
             file.truncate(size_bytes)
@@ -76,7 +76,7 @@ def make_image(
     return MadeImage(path, size_bytes, nr_files, content_bytes)
 
 
-def _fill(tree: Path, size_bytes: int, on_progress: Callable[[int], None]) -> tuple[int, int]:
+def fill_tree(tree: Path, size_bytes: int, on_progress: Callable[[int], None]) -> tuple[int, int]:
     """Put files into the tree until the image would be full; how many, and their bytes."""
     wanted_bytes = int(size_bytes * (1 - _OVERHEAD_SHARE))
     taken_bytes = nr_files = 0

@@ -30,6 +30,7 @@ from case_memory import memory
 from case_nbd import nbd
 from case_resident import first_write, resident
 from case_scrape import scrape
+from case_vm import vm
 from cases import Bench, CaseResult
 from machine import LoadWatch, describe
 from native import ROOT, load
@@ -44,6 +45,7 @@ CASES: dict[str, Callable[[Bench], CaseResult]] = {
     "memory": memory,
     "scrape": scrape,
     "nbd": nbd,
+    "vm": vm,
 }
 MIB = 1 << 20
 

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a demo is started and how it ends: sizes as options, signals, and one line for a failure."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Final, NoReturn
+
+import click
+from demo_stage import DemoError
+
+from cowshed.cache.errors import CowshedError, UsageError
+from cowshed.service.sizes import parse_size
+
+__all__ = ["fail", "ignore_signals", "one_line_failures", "size_option", "stop_on_signals"]
+
+_STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def size_option(_ctx: click.Context, param: click.Parameter, text: str) -> int:
+    """Read an option's size, such as 64M, for click."""
+    try:
+        return parse_size(text, f"--{param.name}")
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def stop_on_signals() -> None:
+    """From now on a signal to stop ends the demo as an exception would, so that it cleans up."""
+    for number in _STOP_SIGNALS:
+        signal.signal(number, _stop)
+
+
+def ignore_signals() -> None:
+    """Let no signal disturb the cleaning up."""
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def one_line_failures() -> Iterator[None]:
+    """Say in one line on stderr why the block failed, or that it was interrupted, and end."""
+    try:
+        yield
+    except (DemoError, CowshedError, OSError) as error:
+        fail(error)
+    except SystemExit as stop:
+        if stop.code in {128 + number for number in _STOP_SIGNALS}:
+            click.echo("demo: interrupted; what it made is removed", err=True)
+        raise
+
+
+def fail(why: object, status: int = 1) -> NoReturn:
+    """Say why in one line on stderr and end."""
+    click.echo(f"demo: {why}", err=True)
+    sys.exit(status)
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    ignore_signals()
+    raise SystemExit(128 + number)
