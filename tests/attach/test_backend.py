@@ -125,6 +125,27 @@ print(os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGBUS)
     assert all(line.startswith("cowshed: attach: ") for line in lines)
 
 
+def test_a_program_interrupted_while_it_asks_maps_nevertheless(
+    attached: Attached, start_reader: StartReader
+) -> None:
+    reader = start_reader()
+    proc = Path(f"/proc/{reader.pid}")
+    os.kill(attached.daemon.pid, signal.SIGSTOP)
+    try:
+        reader.start("map")
+        for _ in range(3):
+            until(lambda: "skb_wait" in (proc / "wchan").read_text())
+            # A receive with a time limit ends with EINTR after this, handler or not.
+            os.kill(reader.pid, signal.SIGSTOP)
+            until(lambda: "State:\tT" in (proc / "status").read_text())
+            os.kill(reader.pid, signal.SIGCONT)
+        until(lambda: "skb_wait" in (proc / "wchan").read_text())
+    finally:
+        os.kill(attached.daemon.pid, signal.SIGCONT)
+    reader.finish()
+    assert reader.call("check") == []
+
+
 def test_a_program_that_closes_all_descriptors_keeps_its_mapping(
     attached: Attached, start_reader: StartReader
 ) -> None:

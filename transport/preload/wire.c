@@ -38,6 +38,20 @@ static int set_timeout(int fd, time_t seconds)
 	return 0;
 }
 
+/*
+ * A socket with a time limit is not restarted after an interruption, and blocking signals does not prevent
+ * those: io_uring's work in a QEMU that uses it, and SIGCONT after a stop, give EINTR too (signal(7)).
+ */
+#define RETRIED(call)                                                                                        \
+	({                                                                                                   \
+		ssize_t retried_result;                                                                      \
+                                                                                                             \
+		do                                                                                           \
+			retried_result = (call);                                                             \
+		while (retried_result < 0 && errno == EINTR);                                                \
+		retried_result;                                                                              \
+	})
+
 static int send_request(int fd, const char *request, const int *fds, unsigned nr_fds)
 {
 	union {
@@ -60,7 +74,7 @@ static int send_request(int fd, const char *request, const int *fds, unsigned nr
 		control.header.cmsg_len = CMSG_LEN(nr_fds * sizeof(int));
 		memcpy(CMSG_DATA(&control.header), fds, nr_fds * sizeof(int));
 	}
-	if (sendmsg(fd, &message, MSG_NOSIGNAL) < 0)
+	if (RETRIED(sendmsg(fd, &message, MSG_NOSIGNAL)) < 0)
 		return errno == EAGAIN ? -ETIMEDOUT : -errno;
 	return 0;
 }
@@ -89,7 +103,7 @@ static int receive_reply(int fd, struct reply *reply)
 		.msg_iov = pieces, .msg_iovlen = 2,
 		.msg_control = control.room, .msg_controllen = sizeof(control.room),
 	};
-	ssize_t length = recvmsg(fd, &message, MSG_CMSG_CLOEXEC);
+	ssize_t length = RETRIED(recvmsg(fd, &message, MSG_CMSG_CLOEXEC));
 	size_t text_length;
 
 	if (length < 0)
@@ -173,7 +187,7 @@ int wire_connect(void)
 		return err;
 	}
 	err = set_timeout(fd, REPLY_SECONDS);
-	if (err == 0 && connect(fd, (const struct sockaddr *)&address, sizeof(address)) < 0)
+	if (err == 0 && RETRIED(connect(fd, (const struct sockaddr *)&address, sizeof(address))) < 0)
 		err = errno == EAGAIN ? -ETIMEDOUT : -errno;
 	if (err < 0) {
 		say_failure(err);
