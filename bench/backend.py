@@ -33,7 +33,7 @@ class Served:
         self.uri = f"unix://{run_dir}/cowshed.sock"
         self._log_path = run_dir / "log"
         command = [sys.executable, "-m", "cowshed.service.cli", "serve"]
-        command += ["--run-dir", str(run_dir), "--capacity", str(capacity_bytes)]
+        command += ["--no-keeper", "--run-dir", str(run_dir), "--capacity", str(capacity_bytes)]
         for name, path in images.items():
             command += ["--image", f"{name}={path}"]
         with self._log_path.open("wb") as log:
