@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -186,9 +187,11 @@ def count_own() -> dict[str, Any]:
     """This process's descriptors by what they are, threads by name, and mappings of ours."""
     descriptors: dict[str, int] = {}
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # closed meanwhile
             link = os.readlink(f"/proc/self/fd/{name}")
             kind = link.split(":")[0] + ":" if link.startswith(("socket:", "pipe:")) else link
+            if kind == "socket:" and _is_listening(int(name)):
+                kind = "listening"
             if not kind.startswith("/proc/"):
                 descriptors[kind] = descriptors.get(kind, 0) + 1
             elif "/fd" not in kind:
@@ -200,6 +203,15 @@ def count_own() -> dict[str, Any]:
             threads[name] = threads.get(name, 0) + 1
     mappings = Path("/proc/self/maps").read_text().count("memfd:cowshed")
     return {"descriptors": descriptors, "threads": threads, "mappings": mappings}
+
+
+def _is_listening(fd: int) -> bool:
+    """Whether it is a socket at which peers may come; OSError if it has just been closed."""
+    sock = socket.socket(fileno=fd)
+    try:
+        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    finally:
+        sock.detach()
 
 
 def _pool_tasks() -> set[str]:
