@@ -124,7 +124,7 @@ def test_a_machine_that_cannot_start_says_what_qemu_said(kit: Kit, tmp_path: Pat
         Machine(kit, drive(tmp_path / "nothing-here")).__enter__()
 
 
-def test_no_machine_is_left_when_whoever_started_it_is_killed(kit: Kit) -> None:
+def test_no_machine_is_left_when_whoever_started_it_is_killed(kit: Kit, tmp_path: Path) -> None:
     script = (
         "import sys; sys.path[:0] = sys.argv[1:]\n"
         "from machines import Machine, vm_kit\n"
@@ -135,6 +135,7 @@ def test_no_machine_is_left_when_whoever_started_it_is_killed(kit: Kit) -> None:
     )
     with subprocess.Popen(
         [sys.executable, "-c", script, str(Path(__file__).parent)],
+        env={**os.environ, "TMPDIR": str(tmp_path)},  # what it cannot remove any more
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as starter:
