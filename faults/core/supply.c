@@ -20,11 +20,6 @@
 #define ORDER_LOOKS 200
 #define AHEAD_MAX_PAGES 512 /* beyond what a stream was given at once: it is the guest's own memory that fills */
 
-uint64_t supply_address(const struct supply_region *region, uint64_t page)
-{
-	return region->address + ((page - region->first_page) << PAGE_SHIFT);
-}
-
 static uint64_t least(uint64_t a, uint64_t b)
 {
 	return a < b ? a : b;
@@ -44,105 +39,6 @@ static const struct supply_region *region_of(const struct supply *supply, uint64
 		if (page - supply->regions[i].first_page < supply->regions[i].nr_pages)
 			return &supply->regions[i];
 	return NULL;
-}
-
-bool supply_is_zero(const struct guest *guest, uint64_t page)
-{
-	return guest->supply->zero_discarded && bits_test(guest->account->discarded, page);
-}
-
-int frames_read(const struct image *image, uint64_t first, uint64_t nr, char *to)
-{
-	ssize_t length = (ssize_t)(nr << PAGE_SHIFT);
-
-	return pread(image->frames_fd, to, (size_t)length, (off_t)(first << PAGE_SHIFT)) == length ? 0 : -EFAULT;
-}
-
-int supply_poison(struct guest *guest, const struct supply_region *region, uint64_t page)
-{
-	struct account *account = guest->account;
-	uint64_t first = page - (page - region->first_page) % (region->page_bytes / PAGE_BYTES);
-	int err = uffd_poison_range(guest->uffd, supply_address(region, first), region->page_bytes);
-
-	if (!err && bits_set(account->poisoned, first)) {
-		atomic_fetch_add(&guest->image->nr_poisoned, 1);
-		count_add(COUNTER(account->header, poisoned_pages), 1);
-	}
-	return err;
-}
-
-void supply_refuse(struct guest *guest, const struct supply_region *region, uint64_t page)
-{
-	struct account *account = guest->account;
-	int err = -EPERM;
-
-	guest->wanted_pages = region->page_bytes / PAGE_BYTES;
-	if (purse_policy(account->purse) == QUOTA_KILL) {
-		pthread_mutex_lock(&account->write_lock);
-		err = supply_poison(guest, region, page);
-		pthread_mutex_unlock(&account->write_lock);
-	}
-	if (err < 0)
-		quota_refuse(guest);
-	else
-		count_add(COUNTER(account->header, write_refused), 1);
-}
-
-/* Under write_lock: up to nr pages, but all of a huge one. */
-static uint64_t take_pages(struct account *account, const struct supply_region *region, uint64_t nr)
-{
-	uint64_t nr_taken = quota_take(account, nr);
-
-	if (region->page_bytes > PAGE_BYTES && nr_taken < nr) {
-		purse_give(account->purse, nr_taken);
-		return 0;
-	}
-	return nr_taken;
-}
-
-int64_t supply_install(struct guest *guest, const struct supply_region *region, uint64_t first, uint64_t nr,
-                       const char *from)
-{
-	struct account *account = guest->account;
-	uint64_t done_bytes = 0, nr_charged;
-	int err = -EDQUOT;
-
-	pthread_mutex_lock(&account->write_lock);
-	while (!(nr_charged = take_pages(account, region, nr))) {
-		pthread_mutex_unlock(&account->write_lock);
-		if (!quota_settle_others(account))
-			return err;
-		pthread_mutex_lock(&account->write_lock);
-	}
-	for (uint64_t i = 0; i < nr_charged; i++)
-		account_charge(account, first + i);
-	point_reach(POINT_WRITE_CHARGED);
-	/* The last huge page of an image may reach past its end. */
-	uint64_t length = (nr_charged << PAGE_SHIFT) + region->page_bytes - 1;
-	length -= length % region->page_bytes;
-	err = uffd_supply(guest->uffd, supply_address(region, first), from, length, region->page_bytes, &done_bytes);
-	uint64_t nr_done = least(done_bytes >> PAGE_SHIFT, nr_charged);
-	for (uint64_t i = nr_done; i < nr_charged; i++) {
-		account_uncharge(account, first + i);
-		count_add(COUNTER(account->header, uncharged_pages), 1);
-	}
-	for (uint64_t page = first; (page = bits_next(account->poisoned, page, first + nr_done)) < first + nr_done; page++)
-		if (bits_clear(account->poisoned, page)) {
-			atomic_fetch_sub(&guest->image->nr_poisoned, 1);
-			count_add(COUNTER(account->header, repaired_pages), 1);
-		}
-	pthread_mutex_unlock(&account->write_lock);
-	count_add(COUNTER(account->header, mapped_pages), nr_done);
-	return nr_done ? (int64_t)nr_done : err;
-}
-
-/* The report is old, or a late zap took the page. */
-int supply_again(struct guest *guest, const struct supply_region *region, uint64_t first, const char *from)
-{
-	uint64_t done_bytes;
-
-	return uffd_supply(guest->uffd, supply_address(region, first), from, region->page_bytes, region->page_bytes,
-	                   &done_bytes);
 }
 
 /* Supplies those of [page, end) that are empty, from frames that the caller holds; 0, or -errno of what stopped it. */

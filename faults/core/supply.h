@@ -104,6 +104,7 @@ struct supply_miss {
 
 /* Asks the store for an extent on behalf of page: 0, or 1 if it is resident after all. */
 int supply_want(struct guest *guest, uint64_t extent, uint64_t page, uint64_t read_ns);
+/* supply_install.c. */
 uint64_t supply_address(const struct supply_region *region, uint64_t page);
 /* Charges up to nr pages from first, of which none is charged, and installs them: from, or zeros if that is NULL.  The
  * quota may cut nr short.  How many were, or -errno; -EDQUOT: none, for there is no room. */
