@@ -102,7 +102,7 @@ class Daemon:
         self.guests: Final = GuestTable()
         self.bequests: Final = Bequests(self._fd_store)
         heirs = self.bequests.adopt(remains, store, self.guests)
-        core = NbdServer(min(os.cpu_count() or 1, _MAX_NBD_THREADS))
+        core = NbdServer(min(2 * (os.cpu_count() or 1) + 1, _MAX_NBD_THREADS))
         stack.callback(core.close)
         overlays = self._overlays = _keep_overlays(config, core, self.guests, door, stack)
         overlays.adopt(list(store))

@@ -10,6 +10,7 @@
 #include "transport/core/nbd_state.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdlib.h>
@@ -18,12 +19,14 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #define SLOTS_MAX 65536u
 #define READY_EVENT UINT64_MAX
 #define STOP_EVENT (UINT64_MAX - 1)
 #define WORKER_STACK_BYTES (256u << 10)
+#define LINGER_US 2000 /* a thread waits with its connection (nbd_turn.c) */
 #define EVENTS_MAX 1 /* what a thread has taken, no other can serve */
 
 static struct nbd_connection *server_find(struct nbd_server *server, uint64_t connection_no)
@@ -397,11 +400,14 @@ static int slot_take(struct nbd_server *server, uint32_t *slot_out)
 
 static void socket_prepare(int fd)
 {
+	struct timeval linger = {.tv_usec = LINGER_US};
 	int one = 1, room = 4 << 20;
 
+	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK); /* to linger; all else asks for MSG_DONTWAIT */
 	/* Each only makes things faster, and fails on sockets of another kind. */
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 	setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
+	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &linger, sizeof linger);
 	if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &room, sizeof room) < 0)
 		setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
 }

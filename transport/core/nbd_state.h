@@ -165,7 +165,8 @@ struct nbd_server {
 	pthread_mutex_t lock;
 	pthread_cond_t idle; /* the last connection ended */
 	struct nbd_connection **slots;
-	uint32_t nr_slots, nr_connections, next_generation;
+	uint32_t nr_slots, next_generation;
+	_Atomic uint32_t nr_connections; /* changed under lock */
 	struct nbd_frames *frames;
 	uint32_t nr_exports;
 	struct nbd_ended *ended; /* in order; room for every connection there is */

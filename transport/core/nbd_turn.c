@@ -345,8 +345,9 @@ static void carry_in(struct nbd_turn *turn)
 	connection->nr_carry = 0;
 }
 
-/* Receives what there is: how many bytes, 0 for none now; the end and errors are noted. */
-static size_t receive(struct nbd_turn *turn)
+/* Receives what there is: how many bytes, 0 for none now; the end and errors are noted.  how: MSG_DONTWAIT, or 0 to
+ * wait LINGER_US at most. */
+static size_t receive(struct nbd_turn *turn, int how)
 {
 	struct nbd_connection *connection = turn->connection;
 
@@ -355,7 +356,7 @@ static size_t receive(struct nbd_turn *turn)
 		turn->in_end -= turn->in_at;
 		turn->in_at = 0;
 	}
-	ssize_t nr = recv(connection->fd, turn->in + turn->in_end, IN_BYTES - turn->in_end, MSG_DONTWAIT);
+	ssize_t nr = recv(connection->fd, turn->in + turn->in_end, IN_BYTES - turn->in_end, how);
 	if (nr > 0) {
 		turn->in_end += (size_t)nr;
 		turn->now_ns = clock_ns();
@@ -372,6 +373,23 @@ static size_t receive(struct nbd_turn *turn)
 		connection->reason = NBD_END_EOF;
 	}
 	return 0;
+}
+
+/*
+ * A client that was just answered mostly asks for more at once, so a thread stays with its connection for a moment
+ * before it goes the longer way through epoll.  Only while there are fewer connections than threads, and not while
+ * something is parked, whose end this thread would not hear of.
+ */
+static bool linger(struct nbd_turn *turn)
+{
+	struct nbd_connection *connection = turn->connection;
+	struct nbd_server *server = turn->server;
+
+	if (connection->nr_ops || connection->closing || connection->broken)
+		return false;
+	if (atomic_load_explicit(&server->nr_connections, memory_order_relaxed) >= server->nr_workers)
+		return false;
+	return receive(turn, 0) || connection->closing;
 }
 
 static void count_turn(struct nbd_turn *turn)
@@ -437,7 +455,9 @@ uint32_t nbd_turn_run(struct nbd_turn *turn)
 				wanted = TURN_AGAIN;
 			break;
 		}
-		if (receive(turn) || connection->closing)
+		if (receive(turn, MSG_DONTWAIT) || connection->closing)
+			continue;
+		if (!more && linger(turn))
 			continue;
 		wanted = more ? TURN_AGAIN : EPOLLIN;
 		break;
