@@ -117,7 +117,7 @@ def read_accounts(image: Image) -> dict[int, AccountStatus]:
 def add_statuses(statuses: Sequence[AccountStatus]) -> AccountStatus:
     """Put the accounts of a guest's mappings, at least one, together as if they were one.
 
-    It is stopped since the first of them is, and broken when all are.
+    It is stopped since the first of them is, frozen when one is, and broken when all are.
     """
     first = statuses[0]
     if len(statuses) == 1:
@@ -130,6 +130,8 @@ def add_statuses(statuses: Sequence[AccountStatus]) -> AccountStatus:
         stopped_since_ns=min(stops, default=0),
         policy=first.policy,
         broken=first.broken if all(status.broken for status in statuses) else 0,
+        frozen=any(status.frozen for status in statuses),
+        seeded_pages=sum(status.seeded_pages for status in statuses),
         account_no=first.account_no,
         counters=functools.reduce(operator.add, (status.counters for status in statuses)),
     )

@@ -33,6 +33,8 @@ HEADERS = (
     "accounting/core/regions.h",
     "accounting/core/ledger.h",
     "accounting/core/settle.h",
+    "accounting/core/seed.h",
+    "accounting/core/track.h",
     "accounting/core/evict.h",
     "accounting/core/overlay.h",
     "faults/core/window.h",

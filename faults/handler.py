@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from typing import Any
 
-from cowshed.cache import UsageError
+from cowshed.cache import PeerError, UsageError
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
 from cowshed.cache.images import PAGE_BYTES
@@ -61,6 +63,7 @@ class FaultHandler:
             "starting a fault thread",
         )
         self._guest = guest[0]
+        self._account = account
 
     def stop(self) -> None:
         """Join the thread; what its guest still waits for is never answered by it."""
@@ -72,9 +75,39 @@ class FaultHandler:
         """Have everybody who waits ask again: after a change of quota."""
         lib.guest_resume(self._guest)
 
+    def track(self, on: bool) -> None:
+        """Begin to follow what is written to private pages, or end that; nothing twice.
+
+        At first all private pages are dirty; Account.take_dirty takes them. UsageError if the
+        guest's memory is supplied to it; PeerError if its memory cannot be had any more.
+        """
+        _check_tracked(lib.account_track(self._account, int(on)), "following private pages")
+
+    def freeze(self) -> None:
+        """Stop every change to the guest's private bytes until thaw().
+
+        From its return on, writes are not answered and discards (madvise) wait; reads are answered,
+        unless a discard waits. Nothing is lost: thaw() has all ask again. UsageError if its memory
+        is supplied to it; PeerError, and nothing is frozen, if it cannot be stopped within a
+        second, or is gone. Milliseconds for a guest whose dirty pages were just taken.
+        """
+        _check_tracked(lib.guest_freeze(self._guest), "freezing a guest")
+
+    def thaw(self) -> None:
+        """Have whoever waits ask again. Nothing to do is no error."""
+        lib.guest_thaw(self._guest)
+
     def set_orders(self, orders: Orders) -> None:
         """Change the standing orders from the next fault on."""
         checked(lib.guest_set_orders(self._guest, corders(orders)), "giving orders")
+
+
+def _check_tracked(result: int, what: str) -> None:
+    if result == -errno.EOPNOTSUPP:
+        raise UsageError(f"{what}: its memory is supplied, and cannot be protected page by page")
+    if result < 0 and -result != errno.ENOMEM:
+        raise PeerError(f"{what}: {os.strerror(-result)}")
+    checked(result, what)
 
 
 def corders(orders: Orders) -> Any:

@@ -94,6 +94,7 @@ class SupplyHandler(FaultHandler):
             "starting to supply a guest",
         )
         self._guest = guest[0]
+        self._account = account
         self._allowance = terms.allowance  # the thread uses it
 
     @property

@@ -17,7 +17,7 @@ def say_state(mapping: Mapping) -> str:
     """Log how a mapping is if that changed; give why it has to be dropped, or an empty string."""
     status = mapping.account.status()
     state = guest_state(status)
-    if state == mapping.said_state:
+    if state in (mapping.said_state, "frozen"):  # who froze it has said so
         return ""
     mapping.said_state = state
     if state == "detached":

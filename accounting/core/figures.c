@@ -96,6 +96,8 @@ void account_read(const struct account *account, struct account_status *status_o
 		.quota_pages = atomic_load(&account->purse->header->quota_pages),
 		.policy = purse_policy(account->purse),
 		.broken = header->broken,
+		.frozen = atomic_load(&header->frozen),
+		.seeded_pages = atomic_load(&header->seeded_pages),
 		.account_no = account->account_no,
 	};
 

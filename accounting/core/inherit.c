@@ -59,7 +59,7 @@ static int adopt_batch(struct account *account, uint64_t first, uint64_t nr)
 	for (uint64_t i = 0; i < nr && !err; i++) {
 		if (looks[i] == PAGE_LOOK_PRIVATE) {
 			charge_anyway(account, first + i);
-			/* Copied between the looks: "private and protected" is no state anybody has to know. */
+			/* Copied between the looks: only who follows private pages has them protected. */
 			if (protected[i])
 				err = account_protect(account, first + i, 1, false);
 		} else if (looks[i] != PAGE_LOOK_ABSENT) {

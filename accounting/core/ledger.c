@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "accounting/core/ledger.h"
 
+#include "accounting/core/seed.h"
+
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -12,7 +14,7 @@ static _Atomic uint64_t nr_accounts_ever;
 
 static size_t ledger_bytes(const struct image_shape *shape)
 {
-	return sizeof(struct ledger_header) + bits_bytes(shape->nr_extents) + 5 * bits_bytes(shape->nr_pages);
+	return sizeof(struct ledger_header) + bits_bytes(shape->nr_extents) + 6 * bits_bytes(shape->nr_pages);
 }
 
 static int ledger_map(struct account *account, int ledger_fd)
@@ -33,6 +35,7 @@ static int ledger_map(struct account *account, int ledger_fd)
 	account->discarded = (bits_word *)(bits + by_extent + 2 * by_page);
 	account->unmapped = (bits_word *)(bits + by_extent + 3 * by_page);
 	account->poisoned = (bits_word *)(bits + by_extent + 4 * by_page);
+	account->seeded = (bits_word *)(bits + by_extent + 5 * by_page);
 	return 0;
 }
 
@@ -55,6 +58,8 @@ static int ledger_create(struct account *account)
 
 static void account_free(struct account *account)
 {
+	account_drop_seeds(account);
+	free(account->dirty);
 	if (account->header)
 		munmap(account->header, account->ledger_bytes);
 	if (account->ledger_fd >= 0)
@@ -73,7 +78,7 @@ static struct account *account_new(struct image *image, struct purse *purse)
 	account->image = image;
 	account->purse = purse;
 	purse_join(purse);
-	account->ledger_fd = account->uffd = account->pagemap_fd = -1;
+	account->ledger_fd = account->uffd = account->pagemap_fd = account->seeds_fd = -1;
 	pthread_mutex_init(&account->write_lock, NULL);
 	return account;
 }
@@ -127,9 +132,12 @@ static void account_mend(struct account *account)
 	for (uint64_t i = 0; i < bits_bytes(header->nr_pages) / sizeof(bits_word); i++) {
 		uint64_t private = atomic_load(&account->private[i]);
 
+		atomic_fetch_and(&account->seeded[i], private);
+		private &= ~atomic_load(&account->seeded[i]);
 		atomic_store(&account->unsettled[i], private);
 		atomic_fetch_or(&account->discarded[i], private);
 	}
+	atomic_store(&header->seeded_pages, bits_count(account->seeded, 0, header->nr_pages));
 	atomic_fetch_add(&image->nr_poisoned, bits_count(account->poisoned, 0, header->nr_pages));
 	/* Whoever is at the quota still comes to a stop again. */
 	if (atomic_load(&header->stopped_since_ns) == STOP_ENDING)
@@ -243,6 +251,7 @@ void account_charge(struct account *account, uint64_t page)
 	assert(fresh);
 	(void)fresh;
 	bits_set(account->unsettled, page);
+	account_mark_dirty(account, page, 1);
 	count_add(&account->header->private_pages, 1);
 	count_add(COUNTER(account->header, charged_pages), 1);
 }
@@ -254,6 +263,9 @@ void account_uncharge(struct account *account, uint64_t page)
 	assert(was);
 	(void)was;
 	bits_clear(account->unsettled, page);
+	if (bits_clear(account->seeded, page))
+		atomic_fetch_sub(&account->header->seeded_pages, 1);
+	account_mark_dirty(account, page, 1);
 	atomic_fetch_sub(&account->header->private_pages, 1);
 	purse_give(account->purse, 1);
 }

@@ -13,6 +13,11 @@
  *                         such a page is never taken as settled for good
  *   unmapped   by page    the guest unmapped it (munmap): what is at its address now is none of ours
  *   poisoned   by page    SIGBUS for the guest, because the source failed
+ *   seeded     by page    private, and still in the seeds' source: the guest's memory has it not yet (seed.h)
+ *
+ * While private pages are followed (track.h) there is a bitmap besides, which is the process's own:
+ *
+ *   dirty      by page    became private, was written, or is private no more, since the dirty pages were last taken
  */
 #ifndef COWSHED_LEDGER_H
 #define COWSHED_LEDGER_H
@@ -56,6 +61,9 @@ struct account_status {
 	uint64_t stopped_since_ns; /* CLOCK_MONOTONIC, 0: running */
 	uint32_t policy;
 	int32_t broken; /* -errno once its memory can't be served any more */
+	uint32_t frozen; /* 1: nothing of it is written until it is thawed */
+	uint32_t spare;
+	uint64_t seeded_pages; /* of the private ones, those that its memory has not got yet */
 	uint64_t account_no; /* of no other account of this process, ever */
 	struct account_counters counters;
 };
@@ -115,21 +123,23 @@ int account_bitmap(const struct account *account, int unsettled, uint64_t *words
 /* In stopped_since_ns while a stop is being added to stopped_ns. */
 #define STOP_ENDING 1
 #define LEDGER_MAGIC 0x474c4453574f43ull /* "COWSDLG" */
-#define LEDGER_LAYOUT 2
+#define LEDGER_LAYOUT 3
 
 struct ledger_header {
 	uint64_t magic;
 	uint32_t layout;
 	_Atomic int32_t broken;
 	uint64_t nr_pages, nr_extents;
-	_Atomic uint64_t granted_extents, private_pages, stopped_since_ns;
+	_Atomic uint64_t granted_extents, private_pages, stopped_since_ns, seeded_pages;
+	_Atomic uint32_t frozen;    /* see account_freeze; whoever adopts the account has it frozen */
+	_Atomic uint32_t protected; /* private pages may be write-protected: see account_track */
 	struct shared_regions regions;
 	_Atomic uint64_t counts[COUNTS_NR]; /* struct account_counters: COUNTER() */
 	_Atomic uint64_t latency_sum_ns[LATENCY_NR];
 	_Atomic uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
 };
 _Static_assert(sizeof(struct ledger_header) == sizeof(struct shared_regions) +
-                                                       8 * (7 + COUNTS_NR + LATENCY_NR * (1 + LATENCY_BUCKETS)),
+                                                       8 * (9 + COUNTS_NR + LATENCY_NR * (1 + LATENCY_BUCKETS)),
                "the layout is shared: a change needs a new LEDGER_LAYOUT");
 
 /* What closed accounts had counted: the words an image keeps for it (image->past). */
@@ -144,7 +154,9 @@ _Static_assert(sizeof(struct account_past) <= 8 * IMAGE_PAST_WORDS, "an image ha
 /*
  * Invariants: (1) granted_extents is the number of granted bits, each counted in the image's refs;
  * (2) private_pages is the number of private bits, each taken from the purse; (3) unsettled is a subset of private.
- * (2), (3) change only under write_lock; so do the regions, and only in the guest's fault thread.
+ * (4) seeded is a subset of private, and disjoint from unsettled; (5) while dirty is not NULL, every private page that
+ * the guest can write without a fault is dirty.  (2) to (5) change only under write_lock; so do the regions, and only in
+ * the guest's fault thread.
  */
 struct account {
 	struct account *next; /* in image->accounts */
@@ -155,7 +167,11 @@ struct account {
 	size_t ledger_bytes;
 	int ledger_fd, uffd, pagemap_fd;
 	bool supplied; /* its pages are copied into it, not mapped */
-	bits_word *granted, *private, *unsettled, *discarded, *unmapped, *poisoned;
+	bits_word *granted, *private, *unsettled, *discarded, *unmapped, *poisoned, *seeded;
+	bits_word *dirty;  /* NULL: private pages are not followed */
+	bool thaw_ends_tracking;
+	const char *seeds; /* the seeds' source, mapped as long as there are any */
+	int seeds_fd;
 	pthread_mutex_t write_lock; /* within image->accounts_lock, outside store->lock */
 };
 
@@ -168,6 +184,18 @@ void account_revoke(struct account *account, uint64_t extent);
 void account_charge(struct account *account, uint64_t page);
 /* Under write_lock.  Gives the charge of a private page back, to the purse. */
 void account_uncharge(struct account *account, uint64_t page);
+
+/* Under write_lock: the pages are about to be writable, or changed in another way. */
+static inline void account_mark_dirty(struct account *account, uint64_t first, uint64_t nr)
+{
+	for (uint64_t page = first; account->dirty && page < first + nr; page++)
+		bits_set(account->dirty, page);
+}
+
+static inline bool account_is_frozen(const struct account *account)
+{
+	return atomic_load_explicit(&account->header->frozen, memory_order_acquire);
+}
 
 /* Under write_lock, in the fault thread: the guest moved some of its memory. */
 void account_set_regions(struct account *account, const struct region_table *table);

@@ -12,11 +12,14 @@
 #define LOOKS_MAX 512
 #define SCANNED_MAX 64
 #define SETTLE_PURSE_EVERY_NS 20000000u
+#define LOOK_DOUBTFUL 0xff /* a copy in swap, or no page; not told to others */
 
 /*
  * PAGE_IS_WRITTEN means "not write-protected by userfaultfd".  A swap-like entry that is write-protected is the
  * marker the kernel leaves where a protected page was punched away; one that is not is a copy in swap, or the
- * marker of a poisoned page, which the ledger knows.
+ * marker of a poisoned page, which the ledger knows.  Once private pages may be protected (track.h), a protected entry
+ * may be a copy in swap as well, and nothing tells them apart but taking the protection off: that leaves nothing in
+ * the marker's place.
  */
 static uint8_t page_look(const struct account *account, uint64_t page, uint64_t categories)
 {
@@ -29,10 +32,12 @@ static uint8_t page_look(const struct account *account, uint64_t page, uint64_t 
 			return PAGE_LOOK_PRIVATE;
 		return written ? PAGE_LOOK_OPEN : PAGE_LOOK_SHARED;
 	}
-	if (categories & PAGE_IS_SWAPPED && !(categories & PAGE_IS_FILE) && written &&
-	    !bits_test(account->poisoned, page))
+	if (!(categories & PAGE_IS_SWAPPED) || categories & PAGE_IS_FILE || bits_test(account->poisoned, page))
+		return PAGE_LOOK_ABSENT;
+	if (written)
 		return PAGE_LOOK_PRIVATE;
-	return PAGE_LOOK_ABSENT;
+	return atomic_load(&account->header->protected) && bits_test(account->private, page) ? LOOK_DOUBTFUL
+	                                                                                     : PAGE_LOOK_ABSENT;
 }
 
 static int look_at_span(struct account *account, const struct account_span *span, uint8_t *looks_out)
@@ -66,7 +71,7 @@ static int look_at_span(struct account *account, const struct account_span *span
 	return 0;
 }
 
-int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *looks_out)
+static int look_closely(struct account *account, uint64_t first, uint64_t nr, uint8_t *looks_out)
 {
 	struct account_span span;
 	uint64_t end = first + nr;
@@ -80,12 +85,28 @@ int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *
 	return err;
 }
 
+/* A doubtful page that was settled is a copy: what could have taken that away would have been read of. */
+int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *looks_out)
+{
+	int err = look_closely(account, first, nr, looks_out);
+
+	for (uint64_t i = 0; i < nr && !err; i++) {
+		if (looks_out[i] == LOOK_DOUBTFUL)
+			looks_out[i] = bits_test(account->unsettled, first + i) ? PAGE_LOOK_ABSENT : PAGE_LOOK_PRIVATE;
+		else if (looks_out[i] == PAGE_LOOK_ABSENT && bits_test(account->seeded, first + i))
+			looks_out[i] = PAGE_LOOK_PRIVATE;
+	}
+	return err;
+}
+
 int account_protect(struct account *account, uint64_t first, uint64_t nr, bool on)
 {
 	struct account_span span;
 	uint64_t end = first + nr;
 	int err = 0;
 
+	if (!on)
+		account_mark_dirty(account, first, nr);
 	for (; !err && account_span(account, first, end, &span); first = span.page + span.nr_pages) {
 		struct uffdio_writeprotect order = {
 			.range = {.start = span.address, .len = span.nr_pages << PAGE_SHIFT},
@@ -109,17 +130,30 @@ static void settle_page(struct account *account, uint64_t page, uint8_t look, in
 	}
 }
 
+/* Under write_lock, and not frozen.  The page may be written meanwhile, and counts as dirty. */
+static int look_in_doubt(struct account *account, uint64_t page, uint8_t *look_out)
+{
+	int err = account_protect(account, page, 1, false);
+
+	if (!err)
+		err = look_closely(account, page, 1, look_out);
+	return err ? err : account_protect(account, page, 1, true);
+}
+
 /*
  * An open page (un-protected, not written yet) is protected again and then looked at once more: between the
  * first look and the protection its guest may have made the copy after all.  Such a copy is un-protected
- * again at once, so that "private and protected" is never a state anybody has to know.
+ * again at once: only those who follow private pages have them protected (track.h).
  */
 static int64_t settle_batch(struct account *account, uint64_t first, uint64_t nr)
 {
 	uint8_t looks[LOOKS_MAX];
 	int64_t nr_returned = 0;
-	int err = account_look(account, first, nr, looks);
+	int err = look_closely(account, first, nr, looks);
 
+	for (uint64_t i = 0; i < nr && !err; i++)
+		if (looks[i] == LOOK_DOUBTFUL && bits_test(account->unsettled, first + i))
+			err = look_in_doubt(account, first + i, &looks[i]);
 	for (uint64_t i = 0; i < nr && !err; i++) {
 		uint64_t run = 0;
 
@@ -130,7 +164,7 @@ static int64_t settle_batch(struct account *account, uint64_t first, uint64_t nr
 		err = account_protect(account, first + i, run, true);
 		point_reach(POINT_SETTLE_PROTECTED);
 		if (!err)
-			err = account_look(account, first + i, run, looks + i);
+			err = look_closely(account, first + i, run, looks + i);
 		for (uint64_t j = i; j < i + run && !err; j++)
 			if (looks[j] == PAGE_LOOK_PRIVATE)
 				err = account_protect(account, first + j, 1, false);
@@ -149,7 +183,8 @@ int64_t account_settle_range(struct account *account, uint64_t first, uint64_t n
 	uint64_t end = first + nr;
 	int64_t nr_returned = 0;
 
-	if (account->pagemap_fd < 0)
+	/* What is frozen was settled as it froze. */
+	if (account->pagemap_fd < 0 || account_is_frozen(account))
 		return 0;
 	for (uint64_t page = first; (page = bits_next(account->unsettled, page, end)) < end;) {
 		uint64_t batch = end - page < LOOKS_MAX ? end - page : LOOKS_MAX;
@@ -204,12 +239,15 @@ int64_t account_settle_purse(struct account *account)
 
 bool account_page_is_private(struct account *account, uint64_t page)
 {
-	uint8_t look = PAGE_LOOK_ABSENT;
+	uint8_t seen = PAGE_LOOK_ABSENT;
 
 	if (!bits_test(account->private, page))
 		return false;
+	int err = look_closely(account, page, 1, &seen);
+	if (!err && seen == LOOK_DOUBTFUL && !account_is_frozen(account))
+		err = look_in_doubt(account, page, &seen);
 	/* In doubt it stays charged; and an open page does, because its guest may make the copy any moment, unasked. */
-	if (account_look(account, page, 1, &look) < 0 || look == PAGE_LOOK_PRIVATE || look == PAGE_LOOK_OPEN)
+	if (err || seen == PAGE_LOOK_PRIVATE || seen == PAGE_LOOK_OPEN || seen == LOOK_DOUBTFUL)
 		return true;
 	account_uncharge(account, page);
 	count_add(COUNTER(account->header, uncharged_pages), 1);

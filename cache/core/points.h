@@ -23,6 +23,8 @@ enum point {
 	POINT_WRITE_TAKEN,      /* pages taken from the purse, not charged yet; under write_lock */
 	POINT_WRITE_CHARGED,    /* pages charged, still write-protected */
 	POINT_SETTLE_PROTECTED, /* pages protected again, not yet looked at */
+	POINT_TRACK_CLEARED,    /* dirty bits taken, their pages not protected yet; under write_lock */
+	POINT_SEED_PUSH,        /* the fault thread is about to copy seeds nobody asked for; an error keeps it from that */
 	POINT_OVERLAY_WRITTEN,  /* an overlay has a page's bytes, and does not say so yet */
 	POINT_OVERLAY_FLUSH,    /* what changed is known, nothing is durable yet */
 	POINT_OVERLAY_SYNCED,   /* pages are durable, the map is not written */

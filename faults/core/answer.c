@@ -33,7 +33,7 @@ void answer_failed(struct guest *guest, int err)
 {
 	struct ledger_header *header = guest->account->header;
 
-	if (err >= 0 || err == -EEXIST || err == -ENOENT || err == -EDQUOT)
+	if (err >= 0 || err == -EEXIST || err == -ENOENT || err == -EDQUOT || err == -EBUSY)
 		return;
 	if (err == -EAGAIN) {
 		count_add(COUNTER(header, retries), 1);
@@ -62,6 +62,19 @@ static int map_span(struct guest *guest, const struct account_span *span, uint64
 	return err;
 }
 
+/* What is seeded is never mapped from the image: such a span is cut off where the first seeded page is, or moved behind
+ * it; false if nothing is left. */
+static bool pass_seeds(const struct account *account, struct account_span *span)
+{
+	uint64_t end = span->page + span->nr_pages;
+	uint64_t first = bits_next_clear(account->seeded, span->page, end);
+
+	span->address += (first - span->page) << PAGE_SHIFT;
+	span->page = first;
+	span->nr_pages = bits_next(account->seeded, first, end) - first;
+	return first < end;
+}
+
 /* Maps a run of pages whose extents the caller holds, where the guest has them.  The error is that of the part with
  * fault_page, else the first. */
 static int map_run(struct guest *guest, uint64_t first, uint64_t nr, uint64_t fault_page, uint32_t max_skips)
@@ -71,6 +84,8 @@ static int map_run(struct guest *guest, uint64_t first, uint64_t nr, uint64_t fa
 	int err = 0;
 
 	for (; account_span(guest->account, first, end, &span); first = span.page + span.nr_pages) {
+		if (atomic_load(&guest->account->header->seeded_pages) && !pass_seeds(guest->account, &span))
+			continue;
 		int span_err = map_span(guest, &span, fault_page, max_skips);
 
 		if (span_err && (!err || fault_page - span.page < span.nr_pages))
@@ -292,7 +307,8 @@ static bool answer_private(struct guest *guest, uint64_t page)
 	pthread_mutex_lock(&account->write_lock);
 	bool private = account_page_is_private(account, page);
 	pthread_mutex_unlock(&account->write_lock);
-	if (private) /* an old report of a fault that was answered long ago */
+	/* An old report of a fault that was answered long ago.  Of what is frozen nothing is sure, but all ask again. */
+	if (private && !account_is_frozen(account))
 		answer_wake(guest, page, 1);
 	return private;
 }
@@ -320,7 +336,7 @@ void answer_access(struct guest *guest, uint64_t page, uint64_t flags, uint64_t 
 	struct account_region region;
 	struct window_plan plan;
 
-	if (answer_private(guest, page))
+	if (answer_seeded(guest, page, read_ns) || answer_private(guest, page))
 		return;
 	window_plan_fault(&guest->windows, &shape, (const uint64_t *)account->granted, page, &plan);
 	if (account_region_of(account, page, &region) && region.nr_pages != shape.nr_pages)

@@ -46,6 +46,8 @@ void guest_put(struct guest *guest)
 	if (atomic_fetch_sub(&guest->nr_users, 1) > 1)
 		return;
 	pthread_mutex_destroy(&guest->answer_lock);
+	pthread_mutex_destroy(&guest->hold.lock);
+	pthread_cond_destroy(&guest->hold.changed);
 	free(guest->waiting);
 	free(guest);
 }
@@ -71,6 +73,11 @@ static void mapped_fault(struct guest *guest, uint64_t address, uint64_t flags, 
 	}
 }
 
+static bool mapped_idle(struct guest *guest)
+{
+	return answer_ahead(guest) || seeds_push(guest);
+}
+
 static void mapped_wake(struct guest *guest)
 {
 	answer_wake(guest, 0, guest->image->shape.nr_pages);
@@ -80,7 +87,7 @@ static const struct guest_kind mapped = {
 	.fault = mapped_fault,
 	.discard = answer_unmap,
 	.move = answer_remap,
-	.idle = answer_ahead,
+	.idle = mapped_idle,
 	.wake = mapped_wake,
 };
 
@@ -125,9 +132,9 @@ static void handle_messages(struct guest *guest, const struct uffd_msg *messages
 			handle_message(guest, &messages[i], read_ns);
 }
 
-static ssize_t read_messages(const struct guest *guest, struct uffd_msg *messages)
+ssize_t read_messages(const struct guest *guest, struct uffd_msg *messages, size_t nr_max)
 {
-	struct iovec room = {.iov_base = messages, .iov_len = MESSAGES_MAX * sizeof *messages};
+	struct iovec room = {.iov_base = messages, .iov_len = nr_max * sizeof *messages};
 	ssize_t got = preadv2(guest->uffd, &room, 1, -1, RWF_NOWAIT);
 
 	if (got < 0 && errno == EOPNOTSUPP)
@@ -150,7 +157,7 @@ static ssize_t spin_for_messages(struct guest *guest, struct uffd_msg *messages)
 		uint64_t end = clock_now_ns() + spin_ns;
 
 		while (nr == -EAGAIN && clock_now_ns() < end)
-			nr = read_messages(guest, messages);
+			nr = read_messages(guest, messages, MESSAGES_MAX);
 		guest->spin_credit += nr > 0 ? SPIN_EARNED : -1;
 		if (guest->spin_credit > SPIN_CREDIT_MAX)
 			guest->spin_credit = SPIN_CREDIT_MAX;
@@ -186,7 +193,7 @@ static bool retry_due(struct guest *guest, struct timespec **timeout, struct tim
 }
 
 /* Everybody who waits for an answer tries again, and what is still in the way is reported anew. */
-static void ask_again(struct guest *guest)
+void ask_again(struct guest *guest)
 {
 	guest->retry_at_ns = 0;
 	account_end_stop(guest->account);
@@ -240,12 +247,17 @@ static void *guest_main(void *arg)
 	prctl(PR_SET_NAME, "cow-faults");
 	prctl(PR_SET_TIMERSLACK, 1ul);
 	while (!atomic_load_explicit(&guest->stop, memory_order_acquire)) {
+		bool hold = hold_turn(guest);
 		ssize_t nr = -EAGAIN;
 
 		if (!atomic_load_explicit(&guest->account->header->broken, memory_order_relaxed))
-			nr = read_messages(guest, messages);
+			nr = hold ? hold_read(guest, messages) : read_messages(guest, messages, MESSAGES_MAX);
 		if (nr == -EAGAIN && guest->kind->idle(guest))
 			continue;
+		if (hold && (nr == -EAGAIN || nr == -EINTR)) {
+			hold_sleep(guest);
+			continue;
+		}
 		if (nr == -EAGAIN)
 			nr = spin_for_messages(guest, messages);
 		if (nr == -EAGAIN || nr == -EINTR) {
@@ -310,6 +322,9 @@ int guest_start_kind(struct account *account, int uffd, int pidfd, const struct 
 	guest->kick_fd = -1;
 	atomic_store(&guest->nr_users, 1);
 	pthread_mutex_init(&guest->answer_lock, NULL);
+	pthread_mutex_init(&guest->hold.lock, NULL);
+	pthread_cond_init(&guest->hold.changed, NULL);
+	atomic_store(&guest->hold.wanted, account_is_frozen(account)); /* adopted so */
 	guest->waiting = calloc(1, bits_bytes(guest->image->shape.nr_extents));
 	int err = guest->waiting ? guest_set_orders(guest, orders) : -ENOMEM;
 	if (!err && (flags < 0 || fcntl(uffd, F_SETFL, flags | O_NONBLOCK) < 0))

@@ -16,6 +16,8 @@
 #include "accounting/core/ledger.h"
 #include "faults/core/window.h"
 
+#include <sys/types.h>
+
 /* cdef-begin */
 struct guest;
 
@@ -32,6 +34,13 @@ int guest_start(struct account *account, int uffd, int pidfd, const struct guest
 int guest_stop(struct guest *guest);
 /* Asks again everybody who waits: after its quota was changed. */
 void guest_resume(struct guest *guest);
+/* From its return until guest_thaw nothing is written to a private page: writes are not answered, and a discard waits
+ * in its guest.  Reads are answered, but while a discard waits those only that need no answer.  -EOPNOTSUPP: the memory is
+ * supplied; -ETIMEDOUT: the guest's fault thread, or a change to its memory, does not come to an end.  Cost: as
+ * account_freeze, and a thread's wake-up. */
+int guest_freeze(struct guest *guest);
+/* Whoever waits asks again. */
+void guest_thaw(struct guest *guest);
 int guest_set_orders(struct guest *guest, const struct guest_orders *orders);
 /* The features a guest's userfaultfd must have been made with. */
 uint64_t guest_uffd_features(void);
@@ -51,6 +60,7 @@ struct guest_kind {
 };
 
 struct supply;
+struct uffd_msg;
 
 #define MESSAGES_MAX 16 /* answered in one pass: a flood cannot starve the idle work */
 
@@ -81,6 +91,14 @@ struct guest {
 	uint64_t idle_at_ns;         /* 0: else there may be idle work then */
 	uint64_t drop_at_ns;         /* 0: served; else it is dropped then, see remap.c */
 	uint64_t drop_address;
+	uint64_t seed_page;          /* where to go on copying seeds that nobody asked for */
+	struct guest_hold {          /* freeze.c */
+		_Atomic bool wanted;
+		bool on;                 /* under lock: the thread has left no event half answered, and reads none */
+		bool events_wait;        /* the thread's: nothing but an event is there to be read */
+		pthread_mutex_t lock;
+		pthread_cond_t changed;
+	} hold;
 	int32_t spin_credit;
 	uint32_t nr_sleeps;
 };
@@ -121,10 +139,25 @@ void answer_unmap(struct guest *guest, uint64_t start, uint64_t end, bool unmapp
 void answer_stranger(struct guest *guest, uint64_t address);
 /* It is time to drop a guest that moved its memory in too many pieces. */
 void answer_drop(struct guest *guest);
+/* seeds.c.  A fault on a page; true if it was a seeded one's, and is seen to. */
+bool answer_seeded(struct guest *guest, uint64_t page, uint64_t read_ns);
+/* Copies some seeds that nobody asked for yet; whether there were any. */
+bool seeds_push(struct guest *guest);
+
+/* freeze.c, the thread's part.  Between two batches of messages: whether discards are held back. */
+bool hold_turn(struct guest *guest);
+/* One fault, and never an event; -EAGAIN if there is none. */
+ssize_t hold_read(struct guest *guest, struct uffd_msg *message);
+void hold_sleep(struct guest *guest);
+
 /* image->repair: a failed extent was loaded after all. */
 void answer_repair(struct image *image, uint64_t extent);
 /* Sorts out an ioctl's error: retry later, broken guest, or nothing. */
 void answer_failed(struct guest *guest, int err);
+/* guest.c: everybody who waits for an answer tries again. */
+void ask_again(struct guest *guest);
+/* guest.c: up to nr_max messages; how many, or -errno. */
+ssize_t read_messages(const struct guest *guest, struct uffd_msg *messages, size_t nr_max);
 void guest_put(struct guest *guest);
 
 #endif

@@ -49,6 +49,35 @@ int uffd_continue(int uffd, uint64_t address, uint64_t length, uint32_t max_skip
 	return 0;
 }
 
+int uffd_copy(int uffd, uint64_t address, const void *from, uint64_t length, bool protect, uint64_t *done_out)
+{
+	uint64_t done = 0;
+	int err = 0;
+
+	while (done < length && !err) {
+		struct uffdio_copy order = {
+			.dst = address + done,
+			.src = (uint64_t)(uintptr_t)from + done,
+			.len = length - done,
+			.mode = protect ? UFFDIO_COPY_MODE_WP : 0,
+		};
+
+		err = ioctl(uffd, UFFDIO_COPY, &order) < 0 ? -errno : 0;
+		if (!err) {
+			done = length;
+		} else if (order.copy > 0) { /* partial: what stopped it is said by the next call */
+			done += (uint64_t)order.copy;
+			err = 0;
+		} else if (err == -EEXIST) {
+			/* EEXIST wakes nobody, and a thread may wait for just this page. */
+			err = uffd_wake(uffd, address + done, PAGE_BYTES);
+			done += err ? 0 : PAGE_BYTES;
+		}
+	}
+	*done_out = done;
+	return err;
+}
+
 int uffd_copy_page(int uffd, uint64_t address, const void *from)
 {
 	struct uffdio_copy order = {.dst = address, .src = (uint64_t)(uintptr_t)from, .len = PAGE_BYTES};

@@ -68,6 +68,7 @@ static void charge_range(struct account *account, uint64_t first, uint64_t nr)
 static int open_pages(struct account *account, int uffd, uint64_t page, uint64_t nr)
 {
 	point_reach(POINT_WRITE_CHARGED);
+	account_mark_dirty(account, page, nr);
 	return uffd_open(uffd, account_address(account, page), nr << PAGE_SHIFT);
 }
 
@@ -121,6 +122,8 @@ static int answer_write_locked(struct guest *guest, uint64_t page)
 	struct account *account = guest->account;
 	uint64_t first = page, nr = 1;
 
+	if (account_is_frozen(account)) /* the thaw has it ask again */
+		return -EBUSY;
 	if (bits_test(account->private, page)) {
 		nr = WINDOW_WRITE_MAX_PAGES;
 		clip_to_region(account, page, &first, &nr);
@@ -199,7 +202,8 @@ static int write_first_locked(struct guest *guest, uint64_t page)
 	uint64_t first, nr;
 
 	write_window(guest, page, &first, &nr);
-	if (bits_test(guest->account->private, page) || nr > 1) {
+	/* Frozen, it is mapped as a read is, and the write asks again. */
+	if (bits_test(guest->account->private, page) || nr > 1 || account_is_frozen(guest->account)) {
 		guest->windows = before; /* opening asks the same question */
 		return -ENOTSUP;
 	}

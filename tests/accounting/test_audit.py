@@ -144,7 +144,7 @@ def test_every_corrupted_grant_bit_is_found(stage: Stage) -> None:
         for fd in map(int, os.listdir("/proc/self/fd"))
         if os.path.realpath(f"/proc/self/fd/{fd}").startswith("/memfd:cowshed-ledger")
     )
-    header = os.fstat(ledger).st_size - 8 - 5 * 16
+    header = os.fstat(ledger).st_size - 8 - 6 * 16
     with mmap.mmap(ledger, 0) as mapping:
         assert mapping[header] == 1  # the bitmap of grants
         mapping[header] = 0b101

@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "accounting/core/seed.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static int open_source(struct account *account, int source_fd)
+{
+	size_t map_bytes = account->image->shape.map_bytes;
+	struct stat status;
+
+	if (fstat(source_fd, &status) < 0)
+		return -errno;
+	if ((uint64_t)status.st_size < map_bytes)
+		return -EINVAL;
+	int fd = fcntl(source_fd, F_DUPFD_CLOEXEC, 0);
+	if (fd < 0)
+		return -errno;
+	/* Only ever read by the kernel, for UFFDIO_COPY: a page that cannot be read is an error there, no SIGBUS. */
+	void *at = mmap(NULL, map_bytes, PROT_READ, MAP_SHARED, fd, 0);
+	if (at == MAP_FAILED) {
+		int err = -errno;
+
+		close(fd);
+		return err;
+	}
+	account->seeds = at;
+	account->seeds_fd = fd;
+	return 0;
+}
+
+void account_drop_seeds(struct account *account)
+{
+	if (!account->seeds)
+		return;
+	munmap((void *)(uintptr_t)account->seeds, account->image->shape.map_bytes);
+	close(account->seeds_fd);
+	account->seeds = NULL;
+	account->seeds_fd = -1;
+}
+
+static uint64_t seed_word(struct account *account, uint64_t word_no, uint64_t word)
+{
+	uint64_t nr = 0;
+
+	for (; word; word &= word - 1) {
+		uint64_t page = word_no * 64 + (uint64_t)__builtin_ctzll(word);
+
+		if (page >= account->image->shape.nr_pages || bits_test(account->private, page) ||
+		    !account_address(account, page))
+			continue;
+		purse_take_anyway(account->purse, 1);
+		account_charge(account, page);
+		/* Before it is settled: no moment at which a killed process leaves a charge of nothing. */
+		bits_set(account->seeded, page);
+		bits_clear(account->unsettled, page);
+		nr++;
+	}
+	return nr;
+}
+
+int64_t account_seed(struct account *account, int source_fd, const uint64_t *words, uint64_t nr_words)
+{
+	uint64_t nr = 0;
+
+	if (nr_words != bits_bytes(account->image->shape.nr_pages) / sizeof(bits_word))
+		return -ERANGE;
+	if (account->seeds)
+		return -EBUSY;
+	int err = open_source(account, source_fd);
+	if (err)
+		return err;
+	pthread_mutex_lock(&account->write_lock);
+	for (uint64_t i = 0; i < nr_words; i++)
+		nr += seed_word(account, i, words[i]);
+	atomic_store(&account->header->seeded_pages, nr);
+	if (!nr)
+		account_drop_seeds(account);
+	pthread_mutex_unlock(&account->write_lock);
+	return (int64_t)nr;
+}
+
+int account_adopt_seeds(struct account *account, int source_fd)
+{
+	if (account->seeds)
+		return -EBUSY;
+	return atomic_load(&account->header->seeded_pages) ? open_source(account, source_fd) : 0;
+}
+
+int account_seeds_fd(const struct account *account)
+{
+	return account->seeds_fd;
+}
+
+int account_seeded(const struct account *account, uint64_t *words_out, uint64_t nr_words)
+{
+	if (nr_words != bits_bytes(account->image->shape.nr_pages) / sizeof(bits_word))
+		return -ERANGE;
+	for (uint64_t i = 0; i < nr_words; i++)
+		words_out[i] = account->seeded[i];
+	return 0;
+}
+
+void account_seeds_installed(struct account *account, uint64_t first, uint64_t nr)
+{
+	uint64_t nr_gone = 0;
+
+	for (uint64_t page = first; page < first + nr; page++)
+		nr_gone += bits_clear(account->seeded, page);
+	if (nr_gone && atomic_fetch_sub(&account->header->seeded_pages, nr_gone) == nr_gone)
+		account_drop_seeds(account);
+}

@@ -1,0 +1,141 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Freezing a guest: from then on no private byte of it changes, until it is thawed.
+ *
+ * Three things change private bytes: a write to an open page, an answer that opens one, and a discard.  The account's
+ * part (accounting/core/track.c) protects what is open and has the answers refused, under the lock under which
+ * they are made.  A discard is different: its guest goes on with it as soon as its event has been *read*.  So the thread
+ * first comes to hold: it ends what it has read, and reads no event after that, but only faults.
+ *
+ * The kernel hands out faults before events, and says in fdinfo how many faults there are; so one message is read when
+ * there is at least one fault.  (Should that fault be taken back by a signal in the same instant, and an event be waiting,
+ * it is read after all: its pages then count as dirty and private no more, for who looks again.)  While an event waits,
+ * the kernel lets nothing be mapped in its guest, so who needs a page that is not mapped waits too.
+ */
+#define _GNU_SOURCE
+#include "faults/core/guest.h"
+
+#include "accounting/core/track.h"
+#include "cache/core/abi.h"
+#include "cache/core/store.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define FREEZE_WITHIN_NS 1000000000u
+#define EVENTS_LOOK_NS 10000000u /* for faults, while an event keeps the descriptor readable */
+
+bool hold_turn(struct guest *guest)
+{
+	struct guest_hold *hold = &guest->hold;
+	bool wanted = atomic_load_explicit(&hold->wanted, memory_order_acquire);
+
+	if (wanted == hold->on) /* only this thread writes it */
+		return wanted;
+	pthread_mutex_lock(&hold->lock);
+	hold->on = wanted;
+	hold->events_wait = false;
+	pthread_cond_broadcast(&hold->changed);
+	pthread_mutex_unlock(&hold->lock);
+	return wanted;
+}
+
+/* How many faults wait to be read; in doubt none. */
+static unsigned long nr_faults_waiting(const struct guest *guest)
+{
+	char path[48], text[512];
+
+	snprintf(path, sizeof path, "/proc/self/fdinfo/%d", guest->uffd);
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return 0;
+	ssize_t nr = read(fd, text, sizeof text - 1);
+	close(fd);
+	text[nr > 0 ? nr : 0] = '\0';
+	const char *at = strstr(text, "pending:");
+	return at ? strtoul(at + strlen("pending:"), NULL, 10) : 0;
+}
+
+ssize_t hold_read(struct guest *guest, struct uffd_msg *message)
+{
+	return nr_faults_waiting(guest) ? read_messages(guest, message, 1) : -EAGAIN;
+}
+
+void hold_sleep(struct guest *guest)
+{
+	struct guest_hold *hold = &guest->hold;
+	bool broken = atomic_load(&guest->account->header->broken);
+	struct pollfd fds[2] = {
+		{.fd = broken || hold->events_wait ? -1 : guest->uffd, .events = POLLIN},
+		{.fd = guest->kick_fd, .events = POLLIN},
+	};
+	struct timespec room = {.tv_nsec = EVENTS_LOOK_NS};
+	bool timed = hold->events_wait || guest->retry_at_ns;
+	uint64_t kicks;
+
+	hold->events_wait = false;
+	int nr = ppoll(fds, 2, timed ? &room : NULL, NULL);
+	if (nr < 0)
+		return;
+	if (fds[0].revents & (POLLERR | POLLNVAL))
+		answer_failed(guest, -EBADFD);
+	else if (fds[0].revents)
+		hold->events_wait = !nr_faults_waiting(guest);
+	bool kicked = fds[1].revents && read(guest->kick_fd, &kicks, sizeof kicks) > 0 &&
+	              atomic_exchange(&guest->wake_wanted, false);
+	if (kicked || (!nr && guest->retry_at_ns))
+		ask_again(guest);
+}
+
+static void ask_thread(struct guest *guest, bool hold)
+{
+	atomic_store_explicit(&guest->hold.wanted, hold, memory_order_release);
+	store_raise(guest->kick_fd);
+}
+
+/* Waits until the thread holds; -ETIMEDOUT. */
+static int wait_held(struct guest *guest, const struct timespec *until)
+{
+	int err = 0;
+
+	pthread_mutex_lock(&guest->hold.lock);
+	while (!guest->hold.on && !err)
+		err = pthread_cond_clockwait(&guest->hold.changed, &guest->hold.lock, CLOCK_MONOTONIC, until);
+	bool on = guest->hold.on;
+	pthread_mutex_unlock(&guest->hold.lock);
+	return on ? 0 : -err;
+}
+
+int guest_freeze(struct guest *guest)
+{
+	uint64_t until_ns = clock_now_ns() + FREEZE_WITHIN_NS;
+	struct timespec until = {(time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u)};
+	int err = guest->account->supplied ? -EOPNOTSUPP : -EAGAIN;
+
+	while (err == -EAGAIN && clock_now_ns() < until_ns) {
+		ask_thread(guest, true);
+		err = wait_held(guest, &until);
+		if (!err)
+			err = account_freeze(guest->account);
+		if (err == -EAGAIN) { /* an event came before the hold: the thread is to read it */
+			ask_thread(guest, false);
+			nanosleep(&(struct timespec){.tv_nsec = 500000}, NULL);
+		}
+	}
+	if (err)
+		guest_thaw(guest);
+	return err == -EAGAIN ? -ETIMEDOUT : err;
+}
+
+void guest_thaw(struct guest *guest)
+{
+	account_thaw(guest->account);
+	ask_thread(guest, false);
+	guest_resume(guest);
+}
