@@ -86,6 +86,41 @@ class Overlay:
             f"discarding an overlay over {self.account.image.name!r}",
         )
 
+    @property
+    def fd(self) -> int:
+        """The memfd or file with the private pages, each at its place in the image. Borrowed."""
+        return int(lib.overlay_fd(self.cdata))
+
+    def track(self, on: bool) -> None:
+        """Begin to follow what is written, or end that; at first all private pages are dirty."""
+        checked(
+            lib.overlay_track(self.cdata, int(on)),
+            f"following an overlay over {self.account.image.name!r}",
+        )
+
+    def take_dirty(self) -> bytes:
+        """Take the pages that became private, were written, or are private no more, as a bitmap.
+
+        Read them afterwards, and you have each byte, or the page is dirty again. UsageError if they
+        are not followed.
+        """
+        words = bytearray(8 * ((self.account.image.nr_pages + 63) // 64))
+        result = lib.overlay_take_dirty(
+            self.cdata, ffi.from_buffer("uint64_t[]", words), len(words) // 8
+        )
+        if result == -errno.EINVAL:
+            raise UsageError("the overlay is not followed; track() it first")
+        checked(result, "taking dirty pages")
+        return bytes(words)
+
+    def freeze(self) -> None:
+        """Hold back every change until thaw(): requests wait, none fails. Reads go on."""
+        lib.overlay_freeze(self.cdata)
+
+    def thaw(self) -> None:
+        """Let what waited go on. Nothing to do is no error."""
+        lib.overlay_thaw(self.cdata)
+
     def stored_bitmap(self) -> bytes:
         """The pages it holds bytes for, as Account.private_bitmap; a subset of that one."""
         words = array("Q", bytes(8 * ((self.account.image.nr_pages + 63) // 64)))

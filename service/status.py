@@ -107,15 +107,18 @@ def guest_state(status: AccountStatus) -> str:
     """Say in one word how a guest is."""
     if status.broken:
         return "detached"
+    if status.frozen:
+        return "frozen"
     return "stopped-quota" if status.stopped_since_ns else "running"
 
 
 def _overlay_status(guest: OverlayGuest) -> dict[str, Any]:
     """Of a guest that maps nothing: it has no faults, and hits and misses are of its requests."""
     counters = guest.export.counters()
+    status = guest.account.status()
     return {
-        **_guest_status(guest, guest.account.status()),
-        "state": guest.state,
+        **_guest_status(guest, status),
+        "state": "frozen" if status.frozen else guest.state,
         "clients": guest.nr_clients,
         "hits": counters.hits,
         "misses": counters.misses,

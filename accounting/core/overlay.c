@@ -30,6 +30,7 @@ int overlay_init(struct account *account, int data_fd, struct overlay **overlay_
 	overlay->data_fd = data_fd;
 	for (int i = 0; i < OVERLAY_STRIPES; i++)
 		pthread_rwlock_init(&overlay->stripes[i], NULL);
+	pthread_mutex_init(&overlay->held_lock, NULL);
 	*overlay_out = overlay;
 	return 0;
 }
@@ -38,6 +39,8 @@ void overlay_deinit(struct overlay *overlay)
 {
 	for (int i = 0; i < OVERLAY_STRIPES; i++)
 		pthread_rwlock_destroy(&overlay->stripes[i]);
+	pthread_mutex_destroy(&overlay->held_lock);
+	free(overlay->dirty);
 	free(overlay);
 }
 
@@ -111,6 +114,17 @@ static int pay(struct overlay *overlay, uint64_t nr_new, uint64_t *reserved)
 	return err;
 }
 
+/* Under the stripe's lock: the pages of a run are about to change, and what is not private yet of them is paid for. */
+static int begin_change(struct overlay *overlay, uint64_t first, uint64_t nr, uint64_t nr_new, uint64_t *reserved)
+{
+	if (account_is_frozen(overlay->account))
+		return -EBUSY;
+	int err = pay(overlay, nr_new, reserved);
+	if (!err)
+		overlay_mark_dirty(overlay, first, nr);
+	return err;
+}
+
 /* Under the stripe's lock: the pages are private from now on; their bytes are stored. */
 static void make_private(struct overlay *overlay, uint64_t first, uint64_t nr, uint64_t nr_new, uint64_t *reserved)
 {
@@ -176,7 +190,7 @@ int overlay_write(struct overlay *overlay, uint64_t offset, uint64_t length, con
 		uint64_t nr = nr_pages_of(here);
 		pthread_rwlock_wrlock(overlay_stripe(overlay, first));
 		uint64_t nr_new = nr - bits_count(overlay->account->private, first, first + nr);
-		err = pay(overlay, nr_new, reserved);
+		err = begin_change(overlay, first, nr, nr_new, reserved);
 		if (!err) {
 			err = data_write(overlay, offset, here, bytes);
 			if (!err)
@@ -216,7 +230,7 @@ int overlay_zero(struct overlay *overlay, uint64_t offset, uint64_t length, bool
 		uint64_t nr = nr_pages_of(here);
 		pthread_rwlock_wrlock(overlay_stripe(overlay, first));
 		uint64_t nr_new = nr - bits_count(overlay->account->private, first, first + nr);
-		err = pay(overlay, nr_new, reserved);
+		err = begin_change(overlay, first, nr, nr_new, reserved);
 		if (!err && (nr_new < nr || overlay->disk)) /* else there are no bytes to be rid of */
 			err = overlay_punch(overlay, first, nr);
 		if (err == -EOPNOTSUPP) /* a file system without holes */
@@ -242,11 +256,13 @@ int overlay_patch(struct overlay *overlay, uint64_t offset, uint32_t length, con
 	bytes = bytes ? bytes : zeros;
 	pthread_rwlock_wrlock(overlay_stripe(overlay, page));
 	if (bits_test(overlay->account->private, page)) {
-		err = data_write(overlay, offset, length, bytes);
+		err = begin_change(overlay, page, 1, 0, reserved);
+		if (!err)
+			err = data_write(overlay, offset, length, bytes);
 	} else if (frame) {
 		memcpy(whole, frame, PAGE_BYTES);
 		memcpy(whole + in_page, bytes, length);
-		err = pay(overlay, 1, reserved);
+		err = begin_change(overlay, page, 1, 1, reserved);
 		if (!err)
 			err = data_write(overlay, page << PAGE_SHIFT, PAGE_BYTES, whole);
 		if (!err)
@@ -272,11 +288,14 @@ int overlay_trim(struct overlay *overlay, uint64_t first, uint64_t nr)
 
 		stop = stop < end ? stop : end;
 		pthread_rwlock_wrlock(overlay_stripe(overlay, page));
-		while ((page = bits_next(account->private, page, stop)) < stop) {
+		if (account_is_frozen(account))
+			err = -EBUSY;
+		while (!err && (page = bits_next(account->private, page, stop)) < stop) {
 			uint64_t run_end = bits_next_clear(account->private, page, stop);
 
 			for (uint64_t i = page; i < run_end; i++)
 				bits_clear(account->private, i);
+			overlay_mark_dirty(overlay, page, run_end - page);
 			nr_gone += run_end - page;
 			if (overlay->disk)
 				disk_trimmed(overlay->disk, page, run_end - page);
@@ -284,7 +303,7 @@ int overlay_trim(struct overlay *overlay, uint64_t first, uint64_t nr)
 				err = overlay_punch(overlay, page, run_end - page);
 			page = run_end;
 		}
-		pthread_rwlock_unlock(overlay_stripe(overlay, page - 1));
+		pthread_rwlock_unlock(overlay_stripe(overlay, stop - 1));
 		atomic_fetch_sub(&account->header->private_pages, nr_gone);
 		overlay_give(overlay, nr_gone);
 		count_add(COUNTER(account->header, discarded_pages), nr_gone);

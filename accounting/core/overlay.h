@@ -13,7 +13,10 @@
  * The quota is taken before a byte changes, for the whole request; at the quota a request is refused with -ENOSPC and
  * nothing of it was done (unless somebody else trimmed pages of its range meanwhile).
  *
- * overlay.c is the pages, overlay_disk.c what a file needs besides.
+ * What is written can be followed, page by page, and be held back (frozen) for a while: requests then wait for the thaw, and
+ * do not fail.  See track.h, which does the same for guests that map.
+ *
+ * overlay.c is the pages, overlay_disk.c what a file needs besides, overlay_track.c who follows and freezes.
  */
 #ifndef COWSHED_OVERLAY_H
 #define COWSHED_OVERLAY_H
@@ -41,6 +44,17 @@ int overlay_discard(struct overlay *overlay);
 /* The pages that the memfd or file holds bytes for: (nr_pages + 63) / 64 words.  Each should be private; a private
  * one without bytes is zeros. */
 int overlay_stored(struct overlay *overlay, uint64_t *words_out, uint64_t nr_words);
+/* The memfd or file with the private pages' bytes; the overlay's own. */
+int overlay_fd(const struct overlay *overlay);
+
+/* Begins to follow the private pages, all of which are dirty at first; or ends that. */
+int overlay_track(struct overlay *overlay, int on);
+/* Takes the pages that became private, were written or are private no more: (nr_pages + 63) / 64 words; how many.  What is
+ * read afterwards is as new, or is dirty again.  -EINVAL: they are not followed. */
+int64_t overlay_take_dirty(struct overlay *overlay, uint64_t *words_out, uint64_t nr_words);
+/* From its return until thaw no page changes: who asks for that waits.  Cost: what is being written is written. */
+void overlay_freeze(struct overlay *overlay);
+void overlay_thaw(struct overlay *overlay);
 /* cdef-end */
 
 #define OVERLAY_STRIPES 64
@@ -53,13 +67,38 @@ struct overlay_sync {
 	void (*done)(struct overlay_sync *sync, int status);
 };
 
+/* Waits for a thaw; go is called once, under the overlay's held_lock, by who thaws. */
+struct overlay_hold {
+	struct overlay_hold *next;
+	bool queued;
+	void (*go)(struct overlay_hold *hold);
+};
+
 struct overlay {
 	struct account *account;
 	struct image *image;
 	int data_fd;
 	struct overlay_disk *disk; /* NULL: in memory */
 	pthread_rwlock_t stripes[OVERLAY_STRIPES];
+	_Atomic(bits_word *) dirty; /* NULL: not followed; its words change under their stripes' locks */
+	pthread_mutex_t held_lock; /* innermost but for who is told by go */
+	struct overlay_hold *held;
 };
+
+/* What changes pages gives -EBUSY while they are frozen, having done a part of it or nothing; it is to be asked again, as
+ * a whole, after the thaw. true: hold->go will be called then; false: that is now. */
+bool overlay_hold(struct overlay *overlay, struct overlay_hold *hold);
+/* go will not be called. */
+void overlay_unhold(struct overlay *overlay, struct overlay_hold *hold);
+
+/* Under the stripe's lock. */
+static inline void overlay_mark_dirty(struct overlay *overlay, uint64_t first, uint64_t nr)
+{
+	bits_word *dirty = atomic_load(&overlay->dirty);
+
+	for (uint64_t page = first; dirty && page < first + nr; page++)
+		bits_set(dirty, page);
+}
 
 /* Takes quota for those of nr pages from first that are not private; -ENOSPC. What is left of it goes back. */
 int overlay_take(struct overlay *overlay, uint64_t first, uint64_t nr, uint64_t *reserved);

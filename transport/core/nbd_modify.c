@@ -25,8 +25,18 @@ static uint64_t page_after(uint64_t offset)
 	return (offset >> 12) + (offset % 4096 != 0);
 }
 
-/* Writes a part of one page, at once or when the image's page is there. */
-static void patch(struct nbd_turn *turn, struct nbd_op *op, uint64_t offset, uint32_t length, const uint8_t *bytes)
+/* A change came back with err.  true: it is to wait for the overlay's thaw; the connection is read from no further, so
+ * that what comes after it waits too.  false, and err is -EBUSY: the thaw has been. */
+static bool is_held(struct nbd_connection *connection, int err)
+{
+	if (err != -EBUSY || !overlay_hold(connection->export->overlay, &connection->hold))
+		return false;
+	connection->held = true;
+	return true;
+}
+
+/* Writes a part of one page, at once or when the image's page is there; false if it is to be asked again. */
+static bool patch(struct nbd_turn *turn, struct nbd_op *op, uint64_t offset, uint32_t length, const uint8_t *bytes)
 {
 	struct nbd_connection *connection = turn->connection;
 	struct nbd_export *export = connection->export;
@@ -38,16 +48,18 @@ static void patch(struct nbd_turn *turn, struct nbd_op *op, uint64_t offset, uin
 	int err = overlay_patch(export->overlay, offset, length, bytes, frame, &op->reserved);
 	if (frame)
 		extent_release(state);
+	if (err == -EBUSY)
+		return !is_held(connection, err) && patch(turn, op, offset, length, bytes);
 	if (err != -EAGAIN) {
 		op->err = op->err ? op->err : err;
-		return;
+		return true;
 	}
 	struct nbd_piece *piece = piece_new(turn, op, PIECE_PATCH, offset, length, 1);
 	if (piece && bytes && !(piece->bytes = malloc(length)))
 		atomic_store(&piece->status, -ENOMEM);
 	if (!piece) {
 		op->err = -ENOMEM;
-		return;
+		return true;
 	}
 	if (piece->bytes) {
 		memcpy(piece->bytes, bytes, length);
@@ -58,17 +70,26 @@ static void patch(struct nbd_turn *turn, struct nbd_op *op, uint64_t offset, uin
 	if (piece_want(piece, offset, length))
 		piece->waits[piece->nr_waits++] = (struct nbd_wait){.waiter = {.extent = offset / export->extent_bytes}, .held = true};
 	piece_wanted_all(piece);
+	return true;
 }
 
-void patch_settle(struct nbd_piece *piece)
+bool patch_settle(struct nbd_piece *piece)
 {
 	struct nbd_export *export = piece->connection->export;
 	int err = atomic_load(&piece->status);
 
-	if (!err)
-		err = overlay_patch(export->overlay, piece->offset, piece->length, piece->bytes,
+	if (piece->connection->broken)
+		err = -ESHUTDOWN;
+	if (!err) {
+		do
+			err = overlay_patch(export->overlay, piece->offset, piece->length, piece->bytes,
 		                    export->frames->base + (piece->offset & ~(uint64_t)4095), &piece->op->reserved);
+		while (err == -EBUSY && !is_held(piece->connection, err));
+		if (err == -EBUSY)
+			return false;
+	}
 	atomic_store(&piece->status, err);
+	return true;
 }
 
 void write_begin(struct nbd_turn *turn, const struct nbd_request *request, int err)
@@ -104,14 +125,18 @@ static size_t write_run(struct nbd_turn *turn, struct nbd_op *op, const uint8_t 
 	if (!in_page && !(nr == left && is_last_short(export, op->at, nr)))
 		nr = nr >= 4096 ? nr & ~(size_t)4095 : nr;
 	if (!in_page && (nr >= 4096 || is_last_short(export, op->at, nr))) {
-		op->err = overlay_write(export->overlay, op->at, nr, bytes, &op->reserved);
-		return nr;
+		do
+			op->err = overlay_write(export->overlay, op->at, nr, bytes, &op->reserved);
+		while (op->err == -EBUSY && !is_held(turn->connection, op->err));
+		if (op->err != -EBUSY)
+			return nr;
+		op->err = 0;
+		return 0;
 	}
 	size_t part = 4096 - in_page < left ? 4096 - in_page : (size_t)left;
 	if (nr_bytes < part)
 		return 0;
-	patch(turn, op, op->at, (uint32_t)part, bytes);
-	return part;
+	return patch(turn, op, op->at, (uint32_t)part, bytes) ? part : 0;
 }
 
 static void payload_end(struct nbd_turn *turn)
@@ -197,13 +222,18 @@ static void zero_step(struct nbd_turn *turn, struct nbd_op *op)
 			length = nr << 12;
 		length = length < STEP_BYTES ? length : STEP_BYTES;
 		op->err = overlay_zero(export->overlay, op->at, length, op->request.flags & NBD_CMD_FLAG_NO_HOLE, &op->reserved);
+		if (op->err == -EBUSY) {
+			is_held(turn->connection, op->err);
+			op->err = 0;
+			return;
+		}
 		op->at += length;
 	} else {
 		uint64_t page_end = ((op->at >> 12) + 1) << 12;
 		uint64_t end = page_end < op->end ? page_end : op->end;
 
-		patch(turn, op, op->at, (uint32_t)(end - op->at), NULL);
-		op->at = end;
+		if (patch(turn, op, op->at, (uint32_t)(end - op->at), NULL))
+			op->at = end;
 	}
 }
 
@@ -214,15 +244,21 @@ enum nbd_step clear_step(struct nbd_turn *turn, struct nbd_op *op)
 	if (op->request.type == NBD_CMD_WRITE_ZEROES) {
 		uint64_t until = op->at + STEP_BYTES;
 
-		while (op->at < op->end && op->at < until && !op->err)
+		while (op->at < op->end && op->at < until && !op->err && !turn->connection->held)
 			zero_step(turn, op);
 	} else {
 		uint64_t first, nr, nr_max = STEP_BYTES >> 12;
 
 		whole_pages(export, op, &first, &nr);
 		op->err = overlay_trim(export->overlay, first, nr < nr_max ? nr : nr_max);
+		if (op->err == -EBUSY) {
+			op->err = 0;
+			return is_held(turn->connection, -EBUSY) ? STEP_WAIT : STEP_MORE;
+		}
 		op->at = nr <= nr_max ? op->end : (first + nr_max) << 12;
 	}
+	if (turn->connection->held && !op->err && op->at < op->end)
+		return STEP_WAIT;
 	return op->err || op->at == op->end ? STEP_DONE : STEP_MORE;
 }
 

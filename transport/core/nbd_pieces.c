@@ -105,7 +105,15 @@ void pieces_settle(struct nbd_turn *turn)
 	for (struct nbd_piece *piece; (piece = ready);) {
 		ready = piece->next;
 		if (piece->kind == PIECE_PATCH) {
-			patch_settle(piece);
+			if (!patch_settle(piece)) { /* it keeps its extent, and is ready again with the thaw */
+				pthread_mutex_lock(&connection->lock);
+				piece->next = connection->ready;
+				connection->ready = piece;
+				if (!piece->next)
+					connection->ready_tail = &piece->next;
+				pthread_mutex_unlock(&connection->lock);
+				continue;
+			}
 			if (piece->nr_waits && piece->waits[0].held)
 				extent_release(&image->states[piece->waits[0].waiter.extent]);
 		}

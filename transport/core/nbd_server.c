@@ -87,6 +87,19 @@ void nbd_piece_ready(struct nbd_piece *piece)
 	pthread_mutex_unlock(&connection->lock);
 }
 
+/* Its overlay was thawed. */
+static void connection_go(struct overlay_hold *hold)
+{
+	struct nbd_connection *connection = (struct nbd_connection *)((char *)hold - offsetof(struct nbd_connection, hold));
+
+	pthread_mutex_lock(&connection->lock);
+	if (connection->running)
+		connection->again = true;
+	else
+		nbd_enqueue(connection);
+	pthread_mutex_unlock(&connection->lock);
+}
+
 /* The number of the connection that is next in line; 0 if another thread took it. */
 static uint64_t ready_pop(struct nbd_server *server)
 {
@@ -135,6 +148,8 @@ static void connection_end(struct nbd_connection *connection)
 		.reason = connection->reason,
 	};
 
+	if (connection->export->overlay)
+		overlay_unhold(connection->export->overlay, &connection->hold);
 	assert(!connection->nr_ops && !connection->nr_pieces && !connection->ready);
 	epoll_ctl(server->epoll_fd, EPOLL_CTL_DEL, connection->fd, NULL);
 	pthread_mutex_lock(&server->lock);
@@ -437,6 +452,7 @@ int nbd_attach(struct nbd_server *server, struct nbd_export *export, int fd, con
 	connection->terms = *terms;
 	connection->terms.read_only |= !export->overlay;
 	connection->fd = fd;
+	connection->hold.go = connection_go;
 	connection->ready_tail = &connection->ready;
 	connection->longs_tail = &connection->longs;
 	connection->settled_tail = &connection->settled;

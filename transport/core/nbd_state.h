@@ -134,6 +134,8 @@ struct nbd_connection {
 	uint32_t nr_ops, nr_pieces;
 	uint64_t buffered_bytes;
 	uint64_t stream_offset, stream_bytes; /* where the last read ended, and how long it has gone on so */
+	bool held;                            /* something of it waits for its overlay's thaw */
+	struct overlay_hold hold;
 	uint64_t ahead_offset;                /* up to where that stream was read ahead; 0: not yet */
 };
 
@@ -240,7 +242,8 @@ void write_begin(struct nbd_turn *turn, const struct nbd_request *request, int e
 /* Takes payload, as much as it can use now; how much. */
 size_t write_take(struct nbd_turn *turn, const uint8_t *bytes, size_t nr_bytes);
 void write_cancel(struct nbd_turn *turn);
-void patch_settle(struct nbd_piece *piece);
+/* false: not now, but after a thaw. */
+bool patch_settle(struct nbd_piece *piece);
 void clear_begin(struct nbd_turn *turn, const struct nbd_request *request);
 enum nbd_step clear_step(struct nbd_turn *turn, struct nbd_op *op);
 void flush_begin(struct nbd_turn *turn, const struct nbd_request *request);

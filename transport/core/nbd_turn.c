@@ -213,7 +213,7 @@ static void dispatch(struct nbd_turn *turn, const struct nbd_request *request)
 
 static bool may_parse(const struct nbd_connection *connection)
 {
-	return !connection->closing && !connection->backlog && connection->nr_ops < OUTSTANDING_MAX &&
+	return !connection->closing && !connection->backlog && !connection->held && connection->nr_ops < OUTSTANDING_MAX &&
 	       connection->buffered_bytes < BUFFERED_MAX;
 }
 
@@ -235,7 +235,7 @@ static bool parse(struct nbd_turn *turn)
 
 			turn->in_at += nr;
 			if (!nr)
-				return true;
+				return !connection->held;
 			continue;
 		}
 		if (turn->in_end - turn->in_at < header_bytes)
@@ -413,12 +413,13 @@ static uint32_t turn_round(struct nbd_turn *turn, bool *more_out)
 {
 	struct nbd_connection *connection = turn->connection;
 
-	pieces_settle(turn);
 	pthread_mutex_lock(&connection->lock);
 	bool detached = connection->detached;
 	pthread_mutex_unlock(&connection->lock);
 	if (detached)
 		nbd_turn_break(turn, NBD_END_DETACHED, 0);
+	connection->held = false;
+	pieces_settle(turn);
 	*more_out = false;
 	if (!connection->broken && out_send_backlog(turn) && !connection->broken) {
 		pieces_finish(turn);
@@ -434,6 +435,10 @@ static uint32_t turn_round(struct nbd_turn *turn, bool *more_out)
 	}
 	if (connection->broken)
 		abandon(turn);
+	if (connection->broken && connection->held) { /* what it holds back is not wanted any more */
+		*more_out = true;
+		return 0;
+	}
 	count_turn(turn);
 	if (connection->closing && !connection->nr_ops && !connection->nr_pieces && !connection->backlog)
 		return TURN_ENDED;
