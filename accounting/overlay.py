@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from cowshed.accounting.ledger import Account
-from cowshed.cache import SourceError, UsageError
+from cowshed.cache import InvariantError, SourceError, UsageError
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
+from cowshed.cache.images import PAGE_BYTES
 
 __all__ = ["Overlay"]
 
@@ -65,6 +66,47 @@ class Overlay:
             _close_all(fds)
             raise
         return cls(account, overlay[0])
+
+    @classmethod
+    def adopt(cls, account: Account, fd: int) -> Overlay:
+        """Go on with the memfd that another process left, of an adopted account.
+
+        Takes fd over on success; InvariantError if it is none of this image.
+        """
+        overlay = ffi.new("struct overlay **")
+        err = lib.overlay_adopt(account.cdata, fd, overlay)
+        if err == -errno.EBADMSG:
+            raise InvariantError(f"what was left is no overlay over {account.image.label!r}")
+        checked(err, f"adopting an overlay over {account.image.label!r}")
+        return cls(account, overlay[0])
+
+    @property
+    def fd(self) -> int:
+        """Its pages, each at its offset in the image; the overlay's own."""
+        return int(lib.overlay_fd(self.cdata))
+
+    def load(self, first_page: int, nr_pages: int) -> bytes:
+        """Copy the bytes of private pages; each page is of one moment. Others' are zeros."""
+        pages = bytearray(nr_pages * PAGE_BYTES)
+        checked(
+            lib.overlay_load(self.cdata, first_page, nr_pages, ffi.from_buffer(pages)),
+            f"reading an overlay over {self.account.image.label!r}",
+        )
+        return bytes(pages)
+
+    def store(self, first_page: int, pages: bytes | memoryview) -> None:
+        """Make pages private with these bytes, past the quota too. OSError if there is no room."""
+        nr_pages = len(pages) // PAGE_BYTES
+        err = lib.overlay_store(self.cdata, first_page, nr_pages, ffi.from_buffer(pages))
+        if err < 0:
+            raise OSError(-err, f"writing an overlay over {self.account.image.label!r}")
+
+    def drop(self, first_page: int, nr_pages: int) -> None:
+        """Give pages back to the image."""
+        checked(
+            lib.overlay_drop(self.cdata, first_page, nr_pages),
+            f"trimming an overlay over {self.account.image.label!r}",
+        )
 
     def close(self) -> None:
         """Give it up; no export may use it any more. In memory, its pages are lost.

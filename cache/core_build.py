@@ -37,6 +37,7 @@ HEADERS = (
     "accounting/core/track.h",
     "accounting/core/evict.h",
     "accounting/core/overlay.h",
+    "accounting/core/overlay_move.h",
     "faults/core/window.h",
     "faults/core/guest.h",
     "faults/core/supply.h",

@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 from cowshed.service.domains import Domains, Identity, is_operator
 from cowshed.service.images import ImageSpec
 from cowshed.service.names import Named, find_for_guest
+from cowshed.transport.messages import MovedError
 
 __all__ = ["Access"]
 
@@ -21,10 +22,14 @@ N = TypeVar("N", bound=Named)
 
 
 class Access:
-    """The rules of one configuration; changes nothing and remembers nothing."""
+    """The rules of one configuration.
+
+    moved_to is where who comes is sent instead, during a drain and after it.
+    """
 
     def __init__(self, domains: Domains, specs: Iterable[ImageSpec]) -> None:
         self.domains: Final = domains
+        self.moved_to: str | None = None
         self._allowed: Final = {(spec.domain, spec.name): spec.allowed for spec in specs}
 
     def usable(self, images: Iterable[N], identity: Identity) -> list[N]:
@@ -38,7 +43,12 @@ class Access:
         ]
 
     def find(self, images: Iterable[N], text: str, identity: Identity) -> N:
-        """The image that NAME or DOMAIN/NAME means; UsageError naming those one may use."""
+        """The image that NAME or DOMAIN/NAME means; UsageError naming those one may use.
+
+        MovedError, which says where to go, while this backend is drained.
+        """
+        if self.moved_to is not None:
+            raise MovedError(self.moved_to)
         return find_for_guest(
             self.usable(images, identity),
             text,

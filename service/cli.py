@@ -11,6 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from cowshed.cache.errors import CowshedError, UsageError
 from cowshed.service.attach_command import attach
+from cowshed.service.cli_handoff import add_commands
 from cowshed.service.config import RUN_DIR_DEFAULT, config_load
 from cowshed.service.control_client import ControlClient
 from cowshed.service.render import audit_view, status_view
@@ -85,6 +86,9 @@ def cli() -> None:
     "--no-keeper", is_flag=True, help="Let the backend's death be final, but under systemd."
 )
 @click.option("--check", is_flag=True, help="Say whether the configuration is right, and end.")
+@click.option(
+    "--accept-handoff", is_flag=True, help="Let any backend hand its guests over by plain tcp."
+)
 @click.option("--keeper-of", type=int, hidden=True)
 @click.option("--verbose", is_flag=True, help="Also log guests coming and going.")
 def serve(
@@ -94,6 +98,7 @@ def serve(
     run_dir: str | None,
     metrics: str | None,
     listen: tuple[str, ...],
+    accept_handoff: bool,
     nbd: str | None,
     overlay_dir: str | None,
     no_keeper: bool,
@@ -105,6 +110,7 @@ def serve(
 
     The TOML file of --config may set capacity, run_dir, state_dir, extent, loaders, keeper,
     quota, on_quota ("stop", "kill" or "allow"), metrics, guest_metrics, listen, nbd,
+    handoff_from, accept_handoff, autowarm,
     overlay_dir, log ("logfmt" or "json"), log_level ("debug" to "error") and, in a table [images],
     NAME = "SOURCE"; [[image]] has name, source and domain; a table [domains.NAME]
     lists its members by uids, gids and clients; a table [tls] has cert, key and ca,
@@ -118,6 +124,7 @@ def serve(
             run_dir=run_dir,
             metrics=metrics,
             listen=listen,
+            accept_handoff=accept_handoff,
             nbd=nbd,
             overlay_dir=overlay_dir,
             no_keeper=no_keeper,
@@ -239,7 +246,7 @@ def warm(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
     ):
         task = bar.add_task("warming", total=None)
         reply: dict[str, Any] = {}
-        for reply in client.stream("warm", image=image, **extent):
+        for reply in client.stream("warm", fds=(), image=image, **extent):
             if progress := reply.get("progress"):
                 bar.update(task, completed=progress["done_bytes"], total=progress["total_bytes"])
     with same_version():
@@ -301,6 +308,9 @@ def discard(overlay: str, run_dir: Path) -> None:
 
 
 cli.add_command(attach)
+
+
+add_commands(cli)
 
 
 def main() -> NoReturn:

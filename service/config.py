@@ -8,6 +8,9 @@ A file has this shape; every key is optional, and an unknown one is an error::
     state_dir = "/var/lib/cowshed"  # recorded working sets; RUN_DIR/state unless given
     extent   = "64K"                # unit of load and eviction: a power of two, 4K to 2M
     loaders  = 4                    # threads that load extents
+    handoff_from = ["b.example"]    # backends, by certificate, that may drain to us
+    accept_handoff = false          # whether any backend may, by tcp without TLS
+    autowarm = true                 # load what guests touched in earlier runs, behind their demand
     keeper   = true                 # a process that starts the backend again if it dies
     quota    = "64M"                # private bytes of guests that name no quota; or "none"
     on_quota = "stop"               # at the limit: stop the writer, kill it, or allow (count)
@@ -53,6 +56,7 @@ from cowshed.cache.errors import UsageError
 from cowshed.cache.images import DEFAULT_DOMAIN
 from cowshed.service.domains import DomainMembers, Domains, check_key, parse_domains, parse_members
 from cowshed.service.endpoint import Endpoint, parse_endpoint
+from cowshed.service.handoff_rules import HandoffRules
 from cowshed.service.images import ImageSpec, absolute, image_spec, parse_image
 from cowshed.service.logs import LEVELS, LOG_FORMATS, LogFormat, LogLevel
 from cowshed.service.sizes import format_bytes, parse_size
@@ -86,6 +90,9 @@ _KEYS = (
     "guest_metrics",
     "nbd",
     "listen",
+    "handoff_from",
+    "accept_handoff",
+    "autowarm",
     "overlay_dir",
     "tls",
     "log",
@@ -119,6 +126,8 @@ class Config:
     guest_metrics: int = 0
     nbd: Endpoint | None = None
     listen: tuple[str, ...] = ()
+    handoff_rules: HandoffRules = field(default_factory=HandoffRules)
+    autowarm: bool = True
     overlay_dir: Path | None = None
     tls: TlsConfig | None = None
     log_format: LogFormat = "logfmt"
@@ -204,6 +213,7 @@ def config_load(
     metrics: str | None = None,
     nbd: str | None = None,
     listen: Sequence[str] = (),
+    accept_handoff: bool = False,
     overlay_dir: str | None = None,
     no_keeper: bool = False,
     verbose: bool = False,
@@ -248,6 +258,9 @@ def config_load(
         settings["capacity_bytes"] = parse_size(capacity, "capacity")
     if metrics is not None:
         settings["metrics"] = parse_endpoint(metrics, "metrics")
+    if accept_handoff:
+        known = settings.get("handoff_rules", HandoffRules())
+        settings["handoff_rules"] = HandoffRules(known.clients, plain=True)
     if listen:
         settings["listen"] = tuple(listen)
     if nbd is not None:
@@ -349,11 +362,28 @@ def _settings_of(table: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(uris, list) or not all(isinstance(uri, str) and uri for uri in uris):
             raise UsageError(f'listen is {uris!r}: give a list of URIs, as ["tls://0.0.0.0:7000"]')
         settings["listen"] = tuple(uris)
-    if "keeper" in table:
-        if not isinstance(table["keeper"], bool):
-            raise UsageError(f"keeper is {table['keeper']!r}: give true or false")
-        settings["keeper"] = table["keeper"]
+    for key in ("keeper", "autowarm"):
+        if key in table:
+            settings[key] = _flag_of(table, key)
+    if "handoff_from" in table or "accept_handoff" in table:
+        settings["handoff_rules"] = _handoff_rules_of(table)
     return settings
+
+
+def _flag_of(table: Mapping[str, Any], key: str) -> bool:
+    value = table[key]
+    if not isinstance(value, bool):
+        raise UsageError(f"{key} is {value!r}: give true or false")
+    return value
+
+
+def _handoff_rules_of(table: Mapping[str, Any]) -> HandoffRules:
+    names = table.get("handoff_from", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UsageError(f'handoff_from is {names!r}: give a list of names, as ["b.example"]')
+    return HandoffRules(
+        tuple(names), "accept_handoff" in table and _flag_of(table, "accept_handoff")
+    )
 
 
 def _text_of(table: Mapping[str, Any], key: str) -> str:

@@ -7,6 +7,7 @@ fit. Everything here runs in worker threads, never in the loop that answers gues
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
@@ -61,6 +62,8 @@ class Control:
         self._status = status
         self._working_sets = working_sets
         self._tallies = tallies
+        self._quick = {"status", "quota"}
+        self._with_fds: dict[str, Callable[[Body, list[int]], Iterable[Body]]] = {}
         self._ops: dict[str, Callable[[Body], Iterable[Body]]] = {
             "status": self._do_status,
             "audit": self._do_audit,
@@ -74,16 +77,33 @@ class Control:
 
     def knows(self, op: str) -> bool:
         """Whether op is one of the operations here."""
-        return op in self._ops
+        return op in self._ops or op in self._with_fds
 
     def is_quick(self, op: str) -> bool:
         """Whether op takes milliseconds, not as long as a disk takes."""
-        return op in ("status", "quota")
+        return op in self._quick
 
-    def perform(self, op: str, request: Body) -> Iterator[Body]:
-        """Give the replies to a request as they come; raises CowshedError for a refusal."""
-        for reply in self._ops[op](request):
-            yield {"ok": True, **reply}
+    def add(
+        self, op: str, perform: Callable[[Body, list[int]], Iterable[Body]], *, is_quick: bool
+    ) -> None:
+        """Add an operation that takes descriptors: what it leaves in the list is closed."""
+        self._with_fds[op] = perform
+        if is_quick:
+            self._quick.add(op)
+
+    def perform(self, op: str, request: Body, fds: list[int] | None = None) -> Iterator[Body]:
+        """Give the replies to a request as they come; raises CowshedError for a refusal.
+
+        fds came with it, and are closed in the end, but those that the operation took out.
+        """
+        fds = fds or []
+        try:
+            known = self._ops.get(op)
+            for reply in known(request) if known else self._with_fds[op](request, fds):
+                yield {"ok": True, **reply}
+        finally:
+            while fds:
+                os.close(fds.pop())
 
     def find_image(self, name: str) -> Image:
         """Give the image that an operator means by a name; UsageError naming the choices."""
@@ -120,7 +140,7 @@ class Control:
                 f"at most {format_bytes(most * image.extent_bytes)} of the capacity can be pinned; "
                 "unpin something, or raise the capacity"
             ) from error
-        for _ in self._load(image, extents):
+        for _ in self.load(image, extents):
             pass
         yield {"pinned_bytes": _pinned_bytes(image)}
 
@@ -147,7 +167,7 @@ class Control:
         loads_before = image.counters().loads
         already = sum(states[extent] == ExtentState.RESIDENT for extent in wanted[:room])
         done = 0
-        for done in self._load(image, wanted[:room]):
+        for done in self.load(image, wanted[:room]):
             yield {
                 "progress": {
                     "done_bytes": done * image.extent_bytes,
@@ -161,7 +181,7 @@ class Control:
             "left_out_bytes": max(0, len(wanted) - room) * image.extent_bytes,
         }
 
-    def _load(self, image: Image, wanted: Iterable[int]) -> Iterator[int]:
+    def load(self, image: Image, wanted: Iterable[int]) -> Iterator[int]:
         """Load extents, in order, a run at a time; gives how many of them have been seen to.
 
         What the store did not take on at once is asked for again; what cannot be read is passed

@@ -7,7 +7,7 @@ error number becomes the run-dir, the reason and the cure.
 
 import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -54,10 +54,15 @@ class ControlClient:
         with self._explained(op):
             return dict(self._opened().request(op, **fields))
 
-    def stream(self, op: str, **fields: Any) -> Iterator[dict[str, Any]]:
-        """The replies to an operation that reports progress; the one without "progress" is last."""
+    def stream(
+        self, op: str, *, fds: Sequence[int] = (), **fields: Any
+    ) -> Iterator[dict[str, Any]]:
+        """The replies to an operation that reports progress; the one without "progress" is last.
+
+        fds go with the request, and stay the caller's.
+        """
         with self._explained(op):
-            yield from self._opened().stream(op, **fields)
+            yield from self._opened().stream(op, fds=fds, **fields)
 
     def _opened(self) -> "Backend":
         assert self._backend is not None, "use inside `with`"

@@ -23,6 +23,8 @@ from cowshed.service.evictor import Evictor
 from cowshed.service.fd_store import FdStore, take_inherited
 from cowshed.service.guest_door import GuestDoor
 from cowshed.service.guests import GuestTable
+from cowshed.service.handoff import HandoffService
+from cowshed.service.handoff_record import HandoffRecord
 from cowshed.service.http_server import HttpServer
 from cowshed.service.image_folders import image_folders
 from cowshed.service.image_opening import open_store
@@ -147,6 +149,23 @@ class Daemon:
             config.listen, store, access, overlays, self._nbd, door, self._tallies, self._loop
         )
         stack.callback(network.close)
+        handoff = HandoffService(
+            store,
+            evictor,
+            self.guests,
+            overlays,
+            access,
+            self.control,
+            self._working_sets,
+            self._tallies,
+            HandoffRecord(config.state_dir),
+            self._loop,
+            self._guest_door,
+            network.disconnect,
+        )
+        handoff.resume()
+        network.take_handoffs(handoff.door, config.handoff_rules)
+        stack.callback(handoff.stop)
         if config.metrics is not None:
             self._serve_metrics(stack)
         self._let_go(remains)

@@ -7,11 +7,12 @@ import contextlib
 import errno
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from cowshed.cache import PeerError
 from cowshed.service.door import Door
 from cowshed.service.guest_states import say_state
+from cowshed.service.guests import Guest
 from cowshed.service.logs import EventLog
 from cowshed.service.loop import READ, WRITE, Loop
 from cowshed.service.sessions import Session, SessionHost
@@ -54,6 +55,16 @@ class GuestDoor:
         for session in self._sessions.values():
             session.end()
         self._sessions.clear()
+
+    def tell(self, guest: Guest, event: dict[str, Any]) -> None:
+        """Send a guest something it did not ask for, on each of its connections."""
+        for fd, session in list(self._sessions.items()):
+            if session.mapping is not None and session.mapping.guest is guest:
+                try:
+                    session.connection.queue(event, tag=0)
+                    self._send(fd, session)
+                except PeerError:
+                    self._end(fd)
 
     def say_states(self) -> None:
         """Log, once each, guests that stopped, went on or broke; drop those that broke."""

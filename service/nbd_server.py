@@ -29,7 +29,7 @@ from cowshed.service.loop import READ, Loop
 from cowshed.service.nbd_exports import HeldExport, NbdDirectory
 from cowshed.service.nbd_peers import NbdPeer, accept, listen_path, listen_tcp, peer_of
 from cowshed.service.nbd_session import NbdSession
-from cowshed.service.overlays import OverlayTable
+from cowshed.service.overlays import OverlayGuest, OverlayTable
 from cowshed.service.tallies import Tallies
 from cowshed.service.tls_config import make_context
 from cowshed.transport.nbd_core import Ended, NbdCounters, NbdEnd, NbdExport, NbdServer
@@ -238,6 +238,12 @@ class NbdService:
         sock.detach()
         self._others[number] = on_ended
         return number
+
+    def disconnect(self, guest: OverlayGuest) -> None:
+        """Begin the end of all of an overlay's clients that came in here."""
+        for number, client in list(self._clients.items()):
+            if client.export.overlay is guest:
+                self._core.detach(number)
 
     def detach(self, connection_no: int) -> None:
         """Begin the end of a connection."""

@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import secrets
+import functools
 import time
 from collections.abc import Sequence
 from typing import Final
-from weakref import WeakKeyDictionary
 
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import CapacityError, CowshedError, Image, PageStore, PeerError, UsageError
 from cowshed.service.access import Access
 from cowshed.service.domains import Identity
 from cowshed.service.door import Door
+from cowshed.service.handoff_door import HandoffDoor
+from cowshed.service.handoff_link import SocketLink
+from cowshed.service.handoff_rules import HandoffRules
 from cowshed.service.logs import EventLog
 from cowshed.service.loop import READ, WRITE, Loop
 from cowshed.service.nbd_server import NbdService
@@ -72,7 +74,8 @@ class NetworkDoor:
         self._loop = loop
         self._sessions: dict[int, NetworkSession] = {}
         self._numbers: dict[OverlayGuest, int] = {}
-        self._ids: WeakKeyDictionary[OverlayGuest, str] = WeakKeyDictionary()
+        self._handoffs: HandoffDoor | None = None
+        self._handoff_rules = HandoffRules()
         self._listeners: dict[int, StreamListener] = {}
         try:
             for uri in uris:
@@ -98,6 +101,10 @@ class NetworkDoor:
                 "domain: use tls://, or an address of this host alone",
                 uri=listener.uri,
             )
+
+    def take_handoffs(self, door: HandoffDoor, rules: HandoffRules) -> None:
+        """From now on backends that the rules allow may hand their guests over."""
+        self._handoffs, self._handoff_rules = door, rules
 
     def close(self) -> None:
         """Stop listening and end conversations; those whose bytes flow end with the C core."""
@@ -143,7 +150,16 @@ class NetworkDoor:
 
         For what was not flushed may be lost then, and only the guest knows what that is.
         """
-        return self._ids.setdefault(guest, secrets.token_hex(8))
+        return guest.pages_id
+
+    def check_handoff(self, client_name: str | None, scheme: str) -> None:
+        """Refuse who may not give us guests: UsageError."""
+        if self._handoffs is None or not self._handoff_rules.allows(client_name, scheme):
+            who = repr(client_name) if client_name else f"a backend that comes by {scheme}"
+            raise UsageError(
+                f"handoffs of {who} are not taken here; name its certificate in handoff_from, or, "
+                "for tcp without TLS, serve with --accept-handoff"
+            )
 
     def leave(self, entered: Entered, *, said_so: bool) -> None:
         """Let go of a guest; its overlay goes too if it said good-bye and wanted none kept."""
@@ -154,6 +170,12 @@ class NetworkDoor:
                 self._overlays.discard(guest.label)
             except CowshedError as error:
                 _log.warning("not-discarded", str(error), overlay=guest.label)
+
+    def disconnect(self, guest: OverlayGuest) -> None:
+        """Begin the end of a guest's connection, wherever it came in."""
+        self._nbd.disconnect(guest)
+        if guest in self._numbers:
+            self._nbd.detach(self._numbers[guest])
 
     # Coming in.
 
@@ -196,6 +218,9 @@ class NetworkDoor:
     def _give(self, fd: int) -> None:
         """Give the connection to the core's threads: the reply to "data" is out."""
         session = self._sessions[fd]
+        if session.brings_handoff:
+            self._give_handoff(fd)
+            return
         entered = session.entered
         assert entered is not None
         address, who = address_of(session.connection), session.who
@@ -229,6 +254,19 @@ class NetworkDoor:
             return
         image = entered.guest.image.label
         _log.info("attached", guest=entered.guest.name, image=image, **who)
+
+    def _give_handoff(self, fd: int) -> None:
+        """Give the connection to a thread of its own: a handoff comes over it."""
+        session = self._sessions.pop(fd)
+        self._loop.forget(fd)
+        address, nr_fds = address_of(session.connection), _FDS[session.scheme]
+        sock, tls = session.connection.take_stream()
+        if tls is not None:
+            sock = Relay(sock, tls, handshake_seconds=0).inner
+        leave = functools.partial(self._door.leave, address, nr_fds)
+        link = SocketLink(sock, with_it=lambda: self._loop.call(leave))
+        assert self._handoffs is not None
+        self._handoffs.begin(link, session.connection.peer_name)
 
     def _drop(self, fd: int, reason: str, why: str, tag: int = 0) -> None:
         session = self._sessions[fd]

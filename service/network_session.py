@@ -3,6 +3,7 @@
 
     NEW --hello--> IDLE --open--> OPENED --data--> GIVEN (the C core's threads have the socket)
                    IDLE: describe             any but GIVEN: --close--> CLOSED
+                   IDLE --handoff--> GIVEN (a thread of service/handoff_door.py has it)
 
 As in sessions.py, what makes no sense costs the peer its connection, and what cannot be met is
 refused. Operators' requests are for the unix socket, where the kernel says who asks.
@@ -26,7 +27,7 @@ from cowshed.service.overlays import Claim, OverlayGuest
 from cowshed.transport import Received
 from cowshed.transport.messages import (
     error_reply,
-    kind_of,
+    refusal,
     take_choice,
     take_number,
     take_optional_number,
@@ -56,6 +57,7 @@ _NEXT: Final = {
     (State.IDLE, "describe"): State.IDLE,
     (State.IDLE, "open"): State.OPENED,
     (State.OPENED, "data"): State.GIVEN,
+    (State.IDLE, "handoff"): State.GIVEN,
     (State.IDLE, "close"): State.CLOSED,
     (State.OPENED, "close"): State.CLOSED,
 }
@@ -92,6 +94,9 @@ class NetworkHost(Protocol):
     def overlay_id(self, guest: OverlayGuest) -> str:
         """Name these private pages: others, under the same guest's name, are named otherwise."""
 
+    def check_handoff(self, client_name: str | None, scheme: str) -> None:
+        """Refuse who may not give us guests: UsageError."""
+
     def leave(self, entered: Entered, *, said_so: bool) -> None:
         """Let go of what was entered; said_so: the guest said good-bye, and wants it no more."""
 
@@ -104,6 +109,7 @@ class NetworkSession:
         self.scheme: Final = scheme
         self.deadline: Final = time.monotonic() + _HANDSHAKE_SECONDS
         self.entered: Entered | None = None
+        self.brings_handoff = False
         self._host = host
         self._state = State.NEW
         self._identity = Identity()
@@ -141,7 +147,7 @@ class NetworkSession:
         except PeerError:
             raise
         except CowshedError as error:
-            self._reply(message.tag, error_reply(kind_of(error), str(error)))
+            self._reply(message.tag, refusal(error))
             return
         self._state = following
         self._reply(message.tag, {"ok": True, **reply})
@@ -176,6 +182,11 @@ class NetworkSession:
         guest = self._host.enter(image, name, claim, quota_bytes, policy)
         self.entered = Entered(guest, body.get("keep") is True)
         return {**_describe(image), "overlay": self._host.overlay_id(guest)}
+
+    def _on_handoff(self, _: Body) -> Body:
+        self._host.check_handoff(self._identity.client_name, self.scheme)
+        self.brings_handoff = True
+        return {}
 
     def _on_data(self, _: Body) -> Body:
         return {}

@@ -12,6 +12,7 @@ table's, then the guests'.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -74,6 +75,8 @@ class OverlayGuest:
     overlay: Overlay
     export: NbdExport
     quota_bytes: int | None
+    # Other private pages, under the same guest's name, are named otherwise.
+    pages_id: str = field(default_factory=lambda: secrets.token_hex(8))
     nr_clients: int = 0
     account_no: int = field(init=False)
 
@@ -255,6 +258,43 @@ class OverlayTable:
             if self._files is not None:
                 self._files.write(self._record(guest), guest.image)
 
+    # Handoffs.
+
+    def stage(self, image: Image, record: OverlayRecord, pages_id: str) -> OverlayGuest:
+        """Make an empty overlay that nobody can enter, its name taken: admit() or unstage() it.
+
+        pages_id is what its pages were called where they come from. Raises as enter() does.
+        """
+        with self.lock:
+            guest = self._make(image, record, keep_record=False)
+        guest.pages_id = pages_id
+        guest.overlay.discard()  # files of one that was never admitted
+        return guest
+
+    def admit(self, guest: OverlayGuest) -> None:
+        """From now on the owner of a staged overlay may enter it. Raises SourceError."""
+        with self.lock:
+            if self._files is not None:
+                self._files.write(self._record(guest), guest.image)
+            self._overlays[guest.terms.key] = guest
+        _log.info("overlay-admitted", overlay=guest.label, owner=guest.owner)
+
+    def unstage(self, guest: OverlayGuest) -> None:
+        """Forget a staged overlay."""
+        guest.overlay.discard()
+        if self._files is not None:
+            self._files.remove(guest.image.label, guest.name)
+        self._close(guest)
+
+    def withdraw(self, guest: OverlayGuest) -> None:
+        """Forget an overlay whose pages are elsewhere now; nobody is connected to it any more."""
+        with self.lock:
+            if self._overlays.pop(guest.terms.key, None) is None:
+                return
+        if self._files is not None:
+            self._files.remove(guest.image.label, guest.name)
+        self._close(guest)
+
     def counters(self) -> Iterator[tuple[Image, NbdCounters]]:
         """What clients of overlays did, by image, those of discarded ones too."""
         with self.lock:
@@ -271,6 +311,11 @@ class OverlayTable:
     # Making and closing.
 
     def _open(self, image: Image, record: OverlayRecord, claim: Claim | None) -> OverlayGuest:
+        guest = self._make(image, record, keep_record=claim is not None)
+        self._overlays[guest.terms.key] = guest
+        return guest
+
+    def _make(self, image: Image, record: OverlayRecord, *, keep_record: bool) -> OverlayGuest:
         policy = QuotaPolicy[record.policy.upper()]
         terms = Terms(record.guest, image, record.quota_bytes, policy, Orders())
         with contextlib.ExitStack() as undo:
@@ -287,7 +332,7 @@ class OverlayTable:
             if self._files is None:
                 overlay = Overlay(account)
             else:
-                if claim is not None:
+                if keep_record:
                     self._files.check_free(record)
                     self._files.write(record, image)
                     undo.callback(self._files.remove, image.label, record.guest)
@@ -295,7 +340,7 @@ class OverlayTable:
             undo.callback(overlay.close)
             export = NbdExport(self._core, image, overlay.cdata)
             undo.pop_all()
-        guest = OverlayGuest(
+        return OverlayGuest(
             terms=terms,
             owner=record.owner,
             counted_as=record.counted_as,
@@ -308,8 +353,6 @@ class OverlayTable:
             export=export,
             quota_bytes=record.quota_bytes,
         )
-        self._overlays[terms.key] = guest
-        return guest
 
     def _close(self, guest: OverlayGuest) -> None:
         with self.lock:

@@ -21,11 +21,9 @@ from typing import Any, Final, Protocol
 
 from cowshed.accounting import QuotaPolicy, Region
 from cowshed.cache import (
-    CapacityError,
     CowshedError,
     Image,
     PeerError,
-    SourceError,
     UsageError,
 )
 from cowshed.faults import Orders, uffd_features
@@ -41,6 +39,7 @@ from cowshed.service.workers import Workers
 from cowshed.transport import Connection, Received
 from cowshed.transport.messages import (
     error_reply,
+    refusal,
     take_choice,
     take_flag,
     take_number,
@@ -58,12 +57,6 @@ Body = dict[str, Any]
 _VERSION: Final = 1
 PAGE_BYTES: Final = 4096
 _HANDSHAKE_SECONDS: Final = 10.0
-_ERROR_KINDS: Final[tuple[tuple[type[CowshedError], str], ...]] = (
-    (UsageError, "usage"),
-    (CapacityError, "capacity"),
-    (SourceError, "source"),
-    (PeerError, "peer"),
-)
 
 
 class State(enum.Enum):
@@ -338,15 +331,17 @@ class Session:
             self._host.shut_down()
             return
         tag, body = message.tag, message.body
+        fds = list(message.fds)
+        message.fds.clear()
 
         def work() -> Iterator[Body]:
             try:
-                for reply in self._host.control.perform(op, body):
+                for reply in self._host.control.perform(op, body, fds):
                     yield reply
                     if self.closing:
                         return  # nobody waits for the rest
             except CowshedError as error:
-                yield _refusal(error)
+                yield refusal(error)
 
         self._host.workers.submit(
             work,
@@ -364,7 +359,7 @@ class Session:
                     self._refuse(tag, error)
 
     def _refuse(self, tag: int, error: CowshedError) -> None:
-        self._reply(tag, _refusal(error))
+        self._reply(tag, refusal(error))
 
     def _reply(self, tag: int, body: Body, fds: list[int] | None = None) -> None:
         self.connection.queue(body, fds or (), tag)
@@ -381,10 +376,3 @@ def check_part(image: Image, offset_bytes: int, length_bytes: int) -> None:
             f"{length_bytes} bytes at {offset_bytes} are no part of {image.label!r} to be mapped; "
             f"give whole pages of {PAGE_BYTES} bytes within its {image.map_bytes}"
         )
-
-
-def _refusal(error: CowshedError) -> Body:
-    for kind, name in _ERROR_KINDS:
-        if isinstance(error, kind):
-            return error_reply(name, str(error))
-    raise error

@@ -14,7 +14,7 @@ import itertools
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from cowshed.cache.errors import UsageError
@@ -22,7 +22,7 @@ from cowshed.transport.byte_disk import READAHEAD_BYTES, REQUEST_SECONDS, ByteDi
 from cowshed.transport.disk import Disk
 from cowshed.transport.exchange import ask_stream, close_all, greet
 from cowshed.transport.forks import forget_in_child
-from cowshed.transport.messages import check_reply
+from cowshed.transport.messages import MovedError, check_reply
 from cowshed.transport.network_disk import open_by_bytes
 from cowshed.transport.protocol import Body
 from cowshed.transport.schemes import scheme
@@ -30,6 +30,9 @@ from cowshed.transport.schemes import scheme
 __all__ = ["Backend", "ByteDisk", "Disk", "connect"]
 
 _disk_numbers = itertools.count(1)
+
+# Backends that send a guest on to each other must not do so for ever.
+_MAX_MOVES: Final = 4
 
 
 def connect(uri: str) -> Backend:
@@ -82,8 +85,10 @@ class Backend:
                 return reply
         raise AssertionError("a stream ends with a reply")
 
-    def stream(self, op: str, **fields: Any) -> Iterator[Body]:
+    def stream(self, op: str, *, fds: Sequence[int] = (), **fields: Any) -> Iterator[Body]:
         """Like request, giving each progress report as it comes, and at last the reply.
+
+        fds go with the request, and stay the caller's.
 
         Other threads wait until then; leaving early closes the connection.
         """
@@ -94,8 +99,8 @@ class Backend:
                     if self._forked
                     else f"the connection to {self.uri} is closed; connect again"
                 )
-            for body, fds in ask_stream(self._connection, op, fields):
-                close_all(fds)
+            for body, reply_fds in ask_stream(self._connection, op, fields, fds):
+                close_all(reply_fds)
                 yield check_reply(body)
 
     def open(
@@ -109,6 +114,7 @@ class Backend:
         token: str | None = None,
         timeout: float = REQUEST_SECONDS,
         readahead_bytes: int = READAHEAD_BYTES,
+        follow_moves: bool = True,
     ) -> Disk | ByteDisk:
         """Open an image as a guest of its own; None leaves a choice to the backend.
 
@@ -122,6 +128,9 @@ class Backend:
         a network, which finds its private pages. At quota_bytes of private pages the backend does
         what on_quota says: "stop" the writer, "kill" it, or "allow" and count.
 
+        A backend that is being drained, or was, says where its guests are now: the image is opened
+        there, unless follow_moves is False, which makes it a MovedError.
+
         Raises as request does, and UsageError if this process cannot have the page faults it needs.
         """
         request = {
@@ -131,11 +140,25 @@ class Backend:
             "on_quota": on_quota,
             "token": token,
         }
-        if not scheme(self.uri).maps:
-            request["guest"] = guest or _fresh_name()
-            return open_by_bytes(self.uri, request, timeout, readahead_bytes)
-        request |= {"window_bytes": window_bytes, "write_window_bytes": write_window_bytes}
-        return Disk(greet(self.uri), request, self.uri)
+        windows = {"window_bytes": window_bytes, "write_window_bytes": write_window_bytes}
+        uri = self.uri
+        for _ in range(_MAX_MOVES if follow_moves else 0):
+            try:
+                return _open_at(uri, request, windows, timeout, readahead_bytes)
+            except MovedError as error:
+                if not error.uri:
+                    raise
+                uri = error.uri
+        return _open_at(uri, request, windows, timeout, readahead_bytes)
+
+
+def _open_at(
+    uri: str, request: Body, windows: Body, timeout: float, readahead_bytes: int
+) -> Disk | ByteDisk:
+    if not scheme(uri).maps:
+        request = {**request, "guest": request["guest"] or _fresh_name()}
+        return open_by_bytes(uri, request, timeout, readahead_bytes)
+    return Disk(greet(uri), {**request, **windows}, uri)
 
 
 def _fresh_name() -> str:

@@ -15,6 +15,16 @@ from typing import Any, Final, Never
 from cowshed.cache.errors import CapacityError, CowshedError, PeerError, SourceError, UsageError
 from cowshed.transport.protocol import Body
 
+
+class MovedError(UsageError):
+    """The guests here move, or moved, to another backend: uri is where; "" if it cannot be said."""
+
+    def __init__(self, uri: str) -> None:
+        where = uri or "another backend"
+        super().__init__(f"guests of this backend move to {where}: open there")
+        self.uri: Final = uri
+
+
 MAX_NUMBER: Final = (1 << 63) - 1
 MAX_ERROR_LENGTH: Final = 1000
 
@@ -26,8 +36,10 @@ _BY_KIND: Final[dict[str, type[CowshedError]]] = {
     "busy": CapacityError,
     "source": SourceError,
     "peer": PeerError,
+    "moved": MovedError,
 }
 _KINDS: Final = (
+    (MovedError, "moved"),
     (UsageError, "usage"),
     (CapacityError, "capacity"),
     (SourceError, "source"),
@@ -119,6 +131,14 @@ def error_reply(kind: str, message: str) -> Body:
     return {"ok": False, "error": {"kind": kind, "message": _one_line(message)}}
 
 
+def refusal(error: CowshedError) -> Body:
+    """Give the reply that refuses a request for this reason."""
+    reply = error_reply(kind_of(error), str(error))
+    if isinstance(error, MovedError):
+        reply["error"]["uri"] = error.uri
+    return reply
+
+
 def check_reply(body: Body) -> Body:
     """Give a good reply back; raise what a refusal stands for, PeerError if it is neither."""
     ok = body.get("ok")
@@ -131,6 +151,9 @@ def check_reply(body: Body) -> Body:
     message = error.get("message")
     if not isinstance(message, str):
         _refuse(f"error of kind {kind!r} has no message")
+    if kind == "moved":
+        uri = error.get("uri")
+        raise MovedError(uri if isinstance(uri, str) and uri.isprintable() else "")
     raise _BY_KIND.get(kind, PeerError)(_one_line(message))
 
 

@@ -17,9 +17,10 @@ from typing import Any, Final
 from cowshed.cache.errors import CapacityError, UsageError
 from cowshed.transport.byte_disk import READAHEAD_BYTES, REQUEST_SECONDS, ByteDisk, Dialled
 from cowshed.transport.exchange import ask, greet
-from cowshed.transport.messages import take_number, take_text
+from cowshed.transport.messages import MovedError, take_number, take_text
 from cowshed.transport.protocol import Body
 from cowshed.transport.relay import Relay
+from cowshed.transport.schemes import scheme
 from cowshed.transport.stream import StreamConnection
 
 __all__ = ["open_by_bytes"]
@@ -42,11 +43,21 @@ def open_by_bytes(
     fields |= {"token": request.get("token") or secrets.token_hex(16)}
     fields |= {"keep": request.get("token") is not None}
 
+    here, is_open = uri, False
+
     def dial(timeout: float) -> Dialled:
+        nonlocal here, is_open
         deadline = time.monotonic() + timeout
         while True:
             try:
-                return _dial(uri, fields, _left(deadline))
+                dialled = _dial(here, fields, _left(deadline))
+                is_open = True
+                return dialled
+            except MovedError as error:
+                # The first time it is for the caller to follow; later the guest moved under us.
+                if not is_open or not error.uri or scheme(error.uri).maps:
+                    raise
+                here = error.uri
             except CapacityError:
                 # Our last connection is not quite gone there.
                 if time.monotonic() + _PAUSE_SECONDS > deadline:

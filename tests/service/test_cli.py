@@ -44,7 +44,7 @@ def refused(result: Result, exit_code: int) -> str:
         ("statu", "no such command 'statu'"),
         ("attach debian", "missing argument '-- COMMAND...'"),
         ("begin", "no such command"),
-        ("drain", "no such command"),
+        ("migrate", "no such command"),
         ("status --bogus", "no such option"),
         ("status extra", "unexpected extra argument"),
         ("serve --metrics :1", "is not HOST:PORT"),
@@ -81,8 +81,11 @@ def test_help_names_every_command_there_is_and_no_other() -> None:
     result = run("--help")
     assert result.exit_code == 0
     listed = result.stdout.partition("Commands:\n")[2].splitlines()
-    there = ("attach", "audit", "discard", "evict", "pin", "quota", "serve", "status", "top")
-    assert [line.split()[0] for line in listed] == [*there, "unpin", "warm"]
+    there = ("attach", "audit", "discard", "drain", "evict", "export", "import", "pin", "quota")
+    assert [line.split()[0] for line in listed] == [
+        *there,
+        *("serve", "status", "top", "unpin", "warm"),
+    ]
     assert "..." not in "".join(listed)
 
 

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backend must know of handoffs after its death: STATE_DIR/handoff.json.
+
+A file, and not a memfd that the keeper holds: it outlives the keeper and the host too, and a
+handoff writes it three times. It is replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any, Final
+
+from cowshed.accounting.handoff import Phase
+from cowshed.cache.errors import SourceError, UsageError
+
+__all__ = ["HandoffRecord", "SourceRecord"]
+
+_VERSION: Final = 1
+# Handoffs that were received; more than a source could ever ask about again.
+_MAX_OWNED: Final = 1000
+
+SourceRecord = dict[str, Any]
+
+
+class HandoffRecord:
+    """Reads and writes it; for any thread.
+
+    source is None, or {"handoff", "uri", "phase", "guests"}; owned are the handoffs received.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        """Raises UsageError for a file that is no record of ours."""
+        self._path: Final = state_dir / "handoff.json"
+        self._lock = threading.Lock()
+        self.source: SourceRecord | None = None
+        self.owned: list[str] = []
+        try:
+            text = self._path.read_text()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UsageError(f"cannot read {self._path}: {error.strerror}; allow it") from error
+        try:
+            table = json.loads(text)
+            if table["version"] != _VERSION:
+                raise ValueError(f"version {table['version']!r}")
+            self.owned = [str(each) for each in table["owned"]]
+            if table["source"] is not None:
+                self.source = {
+                    "handoff": str(table["source"]["handoff"]),
+                    "uri": str(table["source"]["uri"]),
+                    "phase": Phase(table["source"]["phase"]),
+                    "guests": list(table["source"]["guests"]),
+                }
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{self._path} is no record of a handoff ({error}); "
+                "see which backend has the guests, and move it away"
+            ) from error
+
+    def set_source(self, source: SourceRecord | None) -> None:
+        """Record where a handoff of ours is, durably, before this returns. Raises SourceError."""
+        with self._lock:
+            self._write(source, self.owned)
+            self.source = source
+
+    def add_owned(self, handoff: str) -> None:
+        """Record that a handoff's guests are ours; the same."""
+        with self._lock:
+            owned = [*self.owned, handoff][-_MAX_OWNED:]
+            self._write(self.source, owned)
+            self.owned = owned
+
+    def _write(self, source: SourceRecord | None, owned: list[str]) -> None:
+        temporary = self._path.with_suffix(".new")
+        table = {"version": _VERSION, "source": source, "owned": owned}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "w", opener=_opener) as file:
+                json.dump(table, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self._path)
+            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise SourceError(
+                f"cannot write {self._path}: {error.strerror}; make room, or allow it"
+            ) from error
+
+
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)

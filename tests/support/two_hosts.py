@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two backends on one machine that serve one image, and a model of what guests wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from domains import Daemon, cowshed, new_run_dir, until, write_image
+
+from cowshed.transport import ByteDisk, connect
+
+PAGE = 4096
+SIZE = 4 << 20
+
+
+class Host:
+    """One backend: start() it again after a kill; its state stays."""
+
+    def __init__(self, name: str, run_dir: Path, image: Path) -> None:
+        self.name = name
+        self.run_dir = run_dir
+        self.image = image
+        self.extra: list[str] = []
+        self.daemon: Daemon | None = None
+        self.port = 0
+
+    def start(self, *extra: str, before: tuple[str, ...] = (), **how: Any) -> Host:
+        """Serve; what is given stays so at the next start."""
+        self.extra = list(extra) or self.extra
+        listen = f"--listen=tcp://127.0.0.1:{self.port}"
+        arguments = [
+            "--image",
+            f"d={self.image}",
+            "--capacity=32M",
+            listen,
+            "--accept-handoff",
+            *self.extra,
+        ]
+        self.daemon = Daemon(self.run_dir, arguments, before=before, **how)
+        self.daemon.wait_ready()
+        (where,) = [x for x in self.daemon.log().splitlines() if "event=listening " in x]
+        self.port = int(where.partition("uri=")[2].split()[0].strip('"').rpartition(":")[2])
+        until(lambda: bool(self.daemon and self.daemon.status()["images"][0]["digest"]))
+        return self
+
+    @property
+    def the_daemon(self) -> Daemon:
+        assert self.daemon is not None
+        return self.daemon
+
+    @property
+    def unix(self) -> str:
+        return f"unix://{self.run_dir}/cowshed.sock"
+
+    @property
+    def tcp(self) -> str:
+        return f"tcp://127.0.0.1:{self.port}"
+
+    def kill(self) -> None:
+        if self.daemon is not None:
+            self.daemon.kill()
+            self.daemon.process.wait()
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return cowshed(arguments[0], "--run-dir", str(self.run_dir), *arguments[1:])
+
+    def drain(self, *arguments: str) -> dict[str, Any]:
+        """Drain, which must succeed; the report."""
+        done = self.run("drain", "--json", *arguments)
+        assert done.returncode == 0, f"{done.stderr}\n{self.the_daemon.log()}"
+        return dict(json.loads(done.stdout))
+
+    def guests(self) -> set[str]:
+        return {guest["name"] for guest in self.the_daemon.status()["guests"]}
+
+    @contextlib.contextmanager
+    def open(self, guest: str, token: str = "token") -> Iterator[ByteDisk]:
+        """A guest that maps nothing; its private pages are kept."""
+        with connect(self.tcp) as backend, backend.open("d", guest=guest, token=token) as disk:
+            assert isinstance(disk, ByteDisk)
+            yield disk
+
+
+class Model:
+    """What a guest should read: the image, and what it wrote."""
+
+    def __init__(self, image: Path, seed: int) -> None:
+        self.bytes = bytearray(image.read_bytes())
+        self.random = random.Random(seed)
+
+    def write(self, disk: Any, nr: int = 20) -> None:
+        for _ in range(nr):
+            offset = self.random.randrange(SIZE - 20000)
+            data = self.random.randbytes(self.random.choice((1, 700, 4096, 20000)))
+            disk.write(offset, data)
+            self.bytes[offset : offset + len(data)] = data
+
+    def discard(self, disk: Any, page: int, image: Path) -> None:
+        disk.discard(page * PAGE, PAGE)
+        with image.open("rb") as file:
+            file.seek(page * PAGE)
+            self.bytes[page * PAGE : (page + 1) * PAGE] = file.read(PAGE)
+
+    def check(self, disk: Any) -> None:
+        step = 1 << 20
+        for offset in range(0, SIZE, step):
+            assert disk.read(offset, step) == self.bytes[offset : offset + step], offset
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    return write_image(tmp_path / "image.raw", SIZE)
+
+
+@pytest.fixture
+def hosts(image: Path) -> Iterator[tuple[Host, Host]]:
+    """Two backends, not started."""
+    with new_run_dir() as one, new_run_dir() as two:
+        pair = Host("a", one, image), Host("b", two, image)
+        yield pair
+        for host in pair:
+            host.kill()
+
+
+@pytest.fixture
+def pair(hosts: tuple[Host, Host]) -> tuple[Host, Host]:
+    """Two backends that serve."""
+    return hosts[0].start(), hosts[1].start()
