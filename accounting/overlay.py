@@ -80,11 +80,6 @@ class Overlay:
         checked(err, f"adopting an overlay over {account.image.label!r}")
         return cls(account, overlay[0])
 
-    @property
-    def fd(self) -> int:
-        """Its pages, each at its offset in the image; the overlay's own."""
-        return int(lib.overlay_fd(self.cdata))
-
     def load(self, first_page: int, nr_pages: int) -> bytes:
         """Copy the bytes of private pages; each page is of one moment. Others' are zeros."""
         pages = bytearray(nr_pages * PAGE_BYTES)

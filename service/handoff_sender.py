@@ -141,11 +141,8 @@ class Sender:
                 self._put(WorkingSetSection(no, extents))
 
     def send_private(self) -> None:
-        """Send every private page there is, for the first time."""
-        private = [moving.private() for moving in self._moving]
-        self.progress.total_bytes += PAGE_BYTES * sum(map(count_pages, private))
-        for no, pages in enumerate(private):
-            self._send_pages(no, pages)
+        """Send every private page there is, all being dirty at first."""
+        self.send_dirty()
 
     def send_dirty(self) -> int:
         """Send what was written since the last round; give how many pages that were."""

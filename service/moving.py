@@ -11,7 +11,7 @@ import hashlib
 import os
 import secrets
 from dataclasses import asdict
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from cowshed.accounting import NO_QUOTA_BYTES, AccountStatus, Purse
 from cowshed.cache import Image, PeerError
@@ -82,11 +82,6 @@ def _counters(status: AccountStatus) -> dict[str, int]:
     return {**asdict(status.counters), "private_pages": status.private_pages}
 
 
-def _if_there(thing: Any, name: str, *arguments: Any) -> Any:
-    method = getattr(thing, name, None)
-    return None if method is None else method(*arguments)
-
-
 class OverlayMoving:
     """A guest whose private pages the backend keeps."""
 
@@ -125,19 +120,19 @@ class OverlayMoving:
 
     def track(self, on: bool) -> None:
         """Begin or end to note what is written."""
-        _if_there(self.guest.overlay, "track", on)
+        self.guest.overlay.track(on)
 
     def take_dirty(self) -> int:
         """What was written since the last call."""
-        return _bits(_if_there(self.guest.overlay, "take_dirty") or b"")
+        return _bits(self.guest.overlay.take_dirty())
 
     def freeze(self) -> None:
         """Hold its clients' writes."""
-        _if_there(self.guest.overlay, "freeze")
+        self.guest.overlay.freeze()
 
     def thaw(self) -> None:
         """Let them go on."""
-        _if_there(self.guest.overlay, "thaw")
+        self.guest.overlay.thaw()
 
     def private(self) -> int:
         """Its pages."""
@@ -210,26 +205,24 @@ class MappedMoving:
         """Begin or end to note what is written."""
         with self._guests.lock:
             if self.is_here:
-                _if_there(self._mapping.handler, "track", on)
+                self._mapping.handler.track(on)
 
     def take_dirty(self) -> int:
         """What was written since the last call."""
         with self._guests.lock:
-            return (
-                _bits(_if_there(self._mapping.account, "take_dirty") or b"") if self.is_here else 0
-            )
+            return _bits(self._mapping.account.take_dirty()) if self.is_here else 0
 
     def freeze(self) -> None:
         """Leave its write faults unanswered."""
         with self._guests.lock:
             if self.is_here:
-                _if_there(self._mapping.handler, "freeze")
+                self._mapping.handler.freeze()
 
     def thaw(self) -> None:
         """Answer them."""
         with self._guests.lock:
             if self.is_here:
-                _if_there(self._mapping.handler, "thaw")
+                self._mapping.handler.thaw()
 
     def private(self) -> int:
         """What is private by its page tables, not what was paid for and never copied."""

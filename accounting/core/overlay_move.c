@@ -63,11 +63,6 @@ int overlay_drop(struct overlay *overlay, uint64_t first, uint64_t nr)
 	return err ? err : overlay_trim(overlay, first, nr);
 }
 
-int overlay_fd(const struct overlay *overlay)
-{
-	return overlay->data_fd;
-}
-
 int overlay_adopt(struct account *account, int data_fd, struct overlay **overlay_out)
 {
 	struct stat status;
