@@ -13,7 +13,7 @@ from cowshed.accounting.ledger import (
     Region,
     evict,
 )
-from cowshed.accounting.overlay import Overlay
+from cowshed.accounting.overlay import Overlay, OverlaySums
 from cowshed.accounting.purse import NO_QUOTA_BYTES, Purse, PurseStatus, QuotaPolicy
 from cowshed.accounting.sums import (
     AccountSums,
@@ -48,6 +48,7 @@ __all__ = [
     "LatencyKind",
     "Mismatch",
     "Overlay",
+    "OverlaySums",
     "Purse",
     "PurseStatus",
     "QuotaPolicy",

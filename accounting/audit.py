@@ -3,9 +3,11 @@
 
 Four things are checked. refs: an extent's reference count is the number of accounts whose grant bit
 is set. private: the pages an account is charged for are the pages PAGEMAP_SCAN shows as the guest's
-own, and what a purse says is used is what its accounts are charged for. granted: a shared page that
-is mapped lies in a granted extent. resident: an extent has all its frames in the memfd when it is
-RESIDENT and none when it is ABSENT, and in a quiet moment the memfd's st_blocks say the same.
+own, and what a purse says is used is what its accounts are charged for. Of a guest that maps
+nothing, whose pages an overlay keeps: only private pages have bytes there, and its purse has paid
+for these and for what requests have in hand. granted: a shared page that is mapped lies in a
+granted extent. resident: an extent has all its frames in the memfd when it is RESIDENT and none
+when it is ABSENT, and in a quiet moment the memfd's st_blocks say the same.
 
 Guests run meanwhile, so one look may catch a step half done. What counts as a mismatch is what
 several looks in a row show, with time for the step to end in between.
@@ -13,6 +15,7 @@ several looks in a row show, with time for the step to end in between.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import time
@@ -23,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from cowshed.accounting.ledger import Account
+from cowshed.accounting.overlay import Overlay
 from cowshed.cache import ExtentState, Image
 from cowshed.cache._core import lib
 
@@ -72,23 +76,30 @@ class AuditReport:
 
 
 Accounts = Mapping[str, Account]
+Overlays = Mapping[str, Overlay]
+
+
+def _none(_: Image) -> AbstractContextManager[Overlays]:
+    return contextlib.nullcontext({})
 
 
 def audit(
     images: Callable[[], list[Image]],
     accounts: Callable[[Image], AbstractContextManager[Accounts]],
+    overlays: Callable[[Image], AbstractContextManager[Overlays]] = _none,
 ) -> AuditReport:
     """Check every image and account; O(pages of all images and guests), milliseconds per GiB.
 
-    accounts gives the accounts of an image, by guest name, and keeps them open inside `with`.
+    accounts gives the accounts of an image's mappings, by guest name, and keeps them open inside
+    `with`; overlays the same of guests that map nothing.
     """
     checked: dict[str, int] = {}
-    suspects = _look(images, accounts, checked)
+    suspects = _look(images, accounts, overlays, checked)
     for _ in range(_LOOKS - 1):
         if not suspects:
             break
         time.sleep(_BETWEEN_SECONDS)
-        seen = {mismatch: mismatch for mismatch in _look(images, accounts, checked)}
+        seen = {mismatch: mismatch for mismatch in _look(images, accounts, overlays, checked)}
         suspects = [seen[mismatch] for mismatch in suspects if mismatch in seen]
     return AuditReport(sorted(suspects), checked)
 
@@ -96,11 +107,12 @@ def audit(
 def _look(
     images: Callable[[], list[Image]],
     accounts: Callable[[Image], AbstractContextManager[Accounts]],
+    overlays: Callable[[Image], AbstractContextManager[Overlays]],
     checked: dict[str, int],
 ) -> list[Mismatch]:
     mismatches: list[Mismatch] = []
-    names = ["images", "guests", "extents", "refs", "private_pages", "resident_extents"]
-    names.append("unseen_guests")
+    names = ["images", "guests", "overlays", "extents", "refs", "private_pages"]
+    names += ["resident_extents", "unseen_guests"]
     checked.update(dict.fromkeys(names, 0))
     for image in images():
         with accounts(image) as of_image:
@@ -112,6 +124,11 @@ def _look(
                 found = _look_at_pages(image, guest, account, checked)
                 mismatches += itertools.islice(found, _MOST_OF_A_GUEST)
             mismatches += _look_at_purses(image, of_image)
+        with overlays(image) as kept:
+            checked["overlays"] += len(kept)
+            for guest, overlay in kept.items():
+                found = _look_at_overlay(image, guest, overlay, checked)
+                mismatches += itertools.islice(found, _MOST_OF_A_GUEST)
         mismatches += _look_at_frames(image, checked)
     return mismatches
 
@@ -164,6 +181,26 @@ def _look_at_purses(image: Image, accounts: Accounts) -> Iterator[Mismatch]:
                 yield Mismatch(
                     "private", image.domain, image.name, guest, "purse", 0, charged, used
                 )
+
+
+def _look_at_overlay(
+    image: Image, guest: str, overlay: Overlay, checked: dict[str, int]
+) -> Iterator[Mismatch]:
+    """An overlay's pages: no guest's memory is looked at, for it maps nothing."""
+
+    def wrong(place: str, place_no: int, expected: int, found: int) -> Mismatch:
+        return Mismatch(
+            "private", image.domain, image.name, guest, place, place_no, expected, found
+        )
+
+    sums = overlay.sums()
+    checked["private_pages"] += sums.private
+    if sums.counted != sums.private:
+        yield wrong("ledger", 0, sums.counted, sums.private)
+    if sums.used != sums.private + sums.in_hand:
+        yield wrong("purse", 0, sums.private + sums.in_hand, sums.used)
+    for page in _bits(int.from_bytes(overlay.stray_bitmap(), "little")):
+        yield wrong("page", page, 0, 1)
 
 
 def _mapped_ungranted(image: Image, account: Account, shared: bytes) -> Iterator[tuple[int, int]]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import errno
 import os
 from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,9 +17,23 @@ from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
 from cowshed.cache.images import PAGE_BYTES
 
-__all__ = ["Overlay"]
+__all__ = ["Overlay", "OverlaySums"]
 
 IDENTITY_BYTES: Final = 32
+
+
+@dataclass(frozen=True)
+class OverlaySums:
+    """Pages of an overlay at one moment; in_hand are taken by requests and not private yet.
+
+    counted, by its bitmap, should be private, what its account says; and used, what its purse says,
+    should be private and in_hand together.
+    """
+
+    counted: int
+    private: int
+    used: int
+    in_hand: int
 
 
 class Overlay:
@@ -160,9 +176,30 @@ class Overlay:
 
     def stored_bitmap(self) -> bytes:
         """The pages it holds bytes for, as Account.private_bitmap; a subset of that one."""
+        return self._bitmap(lib.overlay_stored)
+
+    def stray_bitmap(self) -> bytes:
+        """The pages it holds bytes for and that are not private; none, whoever writes meanwhile.
+
+        Where a file system keeps nothing as small as a page, nothing can be said: then none, too.
+        """
+        return self._bitmap(lib.overlay_strays)
+
+    def sums(self) -> OverlaySums:
+        """Count its pages; writes wait meanwhile, for microseconds per GiB."""
+        sums = ffi.new("struct overlay_sums *")
+        lib.overlay_sums(self.cdata, sums)
+        return OverlaySums(
+            counted=sums.counted_pages,
+            private=sums.private_pages,
+            used=sums.used_pages,
+            in_hand=sums.in_hand_pages,
+        )
+
+    def _bitmap(self, read: Callable[[Any, Any, int], int]) -> bytes:
         words = array("Q", bytes(8 * ((self.account.image.nr_pages + 63) // 64)))
         checked(
-            lib.overlay_stored(self.cdata, ffi.from_buffer("uint64_t[]", words), len(words)),
+            read(self.cdata, ffi.from_buffer("uint64_t[]", words), len(words)),
             f"looking at an overlay over {self.account.image.name!r}",
         )
         return words.tobytes()

@@ -121,7 +121,7 @@ class Control:
         yield {"status": self._status.read()}
 
     def _do_audit(self, _: Body) -> Iterator[Body]:
-        report = audit(lambda: list(self._store), self._guests.accounts)
+        report = audit(lambda: list(self._store), self._guests.accounts, self._overlays.of_image)
         self._tallies.note_audit(mismatch.check for mismatch in report.mismatches)
         yield {
             "mismatches": [mismatch.as_json() for mismatch in report.mismatches[:_MOST_MISMATCHES]],

@@ -150,15 +150,28 @@ class ImageSockets:
             _log.warning("turned-away", str(error.strerror), image=image.label)
             return
         peer = HandshakePeer(sock)
-        refusal = self._door.enter(peer.uid)
-        if refusal:
-            self._tallies.dropped["limit"] += 1
-            _log.warning("turned-away", refusal, pid=peer.pid, uid=peer.uid)
-            peer.close()
+        # Before anything is told: its size too is for those alone who may use the image.
+        if not self._may_use(peer, image):
+            self._turn_away(peer, image, "handshake", "it may not use this image")
+            return
+        if refusal := self._door.enter(peer.uid):
+            self._turn_away(peer, image, "limit", refusal)
             return
         client = _Client(peer, image, time.monotonic() + _HANDSHAKE_SECONDS)
         self._clients[peer.fileno()] = client
         self._loop.watch(peer.fileno(), READ, self._on_ready)
+
+    def _may_use(self, peer: HandshakePeer, image: Image) -> bool:
+        identity = Identity(peer.uid, peer.gid)
+        try:
+            return self._host.control.find_guest_image(_full_name(image), identity) is image
+        except UsageError:  # it sees no such image
+            return False
+
+    def _turn_away(self, peer: HandshakePeer, image: Image, reason: str, why: str) -> None:
+        self._tallies.dropped[reason] += 1
+        _log.warning("turned-away", why, image=image.label, pid=peer.pid, uid=peer.uid)
+        peer.close()
 
     def _on_ready(self, fd: int, events: int) -> None:
         client = self._clients[fd]
@@ -199,8 +212,6 @@ class ImageSockets:
     def _attach(self, client: _Client, request: Handshake, uffd: int) -> None:
         """Make the connection's guest; the descriptor is the guest's on success only."""
         host, peer, image = self._host, client.peer, client.image
-        if host.control.find_guest_image(_full_name(image), Identity(peer.uid, peer.gid)) != image:
-            raise PeerError(f"uid {peer.uid} may not use {image.label!r}")
         check_supplied_uffd(uffd)
         regions = supply_regions(request, image.map_bytes)
         is_share = request.protocol == "nydus" and request.policy is Policy.ZEROCOPY

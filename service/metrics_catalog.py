@@ -74,7 +74,8 @@ _BACKEND: Final = (
     _one(
         "connections_dropped_total",
         "counter",
-        "Connections that the daemon ended or turned away. handshake: not finished in time; "
+        "Connections that the daemon ended or turned away. handshake: not finished in time, or for "
+        "an image that is not the peer's; "
         "protocol: the peer broke it; limit: no place or no descriptors; broken: the guest's "
         "memory can no longer be served.",
         reason=DROP_REASONS,

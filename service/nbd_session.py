@@ -14,14 +14,14 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from cowshed.cache.errors import CowshedError, PeerError
 from cowshed.service.loop import READ, WRITE, Loop
 from cowshed.service.nbd_peers import NbdPeer
 from cowshed.transport.nbd_negotiation import Aborted, Chosen, Directory, Handshake, WantsTls
 from cowshed.transport.relay import Relay
-from cowshed.transport.tls import TlsSession, certificate_name
+from cowshed.transport.tls import TlsSession
 
 __all__ = ["NbdSession", "SessionOwner"]
 
@@ -44,24 +44,6 @@ class SessionOwner(Protocol):
 
     def over(self, session: NbdSession, reason: str, why: str) -> None:
         """The session ended before data flowed; reason is "" if nothing was wrong."""
-
-
-class _Tls(TlsSession):
-    """Tells every name of the client's certificate: which of them counts, its owner decides."""
-
-    @property
-    def peer_names(self) -> list[str]:
-        """The names, the one it is usually known by first; [] without a certificate."""
-        certificate: dict[str, Any] = dict(self._object.getpeercert() or {})
-        names = [certificate_name(certificate)]
-        names += [str(value) for _, value in certificate.get("subjectAltName", ())]
-        names += [
-            str(value)
-            for part in certificate.get("subject", ())
-            for key, value in part
-            if key == "commonName"
-        ]
-        return list(dict.fromkeys(filter(None, names)))
 
 
 class NbdSession:
@@ -153,7 +135,7 @@ class NbdSession:
     def _secure(self) -> None:
         assert self._owner.tls is not None
         self._forget()
-        tls = _Tls(self._owner.tls, server_side=True)
+        tls = TlsSession(self._owner.tls, server_side=True)
         self.relay = Relay(
             self.sock,
             tls,
@@ -164,7 +146,7 @@ class NbdSession:
         self.sock = self.relay.inner
         self.sock.setblocking(False)
 
-    def _on_secured(self, tls: _Tls) -> None:
+    def _on_secured(self, tls: TlsSession) -> None:
         if self.sock.fileno() < 0:
             return  # it was closed meanwhile
         try:

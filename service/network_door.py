@@ -167,7 +167,7 @@ class NetworkDoor:
         self._overlays.leave(guest)
         if said_so and not entered.keep and not guest.nr_clients:
             try:
-                self._overlays.discard(guest.label)
+                self._overlays.discard(guest.label, guest_asked=True)
             except CowshedError as error:
                 _log.warning("not-discarded", str(error), overlay=guest.label)
 

@@ -232,8 +232,11 @@ class OverlayTable:
         there = ", ".join(sorted(guest.label for guest in self)[:20])
         raise UsageError(f"no overlay {label!r}; there is {there or 'none'}")
 
-    def discard(self, label: str) -> int:
-        """Forget an overlay that nobody is connected to, its files too; how many bytes it had."""
+    def discard(self, label: str, *, guest_asked: bool = False) -> int:
+        """Forget an overlay that nobody is connected to, its files too; how many bytes it had.
+
+        guest_asked: it left and wanted nothing kept, as happens all the time.
+        """
         with self.lock:
             guest = self.find(label)
             if guest.nr_clients:
@@ -246,7 +249,8 @@ class OverlayTable:
         if self._files is not None:
             self._files.remove(guest.image.label, guest.name)
         self._close(guest)
-        _log.notice("overlay-discarded", overlay=guest.label, private=nr_bytes)
+        say = _log.info if guest_asked else _log.notice
+        say("overlay-discarded", overlay=guest.label, private=nr_bytes)
         return nr_bytes
 
     def set_quota(self, guest: OverlayGuest, quota_bytes: int | None) -> None:
@@ -294,6 +298,14 @@ class OverlayTable:
         if self._files is not None:
             self._files.remove(guest.image.label, guest.name)
         self._close(guest)
+
+    # Audits and metrics.
+
+    @contextlib.contextmanager
+    def of_image(self, image: Image) -> Iterator[dict[str, Overlay]]:
+        """Give the overlays of an image by guest name, kept open inside `with`."""
+        with self.lock:
+            yield {guest.name: guest.overlay for guest in self if guest.image is image}
 
     def counters(self) -> Iterator[tuple[Image, NbdCounters]]:
         """What clients of overlays did, by image, those of discarded ones too."""

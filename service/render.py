@@ -29,7 +29,7 @@ Answer = Mapping[str, Any]
 
 STOPPED = "stopped-quota"
 QUOTA_SUGGESTED_BYTES = 64 << 20  # for a guest whose quota was 0
-_MISMATCH_PLACES = ("extent", "page")
+_MISMATCH_PLACES = ("extent", "page", "purse", "ledger")
 
 
 def status_view(status: Answer) -> RenderableType:

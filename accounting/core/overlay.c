@@ -31,6 +31,7 @@ int overlay_init(struct account *account, int data_fd, struct overlay **overlay_
 	for (int i = 0; i < OVERLAY_STRIPES; i++)
 		pthread_rwlock_init(&overlay->stripes[i], NULL);
 	pthread_mutex_init(&overlay->held_lock, NULL);
+	pthread_mutex_init(&overlay->quota_lock, NULL);
 	*overlay_out = overlay;
 	return 0;
 }
@@ -41,6 +42,7 @@ void overlay_deinit(struct overlay *overlay)
 		pthread_rwlock_destroy(&overlay->stripes[i]);
 	pthread_mutex_destroy(&overlay->held_lock);
 	free(overlay->dirty);
+	pthread_mutex_destroy(&overlay->quota_lock);
 	free(overlay);
 }
 
@@ -79,10 +81,15 @@ static uint64_t group_end(uint64_t offset)
 
 /* ---- quota ---- */
 
-/* The purse's invariant has it that what was taken is charged under one lock; here it is within one request. */
+/* The purse's invariant has it that what was taken is charged under one lock; here it is in hand meanwhile. */
 static int quota_take(struct overlay *overlay, uint64_t nr)
 {
-	if (purse_take(overlay->account->purse, nr, nr) == nr)
+	pthread_mutex_lock(&overlay->quota_lock);
+	bool taken = purse_take(overlay->account->purse, nr, nr) == nr;
+	if (taken)
+		overlay->in_hand_pages += nr;
+	pthread_mutex_unlock(&overlay->quota_lock);
+	if (taken)
 		return 0;
 	count_add(COUNTER(overlay->account->header, write_refused), 1);
 	return -ENOSPC;
@@ -90,7 +97,18 @@ static int quota_take(struct overlay *overlay, uint64_t nr)
 
 void overlay_give(struct overlay *overlay, uint64_t nr)
 {
+	pthread_mutex_lock(&overlay->quota_lock);
+	overlay->in_hand_pages -= nr;
 	purse_give(overlay->account->purse, nr);
+	pthread_mutex_unlock(&overlay->quota_lock);
+}
+
+void overlay_take_anyway(struct overlay *overlay, uint64_t nr)
+{
+	pthread_mutex_lock(&overlay->quota_lock);
+	overlay->in_hand_pages += nr;
+	purse_take_anyway(overlay->account->purse, nr);
+	pthread_mutex_unlock(&overlay->quota_lock);
 }
 
 int overlay_take(struct overlay *overlay, uint64_t first, uint64_t nr, uint64_t *reserved)
@@ -133,6 +151,9 @@ static void make_private(struct overlay *overlay, uint64_t first, uint64_t nr, u
 	if (!nr_new)
 		return;
 	*reserved -= nr_new;
+	pthread_mutex_lock(&overlay->quota_lock);
+	overlay->in_hand_pages -= nr_new;
+	pthread_mutex_unlock(&overlay->quota_lock);
 	count_add(&account->header->private_pages, nr_new);
 	count_add(COUNTER(account->header, charged_pages), nr_new);
 	count_add(COUNTER(account->header, write_copied), nr_new);
@@ -303,9 +324,9 @@ int overlay_trim(struct overlay *overlay, uint64_t first, uint64_t nr)
 				err = overlay_punch(overlay, page, run_end - page);
 			page = run_end;
 		}
-		pthread_rwlock_unlock(overlay_stripe(overlay, stop - 1));
 		atomic_fetch_sub(&account->header->private_pages, nr_gone);
-		overlay_give(overlay, nr_gone);
+		purse_give(account->purse, nr_gone);
+		pthread_rwlock_unlock(overlay_stripe(overlay, stop - 1));
 		count_add(COUNTER(account->header, discarded_pages), nr_gone);
 	}
 	return err;

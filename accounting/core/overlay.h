@@ -16,7 +16,11 @@
  * What is written can be followed, page by page, and be held back (frozen) for a while: requests then wait for the thaw, and
  * do not fail.  See track.h, which does the same for guests that map.
  *
- * overlay.c is the pages, overlay_disk.c what a file needs besides, overlay_track.c who follows and freezes.
+ * What a request has taken of the quota and not used yet is in hand: the purse's used pages are the private ones and
+ * those in hand, which overlay_sums sees all at one moment.
+ *
+ * overlay.c is the pages, overlay_disk.c what a file needs besides, overlay_track.c who follows and freezes,
+ * overlay_check.c what an audit looks at.
  */
 #ifndef COWSHED_OVERLAY_H
 #define COWSHED_OVERLAY_H
@@ -55,6 +59,18 @@ int64_t overlay_take_dirty(struct overlay *overlay, uint64_t *words_out, uint64_
 /* From its return until thaw no page changes: who asks for that waits.  Cost: what is being written is written. */
 void overlay_freeze(struct overlay *overlay);
 void overlay_thaw(struct overlay *overlay);
+/* Of those, the ones that are not private, at a moment at which nobody was writing them: there should be none.  (None
+ * can be told where the file system's holes are larger than a page.) */
+int overlay_strays(struct overlay *overlay, uint64_t *words_out, uint64_t nr_words);
+
+struct overlay_sums {
+	uint64_t counted_pages; /* bits of the account's bitmap: these two should be the same */
+	uint64_t private_pages; /* as it counts */
+	uint64_t used_pages;    /* of the purse: should be the private ones, and those in hand */
+	uint64_t in_hand_pages; /* taken by requests, not private yet */
+};
+/* All of one moment. */
+void overlay_sums(struct overlay *overlay, struct overlay_sums *sums_out);
 /* cdef-end */
 
 #define OVERLAY_STRIPES 64
@@ -83,6 +99,8 @@ struct overlay {
 	_Atomic(bits_word *) dirty; /* NULL: not followed; its words change under their stripes' locks */
 	pthread_mutex_t held_lock; /* innermost but for who is told by go */
 	struct overlay_hold *held;
+	pthread_mutex_t quota_lock; /* within a stripe's, or alone */
+	uint64_t in_hand_pages;     /* under quota_lock */
 };
 
 /* What changes pages gives -EBUSY while they are frozen, having done a part of it or nothing; it is to be asked again, as
@@ -100,8 +118,10 @@ static inline void overlay_mark_dirty(struct overlay *overlay, uint64_t first, u
 		bits_set(dirty, page);
 }
 
-/* Takes quota for those of nr pages from first that are not private; -ENOSPC. What is left of it goes back. */
+/* Takes quota for those of nr pages from first that are not private; -ENOSPC. What is left of it is given back. */
 int overlay_take(struct overlay *overlay, uint64_t first, uint64_t nr, uint64_t *reserved);
+/* Takes quota past its end, too. */
+void overlay_take_anyway(struct overlay *overlay, uint64_t nr);
 void overlay_give(struct overlay *overlay, uint64_t nr);
 
 /* The run at offset, at most length bytes, that is all private or all not. Private bytes are copied to `to`.  Its

@@ -50,7 +50,7 @@ int overlay_store(struct overlay *overlay, uint64_t first, uint64_t nr, const ui
 		return err;
 	/* All are paid for, and what was not needed is given back: which are private may change meanwhile. */
 	reserved = nr;
-	purse_take_anyway(overlay->account->purse, nr);
+	overlay_take_anyway(overlay, nr);
 	err = overlay_write(overlay, offset, nr << PAGE_SHIFT, bytes, &reserved);
 	overlay_give(overlay, reserved);
 	return err;

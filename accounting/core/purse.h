@@ -9,7 +9,8 @@
  * somebody else took for a moment only.
  *
  * Invariant: used_pages is the sum of private_pages over the purse's accounts, plus what is taken and not charged
- * yet, which is so only under an account's write_lock.  account_purse_pages recomputes it.
+ * yet.  A mapping's account has such pages only under its write_lock, and account_purse_pages recomputes it; an
+ * overlay's has them in hand for as long as a request takes, and overlay_sums does.
  */
 #ifndef COWSHED_PURSE_H
 #define COWSHED_PURSE_H

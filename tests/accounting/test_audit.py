@@ -41,6 +41,7 @@ def test_nothing_is_reported_while_all_is_right_and_everything_was_looked_at(sta
     assert report.checked == {
         "images": 1,
         "guests": 2,
+        "overlays": 0,
         "extents": 8,
         "refs": sum(stage.image.refs()),
         "private_pages": 4,

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who gets in at an image's own socket: those who may use the image, and not too many of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from domains import NOBODY, MakeImage, StartDaemon
+
+MIB = 1 << 20
+MEMBER, OUTSIDER = NOBODY, 54321
+# Asks for the device's size on so many connections, and prints each answer.
+ASK = """
+import os, socket, sys
+uid, path, nr = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+os.setgroups([]), os.setgid(uid), os.setuid(uid)
+kept = []
+for _ in range(nr):
+    one = socket.socket(socket.AF_UNIX)
+    one.settimeout(30)
+    one.connect(path)
+    kept.append(one)
+    try:
+        one.send(b'{"type": 2}')
+        print(one.recv(4096).decode())
+    except (BrokenPipeError, ConnectionResetError):
+        print()
+"""
+CONFIG = """
+[[image]]
+name = "d"
+source = "image.raw"
+uids = [{member}]
+"""
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="becomes other users: needs root")
+
+
+def answers(path: Path, uid: int, nr: int = 1) -> list[str]:
+    command = [sys.executable, "-c", ASK, str(uid), str(path), str(nr)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=60
+    ).stdout.splitlines()
+
+
+def test_who_may_not_use_an_image_is_told_nothing_of_it(
+    run_dir: Path, make_image: MakeImage, start_daemon: StartDaemon
+) -> None:
+    make_image(MIB)
+    config = run_dir / "cowshed.toml"
+    config.write_text(CONFIG.format(member=MEMBER))
+    daemon = start_daemon("--config", str(config))
+    path = run_dir / "images" / "d.sock"
+    assert answers(path, OUTSIDER) == [""]
+    assert f"uid={OUTSIDER}" in daemon.log()
+    for uid in (MEMBER, 0):
+        (answer,) = answers(path, uid)
+        assert json.loads(answer)["size"] == MIB
+
+
+def test_one_user_cannot_take_every_place(
+    run_dir: Path, make_image: MakeImage, start_daemon: StartDaemon
+) -> None:
+    source = make_image(MIB)
+    daemon = start_daemon("--image", f"d={source}", before=("prlimit", "--nofile=400"))
+    path = run_dir / "images" / "d.sock"
+    given = [bool(answer) for answer in answers(path, OUTSIDER, nr=9)]
+    nr_in = sum(given)
+    assert given == [True] * nr_in + [False] * (9 - nr_in)
+    assert 0 < nr_in < 9
+    assert f"uid {OUTSIDER} has {nr_in} connections open" in daemon.log()
