@@ -249,8 +249,10 @@ class OverlayTable:
         if self._files is not None:
             self._files.remove(guest.image.label, guest.name)
         self._close(guest)
-        say = _log.info if guest_asked else _log.notice
-        say("overlay-discarded", overlay=guest.label, private=nr_bytes)
+        if guest_asked:
+            _log.info("overlay-discarded", overlay=guest.label, private=nr_bytes)
+        else:
+            _log.notice("overlay-discarded", overlay=guest.label, private=nr_bytes)
         return nr_bytes
 
     def set_quota(self, guest: OverlayGuest, quota_bytes: int | None) -> None:
