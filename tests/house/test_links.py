@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every relative link in the README and in docs leads to something that is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_no_link_is_dead(page: Path) -> None:
+    targets = [target.partition("#")[0] for target in LINK.findall(page.read_text())]
+    relative = [target for target in targets if target and "://" not in target]
+    assert [target for target in relative if not (page.parent / target).exists()] == []
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    linked = {(ROOT / target.partition("#")[0]) for target in LINK.findall(PAGES[0].read_text())}
+    assert set((ROOT / "docs").glob("*.md")) - linked == set()
