@@ -12,6 +12,7 @@ from collections import deque
 from typing import Final, NamedTuple
 
 from cowshed.cache import PeerError
+from cowshed.transport.foreign_fds import close_foreign
 from cowshed.transport.handshakes import Handshake, HandshakeDecoder, Request
 
 __all__ = ["HandshakePeer", "Incoming"]
@@ -58,9 +59,7 @@ class HandshakePeer:
     def close(self) -> None:
         """Close the socket and every descriptor held for it."""
         self._socket.close()
-        for fd in self._arrived:
-            os.close(fd)
-        self._arrived.clear()
+        close_foreign(self._arrived)
         self._queue.clear()
         if self.pidfd is not None:
             os.close(self.pidfd)

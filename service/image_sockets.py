@@ -37,6 +37,7 @@ from cowshed.service.loop import READ, WRITE, Loop
 from cowshed.service.names import image_socket_path
 from cowshed.service.tallies import Tallies
 from cowshed.service.userfaultfd import check_supplied_uffd, open_pagemap
+from cowshed.transport.foreign_fds import close_foreign
 from cowshed.transport.handshakes import (
     HUGE_PAGE_BYTES,
     Handshake,
@@ -185,7 +186,7 @@ class ImageSockets:
                     try:
                         self._handle(client, request, uffd)
                     except BaseException:
-                        _close(later.fd for later in incoming[no + 1 :])
+                        close_foreign([later.fd for later in incoming[no + 1 :] if later.fd >= 0])
                         raise
             self._send(client)
         except (CowshedError, OSError) as error:
@@ -198,13 +199,13 @@ class ImageSockets:
                 client.deadline = None  # it may ask as often, and as late, as it likes
         elif isinstance(request, Handshake):
             if client.mapping is not None:
-                os.close(uffd)
+                close_foreign([uffd])
                 _log.warning("ignored", "a second handshake", guest=client.mapping.name)
                 return
             try:
                 self._attach(client, request, uffd)
             except BaseException:
-                os.close(uffd)
+                close_foreign([uffd])
                 raise
         else:
             _log.warning("ignored", f"{request} is not for servers", pid=client.peer.pid)
@@ -255,7 +256,8 @@ class ImageSockets:
                 supply=supply,
             )
         except BaseException:
-            _close(fds[1:])
+            if pagemap is not None:
+                os.close(pagemap)
             host.guests.release(guest)
             raise
         client.mapping, client.regions, client.deadline = mapping, request.regions, None
@@ -413,9 +415,3 @@ def _listening(path: Path) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def _close(fds: Iterable[int]) -> None:
-    for fd in fds:
-        if fd >= 0:
-            os.close(fd)

@@ -289,7 +289,7 @@ class Session:
             )
         peer = self.connection.peer
         check_uffd(message.fds[0])
-        check_guest_files(peer.pid, peer.pidfd, message.fds[1], message.fds[2])
+        check_guest_files(peer.pid, peer.pidfd, message.fds)
         self.mapping = self._host.guests.attach(
             guest,
             terms.orders,

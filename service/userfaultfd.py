@@ -12,6 +12,7 @@ from typing import Final
 
 from cowshed.cache import PeerError, UsageError
 from cowshed.faults import uffd_features
+from cowshed.transport.foreign_fds import close_foreign, device_and_inode
 
 __all__ = [
     "check_guest_files",
@@ -120,25 +121,26 @@ def open_pagemap(pid: int, pidfd: int | None) -> int | None:
     return fd
 
 
-def check_guest_files(pid: int, pidfd: int | None, pagemap_fd: int, mem_fd: int) -> None:
-    """Raise PeerError unless the files are /proc/PID/pagemap and /proc/PID/mem of the peer itself.
+def check_guest_files(pid: int, pidfd: int | None, fds: list[int]) -> None:
+    """Raise PeerError unless fds[1] and [2] are the peer's own /proc/PID/pagemap and /proc/PID/mem.
 
     A guest that passed somebody else's page tables could hide its private pages from its quota.
-    Files of a /proc that is not ours, as a container's, cannot be compared: ours take their place,
-    under the same numbers, if we may open them.
+    Files of a /proc that is not ours, as a container's, cannot be compared: ours take their place
+    in the list, if we may open them.
     """
-    for fd, name in ((pagemap_fd, "pagemap"), (mem_fd, "mem")):
+    for no, name in enumerate(("pagemap", "mem"), 1):
         path = f"/proc/{pid}/{name}"
         try:
-            sent, own = os.fstat(fd), os.stat(path)
-            if sent.st_dev != own.st_dev and os.readlink(f"/proc/self/fd/{fd}").endswith(
-                f"/{name}"
-            ):
-                _replace(fd, path)
+            about = os.stat(path)
+            own = about.st_dev, about.st_ino
+            sent = device_and_inode(fds[no])
+            if sent[0] != own[0] and os.readlink(f"/proc/self/fd/{fds[no]}").endswith(f"/{name}"):
+                theirs, fds[no] = fds[no], os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                close_foreign([theirs])
                 sent = own
         except OSError as error:
             raise PeerError(f"cannot use {path}: {error.strerror}") from error
-        if not os.path.samestat(sent, own):
+        if sent != own:
             raise PeerError(f"a region needs the guest's own /proc/self/{name}")
     if pidfd is None or has_ended(pidfd):
         raise PeerError(f"the guest's process {pid} has ended")
@@ -149,11 +151,3 @@ def has_ended(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
-
-
-def _replace(fd: int, path: str) -> None:
-    ours = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.dup2(ours, fd, inheritable=False)
-    finally:
-        os.close(ours)

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
 from cowshed.cache.errors import CapacityError, PeerError
+from cowshed.transport.foreign_fds import close_foreign
 from cowshed.transport.protocol import (
     MAX_FDS,
     MAX_PACKET_BYTES,
@@ -61,7 +62,7 @@ class Received(Message):
 
     def close_fds(self) -> None:
         """Close the descriptors that are still in fds; take those you keep out of it first."""
-        _close_all(self.fds)
+        close_foreign(self.fds)
 
 
 class Peer(NamedTuple):
@@ -126,12 +127,12 @@ class Connection:
     def close(self) -> None:
         """Close the socket and every descriptor held for it; does nothing twice."""
         self._socket.close()
-        _close_all(self._arrived)
+        close_foreign(self._arrived)
         for message in self._taken:
             message.close_fds()
         self._taken.clear()
         for _, fds in self._queue:
-            _close_all(fds)
+            _close_own(fds)
         self._queue.clear()
         self._queued_bytes = self._queued_fds = 0
         if self._peer is not None and self._peer.pidfd is not None:
@@ -253,7 +254,7 @@ class Connection:
             for fd in fds:
                 ours.append(os.dup(fd))
         except OSError as error:
-            _close_all(ours)
+            _close_own(ours)
             raise CapacityError(f"cannot duplicate descriptor {fd}: {error.strerror}") from error
         self._queued_fds += len(ours)
         for packet in packets:
@@ -276,7 +277,7 @@ class Connection:
             self._queue.popleft()
             self._queued_bytes -= len(packet)
             self._queued_fds -= len(fds)
-            _close_all(fds)
+            _close_own(fds)
         return True
 
     def recv_ready(self) -> list[Received] | Literal[Eof.EOF]:
@@ -325,7 +326,7 @@ class Connection:
                 return EOF
             messages = self._decoder.feed(packet[:length], nr_fds)
         except PeerError:
-            _close_all(self._arrived)
+            close_foreign(self._arrived)
             raise
         if not messages:
             return []
@@ -352,8 +353,7 @@ def _packet_of_thread() -> memoryview:
     return packet
 
 
-def _close_all(fds: list[int]) -> None:
+def _close_own(fds: list[int]) -> None:
     while fds:
-        # A descriptor of a peer's choosing may fail to close; it is gone all the same.
         with contextlib.suppress(OSError):
             os.close(fds.pop())

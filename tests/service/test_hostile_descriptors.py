@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Descriptors that a peer chose: whatever looking at one or closing it takes, nobody else waits."""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from domains import Daemon, MakeImage, StartDaemon
+
+from cowshed.faults import uffd_features
+from cowshed.service.userfaultfd import open_device
+from cowshed.transport.foreign_fds import close_foreign, device_and_inode
+from cowshed.transport.unix import connect
+
+MIB = 1 << 20
+LINGER_SECONDS = 3600
+
+
+@pytest.fixture
+def daemon(make_image: MakeImage, start_daemon: StartDaemon) -> Daemon:
+    return start_daemon("--image", f"d={make_image(MIB)}")
+
+
+@pytest.fixture
+def lingering() -> Iterator[socket.socket]:
+    """A socket whose last close waits for an hour: what it has to send, nobody reads."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sock = socket.create_connection(server.getsockname())
+        reader, _ = server.accept()
+    with reader:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, LINGER_SECONDS))
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sock.send(bytes(MIB))
+        yield sock
+        sock.close()
+
+
+def test_a_descriptor_whose_close_waits_holds_up_nobody(
+    daemon: Daemon, lingering: socket.socket
+) -> None:
+    with connect(daemon.uri) as connection:
+        connection.send({"op": "hello", "version": 1}, [lingering.fileno()])
+        lingering.close()
+        assert connection.recv(timeout=20)[0]["ok"]
+    assert daemon.status()["guests"] == []
+
+
+def test_a_descriptor_whose_close_waits_holds_up_no_images_socket(
+    daemon: Daemon, lingering: socket.socket
+) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(daemon.run_dir / "images" / "d.sock"))
+        socket.send_fds(sock, [b"{}"], [lingering.fileno()])
+        lingering.close()
+        assert sock.recv(1) == b""
+    assert daemon.status()["guests"] == []
+
+
+@pytest.fixture
+def silent_file(tmp_path: Path) -> Iterator[int]:
+    """A descriptor of a FUSE file system that answers nothing, not even what its files are."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        pytest.skip(f"needs the right to mount: {error.strerror}")
+    options = f"fd={device},rootmode=40000,user_id=0,group_id=0".encode()
+    if libc.mount(b"silent", bytes(tmp_path), b"fuse", 0, options) < 0:
+        os.close(device)
+        pytest.skip(f"needs the right to mount: {os.strerror(ctypes.get_errno())}")
+    fd = os.open(tmp_path, os.O_PATH | os.O_CLOEXEC)
+    yield fd
+    os.close(device)  # whoever waits for an answer gets an error now
+    os.close(fd)
+    libc.umount2(bytes(tmp_path), 2)
+
+
+def test_a_descriptor_that_says_nothing_of_itself_holds_up_nobody(
+    daemon: Daemon, silent_file: int
+) -> None:
+    uffd = open_uffd()
+    with connect(daemon.uri) as connection:
+        for body in (
+            {"op": "hello", "version": 1},
+            {"op": "open", "image": "d", "guest": "bad"},
+            {"op": "region", "address": 1 << 30, "length": MIB},
+        ):
+            fds = [uffd, silent_file, silent_file] if body["op"] == "region" else []
+            connection.send(body, fds)
+            reply, received, _ = connection.recv(timeout=20)
+            close_foreign(received)
+        assert not reply["ok"]
+        assert "own /proc/self/pagemap" in reply["error"]["message"]
+    os.close(uffd)
+    assert daemon.status()["guests"] == []
+
+
+def test_what_a_file_is_can_be_told_without_asking_its_server(tmp_path: Path) -> None:
+    for path in (tmp_path, Path("/proc/self/pagemap"), Path("/dev/null")):
+        fd = os.open(path, os.O_RDONLY)
+        about = os.fstat(fd)
+        assert device_and_inode(fd) == (about.st_dev, about.st_ino)
+        os.close(fd)
+
+
+def open_uffd() -> int:
+    """A userfaultfd as guests are told to make it."""
+    device = open_device()
+    assert device is not None
+    uffd = fcntl.ioctl(device, 0xAA00, os.O_CLOEXEC | os.O_NONBLOCK)
+    os.close(device)
+    fcntl.ioctl(uffd, 0xC018AA3F, bytearray(struct.pack("QQQ", 0xAA, uffd_features(), 0)))
+    return uffd
