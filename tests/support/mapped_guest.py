@@ -16,6 +16,7 @@ import fcntl
 import json
 import mmap
 import os
+import random
 import signal
 import socket
 import struct
@@ -108,6 +109,16 @@ class MappedGuest:
     def do_fill(self, page: int, nr_pages: int, byte: int) -> int:
         """Write one byte value over pages."""
         return self.do_write(page * PAGE_BYTES, (bytes([byte]) * nr_pages * PAGE_BYTES).hex())
+
+    def do_hammer(self, seed: int, nr_pages: int, nr_writes: int) -> None:
+        """Write a few bytes at random places of the first pages, and give some pages back."""
+        rng = random.Random(seed)
+        for _ in range(nr_writes):
+            page = rng.randrange(nr_pages)
+            if rng.random() < 0.05:
+                self.do_discard(page, 1)
+            else:
+                self.do_write(page * PAGE_BYTES + 8 * rng.randrange(512), rng.randbytes(8).hex())
 
     def do_touch(self, page: int) -> int:
         return ctypes.c_ubyte.from_address(self.base + page * PAGE_BYTES).value

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other end of a handoff, as far as bytes go: what was taken of a guest's private pages."""
+
+from __future__ import annotations
+
+import os
+
+from stage import PAGE, MappedGuest
+
+
+def pages_of(bitmap: bytes) -> list[int]:
+    return [i for i in range(len(bitmap) * 8) if bitmap[i // 8] >> i % 8 & 1]
+
+
+def bitmap_of(pages: list[int]) -> bytes:
+    number = sum(1 << page for page in pages)
+    return number.to_bytes((number.bit_length() + 7) // 8, "little")
+
+
+def dirty(guest: MappedGuest) -> list[int]:
+    return pages_of(guest.account.take_dirty())
+
+
+def private(guest: MappedGuest) -> set[int]:
+    return set(pages_of(guest.account.private_bitmap()))
+
+
+def memory(guest: MappedGuest, page: int) -> bytes | None:
+    """What the guest has there, if it can be read without a fault's answer."""
+    try:
+        return os.pread(guest.fds[2], PAGE, guest.base + page * PAGE)
+    except OSError:
+        return None
+
+
+class Copy:
+    """A guest's private pages as who follows them has them."""
+
+    def __init__(self) -> None:
+        self.pages: dict[int, bytes | None] = {}
+
+    def update(self, guest: MappedGuest) -> list[int]:
+        """Take what is dirty, and read it afterwards."""
+        taken = dirty(guest)
+        mine = private(guest)
+        for page in taken:
+            if page in mine:
+                self.pages[page] = memory(guest, page)
+            else:
+                self.pages.pop(page, None)
+        return taken
+
+    def differs(self, guest: MappedGuest) -> list[int]:
+        """The pages of a frozen guest of which it has not what the guest has."""
+        mine = private(guest)
+        return [
+            page
+            for page in mine | self.pages.keys()
+            if page not in mine or self.pages.get(page) != memory(guest, page)
+        ]
