@@ -277,6 +277,7 @@ class ByteDisk:
             pause = min(_MAX_PAUSE_SECONDS, 2 * pause)
         for op in ops:
             if op.error:
+                self._check_open()  # a server may answer what a good-bye overtook with an error
                 note = f" ({op.why})" if op.why else ""
                 raise OSError(
                     op.error,

@@ -118,7 +118,8 @@ def test_units_of_two_mebibytes_are_told_of_whole(
     client = new_machine(large, start_guest, [SIZE], features=0, align=HUGE)
     client.call("nydus", image=str(image), policy=ZEROCOPY, page_size=HUGE)
     client.call("read", page=600)
-    assert client.call("told") == [[HUGE, HUGE]]
+    # A reader that is quicker than its mapping asks twice, and is told twice.
+    assert {tuple(each) for each in client.call("told")} == {(HUGE, HUGE)}
     assert client.call("compare") == []
     assert large.mismatches() == []
 
