@@ -22,7 +22,6 @@ import contextlib
 import fcntl
 import gc
 import os
-import secrets
 import select
 import signal
 import socket
@@ -31,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from cowshed.service.fd_store import FIRST_FD, Groups, Notice, listen_environment
@@ -41,6 +41,7 @@ __all__ = ["KEEPER_PID", "Keeper", "kept_before"]
 
 _log = EventLog("cowshed.keeper")
 
+_SOCKET_PREFIX: Final = "keeper."
 KEEPER_PID: Final = "COWSHED_KEEPER_PID"
 
 _UCRED: Final = struct.Struct("3i")
@@ -55,9 +56,21 @@ _MAX_DELAY_SECONDS: Final = 10.0
 _FAR_FD: Final = 512
 
 
-def _notify_address() -> str:
-    """Make up an address for NOTIFY_SOCKET that nobody else has."""
-    return f"@cowshed-keeper-{os.getpid()}-{secrets.token_hex(8)}"
+def _notify_socket(run_dir: Path) -> socket.socket:
+    """A socket in run_dir for nobody but us: whoever could send there could hold us up.
+
+    Those of keepers that are gone are removed. Raises OSError.
+    """
+    run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    for left in run_dir.glob(f"{_SOCKET_PREFIX}*"):
+        if not Path(f"/proc/{left.name.removeprefix(_SOCKET_PREFIX)}").exists():
+            left.unlink(missing_ok=True)
+    path = run_dir / f"{_SOCKET_PREFIX}{os.getpid()}"
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    os.fchmod(sock.fileno(), 0o600)  # which the path gets, at once
+    sock.bind(str(path))
+    return sock
 
 
 class Keeper:
@@ -66,13 +79,14 @@ class Keeper:
     Invariant: groups are owned, and are what the living backend asked to hold.
     """
 
-    def __init__(self, serve: Callable[[], int], groups: Groups | None = None) -> None:
+    def __init__(
+        self, serve: Callable[[], int], run_dir: Path, groups: Groups | None = None
+    ) -> None:
         self._serve = serve
         self._groups: Groups = groups or {}
         inherited = self._groups.pop(_NOTIFY_GROUP, None)
         if inherited is None:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-            self._socket.bind(b"\0" + _notify_address()[1:].encode())
+            self._socket = _notify_socket(run_dir)
         else:
             self._socket = socket.socket(fileno=inherited[0])
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -86,8 +100,7 @@ class Keeper:
     @property
     def address(self) -> str:
         """What the backend is told as NOTIFY_SOCKET."""
-        name: bytes = self._socket.getsockname()
-        return f"@{name[1:].decode()}"
+        return str(self._socket.getsockname())
 
     def run(self, watch_pid: int | None = None) -> int:
         """Keep a backend, one that lives already if watch_pid names it; the last one's status."""
@@ -120,6 +133,7 @@ class Keeper:
             status = self._watch()
             if status is not None:
                 ignore_stop_signals()
+                Path(self.address).unlink(missing_ok=True)
                 return status
             self._start()
 

@@ -38,8 +38,10 @@ def run_kept(config: Config) -> int:
     try:
         pid = kept_before()
         if pid:
-            return Keeper(lambda: _run(config), take_inherited(os.environ)).replace(pid)
-        return Keeper(lambda: _run(config)).run()
+            return Keeper(lambda: _run(config), config.run_dir, take_inherited(os.environ)).replace(
+                pid
+            )
+        return Keeper(lambda: _run(config), config.run_dir).run()
     finally:
         logging_end()
 
@@ -48,7 +50,7 @@ def run_keeper_of(config: Config, pid: int) -> int:
     """Keep a backend that runs already; tells it where, by one line on stdout."""
     logging_begin(config.log_format, config.log_level)
     try:
-        keeper = Keeper(lambda: _run(config))
+        keeper = Keeper(lambda: _run(config), config.run_dir)
         os.write(1, f"{keeper.address}\n".encode())
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)  # the backend has closed its end by now
