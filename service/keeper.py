@@ -33,6 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from cowshed.cache.errors import UsageError
 from cowshed.service.fd_store import FIRST_FD, Groups, Notice, listen_environment
 from cowshed.service.logs import EventLog
 from cowshed.service.loop import LEAVE, ignore_stop_signals
@@ -59,8 +60,18 @@ _FAR_FD: Final = 512
 def _notify_socket(run_dir: Path) -> socket.socket:
     """A socket in run_dir for nobody but us: whoever could send there could hold us up.
 
-    Those of keepers that are gone are removed. Raises OSError.
+    Those of keepers that are gone are removed. Raises UsageError if the folder cannot be used.
     """
+    try:
+        return _bind(run_dir)
+    except OSError as error:
+        raise UsageError(
+            f"cannot use run-dir {str(run_dir)!r}: {error.strerror or error}; "
+            "name another with --run-dir"
+        ) from error
+
+
+def _bind(run_dir: Path) -> socket.socket:
     run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     for left in run_dir.glob(f"{_SOCKET_PREFIX}*"):
         if not Path(f"/proc/{left.name.removeprefix(_SOCKET_PREFIX)}").exists():
