@@ -136,13 +136,17 @@ class NbdSession:
         assert self._owner.tls is not None
         self._forget()
         tls = TlsSession(self._owner.tls, server_side=True)
-        self.relay = Relay(
-            self.sock,
-            tls,
-            handshake_seconds=max(0.0, self.deadline - time.monotonic()),
-            on_ready=lambda: self._loop.call(lambda: self._on_secured(tls)),
-            on_end=lambda why: self._loop.call(lambda: self._on_unsecured(tls, why)),
-        )
+        try:
+            self.relay = Relay(
+                self.sock,
+                tls,
+                handshake_seconds=max(0.0, self.deadline - time.monotonic()),
+                on_ready=lambda: self._loop.call(lambda: self._on_secured(tls)),
+                on_end=lambda why: self._loop.call(lambda: self._on_unsecured(tls, why)),
+            )
+        except OSError as error:
+            self._owner.over(self, "limit", str(error))
+            return
         self.sock = self.relay.inner
         self.sock.setblocking(False)
 

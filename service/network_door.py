@@ -228,10 +228,17 @@ class NetworkDoor:
         del self._sessions[fd]
         self._loop.forget(fd)
         relay = None
-        if tls is not None:
-            relay = Relay(sock, tls, handshake_seconds=0)
-            sock = relay.inner
         session.entered = None
+        if tls is not None:
+            try:
+                relay = Relay(sock, tls, handshake_seconds=0)
+            except OSError as error:
+                self._door.leave(address, _FDS[session.scheme])
+                self.leave(entered, said_so=False)
+                self._tallies.dropped["limit"] += 1
+                _log.warning("dropped", str(error), **who)
+                return
+            sock = relay.inner
         nr_fds = _FDS[session.scheme]
 
         def on_ended(ended: Ended) -> None:

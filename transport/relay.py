@@ -11,6 +11,7 @@ writer and costs no memory.
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import socket
 import threading
@@ -78,7 +79,12 @@ class Relay:
         self._peer_ended = False
         self._plain_ended = False
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # at the limit of threads
+            for end in (self._sock, self._plain, self.inner):
+                end.close()
+            raise OSError(errno.EAGAIN, "no thread for a TLS connection") from error
 
     def stop(self) -> None:
         """Break the connection off; the thread ends soon. From any thread, also after the end."""

@@ -193,3 +193,18 @@ def test_it_is_broken_off_on_demand(rig: Callable[..., Rig], context: ssl.SSLCon
     with contextlib.suppress(OSError):
         assert client.recv(1) == b""
     client.close()
+
+
+def test_without_a_thread_to_be_had_everything_is_closed(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_the_limit(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")  # as Python says it
+
+    context = server_context(authority.issue("server", "DNS:server"), "test")
+    raw, ours = socket.socketpair()
+    session = TlsSession(context, server_side=True)
+    monkeypatch.setattr(threading.Thread, "start", at_the_limit)
+    with raw, pytest.raises(OSError, match="no thread"):
+        Relay(ours, session, handshake_seconds=SECONDS)
+    assert ours.fileno() == -1
