@@ -18,7 +18,7 @@ from typing import Any, Final
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import CowshedError, Image, PageStore
 from cowshed.faults import Orders
-from cowshed.service.fd_store import FdStore
+from cowshed.service.fd_store import FdStore, kind_of
 from cowshed.service.guests import GuestTable, Mapping, Peer, Terms
 from cowshed.service.logs import EventLog
 from cowshed.service.remains import Remains, record_make, record_read
@@ -59,6 +59,8 @@ class Bequests:
         record = record_make(_describe(mapping, terms))
         mapping.fds.append(record)
         fds = [*mapping.fds, mapping.account.fd, mapping.guest.purse.fd, connection.fileno()]
+        if (seeds_fd := mapping.account.seeds_fd) >= 0 and kind_of(seeds_fd) == "overlay":
+            fds.append(seeds_fd)
         try:
             self._fd_store.hold(group, fds)
         except OSError as error:
@@ -98,7 +100,7 @@ class Bequests:
         self, group: str, left: dict[str, int], store: PageStore, guests: GuestTable
     ) -> Heir | None:
         """Adopt one mapping, its descriptors with it; None, and none taken, if it cannot be."""
-        if left.keys() != _KINDS:
+        if left.keys() - {"overlay"} != _KINDS:
             return None
         record = record_read(left["record"])
         image = _find(store, record["domain"], record["image"])
@@ -120,7 +122,14 @@ class Bequests:
         guest = guests.adopt(terms, peer, os.dup(left["purse"]))
         try:
             fds = [left["uffd"], left["pagemap"], left["mem"], left["record"]]
-            mapping = guests.attach_again(guest, terms.orders, peer, os.dup(left["ledger"]), fds)
+            mapping = guests.attach_again(
+                guest,
+                terms.orders,
+                peer,
+                os.dup(left["ledger"]),
+                fds,
+                seeds_fd=left.get("overlay", -1),
+            )
         except CowshedError as error:
             # Its account was closed already when the backend died, or it is broken beyond use.
             _log.info("guest-left", str(error), guest=terms.name, image=image.label)
@@ -129,6 +138,10 @@ class Bequests:
             return None
         for name in ("ledger", "purse", "socket"):
             os.close(left[name])
+        if "overlay" in left:
+            os.close(left.pop("overlay"))
+            if mapping.account.seeds_fd >= 0:
+                left["overlay"] = mapping.account.seeds_fd
         left.update(ledger=mapping.account.fd, purse=guest.purse.fd, socket=connection.fileno())
         return Heir(mapping, connection, terms, group)
 

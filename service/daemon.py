@@ -34,6 +34,7 @@ from cowshed.service.logs import EventLog, logging_begin, logging_end, logging_t
 from cowshed.service.loop import LEAVE, READ, RELOAD, Loop, ignore_stop_signals
 from cowshed.service.metrics import Exporter, MetricsSources
 from cowshed.service.metrics_settle import Settler
+from cowshed.service.moved_in import MovedInTable
 from cowshed.service.nbd_server import NbdService
 from cowshed.service.network_door import NetworkDoor
 from cowshed.service.overlay_files import OverlayFiles
@@ -108,6 +109,7 @@ class Daemon:
         stack.callback(core.close)
         overlays = self._overlays = _keep_overlays(config, core, self.guests, door, stack)
         overlays.adopt(list(store))
+        self.moved_in: Final = MovedInTable(overlays, self.guests)
         evictor = self._evictor = Evictor(store)
         self._working_sets = WorkingSets(config.state_dir)
         access = Access(config.domains, config.images)

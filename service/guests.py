@@ -301,17 +301,21 @@ class GuestTable:
         inherited: bool = False,
         transport: str = "unix",
         supply: SupplyTerms | None = None,
+        seeds: tuple[int, bytes] | None = None,
     ) -> Mapping:
         """Start answering a mapping; fds are [uffd, pagemap, mem], its own on success only.
 
         inherited memory came over fork: what is private in it is charged. On failure nothing is
-        left of the mapping. With supply its pages are copied into memory of its own; fds may then
-        be [uffd] alone. Raises UsageError for regions that make no sense (Account.place).
+        left of the mapping. seeds are private pages that it begins with: a file that has them, and
+        their bitmap (Account.seed). With supply its pages are copied into memory of its own; fds
+        may then be [uffd] alone. Raises UsageError for regions that make no sense (Account.place).
         """
         with contextlib.ExitStack() as stack:
             account = Account(guest.image, guest.purse)
             stack.callback(account.close)
             account.place(fds[0], fds[1] if len(fds) > 1 else -1, regions)
+            if seeds is not None:
+                account.seed(*seeds)
             terms = (account.cdata, fds[0], peer.pidfd, orders)
             handler = FaultHandler(*terms) if supply is None else SupplyHandler(*terms, supply)
             stack.callback(handler.stop)
@@ -332,6 +336,7 @@ class GuestTable:
         ledger_fd: int,
         fds: list[int],
         transport: str = "unix",
+        seeds_fd: int = -1,
     ) -> Mapping:
         """Answer a mapping that another process answered; whoever waits there asks again.
 
@@ -346,6 +351,8 @@ class GuestTable:
                 raise
             stack.callback(account.close)
             account.place(fds[0], fds[1], account.regions())
+            if seeds_fd >= 0:
+                account.adopt_seeds(seeds_fd)
             handler = FaultHandler(account.cdata, fds[0], peer.pidfd, orders)
             stack.pop_all()
         handler.resume()

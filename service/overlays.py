@@ -285,6 +285,17 @@ class OverlayTable:
             self._overlays[guest.terms.key] = guest
         _log.info("overlay-admitted", overlay=guest.label, owner=guest.owner)
 
+    def claim(self, key: tuple[str, str], image: Image, owner: str) -> OverlayGuest | None:
+        """Hold the overlay of a name for its owner, if nobody else does; leave() undoes it."""
+        with self.lock:
+            guest = self._overlays.get(key)
+            if guest is None or guest.image is not image or guest.nr_clients:
+                return None
+            if guest.owner != owner:
+                return None
+            guest.nr_clients += 1
+            return guest
+
     def unstage(self, guest: OverlayGuest) -> None:
         """Forget a staged overlay."""
         guest.overlay.discard()

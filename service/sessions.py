@@ -34,6 +34,7 @@ from cowshed.service.domains import Identity, is_operator
 from cowshed.service.generations import image_generation
 from cowshed.service.guests import Guest, GuestTable, Mapping, Peer, Terms
 from cowshed.service.logs import EventLog
+from cowshed.service.moved_in import MovedIn, MovedInTable
 from cowshed.service.userfaultfd import check_guest_files, check_uffd
 from cowshed.service.workers import Workers
 from cowshed.transport import Connection, Received
@@ -100,6 +101,10 @@ class SessionHost(Protocol):
         """What is to outlive us."""
 
     @property
+    def moved_in(self) -> MovedInTable:
+        """Guests that moved here, and come to map."""
+
+    @property
     def uffd_device(self) -> int | None:
         """An open /dev/userfaultfd to lend, or None."""
 
@@ -126,6 +131,7 @@ class Session:
         self._host = host
         self._state = State.NEW
         self._opened: tuple[Guest, Terms] | None = None
+        self._moved: MovedIn | None = None
         self._held_as = ""
 
     @classmethod
@@ -151,6 +157,9 @@ class Session:
         opened, self._opened = self._opened, None
         if opened is not None:
             self._host.guests.release(opened[0])
+        moved, self._moved = self._moved, None
+        if moved is not None:
+            self._host.moved_in.leave(moved)
         self.connection.close()
 
     def handle(self, message: Received) -> None:
@@ -212,7 +221,11 @@ class Session:
 
     def _on_open(self, message: Received) -> None:
         terms = self._read_terms(message.body)
-        self._opened = self._host.guests.reserve(terms, self._peer()), terms
+        if (found := self._host.moved_in.enter(terms, self._peer())) is not None:
+            self._moved, terms = found
+            self._opened = self._moved.guest, terms
+        else:
+            self._opened = self._host.guests.reserve(terms, self._peer()), terms
         image = terms.image
         device = self._host.uffd_device
         fds = [image.guest_fd] if device is None else [image.guest_fd, device]
@@ -297,9 +310,13 @@ class Session:
             [Region(address, terms.offset_bytes, length)],
             list(message.fds),
             inherited=inherited,
+            seeds=None if self._moved is None else self._moved.seeds,
         )
         message.fds.clear()
         self._held_as = self._host.bequests.hold(self.mapping, self.connection, terms)
+        if self._moved is not None:
+            moved, self._moved = self._moved, None
+            self._host.moved_in.settle(moved)
         _log.info("attached", guest=terms.name, image=terms.image.label, pid=peer.pid, uid=peer.uid)
         self._reply(message.tag, {"ok": True, "guest": terms.name})
 

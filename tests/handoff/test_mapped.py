@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests that map: their pages are taken out of their memory, and wait for them at the target."""
+
+from __future__ import annotations
+
+from domains import StartGuest, until
+from two_hosts import PAGE, SIZE, Host
+
+from cowshed.transport import connect
+
+Pair = tuple[Host, Host]
+
+
+def _fill(guest: object, page: int, nr: int, byte: int, model: bytearray) -> None:
+    guest.call("fill", offset=page * PAGE, length=nr * PAGE, byte=byte)  # type: ignore[attr-defined]
+    model[page * PAGE : (page + nr) * PAGE] = bytes([byte]) * nr * PAGE
+
+
+def test_a_mapped_guests_pages_are_byte_exact_at_the_target_and_frozen_at_the_source(
+    pair: Pair, start_guest: StartGuest
+) -> None:
+    a, b = pair
+    model = bytearray(a.image.read_bytes())
+    guest = start_guest(a.unix)
+    guest.call("open", image="d", guest="g", token="secret", quota_bytes=1 << 20)
+    for page, nr, byte in ((0, 3, 1), (100, 40, 2), (SIZE // PAGE - 1, 1, 3)):
+        _fill(guest, page, nr, byte, model)
+    report = a.drain("--to", b.unix)
+    assert (report["phase"], report["guests"]) == ("moved", 1)
+    # Here it can read and not write any more.
+    guest.start("fill", offset=0, length=PAGE, byte=9)
+    until(lambda: a.the_daemon.guest_status("g")["state"] == "frozen")
+    assert not guest.answered(0.2)
+    with connect(b.unix) as backend, backend.open("d", guest="g", token="secret") as disk:
+        assert disk.read(0, SIZE) == model
+        status = b.the_daemon.guest_status("g")
+        assert status["private_bytes"] == 44 * PAGE
+        assert status["quota_bytes"] == 1 << 20
+        disk.write(5 * PAGE, b"more")
+        assert disk.read(5 * PAGE, 4) == b"more"
+        assert b.the_daemon.mismatches() == []
+    guest.kill()
+
+
+def test_a_guest_over_a_network_finds_what_it_wrote_while_it_mapped(
+    pair: Pair, start_guest: StartGuest
+) -> None:
+    a, b = pair
+    model = bytearray(a.image.read_bytes())
+    guest = start_guest(a.unix)
+    guest.call("open", image="d", guest="g", token="secret")
+    _fill(guest, 7, 5, 4, model)
+    a.drain("--to", b.tcp)
+    guest.kill()
+    with b.open("g", "secret") as disk:
+        assert disk.read(0, SIZE) == model
+
+
+def test_who_does_not_know_the_token_does_not_find_the_guest(
+    pair: Pair, start_guest: StartGuest
+) -> None:
+    a, b = pair
+    guest = start_guest(a.unix)
+    guest.call("open", image="d", guest="g", token="secret")
+    guest.call("fill", offset=0, length=PAGE, byte=1)
+    a.drain("--to", b.unix)
+    stranger = start_guest(b.unix)
+    for token in (None, "other"):
+        try:
+            stranger.call("open", image="d", guest="g", token=token)
+        except AssertionError as error:
+            said = str(error)
+        assert "taken" in said
+    guest.kill()
+
+
+def test_a_guest_that_its_quota_stopped_blocks_and_goes_on_after_the_failed_drain(
+    pair: Pair, start_guest: StartGuest
+) -> None:
+    a, b = pair
+    guest = start_guest(a.unix)
+    guest.call("open", image="d", guest="g", quota_bytes=4 * PAGE)
+    guest.start("fill", offset=0, length=8 * PAGE, byte=1)
+    until(lambda: a.the_daemon.guest_status("g")["state"] == "stopped-quota")
+    done = a.run("drain", "--to", b.unix)
+    assert done.returncode == 1
+    assert "guest 'g': it is stopped at its quota" in done.stderr
+    a.the_daemon.request("quota", guest="g", quota_bytes=16 * PAGE)
+    guest.finish()
+    a.drain("--to", b.unix)
+    guest.kill()
