@@ -14,6 +14,7 @@ from typing import Final
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import Image
 from cowshed.service.access import Access
+from cowshed.service.autowarm import Autowarm
 from cowshed.service.bequests import Bequests
 from cowshed.service.config import Config, socket_path
 from cowshed.service.control import Control
@@ -165,6 +166,10 @@ class Daemon:
             self._guest_door,
             network.disconnect,
         )
+        if config.autowarm:
+            warm = Autowarm(store, evictor, self._working_sets, self.control.load)
+            warm.start()
+            stack.callback(warm.stop)
         handoff.resume()
         network.take_handoffs(handoff.door, config.handoff_rules)
         stack.callback(handoff.stop)
