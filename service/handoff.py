@@ -85,6 +85,10 @@ class HandoffService:
     def resume(self) -> None:
         """Go on as was recorded before a restart; before any guest is answered."""
         if self.record.source is None:
+            # Accounts stay frozen over a restart; nothing was asked for, so nothing is unsure.
+            for moving in self.movings():
+                moving.thaw()
+                moving.track(False)
             return
         self._drain = Drain.resume(self)
         if self._drain.phase is Phase.MOVED:
