@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from domains import in_thread, until
-from two_hosts import Host, Model
+from two_hosts import Host, Model, is_stopped
 
 from cowshed.transport import connect
 from cowshed.transport.messages import MovedError
@@ -123,7 +122,7 @@ def test_an_abort_rolls_everything_back(pair: Pair, hosts: Pair, image: Path) ->
     b.kill()
     b.start(before=("env", "COWSHED_TEST_STOP_AT=target-receive"))
     drain = in_thread(lambda: a.run("drain", "--to", b.unix))
-    until(lambda: _is_stopped(b.the_daemon.pid))
+    until(lambda: is_stopped(b.the_daemon.pid))
     state = a.the_daemon.request("drain-state")["drain"]
     assert state["phase"] == "prepare"
     assert state["waits_for"] == "the target's check of the offer"
@@ -174,7 +173,7 @@ def test_one_owner_is_left_wherever_one_end_is_killed(
         disk.flush()
     drain = in_thread(lambda: a.run("drain", "--to", b.unix))
     killed = a if is_source else b
-    until(lambda: _is_stopped(killed.the_daemon.pid))
+    until(lambda: is_stopped(killed.the_daemon.pid))
     killed.kill()
     killed.start()
     drain.join()
@@ -190,13 +189,6 @@ def test_one_owner_is_left_wherever_one_end_is_killed(
     with b.open("g") as disk:
         model.check(disk)
     assert _nr_owners(a, b) == 1
-
-
-def _is_stopped(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        text = Path(f"/proc/{pid}/stat").read_text()
-        return text.rpartition(")")[2].split()[0] == "T"
-    return False
 
 
 def _nr_owners(a: Host, b: Host) -> int:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
-from domains import StartGuest, until
-from two_hosts import PAGE, SIZE, Host
+import os
+import signal
+
+from domains import StartGuest, in_thread, until
+from two_hosts import PAGE, SIZE, Host, is_stopped
 
 from cowshed.transport import connect
 
@@ -88,4 +91,23 @@ def test_a_guest_that_its_quota_stopped_blocks_and_goes_on_after_the_failed_drai
     a.the_daemon.request("quota", guest="g", quota_bytes=16 * PAGE)
     guest.finish()
     a.drain("--to", b.unix)
+    guest.kill()
+
+
+def test_a_guest_frozen_by_a_backend_that_died_before_the_commit_goes_on_at_its_successor(
+    hosts: Pair, start_guest: StartGuest
+) -> None:
+    a, b = hosts
+    a.start(before=("env", "COWSHED_TEST_STOP_AT=source-commit"), kept=True)
+    b.start()
+    guest = start_guest(a.unix)
+    guest.call("open", image="d", guest="g", token="secret")
+    guest.call("fill", offset=0, length=PAGE, byte=1)
+    in_thread(lambda: a.run("drain", "--to", b.unix))
+    backend = a.the_daemon.status()["pid"]
+    until(lambda: is_stopped(backend))
+    os.kill(backend, signal.SIGKILL)
+    guest.call("fill", offset=PAGE, length=PAGE, byte=2)
+    assert guest.call("read", offset=0, length=1)
+    assert b.guests() == set()
     guest.kill()

@@ -88,6 +88,13 @@ class Host:
             yield disk
 
 
+def is_stopped(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/stat").read_text()
+        return text.rpartition(")")[2].split()[0] == "T"
+    return False
+
+
 class Model:
     """What a guest should read: the image, and what it wrote."""
 
