@@ -56,11 +56,27 @@ class Overlay:
         self.cdata = cdata
 
     @classmethod
-    def files(cls, account: Account, folder: Path, name: str, identity: bytes) -> Overlay:
+    def adopt(cls, account: Account, fd: int) -> Overlay:
+        """Go on with the memfd that another process left, whose account was adopted.
+
+        Takes fd over on success. InvariantError if it is no overlay of the account's image.
+        """
+        overlay = ffi.new("struct overlay **")
+        err = lib.overlay_adopt(account.cdata, fd, overlay)
+        if err == -errno.EBADMSG:
+            raise InvariantError(f"what was left is no overlay of {account.image.label!r}")
+        checked(err, f"adopting an overlay over {account.image.name!r}")
+        return cls(account, overlay[0])
+
+    @classmethod
+    def files(
+        cls, account: Account, folder: Path, name: str, identity: bytes, *, is_left: bool = False
+    ) -> Overlay:
         """Open the overlay in FOLDER/NAME.pages and FOLDER/NAME.map, or make it.
 
         identity: 32 bytes that no other image has (its digest). What the files hold is charged to
-        the account, past the quota too. UsageError if they are another image's or another process
+        the account, past the quota too; is_left: the account was adopted, and knows better than
+        the files what is private. UsageError if they are another image's or another process
         has them open; SourceError if they are damaged or can't be had: they are left as they are.
         """
         if len(identity) != IDENTITY_BYTES:
@@ -72,9 +88,8 @@ class Overlay:
                 fds.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # noqa: PERF401
             overlay = ffi.new("struct overlay **")
             _sync_folder(folder)
-            _check_open(
-                lib.overlay_open_files(account.cdata, fds[0], fds[1], identity, overlay), pages
-            )
+            place = lib.overlay_adopt_files if is_left else lib.overlay_open_files
+            _check_open(place(account.cdata, fds[0], fds[1], identity, overlay), pages)
         except OSError as error:
             _close_all(fds)
             raise SourceError(f"{error.filename or folder}: {error.strerror}") from error
@@ -83,18 +98,6 @@ class Overlay:
             raise
         return cls(account, overlay[0])
 
-    @classmethod
-    def adopt(cls, account: Account, fd: int) -> Overlay:
-        """Go on with the memfd that another process left, of an adopted account.
-
-        Takes fd over on success; InvariantError if it is none of this image.
-        """
-        overlay = ffi.new("struct overlay **")
-        err = lib.overlay_adopt(account.cdata, fd, overlay)
-        if err == -errno.EBADMSG:
-            raise InvariantError(f"what was left is no overlay over {account.image.label!r}")
-        checked(err, f"adopting an overlay over {account.image.label!r}")
-        return cls(account, overlay[0])
 
     def load(self, first_page: int, nr_pages: int) -> bytes:
         """Copy the bytes of private pages; each page is of one moment. Others' are zeros."""

@@ -26,11 +26,12 @@ from cowshed.service.guest_door import GuestDoor
 from cowshed.service.guests import GuestTable
 from cowshed.service.handoff import HandoffService
 from cowshed.service.handoff_record import HandoffRecord
-from cowshed.service.http_server import HttpServer
+from cowshed.service.http_server import HttpServer, bind
 from cowshed.service.image_folders import image_folders
 from cowshed.service.image_opening import open_store
 from cowshed.service.image_sockets import ImageSockets
 from cowshed.service.keeping import KeeperWatch
+from cowshed.service.listeners import Listeners
 from cowshed.service.logs import EventLog, logging_begin, logging_end, logging_tell_suppressed
 from cowshed.service.loop import LEAVE, READ, RELOAD, Loop, ignore_stop_signals
 from cowshed.service.metrics import Exporter, MetricsSources
@@ -38,6 +39,7 @@ from cowshed.service.metrics_settle import Settler
 from cowshed.service.moved_in import MovedInTable
 from cowshed.service.nbd_server import NbdService
 from cowshed.service.network_door import NetworkDoor
+from cowshed.service.overlay_bequests import OverlayBequests
 from cowshed.service.overlay_files import OverlayFiles
 from cowshed.service.overlays import OverlayTable
 from cowshed.service.remains import Remains
@@ -97,6 +99,7 @@ class Daemon:
         self._fd_store = fd_store or stack.enter_context(contextlib.closing(FdStore(None)))
         remains = remains or Remains({})
         stack.callback(remains.close)
+        self._listeners = Listeners(self._fd_store, remains)
         door = Door(raise_file_limit())
         stack.enter_context(run_dir_locked(config.run_dir))
         stack.enter_context(image_folders(config.run_dir, config.images, config.domains))
@@ -108,8 +111,9 @@ class Daemon:
         heirs = self.bequests.adopt(remains, store, self.guests)
         core = NbdServer(min(2 * (os.cpu_count() or 1) + 1, _MAX_NBD_THREADS))
         stack.callback(core.close)
-        overlays = self._overlays = _keep_overlays(config, core, self.guests, door, stack)
-        overlays.adopt(list(store))
+        bequests = OverlayBequests(self._fd_store)
+        overlays = self._overlays = _keep_overlays(config, core, self.guests, door, stack, bequests)
+        overlays.adopt(list(store), remains)
         self.moved_in: Final = MovedInTable(overlays, self.guests)
         evictor = self._evictor = Evictor(store)
         self._working_sets = WorkingSets(config.state_dir)
@@ -140,16 +144,30 @@ class Daemon:
             self._guest_door.adopt(Session.of_heir(heir, self))
         stack.callback(self._guest_door.close)
         self._image_sockets = ImageSockets(
-            list(store), door, self, self._tallies, self._loop, evictor.max_pinned_extents
+            list(store),
+            door,
+            self,
+            self._tallies,
+            self._loop,
+            evictor.max_pinned_extents,
+            self._listeners,
         )
         stack.callback(self._image_sockets.close)
         stack.callback(self.workers.stop)
         self._nbd = NbdService(
-            core, config, store, access, overlays, door, self._tallies, self._loop
+            core, config, store, access, overlays, door, self._tallies, self._loop, self._listeners
         )
         stack.callback(self._nbd.close)
         network = NetworkDoor(
-            config.listen, store, access, overlays, self._nbd, door, self._tallies, self._loop
+            config.listen,
+            store,
+            access,
+            overlays,
+            self._nbd,
+            door,
+            self._tallies,
+            self._loop,
+            self._listeners,
         )
         stack.callback(network.close)
         handoff = HandoffService(
@@ -206,7 +224,9 @@ class Daemon:
         )
         state = StateReader(lambda: list(self._store), self.control.status)
         routes = {"/metrics": Exporter(sources, settler.ask).serve, **web_routes(state.read)}
-        server = HttpServer(config.metrics, routes)
+        endpoint = config.metrics
+        listener = self._listeners.open(f"metrics/{endpoint}", lambda: bind(endpoint))
+        server = HttpServer(endpoint, routes, listener=listener)
         settler.start()
         stack.callback(settler.stop)
         server.start()
@@ -282,13 +302,14 @@ def _keep_overlays(
     guests: GuestTable,
     door: Door,
     stack: contextlib.ExitStack,
+    bequests: OverlayBequests,
 ) -> OverlayTable:
     files = None
     if config.overlay_dir is not None:
         files = OverlayFiles(config.overlay_dir)
         stack.callback(files.close)
     defaults = config.default_quota_bytes, QuotaPolicy[config.default_on_quota.upper()]
-    overlays = OverlayTable(core, guests, door, defaults, files)
+    overlays = OverlayTable(core, guests, door, defaults, files, bequests)
     stack.callback(overlays.close)
     return overlays
 

@@ -16,6 +16,7 @@ import fcntl
 import os
 import re
 import socket
+import threading
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -58,10 +59,11 @@ class FdStore:
     """The groups held for our successor, and the supervisor that holds them; None: nobody does.
 
     held is what it held for our predecessor and so for us. Invariant: groups is what the supervisor
-    was told to hold, by name. Descriptors are borrowed. Not for two threads at once.
+    was told to hold, by name. Descriptors are borrowed. For any thread.
     """
 
     def __init__(self, address: str | None, held: Groups | None = None) -> None:
+        self._lock = threading.Lock()
         self.groups: Final[Groups] = {name: list(fds) for name, fds in (held or {}).items()}
         self._address = None if address is None else _socket_address(address)
         self._socket = None if address is None else _new_socket()
@@ -78,10 +80,11 @@ class FdStore:
 
     def move(self, address: str) -> None:
         """From now on another supervisor holds: tell it all that the last one was told."""
-        self._address = _socket_address(address)
-        self._socket = self._socket or _new_socket()
-        for name, fds in self.groups.items():
-            self._send({"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}, fds)
+        with self._lock:
+            self._address = _socket_address(address)
+            self._socket = self._socket or _new_socket()
+            for name, fds in self.groups.items():
+                self._send({"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}, fds)
 
     def hold(self, name: str, fds: Sequence[int]) -> None:
         """Have a group held under a name of its own until release(name).
@@ -91,14 +94,16 @@ class FdStore:
         """
         assert _NAME.fullmatch(name)
         assert 0 < len(fds) <= _MAX_FDS
-        if name not in self.groups:
-            self._send({"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}, fds)
-        self.groups[name] = list(fds)
+        with self._lock:
+            if name not in self.groups:
+                self._send({"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}, fds)
+            self.groups[name] = list(fds)
 
     def release(self, name: str) -> None:
         """Have a group held no more; nothing if it is not."""
-        if self.groups.pop(name, None) is not None:
-            self._send({"FDSTOREREMOVE": "1", "FDNAME": name})
+        with self._lock:
+            if self.groups.pop(name, None) is not None:
+                self._send({"FDSTOREREMOVE": "1", "FDNAME": name})
 
     def tell(self, **fields: str) -> None:
         """Tell the supervisor how we are: tell(READY="1")."""

@@ -39,7 +39,7 @@ from cowshed.service.http_messages import (
 )
 from cowshed.service.logs import EventLog
 
-__all__ = ["HttpServer"]
+__all__ = ["HttpServer", "bind"]
 
 _log = EventLog("cowshed.http")
 
@@ -78,7 +78,7 @@ class HttpServer:
     """Binds when it is made (UsageError, one line, if it cannot), answers from start() to stop().
 
     routes gives a handler by path. Handlers run in threads of the server's own, several at once.
-    A client has read_seconds to say what it wants.
+    A client has read_seconds to say what it wants. listener, if there is one, listens at endpoint.
     """
 
     def __init__(
@@ -87,10 +87,11 @@ class HttpServer:
         routes: Mapping[str, Handler],
         *,
         read_seconds: float = _READ_SECONDS,
+        listener: socket.socket | None = None,
     ) -> None:
         self._read_seconds: Final = read_seconds
         self._routes: Final = dict(routes)
-        self._listener = _bind(endpoint)
+        self._listener = listener or bind(endpoint)
         self.endpoint: Final = Endpoint(endpoint.host, self._listener.getsockname()[1])
         self._clients: dict[int, _Client] = {}
         self._to_do: queue.SimpleQueue[_Client | None] = queue.SimpleQueue()
@@ -285,7 +286,8 @@ class HttpServer:
         self._selector.modify(client.sock, selectors.EVENT_READ)
 
 
-def _bind(endpoint: Endpoint) -> socket.socket:
+def bind(endpoint: Endpoint) -> socket.socket:
+    """Give a socket that listens at endpoint; UsageError, one line, if there cannot be one."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -32,6 +32,7 @@ from cowshed.service.door import Door
 from cowshed.service.guest_states import say_state
 from cowshed.service.guests import Guest, GuestTable, Mapping, Peer, Terms
 from cowshed.service.handshake_peer import HandshakePeer
+from cowshed.service.listeners import Listeners
 from cowshed.service.logs import EventLog
 from cowshed.service.loop import READ, WRITE, Loop
 from cowshed.service.names import image_socket_path
@@ -103,6 +104,7 @@ class ImageSockets:
         tallies: Tallies,
         loop: Loop,
         max_pinned_extents: int,
+        listeners: Listeners,
     ) -> None:
         self._door = door
         self._host = host
@@ -113,6 +115,7 @@ class ImageSockets:
         nr_shared = config.capacity_bytes // config.extent_bytes // _SHARED_PART
         self._allowance: Final = ShareAllowance(min(nr_shared, max(0, max_pinned_extents)))
         self._clients: dict[int, _Client] = {}
+        self._opener = listeners
         self._listeners: dict[Path, socket.socket] = {}
         for image in images:
             self._listen(image, image_socket_path(config.run_dir, image))
@@ -137,7 +140,8 @@ class ImageSockets:
                 image=image.label,
             )
             return
-        listener = _listening(path)
+        what = f"image/{image.domain}/{image.name}"
+        listener = self._opener.open(what, lambda: _listening(path), path)
         self._listeners[path] = listener
         self._loop.watch(listener.fileno(), READ, lambda *_: self._on_connect(listener, image))
 

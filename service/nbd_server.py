@@ -24,6 +24,7 @@ from cowshed.cache.errors import CowshedError
 from cowshed.service.access import Access
 from cowshed.service.config import Config
 from cowshed.service.door import Door
+from cowshed.service.listeners import Listeners
 from cowshed.service.logs import EventLog
 from cowshed.service.loop import READ, Loop
 from cowshed.service.nbd_exports import HeldExport, NbdDirectory
@@ -75,6 +76,7 @@ class NbdService:
         door: Door,
         tallies: Tallies,
         loop: Loop,
+        listeners: Listeners,
     ) -> None:
         self.tls: ssl.SSLContext | None = None if config.tls is None else make_context(config.tls)
         self._nr_files: Final = _FDS_PLAIN if self.tls is None else _FDS_TLS
@@ -90,9 +92,10 @@ class NbdService:
         self._images: dict[Image, NbdExport] = {}
         self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         self._path: Final = config.run_dir / NBD_SOCKET_NAME
-        self._listeners = [listen_path(self._path)]
-        if config.nbd is not None:
-            self._listeners.append(listen_tcp(config.nbd))
+        self._listeners = [listeners.open("nbd", lambda: listen_path(self._path), self._path)]
+        if (endpoint := config.nbd) is not None:
+            made = listeners.open(f"nbd/{endpoint}", lambda: listen_tcp(endpoint))
+            self._listeners.append(made)
             self._say_tcp()
         self._core: Final = core
         for listener in self._listeners:

@@ -26,6 +26,7 @@ from cowshed.service.door import Door
 from cowshed.service.handoff_door import HandoffDoor
 from cowshed.service.handoff_link import SocketLink
 from cowshed.service.handoff_rules import HandoffRules
+from cowshed.service.listeners import Listeners
 from cowshed.service.logs import EventLog
 from cowshed.service.loop import READ, WRITE, Loop
 from cowshed.service.nbd_server import NbdService
@@ -64,6 +65,7 @@ class NetworkDoor:
         door: Door,
         tallies: Tallies,
         loop: Loop,
+        listeners: Listeners,
     ) -> None:
         self._store = store
         self._access = access
@@ -84,7 +86,8 @@ class NetworkDoor:
                         f"cannot listen at {uri!r}: guests from elsewhere come by tcp://, tls:// "
                         "or vsock://"
                     )
-                self._open(listen(uri, context=nbd.tls))
+                opened_by = functools.partial(listeners.open, uri.partition("?")[0])
+                self._open(listen(uri, context=nbd.tls, opened_by=opened_by))
         except BaseException:
             self.close()
             raise
@@ -146,10 +149,7 @@ class NetworkDoor:
         return guest
 
     def overlay_id(self, guest: OverlayGuest) -> str:
-        """Name these private pages. Pages in files get another name when the daemon starts anew.
-
-        For what was not flushed may be lost then, and only the guest knows what that is.
-        """
+        """Name these private pages."""
         return guest.pages_id
 
     def check_handoff(self, client_name: str | None, scheme: str) -> None:

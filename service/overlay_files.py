@@ -25,7 +25,7 @@ from cowshed.cache import Image
 from cowshed.cache.errors import SourceError, UsageError
 from cowshed.service.logs import EventLog
 
-__all__ = ["OverlayFiles", "OverlayRecord"]
+__all__ = ["OverlayFiles", "OverlayRecord", "overlay_record"]
 
 _log = EventLog("cowshed.overlays")
 
@@ -127,11 +127,14 @@ class OverlayFiles:
                     f"{self._folder}/{record.stem}.* away"
                 )
 
-    def open(self, record: OverlayRecord, account: Account) -> Overlay:
-        """Open an overlay's files, made if they are not there. Raises SourceError, UsageError."""
+    def open(self, record: OverlayRecord, account: Account, *, is_left: bool = False) -> Overlay:
+        """Open an overlay's files, made if they are not there. Raises SourceError, UsageError.
+
+        is_left: the account was adopted; what it says is private is so.
+        """
         told = json.dumps({"image": record.image, **_source_of(account.image)}, sort_keys=True)
         identity = hashlib.sha256(told.encode()).digest()
-        return Overlay.files(account, self._folder, record.stem, identity)
+        return Overlay.files(account, self._folder, record.stem, identity, is_left=is_left)
 
     def remove(self, image: str, guest: str) -> None:
         """Remove an overlay's files, the record last, so that none is ever without one."""
@@ -172,6 +175,11 @@ def _source_of(image: Image) -> dict[str, int]:
 def _parse(table: Any) -> OverlayRecord:
     if table["version"] != _VERSION:
         raise ValueError(f"version {table['version']!r} is not known here")
+    return overlay_record(table)
+
+
+def overlay_record(table: Any) -> OverlayRecord:
+    """Read a record back from its fields; ValueError, KeyError or TypeError if it is none."""
     record = OverlayRecord(**{key: table[key] for key in OverlayRecord.__dataclass_fields__})
     if record.quota_bytes is not None and type(record.quota_bytes) is not int:
         raise ValueError("quota_bytes is no number")

@@ -12,6 +12,7 @@ table's, then the guests'.
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import threading
 from collections.abc import Iterator
@@ -31,16 +32,19 @@ from cowshed.cache.errors import CowshedError, UsageError
 from cowshed.cache.images import PAGE_BYTES
 from cowshed.faults import Orders
 from cowshed.service.door import Door
+from cowshed.service.fd_store import FdStore
 from cowshed.service.guests import GuestTable, Terms
 from cowshed.service.logs import EventLog
+from cowshed.service.overlay_bequests import LeftOverlay, OverlayBequests
 from cowshed.service.overlay_files import OverlayFiles, OverlayRecord
+from cowshed.service.remains import Remains
 from cowshed.transport.nbd_core import NbdCounters, NbdExport, NbdServer
 
 __all__ = ["Claim", "NotYoursError", "OverlayGuest", "OverlayTable"]
 
 _log = EventLog("cowshed.overlays")
 
-# Its account, its purse, its pages, their map, and one to spare.
+# Its account, its purse, its pages, their map or its record, and one to spare.
 _FDS_PER_OVERLAY: Final = 5
 
 
@@ -62,7 +66,11 @@ class Claim:
 
 @dataclass(eq=False)
 class OverlayGuest:
-    """A guest whose private pages the backend keeps. Invariant: nr_clients are connected now."""
+    """A guest whose private pages the backend keeps. Invariant: nr_clients are connected now.
+
+    pages_id names these private pages: pages in files have another name once a daemon has begun
+    anew with them, for then what was not flushed may be lost, and only the guest knows what it is.
+    """
 
     terms: Terms
     owner: str
@@ -77,6 +85,7 @@ class OverlayGuest:
     quota_bytes: int | None
     # Other private pages, under the same guest's name, are named otherwise.
     pages_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    group: str = ""
     nr_clients: int = 0
     account_no: int = field(init=False)
 
@@ -126,6 +135,7 @@ class OverlayTable:
         door: Door,
         defaults: tuple[int | None, QuotaPolicy],
         files: OverlayFiles | None = None,
+        bequests: OverlayBequests | None = None,
     ) -> None:
         """defaults are the quota and the policy of those who name none."""
         self.lock: Final = threading.RLock()
@@ -134,6 +144,7 @@ class OverlayTable:
         self._door = door
         self._defaults = defaults
         self._files = files
+        self._bequests = bequests or OverlayBequests(FdStore(None))
         self._overlays: dict[tuple[str, str], OverlayGuest] = {}
         # What clients of discarded overlays did; counters never fall.
         self._closed: dict[Image, NbdCounters] = {}
@@ -141,11 +152,29 @@ class OverlayTable:
     def __iter__(self) -> Iterator[OverlayGuest]:
         return iter(list(self._overlays.values()))
 
-    def adopt(self, images: list[Image]) -> None:
-        """Open what an earlier run left in --overlay-dir, of the images that are served now."""
+    def adopt(self, images: list[Image], remains: Remains | None = None) -> None:
+        """Go on with what our predecessor left, and with what is in --overlay-dir.
+
+        Of the images that are served now.
+        """
+        by_label = {image.label: image for image in images}
+        lefts = self._bequests.lefts(remains or Remains({}))
+        self._adopt_files(by_label, lefts)
+        for left in lefts.values():
+            image = by_label.get(left.record.image)
+            try:
+                if image is None or self._files is not None or not left.has_pages:
+                    raise UsageError("nothing served now is made of it")
+                self._open(image, left.record, None, left)
+            except (CowshedError, OSError) as error:
+                _log.error("overlay-lost", str(error), overlay=left.record.label)
+                self._bequests.let_go(left)
+            else:
+                _log.info("overlay-adopted", overlay=left.record.label)
+
+    def _adopt_files(self, by_label: dict[str, Image], lefts: dict[str, LeftOverlay]) -> None:
         if self._files is None:
             return
-        by_label = {image.label: image for image in images}
         for record in self._files.records():
             image = by_label.get(record.image)
             if image is None:
@@ -158,7 +187,8 @@ class OverlayTable:
                 continue
             try:
                 self._files.check(record, image)
-                self._open(image, record, None)
+                self._open(image, record, None, lefts.get(record.label))
+                lefts.pop(record.label, None)
             except (CowshedError, OSError) as error:
                 _log.error("overlay-unusable", str(error), overlay=record.label, file=record.stem)
             else:
@@ -282,6 +312,7 @@ class OverlayTable:
         with self.lock:
             if self._files is not None:
                 self._files.write(self._record(guest), guest.image)
+            self._hold(guest)
             self._overlays[guest.terms.key] = guest
         _log.info("overlay-admitted", overlay=guest.label, owner=guest.owner)
 
@@ -335,12 +366,35 @@ class OverlayTable:
 
     # Making and closing.
 
-    def _open(self, image: Image, record: OverlayRecord, claim: Claim | None) -> OverlayGuest:
-        guest = self._make(image, record, keep_record=claim is not None)
+    def _open(
+        self,
+        image: Image,
+        record: OverlayRecord,
+        claim: Claim | None,
+        left: LeftOverlay | None = None,
+    ) -> OverlayGuest:
+        """Make an overlay, or go on with one; what was left of it is taken over on success only."""
+        guest = self._make(image, record, keep_record=claim is not None, left=left)
+        if left is not None:
+            guest.pages_id = left.pages_id
+        self._hold(guest, left)
         self._overlays[guest.terms.key] = guest
         return guest
 
-    def _make(self, image: Image, record: OverlayRecord, *, keep_record: bool) -> OverlayGuest:
+    def _hold(self, guest: OverlayGuest, left: LeftOverlay | None = None) -> None:
+        fds = [guest.account.fd, guest.purse.fd]
+        if self._files is None:
+            fds.append(guest.overlay.fd)
+        guest.group = self._bequests.hold(self._record(guest), guest.pages_id, fds, left)
+
+    def _make(
+        self,
+        image: Image,
+        record: OverlayRecord,
+        *,
+        keep_record: bool,
+        left: LeftOverlay | None = None,
+    ) -> OverlayGuest:
         policy = QuotaPolicy[record.policy.upper()]
         terms = Terms(record.guest, image, record.quota_bytes, policy, Orders())
         with contextlib.ExitStack() as undo:
@@ -350,18 +404,18 @@ class OverlayTable:
                 raise UsageError(f"overlay {record.label!r} cannot be made: {refusal}")
             undo.callback(self._door.leave, record.counted_as, _FDS_PER_OVERLAY)
             quota = NO_QUOTA_BYTES if record.quota_bytes is None else record.quota_bytes
-            purse = Purse(quota, policy)
+            purse = Purse(quota, policy) if left is None else Purse.adopt(os.dup(left.purse))
             undo.callback(purse.close)
-            account = Account(image, purse)
+            account = Account(image, purse, None if left is None else os.dup(left.ledger))
             undo.callback(account.close)
             if self._files is None:
-                overlay = Overlay(account)
+                overlay = Overlay(account) if left is None else left.open_pages(account)
             else:
                 if keep_record:
                     self._files.check_free(record)
                     self._files.write(record, image)
                     undo.callback(self._files.remove, image.label, record.guest)
-                overlay = self._files.open(record, account)
+                overlay = self._files.open(record, account, is_left=left is not None)
             undo.callback(overlay.close)
             export = NbdExport(self._core, image, overlay.cdata)
             undo.pop_all()
@@ -376,7 +430,7 @@ class OverlayTable:
             account=account,
             overlay=overlay,
             export=export,
-            quota_bytes=record.quota_bytes,
+            quota_bytes=purse_quota(purse),
         )
 
     def _close(self, guest: OverlayGuest) -> None:
@@ -390,6 +444,7 @@ class OverlayTable:
             _log.error("overlay-not-flushed", str(error), overlay=guest.label)
         guest.account.close()
         guest.purse.close()
+        self._bequests.release(guest.group)
         self._guests.release_name(guest.terms)
         self._door.leave(guest.counted_as, _FDS_PER_OVERLAY)
 
@@ -404,6 +459,12 @@ class OverlayTable:
             quota_bytes=guest.quota_bytes,
             policy=guest.terms.policy.name.lower(),
         )
+
+
+def purse_quota(purse: Purse) -> int | None:
+    """What a purse may be spent on, in bytes; None if there is no quota."""
+    quota_bytes = purse.status().quota_pages * PAGE_BYTES
+    return None if quota_bytes >= NO_QUOTA_BYTES else quota_bytes
 
 
 def _is_of(owner: str, claim: Claim) -> bool:

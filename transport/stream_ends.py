@@ -8,6 +8,7 @@ import errno
 import os
 import socket
 import ssl
+from collections.abc import Callable
 from typing import Final
 
 from cowshed.cache.errors import PeerError, UsageError
@@ -156,11 +157,17 @@ class StreamListener:
             os.close(self._reserve)
 
 
-def listen(uri: str, backlog: int = 128, context: ssl.SSLContext | None = None) -> StreamListener:
+def listen(
+    uri: str,
+    backlog: int = 128,
+    context: ssl.SSLContext | None = None,
+    opened_by: Callable[[Callable[[], socket.socket]], socket.socket] | None = None,
+) -> StreamListener:
     """Listen; on tls, whoever connects must show a certificate that ca signed.
 
-    context is taken for tls if the URI and the environment name no files. Raises UsageError if
-    this cannot be.
+    context is taken for tls if the URI and the environment name no files. opened_by is given how to
+    make the socket, and may give one that listens there already. Raises UsageError if this cannot
+    be.
     """
     address = parse_stream_uri(uri)
     if address.scheme != "tls":
@@ -168,11 +175,15 @@ def listen(uri: str, backlog: int = 128, context: ssl.SSLContext | None = None) 
     elif address.options or context is None:
         context = server_context(address.options, address.without_options)
     try:
-        sock = _bound(address, backlog)
+        sock = (opened_by or _call)(lambda: _bound(address, backlog))
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"cannot listen at {address.without_options}: {reason}") from error
     return StreamListener(sock, address, context)
+
+
+def _call(make: Callable[[], socket.socket]) -> socket.socket:
+    return make()
 
 
 def _bound(address: Address, backlog: int) -> socket.socket:

@@ -118,6 +118,7 @@ int overlay_take(struct overlay *overlay, uint64_t first, uint64_t nr, uint64_t 
 
 	if (!err)
 		*reserved += nr_new;
+	point_reach(POINT_OVERLAY_TAKEN);
 	return err;
 }
 
@@ -256,6 +257,7 @@ int overlay_zero(struct overlay *overlay, uint64_t offset, uint64_t length, bool
 			err = overlay_punch(overlay, first, nr);
 		if (err == -EOPNOTSUPP) /* a file system without holes */
 			err = data_write(overlay, offset, here, zeros);
+		point_reach(POINT_OVERLAY_ZEROED);
 		if (!err)
 			make_private(overlay, first, nr, nr_new, reserved);
 		pthread_rwlock_unlock(overlay_stripe(overlay, first));
@@ -318,6 +320,7 @@ int overlay_trim(struct overlay *overlay, uint64_t first, uint64_t nr)
 				bits_clear(account->private, i);
 			overlay_mark_dirty(overlay, page, run_end - page);
 			nr_gone += run_end - page;
+			point_reach(POINT_OVERLAY_TRIMMED);
 			if (overlay->disk)
 				disk_trimmed(overlay->disk, page, run_end - page);
 			else

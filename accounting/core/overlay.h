@@ -40,6 +40,13 @@ int overlay_open(struct account *account, struct overlay **overlay_out);
  * of another image; -EBADMSG: it is damaged; -EBUSY: somebody else has it open. */
 int overlay_open_files(struct account *account, int data_fd, int map_fd, const uint8_t *identity,
                        struct overlay **overlay_out);
+/* Goes on with the overlay that another process left: an account that was adopted, and the memfd, taken over on success.
+ * Bytes of pages that are not private (a write or a trim that was cut short) are dropped.  -EBADMSG: it is no overlay of
+ * this image. */
+int overlay_adopt(struct account *account, int data_fd, struct overlay **overlay_out);
+/* The same with files: what the account says is private is so, flushed or not. Else as overlay_open_files. */
+int overlay_adopt_files(struct account *account, int data_fd, int map_fd, const uint8_t *identity,
+                        struct overlay **overlay_out);
 /* Gives the private pages back; with files, flushes them first and keeps them (-errno if that failed).  Nobody may
  * use the overlay any more. */
 int overlay_close(struct overlay *overlay);

@@ -300,8 +300,8 @@ static bool slot_read(struct overlay_disk *disk, uint64_t block, uint64_t genera
 	       (slot->generation & 1) == generation;
 }
 
-/* Takes the private bits over from the newer of each two slots. */
-static int map_load(struct overlay_disk *disk)
+/* Takes the private bits over from the newer of each two slots; or its number alone, if they are known better. */
+static int map_load(struct overlay_disk *disk, bool is_left)
 {
 	struct account *account = disk->overlay->account;
 	uint64_t nr_pages = disk->overlay->image->shape.nr_pages, nr_private = 0;
@@ -315,7 +315,7 @@ static int map_load(struct overlay_disk *disk)
 		bool second = !good[0] || (good[1] && slots[1].generation > slots[0].generation);
 		const struct map_slot *slot = &slots[second];
 		disk->generations[block] = slot->generation;
-		for (uint64_t i = 0; i < SLOT_PAGES; i++) {
+		for (uint64_t i = 0; i < SLOT_PAGES && !is_left; i++) {
 			uint64_t page = block * SLOT_PAGES + i;
 
 			if (!(slot->words[i / 64] >> i % 64 & 1))
@@ -331,20 +331,26 @@ static int map_load(struct overlay_disk *disk)
 	return 0;
 }
 
-static int drop_leftovers(struct overlay *overlay)
+/* The account was left by another process: what it did not flush is to be flushed by us. */
+static int map_catch_up(struct overlay_disk *disk)
 {
+	struct overlay *overlay = disk->overlay;
 	uint64_t nr_pages = overlay->image->shape.nr_pages;
 	uint64_t *stored = malloc(bits_bytes(nr_pages));
 	int err = stored ? overlay_stored(overlay, stored, bits_bytes(nr_pages) / 8) : -ENOMEM;
 
+	/* Bytes that are nobody's are not punched before the durable map has ceased to promise them. */
 	for (uint64_t page = 0; page < nr_pages && !err; page++)
-		if (stored[page / 64] >> page % 64 & 1 && !bits_test(overlay->account->private, page))
-			err = overlay_punch(overlay, page, 1);
+		if (stored[page / 64] >> page % 64 & 1 && !bits_test(overlay->account->private, page) &&
+		    bits_set(disk->dropped, page))
+			atomic_fetch_add(&disk->nr_dropped, 1);
+	for (uint64_t block = 0; block < disk->nr_blocks; block++)
+		atomic_store(&disk->dirty[block], 1);
 	free(stored);
 	return err;
 }
 
-static int map_open(struct overlay_disk *disk, const uint8_t *identity)
+static int map_open(struct overlay_disk *disk, const uint8_t *identity, bool is_left)
 {
 	static const struct map_header none;
 	struct map_header found = {0}, wanted;
@@ -363,11 +369,13 @@ static int map_open(struct overlay_disk *disk, const uint8_t *identity)
 		return -errno;
 	if ((uint64_t)about.st_size != disk->overlay->image->shape.map_bytes)
 		return -EBADMSG;
-	int err = map_load(disk);
-	return err ? err : drop_leftovers(disk->overlay);
+	int err = map_load(disk, is_left);
+	if (err)
+		return err;
+	return is_left ? map_catch_up(disk) : overlay_drop_leftovers(disk->overlay);
 }
 
-static int disk_open(struct overlay *overlay, int map_fd, const uint8_t *identity)
+static int disk_open(struct overlay *overlay, int map_fd, const uint8_t *identity, bool is_left)
 {
 	uint64_t nr_pages = overlay->image->shape.nr_pages;
 	struct overlay_disk *disk = calloc(1, sizeof *disk);
@@ -383,7 +391,7 @@ static int disk_open(struct overlay *overlay, int map_fd, const uint8_t *identit
 	disk->waiting_tail = &disk->waiting;
 	int err = disk->generations && disk->dirty && disk->dropped ? 0 : -ENOMEM;
 	if (!err)
-		err = map_open(disk, identity);
+		err = map_open(disk, identity, is_left);
 	if (err) {
 		disk_free(disk);
 		return err;
@@ -401,8 +409,8 @@ static int disk_open(struct overlay *overlay, int map_fd, const uint8_t *identit
 	return 0;
 }
 
-int overlay_open_files(struct account *account, int data_fd, int map_fd, const uint8_t *identity,
-                       struct overlay **overlay_out)
+int overlay_place_files(struct account *account, int data_fd, int map_fd, const uint8_t *identity, bool is_left,
+                        struct overlay **overlay_out)
 {
 	struct overlay *overlay;
 
@@ -410,7 +418,7 @@ int overlay_open_files(struct account *account, int data_fd, int map_fd, const u
 		return errno == EWOULDBLOCK ? -EBUSY : -errno;
 	int err = overlay_init(account, data_fd, &overlay);
 	if (!err) {
-		err = disk_open(overlay, map_fd, identity);
+		err = disk_open(overlay, map_fd, identity, is_left);
 		if (err)
 			overlay_deinit(overlay);
 		else

@@ -15,6 +15,13 @@ pthread_rwlock_t *overlay_stripe(struct overlay *overlay, uint64_t page);
 /* Drops the bytes of pages; under their stripe's lock, or nobody else there. */
 int overlay_punch(struct overlay *overlay, uint64_t first, uint64_t nr);
 
+/* overlay_adopt.c.  Nobody uses it yet: drops bytes of pages that are not private. */
+int overlay_drop_leftovers(struct overlay *overlay);
+
+/* overlay_disk.c */
+/* See overlay_open_files; is_left: the account knows already what is private, and the map may be behind it. */
+int overlay_place_files(struct account *account, int data_fd, int map_fd, const uint8_t *identity, bool is_left,
+                        struct overlay **overlay_out);
 /* Under the stripe's lock: the private bits of the group of a page changed. */
 void disk_changed(struct overlay_disk *disk, uint64_t page);
 /* The same, and the bytes of these pages are to be dropped once the map says so durably. */

@@ -62,14 +62,3 @@ int overlay_drop(struct overlay *overlay, uint64_t first, uint64_t nr)
 
 	return err ? err : overlay_trim(overlay, first, nr);
 }
-
-int overlay_adopt(struct account *account, int data_fd, struct overlay **overlay_out)
-{
-	struct stat status;
-
-	if (fstat(data_fd, &status) < 0)
-		return -errno;
-	if ((uint64_t)status.st_size != account->image->shape.map_bytes)
-		return -EBADMSG;
-	return overlay_init(account, data_fd, overlay_out);
-}

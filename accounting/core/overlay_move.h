@@ -15,8 +15,6 @@ int overlay_load(struct overlay *overlay, uint64_t first, uint64_t nr, uint8_t *
 int overlay_store(struct overlay *overlay, uint64_t first, uint64_t nr, const uint8_t *bytes);
 /* Gives nr pages from first back to the image. */
 int overlay_drop(struct overlay *overlay, uint64_t first, uint64_t nr);
-/* Goes on with the memfd that another process left, whose account was adopted.  Takes it over on success. */
-int overlay_adopt(struct account *account, int data_fd, struct overlay **overlay_out);
 /* cdef-end */
 
 #endif

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A backend dies in a request: its successor's overlay has each page as it was before or after."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nbd_stage import NbdStage
+from stage import PAGE, MakeStage
+
+from cowshed.accounting import Account, Overlay, Purse
+from cowshed.cache import InvariantError
+from cowshed.cache._core import lib
+
+CHILD = Path(__file__).with_name("doomed_overlay.py")
+SUPPORT = Path(__file__).parent.parent / "support"
+NR_PAGES = 64
+
+CASES = (
+    ("TAKEN", "write"),
+    ("WRITTEN", "write"),
+    ("WRITTEN", "patch"),
+    ("TAKEN", "zero"),
+    ("ZEROED", "zero"),
+    ("TRIMMED", "trim"),
+)
+
+
+def left_by(folder: Path, point: str, op: str) -> list[int]:
+    """Have a backend die there; its purse, ledger and pages."""
+    ours, theirs = socket.socketpair()
+    number = str(getattr(lib, f"POINT_OVERLAY_{point}"))
+    child = subprocess.run(
+        [sys.executable, str(CHILD), str(theirs.fileno()), str(folder), number, op],
+        env={**os.environ, "PYTHONPATH": f"{SUPPORT}:{os.environ.get('PYTHONPATH', '')}"},
+        pass_fds=[theirs.fileno()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stdout + child.stderr
+    _, fds, _, _ = socket.recv_fds(ours, 1, 3)
+    ours.close()
+    theirs.close()
+    return fds
+
+
+def expected(image: bytes, op: str, *, is_done: bool) -> list[bytes]:
+    """Each page after the request, or before it."""
+    pages = [image[at : at + PAGE] for at in range(0, len(image), PAGE)]
+    pages[:10] = [b"\1" * PAGE] * 10
+    if not is_done:
+        return pages
+    if op == "patch":
+        pages[12] = pages[12][:100] + b"\2" * 200 + pages[12][300:]
+    elif op == "trim":
+        pages[:5] = [image[at * PAGE : (at + 1) * PAGE] for at in range(5)]
+    else:
+        pages[5:15] = [(b"\2" if op == "write" else b"\0") * PAGE] * 10
+    return pages
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+@pytest.mark.parametrize(("point", "op"), CASES, ids=["-".join(case) for case in CASES])
+def test_each_page_is_as_before_or_after_a_request_that_was_cut_short(
+    point: str, op: str, kind: str, tmp_path: Path, make_stage: MakeStage
+) -> None:
+    files = tmp_path / "files"
+    if kind == "files":
+        files.mkdir()
+    purse_fd, ledger_fd, pages_fd = left_by(tmp_path, point, op)
+    nbd = NbdStage(make_stage(nr_pages=NR_PAGES))
+    try:
+        purse = Purse.adopt(purse_fd)
+        account = Account(nbd.stage.image, purse, ledger_fd)
+        if kind == "files":
+            os.close(pages_fd)
+            overlay = Overlay.files(account, files, "x", b"i" * 32, is_left=True)
+        else:
+            overlay = Overlay.adopt(account, pages_fd)
+        nbd.overlays.append(overlay)
+        client = nbd.client(nbd.export(overlay))
+        got = client.read(0, NR_PAGES * PAGE)
+        before = expected(nbd.bytes, op, is_done=False)
+        after = expected(nbd.bytes, op, is_done=True)
+        for page in range(NR_PAGES):
+            assert got[page * PAGE : (page + 1) * PAGE] in (before[page], after[page]), page
+        # The books: what is private is paid for, what was taken and not used is back.
+        private = int.from_bytes(account.private_bitmap(), "little")
+        assert purse.status().used_pages == private.bit_count()
+        assert account.status().private_pages == private.bit_count()
+        assert int.from_bytes(account.unsettled_bitmap(), "little") == 0
+        if kind == "memory":
+            assert int.from_bytes(overlay.stored_bitmap(), "little") & ~private == 0
+        # The client comes again with what was not answered, and others after it.
+        assert client.write(20 * PAGE, b"\3" * PAGE) == 0
+        assert client.read(20 * PAGE, PAGE) == b"\3" * PAGE
+        purse.close()
+    finally:
+        nbd.close()
+
+
+def test_bytes_that_a_cut_write_left_never_show_where_zeros_are_written(
+    tmp_path: Path, make_stage: MakeStage
+) -> None:
+    from nbd_client import ZEROES
+
+    purse_fd, ledger_fd, pages_fd = left_by(tmp_path, "WRITTEN", "write")
+    nbd = NbdStage(make_stage(nr_pages=NR_PAGES))
+    try:
+        purse = Purse.adopt(purse_fd)
+        overlay = Overlay.adopt(Account(nbd.stage.image, purse, ledger_fd), pages_fd)
+        purse.close()
+        nbd.overlays.append(overlay)
+        client = nbd.client(nbd.export(overlay))
+        assert client.call(ZEROES, 10 * PAGE, 5 * PAGE).error == 0
+        assert client.read(10 * PAGE, 5 * PAGE) == bytes(5 * PAGE)
+    finally:
+        nbd.close()
+
+
+def test_acknowledged_writes_in_files_are_durable_after_the_successors_flush(
+    tmp_path: Path, make_stage: MakeStage
+) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    purse_fd, ledger_fd, pages_fd = left_by(tmp_path, "TRIMMED", "trim")
+    os.close(pages_fd)
+    nbd = NbdStage(make_stage(nr_pages=NR_PAGES))
+    try:
+        purse = Purse.adopt(purse_fd)
+        account = Account(nbd.stage.image, purse, ledger_fd)
+        purse.close()
+        overlay = Overlay.files(account, files, "x", b"i" * 32, is_left=True)
+        overlay.close()  # flushes
+        account.close()
+        # Another machine's daemon has nothing but the files.
+        again = nbd.overlay(files=files)
+        got = nbd.client(nbd.export(again)).read(0, NR_PAGES * PAGE)
+        assert got[5 * PAGE : 10 * PAGE] == b"\1" * 5 * PAGE
+        assert got[10 * PAGE :] == nbd.bytes[10 * PAGE :]
+        private = int.from_bytes(again.account.private_bitmap(), "little")
+        assert int.from_bytes(again.stored_bitmap(), "little") & ~private == 0
+    finally:
+        nbd.close()
+
+
+def test_what_is_no_overlay_is_refused(tmp_path: Path, make_stage: MakeStage) -> None:
+    purse_fd, ledger_fd, pages_fd = left_by(tmp_path, "TAKEN", "write")
+    stage = make_stage(nr_pages=NR_PAGES)
+    purse = Purse.adopt(purse_fd)
+    account = Account(stage.image, purse, ledger_fd)
+    purse.close()
+    with pytest.raises(InvariantError, match="no overlay"):
+        Overlay.adopt(account, os.memfd_create("other"))
+    Overlay.adopt(account, pages_fd).close()
+    account.close()
