@@ -98,7 +98,6 @@ class Overlay:
             raise
         return cls(account, overlay[0])
 
-
     def load(self, first_page: int, nr_pages: int) -> bytes:
         """Copy the bytes of private pages; each page is of one moment. Others' are zeros."""
         pages = bytearray(nr_pages * PAGE_BYTES)

@@ -18,6 +18,10 @@ class PeerError(CowshedError):
     """The other end of a connection misbehaved; drop it and serve the rest."""
 
 
+class PeerGoneError(PeerError):
+    """The other end closed the connection, or died; another may be there by now."""
+
+
 class CapacityError(CowshedError):
     """There is no room, now; free some (unpin, evict, raise a limit) and try again."""
 

@@ -21,7 +21,7 @@ from cowshed.faults import Orders
 from cowshed.service.fd_store import FdStore, kind_of
 from cowshed.service.guests import GuestTable, Mapping, Peer, Terms
 from cowshed.service.logs import EventLog
-from cowshed.service.remains import Remains, record_make, record_read
+from cowshed.service.remains import Remains, record_is_open, record_make, record_read
 from cowshed.transport import Connection, adopt_connection
 
 __all__ = ["Bequests", "Heir"]
@@ -34,12 +34,16 @@ _KINDS: Final = {"record", "ledger", "purse", "uffd", "pagemap", "mem", "socket"
 
 @dataclass(frozen=True)
 class Heir:
-    """A mapping that is served on: by whose connection, under what name it is held."""
+    """A mapping that is served on: by whose connection, under what name it is held.
+
+    tag is that of a request that may not have been answered, None if it was.
+    """
 
     mapping: Mapping
     connection: Connection
     terms: Terms
     group: str
+    tag: int | None
 
 
 class Bequests:
@@ -48,15 +52,16 @@ class Bequests:
     def __init__(self, fd_store: FdStore) -> None:
         self._fd_store = fd_store
 
-    def hold(self, mapping: Mapping, connection: Connection, terms: Terms) -> str:
+    def hold(self, mapping: Mapping, connection: Connection, terms: Terms, tag: int) -> str:
         """Have a mapping outlive us; the group's name, "" if nobody holds it.
 
-        The record becomes one of the mapping's descriptors.
+        The record becomes one of the mapping's descriptors, the last. Once the request of that tag
+        is answered, record_close() it: our successor cannot know what the guest was told.
         """
         if not self._fd_store.kept:
             return ""
         group = f"{_PREFIX}{secrets.token_hex(8)}"
-        record = record_make(_describe(mapping, terms))
+        record = record_make({**_describe(mapping, terms), "tag": tag})
         mapping.fds.append(record)
         fds = [*mapping.fds, mapping.account.fd, mapping.guest.purse.fd, connection.fileno()]
         if (seeds_fd := mapping.account.seeds_fd) >= 0 and kind_of(seeds_fd) == "overlay":
@@ -143,7 +148,8 @@ class Bequests:
             if mapping.account.seeds_fd >= 0:
                 left["overlay"] = mapping.account.seeds_fd
         left.update(ledger=mapping.account.fd, purse=guest.purse.fd, socket=connection.fileno())
-        return Heir(mapping, connection, terms, group)
+        is_open = record_is_open(left["record"])
+        return Heir(mapping, connection, terms, group, record["tag"] if is_open else None)
 
 
 def _describe(mapping: Mapping, terms: Terms) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from cowshed.accounting import audit
 from cowshed.cache import CapacityError, ExtentState, Image, PageStore, UsageError
+from cowshed.service import test_points
 from cowshed.service.access import Access
 from cowshed.service.config import check_quota
 from cowshed.service.domains import Identity
@@ -74,6 +75,8 @@ class Control:
             "quota": self._do_quota,
             "discard": self._do_discard,
         }
+        if test_points.ENABLED:
+            self._ops["point"] = test_points.arm
 
     def knows(self, op: str) -> bool:
         """Whether op is one of the operations here."""

@@ -83,6 +83,10 @@ class GuestDoor:
         self._sessions[fd] = session
         self._loop.watch(fd, READ, self._on_session)
         self._watch_death(session)
+        try:
+            self._send(fd, session)
+        except PeerError:
+            self._end(fd)
 
     def _on_connect(self, *_: int) -> None:
         connection = self._listener.accept()
@@ -146,6 +150,8 @@ class GuestDoor:
         if done and session.closing:
             self._end(fd)
             return
+        if done:
+            session.note_sent()
         self._loop.change(fd, READ if done else READ | WRITE)
 
     def _say_goodbye(self, session: Session, error: Exception, tag: int) -> None:

@@ -3,7 +3,7 @@
 
 A group is what one thing needs to live on: an image, a guest's mapping, a listening socket. One of
 its descriptors is a record, a memfd with a JSON object, written before the group is held and never
-changed, so that no death leaves half of one.
+changed but for one byte at its end, so that no death leaves half of one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from typing import Any, Final
 from cowshed.cache.errors import InvariantError
 from cowshed.service.fd_store import Groups, kind_of
 
-__all__ = ["Remains", "record_make", "record_read"]
+__all__ = ["Remains", "record_close", "record_is_open", "record_make", "record_read"]
 
 _MAX_RECORD_BYTES: Final = 1 << 20
+
+# White space, to JSON.
+_END: Final = b"\n"
 
 Kinds = dict[str, int]
 
@@ -40,6 +43,16 @@ def record_read(fd: int) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise InvariantError(f"a record is a JSON {type(fields).__name__}, not an object")
     return fields
+
+
+def record_close(fd: int) -> None:
+    """Say that what the record tells of as under way is done."""
+    os.pwrite(fd, _END, os.fstat(fd).st_size)
+
+
+def record_is_open(fd: int) -> bool:
+    """Whether nobody has said so yet."""
+    return os.pread(fd, 1, max(0, os.fstat(fd).st_size - 1)) != _END
 
 
 class Remains:

@@ -35,6 +35,8 @@ from cowshed.service.generations import image_generation
 from cowshed.service.guests import Guest, GuestTable, Mapping, Peer, Terms
 from cowshed.service.logs import EventLog
 from cowshed.service.moved_in import MovedIn, MovedInTable
+from cowshed.service.remains import record_close
+from cowshed.service.test_points import reach
 from cowshed.service.userfaultfd import check_guest_files, check_uffd
 from cowshed.service.workers import Workers
 from cowshed.transport import Connection, Received
@@ -133,6 +135,7 @@ class Session:
         self._opened: tuple[Guest, Terms] | None = None
         self._moved: MovedIn | None = None
         self._held_as = ""
+        self._is_told = True
 
     @classmethod
     def of_heir(cls, heir: Heir, host: SessionHost) -> Session:
@@ -143,6 +146,9 @@ class Session:
         session._state = State.ATTACHED
         session._opened = heir.mapping.guest, heir.terms
         session._held_as = heir.group
+        if heir.tag is not None:
+            session._is_told = False
+            session._reply(heir.tag, {"ok": True, "guest": heir.terms.name})
         return session
 
     @property
@@ -161,6 +167,15 @@ class Session:
         if moved is not None:
             self._host.moved_in.leave(moved)
         self.connection.close()
+
+    def note_sent(self) -> None:
+        """All that was queued has been sent."""
+        if self._state is State.OPENED:
+            reach("OPEN_TOLD")
+        if not self._is_told and self.mapping is not None:
+            reach("REGION_TOLD")
+            self._is_told = True
+            record_close(self.mapping.fds[-1])
 
     def handle(self, message: Received) -> None:
         """Do what one message asks and queue the reply; PeerError ends the connection."""
@@ -313,10 +328,13 @@ class Session:
             seeds=None if self._moved is None else self._moved.seeds,
         )
         message.fds.clear()
-        self._held_as = self._host.bequests.hold(self.mapping, self.connection, terms)
+        reach("REGION_ATTACHED")
+        self._held_as = self._host.bequests.hold(self.mapping, self.connection, terms, message.tag)
         if self._moved is not None:
             moved, self._moved = self._moved, None
             self._host.moved_in.settle(moved)
+        reach("REGION_HELD")
+        self._is_told = not self._held_as
         _log.info("attached", guest=terms.name, image=terms.image.label, pid=peer.pid, uid=peer.uid)
         self._reply(message.tag, {"ok": True, "guest": terms.name})
 

@@ -17,10 +17,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from cowshed.cache.errors import UsageError
+from cowshed.cache.errors import PeerGoneError, UsageError
 from cowshed.transport.byte_disk import READAHEAD_BYTES, REQUEST_SECONDS, ByteDisk
 from cowshed.transport.disk import Disk
-from cowshed.transport.exchange import ask_stream, close_all, greet
+from cowshed.transport.exchange import again_if_gone, ask_stream, close_all, greet
 from cowshed.transport.forks import forget_in_child
 from cowshed.transport.messages import MovedError, check_reply
 from cowshed.transport.network_disk import open_by_bytes
@@ -28,6 +28,9 @@ from cowshed.transport.protocol import Body
 from cowshed.transport.schemes import scheme
 
 __all__ = ["Backend", "ByteDisk", "Disk", "connect"]
+
+# What changes nothing.
+_LOOKS: Final = frozenset({"status", "audit"})
 
 _disk_numbers = itertools.count(1)
 
@@ -77,9 +80,23 @@ class Backend:
     def request(self, op: str, **fields: Any) -> Body:
         """Ask for one thing and wait for it, leaving out progress reports.
 
+        What changes nothing is asked again, of its successor, if the backend dies meanwhile.
         Raises what the backend's refusal stands for (UsageError, CapacityError, SourceError), and
         PeerError, which closes the connection, if the backend is gone, silent or makes no sense.
         """
+        if op in _LOOKS:
+            return again_if_gone(lambda: self._request_anew(op, fields))
+        return self._request(op, fields)
+
+    def _request_anew(self, op: str, fields: dict[str, Any]) -> Body:
+        try:
+            return self._request(op, fields)
+        except PeerGoneError:
+            with self._lock:
+                self._connection = greet(self.uri)
+            raise
+
+    def _request(self, op: str, fields: dict[str, Any]) -> Body:
         for reply in self.stream(op, **fields):
             if "progress" not in reply:
                 return reply
@@ -158,7 +175,7 @@ def _open_at(
     if not scheme(uri).maps:
         request = {**request, "guest": request["guest"] or _fresh_name()}
         return open_by_bytes(uri, request, timeout, readahead_bytes)
-    return Disk(greet(uri), {**request, **windows}, uri)
+    return again_if_gone(lambda: Disk(greet(uri), {**request, **windows}, uri))
 
 
 def _fresh_name() -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import array
 import contextlib
 import enum
+import errno
 import os
 import select
 import socket
@@ -25,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
-from cowshed.cache.errors import CapacityError, PeerError
+from cowshed.cache.errors import CapacityError, PeerError, PeerGoneError
 from cowshed.transport.foreign_fds import close_foreign
 from cowshed.transport.protocol import (
     MAX_FDS,
@@ -41,6 +42,7 @@ MAX_QUEUED_BYTES: Final = 4 << 20
 MAX_QUEUED_FDS: Final = 64
 MAX_PACKETS_AT_ONCE: Final = 32
 SO_PEERPIDFD: Final = 77  # Linux 6.5; Python has no name for it
+_GONE: Final = (errno.EPIPE, errno.ECONNRESET)
 _UCRED: Final = struct.Struct("3i")
 _FD_BYTES: Final = array.array("i").itemsize
 
@@ -205,7 +207,7 @@ class Connection:
         while not self._taken:
             got = self._receive()
             if got is EOF:
-                raise PeerError("peer closed the connection")
+                raise PeerGoneError("peer closed the connection")
             if got:
                 self._taken += got
             elif got is None and not self._wait(select.POLLIN, deadline):
@@ -273,7 +275,8 @@ class Connection:
             except BlockingIOError:
                 return False
             except OSError as error:
-                raise PeerError(f"cannot send to the peer: {error.strerror}") from error
+                kind = PeerGoneError if error.errno in _GONE else PeerError
+                raise kind(f"cannot send to the peer: {error.strerror}") from error
             self._queue.popleft()
             self._queued_bytes -= len(packet)
             self._queued_fds -= len(fds)
@@ -312,7 +315,8 @@ class Connection:
         except BlockingIOError:
             return None
         except OSError as error:
-            raise PeerError(f"cannot receive from the peer: {error.strerror}") from error
+            kind = PeerGoneError if error.errno in _GONE else PeerError
+            raise kind(f"cannot receive from the peer: {error.strerror}") from error
         nr_fds = self._take_fds(ancillary)
         try:
             if flags & socket.MSG_TRUNC:

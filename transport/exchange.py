@@ -6,10 +6,10 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
-from cowshed.cache.errors import PeerError
+from cowshed.cache.errors import PeerError, PeerGoneError
 from cowshed.transport.connection import Connection
 from cowshed.transport.messages import check_reply, take_number
 from cowshed.transport.protocol import VERSION, Body
@@ -18,6 +18,9 @@ from cowshed.transport.unix import CONNECT_SECONDS
 
 REPLY_SECONDS: Final = 60.0
 _GREETINGS: Final = 3
+_TRIES: Final = 5
+
+_Answer = TypeVar("_Answer")
 
 
 def greet(uri: str, timeout: float = REPLY_SECONDS) -> Connection:
@@ -90,6 +93,17 @@ def ask_for_fds(
     raise AssertionError("a stream ends with a reply")
 
 
+def again_if_gone(call: Callable[[], _Answer]) -> _Answer:
+    """Make a call that connects and asks; again, a few times, if the backend dies meanwhile.
+
+    Whoever it asks then is the successor, if there is one; else the connect fails.
+    """
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(PeerGoneError):
+            return call()
+    return call()
+
+
 def ask_stream(
     connection: Connection,
     op: str,
@@ -107,13 +121,17 @@ def ask_stream(
         connection.drain(timeout)
         while not finished:
             body, reply_fds, reply_tag = connection.recv(timeout)
+            if reply_tag < tag:
+                # A successor cannot know whether we have its predecessor's reply: it said so again.
+                close_all(reply_fds)
+                continue
             if reply_tag != tag:
                 close_all(reply_fds)
                 raise PeerError(f"the backend answered request {reply_tag} instead of {tag}")
             finished = "progress" not in body
             yield body, reply_fds
     except PeerError as error:
-        raise PeerError(f"{op}: {error}; is the backend running?") from error
+        raise type(error)(f"{op}: {error}; is the backend running?") from error
     finally:
         if not finished:
             connection.close()

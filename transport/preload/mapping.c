@@ -199,23 +199,36 @@ static intptr_t map_guarded(const struct leave *leave, uintptr_t address, size_t
 	return (intptr_t)at;
 }
 
-intptr_t mapping_make(uintptr_t address, size_t length, int prot, int flags, uint64_t offset_bytes)
+static intptr_t make_once(struct leave *leave, uintptr_t address, size_t length, int prot, int flags,
+			  uint64_t offset_bytes)
 {
-	struct leave leave;
-	intptr_t at = table_reserve(2, 1);
+	intptr_t at = leave_ask(leave, offset_bytes, mapping_covered(offset_bytes, length));
 
-	if (at < 0)
-		say("no mapping of the image: this process has %u already; unmap some", TABLE_MAX_LINKS);
-	else
-		at = leave_ask(&leave, offset_bytes, mapping_covered(offset_bytes, length));
 	if (at < 0)
 		return at;
 	if (flags & MAP_FIXED)
 		at = clear_target(address, length);
 	if (at == 0)
-		at = map_guarded(&leave, address, length, prot, flags, offset_bytes);
+		at = map_guarded(leave, address, length, prot, flags, offset_bytes);
+	if (at < 0)
+		leave_close(leave);
+	return at;
+}
+
+intptr_t mapping_make(uintptr_t address, size_t length, int prot, int flags, uint64_t offset_bytes)
+{
+	struct leave leave;
+	intptr_t at = table_reserve(2, 1);
+
 	if (at < 0) {
-		leave_close(&leave);
+		say("no mapping of the image: this process has %u already; unmap some", TABLE_MAX_LINKS);
+		return at;
+	}
+	at = -EPIPE;
+	for (int i = 0; i < WIRE_TRIES && wire_is_gone((int)at); i++)
+		at = make_once(&leave, address, length, prot, flags, offset_bytes);
+	if (at < 0 && at > -4096) {
+		wire_say_gone((int)at);
 		return at;
 	}
 	real_close(leave.memfd);
@@ -289,24 +302,36 @@ static void spoil(const struct range *range)
 		real_munmap((void *)range->start, nr_bytes);
 }
 
-void mapping_inherit(struct range range)
+static int inherit_once(struct leave *leave, const struct range *range)
 {
-	uint64_t nr_bytes = range.end - range.start;
-	void *address = (void *)range.start;
-	struct leave leave = {-1, -1, -1};
-	int err = drop_shared_pages(&range);
+	uint64_t nr_bytes = range->end - range->start;
+	void *address = (void *)range->start;
+	int err = leave_ask(leave, range->offset_bytes, nr_bytes);
 
-	if (err == 0)
-		err = leave_ask(&leave, range.offset_bytes, nr_bytes);
-	if (err == 0)
-		err = guard_range(leave.uffd, address, nr_bytes);
+	if (err < 0)
+		return err;
+	err = guard_range(leave->uffd, address, nr_bytes);
 	if (err == 0)
 		err = real_madvise(address, nr_bytes, MADV_DONTFORK) < 0 ? -errno : 0;
 	if (err == 0)
-		err = hand_over(&leave, range.start, nr_bytes, true);
+		err = hand_over(leave, range->start, nr_bytes, true);
+	if (err < 0)
+		leave_close(leave);
+	return err;
+}
+
+void mapping_inherit(struct range range)
+{
+	struct leave leave;
+	int err = drop_shared_pages(&range);
+
+	if (err == 0)
+		err = inherit_once(&leave, &range);
+	for (int i = 1; i < WIRE_TRIES && wire_is_gone(err); i++)
+		err = inherit_once(&leave, &range);
 	if (err < 0) {
+		wire_say_gone(err);
 		spoil(&range);
-		leave_close(&leave);
 		say("forked process %d is without the image that its parent mapped (%s): touching it is SIGBUS",
 		    getpid(), strerrordesc_np(-err));
 		return;

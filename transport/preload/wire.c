@@ -165,14 +165,21 @@ int wire_ask(int connection_fd, const char *request, const int *fds, unsigned nr
 
 	if (err < 0) {
 		reply_close_fds(&reply);
-		say_failure(err);
+		if (!wire_is_gone(err))
+			say_failure(err);
 		return err;
 	}
 	*reply_out = reply;
 	return 0;
 }
 
-int wire_connect(void)
+void wire_say_gone(int err)
+{
+	if (wire_is_gone(err))
+		say_failure(err);
+}
+
+static int connect_once(void)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	struct reply reply;
@@ -203,15 +210,30 @@ int wire_connect(void)
 	return fd;
 }
 
+int wire_connect(void)
+{
+	int fd = connect_once();
+
+	for (int i = 1; i < WIRE_TRIES && wire_is_gone(fd); i++)
+		fd = connect_once();
+	wire_say_gone(fd);
+	return fd;
+}
+
 int wire_open_source(void)
 {
 	struct reply reply;
-	int fd = wire_connect(), err;
+	int err = -EPIPE;
 
-	if (fd < 0)
-		return fd;
-	err = wire_ask(fd, terms.describe_request, NULL, 0, &reply);
-	real_close(fd);
+	for (int i = 0; i < WIRE_TRIES && wire_is_gone(err); i++) {
+		int fd = wire_connect();
+
+		if (fd < 0)
+			return fd;
+		err = wire_ask(fd, terms.describe_request, NULL, 0, &reply);
+		real_close(fd);
+	}
+	wire_say_gone(err);
 	if (err < 0)
 		return err;
 	if (reply.nr_fds != 1) {

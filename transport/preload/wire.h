@@ -10,6 +10,9 @@
 
 #include "transport/preload/json.h"
 
+#include <errno.h>
+#include <stdbool.h>
+
 #define WIRE_MAX_FDS 4
 
 /* A reply and its descriptors, the caller's to close; the text is good until the next call. */
@@ -19,8 +22,18 @@ struct reply {
 	unsigned nr_fds;
 };
 
+/* How often to come again to a backend that died before it had said yes: its successor is at the same socket. */
+#define WIRE_TRIES 5
+
 /* Connects to terms.socket_path and greets; the descriptor is the caller's. */
 int wire_connect(void);
+
+/* Whether an error is that the backend went away. wire_ask says nothing of it: who does not try again does so. */
+static inline bool wire_is_gone(int err)
+{
+	return err == -EPIPE || err == -ECONNRESET;
+}
+void wire_say_gone(int err);
 
 /* Sends a request with descriptors and takes its reply. -EPROTO for a reply that makes no sense, -EACCES
    for a refusal, -EPIPE when the backend is gone, -ETIMEDOUT. */

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fault injection for tests: the operators' request "point", if COWSHED_TEST_POINTS is set.
+
+The core's named points (cache/core/points.h) stop, fail or kill; those of the service's own only
+kill. Without the variable there is no such request, and reach() is a look at an empty set.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any, Final
+
+from cowshed.cache._core import lib
+from cowshed.cache.calls import checked
+from cowshed.cache.errors import UsageError
+from cowshed.transport.messages import take_choice, take_optional_number, take_text
+
+__all__ = ["ENABLED", "arm", "reach"]
+
+ENABLED: Final = bool(os.environ.get("COWSHED_TEST_POINTS"))
+
+_OURS: Final = frozenset({"REGION_ATTACHED", "REGION_HELD", "REGION_TOLD", "OPEN_TOLD"})
+_armed: set[str] = set()
+
+
+def arm(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Arm the point of that name: action "stop", "fail" (with errno), "kill" or "off"; times."""
+    name = take_text(request, "name")
+    action = take_choice(request, "action", ("off", "stop", "fail", "kill"), default="kill")
+    if name in _OURS:
+        (_armed.discard if action == "off" else _armed.add)(name)
+    elif action == "off":
+        checked(lib.point_release(_number(name)), "releasing a point")
+    else:
+        value = getattr(lib, f"POINT_{action.upper()}")
+        error = take_optional_number(request, "errno") or 0
+        times = take_optional_number(request, "times") or 1
+        checked(lib.point_arm(_number(name), value, error, times), "arming a point")
+    yield {}
+
+
+def reach(name: str) -> None:
+    """Die here, if a test asked for it."""
+    if name in _armed:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _number(name: str) -> int:
+    number = getattr(lib, f"POINT_{name}", None)
+    if number is None or name in ("NR", "OFF", "STOP", "FAIL", "KILL"):
+        raise UsageError(f"no point {name!r}")
+    return int(number)

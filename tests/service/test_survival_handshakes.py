@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A backend dies in the middle of a handshake: its successor is asked; the guest never knows."""
+
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+from domains import (
+    Daemon,
+    MakeImage,
+    StartDaemon,
+    StartGuest,
+    command,
+    plain_environment,
+    until,
+)
+
+MIB = 1 << 20
+PAGE = 4096
+POINTS = ("OPEN_TOLD", "REGION_ATTACHED", "REGION_HELD", "REGION_TOLD")
+
+
+@pytest.fixture
+def image(make_image: MakeImage) -> Path:
+    return make_image(4 * MIB)
+
+
+@pytest.fixture
+def kept(start_daemon: StartDaemon, image: Path, monkeypatch: pytest.MonkeyPatch) -> Daemon:
+    monkeypatch.setenv("COWSHED_TEST_POINTS", "1")
+    return start_daemon("--image", f"d={image}", kept=True)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_guest_attaches_to_the_successor_of_who_dies_meanwhile(
+    kept: Daemon, start_guest: StartGuest, image: Path, point: str
+) -> None:
+    guest = start_guest(kept.uri)
+    pid = kept.status()["pid"]
+    kept.request("point", name=point)
+    guest.call("open", image="d", guest="g")
+    assert kept.status()["pid"] != pid
+    guest.call("write", offset=PAGE, hex="ab" * PAGE)
+    assert guest.call("compare", path=str(image), offset=2 * PAGE, length=MIB) == 0
+    assert bytes.fromhex(guest.call("read", offset=PAGE, length=PAGE)) == b"\xab" * PAGE
+    assert [each["name"] for each in kept.status()["guests"]] == ["g"]
+    assert kept.mismatches() == []
+    guest.call("close")
+    until(lambda: kept.status()["guests"] == [])
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_program_attaches_to_the_successor_of_who_dies_meanwhile(
+    kept: Daemon, image: Path, point: str
+) -> None:
+    look = (
+        "import mmap, sys; f = open(sys.argv[1], 'rb'); "
+        "m = mmap.mmap(f.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ); "
+        "print(m[:] == open(sys.argv[2], 'rb').read())"
+    )
+    copy = image.with_name("copy")
+    copy.write_bytes(image.read_bytes())
+    kept.request("point", name=point)
+    words = ["python3", "-c", look, "{image}", str(copy)]
+    ended = subprocess.run(
+        command("attach", "d", "--run-dir", str(kept.run_dir), "--", *words),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=plain_environment(),
+        check=False,
+    )
+    assert (ended.stdout, ended.returncode) == ("True\n", 0), ended.stderr
+    assert "event=backend-died" in kept.log()
+    assert kept.mismatches() == []
+
+
+def test_handshakes_under_a_hail_of_kills(kept: Daemon, start_guest: StartGuest) -> None:
+    is_over = threading.Event()
+
+    def kill() -> None:
+        while not is_over.wait(0.5):
+            os.kill(int((kept.run_dir / "lock").read_text()), signal.SIGKILL)
+
+    guest = start_guest(kept.uri)
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        for _ in range(8):
+            guest.call("open", image="d", guest="g", token="t" * 16)
+            guest.call("read", offset=0, length=PAGE)
+            guest.call("close")
+    finally:
+        is_over.set()
+        killer.join()
+    until(lambda: kept.status()["guests"] == [])
+    assert kept.mismatches() == []
+
+
+def test_there_is_no_such_request_without_the_variable(
+    start_daemon: StartDaemon, image: Path
+) -> None:
+    daemon = start_daemon("--image", f"d={image}")
+    with pytest.raises(Exception, match="no request 'point'"):
+        daemon.request("point", name="LOAD_READ")
