@@ -72,6 +72,7 @@ class Daemon:
         kept: bool = False,
     ) -> None:
         keeper = () if kept else ("--no-keeper",)
+        self._kept = kept
         self.run_dir = run_dir
         self.uri = f"unix://{run_dir}/cowshed.sock"
         self.log_path = run_dir / "log"
@@ -157,8 +158,19 @@ class Daemon:
         return self.process.wait(ANSWER_SECONDS)
 
     def kill(self) -> None:
+        """Kill the process that was started: the keeper, if there is one."""
         self.process.kill()
         self.process.wait()
+
+    def end(self) -> None:
+        """Leave nothing of it: a backend whose keeper was killed has another by now."""
+        if self._kept:
+            with contextlib.suppress(OSError, ValueError):
+                backend = os.pidfd_open(int((self.run_dir / "lock").read_text()))
+                signal.pidfd_send_signal(backend, signal.SIGTERM)
+                select.select([backend], [], [], ANSWER_SECONDS)
+                os.close(backend)
+        self.kill()
 
 
 def plain_environment() -> dict[str, str]:
@@ -257,7 +269,7 @@ def start_daemon(run_dir: Path) -> Iterator[StartDaemon]:
 
     yield start
     for daemon in daemons:
-        daemon.kill()
+        daemon.end()
 
 
 @pytest.fixture

@@ -68,6 +68,11 @@ class Host:
             self.daemon.kill()
             self.daemon.process.wait()
 
+    def end(self) -> None:
+        """Leave nothing of it."""
+        if self.daemon is not None:
+            self.daemon.end()
+
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return cowshed(arguments[0], "--run-dir", str(self.run_dir), *arguments[1:])
 
@@ -133,7 +138,7 @@ def hosts(image: Path) -> Iterator[tuple[Host, Host]]:
         pair = Host("a", one, image), Host("b", two, image)
         yield pair
         for host in pair:
-            host.kill()
+            host.end()
 
 
 @pytest.fixture
