@@ -314,6 +314,49 @@ _ROOM: Final = Row(
     ],
 )
 
+_NBD: Final = Row(
+    "How are the clients of NBD served?",
+    [
+        graph(
+            "NBD requests",
+            "Requests answered in a second, by command, and those answered with an error.",
+            "reqps",
+            {
+                "{{command}}": per_second("cowshed_nbd_requests_total", BACKEND, "command"),
+                "errors": per_second("cowshed_nbd_errors_total", BACKEND),
+            },
+            span=12,
+        ),
+        graph(
+            "NBD bytes",
+            "What clients read and wrote in a second.",
+            "Bps",
+            {"{{direction}}": per_second("cowshed_nbd_bytes_total", BACKEND, "direction")},
+            span=12,
+        ),
+        graph(
+            "NBD reads by where the bytes were",
+            "Extents that reads found resident, and those they waited for.",
+            "short",
+            {
+                "resident": per_second("cowshed_nbd_hits_total", BACKEND),
+                "waited for": per_second("cowshed_nbd_misses_total", BACKEND),
+            },
+            span=12,
+        ),
+        graph(
+            "NBD clients that came, and requests that wait",
+            "Connections made in a second. Requests wait for a load or a disk; others go on.",
+            "short",
+            {
+                "connections": per_second("cowshed_nbd_connections_total", BACKEND),
+                "waiting requests": total("cowshed_nbd_waiting_requests", BACKEND),
+            },
+            span=12,
+        ),
+    ],
+)
+
 _PROCESS: Final = Row(
     "Is the backend process itself well?",
     [
@@ -372,4 +415,4 @@ _PROCESS: Final = Row(
 def board() -> dashboard.Dashboard:
     """Build the dashboard."""
     about = "Is the cache healthy, what does it save, who uses it, and is there room?"
-    return assemble("Overview", about, [_HEALTH, _WORKING, _SAVES, _USERS, _ROOM, _PROCESS])
+    return assemble("Overview", about, [_HEALTH, _WORKING, _SAVES, _USERS, _ROOM, _NBD, _PROCESS])

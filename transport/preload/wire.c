@@ -179,7 +179,7 @@ void wire_say_gone(int err)
 		say_failure(err);
 }
 
-static int connect_once(void)
+int wire_connect(void)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	struct reply reply;
@@ -210,16 +210,6 @@ static int connect_once(void)
 	return fd;
 }
 
-int wire_connect(void)
-{
-	int fd = connect_once();
-
-	for (int i = 1; i < WIRE_TRIES && wire_is_gone(fd); i++)
-		fd = connect_once();
-	wire_say_gone(fd);
-	return fd;
-}
-
 int wire_open_source(void)
 {
 	struct reply reply;
@@ -228,10 +218,9 @@ int wire_open_source(void)
 	for (int i = 0; i < WIRE_TRIES && wire_is_gone(err); i++) {
 		int fd = wire_connect();
 
-		if (fd < 0)
-			return fd;
-		err = wire_ask(fd, terms.describe_request, NULL, 0, &reply);
-		real_close(fd);
+		err = fd < 0 ? fd : wire_ask(fd, terms.describe_request, NULL, 0, &reply);
+		if (fd >= 0)
+			real_close(fd);
 	}
 	wire_say_gone(err);
 	if (err < 0)

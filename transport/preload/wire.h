@@ -25,7 +25,7 @@ struct reply {
 /* How often to come again to a backend that died before it had said yes: its successor is at the same socket. */
 #define WIRE_TRIES 5
 
-/* Connects to terms.socket_path and greets; the descriptor is the caller's. */
+/* Connects to terms.socket_path and greets; the descriptor is the caller's.  Fails as wire_ask does. */
 int wire_connect(void);
 
 /* Whether an error is that the backend went away. wire_ask says nothing of it: who does not try again does so. */
