@@ -40,7 +40,7 @@ class HandoffRecord:
         self.owned: list[str] = []
         try:
             text = self._path.read_text()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             raise UsageError(f"cannot read {self._path}: {error.strerror}; allow it") from error
