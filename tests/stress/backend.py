@@ -215,11 +215,11 @@ def _is_listening(fd: int) -> bool:
 
 
 def _pool_tasks() -> set[str]:
-    """Threads of the daemon's pools, which come when they are first needed and stay."""
+    """Threads that come when they are needed and stay, and the one that ends when all is warm."""
     return {
         str(thread.native_id)
         for thread in threading.enumerate()
-        if thread.name.startswith(("looks", "orders"))
+        if thread.name.startswith(("looks", "orders", "autowarm"))
     }
 
 
