@@ -48,9 +48,10 @@ def found(report: AuditReport) -> list[tuple[str, str, str, int, int, int]]:
 
 
 def newest(name: str) -> int:
-    """The descriptor of a memfd of this process."""
+    """The descriptor of the memfd of this process that was made last."""
     links = [fd for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
-    return max(int(fd.name) for fd in links if name in os.readlink(fd))
+    ours = [int(fd.name) for fd in links if name in os.readlink(fd)]
+    return max(ours, key=lambda fd: os.fstat(fd).st_ino)  # numbers of descriptors are used again
 
 
 @pytest.mark.parametrize("in_files", [False, True], ids=["in-memory", "in-files"])
