@@ -25,7 +25,7 @@ from demo_report import Measured, pss_bytes, report, resident_frames_bytes
 from demo_stage import Stage
 from rich.console import Console
 
-from cowshed.service.sizes import format_bytes
+from cowshed.service.runtime.sizes import format_bytes
 from cowshed.transport import connect
 
 _WRITE_BYTES: Final = 8 << 20

@@ -13,7 +13,7 @@ import click
 from demo_stage import DemoError
 
 from cowshed.cache.errors import CowshedError, UsageError
-from cowshed.service.sizes import parse_size
+from cowshed.service.runtime.sizes import parse_size
 
 __all__ = ["fail", "ignore_signals", "one_line_failures", "size_option", "stop_on_signals"]
 

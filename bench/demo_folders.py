@@ -12,7 +12,7 @@ from typing import Final
 
 from demo_stage import DemoError
 
-from cowshed.service.sizes import format_bytes
+from cowshed.service.runtime.sizes import format_bytes
 
 __all__ = ["open_to_all", "roomy", "temporary_folder"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from cowshed.service.sizes import format_bytes
-from cowshed.service.text import format_count, format_share, format_us
+from cowshed.service.runtime.sizes import format_bytes
+from cowshed.service.runtime.text import format_count, format_share, format_us
 
 __all__ = ["Measured", "pss_bytes", "report", "resident_frames_bytes"]
 

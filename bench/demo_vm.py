@@ -30,7 +30,7 @@ from demo_vm_disk import Contents, checksum, parse_sums
 from demo_vm_report import Memory, VmMeasured, vm_report
 from rich.console import Console
 
-from cowshed.service.sizes import format_bytes
+from cowshed.service.runtime.sizes import format_bytes
 from cowshed.transport import connect
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/vm"))

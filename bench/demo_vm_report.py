@@ -10,8 +10,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from cowshed.service.sizes import format_bytes
-from cowshed.service.text import format_count
+from cowshed.service.runtime.sizes import format_bytes
+from cowshed.service.runtime.text import format_count
 
 __all__ = ["Memory", "VmMeasured", "vm_report"]
 

@@ -10,12 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from cowshed.cache.errors import CowshedError, UsageError
-from cowshed.service.attach_command import attach
-from cowshed.service.cli_handoff import add_commands
-from cowshed.service.config import RUN_DIR_DEFAULT, config_load
-from cowshed.service.control_client import ControlClient
-from cowshed.service.render import audit_view, status_view
-from cowshed.service.shell import (
+from cowshed.service.commands.attach_command import attach
+from cowshed.service.commands.handoff import add_commands
+from cowshed.service.commands.shell import (
     EXIT_MISMATCHES,
     OneLineGroup,
     WrongUsage,
@@ -26,7 +23,10 @@ from cowshed.service.shell import (
     say,
     show,
 )
-from cowshed.service.sizes import format_bytes
+from cowshed.service.operators.control_client import ControlClient
+from cowshed.service.reports.render import audit_view, status_view
+from cowshed.service.runtime.sizes import format_bytes
+from cowshed.service.settings.config import RUN_DIR_DEFAULT, config_load
 
 
 @click.group(
@@ -136,8 +136,8 @@ def serve(
         say("the configuration is right")
         return 0
     # Not at the top: they load the C core, which `--help` and a wrong option do without.
+    from cowshed.service.commands.keeping import run_keeper_of, run_kept
     from cowshed.service.daemon import run
-    from cowshed.service.keeping import run_keeper_of, run_kept
 
     try:
         if keeper_of is not None:
@@ -168,7 +168,7 @@ def top(once: bool, run_dir: Path) -> None:
 
     For a pipe, --once prints all guests, with the rates of one second.
     """
-    from cowshed.service.top import one_frame, watch
+    from cowshed.service.top.command import one_frame, watch
 
     console = Console(highlight=False)
     if not once and not console.is_terminal:

@@ -13,46 +13,51 @@ from typing import Final
 
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import Image
-from cowshed.service.access import Access
-from cowshed.service.autowarm import Autowarm
-from cowshed.service.bequests import Bequests
-from cowshed.service.config import Config, socket_path
-from cowshed.service.control import Control
-from cowshed.service.digests import DigestThread
-from cowshed.service.door import Door, raise_file_limit
-from cowshed.service.evictor import Evictor
-from cowshed.service.fd_store import FdStore, take_inherited
-from cowshed.service.guest_door import GuestDoor
-from cowshed.service.guests import GuestTable
-from cowshed.service.handoff import HandoffService
-from cowshed.service.handoff_record import HandoffRecord
-from cowshed.service.http_server import HttpServer, bind
-from cowshed.service.image_folders import image_folders
-from cowshed.service.image_opening import open_store
-from cowshed.service.image_sockets import ImageSockets
-from cowshed.service.keeping import KeeperWatch
-from cowshed.service.listeners import Listeners
-from cowshed.service.logs import EventLog, logging_begin, logging_end, logging_tell_suppressed
-from cowshed.service.loop import LEAVE, READ, RELOAD, Loop, ignore_stop_signals
-from cowshed.service.metrics import Exporter, MetricsSources
-from cowshed.service.metrics_settle import Settler
-from cowshed.service.moved_in import MovedInTable
-from cowshed.service.nbd_server import NbdService
-from cowshed.service.network_door import NetworkDoor
-from cowshed.service.overlay_bequests import OverlayBequests
-from cowshed.service.overlay_files import OverlayFiles
-from cowshed.service.overlays import OverlayTable
-from cowshed.service.remains import Remains
-from cowshed.service.run_lock import run_dir_locked
-from cowshed.service.sessions import Session
-from cowshed.service.sizes import format_bytes
-from cowshed.service.status import StatusReader
-from cowshed.service.tallies import Tallies
-from cowshed.service.userfaultfd import open_device
-from cowshed.service.web_pages import web_routes
-from cowshed.service.web_state import StateReader
-from cowshed.service.workers import Workers
-from cowshed.service.working_sets import WorkingSets
+from cowshed.service.guests.bequests import Bequests
+from cowshed.service.guests.door import Door, raise_file_limit
+from cowshed.service.guests.guests import GuestTable
+from cowshed.service.guests.userfaultfd import open_device
+from cowshed.service.handoff.moved_in import MovedInTable
+from cowshed.service.handoff.record import HandoffRecord
+from cowshed.service.handoffs import HandoffService
+from cowshed.service.images.access import Access
+from cowshed.service.images.autowarm import Autowarm
+from cowshed.service.images.digests import DigestThread
+from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.opening import open_store
+from cowshed.service.images.working_sets import WorkingSets
+from cowshed.service.machines.image_folders import image_folders
+from cowshed.service.machines.image_sockets import ImageSockets
+from cowshed.service.metrics.exporter import Exporter, MetricsSources
+from cowshed.service.metrics.settle import Settler
+from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.native.door import GuestDoor
+from cowshed.service.native.sessions import Session
+from cowshed.service.nbd.server import NbdService
+from cowshed.service.network.door import NetworkDoor
+from cowshed.service.operators.control import Control
+from cowshed.service.overlays.bequests import OverlayBequests
+from cowshed.service.overlays.files import OverlayFiles
+from cowshed.service.overlays.overlays import OverlayTable
+from cowshed.service.reports.status import StatusReader
+from cowshed.service.runtime.logs import (
+    EventLog,
+    logging_begin,
+    logging_end,
+    logging_tell_suppressed,
+)
+from cowshed.service.runtime.loop import LEAVE, READ, RELOAD, Loop, ignore_stop_signals
+from cowshed.service.runtime.sizes import format_bytes
+from cowshed.service.runtime.workers import Workers
+from cowshed.service.settings.config import Config, socket_path
+from cowshed.service.survival.fd_store import FdStore, take_inherited
+from cowshed.service.survival.keeper_watch import KeeperWatch
+from cowshed.service.survival.listeners import Listeners
+from cowshed.service.survival.remains import Remains
+from cowshed.service.survival.run_lock import run_dir_locked
+from cowshed.service.web.http_server import HttpServer, bind
+from cowshed.service.web.pages import web_routes
+from cowshed.service.web.state import StateReader
 from cowshed.transport import AnyListener, adopt_listener, listen
 from cowshed.transport.nbd_core import NbdServer
 

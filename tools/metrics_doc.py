@@ -11,13 +11,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from cowshed.service.metrics_catalog import CATALOG, LIBRARY, Metric
+from cowshed.service.metrics.catalog import CATALOG, LIBRARY, Metric
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs/metrics.md"
 
 INTRODUCTION = """# Metrics
 
-<!-- Written by tools/metrics_doc.py from service/metrics_catalog.py. Do not edit. -->
+<!-- Written by tools/metrics_doc.py from service/metrics/catalog.py. Do not edit. -->
 
 `cowshed serve --metrics HOST:PORT` (or `metrics = "HOST:PORT"` in its configuration) serves these
 at `/metrics`, as text or OpenMetrics, whichever the scraper prefers. Port 0 is one that the kernel

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cowshed.cache.errors import UsageError
-from cowshed.service.access import Access
-from cowshed.service.config import Config, config_load
-from cowshed.service.domains import Identity
+from cowshed.service.images.access import Access
+from cowshed.service.settings.config import Config, config_load
+from cowshed.service.settings.domains import Identity
 
 CONFIG = """
 [[image]]

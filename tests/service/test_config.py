@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from cowshed.cache.errors import UsageError
-from cowshed.service.config import Config, config_load, parse_quota, socket_path
-from cowshed.service.images import ImageSpec, image_spec
+from cowshed.service.settings.config import Config, config_load, parse_quota, socket_path
+from cowshed.service.settings.images import ImageSpec, image_spec
 
 WHOLE_FILE = """
 capacity = "2G"

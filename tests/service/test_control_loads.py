@@ -10,16 +10,16 @@ from domains import MakeImage, in_thread
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import ExtentState, FileSource, Image, PageStore
 from cowshed.cache._core import lib
-from cowshed.service.access import Access
-from cowshed.service.control import Control
-from cowshed.service.domains import Domains
-from cowshed.service.door import Door
-from cowshed.service.evictor import Evictor
-from cowshed.service.guests import GuestTable
-from cowshed.service.overlays import OverlayTable
-from cowshed.service.status import StatusReader
-from cowshed.service.tallies import Tallies
-from cowshed.service.working_sets import WorkingSets
+from cowshed.service.guests.door import Door
+from cowshed.service.guests.guests import GuestTable
+from cowshed.service.images.access import Access
+from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.working_sets import WorkingSets
+from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.operators.control import Control
+from cowshed.service.overlays.overlays import OverlayTable
+from cowshed.service.reports.status import StatusReader
+from cowshed.service.settings.domains import Domains
 from cowshed.transport.nbd_core import NbdServer
 
 EXTENT_BYTES = 4096

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from cowshed.cache.errors import UsageError
-from cowshed.service.access import Access
-from cowshed.service.config import config_load
-from cowshed.service.domains import DomainMembers, Domains, Identity, parse_domains
-from cowshed.service.images import ImageSpec
-from cowshed.service.names import find_for_guest, find_for_operator, image_socket_path
+from cowshed.service.images.access import Access
+from cowshed.service.settings.config import config_load
+from cowshed.service.settings.domains import DomainMembers, Domains, Identity, parse_domains
+from cowshed.service.settings.images import ImageSpec
+from cowshed.service.settings.names import find_for_guest, find_for_operator, image_socket_path
 
 A = ImageSpec("debian", "/d", "tenant-a")
 B = ImageSpec("debian", "/d", "tenant-b")

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from cowshed.cache import InvariantError, UsageError
-from cowshed.service.fd_store import (
+from cowshed.service.survival.fd_store import (
     FdStore,
     Notice,
     kind_of,
     listen_environment,
     take_inherited,
 )
-from cowshed.service.remains import Remains, record_make, record_read
+from cowshed.service.survival.remains import Remains, record_make, record_read
 
 
 def heard(supervisor: socket.socket) -> tuple[dict[str, str], int]:

@@ -14,7 +14,7 @@ import pytest
 from domains import Daemon, MakeImage, StartDaemon
 
 from cowshed.faults import uffd_features
-from cowshed.service.userfaultfd import open_device
+from cowshed.service.guests.userfaultfd import open_device
 from cowshed.transport.foreign_fds import close_foreign, device_and_inode
 from cowshed.transport.unix import connect
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from domains import Daemon, MakeImage, StartDaemon, command, until
 
-from cowshed.service.fd_store import Notice
+from cowshed.service.survival.fd_store import Notice
 from cowshed.transport import connect
 
 MIB = 1 << 20

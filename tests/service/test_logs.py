@@ -15,7 +15,7 @@ from domains import MakeImage, StartDaemon, StartGuest, until
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cowshed.service.logs import (
+from cowshed.service.runtime.logs import (
     EventLog,
     FloodLimit,
     LogFormat,
@@ -303,7 +303,7 @@ def test_every_event_is_in_the_documentation() -> None:
     said = re.compile(r'\b_?[lL]og(?:\("\w+"\))?\.[a-z]+\(\s*"([a-z-]+)"')
     named = {
         event
-        for path in (ROOT / "service").glob("*.py")
+        for path in (ROOT / "service").rglob("*.py")
         for event in said.findall(path.read_text().replace("EventLog", "log"))
     }
     assert {"serving", "attached", "suppressed", "request-failed"} <= named

@@ -14,7 +14,7 @@ from prometheus_client import Metric as Family
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from scraping import ANY_PORT, families, fetch, metrics_url, samples_of, scrape, value
 
-from cowshed.service.metrics_catalog import (
+from cowshed.service.metrics.catalog import (
     ACCESS_OUTCOMES,
     CATALOG,
     LIBRARY,

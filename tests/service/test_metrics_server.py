@@ -14,9 +14,9 @@ import pytest
 from domains import Daemon, MakeImage, StartDaemon, cowshed, until
 from scraping import ANY_PORT, fetch, metrics_url
 
-from cowshed.service.endpoint import Endpoint
-from cowshed.service.http_messages import Answer, Request
-from cowshed.service.http_server import HttpServer
+from cowshed.service.settings.endpoint import Endpoint
+from cowshed.service.web.http_messages import Answer, Request
+from cowshed.service.web.http_server import HttpServer
 
 MIB = 1 << 20
 LONG = b"x" * (8 * MIB)

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from cowshed.service.config import parse_quota
-from cowshed.service.render import audit_view, quota_command, status_view
-from cowshed.service.text import (
+from cowshed.service.reports.render import audit_view, quota_command, status_view
+from cowshed.service.runtime.text import (
     format_seconds,
     format_share,
     format_us,
     one_line,
     printable,
 )
+from cowshed.service.settings.config import parse_quota
 
 Body = dict[str, Any]
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cowshed.cache.errors import UsageError
-from cowshed.service.sizes import format_bytes, parse_size
+from cowshed.service.runtime.sizes import format_bytes, parse_size
 
 
 @pytest.mark.parametrize(

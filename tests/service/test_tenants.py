@@ -17,9 +17,9 @@ import pytest
 from domains import NOBODY, Daemon, Guest, MakeImage, StartDaemon, StartGuest, cowshed, until
 from scraping import ANY_PORT, scrape, value
 
-from cowshed.service.domains import DomainMembers, Domains
-from cowshed.service.image_folders import make_image_folders
-from cowshed.service.images import ImageSpec
+from cowshed.service.machines.image_folders import make_image_folders
+from cowshed.service.settings.domains import DomainMembers, Domains
+from cowshed.service.settings.images import ImageSpec
 
 MIB = 1 << 20
 PAGE = 4096

@@ -17,11 +17,11 @@ from domains import MakeImage, StartDaemon, StartGuest, cowshed, until
 from rich.console import Console, RenderableType
 from terminals import Terminal
 
-from cowshed.service.render import key_of
-from cowshed.service.top_history import NR_SAMPLES, History
-from cowshed.service.top_screen import keys_of
-from cowshed.service.top_state import ORDERS, TopState
-from cowshed.service.top_view import Frame, rows_of, sparkline
+from cowshed.service.reports.render import key_of
+from cowshed.service.top.history import NR_SAMPLES, History
+from cowshed.service.top.screen import keys_of
+from cowshed.service.top.state import ORDERS, TopState
+from cowshed.service.top.view import Frame, rows_of, sparkline
 
 Body = dict[str, Any]
 COMMAND = [sys.executable, "-m", "cowshed.service.cli"]

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cowshed.cache import FileSource, Image, PageStore
-from cowshed.service.web_state import MOST_CELLS, StateReader, image_map, run_lengths
+from cowshed.service.web.state import MOST_CELLS, StateReader, image_map, run_lengths
 
 Body = dict[str, Any]
 MIB = 1 << 20
@@ -452,7 +452,7 @@ def test_the_pages_files_are_in_the_package_and_their_types_are_told(
         assert headers["X-Content-Type-Options"] == "nosniff"
     assert not re.search(r"\bstyle=|\bon[a-z]+=|<script>|<style>", page.decode())
     package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert "web/*" in package_data["package-data"]["cowshed.service"]
-    for path in (ROOT / "service/web").iterdir():
+    assert "web/page/*" in package_data["package-data"]["cowshed.service"]
+    for path in (ROOT / "service/web/page").iterdir():
         assert "http://" not in path.read_text().replace("http://www.w3.org/2000/svg", "")
         assert "https://" not in path.read_text()

@@ -25,8 +25,8 @@ from typing import Any
 from cowshed.cache import ExtentState
 from cowshed.cache._core import lib
 from cowshed.service import daemon as product
-from cowshed.service.config import config_load
-from cowshed.service.logs import logging_begin
+from cowshed.service.runtime.logs import logging_begin
+from cowshed.service.settings.config import config_load
 
 _BETWEEN_SAMPLES_SECONDS = 0.003
 _PATIENCE_SECONDS = 20.0

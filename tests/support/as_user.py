@@ -9,13 +9,13 @@ import sys
 
 from scripted_guest import become
 
-import cowshed.service.attach
+import cowshed.service.commands.attach
 import cowshed.service.daemon
 from cowshed.service import cli
 
 if __name__ == "__main__":
     assert cowshed.service.daemon.run
-    assert cowshed.service.attach.become
+    assert cowshed.service.commands.attach.become
     importlib.metadata.version("cowshed")
     become(int(sys.argv.pop(1)))
     cli.main()

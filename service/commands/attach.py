@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cowshed attach`: run a program to which an image is a file whose mappings are the cache's.
+
+The program is given a path at which everybody reads the image's true bytes: its source. What is
+preloaded into it (transport/preload) makes each of its mappings of that file a guest mapping. So
+what the library cannot see, a static child or a bare system call, reads the file itself, and never
+zeros.
+
+This process becomes the program: signals, exit status and terminal are the program's own.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NoReturn, Self
+
+from cowshed.cache.errors import UsageError
+from cowshed.service.commands.programs import check_preloadable, find_program
+from cowshed.service.operators.control_client import ControlClient
+from cowshed.service.settings.config import parse_quota, socket_path
+from cowshed.transport import preloading
+
+__all__ = ["IMAGE_WORD", "AttachOrder", "become"]
+
+IMAGE_WORD: Final = "{image}"
+_MAX_NAME_LENGTH: Final = 64
+# What "none" is on the wire, where no number means the daemon's default: more than any image has.
+_NO_QUOTA_BYTES: Final = 1 << 60
+# Python ignores these; a program expects them as a shell leaves them.
+_SIGNALS_IGNORED: Final = ("SIGPIPE", "SIGXFSZ")
+
+
+@dataclass(frozen=True)
+class AttachOrder:
+    """What to run and how; quota_bytes and on_quota None leave it to the daemon."""
+
+    image: str
+    command: Sequence[str]
+    run_dir: Path
+    guest: str | None = None
+    quota_bytes: int | None = None
+    on_quota: str | None = None
+
+    @classmethod
+    def parse(
+        cls,
+        image: str,
+        command: Sequence[str],
+        run_dir: Path,
+        guest: str | None,
+        quota: str | None,
+        on_quota: str | None,
+    ) -> Self:
+        """The order that a command line means. Raises UsageError, one line."""
+        if not any(IMAGE_WORD in word for word in command):
+            raise UsageError(
+                f"the command has no {IMAGE_WORD} in it: write that where the program is to find "
+                f"the image, as `cowshed attach {image} -- md5sum {IMAGE_WORD}`"
+            )
+        if guest is not None and not 1 <= len(guest) <= _MAX_NAME_LENGTH:
+            raise UsageError(
+                f"guest name {guest[:80]!r} has {len(guest)} characters: "
+                f"give 1 to {_MAX_NAME_LENGTH}"
+            )
+        quota_bytes = None
+        if quota is not None:
+            quota_bytes = parse_quota(quota)
+            if quota_bytes is None:
+                quota_bytes = _NO_QUOTA_BYTES
+        return cls(image, command, run_dir, guest, quota_bytes, on_quota)
+
+
+def become(order: AttachOrder) -> NoReturn:
+    """Become the program of the order; returns only by raising CowshedError, having run nothing."""
+    program = find_program(order.command[0])
+    check_preloadable(program)
+    library = preloading.library_path()
+    request = {
+        "image": order.image,
+        "guest": order.guest or _own_name(program),
+        "quota_bytes": order.quota_bytes,
+        "on_quota": order.on_quota,
+        "token": secrets.token_hex(16),
+    }
+    socket = socket_path(order.run_dir)
+    with ControlClient(order.run_dir):  # says in words of the command line if nobody is there
+        source = preloading.describe(f"unix://{socket}", order.image)
+        preloading.rehearse(f"unix://{socket}", request)
+    path = _path_of(source, order.image)
+    words = [word.replace(IMAGE_WORD, path) for word in order.command]
+    environment = preloading.environment(os.environ, library, socket, source, path, request)
+    _execute(program, words, environment)
+
+
+def _own_name(program: str) -> str:
+    suffix = f"-{os.getpid()}"
+    return Path(program).name[: _MAX_NAME_LENGTH - len(suffix)] + suffix
+
+
+def _path_of(source: preloading.Source, image: str) -> str:
+    """Where this user finds the source; the descriptor itself, left open, if he may not open it."""
+    path = os.readlink(f"/proc/self/fd/{source.fd}")
+    status = os.fstat(source.fd)
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        there = None
+    except OSError:  # behind a directory that this user may not enter
+        return _lend(source)
+    if there is None or not _is_same(there, status):
+        raise UsageError(
+            f"the file of image {image!r}, {path.removesuffix(' (deleted)')!r}, was replaced or "
+            "removed since the daemon opened it: put it back, or restart the daemon"
+        )
+    if not os.access(path, os.R_OK):
+        return _lend(source)
+    os.close(source.fd)
+    return path
+
+
+def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
+    return os.path.samestat(one, other) and stat.S_IFMT(one.st_mode) == stat.S_IFMT(other.st_mode)
+
+
+def _lend(source: preloading.Source) -> str:
+    os.set_inheritable(source.fd, True)
+    return f"/proc/self/fd/{source.fd}"
+
+
+def _execute(program: str, words: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    for name in _SIGNALS_IGNORED:
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execve(program, list(words), dict(environment))
+    except OSError as error:
+        raise UsageError(f"cannot run {program!r}: {error.strerror}") from error

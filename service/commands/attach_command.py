@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of `cowshed attach`; what it does is in attach.py."""
+
+from pathlib import Path
+
+import click
+
+from cowshed.cache.errors import UsageError
+from cowshed.service.commands.shell import WrongUsage, run_dir_option
+
+
+@click.command(
+    epilog="Example: cowshed attach debian --quota 64M -- sqlite3 -readonly {image} .tables"
+)
+@click.argument("image")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
+@click.option("--guest", metavar="NAME", help="What to call it in status [default: COMMAND-PID].")
+@click.option(
+    "--quota",
+    metavar="SIZE",
+    help="How many private bytes its writes may take, all its mappings and children together, or "
+    "'none' [default: the daemon's].",
+)
+@click.option(
+    "--on-quota",
+    type=click.Choice(["stop", "kill", "allow"]),
+    help="At the quota: let the writer wait, end it by SIGBUS, or only count [default: the "
+    "daemon's].",
+)
+@run_dir_option
+def attach(
+    image: str,
+    command: tuple[str, ...],
+    guest: str | None,
+    quota: str | None,
+    on_quota: str | None,
+    run_dir: Path,
+) -> None:
+    """Run COMMAND with IMAGE as a file that it maps from the cache.
+
+    {image}, anywhere in COMMAND's words, becomes the path of IMAGE's source. Reading that is
+    reading the source; mapping it with mmap shares the cache's pages, and a write to such a
+    mapping makes a private copy of the page. COMMAND can be any dynamically linked program,
+    QEMU for instance (memory-backend-file,share=off), and its children share its quota. Shared
+    writable mappings are refused. The exit status is COMMAND's.
+    """
+    # Not at the top: it loads the C core, which `--help` and a wrong option do without.
+    from cowshed.service.commands.attach import AttachOrder, become
+
+    try:
+        order = AttachOrder.parse(image, command, run_dir, guest, quota, on_quota)
+    except UsageError as error:
+        raise WrongUsage(str(error)) from error
+    become(order)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that give a backend's guests away: drain, export, import."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+from rich.progress import TransferSpeedColumn as SpeedColumn
+
+from cowshed.cache.errors import SourceError, UsageError
+from cowshed.service.commands.shell import WrongUsage, run_dir_option, same_version, say
+from cowshed.service.operators.control_client import ControlClient
+from cowshed.service.runtime.sizes import format_bytes
+
+__all__ = ["add_commands"]
+
+_SCHEMES = ("unix://", "tcp://", "tls://", "vsock://")
+_PUMP_BYTES = 1 << 18
+
+
+def add_commands(group: click.Group) -> None:
+    """Add them to the command line."""
+    for command in (drain, export_command, import_command):
+        group.add_command(command)
+
+
+@click.command()
+@click.option(
+    "--to", "to", metavar="URI|FILE", help="unix://, tcp:// or tls:// of a backend, or a file."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would move and what blocks; move nothing.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0.001), metavar="S", help="Roll back after S seconds."
+)
+@click.option("--abort", is_flag=True, help="Have the drain under way rolled back.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object, for programs.")
+@run_dir_option
+def drain(
+    to: str | None, dry_run: bool, timeout: float | None, abort: bool, as_json: bool, run_dir: Path
+) -> None:
+    """Give every guest and working set to another backend.
+
+    Guests go on until the last pages; then they are told where to go on. Whatever fails
+    before the target has everything leaves every guest as it was.
+    """
+    if abort == bool(to) or (abort and (dry_run or timeout)):
+        raise WrongUsage("give --to URI|FILE to drain, or --abort alone to end a drain")
+    with ExitStack() as stack:
+        client = stack.enter_context(ControlClient(run_dir))
+        if abort:
+            reply = _last(client.stream("drain-abort"), as_json)["drain"]
+            _print(reply, as_json, "aborted: every guest is as it was")
+            return
+        assert to is not None
+        fields: dict[str, Any] = {"to": to, "dry_run": dry_run}
+        if timeout is not None:
+            fields["timeout_ms"] = max(1, int(timeout * 1000))
+        fds = []
+        if not to.startswith(_SCHEMES):
+            if "://" in to:
+                raise WrongUsage(f"--to {to!r}: use {', '.join(_SCHEMES)} or a file")
+            fields["to"] = f"file:{Path(to).absolute()}"
+            fds.append(stack.enter_context(_created(Path(os.devnull if dry_run else to))).fileno())
+        reply = _last(client.stream("drain", fds=fds, **fields), as_json)["drain"]
+    with same_version():
+        if dry_run:
+            _print_dry(reply, as_json)
+            return
+        line = (
+            f"{reply['guests']} guests moved to {reply['to']}: "
+            f"{format_bytes(reply['done_bytes'])} of private pages, "
+            f"frozen for {reply['frozen_seconds'] * 1000:.1f} ms"
+        )
+    _print(reply, as_json, line)
+
+
+@click.command("export")
+@click.argument("file", metavar="FILE|-")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object, for programs.")
+@run_dir_option
+def export_command(file: str, as_json: bool, run_dir: Path) -> None:
+    """Write guests and working sets to FILE, or - for stdout.
+
+    Guests go on here. FILE appears once it is whole.
+    """
+    with ExitStack() as stack:
+        client = stack.enter_context(ControlClient(run_dir))
+        if file == "-":
+            reply = _through_pipe(client, "export", sys.stdout.fileno(), as_json)
+        else:
+            path = Path(file)
+            part = path.with_name(f"{path.name}.part")
+            with _created(part) as out:
+                reply = _last(client.stream("export", fds=[out.fileno()]), as_json)
+            os.replace(part, path)
+    with same_version():
+        line = (
+            f"{reply['guests']} guests exported: {format_bytes(reply['done_bytes'])} of private "
+            f"pages, {format_bytes(reply['sent_bytes'])} in the file, "
+            f"frozen for {reply['frozen_seconds'] * 1000:.1f} ms"
+        )
+    _print(reply, as_json, line, err=file == "-")
+
+
+@click.command("import")
+@click.argument("file", metavar="FILE|-")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object, for programs.")
+@run_dir_option
+def import_command(file: str, as_json: bool, run_dir: Path) -> None:
+    """Take the guests of an exported FILE, or - for stdin."""
+    with ExitStack() as stack:
+        client = stack.enter_context(ControlClient(run_dir))
+        if file == "-":
+            reply = _through_pipe(client, "import", sys.stdin.fileno(), as_json)
+        else:
+            try:
+                source = stack.enter_context(open(file, "rb"))
+            except OSError as error:
+                raise SourceError(f"cannot read {file!r}: {error.strerror}") from error
+            reply = _last(client.stream("import", fds=[source.fileno()]), as_json)
+    with same_version():
+        line = (
+            f"{len(reply['guests'])} guests imported: "
+            f"{format_bytes(reply['private_bytes'])} of private pages"
+        )
+    _print(reply, as_json, line)
+
+
+def _created(path: Path) -> Any:
+    try:
+        return open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600))
+    except OSError as error:
+        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def _through_pipe(client: ControlClient, op: str, fd: int, as_json: bool) -> dict[str, Any]:
+    """Carry bytes between the daemon and our stdin or stdout: it could not wait for those."""
+    ours, theirs = socket.socketpair()
+    pump = threading.Thread(target=_pump, args=(ours, fd, op), daemon=True)
+    pump.start()
+    with theirs:
+        replies = client.stream(op, fds=[theirs.fileno()])
+        first = next(replies)
+    reply = first if "progress" not in first else _last(replies, as_json)
+    pump.join()
+    return reply
+
+
+def _pump(ours: socket.socket, fd: int, op: str) -> None:
+    with ours:
+        if op == "export":
+            while raw := ours.recv(_PUMP_BYTES):
+                with open(fd, "wb", buffering=0, closefd=False) as out:
+                    left = memoryview(raw)
+                    while left:
+                        left = left[out.write(left) :]
+        else:
+            while raw := os.read(fd, _PUMP_BYTES):
+                ours.sendall(raw)
+
+
+def _last(replies: Iterator[dict[str, Any]], as_json: bool) -> dict[str, Any]:
+    """Show progress on a terminal; give the last reply."""
+    terminal = Console(stderr=True, highlight=False)
+    reply: dict[str, Any] = {}
+    with Progress(
+        "{task.description}",
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        SpeedColumn(),
+        TimeRemainingColumn(),
+        console=terminal,
+        transient=True,
+        disable=as_json or not terminal.is_terminal,
+    ) as bar:
+        task = bar.add_task("connecting", total=None)
+        for reply in replies:
+            if progress := reply.get("progress"):
+                waits_for = progress.get("waits_for")
+                bar.update(
+                    task,
+                    description=f"waiting for {waits_for}" if waits_for else "working",
+                    completed=progress["done_bytes"],
+                    total=progress["total_bytes"],
+                )
+    return reply
+
+
+def _print_dry(reply: dict[str, Any], as_json: bool) -> None:
+    blockers = reply["blockers"]
+    if as_json:
+        click.echo(json.dumps(reply, indent=2))
+    else:
+        say(f"{reply['guests']} guests would move to {reply['to']}")
+        for blocker in blockers:
+            who = blocker.get("guest") or blocker.get("image") or "the target"
+            say(f"blocked by {who}: {blocker['reason']}")
+    if blockers:
+        raise UsageError(f"the drain would not begin: {len(blockers)} blockers")
+
+
+def _print(reply: dict[str, Any], as_json: bool, line: str, *, err: bool = False) -> None:
+    if as_json:
+        click.echo(json.dumps(reply, indent=2), err=err)
+    elif err:
+        click.echo(line, err=True)
+    else:
+        say(line)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serving under a keeper, through any number of the backend's deaths."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from cowshed.cache.errors import CowshedError
+from cowshed.service.commands.shell import EXIT_FAILED
+from cowshed.service.runtime.logs import logging_begin, logging_end
+from cowshed.service.runtime.text import one_line
+from cowshed.service.settings.config import Config
+from cowshed.service.survival.fd_store import take_inherited
+from cowshed.service.survival.keeper import Keeper, kept_before
+
+__all__ = ["run_keeper_of", "run_kept"]
+
+
+def run_kept(config: Config) -> int:
+    """Serve until told to end, through any number of deaths; the exit status.
+
+    Under systemd, which sets NOTIFY_SOCKET, there is no need for a keeper of ours.
+    """
+    if "NOTIFY_SOCKET" in os.environ:
+        return _run(config)
+    logging_begin(config.log_format, config.log_level)
+    try:
+        pid = kept_before()
+        if pid:
+            return Keeper(lambda: _run(config), config.run_dir, take_inherited(os.environ)).replace(
+                pid
+            )
+        return Keeper(lambda: _run(config), config.run_dir).run()
+    finally:
+        logging_end()
+
+
+def run_keeper_of(config: Config, pid: int) -> int:
+    """Keep a backend that runs already; tells it where, by one line on stdout."""
+    logging_begin(config.log_format, config.log_level)
+    try:
+        keeper = Keeper(lambda: _run(config), config.run_dir)
+        os.write(1, f"{keeper.address}\n".encode())
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)  # the backend has closed its end by now
+        os.close(null)
+        return keeper.run(watch_pid=pid)
+    finally:
+        logging_end()
+
+
+def _run(config: Config) -> int:
+    # Imports the C core: only who serves pays for it, and a keeper before it forks.
+    from cowshed.service.daemon import run
+
+    try:
+        return run(config)
+    except CowshedError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"cannot serve at {config.run_dir}: {error}"
+    click.echo(f"cowshed: {one_line(message)}", err=True)
+    return EXIT_FAILED

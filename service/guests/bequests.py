@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What attached guests need to be served on after our death, and taking it over after another's.
+
+Each mapping is a group of its own: a record of its terms, the ledger, the guest's purse, its
+userfaultfd, /proc files and socket. The socket is held because its end would tell the guest that
+the backend is gone; who only asks for something, or has not finished its handshake, does without
+and comes again.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cowshed.accounting import QuotaPolicy
+from cowshed.cache import CowshedError, Image, PageStore
+from cowshed.faults import Orders
+from cowshed.service.guests.guests import GuestTable, Mapping, Peer, Terms
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.survival.fd_store import FdStore, kind_of
+from cowshed.service.survival.remains import Remains, record_is_open, record_make, record_read
+from cowshed.transport import Connection, adopt_connection
+
+__all__ = ["Bequests", "Heir"]
+
+_log = EventLog("cowshed.bequests")
+
+_PREFIX: Final = "mapping/"
+_KINDS: Final = {"record", "ledger", "purse", "uffd", "pagemap", "mem", "socket"}
+
+
+@dataclass(frozen=True)
+class Heir:
+    """A mapping that is served on: by whose connection, under what name it is held.
+
+    tag is that of a request that may not have been answered, None if it was.
+    """
+
+    mapping: Mapping
+    connection: Connection
+    terms: Terms
+    group: str
+    tag: int | None
+
+
+class Bequests:
+    """Has the supervisor hold mappings, and adopts those it held. In the loop's thread."""
+
+    def __init__(self, fd_store: FdStore) -> None:
+        self._fd_store = fd_store
+
+    def hold(self, mapping: Mapping, connection: Connection, terms: Terms, tag: int) -> str:
+        """Have a mapping outlive us; the group's name, "" if nobody holds it.
+
+        The record becomes one of the mapping's descriptors, the last. Once the request of that tag
+        is answered, record_close() it: our successor cannot know what the guest was told.
+        """
+        if not self._fd_store.kept:
+            return ""
+        group = f"{_PREFIX}{secrets.token_hex(8)}"
+        record = record_make({**_describe(mapping, terms), "tag": tag})
+        mapping.fds.append(record)
+        fds = [*mapping.fds, mapping.account.fd, mapping.guest.purse.fd, connection.fileno()]
+        if (seeds_fd := mapping.account.seeds_fd) >= 0 and kind_of(seeds_fd) == "overlay":
+            fds.append(seeds_fd)
+        try:
+            self._fd_store.hold(group, fds)
+        except OSError as error:
+            _log.error(
+                "not-held",
+                f"{error}; the backend's death would be this guest's",
+                guest=mapping.name,
+                image=mapping.image.label,
+            )
+            return ""
+        return group
+
+    def release(self, group: str) -> None:
+        """Have a mapping that is gone held no more."""
+        if group:
+            self._fd_store.release(group)
+
+    def adopt(self, remains: Remains, store: PageStore, guests: GuestTable) -> list[Heir]:
+        """Serve on all that our predecessor served; it does not matter who died meanwhile."""
+        heirs = []
+        for group in remains:
+            if not group.startswith(_PREFIX):
+                continue
+            left = remains.take(group)
+            assert left is not None
+            heir = self._adopt(group, left, store, guests)
+            if heir is None:
+                for fd in left.values():
+                    os.close(fd)
+                self._fd_store.release(group)
+            else:
+                heirs.append(heir)
+                self._fd_store.hold(group, [*left.values()])
+        return heirs
+
+    def _adopt(
+        self, group: str, left: dict[str, int], store: PageStore, guests: GuestTable
+    ) -> Heir | None:
+        """Adopt one mapping, its descriptors with it; None, and none taken, if it cannot be."""
+        if left.keys() - {"overlay"} != _KINDS:
+            return None
+        record = record_read(left["record"])
+        image = _find(store, record["domain"], record["image"])
+        if image is None:
+            _log.error(
+                "guest-lost",
+                "its image is not served any more",
+                guest=record["guest"],
+                image=record["image"],
+            )
+            return None
+        terms = _terms(record, image)
+        connection = adopt_connection(os.dup(left["socket"]))
+        peer = Peer(
+            connection.peer.pid,
+            connection.peer.uid,
+            -1 if connection.peer.pidfd is None else connection.peer.pidfd,
+        )
+        guest = guests.adopt(terms, peer, os.dup(left["purse"]))
+        try:
+            fds = [left["uffd"], left["pagemap"], left["mem"], left["record"]]
+            mapping = guests.attach_again(
+                guest,
+                terms.orders,
+                peer,
+                os.dup(left["ledger"]),
+                fds,
+                seeds_fd=left.get("overlay", -1),
+            )
+        except CowshedError as error:
+            # Its account was closed already when the backend died, or it is broken beyond use.
+            _log.info("guest-left", str(error), guest=terms.name, image=image.label)
+            guests.release(guest)
+            connection.close()
+            return None
+        for name in ("ledger", "purse", "socket"):
+            os.close(left[name])
+        if "overlay" in left:
+            os.close(left.pop("overlay"))
+            if mapping.account.seeds_fd >= 0:
+                left["overlay"] = mapping.account.seeds_fd
+        left.update(ledger=mapping.account.fd, purse=guest.purse.fd, socket=connection.fileno())
+        is_open = record_is_open(left["record"])
+        return Heir(mapping, connection, terms, group, record["tag"] if is_open else None)
+
+
+def _describe(mapping: Mapping, terms: Terms) -> dict[str, Any]:
+    return {
+        "guest": terms.name,
+        "domain": terms.image.domain,
+        "image": terms.image.name,
+        "token": terms.token,
+        "offset_bytes": terms.offset_bytes,
+        "length_bytes": terms.length_bytes,
+        "quota_bytes": terms.quota_bytes,
+        "policy": int(terms.policy),
+        "window_bytes": terms.orders.window_bytes,
+        "write_window_bytes": terms.orders.write_window_bytes,
+        "transport": mapping.transport,
+    }
+
+
+def _terms(record: dict[str, Any], image: Image) -> Terms:
+    return Terms(
+        name=record["guest"],
+        image=image,
+        quota_bytes=record["quota_bytes"],
+        policy=QuotaPolicy(record["policy"]),
+        orders=Orders(record["window_bytes"], record["write_window_bytes"]),
+        token=record["token"],
+        offset_bytes=record["offset_bytes"],
+        length_bytes=record["length_bytes"],
+    )
+
+
+def _find(store: PageStore, domain: str, name: str) -> Image | None:
+    found: Iterator[Image] = (each for each in store if (each.domain, each.name) == (domain, name))
+    return next(found, None)

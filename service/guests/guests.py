@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guests: who is attached to which image, from the handshake's last word until detached.
+
+A guest is a name with a quota: its purse. What it has mapped are its mappings, one a connection, of
+one process or several; all draw on the purse. The guest is there as long as a connection holds its
+name, and attached as long as it has a mapping.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from collections.abc import Mapping as ReadOnlyDict
+from dataclasses import dataclass, field
+from typing import Final
+
+from cowshed.accounting import (
+    NO_QUOTA_BYTES,
+    Account,
+    AccountStatus,
+    Purse,
+    QuotaPolicy,
+    Region,
+    add_statuses,
+)
+from cowshed.cache import Image, UsageError
+from cowshed.cache.images import PAGE_BYTES
+from cowshed.faults import FaultHandler, Orders, SupplyHandler, SupplyTerms
+from cowshed.service.settings.names import find_for_operator
+
+__all__ = ["Guest", "GuestTable", "Mapping", "Peer", "Terms"]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The process at the other end of a connection; pidfd -1 if it cannot be had."""
+
+    pid: int
+    uid: int
+    pidfd: int = -1
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a connection asked for, checked: quota_bytes None is no quota.
+
+    With a token, other connections that know it, of the same user and image, join the guest; the
+    quota is then the guest's. offset_bytes and length_bytes are the part of the image to be mapped.
+    """
+
+    name: str
+    image: Image
+    quota_bytes: int | None
+    policy: QuotaPolicy
+    orders: Orders
+    token: str | None = None
+    offset_bytes: int = 0
+    length_bytes: int = 0
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What is unique among guests: names are, within a domain."""
+        return self.image.domain, self.name
+
+
+class Guest:
+    """A name that somebody holds, its quota, and what is mapped under it.
+
+    Changed by the table alone. nr_holders counts the connections that hold the name.
+    """
+
+    def __init__(self, terms: Terms, owner: Peer, purse: Purse) -> None:
+        self.terms: Final = terms
+        self.owner: Final = owner
+        self.purse: Final = purse
+        self.mappings: list[Mapping] = []
+        self.nr_holders = 1
+
+    @property
+    def name(self) -> str:
+        """The guest's name, unique among those of its domain."""
+        return self.terms.name
+
+    @property
+    def domain(self) -> str:
+        """The sharing domain it is in: its image's."""
+        return self.terms.image.domain
+
+    @property
+    def image(self) -> Image:
+        """The image it uses."""
+        return self.terms.image
+
+    @property
+    def uid(self) -> int:
+        """The user whose guest it is."""
+        return self.owner.uid
+
+    @property
+    def pid(self) -> int:
+        """The process of the first of its mappings."""
+        return self.mappings[0].pid if self.mappings else self.owner.pid
+
+    @property
+    def transport(self) -> str:
+        """How it is connected."""
+        return self.mappings[0].transport if self.mappings else "unix"
+
+    @property
+    def quota_bytes(self) -> int | None:
+        """What its private pages may take, None if there is no quota."""
+        quota_bytes = self.purse.status().quota_pages * PAGE_BYTES
+        return None if quota_bytes >= NO_QUOTA_BYTES else quota_bytes
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it uses the image, and does not just hold a name."""
+        return bool(self.mappings)
+
+    def admits(self, terms: Terms, peer: Peer) -> bool:
+        """Whether a connection may join: it knows the token, and is of the same user and image."""
+        ours, theirs = self.terms.token, terms.token
+        return (
+            ours is not None
+            and theirs is not None
+            and hmac.compare_digest(ours.encode(), theirs.encode())
+            and (peer.uid, terms.image) == (self.owner.uid, self.image)
+        )
+
+    def set_quota(self, quota_bytes: int | None) -> None:
+        """Change the quota, None being none, and have who is stopped at it ask again."""
+        self.purse.set_quota(
+            NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, self.terms.policy
+        )
+        self.resume()
+
+    def resume(self) -> None:
+        """Have who is stopped at the quota ask again."""
+        for mapping in self.mappings:
+            mapping.handler.resume()
+
+    def settle(self) -> None:
+        """Give back charges whose copies never happened."""
+        for mapping in self.mappings:
+            mapping.account.settle()
+
+    def status(self) -> AccountStatus | None:
+        """Read its accounts, together; None if it has none."""
+        return self.pick(
+            {each.account_no: each.account.status() for each in self.mappings},
+        )
+
+    def pick(self, statuses: ReadOnlyDict[int, AccountStatus]) -> AccountStatus | None:
+        """Put together what is its of the accounts that were read, by number; None: nothing."""
+        own = [statuses[each.account_no] for each in self.mappings if each.account_no in statuses]
+        return add_statuses(own) if own else None
+
+    def granted_bytes(self, status: AccountStatus) -> int:
+        """What it may map, by a reading of its accounts."""
+        most = len(self.mappings) * self.image.map_bytes
+        return min(status.granted_extents * self.image.extent_bytes, most)
+
+
+@dataclass(eq=False)
+class Mapping:
+    """What one connection has mapped. Owns the descriptors in fds; all lives until detach."""
+
+    guest: Guest
+    peer: Peer
+    transport: str
+    account: Account
+    handler: FaultHandler
+    fds: list[int]
+    attached_ns: int = field(default_factory=time.monotonic_ns)
+    said_state: str = "running"
+    account_no: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.account_no = self.account.status().account_no
+
+    @property
+    def name(self) -> str:
+        """Its guest's name."""
+        return self.guest.name
+
+    @property
+    def image(self) -> Image:
+        """Its guest's image."""
+        return self.guest.image
+
+    @property
+    def pid(self) -> int:
+        """The process whose memory it is."""
+        return self.peer.pid
+
+    @property
+    def uid(self) -> int:
+        """That process's user."""
+        return self.peer.uid
+
+
+class GuestTable:
+    """All guests, by domain and name; iterating gives those attached.
+
+    Whoever reads their accounts does so inside `with table.lock`.
+
+    Invariants: a guest is in the table exactly while connections hold its name, and its purse is
+    open as long; an account is open exactly while its mapping is its guest's. What mappings that
+    are gone had counted is in their image's sums.
+    """
+
+    def __init__(self) -> None:
+        self.lock: Final = threading.RLock()
+        self._guests: dict[tuple[str, str], Guest] = {}
+        self._kept_names: set[tuple[str, str]] = set()
+
+    def __iter__(self) -> Iterator[Guest]:
+        return iter([guest for guest in list(self._guests.values()) if guest.is_attached])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def find(self, text: str) -> Guest:
+        """Give the attached guest that NAME or DOMAIN/NAME means; UsageError if not just one."""
+        return find_for_operator(self, text, "guest")
+
+    def reserve(self, terms: Terms, peer: Peer) -> Guest:
+        """Make a guest for a connection that is about to attach, or let it join the one there is.
+
+        UsageError if the name is taken; whose it is only root is told. release() it once.
+        """
+        with self.lock:
+            guest = self._guests.get(terms.key)
+            if guest is None:
+                self.check_free(terms)
+                quota_bytes = NO_QUOTA_BYTES if terms.quota_bytes is None else terms.quota_bytes
+                guest = Guest(terms, peer, Purse(quota_bytes, terms.policy))
+                self._guests[terms.key] = guest
+                return guest
+            if not guest.admits(terms, peer):
+                by = f" by uid {guest.uid}, process {guest.pid}" if peer.uid == 0 else ""
+                raise UsageError(
+                    f"guest name {terms.name!r} is taken{by}; choose another, or detach that guest"
+                )
+            guest.nr_holders += 1
+            return guest
+
+    def adopt(self, terms: Terms, peer: Peer, purse_fd: int) -> Guest:
+        """Have a guest again that a connection held before our time; release() it once.
+
+        Takes the memfd of its purse over, which the guest's other connections may have brought too.
+        """
+        with self.lock:
+            guest = self._guests.get(terms.key)
+            if guest is not None:
+                os.close(purse_fd)
+                guest.nr_holders += 1
+                return guest
+            guest = Guest(terms, peer, Purse.adopt(purse_fd))
+            self._guests[terms.key] = guest
+            return guest
+
+    def release(self, guest: Guest) -> None:
+        """A connection gives the name back; the last one ends the guest."""
+        with self.lock:
+            guest.nr_holders -= 1
+            if guest.nr_holders == 0:
+                del self._guests[guest.terms.key]
+                guest.purse.close()
+
+    def check_free(self, terms: Terms) -> None:
+        """Raise UsageError if a name is taken."""
+        if terms.key in self._guests or terms.key in self._kept_names:
+            raise UsageError(
+                f"guest name {terms.name!r} is taken; choose another, or detach that guest"
+            )
+
+    def reserve_name(self, terms: Terms) -> None:
+        """Take a name for a guest that is not in this table; UsageError if it is taken."""
+        with self.lock:
+            self.check_free(terms)
+            self._kept_names.add(terms.key)
+
+    def release_name(self, terms: Terms) -> None:
+        """Give such a name back."""
+        with self.lock:
+            self._kept_names.discard(terms.key)
+
+    def attach(
+        self,
+        guest: Guest,
+        orders: Orders,
+        peer: Peer,
+        regions: Sequence[Region],
+        fds: list[int],
+        *,
+        inherited: bool = False,
+        transport: str = "unix",
+        supply: SupplyTerms | None = None,
+        seeds: tuple[int, bytes] | None = None,
+    ) -> Mapping:
+        """Start answering a mapping; fds are [uffd, pagemap, mem], its own on success only.
+
+        inherited memory came over fork: what is private in it is charged. On failure nothing is
+        left of the mapping. seeds are private pages that it begins with: a file that has them, and
+        their bitmap (Account.seed). With supply its pages are copied into memory of its own; fds
+        may then be [uffd] alone. Raises UsageError for regions that make no sense (Account.place).
+        """
+        with contextlib.ExitStack() as stack:
+            account = Account(guest.image, guest.purse)
+            stack.callback(account.close)
+            account.place(fds[0], fds[1] if len(fds) > 1 else -1, regions)
+            if seeds is not None:
+                account.seed(*seeds)
+            terms = (account.cdata, fds[0], peer.pidfd, orders)
+            handler = FaultHandler(*terms) if supply is None else SupplyHandler(*terms, supply)
+            stack.callback(handler.stop)
+            if inherited:
+                account.adopt_private()
+            stack.pop_all()
+        mapping = Mapping(guest, peer, transport, account, handler, fds)
+        with self.lock:
+            guest.mappings.append(mapping)
+            guest.image.note_attach()
+        return mapping
+
+    def attach_again(
+        self,
+        guest: Guest,
+        orders: Orders,
+        peer: Peer,
+        ledger_fd: int,
+        fds: list[int],
+        transport: str = "unix",
+        seeds_fd: int = -1,
+    ) -> Mapping:
+        """Answer a mapping that another process answered; whoever waits there asks again.
+
+        Takes ledger_fd over, fds on success only. Raises InvariantError if it is no account, or one
+        that was closed.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                account = Account(guest.image, guest.purse, ledger_fd)
+            except BaseException:
+                os.close(ledger_fd)
+                raise
+            stack.callback(account.close)
+            account.place(fds[0], fds[1], account.regions())
+            if seeds_fd >= 0:
+                account.adopt_seeds(seeds_fd)
+            handler = FaultHandler(account.cdata, fds[0], peer.pidfd, orders)
+            stack.pop_all()
+        handler.resume()
+        mapping = Mapping(guest, peer, transport, account, handler, fds)
+        with self.lock:
+            guest.mappings.append(mapping)
+        return mapping
+
+    def detach(self, mapping: Mapping) -> None:
+        """Stop answering a mapping, return its grants and charges, close its descriptors."""
+        with self.lock:
+            mapping.guest.mappings.remove(mapping)
+            mapping.handler.stop()
+            mapping.account.close()
+            mapping.guest.resume()
+        for fd in mapping.fds:
+            os.close(fd)
+
+    def settle(self, guest: Guest) -> None:
+        """Settle a guest's charges, where it is attached still."""
+        with self.lock:
+            guest.settle()
+
+    @contextlib.contextmanager
+    def accounts(self, image: Image) -> Iterator[dict[str, Account]]:
+        """Give the accounts of an image by guest name, kept open inside `with`.
+
+        The second mapping of a guest and those after are told apart by their number.
+        """
+        with self.lock:
+            yield {
+                guest.name if no == 1 else f"{guest.name}#{no}": mapping.account
+                for guest in self
+                if guest.image is image
+                for no, mapping in enumerate(guest.mappings, 1)
+            }

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reaching the other backend of a handoff, by any scheme."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable
+
+from cowshed.cache.errors import UsageError
+from cowshed.service.handoff.link import SocketLink
+from cowshed.transport.exchange import ask, greet
+from cowshed.transport.relay import Relay
+from cowshed.transport.schemes import scheme
+from cowshed.transport.stream import StreamConnection
+
+__all__ = ["dial_target"]
+
+_REPLY_SECONDS = 15.0
+
+
+def dial_target(uri: str, look: Callable[[], None]) -> SocketLink:
+    """Connect to a backend that is to take a handoff, ready for its first section.
+
+    Raises UsageError for a uri that cannot be used, or a backend that takes none from us; PeerError
+    if none answers.
+    """
+    look()
+    connection = greet(uri, _REPLY_SECONDS)
+    try:
+        if scheme(uri).maps:
+            ours, theirs = socket.socketpair()
+            with theirs, contextlib.ExitStack() as undo:
+                undo.callback(ours.close)
+                ask(connection, "handoff", {}, [theirs.fileno()], _REPLY_SECONDS)
+                undo.pop_all()
+            return SocketLink(ours, look, with_it=connection.close)
+        ask(connection, "handoff", {}, timeout=_REPLY_SECONDS)
+        if not isinstance(connection, StreamConnection):
+            raise UsageError(f"{uri} carries no handoff")
+        sock, tls = connection.take_stream()
+        if tls is not None:
+            sock = Relay(sock, tls, handshake_seconds=0).inner
+        return SocketLink(sock, look)
+    except BaseException:
+        connection.close()
+        raise

@@ -1,0 +1,482 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source's role in a handoff: gives every guest away, or takes all of it back.
+
+A drain runs in a thread of its own, which owns the state machine and does what it says. Operators
+look at report(), ask for an abort, and may go: the drain does not depend on who asked for it. Each
+wait has a name in the report, and ends by an abort, the deadline, or the peer's silence.
+
+Once the commit is asked for there is no way back from here: guests stay frozen and the target is
+asked what became of it, for as long as it takes to know.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final, Protocol
+
+from cowshed.accounting.handoff import Action, Event, Handoff, Phase, Role
+from cowshed.cache import CowshedError, Image, PeerError, UsageError
+from cowshed.service.handoff.link import FileLink, Link
+from cowshed.service.handoff.moving import Moving
+from cowshed.service.handoff.receiver import Blocker, wait_for_digests
+from cowshed.service.handoff.record import HandoffRecord
+from cowshed.service.handoff.sender import Progress, Sender
+from cowshed.service.images.working_sets import WorkingSets
+from cowshed.service.metrics.tallies import DrainFigures, Tallies
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.stops import stop_at
+from cowshed.transport.handoff_sections import StateReader, Word
+
+__all__ = ["Drain", "DrainHost", "StoppedError", "say_blockers"]
+
+_log = EventLog("cowshed.drain")
+
+_ASK_SECONDS: Final = 0.5
+_FILE: Final = "file:"
+
+
+class StoppedError(UsageError):
+    """The drain was told to stop, or its time was up; all is as it was before."""
+
+
+class _LostError(PeerError):
+    """The target is gone, or says what makes no sense."""
+
+
+class DrainHost(Protocol):
+    """What a drain needs of the daemon."""
+
+    @property
+    def tallies(self) -> Tallies:
+        """Where metrics look."""
+
+    @property
+    def record(self) -> HandoffRecord:
+        """What outlives us."""
+
+    @property
+    def working_sets(self) -> WorkingSets:
+        """Which extents are hot."""
+
+    def images(self) -> list[Image]:
+        """What is served."""
+
+    def movings(self) -> list[Moving]:
+        """Every guest that there is now."""
+
+    def close_door(self, uri: str | None) -> None:
+        """Send who comes to uri; None: let them in again."""
+
+    def connect(self, uri: str, look: Callable[[], None]) -> Link:
+        """Reach the target, ready for the first section."""
+
+    def tell_moved(self, movings: list[Moving], uri: str) -> None:
+        """Have guests told where they are now, and end connections that cannot be told."""
+
+
+class Drain:
+    """One drain, from start() until over. The host's thread-safe parts are used from its thread."""
+
+    def __init__(
+        self,
+        host: DrainHost,
+        uri: str,
+        *,
+        link: Link | None = None,
+        timeout: float | None = None,
+        dry_run: bool = False,
+        handoff: str = "",
+    ) -> None:
+        """link is a file, opened by who asked; its uri is then file:PATH."""
+        self._host = host
+        self.uri: Final = uri
+        self.dry_run: Final = dry_run
+        self.handoff: Final = handoff or secrets.token_hex(16)
+        self._machine = Handoff(Role.SOURCE)
+        self._file = link
+        self._link: Link | None = None
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._timeout = timeout
+        self._abort = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
+        self._progress = Progress()
+        self._sender: Sender | None = None
+        self._reader = StateReader(words=True)
+        self._words: list[Word] = []
+        self._movings: list[Moving] = []
+        self._waits_for = ""
+        self._blockers: list[Blocker] = []
+        self._error: CowshedError | None = None
+        self._door_closed = False
+        self.would_move = False
+        self.over = threading.Event()
+
+    @classmethod
+    def resume(cls, host: DrainHost) -> Drain:
+        """Go on with what was recorded before a restart: moved, or unsure. Frozen already."""
+        record = host.record.source
+        assert record is not None
+        drain = cls(host, record["uri"], handoff=record["handoff"])
+        drain._machine = Handoff.restarted(Role.SOURCE, record["phase"])
+        drain._movings = [each for each in host.movings() if each.name in record["guests"]]
+        host.close_door(drain.uri)
+        drain._door_closed = True
+        drain._sender = Sender(Link(lambda: None), drain._movings, [], drain._progress)
+        drain._sender.track()
+        drain._sender.freeze()
+        return drain
+
+    @property
+    def phase(self) -> Phase:
+        """How far it is."""
+        return self._machine.phase
+
+    def start(self) -> None:
+        """Begin, in a thread."""
+        self._note()
+        self._thread.start()
+
+    def abort(self) -> None:
+        """Have it stop and roll back; UsageError, and nothing is done, once it cannot any more."""
+        if not self._machine.allows(Event.ABORT) and self.phase is not Phase.IDLE:
+            why = {
+                Phase.COMMIT: "the target was asked to commit and did not answer yet: "
+                "the drain goes on by itself once it does",
+                Phase.MOVED: f"the guests are at {self.uri}: drain that backend to have them back",
+            }.get(self.phase, "there is nothing left to abort")
+            raise UsageError(f"it is too late: {why}")
+        self._abort.set()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its thread."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+
+    def report(self) -> dict[str, Any]:
+        """How it is, for the command, status and logs."""
+        return {
+            "to": self.uri,
+            "handoff": self.handoff,
+            "phase": str(self.phase),
+            "dry_run": self.dry_run,
+            "waits_for": self._waits_for,
+            "guests": len(self._movings),
+            "blockers": list(self._blockers),
+            "frozen_seconds": round(self._progress.frozen_seconds, 6),
+            **self._progress.as_json(),
+        }
+
+    @property
+    def movings(self) -> list[Moving]:
+        """The guests that move."""
+        return self._movings
+
+    @property
+    def blockers(self) -> list[Blocker]:
+        """What keeps it from going on."""
+        return self._blockers
+
+    @property
+    def error(self) -> CowshedError | None:
+        """Why it failed, once it is over."""
+        return self._error
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            if self.phase is Phase.COMMIT:
+                self._find_out()
+            elif self.phase is not Phase.MOVED:
+                self._do(Event.BEGIN)
+        except CowshedError as error:
+            self._fail(error)
+        except OSError as error:
+            self._fail(PeerError(f"drain to {self.uri}: {error}"))
+        finally:
+            if self._link is not None:
+                self._link.close()
+            self._wait_name("")
+            self._note()
+            self.over.set()
+
+    def _fail(self, error: CowshedError) -> None:
+        """Roll back by the table, or find out what became of the commit."""
+        self._error = error
+        if self.phase is Phase.COMMIT:
+            self._find_out()
+            return
+        event = Event.ABORT if isinstance(error, StoppedError) else Event.LOST
+        if self._machine.allows(event):
+            self._do(event)
+        _log.warning("drain-failed", str(error), to=self.uri, phase=str(self.phase))
+
+    def _look(self) -> None:
+        """Raise StoppedError if there is a reason to end a wait."""
+        if self.phase is Phase.COMMIT:
+            return
+        if self._abort.is_set():
+            raise StoppedError("the drain was aborted; every guest is as it was")
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            waited = f", while it waited for {self._waits_for}" if self._waits_for else ""
+            raise StoppedError(
+                f"the drain did not end in {self._timeout:g} s{waited}; every guest is as it was"
+            )
+        self._note()
+
+    def _do(self, event: Event) -> None:
+        """Take an event, do what it asks for, and go on with what follows from that."""
+        following: Event | None = event
+        while following is not None:
+            actions = self._machine.on(following)
+            self._note()
+            stop_at(f"source-{self.phase}")
+            following = None
+            for action in actions:
+                following = _ACTIONS[action](self) or following
+
+    def _wait_name(self, what: str) -> None:
+        self._waits_for = what
+
+    # Actions.
+
+    def _close_door(self) -> None:
+        if not self.dry_run:
+            self._host.close_door(self.uri)
+            self._door_closed = True
+
+    def _open_door(self) -> None:
+        if self._door_closed:
+            self._host.close_door(None)
+
+    def _connect(self) -> Event:
+        self._wait_name(f"a connection to {self.uri}")
+        self._link = self._file or self._host.connect(self.uri, self._look)
+        return Event.CONNECTED
+
+    def _offer(self) -> Event:
+        self._wait_name("the digests of images")
+        images = self._host.images()
+        self._movings = self._host.movings()
+        used = [each.image for each in self._movings]
+        self._blockers = wait_for_digests([each for each in images if each in used], self._look)
+        self._blockers += [
+            {"guest": each.name, "reason": reason}
+            for each in self._movings
+            for reason in each.blockers()
+        ]
+        images = [image for image in images if image.digest]
+        if self._blockers:
+            raise StoppedError(say_blockers("drain", self._blockers))
+        assert self._link is not None
+        self._sender = Sender(self._link, self._movings, images, self._progress)
+        self._sender.offer(self.handoff)
+        if self._file is not None:
+            return self._accepted()
+        self._sender.say("dry-run" if self.dry_run else "offer")
+        word = self._hear("the target's check of the offer")
+        if word.say == "refused":
+            found = word.body.get("blockers")
+            self._blockers = [
+                {str(key): str(value) for key, value in each.items()}
+                for each in (found if isinstance(found, list) else [])
+                if isinstance(each, dict)
+            ]
+            self._error = UsageError(say_blockers("drain", self._blockers))
+            return Event.REFUSED
+        self._expect(word, "accepted")
+        return self._accepted()
+
+    def _accepted(self) -> Event:
+        self.would_move = True
+        if self.dry_run:
+            raise StoppedError("a dry run ends here")
+        return Event.ACCEPTED
+
+    def _send_working_set(self) -> Event:
+        self._wait_name("the working sets to be sent")
+        self._the_sender.send_working_sets(self._host.working_sets)
+        return Event.SENT
+
+    def _track(self) -> None:
+        self._the_sender.track()
+
+    def _send_pages(self) -> Event:
+        self._wait_name("private pages to be sent")
+        sender = self._the_sender
+        sender.send_private()
+        if self._file is None:
+            sender.say("warm")
+            self._expect(self._hear("the target to load the working sets"), "warmed")
+        self._wait_name("pages written meanwhile to be sent")
+        sender.send_until_few()
+        return Event.CONVERGED
+
+    def _freeze(self) -> None:
+        self._the_sender.freeze()
+
+    def _send_last(self) -> Event:
+        self._wait_name("the last pages to be sent")
+        self._the_sender.send_last()
+        if isinstance(self._file, FileLink):
+            self._file.make_durable()
+        elif self._file is None:
+            self._expect(self._hear("the target to have everything"), "ready")
+        return Event.ARRIVED_READY
+
+    def _record_committing(self) -> None:
+        self._record(Phase.COMMIT)
+
+    def _send_commit(self) -> Event:
+        if self._file is not None:
+            return Event.COMMITTED
+        self._the_sender.say("commit", handoff=self.handoff)
+        return self._outcome(self._hear("the target's commit"))
+
+    def _ask(self) -> Event | None:
+        """Ask over a connection of its own; None if nobody could be asked."""
+        self._wait_name(f"{self.uri} to say whether it has the guests")
+        if self._link is not None:
+            self._link.close()
+        try:
+            self._link = self._host.connect(self.uri, lambda: None)
+            self._reader, self._words = StateReader(words=True), []
+            sender = Sender(self._link, [], [], Progress())
+            sender.say("ask", handoff=self.handoff)
+            return self._outcome(self._hear(self._waits_for))
+        except (CowshedError, OSError) as error:
+            _log.warning("drain-unsure", f"{error}; guests wait", to=self.uri)
+            return None
+
+    def _find_out(self) -> None:
+        """Ask until it is known."""
+        while self.phase is Phase.COMMIT:
+            self._do(Event.LOST)
+            if self.phase is Phase.COMMIT:
+                self._note()
+                time.sleep(_ASK_SECONDS)
+
+    def _outcome(self, word: Word) -> Event:
+        if word.say == "committed":
+            return Event.COMMITTED
+        if word.say == "denied":
+            self._error = self._error or PeerError(
+                f"{self.uri} lost the handoff before its end; every guest is as it was"
+            )
+            return Event.DENIED
+        raise _LostError(f"the target says {word.say!r} where its verdict is due")
+
+    def _record_moved(self) -> None:
+        self._record(Phase.MOVED)
+        if self._sender is not None:
+            self._sender.end_frozen()
+        self._error = None
+
+    def _tell_guests(self) -> None:
+        _log.notice("drained", to=self.uri, guests=len(self._movings))
+        self._host.tell_moved(self._movings, "" if self.uri.startswith(_FILE) else self.uri)
+
+    def _forget_record(self) -> None:
+        self._host.record.set_source(None)
+
+    def _record(self, phase: Phase) -> None:
+        self._host.record.set_source(
+            {
+                "handoff": self.handoff,
+                "uri": self.uri,
+                "phase": phase,
+                "guests": [moving.name for moving in self._movings],
+            }
+        )
+
+    def _send_abort(self) -> None:
+        if self._sender is not None and self._file is None:
+            try:
+                self._sender.say("abort")
+            except CowshedError as error:
+                _log.info("drain-abort-unsaid", str(error), to=self.uri)
+
+    def _thaw(self) -> None:
+        if self._sender is not None:
+            self._sender.thaw()
+
+    # The target's words.
+
+    @property
+    def _the_sender(self) -> Sender:
+        assert self._sender is not None
+        return self._sender
+
+    def _hear(self, waits_for: str) -> Word:
+        """Wait for the target's next word."""
+        self._wait_name(waits_for)
+        link = self._link
+        assert link is not None
+        while not self._words:
+            raw = link.receive()
+            if not raw:
+                raise _LostError(f"{self.uri} hung up while it was waited for {waits_for}")
+            for section in self._reader.feed(raw):
+                if isinstance(section, Word):
+                    self._words.append(section)
+        word = self._words.pop(0)
+        if word.say == "failed":
+            raise _LostError(f"{self.uri}: {str(word.body.get('why'))[:500]}")
+        return word
+
+    def _expect(self, word: Word, what: str) -> None:
+        if word.say != what:
+            raise _LostError(f"{self.uri} says {word.say!r} instead of {what!r}")
+
+    # What is shown.
+
+    def _note(self) -> None:
+        """Tell metrics."""
+        if self.dry_run:
+            return
+        total = self._progress.total_bytes
+        state = "draining"
+        if self.phase is Phase.MOVED:
+            state = "done"
+        elif self.phase is Phase.ABORTED:
+            state = "failed"
+        ratio = 1.0 if state == "done" else min(0.99, self._progress.done_bytes / max(1, total))
+        nr = len(self._blockers)
+        figures = replace(DrainFigures(), state=state, progress_ratio=ratio, nr_blockers=nr)
+        self._host.tallies.drain = figures
+
+
+def say_blockers(what: str, blockers: list[Blocker]) -> str:
+    """One line for all that keeps us from doing something."""
+    said = []
+    for blocker in blockers[:5]:
+        who = f"guest {blocker['guest']!r}: " if "guest" in blocker else ""
+        what = f"image {blocker['image']!r}: " if "image" in blocker else ""
+        said.append(f"{who}{what}{blocker.get('reason', '?')}")
+    more = f"; and {len(blockers) - 5} more" if len(blockers) > 5 else ""
+    return f"cannot {what}: {'; '.join(said)}{more}"
+
+
+_ACTIONS: Final[dict[Action, Callable[[Drain], Event | None]]] = {
+    Action.CLOSE_DOOR: Drain._close_door,
+    Action.CONNECT: Drain._connect,
+    Action.OFFER: Drain._offer,
+    Action.SEND_WORKING_SET: Drain._send_working_set,
+    Action.TRACK: Drain._track,
+    Action.SEND_PAGES: Drain._send_pages,
+    Action.FREEZE: Drain._freeze,
+    Action.SEND_LAST: Drain._send_last,
+    Action.RECORD_COMMITTING: Drain._record_committing,
+    Action.SEND_COMMIT: Drain._send_commit,
+    Action.ASK: Drain._ask,
+    Action.RECORD_MOVED: Drain._record_moved,
+    Action.TELL_GUESTS: Drain._tell_guests,
+    Action.FORGET_RECORD: Drain._forget_record,
+    Action.SEND_ABORT: Drain._send_abort,
+    Action.THAW: Drain._thaw,
+    Action.OPEN_DOOR: Drain._open_door,
+}

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests that moved here and come to map: their private pages are waiting for them in an overlay.
+
+Who opens under the name of such an overlay, and knows its token, takes the name over; when its
+mapping is there the pages are its seeds, and the overlay is given up. Who leaves before that leaves
+the overlay as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cowshed.cache import UsageError
+from cowshed.service.guests.guests import Guest, GuestTable, Peer, Terms
+from cowshed.service.handoff.moving import owner_of_token
+from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+
+__all__ = ["MovedIn", "MovedInTable"]
+
+
+@dataclass
+class MovedIn:
+    """One guest that is coming to map: guest has the name now, left its pages."""
+
+    guest: Guest
+    left: OverlayGuest
+
+    @property
+    def seeds(self) -> tuple[int, bytes]:
+        """The file with its pages, and which those are."""
+        return self.left.overlay.fd, self.left.account.private_bitmap()
+
+
+class MovedInTable:
+    """Finds guests that moved here; in the loop."""
+
+    def __init__(self, overlays: OverlayTable, guests: GuestTable) -> None:
+        self._overlays = overlays
+        self._guests = guests
+
+    def enter(self, terms: Terms, peer: Peer) -> tuple[MovedIn, Terms] | None:
+        """Take over what waits under that name for who knows the token; None if nothing does.
+
+        The terms given are those it had. UsageError for a part of the image: it had the whole.
+        """
+        if terms.token is None:
+            return None
+        with self._overlays.lock, self._guests.lock:
+            left = self._overlays.claim(terms.key, terms.image, owner_of_token(terms.token))
+            if left is None:
+                return None
+            if terms.length_bytes != terms.image.map_bytes:
+                self._overlays.leave(left)
+                raise UsageError(
+                    f"guest {terms.name!r} has private pages all over {terms.image.label!r}: "
+                    "open the whole image"
+                )
+            policy = left.purse.status().policy
+            terms = replace(terms, quota_bytes=left.quota_bytes, policy=policy)
+            self._guests.release_name(left.terms)
+            return MovedIn(self._guests.reserve(terms, peer), left), terms
+
+    def settle(self, moved: MovedIn) -> None:
+        """It has its pages: the overlay is not needed any more."""
+        self._overlays.leave(moved.left)
+        self._overlays.withdraw(moved.left)
+
+    def leave(self, moved: MovedIn) -> None:
+        """It left without a mapping, and its name was released: its pages wait on."""
+        self._guests.reserve_name(moved.left.terms)
+        self._overlays.leave(moved.left)

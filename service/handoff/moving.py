@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest that is to move, whatever it is here: what is asked of it, and what keeps it from moving.
+
+A guest that maps has its private pages in its own memory, where they are read through the
+descriptor of /proc/PID/mem that it gave us. One that maps nothing has them in its overlay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from dataclasses import asdict
+from typing import Final, Protocol
+
+from cowshed.accounting import NO_QUOTA_BYTES, AccountStatus, Purse
+from cowshed.cache import Image, PeerError
+from cowshed.cache.images import PAGE_BYTES
+from cowshed.service.guests.guests import Guest, GuestTable
+from cowshed.service.overlays.overlays import OverlayGuest
+from cowshed.transport.handoff_sections import GuestSection
+
+__all__ = ["MappedMoving", "Moving", "OverlayMoving", "owner_of_token"]
+
+
+def owner_of_token(token: str) -> str:
+    """Give the owner of an overlay that whoever knows a token may come back to."""
+    return f"token {hashlib.sha256(token.encode()).hexdigest()[:32]}"
+
+
+class Moving(Protocol):
+    """One guest that is to move. Bitmaps are numbers: bit i is page i."""
+
+    token: str
+
+    @property
+    def name(self) -> str:
+        """Its name, unique in its domain."""
+
+    @property
+    def image(self) -> Image:
+        """Its image."""
+
+    def blockers(self) -> list[str]:
+        """Why it cannot move; nothing if it can."""
+
+    def section(self, image_no: int) -> GuestSection:
+        """What the target is to make of it."""
+
+    def track(self, on: bool) -> None:
+        """From now on take_dirty() knows what is written; or no more."""
+
+    def take_dirty(self) -> int:
+        """The pages made private or written since the last call, or since track()."""
+
+    def freeze(self) -> None:
+        """Once this returns no private byte changes, until thaw()."""
+
+    def thaw(self) -> None:
+        """Let it write again."""
+
+    def private(self) -> int:
+        """The private pages that there are."""
+
+    def load(self, first_page: int, nr_pages: int) -> bytes:
+        """Copy private pages; PeerError if they cannot be read, the guest being gone, say."""
+
+    def counters(self) -> dict[str, int]:
+        """What was counted for it until now."""
+
+
+def _bits(bitmap: bytes) -> int:
+    return int.from_bytes(bitmap, "little")
+
+
+def _quota(purse: Purse) -> int | None:
+    quota_bytes = purse.status().quota_pages * PAGE_BYTES
+    return None if quota_bytes >= NO_QUOTA_BYTES else quota_bytes
+
+
+def _counters(status: AccountStatus) -> dict[str, int]:
+    return {**asdict(status.counters), "private_pages": status.private_pages}
+
+
+class OverlayMoving:
+    """A guest whose private pages the backend keeps."""
+
+    def __init__(self, guest: OverlayGuest) -> None:
+        self.guest: Final = guest
+        self.token = guest.pages_id  # by which a client that reconnects knows its pages
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.guest.name
+
+    @property
+    def image(self) -> Image:
+        """Its image."""
+        return self.guest.image
+
+    def blockers(self) -> list[str]:
+        """None: the bytes are ours."""
+        return []
+
+    def section(self, image_no: int) -> GuestSection:
+        """It stays whose it was, so that its clients find it there as here."""
+        guest = self.guest
+        return GuestSection(
+            name=guest.name,
+            image=image_no,
+            uid=guest.uid,
+            quota_bytes=_quota(guest.purse),
+            policy=guest.purse.status().policy.name.lower(),
+            token=self.token,
+            owner=guest.owner,
+            transport=guest.transport,
+            counters=self.counters(),
+        )
+
+    def track(self, on: bool) -> None:
+        """Begin or end to note what is written."""
+        self.guest.overlay.track(on)
+
+    def take_dirty(self) -> int:
+        """What was written since the last call."""
+        return _bits(self.guest.overlay.take_dirty())
+
+    def freeze(self) -> None:
+        """Hold its clients' writes."""
+        self.guest.overlay.freeze()
+
+    def thaw(self) -> None:
+        """Let them go on."""
+        self.guest.overlay.thaw()
+
+    def private(self) -> int:
+        """Its pages."""
+        return _bits(self.guest.account.private_bitmap())
+
+    def load(self, first_page: int, nr_pages: int) -> bytes:
+        """Copy pages out of the overlay."""
+        return self.guest.overlay.load(first_page, nr_pages)
+
+    def counters(self) -> dict[str, int]:
+        """What was counted."""
+        return _counters(self.guest.account.status())
+
+
+class MappedMoving:
+    """A guest that maps the image. It may leave at any time; it has moved without pages then."""
+
+    def __init__(self, guest: Guest, guests: GuestTable) -> None:
+        self.guest: Final = guest
+        self._guests = guests
+        self._mapping = guest.mappings[0]
+        self.token = guest.terms.token or secrets.token_hex(16)
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.guest.name
+
+    @property
+    def image(self) -> Image:
+        """Its image."""
+        return self.guest.image
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is attached still; with the table's lock it stays so."""
+        return self._mapping in self.guest.mappings
+
+    def blockers(self) -> list[str]:
+        """Several mappings may have different bytes for one page; a dead one has none."""
+        status = self.guest.status()
+        if status is None or not self.is_here:
+            return []
+        if len(self.guest.mappings) > 1:
+            nr = len(self.guest.mappings)
+            return [f"it has {nr} mappings with private pages of their own; end all but one"]
+        if status.broken:
+            return [f"its memory cannot be served ({os.strerror(-status.broken)}); end it"]
+        if status.stopped_since_ns:
+            return ["it is stopped at its quota, in the middle of a write; raise the quota"]
+        if len(self._mapping.fds) < 3:
+            return ["its memory cannot be read: it gave no /proc/PID/mem; end it"]
+        return []
+
+    def section(self, image_no: int) -> GuestSection:
+        """It comes back by its token, wherever from."""
+        return GuestSection(
+            name=self.name,
+            image=image_no,
+            uid=self.guest.uid,
+            quota_bytes=_quota(self.guest.purse),
+            policy=self.guest.purse.status().policy.name.lower(),
+            token=self.token,
+            owner=owner_of_token(self.token),
+            transport=self.guest.transport,
+            counters=self.counters(),
+        )
+
+    def track(self, on: bool) -> None:
+        """Begin or end to note what is written."""
+        with self._guests.lock:
+            if self.is_here:
+                self._mapping.handler.track(on)
+
+    def take_dirty(self) -> int:
+        """What was written since the last call."""
+        with self._guests.lock:
+            return _bits(self._mapping.account.take_dirty()) if self.is_here else 0
+
+    def freeze(self) -> None:
+        """Leave its write faults unanswered."""
+        with self._guests.lock:
+            if self.is_here:
+                self._mapping.handler.freeze()
+
+    def thaw(self) -> None:
+        """Answer them."""
+        with self._guests.lock:
+            if self.is_here:
+                self._mapping.handler.thaw()
+
+    def private(self) -> int:
+        """What is private by its page tables, not what was paid for and never copied."""
+        with self._guests.lock:
+            if not self.is_here:
+                return 0
+            self._mapping.account.settle()
+            return _bits(self._mapping.account.private_bitmap())
+
+    def load(self, first_page: int, nr_pages: int) -> bytes:
+        """Copy pages out of its memory; zeros of one that has left."""
+        offset, end = first_page * PAGE_BYTES, (first_page + nr_pages) * PAGE_BYTES
+        pages = bytearray()
+        with self._guests.lock:
+            if not self.is_here:
+                return bytes(end - offset)
+            for region in self._mapping.account.regions():
+                if region.offset <= offset < region.offset + region.length:
+                    nr = min(end, region.offset + region.length) - offset
+                    pages += self._read(region.address + offset - region.offset, nr)
+                    offset += nr
+        if offset != end:
+            raise PeerError(f"guest {self.name!r} has private pages that it maps no more; end it")
+        return bytes(pages)
+
+    def _read(self, address: int, nr_bytes: int) -> bytes:
+        pages = b""
+        while len(pages) < nr_bytes:
+            try:
+                got = os.pread(self._mapping.fds[2], nr_bytes - len(pages), address + len(pages))
+            except OSError as error:
+                raise PeerError(
+                    f"memory of guest {self.name!r} cannot be read: {error.strerror}; end it"
+                ) from error
+            if not got:
+                raise PeerError(f"guest {self.name!r} has ended, with its memory")
+            pages += got
+        return pages
+
+    def counters(self) -> dict[str, int]:
+        """What was counted."""
+        with self._guests.lock:
+            return _counters(self._mapping.account.status()) if self.is_here else {}

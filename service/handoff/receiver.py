@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the target of a handoff makes of what comes: guests that nobody sees until admitted.
+
+Each guest that comes is staged: an overlay under its name, which nobody can enter. Admitting them
+is a matter of a table; discarding them leaves nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+from cowshed.accounting import QuotaPolicy
+from cowshed.accounting.page_runs import count_pages
+from cowshed.cache import CowshedError, Image, PageStore, SourceError
+from cowshed.service.images.evictor import Evictor
+from cowshed.service.overlays.files import OverlayRecord
+from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.service.runtime.logs import EventLog
+from cowshed.transport.handoff_sections import (
+    PAGE_BYTES,
+    Dropped,
+    GuestSection,
+    ImageSection,
+    Pages,
+    Section,
+    StateReader,
+    WorkingSetSection,
+)
+
+__all__ = ["Blocker", "Receiver", "wait_for_digests"]
+
+_log = EventLog("cowshed.handoff")
+
+_DIGEST_SECONDS: Final = 60.0
+_LOOK_SECONDS: Final = 0.05
+
+Blocker = dict[str, str]
+Load = Callable[[Image, Iterable[int]], Iterator[object]]
+
+
+def wait_for_digests(images: list[Image], look: Callable[[], None]) -> list[Blocker]:
+    """Wait until it is known which images these are; give those of which it is not, as blockers."""
+    deadline = time.monotonic() + _DIGEST_SECONDS
+    while not all(image.digest for image in images) and time.monotonic() < deadline:
+        look()
+        time.sleep(_LOOK_SECONDS)
+    return [
+        {"image": image.label, "reason": "its digest is not known yet; wait until status shows it"}
+        for image in images
+        if not image.digest
+    ]
+
+
+class Receiver:
+    """Stages what a StateReader gave; admit() or discard() once, at the end.
+
+    Invariant: staged has the guests that came, by number, until then.
+    """
+
+    def __init__(
+        self, store: PageStore, evictor: Evictor, overlays: OverlayTable, load: Load
+    ) -> None:
+        """load(image, extents) loads them, giving now and then while it does."""
+        self._store = store
+        self._load = load
+        self._evictor = evictor
+        self._overlays = overlays
+        self._images: list[Image | None] = []
+        self._scales: list[float] = []  # extents of the source's size in one of ours
+        self.staged: list[OverlayGuest] = []
+        self.total_bytes = 0
+
+    def check(self, reader: StateReader, look: Callable[[], None]) -> list[Blocker]:
+        """Stage the guests that are offered; or say, and stage nothing, what keeps them away."""
+        blockers = wait_for_digests(list(self._store), look)
+        self._images = [self._find(section) for section in reader.images]
+        self._scales = [
+            1.0 if image is None else section.extent_bytes / image.extent_bytes
+            for section, image in zip(reader.images, self._images, strict=True)
+        ]
+        used = {guest.image for guest in reader.guests}
+        for no, section in enumerate(reader.images):
+            if self._images[no] is None and no in used:
+                name = f"{section.name}={section.source}"
+                if section.domain != "default":
+                    name += f",domain={section.domain}"
+                blockers.append(
+                    {
+                        "image": f"{section.domain}/{section.name}",
+                        "reason": f"the target serves no image with digest {section.digest[:30]} "
+                        f"in that domain; start it with --image {name}",
+                    }
+                )
+        needed = sum(guest.counters.get("private_pages", 0) for guest in reader.guests)
+        room = _available_bytes()
+        if needed * PAGE_BYTES > room:
+            blockers.append(
+                {
+                    "reason": f"private pages take {needed * PAGE_BYTES} bytes and the target has "
+                    f"{room} of memory left; free some"
+                }
+            )
+        if not blockers:
+            blockers = self._stage(reader.guests)
+        return blockers
+
+    def _stage(self, guests: list[GuestSection]) -> list[Blocker]:
+        blockers: list[Blocker] = []
+        for section in guests:
+            image = self._images[section.image]
+            assert image is not None
+            record = OverlayRecord(
+                image=image.label,
+                guest=section.name,
+                owner=section.owner,
+                counted_as=section.uid,
+                transport=section.transport,
+                uid=section.uid,
+                quota_bytes=section.quota_bytes,
+                policy=QuotaPolicy[section.policy.upper()].name.lower(),
+            )
+            try:
+                self.staged.append(self._overlays.stage(image, record, section.token))
+            except (CowshedError, OSError) as error:
+                blockers.append({"guest": section.name, "reason": f"at the target: {error}"})
+        if blockers:
+            self.discard()
+        return blockers
+
+    def _find(self, section: ImageSection) -> Image | None:
+        """The image that a guest will have: by its digest, of its domain, under its name rather."""
+        same = [
+            image
+            for image in self._store
+            if (image.digest, image.domain, image.size_bytes)
+            == (section.digest, section.domain, section.size_bytes)
+        ]
+        return min(same, key=lambda image: image.name != section.name, default=None)
+
+    def take(self, section: Section) -> None:
+        """Take what came after the offer. Raises SourceError if there is no room for it."""
+        if isinstance(section, Pages):
+            guest, at = self.staged[section.guest], 0
+            content = memoryview(section.content)
+            for first, nr in section.runs:
+                try:
+                    guest.overlay.store(first, content[at : at + nr * PAGE_BYTES])
+                except OSError as error:
+                    raise SourceError(f"no room for private pages: {error.strerror}") from error
+                at += nr * PAGE_BYTES
+            self.total_bytes += at
+        elif isinstance(section, Dropped):
+            for first, nr in section.runs:
+                self.staged[section.guest].overlay.drop(first, nr)
+
+    def warm(self, section: WorkingSetSection) -> Iterator[object]:
+        """Load extents behind what guests here ask for, no more than there is room for."""
+        image = self._images[section.image]
+        if image is None:
+            return
+        room = self._evictor.watermarks.capacity_extents - self._evictor.watermarks.high_free
+        room -= sum(each.resident_bytes // each.extent_bytes for each in self._store)
+        scale = self._scales[section.image]
+        wanted = dict.fromkeys(int(extent * scale) for extent in section.extents)
+        inside = [extent for extent in wanted if extent < image.nr_extents]
+        yield from self._load(image, inside[: max(0, room)])
+
+    def keep(self, handoff: str) -> None:
+        """Have what is staged outlive this process."""
+
+    def finish(self, reader: StateReader) -> None:
+        """All came: SourceError unless each guest has what its totals say."""
+        for no, guest in enumerate(self.staged):
+            private = int.from_bytes(guest.account.private_bitmap(), "little")
+            if count_pages(private) != reader.totals[no].private_pages:
+                raise SourceError(
+                    f"guest {guest.name!r} has {count_pages(private)} private pages here, not "
+                    f"{reader.totals[no].private_pages} as at the source"
+                )
+
+    def admit(self) -> list[str]:
+        """Let the guests' owners enter; their names."""
+        names = [guest.name for guest in self.staged]
+        for guest in self.staged:
+            self._overlays.admit(guest)
+        self.staged.clear()
+        return names
+
+    def discard(self) -> None:
+        """Forget all that came; nothing twice."""
+        for guest in self.staged:
+            self._overlays.unstage(guest)
+        self.staged.clear()
+
+
+def _available_bytes() -> int:
+    with open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 1 << 60

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the source of a handoff writes, in order, to a file or to the target."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from cowshed.accounting.page_runs import count_pages, split_runs
+from cowshed.cache import Image
+from cowshed.service.handoff.link import Link
+from cowshed.service.handoff.moving import Moving
+from cowshed.service.images.working_sets import WorkingSets
+from cowshed.transport.handoff_sections import (
+    MAX_PAGES,
+    PAGE_BYTES,
+    Dropped,
+    Header,
+    ImageSection,
+    Pages,
+    Section,
+    StateWriter,
+    Totals,
+    Word,
+    WorkingSetSection,
+)
+
+__all__ = ["Progress", "Sender"]
+
+# A round that finds no more than this to send again, or not much less than the one before, is
+# the last before the freeze.
+_FEW_PAGES: Final = 64
+_MAX_ROUNDS: Final = 10
+_EXTENTS_AT_ONCE: Final = 1 << 16
+
+
+@dataclass
+class Progress:
+    """How far it is; total_bytes grows with what guests write meanwhile. Rates are the reader's."""
+
+    total_bytes: int = 0
+    done_bytes: int = 0
+    nr_round: int = 0
+    sent_bytes: int = 0
+    started: float = field(default_factory=time.monotonic)
+    frozen_seconds: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """For the command and for status."""
+        seconds = time.monotonic() - self.started
+        rate = self.done_bytes / seconds if seconds > 0 else 0.0
+        left = max(0, self.total_bytes - self.done_bytes)
+        return {
+            "done_bytes": self.done_bytes,
+            "total_bytes": self.total_bytes,
+            "round": self.nr_round,
+            "sent_bytes": self.sent_bytes,
+            "rate_bytes_per_second": round(rate),
+            "seconds_left": round(left / rate, 1) if rate else None,
+        }
+
+
+class Sender:
+    """Writes a handoff's sections. Everything may wait for the link, and raise as it does.
+
+    Invariant: _sent holds, for each guest, the pages that the other end has, right or outdated.
+    """
+
+    def __init__(
+        self, link: Link, moving: Sequence[Moving], images: Sequence[Image], progress: Progress
+    ) -> None:
+        self._link = link
+        self._moving: Final = moving
+        self._images: Final = images
+        self._writer = StateWriter()
+        self.progress: Final = progress
+        self._sent = [0] * len(moving)
+        self._tracked = False
+        self._frozen_at: float | None = None
+
+    def track(self) -> None:
+        """Begin to note what guests write; thaw() ends it."""
+        self._tracked = True
+        for moving in self._moving:
+            moving.track(True)
+
+    def freeze(self) -> None:
+        """Hold every guest's writes."""
+        self._frozen_at = time.monotonic()
+        for moving in self._moving:
+            moving.freeze()
+
+    def thaw(self) -> None:
+        """Let guests go on here, as before track(); nothing if there was none."""
+        if self._tracked:
+            for moving in self._moving:
+                moving.thaw()
+                moving.track(False)
+        self._tracked = False
+        self.end_frozen()
+
+    def end_frozen(self) -> None:
+        """Note how long writes were held: guests go on, here or there."""
+        if self._frozen_at is not None:
+            self.progress.frozen_seconds = time.monotonic() - self._frozen_at
+            self._frozen_at = None
+
+    def say(self, what: str, **fields: Any) -> None:
+        """Say a word to the other end."""
+        self._put(Word({"say": what, **fields}))
+
+    def offer(self, handoff: str) -> None:
+        """Say what there is: images and guests."""
+        self._put(Header(handoff, f"{socket.gethostname()}:{os.getpid()}", int(time.time())))
+        numbers = {}
+        for no, image in enumerate(self._images):
+            numbers[image] = no
+            source = os.fsencode(image.source.path).decode("ascii", "backslashreplace")
+            self._put(
+                ImageSection(
+                    image.name,
+                    image.domain,
+                    image.size_bytes,
+                    image.extent_bytes,
+                    image.digest,
+                    source,
+                )
+            )
+        for moving in self._moving:
+            self._put(moving.section(numbers[moving.image]))
+
+    def send_working_sets(self, working_sets: WorkingSets) -> None:
+        """Say which extents are hot, in order: what is resident of what was touched first."""
+        for no, image in enumerate(self._images):
+            extents = tuple(working_sets.recorded(image))[:_EXTENTS_AT_ONCE]
+            if extents:
+                self._put(WorkingSetSection(no, extents))
+
+    def send_private(self) -> None:
+        """Send every private page there is, all being dirty at first."""
+        self.send_dirty()
+
+    def send_dirty(self) -> int:
+        """Send what was written since the last round; give how many pages that were."""
+        self.progress.nr_round += 1
+        dirty = [moving.take_dirty() for moving in self._moving]
+        nr = sum(map(count_pages, dirty))
+        self.progress.total_bytes += PAGE_BYTES * nr
+        for no, pages in enumerate(dirty):
+            self._send_pages(no, pages & self._moving[no].private())
+        self.progress.done_bytes = self.progress.total_bytes
+        return nr
+
+    def send_until_few(self) -> None:
+        """Rounds, until one finds little to send or does not gain on the writers."""
+        before = None
+        for _ in range(_MAX_ROUNDS):
+            nr = self.send_dirty()
+            if nr <= _FEW_PAGES or (before is not None and nr > before * 3 // 4):
+                return
+            before = nr
+
+    def send_last(self) -> None:
+        """Send what is left of guests that are frozen, and what each has in the end; then END."""
+        for no, moving in enumerate(self._moving):
+            dirty, private = moving.take_dirty(), moving.private()
+            self._send_pages(no, (dirty | ~self._sent[no]) & private)
+            for runs in split_runs(self._sent[no] & ~private, 1 << 40):
+                self._put(Dropped(no, tuple(runs)))
+            self._sent[no] = private
+            self._put(Totals(no, count_pages(private), moving.counters()))
+        self._link.send(self._writer.end())
+        self.progress.sent_bytes = self._writer.nr_bytes
+        self.progress.done_bytes = self.progress.total_bytes
+
+    def _send_pages(self, no: int, pages: int) -> None:
+        moving = self._moving[no]
+        for runs in split_runs(pages, MAX_PAGES):
+            content = b"".join(moving.load(*run) for run in runs)
+            self._put(Pages(no, tuple(runs), content))
+            self.progress.done_bytes += len(content)
+        self._sent[no] |= pages
+
+    def _put(self, section: Section) -> None:
+        self._link.send(self._writer.write(section))
+        self.progress.sent_bytes = self._writer.nr_bytes

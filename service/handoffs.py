@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Handoffs in the daemon: both roles put together, what operators may ask, what restarts find."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from cowshed.accounting.handoff import Phase
+from cowshed.cache import Image, PageStore, UsageError
+from cowshed.service.guests.guests import GuestTable
+from cowshed.service.handoff.dial import dial_target
+from cowshed.service.handoff.door import HandoffDoor
+from cowshed.service.handoff.drain import Drain
+from cowshed.service.handoff.file import export_state, import_state
+from cowshed.service.handoff.link import Link, SocketLink, open_link
+from cowshed.service.handoff.moving import MappedMoving, Moving, OverlayMoving
+from cowshed.service.handoff.record import HandoffRecord
+from cowshed.service.images.access import Access
+from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.working_sets import WorkingSets
+from cowshed.service.metrics.tallies import DrainFigures, Tallies
+from cowshed.service.native.door import GuestDoor
+from cowshed.service.operators.control import Control
+from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.loop import Loop
+from cowshed.transport.messages import take_optional_number, take_text
+
+__all__ = ["HandoffService"]
+
+_log = EventLog("cowshed.handoff")
+
+Body = dict[str, Any]
+Disconnect = Callable[[OverlayGuest], None]
+
+_REPORT_SECONDS: Final = 0.2
+_LEAVE_SECONDS: Final = 0.05
+
+
+class HandoffService:
+    """One drain at a time, and any number of handoffs that come in. Operations come from workers.
+
+    Invariant: _drain is the drain under way, or the last one until guests come back.
+    """
+
+    def __init__(
+        self,
+        store: PageStore,
+        evictor: Evictor,
+        guests: GuestTable,
+        overlays: OverlayTable,
+        access: Access,
+        control: Control,
+        working_sets: WorkingSets,
+        tallies: Tallies,
+        record: HandoffRecord,
+        loop: Loop,
+        guest_door: GuestDoor,
+        disconnect: Disconnect,
+    ) -> None:
+        """disconnect(guest) ends the connections of an overlay's clients; in the loop."""
+        self.record: Final = record
+        self.tallies: Final = tallies
+        self.working_sets: Final = working_sets
+        self._store = store
+        self._guests = guests
+        self._overlays = overlays
+        self._access = access
+        self._loop = loop
+        self._guest_door = guest_door
+        self._disconnect = disconnect
+        self._drain: Drain | None = None
+        self.door: Final = HandoffDoor(
+            store, evictor, overlays, record, control.load, self._on_owner
+        )
+        control.add("drain", self._do_drain, is_quick=False)
+        control.add("drain-abort", self._do_abort, is_quick=False)
+        control.add("drain-state", self._do_state, is_quick=True)
+        control.add("export", self._do_export, is_quick=False)
+        control.add("import", self._do_import, is_quick=False)
+        control.add("handoff", self._do_handoff, is_quick=True)
+
+    def resume(self) -> None:
+        """Go on as was recorded before a restart; before any guest is answered."""
+        if self.record.source is None:
+            # Accounts stay frozen over a restart; nothing was asked for, so nothing is unsure.
+            for moving in self.movings():
+                moving.thaw()
+                moving.track(False)
+            return
+        self._drain = Drain.resume(self)
+        if self._drain.phase is Phase.MOVED:
+            self.tell_moved(self._drain.movings, self._drain.uri)
+        self._drain.start()
+        _log.notice("drain-resumed", phase=str(self._drain.phase), to=self._drain.uri)
+
+    def stop(self) -> None:
+        """End what is under way, the daemon being stopped; a drained one will begin anew."""
+        self.door.stop()
+        drain = self._drain
+        if drain is not None and not drain.over.is_set() and drain.phase is not Phase.COMMIT:
+            try:
+                drain.abort()
+                drain.join(1)
+            except UsageError as error:
+                _log.info("drain-goes-on", str(error))
+        source = self.record.source
+        if source is not None and source["phase"] is Phase.MOVED:
+            self.record.set_source(None)
+
+    # What a drain needs.
+
+    def images(self) -> list[Image]:
+        """What is served."""
+        return list(self._store)
+
+    def movings(self) -> list[Moving]:
+        """Every guest there is."""
+        with self._guests.lock:
+            mapped = [MappedMoving(guest, self._guests) for guest in self._guests]
+        with self._overlays.lock:
+            return [*mapped, *(OverlayMoving(guest) for guest in self._overlays)]
+
+    def close_door(self, uri: str | None) -> None:
+        """Send who comes to uri; None: let them in again."""
+        self._access.moved_to = uri
+
+    def connect(self, uri: str, look: Callable[[], None]) -> Link:
+        """Reach the target."""
+        return dial_target(uri, look)
+
+    def tell_moved(self, movings: list[Moving], uri: str) -> None:
+        """Have guests that map told, and connections ended of those that do not."""
+        self._loop.call(lambda: self._tell(movings, uri))
+
+    def _tell(self, movings: list[Moving], uri: str) -> None:
+        for moving in movings:
+            if isinstance(moving, MappedMoving):
+                self._guest_door.tell(
+                    moving.guest, {"event": "moved", "uri": uri, "token": moving.token}
+                )
+            elif isinstance(moving, OverlayMoving):
+                self._retire(moving.guest, uri)
+
+    def _retire(self, guest: OverlayGuest, uri: str) -> None:
+        """Forget an overlay that is elsewhere, once its clients' connections have ended."""
+        if guest.nr_clients:
+            _log.notice("disconnected", f"it is at {uri} now", overlay=guest.label)
+            self._disconnect(guest)
+        self._retire_later(guest)
+
+    def _retire_later(self, guest: OverlayGuest) -> None:
+        if guest.nr_clients:
+            self._loop.once(_LEAVE_SECONDS, lambda: self._retire_later(guest))
+        else:
+            self._overlays.withdraw(guest)
+
+    def _on_owner(self, names: list[str]) -> None:
+        """Guests came: whoever was drained serves again."""
+        if self._drain is not None and self._drain.phase is Phase.MOVED:
+            self.record.set_source(None)
+            self._drain = None
+            self.close_door(None)
+            self.tallies.drain = DrainFigures()
+            _log.notice("serves-again", guests=len(names))
+
+    # What operators may ask.
+
+    def _do_drain(self, request: Body, fds: list[int]) -> Iterator[Body]:
+        uri = take_text(request, "to", max_length=4096)
+        timeout_ms = take_optional_number(request, "timeout_ms", minimum=1)
+        before = self._drain
+        if before is not None and not before.over.is_set():
+            raise UsageError(
+                f"a drain to {before.uri} is under way; wait for it, or abort it with "
+                "'cowshed drain --abort'"
+            )
+        if before is not None and before.phase is Phase.MOVED:
+            raise UsageError(f"this backend was drained to {before.uri}; nothing is left to drain")
+        drain = Drain(
+            self,
+            uri,
+            link=open_link(fds.pop()) if fds else None,
+            timeout=None if timeout_ms is None else timeout_ms / 1000,
+            dry_run=request.get("dry_run") is True,
+        )
+        self._drain = drain
+        drain.start()
+        while not drain.over.wait(_REPORT_SECONDS):
+            yield {"progress": drain.report()}
+        if drain.dry_run:
+            self._drain = None
+            if drain.blockers or drain.would_move:
+                yield {"drain": drain.report()}
+                return
+        if drain.error is not None:
+            raise drain.error
+        yield {"drain": drain.report()}
+
+    def _do_abort(self, _: Body, __: list[int]) -> Iterator[Body]:
+        drain = self._drain
+        if drain is None or drain.phase is Phase.ABORTED:
+            raise UsageError("no drain is under way: nothing is to be aborted")
+        drain.abort()
+        while not drain.over.wait(_REPORT_SECONDS):
+            yield {"progress": drain.report()}
+        yield {"drain": drain.report()}
+
+    def _do_state(self, _: Body, __: list[int]) -> Iterator[Body]:
+        yield {"drain": self.state()}
+
+    def state(self) -> Body | None:
+        """The drain under way or the last one, for status; None if there was none."""
+        return None if self._drain is None else self._drain.report()
+
+    def _do_export(self, _: Body, fds: list[int]) -> Iterator[Body]:
+        yield from export_state(_only(fds), self.images(), self.movings(), self.working_sets)
+
+    def _do_import(self, _: Body, fds: list[int]) -> Iterator[Body]:
+        for reply in import_state(_only(fds), self.door.receiver()):
+            if "progress" not in reply:
+                self._on_owner(reply["guests"])
+            yield reply
+
+    def _do_handoff(self, _: Body, fds: list[int]) -> Iterator[Body]:
+        link = open_link(_only(fds))
+        if not isinstance(link, SocketLink):
+            link.close()
+            raise UsageError("a handoff comes over a stream socket; send one")
+        self.door.begin(link, f"an operator, daemon {os.getpid()}")
+        yield {}
+
+
+def _only(fds: list[int]) -> int:
+    if len(fds) != 1:
+        raise UsageError(f"{len(fds)} descriptors came where one is needed")
+    return fds.pop()

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The background evictor: keeps room free, as kswapd does, so that loaders seldom wait.
+
+A thread sleeps on the store's pressure descriptor. When room is short it tells the policy what
+became resident, has it choose victims, evicts them, and tells it what went. Commands that evict
+come through here too, so that the policy knows.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Final
+
+from cowshed.accounting import EvictionPolicy, EvictReason, ExtentKey, Watermarks, evict
+from cowshed.cache import CapacityError, ExtentState, Image, PageStore
+from cowshed.cache._core import lib
+from cowshed.service.runtime.logs import EventLog
+
+__all__ = ["Evictor"]
+
+_log = EventLog("cowshed.evictor")
+
+_IDLE_SECONDS: Final = 1.0
+_SCRUB_SECONDS: Final = 1.0
+# With loaders waiting and nothing to give up (all held or pinned for the moment): look again soon.
+_RETRY_SECONDS: Final = 0.005
+
+
+class _StoreHeat:
+    """What the policy asks of the store, extent by extent."""
+
+    def __init__(self, store: PageStore) -> None:
+        self._store = store
+
+    def take_touches(self, key: ExtentKey) -> int:
+        image = self._store.image(key[0])
+        return int(lib.image_take_touches(image.cdata, key[1])) if image else 0
+
+    def refs(self, key: ExtentKey) -> int:
+        image = self._store.image(key[0])
+        return int(lib.image_extent_refs(image.cdata, key[1])) if image else 0
+
+    def evictable(self, key: ExtentKey) -> bool:
+        image = self._store.image(key[0])
+        return bool(image and lib.image_extent_idle(image.cdata, key[1]))
+
+
+class Evictor:
+    """Owns the policy and the thread. start() it after the store, stop() it before."""
+
+    def __init__(self, store: PageStore) -> None:
+        capacity = store.counters().capacity_extents
+        self._store = store
+        self._policy = EvictionPolicy(capacity)
+        self._heat = _StoreHeat(store)
+        self._lock = threading.Lock()
+        self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._thread = threading.Thread(target=self._run, name="evictor", daemon=True)
+        self.watermarks: Final = Watermarks(capacity)
+
+    def start(self) -> None:
+        """Begin to keep room free."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; loaders that wait for room wait on."""
+        os.write(self._stop_writer, b"x")
+        self._thread.join()
+        os.close(self._stop_reader)
+        os.close(self._stop_writer)
+
+    @property
+    def max_pinned_extents(self) -> int:
+        """How many extents may be pinned: always leaves room to load and to evict."""
+        return self.watermarks.capacity_extents - self.watermarks.high_free - 1
+
+    def evict_now(self, image: Image, extents: Iterable[int]) -> list[int]:
+        """Evict named extents of an image as far as they may go, and return those that went."""
+        with self._lock:
+            self._admit()
+            return self._evict_from(image, list(extents), EvictReason.REQUEST)
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self._store.pressure_fd, select.POLLIN)
+        poll.register(self._stop_reader, select.POLLIN)
+        wait = _IDLE_SECONDS
+        next_scrub = time.monotonic() + _SCRUB_SECONDS
+        while True:
+            ready = [fd for fd, _ in poll.poll(wait * 1000)]
+            if self._stop_reader in ready:
+                return
+            if ready:
+                os.read(self._store.pressure_fd, 8)
+            try:
+                with self._lock:
+                    waiting = self._make_room()
+                if time.monotonic() >= next_scrub:
+                    self._scrub()
+                    next_scrub = time.monotonic() + _SCRUB_SECONDS
+            except Exception:
+                _log.crash("evictor-failed", "trying again; a defect of cowshed: please report it")
+                waiting = True
+            wait = _RETRY_SECONDS if waiting else _IDLE_SECONDS
+
+    def _make_room(self) -> bool:
+        """Evict up to the high watermark; whether loaders still wait for room afterwards."""
+        self._admit()
+        counters = self._store.counters()
+        wanted = self.watermarks.nr_to_evict(counters.free_extents)
+        if wanted:
+            try:
+                victims = self._policy.choose_victims(wanted, self._heat)
+            except CapacityError:
+                victims = []  # everything is held or pinned for the moment
+            self._evict_keys(victims)
+            counters = self._store.counters()
+        return counters.nr_waiting_loaders > 0 or counters.free_extents < self.watermarks.low_free
+
+    def _evict_keys(self, keys: Iterable[ExtentKey]) -> None:
+        by_image: defaultdict[int, list[int]] = defaultdict(list)
+        for image_no, extent in keys:
+            by_image[image_no].append(extent)
+        for image_no, extents in by_image.items():
+            image = self._store.image(image_no)
+            if image is None:
+                self._policy.drop_image(image_no)
+                continue
+            self._evict_from(image, extents, EvictReason.PRESSURE)
+
+    def _evict_from(self, image: Image, extents: list[int], reason: EvictReason) -> list[int]:
+        gone = evict(image, extents, reason)
+        keys = [(image.image_no, extent) for extent in gone]
+        # One that became resident a moment ago is not tracked yet.
+        self._policy.forget([key for key in keys if key in self._policy], evicted=True)
+        return gone
+
+    def _admit(self) -> None:
+        """Tell the policy what became resident since the last time."""
+        inserted = self._store.take_inserted()
+        if inserted is None:
+            inserted = [
+                (image.image_no, extent)
+                for image in self._store
+                for extent, state in enumerate(image.states())
+                if state == ExtentState.RESIDENT
+            ]
+        fresh = [key for key in dict.fromkeys(inserted) if key not in self._policy]
+        reloads = Counter(key[0] for key in fresh if self._policy.remembers(key))
+        for image_no, nr_extents in reloads.items():
+            if image := self._store.image(image_no):
+                image.note_reloads(nr_extents)
+        self._policy.admit(fresh)
+
+    def _scrub(self) -> None:
+        """Empty frames that nobody loaded: somebody read a mapping that nothing guards."""
+        for image in self._store:
+            # Loads and evictions under way make a difference too; looking costs little then.
+            if os.fstat(image.frames_fd).st_blocks * 512 > image.resident_bytes:
+                nr = image.scrub()
+                if nr:
+                    _log.warning(
+                        "strays-emptied",
+                        "a guest read a mapping without userfaultfd, which fills it with zeros",
+                        image=image.label,
+                        extents=nr,
+                    )

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images' own sockets, for Firecracker's and Nydus's clients."""

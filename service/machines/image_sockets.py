@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each image's own socket, where machine monitors hand their memory over: RUN_DIR/images/NAME.sock.
+
+A connection that sent a handshake is a guest until it closes or its process ends. Firecracker's
+memory is supplied by copy and says nothing more. A Nydus client's is, too, under its policy Copy;
+under Zerocopy it is told of extents, which stay pinned for as long as it is connected, and of what
+is beyond the allowance for that it gets copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from cowshed.accounting import QuotaPolicy
+from cowshed.accounting import Region as PlacedRegion
+from cowshed.cache import CowshedError, Image, PeerError, UsageError
+from cowshed.faults import Orders, ShareAllowance, SupplyHandler, SupplyRegion, SupplyTerms
+from cowshed.service.guests.door import Door
+from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
+from cowshed.service.guests.userfaultfd import check_supplied_uffd, open_pagemap
+from cowshed.service.machines.handshake_peer import HandshakePeer
+from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.operators.control import Control
+from cowshed.service.reports.guest_states import say_state
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.loop import READ, WRITE, Loop
+from cowshed.service.settings.config import SOCKET_PATH_MAX_BYTES, Config
+from cowshed.service.settings.domains import Identity
+from cowshed.service.settings.names import image_socket_path
+from cowshed.service.survival.listeners import Listeners
+from cowshed.transport.foreign_fds import close_foreign
+from cowshed.transport.handshakes import (
+    HUGE_PAGE_BYTES,
+    Handshake,
+    Policy,
+    Range,
+    Region,
+    StatRequest,
+    range_replies,
+    stat_reply,
+)
+
+__all__ = ["ImageSockets", "shown_ranges", "supply_regions"]
+
+_log = EventLog("cowshed.images")
+
+_HANDSHAKE_SECONDS: Final = 10.0
+_LOOK_SECONDS: Final = 1.0
+_BACKLOG: Final = 128
+# Of the capacity, pinned for guests that map frames themselves.
+_SHARED_PART: Final = 4
+
+
+class ImageSocketsHost(Protocol):
+    """What the sockets need of the daemon."""
+
+    @property
+    def config(self) -> Config:
+        """What the daemon was told."""
+
+    @property
+    def control(self) -> Control:
+        """Which images there are, and for whom."""
+
+    @property
+    def guests(self) -> GuestTable:
+        """Who is attached."""
+
+    def recorded(self, image: Image) -> list[int]:
+        """The extents that earlier guests of an image touched, in order."""
+
+
+@dataclass
+class _Client:
+    """A connection, and its guest once it has sent a handshake."""
+
+    peer: HandshakePeer
+    image: Image
+    deadline: float | None
+    mapping: Mapping | None = None
+    handler: SupplyHandler | None = None
+    regions: tuple[Region, ...] = ()
+    share_fd: int = -1
+
+
+class ImageSockets:
+    """Listens for every image, in the loop; close() ends every connection and guest of theirs."""
+
+    def __init__(
+        self,
+        images: Iterable[Image],
+        door: Door,
+        host: ImageSocketsHost,
+        tallies: Tallies,
+        loop: Loop,
+        max_pinned_extents: int,
+        listeners: Listeners,
+    ) -> None:
+        self._door = door
+        self._host = host
+        self._tallies = tallies
+        self._loop = loop
+        self._max_pinned_extents = max_pinned_extents
+        config = host.config
+        nr_shared = config.capacity_bytes // config.extent_bytes // _SHARED_PART
+        self._allowance: Final = ShareAllowance(min(nr_shared, max(0, max_pinned_extents)))
+        self._clients: dict[int, _Client] = {}
+        self._opener = listeners
+        self._listeners: dict[Path, socket.socket] = {}
+        for image in images:
+            self._listen(image, image_socket_path(config.run_dir, image))
+        loop.every(_LOOK_SECONDS, self._look_after)
+
+    def close(self) -> None:
+        """End all connections, detach their guests, remove the sockets; the loop has stopped."""
+        for client in list(self._clients.values()):
+            self._end(client)
+        for path, listener in self._listeners.items():
+            listener.close()
+            with contextlib.suppress(OSError):
+                path.unlink()
+        self._listeners.clear()
+
+    def _listen(self, image: Image, path: Path) -> None:
+        if len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
+            _log.warning(
+                "no-image-socket",
+                f"socket path {str(path)!r} is over {SOCKET_PATH_MAX_BYTES} bytes: "
+                "choose a shorter --run-dir",
+                image=image.label,
+            )
+            return
+        what = f"image/{image.domain}/{image.name}"
+        listener = self._opener.open(what, lambda: _listening(path), path)
+        self._listeners[path] = listener
+        self._loop.watch(listener.fileno(), READ, lambda *_: self._on_connect(listener, image))
+
+    def _on_connect(self, listener: socket.socket, image: Image) -> None:
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # no descriptors left: it waits in the backlog
+            self._tallies.dropped["limit"] += 1
+            _log.warning("turned-away", str(error.strerror), image=image.label)
+            return
+        peer = HandshakePeer(sock)
+        # Before anything is told: its size too is for those alone who may use the image.
+        if not self._may_use(peer, image):
+            self._turn_away(peer, image, "handshake", "it may not use this image")
+            return
+        if refusal := self._door.enter(peer.uid):
+            self._turn_away(peer, image, "limit", refusal)
+            return
+        client = _Client(peer, image, time.monotonic() + _HANDSHAKE_SECONDS)
+        self._clients[peer.fileno()] = client
+        self._loop.watch(peer.fileno(), READ, self._on_ready)
+
+    def _may_use(self, peer: HandshakePeer, image: Image) -> bool:
+        identity = Identity(peer.uid, peer.gid)
+        try:
+            return self._host.control.find_guest_image(_full_name(image), identity) is image
+        except UsageError:  # it sees no such image
+            return False
+
+    def _turn_away(self, peer: HandshakePeer, image: Image, reason: str, why: str) -> None:
+        self._tallies.dropped[reason] += 1
+        _log.warning("turned-away", why, image=image.label, pid=peer.pid, uid=peer.uid)
+        peer.close()
+
+    def _on_ready(self, fd: int, events: int) -> None:
+        client = self._clients[fd]
+        try:
+            if events & READ:
+                incoming = client.peer.receive()
+                if incoming is None:
+                    self._end(client)
+                    return
+                for no, (request, uffd) in enumerate(incoming):
+                    try:
+                        self._handle(client, request, uffd)
+                    except BaseException:
+                        close_foreign([later.fd for later in incoming[no + 1 :] if later.fd >= 0])
+                        raise
+            self._send(client)
+        except (CowshedError, OSError) as error:
+            self._drop(client, "protocol", str(error))
+
+    def _handle(self, client: _Client, request: object, uffd: int) -> None:
+        if isinstance(request, StatRequest):
+            client.peer.queue(stat_reply(client.image.map_bytes))
+            if client.mapping is None:
+                client.deadline = None  # it may ask as often, and as late, as it likes
+        elif isinstance(request, Handshake):
+            if client.mapping is not None:
+                close_foreign([uffd])
+                _log.warning("ignored", "a second handshake", guest=client.mapping.name)
+                return
+            try:
+                self._attach(client, request, uffd)
+            except BaseException:
+                close_foreign([uffd])
+                raise
+        else:
+            _log.warning("ignored", f"{request} is not for servers", pid=client.peer.pid)
+
+    def _attach(self, client: _Client, request: Handshake, uffd: int) -> None:
+        """Make the connection's guest; the descriptor is the guest's on success only."""
+        host, peer, image = self._host, client.peer, client.image
+        check_supplied_uffd(uffd)
+        regions = supply_regions(request, image.map_bytes)
+        is_share = request.protocol == "nydus" and request.policy is Policy.ZEROCOPY
+        config = host.config
+        is_machine = request.protocol == "firecracker"
+        terms = Terms(
+            name=f"{'fc' if is_machine else 'nydus'}-{peer.pid}",
+            image=image,
+            quota_bytes=config.default_quota_bytes,
+            policy=QuotaPolicy[config.default_on_quota.upper()],
+            orders=Orders(),
+        )
+        supply = SupplyTerms(
+            regions=regions,
+            zero_discarded=is_machine,
+            order=() if is_share else host.recorded(image),
+            allowance=self._allowance if is_share else None,
+            max_pinned_extents=max(0, self._max_pinned_extents),
+            share_resident=request.prefault,
+        )
+        fds = [uffd]
+        pagemap = open_pagemap(peer.pid, peer.pidfd)
+        if pagemap is not None:
+            fds.append(pagemap)
+        who = Peer(peer.pid, peer.uid, -1 if peer.pidfd is None else peer.pidfd)
+        guest = self._reserve(terms, who)
+        shown = [
+            PlacedRegion(one.address, one.offset, min(one.length, image.map_bytes - one.offset))
+            for one in regions
+        ]
+        try:
+            mapping = host.guests.attach(
+                guest,
+                terms.orders,
+                who,
+                shown,
+                fds,
+                # What is there already is the guest's own, too.
+                inherited=pagemap is not None,
+                transport=request.protocol,
+                supply=supply,
+            )
+        except BaseException:
+            if pagemap is not None:
+                os.close(pagemap)
+            host.guests.release(guest)
+            raise
+        client.mapping, client.regions, client.deadline = mapping, request.regions, None
+        assert isinstance(mapping.handler, SupplyHandler)
+        client.handler = mapping.handler
+        _log.info(
+            "attached",
+            guest=guest.name,
+            image=image.label,
+            transport=request.protocol,
+            pid=peer.pid,
+            uid=peer.uid,
+        )
+        if pagemap is None:
+            _log.notice(
+                "unseen-memory",
+                f"/proc/{peer.pid}/pagemap cannot be read, so audits say nothing of this guest: "
+                "run the daemon as root, or as its user",
+                guest=guest.name,
+            )
+        if is_share:
+            client.share_fd = client.handler.share_fd
+            self._loop.watch(client.share_fd, READ, lambda *_: self._on_shared(client))
+        if peer.pidfd is not None:
+            self._loop.watch(peer.pidfd, READ, lambda *_: self._end(client))
+
+    def _reserve(self, terms: Terms, peer: Peer) -> Guest:
+        """Take the name, or one made from it: a process may have several connections."""
+        name = terms.name
+        for no in itertools.count(2):
+            try:
+                return self._host.guests.reserve(terms, peer)
+            except UsageError:
+                terms = dataclasses.replace(terms, name=f"{name}-{no}")
+        raise AssertionError("there is always another number")
+
+    def _on_shared(self, client: _Client) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(client.share_fd, 8)
+        try:
+            self._send(client)
+        except PeerError as error:
+            self._drop(client, "protocol", str(error))
+
+    def _send(self, client: _Client) -> None:
+        """Send what waits, and tell of extents while the peer reads: the rest stays marked."""
+        done = client.peer.flush()
+        while done and client.handler is not None and client.share_fd >= 0:
+            runs = client.handler.take_shared()
+            if not runs:
+                break
+            frames = client.image.guest_fd
+            for text, nr_fds in range_replies(shown_ranges(runs, client.regions)):
+                client.peer.queue(text, [frames] * nr_fds)
+            done = client.peer.flush()
+        self._loop.change(client.peer.fileno(), READ if done else READ | WRITE)
+
+    def _drop(self, client: _Client, reason: str, why: str) -> None:
+        self._tallies.dropped[reason] += 1
+        mapping, peer = client.mapping, client.peer
+        _log.warning(
+            "dropped",
+            why,
+            guest=mapping and mapping.name,
+            image=client.image.label,
+            pid=peer.pid,
+            uid=peer.uid,
+        )
+        self._end(client)
+
+    def _end(self, client: _Client) -> None:
+        peer, mapping = client.peer, client.mapping
+        if self._clients.pop(peer.fileno(), None) is None:
+            return
+        self._loop.forget(peer.fileno())
+        if mapping is not None:
+            if client.share_fd >= 0:
+                self._loop.forget(client.share_fd)
+            if peer.pidfd is not None:
+                self._loop.forget(peer.pidfd)
+            self._host.guests.detach(mapping)
+            self._host.guests.release(mapping.guest)
+            _log.info(
+                "detached", guest=mapping.name, image=client.image.label, pid=peer.pid, uid=peer.uid
+            )
+        self._door.leave(peer.uid)
+        peer.close()
+
+    def _look_after(self) -> None:
+        now = time.monotonic()
+        for client in list(self._clients.values()):
+            if client.deadline is not None and now > client.deadline:
+                self._drop(client, "handshake", "it sent no handshake in time")
+        self.say_states()
+
+    def say_states(self) -> None:
+        """Log, once each, guests that stopped or went on; drop those that broke."""
+        for client in list(self._clients.values()):
+            if client.mapping is not None and (why := say_state(client.mapping)):
+                self._drop(client, "broken", why)
+
+
+def supply_regions(request: Handshake, map_bytes: int) -> tuple[SupplyRegion, ...]:
+    """Give the regions as the core takes them; PeerError for one that does not fit the image.
+
+    It may reach past the end by less than a huge page, as memory of huge pages has to.
+    """
+    for region in request.regions:
+        end = region.offset_bytes + region.length_bytes
+        if region.offset_bytes >= map_bytes or end - map_bytes >= HUGE_PAGE_BYTES:
+            raise PeerError(
+                f"a region of {region.length_bytes} bytes of the image at {region.offset_bytes} is "
+                f"past its end: it has {map_bytes} bytes; is it the right image's socket?"
+            )
+    return tuple(
+        SupplyRegion(one.address, one.offset_bytes, one.length_bytes, one.page_bytes)
+        for one in request.regions
+    )
+
+
+def shown_ranges(runs: Iterable[tuple[int, int]], regions: Iterable[Region]) -> list[Range]:
+    """Cut runs of the image (offset and length) down to what a client's regions show."""
+    regions = list(regions)
+    ranges = []
+    for offset, length in runs:
+        for region in regions:
+            start = max(offset, region.offset_bytes)
+            end = min(offset + length, region.offset_bytes + region.length_bytes)
+            if start < end:
+                ranges.append(Range(start, end - start))
+    return ranges
+
+
+def _full_name(image: Image) -> str:
+    return f"{image.domain}/{image.name}"
+
+
+def _listening(path: Path) -> socket.socket:
+    """Listen at a path for anybody; the run-dir's lock says that nobody alive does already."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
+                raise UsageError(f"cannot listen at {path}: it is there and is no socket; move it")
+            path.unlink()
+        os.fchmod(sock.fileno(), 0o600)
+        sock.bind(str(path))
+        path.chmod(0o666)
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise UsageError(f"cannot listen at {path}: {error.strerror}") from error
+    except UsageError:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exporter: reads the core's counters when a scrape asks, and keeps none of its own.
+
+A scrape takes no lock that a fault, an attach or the daemon's loop could wait for: one call to the
+core adds up an image's accounts, one its extents. It settles nothing either; the Settler does that
+after each scrape, so figures of private pages are at most one scrape behind.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from cowshed.accounting import AccountSums, Latency, LatencyKind, read_accounts, sum_accounts
+from cowshed.cache import Image, PageStore
+from cowshed.cache._core import lib
+from cowshed.cache.images import PAGE_BYTES
+from cowshed.service.guests.guests import Guest, GuestTable
+from cowshed.service.images.evictor import Evictor
+from cowshed.service.metrics.catalog import (
+    CATALOG,
+    DRAIN_STATES,
+    NBD_COMMANDS,
+    REFS,
+    STATES,
+    TRANSPORTS,
+)
+from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.overlays.overlays import OverlayGuest
+from cowshed.service.web.http_messages import Answer, Request
+from cowshed.transport.nbd_core import NbdCounters
+
+__all__ = ["Exporter", "MetricsSources"]
+
+# Values by the values of a family's labels, in the order of the catalog.
+_Values = dict[tuple[str, ...], float]
+# The core's histogram has four buckets to each power of two, of nanoseconds: every fourth is shown.
+_BOUNDS_NS: Final = [1 << exponent for exponent in range(10, 34)]
+_BUCKETS: Final = [
+    [int(lib.bucket_bound_ns(no)) for no in range(lib.LATENCY_BUCKETS)].index(bound_ns)
+    for bound_ns in _BOUNDS_NS
+]
+
+
+@dataclass(frozen=True)
+class MetricsSources:
+    """Where the figures come from. max_guests: how many guests may have series of their own."""
+
+    store: PageStore
+    evictor: Evictor
+    guests: GuestTable
+    tallies: Tallies
+    max_guests: int = 0
+    overlays: Iterable[OverlayGuest] = ()
+    nbd: Callable[[], Iterable[tuple[Image, NbdCounters]]] = tuple
+
+
+class Exporter(Collector):
+    """Makes the text of a scrape. Any number of threads may ask at once.
+
+    on_scrape is called after each, in the thread that asked.
+    """
+
+    def __init__(
+        self, sources: MetricsSources, on_scrape: Callable[[], None] = lambda: None
+    ) -> None:
+        self._sources = sources
+        self._on_scrape = on_scrape
+        self._started_at = time.time()
+        self._version = importlib.metadata.version("cowshed")
+        self._registry = CollectorRegistry(auto_describe=False)
+        ProcessCollector(registry=self._registry)
+        GCCollector(registry=self._registry)
+        self._registry.register(self)
+
+    def serve(self, request: Request) -> Answer:
+        """Answer a request for the metrics in the format it prefers."""
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        text = encode(self._registry)
+        self._on_scrape()
+        return 200, content_type, text
+
+    def describe(self) -> Iterable[Metric]:
+        """Name nothing beforehand: reading costs more than a clash of names would."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Read everything once and give the families of the catalog, in its order."""
+        values: dict[str, _Values] = {name: {} for name in CATALOG}
+        images = list(self._sources.store)
+        sums = {image: sum_accounts(image) for image in images}
+        self._read_backend(values)
+        for image in images:
+            _read_image(values, image)
+            _read_sums(values, image, sums[image])
+        self._read_nbd(values, images)
+        self._read_guests(values, images)
+        latencies = {
+            kind: [of_image.latencies[kind] for of_image in sums.values()] for kind in LatencyKind
+        }
+        for metric in CATALOG.values():
+            if metric.kind == "histogram":
+                yield _histogram(metric.name, metric.meaning, latencies)
+            elif values[metric.name] or not metric.of_guest:
+                yield _family(metric.name, values[metric.name])
+
+    def _read_backend(self, values: dict[str, _Values]) -> None:
+        store, tallies = self._sources.store, self._sources.tallies
+        counters = store.counters()
+        drain = tallies.drain
+        values["cowshed_build_info"][(self._version,)] = 1
+        for name, value in (
+            ("start_timestamp_seconds", self._started_at),
+            ("capacity_bytes", store.capacity_bytes),
+            ("reserved_bytes", counters.reserved_extents * store.extent_bytes),
+            (
+                "pinnable_bytes",
+                max(0, self._sources.evictor.max_pinned_extents) * store.extent_bytes,
+            ),
+            ("waiting_loaders", counters.nr_waiting_loaders),
+            ("queued_loads", counters.queued_loads),
+            ("audit_timestamp_seconds", tallies.audited_at),
+            ("drain_progress_ratio", drain.progress_ratio),
+            ("drain_blockers", drain.nr_blockers),
+        ):
+            values[f"cowshed_{name}"][()] = value
+        for by, counts in (
+            ("connections_dropped_total", tallies.dropped),
+            ("audit_mismatches", tallies.mismatches),
+            ("drain_state", {state: int(state == drain.state) for state in DRAIN_STATES}),
+        ):
+            values[f"cowshed_{by}"].update({(what,): nr for what, nr in counts.items()})
+
+    def _read_nbd(self, values: dict[str, _Values], images: list[Image]) -> None:
+        counters = {image: NbdCounters() for image in images}
+        for image, of_some in self._sources.nbd():
+            counters[image] += of_some
+        for image, of_all in counters.items():
+            labels = _labels(image)
+            for name, value in (
+                ("connections_total", of_all.connections),
+                ("errors_total", of_all.errors),
+                ("hits_total", of_all.hits),
+                ("misses_total", of_all.misses),
+                ("waiting_requests", of_all.parked),
+            ):
+                values[f"cowshed_nbd_{name}"][labels] = value
+            by_command = (
+                of_all.reads,
+                of_all.writes,
+                of_all.trims,
+                of_all.zeroes,
+                of_all.flushes,
+                of_all.caches,
+                of_all.block_statuses,
+            )
+            for command, value in zip(NBD_COMMANDS, by_command, strict=True):
+                values["cowshed_nbd_requests_total"][*labels, command] = value
+            for direction, value in (("read", of_all.read_bytes), ("write", of_all.write_bytes)):
+                values["cowshed_nbd_bytes_total"][*labels, direction] = value
+        for guest in self._sources.overlays:
+            values["cowshed_guests"][*_labels(guest.image), guest.transport, guest.state] += 1
+
+    def _read_guests(self, values: dict[str, _Values], images: list[Image]) -> None:
+        """The first guests, in the order in which they attached, as many as may have series."""
+        most = self._sources.max_guests
+        attached = list(self._sources.guests) if most else []
+        values["cowshed_guest_metrics_left_out"][()] = max(0, len(attached) - most)
+        if not attached:
+            return
+        statuses = {no: status for image in images for no, status in read_accounts(image).items()}
+        for guest in attached[:most]:
+            status = guest.pick(statuses)
+            if status is None:
+                continue  # it left since
+            counters = status.counters
+            for name, value in (
+                ("requests_total", counters.hits + counters.misses),
+                ("hits_total", counters.hits),
+                ("private_bytes", status.private_pages * PAGE_BYTES),
+                ("quota_bytes", _quota_bytes(guest)),
+                ("granted_bytes", guest.granted_bytes(status)),
+                ("cow_pages_total", counters.charged_pages),
+                ("quota_stops_total", counters.quota_stops),
+                ("stopped", int(status.stopped_since_ns != 0)),
+            ):
+                labels = (_text(guest.name), *_labels(guest.image))
+                values[f"cowshed_guest_{name}"][labels] = value
+
+
+def _read_image(values: dict[str, _Values], image: Image) -> None:
+    labels = _labels(image)
+    source = _text(os.fsencode(image.source.path).decode(errors="replace"))
+    figures, counters = image.figures(), image.counters()
+    values["cowshed_image_info"][*labels, source, image.digest] = 1
+    for metric, value in (
+        ("image_size_bytes", image.size_bytes),
+        ("resident_bytes", figures.resident_bytes),
+        ("granted_bytes", figures.granted_bytes),
+        ("saved_bytes", figures.saved_bytes),
+        ("pinned_bytes", figures.pinned_bytes),
+        ("working_set_bytes", figures.touched_bytes),
+        ("working_set_resident_bytes", figures.touched_resident_bytes),
+        ("source_changed", int(image.source_change is not None)),
+        ("load_retries_total", counters.load_retries),
+        ("strays_total", counters.strays),
+        ("reloads_total", counters.reloads),
+        ("guest_attaches_total", counters.attaches),
+    ):
+        values[f"cowshed_{metric}"][labels] = value
+    for metric, what, value in (
+        ("loads_total", "demand", counters.demand_loads),
+        ("loads_total", "prefetch", counters.prefetch_loads),
+        ("load_bytes_total", "file", counters.load_bytes),
+        ("load_errors_total", "file", counters.load_errors),
+        ("evictions_total", "pressure", counters.evictions_pressure),
+        ("evictions_total", "request", counters.evictions_request),
+        *(("extents", refs, nr) for refs, nr in zip(REFS, figures.resident_by_refs, strict=True)),
+    ):
+        values[f"cowshed_{metric}"][*labels, what] = value
+
+
+def _read_sums(values: dict[str, _Values], image: Image, sums: AccountSums) -> None:
+    labels = _labels(image)
+    counters = sums.counters
+    for metric, value in (
+        ("private_bytes", sums.private_pages * PAGE_BYTES),
+        ("requests_total", counters.hits + counters.misses),
+        ("hits_total", counters.hits),
+        ("cow_pages_total", sums.cow_pages),
+        ("discarded_pages_total", counters.discarded_pages),
+        ("poisoned_pages_total", counters.poisoned_pages),
+        ("repaired_pages_total", counters.repaired_pages),
+        ("mapped_pages_total", counters.mapped_pages),
+        ("quota_stops_total", counters.quota_stops),
+        ("quota_stopped_seconds_total", counters.stopped_ns / 1e9),
+        ("retries_total", counters.retries),
+    ):
+        values[f"cowshed_{metric}"][labels] = value
+    guests = values["cowshed_guests"]
+    guests.update({(*labels, *how): 0 for how in itertools.product(TRANSPORTS, STATES)})
+    guests[*labels, "unix", "running"] = sums.nr_running
+    guests[*labels, "unix", "stopped-quota"] = sums.nr_stopped
+    guests[*labels, "unix", "detached"] = sums.nr_broken
+    faults = values["cowshed_faults_total"]
+    for kind, outcome, nr in (
+        ("missing", "hit", counters.missing_hit),
+        ("missing", "loaded", counters.missing_loaded),
+        ("missing", "failed", counters.missing_failed),
+        ("minor", "hit", counters.minor_hit),
+        ("minor", "loaded", counters.minor_loaded),
+        ("minor", "failed", counters.minor_failed),
+        ("write", "copied", counters.write_copied),
+        ("write", "refused", counters.write_refused),
+    ):
+        faults[*labels, kind, outcome] = nr
+
+
+def _family(name: str, values: _Values) -> Metric:
+    metric = CATALOG[name]
+    if metric.kind == "info":
+        info = InfoMetricFamily(name.removesuffix("_info"), metric.meaning, labels=())
+        for labels in values:
+            info.add_metric((), dict(zip(metric.labels, labels, strict=True)))
+        return info
+    kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+    family = kind(name, metric.meaning, labels=metric.labels)
+    for labels, value in values.items():
+        family.add_metric(labels, value)
+    return family
+
+
+def _histogram(
+    name: str, meaning: str, latencies: Mapping[LatencyKind, Iterable[Latency]]
+) -> Metric:
+    family = HistogramMetricFamily(name, meaning, labels=("kind",))
+    for kind, several in latencies.items():
+        total = sum(several, Latency([0] * lib.LATENCY_BUCKETS, 0))
+        buckets = [
+            (repr(bound_ns / 1e9), float(sum(total.counts[: no + 1])))
+            for bound_ns, no in zip(_BOUNDS_NS, _BUCKETS, strict=True)
+        ]
+        family.add_metric(
+            (kind.name.lower(),), [*buckets, ("+Inf", float(total.count))], total.sum_ns / 1e9
+        )
+    return family
+
+
+def _quota_bytes(guest: Guest) -> float:
+    return float("inf") if guest.quota_bytes is None else guest.quota_bytes
+
+
+def _labels(image: Image) -> tuple[str, str]:
+    return image.domain, _text(image.name)
+
+
+def _text(value: str) -> str:
+    """A label's value: what is no UTF-8 (of a path, of an argument) is escaped."""
+    return value.encode("utf-8", "backslashreplace").decode()

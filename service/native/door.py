@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where guests and operators come in: RUN_DIR/cowshed.sock, and a session for each connection."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+from cowshed.cache import PeerError
+from cowshed.service.guests.door import Door
+from cowshed.service.guests.guests import Guest
+from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.native.sessions import Session, SessionHost
+from cowshed.service.reports.guest_states import say_state
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.loop import READ, WRITE, Loop
+from cowshed.transport import EOF, AnyListener
+from cowshed.transport.messages import error_reply
+
+__all__ = ["GuestDoor"]
+
+_log = EventLog("cowshed")
+
+_NO_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+_LOOK_SECONDS: Final = 1.0
+
+
+class GuestDoor:
+    """Accepts connections, runs their sessions, and ends those that broke, died or stay silent.
+
+    Everything happens in the loop. The listener is borrowed.
+    """
+
+    def __init__(
+        self, listener: AnyListener, door: Door, host: SessionHost, tallies: Tallies, loop: Loop
+    ) -> None:
+        self._listener = listener
+        self._door = door
+        self._host = host
+        self._tallies = tallies
+        self._loop = loop
+        self._sessions: dict[int, Session] = {}
+        loop.watch(listener.fileno(), READ, self._on_connect)
+        loop.after_calls(self._send_all)
+        loop.every(_LOOK_SECONDS, self._look_after)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._sessions.values()))
+
+    def close(self) -> None:
+        """End every session; the loop has stopped."""
+        for session in self._sessions.values():
+            session.end()
+        self._sessions.clear()
+
+    def tell(self, guest: Guest, event: dict[str, Any]) -> None:
+        """Send a guest something it did not ask for, on each of its connections."""
+        for fd, session in list(self._sessions.items()):
+            if session.mapping is not None and session.mapping.guest is guest:
+                try:
+                    session.connection.queue(event, tag=0)
+                    self._send(fd, session)
+                except PeerError:
+                    self._end(fd)
+
+    def say_states(self) -> None:
+        """Log, once each, guests that stopped, went on or broke; drop those that broke."""
+        for fd, session in list(self._sessions.items()):
+            mapping = session.mapping
+            if mapping is None:
+                continue
+            if why := say_state(mapping):
+                self._say_dropped(session, "broken", why)
+                self._end(fd)
+
+    def adopt(self, session: Session) -> None:
+        """Go on with a conversation that our predecessor had."""
+        self._door.enter(session.connection.peer.uid)
+        fd = session.connection.fileno()
+        self._sessions[fd] = session
+        self._loop.watch(fd, READ, self._on_session)
+        self._watch_death(session)
+        try:
+            self._send(fd, session)
+        except PeerError:
+            self._end(fd)
+
+    def _on_connect(self, *_: int) -> None:
+        connection = self._listener.accept()
+        if connection is None:
+            return
+        if refusal := self._door.enter(connection.peer.uid):
+            peer = connection.peer
+            self._tallies.dropped["limit"] += 1
+            _log.warning("turned-away", refusal, pid=peer.pid, uid=peer.uid)
+            connection.close()
+            return
+        session = Session(connection, self._host)
+        fd = connection.fileno()
+        self._sessions[fd] = session
+        self._loop.watch(fd, READ, self._on_session)
+
+    def _on_session(self, fd: int, events: int) -> None:
+        session = self._sessions[fd]
+        tag = 0
+        try:
+            if events & READ and not session.closing:
+                messages = session.connection.recv_ready()
+                if messages is EOF:
+                    self._end(fd)
+                    return
+                for no, message in enumerate(messages):
+                    tag = message.tag
+                    try:
+                        session.handle(message)
+                    except BaseException:
+                        for rest in messages[no + 1 :]:
+                            rest.close_fds()
+                        raise
+            self._watch_death(session)
+            self._send(fd, session)
+        except (PeerError, OSError) as error:
+            # OSError: no descriptors left, say. Whoever asked for them pays, not the daemon.
+            of_ours = isinstance(error, OSError) and error.errno in _NO_RESOURCES
+            self._say_dropped(session, "limit" if of_ours else "protocol", str(error))
+            self._say_goodbye(session, error, tag)
+            self._end(fd)
+
+    def _watch_death(self, session: Session) -> None:
+        """Notice a guest's death even if another process holds its end of the connection open."""
+        pidfd = session.connection.peer.pidfd if session.mapping else None
+        if pidfd is None or session.watched_fd >= 0:
+            return
+        session.watched_fd = pidfd
+        self._loop.watch(pidfd, READ, lambda *_: self._end(session.connection.fileno()))
+
+    def _send_all(self) -> None:
+        for fd, session in list(self._sessions.items()):
+            if session.connection.wants_write:
+                try:
+                    self._send(fd, session)
+                except PeerError:
+                    self._end(fd)
+
+    def _send(self, fd: int, session: Session) -> None:
+        done = session.connection.flush()
+        if done and session.closing:
+            self._end(fd)
+            return
+        if done:
+            session.note_sent()
+        self._loop.change(fd, READ if done else READ | WRITE)
+
+    def _say_goodbye(self, session: Session, error: Exception, tag: int) -> None:
+        with contextlib.suppress(PeerError):
+            session.connection.queue(error_reply("peer", str(error)), tag=tag)
+            session.connection.flush()
+
+    def _end(self, fd: int) -> None:
+        session = self._sessions.pop(fd)
+        self._loop.forget(fd)
+        if session.watched_fd >= 0:
+            self._loop.forget(session.watched_fd)
+        self._door.leave(session.connection.peer.uid)
+        session.end()
+
+    def _look_after(self) -> None:
+        self.say_states()
+        now = time.monotonic()
+        for fd, session in list(self._sessions.items()):
+            if session.deadline is not None and now > session.deadline:
+                self._say_dropped(session, "handshake", "it did not finish its handshake in time")
+                self._end(fd)
+
+    def _say_dropped(self, session: Session, reason: str, why: str) -> None:
+        self._tallies.dropped[reason] += 1
+        mapping, peer = session.mapping, session.connection.peer
+        _log.warning(
+            "dropped",
+            why,
+            guest=mapping and mapping.name,
+            image=mapping and mapping.image.label,
+            pid=peer.pid,
+            uid=peer.uid,
+        )

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NBD's way in: RUN_DIR/nbd.sock and perhaps HOST:PORT, from accepting a client until it has ended.
+
+    accept --Door--> NbdSession (handshake, in the loop) --chosen--> the C core's threads --> ended
+
+A client that breaks a rule, falls silent in its handshake or finds no place costs itself its
+connection and nobody else anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from cowshed.cache import Image, PageStore
+from cowshed.cache.errors import CowshedError
+from cowshed.service.guests.door import Door
+from cowshed.service.images.access import Access
+from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.nbd.exports import HeldExport, NbdDirectory
+from cowshed.service.nbd.peers import NbdPeer, accept, listen_path, listen_tcp, peer_of
+from cowshed.service.nbd.session import NbdSession
+from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.loop import READ, Loop
+from cowshed.service.settings.config import Config
+from cowshed.service.settings.tls_config import make_context
+from cowshed.service.survival.listeners import Listeners
+from cowshed.transport.nbd_core import Ended, NbdCounters, NbdEnd, NbdExport, NbdServer
+from cowshed.transport.nbd_negotiation import MAX_PAYLOAD_BYTES, Chosen
+from cowshed.transport.relay import Relay
+
+__all__ = ["NBD_SOCKET_NAME", "NbdService"]
+
+_log = EventLog("cowshed.nbd")
+
+NBD_SOCKET_NAME: Final = "nbd.sock"
+_MAX_THREADS: Final = 8
+_LOOK_SECONDS: Final = 1.0
+# A plain connection is one socket; with TLS, two ends of a pair come with it.
+_FDS_PLAIN: Final = 1
+_FDS_TLS: Final = 3
+_REASONS: Final = {NbdEnd.PROTOCOL: "protocol", NbdEnd.MEMORY: "limit"}
+
+
+@dataclass
+class _Client:
+    """A connection that the core's threads serve."""
+
+    peer: NbdPeer
+    export: HeldExport
+    nr_files: int
+    relay: Relay | None
+
+
+class NbdService:
+    """Listens from the time it is made (UsageError if it cannot) until close(); all in the loop.
+
+    Invariant: each connection is in _sessions or in _clients, and in the Door once.
+    """
+
+    def __init__(
+        self,
+        core: NbdServer,
+        config: Config,
+        store: PageStore,
+        access: Access,
+        overlays: OverlayTable,
+        door: Door,
+        tallies: Tallies,
+        loop: Loop,
+        listeners: Listeners,
+    ) -> None:
+        self.tls: ssl.SSLContext | None = None if config.tls is None else make_context(config.tls)
+        self._nr_files: Final = _FDS_PLAIN if self.tls is None else _FDS_TLS
+        self._store = store
+        self._access = access
+        self._overlays = overlays
+        self._door = door
+        self._tallies = tallies
+        self._loop = loop
+        self._sessions: set[NbdSession] = set()
+        self._clients: dict[int, _Client] = {}
+        self._others: dict[int, Callable[[Ended], None]] = {}
+        self._images: dict[Image, NbdExport] = {}
+        self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self._path: Final = config.run_dir / NBD_SOCKET_NAME
+        self._listeners = [listeners.open("nbd", lambda: listen_path(self._path), self._path)]
+        if (endpoint := config.nbd) is not None:
+            made = listeners.open(f"nbd/{endpoint}", lambda: listen_tcp(endpoint))
+            self._listeners.append(made)
+            self._say_tcp()
+        self._core: Final = core
+        for listener in self._listeners:
+            loop.watch(listener.fileno(), READ, self._acceptor(listener))
+        loop.watch(self._core.event_fd, READ, self._on_ended)
+        loop.every(_LOOK_SECONDS, self._look_after)
+
+    def _say_tcp(self) -> None:
+        host, port = self._listeners[-1].getsockname()[:2]
+        _log.notice("nbd", url=f"{'nbd' if self.tls is None else 'nbds'}://{host}:{port}")
+        if self.tls is None and not host.startswith(("127.", "::1")):
+            _log.warning(
+                "nbd-open",
+                "NBD without TLS lets anybody who reaches it read every image of the default "
+                "domain: give [tls], or an address of this host alone",
+                address=f"{host}:{port}",
+            )
+
+    def counters(self) -> Iterator[tuple[Image, NbdCounters]]:
+        """What clients did, of each image: its own export and those of its overlays."""
+        for image, export in list(self._images.items()):
+            yield image, export.counters()
+        yield from self._overlays.counters()
+
+    def close(self) -> None:
+        """End every connection and give everything back; the loop has stopped."""
+        for listener in self._listeners:
+            listener.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+        for session in list(self._sessions):
+            session.close()
+        self._core.drain()
+        for ended in self._core.take_ended():
+            self._end(ended)
+        for export in self._images.values():
+            export.close()
+        os.close(self._reserve)
+
+    # Coming in.
+
+    def _acceptor(self, listener: socket.socket) -> Callable[[int, int], None]:
+        def on_ready(*_: int) -> None:
+            try:
+                sock = accept(listener)
+            except OSError as error:
+                self._turn_away(listener, error)
+                return
+            if sock is not None:
+                self._admit(sock)
+
+        return on_ready
+
+    def _turn_away(self, listener: socket.socket, error: OSError) -> None:
+        """At the limit of descriptors, use one kept in reserve: a peer that waits wakes us ever."""
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            return
+        os.close(self._reserve)
+        with contextlib.suppress(OSError):
+            listener.accept()[0].close()
+        self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+    def _admit(self, sock: socket.socket) -> None:
+        try:
+            peer = peer_of(sock)
+        except OSError:
+            sock.close()
+            return
+        if refusal := self._door.enter(peer.counted_as, self._nr_files):
+            self._tallies.dropped["limit"] += 1
+            _log.warning("turned-away", refusal, **_who(peer))
+            sock.close()
+            return
+        session = NbdSession(sock, peer, self, self._loop)
+        self._sessions.add(session)
+        session.begin()
+
+    # What sessions need.
+
+    def directory(self, peer: NbdPeer) -> NbdDirectory:
+        """The exports that a client may see."""
+        return NbdDirectory(self._store, self._access, self._overlays, peer)
+
+    def named(self, peer: NbdPeer, names: list[str]) -> NbdPeer:
+        """The client, by the names in its certificate; UsageError if they contradict."""
+        return peer.named(self._access.domains.client_name(names))
+
+    def chosen(self, session: NbdSession, chosen: Chosen) -> None:
+        """Give the connection to the core's threads."""
+        export = chosen.export
+        assert isinstance(export, HeldExport)
+        assert export.image is not None
+        try:
+            connection_no = self._core.attach(
+                self._export(export),
+                session.sock.fileno(),
+                structured=chosen.terms.structured,
+                extended=chosen.terms.extended,
+                read_only=chosen.terms.read_only,
+                context_ids=chosen.terms.context_ids,
+                max_payload_bytes=MAX_PAYLOAD_BYTES,
+            )
+        except CowshedError as error:
+            self._let_go(export)
+            self.over(session, "limit", str(error))
+            return
+        session.sock.detach()
+        self._sessions.discard(session)
+        self._clients[connection_no] = _Client(session.peer, export, self._nr_files, session.relay)
+        _log.info("nbd-attached", export=export.name, **_who(session.peer))
+
+    def over(self, session: NbdSession, reason: str, why: str) -> None:
+        """The session ended before data flowed."""
+        if reason:
+            self._tallies.dropped[reason] += 1
+            _log.warning("dropped", why, **_who(session.peer))
+        self._sessions.discard(session)
+        session.close()
+        self._door.leave(session.peer.counted_as, self._nr_files)
+
+    def _export(self, held: HeldExport) -> NbdExport:
+        if held.overlay is not None:
+            return held.overlay.export
+        assert held.image is not None
+        if held.image not in self._images:
+            self._images[held.image] = NbdExport(self._core, held.image)
+        return self._images[held.image]
+
+    def _let_go(self, export: HeldExport) -> None:
+        if export.overlay is not None:
+            self._overlays.leave(export.overlay)
+
+    # Connections that came in elsewhere and speak the same from here on.
+
+    def serve(
+        self, export: NbdExport, sock: socket.socket, on_ended: Callable[[Ended], None]
+    ) -> int:
+        """Have the core's threads serve a connection, whose number is given; sock is theirs then.
+
+        on_ended is called once, in the loop or by close(). CapacityError leaves sock the caller's.
+        """
+        number = self._core.attach(export, sock.fileno(), structured=True)
+        sock.detach()
+        self._others[number] = on_ended
+        return number
+
+    def disconnect(self, guest: OverlayGuest) -> None:
+        """Begin the end of all of an overlay's clients that came in here."""
+        for number, client in list(self._clients.items()):
+            if client.export.overlay is guest:
+                self._core.detach(number)
+
+    def detach(self, connection_no: int) -> None:
+        """Begin the end of a connection."""
+        self._core.detach(connection_no)
+
+    # Going.
+
+    def look_ended(self) -> None:
+        """Let go of what has ended by now."""
+        self._on_ended()
+
+    def _on_ended(self, *_: int) -> None:
+        for ended in self._core.take_ended():
+            self._end(ended)
+
+    def _end(self, ended: Ended) -> None:
+        if (on_ended := self._others.pop(ended.connection_no, None)) is not None:
+            on_ended(ended)
+            return
+        client = self._clients.pop(ended.connection_no)
+        peer = client.peer
+        self._door.leave(peer.counted_as, client.nr_files)
+        self._let_go(client.export)
+        if reason := _REASONS.get(ended.reason):
+            why = {
+                "protocol": "it broke the NBD protocol",
+                "limit": "there was no memory for its requests",
+            }[reason]
+            self._tallies.dropped[reason] += 1
+            _log.warning("dropped", why, export=client.export.name, **_who(peer))
+        else:
+            how = os.strerror(ended.err) if ended.err else ended.reason.name.lower()
+            _log.info("nbd-detached", export=client.export.name, end=how, **_who(peer))
+
+    def _look_after(self) -> None:
+        now = time.monotonic()
+        for session in list(self._sessions):
+            if now > session.deadline:
+                self.over(session, "handshake", "it did not finish its handshake in time")
+
+
+def _who(peer: NbdPeer) -> dict[str, object]:
+    identity = peer.identity
+    who: dict[str, object] = {}
+    if identity.client_name:
+        who["client"] = identity.client_name
+    if identity.uid is not None:
+        return {**who, "pid": peer.pid, "uid": identity.uid}
+    return {**who, "address": peer.address.removeprefix("address ")}

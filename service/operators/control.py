@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What operators may ask of a running daemon, each a function from the request to its replies.
+
+Requests come from outside: fields are read through transport.messages, which refuses what does not
+fit. Everything here runs in worker threads, never in the loop that answers guests.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+from cowshed.accounting import audit
+from cowshed.cache import CapacityError, ExtentState, Image, PageStore, UsageError
+from cowshed.service.guests.guests import GuestTable
+from cowshed.service.images.access import Access
+from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.working_sets import WorkingSets
+from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.service.reports.status import StatusReader
+from cowshed.service.runtime import test_points
+from cowshed.service.runtime.sizes import format_bytes
+from cowshed.service.settings.config import check_quota
+from cowshed.service.settings.domains import Identity
+from cowshed.service.settings.names import find_for_operator
+from cowshed.transport.messages import take_optional_number, take_text
+
+__all__ = ["Control"]
+
+Body = dict[str, Any]
+
+_WAIT_MS: Final = 200
+_BATCH_EXTENTS: Final = 64
+# How often, and how long, to ask for a load again that the store did not take on.
+_AGAIN_SECONDS: Final = 0.002
+_PATIENCE_SECONDS: Final = 10.0
+# A reply has a limit.
+_MOST_MISMATCHES: Final = 10_000
+
+
+class Control:
+    """The operations, by name. perform() may be called from any thread."""
+
+    def __init__(
+        self,
+        store: PageStore,
+        evictor: Evictor,
+        guests: GuestTable,
+        overlays: OverlayTable,
+        status: StatusReader,
+        working_sets: WorkingSets,
+        tallies: Tallies,
+        access: Access,
+    ) -> None:
+        self._store = store
+        self._access = access
+        self._evictor = evictor
+        self._guests = guests
+        self._overlays = overlays
+        self._status = status
+        self._working_sets = working_sets
+        self._tallies = tallies
+        self._quick = {"status", "quota"}
+        self._with_fds: dict[str, Callable[[Body, list[int]], Iterable[Body]]] = {}
+        self._ops: dict[str, Callable[[Body], Iterable[Body]]] = {
+            "status": self._do_status,
+            "audit": self._do_audit,
+            "pin": self._do_pin,
+            "unpin": self._do_unpin,
+            "warm": self._do_warm,
+            "evict": self._do_evict,
+            "quota": self._do_quota,
+            "discard": self._do_discard,
+        }
+        if test_points.ENABLED:
+            self._ops["point"] = test_points.arm
+
+    def knows(self, op: str) -> bool:
+        """Whether op is one of the operations here."""
+        return op in self._ops or op in self._with_fds
+
+    def is_quick(self, op: str) -> bool:
+        """Whether op takes milliseconds, not as long as a disk takes."""
+        return op in self._quick
+
+    def add(
+        self, op: str, perform: Callable[[Body, list[int]], Iterable[Body]], *, is_quick: bool
+    ) -> None:
+        """Add an operation that takes descriptors: what it leaves in the list is closed."""
+        self._with_fds[op] = perform
+        if is_quick:
+            self._quick.add(op)
+
+    def perform(self, op: str, request: Body, fds: list[int] | None = None) -> Iterator[Body]:
+        """Give the replies to a request as they come; raises CowshedError for a refusal.
+
+        fds came with it, and are closed in the end, but those that the operation took out.
+        """
+        fds = fds or []
+        try:
+            known = self._ops.get(op)
+            for reply in known(request) if known else self._with_fds[op](request, fds):
+                yield {"ok": True, **reply}
+        finally:
+            while fds:
+                os.close(fds.pop())
+
+    def find_image(self, name: str) -> Image:
+        """Give the image that an operator means by a name; UsageError naming the choices."""
+        return find_for_operator(self._store, name)
+
+    def find_guest_image(self, name: str, identity: Identity) -> Image:
+        """Give the image that a guest means; UsageError naming those it may use."""
+        return self._access.find(self._store, name, identity)
+
+    def status(self) -> dict[str, Any]:
+        """The object of `cowshed status --json`, a new one; from any thread."""
+        return self._status.read()
+
+    def _do_status(self, _: Body) -> Iterator[Body]:
+        yield {"status": self._status.read()}
+
+    def _do_audit(self, _: Body) -> Iterator[Body]:
+        report = audit(lambda: list(self._store), self._guests.accounts, self._overlays.of_image)
+        self._tallies.note_audit(mismatch.check for mismatch in report.mismatches)
+        yield {
+            "mismatches": [mismatch.as_json() for mismatch in report.mismatches[:_MOST_MISMATCHES]],
+            "left_out": max(0, len(report.mismatches) - _MOST_MISMATCHES),
+            "checked": report.checked,
+        }
+
+    def _do_pin(self, request: Body) -> Iterator[Body]:
+        image, extents = self._range(request)
+        most = max(0, self._evictor.max_pinned_extents)
+        try:
+            image.pin(extents.start, len(extents), most)
+        except CapacityError as error:
+            raise CapacityError(
+                f"cannot pin {format_bytes(len(extents) * image.extent_bytes)} of {image.label!r}: "
+                f"at most {format_bytes(most * image.extent_bytes)} of the capacity can be pinned; "
+                "unpin something, or raise the capacity"
+            ) from error
+        for _ in self.load(image, extents):
+            pass
+        yield {"pinned_bytes": _pinned_bytes(image)}
+
+    def _do_unpin(self, request: Body) -> Iterator[Body]:
+        image, extents = self._range(request)
+        try:
+            image.unpin(extents.start, len(extents))
+        except UsageError as error:
+            raise UsageError(
+                f"not all of the {format_bytes(len(extents) * image.extent_bytes)} of "
+                f"{image.label!r} are pinned; name a range that was pinned (see status)"
+            ) from error
+        yield {"pinned_bytes": _pinned_bytes(image)}
+
+    def _do_warm(self, request: Body) -> Iterator[Body]:
+        image, extents = self._range(request)
+        whole = request.get("offset") is None and request.get("length") is None
+        wanted = list(extents)
+        if whole:
+            first = self._working_sets.recorded(image)
+            wanted = list(dict.fromkeys([*first, *wanted]))
+        room = self._evictor.watermarks.capacity_extents - self._evictor.watermarks.high_free
+        states = image.states()
+        loads_before = image.counters().loads
+        already = sum(states[extent] == ExtentState.RESIDENT for extent in wanted[:room])
+        done = 0
+        for done in self.load(image, wanted[:room]):
+            yield {
+                "progress": {
+                    "done_bytes": done * image.extent_bytes,
+                    "total_bytes": len(wanted[:room]) * image.extent_bytes,
+                }
+            }
+        loaded = min(image.counters().loads - loads_before, len(wanted[:room]) - already)
+        yield {
+            "loaded_bytes": loaded * image.extent_bytes,
+            "already_bytes": already * image.extent_bytes,
+            "left_out_bytes": max(0, len(wanted) - room) * image.extent_bytes,
+        }
+
+    def load(self, image: Image, wanted: Iterable[int]) -> Iterator[int]:
+        """Load extents, in order, a run at a time; gives how many of them have been seen to.
+
+        What the store did not take on at once is asked for again; what cannot be read is passed
+        over, and so is what finds no room for long. One loaded and evicted again has had its turn.
+        """
+        done = 0
+        for run in _runs(wanted):
+            for at in range(run.start, run.stop, _BATCH_EXTENTS):
+                nr = min(_BATCH_EXTENTS, run.stop - at)
+                for _ in self._load_batch(image, at, nr):
+                    yield done
+                done += nr
+                yield done
+
+    def _load_batch(self, image: Image, first_extent: int, nr_extents: int) -> Iterator[None]:
+        """See each of a few extents resident once; gives now and then while it waits."""
+        left = set(range(first_extent, first_extent + nr_extents))
+        errors = image.counters().load_errors
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while time.monotonic() < deadline and image.counters().load_errors == errors:
+            first = min(left)
+            nr = max(left) + 1 - first
+            image.prefetch(first, nr)
+            while not image.wait_loaded(first, nr, _WAIT_MS):
+                yield
+            states = image.states(first, nr)
+            seen = {extent for extent in left if states[extent - first] == ExtentState.RESIDENT}
+            left -= seen
+            if not left:
+                return
+            if seen:
+                deadline = time.monotonic() + _PATIENCE_SECONDS
+            else:  # others' readahead uses up what the store takes on: no event tells the end of it
+                time.sleep(_AGAIN_SECONDS)
+            yield
+
+    def _do_evict(self, request: Body) -> Iterator[Body]:
+        image, extents = self._range(request)
+        resident = [
+            extent
+            for extent, state in enumerate(image.states())
+            if state == ExtentState.RESIDENT and extent in extents
+        ]
+        gone = self._evictor.evict_now(image, resident)
+        pins = image.pins()
+        kept = set(resident) - set(gone)
+        yield {
+            "evicted_bytes": sum(image.extent_bytes_of(extent) for extent in gone),
+            "kept_bytes": sum(image.extent_bytes_of(extent) for extent in kept),
+            "kept_why": "pinned" if any(pins[extent] for extent in kept) else "busy",
+        }
+
+    def _do_quota(self, request: Body) -> Iterator[Body]:
+        name = take_text(request, "guest")
+        quota_bytes = take_optional_number(request, "quota_bytes")
+        if quota_bytes is not None:
+            check_quota(quota_bytes)
+        everybody = [*self._guests, *self._overlays]
+        guest = find_for_operator(everybody, name, "guest")
+        if isinstance(guest, OverlayGuest):
+            self._overlays.set_quota(guest, quota_bytes)
+            yield {"quota_bytes": quota_bytes}
+            return
+        with self._guests.lock:
+            guest = self._guests.find(name)  # it may have left
+            guest.set_quota(quota_bytes)
+        yield {"quota_bytes": quota_bytes}
+
+    def _do_discard(self, request: Body) -> Iterator[Body]:
+        overlay = take_text(request, "overlay", max_length=300)
+        yield {"private_bytes": self._overlays.discard(overlay)}
+
+    def _range(self, request: Body) -> tuple[Image, range]:
+        """The image and the extents that a request's byte range touches."""
+        image = self.find_image(take_text(request, "image"))
+        offset = take_optional_number(request, "offset") or 0
+        length = take_optional_number(request, "length")
+        if length is None:
+            length = max(0, image.size_bytes - offset)
+        if length == 0 or offset + length > image.map_bytes:
+            raise UsageError(
+                f"{length} bytes at {offset} are not a part of {image.label!r}, "
+                f"which has {image.size_bytes} bytes; give a range inside"
+            )
+        first = offset // image.extent_bytes
+        return image, range(first, (offset + length - 1) // image.extent_bytes + 1)
+
+
+def _pinned_bytes(image: Image) -> int:
+    pins = image.pins()
+    return (len(pins) - pins.count(0)) * image.extent_bytes
+
+
+def _runs(extents: Iterable[int]) -> Iterator[range]:
+    """Neighbours in order as ranges."""
+    run = range(0)
+    for extent in extents:
+        if run and extent == run.stop:
+            run = range(run.start, extent + 1)
+        else:
+            if run:
+                yield run
+            run = range(extent, extent + 1)
+    if run:
+        yield run

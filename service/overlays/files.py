@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Overlays on disk: which there are in --overlay-dir, whose, and of which image.
+
+Each has three files: STEM.json says what it is, STEM.pages holds its private pages, each at its
+offset in the image, and STEM.map which of them count. The first is replaced as a whole, the others
+are the C core's. A source that changed makes an overlay of it unusable: its pages belong between
+others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+from cowshed.accounting import Account, Overlay
+from cowshed.cache import Image
+from cowshed.cache.errors import SourceError, UsageError
+from cowshed.service.runtime.logs import EventLog
+
+__all__ = ["OverlayFiles", "OverlayRecord", "overlay_record"]
+
+_log = EventLog("cowshed.overlays")
+
+_VERSION: Final = 1
+_STEM_MAX: Final = 200  # of 255, less what is appended
+_SUFFIXES: Final = (".json", ".pages", ".map")
+
+
+@dataclass(frozen=True)
+class OverlayRecord:
+    """What is to be known of an overlay before it is opened; image is a label, DOMAIN/NAME."""
+
+    image: str
+    guest: str
+    owner: str
+    counted_as: int | str
+    transport: str
+    uid: int
+    quota_bytes: int | None
+    policy: str
+
+    @property
+    def label(self) -> str:
+        """IMAGE@GUEST."""
+        return f"{self.image}@{self.guest}"
+
+    @property
+    def stem(self) -> str:
+        """The names of its files, less what they end in."""
+        return _stem(self.image, self.guest)
+
+
+class OverlayFiles:
+    """The folder, and a lock on it: two daemons would write to the same files. close() it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UsageError, one line, for a folder that cannot be used."""
+        self._folder = folder
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise UsageError(
+                f"cannot use overlay-dir {str(folder)!r}: {error.strerror}; name another"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise UsageError(
+                f"overlay-dir {str(folder)!r} is in use by another daemon: give each its own"
+            ) from error
+
+    def close(self) -> None:
+        """Let another daemon have it."""
+        os.close(self._lock)
+
+    def records(self) -> Iterator[OverlayRecord]:
+        """What is there, by name; what cannot be read is logged and left as it is."""
+        for path in sorted(self._folder.glob("*.json")):
+            try:
+                yield _parse(json.loads(path.read_text()))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                _log.error("overlay-unreadable", f"{path.name}: {error}; move it away")
+
+    def write(self, record: OverlayRecord, image: Image) -> None:
+        """Keep a record, durably, in the place of an older one. Raises SourceError."""
+        table = {"version": _VERSION, **asdict(record), **_source_of(image)}
+        path = self._path(record.stem, ".json")
+        temporary = path.with_suffix(".new")
+        try:
+            with open(temporary, "w", opener=_opener) as file:
+                json.dump(table, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            self._sync()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise SourceError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+    def check(self, record: OverlayRecord, image: Image) -> None:
+        """Raise UsageError if the image is not the one that the overlay was made of."""
+        written = json.loads(self._path(record.stem, ".json").read_text())
+        if any(written.get(key) != value for key, value in _source_of(image).items()):
+            raise UsageError(
+                f"the source of {image.label!r} changed since overlay {record.label!r} was made of "
+                f"it: serve the one it was made of, or remove {self._folder}/{record.stem}.*"
+            )
+
+    def check_free(self, record: OverlayRecord) -> None:
+        """Raise UsageError if files of that name are there: unusable ones, or they were open."""
+        for suffix in _SUFFIXES:
+            if self._path(record.stem, suffix).exists():
+                raise UsageError(
+                    f"files of an earlier overlay {record.label!r} are there, and not usable "
+                    "when the daemon began: see its log, and move "
+                    f"{self._folder}/{record.stem}.* away"
+                )
+
+    def open(self, record: OverlayRecord, account: Account, *, is_left: bool = False) -> Overlay:
+        """Open an overlay's files, made if they are not there. Raises SourceError, UsageError.
+
+        is_left: the account was adopted; what it says is private is so.
+        """
+        told = json.dumps({"image": record.image, **_source_of(account.image)}, sort_keys=True)
+        identity = hashlib.sha256(told.encode()).digest()
+        return Overlay.files(account, self._folder, record.stem, identity, is_left=is_left)
+
+    def remove(self, image: str, guest: str) -> None:
+        """Remove an overlay's files, the record last, so that none is ever without one."""
+        for suffix in reversed(_SUFFIXES):
+            with contextlib.suppress(FileNotFoundError):
+                self._path(_stem(image, guest), suffix).unlink()
+        self._sync()
+
+    def _path(self, stem: str, suffix: str) -> Path:
+        return self._folder / f"{stem}{suffix}"
+
+    def _sync(self) -> None:
+        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def _stem(image: str, guest: str) -> str:
+    """Names as they are where a file's may be so; long ones cut, and told apart by a digest."""
+    stem = quote(f"{image}@{guest}", safe="@ ")
+    if len(stem) > _STEM_MAX:
+        stem = f"{stem[: _STEM_MAX - 20]}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
+    return stem
+
+
+def _source_of(image: Image) -> dict[str, int]:
+    """What tells one version of a source from another, without reading it."""
+    status = os.fstat(image.source.fd)
+    return {"source_bytes": image.size_bytes, "source_mtime_ns": status.st_mtime_ns}
+
+
+def _parse(table: Any) -> OverlayRecord:
+    if table["version"] != _VERSION:
+        raise ValueError(f"version {table['version']!r} is not known here")
+    return overlay_record(table)
+
+
+def overlay_record(table: Any) -> OverlayRecord:
+    """Read a record back from its fields; ValueError, KeyError or TypeError if it is none."""
+    record = OverlayRecord(**{key: table[key] for key in OverlayRecord.__dataclass_fields__})
+    if record.quota_bytes is not None and type(record.quota_bytes) is not int:
+        raise ValueError("quota_bytes is no number")
+    if record.policy not in ("stop", "kill", "allow"):
+        raise ValueError(f"policy {record.policy!r} is not known")
+    if not all(isinstance(text, str) for text in (record.image, record.guest, record.owner)):
+        raise ValueError("image, guest and owner must be text")
+    return record

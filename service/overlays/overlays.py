@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests without mappings: the backend keeps their private pages for them, in overlays.
+
+An overlay is made when a client first enters IMAGE@GUEST. It is kept while nobody is connected, in
+memory or in files of --overlay-dir, until it is discarded. Only who made it may come back to it,
+and operators. Its guest's name is taken among all guests of the domain, mapped ones too.
+
+The table is changed by the loop and by operators' threads, under its lock; lock order: the
+table's, then the guests'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from cowshed.accounting import (
+    NO_QUOTA_BYTES,
+    Account,
+    AccountStatus,
+    Overlay,
+    Purse,
+    QuotaPolicy,
+)
+from cowshed.cache import Image
+from cowshed.cache.errors import CowshedError, UsageError
+from cowshed.cache.images import PAGE_BYTES
+from cowshed.faults import Orders
+from cowshed.service.guests.door import Door
+from cowshed.service.guests.guests import GuestTable, Terms
+from cowshed.service.overlays.bequests import LeftOverlay, OverlayBequests
+from cowshed.service.overlays.files import OverlayFiles, OverlayRecord
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.survival.fd_store import FdStore
+from cowshed.service.survival.remains import Remains
+from cowshed.transport.nbd_core import NbdCounters, NbdExport, NbdServer
+
+__all__ = ["Claim", "NotYoursError", "OverlayGuest", "OverlayTable"]
+
+_log = EventLog("cowshed.overlays")
+
+# Its account, its purse, its pages, their map or its record, and one to spare.
+_FDS_PER_OVERLAY: Final = 5
+
+
+class NotYoursError(UsageError):
+    """Somebody else made that overlay."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Who wants an overlay. owners is what it is known by, the strongest first; never empty."""
+
+    owners: tuple[str, ...]
+    counted_as: int | str
+    is_operator: bool
+    transport: str
+    uid: int = -1
+    pid: int = 0
+
+
+@dataclass(eq=False)
+class OverlayGuest:
+    """A guest whose private pages the backend keeps. Invariant: nr_clients are connected now.
+
+    pages_id names these private pages: pages in files have another name once a daemon has begun
+    anew with them, for then what was not flushed may be lost, and only the guest knows what it is.
+    """
+
+    terms: Terms
+    owner: str
+    counted_as: int | str
+    transport: str
+    uid: int
+    pid: int
+    purse: Purse
+    account: Account
+    overlay: Overlay
+    export: NbdExport
+    quota_bytes: int | None
+    # Other private pages, under the same guest's name, are named otherwise.
+    pages_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    group: str = ""
+    nr_clients: int = 0
+    account_no: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.account_no = self.account.status().account_no
+
+    @property
+    def name(self) -> str:
+        """The guest's name, unique in its domain."""
+        return self.terms.name
+
+    @property
+    def domain(self) -> str:
+        """The sharing domain it is in: its image's."""
+        return self.terms.image.domain
+
+    @property
+    def image(self) -> Image:
+        """The image it is a copy of."""
+        return self.terms.image
+
+    @property
+    def label(self) -> str:
+        """What operators call it: IMAGE@GUEST, or DOMAIN/IMAGE@GUEST."""
+        return f"{self.image.label}@{self.name}"
+
+    @property
+    def state(self) -> str:
+        """Whether anybody is connected."""
+        return "running" if self.nr_clients else "away"
+
+    def granted_bytes(self, _: AccountStatus) -> int:
+        """None: it maps nothing."""
+        return 0
+
+
+class OverlayTable:
+    """All overlays, by domain and guest name.
+
+    Invariant: each has its name reserved in the guests' table, and a place in the Door.
+    """
+
+    def __init__(
+        self,
+        core: NbdServer,
+        guests: GuestTable,
+        door: Door,
+        defaults: tuple[int | None, QuotaPolicy],
+        files: OverlayFiles | None = None,
+        bequests: OverlayBequests | None = None,
+    ) -> None:
+        """defaults are the quota and the policy of those who name none."""
+        self.lock: Final = threading.RLock()
+        self._core = core
+        self._guests = guests
+        self._door = door
+        self._defaults = defaults
+        self._files = files
+        self._bequests = bequests or OverlayBequests(FdStore(None))
+        self._overlays: dict[tuple[str, str], OverlayGuest] = {}
+        # What clients of discarded overlays did; counters never fall.
+        self._closed: dict[Image, NbdCounters] = {}
+
+    def __iter__(self) -> Iterator[OverlayGuest]:
+        return iter(list(self._overlays.values()))
+
+    def adopt(self, images: list[Image], remains: Remains | None = None) -> None:
+        """Go on with what our predecessor left, and with what is in --overlay-dir.
+
+        Of the images that are served now.
+        """
+        by_label = {image.label: image for image in images}
+        lefts = self._bequests.lefts(remains or Remains({}))
+        self._adopt_files(by_label, lefts)
+        for left in lefts.values():
+            image = by_label.get(left.record.image)
+            try:
+                if image is None or self._files is not None or not left.has_pages:
+                    raise UsageError("nothing served now is made of it")
+                self._open(image, left.record, None, left)
+            except (CowshedError, OSError) as error:
+                _log.error("overlay-lost", str(error), overlay=left.record.label)
+                self._bequests.let_go(left)
+            else:
+                _log.info("overlay-adopted", overlay=left.record.label)
+
+    def _adopt_files(self, by_label: dict[str, Image], lefts: dict[str, LeftOverlay]) -> None:
+        if self._files is None:
+            return
+        for record in self._files.records():
+            image = by_label.get(record.image)
+            if image is None:
+                _log.notice(
+                    "overlay-left",
+                    "its image is not served",
+                    overlay=record.label,
+                    file=record.stem,
+                )
+                continue
+            try:
+                self._files.check(record, image)
+                self._open(image, record, None, lefts.get(record.label))
+                lefts.pop(record.label, None)
+            except (CowshedError, OSError) as error:
+                _log.error("overlay-unusable", str(error), overlay=record.label, file=record.stem)
+            else:
+                _log.info("overlay-adopted", overlay=record.label)
+
+    # Clients.
+
+    def names(self, image: Image, claim: Claim) -> list[str]:
+        """The guests whose overlays of an image a client may come back to."""
+        return [guest.name for guest in self if guest.image is image and _is_of(guest.owner, claim)]
+
+    def check(self, image: Image, name: str, claim: Claim) -> None:
+        """Refuse what enter() would refuse, as far as can be known beforehand."""
+        with self.lock:
+            guest = self._overlays.get((image.domain, name))
+            if guest is not None:
+                _check_may_enter(guest, image, claim)
+            else:
+                self._guests.check_free(Terms(name, image, None, QuotaPolicy.STOP, Orders()))
+
+    def enter(
+        self,
+        image: Image,
+        name: str,
+        claim: Claim,
+        *,
+        quota_bytes: int | None = None,
+        policy: QuotaPolicy | None = None,
+    ) -> OverlayGuest:
+        """Give the guest's overlay to one more client, made if there is none; leave() undoes it.
+
+        The quota and policy named count when it is made. Raises NotYoursError, UsageError for a
+        name that is taken, CapacityError or SourceError if it cannot be made.
+        """
+        with self.lock:
+            guest = self._overlays.get((image.domain, name))
+            if guest is None:
+                quota_default, policy_default = self._defaults
+                record = OverlayRecord(
+                    image=image.label,
+                    guest=name,
+                    owner=claim.owners[0],
+                    counted_as=claim.counted_as,
+                    transport=claim.transport,
+                    uid=claim.uid,
+                    quota_bytes=quota_default if quota_bytes is None else quota_bytes,
+                    policy=(policy_default if policy is None else policy).name.lower(),
+                )
+                guest = self._open(image, record, claim)
+                _log.info("overlay-made", overlay=guest.label, owner=guest.owner)
+            else:
+                _check_may_enter(guest, image, claim)
+            guest.nr_clients += 1
+            guest.transport, guest.pid = claim.transport, claim.pid
+            return guest
+
+    def leave(self, guest: OverlayGuest) -> None:
+        """One client of it has gone."""
+        with self.lock:
+            guest.nr_clients -= 1
+            if not guest.nr_clients:
+                guest.pid = 0
+
+    # Operators.
+
+    def find(self, label: str) -> OverlayGuest:
+        """The overlay that IMAGE@GUEST means; UsageError, with those there are, if none does."""
+        for guest in self:
+            if label in (guest.label, f"{guest.domain}/{guest.image.name}@{guest.name}"):
+                return guest
+        there = ", ".join(sorted(guest.label for guest in self)[:20])
+        raise UsageError(f"no overlay {label!r}; there is {there or 'none'}")
+
+    def discard(self, label: str, *, guest_asked: bool = False) -> int:
+        """Forget an overlay that nobody is connected to, its files too; how many bytes it had.
+
+        guest_asked: it left and wanted nothing kept, as happens all the time.
+        """
+        with self.lock:
+            guest = self.find(label)
+            if guest.nr_clients:
+                clients = "1 client" if guest.nr_clients == 1 else f"{guest.nr_clients} clients"
+                raise UsageError(f"overlay {guest.label!r} has {clients}: disconnect first")
+            del self._overlays[guest.terms.key]
+        # Its name stays reserved until it is closed; nobody waits for the disk meanwhile.
+        nr_bytes = guest.account.status().private_pages * PAGE_BYTES
+        guest.overlay.discard()
+        if self._files is not None:
+            self._files.remove(guest.image.label, guest.name)
+        self._close(guest)
+        if guest_asked:
+            _log.info("overlay-discarded", overlay=guest.label, private=nr_bytes)
+        else:
+            _log.notice("overlay-discarded", overlay=guest.label, private=nr_bytes)
+        return nr_bytes
+
+    def set_quota(self, guest: OverlayGuest, quota_bytes: int | None) -> None:
+        """Change a quota; writes that failed at the old one may be tried again."""
+        with self.lock:
+            policy = guest.purse.status().policy
+            guest.purse.set_quota(NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, policy)
+            guest.quota_bytes = quota_bytes
+            if self._files is not None:
+                self._files.write(self._record(guest), guest.image)
+
+    # Handoffs.
+
+    def stage(self, image: Image, record: OverlayRecord, pages_id: str) -> OverlayGuest:
+        """Make an empty overlay that nobody can enter, its name taken: admit() or unstage() it.
+
+        pages_id is what its pages were called where they come from. Raises as enter() does.
+        """
+        with self.lock:
+            guest = self._make(image, record, keep_record=False)
+        guest.pages_id = pages_id
+        guest.overlay.discard()  # files of one that was never admitted
+        return guest
+
+    def admit(self, guest: OverlayGuest) -> None:
+        """From now on the owner of a staged overlay may enter it. Raises SourceError."""
+        with self.lock:
+            if self._files is not None:
+                self._files.write(self._record(guest), guest.image)
+            self._hold(guest)
+            self._overlays[guest.terms.key] = guest
+        _log.info("overlay-admitted", overlay=guest.label, owner=guest.owner)
+
+    def claim(self, key: tuple[str, str], image: Image, owner: str) -> OverlayGuest | None:
+        """Hold the overlay of a name for its owner, if nobody else does; leave() undoes it."""
+        with self.lock:
+            guest = self._overlays.get(key)
+            if guest is None or guest.image is not image or guest.nr_clients:
+                return None
+            if guest.owner != owner:
+                return None
+            guest.nr_clients += 1
+            return guest
+
+    def unstage(self, guest: OverlayGuest) -> None:
+        """Forget a staged overlay."""
+        guest.overlay.discard()
+        if self._files is not None:
+            self._files.remove(guest.image.label, guest.name)
+        self._close(guest)
+
+    def withdraw(self, guest: OverlayGuest) -> None:
+        """Forget an overlay whose pages are elsewhere now; nobody is connected to it any more."""
+        with self.lock:
+            if self._overlays.pop(guest.terms.key, None) is None:
+                return
+        if self._files is not None:
+            self._files.remove(guest.image.label, guest.name)
+        self._close(guest)
+
+    # Audits and metrics.
+
+    @contextlib.contextmanager
+    def of_image(self, image: Image) -> Iterator[dict[str, Overlay]]:
+        """Give the overlays of an image by guest name, kept open inside `with`."""
+        with self.lock:
+            yield {guest.name: guest.overlay for guest in self if guest.image is image}
+
+    def counters(self) -> Iterator[tuple[Image, NbdCounters]]:
+        """What clients of overlays did, by image, those of discarded ones too."""
+        with self.lock:
+            yield from list(self._closed.items())
+            for guest in self:
+                yield guest.image, guest.export.counters()
+
+    def close(self) -> None:
+        """Close every overlay; files are flushed and stay. No client is connected any more."""
+        for guest in self:
+            self._close(guest)
+        self._overlays.clear()
+
+    # Making and closing.
+
+    def _open(
+        self,
+        image: Image,
+        record: OverlayRecord,
+        claim: Claim | None,
+        left: LeftOverlay | None = None,
+    ) -> OverlayGuest:
+        """Make an overlay, or go on with one; what was left of it is taken over on success only."""
+        guest = self._make(image, record, keep_record=claim is not None, left=left)
+        if left is not None:
+            guest.pages_id = left.pages_id
+        self._hold(guest, left)
+        self._overlays[guest.terms.key] = guest
+        return guest
+
+    def _hold(self, guest: OverlayGuest, left: LeftOverlay | None = None) -> None:
+        fds = [guest.account.fd, guest.purse.fd]
+        if self._files is None:
+            fds.append(guest.overlay.fd)
+        guest.group = self._bequests.hold(self._record(guest), guest.pages_id, fds, left)
+
+    def _make(
+        self,
+        image: Image,
+        record: OverlayRecord,
+        *,
+        keep_record: bool,
+        left: LeftOverlay | None = None,
+    ) -> OverlayGuest:
+        policy = QuotaPolicy[record.policy.upper()]
+        terms = Terms(record.guest, image, record.quota_bytes, policy, Orders())
+        with contextlib.ExitStack() as undo:
+            self._guests.reserve_name(terms)
+            undo.callback(self._guests.release_name, terms)
+            if refusal := self._door.enter(record.counted_as, _FDS_PER_OVERLAY):
+                raise UsageError(f"overlay {record.label!r} cannot be made: {refusal}")
+            undo.callback(self._door.leave, record.counted_as, _FDS_PER_OVERLAY)
+            quota = NO_QUOTA_BYTES if record.quota_bytes is None else record.quota_bytes
+            purse = Purse(quota, policy) if left is None else Purse.adopt(os.dup(left.purse))
+            undo.callback(purse.close)
+            account = Account(image, purse, None if left is None else os.dup(left.ledger))
+            undo.callback(account.close)
+            if self._files is None:
+                overlay = Overlay(account) if left is None else left.open_pages(account)
+            else:
+                if keep_record:
+                    self._files.check_free(record)
+                    self._files.write(record, image)
+                    undo.callback(self._files.remove, image.label, record.guest)
+                overlay = self._files.open(record, account, is_left=left is not None)
+            undo.callback(overlay.close)
+            export = NbdExport(self._core, image, overlay.cdata)
+            undo.pop_all()
+        return OverlayGuest(
+            terms=terms,
+            owner=record.owner,
+            counted_as=record.counted_as,
+            transport=record.transport,
+            uid=record.uid,
+            pid=0,
+            purse=purse,
+            account=account,
+            overlay=overlay,
+            export=export,
+            quota_bytes=purse_quota(purse),
+        )
+
+    def _close(self, guest: OverlayGuest) -> None:
+        with self.lock:
+            closed = self._closed.get(guest.image, NbdCounters())
+            self._closed[guest.image] = closed + guest.export.counters()
+        guest.export.close()
+        try:
+            guest.overlay.close()
+        except (CowshedError, OSError) as error:
+            _log.error("overlay-not-flushed", str(error), overlay=guest.label)
+        guest.account.close()
+        guest.purse.close()
+        self._bequests.release(guest.group)
+        self._guests.release_name(guest.terms)
+        self._door.leave(guest.counted_as, _FDS_PER_OVERLAY)
+
+    def _record(self, guest: OverlayGuest) -> OverlayRecord:
+        return OverlayRecord(
+            image=guest.image.label,
+            guest=guest.name,
+            owner=guest.owner,
+            counted_as=guest.counted_as,
+            transport=guest.transport,
+            uid=guest.uid,
+            quota_bytes=guest.quota_bytes,
+            policy=guest.terms.policy.name.lower(),
+        )
+
+
+def purse_quota(purse: Purse) -> int | None:
+    """What a purse may be spent on, in bytes; None if there is no quota."""
+    quota_bytes = purse.status().quota_pages * PAGE_BYTES
+    return None if quota_bytes >= NO_QUOTA_BYTES else quota_bytes
+
+
+def _is_of(owner: str, claim: Claim) -> bool:
+    return claim.is_operator or owner in claim.owners
+
+
+def _check_may_enter(guest: OverlayGuest, image: Image, claim: Claim) -> None:
+    if not _is_of(guest.owner, claim) or guest.image is not image:
+        raise NotYoursError(f"guest name {guest.name!r} is taken; choose another")

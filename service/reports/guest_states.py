@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tells, once each time, that a guest stopped at its quota, went on, or cannot be served."""
+
+from __future__ import annotations
+
+from cowshed.service.guests.guests import Mapping
+from cowshed.service.reports.status import broken_why, guest_state
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.sizes import format_bytes
+
+__all__ = ["say_state"]
+
+_log = EventLog("cowshed")
+
+
+def say_state(mapping: Mapping) -> str:
+    """Log how a mapping is if that changed; give why it has to be dropped, or an empty string."""
+    status = mapping.account.status()
+    state = guest_state(status)
+    if state in (mapping.said_state, "frozen"):  # who froze it has said so
+        return ""
+    mapping.said_state = state
+    if state == "detached":
+        return broken_why(status)
+    _say_quota(mapping, state)
+    return ""
+
+
+def _say_quota(mapping: Mapping, state: str) -> None:
+    who = {"guest": mapping.name, "image": mapping.image.label}
+    who_else = {"pid": mapping.pid, "uid": mapping.uid}
+    if state == "running":
+        _log.notice("quota-resume", **who, **who_else)
+        return
+    _log.warning(
+        "quota-stop",
+        "its writes wait until 'cowshed quota GUEST SIZE' raises its quota",
+        **who,
+        quota=format_bytes(mapping.guest.quota_bytes or 0),
+        **who_else,
+    )

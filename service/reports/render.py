@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What status and audit look like to a person: a daemon's answer in, something rich can print out.
+
+Pure: no terminal, no clock, no colour that carries meaning by itself (a pipe has none). Tables are
+laid out for 80 columns; long names fold rather than being cut off, and nothing a guest chose is
+printed before `printable` has seen it. Programs read ``--json`` instead.
+"""
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cowshed.cache.images import DEFAULT_DOMAIN, image_label
+from cowshed.service.runtime.sizes import format_bytes
+from cowshed.service.runtime.text import (
+    format_count,
+    format_seconds,
+    format_share,
+    format_us,
+    printable,
+)
+from cowshed.service.settings.config import RUN_DIR_DEFAULT
+
+Answer = Mapping[str, Any]
+
+STOPPED = "stopped-quota"
+QUOTA_SUGGESTED_BYTES = 64 << 20  # for a guest whose quota was 0
+_MISMATCH_PLACES = ("extent", "page", "purse", "ledger")
+
+
+def status_view(status: Answer) -> RenderableType:
+    """Everything `cowshed status` shows of a status object."""
+    parts: list[RenderableType] = [heading(status), Text(), _totals(status)]
+    if any(latency["count"] for latency in status["latency_us"].values()):
+        parts += [Text(), _latencies(status["latency_us"])]
+    parts += [Text(), _images(status["images"]), Text()]
+    parts.append(_guests(status["guests"]) if status["guests"] else Text("No guests."))
+    for warning in warnings(status):
+        parts += [Text(), warning]
+    return Group(*parts)
+
+
+def audit_view(audit: Answer) -> RenderableType:
+    """What was checked and every mismatch found."""
+    checked = ", ".join(
+        f"{format_count(count)} {_counted(printable(what).replace('_', ' '), count)}"
+        for what, count in audit["checked"].items()
+    )
+    mismatches = audit["mismatches"]
+    if not mismatches:
+        return Text(f"No mismatches. Checked {checked}.")
+    table = new_table("=CHECK", "WHERE", ">EXPECTED", ">FOUND")
+    for mismatch in mismatches:
+        where = [f"image {label_of(mismatch, 'image')}"]
+        where += [f"guest {mismatch['guest']}"] if mismatch.get("guest") else []
+        where += [f"{key} {mismatch[key]}" for key in _MISMATCH_PLACES if key in mismatch]
+        add_row(
+            table,
+            mismatch["check"],
+            ", ".join(where),
+            mismatch["expected"],
+            mismatch["found"],
+            style="bold red",
+        )
+    nr_mismatches = len(mismatches)
+    verdict = "1 mismatch" if nr_mismatches == 1 else f"{format_count(nr_mismatches)} mismatches"
+    return Group(Text(f"{verdict}. Checked {checked}.", style="bold red"), Text(), table)
+
+
+def heading(status: Answer) -> Text:
+    """One line: which daemon this is."""
+    return Text.assemble(
+        ("cowshed", "bold"),
+        f" {printable(status['version'])}, pid {status['pid']}, "
+        f"up {format_seconds(status['uptime_seconds'])}, {printable(status['run_dir'])}",
+    )
+
+
+def has_domains(status: Answer) -> bool:
+    """Whether there is more than the default domain, and so a reason to speak of domains."""
+    return any(image["domain"] != DEFAULT_DOMAIN for image in status["images"])
+
+
+def key_of(one: Answer) -> str:
+    """What tells a guest from all other guests, or an image from all others."""
+    return f"{one['domain']}/{one['name']}"
+
+
+def label_of(one: Answer, key: str = "name") -> str:
+    """The name of a guest or image or, with "image", that of a guest's image, and its domain."""
+    return printable(image_label(one["domain"], one[key]))
+
+
+def guest_state(guest: Answer) -> Text:
+    """A guest's state in a word; one stopped by its quota stands out without colour too."""
+    if guest["state"] == STOPPED:
+        return Text("STOPPED", style="bold red")
+    return Text(printable(guest["state"]), style="dim" if guest["state"] == "detached" else "")
+
+
+def format_quota(guest: Answer) -> str:
+    """A guest's private bytes against its quota: ``12M of 64M``; ``12M`` without a limit."""
+    private = format_bytes(guest["private_bytes"])
+    quota_bytes = guest["quota_bytes"]
+    return private if quota_bytes is None else f"{private} of {format_bytes(quota_bytes)}"
+
+
+def warnings(status: Answer) -> list[Text]:
+    """What an operator has to act on, each with who, why and the cure."""
+    found = [
+        Text.assemble(
+            (f"{label_of(guest)} is stopped", "bold red"),
+            f" (pid {guest['pid']}, uid {guest['uid']}, for "
+            f"{format_seconds(guest['stopped_seconds'])}): "
+            f"it wrote {format_quota(guest)} private bytes. To resume it:\n"
+            f"  {quota_command(guest, status)}",
+        )
+        for guest in status["guests"]
+        if guest["state"] == STOPPED
+    ]
+    found += [
+        Text.assemble(
+            (
+                f"{label_of(guest)} has {format_count(guest['poisoned_pages'])} pages",
+                "bold red",
+            ),
+            f" of {label_of(guest, 'image')} that could not be loaded, and gets SIGBUS or EIO for "
+            "them until a later load succeeds: see that the source can be read.",
+        )
+        for guest in status["guests"]
+        if guest["poisoned_pages"]
+    ]
+    found += [
+        Text.assemble(
+            (f"{label_of(image)}: its source changed", "bold red"),
+            " after it was opened, and an image must not change: restore "
+            f"{printable(image['source'])}, or restart the daemon to serve the new bytes.",
+        )
+        for image in status["images"]
+        if image["source_changed"]
+    ]
+    return found
+
+
+def quota_command(guest: Answer, status: Answer) -> str:
+    """The command that lets a stopped guest go on: twice the quota it has."""
+    run_dir = status["run_dir"]
+    quota_bytes = 2 * (guest["quota_bytes"] or 0) or QUOTA_SUGGESTED_BYTES
+    words = ["cowshed", "quota"]
+    if run_dir != RUN_DIR_DEFAULT:
+        words += ["--run-dir", printable(run_dir)]
+    # Where there are domains others may have the name; and one with a slash may look like two.
+    is_plain = not has_domains(status) and "/" not in guest["name"]
+    name = printable(guest["name"] if is_plain else key_of(guest))
+    words += ["--", name] if name.startswith("-") else [name]
+    return shlex.join([*words, format_bytes(quota_bytes)])
+
+
+def _totals(status: Answer) -> Table:
+    resident_bytes, capacity_bytes = status["resident_bytes"], status["capacity_bytes"]
+    hits, misses = status["hits"], status["misses"]
+    faults, evictions = status["faults"], status["evictions"]
+    lines = {
+        "Memory": f"{format_bytes(resident_bytes)} of {format_bytes(capacity_bytes)} resident "
+        f"({format_share(resident_bytes, capacity_bytes)}), "
+        f"{format_bytes(status['saved_bytes'])} saved by sharing",
+        "Hit rate": f"{format_share(hits, hits + misses)} "
+        f"({format_count(hits)} hits, {format_count(misses)} misses)",
+        "Faults": ", ".join(f"{format_count(faults[kind])} {kind}" for kind in faults),
+        "Loads": f"{format_count(status['loads'])} ({format_count(status['load_errors'])} failed)",
+        "Evicted": f"{format_count(status['evicted_extents'])} extents "
+        f"({format_count(evictions['pressure'])} under pressure, "
+        f"{format_count(evictions['request'])} on request)",
+    }
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for label, line in lines.items():
+        grid.add_row(Text(label, style="bold"), Text(line))
+    return grid
+
+
+def _latencies(latency_us: Mapping[str, Answer]) -> Table:
+    table = new_table("=ANSWERED", ">COUNT", ">P50", ">P90", ">P99", ">MAX")
+    for kind, latency in latency_us.items():
+        times = (latency[key] if latency["count"] else None for key in ("p50", "p90", "p99", "max"))
+        shown = ("-" if time is None else format_us(time) for time in times)
+        add_row(table, kind, format_count(latency["count"]), *shown)
+    return table
+
+
+def _images(images: Sequence[Answer]) -> Table:
+    table = new_table("IMAGE", ">SIZE", ">RESIDENT", ">", ">PINNED", "=DIGEST", "SOURCE")
+    for image in sorted(images, key=key_of):
+        digest = str(image["digest"] or "-")
+        add_row(
+            table,
+            label_of(image),
+            format_bytes(image["size_bytes"]),
+            format_bytes(image["resident_bytes"]),
+            format_share(image["resident_bytes"], image["size_bytes"]),
+            format_bytes(image["pinned_bytes"]),
+            digest.rpartition(":")[2][:12],
+            image["source"],
+        )
+    return table
+
+
+def _guests(guests: Iterable[Answer]) -> Table:
+    table = new_table(
+        "GUEST", "IMAGE", ">PID", "=STATE", ">GRANTED", ">PRIVATE", "=POLICY", ">HITS"
+    )
+    for guest in sorted(guests, key=key_of):
+        add_row(
+            table,
+            guest["name"],
+            label_of(guest, "image"),
+            guest["pid"],
+            guest_state(guest),
+            format_bytes(guest["granted_bytes"]),
+            format_quota(guest),
+            guest["policy"] if guest["quota_bytes"] is not None else "-",
+            format_share(guest["hits"], guest["hits"] + guest["misses"]),
+        )
+    return table
+
+
+def _counted(plural: str, count: int) -> str:
+    return plural.removesuffix("s") if count == 1 else plural
+
+
+def new_table(*headers: str) -> Table:
+    """A table without rules, its columns named by `headers`.
+
+    A header that starts with ``>`` is for numbers, with ``=`` for words: both keep their width. The
+    other columns, for names, give way when the line is short.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for header in headers:
+        table.add_column(
+            header.lstrip(">="),
+            justify="right" if header.startswith(">") else "left",
+            no_wrap=header.startswith((">", "=")),
+        )
+    return table
+
+
+def add_row(table: Table, *cells: object, style: str = "", one_line: bool = False) -> None:
+    """Add `cells` to `table`, text made printable and nothing in it taken for markup.
+
+    A name without room for it is folded or, with `one_line`, cut off with an ellipsis.
+    """
+    shown = [cell if isinstance(cell, Text) else Text(printable(cell)) for cell in cells]
+    for cell in shown:
+        cell.no_wrap, cell.overflow = one_line or None, "ellipsis" if one_line else "fold"
+    table.add_row(*shown, style=style)

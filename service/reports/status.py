@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The status object: what the daemon knows at this moment, as `cowshed status --json` prints it."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib.metadata
+import operator
+import os
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from cowshed.accounting import MAX_REGIONS, AccountStatus, Latency, LatencyKind, sum_accounts
+from cowshed.cache import Image, PageStore
+from cowshed.service.guests.guests import Guest, GuestTable
+from cowshed.service.images.evictor import Evictor
+from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+
+__all__ = ["StatusReader", "broken_why", "guest_state"]
+
+_PAGE_BYTES: Final = 4096
+
+
+class StatusReader:
+    """Puts the status together from the store, the evictor and the guests; changes nothing."""
+
+    def __init__(
+        self,
+        store: PageStore,
+        evictor: Evictor,
+        guests: GuestTable,
+        overlays: OverlayTable,
+        run_dir: Path,
+    ) -> None:
+        self._store = store
+        self._evictor = evictor
+        self._guests = guests
+        self._overlays = overlays
+        self._run_dir = run_dir
+        self._started_ns = time.monotonic_ns()
+        self._version = importlib.metadata.version("cowshed")
+
+    def read(self) -> dict[str, Any]:
+        """Give the object of the contract and more; settles every guest's charges first.
+
+        Cost: about a millisecond per guest that wrote lately and GiB of image.
+        """
+        with self._guests.lock:
+            guests = []
+            for guest in self._guests:
+                guest.settle()
+                if status := guest.status():
+                    guests.append(_guest_status(guest, status))
+            sums = [sum_accounts(image) for image in self._store]
+        with self._overlays.lock:
+            guests += [_overlay_status(guest) for guest in self._overlays]
+        totals = functools.reduce(operator.add, (of_image.counters for of_image in sums))
+        latencies = {
+            kind: functools.reduce(operator.add, (of_image.latencies[kind] for of_image in sums))
+            for kind in LatencyKind
+        }
+        images = [_image_status(image) for image in self._store]
+        counters = [image.counters() for image in self._store]
+        return {
+            "pid": os.getpid(),
+            "version": self._version,
+            "run_dir": str(self._run_dir),
+            "uptime_seconds": (time.monotonic_ns() - self._started_ns) / 1e9,
+            "capacity_bytes": self._store.capacity_bytes,
+            "resident_bytes": sum(image["resident_bytes"] for image in images),
+            "saved_bytes": sum(image["saved_bytes"] for image in images),
+            "hits": totals.hits,
+            "misses": totals.misses,
+            # Each after its own settling: a later sum would hold charges that are no copies.
+            "cow_breaks": sum(guest["cow_breaks"] for guest in guests)
+            + sum(of_image.closed_cow_pages for of_image in sums),
+            "evicted_extents": sum(counter.evictions for counter in counters),
+            "evictions": {
+                "pressure": sum(counter.evictions_pressure for counter in counters),
+                "request": sum(counter.evictions_request for counter in counters),
+            },
+            "loads": sum(counter.loads for counter in counters),
+            "load_bytes": sum(counter.load_bytes for counter in counters),
+            "load_errors": sum(counter.load_errors for counter in counters),
+            "faults": {
+                "missing": totals.faults_missing,
+                "minor": totals.faults_minor,
+                "write": totals.faults_write,
+            },
+            "latency_us": {
+                kind.name.lower(): _latency_us(latency) for kind, latency in latencies.items()
+            },
+            "images": images,
+            "guests": guests,
+        }
+
+
+def _latency_us(latency: Latency) -> dict[str, float]:
+    percentiles = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
+    figures = {name: latency.percentile_ns(percent) / 1000 for name, percent in percentiles.items()}
+    return {**figures, "count": latency.count}
+
+
+def guest_state(status: AccountStatus) -> str:
+    """Say in one word how a guest is."""
+    if status.broken:
+        return "detached"
+    if status.frozen:
+        return "frozen"
+    return "stopped-quota" if status.stopped_since_ns else "running"
+
+
+def _overlay_status(guest: OverlayGuest) -> dict[str, Any]:
+    """Of a guest that maps nothing: it has no faults, and hits and misses are of its requests."""
+    counters = guest.export.counters()
+    status = guest.account.status()
+    return {
+        **_guest_status(guest, status),
+        "state": "frozen" if status.frozen else guest.state,
+        "clients": guest.nr_clients,
+        "hits": counters.hits,
+        "misses": counters.misses,
+    }
+
+
+def broken_why(status: AccountStatus) -> str:
+    """Say why a mapping cannot be served any more."""
+    if status.broken == -errno.EXDEV:
+        return f"it moved its mapping about in more than {MAX_REGIONS} pieces"
+    return f"its memory cannot be served: {os.strerror(-status.broken)}"
+
+
+def _guest_status(guest: Guest | OverlayGuest, status: AccountStatus) -> dict[str, Any]:
+    counters = status.counters
+    stopped_ns = status.stopped_since_ns
+    return {
+        "name": guest.name,
+        "image": guest.image.name,
+        "domain": guest.image.domain,
+        "transport": guest.transport,
+        "state": guest_state(status),
+        "pid": guest.pid,
+        "mappings": len(guest.mappings) if isinstance(guest, Guest) else 0,
+        "uid": guest.uid,
+        "granted_bytes": guest.granted_bytes(status),
+        "private_bytes": status.private_pages * _PAGE_BYTES,
+        "quota_bytes": guest.quota_bytes,
+        "policy": status.policy.name.lower(),
+        "hits": counters.hits,
+        "misses": counters.misses,
+        "cow_breaks": counters.cow_breaks,
+        "faults": {
+            "missing": counters.faults_missing,
+            "minor": counters.faults_minor,
+            "write": counters.faults_write,
+        },
+        "poisoned_pages": counters.poisoned_pages - counters.repaired_pages,
+        "quota_stops": counters.quota_stops,
+        "stopped_seconds": (time.monotonic_ns() - stopped_ns) / 1e9 if stopped_ns else 0.0,
+    }
+
+
+def _image_status(image: Image) -> dict[str, Any]:
+    figures = image.figures()
+    counters = image.counters()
+    return {
+        "name": image.name,
+        "domain": image.domain,
+        "size_bytes": image.size_bytes,
+        "resident_bytes": image.resident_bytes,
+        "digest": image.digest,
+        "source": str(image.source.path),
+        "source_changed": bool(image.source_change),
+        "extent_bytes": image.extent_bytes,
+        "pinned_bytes": figures.pinned_bytes,
+        # What these mappings would take if each guest had its own frames, less what they take.
+        "saved_bytes": figures.saved_bytes,
+        "refs": sum(image.refs()),
+        "loads": counters.loads,
+        "load_errors": counters.load_errors,
+        "working_set_bytes": figures.touched_bytes,
+    }

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads for what must not hold up the loop: one for quick looks, some for orders that take long.
+
+A warm of a large image goes on for minutes; the status, which shows how it gets on, must not queue
+behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+from cowshed.service.runtime.logs import EventLog
+from cowshed.transport.messages import error_reply
+
+__all__ = ["Workers"]
+
+_log = EventLog("cowshed.workers")
+
+Body = dict[str, Any]
+
+_NR_ORDERS: Final = 4
+
+
+class Workers:
+    """Runs work and gives its replies to the loop, through post; stop() waits for what runs.
+
+    post(call) has the loop call call(). Work is asked to stop between two of its replies.
+    """
+
+    def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
+        self._post = post
+        self._stopping = False
+        self._looks = ThreadPoolExecutor(1, "looks")
+        self._orders = ThreadPoolExecutor(_NR_ORDERS, "orders")
+
+    def submit(
+        self,
+        work: Callable[[], Iterator[Body]],
+        reply: Callable[[Body], None],
+        *,
+        is_quick: bool,
+    ) -> None:
+        """Run work in a thread; each of its replies is given to reply in the loop."""
+        pool = self._looks if is_quick else self._orders
+        pool.submit(self._run, work, reply)
+
+    def run(self, call: Callable[[], None]) -> None:
+        """Call something quick in a thread, one such call at a time."""
+        self._looks.submit(call)
+
+    def stop(self) -> None:
+        """Forget what has not begun, and wait for the rest to end its step."""
+        self._stopping = True
+        for pool in (self._looks, self._orders):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, work: Callable[[], Iterator[Body]], reply: Callable[[Body], None]) -> None:
+        try:
+            for body in work():
+                self._post(lambda body=body: reply(body))  # type: ignore[misc]
+                if self._stopping:
+                    return
+        except Exception as error:
+            _log.crash("request-failed", "a defect of cowshed: please report it")
+            body = error_reply("peer", f"the daemon failed ({error}); see its log")
+            self._post(lambda: reply(body))

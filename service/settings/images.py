@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which images to serve: a name, the file its bytes come from, and a domain. Opens nothing.
+
+An option is ``NAME=SOURCE`` or ``NAME=SOURCE,domain=DOMAIN``. Only a known key ends the source, so
+commas in it need no care; a file whose name ends in ``,domain=x`` is ``file:///dir/name%2Cdomain=x``.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from cowshed.cache.errors import UsageError
+from cowshed.cache.images import DEFAULT_DOMAIN, image_label
+from cowshed.service.settings.domains import DomainMembers, check_domain_name
+
+_IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_OPTION = re.compile(r"(?P<source>.*),(?P<key>domain)=(?P<value>[^,]*)", re.DOTALL)
+_SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):")
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """One image to serve: its name, the absolute path its bytes come from, and its domain.
+
+    allowed is who of the domain may use it; None is everybody there.
+    """
+
+    name: str
+    source: str
+    domain: str = DEFAULT_DOMAIN
+    allowed: DomainMembers | None = None
+
+    @property
+    def label(self) -> str:
+        """The name to call it by where images of several domains may meet."""
+        return image_label(self.domain, self.name)
+
+
+def absolute(path: Path) -> Path:
+    """`path` without ``..``, symbolic links left alone (Path.resolve would follow them)."""
+    return Path(os.path.abspath(path))
+
+
+def parse_image(text: str) -> tuple[str, str, str]:
+    """Name, source and domain of an option's ``NAME=SOURCE[,domain=DOMAIN]``.
+
+    Later ``=`` are the source's. Raises UsageError.
+    """
+    name, equals, source = text.partition("=")
+    if not equals:
+        raise UsageError(f"image {text!r} has no '=': write NAME=SOURCE, as debian=/srv/debian.raw")
+    options: dict[str, str] = {}
+    while match := _OPTION.fullmatch(source):
+        source, key, value = match["source"], match["key"], match["value"]
+        if key in options:
+            raise UsageError(f"image {name!r} has {key}= twice: give it once")
+        if not value:
+            raise UsageError(f"image {name!r} has an empty {key}: write {key}=NAME or leave it out")
+        options[key] = value
+    return name, source, options.get("domain", DEFAULT_DOMAIN)
+
+
+def image_spec(
+    name: str,
+    source: str,
+    base_dir: Path,
+    domain: str = DEFAULT_DOMAIN,
+    allowed: DomainMembers | None = None,
+) -> ImageSpec:
+    """A checked image; a relative path starts at `base_dir`. Raises UsageError; opens nothing."""
+    if not _IMAGE_NAME.fullmatch(name):
+        raise UsageError(
+            f"image name {name!r} is not usable: use up to 64 letters, digits, '.', '_' and "
+            "'-', a letter or digit first"
+        )
+    check_domain_name(domain)
+    path = _source_path(name, source)
+    if not path or "\0" in path:
+        raise UsageError(f"source {source!r} of image {name!r} names no file: give a path")
+    return ImageSpec(name, os.path.abspath(base_dir / path), domain, allowed)
+
+
+def _source_path(name: str, source: str) -> str:
+    """The path `source` names, as a plain path or as an RFC 8089 ``file:`` URL."""
+    match = _SCHEME.match(source)
+    if match is None:
+        return source
+    if match["scheme"].lower() != "file":
+        raise UsageError(
+            f"source {source!r} of image {name!r}: {match['scheme']}: is not supported: "
+            f"give a path or a file: URL (a file of that name is './{source}')"
+        )
+    if "?" in source or "#" in source:
+        raise UsageError(
+            f"source {source!r} of image {name!r} has a '?' or '#': write %3F or %23, or a path"
+        )
+    path = source[match.end() :]
+    if path.startswith("//"):
+        host, slash, rest = path[2:].partition("/")
+        path = slash + rest if host in ("", "localhost") else ""
+    if not path.startswith("/"):
+        raise UsageError(
+            f"source {source!r} of image {name!r} names no local path: write file:///absolute/path"
+        )
+    return unquote(path, errors="surrogateescape")

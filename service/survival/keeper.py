@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keeper: holds what must outlive the backend, and starts it again when it dies.
+
+A supervisor as small as can be, for hosts where systemd is not ours: it speaks the same protocol
+(fd_store.py) and does nothing else. It has one thread, so that a successor can be forked instead of
+started: what the backend imports is there already, and a death costs guests milliseconds.
+
+    the one it started dies  -> fork the next, with all that is held as LISTEN_FDS
+    it ends by itself        -> end with its status (it said STOPPING, or was never READY)
+    SIGTERM, SIGINT          -> passed on
+    SIGHUP                   -> become the program as it is installed now, have the backend leave,
+                                and fork its successor
+
+The keeper's own death: the backend notices, goes on serving, and starts another keeper, which
+watches it by pidfd (a keeper need not be the parent of who it keeps).
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import gc
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from cowshed.cache.errors import UsageError
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.loop import LEAVE, ignore_stop_signals
+from cowshed.service.survival.fd_store import FIRST_FD, Groups, Notice, listen_environment
+
+__all__ = ["KEEPER_PID", "Keeper", "kept_before"]
+
+_log = EventLog("cowshed.keeper")
+
+_SOCKET_PREFIX: Final = "keeper."
+KEEPER_PID: Final = "COWSHED_KEEPER_PID"
+
+_UCRED: Final = struct.Struct("3i")
+_MAX_DATAGRAM: Final = 4096
+_MAX_FDS: Final = 253
+_PASSED_ON: Final = (signal.SIGTERM, signal.SIGINT)
+_KEPT_PID: Final = "COWSHED_KEPT_PID"
+_NOTIFY_GROUP: Final = "keeper/notify"
+# Deaths in quick succession are made up for ever more slowly; guests wait, and none is given up.
+_QUICK_SECONDS: Final = 5.0
+_MAX_DELAY_SECONDS: Final = 10.0
+_FAR_FD: Final = 512
+
+
+def _notify_socket(run_dir: Path) -> socket.socket:
+    """A socket in run_dir for nobody but us: whoever could send there could hold us up.
+
+    Those of keepers that are gone are removed. Raises UsageError if the folder cannot be used.
+    """
+    try:
+        return _bind(run_dir)
+    except OSError as error:
+        raise UsageError(
+            f"cannot use run-dir {str(run_dir)!r}: {error.strerror or error}; "
+            "name another with --run-dir"
+        ) from error
+
+
+def _bind(run_dir: Path) -> socket.socket:
+    run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    for left in run_dir.glob(f"{_SOCKET_PREFIX}*"):
+        if not Path(f"/proc/{left.name.removeprefix(_SOCKET_PREFIX)}").exists():
+            left.unlink(missing_ok=True)
+    path = run_dir / f"{_SOCKET_PREFIX}{os.getpid()}"
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    os.fchmod(sock.fileno(), 0o600)  # which the path gets, at once
+    sock.bind(str(path))
+    return sock
+
+
+class Keeper:
+    """Keeps one backend. serve() is what a child does; it gets the environment set and returns.
+
+    Invariant: groups are owned, and are what the living backend asked to hold.
+    """
+
+    def __init__(
+        self, serve: Callable[[], int], run_dir: Path, groups: Groups | None = None
+    ) -> None:
+        self._serve = serve
+        self._groups: Groups = groups or {}
+        inherited = self._groups.pop(_NOTIFY_GROUP, None)
+        if inherited is None:
+            self._socket = _notify_socket(run_dir)
+        else:
+            self._socket = socket.socket(fileno=inherited[0])
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._socket.setblocking(False)
+        self._pid = 0
+        self._pidfd = -1
+        self._ready = self._stopping = self._reloading = self._replacing = False
+        self._nr_quick_deaths = 0
+        self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    @property
+    def address(self) -> str:
+        """What the backend is told as NOTIFY_SOCKET."""
+        return str(self._socket.getsockname())
+
+    def run(self, watch_pid: int | None = None) -> int:
+        """Keep a backend, one that lives already if watch_pid names it; the last one's status."""
+        signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
+        for number in _PASSED_ON:
+            signal.signal(number, self._pass_on)
+        signal.signal(signal.SIGHUP, self._reload)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_PASSED_ON, signal.SIGHUP})
+        if watch_pid is None:
+            self._start()
+        else:
+            self._adopt(watch_pid)
+        return self._keep()
+
+    def replace(self, pid: int) -> int:
+        """Be followed by a backend of this program instead of pid's; the last one's status."""
+        self._adopt(pid)
+        self._replacing = True
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, LEAVE)
+        return self.run(pid)
+
+    def _adopt(self, pid: int) -> None:
+        if self._pidfd < 0:
+            self._pid, self._pidfd = pid, os.pidfd_open(pid)
+        self._ready = True
+
+    def _keep(self) -> int:
+        while True:
+            status = self._watch()
+            if status is not None:
+                ignore_stop_signals()
+                Path(self.address).unlink(missing_ok=True)
+                return status
+            self._start()
+
+    def _pass_on(self, number: int, _: object) -> None:
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+        else:
+            self._stopping = True
+
+    def _reload(self, *_: object) -> None:
+        self._reloading = True
+
+    def _become_anew(self) -> None:
+        """Become the program as it is installed now; does nothing, and says so, if that is none."""
+        self._reloading = False
+        said = subprocess.run(
+            [*_command(), "--check"], stdin=subprocess.DEVNULL, capture_output=True, check=False
+        )
+        if said.returncode:
+            why = said.stderr.decode(errors="replace").strip().removeprefix("cowshed: ")
+            _log.error("reload-refused", f"{why}; everything stays as it is")
+            return
+        groups = {**self._groups, _NOTIFY_GROUP: [self._socket.detach()]}
+        variables, fds = listen_environment(groups, os.getpid())
+        _number_from(FIRST_FD, fds, inheritable=True)
+        # What is reported from here on waits in the socket, and signals wait for handlers.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {*_PASSED_ON, signal.SIGHUP})
+        os.execve(
+            sys.executable, _command(), {**os.environ, **variables, _KEPT_PID: str(self._pid)}
+        )
+
+    def _watch(self) -> int | None:
+        """Hold what is given, until the backend is gone; its status if that is the end."""
+        born = time.monotonic()
+        poll = select.poll()
+        for fd in (self._socket.fileno(), self._pidfd, self._wake_reader):
+            poll.register(fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if self._wake_reader in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake_reader, 512)
+            if self._reloading and self._ready:
+                self._become_anew()
+            if self._socket.fileno() in ready:
+                self._receive()
+            if self._pidfd in ready:
+                break
+        self._receive()  # what it sent before it died
+        gone, self._pidfd = self._pidfd, -1
+        os.close(gone)
+        return self._after_death(time.monotonic() - born)
+
+    def _after_death(self, lived_seconds: float) -> int | None:
+        status = 0
+        with contextlib.suppress(ChildProcessError):
+            status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        if self._stopping or not self._ready:
+            return status if status >= 0 else 128 - status
+        if self._replacing:
+            self._replacing = False
+            _log.notice("replaced", pid=self._pid)
+            return None
+        died = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        quick = lived_seconds < _QUICK_SECONDS
+        self._nr_quick_deaths = self._nr_quick_deaths + 1 if quick else 0
+        delay = min(_MAX_DELAY_SECONDS, 0.1 * 2 ** (self._nr_quick_deaths - 2))
+        if self._nr_quick_deaths < 2:
+            delay = 0.0
+        nr_fds = sum(len(fds) for fds in self._groups.values())
+        _log.error(
+            "backend-died",
+            "guests wait for its successor" + (f", which waits {delay:.1f} s" if delay else ""),
+            pid=self._pid,
+            how=died,
+            descriptors=nr_fds,
+        )
+        select.select([self._wake_reader], [], [], delay)
+        return status if self._stopping else None
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                room = socket.CMSG_SPACE(4 * _MAX_FDS) + socket.CMSG_SPACE(_UCRED.size)
+                datagram, ancillary, _, _ = self._socket.recvmsg(
+                    _MAX_DATAGRAM, room, socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                return
+            sender, fds = 0, array.array("i")
+            for level, kind, value in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    fds.frombytes(value[: len(value) // 4 * 4])
+                elif (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+                    sender = _UCRED.unpack(value)[0]
+            self._obey(Notice.parse(datagram), fds.tolist() if sender == self._pid else [], sender)
+            if sender != self._pid:
+                _close_all(fds.tolist())
+
+    def _obey(self, notice: Notice, fds: list[int], sender: int) -> None:
+        if sender != self._pid:
+            return
+        fields = notice.fields
+        name = fields.get("FDNAME", "stored")
+        if fields.get("FDSTORE") == "1":
+            self._groups.setdefault(name, []).extend(fds)
+        else:
+            _close_all(fds)
+        if fields.get("FDSTOREREMOVE") == "1":
+            _close_all(self._groups.pop(name, []))
+        self._ready |= fields.get("READY") == "1"
+        self._stopping |= fields.get("STOPPING") == "1"
+
+    def _start(self) -> None:
+        pid = os.fork()
+        if pid == 0:
+            self._become_backend()
+        self._pid, self._pidfd = pid, os.pidfd_open(pid)
+
+    def _become_backend(self) -> None:
+        """In the child: nothing of the keeper is left but what it holds; never returns."""
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in _PASSED_ON:
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            address = self.address
+            self._socket.close()
+            os.close(self._wake_reader)
+            os.close(self._wake_writer)
+            variables, fds = listen_environment(self._groups, os.getpid())
+            _number_from(FIRST_FD, fds)
+            variables |= {"NOTIFY_SOCKET": address, KEEPER_PID: str(os.getppid())}
+            os.environ.update(variables)
+            gc.freeze()  # what was imported stays shared with the keeper
+            status = self._serve()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+
+def kept_before() -> int:
+    """The backend that this process kept before it became this program; 0: none."""
+    return int(os.environ.pop(_KEPT_PID, "0"))
+
+
+def _command() -> list[str]:
+    """How this process was started."""
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
+def _number_from(first: int, fds: list[int], *, inheritable: bool = False) -> None:
+    """Move descriptors to first, first + 1, ..., in order; closes the originals."""
+    far = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, max(_FAR_FD, first + len(fds))) for fd in fds]
+    _close_all(fds)
+    for number, fd in enumerate(far, first):
+        os.dup2(fd, number, inheritable=inheritable)
+        os.close(fd)
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frame of `cowshed top`: status, rates and choices in, something rich can print out.
+
+Pure. From the top: what the whole daemon does; the images; the guests; what is to be said of the
+selected row, and the cure if it is stopped; keys. Where room is short names give way first; from
+110 and from 150 columns on there are more columns. Colour and bars only repeat words and figures.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cowshed.service.reports.render import (
+    STOPPED,
+    Answer,
+    add_row,
+    format_quota,
+    guest_state,
+    heading,
+    key_of,
+    label_of,
+    new_table,
+    quota_command,
+)
+from cowshed.service.runtime.sizes import format_bytes
+from cowshed.service.runtime.text import (
+    format_count,
+    format_seconds,
+    format_share,
+    format_us,
+    printable,
+)
+from cowshed.service.top.history import History
+from cowshed.service.top.state import KEYS, Focus, TopState
+
+__all__ = ["Frame", "rows_of", "sparkline"]
+
+T = TypeVar("T")
+
+_WIDE = 110
+_WIDER = 150
+# How wide a terminal must be for a column to be there.
+_IMAGE_COLUMNS: Mapping[str, int] = {
+    "IMAGE": 0,
+    ">SIZE": 0,
+    ">RESIDENT": 0,
+    ">": 70,
+    "=": 76,
+    ">SAVED": 54,
+    ">GUESTS": 64,
+    ">FAULTS/s": 46,
+    ">LOADS/s": 76,
+    ">WORKING SET": _WIDER,
+    "=SOURCE": _WIDER,
+}
+_GUEST_COLUMNS: Mapping[str, int] = {
+    "GUEST": 0,
+    "IMAGE": 60,
+    ">PID": _WIDE,
+    ">GRANTED": _WIDE,
+    "=STATE": 0,
+    ">PRIVATE": 44,
+    ">FAULTS/s": 0,
+    ">COPIES/s": 70,
+    ">HITS": 60,
+    ">UID": _WIDER,
+    "=FAULTS/s BEFORE": _WIDER,
+}
+_SMALL = 18  # with fewer lines there is one table, and no more about the row selected
+_LINES_OF_SECTION = 3  # a blank, title and headers
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame: `columns` x `lines` at most; all rows, none cut off, where lines is None.
+
+    `blocks` False keeps to ASCII, for terminals that know nothing else.
+    """
+
+    status: Answer
+    history: History
+    state: TopState
+    columns: int = 80
+    lines: int | None = None
+    blocks: bool = True
+
+    def view(self) -> RenderableType:
+        """Lay it out."""
+        if self.state.helping:
+            goes_on = Text("any key goes on", style="dim")
+            return Group(self._heading(), Text(), *_help(), Text(), goes_on)
+        is_small = self.lines is not None and self.lines < _SMALL
+        head = [self._heading(), *self._totals()[: 2 if is_small else None]]
+        foot = [] if is_small or self.lines is None else self._selected()
+        foot += [] if self.lines is None else [self._keys()]
+        sections: tuple[Focus, ...] = (self.state.focus,) if is_small else ("images", "guests")
+        parts: list[RenderableType] = list(head)
+        room = self._shares(sections, len(head) + len(foot) + _LINES_OF_SECTION * len(sections))
+        for focus in sections:
+            parts += [Text(), self._title(focus), self._section(focus)(room[focus])]
+        if self.lines is not None:  # the foot stays at the bottom
+            parts += [Text()] * (room[sections[-1]] - len(self.status[sections[-1]]))
+        return Group(*parts, *foot)
+
+    # The whole daemon.
+
+    def _heading(self) -> Text:
+        line = heading(self.status)
+        if self.state.paused:
+            line = Text.assemble(("PAUSED", "bold reverse"), "  ", line)
+        return self._one_line(line)
+
+    def _totals(self) -> list[Text]:
+        status, history = self.status, self.history
+        resident_bytes, capacity_bytes = status["resident_bytes"], status["capacity_bytes"]
+        hits, misses = status["hits"], status["misses"]
+        now = history.hit_rates[-1] if history.hit_rates else None
+        nr_bars = max(10, min(self.columns // 3, self.columns - 56))
+        bar = self._bar(resident_bytes, capacity_bytes, 12 if self.columns < _WIDE else 30)
+        loaded = history.rate("load_bytes")
+        lines = {
+            "Memory": f"{bar} {format_bytes(resident_bytes)} of {format_bytes(capacity_bytes)} "
+            f"({format_share(resident_bytes, capacity_bytes)}), "
+            f"{format_bytes(status['saved_bytes'])} saved by sharing",
+            "Hits": f"{'-' if now is None else format_share(now, 1)} now, "
+            f"{format_share(hits, hits + misses)} in all  "
+            f"{sparkline(_last(history.hit_rates, nr_bars), blocks=self.blocks)}",
+            "A second": f"{rounded(history.rate('hits', 'misses'))} faults, "
+            f"{rounded(history.rate('cow_breaks'))} copies, "
+            f"{rounded(history.rate('loads'))} loads"
+            f"{'' if loaded is None else f' ({format_bytes(round(loaded))})'}, "
+            f"{rounded(history.rate('evicted_extents'))} evictions",
+            "P50/P99": ", ".join(
+                f"{kind} {format_us(latency['p50'])}/{format_us(latency['p99'])}"
+                for kind, latency in status["latency_us"].items()
+                if latency["count"]
+            )
+            or "nothing answered yet",
+        }
+        return [
+            self._one_line(Text.assemble((f"{label:<10}", "bold"), line))
+            for label, line in lines.items()
+        ]
+
+    # The tables.
+
+    def _shares(self, sections: Sequence[Focus], nr_taken: int) -> dict[Focus, int]:
+        """How many rows each table gets: the one in focus has what the other need not have."""
+        wanted = {focus: len(self.status[focus]) for focus in sections}
+        if self.lines is None:
+            return wanted
+        room = max(len(sections), self.lines - nr_taken)
+        focus, lowest = self.state.focus, sections[-1]
+        rows = {each: min(nr, room // 3) for each, nr in wanted.items()}
+        rows[focus] = min(wanted[focus], room - sum(rows.values()) + rows[focus])
+        rows[lowest] += room - sum(rows.values())
+        return rows
+
+    def _title(self, focus: Focus) -> Text:
+        there = self.status[focus]
+        title = f"{focus.capitalize()} {format_count(len(there))}"
+        nr_stopped = sum(guest["state"] == STOPPED for guest in there if focus == "guests")
+        about = f", by {self.state.order[focus]}" if there else ""
+        stopped = f", {format_count(nr_stopped)} stopped" if nr_stopped else ""
+        mark = ""
+        if self.lines is not None:
+            mark = ("▸ " if self.blocks else "> ") if self.state.focus == focus else "  "
+        return self._one_line(
+            Text.assemble((f"{mark}{title}", "bold"), (stopped, "bold red"), (about, "dim"))
+        )
+
+    def _section(self, focus: Focus) -> Callable[[int], Table]:
+        rows = rows_of(focus, self.status, self.history, self.state)
+        selected = self.state.row(focus, [key_of(row) for row in rows])
+
+        def table(nr_rows: int) -> Table:
+            first = max(0, min(selected - nr_rows // 2, len(rows) - nr_rows))
+            shown = list(enumerate(rows))[first : first + nr_rows]
+            is_focus = self.lines is not None and self.state.focus == focus
+            chosen = selected if is_focus else None
+            return (self._images if focus == "images" else self._guests)(shown, chosen)
+
+        return table
+
+    def _images(self, rows: Iterable[tuple[int, Answer]], chosen: int | None) -> Table:
+        table = self._table(_IMAGE_COLUMNS)
+        for no, image in rows:
+            guests = _guests_of(image, self.status)
+            cells: list[object] = [
+                label_of(image),
+                format_bytes(image["size_bytes"]),
+                format_bytes(image["resident_bytes"]),
+                format_share(image["resident_bytes"], image["size_bytes"]),
+                self._bar(image["resident_bytes"], image["size_bytes"], 6),
+                format_bytes(image["saved_bytes"]),
+                format_count(len(guests)),
+                rounded(_faults_of(guests, self.history)),
+                rounded(self.history.rate("loads", image=key_of(image))),
+                format_bytes(image["working_set_bytes"]),
+                image["source"],
+            ]
+            style = "bold red" if image["source_changed"] else ""
+            self._add(table, self._fitting(_IMAGE_COLUMNS, cells), style, is_chosen=no == chosen)
+        return table
+
+    def _guests(self, rows: Iterable[tuple[int, Answer]], chosen: int | None) -> Table:
+        table = self._table(_GUEST_COLUMNS)
+        for no, guest in rows:
+            key = key_of(guest)
+            rates = _last(self.history.guest_faults.get(key, ()), self.columns - 120)
+            most = max(rates, default=0.0) or 1.0
+            cells: list[object] = [
+                guest["name"],
+                label_of(guest, "image"),
+                guest["pid"],
+                format_bytes(guest["granted_bytes"]),
+                guest_state(guest),
+                format_quota(guest),
+                rounded(self.history.rate("hits", "misses", guest=key)),
+                rounded(self.history.rate("cow_breaks", guest=key)),
+                format_share(guest["hits"], guest["hits"] + guest["misses"]),
+                guest["uid"],
+                sparkline((rate / most if rate else None for rate in rates), blocks=self.blocks),
+            ]
+            self._add(table, self._fitting(_GUEST_COLUMNS, cells), "", is_chosen=no == chosen)
+        return table
+
+    def _table(self, columns: Mapping[str, int]) -> Table:
+        return new_table(*self._fitting(columns, list(columns)))
+
+    def _fitting(self, columns: Mapping[str, int], cells: list[Any]) -> list[Any]:
+        """Those of the cells, one for each column, for which this terminal is wide enough."""
+        least = columns.values()
+        return [cell for cell, wide in zip(cells, least, strict=True) if self.columns >= wide]
+
+    def _add(self, table: Table, cells: list[object], style: str, *, is_chosen: bool) -> None:
+        if is_chosen:
+            style = f"{style} reverse".strip()
+        add_row(table, *cells, style=style, one_line=self.lines is not None)
+
+    # The foot.
+
+    def _selected(self) -> list[Text]:
+        """Two lines about the row in focus."""
+        rows = rows_of(self.state.focus, self.status, self.history, self.state)
+        if not rows:
+            return [Text(), Text()]
+        one = rows[self.state.row(self.state.focus, [key_of(row) for row in rows])]
+        tell = _tell_image if self.state.focus == "images" else self._tell_guest
+        name, *lines = tell(one)
+        first = Text.assemble((name, "bold"), ": ", lines[0])
+        return [self._one_line(first), self._one_line(Text(lines[1]))]
+
+    def _tell_guest(self, guest: Answer) -> list[str]:
+        who = f"pid {guest['pid']}, uid {guest['uid']}, {format_bytes(guest['granted_bytes'])} of "
+        who += f"{label_of(guest, 'image')} granted, at its quota: {guest['policy']}"
+        if guest["state"] == STOPPED:
+            stopped = (
+                f"stopped for {format_seconds(guest['stopped_seconds'])} at its quota; resume it:"
+            )
+            return [
+                label_of(guest),
+                stopped,
+                f"  {quota_command(guest, self.status)}",
+            ]
+        about = [f"{format_count(guest['quota_stops'])} stops at its quota so far"]
+        if guest["poisoned_pages"]:
+            about.append(
+                f"{format_count(guest['poisoned_pages'])} pages could not be loaded, and give "
+                "SIGBUS or EIO: can the source be read?"
+            )
+        return [label_of(guest), who, "  " + ", ".join(about)]
+
+    def _keys(self) -> Text:
+        keys = "q quit  ↑↓ select  i images  g guests  s sort  p pause  ? help"
+        if not self.blocks:
+            keys = keys.replace("↑↓", "jk")
+        return self._one_line(Text(keys, style="dim"))
+
+    # Small things.
+
+    def _bar(self, part: int, whole: int, nr_marks: int) -> str:
+        nr_full = 0 if not whole else min(nr_marks, -(-part * nr_marks // whole))
+        full, rest = ("█", "░") if self.blocks else ("#", ".")
+        return full * nr_full + rest * (nr_marks - nr_full)
+
+    def _one_line(self, line: Text) -> Text:
+        if self.lines is not None:
+            line.no_wrap, line.overflow = True, "ellipsis"
+        return line
+
+
+def rows_of(focus: Focus, status: Answer, history: History, state: TopState) -> list[Answer]:
+    """The images or guests in the order chosen; first those that somebody has to act on."""
+
+    def key(one: Answer) -> tuple[object, ...]:
+        name = key_of(one)
+        match state.order[focus]:
+            case "name":
+                by: object = name
+            case "busy" if focus == "images":
+                by = -(_faults_of(_guests_of(one, status), history) or 0.0)
+            case "busy":
+                by = -(history.rate("hits", "misses", "cow_breaks", guest=name) or 0.0)
+            case "copies":
+                by = -(history.rate("cow_breaks", guest=name) or 0.0)
+            case "hits":  # the worst first: who waits for the disk
+                by = one["hits"] / max(1, one["hits"] + one["misses"])
+            case column:
+                by = -one[f"{column}_bytes"]
+        is_urgent = one["source_changed"] if focus == "images" else one["state"] == STOPPED
+        return (not is_urgent, by, name)
+
+    return sorted(status[focus], key=key)
+
+
+def sparkline(shares: Iterable[float | None], *, blocks: bool = True) -> str:
+    """One bar for each share of 0 to 1; a blank for None, which is not the lowest bar."""
+    bars = "▁▂▃▄▅▆▇█" if blocks else "_.-~=+*#"
+    return "".join(
+        " " if share is None else bars[min(int(share * len(bars)), len(bars) - 1)]
+        for share in shares
+    )
+
+
+def rounded(rate: float | None) -> str:
+    """A rate as a short number; ``-`` if it is not known yet."""
+    if rate is None:
+        return "-"
+    return f"{rate:.1f}" if 0 < rate < 10 else format_count(round(rate))
+
+
+def _guests_of(image: Answer, status: Answer) -> list[Answer]:
+    whose = (image["domain"], image["name"])
+    return [each for each in status["guests"] if (each["domain"], each["image"]) == whose]
+
+
+def _tell_image(image: Answer) -> list[str]:
+    digest = str(image["digest"] or "digest not known yet")
+    changed = "CHANGED after it was opened: restore it, or restart the daemon. "
+    return [
+        label_of(image),
+        ", ".join(
+            (
+                f"{format_bytes(image['pinned_bytes'])} pinned",
+                f"working set {format_bytes(image['working_set_bytes'])}",
+                f"{format_count(image['load_errors'])} loads failed",
+                digest[:19],
+            )
+        ),
+        f"  {changed if image['source_changed'] else ''}{printable(image['source'])}",
+    ]
+
+
+def _faults_of(guests: Sequence[Answer], history: History) -> float | None:
+    """What these guests fault a second."""
+    rates = [history.rate("hits", "misses", guest=key_of(guest)) for guest in guests]
+    if None in rates:
+        return None
+    return sum(rate for rate in rates if rate is not None)
+
+
+def _last(values: Iterable[T], nr: int) -> list[T]:
+    """The newest of them, `nr` at most."""
+    return list(values)[-nr:] if nr > 0 else []
+
+
+def _help() -> list[RenderableType]:
+    table = Table.grid(padding=(0, 3, 0, 0))
+    for keys, meaning in KEYS:
+        table.add_row(Text(keys, style="bold"), Text(meaning))
+    words = {
+        "saved": "what the guests' mappings would take more if each had frames of its own",
+        "faults": "reads or writes that trapped; those that found their extent resident are hits",
+        "copies": "pages a guest wrote first: its own from then on, within its quota",
+        "P50/P99": "how long answers took since the start: half were faster; all but 1% were",
+    }
+    meanings = Table.grid(padding=(0, 3, 0, 0))
+    for word, meaning in words.items():
+        meanings.add_row(Text(word, style="bold"), Text(meaning))
+    return [Text("Keys", style="bold underline"), table, Text(), meanings]
