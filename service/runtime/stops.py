@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from typing import Final
 
 __all__ = ["stop_at"]
@@ -17,6 +18,9 @@ _STOPS: Final = frozenset(os.environ.get("COWSHED_TEST_STOP_AT", "").split(","))
 
 
 def stop_at(phase: str) -> None:
-    """Stop this process if it is to stop here."""
+    """Stop this process if it is to stop here; this thread goes no instruction further.
+
+    A signal to the process would be another thread's to take, and this one might go on meanwhile.
+    """
     if phase in _STOPS:
-        os.kill(os.getpid(), signal.SIGSTOP)
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)

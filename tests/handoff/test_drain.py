@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from domains import in_thread, until
@@ -123,9 +124,8 @@ def test_an_abort_rolls_everything_back(pair: Pair, hosts: Pair, image: Path) ->
     b.start(before=("env", "COWSHED_TEST_STOP_AT=target-receive"))
     drain = in_thread(lambda: a.run("drain", "--to", b.unix))
     until(lambda: is_stopped(b.the_daemon.pid))
-    state = a.the_daemon.request("drain-state")["drain"]
-    assert state["phase"] == "prepare"
-    assert state["waits_for"] == "the target's check of the offer"
+    until(lambda: _state(a)["waits_for"] == "the target's check of the offer")
+    assert _state(a)["phase"] == "prepare"
     done = a.run("drain", "--abort")
     assert (done.returncode, done.stderr) == (0, "")
     drain.join()
@@ -196,5 +196,9 @@ def _nr_owners(a: Host, b: Host) -> int:
 
 
 def _is_drained(host: Host) -> bool:
-    drain = host.the_daemon.request("drain-state")["drain"]
-    return drain is not None and drain["phase"] in ("commit", "moved")
+    drain = _state(host)
+    return bool(drain) and drain["phase"] in ("commit", "moved")
+
+
+def _state(host: Host) -> dict[str, Any]:
+    return dict(host.the_daemon.request("drain-state")["drain"] or {})
