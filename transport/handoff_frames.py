@@ -34,6 +34,7 @@ __all__ = [
     "FrameDecoder",
     "FrameEncoder",
     "FrameKind",
+    "Mark",
 ]
 
 MAGIC: Final = b"CSHDHAND"
@@ -65,6 +66,8 @@ class FrameKind(IntEnum):
     TOTALS = 7
     END = 8
     WORD = 9  # of the two ends to each other; never in a file
+    IMAGE_BYTES = 16
+    IMAGE_WHOLE = 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +80,24 @@ class Frame:
     offset: int
 
 
-class FrameEncoder:
-    """Gives the bytes of frames, in order. digest() is of all that was given."""
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place between two frames: where another encoder can go on. sha256 is of all before it."""
 
-    def __init__(self) -> None:
+    offset: int
+    nr_frames: int
+    sha256: hashlib._Hash
+
+
+class FrameEncoder:
+    """Gives the bytes of frames, in order. digest() is of all that was given, and before a mark."""
+
+    def __init__(self, mark: Mark | None = None) -> None:
+        """mark is where to go on; the preamble is there already then."""
         self._compressor = zstandard.ZstdCompressor(level=_LEVEL)
-        self._number = 0
-        self._sha = hashlib.sha256()
-        self.nr_bytes = 0
+        self._number = mark.nr_frames if mark else 0
+        self._sha = mark.sha256.copy() if mark else hashlib.sha256()
+        self.nr_bytes = mark.offset if mark else 0
 
     def preamble(self) -> bytes:
         """Give what comes before the first frame."""
@@ -127,6 +140,7 @@ class FrameDecoder:
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
         self._began = False
         self._number = 0
+        self._marked = 0
         self._section = "preamble"
         self._sha = hashlib.sha256()
         self.offset = 0
@@ -143,6 +157,7 @@ class FrameDecoder:
         while (frame := self._next()) is not None:
             taken = _HEADER.size + self._stored_bytes
             yield frame
+            self._marked = self._number
             self._sha.update(memoryview(self._held)[:taken])
             del self._held[:taken]
             self.offset += taken
@@ -152,12 +167,21 @@ class FrameDecoder:
         """Give the SHA-256 of all before the frame that was given last."""
         return self._sha.hexdigest()
 
+    def mark(self) -> Mark:
+        """Give the place before the frame that was given last, or after all if none is awaited."""
+        return Mark(self.offset, self._marked, self._sha.copy())
+
     def end(self) -> Never:
         """The bytes end here, and END was not there: say how far it is good."""
         self.refuse(
             f"it is cut short after {len(self._held)} more bytes; everything before is good: "
             f"go on with the transfer from byte {self.offset + len(self._held)}"
         )
+
+    def check_empty(self) -> None:
+        """Refuse bytes that are left over."""
+        if self._held:
+            self.refuse(f"{len(self._held)} bytes are left over")
 
     def refuse(self, what: str) -> Never:
         """Raise DamagedError with the place."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a handoff's frames hold, typed and checked: the same sections in a file and on a wire.
 
-    HEADER, IMAGE*, GUEST*, then WORKING_SET, PAGES, DROPPED, TOTALS in any order, END
+    HEADER, IMAGE*, GUEST*, then IMAGE_BYTES, IMAGE_WHOLE, WORKING_SET, PAGES, DROPPED, TOTALS in
+    any order, END
 
 Images and guests are numbered from 0 in the order they come. PAGES of a page that came before take
 its place; DROPPED says that pages are no longer private. TOTALS says, for each guest, once and
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import struct
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -25,6 +26,18 @@ from cowshed.transport.handoff_frames import (
     FrameDecoder,
     FrameEncoder,
     FrameKind,
+    Mark,
+)
+from cowshed.transport.handoff_image_sections import (
+    PAGE_BYTES,
+    RUN_BYTES,
+    WHOSE_BYTES,
+    ImageBytes,
+    ImageWhole,
+    Runs,
+    check_runs,
+    decode_runs,
+    encode_runs,
 )
 from cowshed.transport.messages import take_number, take_optional_number, take_text
 from cowshed.transport.protocol import parse_body
@@ -36,7 +49,9 @@ __all__ = [
     "End",
     "GuestSection",
     "Header",
+    "ImageBytes",
     "ImageSection",
+    "ImageWhole",
     "Pages",
     "Section",
     "StateReader",
@@ -46,15 +61,11 @@ __all__ = [
     "WorkingSetSection",
 ]
 
-PAGE_BYTES: Final = 4096
 MAX_PAGES: Final = 512
 _MAX_IMAGES: Final = 4096
 _MAX_GUESTS: Final = 65536
 _POLICIES: Final = ("stop", "kill", "allow")
-_RUN: Final = struct.Struct("<QI")
 _WHOSE: Final = struct.Struct("<II")
-
-Runs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,11 @@ class Header:
 
 @dataclass(frozen=True)
 class ImageSection:
-    """An image of the catalogue; bytes of it are never here, its digest says which it is."""
+    """An image of the catalogue; its digest says which it is.
+
+    has_bytes: its bytes are in the file, or can be sent. allowed is who of the domain may use it,
+    by uids, gids and clients; None is everybody.
+    """
 
     name: str
     domain: str
@@ -76,6 +91,8 @@ class ImageSection:
     extent_bytes: int
     digest: str
     source: str
+    has_bytes: bool = False
+    allowed: Mapping[str, Sequence[int | str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +169,17 @@ class End:
 
 
 Section = (
-    Header | ImageSection | GuestSection | WorkingSetSection | Pages | Dropped | Totals | Word | End
+    Header
+    | ImageSection
+    | GuestSection
+    | ImageBytes
+    | ImageWhole
+    | WorkingSetSection
+    | Pages
+    | Dropped
+    | Totals
+    | Word
+    | End
 )
 
 _JSON_KINDS: Final[dict[type, FrameKind]] = {
@@ -160,15 +187,17 @@ _JSON_KINDS: Final[dict[type, FrameKind]] = {
     ImageSection: FrameKind.IMAGE,
     GuestSection: FrameKind.GUEST,
     Totals: FrameKind.TOTALS,
+    ImageWhole: FrameKind.IMAGE_WHOLE,
 }
 
 
 class StateWriter:
     """Gives the bytes of sections; the caller sends them, in order."""
 
-    def __init__(self) -> None:
-        self._frames = FrameEncoder()
-        self._began = False
+    def __init__(self, mark: Mark | None = None) -> None:
+        """mark is where a StateReader found the end of what is good: to go on with that."""
+        self._frames = FrameEncoder(mark)
+        self._began = mark is not None
 
     @property
     def nr_bytes(self) -> int:
@@ -191,9 +220,11 @@ def _encode(section: Section) -> tuple[FrameKind, bytes]:
         numbers = array("I", section.extents)
         return FrameKind.WORKING_SET, _WHOSE.pack(section.image, len(numbers)) + numbers.tobytes()
     if isinstance(section, Pages):
-        return FrameKind.PAGES, _runs(section.guest, section.runs) + section.content
+        return FrameKind.PAGES, encode_runs(section.guest, section.runs) + section.content
+    if isinstance(section, ImageBytes):
+        return FrameKind.IMAGE_BYTES, encode_runs(section.image, section.runs) + section.content
     if isinstance(section, Dropped):
-        return FrameKind.DROPPED, _runs(section.guest, section.runs)
+        return FrameKind.DROPPED, encode_runs(section.guest, section.runs)
     if isinstance(section, Word):
         return FrameKind.WORD, _json(section.body)
     if isinstance(section, End):
@@ -205,14 +236,11 @@ def _json(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode()
 
 
-def _runs(guest: int, runs: Sequence[tuple[int, int]]) -> bytes:
-    return _WHOSE.pack(guest, len(runs)) + b"".join(_RUN.pack(*run) for run in runs)
-
-
 class StateReader:
     """Takes bytes and gives sections that make sense after those before; DamagedError with a place.
 
-    Invariant: images, guests and totals are those that came, by number.
+    Invariant: images, guests and totals are those that came, by number; whole are the images of
+    which an IMAGE_WHOLE came.
     """
 
     def __init__(self, *, words: bool = False) -> None:
@@ -223,6 +251,7 @@ class StateReader:
         self.images: list[ImageSection] = []
         self.guests: list[GuestSection] = []
         self.totals: dict[int, Totals] = {}
+        self.whole: set[int] = set()
         self.ended = False
         self._in_state = False
 
@@ -231,9 +260,15 @@ class StateReader:
         """The bytes that were taken and found good."""
         return self._frames.offset
 
-    def feed(self, raw: bytes | bytearray | memoryview) -> list[Section]:
-        """Take bytes as they come; give the sections that they end."""
-        sections = []
+    def mark(self) -> Mark:
+        """Give the place before the section that was given last, or after all of them."""
+        return self._frames.mark()
+
+    def feed(self, raw: bytes | bytearray | memoryview) -> Iterator[Section]:
+        """Take bytes as they come; give the sections that they end, one by one.
+
+        One by one, since a few bytes can be very many sections.
+        """
         for frame in self._frames.feed(raw):
             try:
                 section = self._decode(frame)
@@ -242,13 +277,13 @@ class StateReader:
                 raise
             except (CowshedError, struct.error, ValueError, TypeError, OverflowError) as error:
                 self._frames.refuse(f"section {frame.kind.name}: {error}")
-            sections.append(section)
-        return sections
+            yield section
 
     def end(self) -> None:
         """The bytes end here; DamagedError if they should not."""
         if not self.ended:
             self._frames.end()
+        self._frames.check_empty()
 
     def _decode(self, frame: Frame) -> Section:
         payload, kind = frame.payload, frame.kind
@@ -257,17 +292,15 @@ class StateReader:
             if len(payload) != _WHOSE.size + 4 * nr:
                 raise ValueError(f"{len(payload)} bytes for {nr} extents")
             return WorkingSetSection(image, tuple(array("I", payload[_WHOSE.size :])))
-        if kind in (FrameKind.PAGES, FrameKind.DROPPED):
-            guest, nr = _WHOSE.unpack_from(payload)
-            start = _WHOSE.size + nr * _RUN.size
-            if start > len(payload):
-                raise ValueError(f"{len(payload)} bytes for {nr} runs")
-            runs = tuple(_RUN.iter_unpack(payload[_WHOSE.size : start]))
+        if kind in (FrameKind.PAGES, FrameKind.IMAGE_BYTES, FrameKind.DROPPED):
+            whose, runs, start = decode_runs(payload)
             if kind is FrameKind.PAGES:
-                return Pages(guest, runs, payload[start:])
+                return Pages(whose, runs, payload[start:])
+            if kind is FrameKind.IMAGE_BYTES:
+                return ImageBytes(whose, runs, payload[start:])
             if start != len(payload):
                 raise ValueError("bytes are left over")
-            return Dropped(guest, runs)
+            return Dropped(whose, runs)
         body = parse_body(payload)
         if kind is FrameKind.WORD:
             return Word(body)
@@ -302,16 +335,30 @@ class StateReader:
             self._in_state = True
             self._check_state(section)
 
-    def _check_state(self, section: WorkingSetSection | Pages | Dropped | Totals | End) -> None:
+    def _check_state(
+        self,
+        section: WorkingSetSection | ImageBytes | ImageWhole | Pages | Dropped | Totals | End,
+    ) -> None:
         if isinstance(section, End):
             if len(self.totals) != len(self.guests):
                 raise ValueError(f"{len(self.totals)} totals for {len(self.guests)} guests")
+            for no, image in enumerate(self.images):
+                if not self._words and image.has_bytes and no not in self.whole:
+                    raise ValueError(f"the bytes of image {image.name!r} are not whole")
             self.ended = True
         elif isinstance(section, WorkingSetSection):
             image = self._of(self.images, section.image, "image")
             nr_extents = -(-image.size_bytes // image.extent_bytes)
             if max(section.extents, default=0) >= nr_extents:
                 raise ValueError(f"an extent is outside of the image's {nr_extents}")
+        elif isinstance(section, ImageBytes | ImageWhole):
+            image = self._of(self.images, section.image, "image")
+            if not image.has_bytes or section.image in self.whole:
+                raise ValueError(f"image {image.name!r} was to have no more bytes")
+            if isinstance(section, ImageBytes):
+                check_runs(section.runs, image.size_bytes, section.content)
+            else:
+                self.whole.add(section.image)
         else:
             guest = self._of(self.guests, section.guest, "guest")
             if section.guest in self.totals:
@@ -319,14 +366,8 @@ class StateReader:
             if isinstance(section, Totals):
                 self.totals[section.guest] = section
                 return
-            nr_pages = -(-self.images[guest.image].size_bytes // PAGE_BYTES)
-            end = total = 0
-            for first, nr in section.runs:
-                if first < end or nr == 0 or first + nr > nr_pages:
-                    raise ValueError(f"{nr} pages from {first} are out of order or of the image")
-                end, total = first + nr, total + nr
-            if isinstance(section, Pages) and len(section.content) != total * PAGE_BYTES:
-                raise ValueError(f"{len(section.content)} bytes for {total} pages")
+            content = section.content if isinstance(section, Pages) else None
+            check_runs(section.runs, self.images[guest.image].size_bytes, content)
 
     @staticmethod
     def _of(things: list[Any], number: int, what: str) -> Any:
@@ -351,7 +392,11 @@ def _decode_body(kind: FrameKind, body: dict[str, Any]) -> Section:
             extent_bytes,
             take_text(body, "digest", max_length=256),
             take_text(body, "source", max_length=4096, default="?"),
+            body.get("has_bytes") is True,
+            _allowed(body),
         )
+    if kind is FrameKind.IMAGE_WHOLE:
+        return ImageWhole(take_number(body, "image"))
     if kind is FrameKind.TOTALS:
         return Totals(
             take_number(body, "guest"), take_number(body, "private_pages"), _counters(body)
@@ -372,6 +417,19 @@ def _decode_body(kind: FrameKind, body: dict[str, Any]) -> Section:
     )
 
 
+def _allowed(body: dict[str, Any]) -> dict[str, tuple[int | str, ...]] | None:
+    allowed = body.get("allowed")
+    if allowed is None:
+        return None
+    if not isinstance(allowed, dict) or not allowed.keys() <= {"uids", "gids", "clients"}:
+        raise ValueError("it does not say who may use it by uids, gids and clients")
+    for key, names in allowed.items():
+        kind = str if key == "clients" else int
+        if not isinstance(names, list) or not all(type(name) is kind for name in names):
+            raise ValueError(f"its {key} are {names!r}"[:200])
+    return {key: tuple(names) for key, names in allowed.items()}
+
+
 def _counters(body: dict[str, Any]) -> dict[str, int]:
     counters = body.get("counters") or {}
     if not isinstance(counters, dict) or len(counters) > 256:
@@ -379,4 +437,4 @@ def _counters(body: dict[str, Any]) -> dict[str, int]:
     return {name: take_number(counters, name) for name in counters}
 
 
-assert MAX_PAGES * (PAGE_BYTES + _RUN.size) + _WHOSE.size <= MAX_RAW_BYTES
+assert MAX_PAGES * (PAGE_BYTES + RUN_BYTES) + WHOSE_BYTES <= MAX_RAW_BYTES

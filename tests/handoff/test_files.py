@@ -73,7 +73,7 @@ def test_a_damaged_file_is_refused_with_the_place_and_nothing_is_half_applied(
     _, b = pair
     raw = exported[0].read_bytes()
     reader = StateReader()
-    ends = [at + 1 for at in range(len(raw)) if reader.feed(raw[at : at + 1])]
+    ends = [at + 1 for at in range(len(raw)) if list(reader.feed(raw[at : at + 1]))]
     rng = random.Random(5)
     cuts = [*ends[:-1][:6], *(rng.randrange(len(raw)) for _ in range(6))]
     bad = [(f"cut at {cut}", raw[:cut]) for cut in cuts]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import random
 import struct
 import zlib
 
 import pytest
 import zstandard
+from handoff_state import GUEST, IMAGE, PAGE, SECTIONS, WITH_BYTES, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,10 +18,9 @@ from cowshed.transport.handoff_frames import (
     FrameKind,
 )
 from cowshed.transport.handoff_sections import (
-    Dropped,
-    GuestSection,
     Header,
-    ImageSection,
+    ImageBytes,
+    ImageWhole,
     Pages,
     Section,
     StateReader,
@@ -31,33 +30,10 @@ from cowshed.transport.handoff_sections import (
     WorkingSetSection,
 )
 
-PAGE = 4096
-IMAGE = ImageSection("debian", "default", 100 * PAGE - 7, 65536, "sha256:1", "/srv/debian.raw")
-GUEST = GuestSection("g", 0, 1000, 1 << 20, "stop", "secret", "token x", "unix", {"misses": 3})
-SECTIONS: list[Section] = [
-    Header("h1", "host", 12),
-    IMAGE,
-    GUEST,
-    GuestSection("h", 0, -1, None, "allow", "t", "uid 0", "nbd"),
-    WorkingSetSection(0, (3, 0, 6)),
-    Pages(
-        0, ((0, 1), (99, 1)), b"a" * PAGE + (random.Random(1).randbytes(300) + bytes(PAGE - 300))
-    ),
-    Pages(1, (), b""),
-    Dropped(0, ((0, 1),)),
-    Totals(0, 1, {"misses": 4}),
-    Totals(1, 0),
-]
-
-
-def written(sections: list[Section] = SECTIONS) -> bytes:
-    writer = StateWriter()
-    return b"".join(writer.write(section) for section in sections) + writer.end()
-
 
 def read(raw: bytes) -> list[Section]:
     reader = StateReader()
-    sections = reader.feed(raw)
+    sections = list(reader.feed(raw))
     reader.end()
     return sections
 
@@ -79,7 +55,7 @@ def test_a_file_cut_short_anywhere_is_refused_with_the_place() -> None:
     raw = written()
     for length in range(len(raw)):
         reader = StateReader()
-        reader.feed(raw[:length])
+        list(reader.feed(raw[:length]))
         with pytest.raises(DamagedError, match=r"at byte \d+, frame \d+, after section"):
             reader.end()
         assert not reader.ended
@@ -124,6 +100,12 @@ def test_a_frame_left_out_or_twice_is_refused() -> None:
         ([Header("h"), IMAGE, GUEST, Totals(0, 0), Pages(0, (), b"")], "totals were there"),
         ([Header("h"), IMAGE, GUEST], "0 totals for 1 guests"),
         ([Header("h"), Word({"say": "commit"})], "not for a file"),
+        ([Header("h"), IMAGE, ImageBytes(0, ((1, 1),), b"x" * PAGE)], "no more bytes"),
+        ([Header("h"), WITH_BYTES], "are not whole"),
+        ([Header("h"), WITH_BYTES, ImageWhole(1)], "no image 1"),
+        ([Header("h"), WITH_BYTES, ImageWhole(0), ImageWhole(0)], "no more bytes"),
+        ([Header("h"), WITH_BYTES, ImageBytes(0, ((100, 1),), b"x" * PAGE)], "of the image"),
+        ([Header("h"), WITH_BYTES, ImageBytes(0, ((1, 2),), b"x" * PAGE)], "bytes for 2 pages"),
     ],
 )
 def test_sections_that_make_no_sense_are_refused(sections: list[Section], why: str) -> None:
@@ -156,7 +138,7 @@ def test_no_frame_makes_us_take_the_memory_it_claims() -> None:
 
 def _refusal(reader: StateReader, raw: bytes) -> str:
     try:
-        reader.feed(raw)
+        list(reader.feed(raw))
         reader.end()
     except DamagedError as error:
         return str(error)
