@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import socket
 import ssl
 from collections.abc import Callable
 from typing import Final
 
 from cowshed.cache.errors import PeerError, UsageError
+from cowshed.transport.acceptor import Acceptor
 from cowshed.transport.addresses import Address, parse_stream_uri
 from cowshed.transport.protocol import MAX_REPLY_BYTES, MAX_REQUEST_BYTES
 from cowshed.transport.stream import StreamConnection
@@ -20,7 +18,6 @@ from cowshed.transport.unix import CONNECT_SECONDS
 
 __all__ = ["StreamListener", "connect", "listen", "tune"]
 
-_NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # A peer that answers nothing for so long, with data on its way to it, is gone.
 _USER_TIMEOUT_MS: Final = 30_000
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
@@ -88,11 +85,7 @@ def tune(sock: socket.socket) -> None:
 
 
 class StreamListener:
-    """A listening stream socket, owned. uri is where it listens, with the port that it got.
-
-    Keeps one descriptor in reserve, so that at the limit of open files a peer is turned away
-    instead of waking the loop for ever.
-    """
+    """A listening stream socket, owned. uri is where it listens, with the port that it got."""
 
     def __init__(
         self, sock: socket.socket, address: Address, context: ssl.SSLContext | None
@@ -105,7 +98,7 @@ class StreamListener:
         port = sock.getsockname()[1]
         host = f"[{address.host}]" if ":" in address.host else address.host
         self.uri: Final = f"{address.scheme}://{host}:{port}"
-        self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self._acceptor: Final = Acceptor()
 
     def __enter__(self) -> StreamListener:
         return self
@@ -124,14 +117,10 @@ class StreamListener:
 
     def accept(self) -> StreamConnection | None:
         """Take a peer that waits; None if there is none, or it had to be turned away."""
-        try:
-            sock, name = self._socket.accept()
-        except OSError as error:
-            if error.errno in _NO_ROOM:
-                self._turn_away()
-            elif error.errno == errno.EBADF:
-                raise
-            return None  # nobody there, or gone again (accept(2) passes on errors of the network)
+        taken = self._acceptor.accept(self._socket)
+        if taken is None:
+            return None
+        sock, name = taken
         if not self._is_vsock:
             tune(sock)
         host = f"[{name[0]}]" if ":" in str(name[0]) else name[0]
@@ -139,22 +128,12 @@ class StreamListener:
         where = f"{self.scheme}://{host}:{name[1]}"
         return StreamConnection(sock, where, tls, MAX_REQUEST_BYTES, MAX_REPLY_BYTES)
 
-    def _turn_away(self) -> None:
-        if self._reserve >= 0:
-            os.close(self._reserve)
-            self._reserve = -1
-        with contextlib.suppress(OSError):
-            self._socket.accept()[0].close()
-        with contextlib.suppress(OSError):
-            self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-
     def close(self) -> None:
         """Close the socket; nothing twice."""
         if self._socket.fileno() < 0:
             return
         self._socket.close()
-        if self._reserve >= 0:
-            os.close(self._reserve)
+        self._acceptor.close()
 
 
 def listen(

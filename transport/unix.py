@@ -12,6 +12,7 @@ import struct
 from typing import Final
 
 from cowshed.cache.errors import PeerError, UsageError
+from cowshed.transport.acceptor import Acceptor
 from cowshed.transport.connection import EOF, Connection, Peer, Received
 from cowshed.transport.protocol import MAX_REPLY_BYTES, MAX_REQUEST_BYTES
 
@@ -36,11 +37,7 @@ CONNECT_SECONDS: Final = 10.0
 
 
 class Listener:
-    """A listening socket at a path, owned: close() closes it and removes the path.
-
-    Keeps one descriptor in reserve, so that at the limit of open files a peer is turned away
-    instead of waking the loop for ever.
-    """
+    """A listening socket at a path, owned: close() closes it and removes the path."""
 
     def __init__(self, sock: socket.socket, path: str) -> None:
         sock.setblocking(False)
@@ -48,7 +45,7 @@ class Listener:
         self._path = path
         self.uri: Final = f"{_SCHEME}{path}"
         self._inode = os.stat(path).st_ino
-        self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self._acceptor: Final = Acceptor()
 
     def __enter__(self) -> Listener:
         return self
@@ -62,33 +59,15 @@ class Listener:
 
     def accept(self) -> Connection | None:
         """Take a peer that waits; None if there is none, or it had to be turned away."""
-        try:
-            sock, _ = self._socket.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return None
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            self._turn_away()
-            return None
-        return Connection(sock, MAX_REQUEST_BYTES, MAX_REPLY_BYTES)
-
-    def _turn_away(self) -> None:
-        if self._reserve >= 0:
-            os.close(self._reserve)
-            self._reserve = -1
-        with contextlib.suppress(OSError):
-            self._socket.accept()[0].close()
-        with contextlib.suppress(OSError):
-            self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        taken = self._acceptor.accept(self._socket)
+        return None if taken is None else Connection(taken[0], MAX_REQUEST_BYTES, MAX_REPLY_BYTES)
 
     def close(self) -> None:
         """Close the socket and remove its path, unless that is another's by now; nothing twice."""
         if self._socket.fileno() < 0:
             return
         self._socket.close()
-        if self._reserve >= 0:
-            os.close(self._reserve)
+        self._acceptor.close()
         with contextlib.suppress(OSError):
             if os.stat(self._path).st_ino == self._inode:
                 os.unlink(self._path)

@@ -38,6 +38,7 @@ from cowshed.service.settings.config import SOCKET_PATH_MAX_BYTES, Config
 from cowshed.service.settings.domains import Identity
 from cowshed.service.settings.names import image_socket_path
 from cowshed.service.survival.listeners import Listeners
+from cowshed.transport.acceptor import Acceptor
 from cowshed.transport.foreign_fds import close_foreign
 from cowshed.transport.handshakes import (
     HUGE_PAGE_BYTES,
@@ -116,6 +117,7 @@ class ImageSockets:
         self._allowance: Final = ShareAllowance(min(nr_shared, max(0, max_pinned_extents)))
         self._clients: dict[int, _Client] = {}
         self._opener = listeners
+        self._acceptor: Final = Acceptor()
         self._listeners: dict[Path, socket.socket] = {}
         for image in images:
             self._listen(image, image_socket_path(config.run_dir, image))
@@ -130,6 +132,7 @@ class ImageSockets:
             with contextlib.suppress(OSError):
                 path.unlink()
         self._listeners.clear()
+        self._acceptor.close()
 
     def _listen(self, image: Image, path: Path) -> None:
         if len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
@@ -146,15 +149,10 @@ class ImageSockets:
         self._loop.watch(listener.fileno(), READ, lambda *_: self._on_connect(listener, image))
 
     def _on_connect(self, listener: socket.socket, image: Image) -> None:
-        try:
-            sock, _ = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
+        taken = self._acceptor.accept(listener)
+        if taken is None:
             return
-        except OSError as error:  # no descriptors left: it waits in the backlog
-            self._tallies.dropped["limit"] += 1
-            _log.warning("turned-away", str(error.strerror), image=image.label)
-            return
-        peer = HandshakePeer(sock)
+        peer = HandshakePeer(taken[0])
         # Before anything is told: its size too is for those alone who may use the image.
         if not self._may_use(peer, image):
             self._turn_away(peer, image, "handshake", "it may not use this image")

@@ -17,7 +17,7 @@ from cowshed.service.overlays.overlays import Claim
 from cowshed.service.settings.domains import Identity, is_operator
 from cowshed.service.settings.endpoint import Endpoint
 
-__all__ = ["NbdPeer", "accept", "listen_path", "listen_tcp", "peer_of"]
+__all__ = ["NbdPeer", "listen_path", "listen_tcp", "peer_of", "tune"]
 
 _UCRED: Final = struct.Struct("iII")
 _BACKLOG: Final = 512
@@ -78,18 +78,13 @@ def peer_of(sock: socket.socket) -> NbdPeer:
     return NbdPeer(Identity(), 0, f"address {sock.getpeername()[0]}")
 
 
-def accept(listener: socket.socket) -> socket.socket | None:
-    """Take a client that waits, not blocking; None if there is none. OSError: no descriptors."""
-    try:
-        sock, _ = listener.accept()
-    except (BlockingIOError, ConnectionAbortedError):
-        return None
+def tune(sock: socket.socket) -> None:
+    """Have a client's socket not block, and notice one over TCP that is gone without a word."""
     sock.setblocking(False)
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _TCP_OPTIONS:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
-    return sock
 
 
 def listen_path(path: Path) -> socket.socket:

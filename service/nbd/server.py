@@ -10,7 +10,6 @@ connection and nobody else anything.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 import ssl
@@ -25,7 +24,7 @@ from cowshed.service.guests.door import Door
 from cowshed.service.images.access import Access
 from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.nbd.exports import HeldExport, NbdDirectory
-from cowshed.service.nbd.peers import NbdPeer, accept, listen_path, listen_tcp, peer_of
+from cowshed.service.nbd.peers import NbdPeer, listen_path, listen_tcp, peer_of, tune
 from cowshed.service.nbd.session import NbdSession
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.logs import EventLog
@@ -33,6 +32,7 @@ from cowshed.service.runtime.loop import READ, Loop
 from cowshed.service.settings.config import Config
 from cowshed.service.settings.tls_config import make_context
 from cowshed.service.survival.listeners import Listeners
+from cowshed.transport.acceptor import Acceptor
 from cowshed.transport.nbd_core import Ended, NbdCounters, NbdEnd, NbdExport, NbdServer
 from cowshed.transport.nbd_negotiation import MAX_PAYLOAD_BYTES, Chosen
 from cowshed.transport.relay import Relay
@@ -90,7 +90,7 @@ class NbdService:
         self._clients: dict[int, _Client] = {}
         self._others: dict[int, Callable[[Ended], None]] = {}
         self._images: dict[Image, NbdExport] = {}
-        self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self._acceptor: Final = Acceptor()
         self._path: Final = config.run_dir / NBD_SOCKET_NAME
         self._listeners = [listeners.open("nbd", lambda: listen_path(self._path), self._path)]
         if (endpoint := config.nbd) is not None:
@@ -99,7 +99,7 @@ class NbdService:
             self._say_tcp()
         self._core: Final = core
         for listener in self._listeners:
-            loop.watch(listener.fileno(), READ, self._acceptor(listener))
+            loop.watch(listener.fileno(), READ, lambda *_, at=listener: self._on_peer(at))
         loop.watch(self._core.event_fd, READ, self._on_ended)
         loop.every(_LOOK_SECONDS, self._look_after)
 
@@ -133,30 +133,14 @@ class NbdService:
             self._end(ended)
         for export in self._images.values():
             export.close()
-        os.close(self._reserve)
+        self._acceptor.close()
 
     # Coming in.
 
-    def _acceptor(self, listener: socket.socket) -> Callable[[int, int], None]:
-        def on_ready(*_: int) -> None:
-            try:
-                sock = accept(listener)
-            except OSError as error:
-                self._turn_away(listener, error)
-                return
-            if sock is not None:
-                self._admit(sock)
-
-        return on_ready
-
-    def _turn_away(self, listener: socket.socket, error: OSError) -> None:
-        """At the limit of descriptors, use one kept in reserve: a peer that waits wakes us ever."""
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
-            return
-        os.close(self._reserve)
-        with contextlib.suppress(OSError):
-            listener.accept()[0].close()
-        self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    def _on_peer(self, listener: socket.socket) -> None:
+        if (taken := self._acceptor.accept(listener)) is not None:
+            tune(taken[0])
+            self._admit(taken[0])
 
     def _admit(self, sock: socket.socket) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,18 @@ def test_one_user_cannot_take_every_place(
     assert given == [True] * nr_in + [False] * (9 - nr_in)
     assert 0 < nr_in < 9
     assert f"uid {OUTSIDER} has {nr_in} connections open" in daemon.log()
+
+
+def test_without_descriptors_a_peer_is_turned_away_and_does_not_wait_for_one(
+    run_dir: Path, make_image: MakeImage, start_daemon: StartDaemon
+) -> None:
+    """One that stays in the queue would wake the loop for ever."""
+    daemon = start_daemon("--image", f"d={make_image(MIB)}")
+    path = run_dir / "images" / "d.sock"
+    highest = max(int(name) for name in os.listdir(f"/proc/{daemon.pid}/fd"))
+    limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
+    assert "" in answers(path, 0, nr=20)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+    (answer,) = answers(path, 0)
+    assert json.loads(answer)["size"] == MIB
