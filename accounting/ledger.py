@@ -7,7 +7,7 @@ import errno
 import os
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from cowshed.accounting.purse import Purse, QuotaPolicy
 from cowshed.cache import Image, InvariantError, PeerError, UsageError
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
+from cowshed.cache.counters import Counters
 from cowshed.cache.images import PAGE_BYTES
 
 __all__ = [
@@ -49,7 +50,7 @@ class LatencyKind(IntEnum):
 
 
 @dataclass(frozen=True)
-class AccountCounters:
+class AccountCounters(Counters):
     """What was done for a guest since it attached; each only grows. Meanings: ledger.h."""
 
     faults_missing: int
@@ -74,14 +75,6 @@ class AccountCounters:
     retries: int
     stopped_ns: int
 
-    @classmethod
-    def of(cls, counters: Any) -> AccountCounters:
-        """Take a copy of a C struct account_counters."""
-        return cls(*(getattr(counters, name) for name in _COUNTERS))
-
-    def __add__(self, other: AccountCounters) -> AccountCounters:
-        return AccountCounters(*(getattr(self, name) + getattr(other, name) for name in _COUNTERS))
-
     @property
     def hits(self) -> int:
         """Faults that asked for a page and found its extent resident."""
@@ -91,9 +84,6 @@ class AccountCounters:
     def cow_breaks(self) -> int:
         """Pages replaced by a private copy, after a settle; before it, some may be yet to come."""
         return self.charged_pages - self.uncharged_pages
-
-
-_COUNTERS: Final = tuple(field.name for field in fields(AccountCounters))
 
 
 @dataclass(frozen=True)

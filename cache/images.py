@@ -7,12 +7,13 @@ Nothing here touches a frame. Extents are numbered from 0; arrays hold one entry
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
+from cowshed.cache.counters import Counters
 from cowshed.cache.sources import FileSource
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class ExtentState(IntEnum):
 
 
 @dataclass(frozen=True)
-class ImageCounters:
+class ImageCounters(Counters):
     """What was ever done for an image, over restarts too; each only grows. Meanings: image.h."""
 
     loads: int
@@ -156,7 +157,7 @@ class Image:
         """Read the counters, at no one instant."""
         counters = ffi.new("struct image_counters *")
         lib.image_count(self.cdata, counters)
-        return ImageCounters(*(getattr(counters, field.name) for field in fields(ImageCounters)))
+        return ImageCounters.of(counters)
 
     def figures(self) -> ImageFigures:
         """Add up all extents; a nanosecond each."""

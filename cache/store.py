@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final
 
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
+from cowshed.cache.counters import Counters
 from cowshed.cache.errors import CapacityError, UsageError
 from cowshed.cache.images import DEFAULT_DOMAIN, PAGE_BYTES, Image, ImageRemains, image_label
 from cowshed.cache.sources import FileSource
@@ -25,7 +26,7 @@ _TAKE_MAX = 4096
 
 
 @dataclass(frozen=True)
-class StoreCounters:
+class StoreCounters(Counters):
     """The store at one instant, in extents unless the name says otherwise. Meanings: store.h."""
 
     capacity_extents: int
@@ -181,7 +182,7 @@ class PageStore:
         """Read the counters, all at one instant."""
         counters = ffi.new("struct store_counters *")
         lib.store_count(self._store, counters)
-        return StoreCounters(*(getattr(counters, field.name) for field in fields(StoreCounters)))
+        return StoreCounters.of(counters)
 
     def take_inserted(self) -> list[tuple[int, int]] | None:
         """Take (image_no, extent) pairs that became resident since the last call, in order.

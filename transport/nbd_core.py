@@ -11,13 +11,14 @@ import contextlib
 import os
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
 from cowshed.cache import Image
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
+from cowshed.cache.counters import Counters
 
 __all__ = [
     "Ended",
@@ -62,8 +63,8 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class NbdCounters:
-    """What an export's clients did, ever; parked: requests that wait now. Meanings: nbd.h."""
+class NbdCounters(Counters):
+    """What clients did, ever; parked: requests that wait now. Meanings: nbd.h."""
 
     connections: int = 0
     reads: int = 0
@@ -79,12 +80,6 @@ class NbdCounters:
     hits: int = 0
     misses: int = 0
     parked: int = 0
-
-    def __add__(self, other: NbdCounters) -> NbdCounters:
-        return NbdCounters(*(getattr(self, name) + getattr(other, name) for name in _COUNTERS))
-
-
-_COUNTERS: Final = tuple(field.name for field in fields(NbdCounters))
 
 
 class NbdServer:
@@ -154,6 +149,12 @@ class NbdServer:
             ]
         return taken
 
+    def counters(self, image: Image) -> NbdCounters:
+        """What clients of all exports of an image did, ever: adopted with the image."""
+        counters = ffi.new("struct nbd_counters *")
+        lib.nbd_image_count(self.cdata, image.cdata, counters)
+        return NbdCounters.of(counters)
+
     def drain(self) -> None:
         """End every connection and wait for the last; waits for loads and disks, for no client."""
         lib.nbd_server_drain(self.cdata)
@@ -187,10 +188,10 @@ class NbdExport:
             self.cdata = None
 
     def counters(self) -> NbdCounters:
-        """Read the counters, at no one instant."""
+        """What its clients did, at no one instant; an overlay's are adopted with its account."""
         counters = ffi.new("struct nbd_counters *")
         lib.nbd_export_count(self.cdata, counters)
-        return NbdCounters(*(getattr(counters, name) for name in _COUNTERS))
+        return NbdCounters.of(counters)
 
     def latency(self, kind: NbdLatency) -> tuple[array[int], int]:
         """Give the counts by bucket (bounds: bucket_bound_ns) and the sum in nanoseconds."""

@@ -123,7 +123,8 @@ int account_bitmap(const struct account *account, int unsettled, uint64_t *words
 /* In stopped_since_ns while a stop is being added to stopped_ns. */
 #define STOP_ENDING 1
 #define LEDGER_MAGIC 0x474c4453574f43ull /* "COWSDLG" */
-#define LEDGER_LAYOUT 3
+#define LEDGER_LAYOUT 4
+#define LEDGER_SERVED_WORDS 16
 
 struct ledger_header {
 	uint64_t magic;
@@ -137,9 +138,11 @@ struct ledger_header {
 	_Atomic uint64_t counts[COUNTS_NR]; /* struct account_counters: COUNTER() */
 	_Atomic uint64_t latency_sum_ns[LATENCY_NR];
 	_Atomic uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
+	_Atomic uint64_t served[LEDGER_SERVED_WORDS]; /* transport's: what was done for the clients of an overlay */
 };
 _Static_assert(sizeof(struct ledger_header) == sizeof(struct shared_regions) +
-                                                       8 * (9 + COUNTS_NR + LATENCY_NR * (1 + LATENCY_BUCKETS)),
+                                                       8 * (9 + COUNTS_NR + LATENCY_NR * (1 + LATENCY_BUCKETS) +
+                                                            LEDGER_SERVED_WORDS),
                "the layout is shared: a change needs a new LEDGER_LAYOUT");
 
 /* What closed accounts had counted: the words an image keeps for it (image->past). */

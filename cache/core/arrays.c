@@ -25,7 +25,8 @@ static struct layout layout_of(const struct image *image)
 	uint64_t nr = image->shape.nr_extents;
 	struct layout layout = {.words = round_up(nr * sizeof(uint32_t)), .bytes = round_up(nr)};
 
-	layout.total_bytes = sizeof(struct arrays_header) + 4 * layout.words + 2 * layout.bytes + 8 * IMAGE_PAST_WORDS;
+	layout.total_bytes = sizeof(struct arrays_header) + 4 * layout.words + 2 * layout.bytes +
+	                     8 * (IMAGE_PAST_WORDS + IMAGE_SERVED_WORDS);
 	return layout;
 }
 
@@ -46,7 +47,9 @@ static int arrays_map(struct image *image)
 	image->order = (_Atomic uint32_t *)(at + 3 * layout.words);
 	image->touches = (_Atomic uint8_t *)(at + 4 * layout.words);
 	image->touched = (_Atomic uint8_t *)(at + 4 * layout.words + layout.bytes);
-	image->past = (struct account_past *)(at + 4 * layout.words + 2 * layout.bytes);
+	at += 4 * layout.words + 2 * layout.bytes;
+	image->past = (struct account_past *)at;
+	image->served = (_Atomic uint64_t *)(at + 8 * IMAGE_PAST_WORDS);
 	image->waiters = calloc(image->shape.nr_extents, sizeof *image->waiters);
 	return image->waiters ? 0 : -ENOMEM;
 }

@@ -104,7 +104,8 @@ int64_t image_first_touches(const struct image *image, uint32_t *extents_out, ui
 /* cdef-end */
 
 #define TOUCHES_MAX 3
-#define IMAGE_PAST_WORDS 640
+#define IMAGE_PAST_WORDS 576
+#define IMAGE_SERVED_WORDS 64
 
 struct account;
 struct account_past;
@@ -131,6 +132,7 @@ struct image {
 	_Atomic uint8_t *touches;
 	_Atomic uint8_t *touched;
 	struct account_past *past; /* IMAGE_PAST_WORDS of accounting's, under accounts_lock */
+	_Atomic uint64_t *served;  /* IMAGE_SERVED_WORDS of transport's: counters of its clients by bytes */
 
 	struct load_waiter **waiters; /* by extent, under the store's lock */
 	uint32_t nr_loaders;          /* who have a load of it in hand, answering included; under the store's lock */

@@ -6,7 +6,7 @@ import struct
 
 from stage import EXTENT_PAGES, PAGE, Stage, content, private_pages, until
 
-from cowshed.accounting import Account, Purse, QuotaPolicy
+from cowshed.accounting import Account
 from cowshed.cache._core import lib
 from cowshed.faults import FaultHandler, Orders
 
@@ -25,7 +25,7 @@ def test_what_a_mapping_brings_along_is_charged_past_the_quota_and_the_rest_is_g
     for page in (0, 1, 5, 6):
         at = guest.base + page * PAGE
         fcntl.ioctl(guest.fds[0], 0xC018AA06, struct.pack("QQQ", at, PAGE, 0))
-    guest.purse = Purse(2 * PAGE, QuotaPolicy.STOP)
+    guest.purse = stage.purse(2 * PAGE)
     guest.account = Account(stage.image, guest.purse)
     guest.account.place(guest.fds[0], guest.fds[1], regions)
     orders = Orders(0, PAGE, 0)

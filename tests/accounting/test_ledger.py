@@ -6,7 +6,7 @@ from array import array
 from itertools import pairwise
 
 import pytest
-from stage import NO_QUOTA, PAGE, MakeStage, Stage, content, private_pages, until
+from stage import PAGE, MakeStage, Stage, content, private_pages, until
 
 from cowshed.accounting import Account, Latency, LatencyKind, Purse, QuotaPolicy, read_latency
 from cowshed.cache import UsageError
@@ -35,7 +35,7 @@ def test_a_new_account_is_all_zero_and_has_its_quota(stage: Stage) -> None:
 
 
 def test_an_image_with_an_account_is_not_closed(stage: Stage) -> None:
-    account = Account(stage.image, Purse(NO_QUOTA, QuotaPolicy.STOP))
+    account = Account(stage.image, stage.purse())
     with pytest.raises(UsageError, match="closing image 'disk'"):
         stage.store.close_image(stage.image)
     account.close()

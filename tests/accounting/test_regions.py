@@ -6,9 +6,9 @@ import errno
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stage import NO_QUOTA, PAGE, Stage
+from stage import PAGE, Stage
 
-from cowshed.accounting import MAX_REGIONS, Account, Purse, QuotaPolicy, Region
+from cowshed.accounting import MAX_REGIONS, Account, Region
 from cowshed.cache import UsageError
 from cowshed.cache._core import ffi, lib
 
@@ -95,7 +95,7 @@ def test_moves_do_what_they_do_page_by_page(moves: list[tuple[int, int, int]]) -
 
 
 def test_an_account_says_where_it_is_and_why_it_cannot_be_there(stage: Stage) -> None:
-    account = Account(stage.image, Purse(NO_QUOTA, QuotaPolicy.STOP))
+    account = Account(stage.image, stage.purse())
     try:
         assert account.regions() == []
         two = [Region(0x10000, 0, 4 * PAGE), Region(0x20000, 8 * PAGE, 4 * PAGE)]

@@ -168,6 +168,7 @@ class Stage:
         )
         self.image = self.store.open_image("disk", FileSource.open(self.path))
         self.guests: list[MappedGuest] = []
+        self._purses: list[Purse] = []
         try:
             self.device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
         except OSError:
@@ -207,7 +208,7 @@ class Stage:
             lock_all=lock_all,
         )
         quota_bytes = NO_QUOTA if quota is None else quota * PAGE
-        guest.purse = purse or Purse(quota_bytes, policy)
+        guest.purse = purse or self.purse(quota_bytes, policy)
         guest.account = Account(self.image, guest.purse)
         region = Region(guest.base, first * PAGE, nr_pages * PAGE)
         guest.account.place(guest.fds[0], guest.fds[1], [region])
@@ -230,7 +231,7 @@ class Stage:
         self.guests.append(guest)
         length = self.image.map_bytes
         guest.base = guest.call("map_anonymous", map_bytes=length)
-        guest.purse = Purse(NO_QUOTA if quota is None else quota * PAGE, policy)
+        guest.purse = self.purse(NO_QUOTA if quota is None else quota * PAGE, policy)
         guest.account = Account(self.image, guest.purse)
         guest.account.place(guest.fds[0], guest.fds[1], [Region(guest.base, 0, length)])
         region = SupplyRegion(guest.base, 0, length, PAGE)
@@ -238,6 +239,12 @@ class Stage:
         orders = Orders(window * PAGE, 0, 0)
         guest.handler = SupplyHandler(guest.account.cdata, guest.fds[0], guest.pidfd, orders, terms)
         return guest
+
+    def purse(self, quota_bytes: int = NO_QUOTA, policy: QuotaPolicy = QuotaPolicy.STOP) -> Purse:
+        """A purse that is closed with the stage."""
+        purse = Purse(quota_bytes, policy)
+        self._purses.append(purse)
+        return purse
 
     def detach(self, guest: MappedGuest) -> None:
         """What the daemon does when a guest leaves, in its order."""
@@ -293,6 +300,8 @@ class Stage:
             lib.point_release(point)
         for guest in list(self.guests):
             self.detach(guest)
+        for purse in self._purses:
+            purse.close()
         self.store.close()
         if self.device >= 0:
             os.close(self.device)

@@ -2,7 +2,8 @@
 """A backend with one overlay, to be killed in a request: doomed_overlay.py SOCKET FOLDER POINT OP.
 
 Writes 1 to pages 0..9, which nobody flushes; sends the descriptors of what it leaves (purse,
-ledger, pages); arms the point; then makes the request. If there is FOLDER/files, they are there.
+ledger, pages, and the image's frames, guest's and arrays); arms the point; then makes the request.
+If there is FOLDER/files, they are there.
 """
 
 import socket
@@ -26,7 +27,9 @@ is_in_files = files.is_dir()
 overlay = Overlay.files(account, files, "x", b"i" * 32) if is_in_files else Overlay(account)
 client = nbd.client(nbd.export(overlay))
 assert client.write(0, b"\1" * 10 * PAGE) == 0
-socket.send_fds(link, [b"."], [purse.fd, account.fd, overlay.fd])
+image = nbd.stage.image
+of_image = [image.frames_fd, image.guest_fd, image.arrays_fd]
+socket.send_fds(link, [b"."], [purse.fd, account.fd, overlay.fd, *of_image])
 assert lib.point_arm(point, lib.POINT_KILL, 0, 1) == 0
 if op == "write":
     client.write(5 * PAGE, b"\2" * 10 * PAGE)

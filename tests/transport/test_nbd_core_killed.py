@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A backend dies in a request: its successor's overlay has each page as it was before or after."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from nbd_client import Client
 from nbd_stage import NbdStage
-from stage import PAGE, MakeStage
+from stage import PAGE, MakeStage, until
 
 from cowshed.accounting import Account, Overlay, Purse
-from cowshed.cache import InvariantError
+from cowshed.cache import FileSource, ImageRemains, InvariantError, PageStore
 from cowshed.cache._core import lib
+from cowshed.transport.nbd_core import NbdCounters, NbdExport, NbdServer
 
 CHILD = Path(__file__).with_name("doomed_overlay.py")
 SUPPORT = Path(__file__).parent.parent / "support"
@@ -30,8 +33,8 @@ CASES = (
 )
 
 
-def left_by(folder: Path, point: str, op: str) -> list[int]:
-    """Have a backend die there; its purse, ledger and pages."""
+def all_left_by(folder: Path, point: str, op: str) -> tuple[list[int], list[int]]:
+    """Have a backend die there; its purse, ledger and pages, and what was of its image."""
     ours, theirs = socket.socketpair()
     number = str(getattr(lib, f"POINT_OVERLAY_{point}"))
     child = subprocess.run(
@@ -44,9 +47,17 @@ def left_by(folder: Path, point: str, op: str) -> list[int]:
         check=False,
     )
     assert child.returncode == -signal.SIGKILL, child.stdout + child.stderr
-    _, fds, _, _ = socket.recv_fds(ours, 1, 3)
+    _, fds, _, _ = socket.recv_fds(ours, 1, 6)
     ours.close()
     theirs.close()
+    return fds[:3], fds[3:]
+
+
+def left_by(folder: Path, point: str, op: str) -> list[int]:
+    """Have a backend die there; its purse, ledger and pages."""
+    fds, of_image = all_left_by(folder, point, op)
+    for fd in of_image:
+        os.close(fd)
     return fds
 
 
@@ -160,3 +171,40 @@ def test_what_is_no_overlay_is_refused(tmp_path: Path, make_stage: MakeStage) ->
         Overlay.adopt(account, os.memfd_create("other"))
     Overlay.adopt(account, pages_fd).close()
     account.close()
+
+
+def test_what_clients_did_is_counted_on_by_the_successor(tmp_path: Path) -> None:
+    (purse_fd, ledger_fd, pages_fd), of_image = all_left_by(tmp_path, "TRIMMED", "trim")
+    source = FileSource.open(tmp_path / "image.raw")
+    server = NbdServer(2)
+    with PageStore(NR_PAGES * PAGE) as store, contextlib.ExitStack() as stack:
+        stack.callback(server.close)
+        image = store.adopt_image("disk", source, ImageRemains(*of_image))
+        purse = Purse.adopt(purse_fd)
+        account = Account(image, purse, ledger_fd)
+        stack.callback(account.close)
+        purse.close()
+        overlay = Overlay.adopt(account, pages_fd)
+        stack.callback(overlay.close)
+        export = NbdExport(server, image, overlay.cdata)
+        earlier = export.counters()
+        # The trim was not answered: it is not counted, and nobody waits for it any more.
+        expected = NbdCounters(connections=1, writes=1, write_bytes=10 * PAGE)
+        assert earlier == server.counters(image) == expected
+        export.close()
+        # What is new of another export adds to the image's; not to the overlay's own.
+        ours, theirs = socket.socketpair()
+        shared = NbdExport(server, image)
+        number = server.attach(shared, theirs.detach(), structured=True)
+        client = Client(ours, structured=True, extended=False)
+        client.connection_no = number
+        client.read(0, PAGE)
+        ours.close()
+        until(lambda: server.counters(image).reads == 1, "the read is counted")
+        again = NbdExport(server, image, overlay.cdata)
+        assert again.counters() == earlier
+        assert server.counters(image).connections == 2
+        assert shared.counters().write_bytes == 0
+        server.drain()
+        shared.close()
+        again.close()

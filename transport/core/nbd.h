@@ -35,7 +35,8 @@ struct nbd_terms {
 	uint32_t context_ids[3];    /* by enum nbd_context; 0: not negotiated */
 };
 
-/* Of an export, ever; each only grows, but parked. Requests are counted when they are answered. */
+/* Of an export or an image, ever; each only grows, but parked. Requests are counted when they are answered. What is
+ * counted of an image and of an overlay outlives the process, with their memfds. */
 struct nbd_counters {
 	uint64_t connections;
 	uint64_t reads, writes, trims, zeroes, flushes, caches, block_statuses;
@@ -74,6 +75,8 @@ int nbd_export_init(struct nbd_server *server, struct image *image, struct overl
 /* -EBUSY, and nothing done, while connections use it. */
 int nbd_export_deinit(struct nbd_export *export);
 void nbd_export_count(const struct nbd_export *export, struct nbd_counters *counters_out);
+/* Of all exports of an image that there are and were, in earlier processes too; parked is this server's alone. */
+void nbd_image_count(struct nbd_server *server, const struct image *image, struct nbd_counters *counters_out);
 /* Adds to counts_out[LATENCY_BUCKETS] and sum_ns_out, as account_latency does; kind is an enum nbd_latency. */
 int nbd_export_latency(const struct nbd_export *export, int kind, uint64_t *counts_out, uint64_t *sum_ns_out);
 

@@ -55,6 +55,8 @@ int nbd_export_init(struct nbd_server *server, struct image *image, struct overl
 	export->overlay = overlay;
 	export->size_bytes = image->shape.size_bytes;
 	export->extent_bytes = (uint64_t)image->shape.extent_pages << 12;
+	export->counts = overlay ? overlay->account->header->served : export->here;
+	export->image_counts = image->served;
 	pthread_mutex_lock(&server->lock);
 	export->frames = frames_take(server, image);
 	if (export->frames)
@@ -85,12 +87,47 @@ int nbd_export_deinit(struct nbd_export *export)
 	return 0;
 }
 
-void nbd_export_count(const struct nbd_export *export, struct nbd_counters *counters_out)
+void nbd_export_add(struct nbd_export *export, size_t count_no, uint64_t nr)
+{
+	count_add(&export->counts[count_no], nr);
+	count_add(&export->image_counts[count_no], nr);
+}
+
+void nbd_export_park(struct nbd_export *export)
+{
+	count_add(&export->nr_parked, 1);
+	count_add(&export->frames->nr_parked, 1);
+}
+
+void nbd_export_unpark(struct nbd_export *export)
+{
+	atomic_fetch_sub_explicit(&export->nr_parked, 1, memory_order_relaxed);
+	atomic_fetch_sub_explicit(&export->frames->nr_parked, 1, memory_order_relaxed);
+}
+
+static void read_counts(const _Atomic uint64_t *counts, struct nbd_counters *counters_out)
 {
 	uint64_t *out = (uint64_t *)counters_out;
 
-	for (size_t i = 0; i < sizeof *counters_out / sizeof *out; i++)
-		out[i] = atomic_load_explicit(&export->counts[i], memory_order_relaxed);
+	for (size_t i = 0; i < NBD_COUNTS_NR; i++)
+		out[i] = atomic_load_explicit(&counts[i], memory_order_relaxed);
+}
+
+void nbd_export_count(const struct nbd_export *export, struct nbd_counters *counters_out)
+{
+	read_counts(export->counts, counters_out);
+	counters_out->parked = atomic_load_explicit(&export->nr_parked, memory_order_relaxed);
+}
+
+void nbd_image_count(struct nbd_server *server, const struct image *image, struct nbd_counters *counters_out)
+{
+	read_counts(image->served, counters_out);
+	counters_out->parked = 0;
+	pthread_mutex_lock(&server->lock);
+	for (struct nbd_frames *frames = server->frames; frames; frames = frames->next)
+		if (frames->image == image)
+			counters_out->parked = atomic_load_explicit(&frames->nr_parked, memory_order_relaxed);
+	pthread_mutex_unlock(&server->lock);
 }
 
 int nbd_export_latency(const struct nbd_export *export, int kind, uint64_t *counts_out, uint64_t *sum_ns_out)

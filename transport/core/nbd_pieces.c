@@ -29,7 +29,7 @@ struct nbd_piece *piece_new(struct nbd_turn *turn, struct nbd_op *op, enum piece
 	turn->connection->buffered_bytes += piece->bytes ? length : 0;
 	turn->connection->nr_pieces++;
 	if (op->nr_pieces++ == 0)
-		count_add(&turn->connection->export->counts[offsetof(struct nbd_counters, parked) / 8], 1);
+		nbd_export_park(turn->connection->export);
 	return piece;
 }
 
@@ -131,7 +131,7 @@ void piece_end(struct nbd_turn *turn, struct nbd_piece *piece)
 	if (status && !op->err)
 		op->err = status;
 	if (--op->nr_pieces == 0) {
-		atomic_fetch_sub(&turn->connection->export->counts[offsetof(struct nbd_counters, parked) / 8], 1);
+		nbd_export_unpark(turn->connection->export);
 		if (op->begun)
 			nbd_op_end(turn, op);
 	}

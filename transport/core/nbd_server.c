@@ -482,7 +482,7 @@ int nbd_attach(struct nbd_server *server, struct nbd_export *export, int fd, con
 	server->slots[slot] = connection;
 	server->nr_connections++;
 	export->nr_connections++;
-	count_add(&export->counts[offsetof(struct nbd_counters, connections) / 8], 1);
+	nbd_export_add(export, NBD_COUNT_NO(connections), 1);
 	*connection_no_out = connection->connection_no;
 	pthread_mutex_lock(&connection->lock);
 	nbd_enqueue(connection);

@@ -43,8 +43,15 @@ struct nbd_frames {
 	struct nbd_frames *next;
 	struct image *image;
 	uint32_t nr_exports;
+	_Atomic uint64_t nr_parked;
 	const uint8_t *base;
 };
+
+#define NBD_COUNT_NO(name) (offsetof(struct nbd_counters, name) / sizeof(uint64_t))
+/* All but parked, which ends with the process. */
+#define NBD_COUNTS_NR NBD_COUNT_NO(parked)
+_Static_assert(NBD_COUNTS_NR == sizeof(struct nbd_counters) / sizeof(uint64_t) - 1, "parked is the last of them");
+_Static_assert(NBD_COUNTS_NR <= IMAGE_SERVED_WORDS && NBD_COUNTS_NR <= LEDGER_SERVED_WORDS, "there is room for them");
 
 struct nbd_export {
 	struct nbd_server *server;
@@ -53,7 +60,11 @@ struct nbd_export {
 	struct overlay *overlay;
 	uint64_t size_bytes, extent_bytes;
 	uint32_t nr_connections; /* under server->lock */
-	_Atomic uint64_t counts[sizeof(struct nbd_counters) / sizeof(uint64_t)];
+	/* Counters are words in the order of struct nbd_counters: its own (an overlay's are in its ledger, an image's alone
+	 * here), and those of all exports of the image. */
+	_Atomic uint64_t *counts, *image_counts;
+	_Atomic uint64_t here[NBD_COUNTS_NR];
+	_Atomic uint64_t nr_parked;
 	_Atomic uint64_t latency_sum_ns[NBD_LATENCY_NR];
 	_Atomic uint64_t latency[NBD_LATENCY_NR][LATENCY_BUCKETS];
 };
@@ -182,6 +193,12 @@ struct nbd_server {
 	struct nbd_turn *turns;
 	uint32_t nr_workers;
 };
+
+/* nbd_export.c */
+void nbd_export_add(struct nbd_export *export, size_t count_no, uint64_t nr);
+/* One request more, or fewer, of its clients waits. */
+void nbd_export_park(struct nbd_export *export);
+void nbd_export_unpark(struct nbd_export *export);
 
 /* nbd_server.c */
 void *nbd_worker_main(void *arg);

@@ -397,9 +397,9 @@ static void count_turn(struct nbd_turn *turn)
 	struct nbd_export *export = turn->connection->export;
 	const uint64_t *counts = (const uint64_t *)&turn->counts;
 
-	for (size_t i = 0; i < sizeof turn->counts / sizeof *counts; i++)
+	for (size_t i = 0; i < NBD_COUNTS_NR; i++)
 		if (counts[i])
-			count_add(&export->counts[i], counts[i]);
+			nbd_export_add(export, i, counts[i]);
 	turn->counts = (struct nbd_counters){0};
 	for (int kind = 0; kind < 2; kind++)
 		if (turn->nr_hits[kind])
