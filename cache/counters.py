@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import fields
 from typing import Any, Self
 
@@ -23,6 +22,5 @@ class Counters:
         return type(self)(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
-@functools.cache
-def _names(kind: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind))
+def _names(kind: Any) -> list[str]:
+    return [field.name for field in fields(kind)]

@@ -30,7 +30,7 @@ from cowshed.service.machines.image_folders import image_folders
 from cowshed.service.machines.image_sockets import ImageSockets
 from cowshed.service.metrics.exporter import Exporter, MetricsSources
 from cowshed.service.metrics.settle import Settler
-from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.metrics.tallies import TALLIES, Tallies
 from cowshed.service.native.door import GuestDoor
 from cowshed.service.native.sessions import Session
 from cowshed.service.nbd.server import NbdService
@@ -52,6 +52,7 @@ from cowshed.service.runtime.workers import Workers
 from cowshed.service.settings.config import Config, socket_path
 from cowshed.service.survival.fd_store import FdStore, take_inherited
 from cowshed.service.survival.keeper_watch import KeeperWatch
+from cowshed.service.survival.kept_counts import keep_counts
 from cowshed.service.survival.listeners import Listeners
 from cowshed.service.survival.remains import Remains
 from cowshed.service.survival.run_lock import run_dir_locked
@@ -108,7 +109,9 @@ class Daemon:
         door = Door(raise_file_limit())
         stack.enter_context(run_dir_locked(config.run_dir))
         stack.enter_context(image_folders(config.run_dir, config.images, config.domains))
-        self._tallies = Tallies()
+        counts = keep_counts("tallies", TALLIES, self._fd_store, remains)
+        self._tallies = Tallies(counts)
+        stack.callback(self._tallies.close)
         self.uffd_device: Final = _lend_device(stack)
         store = self._store = stack.enter_context(open_store(config, self._fd_store, remains))
         self.guests: Final = GuestTable()

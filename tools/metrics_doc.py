@@ -28,8 +28,9 @@ where everybody may read.
 * Hits and requests are exported, not their ratio: the share of hits over five minutes is
   `sum(rate(cowshed_hits_total[5m])) / sum(rate(cowshed_requests_total[5m]))`. Sums over images or
   hosts are PromQL's business, too.
-* Counters of an image hold what guests that left had counted, and never go backwards while the
-  daemon runs.
+* Counters of an image hold what guests that left had counted. They, and those of the backend, never
+  go backwards: a successor goes on with what a backend that died or was replaced had counted
+  (`process_*` and `python_*` are of the process).
 * A scrape reads the core's counters and stops nobody. It does not settle: pages charged to a guest
   that it never wrote are found after each scrape and are gone from the next. So
   `cowshed_private_bytes`, `cowshed_cow_pages_total` and what is charged per guest can be ahead of

@@ -172,7 +172,7 @@ class ImageSockets:
             return False
 
     def _turn_away(self, peer: HandshakePeer, image: Image, reason: str, why: str) -> None:
-        self._tallies.dropped[reason] += 1
+        self._tallies.note_dropped(reason)
         _log.warning("turned-away", why, image=image.label, pid=peer.pid, uid=peer.uid)
         peer.close()
 
@@ -318,7 +318,7 @@ class ImageSockets:
         self._loop.change(client.peer.fileno(), READ if done else READ | WRITE)
 
     def _drop(self, client: _Client, reason: str, why: str) -> None:
-        self._tallies.dropped[reason] += 1
+        self._tallies.note_dropped(reason)
         mapping, peer = client.mapping, client.peer
         _log.warning(
             "dropped",

@@ -5,11 +5,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Final
 
 from cowshed.service.metrics.catalog import CHECKS, DROP_REASONS
+from cowshed.service.survival.kept_counts import KeptCounts
 
-__all__ = ["DrainFigures", "Tallies"]
+__all__ = ["TALLIES", "DrainFigures", "Tallies"]
+
+_DROPPED: Final = "dropped/"
+# What is counted, by the names that the counts are kept under.
+TALLIES: Final = tuple(f"{_DROPPED}{reason}" for reason in DROP_REASONS)
 
 
 @dataclass(frozen=True)
@@ -21,18 +27,33 @@ class DrainFigures:
     nr_blockers: int = 0
 
 
-@dataclass
 class Tallies:
-    """What the daemon counts itself. Written by one thread each, read by any.
+    """What the daemon counts itself; for any thread.
 
-    dropped counts connections by DROP_REASONS; audited_at is in Unix time, 0.0 before the first
-    audit; mismatches counts what the last one found, by CHECKS.
+    Connections dropped, by DROP_REASONS, are counted on by a successor that has the same counts.
+    audited_at is in Unix time, 0.0 before the first audit of this process; mismatches counts what
+    the last one found, by CHECKS.
     """
 
-    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DROP_REASONS, 0))
-    audited_at: float = 0.0
-    mismatches: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CHECKS, 0))
-    drain: DrainFigures = DrainFigures()
+    def __init__(self, counts: KeptCounts | None = None) -> None:
+        self._counts = counts or KeptCounts(TALLIES)
+        self.audited_at = 0.0
+        self.mismatches = dict.fromkeys(CHECKS, 0)
+        self.drain = DrainFigures()
+
+    def close(self) -> None:
+        """Let go of the counts."""
+        self._counts.close()
+
+    def note_dropped(self, reason: str) -> None:
+        """A connection was ended or turned away, for one of DROP_REASONS."""
+        self._counts.add(f"{_DROPPED}{reason}")
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Connections that were, by reason."""
+        counts = self._counts.read()
+        return {reason: counts[f"{_DROPPED}{reason}"] for reason in DROP_REASONS}
 
     def note_audit(self, checks: Iterable[str]) -> None:
         """An audit ended; checks has the name of the check for each mismatch it found."""

@@ -94,7 +94,7 @@ class GuestDoor:
             return
         if refusal := self._door.enter(connection.peer.uid):
             peer = connection.peer
-            self._tallies.dropped["limit"] += 1
+            self._tallies.note_dropped("limit")
             _log.warning("turned-away", refusal, pid=peer.pid, uid=peer.uid)
             connection.close()
             return
@@ -176,7 +176,7 @@ class GuestDoor:
                 self._end(fd)
 
     def _say_dropped(self, session: Session, reason: str, why: str) -> None:
-        self._tallies.dropped[reason] += 1
+        self._tallies.note_dropped(reason)
         mapping, peer = session.mapping, session.connection.peer
         _log.warning(
             "dropped",

@@ -116,9 +116,8 @@ class NbdService:
 
     def counters(self) -> Iterator[tuple[Image, NbdCounters]]:
         """What clients did, of each image: its own export and those of its overlays."""
-        for image, export in list(self._images.items()):
-            yield image, export.counters()
-        yield from self._overlays.counters()
+        for image in self._store:
+            yield image, self._core.counters(image)
 
     def close(self) -> None:
         """End every connection and give everything back; the loop has stopped."""
@@ -149,7 +148,7 @@ class NbdService:
             sock.close()
             return
         if refusal := self._door.enter(peer.counted_as, self._nr_files):
-            self._tallies.dropped["limit"] += 1
+            self._tallies.note_dropped("limit")
             _log.warning("turned-away", refusal, **_who(peer))
             sock.close()
             return
@@ -194,7 +193,7 @@ class NbdService:
     def over(self, session: NbdSession, reason: str, why: str) -> None:
         """The session ended before data flowed."""
         if reason:
-            self._tallies.dropped[reason] += 1
+            self._tallies.note_dropped(reason)
             _log.warning("dropped", why, **_who(session.peer))
         self._sessions.discard(session)
         session.close()
@@ -259,7 +258,7 @@ class NbdService:
                 "protocol": "it broke the NBD protocol",
                 "limit": "there was no memory for its requests",
             }[reason]
-            self._tallies.dropped[reason] += 1
+            self._tallies.note_dropped(reason)
             _log.warning("dropped", why, export=client.export.name, **_who(peer))
         else:
             how = os.strerror(ended.err) if ended.err else ended.reason.name.lower()

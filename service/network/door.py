@@ -186,7 +186,7 @@ class NetworkDoor:
             return
         who = address_of(connection)
         if refusal := self._door.enter(who, _FDS[listener.scheme]):
-            self._tallies.dropped["limit"] += 1
+            self._tallies.note_dropped("limit")
             _log.warning("turned-away", refusal, address=connection.where)
             connection.close()
             return
@@ -235,7 +235,7 @@ class NetworkDoor:
             except OSError as error:
                 self._door.leave(address, _FDS[session.scheme])
                 self.leave(entered, said_so=False)
-                self._tallies.dropped["limit"] += 1
+                self._tallies.note_dropped("limit")
                 _log.warning("dropped", str(error), **who)
                 return
             sock = relay.inner
@@ -247,7 +247,7 @@ class NetworkDoor:
             how = ended.reason.name.lower()
             _log.info("detached", guest=entered.guest.name, end=how, **who)
             if ended.reason in (NbdEnd.PROTOCOL, NbdEnd.MEMORY):
-                self._tallies.dropped["protocol"] += 1
+                self._tallies.note_dropped("protocol")
                 _log.warning("dropped", "it broke the NBD protocol", **who)
             self.leave(entered, said_so=ended.reason is NbdEnd.DISC)
 
@@ -277,7 +277,7 @@ class NetworkDoor:
 
     def _drop(self, fd: int, reason: str, why: str, tag: int = 0) -> None:
         session = self._sessions[fd]
-        self._tallies.dropped[reason] += 1
+        self._tallies.note_dropped(reason)
         _log.warning("dropped", why, **session.who)
         with contextlib.suppress(PeerError):
             session.connection.queue(error_reply("peer", why), (), tag)

@@ -38,7 +38,7 @@ from cowshed.service.overlays.files import OverlayFiles, OverlayRecord
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
 from cowshed.service.survival.remains import Remains
-from cowshed.transport.nbd_core import NbdCounters, NbdExport, NbdServer
+from cowshed.transport.nbd_core import NbdExport, NbdServer
 
 __all__ = ["Claim", "NotYoursError", "OverlayGuest", "OverlayTable"]
 
@@ -146,8 +146,6 @@ class OverlayTable:
         self._files = files
         self._bequests = bequests or OverlayBequests(FdStore(None))
         self._overlays: dict[tuple[str, str], OverlayGuest] = {}
-        # What clients of discarded overlays did; counters never fall.
-        self._closed: dict[Image, NbdCounters] = {}
 
     def __iter__(self) -> Iterator[OverlayGuest]:
         return iter(list(self._overlays.values()))
@@ -351,13 +349,6 @@ class OverlayTable:
         with self.lock:
             yield {guest.name: guest.overlay for guest in self if guest.image is image}
 
-    def counters(self) -> Iterator[tuple[Image, NbdCounters]]:
-        """What clients of overlays did, by image, those of discarded ones too."""
-        with self.lock:
-            yield from list(self._closed.items())
-            for guest in self:
-                yield guest.image, guest.export.counters()
-
     def close(self) -> None:
         """Close every overlay; files are flushed and stay. No client is connected any more."""
         for guest in self:
@@ -434,9 +425,6 @@ class OverlayTable:
         )
 
     def _close(self, guest: OverlayGuest) -> None:
-        with self.lock:
-            closed = self._closed.get(guest.image, NbdCounters())
-            self._closed[guest.image] = closed + guest.export.counters()
         guest.export.close()
         try:
             guest.overlay.close()

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from domains import Daemon, Guest, MakeImage, StartDaemon, StartGuest, until
+from domains import Daemon, Guest, MakeImage, StartDaemon, StartGuest, kill_backend, until
 
 MIB = 1 << 20
 PAGE = 4096
@@ -22,13 +22,6 @@ def image(make_image: MakeImage) -> Path:
 @pytest.fixture
 def kept(start_daemon: StartDaemon, image: Path) -> Daemon:
     return start_daemon("--image", f"d={image}", "--capacity", "12M", kept=True)
-
-
-def kill_backend(kept: Daemon, number: signal.Signals = signal.SIGKILL) -> None:
-    """Have its successor serve, and nobody else."""
-    pid = int((kept.run_dir / "lock").read_text())
-    os.kill(pid if number == signal.SIGKILL else kept.pid, number)
-    until(lambda: kept.status()["pid"] != pid)
 
 
 def read(guest: Guest, offset: int, length: int) -> bytes:

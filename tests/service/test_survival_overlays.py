@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A backend is killed under guests whose pages it keeps: they come again and find all of them."""
 
-import os
 import random
 import re
 import signal
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from domains import Daemon, MakeImage, StartDaemon, until
+from domains import Daemon, MakeImage, StartDaemon, kill_backend, until
 from nbd_site import Site, run
 
 from cowshed.transport import ByteDisk, connect
@@ -37,13 +36,6 @@ def kept(start_daemon: StartDaemon, image: Path) -> Daemon:
         "--verbose",
         kept=True,
     )
-
-
-def kill_backend(kept: Daemon, number: signal.Signals = signal.SIGKILL) -> None:
-    """Have its successor serve, and nobody else."""
-    pid = int((kept.run_dir / "lock").read_text())
-    os.kill(pid if number == signal.SIGKILL else kept.pid, number)
-    until(lambda: kept.status()["pid"] != pid)
 
 
 def far_uri(kept: Daemon) -> str:

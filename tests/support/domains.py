@@ -173,6 +173,13 @@ class Daemon:
         self.kill()
 
 
+def kill_backend(kept: Daemon, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have its successor serve, and nobody else."""
+    pid = int((kept.run_dir / "lock").read_text())
+    os.kill(pid if number == signal.SIGKILL else kept.pid, number)
+    until(lambda: kept.status()["pid"] != pid)
+
+
 def plain_environment() -> dict[str, str]:
     """The environment without what puts a sanitized core into this process (tools/sanitize.sh)."""
     if "LD_PRELOAD" not in os.environ:
