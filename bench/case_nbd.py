@@ -3,6 +3,9 @@
 
 The file is in the page cache, for us in our frames. The peers are started anew for rows that write,
 so that each write is the first to its page; a guest of ours gets an overlay of its own instead.
+
+The limit is a server without a disk (core/nbd_limit.c): what the client and the socket can do at
+most. No server passes it, whatever multiple of a peer was aimed at.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from pathlib import Path
 
 from backend import BenchError
 from cases import Bench, CaseResult, Row, Side
+from native import nbd_limit
 from stats import Aim
 
 __all__ = ["nbd"]
@@ -78,20 +82,23 @@ def nbd(bench: Bench) -> CaseResult:
         plain = _peers(bench.warm, folder, cow=False)
         cow = _peers(bench.warm, folder, cow=True)
         everybody = (*plain.values(), *cow.values())
-        pids = {peer: stack.enter_context(peer.running()) for peer in everybody}
+        limit = _limit(bench, folder)
+        pids = {peer: stack.enter_context(peer.running()) for peer in (*everybody, limit)}
         for how, what in ((_SEQUENTIAL, "sequential 256K"), (_RANDOM, "random 4K")):
             for depth, connections in itertools.product((1, 16), (1, 4)):
                 where = f"depth {depth}, {connections} conn"
                 sides = {"cowshed": _ours(bench, "warm", how, depth, connections)}
                 for kind, peer in plain.items():
                     sides[kind] = _side(bench, peer.uri, pids[peer], how, depth, connections)
+                sides["limit"] = _side(bench, limit.uri, pids[limit], how, depth, connections)
                 rows.append(_row(bench, f"{what}, {where}", how, sides, READ_AIM))
         sides = {"cowshed": _ours(bench, "warm@reader", _RANDOM, 16, 1)}
         for kind, peer in cow.items():
             sides[kind] = _side(bench, peer.uri, pids[peer], _RANDOM, 16, 1)
+        sides["limit"] = _side(bench, limit.uri, pids[limit], _RANDOM, 16, 1)
         rows.append(_row(bench, "private copy, random 4K, depth 16", _RANDOM, sides, OVERLAY_AIM))
     with tempfile.TemporaryDirectory(prefix="cowshed-nbd-") as name:
-        cow = _peers(bench.warm, Path(name), cow=True)
+        cow = _peers(bench.warm, Path(name), cow=True) | {"limit": _limit(bench, Path(name))}
         for depth in (1, 16):
             sides = {"cowshed": _our_writes(bench, depth)}
             sides |= {kind: _peer_writes(bench, peer, depth) for kind, peer in cow.items()}
@@ -103,9 +110,16 @@ def nbd(bench: Bench) -> CaseResult:
         [
             "the same raw file for all, in the page cache and in our frames; unix sockets",
             "us_cpu: CPU time of the server for each request, in steps of a clock tick in all",
+            "limit: a server without a disk; what fio and a socket do at most",
             "each connection is a thread of fio's with the depth given",
         ],
     )
+
+
+def _limit(bench: Bench, folder: Path) -> Peer:
+    socket = folder / "limit.sock"
+    size_bytes = bench.warm.stat().st_size
+    return Peer(str(nbd_limit(bench.build_dir)), str(socket), str(size_bytes), socket=socket)
 
 
 def _peers(image: Path, folder: Path, *, cow: bool) -> dict[str, Peer]:
@@ -126,6 +140,7 @@ def _row(
 ) -> Row:
     unit = "MiB/s" if how is _SEQUENTIAL else "IOPS"
     ratios = [("cowshed", kind, aim) for kind in ("nbdkit", "qemu-nbd")]
+    ratios += [("cowshed", "limit", None)]
     return Row.measure(bench, name, unit, sides, ratios)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The timed loops of bench/core, compiled when first wanted and loaded into this process."""
+"""What is in bench/core, compiled when first wanted: timed loops, and a server without a disk."""
 
 from __future__ import annotations
 
@@ -13,32 +13,38 @@ from cffi import FFI
 
 from cowshed.cache.core_build import cdef_of_header
 
-__all__ = ["ROOT", "checked", "cost_of", "ffi", "load"]
+__all__ = ["ROOT", "checked", "cost_of", "ffi", "load", "nbd_limit"]
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ROOT / "bench/core"
-FLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-shared", "-fPIC"]
+FLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{ROOT}"]
 
 ffi = FFI()
 ffi.cdef(cdef_of_header((CORE / "touch.h").read_text(), "touch.h"))
 
 
 def load(build_dir: Path) -> Any:
-    """Give the library, compiled by gcc into build_dir if its source or the flags are new there.
-
-    Raises CalledProcessError, with gcc's complaint on stderr, if it does not compile.
-    """
-    sources = [CORE / "touch.h", CORE / "touch.c"]
-    key = hashlib.sha256(" ".join(FLAGS).encode() + b"".join(s.read_bytes() for s in sources))
-    library = build_dir / f"touch-{key.hexdigest()[:12]}.so"
-    if not library.exists():
-        build_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        subprocess.run(
-            ["gcc", *FLAGS, f"-I{ROOT}", "-o", str(unfinished), str(CORE / "touch.c")], check=True
-        )
-        unfinished.rename(library)
+    """Give touch.c as a library. Raises CalledProcessError if it does not compile."""
+    library = _compiled(build_dir, ["touch.c", "touch.h"], "so", ["-shared", "-fPIC"])
     return ffi.dlopen(str(library))
+
+
+def nbd_limit(build_dir: Path) -> Path:
+    """Give nbd_limit.c as a program. Raises CalledProcessError if it does not compile."""
+    return _compiled(build_dir, ["nbd_limit.c", "../../transport/core/nbd_wire.h"], "bin", [])
+
+
+def _compiled(build_dir: Path, sources: list[str], suffix: str, flags: list[str]) -> Path:
+    """Compile the first of sources by gcc, unless they and the flags are those of a time before."""
+    paths = [CORE / source for source in sources]
+    key = hashlib.sha256(" ".join(FLAGS + flags).encode() + b"".join(s.read_bytes() for s in paths))
+    made = build_dir / f"{paths[0].stem}-{key.hexdigest()[:12]}.{suffix}"
+    if not made.exists():
+        build_dir.mkdir(parents=True, exist_ok=True)
+        unfinished = made.with_suffix(f".{os.getpid()}")
+        subprocess.run(["gcc", *FLAGS, *flags, "-o", str(unfinished), str(paths[0])], check=True)
+        unfinished.rename(made)
+    return made
 
 
 def checked(result: int, what: str) -> int:
