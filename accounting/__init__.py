@@ -3,6 +3,7 @@
 
 from cowshed.accounting.audit import AuditReport, Mismatch, audit
 from cowshed.accounting.eviction import EvictionPolicy, ExtentKey, Heat
+from cowshed.accounting.late_pages import LatePages
 from cowshed.accounting.ledger import (
     MAX_REGIONS,
     Account,
@@ -44,6 +45,7 @@ __all__ = [
     "ExtentKey",
     "FirstTouches",
     "Heat",
+    "LatePages",
     "Latency",
     "LatencyKind",
     "Mismatch",

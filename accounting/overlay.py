@@ -121,6 +121,14 @@ class Overlay:
             f"trimming an overlay over {self.account.image.label!r}",
         )
 
+    def flush(self) -> None:
+        """Return once what was written is as durable as it gets. SourceError if it cannot be."""
+        err = lib.overlay_flush_now(self.cdata)
+        if err < 0:
+            raise SourceError(
+                f"cannot flush an overlay over {self.account.image.label!r}: {os.strerror(-err)}"
+            )
+
     def close(self) -> None:
         """Give it up; no export may use it any more. In memory, its pages are lost.
 

@@ -39,6 +39,7 @@ HEADERS = (
     "accounting/core/evict.h",
     "accounting/core/overlay.h",
     "accounting/core/overlay_move.h",
+    "accounting/core/overlay_late.h",
     "faults/core/window.h",
     "faults/core/guest.h",
     "faults/core/supply.h",

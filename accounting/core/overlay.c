@@ -3,6 +3,7 @@
 #include "accounting/core/overlay.h"
 
 #include "accounting/core/overlay_disk.h"
+#include "accounting/core/overlay_late.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 
@@ -41,6 +42,7 @@ void overlay_deinit(struct overlay *overlay)
 	for (int i = 0; i < OVERLAY_STRIPES; i++)
 		pthread_rwlock_destroy(&overlay->stripes[i]);
 	pthread_mutex_destroy(&overlay->held_lock);
+	overlay_late_deinit(overlay);
 	free(overlay->dirty);
 	pthread_mutex_destroy(&overlay->quota_lock);
 	free(overlay);
@@ -149,6 +151,7 @@ static void make_private(struct overlay *overlay, uint64_t first, uint64_t nr, u
 {
 	struct account *account = overlay->account;
 
+	overlay_come(overlay, first, nr);
 	if (!nr_new)
 		return;
 	*reserved -= nr_new;
@@ -185,6 +188,11 @@ static int data_write(struct overlay *overlay, uint64_t offset, uint64_t length,
 		done += put > 0 ? (uint64_t)put : 0;
 	}
 	return 0;
+}
+
+int overlay_put(struct overlay *overlay, uint64_t first, uint64_t nr, const uint8_t *bytes)
+{
+	return data_write(overlay, first << PAGE_SHIFT, nr << PAGE_SHIFT, bytes);
 }
 
 /* Drops what a failed write left in pages that are not private: such pages hold nothing. */
@@ -278,7 +286,9 @@ int overlay_patch(struct overlay *overlay, uint64_t offset, uint32_t length, con
 	assert(in_page + length <= PAGE_BYTES);
 	bytes = bytes ? bytes : zeros;
 	pthread_rwlock_wrlock(overlay_stripe(overlay, page));
-	if (bits_test(overlay->account->private, page)) {
+	if (overlay_is_late(overlay, page)) {
+		err = overlay_look_late(overlay, page, 1);
+	} else if (bits_test(overlay->account->private, page)) {
 		err = begin_change(overlay, page, 1, 0, reserved);
 		if (!err)
 			err = data_write(overlay, offset, length, bytes);
@@ -319,6 +329,7 @@ int overlay_trim(struct overlay *overlay, uint64_t first, uint64_t nr)
 			for (uint64_t i = page; i < run_end; i++)
 				bits_clear(account->private, i);
 			overlay_mark_dirty(overlay, page, run_end - page);
+			overlay_come(overlay, page, run_end - page);
 			nr_gone += run_end - page;
 			point_reach(POINT_OVERLAY_TRIMMED);
 			if (overlay->disk)
@@ -350,6 +361,8 @@ static uint64_t run_end(const struct overlay *overlay, uint64_t offset, uint64_t
 	uint64_t page = offset >> PAGE_SHIFT, stop = nr_pages_of(end);
 	uint64_t found = private ? bits_next_clear(bits, page, stop) : bits_next(bits, page, stop);
 
+	if (private && overlay_has_late(overlay))
+		found = bits_next(overlay->account->seeded, page, found);
 	return found << PAGE_SHIFT < end ? found << PAGE_SHIFT : end;
 }
 
@@ -360,6 +373,10 @@ int64_t overlay_read_run(struct overlay *overlay, uint64_t offset, uint64_t leng
 
 	if (bits_test(overlay->account->private, page)) {
 		pthread_rwlock_rdlock(overlay_stripe(overlay, page));
+		if (overlay_is_late(overlay, page)) {
+			pthread_rwlock_unlock(overlay_stripe(overlay, page));
+			return -EIO; /* nobody asks for it: see overlay_await */
+		}
 		if (bits_test(overlay->account->private, page)) {
 			end = run_end(overlay, offset, length, true);
 			for (uint64_t at = offset; at < end;) {
@@ -403,6 +420,16 @@ uint64_t overlay_status_run(struct overlay *overlay, uint64_t offset, uint64_t l
 	*zero_out = false;
 	if (!private || !want_zero)
 		return end - offset;
+	if (overlay_has_late(overlay)) { /* of which nothing is known */
+		const bits_word *late = overlay->account->seeded;
+		bool is_late = bits_test(late, page);
+		uint64_t next = is_late ? bits_next_clear(late, page, nr_pages_of(end)) : bits_next(late, page, nr_pages_of(end));
+
+		if (next > page && next << PAGE_SHIFT < end)
+			end = next << PAGE_SHIFT;
+		if (is_late)
+			return end - offset;
+	}
 	off_t data = lseek(overlay->data_fd, (off_t)(page << PAGE_SHIFT), SEEK_DATA);
 	if (data < 0 || (uint64_t)data >= end) {
 		*zero_out = data >= 0 || errno == ENXIO;

@@ -11,6 +11,11 @@
  *   the copies go to the older slots, and become durable  from here on a crash finds the new bits
  *   pages that were trimmed before the copy are punched   not sooner: the old bits still promised them
  *
+ * Pages whose bytes are still elsewhere (overlay_late.h) have a bit in blocks of their own, which come after the others and
+ * are there once a page was late; in the blocks of private pages they have none.  When such a page comes, its bit
+ * there becomes durable before the late one is cleared: if both are set, it is here.  So late blocks are copied
+ * before the blocks of private pages, which are always copied with them, and written after those.
+ *
  * Blocks need not change together: each page stands for itself, and what was not flushed may be there or not.  Files
  * that an open finds with bytes in pages that are not private (a crash before the punch) are punched then.
  *
@@ -19,6 +24,7 @@
 #define _GNU_SOURCE
 #include "accounting/core/overlay_disk.h"
 
+#include "accounting/core/overlay_late.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 
@@ -61,7 +67,8 @@ _Static_assert(sizeof(struct map_slot) == BLOCK_BYTES, "a slot is a block");
 struct overlay_disk {
 	struct overlay *overlay;
 	int map_fd;
-	uint64_t nr_blocks;
+	uint64_t nr_blocks;      /* of private pages; as many of late ones follow, if has_late */
+	bool has_late;           /* set before any page is late */
 	uint64_t *generations;   /* by block, of the newer slot; the flusher's */
 	_Atomic uint8_t *dirty;  /* by block: bits changed since they were copied */
 	bits_word *dropped;      /* by page: trimmed, bytes still there */
@@ -110,12 +117,17 @@ static int write_all(int fd, const void *from, size_t nr_bytes, off_t offset)
 /* Copies the bits of a block, which is clean from now on. */
 static void slot_copy(struct overlay_disk *disk, uint64_t block, struct map_slot *slot)
 {
-	const bits_word *private = disk->overlay->account->private;
+	const struct account *account = disk->overlay->account;
 	uint64_t nr_words = bits_bytes(disk->overlay->image->shape.nr_pages) / 8;
+	uint64_t base = block % disk->nr_blocks * SLOT_WORDS;
 
 	*slot = (struct map_slot){.generation = disk->generations[block] + 1, .block_no = block};
-	for (uint64_t i = 0; i < SLOT_WORDS && block * SLOT_WORDS + i < nr_words; i++)
-		slot->words[i] = atomic_load_explicit(&private[block * SLOT_WORDS + i], memory_order_acquire);
+	for (uint64_t i = 0; i < SLOT_WORDS && base + i < nr_words; i++) {
+		uint64_t late = atomic_load_explicit(&account->seeded[base + i], memory_order_acquire);
+		uint64_t private = atomic_load_explicit(&account->private[base + i], memory_order_acquire);
+
+		slot->words[i] = block < disk->nr_blocks ? private & ~late : private & late;
+	}
 	slot->checksum = checksum(slot, offsetof(struct map_slot, checksum));
 }
 
@@ -140,7 +152,17 @@ static void slot_punch(struct overlay_disk *disk, const struct map_slot *slot)
 	}
 }
 
-static int flush_slots(struct overlay_disk *disk, struct map_slot *slots, uint64_t nr)
+static int slots_write(struct overlay_disk *disk, const struct map_slot *slots, uint64_t nr)
+{
+	int err = 0;
+
+	for (uint64_t i = 0; i < nr && !err; i++)
+		err = write_all(disk->map_fd, &slots[i], sizeof slots[i], slot_offset(slots[i].block_no, slots[i].generation));
+	return err;
+}
+
+/* The first nr_late slots are of late pages. */
+static int flush_slots(struct overlay_disk *disk, struct map_slot *slots, uint64_t nr_late, uint64_t nr)
 {
 	int err = point_reach(POINT_OVERLAY_FLUSH);
 
@@ -149,8 +171,12 @@ static int flush_slots(struct overlay_disk *disk, struct map_slot *slots, uint64
 	if (fdatasync(disk->overlay->data_fd) < 0)
 		return disk->failed = -errno;
 	err = point_reach(POINT_OVERLAY_SYNCED);
-	for (uint64_t i = 0; i < nr && !err; i++)
-		err = write_all(disk->map_fd, &slots[i], sizeof slots[i], slot_offset(slots[i].block_no, slots[i].generation));
+	if (!err)
+		err = slots_write(disk, slots + nr_late, nr - nr_late);
+	if (!err && nr_late && fdatasync(disk->map_fd) < 0)
+		return disk->failed = -errno;
+	if (!err)
+		err = slots_write(disk, slots, nr_late);
 	if (!err)
 		err = point_reach(POINT_OVERLAY_MAPPED);
 	if (err || !nr)
@@ -159,26 +185,40 @@ static int flush_slots(struct overlay_disk *disk, struct map_slot *slots, uint64
 		return disk->failed = -errno;
 	for (uint64_t i = 0; i < nr; i++) {
 		disk->generations[slots[i].block_no] = slots[i].generation;
-		slot_punch(disk, &slots[i]);
+		if (i >= nr_late)
+			slot_punch(disk, &slots[i]);
 	}
 	return 0;
 }
 
 static int flush_all(struct overlay_disk *disk)
 {
-	uint64_t nr_dirty = 0, nr = 0;
+	uint64_t nr_dirty = 0, nr_late = 0, nr = 0;
 
 	if (disk->failed)
 		return disk->failed;
-	for (uint64_t block = 0; block < disk->nr_blocks; block++)
+	for (uint64_t block = 0; block < disk->nr_blocks; block++) {
+		nr_late += atomic_load(&disk->dirty[disk->nr_blocks + block]) != 0;
 		nr_dirty += atomic_load(&disk->dirty[block]) != 0;
-	struct map_slot *slots = malloc((nr_dirty + 1) * sizeof *slots);
+	}
+	uint64_t room = 2 * nr_late + nr_dirty;
+	struct map_slot *slots = malloc((room + 1) * sizeof *slots);
 	if (!slots)
 		return -ENOMEM;
-	for (uint64_t block = 0; block < disk->nr_blocks && nr < nr_dirty; block++)
+	for (uint64_t block = 0; block < disk->nr_blocks && nr < nr_late; block++)
+		if (atomic_exchange(&disk->dirty[disk->nr_blocks + block], 0))
+			slot_copy(disk, disk->nr_blocks + block, &slots[nr++]);
+	nr_late = nr;
+	for (uint64_t i = 0; i < nr_late; i++) {
+		uint64_t block = slots[i].block_no - disk->nr_blocks;
+
+		atomic_store(&disk->dirty[block], 0);
+		slot_copy(disk, block, &slots[nr++]);
+	}
+	for (uint64_t block = 0; block < disk->nr_blocks && nr < room; block++)
 		if (atomic_exchange(&disk->dirty[block], 0))
 			slot_copy(disk, block, &slots[nr++]);
-	int err = flush_slots(disk, slots, nr);
+	int err = flush_slots(disk, slots, nr_late, nr);
 	for (uint64_t i = 0; i < nr && err; i++)
 		atomic_store(&disk->dirty[slots[i].block_no], 1);
 	free(slots);
@@ -231,6 +271,12 @@ void disk_changed(struct overlay_disk *disk, uint64_t page)
 	atomic_store(&disk->dirty[page / SLOT_PAGES], 1);
 }
 
+void disk_late_changed(struct overlay_disk *disk, uint64_t page)
+{
+	disk_changed(disk, page);
+	atomic_store(&disk->dirty[disk->nr_blocks + page / SLOT_PAGES], 1);
+}
+
 void disk_trimmed(struct overlay_disk *disk, uint64_t first, uint64_t nr)
 {
 	uint64_t nr_fresh = 0;
@@ -267,29 +313,46 @@ static void header_fill(const struct image *image, const uint8_t *identity, stru
 	header->checksum = checksum(header, offsetof(struct map_header, checksum));
 }
 
+/* Lays out empty slots of blocks. */
+static int slots_create(struct overlay_disk *disk, uint64_t first_block)
+{
+	for (uint64_t i = 0; i < 2 * disk->nr_blocks; i++) {
+		struct map_slot slot = {.generation = 2 + i % 2, .block_no = first_block + i / 2};
+
+		slot.checksum = checksum(&slot, offsetof(struct map_slot, checksum));
+		int err = write_all(disk->map_fd, &slot, sizeof slot, slot_offset(slot.block_no, slot.generation));
+		if (err)
+			return err;
+		disk->generations[slot.block_no] = slot.generation;
+	}
+	return 0;
+}
+
+int disk_late_begin(struct overlay_disk *disk)
+{
+	int err = disk->has_late ? 0 : slots_create(disk, disk->nr_blocks);
+
+	disk->has_late |= !err;
+	return err;
+}
+
 /* Lays out an empty map; the header comes last, so that without it there is nothing to lose. */
 static int map_create(struct overlay_disk *disk, const uint8_t *identity)
 {
 	const struct image *image = disk->overlay->image;
-	struct map_slot slot;
 	struct map_header header;
 	uint8_t block[BLOCK_BYTES] = {0};
 
 	if (ftruncate(disk->overlay->data_fd, 0) < 0 || ftruncate(disk->overlay->data_fd, (off_t)image->shape.map_bytes) < 0)
 		return -errno;
-	for (uint64_t i = 0; i < 2 * disk->nr_blocks; i++) {
-		slot = (struct map_slot){.generation = 2 + i % 2, .block_no = i / 2};
-		slot.checksum = checksum(&slot, offsetof(struct map_slot, checksum));
-		int err = write_all(disk->map_fd, &slot, sizeof slot, slot_offset(i / 2, slot.generation));
-		if (err)
-			return err;
-		disk->generations[i / 2] = slot.generation;
-	}
+	int err = slots_create(disk, 0);
+	if (err)
+		return err;
 	if (fsync(disk->map_fd) < 0 || fsync(disk->overlay->data_fd) < 0)
 		return -errno;
 	header_fill(image, identity, &header);
 	memcpy(block, &header, sizeof header);
-	int err = write_all(disk->map_fd, block, sizeof block, 0);
+	err = write_all(disk->map_fd, block, sizeof block, 0);
 	return err ? err : fsync(disk->map_fd) < 0 ? -errno : 0;
 }
 
@@ -300,14 +363,15 @@ static bool slot_read(struct overlay_disk *disk, uint64_t block, uint64_t genera
 	       (slot->generation & 1) == generation;
 }
 
-/* Takes the private bits over from the newer of each two slots; or its number alone, if they are known better. */
+/* Takes the private and late bits over from the newer of each two slots; or its number alone, if they are known better. */
 static int map_load(struct overlay_disk *disk, bool is_left)
 {
 	struct account *account = disk->overlay->account;
-	uint64_t nr_pages = disk->overlay->image->shape.nr_pages, nr_private = 0;
+	uint64_t nr_pages = disk->overlay->image->shape.nr_pages, nr_private = 0, nr_late = 0;
+	uint64_t nr_blocks = disk->has_late ? 2 * disk->nr_blocks : disk->nr_blocks;
 	struct map_slot slots[2];
 
-	for (uint64_t block = 0; block < disk->nr_blocks; block++) {
+	for (uint64_t block = 0; block < nr_blocks; block++) {
 		bool good[2] = {slot_read(disk, block, 0, &slots[0]), slot_read(disk, block, 1, &slots[1])};
 
 		if (!good[0] && !good[1])
@@ -316,18 +380,25 @@ static int map_load(struct overlay_disk *disk, bool is_left)
 		const struct map_slot *slot = &slots[second];
 		disk->generations[block] = slot->generation;
 		for (uint64_t i = 0; i < SLOT_PAGES && !is_left; i++) {
-			uint64_t page = block * SLOT_PAGES + i;
+			uint64_t page = block % disk->nr_blocks * SLOT_PAGES + i;
+			bool is_late = block >= disk->nr_blocks;
 
 			if (!(slot->words[i / 64] >> i % 64 & 1))
 				continue;
 			if (page >= nr_pages)
 				return -EBADMSG;
-			nr_private += bits_set(account->private, page);
+			bool is_new = bits_set(account->private, page);
+			nr_private += is_new;
+			if (is_late && is_new)
+				nr_late += bits_set(account->seeded, page);
+			else if (is_late) /* it had just come */
+				atomic_store(&disk->dirty[block], 1);
 		}
 	}
 	purse_take_anyway(account->purse, nr_private);
 	count_add(&account->header->private_pages, nr_private);
 	count_add(COUNTER(account->header, charged_pages), nr_private);
+	count_add(&account->header->seeded_pages, nr_late);
 	return 0;
 }
 
@@ -344,7 +415,7 @@ static int map_catch_up(struct overlay_disk *disk)
 		if (stored[page / 64] >> page % 64 & 1 && !bits_test(overlay->account->private, page) &&
 		    bits_set(disk->dropped, page))
 			atomic_fetch_add(&disk->nr_dropped, 1);
-	for (uint64_t block = 0; block < disk->nr_blocks; block++)
+	for (uint64_t block = 0; block < (disk->has_late ? 2 : 1) * disk->nr_blocks; block++)
 		atomic_store(&disk->dirty[block], 1);
 	free(stored);
 	return err;
@@ -369,10 +440,17 @@ static int map_open(struct overlay_disk *disk, const uint8_t *identity, bool is_
 		return -errno;
 	if ((uint64_t)about.st_size != disk->overlay->image->shape.map_bytes)
 		return -EBADMSG;
+	if (fstat(disk->map_fd, &about) < 0)
+		return -errno;
+	disk->has_late = about.st_size > slot_offset(disk->nr_blocks, 0);
 	int err = map_load(disk, is_left);
 	if (err)
 		return err;
-	return is_left ? map_catch_up(disk) : overlay_drop_leftovers(disk->overlay);
+	err = is_left ? map_catch_up(disk) : overlay_drop_leftovers(disk->overlay);
+	if (!err)
+		err = overlay_late_init(disk->overlay);
+	/* A late bit of a page that is here would have it fetched again after the next crash. */
+	return err || is_left ? err : flush_all(disk);
 }
 
 static int disk_open(struct overlay *overlay, int map_fd, const uint8_t *identity, bool is_left)
@@ -385,8 +463,8 @@ static int disk_open(struct overlay *overlay, int map_fd, const uint8_t *identit
 	disk->overlay = overlay;
 	disk->map_fd = map_fd;
 	disk->nr_blocks = (nr_pages + SLOT_PAGES - 1) / SLOT_PAGES;
-	disk->generations = calloc(disk->nr_blocks, sizeof *disk->generations);
-	disk->dirty = calloc(disk->nr_blocks, sizeof *disk->dirty);
+	disk->generations = calloc(2 * disk->nr_blocks, sizeof *disk->generations);
+	disk->dirty = calloc(2 * disk->nr_blocks, sizeof *disk->dirty);
 	disk->dropped = calloc(1, bits_bytes(nr_pages));
 	disk->waiting_tail = &disk->waiting;
 	int err = disk->generations && disk->dirty && disk->dropped ? 0 : -ENOMEM;

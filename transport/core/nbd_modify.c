@@ -35,6 +35,15 @@ static bool is_held(struct nbd_connection *connection, int err)
 	return true;
 }
 
+/* Has a patch wait for what the image has there, or hold it. */
+static void want_frame(struct nbd_piece *piece)
+{
+	uint64_t extent = piece->offset / piece->connection->export->extent_bytes;
+
+	if (piece_want(piece, piece->offset, piece->length))
+		piece->waits[piece->nr_waits++] = (struct nbd_wait){.waiter = {.extent = extent}, .held = true};
+}
+
 /* Writes a part of one page, at once or when the image's page is there; false if it is to be asked again. */
 static bool patch(struct nbd_turn *turn, struct nbd_op *op, uint64_t offset, uint32_t length, const uint8_t *bytes)
 {
@@ -50,7 +59,7 @@ static bool patch(struct nbd_turn *turn, struct nbd_op *op, uint64_t offset, uin
 		extent_release(state);
 	if (err == -EBUSY)
 		return !is_held(connection, err) && patch(turn, op, offset, length, bytes);
-	if (err != -EAGAIN) {
+	if (err != -EAGAIN && err != -EINPROGRESS) {
 		op->err = op->err ? op->err : err;
 		return true;
 	}
@@ -67,10 +76,25 @@ static bool patch(struct nbd_turn *turn, struct nbd_op *op, uint64_t offset, uin
 	}
 	turn->counts.misses++;
 	op->missed = true;
-	if (piece_want(piece, offset, length))
-		piece->waits[piece->nr_waits++] = (struct nbd_wait){.waiter = {.extent = offset / export->extent_bytes}, .held = true};
+	if (err == -EINPROGRESS)
+		piece_want_late(piece);
+	else
+		want_frame(piece);
 	piece_wanted_all(piece);
 	return true;
+}
+
+/* Its extent stays held, and it is ready again with the thaw. */
+static void patch_hold_back(struct nbd_piece *piece)
+{
+	struct nbd_connection *connection = piece->connection;
+
+	pthread_mutex_lock(&connection->lock);
+	piece->next = connection->ready;
+	connection->ready = piece;
+	if (!piece->next)
+		connection->ready_tail = &piece->next;
+	pthread_mutex_unlock(&connection->lock);
 }
 
 bool patch_settle(struct nbd_piece *piece)
@@ -81,12 +105,22 @@ bool patch_settle(struct nbd_piece *piece)
 	if (piece->connection->broken)
 		err = -ESHUTDOWN;
 	if (!err) {
+		const uint8_t *frame = export->frames->base + (piece->offset & ~(uint64_t)4095);
+
 		do
 			err = overlay_patch(export->overlay, piece->offset, piece->length, piece->bytes,
-		                    export->frames->base + (piece->offset & ~(uint64_t)4095), &piece->op->reserved);
+			                    piece->nr_waits ? frame : NULL, &piece->op->reserved);
 		while (err == -EBUSY && !is_held(piece->connection, err));
-		if (err == -EBUSY)
+		if (err == -EBUSY) {
+			patch_hold_back(piece);
 			return false;
+		}
+		if (err == -EAGAIN) { /* it was late, and given back to the image meanwhile */
+			atomic_store(&piece->nr_missing, 1);
+			want_frame(piece);
+			piece_wanted_all(piece);
+			return false;
+		}
 	}
 	atomic_store(&piece->status, err);
 	return true;

@@ -105,15 +105,8 @@ void pieces_settle(struct nbd_turn *turn)
 	for (struct nbd_piece *piece; (piece = ready);) {
 		ready = piece->next;
 		if (piece->kind == PIECE_PATCH) {
-			if (!patch_settle(piece)) { /* it keeps its extent, and is ready again with the thaw */
-				pthread_mutex_lock(&connection->lock);
-				piece->next = connection->ready;
-				connection->ready = piece;
-				if (!piece->next)
-					connection->ready_tail = &piece->next;
-				pthread_mutex_unlock(&connection->lock);
+			if (!patch_settle(piece))
 				continue;
-			}
 			if (piece->nr_waits && piece->waits[0].held)
 				extent_release(&image->states[piece->waits[0].waiter.extent]);
 		}
@@ -130,6 +123,8 @@ void piece_end(struct nbd_turn *turn, struct nbd_piece *piece)
 
 	if (status && !op->err)
 		op->err = status;
+	if (piece->kind == PIECE_LATE)
+		op->late = false;
 	if (--op->nr_pieces == 0) {
 		nbd_export_unpark(turn->connection->export);
 		if (op->begun)

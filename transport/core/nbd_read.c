@@ -198,7 +198,10 @@ void read_begin(struct nbd_turn *turn, const struct nbd_request *request)
 		return;
 	}
 	note_stream(connection, request->offset, request->length);
-	if (request->length <= PIECE_BYTES)
+	int late = late_look(connection, request->offset, request->length);
+	if (late == -EIO)
+		err = late;
+	else if (!late && request->length <= PIECE_BYTES)
 		err = read_resident(turn, request, request->offset, request->length, true);
 	read_ahead(turn, err == -EAGAIN);
 	if (err != -EAGAIN) {
@@ -212,8 +215,10 @@ void read_begin(struct nbd_turn *turn, const struct nbd_request *request)
 	struct nbd_op *op = nbd_op_new(turn, request);
 	if (!op)
 		return;
-	if (split && request->length > PIECE_BYTES) {
-		op->chunked = true;
+	op->chunked = split && request->length > PIECE_BYTES;
+	if (op->chunked || late) {
+		if (late)
+			late_park(turn, op, op->at, op->end - op->at);
 		nbd_op_queue(turn, op);
 		return;
 	}
@@ -227,6 +232,15 @@ enum nbd_step read_step(struct nbd_turn *turn, struct nbd_op *op)
 {
 	uint64_t length = PIECE_BYTES - op->at % PIECE_BYTES;
 
+	if (op->late)
+		return STEP_WAIT;
+	if (op->err)
+		return STEP_DONE;
+	if (!op->chunked) { /* its pages were late */
+		op->err = read_park(turn, op, op->at, op->end - op->at);
+		op->at = op->end;
+		return STEP_DONE;
+	}
 	length = length < op->end - op->at ? length : op->end - op->at;
 	int err = read_resident(turn, &op->request, op->at, length, false);
 	if (err == -EAGAIN && op->nr_pieces >= CACHING_MAX)

@@ -5,7 +5,7 @@
  * A *turn* is one thread serving one connection: it receives what there is, parses many requests, answers what it
  * can and sends the answers together.  Most requests live only inside a turn, on its stack.  One that cannot end
  * there (a miss, a payload that has not all come, a flush of a disk, a range of gigabytes) becomes an *op*; what an
- * op waits for are *pieces*.  A piece is finished by a loader or a flusher, which only puts it on its
+ * op waits for are *pieces*.  A piece is finished by a loader, a flusher or a page that arrives, which only puts it on its
  * connection's ready list; a turn does the rest.
  *
  * Resident pages are sent from a read-only mapping of the frames, and touched only while their extent is held. What
@@ -16,6 +16,7 @@
 #ifndef COWSHED_NBD_STATE_H
 #define COWSHED_NBD_STATE_H
 
+#include "accounting/core/overlay_late.h"
 #include "cache/core/loader.h"
 #include "cache/core/store.h"
 #include "transport/core/nbd.h"
@@ -78,13 +79,14 @@ struct nbd_wait {
 	bool held;
 };
 
-enum piece_kind { PIECE_READ, PIECE_CACHE, PIECE_PATCH, PIECE_SYNC };
+enum piece_kind { PIECE_READ, PIECE_CACHE, PIECE_PATCH, PIECE_SYNC, PIECE_LATE };
 
 struct nbd_piece {
 	struct nbd_piece *next;
 	struct nbd_connection *connection;
 	struct nbd_op *op;
 	struct overlay_sync sync;
+	struct overlay_wait late;
 	enum piece_kind kind;
 	uint64_t offset;
 	uint32_t length;
@@ -106,6 +108,7 @@ struct nbd_op {
 	int err;
 	bool begun;          /* nothing more will be begun: it ends with its last piece */
 	bool missed, chunked, replied, synced;
+	bool late; /* waits for pages that are not here yet, and goes on then */
 };
 
 /* Bytes that the socket would not take. */
@@ -246,6 +249,16 @@ void pieces_finish(struct nbd_turn *turn);
 /* The piece has been used: counts it off its op, which may end. */
 void piece_end(struct nbd_turn *turn, struct nbd_piece *piece);
 
+/* nbd_late.c */
+/* Has a piece wait for pages that are not here yet. */
+void piece_want_late(struct nbd_piece *piece);
+/* 0: all of a range is here; -EIO: some is lost; -EINPROGRESS: some is late. */
+int late_look(const struct nbd_connection *connection, uint64_t offset, uint64_t length);
+/* Has an op wait for them. */
+void late_park(struct nbd_turn *turn, struct nbd_op *op, uint64_t offset, uint64_t length);
+/* Nobody waits for them any more: the client is gone. */
+void late_abandon(struct nbd_connection *connection);
+
 enum nbd_step { STEP_MORE, STEP_WAIT, STEP_DONE };
 
 /* nbd_read.c, nbd_modify.c, nbd_status.c; requests were checked (nbd_turn.c). */
@@ -259,7 +272,7 @@ void write_begin(struct nbd_turn *turn, const struct nbd_request *request, int e
 /* Takes payload, as much as it can use now; how much. */
 size_t write_take(struct nbd_turn *turn, const uint8_t *bytes, size_t nr_bytes);
 void write_cancel(struct nbd_turn *turn);
-/* false: not now, but after a thaw. */
+/* false: not now; the piece will be ready again. */
 bool patch_settle(struct nbd_piece *piece);
 void clear_begin(struct nbd_turn *turn, const struct nbd_request *request);
 enum nbd_step clear_step(struct nbd_turn *turn, struct nbd_op *op);

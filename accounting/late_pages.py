@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages of an overlay whose bytes are still at the backend that the guest came from."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any, Final
+
+from cowshed.accounting.overlay import Overlay
+from cowshed.cache._core import ffi, lib
+from cowshed.cache.calls import checked
+from cowshed.cache.errors import UsageError
+from cowshed.cache.images import PAGE_BYTES
+
+__all__ = ["LatePages"]
+
+
+class LatePages:
+    """The late pages of one overlay; any number of these may be made, the state is the overlay's.
+
+    Bitmaps are numbers: bit i is page i. A page is late from expect() until it arrives, or the
+    guest writes the whole of it or gives it back; who needs it meanwhile waits, and what it waits
+    for is wanted. Who needs a page that is lost gets an input/output error.
+    """
+
+    def __init__(self, overlay: Overlay) -> None:
+        self._overlay: Final = overlay
+
+    def expect(self, first_page: int, nr_pages: int) -> None:
+        """Make pages private and late, past the quota too; nobody may use the overlay yet.
+
+        UsageError if one is private already.
+        """
+        err = lib.overlay_expect(self._overlay.cdata, first_page, nr_pages)
+        if err == -errno.EEXIST:
+            raise UsageError(f"a page of {nr_pages} from {first_page} is private already")
+        checked(err, f"expecting pages of {self._label}")
+
+    def arrive(self, first_page: int, pages: bytes | memoryview) -> int:
+        """Take bytes of pages, as far as these are late; how many were. OSError without room."""
+        nr = lib.overlay_arrive(
+            self._overlay.cdata, first_page, len(pages) // PAGE_BYTES, ffi.from_buffer(pages)
+        )
+        if nr < 0:
+            raise OSError(-nr, f"writing an overlay over {self._label}")
+        return int(nr)
+
+    def bitmap(self) -> int:
+        """The late pages."""
+        return self._bitmap(lib.overlay_late)
+
+    def take_wanted(self) -> int:
+        """The late pages that somebody came to wait for since the last call."""
+        return self._bitmap(lib.overlay_take_wanted)
+
+    @property
+    def fd(self) -> int:
+        """An eventfd, readable when pages are wanted, borrowed; -1 if no page was ever late."""
+        return max(-1, int(lib.overlay_late_fd(self._overlay.cdata)))
+
+    @property
+    def nr_left(self) -> int:
+        """How many pages are late."""
+        return self._overlay.account.status().seeded_pages
+
+    def lose(self, first_page: int, nr_pages: int) -> int:
+        """Nobody has these pages any more, those that are late; how many were not lost before."""
+        return checked(
+            lib.overlay_lose(self._overlay.cdata, first_page, nr_pages),
+            f"giving up pages of {self._label}",
+        )
+
+    def find(self) -> None:
+        """No page is lost: somebody may have them after all."""
+        lib.overlay_find(self._overlay.cdata)
+
+    @property
+    def nr_lost(self) -> int:
+        """How many late pages are lost."""
+        return int(lib.overlay_nr_lost(self._overlay.cdata))
+
+    @property
+    def _label(self) -> str:
+        return self._overlay.account.image.label
+
+    def _bitmap(self, read: Callable[[Any, Any, int], int]) -> int:
+        words = bytearray(8 * ((self._overlay.account.image.nr_pages + 63) // 64))
+        checked(
+            read(self._overlay.cdata, ffi.from_buffer("uint64_t[]", words), len(words) // 8),
+            f"looking at late pages of {self._label}",
+        )
+        return int.from_bytes(words, "little")
