@@ -38,12 +38,13 @@ from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import LEAVE, ignore_stop_signals
 from cowshed.service.survival.fd_store import FIRST_FD, Groups, Notice, listen_environment
 
-__all__ = ["KEEPER_PID", "Keeper", "kept_before"]
+__all__ = ["KEEPER_OF", "KEEPER_PID", "Keeper", "kept_before", "serve_command"]
 
 _log = EventLog("cowshed.keeper")
 
 _SOCKET_PREFIX: Final = "keeper."
 KEEPER_PID: Final = "COWSHED_KEEPER_PID"
+KEEPER_OF: Final = "--keeper-of"
 
 _UCRED: Final = struct.Struct("3i")
 _MAX_DATAGRAM: Final = 4096
@@ -162,7 +163,10 @@ class Keeper:
         """Become the program as it is installed now; does nothing, and says so, if that is none."""
         self._reloading = False
         said = subprocess.run(
-            [*_command(), "--check"], stdin=subprocess.DEVNULL, capture_output=True, check=False
+            [*serve_command(), "--check"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
         )
         if said.returncode:
             why = said.stderr.decode(errors="replace").strip().removeprefix("cowshed: ")
@@ -174,7 +178,7 @@ class Keeper:
         # What is reported from here on waits in the socket, and signals wait for handlers.
         signal.pthread_sigmask(signal.SIG_BLOCK, {*_PASSED_ON, signal.SIGHUP})
         os.execve(
-            sys.executable, _command(), {**os.environ, **variables, _KEPT_PID: str(self._pid)}
+            sys.executable, serve_command(), {**os.environ, **variables, _KEPT_PID: str(self._pid)}
         )
 
     def _watch(self) -> int | None:
@@ -294,9 +298,13 @@ def kept_before() -> int:
     return int(os.environ.pop(_KEPT_PID, "0"))
 
 
-def _command() -> list[str]:
-    """How this process was started."""
-    return [sys.executable, *sys.orig_argv[1:]]
+def serve_command() -> list[str]:
+    """How this program was started to serve: not whom it was to keep, if it is a later keeper."""
+    words = [sys.executable, *sys.orig_argv[1:]]
+    while KEEPER_OF in words:
+        at = words.index(KEEPER_OF)
+        del words[at : at + 2]
+    return words
 
 
 def _number_from(first: int, fds: list[int], *, inheritable: bool = False) -> None:

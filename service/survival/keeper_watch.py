@@ -6,13 +6,12 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 from typing import Final
 
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, Loop
 from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.keeper import KEEPER_PID
+from cowshed.service.survival.keeper import KEEPER_OF, KEEPER_PID, serve_command
 
 __all__ = ["KeeperWatch"]
 
@@ -57,7 +56,7 @@ class KeeperWatch:
         self._start()
 
     def _start(self) -> None:
-        command = [*sys.orig_argv, "--keeper-of", str(os.getpid())]
+        command = [*serve_command(), KEEPER_OF, str(os.getpid())]
         try:
             keeper = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         except OSError as error:

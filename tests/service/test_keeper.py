@@ -3,6 +3,7 @@
 
 import configparser
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -85,6 +86,27 @@ def test_a_dead_keeper_is_replaced_and_the_new_one_keeps_everything(kept: Daemon
     assert kept.mismatches() == []
     os.kill(backend_pid(kept), signal.SIGTERM)
     died(status["pid"])
+
+
+def test_a_keeper_that_took_anothers_place_is_reloaded_and_loses_nothing(kept: Daemon) -> None:
+    kept.request("warm", image="d")
+    for nr_keepers in (1, 2):
+        keeper = kept.pid if nr_keepers == 1 else later_keepers(kept)[-1]
+        os.kill(keeper, signal.SIGKILL)
+        kept.process.poll()
+        until(lambda n=nr_keepers: len(later_keepers(kept)) == n)
+    pid = backend_pid(kept)
+    os.kill(later_keepers(kept)[-1], signal.SIGHUP)
+    until(lambda: kept.status()["pid"] != pid)
+    for _ in range(2):
+        status = kept.status()
+        assert (status["resident_bytes"], status["loads"]) == (4 * MIB, 64)
+        os.kill(status["pid"], signal.SIGKILL)
+    assert kept.mismatches() == []
+
+
+def later_keepers(kept: Daemon) -> list[int]:
+    return [int(pid) for pid in re.findall(r"event=keeper-changed pid=(\d+)", kept.log())]
 
 
 def test_a_source_that_was_replaced_meanwhile_is_said(kept: Daemon) -> None:
