@@ -13,19 +13,26 @@ from cffi import FFI
 
 from cowshed.cache.core_build import cdef_of_header
 
-__all__ = ["ROOT", "checked", "cost_of", "ffi", "load", "nbd_limit"]
+__all__ = ["ROOT", "checked", "cost_of", "ffi", "load", "load_steady", "nbd_limit"]
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ROOT / "bench/core"
 FLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{ROOT}"]
 
 ffi = FFI()
-ffi.cdef(cdef_of_header((CORE / "touch.h").read_text(), "touch.h"))
+for _name in ("touch.h", "steady.h"):
+    ffi.cdef(cdef_of_header((CORE / _name).read_text(), _name))
 
 
 def load(build_dir: Path) -> Any:
     """Give touch.c as a library. Raises CalledProcessError if it does not compile."""
     library = _compiled(build_dir, ["touch.c", "touch.h"], "so", ["-shared", "-fPIC"])
+    return ffi.dlopen(str(library))
+
+
+def load_steady(build_dir: Path) -> Any:
+    """Give steady.c as a library. Raises CalledProcessError if it does not compile."""
+    library = _compiled(build_dir, ["steady.c", "steady.h"], "so", ["-shared", "-fPIC"])
     return ffi.dlopen(str(library))
 
 

@@ -29,6 +29,7 @@ from case_fault import fault
 from case_memory import memory
 from case_nbd import nbd
 from case_resident import first_write, resident
+from case_restart import restart
 from case_scrape import scrape
 from case_vm import vm
 from cases import Bench, CaseResult
@@ -46,6 +47,7 @@ CASES: dict[str, Callable[[Bench], CaseResult]] = {
     "scrape": scrape,
     "nbd": nbd,
     "vm": vm,
+    "restart": restart,
 }
 MIB = 1 << 20
 
