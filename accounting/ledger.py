@@ -188,6 +188,16 @@ class Account:
             for region in table.regions[0 : table.nr]
         ]
 
+    def find_present(self, page: int, nr_max: int) -> tuple[int, bool | None]:
+        """Look for a page, from that one on, that the guest has still under its userfaultfd.
+
+        Gives the page, and True; how many pages there are, and False, if there is none; the page
+        to go on from, and None, after nr_max looks. Each takes about 1 us.
+        """
+        place = ffi.new("uint64_t *", page)
+        found = lib.account_find_present(self.cdata, nr_max, place)
+        return int(place[0]), None if found == -errno.EAGAIN else bool(found)
+
     def close(self) -> None:
         """Return every grant and charge; the guest's fault thread must have been stopped."""
         if self.cdata is not None:

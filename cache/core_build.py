@@ -34,6 +34,7 @@ HEADERS = (
     "accounting/core/regions.h",
     "accounting/core/ledger.h",
     "accounting/core/settle.h",
+    "accounting/core/presence.h",
     "accounting/core/seed.h",
     "accounting/core/track.h",
     "accounting/core/evict.h",

@@ -15,7 +15,7 @@ from cowshed.accounting import QuotaPolicy
 from cowshed.cache import Image
 from cowshed.service.guests.bequests import Bequests
 from cowshed.service.guests.door import Door, raise_file_limit
-from cowshed.service.guests.guests import GuestTable
+from cowshed.service.guests.guests import GuestTable, Terms
 from cowshed.service.guests.userfaultfd import open_device
 from cowshed.service.handoff.moved_in import MovedInTable
 from cowshed.service.handoff.record import HandoffRecord
@@ -240,6 +240,10 @@ class Daemon:
         server.start()
         stack.callback(server.stop)
         _log.notice("metrics", url=f"http://{server.endpoint}/metrics")
+
+    def end_parked(self, terms: Terms) -> bool:
+        """End what is parked under a name and has nothing mapped any more; whether any was."""
+        return self._guest_door.end_parked(terms)
 
     def shut_down(self) -> None:
         """End the loop, once it has sent what is queued."""

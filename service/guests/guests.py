@@ -121,6 +121,11 @@ class Guest:
         """Whether it uses the image, and does not just hold a name."""
         return bool(self.mappings)
 
+    @property
+    def is_parked(self) -> bool:
+        """Whether nobody speaks for it any more, and yet it has something mapped."""
+        return bool(self.mappings) and all(mapping.is_parked for mapping in self.mappings)
+
     def admits(self, terms: Terms, peer: Peer) -> bool:
         """Whether a connection may join: it knows the token, and is of the same user and image."""
         ours, theirs = self.terms.token, terms.token
@@ -167,7 +172,10 @@ class Guest:
 
 @dataclass(eq=False)
 class Mapping:
-    """What one connection has mapped. Owns the descriptors in fds; all lives until detach."""
+    """What one connection has mapped. Owns the descriptors in fds; all lives until detach.
+
+    is_parked: the connection has ended without a word, and the memory is there still.
+    """
 
     guest: Guest
     peer: Peer
@@ -177,6 +185,7 @@ class Mapping:
     fds: list[int]
     attached_ns: int = field(default_factory=time.monotonic_ns)
     said_state: str = "running"
+    is_parked: bool = False
     account_no: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -243,9 +252,7 @@ class GuestTable:
                 return guest
             if not guest.admits(terms, peer):
                 by = f" by uid {guest.uid}, process {guest.pid}" if peer.uid == 0 else ""
-                raise UsageError(
-                    f"guest name {terms.name!r} is taken{by}; choose another, or detach that guest"
-                )
+                raise UsageError(f"guest name {terms.name!r} is taken{by}{_cure(guest)}")
             guest.nr_holders += 1
             return guest
 
@@ -389,3 +396,12 @@ class GuestTable:
                 if guest.image is image
                 for no, mapping in enumerate(guest.mappings, 1)
             }
+
+
+def _cure(guest: Guest) -> str:
+    if guest.is_parked:
+        return (
+            ": it closed its connection and has the image mapped still; choose another, "
+            "or end that process"
+        )
+    return "; choose another, or detach that guest"

@@ -19,6 +19,7 @@ __all__ = [
     "check_supplied_uffd",
     "check_uffd",
     "has_ended",
+    "memory_lives",
     "open_device",
     "open_pagemap",
 ]
@@ -28,6 +29,8 @@ _USERFAULTFD_IOC_NEW: Final = 0xAA00
 _UFFDIO_API: Final = 0xC018AA3F
 _UFFD_API: Final = 0xAA
 _UFFD_FEATURE_EVENT_FORK: Final = 1 << 1
+# No process has anything there.
+_NOWHERE: Final = 1 << 62
 _SYSCTL: Final = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
 
@@ -151,3 +154,16 @@ def has_ended(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
+
+
+def memory_lives(mem_fd: int) -> bool:
+    """Whether the memory that a /proc/PID/mem was opened on is anybody's still.
+
+    It is not once its process has ended, or executed another program. Waits for nobody: what is
+    read is no page of its.
+    """
+    try:
+        os.pread(mem_fd, 1, _NOWHERE)
+    except OSError:
+        return True
+    return False  # nothing, and no error: proc_pid_mem(5) reads so what is gone

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from cowshed.cache import PeerError
+from cowshed.cache.errors import PeerGoneError
 from cowshed.service.guests.door import Door
-from cowshed.service.guests.guests import Guest
+from cowshed.service.guests.guests import Guest, Terms
 from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.native.sessions import Session, SessionHost
 from cowshed.service.reports.guest_states import say_state
@@ -31,7 +32,9 @@ _LOOK_SECONDS: Final = 1.0
 class GuestDoor:
     """Accepts connections, runs their sessions, and ends those that broke, died or stay silent.
 
-    Everything happens in the loop. The listener is borrowed.
+    Everything happens in the loop. The listener is borrowed. A session whose connection has ended
+    is parked while its guest's memory is there still (parking.py): it keeps its place at the door,
+    and its socket, which our successor is to find as it is.
     """
 
     def __init__(
@@ -59,12 +62,13 @@ class GuestDoor:
     def tell(self, guest: Guest, event: dict[str, Any]) -> None:
         """Send a guest something it did not ask for, on each of its connections."""
         for fd, session in list(self._sessions.items()):
-            if session.mapping is not None and session.mapping.guest is guest:
+            mapping = session.mapping
+            if mapping is not None and mapping.guest is guest and not mapping.is_parked:
                 try:
                     session.connection.queue(event, tag=0)
                     self._send(fd, session)
-                except PeerError:
-                    self._end(fd)
+                except PeerError as error:
+                    self._lose(fd, error)
 
     def say_states(self) -> None:
         """Log, once each, guests that stopped, went on or broke; drop those that broke."""
@@ -76,6 +80,15 @@ class GuestDoor:
                 self._say_dropped(session, "broken", why)
                 self._end(fd)
 
+    def end_parked(self, terms: Terms) -> bool:
+        """End what is parked under a name and has nothing mapped any more; whether any was."""
+        nr_before = len(self._sessions)
+        for fd, session in list(self._sessions.items()):
+            parking = session.parking
+            if parking and session.key == terms.key and parking.is_over():
+                self._end(fd)
+        return len(self._sessions) < nr_before
+
     def adopt(self, session: Session) -> None:
         """Go on with a conversation that our predecessor had."""
         self._door.enter(session.connection.peer.uid)
@@ -85,8 +98,8 @@ class GuestDoor:
         self._watch_death(session)
         try:
             self._send(fd, session)
-        except PeerError:
-            self._end(fd)
+        except PeerError as error:
+            self._lose(fd, error)
 
     def _on_connect(self, *_: int) -> None:
         connection = self._listener.accept()
@@ -110,7 +123,7 @@ class GuestDoor:
             if events & READ and not session.closing:
                 messages = session.connection.recv_ready()
                 if messages is EOF:
-                    self._end(fd)
+                    self._lose(fd)
                     return
                 for no, message in enumerate(messages):
                     tag = message.tag
@@ -122,6 +135,8 @@ class GuestDoor:
                         raise
             self._watch_death(session)
             self._send(fd, session)
+        except PeerGoneError as error:
+            self._lose(fd, error)
         except (PeerError, OSError) as error:
             # OSError: no descriptors left, say. Whoever asked for them pays, not the daemon.
             of_ours = isinstance(error, OSError) and error.errno in _NO_RESOURCES
@@ -139,11 +154,11 @@ class GuestDoor:
 
     def _send_all(self) -> None:
         for fd, session in list(self._sessions.items()):
-            if session.connection.wants_write:
+            if session.connection.wants_write and session.parking is None:
                 try:
                     self._send(fd, session)
-                except PeerError:
-                    self._end(fd)
+                except PeerError as error:
+                    self._lose(fd, error)
 
     def _send(self, fd: int, session: Session) -> None:
         done = session.connection.flush()
@@ -159,9 +174,20 @@ class GuestDoor:
             session.connection.queue(error_reply("peer", str(error)), tag=tag)
             session.connection.flush()
 
+    def _lose(self, fd: int, error: PeerError | None = None) -> None:
+        """A connection has ended, or is of no use: so does its session, unless it is parked."""
+        session = self._sessions[fd]
+        if isinstance(error, PeerGoneError | None) and session.park():
+            self._loop.forget(fd)
+            return
+        if isinstance(error, PeerGoneError) and session.mapping is None:
+            self._say_dropped(session, "protocol", str(error))
+        self._end(fd)
+
     def _end(self, fd: int) -> None:
         session = self._sessions.pop(fd)
-        self._loop.forget(fd)
+        if session.parking is None:
+            self._loop.forget(fd)
         if session.watched_fd >= 0:
             self._loop.forget(session.watched_fd)
         self._door.leave(session.connection.peer.uid)
@@ -171,7 +197,9 @@ class GuestDoor:
         self.say_states()
         now = time.monotonic()
         for fd, session in list(self._sessions.items()):
-            if session.deadline is not None and now > session.deadline:
+            if session.parking is not None and session.parking.is_over():
+                self._end(fd)
+            elif session.deadline is not None and now > session.deadline:
                 self._say_dropped(session, "handshake", "it did not finish its handshake in time")
                 self._end(fd)
 

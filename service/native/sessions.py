@@ -32,6 +32,7 @@ from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Term
 from cowshed.service.guests.userfaultfd import check_guest_files, check_uffd
 from cowshed.service.handoff.moved_in import MovedIn, MovedInTable
 from cowshed.service.images.generations import image_generation
+from cowshed.service.native.parking import Parking
 from cowshed.service.operators.control import Control
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.test_points import reach
@@ -114,6 +115,9 @@ class SessionHost(Protocol):
     def workers(self) -> Workers:
         """Threads for what takes long."""
 
+    def end_parked(self, terms: Terms) -> bool:
+        """End what is parked under a name and has nothing mapped any more; whether any was."""
+
     def shut_down(self) -> None:
         """End the daemon once the replies are out."""
 
@@ -122,7 +126,8 @@ class Session:
     """The backend's half of one connection; end() gives back whatever it holds.
 
     deadline is when a handshake must have got further (time.monotonic()), or None. watched_fd is
-    the guest's pidfd once the loop watches it, else -1.
+    the guest's pidfd once the loop watches it, else -1. parking is there once the connection has
+    ended before its mapping.
     """
 
     def __init__(self, connection: Connection, host: SessionHost) -> None:
@@ -130,6 +135,7 @@ class Session:
         self.mapping: Mapping | None = None
         self.deadline: float | None = time.monotonic() + _HANDSHAKE_SECONDS
         self.watched_fd = -1
+        self.parking: Parking | None = None
         self._host = host
         self._state = State.NEW
         self._opened: tuple[Guest, Terms] | None = None
@@ -152,9 +158,24 @@ class Session:
         return session
 
     @property
+    def key(self) -> tuple[str, str] | None:
+        """Of the guest whose name it holds, if it does."""
+        return None if self._opened is None else self._opened[1].key
+
+    @property
     def closing(self) -> bool:
         """Whether the conversation is over and only replies are left to send."""
         return self._state is State.CLOSED
+
+    def park(self) -> bool:
+        """The connection has ended: go on without it if its guest has not said that it is done."""
+        if self.mapping is None or self._state is not State.ATTACHED:
+            return False
+        parking = Parking(self.mapping)
+        if parking.is_over():
+            return False
+        self.parking = parking
+        return True
 
     def end(self) -> None:
         """Detach the guest, if there is one, and close the connection; nothing twice."""
@@ -240,7 +261,7 @@ class Session:
             self._moved, terms = found
             self._opened = self._moved.guest, terms
         else:
-            self._opened = self._host.guests.reserve(terms, self._peer()), terms
+            self._opened = self._reserve(terms), terms
         image = terms.image
         device = self._host.uffd_device
         fds = [image.guest_fd] if device is None else [image.guest_fd, device]
@@ -258,6 +279,15 @@ class Session:
             },
             fds,
         )
+
+    def _reserve(self, terms: Terms) -> Guest:
+        try:
+            return self._host.guests.reserve(terms, self._peer())
+        except UsageError:
+            # It may be the same program that comes again, having left without a word.
+            if not self._host.end_parked(terms):
+                raise
+        return self._host.guests.reserve(terms, self._peer())
 
     def _read_terms(self, body: Body) -> Terms:
         config = self._host.config

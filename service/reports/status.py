@@ -112,6 +112,13 @@ def guest_state(status: AccountStatus) -> str:
     return "stopped-quota" if status.stopped_since_ns else "running"
 
 
+def _state_of(guest: Guest | OverlayGuest, status: AccountStatus) -> str:
+    state = guest_state(status)
+    return (
+        "parked" if state == "running" and isinstance(guest, Guest) and guest.is_parked else state
+    )
+
+
 def _overlay_status(guest: OverlayGuest) -> dict[str, Any]:
     """Of a guest that maps nothing: it has no faults, and hits and misses are of its requests."""
     counters = guest.export.counters()
@@ -140,9 +147,12 @@ def _guest_status(guest: Guest | OverlayGuest, status: AccountStatus) -> dict[st
         "image": guest.image.name,
         "domain": guest.image.domain,
         "transport": guest.transport,
-        "state": guest_state(status),
+        "state": _state_of(guest, status),
         "pid": guest.pid,
         "mappings": len(guest.mappings) if isinstance(guest, Guest) else 0,
+        "parked_mappings": (
+            sum(each.is_parked for each in guest.mappings) if isinstance(guest, Guest) else 0
+        ),
         "uid": guest.uid,
         "granted_bytes": guest.granted_bytes(status),
         "private_bytes": status.private_pages * _PAGE_BYTES,

@@ -6,6 +6,7 @@
 Answers each order with one JSON line. COPY has the bytes that IMAGE is to have.
 """
 
+import ctypes
 import json
 import mmap
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = 4096
+SYS_CLOSE = 57 if os.uname().machine == "aarch64" else 3
 
 
 class Reader:
@@ -73,6 +75,13 @@ class Reader:
 
     def do_close_fds(self) -> None:
         os.closerange(3, 1 << 16)
+
+    def do_close_fds_bare(self) -> None:
+        """By system calls that no library sees."""
+        syscall = ctypes.CDLL(None).syscall
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if fd > 2:
+                syscall(SYS_CLOSE, fd)
 
 
 def main() -> None:

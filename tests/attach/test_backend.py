@@ -157,6 +157,21 @@ def test_a_program_that_closes_all_descriptors_keeps_its_mapping(
     assert attached.daemon.guest_status("reader")["state"] == "running"
 
 
+def test_a_program_that_closes_all_descriptors_by_bare_calls_reads_no_zeros(
+    attached: Attached, start_reader: StartReader
+) -> None:
+    reader = start_reader()
+    no = reader.call("map", writable=True)
+    reader.call("write", no=no, page=3)
+    reader.call("close_fds_bare")
+    until(lambda: attached.daemon.guest_status("reader")["state"] == "parked")
+    attached.daemon.request("evict", image="disk")
+    assert reader.call("check") == []
+    assert attached.daemon.mismatches() == []
+    reader.process.kill()
+    until(lambda: not attached.daemon.status()["guests"])
+
+
 def test_a_killed_program_gives_everything_back(
     attached: Attached, start_reader: StartReader
 ) -> None:

@@ -81,15 +81,16 @@ def test_a_guest_that_changes_its_mapping_harms_itself(
     until(lambda: guests_are(daemon))
 
 
-def test_a_guest_that_closes_everything_in_the_middle_of_faults_is_detached(
+def test_a_guest_that_closes_everything_in_the_middle_of_faults_is_served_till_it_ends(
     daemon: Daemon, hostile: Guest, start_guest: StartGuest
 ) -> None:
     hostile.call("open", image="d", guest="bad")
     hostile.call("close_all")
-    until(lambda: guests_are(daemon))
-    # It goes on writing, guarded by nobody; what it fills by that is none of the image.
+    until(lambda: daemon.guest_status("bad")["state"] == "parked")
     assert still_serves(daemon, start_guest)
+    assert daemon.guest_status("bad")["parked_mappings"] == 1
     hostile.kill()
+    until(lambda: guests_are(daemon))
 
 
 def test_floods_of_discards_hold_up_nobody(

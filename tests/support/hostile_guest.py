@@ -11,7 +11,7 @@ from typing import Any
 
 from scripted_guest import PAGE_BYTES, Script, main
 
-from cowshed.cache._core import ffi
+from cowshed.cache._core import ffi, lib
 from cowshed.transport import connect
 from cowshed.transport.exchange import ask_for_fds, close_all, greet
 
@@ -19,6 +19,8 @@ UFFDIO_UNREGISTER = 0x8010AA01
 UFFDIO_WRITEPROTECT = 0xC018AA06
 libc = ctypes.CDLL(None, use_errno=True)
 libc.munmap.argtypes = libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 libc.mremap.restype = ctypes.c_void_p
 libc.mremap.argtypes = [ctypes.c_void_p, *[ctypes.c_size_t] * 2, ctypes.c_int, ctypes.c_void_p]
 
@@ -91,6 +93,27 @@ class Hostile(Script):
         """Close every descriptor in the middle of faults."""
         self.touch_in_threads()
         os.closerange(3, 1000)
+
+    def do_close_quietly(self) -> None:
+        """Close every descriptor, and rest."""
+        os.closerange(3, 1000)
+
+    def do_become_another(self) -> None:
+        """Execute another program."""
+        os.execvp("sleep", ["sleep", "600"])
+
+    def do_map_over(self, offset: int, length: int) -> None:
+        """Put other memory in the place of a part of the mapping."""
+        _, address, _ = self.where()
+        got = libc.mmap(address + offset, length, 1, 0x32, -1, 0)  # private, anonymous, fixed
+        assert got == address + offset
+
+    def do_leave(self) -> None:
+        """Let go of everything without a word."""
+        disk = self.opened()
+        disk._state = "closed"
+        disk._connection.close()
+        lib.region_deinit(disk._region)
 
     def do_flood_discards(self, times: int) -> None:
         """madvise(MADV_DONTNEED) over everything, from several threads while others fault."""
