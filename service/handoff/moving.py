@@ -7,13 +7,14 @@ descriptor of /proc/PID/mem that it gave us. One that maps nothing has them in i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
 from dataclasses import asdict
 from typing import Final, Protocol
 
-from cowshed.accounting import NO_QUOTA_BYTES, AccountStatus, Purse
+from cowshed.accounting import NO_QUOTA_BYTES, AccountStatus, Purse, Region
 from cowshed.cache import Image, PeerError
 from cowshed.cache.images import PAGE_BYTES
 from cowshed.service.guests.guests import Guest, GuestTable
@@ -148,13 +149,19 @@ class OverlayMoving:
 
 
 class MappedMoving:
-    """A guest that maps the image. It may leave at any time; it has moved without pages then."""
+    """A guest that maps the image. It may leave at any time; it has moved without pages then.
+
+    Until it is frozen it may discard a page between our seeing it and our reading it. Such a page
+    is given as zeros, and counts as written: who takes what is dirty looks at it again.
+    """
 
     def __init__(self, guest: Guest, guests: GuestTable) -> None:
         self.guest: Final = guest
         self._guests = guests
         self._mapping = guest.mappings[0]
         self.token = guest.terms.token or secrets.token_hex(16)
+        self._frozen = False
+        self._unread = 0  # pages, as bits
 
     @property
     def name(self) -> str:
@@ -210,17 +217,20 @@ class MappedMoving:
     def take_dirty(self) -> int:
         """What was written since the last call."""
         with self._guests.lock:
-            return _bits(self._mapping.account.take_dirty()) if self.is_here else 0
+            unread, self._unread = self._unread, 0
+            return unread | _bits(self._mapping.account.take_dirty()) if self.is_here else 0
 
     def freeze(self) -> None:
         """Leave its write faults unanswered."""
         with self._guests.lock:
             if self.is_here:
                 self._mapping.handler.freeze()
+                self._frozen = True
 
     def thaw(self) -> None:
         """Answer them."""
         with self._guests.lock:
+            self._frozen = False
             if self.is_here:
                 self._mapping.handler.thaw()
 
@@ -242,21 +252,27 @@ class MappedMoving:
             for region in self._mapping.account.regions():
                 if region.offset <= offset < region.offset + region.length:
                     nr = min(end, region.offset + region.length) - offset
-                    pages += self._read(region.address + offset - region.offset, nr)
+                    pages += self._read(region, offset, nr)
                     offset += nr
         if offset != end:
             raise PeerError(f"guest {self.name!r} has private pages that it maps no more; end it")
         return bytes(pages)
 
-    def _read(self, address: int, nr_bytes: int) -> bytes:
+    def _read(self, region: Region, offset: int, nr_bytes: int) -> bytes:
         pages = b""
         while len(pages) < nr_bytes:
+            at = offset + len(pages)
             try:
-                got = os.pread(self._mapping.fds[2], nr_bytes - len(pages), address + len(pages))
+                got = os.pread(
+                    self._mapping.fds[2], nr_bytes - len(pages), region.address + at - region.offset
+                )
             except OSError as error:
-                raise PeerError(
-                    f"memory of guest {self.name!r} cannot be read: {error.strerror}; end it"
-                ) from error
+                if self._frozen or error.errno != errno.EIO:
+                    raise PeerError(
+                        f"memory of guest {self.name!r} cannot be read: {error.strerror}; end it"
+                    ) from error
+                self._unread |= 1 << at // PAGE_BYTES
+                got = bytes(PAGE_BYTES)
             if not got:
                 raise PeerError(f"guest {self.name!r} has ended, with its memory")
             pages += got

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 
 from domains import StartGuest, in_thread, until
@@ -91,6 +92,39 @@ def test_a_guest_that_its_quota_stopped_blocks_and_goes_on_after_the_failed_drai
     a.the_daemon.request("quota", guest="g", quota_bytes=16 * PAGE)
     guest.finish()
     a.drain("--to", b.unix)
+    guest.kill()
+
+
+def test_pages_that_a_guest_discards_before_they_are_read_do_not_end_the_drain(
+    hosts: Pair, start_guest: StartGuest
+) -> None:
+    a, b = hosts
+    a.start(before=("env", "COWSHED_TEST_STOP_AT=source-warm"))
+    b.start()
+    model = bytearray(a.image.read_bytes())
+    guest = start_guest(a.unix)
+    guest.call("open", image="d", guest="g", token="secret")
+    for offset in range(0, SIZE, 1 << 16):
+        data = random.Random(offset).randbytes(1 << 16)  # which no compression makes smaller
+        guest.call("write", offset=offset, hex=data.hex())
+        model[offset : offset + len(data)] = data
+    drain = in_thread(lambda: a.run("drain", "--to", b.unix))
+    until(lambda: is_stopped(a.the_daemon.pid))
+    os.kill(b.the_daemon.pid, signal.SIGSTOP)
+    os.kill(a.the_daemon.pid, signal.SIGCONT)
+    # The source has seen what is private, and waits to send the first half of it.
+    until(lambda: a.the_daemon.request("drain-state")["drain"]["total_bytes"] == SIZE)
+    assert a.the_daemon.mismatches() == []
+    gone = slice(SIZE - 64 * PAGE, SIZE)
+    guest.call("discard", offset=gone.start, length=64 * PAGE)
+    model[gone] = a.image.read_bytes()[gone]
+    _fill(guest, SIZE // PAGE - 1, 1, 7, model)
+    os.kill(b.the_daemon.pid, signal.SIGCONT)
+    drain.join()
+    assert a.the_daemon.request("drain-state")["drain"]["phase"] == "moved", a.the_daemon.log()
+    with connect(b.unix) as backend, backend.open("d", guest="g", token="secret") as disk:
+        assert disk.read(0, SIZE) == model
+        assert b.the_daemon.mismatches() == []
     guest.kill()
 
 
