@@ -13,8 +13,15 @@ from setuptools.command.build_py import build_py
 # Python, and is never built with a sanitizer, which the programs would have to be built with too.
 PRELOAD = Extension(
     "cowshed.transport._preload",
-    sources=["transport/core/guard.c", *sorted(glob("transport/preload/*.c"))],
-    depends=["transport/core/guard.h", "cache/core/abi.h", *sorted(glob("transport/preload/*.h"))],
+    sources=[
+        *(f"transport/core/{name}.c" for name in ("guard", "json", "packets")),
+        *sorted(glob("transport/preload/*.c")),
+    ],
+    depends=[
+        *(f"transport/core/{name}.h" for name in ("guard", "json", "packets")),
+        "cache/core/abi.h",
+        *sorted(glob("transport/preload/*.h")),
+    ],
     include_dirs=["."],
     py_limited_api=True,
     extra_compile_args=[

@@ -146,7 +146,8 @@ class Backend:
         what on_quota says: "stop" the writer, "kill" it, or "allow" and count.
 
         A backend that is being drained, or was, says where its guests are now: the image is opened
-        there, unless follow_moves is False, which makes it a MovedError.
+        there, unless follow_moves is False, which makes it a MovedError. A disk that is open
+        follows too (disk.py), by a thread of its own, unless follow_moves is False.
 
         Raises as request does, and UsageError if this process cannot have the page faults it needs.
         """
@@ -161,21 +162,27 @@ class Backend:
         uri = self.uri
         for _ in range(_MAX_MOVES if follow_moves else 0):
             try:
-                return _open_at(uri, request, windows, timeout, readahead_bytes)
+                return _open_at(uri, request, windows, timeout, readahead_bytes, follow=True)
             except MovedError as error:
                 if not error.uri:
                     raise
                 uri = error.uri
-        return _open_at(uri, request, windows, timeout, readahead_bytes)
+        return _open_at(uri, request, windows, timeout, readahead_bytes, follow=follow_moves)
 
 
 def _open_at(
-    uri: str, request: Body, windows: Body, timeout: float, readahead_bytes: int
+    uri: str,
+    request: Body,
+    windows: Body,
+    timeout: float,
+    readahead_bytes: int,
+    *,
+    follow: bool = False,
 ) -> Disk | ByteDisk:
     if not scheme(uri).maps:
         request = {**request, "guest": request["guest"] or _fresh_name()}
         return open_by_bytes(uri, request, timeout, readahead_bytes)
-    return again_if_gone(lambda: Disk(greet(uri), {**request, **windows}, uri))
+    return again_if_gone(lambda: Disk(greet(uri), {**request, **windows}, uri, follow=follow))
 
 
 def _fresh_name() -> str:

@@ -6,7 +6,11 @@ a fault that the backend answers. So any call that touches pages waits until it 
 restart, and for as long as a quota stops the guest; only SIGKILL ends such a wait. A page that the
 backend could not load is OSError (EIO) from read and write, and SIGBUS for whoever uses view.
 
-Starts no thread. Not for a forked child, where the pages are not mapped.
+When its backend is drained the disk follows its guest: a thread in C (follow.c) puts the target's
+frames in the place of the old ones, at the same addresses, so that views stay good and writes that
+were withheld go on. To a target that can only be reached over a network it goes on by bytes: once
+no view is left, for memory cannot follow there; until then it is as it was frozen, to be read, and
+a write waits. Not for a forked child, where the pages are not mapped.
 """
 
 from __future__ import annotations
@@ -22,8 +26,10 @@ from typing import TYPE_CHECKING, Any, Final
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.errors import CowshedError, UsageError
 from cowshed.transport.attach import PAGE_BYTES, attach, round_up
+from cowshed.transport.byte_disk import ByteDisk
 from cowshed.transport.connection import Connection
 from cowshed.transport.exchange import ask
+from cowshed.transport.following import Following
 from cowshed.transport.forks import forget_in_child
 from cowshed.transport.protocol import Body
 
@@ -47,14 +53,15 @@ class Disk:
     copying, and while there are any, or _exporter is alive, it stays mapped.
     """
 
-    mapped: Final = True
-
-    def __init__(self, connection: Connection, request: Body, origin: str = "") -> None:
+    def __init__(
+        self, connection: Connection, request: Body, origin: str = "", *, follow: bool = True
+    ) -> None:
         """Attach over connection, which becomes the disk's; it is closed if this fails.
 
         origin is the backend's URI, for those to whom page references are sent.
         """
-        self.origin: Final = origin
+        self._origin: Final = origin
+        self._following: Following | None = None
         self.image: Final[str] = request["image"]
         self._connection = connection
         self._lock = threading.Lock()
@@ -68,11 +75,16 @@ class Disk:
             raise
         self.guest: Final = attached.guest
         self.size_bytes: Final = attached.size_bytes
-        self.extent_bytes: Final = attached.extent_bytes
         self.digest: Final = attached.digest
-        self.generation: Final = attached.generation
+        self._attached: Final = attached
         self._region = attached.region
         self._state = "open"
+        if follow:
+            try:
+                self._following = Following(attached, connection.fileno(), request)
+            except BaseException:
+                self.close()
+                raise
         forget_in_child(self)
 
     def __enter__(self) -> Disk:
@@ -89,33 +101,68 @@ class Disk:
     def __del__(self) -> None:
         if getattr(self, "_state", "closed") == "open":
             warnings.warn(f"disk {self.image!r} was not closed", ResourceWarning, stacklevel=1)
-            self.close()
+            try:
+                self.close()
+            finally:
+                self._stop_following()  # it uses the region, which goes with us
 
     @property
     def alive(self) -> bool:
         """Whether the backend is there; without it resident pages work and others wait."""
-        return self._connection.alive
+        return self._connection.alive or not self.mapped
+
+    @property
+    def mapped(self) -> bool:
+        """Whether pages are in this process's memory: not once it moved to beyond a network."""
+        return self._following is None or not self._following.goes_by_bytes
+
+    @property
+    def origin(self) -> str:
+        """The URI of the backend that has this guest."""
+        place = self._following.place if self._following else None
+        return place.uri if place and (place.nr_moves or not self.mapped) else self._origin
+
+    @property
+    def generation(self) -> str:
+        """What the backend calls this version of the image."""
+        place = self._following.place if self._following else None
+        return place.generation if place and place.nr_moves else self._attached.generation
+
+    @property
+    def extent_bytes(self) -> int:
+        """The unit in which the backend loads and maps."""
+        place = self._following.place if self._following else None
+        return place.extent_bytes if place and place.nr_moves else self._attached.extent_bytes
+
+    @property
+    def moving(self) -> str:
+        """Where its guest moves and what that waits for, in words; "" when it does not move."""
+        return self._following.moving if self._following else ""
 
     @property
     def view(self) -> memoryview:
         """The whole image as writable memory; writes are private to this guest.
 
         Keeps the disk mapped: release every view, and what was made of it, before close.
-        A touch may wait for the backend while it holds the interpreter's lock.
+        A touch may wait for the backend while it holds the interpreter's lock. UsageError once the
+        guest has moved to where nothing can be mapped.
         """
         with self._lock:
             if self._state != "open":
                 raise self._unusable()
             exporter = self._exporter() if self._exporter else None
             if exporter is None:
-                # The pointer's destructor does nothing but hold the disk while views live.
+                if self._following is not None:
+                    self._following.hold()
+                # The pointer's destructor holds the disk while views live.
                 pointer = ffi.gc(ffi.cast("char *", self._region.address), self._keep)
                 exporter = ffi.buffer(pointer, self.size_bytes)
                 self._exporter = weakref.ref(exporter)
             return memoryview(exporter)
 
-    def _keep(self, pointer: object) -> None:
-        pass
+    def _keep(self, _: object) -> None:
+        if self._following is not None:
+            self._following.let_go()
 
     def read(self, offset: int, length: int) -> bytes:
         """Give the bytes there now. Copies once.
@@ -126,8 +173,9 @@ class Disk:
         if length == 0:
             return b""
         result = _new_bytes(None, length)
-        self._copy("read", lib.region_read, offset, ffi.from_buffer(result), length)
-        return result
+        if self._copy("read", lib.region_read, offset, ffi.from_buffer(result), length):
+            return result
+        return self._far().read(offset, length)
 
     def write(self, offset: int, data: ReadableBuffer) -> int:
         """Put bytes there, private to this guest; give their number. Copies once.
@@ -137,8 +185,8 @@ class Disk:
         with ffi.from_buffer(data) as source:
             length = len(source)
             self._check_range("write", offset, length)
-            self._copy("write", lib.region_write, offset, source, length)
-        return length
+            is_done = self._copy("write", lib.region_write, offset, source, length)
+        return length if is_done else self._far().write(offset, data)
 
     def discard(self, offset: int, length: int) -> None:
         """Give back private pages: the range is again what the image holds.
@@ -156,11 +204,18 @@ class Disk:
             err = lib.region_discard(self._region, offset, round_up(length))
         finally:
             self._end()
-        if err < 0:
+        if not self.mapped:
+            self._far().discard(offset, length)
+        elif err < 0:
             raise OSError(-err, f"discard of {length} bytes at {offset} of image {self.image!r}")
 
     def flush(self) -> None:
-        """Nothing is to be done: private pages are this process's memory, and no safer."""
+        """Nothing is to be done: private pages are this process's memory, and no safer.
+
+        By bytes, as ByteDisk.flush.
+        """
+        if not self.mapped:
+            self._far().flush()
 
     def close(self) -> None:
         """Detach: private pages are gone. Does nothing twice, or in a forked child.
@@ -179,6 +234,7 @@ class Disk:
                     f"disk {self.image!r} still has views; release() or del them before close"
                 )
             self._state = "closed"
+        self._stop_following()
         # The backend lets go first: a handler late by an instant must not meet another mapping at
         # this address. If it is not there, all that matters is that we do not wait for it.
         with contextlib.suppress(CowshedError):
@@ -192,8 +248,19 @@ class Disk:
         if self._state == "open":
             self._state = "forked"
             lib.region_forget(self._region)
+            if self._following is not None:
+                self._following.forget()
         self._lock = threading.Lock()
         self._connection.close()
+
+    def _stop_following(self) -> None:
+        if self._following is not None:
+            self._following.stop()
+
+    def _far(self) -> ByteDisk:
+        """Where the guest is, by bytes."""
+        assert self._following is not None
+        return self._following.far()
 
     def _check_range(self, what: str, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size_bytes:
@@ -224,18 +291,22 @@ class Disk:
         offset: int,
         ours: Any,
         length: int,
-    ) -> None:
+    ) -> bool:
+        """Copy; False if it is to be done anew, by bytes."""
         done = 0
         self._begin()
         try:
             while done < length:
+                if not self.mapped:
+                    return False
                 slice_bytes = min(length - done, _SLICE_BYTES)
                 copied = copy(self._region, offset + done, ours + done, slice_bytes)
-                if copied < 0:
+                if copied < 0 and self.mapped:
                     raise self._copy_error(what, -copied, offset, done, length)
-                done += copied
+                done += max(0, copied)
         finally:
             self._end()
+        return True
 
     def _copy_error(self, what: str, code: int, offset: int, done: int, length: int) -> OSError:
         page_offset = (offset + done) // PAGE_BYTES * PAGE_BYTES

@@ -260,6 +260,12 @@ class Session:
         if (found := self._host.moved_in.enter(terms, self._peer())) is not None:
             self._moved, terms = found
             self._opened = self._moved.guest, terms
+        elif take_flag(message.body, "moved"):
+            # Its private pages, which it counts on, are here or the guest is not.
+            raise UsageError(
+                f"guest {terms.name!r} moved here, and its private pages are not to be had: they "
+                "are in use, or lost; see this backend's log"
+            )
         else:
             self._opened = self._reserve(terms), terms
         image = terms.image

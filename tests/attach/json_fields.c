@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "transport/preload/json.h"
+#include "transport/core/json.h"
 
 static void show_number(struct json json)
 {

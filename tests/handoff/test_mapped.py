@@ -13,6 +13,8 @@ from two_hosts import PAGE, SIZE, Host, is_stopped
 from cowshed.transport import connect
 
 Pair = tuple[Host, Host]
+# Who stays where it is, and leaves its pages to who comes with its token.
+KEPT = {"token": "secret", "follow_moves": False}
 
 
 def _fill(guest: object, page: int, nr: int, byte: int, model: bytearray) -> None:
@@ -26,7 +28,7 @@ def test_a_mapped_guests_pages_are_byte_exact_at_the_target_and_frozen_at_the_so
     a, b = pair
     model = bytearray(a.image.read_bytes())
     guest = start_guest(a.unix)
-    guest.call("open", image="d", guest="g", token="secret", quota_bytes=1 << 20)
+    guest.call("open", image="d", guest="g", **KEPT, quota_bytes=1 << 20)
     for page, nr, byte in ((0, 3, 1), (100, 40, 2), (SIZE // PAGE - 1, 1, 3)):
         _fill(guest, page, nr, byte, model)
     report = a.drain("--to", b.unix)
@@ -52,7 +54,7 @@ def test_a_guest_over_a_network_finds_what_it_wrote_while_it_mapped(
     a, b = pair
     model = bytearray(a.image.read_bytes())
     guest = start_guest(a.unix)
-    guest.call("open", image="d", guest="g", token="secret")
+    guest.call("open", image="d", guest="g", **KEPT)
     _fill(guest, 7, 5, 4, model)
     a.drain("--to", b.tcp)
     guest.kill()
@@ -65,7 +67,7 @@ def test_who_does_not_know_the_token_does_not_find_the_guest(
 ) -> None:
     a, b = pair
     guest = start_guest(a.unix)
-    guest.call("open", image="d", guest="g", token="secret")
+    guest.call("open", image="d", guest="g", **KEPT)
     guest.call("fill", offset=0, length=PAGE, byte=1)
     a.drain("--to", b.unix)
     stranger = start_guest(b.unix)
@@ -135,7 +137,7 @@ def test_a_guest_frozen_by_a_backend_that_died_before_the_commit_goes_on_at_its_
     a.start(before=("env", "COWSHED_TEST_STOP_AT=source-commit"), kept=True)
     b.start()
     guest = start_guest(a.unix)
-    guest.call("open", image="d", guest="g", token="secret")
+    guest.call("open", image="d", guest="g", **KEPT)
     guest.call("fill", offset=0, length=PAGE, byte=1)
     in_thread(lambda: a.run("drain", "--to", b.unix))
     backend = a.the_daemon.status()["pid"]

@@ -27,6 +27,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "cache/core/abi.h"
@@ -199,11 +200,23 @@ int64_t region_write(struct region *r, uint64_t offset, const void *from, uint64
 	return copy_range(process_vm_writev, r, offset, (char *)(uintptr_t)from, length);
 }
 
+/*
+ * A discard waits until its event is read, and does its work after that.  If another mapping took this one's place
+ * meanwhile, it was done to neither, or to both, or unheard: so it is done again, heard, in the one that is there now.
+ */
 int region_discard(struct region *r, uint64_t offset, uint64_t length)
 {
+	uint32_t epoch;
+
 	if (!is_inside(r, offset, length) || (offset | length) % PAGE_BYTES != 0)
 		return -EINVAL;
 	if (length == 0)
 		return 0;
-	return madvise((char *)r->address + offset, length, MADV_DONTNEED) < 0 ? -errno : 0;
+	do {
+		while ((epoch = __atomic_load_n(&r->epoch, __ATOMIC_ACQUIRE)) & 1)
+			nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+		if (madvise((char *)r->address + offset, length, MADV_DONTNEED) < 0)
+			return -errno;
+	} while (__atomic_load_n(&r->epoch, __ATOMIC_ACQUIRE) != epoch);
+	return 0;
 }

@@ -3,7 +3,8 @@
  * The guest's side of a shared image: a private, copy-on-write mapping guarded by a userfaultfd that
  * the backend answers.  See region.c for the order of the steps and why.
  *
- * Functions return >= 0 or -errno.  A struct region belongs to one process; it starts no thread.
+ * Functions return >= 0 or -errno.  A struct region belongs to one process; it starts no thread, but for the time
+ * of region_replace and region_revoke.
  */
 #ifndef COWSHED_REGION_H
 #define COWSHED_REGION_H
@@ -28,6 +29,7 @@ struct region {
 	int uffd; /* the three are -1 when closed */
 	int pagemap_fd;
 	int mem_fd;
+	uint32_t epoch; /* odd while another mapping takes this one's place (follow.c) */
 };
 
 /* Maps and guards map_bytes of memfd. uffd_device is an open /dev/userfaultfd to try first, or -1;
@@ -48,6 +50,14 @@ int64_t region_write(struct region *r, uint64_t offset, const void *from, uint64
 
 /* Whole pages go back to what the image holds. -EINVAL unless page-aligned and inside. */
 int region_discard(struct region *r, uint64_t offset, uint64_t length);
+
+/* Puts `with`, as long, in the place of r, at r's address, in one step: whoever looks sees the one or the other.
+   Nobody answers r's userfaultfd any more, nobody `with`'s yet: who waits for either asks `with`'s after this.
+   r has its descriptors then, and `with` none. On failure nothing has changed. */
+int region_replace(struct region *r, struct region *with);
+
+/* Makes r a place that cannot be read or written: -EIO for region_read, SIGBUS for others. Likewise. */
+int region_revoke(struct region *r);
 /* cdef-end */
 
 #endif

@@ -46,7 +46,7 @@ static void leave_close(struct leave *leave)
 }
 
 /* Checks the reply and takes its frames; lends the device for the time of this call. */
-static int leave_take(struct leave *leave, struct reply *reply)
+static int leave_take(struct leave *leave, struct packet *reply)
 {
 	uint64_t map_bytes, features;
 	struct stat status;
@@ -81,7 +81,7 @@ static int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t le
 {
 	char request[sizeof(terms.open_request) + 100];
 	struct leave leave = {-1, -1, -1};
-	struct reply reply;
+	struct packet reply;
 	int err = wire_connect();
 
 	if (err < 0)
@@ -106,7 +106,7 @@ static int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t le
 static int hand_over(const struct leave *leave, uintptr_t address, uint64_t nr_bytes, bool inherited)
 {
 	char request[200];
-	struct reply reply;
+	struct packet reply;
 	int fds[3] = {leave->uffd, -1, -1};
 	int err = 0;
 

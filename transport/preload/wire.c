@@ -12,19 +12,10 @@
 #include "transport/preload/real.h"
 #include "transport/preload/terms.h"
 
-#define MAGIC 0x44485343u
-#define VERSION 1
+/* One request at a time is under way, and each takes the same tag; what has another was not asked for. */
+#define TAG 1
 #define REPLY_SECONDS 60
 #define FAREWELL_SECONDS 5
-
-struct header {
-	uint32_t magic;
-	uint16_t version, flags;
-	uint32_t tag;
-	uint16_t nr_fds, reserved;
-	uint32_t total_length, piece_length;
-};
-_Static_assert(sizeof(struct header) == 24, "the packet header is protocol.py's");
 
 static char reply_text[16 << 10];
 
@@ -38,91 +29,23 @@ static int set_timeout(int fd, time_t seconds)
 	return 0;
 }
 
-/*
- * A socket with a time limit is not restarted after an interruption, and blocking signals does not prevent
- * those: io_uring's work in a QEMU that uses it, and SIGCONT after a stop, give EINTR too (signal(7)).
- */
-#define RETRIED(call)                                                                                        \
-	({                                                                                                   \
-		ssize_t retried_result;                                                                      \
-                                                                                                             \
-		do                                                                                           \
-			retried_result = (call);                                                             \
-		while (retried_result < 0 && errno == EINTR);                                                \
-		retried_result;                                                                              \
-	})
-
 static int send_request(int fd, const char *request, const int *fds, unsigned nr_fds)
 {
-	union {
-		struct cmsghdr header;
-		char room[CMSG_SPACE(WIRE_MAX_FDS * sizeof(int))];
-	} control = {0};
-	uint32_t length = (uint32_t)strlen(request);
-	struct header header = {
-		.magic = MAGIC, .version = VERSION, .tag = 1, .nr_fds = (uint16_t)nr_fds,
-		.total_length = length, .piece_length = length,
-	};
-	struct iovec pieces[2] = {{&header, sizeof(header)}, {(char *)(uintptr_t)request, length}};
-	struct msghdr message = {.msg_iov = pieces, .msg_iovlen = 2};
+	int err = packet_send(fd, TAG, request, fds, nr_fds);
 
-	if (nr_fds > 0) {
-		message.msg_control = control.room;
-		message.msg_controllen = CMSG_SPACE(nr_fds * sizeof(int));
-		control.header.cmsg_level = SOL_SOCKET;
-		control.header.cmsg_type = SCM_RIGHTS;
-		control.header.cmsg_len = CMSG_LEN(nr_fds * sizeof(int));
-		memcpy(CMSG_DATA(&control.header), fds, nr_fds * sizeof(int));
-	}
-	if (RETRIED(sendmsg(fd, &message, MSG_NOSIGNAL)) < 0)
-		return errno == EAGAIN ? -ETIMEDOUT : -errno;
-	return 0;
+	return err == -EAGAIN ? -ETIMEDOUT : err;
 }
 
-static void take_fds(struct msghdr *message, struct reply *reply)
+static int receive_reply(int fd, struct packet *reply)
 {
-	for (struct cmsghdr *part = CMSG_FIRSTHDR(message); part; part = CMSG_NXTHDR(message, part)) {
-		if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS)
-			continue;
-		/* The room for control messages holds no more of them than fds does. */
-		for (size_t i = 0; i < (part->cmsg_len - CMSG_LEN(0)) / sizeof(int); i++)
-			memcpy(&reply->fds[reply->nr_fds++], CMSG_DATA(part) + i * sizeof(int),
-			       sizeof(int));
-	}
+	int err;
+
+	while ((err = packet_receive(fd, reply_text, sizeof(reply_text), reply)) == 0 && reply->tag != TAG)
+		packet_close_fds(reply);
+	return err == -EAGAIN ? -ETIMEDOUT : err;
 }
 
-static int receive_reply(int fd, struct reply *reply)
-{
-	union {
-		struct cmsghdr header;
-		char room[CMSG_SPACE(WIRE_MAX_FDS * sizeof(int))];
-	} control;
-	struct header header;
-	struct iovec pieces[2] = {{&header, sizeof(header)}, {reply_text, sizeof(reply_text)}};
-	struct msghdr message = {
-		.msg_iov = pieces, .msg_iovlen = 2,
-		.msg_control = control.room, .msg_controllen = sizeof(control.room),
-	};
-	ssize_t length = RETRIED(recvmsg(fd, &message, MSG_CMSG_CLOEXEC));
-	size_t text_length;
-
-	if (length < 0)
-		return errno == EAGAIN ? -ETIMEDOUT : -errno;
-	if (length == 0)
-		return -EPIPE;
-	take_fds(&message, reply);
-	if ((size_t)length < sizeof(header) || (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)))
-		return -EPROTO;
-	text_length = (size_t)length - sizeof(header);
-	if (header.magic != MAGIC || header.version != VERSION || header.flags != 0 || header.tag != 1 ||
-	    header.nr_fds != reply->nr_fds || header.reserved != 0 ||
-	    header.total_length != text_length || header.piece_length != text_length)
-		return -EPROTO;
-	reply->json = (struct json){reply_text, text_length};
-	return json_is_object(reply->json) ? 0 : -EPROTO;
-}
-
-void reply_close_fds(struct reply *reply)
+void reply_close_fds(struct packet *reply)
 {
 	while (reply->nr_fds > 0)
 		real_close(reply->fds[--reply->nr_fds]);
@@ -139,7 +62,7 @@ static void say_failure(int err)
 	    terms.socket_path, why);
 }
 
-static int ask(int fd, const char *request, const int *fds, unsigned nr_fds, struct reply *reply)
+static int ask(int fd, const char *request, const int *fds, unsigned nr_fds, struct packet *reply)
 {
 	char why[800];
 	struct json error;
@@ -158,9 +81,9 @@ static int ask(int fd, const char *request, const int *fds, unsigned nr_fds, str
 	return err;
 }
 
-int wire_ask(int connection_fd, const char *request, const int *fds, unsigned nr_fds, struct reply *reply_out)
+int wire_ask(int connection_fd, const char *request, const int *fds, unsigned nr_fds, struct packet *reply_out)
 {
-	struct reply reply = {.nr_fds = 0};
+	struct packet reply = {.nr_fds = 0};
 	int err = ask(connection_fd, request, fds, nr_fds, &reply);
 
 	if (err < 0) {
@@ -179,10 +102,21 @@ void wire_say_gone(int err)
 		say_failure(err);
 }
 
+/* Interrupted like any call on a socket with a time limit, see packets.c. */
+static int connect_retrying(int fd, const struct sockaddr_un *address)
+{
+	int err;
+
+	do
+		err = connect(fd, (const struct sockaddr *)address, sizeof(*address));
+	while (err < 0 && errno == EINTR);
+	return err;
+}
+
 int wire_connect(void)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
-	struct reply reply;
+	struct packet reply;
 	int fd, err;
 
 	_Static_assert(sizeof(address.sun_path) == sizeof(terms.socket_path), "the path fits, with its end");
@@ -194,7 +128,7 @@ int wire_connect(void)
 		return err;
 	}
 	err = set_timeout(fd, REPLY_SECONDS);
-	if (err == 0 && RETRIED(connect(fd, (const struct sockaddr *)&address, sizeof(address))) < 0)
+	if (err == 0 && connect_retrying(fd, &address) < 0)
 		err = errno == EAGAIN ? -ETIMEDOUT : -errno;
 	if (err < 0) {
 		say_failure(err);
@@ -212,7 +146,7 @@ int wire_connect(void)
 
 int wire_open_source(void)
 {
-	struct reply reply;
+	struct packet reply;
 	int err = -EPIPE;
 
 	for (int i = 0; i < WIRE_TRIES && wire_is_gone(err); i++) {
@@ -235,7 +169,7 @@ int wire_open_source(void)
 
 void wire_farewell(int connection_fd)
 {
-	struct reply reply = {.nr_fds = 0};
+	struct packet reply = {.nr_fds = 0};
 
 	if (set_timeout(connection_fd, FAREWELL_SECONDS) == 0)
 		ask(connection_fd, "{\"op\":\"close\"}", NULL, 0, &reply);

@@ -8,19 +8,10 @@
 #ifndef COWSHED_PRELOAD_WIRE_H
 #define COWSHED_PRELOAD_WIRE_H
 
-#include "transport/preload/json.h"
+#include "transport/core/packets.h"
 
 #include <errno.h>
 #include <stdbool.h>
-
-#define WIRE_MAX_FDS 4
-
-/* A reply and its descriptors, the caller's to close; the text is good until the next call. */
-struct reply {
-	struct json json;
-	int fds[WIRE_MAX_FDS];
-	unsigned nr_fds;
-};
 
 /* How often to come again to a backend that died before it had said yes: its successor is at the same socket. */
 #define WIRE_TRIES 5
@@ -35,11 +26,11 @@ static inline bool wire_is_gone(int err)
 }
 void wire_say_gone(int err);
 
-/* Sends a request with descriptors and takes its reply. -EPROTO for a reply that makes no sense, -EACCES
+/* Sends a request with descriptors and takes its reply, whose text is good until the next call. -EPROTO for a reply that makes no sense, -EACCES
    for a refusal, -EPIPE when the backend is gone, -ETIMEDOUT. */
-int wire_ask(int connection_fd, const char *request, const int *fds, unsigned nr_fds, struct reply *reply_out);
+int wire_ask(int connection_fd, const char *request, const int *fds, unsigned nr_fds, struct packet *reply_out);
 
-void reply_close_fds(struct reply *reply);
+void reply_close_fds(struct packet *reply);
 
 /* A fresh descriptor of the image's source, for who may not open it. */
 int wire_open_source(void);

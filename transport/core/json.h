@@ -3,8 +3,8 @@
  * Reads single fields of a JSON object that came from outside, in place and without memory of its own.
  * Only the top level is looked at; what nests is stepped over, to a bounded depth.
  */
-#ifndef COWSHED_PRELOAD_JSON_H
-#define COWSHED_PRELOAD_JSON_H
+#ifndef COWSHED_JSON_H
+#define COWSHED_JSON_H
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -24,6 +24,9 @@ bool json_is_true(struct json json, const char *field);
 
 /* An object in the field, as a text of its own; false, leaving *object_out alone, for anything else. */
 bool json_object(struct json json, const char *field, struct json *object_out);
+
+/* Whatever stands in the field, as it is written; false, leaving *raw_out alone, if it is not there. */
+bool json_raw(struct json json, const char *field, struct json *raw_out);
 
 /* A whole number from 0 to 2^63-1; false, leaving *number_out alone, for anything else. */
 bool json_number(struct json json, const char *field, uint64_t *number_out);

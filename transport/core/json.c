@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "transport/preload/json.h"
+#include "transport/core/json.h"
 
 #include <string.h>
 
@@ -146,6 +146,17 @@ bool json_object(struct json json, const char *field, struct json *object_out)
 	if (!value || *value != '{')
 		return false;
 	*object_out = (struct json){value, (size_t)(end - value)};
+	return true;
+}
+
+bool json_raw(struct json json, const char *field, struct json *raw_out)
+{
+	const char *end;
+	const char *value = find(json, field, &end);
+
+	if (!value)
+		return false;
+	*raw_out = (struct json){value, (size_t)(end - value)};
 	return true;
 }
 

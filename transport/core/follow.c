@@ -1,0 +1,511 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The guest's half of a move, in C and in a thread of its own: the thread of the program that waits for a write that is
+ * withheld may hold the interpreter's lock, and waits until this is done.
+ *
+ *   told {"event": "moved", "uri", "token"}
+ *   connect there, hello, open with the token: its frames; a second mapping, guarded, elsewhere
+ *   say close to the old backend: once that has answered, or is gone, nobody answers the old mapping's faults
+ *   put the second in the place of the first (replace.c); say region; faults are answered again
+ *
+ * Whatever fails is tried again, for as long as it takes: the pages are there and nowhere else, and open says so
+ * ("moved": true), so that nobody takes the guest for a new one without a page.  The old mapping stays as it is until
+ * its successor is there: what can be read can be read, and writes wait.
+ *
+ * Where nothing can be mapped the region becomes a place that cannot be used, once nobody looks at its memory (hold),
+ * and whoever reads and writes through us goes on by bytes.
+ */
+#define _GNU_SOURCE
+#include "transport/core/follow.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "cache/core/abi.h"
+#include "transport/core/packets.h"
+
+#define STACK_BYTES (128u << 10)
+#define ROOM_BYTES (64u << 10)
+#define REQUEST_BYTES (8u << 10)
+#define REPLY_MS 60000
+#define CLOSE_MS 5000
+#define PAUSE_MS 200
+#define TAG_HELLO 1
+#define TAG_OPEN 2
+#define TAG_REGION 3
+#define TAG_CLOSE 1000000 /* above what was asked at this connection */
+#define MAX_SENT_ON 8
+#define TAKEN_AWAY (-1)
+
+struct follower {
+	struct region *region;
+	int connection_fd;
+	int kick_fd;
+	int target_fd;		/* -1, or a connection to the target that has not replaced the old one */
+	struct region fresh;	/* a mapping that has not replaced the old one, if it has an address */
+	bool old_let_go;	/* the old backend answers no more */
+	_Atomic bool stop;
+	_Atomic int nr_views;	/* or TAKEN_AWAY */
+	pthread_t thread;
+	pthread_mutex_t lock;	/* for told */
+	struct follow_told told;
+	char digest[136];
+	char *open_request;
+	char *request;		/* REQUEST_BYTES */
+	char *room;		/* ROOM_BYTES */
+};
+
+static void say_why(struct follower *f, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+static void say_why(struct follower *f, const char *format, ...)
+{
+	va_list arguments;
+
+	pthread_mutex_lock(&f->lock);
+	va_start(arguments, format);
+	vsnprintf(f->told.why, sizeof(f->told.why), format, arguments);
+	va_end(arguments);
+	pthread_mutex_unlock(&f->lock);
+}
+
+static void set_state(struct follower *f, enum follow_state state)
+{
+	__atomic_store_n(&f->told.state, (int)state, __ATOMIC_RELEASE);
+}
+
+/* Waits for a descriptor (-1: for nothing), or a kick: 1 ready, 0 time is up or kicked, -ECANCELED to stop. */
+static int wait_for(struct follower *f, int fd, short events, int milliseconds)
+{
+	struct pollfd fds[2] = {{.fd = fd, .events = events}, {.fd = f->kick_fd, .events = POLLIN}};
+	eventfd_t kicks;
+
+	if (poll(fds, 2, milliseconds) > 0 && fds[1].revents)
+		eventfd_read(f->kick_fd, &kicks);
+	if (atomic_load(&f->stop))
+		return -ECANCELED;
+	return fds[0].revents != 0;
+}
+
+/* Asks and takes the answer, whose text is good until the next call. -ETIMEDOUT if none comes. */
+static int ask(struct follower *f, int fd, uint32_t tag, const char *request, const int *fds, unsigned nr_fds, int milliseconds,
+	       struct packet *reply_out)
+{
+	int err;
+
+	while ((err = packet_send(fd, tag, request, fds, nr_fds)) == -EAGAIN) {
+		int ready = wait_for(f, fd, POLLOUT, milliseconds);
+
+		if (ready <= 0)
+			return ready < 0 ? ready : -ETIMEDOUT;
+	}
+	while (err == 0) {
+		err = packet_receive(fd, f->room, ROOM_BYTES, reply_out);
+		if (err == 0 && reply_out->tag == tag)
+			return 0;
+		if (err == 0)
+			packet_close_fds(reply_out);
+		if (err == -EAGAIN) {
+			int ready = wait_for(f, fd, POLLIN, milliseconds);
+
+			if (ready < 0 || (ready == 0 && milliseconds >= 0))
+				return ready < 0 ? ready : -ETIMEDOUT;
+			err = 0;
+		}
+	}
+	return err;
+}
+
+/* Takes where to go out of an event or a refusal; false if it says nothing that can be used. */
+static bool note_place(struct follower *f, struct json json, bool with_token)
+{
+	struct json raw;
+	char uri[sizeof(f->told.uri)];
+	bool is_good = json_text(json, "uri", uri, sizeof(uri)) && uri[0];
+
+	if (is_good && with_token)
+		is_good = json_raw(json, "token", &raw) && raw.length < sizeof(f->told.token) &&
+			  raw.length >= 2 && raw.text[0] == '"';
+	if (!is_good)
+		return false;
+	pthread_mutex_lock(&f->lock);
+	memcpy(f->told.uri, uri, sizeof(uri));
+	if (with_token) {
+		memcpy(f->told.token, raw.text, raw.length);
+		f->told.token[raw.length] = '\0';
+	}
+	pthread_mutex_unlock(&f->lock);
+	set_state(f, FOLLOW_MOVES);
+	return true;
+}
+
+/* -EACCES for a refusal, whose words are noted; -EREMCHG if it names another place, which is noted. */
+static int check_reply(struct follower *f, const struct packet *reply)
+{
+	char kind[32], message[300];
+	struct json error;
+
+	if (json_is_true(reply->json, "ok"))
+		return 0;
+	if (!json_object(reply->json, "error", &error) || !json_text(error, "kind", kind, sizeof(kind)) ||
+	    !json_text(error, "message", message, sizeof(message)))
+		return -EPROTO;
+	if (strcmp(kind, "moved") == 0 && note_place(f, error, false))
+		return -EREMCHG;
+	say_why(f, "%s refuses it: %s", f->told.uri, message);
+	return -EACCES;
+}
+
+static int ask_target(struct follower *f, uint32_t tag, const int *fds, unsigned nr_fds, int milliseconds,
+		      struct packet *reply_out)
+{
+	int err = ask(f, f->target_fd, tag, f->request, fds, nr_fds, milliseconds, reply_out);
+
+	if (err < 0)
+		return err;
+	err = check_reply(f, reply_out);
+	if (err < 0)
+		packet_close_fds(reply_out);
+	return err;
+}
+
+static int dial(struct follower *f)
+{
+	struct sockaddr_un address = {.sun_family = AF_UNIX};
+	const char *path = f->told.uri + strlen("unix://");
+	struct packet reply;
+	int err = 0;
+
+	if (strlen(path) >= sizeof(address.sun_path))
+		return -ENAMETOOLONG;
+	strcpy(address.sun_path, path);
+	f->target_fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (f->target_fd < 0 || connect(f->target_fd, (const struct sockaddr *)&address, sizeof(address)) < 0)
+		return -errno;
+	snprintf(f->request, REQUEST_BYTES, "{\"op\":\"hello\",\"version\":1,\"features\":[]}");
+	err = ask_target(f, TAG_HELLO, NULL, 0, REPLY_MS, &reply);
+	if (err == 0)
+		packet_close_fds(&reply);
+	return err;
+}
+
+/* Makes a mapping of what a reply to open gives; the reply's descriptors stay its own. */
+static int map_reply(struct follower *f, const struct packet *reply)
+{
+	uint64_t map_bytes, features;
+	char digest[sizeof(f->digest)];
+	struct stat status;
+	int stage, err;
+
+	if (!json_number(reply->json, "map_bytes", &map_bytes) ||
+	    !json_number(reply->json, "uffd_features", &features) || reply->nr_fds < 1 || reply->nr_fds > 2 ||
+	    fstat(reply->fds[0], &status) < 0 || (uint64_t)status.st_size < map_bytes)
+		return -EPROTO;
+	json_text(reply->json, "digest", digest, sizeof(digest));
+	if (map_bytes != f->region->map_bytes || (digest[0] && f->digest[0] && strcmp(digest, f->digest) != 0)) {
+		say_why(f, "%s serves another image under that name", f->told.uri);
+		return -EACCES;
+	}
+	/* Without this a mapping that is moved loses its guard. */
+	if (!(features & UFFD_FEATURE_EVENT_REMAP))
+		return -EPROTO;
+	err = region_init(&f->fresh, reply->fds[0], map_bytes, reply->nr_fds > 1 ? reply->fds[1] : -1, features,
+			  &stage);
+	if (err < 0) {
+		say_why(f, "cannot map the image of %s (step %d): %s", f->told.uri, stage, strerror(-err));
+		return -EACCES;
+	}
+	return 0;
+}
+
+static int open_there(struct follower *f)
+{
+	struct packet reply;
+	int err;
+
+	err = snprintf(f->request, REQUEST_BYTES, "%s,\"token\":%s}", f->open_request, f->told.token);
+	if (err < 0 || (unsigned)err >= REQUEST_BYTES)
+		return -EMSGSIZE;
+	err = ask_target(f, TAG_OPEN, NULL, 0, REPLY_MS, &reply);
+	if (err < 0)
+		return err;
+	err = map_reply(f, &reply);
+	if (err == 0) {
+		pthread_mutex_lock(&f->lock);
+		json_text(reply.json, "generation", f->told.generation, sizeof(f->told.generation));
+		json_number(reply.json, "extent_bytes", &f->told.extent_bytes);
+		pthread_mutex_unlock(&f->lock);
+	}
+	packet_close_fds(&reply);
+	return err;
+}
+
+/* Has the old backend let go of the mapping: after this it does nothing more to it. */
+static int leave_old(struct follower *f)
+{
+	struct packet reply;
+	int err = -ETIMEDOUT;
+
+	/* One that died meanwhile may have taken the request along: its successor is asked again. */
+	while (err == -ETIMEDOUT && !f->old_let_go)
+		err = ask(f, f->connection_fd, TAG_CLOSE, "{\"op\":\"close\"}", NULL, 0, CLOSE_MS, &reply);
+	if (err == -ECANCELED)
+		return err;
+	if (err == 0)
+		packet_close_fds(&reply);
+	f->old_let_go = true;
+	return 0;
+}
+
+static void drop_tries(struct follower *f)
+{
+	if (f->target_fd >= 0)
+		close(f->target_fd);
+	f->target_fd = -1;
+	if (f->fresh.address)
+		region_deinit(&f->fresh);
+}
+
+/* From here on the mapping is the target's, and a failure means that it is to be made anew. */
+static int hand_over(struct follower *f)
+{
+	struct region *r = f->region;
+	const int fds[3] = {r->uffd, r->pagemap_fd, r->mem_fd};
+	struct packet reply;
+	int err;
+
+	snprintf(f->request, REQUEST_BYTES, "{\"op\":\"region\",\"address\":%" PRIuPTR ",\"length\":%" PRIu64 "}",
+		 (uintptr_t)r->address, r->map_bytes);
+	/* However long that takes: who was told of it and is killed has a successor that goes on at this connection. */
+	err = ask_target(f, TAG_REGION, fds, 3, -1, &reply);
+	if (err < 0)
+		return err;
+	packet_close_fds(&reply);
+	if (dup3(f->target_fd, f->connection_fd, O_CLOEXEC) < 0)
+		return -errno;
+	return 0;
+}
+
+static void begin_swap(struct region *r)
+{
+	__atomic_store_n(&r->epoch, r->epoch | 1, __ATOMIC_RELEASE);
+}
+
+static void end_swap(struct region *r)
+{
+	__atomic_store_n(&r->epoch, (r->epoch | 1) + 1, __ATOMIC_RELEASE);
+}
+
+static int move_once(struct follower *f)
+{
+	int err = dial(f);
+
+	if (err == 0)
+		err = open_there(f);
+	if (err == 0)
+		err = leave_old(f);
+	if (err < 0)
+		return err;
+	begin_swap(f->region);
+	err = region_replace(f->region, &f->fresh);
+	if (err == 0)
+		err = hand_over(f);
+	if (err < 0)
+		return err;
+	f->old_let_go = false;
+	pthread_mutex_lock(&f->lock);
+	f->told.nr_moves++;
+	f->told.why[0] = '\0';
+	pthread_mutex_unlock(&f->lock);
+	set_state(f, FOLLOW_LISTENS);
+	end_swap(f->region);
+	return 0;
+}
+
+/* Goes on by bytes: once nobody holds the memory, nobody may use it any more. */
+static int take_away(struct follower *f)
+{
+	int nobody = 0, err;
+
+	if (!atomic_compare_exchange_strong(&f->nr_views, &nobody, TAKEN_AWAY)) {
+		say_why(f, "its memory is in use: release every view, so that it goes on by bytes at %s", f->told.uri);
+		return -EBUSY;
+	}
+	err = leave_old(f);
+	if (err < 0)
+		return err;
+	begin_swap(f->region);
+	/* Before anybody is woken: who then fails is to find out why. */
+	set_state(f, FOLLOW_BYTES);
+	while ((err = region_revoke(f->region)) < 0 && wait_for(f, -1, 0, PAUSE_MS) >= 0)
+		say_why(f, "cannot give up its memory: %s", strerror(-err));
+	end_swap(f->region);
+	return err;
+}
+
+/* Follows until it is there; -ECANCELED if it is to stop. */
+static int follow_to(struct follower *f)
+{
+	unsigned nr_sent_on = 0;
+	int err;
+
+	for (;;) {
+		bool maps = strncmp(f->told.uri, "unix://", strlen("unix://")) == 0;
+
+		err = maps ? move_once(f) : take_away(f);
+		drop_tries(f);
+		if (err == 0 || err == -ECANCELED)
+			return err;
+		if (err == -EREMCHG && nr_sent_on++ < MAX_SENT_ON)
+			continue;
+		if (err != -EACCES && err != -EBUSY && err != -EREMCHG)
+			say_why(f, "%s: %s; trying again", f->told.uri, strerror(-err));
+		nr_sent_on = 0;
+		if (wait_for(f, -1, 0, err == -EBUSY ? -1 : PAUSE_MS) < 0)
+			return -ECANCELED;
+	}
+}
+
+static void *follower_run(void *argument)
+{
+	struct follower *f = argument;
+	struct packet event;
+	char what[16];
+	int err = 0;
+
+	while (err == 0 && f->told.state == FOLLOW_LISTENS) {
+		err = packet_receive(f->connection_fd, f->room, ROOM_BYTES, &event);
+		if (err == -EAGAIN) {
+			err = wait_for(f, f->connection_fd, POLLIN, -1) < 0 ? -ECANCELED : 0;
+			continue;
+		}
+		if (err < 0)
+			continue;
+		packet_close_fds(&event);
+		if (json_text(event.json, "event", what, sizeof(what)) && strcmp(what, "moved") == 0 &&
+		    note_place(f, event.json, true))
+			err = follow_to(f);
+	}
+	if (err != -ECANCELED && f->told.state == FOLLOW_LISTENS)
+		set_state(f, FOLLOW_ENDED);
+	return NULL;
+}
+
+static void follower_free(struct follower *f)
+{
+	if (f->kick_fd >= 0)
+		close(f->kick_fd);
+	free(f->open_request);
+	free(f->request);
+	free(f->room);
+	free(f);
+}
+
+static int start_thread(struct follower *f)
+{
+	sigset_t all, before;
+	pthread_attr_t attributes;
+	int err;
+
+	/* The program's signals are for the program's threads. */
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, STACK_BYTES);
+	err = pthread_create(&f->thread, &attributes, follower_run, f);
+	pthread_attr_destroy(&attributes);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	return -err;
+}
+
+int follower_start(struct region *region, int connection_fd, const char *open_request, const char *digest,
+		   struct follower **follower_out)
+{
+	struct follower *f = calloc(1, sizeof(*f));
+	int err = 0;
+
+	if (!f)
+		return -ENOMEM;
+	f->region = region;
+	f->connection_fd = connection_fd;
+	f->target_fd = -1;
+	f->fresh = (struct region){.uffd = -1, .pagemap_fd = -1, .mem_fd = -1};
+	pthread_mutex_init(&f->lock, NULL);
+	snprintf(f->digest, sizeof(f->digest), "%s", digest);
+	f->open_request = strdup(open_request);
+	f->request = malloc(REQUEST_BYTES);
+	f->room = malloc(ROOM_BYTES);
+	f->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (f->kick_fd < 0)
+		err = -errno;
+	else if (!f->open_request || !f->request || !f->room)
+		err = -ENOMEM;
+	else
+		err = start_thread(f);
+	if (err < 0) {
+		follower_free(f);
+		return err;
+	}
+	*follower_out = f;
+	return 0;
+}
+
+void follower_stop(struct follower *f)
+{
+	atomic_store(&f->stop, true);
+	eventfd_write(f->kick_fd, 1);
+	pthread_join(f->thread, NULL);
+	drop_tries(f);
+	pthread_mutex_destroy(&f->lock);
+	follower_free(f);
+}
+
+void follower_forget(struct follower *f)
+{
+	if (f->target_fd >= 0)
+		close(f->target_fd);
+	if (f->fresh.address)
+		region_forget(&f->fresh);
+	follower_free(f);
+}
+
+int follower_state(const struct follower *f)
+{
+	return __atomic_load_n(&f->told.state, __ATOMIC_ACQUIRE);
+}
+
+void follower_tell(struct follower *f, struct follow_told *told_out)
+{
+	pthread_mutex_lock(&f->lock);
+	*told_out = f->told;
+	pthread_mutex_unlock(&f->lock);
+}
+
+int follower_hold(struct follower *f)
+{
+	int nr = atomic_load(&f->nr_views);
+
+	while (nr != TAKEN_AWAY)
+		if (atomic_compare_exchange_weak(&f->nr_views, &nr, nr + 1))
+			return 0;
+	return -EXDEV;
+}
+
+void follower_let_go(struct follower *f)
+{
+	if (atomic_fetch_sub(&f->nr_views, 1) == 1)
+		eventfd_write(f->kick_fd, 1);
+}

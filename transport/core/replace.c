@@ -1,0 +1,158 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * One mapping in the place of another, at the same address, without an instant at which there is none, or one that
+ * nobody guards.
+ *
+ * - The new one is made elsewhere, guarded, and then moved: mremap onto an address unmaps what is there and moves
+ *   under one lock, and takes the guard and MADV_DONTFORK along.
+ * - Both halves are events, of the old userfaultfd and of the new one, and mremap returns once somebody has read them.
+ *   Nobody else reads either: so the call is made by a thread of its own, and its events are read here.  Faults that
+ *   are read on the way are asked again by the wake at the end.
+ * - Who waits for a fault of the old mapping is woken after that, and faults anew, in the new one.
+ * - The old backend must have let go before: UFFDIO_CONTINUE by its userfaultfd would map whatever the new frames have
+ *   there, since the kernel looks for a guard at that address, and not whose.
+ */
+#define _GNU_SOURCE
+#include "transport/core/region.h"
+
+#include <errno.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define STACK_BYTES (64u << 10)
+
+struct swap {
+	struct region *region;
+	const struct region *with; /* NULL: nothing that can be used */
+	int done_fd;
+	int err;
+};
+
+static int map_nothing(const struct region *r)
+{
+	/* A file without a byte: whoever touches a mapping of it gets SIGBUS. */
+	int file = memfd_create("cowshed-moved", MFD_CLOEXEC);
+	void *mapped;
+	int err = 0;
+
+	if (file < 0)
+		return -errno;
+	mapped = mmap(r->address, r->map_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED,
+	              file, 0);
+	if (mapped == MAP_FAILED)
+		err = -errno;
+	close(file);
+	return err;
+}
+
+static int move_onto(const struct region *r, const struct region *with)
+{
+	void *moved = mremap(with->address, with->map_bytes, with->map_bytes, MREMAP_MAYMOVE | MREMAP_FIXED,
+	                     r->address);
+
+	if (moved != MAP_FAILED)
+		return 0;
+	int err = -errno;
+	/* It may have failed half-way: nobody else shall get these addresses, which programs hold. */
+	mmap(r->address, r->map_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE,
+	     -1, 0);
+	return err;
+}
+
+static void *swap_run(void *argument)
+{
+	struct swap *swap = argument;
+
+	swap->err = swap->with ? move_onto(swap->region, swap->with) : map_nothing(swap->region);
+	eventfd_write(swap->done_fd, 1);
+	return NULL;
+}
+
+static void read_events(int old_uffd, int new_uffd, int done_fd)
+{
+	struct pollfd fds[3] = {
+		{.fd = done_fd, .events = POLLIN},
+		{.fd = old_uffd, .events = POLLIN},
+		{.fd = new_uffd, .events = POLLIN},
+	};
+	struct uffd_msg messages[8];
+
+	do {
+		poll(fds, 3, -1);
+		for (int i = 1; i < 3; i++)
+			if (fds[i].revents && read(fds[i].fd, messages, sizeof(messages)) < 0 && errno != EAGAIN)
+				fds[i].fd = -1;
+	} while (!fds[0].revents);
+}
+
+static int swap_in_thread(struct swap *swap)
+{
+	pthread_attr_t attributes;
+	pthread_t thread;
+	int err;
+
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, STACK_BYTES);
+	err = pthread_create(&thread, &attributes, swap_run, swap);
+	pthread_attr_destroy(&attributes);
+	if (err)
+		return -err;
+	read_events(swap->region->uffd, swap->with ? swap->with->uffd : -1, swap->done_fd);
+	pthread_join(thread, NULL);
+	return swap->err;
+}
+
+static void wake(int uffd, const struct region *r)
+{
+	struct uffdio_range range = {.start = (uintptr_t)r->address, .len = r->map_bytes};
+
+	if (uffd >= 0)
+		ioctl(uffd, UFFDIO_WAKE, &range);
+}
+
+static int swap_mappings(struct region *r, const struct region *with)
+{
+	struct swap swap = {.region = r, .with = with, .done_fd = eventfd(0, EFD_CLOEXEC)};
+	int err;
+
+	if (swap.done_fd < 0)
+		return -errno;
+	err = swap_in_thread(&swap);
+	close(swap.done_fd);
+	if (with)
+		wake(with->uffd, r);
+	wake(r->uffd, r);
+	return err;
+}
+
+int region_replace(struct region *r, struct region *with)
+{
+	int err = r->map_bytes == with->map_bytes ? swap_mappings(r, with) : -EINVAL;
+
+	if (err < 0)
+		return err;
+	close(r->uffd);
+	close(r->pagemap_fd);
+	close(r->mem_fd);
+	r->uffd = with->uffd;
+	r->pagemap_fd = with->pagemap_fd;
+	r->mem_fd = with->mem_fd;
+	*with = (struct region){.uffd = -1, .pagemap_fd = -1, .mem_fd = -1};
+	return 0;
+}
+
+int region_revoke(struct region *r)
+{
+	int err = swap_mappings(r, NULL);
+
+	if (err < 0)
+		return err;
+	close(r->uffd);
+	r->uffd = -1;
+	return 0;
+}
