@@ -28,6 +28,7 @@ HEADERS = (
     "cache/core/points.h",
     "cache/core/extent.h",
     "cache/core/tally.h",
+    "cache/core/arrays.h",
     "cache/core/image.h",
     "cache/core/store.h",
     "accounting/core/purse.h",

@@ -89,6 +89,11 @@ def cli() -> None:
 @click.option(
     "--accept-handoff", is_flag=True, help="Let any backend hand its guests over by plain tcp."
 )
+@click.option(
+    "--takeover",
+    is_flag=True,
+    help="Serve on what the run-dir's daemon serves, which leaves; no guest notices.",
+)
 @click.option("--keeper-of", type=int, hidden=True)
 @click.option("--verbose", is_flag=True, help="Also log guests coming and going.")
 def serve(
@@ -103,6 +108,7 @@ def serve(
     overlay_dir: str | None,
     no_keeper: bool,
     check: bool,
+    takeover: bool,
     keeper_of: int | None,
     verbose: bool,
 ) -> int:
@@ -136,12 +142,14 @@ def serve(
         say("the configuration is right")
         return 0
     # Not at the top: they load the C core, which `--help` and a wrong option do without.
-    from cowshed.service.commands.keeping import run_keeper_of, run_kept
+    from cowshed.service.commands.keeping import run_keeper_of, run_kept, run_taking_over
     from cowshed.service.daemon import run
 
     try:
         if keeper_of is not None:
             return run_keeper_of(config, keeper_of)
+        if takeover:
+            return run_taking_over(config)
         return run_kept(config) if config.keeper else run(config)
     except OSError as error:
         raise CowshedError(f"cannot serve at {config.run_dir}: {error}") from error

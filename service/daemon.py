@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Final
 
 from cowshed.accounting import QuotaPolicy
@@ -36,6 +37,7 @@ from cowshed.service.native.sessions import Session
 from cowshed.service.nbd.server import NbdService
 from cowshed.service.network.door import NetworkDoor
 from cowshed.service.operators.control import Control
+from cowshed.service.operators.takeover import TakeoverDesk
 from cowshed.service.overlays.bequests import OverlayBequests
 from cowshed.service.overlays.files import OverlayFiles
 from cowshed.service.overlays.overlays import OverlayTable
@@ -48,9 +50,10 @@ from cowshed.service.runtime.logs import (
 )
 from cowshed.service.runtime.loop import LEAVE, READ, RELOAD, Loop, ignore_stop_signals
 from cowshed.service.runtime.sizes import format_bytes
+from cowshed.service.runtime.stops import stop_at
 from cowshed.service.runtime.workers import Workers
 from cowshed.service.settings.config import Config, socket_path
-from cowshed.service.survival.fd_store import FdStore, take_inherited
+from cowshed.service.survival.fd_store import FdStore, Groups, take_inherited
 from cowshed.service.survival.keeper_watch import KeeperWatch
 from cowshed.service.survival.kept_counts import keep_counts
 from cowshed.service.survival.listeners import Listeners
@@ -71,19 +74,24 @@ _SAVE_SECONDS: Final = 60.0
 _MAX_NBD_THREADS: Final = 8
 
 
-def run(config: Config) -> int:
+def run(
+    config: Config, given: Groups | None = None, on_serving: Callable[[], None] | None = None
+) -> int:
     """Serve until SIGTERM or SIGINT, then give everything back; the exit status.
 
-    Raises CowshedError, one line, if it cannot begin.
+    given is what another daemon left that is no predecessor of our supervisor's: it is ours now,
+    and that supervisor does not hold it yet. on_serving is called once we serve. Raises
+    CowshedError, one line, if it cannot begin.
     """
     logging_begin(config.log_format, config.log_level)
     with contextlib.ExitStack() as stack:
         stack.callback(logging_end)
         left = take_inherited(os.environ)
         supervisor = os.environ.pop("NOTIFY_SOCKET", None)
-        fd_store = stack.enter_context(contextlib.closing(FdStore(supervisor, left)))
-        daemon = Daemon(config, stack, fd_store, Remains(left))
-        daemon.serve()
+        held = left if given is None else {}
+        fd_store = stack.enter_context(contextlib.closing(FdStore(supervisor, held)))
+        daemon = Daemon(config, stack, fd_store, Remains(left if given is None else given))
+        daemon.serve(on_serving)
     ignore_stop_signals()
     return 0
 
@@ -146,7 +154,7 @@ class Daemon:
         listener = stack.enter_context(self._listen(remains))
         watch = KeeperWatch(self._fd_store, self._loop)
         stack.callback(watch.close)
-        self._is_supervised = self._fd_store.kept and not watch.pid
+        self._keeper = watch
         self._guest_door = GuestDoor(listener, door, self, self._tallies, self._loop)
         for heir in heirs:
             self._guest_door.adopt(Session.of_heir(heir, self))
@@ -196,6 +204,16 @@ class Daemon:
             warm = Autowarm(store, evictor, self._working_sets, self.control.load)
             warm.start()
             stack.callback(warm.stop)
+        self._takeovers = TakeoverDesk(
+            self.control,
+            store,
+            self.guests,
+            overlays,
+            self._fd_store,
+            watch,
+            self._loop,
+            self._loop.leave,
+        )
         handoff.resume()
         network.take_handoffs(handoff.door, config.handoff_rules)
         stack.callback(handoff.stop)
@@ -253,10 +271,11 @@ class Daemon:
         """The extents that guests of an image touched, this run's and earlier ones', in order."""
         return self._working_sets.recorded(image)
 
-    def serve(self) -> None:
+    def serve(self, on_serving: Callable[[], None] | None = None) -> None:
         """Answer until a signal or shut_down ends it."""
         loop = self._loop
-        loop.stop_on_signals(reload=self._is_supervised)
+        is_supervised = self._keeper.kind == "systemd"
+        loop.stop_on_signals(reload=is_supervised)
         loop.watch(self._store.notice_fd, READ, self._on_notice)
         loop.every(_LOOK_SECONDS, self._look_at_sources)
         loop.every(_SAVE_SECONDS, self._save)
@@ -269,21 +288,34 @@ class Daemon:
                 f"{image.label} ({format_bytes(image.size_bytes)})" for image in self._store
             ),
         )
-        self._fd_store.tell(READY="1")
+        stop_at("takeover-adopted")
+        self._tell(READY="1")
+        if on_serving is not None:
+            on_serving()
         loop.run()
-        if loop.ended_by in (LEAVE, RELOAD) or (self._is_supervised and loop.ended_by):
+        while loop.ended_by in (LEAVE, RELOAD) or (is_supervised and loop.ended_by):
             self._leave()
-        self._fd_store.tell(STOPPING="1")
+            loop.begin_again()
+            loop.run()
+        self._tell(STOPPING="1")
         self._working_sets.save(self._store)
         _log.notice("stopping", pid=os.getpid())
+
+    def _tell(self, **fields: str) -> None:
+        # One that is dead has another start, if it is our own (keeper_watch.py).
+        with contextlib.suppress(OSError):
+            self._fd_store.tell(**fields)
 
     def _leave(self) -> None:
         """Go as if killed, for a successor to go on: nothing is given back, nobody is told.
 
-        A supervisor that is not our keeper has its own ways to end us for good, and closes what it
-        holds then; its restart must look to guests like any other.
+        Returns if there is nobody to leave to after all. A supervisor that is not our keeper has
+        its own ways to end us for good, and closes what it holds then; its restart must look to
+        guests like any other.
         """
         self._working_sets.save(self._store)
+        if not self._takeovers.hand_over():
+            return
         _log.notice("leaving", pid=os.getpid())
         os._exit(0)
 

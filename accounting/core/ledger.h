@@ -123,7 +123,9 @@ int account_bitmap(const struct account *account, int unsettled, uint64_t *words
 /* In stopped_since_ns while a stop is being added to stopped_ns. */
 #define STOP_ENDING 1
 #define LEDGER_MAGIC 0x474c4453574f43ull /* "COWSDLG" */
+/* cdef-begin */
 #define LEDGER_LAYOUT 4
+/* cdef-end */
 #define LEDGER_SERVED_WORDS 16
 
 struct ledger_header {

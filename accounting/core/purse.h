@@ -46,7 +46,9 @@ int purse_fd(const struct purse *purse);
 /* cdef-end */
 
 #define PURSE_MAGIC 0x3145535255505743ull /* "CWPURSE1" */
+/* cdef-begin */
 #define PURSE_LAYOUT 1
+/* cdef-end */
 
 /* In a memfd of its own, for another process to adopt. */
 struct purse_header {

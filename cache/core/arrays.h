@@ -12,7 +12,9 @@
 #include <stdint.h>
 
 #define ARRAYS_MAGIC 0x3158454453574f43ull /* "COWSDEX1" */
+/* cdef-begin */
 #define ARRAYS_VERSION 1
+/* cdef-end */
 
 /* Each only grows, over restarts too; meanings in struct image_counters. */
 struct image_totals {

@@ -7,15 +7,16 @@ import os
 
 import click
 
-from cowshed.cache.errors import CowshedError
+from cowshed.cache.errors import CowshedError, UsageError
 from cowshed.service.commands.shell import EXIT_FAILED
 from cowshed.service.runtime.logs import logging_begin, logging_end
 from cowshed.service.runtime.text import one_line
-from cowshed.service.settings.config import Config
+from cowshed.service.settings.config import Config, socket_path
 from cowshed.service.survival.fd_store import take_inherited
 from cowshed.service.survival.keeper import Keeper, kept_before
+from cowshed.service.survival.run_lock import EXIT_TAKEN, TakenError
 
-__all__ = ["run_keeper_of", "run_kept"]
+__all__ = ["run_keeper_of", "run_kept", "run_taking_over"]
 
 
 def run_kept(config: Config) -> int:
@@ -24,7 +25,7 @@ def run_kept(config: Config) -> int:
     Under systemd, which sets NOTIFY_SOCKET, there is no need for a keeper of ours.
     """
     if "NOTIFY_SOCKET" in os.environ:
-        return _run(config)
+        return EXIT_FAILED if _run(config) else 0
     logging_begin(config.log_format, config.log_level)
     try:
         pid = kept_before()
@@ -33,6 +34,36 @@ def run_kept(config: Config) -> int:
                 pid
             )
         return Keeper(lambda: _run(config), config.run_dir).run()
+    finally:
+        logging_end()
+
+
+def run_taking_over(config: Config) -> int:
+    """Serve on what the run-dir's backend serves, which leaves to us; the exit status.
+
+    Raises CowshedError if it does not: then it serves on.
+    """
+    # Imports the C core, as _run does.
+    from cowshed.service.commands.takeover import take_over
+    from cowshed.service.daemon import run
+
+    logging_begin(config.log_format, config.log_level)
+    try:
+        if not socket_path(config.run_dir).is_socket():
+            raise UsageError(
+                f"no daemon at {config.run_dir} to take over from: "
+                "start it without --takeover, or name its --run-dir"
+            )
+        keeper, predecessor = take_over(config, lambda: _run(config))
+        if config.keeper and "NOTIFY_SOCKET" not in os.environ:
+            return keeper.succeed(predecessor)
+        groups, say_goodbye = keeper.give(predecessor)
+
+        def on_serving() -> None:
+            say_goodbye()
+            keeper.close()
+
+        return run(config, groups, on_serving)
     finally:
         logging_end()
 
@@ -55,11 +86,14 @@ def _run(config: Config) -> int:
     # Imports the C core: only who serves pays for it, and a keeper before it forks.
     from cowshed.service.daemon import run
 
+    status = EXIT_FAILED
     try:
         return run(config)
+    except TakenError as error:
+        status, message = EXIT_TAKEN, str(error)
     except CowshedError as error:
         message = str(error)
     except OSError as error:
         message = f"cannot serve at {config.run_dir}: {error}"
     click.echo(f"cowshed: {one_line(message)}", err=True)
-    return EXIT_FAILED
+    return status

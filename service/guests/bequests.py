@@ -58,8 +58,6 @@ class Bequests:
         The record becomes one of the mapping's descriptors, the last. Once the request of that tag
         is answered, record_close() it: our successor cannot know what the guest was told.
         """
-        if not self._fd_store.kept:
-            return ""
         group = f"{_PREFIX}{secrets.token_hex(8)}"
         record = record_make({**_describe(mapping, terms), "tag": tag})
         mapping.fds.append(record)

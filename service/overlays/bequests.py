@@ -82,8 +82,6 @@ class OverlayBequests:
                 os.close(left.fds[kind])
             self._fd_store.hold(left.group, [left.fds["record"], *fds])
             return left.group
-        if not self._fd_store.kept:
-            return ""
         group = f"{_PREFIX}{secrets.token_hex(8)}"
         made = record_make({**asdict(record), "pages_id": pages_id})
         try:

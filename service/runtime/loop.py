@@ -106,6 +106,16 @@ class Loop:
     def _stop(self) -> None:
         self._stopping = True
 
+    def leave(self) -> None:
+        """End run() as LEAVE does; in the loop's thread."""
+        self.ended_by = LEAVE
+        self._stop()
+
+    def begin_again(self) -> None:
+        """Take back what ended run(), which may be called again."""
+        self.ended_by = None
+        self._stopping = False
+
     def stop_on_signals(self, *, reload: bool = False) -> None:
         """From now on SIGTERM, SIGINT, LEAVE, and RELOAD if asked, end run(), or keep it from
         beginning.

@@ -23,7 +23,15 @@ from typing import Final
 
 from cowshed.cache.errors import UsageError
 
-__all__ = ["FIRST_FD", "FdStore", "Notice", "kind_of", "listen_environment", "take_inherited"]
+__all__ = [
+    "FIRST_FD",
+    "FdStore",
+    "Groups",
+    "Notice",
+    "kind_of",
+    "listen_environment",
+    "take_inherited",
+]
 
 FIRST_FD: Final = 3  # SD_LISTEN_FDS_START
 _MAX_NAME: Final = 255
@@ -59,32 +67,60 @@ class FdStore:
     """The groups held for our successor, and the supervisor that holds them; None: nobody does.
 
     held is what it held for our predecessor and so for us. Invariant: groups is what the supervisor
-    was told to hold, by name. Descriptors are borrowed. For any thread.
+    was told to hold, by name, and what another does from copy_to() to end_copy(). Descriptors are
+    borrowed. For any thread.
     """
 
     def __init__(self, address: str | None, held: Groups | None = None) -> None:
         self._lock = threading.Lock()
         self.groups: Final[Groups] = {name: list(fds) for name, fds in (held or {}).items()}
         self._address = None if address is None else _socket_address(address)
-        self._socket = None if address is None else _new_socket()
+        self._copy_address: bytes | None = None
+        self._socket = _new_socket()
 
     def close(self) -> None:
         """Stop speaking to the supervisor; it goes on holding what it holds."""
-        if self._socket is not None:
-            self._socket.close()
+        self._socket.close()
 
     @property
     def kept(self) -> bool:
         """Whether anybody holds what we give."""
         return self._address is not None
 
+    @property
+    def address(self) -> str:
+        """Where the supervisor is told; "" if there is none."""
+        return "" if self._address is None else os.fsdecode(self._address.replace(b"\0", b"@", 1))
+
     def move(self, address: str) -> None:
         """From now on another supervisor holds: tell it all that the last one was told."""
         with self._lock:
             self._address = _socket_address(address)
-            self._socket = self._socket or _new_socket()
             for name, fds in self.groups.items():
-                self._send({"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}, fds)
+                self._send_to(self._address, _store(name), fds)
+
+    def copy_to(self, address: str) -> int:
+        """Have another hold all the same until end_copy(), besides the supervisor; how many groups.
+
+        OSError if it does not listen: then it is told no more.
+        """
+        with self._lock:
+            copy_address = _socket_address(address)
+            for name, fds in self.groups.items():
+                self._send_to(copy_address, _store(name), fds)
+            self._copy_address = copy_address
+            return len(self.groups)
+
+    def end_copy(self) -> None:
+        """Tell that other no more; what it holds already is its own affair."""
+        with self._lock:
+            self._copy_address = None
+
+    def tell_copy(self, **fields: str) -> None:
+        """Tell that other how we are. OSError if it does not listen, or is told no more."""
+        if self._copy_address is None:
+            raise ConnectionRefusedError("nobody holds a copy")
+        self._send_to(self._copy_address, fields)
 
     def hold(self, name: str, fds: Sequence[int]) -> None:
         """Have a group held under a name of its own until release(name).
@@ -96,7 +132,7 @@ class FdStore:
         assert 0 < len(fds) <= _MAX_FDS
         with self._lock:
             if name not in self.groups:
-                self._send({"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}, fds)
+                self._send(_store(name), fds)
             self.groups[name] = list(fds)
 
     def release(self, name: str) -> None:
@@ -107,13 +143,25 @@ class FdStore:
 
     def tell(self, **fields: str) -> None:
         """Tell the supervisor how we are: tell(READY="1")."""
-        self._send(fields)
+        if self._address is not None:
+            self._send_to(self._address, fields)
 
     def _send(self, fields: Mapping[str, str], fds: Sequence[int] = ()) -> None:
-        if self._socket is None or self._address is None:
-            return
+        if self._copy_address is not None:
+            try:
+                self._send_to(self._copy_address, fields, fds)
+            except OSError:
+                self._copy_address = None  # who wanted to follow us; it is found out there
+        if self._address is not None:
+            self._send_to(self._address, fields, fds)
+
+    def _send_to(self, address: bytes, fields: Mapping[str, str], fds: Sequence[int] = ()) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _int_array(fds))] if fds else []
-        self._socket.sendmsg([Notice(fields).encode()], rights, 0, self._address)
+        self._socket.sendmsg([Notice(fields).encode()], rights, 0, address)
+
+
+def _store(name: str) -> dict[str, str]:
+    return {"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}
 
 
 def _new_socket() -> socket.socket:

@@ -10,6 +10,8 @@ started: what the backend imports is there already, and a death costs guests mil
     SIGTERM, SIGINT          -> passed on
     SIGHUP                   -> become the program as it is installed now, have the backend leave,
                                 and fork its successor
+    another keeper follows   -> wait, once the backend has left to it, until its backend serves, and
+                                end; or fork the next after all, if that keeper dies before
 
 The keeper's own death: the backend notices, goes on serving, and starts another keeper, which
 watches it by pidfd (a keeper need not be the parent of who it keeps).
@@ -37,14 +39,19 @@ from cowshed.cache.errors import UsageError
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import LEAVE, ignore_stop_signals
 from cowshed.service.survival.fd_store import FIRST_FD, Groups, Notice, listen_environment
+from cowshed.service.survival.run_lock import EXIT_TAKEN
 
-__all__ = ["KEEPER_OF", "KEEPER_PID", "Keeper", "kept_before", "serve_command"]
+__all__ = ["FOLLOWER", "KEEPER_OF", "KEEPER_PID", "LEFT", "Keeper", "kept_before", "serve_command"]
 
 _log = EventLog("cowshed.keeper")
 
 _SOCKET_PREFIX: Final = "keeper."
 KEEPER_PID: Final = "COWSHED_KEEPER_PID"
 KEEPER_OF: Final = "--keeper-of"
+# What a backend that leaves tells besides systemd's words: its keeper, whose backend comes after it
+# (a pid, 0: nobody's after all); and the keeper that comes after, that it leaves to that.
+FOLLOWER: Final = "X_COWSHED_FOLLOWER"
+LEFT: Final = "X_COWSHED_LEFT"
 
 _UCRED: Final = struct.Struct("3i")
 _MAX_DATAGRAM: Final = 4096
@@ -106,6 +113,10 @@ class Keeper:
         self._pid = 0
         self._pidfd = -1
         self._ready = self._stopping = self._reloading = self._replacing = False
+        self._follower_pid = 0
+        self._follower_pidfd = -1
+        self._is_left = False
+        self._predecessor = ""
         self._nr_quick_deaths = 0
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -116,11 +127,7 @@ class Keeper:
 
     def run(self, watch_pid: int | None = None) -> int:
         """Keep a backend, one that lives already if watch_pid names it; the last one's status."""
-        signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
-        for number in _PASSED_ON:
-            signal.signal(number, self._pass_on)
-        signal.signal(signal.SIGHUP, self._reload)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_PASSED_ON, signal.SIGHUP})
+        self._take_signals()
         if watch_pid is None:
             self._start()
         else:
@@ -134,6 +141,64 @@ class Keeper:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, LEAVE)
         return self.run(pid)
+
+    def copy_of(self, pid: int) -> tuple[int, int]:
+        """Hold what another keeper's backend gives; the descriptors that are ready when receive()
+        is to be called, and when the backend has ended. ProcessLookupError if there is none.
+        """
+        self._adopt(pid)
+        return self._socket.fileno(), self._pidfd
+
+    def receive(self) -> bool:
+        """Hold what came since; whether that backend left to us."""
+        self._receive()
+        return self._is_left
+
+    def succeed(self, predecessor: str) -> int:
+        """Start the backend that comes after one that left; the last one's status.
+
+        predecessor is where its keeper is told that ours serves. If ours never does, we end, and
+        that keeper has another follow.
+        """
+        self._end_copy(predecessor)
+        self._take_signals()
+        self._start()
+        return self._keep()
+
+    def give(self, predecessor: str) -> tuple[Groups, Callable[[], None]]:
+        """Hold nothing any more, and give what was held: its new owner is the backend that comes
+        after one that left, and calls what is returned once it serves.
+        """
+        self._end_copy(predecessor)
+        groups, self._groups = self._groups, {}
+        return groups, self._say_goodbye
+
+    def close(self) -> None:
+        """End as if we never were; what is held is closed."""
+        for fds in self._groups.values():
+            _close_all(fds)
+        self._groups.clear()
+        Path(self.address).unlink(missing_ok=True)
+        self._socket.close()
+
+    def _end_copy(self, predecessor: str) -> None:
+        os.close(self._pidfd)
+        self._pid, self._pidfd = 0, -1
+        self._predecessor = predecessor
+        self._ready = False
+
+    def _say_goodbye(self) -> None:
+        predecessor, self._predecessor = self._predecessor, ""
+        if predecessor:
+            with contextlib.suppress(OSError):  # it is gone already
+                self._socket.sendto(Notice({"STOPPING": "1"}).encode(), predecessor)
+
+    def _take_signals(self) -> None:
+        signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
+        for number in _PASSED_ON:
+            signal.signal(number, self._pass_on)
+        signal.signal(signal.SIGHUP, self._reload)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_PASSED_ON, signal.SIGHUP})
 
     def _adopt(self, pid: int) -> None:
         if self._pidfd < 0:
@@ -207,8 +272,12 @@ class Keeper:
         status = 0
         with contextlib.suppress(ChildProcessError):
             status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        if status == EXIT_TAKEN:  # it is needed no more, if it was
+            return int(not self._ready)
         if self._stopping or not self._ready:
             return status if status >= 0 else 128 - status
+        if self._follower_pidfd >= 0:
+            return self._wait_for_follower()
         if self._replacing:
             self._replacing = False
             _log.notice("replaced", pid=self._pid)
@@ -230,6 +299,36 @@ class Keeper:
         select.select([self._wake_reader], [], [], delay)
         return status if self._stopping else None
 
+    def _wait_for_follower(self) -> int | None:
+        """0 once the follower's backend serves; None if that will never be, and ours has to."""
+        poll = select.poll()
+        for fd in (self._socket.fileno(), self._follower_pidfd, self._wake_reader):
+            poll.register(fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            self._receive()
+            if self._stopping:
+                _log.notice("taken-over", pid=self._follower_pid)
+                return 0
+            if self._follower_pidfd in ready:
+                _log.error(
+                    "takeover-failed",
+                    "what was to take over ended before it served; this program goes on",
+                    pid=self._follower_pid,
+                )
+                self._expect(0)
+                return None
+
+    def _expect(self, pid: int) -> None:
+        """Be ready for another keeper to follow; 0: for none."""
+        if self._follower_pidfd >= 0:
+            os.close(self._follower_pidfd)
+        self._follower_pid, self._follower_pidfd = 0, -1
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                self._follower_pidfd = os.pidfd_open(pid)
+                self._follower_pid = pid
+
     def _receive(self) -> None:
         while True:
             try:
@@ -245,13 +344,15 @@ class Keeper:
                     fds.frombytes(value[: len(value) // 4 * 4])
                 elif (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
                     sender = _UCRED.unpack(value)[0]
-            self._obey(Notice.parse(datagram), fds.tolist() if sender == self._pid else [], sender)
-            if sender != self._pid:
+            notice = Notice.parse(datagram)
+            if sender == self._pid:
+                self._obey(notice, fds.tolist())
+            else:
                 _close_all(fds.tolist())
+                if sender == self._follower_pid != 0:
+                    self._stopping |= notice.fields.get("STOPPING") == "1"
 
-    def _obey(self, notice: Notice, fds: list[int], sender: int) -> None:
-        if sender != self._pid:
-            return
+    def _obey(self, notice: Notice, fds: list[int]) -> None:
         fields = notice.fields
         name = fields.get("FDNAME", "stored")
         if fields.get("FDSTORE") == "1":
@@ -260,8 +361,13 @@ class Keeper:
             _close_all(fds)
         if fields.get("FDSTOREREMOVE") == "1":
             _close_all(self._groups.pop(name, []))
-        self._ready |= fields.get("READY") == "1"
         self._stopping |= fields.get("STOPPING") == "1"
+        self._is_left |= fields.get(LEFT) == "1"
+        if FOLLOWER in fields:
+            self._expect(int(fields[FOLLOWER]))
+        if fields.get("READY") == "1":
+            self._ready = True
+            self._say_goodbye()
 
     def _start(self) -> None:
         pid = os.fork()
@@ -299,8 +405,10 @@ def kept_before() -> int:
 
 
 def serve_command() -> list[str]:
-    """How this program was started to serve: not whom it was to keep, if it is a later keeper."""
-    words = [sys.executable, *sys.orig_argv[1:]]
+    """How this program was started to serve: not whom it was to keep, if it is a later keeper, nor
+    that it was to take over.
+    """
+    words = [sys.executable, *(word for word in sys.orig_argv[1:] if word != "--takeover")]
     while KEEPER_OF in words:
         at = words.index(KEEPER_OF)
         del words[at : at + 2]

@@ -35,6 +35,13 @@ class KeeperWatch:
         if self.pid:
             self._watch(self.pid)
 
+    @property
+    def kind(self) -> str:
+        """Who would start our successor: "own" (a keeper of ours), "systemd", or "none"."""
+        if self.pid:
+            return "own" if self._pidfd >= 0 else "none"
+        return "systemd" if self._fd_store.kept else "none"
+
     def close(self) -> None:
         """Stop looking."""
         if self._pidfd >= 0:

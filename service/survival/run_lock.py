@@ -8,15 +8,23 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
-from cowshed.cache import UsageError
+from cowshed.cache.errors import UsageError
 
-__all__ = ["run_dir_locked"]
+__all__ = ["EXIT_TAKEN", "TakenError", "run_dir_locked"]
+
+# What a process ends with that found another serving: who started it need not start it again.
+EXIT_TAKEN: Final = 4
+
+
+class TakenError(UsageError):
+    """Another daemon owns the run-dir."""
 
 
 @contextlib.contextmanager
 def run_dir_locked(run_dir: Path) -> Iterator[None]:
-    """Own a run-dir for as long as the block lasts; UsageError if another daemon does."""
+    """Own a run-dir for as long as the block lasts; TakenError if another daemon does."""
     try:
         run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         lock = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -29,7 +37,7 @@ def run_dir_locked(run_dir: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "?"
-            raise UsageError(
+            raise TakenError(
                 f"run-dir {str(run_dir)!r} is in use by the daemon with pid {owner}; "
                 "stop that, or name another with --run-dir"
             ) from error

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cowshed serve --takeover`: another program serves on, in another process, and nobody notices.
+
+All that takes time is done before the running backend is asked for anything: this program is
+loaded, the configuration read, the sources looked at. Then it is asked for a copy of what is held
+for its successor, goes on serving and telling us of what comes and goes, and at last leaves. Our
+backend is forked when it is gone, as after any other death. See operators/takeover.py for who
+starts the next backend when somebody dies in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from cowshed.cache import FileSource
+from cowshed.cache.errors import CowshedError, PeerGoneError, UsageError
+from cowshed.service.operators.control_client import ControlClient
+from cowshed.service.operators.takeover import LAYOUTS, described
+from cowshed.service.runtime.stops import stop_at
+from cowshed.service.settings.config import Config
+from cowshed.service.survival.keeper import Keeper
+
+__all__ = ["take_over"]
+
+_POLL: Final = select.POLLIN
+
+
+class _Left:
+    """What came of a request that was made in another thread."""
+
+    def __init__(self, ask: Callable[[], dict[str, Any]]) -> None:
+        self.reply: dict[str, Any] = {}
+        self.error: CowshedError | None = None
+        self._ask = ask
+        self.done_fd, self._done = os.pipe2(os.O_CLOEXEC)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.reply = self._ask()
+        except CowshedError as error:
+            self.error = error
+        finally:
+            os.close(self._done)
+
+    def close(self) -> None:
+        self._thread.join()
+        os.close(self.done_fd)
+
+
+def take_over(config: Config, serve: Callable[[], int]) -> tuple[Keeper, str]:
+    """Have the backend of the run-dir leave; a keeper, for serve, that holds all it had held.
+
+    And the address of the keeper that it had, "" for none: that one waits for word that we serve.
+    Raises CowshedError, one line, if it did not leave to us; then it serves on, or its successor.
+    """
+    images = described(
+        (spec.domain, spec.name, _source_bytes(Path(spec.source))) for spec in config.images
+    )
+    with ControlClient(config.run_dir) as client:
+        met = _meet(
+            client,
+            uid=os.geteuid(),
+            layouts=LAYOUTS,
+            extent_bytes=config.extent_bytes,
+            images=images,
+        )
+        keeper = Keeper(serve, config.run_dir)
+        try:
+            _have_left(client, keeper, met["pid"])
+        except BaseException:
+            keeper.close()
+            raise
+    stop_at("takeover-follows")
+    return keeper, str(met["keeper"])
+
+
+def _have_left(client: ControlClient, keeper: Keeper, pid: int) -> None:
+    socket_fd, gone_fd = keeper.copy_of(pid)
+    poll = select.poll()
+    poll.register(socket_fd, _POLL)
+    _ask(client, keeper, poll, "hold", address=keeper.address)
+    stop_at("takeover-held")
+    with contextlib.suppress(PeerGoneError):  # it may be gone before the reply
+        _ask(client, keeper, poll, "leave")
+    poll.register(gone_fd, _POLL)
+    while not any(fd == gone_fd for fd, _ in poll.poll()):
+        keeper.receive()
+    if not keeper.receive():
+        raise CowshedError(
+            "the daemon died before it had left to us: its keeper has another serve; try again"
+        )
+
+
+def _meet(client: ControlClient, **about_us: Any) -> dict[str, Any]:
+    try:
+        return client.request("takeover", step="meet", pid=os.getpid(), **about_us)
+    except CowshedError as error:
+        if "'takeover' is known" in str(error):
+            raise UsageError(
+                "the daemon is of a version that knows no takeover: have it reload (SIGHUP)"
+            ) from error
+        raise
+
+
+def _ask(
+    client: ControlClient, keeper: Keeper, poll: select.poll, step: str, **fields: Any
+) -> dict[str, Any]:
+    """Ask for a step, holding what comes meanwhile: the daemon waits for us to take it."""
+    left = _Left(lambda: client.request("takeover", step=step, pid=os.getpid(), **fields))
+    try:
+        poll.register(left.done_fd, _POLL | select.POLLHUP)
+        while not any(fd == left.done_fd for fd, _ in poll.poll()):
+            keeper.receive()
+        poll.unregister(left.done_fd)
+    finally:
+        left.close()
+    keeper.receive()
+    if left.error is not None:
+        raise left.error
+    return left.reply
+
+
+def _source_bytes(path: Path) -> int:
+    with contextlib.closing(FileSource.open(path)) as source:
+        return source.size_bytes

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A takeover as the backend sees it that leaves: another program, another process, the same guests.
+
+    meet    says who we are, and refuses what could not be served on          (commands/takeover.py
+    hold    everything that outlives us is held by the one who takes over too       has the rest)
+    leave   our keeper is told who follows, the follower that we leave; then we end
+
+Until the follower was told, its death changes nothing. From then on our keeper waits: for word that
+the follower serves, or for its death, upon which it has a successor of this program serve. So at
+each instruction there is one, and one only, who starts the next backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+from cowshed.cache import Image, PageStore, UsageError
+from cowshed.cache._core import lib
+from cowshed.service.guests.guests import GuestTable
+from cowshed.service.operators.control import Control
+from cowshed.service.overlays.overlays import OverlayTable
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.loop import READ, Loop
+from cowshed.service.runtime.stops import stop_at
+from cowshed.service.survival.fd_store import FdStore
+from cowshed.service.survival.keeper import FOLLOWER, LEFT
+from cowshed.service.survival.keeper_watch import KeeperWatch
+from cowshed.transport.messages import take_choice, take_number, take_text
+
+__all__ = ["LAYOUTS", "TakeoverDesk", "described"]
+
+_log = EventLog("cowshed.takeover")
+
+Body = dict[str, Any]
+
+# What processes of one ledger must agree about.
+LAYOUTS: Final = f"{lib.ARRAYS_VERSION}.{lib.LEDGER_LAYOUT}.{lib.PURSE_LAYOUT}"
+
+
+class TakeoverDesk:
+    """Answers who wants to take over; one at a time. leave() has the loop end, for us to leave.
+
+    Invariant: _pidfd is that of the follower that holds a copy of everything, or -1.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        store: PageStore,
+        guests: GuestTable,
+        overlays: OverlayTable,
+        fd_store: FdStore,
+        keeper: KeeperWatch,
+        loop: Loop,
+        leave: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._guests = guests
+        self._overlays = overlays
+        self._fd_store = fd_store
+        self._keeper = keeper
+        self._loop = loop
+        self._leave = leave
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._pidfd = -1
+        self._is_leaving = False
+        control.add("takeover", self._perform, is_quick=False)
+
+    def hand_over(self) -> bool:
+        """In the loop, which has ended: whether we are to end now.
+
+        We are not if who wanted to follow us is gone; then all is as if it had never asked.
+        """
+        if not self._is_leaving:
+            return True
+        stop_at("takeover-leaving")
+        with contextlib.suppress(OSError):  # we have no keeper just now
+            self._fd_store.tell(**{FOLLOWER: str(self._pid)})
+        stop_at("takeover-told")
+        try:
+            if select.select([self._pidfd], [], [], 0)[0]:
+                raise ProcessLookupError(f"process {self._pid} is gone")
+            self._fd_store.tell_copy(**{LEFT: "1"})
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._fd_store.tell(**{FOLLOWER: "0"})
+            self._forget(str(error))
+            return False
+        stop_at("takeover-left")
+        return True
+
+    def _perform(self, request: Body, _: list[int]) -> Iterator[Body]:
+        step = take_choice(request, "step", ("meet", "hold", "leave"))
+        pid = take_number(request, "pid", minimum=1)
+        if step == "meet":
+            self._check_follower(request)
+            yield {"pid": os.getpid(), "keeper": self._keeper_address()}
+        elif step == "hold":
+            stop_at("takeover-holding")
+            yield {"groups": self._hold(pid, take_text(request, "address", max_length=107))}
+        else:
+            with self._lock:
+                if pid != self._pid:
+                    raise UsageError("nothing is held for this takeover: begin it anew")
+                self._is_leaving = True
+            self._loop.call(self._leave)
+            yield {}
+
+    def _check_follower(self, request: Body) -> None:
+        """Raise UsageError if it could not go on with what there is."""
+        uid = take_number(request, "uid")
+        if uid != os.geteuid():
+            raise UsageError(
+                f"the daemon runs as uid {os.geteuid()}, and you are uid {uid}: "
+                "take over as the same user"
+            )
+        if self._keeper.kind == "systemd":
+            raise UsageError(
+                "the daemon is systemd's, which would start it again beside yours: "
+                "use 'systemctl reload' on its unit, which replaces it too"
+            )
+        layouts = take_text(request, "layouts")
+        if layouts != LAYOUTS:
+            raise UsageError(
+                f"the daemon keeps its ledger in layout {LAYOUTS}, and this program in {layouts}: "
+                "hand its guests to a daemon of this program with 'cowshed drain' instead"
+            )
+        extent_bytes = take_number(request, "extent_bytes")
+        if extent_bytes != self._store.extent_bytes:
+            raise UsageError(
+                f"the daemon has extents of {self._store.extent_bytes} bytes, and the new "
+                f"configuration of {extent_bytes}: take over with the same, or restart it"
+            )
+        self._check_images(request.get("images"))
+
+    def _check_images(self, listed: object) -> None:
+        if not isinstance(listed, list):
+            raise UsageError("a takeover comes with the list of its images")
+        sizes = {
+            (each.get("domain"), each.get("name")): each.get("size_bytes")
+            for each in listed
+            if isinstance(each, dict)
+        }
+        for image in self._store:
+            users = self._users(image)
+            size_bytes = sizes.get((image.domain, image.name))
+            if users and size_bytes is None:
+                raise UsageError(
+                    f"image {image.label!r} is not in the new configuration, and {len(users)} "
+                    f"guests use it ({users[0]}, ...): add it, or end them first"
+                )
+            if size_bytes is not None and size_bytes != image.size_bytes:
+                raise UsageError(
+                    f"image {image.label!r} has {image.size_bytes} bytes, and {size_bytes} in the "
+                    "new configuration: an image is never changed; serve that under another name"
+                )
+
+    def _users(self, image: Image) -> list[str]:
+        with self._guests.lock:
+            users = [guest.name for guest in self._guests if guest.image is image]
+        with self._overlays.lock:
+            return users + [guest.name for guest in self._overlays if guest.image is image]
+
+    def _keeper_address(self) -> str:
+        return self._fd_store.address if self._keeper.kind == "own" else ""
+
+    def _hold(self, pid: int, address: str) -> int:
+        with self._lock:
+            if self._pid:
+                raise UsageError(f"process {self._pid} takes over already: wait for it, or end it")
+            try:
+                pidfd = os.pidfd_open(pid)
+            except OSError as error:
+                raise UsageError(f"there is no process {pid}: {error.strerror}") from error
+            try:
+                nr_groups = self._fd_store.copy_to(address)
+            except OSError as error:
+                os.close(pidfd)
+                self._fd_store.end_copy()
+                raise UsageError(f"cannot give everything to process {pid}: {error}") from error
+            self._pid, self._pidfd = pid, pidfd
+        self._loop.call(lambda: self._loop.watch(pidfd, READ, self._on_gone))
+        _log.notice("takeover-begins", pid=pid, groups=nr_groups)
+        return nr_groups
+
+    def _on_gone(self, *_: int) -> None:
+        self._forget("it ended")
+
+    def _forget(self, why: str) -> None:
+        with self._lock:
+            pid, pidfd = self._pid, self._pidfd
+            self._pid, self._pidfd, self._is_leaving = 0, -1, False
+            self._fd_store.end_copy()
+        self._loop.forget(pidfd)
+        os.close(pidfd)
+        _log.warning("takeover-failed", f"{why}; everything stays as it is", pid=pid)
+
+
+def described(images: Iterable[tuple[str, str, int]]) -> list[Body]:
+    """Say which images, by domain, name and size, whoever takes over would serve."""
+    return [
+        {"domain": domain, "name": name, "size_bytes": size_bytes}
+        for domain, name, size_bytes in images
+    ]
