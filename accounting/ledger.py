@@ -152,6 +152,11 @@ class Account:
         """The memfd that the account is in, for who comes after this process. Borrowed."""
         return int(lib.account_fd(self.cdata))
 
+    @property
+    def number(self) -> int:
+        """Its AccountStatus.account_no."""
+        return int(lib.account_number(self.cdata))
+
     def place(self, uffd: int, pagemap_fd: int, regions: Sequence[Region]) -> None:
         """Say where the mapping is; the descriptors are borrowed until close().
 

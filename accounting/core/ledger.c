@@ -111,37 +111,63 @@ int account_open(struct image *image, struct purse *purse, struct account **acco
 	return 0;
 }
 
-/* Nobody else knows the account yet. */
-static void account_mend(struct account *account)
+/*
+ * Nobody else knows the account yet.  Its guest waits for this, and most words of a large image are zero in every bitmap:
+ * those are looked at with plain loads, and nothing is written to them, which would take memory for them too.
+ */
+static void mend_pages(struct account *account)
 {
 	struct ledger_header *header = account->header;
-	struct image *image = account->image;
-	uint64_t nr_granted = 0, nr_private = bits_count(account->private, 0, header->nr_pages);
+	uint64_t nr_private = 0, nr_seeded = 0, nr_poisoned = 0;
 
-	for (uint64_t e = 0; (e = bits_next(account->granted, e, header->nr_extents)) < header->nr_extents; e++) {
+	for (uint64_t i = 0; i < bits_bytes(header->nr_pages) / sizeof(bits_word); i++) {
+		uint64_t private = atomic_load_explicit(&account->private[i], memory_order_relaxed);
+		uint64_t seeded = atomic_load_explicit(&account->seeded[i], memory_order_relaxed);
+		uint64_t unsettled = atomic_load_explicit(&account->unsettled[i], memory_order_relaxed);
+		uint64_t poisoned = atomic_load_explicit(&account->poisoned[i], memory_order_relaxed);
+
+		if (!(private | seeded | unsettled | poisoned))
+			continue;
+		if (seeded & ~private)
+			atomic_store(&account->seeded[i], seeded & private);
+		seeded &= private;
+		if (unsettled != (private & ~seeded))
+			atomic_store(&account->unsettled[i], private & ~seeded);
+		if (private & ~seeded)
+			atomic_fetch_or(&account->discarded[i], private & ~seeded);
+		nr_private += (uint64_t)__builtin_popcountll(private);
+		nr_seeded += (uint64_t)__builtin_popcountll(seeded);
+		nr_poisoned += (uint64_t)__builtin_popcountll(poisoned);
+	}
+	atomic_store(&header->private_pages, nr_private);
+	atomic_store(&header->seeded_pages, nr_seeded);
+	atomic_fetch_add(&account->image->nr_poisoned, nr_poisoned);
+	purse_take_anyway(account->purse, nr_private);
+}
+
+static void mend_grants(struct account *account)
+{
+	struct image *image = account->image;
+	uint64_t nr_granted = 0, nr_extents = account->header->nr_extents;
+
+	for (uint64_t e = 0; (e = bits_next(account->granted, e, nr_extents)) < nr_extents; e++) {
 		if (extent_state(&image->states[e]) != EXTENT_RESIDENT) {
 			bits_clear(account->granted, e);
 			continue;
 		}
-		atomic_fetch_add(&image->refs[e], 1);
+		atomic_fetch_add_explicit(&image->refs[e], 1, memory_order_relaxed);
 		nr_granted++;
 	}
-	atomic_store(&header->granted_extents, nr_granted);
-	atomic_store(&header->private_pages, nr_private);
-	purse_take_anyway(account->purse, nr_private);
-	for (uint64_t i = 0; i < bits_bytes(header->nr_pages) / sizeof(bits_word); i++) {
-		uint64_t private = atomic_load(&account->private[i]);
+	atomic_store(&account->header->granted_extents, nr_granted);
+}
 
-		atomic_fetch_and(&account->seeded[i], private);
-		private &= ~atomic_load(&account->seeded[i]);
-		atomic_store(&account->unsettled[i], private);
-		atomic_fetch_or(&account->discarded[i], private);
-	}
-	atomic_store(&header->seeded_pages, bits_count(account->seeded, 0, header->nr_pages));
-	atomic_fetch_add(&image->nr_poisoned, bits_count(account->poisoned, 0, header->nr_pages));
+static void account_mend(struct account *account)
+{
+	mend_grants(account);
+	mend_pages(account);
 	/* Whoever is at the quota still comes to a stop again. */
-	if (atomic_load(&header->stopped_since_ns) == STOP_ENDING)
-		atomic_store(&header->stopped_since_ns, 0);
+	if (atomic_load(&account->header->stopped_since_ns) == STOP_ENDING)
+		atomic_store(&account->header->stopped_since_ns, 0);
 	account_end_stop(account);
 }
 
@@ -175,6 +201,11 @@ int account_adopt(struct image *image, struct purse *purse, int ledger_fd, struc
 int account_fd(const struct account *account)
 {
 	return account->ledger_fd;
+}
+
+uint64_t account_number(const struct account *account)
+{
+	return account->account_no;
 }
 
 int account_close(struct account *account)

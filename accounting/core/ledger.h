@@ -89,6 +89,8 @@ int account_open(struct image *image, struct purse *purse, struct account **acco
 int account_adopt(struct image *image, struct purse *purse, int ledger_fd, struct account **account_out);
 /* The memfd it is in; the account's own. */
 int account_fd(const struct account *account);
+/* As account_status.account_no. */
+uint64_t account_number(const struct account *account);
 /* Returns all grants and charges.  The guest's fault thread must have been stopped. */
 int account_close(struct account *account);
 /* Makes it known where the guest's mapping is; descriptors are borrowed and must outlive the account.  Fails as

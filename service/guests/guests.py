@@ -189,7 +189,7 @@ class Mapping:
     account_no: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.account_no = self.account.status().account_no
+        self.account_no = self.account.number
 
     @property
     def name(self) -> str:

@@ -90,7 +90,7 @@ class OverlayGuest:
     account_no: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.account_no = self.account.status().account_no
+        self.account_no = self.account.number
 
     @property
     def name(self) -> str:

@@ -35,7 +35,7 @@ def record_make(fields: Mapping[str, Any]) -> int:
 
 def record_read(fd: int) -> dict[str, Any]:
     """Read a record back; InvariantError for anything else, since nobody but us writes them."""
-    raw = os.pread(fd, _MAX_RECORD_BYTES, 0)
+    raw = os.pread(fd, min(os.fstat(fd).st_size, _MAX_RECORD_BYTES), 0)
     try:
         fields = json.loads(raw)
     except ValueError as error:
