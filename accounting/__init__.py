@@ -8,6 +8,7 @@ from cowshed.accounting.ledger import (
     MAX_REGIONS,
     Account,
     AccountCounters,
+    AccountState,
     AccountStatus,
     EvictReason,
     LatencyKind,
@@ -22,6 +23,7 @@ from cowshed.accounting.sums import (
     add_statuses,
     read_accounts,
     read_latency,
+    read_states,
     sum_accounts,
 )
 from cowshed.accounting.watermarks import Watermarks
@@ -37,6 +39,7 @@ __all__ = [
     "NO_QUOTA_BYTES",
     "Account",
     "AccountCounters",
+    "AccountState",
     "AccountStatus",
     "AccountSums",
     "AuditReport",
@@ -62,6 +65,7 @@ __all__ = [
     "evict",
     "read_accounts",
     "read_latency",
+    "read_states",
     "read_working_set",
     "sum_accounts",
     "write_working_set",

@@ -22,6 +22,7 @@ __all__ = [
     "MAX_REGIONS",
     "Account",
     "AccountCounters",
+    "AccountState",
     "AccountStatus",
     "EvictReason",
     "LatencyKind",
@@ -86,6 +87,15 @@ class AccountCounters(Counters):
         return self.charged_pages - self.uncharged_pages
 
 
+class AccountState(IntEnum):
+    """How an account is: answered; at its quota; held back by a drain; not served any more."""
+
+    RUNNING = lib.ACCOUNT_RUNNING
+    STOPPED = lib.ACCOUNT_STOPPED
+    FROZEN = lib.ACCOUNT_FROZEN
+    BROKEN = lib.ACCOUNT_BROKEN
+
+
 @dataclass(frozen=True)
 class AccountStatus:
     """A mapping's account, read field by field while it runs. Quota and policy are its purse's.
@@ -122,6 +132,15 @@ class AccountStatus:
             account_no=status.account_no,
             counters=AccountCounters.of(status.counters),
         )
+
+    @property
+    def state(self) -> AccountState:
+        """How it is, in the order of what matters."""
+        if self.broken:
+            return AccountState.BROKEN
+        if self.frozen:
+            return AccountState.FROZEN
+        return AccountState.STOPPED if self.stopped_since_ns else AccountState.RUNNING
 
 
 class Account:

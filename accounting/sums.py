@@ -5,11 +5,18 @@ from __future__ import annotations
 
 import functools
 import operator
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from cowshed.accounting.ledger import Account, AccountCounters, AccountStatus, LatencyKind
+from cowshed.accounting.ledger import (
+    Account,
+    AccountCounters,
+    AccountState,
+    AccountStatus,
+    LatencyKind,
+)
 from cowshed.cache import Image
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
@@ -20,10 +27,12 @@ __all__ = [
     "add_statuses",
     "read_accounts",
     "read_latency",
+    "read_states",
     "sum_accounts",
 ]
 
 _MORE_ACCOUNTS: Final = 64
+_STATES: Final = tuple(AccountState)
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,6 @@ class AccountSums:
     is ever less than at an earlier reading.
     """
 
-    nr_running: int
-    nr_stopped: int
-    nr_broken: int
     private_pages: int
     cow_pages: int
     closed_cow_pages: int
@@ -77,9 +83,6 @@ def sum_accounts(image: Image) -> AccountSums:
     sums = ffi.new("struct account_sums *")
     lib.account_sum(image.cdata, sums)
     return AccountSums(
-        nr_running=sums.nr_running,
-        nr_stopped=sums.nr_stopped,
-        nr_broken=sums.nr_broken,
         private_pages=sums.private_pages,
         cow_pages=sums.cow_pages,
         closed_cow_pages=sums.closed_cow_pages,
@@ -111,6 +114,24 @@ def read_accounts(image: Image) -> dict[int, AccountStatus]:
                 status.account_no: status
                 for status in (AccountStatus.of(statuses[no]) for no in range(nr))
             }
+        room = nr + _MORE_ACCOUNTS
+
+
+def read_states(image: Image) -> dict[int, AccountState]:
+    """Give how every open account of an image is, by account_no; about 0.2 us each."""
+    room = _MORE_ACCOUNTS
+    while True:
+        account_nos, states = array("Q", bytes(8 * room)), bytearray(room)
+        nr = int(
+            lib.account_states(
+                image.cdata,
+                ffi.from_buffer("uint64_t[]", account_nos),
+                ffi.from_buffer(states),
+                room,
+            )
+        )
+        if nr <= room:
+            return dict(zip(account_nos[:nr], map(_STATES.__getitem__, states[:nr]), strict=True))
         room = nr + _MORE_ACCOUNTS
 
 

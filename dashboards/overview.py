@@ -255,10 +255,26 @@ _USERS: Final = Row(
         ),
         graph(
             "Guests by state",
-            "running; stopped-quota: a write waits for a larger quota; detached: its memory can no "
-            "longer be served.",
+            "running; stopped-quota: a write waits for a larger quota; frozen: writes wait for the "
+            "end of a handoff; away: not connected, its private pages are kept; detached: its "
+            "memory can no longer be served.",
             "short",
             {"{{state}}": total("cowshed_guests", BACKEND, "state")},
+            stacked=True,
+        ),
+        graph(
+            "Guests by transport",
+            "How they are connected, or were before they went away.",
+            "short",
+            {"{{transport}}": total("cowshed_guests", BACKEND, "transport")},
+            stacked=True,
+        ),
+        graph(
+            "Mappings by transport",
+            "Connections with memory mapped or supplied; a guest may have several. Guests over "
+            "NBD and networks have none.",
+            "short",
+            {"{{transport}}": total("cowshed_mappings", BACKEND, "transport")},
             stacked=True,
         ),
         graph(
@@ -309,7 +325,18 @@ _ROOM: Final = Row(
                 "queued loads": total("cowshed_queued_loads", BACKEND),
                 "waiting loaders": total("cowshed_waiting_loaders", BACKEND),
             },
-            span=24,
+        ),
+        graph(
+            "Still to be warmed",
+            "What autowarm and cowshed warm have still to look at; what guests ask for goes first. "
+            "cowshed warm --abort ends it.",
+            "bytes",
+            {
+                "{{domain}}/{{image}} {{instance}}": total(
+                    "cowshed_warming_bytes", BACKEND, "domain, image, instance"
+                )
+            },
+            stacked=True,
         ),
     ],
 )
@@ -388,12 +415,19 @@ _PROCESS: Final = Row(
         ),
         listing(
             "Backends",
-            "Which version runs where, for how long, and when it was last audited.",
+            "Which version runs where, for how long, how often it began again in the time shown, "
+            "and when it was last audited.",
             [
                 Column(
                     "Up for",
                     f"time() - max by (instance) (cowshed_start_timestamp_seconds{{{BACKEND}}})",
                     "s",
+                ),
+                Column(
+                    "Began again",
+                    "sum by (instance) "
+                    f"(changes(cowshed_start_timestamp_seconds{{{BACKEND}}}[$__range]))",
+                    "short",
                 ),
                 Column(
                     "Since the last audit",

@@ -235,9 +235,13 @@ def unpin(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
 
 @cli.command()
 @extent_arguments
+@click.option("--abort", is_flag=True, help="End what warms IMAGE now: autowarm, and other warms.")
 @run_dir_option
-def warm(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
+def warm(image: str, extent: dict[str, int | None], abort: bool, run_dir: Path) -> None:
     """Load IMAGE, or LENGTH bytes of it from OFFSET, before guests ask."""
+    if abort:
+        _abort_warming(image, extent, run_dir)
+        return
     terminal = Console(stderr=True, highlight=False)
     with (
         ControlClient(run_dir) as client,
@@ -264,6 +268,17 @@ def warm(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
             line += (
                 f", {format_bytes(reply['left_out_bytes'])} left out: more than the capacity holds"
             )
+    say(line)
+
+
+def _abort_warming(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
+    if any(given is not None for given in extent.values()):
+        raise click.UsageError("--abort ends all that warms an image: give no OFFSET and LENGTH")
+    with ControlClient(run_dir) as client:
+        reply = client.request("warm-abort", image=image)
+    with same_version():
+        done, total = format_bytes(reply["done_bytes"]), format_bytes(reply["total_bytes"])
+        line = f"{image}: warming ends, with {done} of {total} done"
     say(line)
 
 

@@ -25,7 +25,9 @@ from cowshed.service.images.access import Access
 from cowshed.service.images.autowarm import Autowarm
 from cowshed.service.images.digests import DigestThread
 from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.loading import load
 from cowshed.service.images.opening import open_store
+from cowshed.service.images.warming import Warming
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.machines.image_folders import image_folders
 from cowshed.service.machines.image_sockets import ImageSockets
@@ -134,15 +136,17 @@ class Daemon:
         evictor = self._evictor = Evictor(store)
         self._working_sets = WorkingSets(config.state_dir)
         access = Access(config.domains, config.images)
+        warming = self._warming = Warming()
         self.control: Final = Control(
             store,
             evictor,
             self.guests,
             overlays,
-            StatusReader(store, evictor, self.guests, overlays, config.run_dir),
+            StatusReader(store, evictor, self.guests, overlays, config.run_dir, warming),
             self._working_sets,
             self._tallies,
             access,
+            warming,
         )
         evictor.start()
         stack.callback(evictor.stop)
@@ -201,7 +205,7 @@ class Daemon:
             network.disconnect,
         )
         if config.autowarm:
-            warm = Autowarm(store, evictor, self._working_sets, self.control.load)
+            warm = Autowarm(store, evictor, self._working_sets, load, warming)
             warm.start()
             stack.callback(warm.stop)
         self._takeovers = TakeoverDesk(
@@ -247,6 +251,7 @@ class Daemon:
             config.guest_metrics,
             self._overlays,
             self._nbd.counters,
+            self._warming,
         )
         state = StateReader(lambda: list(self._store), self.control.status)
         routes = {"/metrics": Exporter(sources, settler.ask).serve, **web_routes(state.read)}

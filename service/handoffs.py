@@ -19,6 +19,7 @@ from cowshed.service.handoff.moving import MappedMoving, Moving, OverlayMoving
 from cowshed.service.handoff.record import HandoffRecord
 from cowshed.service.images.access import Access
 from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.loading import load
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.metrics.tallies import DrainFigures, Tallies
 from cowshed.service.native.door import GuestDoor
@@ -72,9 +73,7 @@ class HandoffService:
         self._guest_door = guest_door
         self._disconnect = disconnect
         self._drain: Drain | None = None
-        self.door: Final = HandoffDoor(
-            store, evictor, overlays, record, control.load, self._on_owner
-        )
+        self.door: Final = HandoffDoor(store, evictor, overlays, record, load, self._on_owner)
         control.add("drain", self._do_drain, is_quick=False)
         control.add("drain-abort", self._do_abort, is_quick=False)
         control.add("drain-state", self._do_state, is_quick=True)

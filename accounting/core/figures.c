@@ -117,6 +117,31 @@ int64_t account_read_all(struct image *image, struct account_status *statuses_ou
 	return (int64_t)nr;
 }
 
+static enum account_state state_of(const struct ledger_header *header)
+{
+	if (atomic_load(&header->broken))
+		return ACCOUNT_BROKEN;
+	if (atomic_load(&header->frozen))
+		return ACCOUNT_FROZEN;
+	uint64_t since_ns = atomic_load(&header->stopped_since_ns);
+	return since_ns && since_ns != STOP_ENDING ? ACCOUNT_STOPPED : ACCOUNT_RUNNING;
+}
+
+int64_t account_states(struct image *image, uint64_t *account_nos_out, uint8_t *states_out, uint64_t nr_max)
+{
+	uint64_t nr = 0;
+
+	pthread_rwlock_rdlock(&image->accounts_lock);
+	for (const struct account *account = image->accounts; account; account = account->next, nr++) {
+		if (nr >= nr_max)
+			continue;
+		account_nos_out[nr] = account->account_no;
+		states_out[nr] = (uint8_t)state_of(account->header);
+	}
+	pthread_rwlock_unlock(&image->accounts_lock);
+	return (int64_t)nr;
+}
+
 static uint64_t raise_to(_Atomic uint64_t *highest, uint64_t value)
 {
 	uint64_t seen = atomic_load(highest);
@@ -143,12 +168,6 @@ void account_sum(struct image *image, struct account_sums *sums_out)
 		add_counters(header, (uint64_t *)&sums_out->counters, &since_ns);
 		add_latencies(header, sums_out->latency_sum_ns, sums_out->latency);
 		sums_out->private_pages += header->private_pages;
-		if (header->broken)
-			sums_out->nr_broken++;
-		else if (since_ns)
-			sums_out->nr_stopped++;
-		else
-			sums_out->nr_running++;
 	}
 	uint64_t charged = sums_out->counters.charged_pages, returned = sums_out->counters.uncharged_pages;
 	sums_out->cow_pages = raise_to(&past->cow_pages, charged > returned ? charged - returned : 0);

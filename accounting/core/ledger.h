@@ -70,7 +70,6 @@ struct account_status {
 
 /* All accounts of one image together.  What counts up counts those that were closed, too. */
 struct account_sums {
-	uint64_t nr_running, nr_stopped, nr_broken;
 	uint64_t private_pages; /* charged now */
 	uint64_t cow_pages;     /* private copies ever made; never less than an earlier reading, see account_sum */
 	uint64_t closed_cow_pages; /* of accounts that were closed */
@@ -110,6 +109,9 @@ uint64_t bucket_bound_ns(uint32_t bucket);
 void account_sum(struct image *image, struct account_sums *sums_out);
 /* Reads up to nr_max accounts of an image, the latest opened first; how many there are. */
 int64_t account_read_all(struct image *image, struct account_status *statuses_out, uint64_t nr_max);
+enum account_state { ACCOUNT_RUNNING, ACCOUNT_STOPPED, ACCOUNT_FROZEN, ACCOUNT_BROKEN };
+/* How each is, with its account_no: enum account_state; cheaper than reading them.  As account_read_all. */
+int64_t account_states(struct image *image, uint64_t *account_nos_out, uint8_t *states_out, uint64_t nr_max);
 /* What the private bitmaps of all accounts of this one's purse hold together, and what the purse says is used: the
  * same number.  Cost: waits for each account's write_lock. */
 uint64_t account_purse_pages(struct account *account, uint64_t *used_out);

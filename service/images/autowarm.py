@@ -2,16 +2,19 @@
 """Loads at start what guests of earlier runs touched, in that order, behind what is asked for now.
 
 Demand comes first by itself: loaders take prefetches only when nobody waits. It ends at the
-capacity's high watermark, so that it never evicts what it loaded itself, and with the daemon.
+capacity's high watermark, so that it never evicts what it loaded itself, when an operator aborts
+it, and with the daemon.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
 from cowshed.cache import CowshedError, Image, PageStore
 from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.warming import Warm, Warming
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.runtime.logs import EventLog
 
@@ -23,7 +26,10 @@ _LOOK_SECONDS = 0.1
 
 
 class Autowarm:
-    """One thread, from start() to stop() or until all is loaded that there is room for."""
+    """One thread, from start() to stop() or until all is loaded that there is room for.
+
+    From start() on each image has a warming, so that it can be aborted before its turn comes.
+    """
 
     def __init__(
         self,
@@ -31,11 +37,13 @@ class Autowarm:
         evictor: Evictor,
         working_sets: WorkingSets,
         load: Callable[[Image, Iterable[int]], Iterator[int]],
+        warming: Warming,
     ) -> None:
         self._store = store
         self._evictor = evictor
         self._working_sets = working_sets
         self._load = load
+        self._warming = warming
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="autowarm", daemon=True)
 
@@ -49,28 +57,46 @@ class Autowarm:
         self._thread.join()
 
     def _run(self) -> None:
-        for image in self._store:
-            # Which working set is an image's only its digest tells.
-            while not image.digest:
-                if self._stopping.wait(_LOOK_SECONDS):
-                    return
-            try:
-                self._warm(image)
-            except CowshedError as error:
-                _log.warning("autowarm-failed", str(error), image=image.label)
+        with contextlib.ExitStack() as planned:
+            turns = []
+            for image in self._store:
+                turn = planned.enter_context(contextlib.ExitStack())
+                turns.append((turn, turn.enter_context(self._warming.enter(image, "autowarm"))))
+            for turn, warm in turns:
+                with turn:
+                    self._take_turn(warm)
 
-    def _warm(self, image: Image) -> None:
-        extents = self._working_sets.recorded(image)
+    def _take_turn(self, warm: Warm) -> None:
+        # Which working set is an image's only its digest tells.
+        while not warm.image.digest and not warm.is_aborted:
+            if self._stopping.wait(_LOOK_SECONDS):
+                return
+        if self._stopping.is_set():
+            return
+        try:
+            self._warm(warm)
+        except CowshedError as error:
+            _log.warning("autowarm-failed", str(error), image=warm.image.label)
+
+    def _warm(self, warm: Warm) -> None:
+        image = warm.image
+        extents = [] if warm.is_aborted else self._working_sets.recorded(image)
         marks = self._evictor.watermarks
         room = marks.capacity_extents - marks.high_free
         room -= sum(each.resident_bytes // each.extent_bytes for each in self._store)
-        wanted, done = extents[: max(0, room)], 0
-        if not wanted:
-            return
-        _log.info("autowarm", image=image.label, extents=len(wanted))
-        for seen in self._load(image, wanted):
-            done = seen
-            if self._stopping.is_set():
-                break
-        how = "whole" if done == len(wanted) == len(extents) else "in part"
-        _log.info("autowarmed", image=image.label, extents=done, recorded=len(extents), how=how)
+        wanted = extents[: max(0, room)]
+        if wanted:
+            _log.info("autowarm", image=image.label, extents=len(wanted))
+            warm.total_extents = len(wanted)
+            for seen in self._load(image, wanted):
+                warm.done_extents = seen
+                if self._stopping.is_set() or warm.is_aborted:
+                    break
+        done = warm.done_extents
+        is_cut = warm.is_aborted and (done < len(wanted) or not wanted)
+        if is_cut:
+            how = "aborted"
+        else:
+            how = "whole" if done == len(wanted) == len(extents) else "in part"
+        if wanted or is_cut:
+            _log.info("autowarmed", image=image.label, extents=done, recorded=len(extents), how=how)

@@ -16,8 +16,10 @@ __all__ = ["CATALOG", "LIBRARY", "Metric"]
 Kind = Literal["info", "gauge", "counter", "histogram"]
 
 REFS: Final = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32+")
-STATES: Final = ("running", "stopped-quota", "detached", "away")
-TRANSPORTS: Final = ("unix", "nbd", "tcp", "tls", "vsock")
+STATES: Final = ("running", "stopped-quota", "frozen", "detached", "away")
+# The first are of guests that have memory mapped or supplied, the others of those without.
+MAPPING_TRANSPORTS: Final = ("unix", "firecracker", "nydus")
+TRANSPORTS: Final = (*MAPPING_TRANSPORTS, "nbd", "tcp", "tls", "vsock")
 NBD_COMMANDS: Final = ("read", "write", "trim", "zero", "flush", "cache", "status")
 ACCESS_OUTCOMES: Final = ("hit", "loaded", "failed")
 WRITE_OUTCOMES: Final = ("copied", "refused")
@@ -144,6 +146,11 @@ _IMAGES: Final = (
     ),
     _image("working_set_resident_bytes", "gauge", "Of the working set, what is resident."),
     _image(
+        "warming_bytes",
+        "gauge",
+        "What autowarm and cowshed warm have still to look at of it; 0 while nothing is warmed.",
+    ),
+    _image(
         "extents",
         "gauge",
         "Resident extents by the number of guests that were granted them.",
@@ -152,10 +159,19 @@ _IMAGES: Final = (
     _image(
         "guests",
         "gauge",
-        "Attached guests. detached: the memory of one is no longer served and it is about to go; "
-        "away: nobody is connected, and its private pages are kept for it.",
+        "Attached guests. unix: by the library or cowshed attach; nbd: over a unix socket, TCP or "
+        "TLS; tcp, tls, vsock: by the library, over a network. stopped-quota: a write waits for a "
+        "larger quota; frozen: writes wait for the end of a handoff; detached: the memory of one "
+        "is no longer served and it is about to go; away: nobody is connected, and its private "
+        "pages are kept for it.",
         transport=TRANSPORTS,
         state=STATES,
+    ),
+    _image(
+        "mappings",
+        "gauge",
+        "Connections that have memory of the image mapped or supplied: a guest may have several.",
+        transport=MAPPING_TRANSPORTS,
     ),
     _image("source_changed", "gauge", "1 if the source changed while it is served, else 0."),
     _image(

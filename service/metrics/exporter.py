@@ -13,7 +13,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
@@ -27,15 +27,26 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from cowshed.accounting import AccountSums, Latency, LatencyKind, read_accounts, sum_accounts
+from cowshed.accounting import (
+    AccountState,
+    AccountSums,
+    Latency,
+    LatencyKind,
+    read_accounts,
+    read_states,
+    sum_accounts,
+)
 from cowshed.cache import Image, PageStore
 from cowshed.cache._core import lib
 from cowshed.cache.images import PAGE_BYTES
 from cowshed.service.guests.guests import Guest, GuestTable
+from cowshed.service.guests.states import STATE_WORDS, joint_state
 from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.warming import Warming
 from cowshed.service.metrics.catalog import (
     CATALOG,
     DRAIN_STATES,
+    MAPPING_TRANSPORTS,
     NBD_COMMANDS,
     REFS,
     STATES,
@@ -69,6 +80,7 @@ class MetricsSources:
     max_guests: int = 0
     overlays: Iterable[OverlayGuest] = ()
     nbd: Callable[[], Iterable[tuple[Image, NbdCounters]]] = tuple
+    warming: Warming = field(default_factory=Warming)
 
 
 class Exporter(Collector):
@@ -108,7 +120,10 @@ class Exporter(Collector):
         self._read_backend(values)
         for image in images:
             _read_image(values, image)
+            left_bytes = self._sources.warming.left_bytes(image)
+            values["cowshed_warming_bytes"][_labels(image)] = left_bytes
             _read_sums(values, image, sums[image])
+        self._read_users(values, images)
         self._read_nbd(values, images)
         self._read_guests(values, images)
         latencies = {
@@ -174,8 +189,30 @@ class Exporter(Collector):
                 values["cowshed_nbd_requests_total"][*labels, command] = value
             for direction, value in (("read", of_all.read_bytes), ("write", of_all.write_bytes)):
                 values["cowshed_nbd_bytes_total"][*labels, direction] = value
-        for guest in self._sources.overlays:
-            values["cowshed_guests"][*_labels(guest.image), guest.transport, guest.state] += 1
+
+    def _read_users(self, values: dict[str, _Values], images: list[Image]) -> None:
+        """Who uses each image, by transport and state."""
+        guests, mappings = values["cowshed_guests"], values["cowshed_mappings"]
+        states: dict[int, AccountState] = {}
+        for image in images:
+            labels = _labels(image)
+            guests.update({(*labels, *how): 0 for how in itertools.product(TRANSPORTS, STATES)})
+            mappings.update({(*labels, transport): 0 for transport in MAPPING_TRANSPORTS})
+            states.update(read_states(image))
+        for guest in self._sources.guests:
+            theirs = [(each, states.get(each.account_no)) for each in list(guest.mappings)]
+            known = [(each, state) for each, state in theirs if state is not None]
+            if not known:
+                continue  # it came or left since
+            labels = _labels(guest.image)
+            for mapping, _ in known:
+                mappings[*labels, mapping.transport] += 1
+            joint = joint_state([state for _, state in known])
+            guests[*labels, known[0][0].transport, STATE_WORDS[joint]] += 1
+        for overlay in self._sources.overlays:
+            is_frozen = states.get(overlay.account_no) is AccountState.FROZEN
+            state = STATE_WORDS[AccountState.FROZEN] if is_frozen else overlay.state
+            guests[*_labels(overlay.image), overlay.transport, state] += 1
 
     def _read_guests(self, values: dict[str, _Values], images: list[Image]) -> None:
         """The first guests, in the order in which they attached, as many as may have series."""
@@ -253,11 +290,6 @@ def _read_sums(values: dict[str, _Values], image: Image, sums: AccountSums) -> N
         ("retries_total", counters.retries),
     ):
         values[f"cowshed_{metric}"][labels] = value
-    guests = values["cowshed_guests"]
-    guests.update({(*labels, *how): 0 for how in itertools.product(TRANSPORTS, STATES)})
-    guests[*labels, "unix", "running"] = sums.nr_running
-    guests[*labels, "unix", "stopped-quota"] = sums.nr_stopped
-    guests[*labels, "unix", "detached"] = sums.nr_broken
     faults = values["cowshed_faults_total"]
     for kind, outcome, nr in (
         ("missing", "hit", counters.missing_hit),

@@ -8,7 +8,6 @@ fit. Everything here runs in worker threads, never in the loop that answers gues
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
@@ -17,6 +16,8 @@ from cowshed.cache import CapacityError, ExtentState, Image, PageStore, UsageErr
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.images.access import Access
 from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.loading import load
+from cowshed.service.images.warming import Warming
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
@@ -32,11 +33,6 @@ __all__ = ["Control"]
 
 Body = dict[str, Any]
 
-_WAIT_MS: Final = 200
-_BATCH_EXTENTS: Final = 64
-# How often, and how long, to ask for a load again that the store did not take on.
-_AGAIN_SECONDS: Final = 0.002
-_PATIENCE_SECONDS: Final = 10.0
 # A reply has a limit.
 _MOST_MISMATCHES: Final = 10_000
 
@@ -54,6 +50,7 @@ class Control:
         working_sets: WorkingSets,
         tallies: Tallies,
         access: Access,
+        warming: Warming,
     ) -> None:
         self._store = store
         self._access = access
@@ -63,7 +60,8 @@ class Control:
         self._status = status
         self._working_sets = working_sets
         self._tallies = tallies
-        self._quick = {"status", "quota"}
+        self._warming = warming
+        self._quick = {"status", "quota", "warm-abort"}
         self._with_fds: dict[str, Callable[[Body, list[int]], Iterable[Body]]] = {}
         self._ops: dict[str, Callable[[Body], Iterable[Body]]] = {
             "status": self._do_status,
@@ -71,6 +69,7 @@ class Control:
             "pin": self._do_pin,
             "unpin": self._do_unpin,
             "warm": self._do_warm,
+            "warm-abort": self._do_warm_abort,
             "evict": self._do_evict,
             "quota": self._do_quota,
             "discard": self._do_discard,
@@ -143,7 +142,7 @@ class Control:
                 f"at most {format_bytes(most * image.extent_bytes)} of the capacity can be pinned; "
                 "unpin something, or raise the capacity"
             ) from error
-        for _ in self.load(image, extents):
+        for _ in load(image, extents):
             pass
         yield {"pinned_bytes": _pinned_bytes(image)}
 
@@ -169,14 +168,16 @@ class Control:
         states = image.states()
         loads_before = image.counters().loads
         already = sum(states[extent] == ExtentState.RESIDENT for extent in wanted[:room])
-        done = 0
-        for done in self.load(image, wanted[:room]):
-            yield {
-                "progress": {
-                    "done_bytes": done * image.extent_bytes,
-                    "total_bytes": len(wanted[:room]) * image.extent_bytes,
-                }
-            }
+        with self._warming.enter(image, "warm", len(wanted[:room])) as warm:
+            for warm.done_extents in load(image, wanted[:room]):
+                if warm.is_aborted:
+                    raise UsageError(
+                        f"warming {image.label!r} was aborted by an operator, with "
+                        f"{format_bytes(warm.done_bytes)} of "
+                        f"{format_bytes(warm.total_bytes or 0)} done; warm it again to go on"
+                    )
+                progress = {"done_bytes": warm.done_bytes, "total_bytes": warm.total_bytes}
+                yield {"progress": progress}
         loaded = min(image.counters().loads - loads_before, len(wanted[:room]) - already)
         yield {
             "loaded_bytes": loaded * image.extent_bytes,
@@ -184,42 +185,17 @@ class Control:
             "left_out_bytes": max(0, len(wanted) - room) * image.extent_bytes,
         }
 
-    def load(self, image: Image, wanted: Iterable[int]) -> Iterator[int]:
-        """Load extents, in order, a run at a time; gives how many of them have been seen to.
-
-        What the store did not take on at once is asked for again; what cannot be read is passed
-        over, and so is what finds no room for long. One loaded and evicted again has had its turn.
-        """
-        done = 0
-        for run in _runs(wanted):
-            for at in range(run.start, run.stop, _BATCH_EXTENTS):
-                nr = min(_BATCH_EXTENTS, run.stop - at)
-                for _ in self._load_batch(image, at, nr):
-                    yield done
-                done += nr
-                yield done
-
-    def _load_batch(self, image: Image, first_extent: int, nr_extents: int) -> Iterator[None]:
-        """See each of a few extents resident once; gives now and then while it waits."""
-        left = set(range(first_extent, first_extent + nr_extents))
-        errors = image.counters().load_errors
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while time.monotonic() < deadline and image.counters().load_errors == errors:
-            first = min(left)
-            nr = max(left) + 1 - first
-            image.prefetch(first, nr)
-            while not image.wait_loaded(first, nr, _WAIT_MS):
-                yield
-            states = image.states(first, nr)
-            seen = {extent for extent in left if states[extent - first] == ExtentState.RESIDENT}
-            left -= seen
-            if not left:
-                return
-            if seen:
-                deadline = time.monotonic() + _PATIENCE_SECONDS
-            else:  # others' readahead uses up what the store takes on: no event tells the end of it
-                time.sleep(_AGAIN_SECONDS)
-            yield
+    def _do_warm_abort(self, request: Body) -> Iterator[Body]:
+        image = self.find_image(take_text(request, "image"))
+        warms = self._warming.abort(image)
+        if not warms:
+            raise UsageError(
+                f"nothing of {image.label!r} is being warmed; 'cowshed status' shows what is"
+            )
+        yield {
+            "done_bytes": sum(warm.done_bytes for warm in warms),
+            "total_bytes": sum(warm.total_bytes or 0 for warm in warms),
+        }
 
     def _do_evict(self, request: Body) -> Iterator[Body]:
         image, extents = self._range(request)
@@ -276,17 +252,3 @@ class Control:
 def _pinned_bytes(image: Image) -> int:
     pins = image.pins()
     return (len(pins) - pins.count(0)) * image.extent_bytes
-
-
-def _runs(extents: Iterable[int]) -> Iterator[range]:
-    """Neighbours in order as ranges."""
-    run = range(0)
-    for extent in extents:
-        if run and extent == run.stop:
-            run = range(run.start, extent + 1)
-        else:
-            if run:
-                yield run
-            run = range(extent, extent + 1)
-    if run:
-        yield run

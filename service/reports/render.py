@@ -7,6 +7,7 @@ printed before `printable` has seen it. Programs read ``--json`` instead.
 """
 
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -99,7 +100,8 @@ def guest_state(guest: Answer) -> Text:
     """A guest's state in a word; one stopped by its quota stands out without colour too."""
     if guest["state"] == STOPPED:
         return Text("STOPPED", style="bold red")
-    return Text(printable(guest["state"]), style="dim" if guest["state"] == "detached" else "")
+    is_dim = guest["state"] in ("detached", "away")
+    return Text(printable(guest["state"]), style="dim" if is_dim else "")
 
 
 def format_quota(guest: Answer) -> str:
@@ -107,6 +109,39 @@ def format_quota(guest: Answer) -> str:
     private = format_bytes(guest["private_bytes"])
     quota_bytes = guest["quota_bytes"]
     return private if quota_bytes is None else f"{private} of {format_bytes(quota_bytes)}"
+
+
+def format_via(guest: Answer) -> str:
+    """How a guest is connected, and how often, where that is more than once: ``unix x3``."""
+    times = f" x{guest['mappings']}" if guest["mappings"] > 1 else ""
+    return f"{printable(guest['transport'])}{times}"
+
+
+def format_users(guests: Sequence[Answer]) -> str:
+    """How many guests there are, how they are and how they came: ``2 running, 1 away (3 unix)``."""
+    if not guests:
+        return "none"
+    states = Counter(guest["state"] for guest in guests)
+    words = ", ".join(
+        f"{format_count(nr)} {'stopped' if state == STOPPED else printable(state)}"
+        for state, nr in states.most_common()
+    )
+    via = Counter(guest["transport"] for guest in guests)
+    how = ", ".join(f"{format_count(nr)} {printable(each)}" for each, nr in via.most_common())
+    mappings = sum(guest["mappings"] for guest in guests)
+    return f"{words} ({how}; {format_count(mappings)} {_counted('mappings', mappings)})"
+
+
+def format_warming(status: Answer) -> str:
+    """What is being warmed, and how far that is; "" while nothing is."""
+    return "; ".join(
+        f"{label_of(image)} {format_bytes(warming['done_bytes'])} of "
+        f"{format_bytes(warming['total_bytes'])} "
+        f"({format_share(warming['done_bytes'], warming['total_bytes'])}, "
+        f"{' and '.join(printable(why) for why in warming['why'])})"
+        for image in status["images"]
+        if (warming := image["warming"])
+    )
 
 
 def warnings(status: Answer) -> list[Text]:
@@ -175,7 +210,10 @@ def _totals(status: Answer) -> Table:
         "Evicted": f"{format_count(status['evicted_extents'])} extents "
         f"({format_count(evictions['pressure'])} under pressure, "
         f"{format_count(evictions['request'])} on request)",
+        "Guests": format_users(status["guests"]),
     }
+    if being_warmed := format_warming(status):
+        lines["Warming"] = being_warmed
     grid = Table.grid(padding=(0, 2, 0, 0))
     for label, line in lines.items():
         grid.add_row(Text(label, style="bold"), Text(line))
@@ -210,7 +248,7 @@ def _images(images: Sequence[Answer]) -> Table:
 
 def _guests(guests: Iterable[Answer]) -> Table:
     table = new_table(
-        "GUEST", "IMAGE", ">PID", "=STATE", ">GRANTED", ">PRIVATE", "=POLICY", ">HITS"
+        "GUEST", "IMAGE", ">PID", "=STATE", "=VIA", ">GRANTED", ">PRIVATE", "=POLICY", ">HITS"
     )
     for guest in sorted(guests, key=key_of):
         add_row(
@@ -219,6 +257,7 @@ def _guests(guests: Iterable[Answer]) -> Table:
             label_of(guest, "image"),
             guest["pid"],
             guest_state(guest),
+            format_via(guest),
             format_bytes(guest["granted_bytes"]),
             format_quota(guest),
             guest["policy"] if guest["quota_bytes"] is not None else "-",

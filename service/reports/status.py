@@ -15,7 +15,9 @@ from typing import Any, Final
 from cowshed.accounting import MAX_REGIONS, AccountStatus, Latency, LatencyKind, sum_accounts
 from cowshed.cache import Image, PageStore
 from cowshed.service.guests.guests import Guest, GuestTable
+from cowshed.service.guests.states import STATE_WORDS
 from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.warming import Warm, Warming
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 
 __all__ = ["StatusReader", "broken_why", "guest_state"]
@@ -33,12 +35,14 @@ class StatusReader:
         guests: GuestTable,
         overlays: OverlayTable,
         run_dir: Path,
+        warming: Warming,
     ) -> None:
         self._store = store
         self._evictor = evictor
         self._guests = guests
         self._overlays = overlays
         self._run_dir = run_dir
+        self._warming = warming
         self._started_ns = time.monotonic_ns()
         self._version = importlib.metadata.version("cowshed")
 
@@ -61,7 +65,10 @@ class StatusReader:
             kind: functools.reduce(operator.add, (of_image.latencies[kind] for of_image in sums))
             for kind in LatencyKind
         }
-        images = [_image_status(image) for image in self._store]
+        images = [
+            {**_image_status(image), "warming": _warming_status(self._warming.of(image))}
+            for image in self._store
+        ]
         counters = [image.counters() for image in self._store]
         return {
             "pid": os.getpid(),
@@ -105,11 +112,7 @@ def _latency_us(latency: Latency) -> dict[str, float]:
 
 def guest_state(status: AccountStatus) -> str:
     """Say in one word how a guest is."""
-    if status.broken:
-        return "detached"
-    if status.frozen:
-        return "frozen"
-    return "stopped-quota" if status.stopped_since_ns else "running"
+    return STATE_WORDS[status.state]
 
 
 def _state_of(guest: Guest | OverlayGuest, status: AccountStatus) -> str:
@@ -169,6 +172,18 @@ def _guest_status(guest: Guest | OverlayGuest, status: AccountStatus) -> dict[st
         "poisoned_pages": counters.poisoned_pages - counters.repaired_pages,
         "quota_stops": counters.quota_stops,
         "stopped_seconds": (time.monotonic_ns() - stopped_ns) / 1e9 if stopped_ns else 0.0,
+    }
+
+
+def _warming_status(warms: list[Warm]) -> dict[str, Any] | None:
+    """Of those warmings of an image that know what there is to do; None: there are none."""
+    known = [warm for warm in warms if warm.total_bytes is not None]
+    if not known:
+        return None
+    return {
+        "why": sorted({warm.why for warm in known}),
+        "done_bytes": sum(warm.done_bytes for warm in known),
+        "total_bytes": sum(warm.total_bytes or 0 for warm in known),
     }
 
 

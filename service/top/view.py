@@ -6,6 +6,7 @@ selected row, and the cure if it is stopped; keys. Where room is short names giv
 110 and from 150 columns on there are more columns. Colour and bars only repeat words and figures.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ from cowshed.service.reports.render import (
     Answer,
     add_row,
     format_quota,
+    format_via,
+    format_warming,
     guest_state,
     heading,
     key_of,
@@ -63,6 +66,7 @@ _GUEST_COLUMNS: Mapping[str, int] = {
     ">PID": _WIDE,
     ">GRANTED": _WIDE,
     "=STATE": 0,
+    "=VIA": 90,
     ">PRIVATE": 44,
     ">FAULTS/s": 0,
     ">COPIES/s": 70,
@@ -141,6 +145,8 @@ class Frame:
             )
             or "nothing answered yet",
         }
+        if being_warmed := format_warming(status):
+            lines["Warming"] = being_warmed
         return [
             self._one_line(Text.assemble((f"{label:<10}", "bold"), line))
             for label, line in lines.items()
@@ -163,14 +169,20 @@ class Frame:
     def _title(self, focus: Focus) -> Text:
         there = self.status[focus]
         title = f"{focus.capitalize()} {format_count(len(there))}"
-        nr_stopped = sum(guest["state"] == STOPPED for guest in there if focus == "guests")
+        states = Counter(guest["state"] for guest in there if focus == "guests")
+        nr_stopped = states[STOPPED]
+        others = "".join(
+            f", {format_count(states[state])} {state}"
+            for state in ("frozen", "away")
+            if states[state]
+        )
         about = f", by {self.state.order[focus]}" if there else ""
         stopped = f", {format_count(nr_stopped)} stopped" if nr_stopped else ""
         mark = ""
         if self.lines is not None:
             mark = ("▸ " if self.blocks else "> ") if self.state.focus == focus else "  "
         return self._one_line(
-            Text.assemble((f"{mark}{title}", "bold"), (stopped, "bold red"), (about, "dim"))
+            Text.assemble((f"{mark}{title}", "bold"), (stopped, "bold red"), others, (about, "dim"))
         )
 
     def _section(self, focus: Focus) -> Callable[[int], Table]:
@@ -219,6 +231,7 @@ class Frame:
                 guest["pid"],
                 format_bytes(guest["granted_bytes"]),
                 guest_state(guest),
+                format_via(guest),
                 format_quota(guest),
                 rounded(self.history.rate("hits", "misses", guest=key)),
                 rounded(self.history.rate("cow_breaks", guest=key)),
@@ -256,7 +269,8 @@ class Frame:
         return [self._one_line(first), self._one_line(Text(lines[1]))]
 
     def _tell_guest(self, guest: Answer) -> list[str]:
-        who = f"pid {guest['pid']}, uid {guest['uid']}, {format_bytes(guest['granted_bytes'])} of "
+        who = f"pid {guest['pid']}, uid {guest['uid']}, via {format_via(guest)}, "
+        who += f"{format_bytes(guest['granted_bytes'])} of "
         who += f"{label_of(guest, 'image')} granted, at its quota: {guest['policy']}"
         if guest["state"] == STOPPED:
             stopped = (

@@ -80,7 +80,8 @@ class StateReader:
                 guest["cure"] = quota_command(guest, status)
         status["guests"] = guests[:_MOST_GUESTS]
         status["nr_guests"] = len(guests)
-        status["nr_stopped"] = sum(guest["state"] == STOPPED for guest in guests)
+        status["nr_by_state"] = Counter(guest["state"] for guest in guests)
+        status["nr_stopped"] = status["nr_by_state"][STOPPED]
         return status
 
 

@@ -14,7 +14,12 @@ from board_files import boards, names_in, panels, selectors_in
 BOARDS = boards()
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 COUNTER = re.compile(r"_(total|bucket|count)$")
-RANGES = {"rate": "$__rate_interval", "increase": "$__range", "deriv": "5m"}
+RANGES = {
+    "rate": "$__rate_interval",
+    "increase": "$__range",
+    "changes": "$__range",
+    "deriv": "5m",
+}
 Board = dict[str, Any]
 
 

@@ -1,5 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-from domains import MakeImage, StartDaemon, StartGuest, until
+"""Images are warm again after a restart: behind what guests ask for, until somebody aborts it."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from domains import MakeImage, StartDaemon, StartGuest, cowshed, in_thread, until
+from nbd_client import Client
+
+from cowshed.accounting import WorkingSet, write_working_set
+from cowshed.cache import ExtentState, FileSource, Image, PageStore
+from cowshed.cache._core import lib
+from cowshed.service.images.autowarm import Autowarm
+from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.loading import load
+from cowshed.service.images.warming import Warming
+from cowshed.service.images.working_sets import WorkingSets
+from cowshed.transport.nbd_core import NbdExport, NbdServer
+
+EXTENT = 65536
+NR_EXTENTS = 128
+WAIT_MS = 20_000
 
 
 def test_what_guests_touched_is_resident_again_after_a_restart(
@@ -27,3 +49,103 @@ def test_what_guests_touched_is_resident_again_after_a_restart(
     until(lambda: bool(daemon.status()["images"][0]["digest"]))
     assert daemon.status()["resident_bytes"] == 0
     assert "autowarm" not in daemon.log()
+    assert cowshed("warm", "--run-dir", str(daemon.run_dir), "--abort", "d").stderr == (
+        "cowshed: nothing of 'd' is being warmed; 'cowshed status' shows what is\n"
+    )
+    refused = cowshed("warm", "--run-dir", str(daemon.run_dir), "--abort", "d", "0", "4096")
+    assert "give no OFFSET and LENGTH" in refused.stderr
+
+
+@pytest.fixture
+def image(make_image: MakeImage) -> Iterator[Image]:
+    """Of a store with one loader, which is to stop at its first read; its digest is known."""
+    with PageStore(512 * EXTENT, nr_loaders=1) as store:
+        image = store.open_image("d", FileSource.open(make_image(NR_EXTENTS * EXTENT)))
+        image.digest = "sha256:known"
+        lib.point_arm(lib.POINT_LOAD_READ, lib.POINT_STOP, 0, 1)
+        yield image
+        lib.point_release(lib.POINT_LOAD_READ)
+
+
+@pytest.fixture
+def sets(image: Image, tmp_path: Path) -> WorkingSets:
+    """Of an earlier run, which touched every extent."""
+    sets = WorkingSets(tmp_path)
+    touched = WorkingSet(image.digest, EXTENT, NR_EXTENTS, tuple(range(NR_EXTENTS)))
+    write_working_set(sets.path(image), touched)
+    return sets
+
+
+def test_what_is_asked_for_is_loaded_before_what_is_warmed(image: Image, sets: WorkingSets) -> None:
+    warming = Warming()
+    server = NbdServer(3)
+    export = NbdExport(server, image)
+    warm = Autowarm(image.store, Evictor(image.store), sets, load, warming)
+    warm.start()
+    assert lib.point_wait(lib.POINT_LOAD_READ, 1, WAIT_MS) == 0
+    until(lambda: image.states().count(ExtentState.LOADING) == 64)
+    in_hand = 16  # the loader's, of the 64 that were asked for so far
+    ours, theirs = socket.socketpair()
+    client = Client(ours, structured=True, extended=False)
+    client.connection_no = server.attach(export, theirs.detach(), structured=True)
+    wanted = (40, 100)  # one waits in line to be warmed, of the other nobody knows yet
+    readers = [in_thread(lambda at=at: client.read(at * EXTENT, 4096)) for at in wanted[:1]]
+    until(lambda: export.counters().parked == 1)
+    other_ours, other_theirs = socket.socketpair()
+    other = Client(other_ours, structured=True, extended=False)
+    other.connection_no = server.attach(export, other_theirs.detach(), structured=True)
+    readers.append(in_thread(lambda: other.read(wanted[1] * EXTENT, 4096)))
+    until(lambda: export.counters().parked == 2)
+    (under_way,) = warming.of(image)
+    assert (under_way.why, under_way.done_extents, under_way.total_extents) == (
+        "autowarm",
+        0,
+        NR_EXTENTS,
+    )
+    assert warming.left_bytes(image) == NR_EXTENTS * EXTENT
+    lib.point_release(lib.POINT_LOAD_READ)
+    until(lambda: not warming.of(image))
+    for reader in readers:
+        reader.join()
+    order = [extent for _, extent in image.store.take_inserted() or ()]
+    assert sorted(order) == list(range(NR_EXTENTS))
+    assert sorted(order[:in_hand]) == list(range(in_hand))
+    # The run that one of the two is in comes with it.
+    assert sorted(order[in_hand : in_hand + 17]) == [*range(32, 48), 100]
+    warm.stop()
+    server.drain()
+    for each in (client, other):
+        each.link.close()
+    export.close()
+    server.close()
+
+
+def test_a_warming_that_is_aborted_brings_in_what_is_in_hand_and_no_more(
+    image: Image, sets: WorkingSets
+) -> None:
+    warming = Warming()
+    warm = Autowarm(image.store, Evictor(image.store), sets, load, warming)
+    warm.start()
+    assert lib.point_wait(lib.POINT_LOAD_READ, 1, WAIT_MS) == 0
+    until(lambda: image.states().count(ExtentState.LOADING) == 64)
+    (aborted,) = warming.abort(image)
+    assert aborted.is_aborted
+    lib.point_release(lib.POINT_LOAD_READ)
+    until(lambda: not warming.of(image))
+    assert image.wait_loaded(0, NR_EXTENTS, WAIT_MS)
+    resident = [no for no, state in enumerate(image.states()) if state == ExtentState.RESIDENT]
+    assert resident == list(range(64))
+    warm.stop()
+
+
+def test_a_warming_can_be_aborted_before_its_turn(image: Image, sets: WorkingSets) -> None:
+    warming = Warming()
+    image.digest = ""  # nobody knows yet what is to be loaded
+    warm = Autowarm(image.store, Evictor(image.store), sets, load, warming)
+    warm.start()
+    until(lambda: bool(warming.of(image)))
+    assert warming.abort(image)[0].total_bytes is None
+    until(lambda: not warming.of(image))
+    image.digest = "sha256:known"
+    warm.stop()
+    assert image.resident_bytes == 0

@@ -14,6 +14,7 @@ from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.images.access import Access
 from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.warming import Warming
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.operators.control import Control
@@ -43,9 +44,9 @@ def control(store: PageStore, run_dir: Path) -> Iterator[Control]:
     evictor.start()
     core = NbdServer(1)
     overlays = OverlayTable(core, guests, Door(1024), (None, QuotaPolicy.STOP))
-    status = StatusReader(store, evictor, guests, overlays, run_dir)
-    access = Access(Domains(), [])
-    yield Control(store, evictor, guests, overlays, status, WorkingSets(run_dir), Tallies(), access)
+    access, warming, sets = Access(Domains(), []), Warming(), WorkingSets(run_dir)
+    status = StatusReader(store, evictor, guests, overlays, run_dir, warming)
+    yield Control(store, evictor, guests, overlays, status, sets, Tallies(), access, warming)
     core.close()
     evictor.stop()
 

@@ -3,13 +3,18 @@
 
 import os
 import random
+import re
 import socket
 from pathlib import Path
 
 import pytest
 from domains import Daemon, MakeImage, StartDaemon, StartGuest, until
+from nbd_site import Site
 from scraping import ANY_PORT, Samples, scrape, value
+from supplied import restore
 from swarms import Swarm
+
+from cowshed.transport import connect
 
 MIB = 1 << 20
 PAGE = 4096
@@ -272,3 +277,55 @@ def test_guests_over_the_cap_have_no_series_and_are_counted(
     guests[0].call("close")
     assert shown() == {"g1", "g2"}
     assert value(scrape(with_guests), "guest_metrics_left_out") == 2
+
+
+def test_guests_are_counted_by_how_they_came_and_how_they_are(
+    make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest
+) -> None:
+    image = make_image(4 * MIB)
+    daemon = start_daemon(f"--image=d={image}", "--listen=tcp://127.0.0.1:0", *ANY_PORT)
+    for _ in range(2):
+        start_guest(daemon.uri).call("open", image="d", guest="twice", token="secret")
+    stopped = start_guest(daemon.uri)
+    stopped.call("open", image="d", guest="stops", quota_bytes=PAGE)
+    stopped.start("poke", pages=[100, 300], byte=1)
+    machine = restore(daemon, start_guest, image, [4 * MIB])
+    site = Site(daemon, image)
+    site.nbdsh("h.pwrite(b'x' * 4096, 0)", "d@nbd")
+    (uri,) = re.findall(r"event=listening uri=\"?([^\"\s]+)", daemon.log())
+    with connect(uri) as backend, backend.open("d", guest="far", token="t") as disk:
+        disk.write(0, b"mine" * 1024)
+        expected = {
+            ("unix", "running"): 1,
+            ("unix", "stopped-quota"): 1,
+            ("firecracker", "running"): 1,
+            ("nbd", "away"): 1,
+            ("tcp", "running"): 1,
+        }
+        until(lambda: by_transport_and_state(scrape(daemon)) == expected)
+        assert of_image(scrape(daemon), "mappings", transport="unix") == 3
+        assert of_image(scrape(daemon), "mappings", transport="firecracker") == 1
+        status = {each["name"]: each for each in daemon.status()["guests"]}
+        assert {
+            name: each["mappings"]
+            for name, each in status.items()
+            if each["transport"] != "firecracker"
+        } == {
+            "twice": 2,
+            "stops": 1,
+            "nbd": 0,
+            "far": 0,
+        }
+    del expected["tcp", "running"], expected["firecracker", "running"]
+    machine.kill()
+    expected["tcp", "away"] = 1
+    until(lambda: by_transport_and_state(scrape(daemon)) == expected)
+    assert of_image(scrape(daemon), "mappings", transport="firecracker") == 0
+
+
+def by_transport_and_state(samples: Samples) -> dict[tuple[str, str], float]:
+    return {
+        (dict(labels)["transport"], dict(labels)["state"]): nr
+        for (name, labels), nr in samples.items()
+        if name == "cowshed_guests" and nr
+    }

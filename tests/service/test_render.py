@@ -57,7 +57,7 @@ def test_status_shows_totals_in_human_units(status: Body) -> None:
     assert "2,345 (7 failed)" in text
     assert "123 extents (100 under pressure, 23 on request)" in text
     assert words_of(text, "1,234,567  ") == "hit 1,234,567 3.1us 12us 85us 1.21ms"
-    assert words_of(text, "write      ") == "write 0 - - - -"
+    assert words_of(text, " 0      -") == "write 0 - - - -"
 
 
 def test_a_guest_stopped_by_its_quota_is_marked_with_who_why_and_the_cure(status: Body) -> None:
@@ -66,6 +66,26 @@ def test_a_guest_stopped_by_its_quota_is_marked_with_who_why_and_the_cure(status
     told = " ".join(text.split())
     assert "build-7 is stopped (pid 41234, uid 1000, for 3m 12s): it wrote 64M of 64M" in told
     assert line_with(text, "cowshed quota") == "  cowshed quota build-7 128M"
+
+
+def test_status_says_how_guests_are_and_how_they_came(status: Body) -> None:
+    status["guests"][0].update(transport="tcp", state="away", mappings=0)
+    status["guests"][1].update(mappings=3)
+    text = text_of(status_view(status), width=120)
+    told = "Guests 1 away, 1 stopped, 1 detached, 1 running (3 unix, 1 tcp; 5 mappings)"
+    assert words_of(text, "5 mappings") == told
+    assert words_of(text, "web-1 ").split()[3:5] == ["away", "tcp"]
+    assert " unix x3 " in words_of(text, "STOPPED")
+    status["guests"] = []
+    assert words_of(text_of(status_view(status)), "none") == "Guests none"
+
+
+def test_status_says_how_far_a_warming_is(status: Body) -> None:
+    assert "Warming" not in text_of(status_view(status))
+    warming = {"why": ["autowarm"], "done_bytes": 48 << 20, "total_bytes": 64 << 20}
+    status["images"][0]["warming"] = warming
+    told = words_of(text_of(status_view(status)), "Warming")
+    assert told == "Warming debian-12 48M of 64M (75%, autowarm)"
 
 
 def test_a_running_guest_brings_no_warning(status: Body) -> None:
@@ -90,7 +110,7 @@ def test_a_changed_source_is_told(status: Body) -> None:
 def test_a_guest_without_a_quota_has_no_limit_shown(status: Body) -> None:
     status["guests"] = [guest for guest in status["guests"] if guest["quota_bytes"] is None]
     row = words_of(text_of(status_view(status), width=120), "sandbox-")
-    assert row == "sandbox-0a1b2c3d4e5f debian-12 41234 detached 512M 12M - 99.8%"
+    assert row == "sandbox-0a1b2c3d4e5f debian-12 41234 detached unix 512M 12M - 99.8%"
 
 
 def test_names_can_neither_move_the_cursor_nor_style_the_text(status: Body) -> None:

@@ -349,7 +349,7 @@ def test_the_selected_row_is_in_view_and_told_about(crowd: tuple[Body, History])
         state.press(key, names)
     name = rows[48]["name"]
     shown = frame(status, history, state=state, columns=120, lines=24)
-    assert shown[-3].startswith(f"{name}: pid 41234, uid 1000, 512M of debian-12 granted")
+    assert shown[-3].startswith(f"{name}: pid 41234, uid 1000, via unix, 512M of debian-12 granted")
     assert any(line.startswith(name) for line in shown[:-3])
     state.press("home", names)
     shown = frame(status, history, state=state, lines=24)
@@ -376,7 +376,9 @@ def test_guests_and_images_of_one_name_in_two_domains_are_rows_of_their_own(
     state = TopState()
     state.selected["guests"] = "tenant-a/web-1"
     shown = frame(after, history, state=state, columns=120, lines=40)
-    assert shown[-3].startswith("tenant-a/web-1: pid 41234, uid 1000, 512M of tenant-a/debian-12")
+    assert shown[-3].startswith(
+        "tenant-a/web-1: pid 41234, uid 1000, via unix, 512M of tenant-a/debian-12"
+    )
     guests_of = {
         line.split()[0]: line.split()[6]
         for line in shown

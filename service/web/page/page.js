@@ -239,7 +239,10 @@ function drawImages(state) {
     entry.about.textContent =
       `${bytes(image.resident_bytes)} of ${bytes(image.size_bytes)} resident ` +
       `(${share(image.resident_bytes, image.size_bytes)}), ${bytes(image.saved_bytes)} saved, ` +
-      `${bytes(image.pinned_bytes)} pinned, ${count(image.nr_guests)} guests`;
+      `${bytes(image.pinned_bytes)} pinned, ${count(image.nr_guests)} guests` +
+      (image.warming
+        ? `, warming: ${bytes(image.warming.done_bytes)} of ${bytes(image.warming.total_bytes)}`
+        : "");
     entry.source.textContent =
       `${image.source}, ${(image.digest || "digest not known yet").slice(0, 19)}, ` +
       (entry.map && entry.map.perCell > 1
@@ -283,7 +286,8 @@ function legendItem(words, fill, name, isPinned = false) {
 
 function drawGuests(state) {
   $("guest-count").textContent =
-    count(state.nr_guests) + (state.nr_stopped ? `, ${count(state.nr_stopped)} stopped` : "");
+    count(state.nr_guests) + (state.nr_stopped ? `, ${count(state.nr_stopped)} stopped` : "") +
+    ["frozen", "away"].filter((how) => state.nr_by_state[how]).map((how) => `, ${count(state.nr_by_state[how])} ${how}`).join("");
   const rows = state.guests.map(guestRow);
   const left = state.nr_guests - state.guests.length;
   if (left > 0) rows.push(wideRow(`and ${count(left)} more: see cowshed top`));
@@ -302,7 +306,8 @@ function guestRow(guest) {
   name.title = guest.name;
   const isStopped = guest.state === STOPPED;
   const state = node("td", isStopped ? "STOPPED" : guest.state, isStopped ? "stopped" : guest.state);
-  row.append(name, node("td", labelOf(guest, guest.image)), state, privateCell(guest));
+  const via = guest.transport + (guest.mappings > 1 ? ` ×${guest.mappings}` : "");
+  row.append(name, node("td", labelOf(guest, guest.image)), state, node("td", via), privateCell(guest));
   for (const text of [
     bytes(guest.granted_bytes),
     rate(faults),
@@ -330,7 +335,7 @@ function privateCell(guest) {
 function wideRow(text) {
   const row = node("tr");
   const cell = node("td", text, "empty");
-  cell.colSpan = 9;
+  cell.colSpan = 10;
   row.append(cell);
   return row;
 }

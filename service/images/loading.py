@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads extents in order, behind what guests wait for: what pin, warm and autowarm share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from cowshed.cache import ExtentState, Image
+
+__all__ = ["load"]
+
+_WAIT_MS: Final = 200
+_BATCH_EXTENTS: Final = 64
+# How often, and how long, to ask for a load again that the store did not take on.
+_AGAIN_SECONDS: Final = 0.002
+_PATIENCE_SECONDS: Final = 10.0
+
+
+def load(image: Image, wanted: Iterable[int]) -> Iterator[int]:
+    """Load extents, in order, a run at a time; gives how many of them have been seen to.
+
+    What the store did not take on at once is asked for again; what cannot be read is passed
+    over, and so is what finds no room for long. One loaded and evicted again has had its turn.
+    """
+    done = 0
+    for run in _runs(wanted):
+        for at in range(run.start, run.stop, _BATCH_EXTENTS):
+            nr = min(_BATCH_EXTENTS, run.stop - at)
+            for _ in _load_batch(image, at, nr):
+                yield done
+            done += nr
+            yield done
+
+
+def _load_batch(image: Image, first_extent: int, nr_extents: int) -> Iterator[None]:
+    """See each of a few extents resident once; gives now and then while it waits."""
+    left = set(range(first_extent, first_extent + nr_extents))
+    errors = image.counters().load_errors
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while time.monotonic() < deadline and image.counters().load_errors == errors:
+        first = min(left)
+        nr = max(left) + 1 - first
+        image.prefetch(first, nr)
+        while not image.wait_loaded(first, nr, _WAIT_MS):
+            yield
+        states = image.states(first, nr)
+        seen = {extent for extent in left if states[extent - first] == ExtentState.RESIDENT}
+        left -= seen
+        if not left:
+            return
+        if seen:
+            deadline = time.monotonic() + _PATIENCE_SECONDS
+        else:  # others' readahead uses up what the store takes on: no event tells the end of it
+            time.sleep(_AGAIN_SECONDS)
+        yield
+
+
+def _runs(extents: Iterable[int]) -> Iterator[range]:
+    """Neighbours in order as ranges."""
+    run = range(0)
+    for extent in extents:
+        if run and extent == run.stop:
+            run = range(run.start, extent + 1)
+        else:
+            if run:
+                yield run
+            run = range(extent, extent + 1)
+    if run:
+        yield run
