@@ -71,7 +71,11 @@ static int source_read_all(int fd, char *to, uint64_t length, uint64_t offset, u
 	uint64_t done = 0;
 
 	while (done < length) {
-		ssize_t got = pread(fd, to + done, asked - done, (off_t)(offset + done));
+		uint64_t some = asked - done;
+
+		if (some > PAGE_BYTES && point_reach(POINT_LOAD_SHORT) < 0)
+			some = PAGE_BYTES; /* as a signal or a network file system does it */
+		ssize_t got = pread(fd, to + done, some, (off_t)(offset + done));
 
 		if (got < 0 && errno == EINTR)
 			continue;
@@ -246,7 +250,7 @@ static void wait_for_work(struct store *store)
 	bool no_room = store->reserved_extents >= store->capacity_extents && (store->demand.nr || store->prefetch.nr);
 
 	if (no_room)
-		store_raise(store->pressure_fd);
+		store_raise_at(POINT_WAKE_EVICTOR, store->pressure_fd);
 	store->nr_waiting_room += no_room;
 	pthread_cond_wait(&store->work, &store->lock);
 	store->nr_waiting_room -= no_room;
@@ -288,7 +292,7 @@ void *loader_main(void *arg)
 		store->nr_prefetching += prefetch;
 		image->nr_loaders++;
 		if (room - nr < store->low_free)
-			store_raise(store->pressure_fd);
+			store_raise_at(POINT_WAKE_EVICTOR, store->pressure_fd);
 		pthread_mutex_unlock(&store->lock);
 
 		run_load(store, image, first, nr, buffer);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Named places in the core where a test can make something happen: stop there until told to go on,
- * fail with an errno, or kill the process.  Unarmed, a point costs one relaxed load.
+ * fail with an errno, be late, or kill the process.  Unarmed, a point costs one relaxed load.
  */
 #ifndef COWSHED_POINTS_H
 #define COWSHED_POINTS_H
@@ -13,6 +13,7 @@
 /* cdef-begin */
 enum point {
 	POINT_LOAD_READ,        /* a loader is about to read the source; an error is the source's */
+	POINT_LOAD_SHORT,       /* about to ask the source for bytes; an error: it gives some of them only, and the rest next */
 	POINT_LOAD_FILL,        /* read; about to write the frames; an error is the memfd's */
 	POINT_LOAD_PUBLISH,     /* frames written; extents still LOADING */
 	POINT_LOAD_ANSWER,      /* extents published; nobody who waited is answered yet */
@@ -32,14 +33,22 @@ enum point {
 	POINT_OVERLAY_FLUSH,    /* what changed is known, nothing is durable yet */
 	POINT_OVERLAY_SYNCED,   /* pages are durable, the map is not written */
 	POINT_OVERLAY_MAPPED,   /* the map is written, and not durable */
+	POINT_WAKE_EVICTOR,     /* room is short, and the evictor is about to be told; an error: it is not */
+	POINT_WAKE_SERVICE,     /* a guest stopped or broke, and the daemon is about to be told; an error: it is not */
+	POINT_WAKE_GUEST,       /* a fault thread is about to be woken; an error: it is not */
+	POINT_WAKE_NBD,         /* a connection is put in line, and a thread about to be woken for it; an error: none is */
+	POINT_WAKE_NBD_ENDED,   /* a connection ended, and the daemon is about to be told; an error: it is not */
 	POINT_NR
 };
 
-enum point_action { POINT_OFF, POINT_STOP, POINT_FAIL, POINT_KILL };
+enum point_action { POINT_OFF, POINT_STOP, POINT_FAIL, POINT_KILL, POINT_DELAY };
 
-/* Arms a point for the next nr_times threads that reach it (0: every one); arg is the errno to fail with.
+/* Arms a point for the next nr_times threads that reach it (0: every one); arg is the errno to fail with, or the
+ * milliseconds to be late by.
  * Arming anew forgets what was armed before and lets go whoever was stopped there. */
 int point_arm(int point, int action, int arg, uint32_t nr_times);
+/* The same, for about permille in 1000 of those that reach it, as the seed has it; the others pass. */
+int point_arm_some(int point, int action, int arg, uint32_t nr_times, uint32_t permille, uint64_t seed);
 /* Waits until at least nr_threads have reached an armed point since it was armed; -ETIMEDOUT if not. */
 int point_wait(int point, uint32_t nr_threads, int timeout_ms);
 /* Disarms: everybody stopped there goes on. Never fails for a valid point. */

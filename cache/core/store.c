@@ -3,6 +3,7 @@
 #include "cache/core/store.h"
 
 #include "cache/core/abi.h"
+#include "cache/core/points.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -118,6 +119,12 @@ void store_raise(int eventfd)
 	/* Only EAGAIN is possible, when the counter is full: then the reader has news already. */
 	if (write(eventfd, &one, sizeof one) < 0)
 		assert(errno == EAGAIN);
+}
+
+void store_raise_at(int point, int eventfd)
+{
+	if (point_reach(point) >= 0)
+		store_raise(eventfd);
 }
 
 uint32_t store_extent_pages(const struct store *store)

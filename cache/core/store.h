@@ -95,5 +95,7 @@ uint64_t store_begin_evict(struct image *image, uint32_t *extents, uint64_t nr);
 void store_end_evict(struct image *image, const uint32_t *extents, uint64_t nr);
 
 void store_raise(int eventfd);
+/* Raises it, unless a test has this one notification be lost: whoever waits for it must do without. */
+void store_raise_at(int point, int eventfd);
 
 #endif

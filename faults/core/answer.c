@@ -41,7 +41,7 @@ void answer_failed(struct guest *guest, int err)
 		return;
 	}
 	atomic_store(&header->broken, err);
-	store_raise(guest->image->store->notice_fd);
+	store_raise_at(POINT_WAKE_SERVICE, guest->image->store->notice_fd);
 }
 
 /* A mapping that was split in the middle is not one mapping for the kernel: then at least the page that matters is

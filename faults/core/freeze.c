@@ -17,6 +17,7 @@
 
 #include "accounting/core/track.h"
 #include "cache/core/abi.h"
+#include "cache/core/points.h"
 #include "cache/core/store.h"
 
 #include <errno.h>
@@ -29,6 +30,7 @@
 #include <unistd.h>
 
 #define FREEZE_WITHIN_NS 1000000000u
+#define LOOK_SECONDS 2 /* a kick that was lost costs that much, and no more */
 #define EVENTS_LOOK_NS 10000000u /* for faults, while an event keeps the descriptor readable */
 
 bool hold_turn(struct guest *guest)
@@ -75,28 +77,28 @@ void hold_sleep(struct guest *guest)
 		{.fd = broken || hold->events_wait ? -1 : guest->uffd, .events = POLLIN},
 		{.fd = guest->kick_fd, .events = POLLIN},
 	};
-	struct timespec room = {.tv_nsec = EVENTS_LOOK_NS};
 	bool timed = hold->events_wait || guest->retry_at_ns;
+	struct timespec room = timed ? (struct timespec){.tv_nsec = EVENTS_LOOK_NS} : (struct timespec){.tv_sec = LOOK_SECONDS};
 	uint64_t kicks;
 
 	hold->events_wait = false;
-	int nr = ppoll(fds, 2, timed ? &room : NULL, NULL);
+	int nr = ppoll(fds, 2, &room, NULL);
 	if (nr < 0)
 		return;
 	if (fds[0].revents & (POLLERR | POLLNVAL))
 		answer_failed(guest, -EBADFD);
 	else if (fds[0].revents)
 		hold->events_wait = !nr_faults_waiting(guest);
-	bool kicked = fds[1].revents && read(guest->kick_fd, &kicks, sizeof kicks) > 0 &&
-	              atomic_exchange(&guest->wake_wanted, false);
-	if (kicked || (!nr && guest->retry_at_ns))
+	bool kicked = fds[1].revents && read(guest->kick_fd, &kicks, sizeof kicks) > 0;
+	bool wake = (kicked || !nr) && atomic_exchange(&guest->wake_wanted, false);
+	if (wake || (!nr && guest->retry_at_ns))
 		ask_again(guest);
 }
 
 static void ask_thread(struct guest *guest, bool hold)
 {
 	atomic_store_explicit(&guest->hold.wanted, hold, memory_order_release);
-	store_raise(guest->kick_fd);
+	store_raise_at(POINT_WAKE_GUEST, guest->kick_fd);
 }
 
 /* Waits until the thread holds; -ETIMEDOUT. */

@@ -19,6 +19,7 @@
 
 #define GUEST_STACK_BYTES (128u << 10)
 #define STOPPED_RECHECK_NS 100000000u
+#define LOOK_NS 2000000000u /* a kick that was lost costs that much, and no more */
 /* A spin that finds a fault earns credit, one that does not costs it; without credit one sleep in
  * SPIN_PROBE is preceded by a spin, to see whether it pays again. */
 #define SPIN_CREDIT_MAX 16
@@ -166,8 +167,8 @@ static ssize_t spin_for_messages(struct guest *guest, struct uffd_msg *messages)
 	return nr;
 }
 
-/* How long the thread may sleep, and whether it is time to ask the waiting ones again. */
-static bool retry_due(struct guest *guest, struct timespec **timeout, struct timespec *room)
+/* How long the thread may sleep at most, and whether it is time to ask the waiting ones again. */
+static bool retry_due(struct guest *guest, struct timespec *room)
 {
 	uint64_t now = clock_now_ns();
 
@@ -175,20 +176,18 @@ static bool retry_due(struct guest *guest, struct timespec **timeout, struct tim
 		guest->retry_at_ns = now + STOPPED_RECHECK_NS;
 	if (!guest->retry_at_ns)
 		guest->retry_at_ns = guest->drop_at_ns;
-	*timeout = NULL;
 	if (guest->retry_at_ns && guest->retry_at_ns <= now)
 		return true;
 	uint64_t until = guest->retry_at_ns;
 	if (guest->idle_at_ns && (!until || guest->idle_at_ns < until))
 		until = guest->idle_at_ns > now ? guest->idle_at_ns : now;
 	guest->idle_at_ns = 0;
-	if (!until)
-		return false;
+	if (!until || until > now + LOOK_NS)
+		until = now + LOOK_NS;
 	*room = (struct timespec){
 		.tv_sec = (time_t)((until - now) / 1000000000u),
 		.tv_nsec = (long)((until - now) % 1000000000u),
 	};
-	*timeout = room;
 	return false;
 }
 
@@ -216,12 +215,12 @@ static void sleep_for_messages(struct guest *guest)
 		{.fd = guest->uffd, .events = POLLIN},
 		{.fd = guest->kick_fd, .events = POLLIN},
 	};
-	struct timespec room, *timeout;
+	struct timespec room;
 	uint64_t kicks;
 
 	if (guest->drop_at_ns && guest->drop_at_ns <= clock_now_ns())
 		answer_drop(guest);
-	if (retry_due(guest, &timeout, &room)) {
+	if (retry_due(guest, &room)) {
 		if (!atomic_load(&guest->account->header->stopped_since_ns) || quota_has_room(guest))
 			ask_again(guest);
 		else
@@ -231,11 +230,13 @@ static void sleep_for_messages(struct guest *guest)
 	/* A descriptor its guest made blocking polls as an error, and one whose guest is broken has nothing to say. */
 	if (atomic_load(&guest->account->header->broken))
 		fds[0].fd = -1;
-	if (ppoll(fds, 2, timeout, NULL) < 0)
+	int nr = ppoll(fds, 2, &room, NULL);
+	if (nr < 0)
 		return;
 	if (fds[0].revents & (POLLERR | POLLNVAL))
 		answer_failed(guest, -EBADFD);
-	if (fds[1].revents && read(guest->kick_fd, &kicks, sizeof kicks) > 0 && atomic_exchange(&guest->wake_wanted, false))
+	bool kicked = fds[1].revents && read(guest->kick_fd, &kicks, sizeof kicks) > 0;
+	if ((kicked || !nr) && atomic_exchange(&guest->wake_wanted, false))
 		ask_again(guest);
 }
 
@@ -348,7 +349,7 @@ int guest_start_kind(struct account *account, int uffd, int pidfd, const struct 
 int guest_stop(struct guest *guest)
 {
 	atomic_store_explicit(&guest->stop, true, memory_order_release);
-	store_raise(guest->kick_fd);
+	store_raise_at(POINT_WAKE_GUEST, guest->kick_fd);
 	pthread_join(guest->thread, NULL);
 	pthread_mutex_lock(&guest->answer_lock);
 	guest->stopped = true;
@@ -363,5 +364,5 @@ int guest_stop(struct guest *guest)
 void guest_resume(struct guest *guest)
 {
 	atomic_store(&guest->wake_wanted, true);
-	store_raise(guest->kick_fd);
+	store_raise_at(POINT_WAKE_GUEST, guest->kick_fd);
 }

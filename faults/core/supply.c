@@ -139,7 +139,7 @@ static void answer_supplied(struct load_waiter *waiter, int status)
 		miss->status = status;
 		miss->next = guest->supply->done;
 		guest->supply->done = miss;
-		store_raise(guest->kick_fd);
+		store_raise_at(POINT_WAKE_GUEST, guest->kick_fd);
 	}
 	pthread_mutex_unlock(&guest->answer_lock);
 	if (stopped) {

@@ -42,7 +42,7 @@ static void quota_stop(struct guest *guest)
 	if (atomic_load(&guest->account->header->stopped_since_ns))
 		return;
 	account_begin_stop(guest->account);
-	store_raise(guest->image->store->notice_fd);
+	store_raise_at(POINT_WAKE_SERVICE, guest->image->store->notice_fd);
 }
 
 /*

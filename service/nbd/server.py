@@ -265,6 +265,7 @@ class NbdService:
             _log.info("nbd-detached", export=client.export.name, end=how, **_who(peer))
 
     def _look_after(self) -> None:
+        self._on_ended()  # whether or not we were told
         now = time.monotonic()
         for session in list(self._sessions):
             if now > session.deadline:

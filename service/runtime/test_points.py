@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fault injection for tests: the operators' request "point", if COWSHED_TEST_POINTS is set.
 
-The core's named points (cache/core/points.h) stop, fail or kill; those of the service's own only
-kill. Without the variable there is no such request, and reach() is a look at an empty set.
+The core's named points (cache/core/points.h) stop, fail, delay or kill; those of the service's own
+only kill. Without the variable there is no such request, and reach() is a look at an empty set.
+docs/testing.md lists them.
 """
 
 from __future__ import annotations
@@ -26,18 +27,32 @@ _armed: set[str] = set()
 
 
 def arm(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Arm the point of that name: action "stop", "fail" (with errno), "kill" or "off"; times."""
+    """Arm the point of that name: action "stop", "fail" (errno), "delay" (ms), "kill", "off".
+
+    times, 1 unless given, 0 for ever; permille of those that come by, as seed has it.
+    """
     name = take_text(request, "name")
-    action = take_choice(request, "action", ("off", "stop", "fail", "kill"), default="kill")
+    action = take_choice(
+        request, "action", ("off", "stop", "fail", "delay", "kill"), default="kill"
+    )
     if name in _OURS:
         (_armed.discard if action == "off" else _armed.add)(name)
     elif action == "off":
         checked(lib.point_release(_number(name)), "releasing a point")
     else:
         value = getattr(lib, f"POINT_{action.upper()}")
-        error = take_optional_number(request, "errno") or 0
-        times = take_optional_number(request, "times") or 1
-        checked(lib.point_arm(_number(name), value, error, times), "arming a point")
+        argument = take_optional_number(request, "ms" if action == "delay" else "errno") or 0
+        times = take_optional_number(request, "times")
+        some = take_optional_number(request, "permille")
+        armed = lib.point_arm_some(
+            _number(name),
+            value,
+            argument,
+            1 if times is None else times,
+            1000 if some is None else some,
+            take_optional_number(request, "seed") or 0,
+        )
+        checked(armed, "arming a point")
     yield {}
 
 
@@ -49,6 +64,6 @@ def reach(name: str) -> None:
 
 def _number(name: str) -> int:
     number = getattr(lib, f"POINT_{name}", None)
-    if number is None or name in ("NR", "OFF", "STOP", "FAIL", "KILL"):
+    if number is None or name in ("NR", "OFF", "STOP", "FAIL", "KILL", "DELAY"):
         raise UsageError(f"no point {name!r}")
     return int(number)

@@ -8,6 +8,7 @@
  */
 #define _GNU_SOURCE
 #include "transport/core/nbd_state.h"
+#include "cache/core/points.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -27,6 +28,7 @@
 #define STOP_EVENT (UINT64_MAX - 1)
 #define WORKER_STACK_BYTES (256u << 10)
 #define LINGER_US 2000 /* a thread waits with its connection (nbd_turn.c) */
+#define LOOK_MS 1000 /* a wake-up that was lost costs that much, and no more */
 #define EVENTS_MAX 1 /* what a thread has taken, no other can serve */
 
 static struct nbd_connection *server_find(struct nbd_server *server, uint64_t connection_no)
@@ -52,7 +54,7 @@ void nbd_enqueue(struct nbd_connection *connection)
 	}
 	pthread_mutex_unlock(&server->ready_lock);
 	if (fresh)
-		store_raise(server->ready_fd);
+		store_raise_at(POINT_WAKE_NBD, server->ready_fd);
 }
 
 /* Takes it out of the line: it is ending. Nobody can find it any more to put it there again. */
@@ -100,13 +102,11 @@ static void connection_go(struct overlay_hold *hold)
 	pthread_mutex_unlock(&connection->lock);
 }
 
-/* The number of the connection that is next in line; 0 if another thread took it. */
+/* The number of the connection that is next in line; 0 if there is none. */
 static uint64_t ready_pop(struct nbd_server *server)
 {
-	uint64_t nr, connection_no = 0;
+	uint64_t connection_no = 0;
 
-	if (read(server->ready_fd, &nr, sizeof nr) < 0)
-		return 0;
 	pthread_mutex_lock(&server->ready_lock);
 	struct nbd_connection *connection = server->ready;
 	if (connection) {
@@ -118,6 +118,14 @@ static uint64_t ready_pop(struct nbd_server *server)
 	}
 	pthread_mutex_unlock(&server->ready_lock);
 	return connection_no;
+}
+
+/* Another thread may have taken it; and nothing but time tells of one whose wake-up was lost (nr 0). */
+static uint64_t next_in_line(struct nbd_server *server, int nr)
+{
+	uint64_t raised;
+
+	return nr && read(server->ready_fd, &raised, sizeof raised) < 0 ? 0 : ready_pop(server);
 }
 
 static void segments_free(struct nbd_connection *connection)
@@ -164,7 +172,7 @@ static void connection_end(struct nbd_connection *connection)
 	pthread_mutex_unlock(&connection->lock);
 	ready_forget(connection);
 	connection_free(connection);
-	store_raise(server->event_fd);
+	store_raise_at(POINT_WAKE_NBD_ENDED, server->event_fd);
 }
 
 /* Takes the connection for a turn, unless another thread has it, which will then look again. */
@@ -220,11 +228,11 @@ void *nbd_worker_main(void *arg)
 	prctl(PR_SET_NAME, "cow-nbd");
 	while (!atomic_load(&server->stop)) {
 		struct epoll_event event;
-		int nr = epoll_wait(server->epoll_fd, &event, EVENTS_MAX, -1);
+		int nr = epoll_wait(server->epoll_fd, &event, EVENTS_MAX, LOOK_MS);
 
-		if (nr <= 0 || event.data.u64 == STOP_EVENT)
+		if (nr < 0 || (nr && event.data.u64 == STOP_EVENT))
 			continue;
-		uint64_t connection_no = event.data.u64 == READY_EVENT ? ready_pop(server) : event.data.u64;
+		uint64_t connection_no = nr && event.data.u64 != READY_EVENT ? event.data.u64 : next_in_line(server, nr);
 		pthread_mutex_lock(&server->lock);
 		struct nbd_connection *connection = server_find(server, connection_no);
 		if (connection)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What befalls the world of the chaos test. Each event ends when the system says that it is over.
+
+An event takes the world, draws from its random numbers, and notes what it does.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from actors import IMAGE, FarActor, MappedActor
+from hosts import ChaosHost
+from page_model import PAGE
+from world import World
+
+Event = Callable[[World], None]
+
+_PHASES: Final = ("connect", "prepare", "warm", "precopy", "freeze", "commit", "moved")
+
+
+def _await_successor(world: World, host: ChaosHost, pid: int) -> None:
+    world.wait(lambda: host.status()["pid"] != pid, f"a successor serves at {host.name}")
+
+
+def kill_backend(world: World) -> None:
+    host = world.rng.choice(world.hosts)
+    with world.cause("death"):
+        pid = host.kill_backend()
+        world.note(f"killed backend {pid} of {host.name}")
+        _await_successor(world, host, pid)
+        world.wait_progress()
+
+
+def kill_backend_twice(world: World) -> None:
+    """The successor dies before it has served long, or at all."""
+    host = world.rng.choice(world.hosts)
+    with world.cause("death"):
+        pid = host.kill_backend()
+        world.note(f"killed backend {pid} of {host.name}, and another as soon as it is there")
+        world.wait(lambda: host.backend_pid != pid, "a successor is there")
+        again = host.kill_backend()
+        _await_successor(world, host, again)
+        world.wait_progress()
+
+
+def reload(world: World) -> None:
+    host = world.rng.choice(world.hosts)
+    with world.cause("death"):
+        pid = host.reload()
+        world.note(f"SIGHUP to {host.name}, whose backend is {pid}")
+        _await_successor(world, host, pid)
+        world.wait_progress()
+
+
+def kill_keeper(world: World) -> None:
+    host = world.rng.choice(world.hosts)
+    before = host.nr_keepers
+    world.note(f"killing keeper {host.keeper_pid} of {host.name}")
+    host.kill_keeper()
+    world.wait(lambda: host.nr_keepers > before, f"another keeper of {host.name}")
+    world.wait_progress()
+
+
+def kill_guest(world: World) -> None:
+    actor = world.rng.choice(world.actors)
+    world.note(f"killing guest {actor.name}")
+    if actor.kill("killed"):
+        world.wait_progress()
+
+
+def kill_guest_and_backend(world: World) -> None:
+    """Both at once: the keeper hands over what nobody wants any more."""
+    actor = world.rng.choice(world.actors)
+    host = world.hosts[world.owner]
+    world.note(f"killing guest {actor.name} and the backend of {host.name}")
+    with world.cause("death"):
+        actor.kill("killed")
+        pid = host.kill_backend()
+        _await_successor(world, host, pid)
+        world.wait_progress()
+
+
+def evict(world: World) -> None:
+    for _ in range(world.rng.randrange(1, 20)):
+        world.hosts[world.owner].request("evict", image=IMAGE)
+    world.note("evicted everything, again and again")
+    world.wait_progress()
+
+
+def squeeze(world: World) -> None:
+    """A quota below what is used, until its writer has met it; then none again."""
+    kinds = (MappedActor, FarActor)
+    actor = world.rng.choice([each for each in world.actors if isinstance(each, kinds)])
+    host = world.hosts[world.owner]
+    world.note(f"quota of {actor.name}")
+    with world.cause("space"), world.patience_with(actor):
+        if not any(guest["name"] == actor.name for guest in host.status()["guests"]):
+            return
+        host.request("quota", guest=actor.name, quota_bytes=PAGE)
+        world.wait_progress(actor)
+        host.request("quota", guest=actor.name, quota_bytes=None)
+        world.wait_progress()
+
+
+def look(world: World) -> None:
+    """Audits, with everybody at rest."""
+    with world.paused():
+        world.note("audit")
+        world.audit()
+
+
+def look_while_busy(world: World) -> None:
+    world.note("audit under load")
+    world.audit()
+
+
+def _fault(world: World, cause: str, name: str, number: int, times: int) -> None:
+    host = world.hosts[world.owner]
+    world.note(f"{name} fails {times} times with {errno.errorcode[number]}")
+    with world.cause(cause):
+        host.request("evict", image=IMAGE)
+        host.point(name, "fail", times, errno=number)
+        world.wait_progress()
+        host.point(name, "off")
+        host.request("warm", image=IMAGE)
+        world.wait_progress()
+
+
+def source_fails(world: World) -> None:
+    _fault(world, "source", "LOAD_READ", errno.EIO, world.rng.choice((1, 2, 5, 40)))
+
+
+def memory_is_short(world: World) -> None:
+    _fault(world, "source", "LOAD_FILL", errno.ENOMEM, world.rng.choice((1, 5, 20)))
+
+
+def disk_is_full(world: World) -> None:
+    _fault(world, "space", "OVERLAY_WRITTEN", errno.ENOSPC, world.rng.choice((1, 3, 10)))
+
+
+def drain(world: World) -> None:
+    _drain(world, "")
+
+
+def drain_and_kill(world: World) -> None:
+    _drain(world, world.rng.choice(("source", "target")))
+
+
+def _drain(world: World, killed: str) -> None:
+    source, target = world.hosts[world.owner], world.hosts[1 - world.owner]
+    uri = world.rng.choice((target.unix, target.far["tcp"]))
+    phase = world.rng.choice(_PHASES)
+    with world.paused():
+        world.is_moving = True
+        for actor in world.actors:
+            if actor.name == "attached":
+                actor.kill("killed")
+    world.note(
+        f"drain from {source.name} to {uri}" + (f", {killed} dies at {phase}" * bool(killed))
+    )
+    with world.cause("move"):
+        done: list[subprocess.CompletedProcess[str]] = []
+        command = threading.Thread(
+            target=lambda: done.append(source.run("drain", "--json", "--to", uri)), daemon=True
+        )
+        command.start()
+        if killed:
+            _kill_at(world, source, target, killed, phase, command)
+        world.wait(lambda: not command.is_alive(), "the drain ends")
+        said = done[0]
+        if not killed:
+            assert said.returncode == 0, f"drain: {said.stderr}"
+            report = json.loads(said.stdout)
+            world.note(f"{report['guests']} guests moved")
+        _find_owner(world, source, target)
+        if world.hosts[world.owner] is target:
+            for actor in world.actors:
+                if isinstance(actor, MappedActor):
+                    actor.kill("moved")
+        for actor in world.actors:
+            actor.look_at_all()
+        world.is_moving = False
+        world.wait_progress()
+    world.note(f"owner is {world.hosts[world.owner].name}")
+
+
+def _kill_at(
+    world: World,
+    source: ChaosHost,
+    target: ChaosHost,
+    killed: str,
+    phase: str,
+    command: threading.Thread,
+) -> None:
+    """Kill one end once the source is in that phase, or in a later one, or the drain is over."""
+    wanted = _PHASES[_PHASES.index(phase) :]
+
+    def is_there() -> bool:
+        state = source.request("drain-state")["drain"]
+        return not command.is_alive() or (state is not None and state["phase"] in wanted)
+
+    world.wait(is_there, f"the drain comes to {phase}")
+    host = source if killed == "source" else target
+    pid = host.kill_backend()
+    _await_successor(world, host, pid)
+
+
+def _find_owner(world: World, source: ChaosHost, target: ChaosHost) -> None:
+    found: list[str] = []
+
+    def is_known() -> bool:
+        state = source.request("drain-state")["drain"]
+        found[:] = [state["phase"] if state else "none"]
+        return found[0] in ("none", "aborted", "moved")
+
+    world.wait(is_known, "one end owns the guests")
+    if found[0] == "moved":
+        world.owner = world.hosts.index(target)
+    world.note(f"the drain ended {found[0]}")
+
+
+EVENTS: Final[list[tuple[int, Event]]] = [
+    (4, kill_backend),
+    (1, kill_backend_twice),
+    (2, reload),
+    (2, kill_keeper),
+    (3, kill_guest),
+    (2, kill_guest_and_backend),
+    (2, evict),
+    (2, squeeze),
+    (2, look),
+    (1, look_while_busy),
+    (2, source_fails),
+    (1, memory_is_short),
+    (1, disk_is_full),
+    (3, drain),
+    (2, drain_and_kill),
+]
+
+
+def choose(world: World) -> Event:
+    """The next event; all kinds come by once before chance decides alone."""
+    weights = [weight for weight, _ in EVENTS]
+    return world.rng.choices([event for _, event in EVENTS], weights)[0]
+
+
+def processes(world: World) -> dict[str, int]:
+    """Who is about, for a report on a hang."""
+    found = {actor.name: actor.pid for actor in world.actors if actor.pid}
+    for host in world.hosts:
+        found[f"backend {host.name}"] = host.backend_pid
+        found[f"keeper {host.name}"] = host.keeper_pid
+    return {name: pid for name, pid in found.items() if os.path.exists(f"/proc/{pid}")}

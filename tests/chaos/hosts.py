@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A backend of the chaos test with its keeper: where it is reached, who its processes are."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from certificates import Authority
+from domains import Daemon, cowshed
+
+from cowshed.transport import connect
+
+ENVIRONMENT = ("env", "COWSHED_TEST_POINTS=1", "PYTHONFAULTHANDLER=1")
+
+
+class ChaosHost:
+    """One backend of image "d", kept, which every transport reaches. points: faults injected."""
+
+    def __init__(self, name: str, run_dir: Path, image: Path, authority: Authority) -> None:
+        self.name = name
+        self.run_dir = run_dir
+        server = urlencode(authority.issue(f"server-{name}", "IP:127.0.0.1"))
+        arguments = [
+            f"--image=d={image}",
+            "--capacity=3M",
+            "--listen=tcp://127.0.0.1:0",
+            f"--listen=tls://127.0.0.1:0?{server}",
+            "--accept-handoff",
+            "--metrics=127.0.0.1:0",
+            "--verbose",
+        ]
+        self.daemon = Daemon(run_dir, arguments, before=ENVIRONMENT, kept=True)
+        self.daemon.wait_ready()
+        self.far = {
+            uri.partition(":")[0]: uri.partition("?")[0]
+            for uri in re.findall(r"event=listening uri=\"?([^\"\s]+)", self.daemon.log())
+        }
+        self._held_at_first = self.held()
+
+    @property
+    def unix(self) -> str:
+        return f"unix://{self.run_dir}/cowshed.sock"
+
+    @property
+    def backend_pid(self) -> int:
+        """Whoever serves, or is about to: the file is empty for an instant between two."""
+        while not (text := (self.run_dir / "lock").read_text()):
+            select.select([], [], [], 0.001)
+        return int(text)
+
+    @property
+    def keeper_pid(self) -> int:
+        """The keeper is whose child, or whose watcher, the backend is."""
+        changed = re.findall(r"event=keeper-changed pid=(\d+)", self.daemon.log())
+        return int(changed[-1]) if changed else self.daemon.pid
+
+    @property
+    def nr_keepers(self) -> int:
+        return self.daemon.log().count("event=keeper-changed")
+
+    def kill_backend(self) -> int:
+        pid = self.backend_pid
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def kill_keeper(self) -> None:
+        os.kill(self.keeper_pid, signal.SIGKILL)
+        self.daemon.process.poll()
+
+    def reload(self) -> int:
+        pid = self.backend_pid
+        os.kill(self.keeper_pid, signal.SIGHUP)
+        return pid
+
+    def request(self, op: str, **fields: Any) -> dict[str, Any]:
+        with connect(self.unix) as backend:
+            return dict(backend.request(op, **fields))
+
+    def status(self) -> dict[str, Any]:
+        return dict(self.request("status")["status"])
+
+    def point(self, name: str, action: str, times: int = 1, **more: int) -> None:
+        self.request("point", name=name, action=action, times=times, **more)
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return cowshed(words[0], "--run-dir", str(self.run_dir), *words[1:])
+
+    def held(self) -> dict[str, Counter[str]]:
+        """What backend and keeper hold that guests and images are made of, by kind."""
+        return {
+            who: _kinds(pid)
+            for who, pid in (("backend", self.backend_pid), ("keeper", self.keeper_pid))
+        }
+
+    def leaked(self) -> str:
+        """What is held beyond what was before any guest came; "" if nothing is."""
+        now = self.held()
+        more = {who: +(now[who] - self._held_at_first[who]) for who in now}
+        return "" if not any(more.values()) else f"{self.name}: {more}"
+
+    def stop(self) -> None:
+        """End it in order; AssertionError if processes of it are left."""
+        backend = os.pidfd_open(self.backend_pid)
+        signal.pidfd_send_signal(backend, signal.SIGTERM)
+        ended = select.select([backend], [], [], 60)[0]
+        os.close(backend)
+        assert ended, f"{self.name}: the backend does not end"
+        self.daemon.process.wait(60)
+
+    def processes(self) -> list[int]:
+        """Whatever runs with our run-dir among its words."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal() and int(entry.name) != os.getpid():
+                try:
+                    words = (entry / "cmdline").read_bytes()
+                except OSError:
+                    continue
+                if b"serve\0--run-dir\0" + os.fsencode(self.run_dir) + b"\0" in words:
+                    found.append(int(entry.name))
+        return found
+
+
+def _kinds(pid: int) -> Counter[str]:
+    kinds: Counter[str] = Counter()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            target = os.readlink(entry)
+        except OSError:
+            continue
+        if target.startswith("/memfd:"):
+            kinds[target.partition(" ")[0]] += 1
+        elif target.startswith(("anon_inode:[userfaultfd]", "/proc/")):
+            kinds[re.sub(r"\d+", "N", target)] += 1
+    return kinds
