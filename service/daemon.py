@@ -131,7 +131,8 @@ class Daemon:
         stack.callback(core.close)
         bequests = OverlayBequests(self._fd_store)
         overlays = self._overlays = _keep_overlays(config, core, self.guests, door, stack, bequests)
-        overlays.adopt(list(store), remains)
+        record = HandoffRecord(config.state_dir)
+        overlays.adopt(list(store), remains, record.owned)
         self.moved_in: Final = MovedInTable(overlays, self.guests)
         evictor = self._evictor = Evictor(store)
         self._working_sets = WorkingSets(config.state_dir)
@@ -199,7 +200,7 @@ class Daemon:
             self.control,
             self._working_sets,
             self._tallies,
-            HandoffRecord(config.state_dir),
+            record,
             self._loop,
             self._guest_door,
             network.disconnect,

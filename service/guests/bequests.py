@@ -30,6 +30,8 @@ _log = EventLog("cowshed.bequests")
 
 _PREFIX: Final = "mapping/"
 _KINDS: Final = {"record", "ledger", "purse", "uffd", "pagemap", "mem", "socket"}
+# Where pages are that the guest brought along, and has not touched yet: memory, or a file.
+_SEEDS: Final = frozenset({"overlay", "pages"})
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Bequests:
         record = record_make({**_describe(mapping, terms), "tag": tag})
         mapping.fds.append(record)
         fds = [*mapping.fds, mapping.account.fd, mapping.guest.purse.fd, connection.fileno()]
-        if (seeds_fd := mapping.account.seeds_fd) >= 0 and kind_of(seeds_fd) == "overlay":
+        if (seeds_fd := mapping.account.seeds_fd) >= 0 and kind_of(seeds_fd) in _SEEDS:
             fds.append(seeds_fd)
         try:
             self._fd_store.hold(group, fds)
@@ -103,8 +105,9 @@ class Bequests:
         self, group: str, left: dict[str, int], store: PageStore, guests: GuestTable
     ) -> Heir | None:
         """Adopt one mapping, its descriptors with it; None, and none taken, if it cannot be."""
-        if left.keys() - {"overlay"} != _KINDS:
+        if left.keys() - _SEEDS != _KINDS:
             return None
+        seeds_kind = next(iter(left.keys() & _SEEDS), "")
         record = record_read(left["record"])
         image = _find(store, record["domain"], record["image"])
         if image is None:
@@ -131,7 +134,7 @@ class Bequests:
                 peer,
                 os.dup(left["ledger"]),
                 fds,
-                seeds_fd=left.get("overlay", -1),
+                seeds_fd=left.get(seeds_kind, -1),
             )
         except CowshedError as error:
             # Its account was closed already when the backend died, or it is broken beyond use.
@@ -141,10 +144,10 @@ class Bequests:
             return None
         for name in ("ledger", "purse", "socket"):
             os.close(left[name])
-        if "overlay" in left:
-            os.close(left.pop("overlay"))
+        if seeds_kind:
+            os.close(left.pop(seeds_kind))
             if mapping.account.seeds_fd >= 0:
-                left["overlay"] = mapping.account.seeds_fd
+                left[seeds_kind] = mapping.account.seeds_fd
         left.update(ledger=mapping.account.fd, purse=guest.purse.fd, socket=connection.fileno())
         is_open = record_is_open(left["record"])
         return Heir(mapping, connection, terms, group, record["tag"] if is_open else None)

@@ -279,6 +279,10 @@ class GuestTable:
                 del self._guests[guest.terms.key]
                 guest.purse.close()
 
+    def has(self, key: tuple[str, str]) -> bool:
+        """Whether a connection holds the name."""
+        return key in self._guests
+
     def check_free(self, terms: Terms) -> None:
         """Raise UsageError if a name is taken."""
         if terms.key in self._guests or terms.key in self._kept_names:

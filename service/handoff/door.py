@@ -22,6 +22,7 @@ from cowshed.service.images.evictor import Evictor
 from cowshed.service.overlays.overlays import OverlayTable
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.stops import stop_at
+from cowshed.service.runtime.test_points import reach
 from cowshed.transport.handoff_sections import (
     End,
     GuestSection,
@@ -262,8 +263,10 @@ class _Reception:
             self._say("denied")
         elif action is Action.RECORD_OWNER:
             self._door.own(self.handoff)
+            reach("HANDOFF_OWNED")
         elif action is Action.ADMIT:
             names = self._receiver.admit()
+            reach("HANDOFF_ADMITTED")
             _log.notice("handoff-received", whose=self._whose, guests=len(names))
             self._door.admitted(names)
         elif action is Action.DISCARD:
@@ -271,6 +274,7 @@ class _Reception:
                 self._receiver.discard()
         elif action is Action.KEEP:
             self._receiver.keep(self.handoff)
+            reach("HANDOFF_KEPT")
 
     def _say(self, what: str, **fields: Any) -> None:
         self._link.send(self._writer.write(Word({"say": what, **fields})))

@@ -168,7 +168,12 @@ class Receiver:
         yield from self._load(image, inside[: max(0, room)])
 
     def keep(self, handoff: str) -> None:
-        """Have what is staged outlive this process."""
+        """Have what is staged outlive this process: a successor admits it if that handoff is ours.
+
+        Raises SourceError.
+        """
+        for guest in self.staged:
+            self._overlays.keep_staged(guest, handoff)
 
     def finish(self, reader: StateReader) -> None:
         """All came: SourceError unless each guest has what its totals say."""

@@ -18,7 +18,13 @@ from cowshed.cache import CowshedError
 from cowshed.service.overlays.files import OverlayRecord, overlay_record
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.remains import Remains, record_make, record_read
+from cowshed.service.survival.remains import (
+    Remains,
+    record_close,
+    record_is_open,
+    record_make,
+    record_read,
+)
 
 __all__ = ["LeftOverlay", "OverlayBequests"]
 
@@ -36,6 +42,7 @@ class LeftOverlay:
     record: OverlayRecord
     pages_id: str
     fds: dict[str, int]
+    staged: str = ""  # by this handoff, and not admitted
 
     @property
     def ledger(self) -> int:
@@ -70,11 +77,17 @@ class OverlayBequests:
         self._records: dict[str, int] = {}
 
     def hold(
-        self, record: OverlayRecord, pages_id: str, fds: list[int], left: LeftOverlay | None
+        self,
+        record: OverlayRecord,
+        pages_id: str,
+        fds: list[int],
+        left: LeftOverlay | None,
+        staged: str = "",
     ) -> str:
         """Have an overlay outlive us, as the one that was left if it is that; the group's name.
 
-        fds are borrowed until release(). "" if nobody holds it.
+        fds are borrowed until release(). "" if nobody holds it. staged: until admit() it counts
+        only if the handoff of that name does.
         """
         if left is not None:
             self._records[left.group] = left.fds["record"]
@@ -83,7 +96,7 @@ class OverlayBequests:
             self._fd_store.hold(left.group, [left.fds["record"], *fds])
             return left.group
         group = f"{_PREFIX}{secrets.token_hex(8)}"
-        made = record_make({**asdict(record), "pages_id": pages_id})
+        made = record_make({**asdict(record), "pages_id": pages_id, "staged": staged})
         try:
             self._fd_store.hold(group, [made, *fds])
         except OSError as error:
@@ -94,6 +107,11 @@ class OverlayBequests:
             return ""
         self._records[group] = made
         return group
+
+    def admit(self, group: str) -> None:
+        """What was held as staged counts from now on."""
+        if group:
+            record_close(self._records[group])
 
     def release(self, group: str) -> None:
         """Have an overlay that is closed held no more."""
@@ -113,7 +131,10 @@ class OverlayBequests:
                 if fds.keys() - {"overlay"} != _KINDS:
                     raise ValueError(f"it has {', '.join(sorted(fds))}")
                 fields = record_read(fds["record"])
-                left = LeftOverlay(group, overlay_record(fields), str(fields["pages_id"]), fds)
+                staged = str(fields.get("staged", "")) if record_is_open(fds["record"]) else ""
+                left = LeftOverlay(
+                    group, overlay_record(fields), str(fields["pages_id"]), fds, staged
+                )
             except (CowshedError, ValueError, KeyError, TypeError) as error:
                 _log.error("overlay-lost", f"{group} is broken: {error}")
                 self._close(group, fds)

@@ -91,9 +91,14 @@ class OverlayFiles:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 _log.error("overlay-unreadable", f"{path.name}: {error}; move it away")
 
-    def write(self, record: OverlayRecord, image: Image) -> None:
-        """Keep a record, durably, in the place of an older one. Raises SourceError."""
+    def write(self, record: OverlayRecord, image: Image, staged: str = "") -> None:
+        """Keep a record, durably, in the place of an older one. Raises SourceError.
+
+        staged: it counts only if the handoff of that name does.
+        """
         table = {"version": _VERSION, **asdict(record), **_source_of(image)}
+        if staged:
+            table["staged"] = staged
         path = self._path(record.stem, ".json")
         temporary = path.with_suffix(".new")
         try:
@@ -116,6 +121,10 @@ class OverlayFiles:
                 f"the source of {image.label!r} changed since overlay {record.label!r} was made of "
                 f"it: serve the one it was made of, or remove {self._folder}/{record.stem}.*"
             )
+
+    def staged(self, record: OverlayRecord) -> str:
+        """The handoff that an overlay was staged by and not admitted since; "" if none was."""
+        return str(json.loads(self._path(record.stem, ".json").read_text()).get("staged", ""))
 
     def check_free(self, record: OverlayRecord) -> None:
         """Raise UsageError if files of that name are there: unusable ones, or they were open."""

@@ -15,7 +15,7 @@ import contextlib
 import os
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -150,16 +150,25 @@ class OverlayTable:
     def __iter__(self) -> Iterator[OverlayGuest]:
         return iter(list(self._overlays.values()))
 
-    def adopt(self, images: list[Image], remains: Remains | None = None) -> None:
+    def adopt(
+        self,
+        images: list[Image],
+        remains: Remains | None = None,
+        owned: Container[str] = (),
+    ) -> None:
         """Go on with what our predecessor left, and with what is in --overlay-dir.
 
-        Of the images that are served now.
+        Of the images that are served now; of what handoffs had staged, that of those that are ours.
         """
         by_label = {image.label: image for image in images}
         lefts = self._bequests.lefts(remains or Remains({}))
-        self._adopt_files(by_label, lefts)
+        self._adopt_files(by_label, lefts, owned)
         for left in lefts.values():
             image = by_label.get(left.record.image)
+            if (left.staged and left.staged not in owned) or self._is_mapped(image, left.record):
+                _log.info("overlay-forgotten", overlay=left.record.label)
+                self._bequests.let_go(left)
+                continue
             try:
                 if image is None or self._files is not None or not left.has_pages:
                     raise UsageError("nothing served now is made of it")
@@ -170,11 +179,22 @@ class OverlayTable:
             else:
                 _log.info("overlay-adopted", overlay=left.record.label)
 
-    def _adopt_files(self, by_label: dict[str, Image], lefts: dict[str, LeftOverlay]) -> None:
+    def _is_mapped(self, image: Image | None, record: OverlayRecord) -> bool:
+        """Whether its guest maps by now: the death came before the overlay could be given up."""
+        return image is not None and self._guests.has((image.domain, record.guest))
+
+    def _adopt_files(
+        self, by_label: dict[str, Image], lefts: dict[str, LeftOverlay], owned: Container[str]
+    ) -> None:
         if self._files is None:
             return
         for record in self._files.records():
             image = by_label.get(record.image)
+            staged = self._files.staged(record)
+            if (staged and staged not in owned) or self._is_mapped(image, record):
+                _log.info("overlay-forgotten", overlay=record.label)
+                self._files.remove(record.image, record.guest)
+                continue
             if image is None:
                 _log.notice(
                     "overlay-left",
@@ -187,6 +207,8 @@ class OverlayTable:
                 self._files.check(record, image)
                 self._open(image, record, None, lefts.get(record.label))
                 lefts.pop(record.label, None)
+                if staged:
+                    self._files.write(record, image)
             except (CowshedError, OSError) as error:
                 _log.error("overlay-unusable", str(error), overlay=record.label, file=record.stem)
             else:
@@ -305,12 +327,25 @@ class OverlayTable:
         guest.overlay.discard()  # files of one that was never admitted
         return guest
 
+    def keep_staged(self, guest: OverlayGuest, handoff: str) -> None:
+        """Have a staged overlay outlive us: a successor admits it if that handoff is owned by us.
+
+        Raises SourceError if its pages cannot be made durable.
+        """
+        if self._files is not None:
+            guest.overlay.flush()
+            self._files.write(self._record(guest), guest.image, handoff)
+        self._hold(guest, staged=handoff)
+
     def admit(self, guest: OverlayGuest) -> None:
         """From now on the owner of a staged overlay may enter it. Raises SourceError."""
         with self.lock:
             if self._files is not None:
                 self._files.write(self._record(guest), guest.image)
-            self._hold(guest)
+            if guest.group:
+                self._bequests.admit(guest.group)
+            else:
+                self._hold(guest)
             self._overlays[guest.terms.key] = guest
         _log.info("overlay-admitted", overlay=guest.label, owner=guest.owner)
 
@@ -372,11 +407,15 @@ class OverlayTable:
         self._overlays[guest.terms.key] = guest
         return guest
 
-    def _hold(self, guest: OverlayGuest, left: LeftOverlay | None = None) -> None:
+    def _hold(
+        self, guest: OverlayGuest, left: LeftOverlay | None = None, *, staged: str = ""
+    ) -> None:
         fds = [guest.account.fd, guest.purse.fd]
         if self._files is None:
             fds.append(guest.overlay.fd)
-        guest.group = self._bequests.hold(self._record(guest), guest.pages_id, fds, left)
+        guest.group = self._bequests.hold(self._record(guest), guest.pages_id, fds, left, staged)
+        if left is not None:
+            self._bequests.admit(guest.group)
 
     def _make(
         self,

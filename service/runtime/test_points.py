@@ -22,7 +22,12 @@ __all__ = ["ENABLED", "arm", "reach"]
 
 ENABLED: Final = bool(os.environ.get("COWSHED_TEST_POINTS"))
 
-_OURS: Final = frozenset({"REGION_ATTACHED", "REGION_HELD", "REGION_TOLD", "OPEN_TOLD"})
+_OURS: Final = frozenset(
+    {
+        *("OPEN_TOLD", "REGION_ATTACHED", "REGION_HELD", "REGION_TOLD"),
+        *("HANDOFF_KEPT", "HANDOFF_OWNED", "HANDOFF_ADMITTED"),
+    }
+)
 _armed: set[str] = set()
 
 

@@ -41,6 +41,7 @@ _SEND_SECONDS: Final = 5
 _NAME: Final = re.compile(r"[!-9;-~]{1,255}")
 
 _MEMFD: Final = re.compile(r"/memfd:cowshed-([a-z]+)( \(deleted\))?")
+_PAGES_FILE: Final = re.compile(r"/.*\.pages( \(deleted\))?")
 _PROC_FILE: Final = re.compile(r"/(pagemap|mem)( \(deleted\))?$")
 
 Groups = dict[str, list[int]]
@@ -238,5 +239,7 @@ def kind_of(fd: int) -> str:
         return "uffd"
     if link.startswith("socket:"):
         return "socket"
+    if _PAGES_FILE.fullmatch(link):
+        return "pages"
     found = _PROC_FILE.search(link)
     return found[1] if found else ""

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target is killed at named points, and its keeper's successor has the guests that came."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from domains import StartGuest, until
+from two_hosts import PAGE, SIZE, Host, Model
+
+from cowshed.transport import connect
+
+Pair = tuple[Host, Host]
+
+
+@pytest.fixture
+def with_target(
+    hosts: Pair, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Pair:
+    """The target is kept, and has its overlays where the test says: in "memory" or in "files"."""
+    a, b = hosts
+    monkeypatch.setenv("COWSHED_TEST_POINTS", "1")
+    b.start(*([f"--overlay-dir={tmp_path / 'b'}"] if request.param == "files" else []), kept=True)
+    monkeypatch.delenv("COWSHED_TEST_POINTS")
+    a.start()
+    return a, b
+
+
+def _kill_backend(host: Host) -> None:
+    pid = host.the_daemon.status()["pid"]
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: host.the_daemon.status()["pid"] != pid)
+
+
+@pytest.mark.parametrize(
+    ("with_target", "point"),
+    [
+        ("memory", "HANDOFF_KEPT"),
+        ("files", "HANDOFF_KEPT"),
+        ("memory", "HANDOFF_OWNED"),
+        ("files", "HANDOFF_OWNED"),
+        ("memory", "HANDOFF_ADMITTED"),
+    ],
+    indirect=["with_target"],
+)
+def test_guests_that_came_are_at_the_successor_of_a_target_killed_around_the_commit(
+    with_target: Pair, image: Path, point: str
+) -> None:
+    a, b = with_target
+    model = Model(image, 1)
+    with a.open("g") as disk:
+        model.write(disk)
+    b.the_daemon.request("point", name=point)
+    done = a.run("drain", "--to", b.unix)
+    # It owns once it has recorded that, and the source asks until it knows.
+    owner = a if point == "HANDOFF_KEPT" else b
+    assert done.returncode == (1 if owner is a else 0), done.stderr
+    until(lambda: (a.guests(), b.guests()) == (({"g"}, set()) if owner is a else (set(), {"g"})))
+    with owner.open("g") as disk:
+        model.check(disk)
+        model.write(disk)
+    if owner is a:
+        a.drain("--to", b.unix)
+        until(lambda: b.guests() == {"g"})
+    _kill_backend(b)
+    with b.open("g") as disk:
+        model.check(disk)
+    assert b.the_daemon.mismatches() == []
+
+
+@pytest.mark.parametrize(
+    ("with_target", "point"),
+    [
+        ("memory", "OPEN_TOLD"),
+        ("files", "REGION_ATTACHED"),
+        ("memory", "REGION_HELD"),
+        ("files", "REGION_HELD"),
+        ("files", "REGION_TOLD"),
+    ],
+    indirect=["with_target"],
+)
+def test_a_mapping_that_follows_finds_its_pages_wherever_the_target_is_killed(
+    with_target: Pair, start_guest: StartGuest, point: str
+) -> None:
+    a, b = with_target
+    model = bytearray(a.image.read_bytes())
+    guest = start_guest(a.unix, script="moving_guest.py")
+    guest.call("open", image="d", guest="g")
+    _fill(guest, 3, 700, 5, model)
+    pid = b.the_daemon.status()["pid"]
+    b.the_daemon.request("point", name=point)
+    # Until then its pages stay where they came, but for those that it asks for.
+    b.the_daemon.request("point", name="SEED_PUSH", action="fail", errno=5, times=1 << 30)
+    a.drain("--to", b.unix)
+    until(lambda: guest.call("where") == [b.unix, True, ""])
+    assert b.the_daemon.status()["pid"] != pid
+    guest.call("discard", offset=690 * PAGE, length=PAGE)
+    with a.image.open("rb") as file:
+        file.seek(690 * PAGE)
+        model[690 * PAGE : 691 * PAGE] = file.read(PAGE)
+    _kill_backend(b)
+    assert guest.call("hash", offset=0, length=SIZE) == hashlib.sha256(model).hexdigest()
+    _fill(guest, 800, 2, 6, model)
+    assert guest.call("hash", offset=0, length=SIZE) == hashlib.sha256(model).hexdigest()
+    assert b.the_daemon.mismatches() == []
+    # Nothing is left of it, once it has ended, for who comes under its name.
+    guest.call("close")
+    until(lambda: b.guests() == set())
+    _kill_backend(b)
+    assert b.guests() == set()
+    with connect(b.unix) as backend, backend.open("d", guest="g") as disk:
+        assert disk.read(0, SIZE) == a.image.read_bytes()
+
+
+def _fill(guest: Any, page: int, nr: int, byte: int, model: bytearray) -> None:
+    guest.call("fill", offset=page * PAGE, length=nr * PAGE, byte=byte)
+    model[page * PAGE : (page + nr) * PAGE] = bytes([byte]) * nr * PAGE
