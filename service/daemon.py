@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NoReturn
 
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import Image
@@ -34,6 +34,7 @@ from cowshed.service.machines.image_sockets import ImageSockets
 from cowshed.service.metrics.exporter import Exporter, MetricsSources
 from cowshed.service.metrics.settle import Settler
 from cowshed.service.metrics.tallies import TALLIES, Tallies
+from cowshed.service.native.carried import CarriedOver
 from cowshed.service.native.door import GuestDoor
 from cowshed.service.native.sessions import Session
 from cowshed.service.nbd.server import NbdService
@@ -55,6 +56,7 @@ from cowshed.service.runtime.sizes import format_bytes
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.runtime.workers import Workers
 from cowshed.service.settings.config import Config, socket_path
+from cowshed.service.survival.departure import Departure
 from cowshed.service.survival.fd_store import FdStore, Groups, take_inherited
 from cowshed.service.survival.keeper_watch import KeeperWatch
 from cowshed.service.survival.kept_counts import keep_counts
@@ -163,6 +165,9 @@ class Daemon:
         self._guest_door = GuestDoor(listener, door, self, self._tallies, self._loop)
         for heir in heirs:
             self._guest_door.adopt(Session.of_heir(heir, self))
+        self._carried = CarriedOver(self._fd_store)
+        for connection, is_greeted in self._carried.take(remains):
+            self._guest_door.adopt(Session.carried(connection, self, is_greeted=is_greeted))
         stack.callback(self._guest_door.close)
         self._image_sockets = ImageSockets(
             list(store),
@@ -209,6 +214,11 @@ class Daemon:
             warm = Autowarm(store, evictor, self._working_sets, load, warming)
             warm.start()
             stack.callback(warm.stop)
+        self._departure = Departure(
+            self._loop,
+            self._listeners.fds | {listener.fileno()},
+            (self._guest_door, self._image_sockets, self._nbd, network),
+        )
         self._takeovers = TakeoverDesk(
             self.control,
             store,
@@ -301,7 +311,6 @@ class Daemon:
         loop.run()
         while loop.ended_by in (LEAVE, RELOAD) or (is_supervised and loop.ended_by):
             self._leave()
-            loop.begin_again()
             loop.run()
         self._tell(STOPPING="1")
         self._working_sets.save(self._store)
@@ -320,8 +329,15 @@ class Daemon:
         guests like any other.
         """
         self._working_sets.save(self._store)
-        if not self._takeovers.hand_over():
-            return
+        if self._departure.prepare():
+            self._guest_door.give(self._carried)
+            if self._takeovers.hand_over():
+                self._end_now()
+            self._carried.take_back()
+            self._loop.begin_again()
+        self._departure.take_back()
+
+    def _end_now(self) -> NoReturn:
         _log.notice("leaving", pid=os.getpid())
         os._exit(0)
 

@@ -134,6 +134,10 @@ class ImageSockets:
         self._listeners.clear()
         self._acceptor.close()
 
+    def nr_unfinished(self) -> int:
+        """How many are in the middle of a handshake."""
+        return sum(client.deadline is not None for client in self._clients.values())
+
     def _listen(self, image: Image, path: Path) -> None:
         if len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
             _log.warning(

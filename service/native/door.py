@@ -14,6 +14,7 @@ from cowshed.cache.errors import PeerGoneError
 from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import Guest, Terms
 from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.native.carried import CarriedOver
 from cowshed.service.native.sessions import Session, SessionHost
 from cowshed.service.reports.guest_states import say_state
 from cowshed.service.runtime.logs import EventLog
@@ -100,6 +101,22 @@ class GuestDoor:
             self._send(fd, session)
         except PeerError as error:
             self._lose(fd, error)
+
+    def nr_unfinished(self) -> int:
+        """How many conversations are not at rest; those that are, are read no further."""
+        nr_unfinished = 0
+        for fd, session in self._sessions.items():
+            if not session.is_at_rest:
+                nr_unfinished += 1
+            elif session.mapping is None:
+                self._loop.mute(fd)
+        return nr_unfinished
+
+    def give(self, carried: CarriedOver) -> None:
+        """Carry over what is not held anyway and is at rest."""
+        for session in self._sessions.values():
+            if session.mapping is None and session.is_at_rest:
+                carried.give(session.connection, is_greeted=session.is_greeted)
 
     def _on_connect(self, *_: int) -> None:
         connection = self._listener.accept()

@@ -141,6 +141,7 @@ class Session:
         self._opened: tuple[Guest, Terms] | None = None
         self._moved: MovedIn | None = None
         self._held_as = ""
+        self._nr_working = 0
         self._is_told = True
 
     @classmethod
@@ -161,6 +162,31 @@ class Session:
     def key(self) -> tuple[str, str] | None:
         """Of the guest whose name it holds, if it does."""
         return None if self._opened is None else self._opened[1].key
+
+    @classmethod
+    def carried(cls, connection: Connection, host: SessionHost, *, is_greeted: bool) -> Session:
+        """Go on with a conversation that our predecessor had, and which was at rest."""
+        session = cls(connection, host)
+        if is_greeted:
+            session._state = State.IDLE
+            session.deadline = None
+        return session
+
+    @property
+    def is_greeted(self) -> bool:
+        """Whether hello was said."""
+        return self._state is not State.NEW
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether our end would be noticed by nobody here, if the socket does not end with us."""
+        if self.mapping is not None:
+            return True  # it is held, with what it may not have been told
+        return (
+            self._state in (State.NEW, State.IDLE)
+            and not self._nr_working
+            and not self.connection.wants_write
+        )
 
     @property
     def closing(self) -> bool:
@@ -414,11 +440,16 @@ class Session:
             except CowshedError as error:
                 yield refusal(error)
 
+        self._nr_working += 1
         self._host.workers.submit(
             work,
             lambda reply: self._late_reply(tag, reply),
+            self._note_done,
             is_quick=self._host.control.is_quick(op),
         )
+
+    def _note_done(self) -> None:
+        self._nr_working -= 1
 
     def _late_reply(self, tag: int, reply: Body) -> None:
         if self._state is not State.CLOSED:

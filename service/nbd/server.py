@@ -134,6 +134,10 @@ class NbdService:
             export.close()
         self._acceptor.close()
 
+    def nr_unfinished(self) -> int:
+        """How many are in the middle of a handshake."""
+        return len(self._sessions)
+
     # Coming in.
 
     def _on_peer(self, listener: socket.socket) -> None:

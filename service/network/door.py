@@ -118,6 +118,10 @@ class NetworkDoor:
         for fd in list(self._sessions):
             self._end(fd)
 
+    def nr_unfinished(self) -> int:
+        """How many are in the middle of a handshake."""
+        return len(self._sessions)
+
     # What sessions need.
 
     def find_image(self, name: str, identity: Identity) -> Image:

@@ -46,6 +46,7 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._timers: list[_Timer] = []
+        self._muted: dict[int, selectors.SelectorKey] = {}
         self._after_calls: list[Callable[[], None]] = []
         self._stopping = False
         self.ended_by: signal.Signals | None = None
@@ -73,13 +74,28 @@ class Loop:
 
     def change(self, fd: int, events: int) -> None:
         """Watch a descriptor for other events from now on."""
+        if fd in self._muted:
+            self._muted[fd] = self._muted[fd]._replace(events=events)
+            return
         key = self._selector.get_key(fd)
         if key.events != events:
             self._selector.modify(fd, events, key.data)
 
     def forget(self, fd: int) -> None:
         """Watch a descriptor no more; to be done before it is closed."""
-        self._selector.unregister(fd)
+        if self._muted.pop(fd, None) is None:
+            self._selector.unregister(fd)
+
+    def mute(self, fd: int) -> None:
+        """Call nobody for a descriptor, if it is watched, until unmute_all()."""
+        if fd in self._selector.get_map():
+            self._muted[fd] = self._selector.unregister(fd)
+
+    def unmute_all(self) -> None:
+        """Call again for all that was muted."""
+        for fd, key in self._muted.items():
+            self._selector.register(fd, key.events, key.data)
+        self._muted.clear()
 
     def every(self, seconds: float, call: Callable[[], None]) -> None:
         """Call something again and again, seconds apart or later."""

@@ -39,12 +39,15 @@ class Workers:
         self,
         work: Callable[[], Iterator[Body]],
         reply: Callable[[Body], None],
+        on_done: Callable[[], None],
         *,
         is_quick: bool,
     ) -> None:
-        """Run work in a thread; each of its replies is given to reply in the loop."""
+        """Run work in a thread; each of its replies is given to reply in the loop, then on_done
+        is called there.
+        """
         pool = self._looks if is_quick else self._orders
-        pool.submit(self._run, work, reply)
+        pool.submit(self._run, work, reply, on_done)
 
     def run(self, call: Callable[[], None]) -> None:
         """Call something quick in a thread, one such call at a time."""
@@ -56,7 +59,12 @@ class Workers:
         for pool in (self._looks, self._orders):
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, work: Callable[[], Iterator[Body]], reply: Callable[[Body], None]) -> None:
+    def _run(
+        self,
+        work: Callable[[], Iterator[Body]],
+        reply: Callable[[Body], None],
+        on_done: Callable[[], None],
+    ) -> None:
         try:
             for body in work():
                 self._post(lambda body=body: reply(body))  # type: ignore[misc]
@@ -66,3 +74,5 @@ class Workers:
             _log.crash("request-failed", "a defect of cowshed: please report it")
             body = error_reply("peer", f"the daemon failed ({error}); see its log")
             self._post(lambda: reply(body))
+        finally:
+            self._post(on_done)

@@ -23,11 +23,15 @@ _PREFIX: Final = "listen/"
 
 
 class Listeners:
-    """Opens listening sockets, or gives back those that our predecessor had; all are held."""
+    """Opens listening sockets, or gives back those that our predecessor had; all are held.
+
+    fds are the sockets'; they stay open for as long as we serve.
+    """
 
     def __init__(self, fd_store: FdStore | None = None, remains: Remains | None = None) -> None:
         self._fd_store = fd_store or FdStore(None)
         self._remains = remains or Remains({})
+        self.fds: Final[set[int]] = set()
 
     def open(
         self, what: str, make: Callable[[], socket.socket], path: Path | None = None
@@ -43,6 +47,7 @@ class Listeners:
         if sock is None:
             sock = make()
         sock.setblocking(False)
+        self.fds.add(sock.fileno())
         try:
             self._fd_store.hold(group, [sock.fileno()])
         except OSError as error:

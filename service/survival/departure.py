@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leaving on purpose, so that nobody who came to us is turned away by it.
+
+Who comes from now on waits in the queues of the listening sockets, which our successor has too. Who
+is in the middle of something with us gets its answer first, for as long as patience lasts: faults
+are answered all the while. Only then do we go.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Final, Protocol
+
+from cowshed.service.runtime.loop import LEAVE, Loop
+from cowshed.service.runtime.stops import stop_at
+
+__all__ = ["Departure", "Visited"]
+
+_LOOK_SECONDS: Final = 0.002
+# Who does not get on in this time is no guest that waits for us: it hangs up, or comes again.
+_PATIENCE_SECONDS: Final = 1.0
+
+
+class Visited(Protocol):
+    """What accepts connections, in the loop."""
+
+    def nr_unfinished(self) -> int:
+        """How many would lose something if we ended now; those at rest need not be read again."""
+
+
+class Departure:
+    """Makes everybody ready for our end; take_back() makes it as it was."""
+
+    def __init__(self, loop: Loop, listening_fds: Iterable[int], doors: Sequence[Visited]) -> None:
+        self._loop = loop
+        self._listening_fds = listening_fds
+        self._doors = doors
+        self._deadline = 0.0
+
+    def prepare(self) -> bool:
+        """Run the loop until all are ready, or patience ends; False if we are to stop for good."""
+        for fd in self._listening_fds:
+            self._loop.mute(fd)
+        stop_at("departing")
+        self._deadline = time.monotonic() + _PATIENCE_SECONDS
+        self._loop.begin_again()
+        self._look()
+        self._loop.run()
+        return self._loop.ended_by is LEAVE
+
+    def take_back(self) -> None:
+        """Let people in again, and answer them."""
+        self._loop.unmute_all()
+
+    def _look(self) -> None:
+        if any(door.nr_unfinished() for door in self._doors) and time.monotonic() < self._deadline:
+            self._loop.once(_LOOK_SECONDS, self._look)
+        else:
+            self._loop.leave()
