@@ -44,6 +44,7 @@ from cowshed.service.operators.takeover import TakeoverDesk
 from cowshed.service.overlays.bequests import OverlayBequests
 from cowshed.service.overlays.files import OverlayFiles
 from cowshed.service.overlays.overlays import OverlayTable
+from cowshed.service.overlays.terms import OverlayTerms
 from cowshed.service.reports.status import StatusReader
 from cowshed.service.runtime.logs import (
     EventLog,
@@ -374,8 +375,12 @@ def _keep_overlays(
     if config.overlay_dir is not None:
         files = OverlayFiles(config.overlay_dir)
         stack.callback(files.close)
-    defaults = config.default_quota_bytes, QuotaPolicy[config.default_on_quota.upper()]
-    overlays = OverlayTable(core, guests, door, defaults, files, bequests)
+    terms = OverlayTerms(
+        config.default_quota_bytes,
+        QuotaPolicy[config.default_on_quota.upper()],
+        config.network_quota_bytes,
+    )
+    overlays = OverlayTable(core, guests, door, terms, files, bequests)
     stack.callback(overlays.close)
     return overlays
 

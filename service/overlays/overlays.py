@@ -35,6 +35,7 @@ from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import GuestTable, Terms
 from cowshed.service.overlays.bequests import LeftOverlay, OverlayBequests
 from cowshed.service.overlays.files import OverlayFiles, OverlayRecord
+from cowshed.service.overlays.terms import OverlayTerms
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
 from cowshed.service.survival.remains import Remains
@@ -133,16 +134,16 @@ class OverlayTable:
         core: NbdServer,
         guests: GuestTable,
         door: Door,
-        defaults: tuple[int | None, QuotaPolicy],
+        terms: OverlayTerms,
         files: OverlayFiles | None = None,
         bequests: OverlayBequests | None = None,
     ) -> None:
-        """defaults are the quota and the policy of those who name none."""
+        """terms are what those get who come without a mapping."""
         self.lock: Final = threading.RLock()
         self._core = core
         self._guests = guests
         self._door = door
-        self._defaults = defaults
+        self._terms = terms
         self._files = files
         self._bequests = bequests or OverlayBequests(FdStore(None))
         self._overlays: dict[tuple[str, str], OverlayGuest] = {}
@@ -241,12 +242,13 @@ class OverlayTable:
         """Give the guest's overlay to one more client, made if there is none; leave() undoes it.
 
         The quota and policy named count when it is made. Raises NotYoursError, UsageError for a
-        name that is taken, CapacityError or SourceError if it cannot be made.
+        name that is taken or terms that nobody may have, CapacityError or SourceError if it cannot
+        be made.
         """
         with self.lock:
             guest = self._overlays.get((image.domain, name))
             if guest is None:
-                quota_default, policy_default = self._defaults
+                quota_bytes, policy = self._terms.agree(quota_bytes, policy)
                 record = OverlayRecord(
                     image=image.label,
                     guest=name,
@@ -254,8 +256,8 @@ class OverlayTable:
                     counted_as=claim.counted_as,
                     transport=claim.transport,
                     uid=claim.uid,
-                    quota_bytes=quota_default if quota_bytes is None else quota_bytes,
-                    policy=(policy_default if policy is None else policy).name.lower(),
+                    quota_bytes=quota_bytes,
+                    policy=policy.name.lower(),
                 )
                 guest = self._open(image, record, claim)
                 _log.info("overlay-made", overlay=guest.label, owner=guest.owner)
@@ -306,8 +308,13 @@ class OverlayTable:
         return nr_bytes
 
     def set_quota(self, guest: OverlayGuest, quota_bytes: int | None) -> None:
-        """Change a quota; writes that failed at the old one may be tried again."""
+        """Change a quota; writes that failed at the old one may be tried again.
+
+        UsageError for one that was discarded since it was found.
+        """
         with self.lock:
+            if self._overlays.get(guest.terms.key) is not guest:
+                raise UsageError(f"overlay {guest.label!r} is gone: it was discarded just now")
             policy = guest.purse.status().policy
             guest.purse.set_quota(NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, policy)
             guest.quota_bytes = quota_bytes

@@ -14,6 +14,7 @@ A file has this shape; every key is optional, and an unknown one is an error::
     keeper   = true                 # a process that starts the backend again if it dies
     quota    = "64M"                # private bytes of guests that name no quota; or "none"
     on_quota = "stop"               # at the limit: stop the writer, kill it, or allow (count)
+    network_quota = "64M"           # the most that guests from networks may ask for; as quota
     metrics  = "localhost:9432"     # where Prometheus may ask; nowhere unless given
     guest_metrics = 0               # how many guests may have metrics of their own
     listen   = ["tls://0.0.0.0:7000"] # guests from elsewhere: tcp://, tls://, vsock://; nowhere
@@ -92,6 +93,7 @@ _KEYS = (
     "keeper",
     "quota",
     "on_quota",
+    "network_quota",
     "metrics",
     "guest_metrics",
     "nbd",
@@ -115,8 +117,8 @@ _IMAGE_KEYS = ("name", "source", "domain", *_MEMBER_KEYS)
 class Config:
     """A complete, checked configuration; see the module's text for what each value means.
 
-    `default_quota_bytes` None is no limit. Paths are absolute. Raises UsageError when it is made
-    with values that do not hold.
+    `default_quota_bytes` and `network_quota_bytes` None are no limits. Paths are absolute. Raises
+    UsageError when it is made with values that do not hold.
     """
 
     images: tuple[ImageSpec, ...]
@@ -128,6 +130,7 @@ class Config:
     keeper: bool = True
     default_quota_bytes: int | None = None
     default_on_quota: OnQuota = "stop"
+    network_quota_bytes: int | None = None
     metrics: Endpoint | None = None
     guest_metrics: int = 0
     nbd: Endpoint | None = None
@@ -349,6 +352,9 @@ def _settings_of(table: Mapping[str, Any]) -> dict[str, Any]:
             settings[into] = parse_size(_size_text(table, key), key)
     if "quota" in table:
         settings["default_quota_bytes"] = parse_quota(_size_text(table, "quota"))
+    settings["network_quota_bytes"] = settings.get("default_quota_bytes")
+    if "network_quota" in table:
+        settings["network_quota_bytes"] = parse_quota(_size_text(table, "network_quota"))
     if "on_quota" in table:
         settings["default_on_quota"] = _text_of(table, "on_quota")
     for key, into in (("log", "log_format"), ("log_level", "log_level")):

@@ -77,11 +77,13 @@ class FdStore:
         self.groups: Final[Groups] = {name: list(fds) for name, fds in (held or {}).items()}
         self._address = None if address is None else _socket_address(address)
         self._copy_address: bytes | None = None
-        self._socket = _new_socket()
+        # One that tells nobody need not be closed.
+        self._socket = None if address is None else _new_socket()
 
     def close(self) -> None:
         """Stop speaking to the supervisor; it goes on holding what it holds."""
-        self._socket.close()
+        if self._socket is not None:
+            self._socket.close()
 
     @property
     def kept(self) -> bool:
@@ -158,6 +160,8 @@ class FdStore:
 
     def _send_to(self, address: bytes, fields: Mapping[str, str], fds: Sequence[int] = ()) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _int_array(fds))] if fds else []
+        if self._socket is None:  # the first who is told, under the lock
+            self._socket = _new_socket()
         self._socket.sendmsg([Notice(fields).encode()], rights, 0, address)
 
 

@@ -52,6 +52,7 @@ def test_every_key_of_a_file_is_read_and_its_paths_start_beside_it(tmp_path: Pat
         loaders=7,
         default_quota_bytes=64 << 20,
         default_on_quota="kill",
+        network_quota_bytes=64 << 20,
         log_format="json",
         log_level="error",
     )
@@ -81,6 +82,24 @@ def test_defaults_hold_without_a_file() -> None:
     assert config.default_quota_bytes is None
     assert config.default_on_quota == "stop"
     assert (config.log_format, config.log_level) == ("logfmt", "notice")
+
+
+def test_what_guests_of_networks_may_ask_for_is_the_default_quota_unless_said(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "cowshed.toml"
+    for text, expected in (
+        ("", None),
+        ('quota = "1M"', 1 << 20),
+        ('quota = "1M"\nnetwork_quota = "2M"', 2 << 20),
+        ('quota = "1M"\nnetwork_quota = "none"', None),
+        ('network_quota = "2M"', 2 << 20),
+    ):
+        path.write_text(text)
+        assert config_load(config_file=path, images=["a=/a"]).network_quota_bytes == expected
+    assert refusal(tmp_path, 'network_quota = "1"').endswith(
+        "give 4K or more, or 'none' for no limit"
+    )
 
 
 def test_verbose_raises_a_log_level_and_never_lowers_it(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from domains import MakeImage, in_thread
 
-from cowshed.accounting import QuotaPolicy
 from cowshed.cache import ExtentState, FileSource, Image, PageStore
 from cowshed.cache._core import lib
 from cowshed.service.guests.door import Door
@@ -19,6 +18,7 @@ from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.operators.control import Control
 from cowshed.service.overlays.overlays import OverlayTable
+from cowshed.service.overlays.terms import OverlayTerms
 from cowshed.service.reports.status import StatusReader
 from cowshed.service.settings.domains import Domains
 from cowshed.transport.nbd_core import NbdServer
@@ -43,7 +43,7 @@ def control(store: PageStore, run_dir: Path) -> Iterator[Control]:
     evictor, guests = Evictor(store), GuestTable()
     evictor.start()
     core = NbdServer(1)
-    overlays = OverlayTable(core, guests, Door(1024), (None, QuotaPolicy.STOP))
+    overlays = OverlayTable(core, guests, Door(1024), OverlayTerms())
     access, warming, sets = Access(Domains(), []), Warming(), WorkingSets(run_dir)
     status = StatusReader(store, evictor, guests, overlays, run_dir, warming)
     yield Control(store, evictor, guests, overlays, status, sets, Tallies(), access, warming)
