@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -37,6 +38,7 @@ Body = dict[str, Any]
 Disconnect = Callable[[OverlayGuest], None]
 
 _REPORT_SECONDS: Final = 0.2
+_TURN_SECONDS: Final = 5.0
 _LEAVE_SECONDS: Final = 0.05
 
 
@@ -125,6 +127,12 @@ class HandoffService:
     def close_door(self, uri: str | None) -> None:
         """Send who comes to uri; None: let them in again."""
         self._access.moved_to = uri
+
+    def wait_door(self) -> None:
+        """Wait until the loop has ended what it was about: it is the loop that lets people in."""
+        turned = threading.Event()
+        self._loop.call(turned.set)
+        turned.wait(_TURN_SECONDS)
 
     def connect(self, uri: str, look: Callable[[], None]) -> Link:
         """Reach the target."""

@@ -71,6 +71,9 @@ class DrainHost(Protocol):
     def close_door(self, uri: str | None) -> None:
         """Send who comes to uri; None: let them in again."""
 
+    def wait_door(self) -> None:
+        """Wait until who came in before the door was closed is in, for movings() to tell of it."""
+
     def connect(self, uri: str, look: Callable[[], None]) -> Link:
         """Reach the target, ready for the first section."""
 
@@ -248,6 +251,7 @@ class Drain:
         if not self.dry_run:
             self._host.close_door(self.uri)
             self._door_closed = True
+            self._host.wait_door()
 
     def _open_door(self) -> None:
         if self._door_closed:

@@ -47,14 +47,18 @@ class Access:
 
         MovedError, which says where to go, while this backend is drained.
         """
-        if self.moved_to is not None:
-            raise MovedError(self.moved_to)
+        self.check_open()
         return find_for_guest(
             self.usable(images, identity),
             text,
             self.domains.domain_of(identity),
             is_operator=is_operator(identity.uid),
         )
+
+    def check_open(self) -> None:
+        """Raise MovedError, which says where to go, while this backend is drained."""
+        if self.moved_to is not None:
+            raise MovedError(self.moved_to)
 
     def _lists(self, image: Named, identity: Identity) -> bool:
         allowed = self._allowed.get((image.domain, image.name))

@@ -50,6 +50,7 @@ from cowshed.transport.handshakes import (
     range_replies,
     stat_reply,
 )
+from cowshed.transport.messages import MovedError
 
 __all__ = ["ImageSockets", "shown_ranges", "supply_regions"]
 
@@ -158,8 +159,8 @@ class ImageSockets:
             return
         peer = HandshakePeer(taken[0])
         # Before anything is told: its size too is for those alone who may use the image.
-        if not self._may_use(peer, image):
-            self._turn_away(peer, image, "handshake", "it may not use this image")
+        if why := self._refusal(peer, image):
+            self._turn_away(peer, image, "handshake", why)
             return
         if refusal := self._door.enter(peer.uid):
             self._turn_away(peer, image, "limit", refusal)
@@ -168,12 +169,17 @@ class ImageSockets:
         self._clients[peer.fileno()] = client
         self._loop.watch(peer.fileno(), READ, self._on_ready)
 
-    def _may_use(self, peer: HandshakePeer, image: Image) -> bool:
+    def _refusal(self, peer: HandshakePeer, image: Image) -> str:
+        """Why a peer may not use the image; "" if it may."""
         identity = Identity(peer.uid, peer.gid)
         try:
-            return self._host.control.find_guest_image(_full_name(image), identity) is image
+            if self._host.control.find_guest_image(_full_name(image), identity) is image:
+                return ""
+        except MovedError as error:
+            return str(error)
         except UsageError:  # it sees no such image
-            return False
+            pass
+        return "it may not use this image"
 
     def _turn_away(self, peer: HandshakePeer, image: Image, reason: str, why: str) -> None:
         self._tallies.note_dropped(reason)
@@ -219,6 +225,7 @@ class ImageSockets:
     def _attach(self, client: _Client, request: Handshake, uffd: int) -> None:
         """Make the connection's guest; the descriptor is the guest's on success only."""
         host, peer, image = self._host, client.peer, client.image
+        host.control.check_open()  # it may have connected before the drain
         check_supplied_uffd(uffd)
         regions = supply_regions(request, image.map_bytes)
         is_share = request.protocol == "nydus" and request.policy is Policy.ZEROCOPY

@@ -367,6 +367,7 @@ class Session:
     def _on_region(self, message: Received) -> None:
         assert self._opened is not None
         guest, terms = self._opened
+        self._host.control.check_open()  # it may have opened before the drain
         if len(message.fds) != 3:
             raise PeerError(f"a region comes with 3 descriptors, not {len(message.fds)}")
         address = take_number(message.body, "address", minimum=4096, maximum=1 << 56)

@@ -82,6 +82,7 @@ class NbdDirectory:
         image_name, guest = split_export(name)
         identity = self._peer.identity
         if not name:
+            self._access.check_open()
             usable = self._access.usable(self._store, identity)
             if len(usable) != 1:
                 raise UsageError("there is no default export, as there are several: name one")

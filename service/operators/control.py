@@ -115,6 +115,10 @@ class Control:
         """Give the image that a guest means; UsageError naming those it may use."""
         return self._access.find(self._store, name, identity)
 
+    def check_open(self) -> None:
+        """Raise MovedError while this backend is drained, and after it."""
+        self._access.check_open()
+
     def status(self) -> dict[str, Any]:
         """The object of `cowshed status --json`, a new one; from any thread."""
         return self._status.read()

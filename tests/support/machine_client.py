@@ -133,6 +133,10 @@ class Machine:
     def do_connect(self) -> None:
         self.socket.connect(self.path)
 
+    def do_hand_over(self) -> None:
+        """Send what Firecracker sends, on the connection that there is."""
+        self.send(self.regions, [self.uffd])
+
     def do_restore(self, image: str) -> None:
         """Connect and send what Firecracker sends; image is what the memory must hold."""
         self.image = Path(image).read_bytes()

@@ -45,7 +45,8 @@ class Host:
         ]
         self.daemon = Daemon(self.run_dir, arguments, before=before, **how)
         self.daemon.wait_ready()
-        (where,) = [x for x in self.daemon.log().splitlines() if "event=listening " in x]
+        lines = [x for x in self.daemon.log().splitlines() if "event=listening " in x]
+        (where,) = [line for line in lines if "tcp://" in line]
         self.port = int(where.partition("uri=")[2].split()[0].strip('"').rpartition(":")[2])
         until(lambda: bool(self.daemon and self.daemon.status()["images"][0]["digest"]))
         return self
