@@ -172,3 +172,26 @@ def test_what_was_taken_is_the_guests_memory_once_it_is_frozen(
         for hammer in hammers:
             guest.finish(hammer, 60)
     assert stage.audit().mismatches == []
+
+
+def test_a_write_that_waits_for_a_later_page_is_not_missed_on_the_pages_before_it(
+    stage: Stage,
+) -> None:
+    """The kernel pins the pages of a write before it copies, and then needs nobody's leave."""
+    guest = stage.guest(window=1)
+    guest.call("fill", page=14, nr_pages=2, byte=1)
+    guest.handler.track(True)
+    copy = Copy()
+    copy.update(guest)
+    guest.call("fill", page=14, nr_pages=2, byte=2)
+    stop_at(lib.POINT_LOAD_READ)
+    ticket = guest.start("fill", page=14, nr_pages=3, byte=3)  # the third page is to be loaded
+    wait_at(lib.POINT_LOAD_READ)
+    assert copy.update(guest)[:2] == [14, 15]
+    assert copy.pages[14] == b"\2" * PAGE
+    let_go(lib.POINT_LOAD_READ)
+    guest.finish(ticket)
+    copy.update(guest)
+    guest.handler.freeze()
+    assert copy.differs(guest) == []
+    guest.handler.thaw()

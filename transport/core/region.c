@@ -17,6 +17,10 @@
  * then EFAULT at a known place and not SIGBUS.  It costs one copy, as memcpy would.  The kernel waits
  * for such faults killably, not interruptibly, so a waiting call ends by an answer or by SIGKILL.  It
  * raises them in kernel mode, hence the demand for a userfaultfd that is not UFFD_USER_MODE_ONLY.
+ *
+ * The kernel pins the pages of a write, all of them, before it copies: one that is protected meanwhile, to be followed or
+ * frozen (accounting/core/track.h), is written without a fault.  So each chunk is touched for writing afterwards, which
+ * changes nothing, and faults where that happened: the page counts as written once its bytes are there.
  */
 #define _GNU_SOURCE
 #include "transport/core/region.h"
@@ -158,10 +162,44 @@ static bool is_inside(const struct region *r, uint64_t offset, uint64_t length)
 	return r->address && offset <= r->map_bytes && length <= r->map_bytes - offset;
 }
 
-typedef ssize_t (*copy_fn)(pid_t, const struct iovec *, unsigned long, const struct iovec *, unsigned long,
-			   unsigned long);
+/* Faults where writing is not allowed just now, and returns once it is. Errors are a page's that is gone again. */
+static void touch_written(const struct region *r, uint64_t offset, uint64_t length)
+{
+	uint64_t first = offset / PAGE_BYTES * PAGE_BYTES;
+	uint64_t end = (offset + length + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
 
-static int64_t copy_range(copy_fn copy, const struct region *r, uint64_t offset, char *ours, uint64_t length)
+	while (madvise((char *)r->address + first, end - first, MADV_POPULATE_WRITE) < 0)
+		if (errno != EINTR && errno != EAGAIN)
+			return;
+}
+
+/* Waits until no other mapping is taking this one's place. */
+static uint32_t settled_epoch(const struct region *r)
+{
+	uint32_t epoch;
+
+	while ((epoch = __atomic_load_n(&r->epoch, __ATOMIC_ACQUIRE)) & 1)
+		nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+	return epoch;
+}
+
+/* process_vm_writev, of which nothing is lost: not to who follows what is written, nor to a mapping that comes in this
+ * one's place while it copies, in which it is done again. */
+static ssize_t write_heard(const struct region *r, uint64_t offset, const struct iovec *local, const struct iovec *remote)
+{
+	ssize_t copied;
+	uint32_t epoch;
+
+	do {
+		epoch = settled_epoch(r);
+		copied = process_vm_writev(getpid(), local, 1, remote, 1, 0);
+		if (copied > 0)
+			touch_written(r, offset, (uint64_t)copied);
+	} while (copied > 0 && __atomic_load_n(&r->epoch, __ATOMIC_ACQUIRE) != epoch);
+	return copied;
+}
+
+static int64_t copy_range(bool write, const struct region *r, uint64_t offset, char *ours, uint64_t length)
 {
 	pid_t self = getpid();
 	uint64_t done = 0;
@@ -173,7 +211,8 @@ static int64_t copy_range(copy_fn copy, const struct region *r, uint64_t offset,
 		uint64_t chunk_bytes = left < CHUNK_BYTES ? left : CHUNK_BYTES;
 		struct iovec local = {ours + done, chunk_bytes};
 		struct iovec remote = {(char *)r->address + offset + done, chunk_bytes};
-		ssize_t copied = copy(self, &local, 1, &remote, 1, 0);
+		ssize_t copied = write ? write_heard(r, offset + done, &local, &remote)
+		                       : process_vm_readv(self, &local, 1, &remote, 1, 0);
 
 		if (copied > 0) {
 			done += (uint64_t)copied;
@@ -191,13 +230,13 @@ static int64_t copy_range(copy_fn copy, const struct region *r, uint64_t offset,
 
 int64_t region_read(const struct region *r, uint64_t offset, void *to, uint64_t length)
 {
-	return copy_range(process_vm_readv, r, offset, to, length);
+	return copy_range(false, r, offset, to, length);
 }
 
 int64_t region_write(struct region *r, uint64_t offset, const void *from, uint64_t length)
 {
 	/* An iovec has no const; writev only reads it. */
-	return copy_range(process_vm_writev, r, offset, (char *)(uintptr_t)from, length);
+	return copy_range(true, r, offset, (char *)(uintptr_t)from, length);
 }
 
 /*
@@ -213,8 +252,7 @@ int region_discard(struct region *r, uint64_t offset, uint64_t length)
 	if (length == 0)
 		return 0;
 	do {
-		while ((epoch = __atomic_load_n(&r->epoch, __ATOMIC_ACQUIRE)) & 1)
-			nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+		epoch = settled_epoch(r);
 		if (madvise((char *)r->address + offset, length, MADV_DONTNEED) < 0)
 			return -errno;
 	} while (__atomic_load_n(&r->epoch, __ATOMIC_ACQUIRE) != epoch);
