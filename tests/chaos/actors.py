@@ -283,13 +283,22 @@ class Actor(threading.Thread):
 
 
 class MappedActor(Actor):
-    """Maps the image, over the unix socket. Its private pages are its process's memory."""
+    """Maps the image, over the unix socket. Its private pages are its process's memory.
+
+    follows: its mapping goes with it when its backend gives it away; otherwise it is ended, and
+    another process finds its pages.
+    """
 
     maps = True
 
+    def __init__(self, world: World, name: str, rng: random.Random, *, follows: bool) -> None:
+        super().__init__(world, name, rng)
+        self.follows = follows
+
     def _start(self, host: Host) -> None:
         self._spawn([sys.executable, str(SUPPORT / "scripted_guest.py"), host.unix])
-        self._call("open", image=IMAGE, guest=self.name, token=self.token)
+        terms = {"image": IMAGE, "guest": self.name, "token": self.token}
+        self._call("open", follow_moves=self.follows, **terms)
 
     def _forget(self) -> None:
         self.model.forget()

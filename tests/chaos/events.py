@@ -181,7 +181,8 @@ def _drain(world: World, killed: str) -> None:
         _find_owner(world, source, target)
         if world.hosts[world.owner] is target:
             for actor in world.actors:
-                if isinstance(actor, MappedActor):
+                # Who follows goes on by bytes over a network, and is to map again.
+                if isinstance(actor, MappedActor) and not (actor.follows and uri == target.unix):
                     actor.kill("moved")
         for actor in world.actors:
             actor.look_at_all()

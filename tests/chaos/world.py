@@ -56,14 +56,14 @@ class World:
         self._impatient_with: set[Actor] = set()
         self.actors: list[Actor] = []
         makers: list[Callable[[str, random.Random], Actor]] = [
-            lambda name, rng: MappedActor(self, name, rng),
-            lambda name, rng: MappedActor(self, name, rng),
+            lambda name, rng: MappedActor(self, name, rng, follows=True),
+            lambda name, rng: MappedActor(self, name, rng, follows=False),
             lambda name, rng: FarActor(self, name, rng, "tcp"),
             lambda name, rng: FarActor(self, name, rng, "tls"),
             lambda name, rng: BlockActor(self, name, rng),
             lambda name, rng: AttachedActor(self, name, rng),
         ]
-        names = ("mapped1", "mapped2", "tcp", "tls", "nbd", "attached")
+        names = ("follows", "mapped", "tcp", "tls", "nbd", "attached")
         for name, make in zip(names, makers, strict=True):
             self.actors.append(make(name, random.Random(f"{seed}:{name}")))
 
