@@ -141,12 +141,13 @@ class Daemon:
         self._working_sets = WorkingSets(config.state_dir)
         access = Access(config.domains, config.images)
         warming = self._warming = Warming()
+        status = StatusReader(store, evictor, self.guests, overlays, config.run_dir, warming)
         self.control: Final = Control(
             store,
             evictor,
             self.guests,
             overlays,
-            StatusReader(store, evictor, self.guests, overlays, config.run_dir, warming),
+            status,
             self._working_sets,
             self._tallies,
             access,
@@ -230,6 +231,7 @@ class Daemon:
             self._loop,
             self._loop.leave,
         )
+        status.drain = handoff.state
         handoff.resume()
         network.take_handoffs(handoff.door, config.handoff_rules)
         stack.callback(handoff.stop)

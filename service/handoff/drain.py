@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 from cowshed.accounting.handoff import Action, Event, Handoff, Phase, Role
 from cowshed.cache import CowshedError, Image, PeerError, UsageError
 from cowshed.service.handoff.link import FileLink, Link
-from cowshed.service.handoff.moving import Moving
+from cowshed.service.handoff.moving import MappedMoving, Moving
 from cowshed.service.handoff.receiver import Blocker, wait_for_digests
 from cowshed.service.handoff.record import HandoffRecord
 from cowshed.service.handoff.sender import Progress, Sender
@@ -168,6 +168,9 @@ class Drain:
             "dry_run": self.dry_run,
             "waits_for": self._waits_for,
             "guests": len(self._movings),
+            "guests_here": sum(
+                isinstance(each, MappedMoving) and each.is_here for each in self._movings
+            ),
             "blockers": list(self._blockers),
             "frozen_seconds": round(self._progress.frozen_seconds, 6),
             **self._progress.as_json(),

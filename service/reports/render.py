@@ -144,6 +144,27 @@ def format_warming(status: Answer) -> str:
     )
 
 
+def format_drain(status: Answer) -> str:
+    """Where guests are given to, how far that is and what it waits for; "" if it is nowhere."""
+    drain = status.get("drain")
+    if not drain or drain["dry_run"] or drain["phase"] in ("idle", "aborted"):
+        return ""
+    to = printable(drain["to"])
+    guests = f"{format_count(drain['guests'])} {_counted('guests', drain['guests'])}"
+    if drain["phase"] == "moved":
+        here = drain["guests_here"]
+        followed = f", {format_count(here)} of them frozen here still" if here else ""
+        return f"moved to {to}: {guests}{followed}"
+    left = max(0, drain["total_bytes"] - drain["done_bytes"])
+    parts = [
+        f"{format_bytes(drain['done_bytes'])} of {format_bytes(drain['total_bytes'])} sent",
+        f"{format_bytes(left)} left at {format_bytes(drain['rate_bytes_per_second'])}/s",
+    ]
+    parts += [f"waits for {printable(drain['waits_for'])}"] if drain["waits_for"] else []
+    parts += [f"{len(drain['blockers'])} blockers"] if drain["blockers"] else []
+    return f"{printable(drain['phase'])} to {to}, {guests}: {', '.join(parts)}"
+
+
 def warnings(status: Answer) -> list[Text]:
     """What an operator has to act on, each with who, why and the cure."""
     found = [
@@ -214,6 +235,8 @@ def _totals(status: Answer) -> Table:
     }
     if being_warmed := format_warming(status):
         lines["Warming"] = being_warmed
+    if drained := format_drain(status):
+        lines["Drain"] = drained
     grid = Table.grid(padding=(0, 2, 0, 0))
     for label, line in lines.items():
         grid.add_row(Text(label, style="bold"), Text(line))

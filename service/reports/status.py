@@ -9,6 +9,7 @@ import importlib.metadata
 import operator
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,6 +44,8 @@ class StatusReader:
         self._overlays = overlays
         self._run_dir = run_dir
         self._warming = warming
+        # How the drain is that is under way, or was; None: there was none.
+        self.drain: Callable[[], dict[str, Any] | None] = lambda: None
         self._started_ns = time.monotonic_ns()
         self._version = importlib.metadata.version("cowshed")
 
@@ -99,6 +102,7 @@ class StatusReader:
             "latency_us": {
                 kind.name.lower(): _latency_us(latency) for kind, latency in latencies.items()
             },
+            "drain": self.drain(),
             "images": images,
             "guests": guests,
         }

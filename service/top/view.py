@@ -19,6 +19,7 @@ from cowshed.service.reports.render import (
     STOPPED,
     Answer,
     add_row,
+    format_drain,
     format_quota,
     format_via,
     format_warming,
@@ -147,6 +148,8 @@ class Frame:
         }
         if being_warmed := format_warming(status):
             lines["Warming"] = being_warmed
+        if drained := format_drain(status):
+            lines["Drain"] = drained
         return [
             self._one_line(Text.assemble((f"{label:<10}", "bold"), line))
             for label, line in lines.items()

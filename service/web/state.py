@@ -25,7 +25,7 @@ from itertools import groupby
 from typing import Any, Final
 
 from cowshed.cache import ExtentState, Image
-from cowshed.service.reports.render import STOPPED, key_of, quota_command
+from cowshed.service.reports.render import STOPPED, format_drain, key_of, quota_command
 
 __all__ = ["MOST_CELLS", "StateReader", "image_map", "run_lengths"]
 
@@ -78,6 +78,7 @@ class StateReader:
         for guest in guests:
             if guest["state"] == STOPPED:
                 guest["cure"] = quota_command(guest, status)
+        status["drained"] = format_drain(status)
         status["guests"] = guests[:_MOST_GUESTS]
         status["nr_guests"] = len(guests)
         status["nr_by_state"] = Counter(guest["state"] for guest in guests)

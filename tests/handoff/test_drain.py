@@ -126,6 +126,9 @@ def test_an_abort_rolls_everything_back(pair: Pair, hosts: Pair, image: Path) ->
     until(lambda: is_stopped(b.the_daemon.pid))
     until(lambda: _state(a)["waits_for"] == "the target's check of the offer")
     assert _state(a)["phase"] == "prepare"
+    shown = " ".join(a.run("status").stdout.split())
+    assert f"prepare to {b.unix}, 1 guest: " in shown
+    assert "waits for the target's check of the offer" in shown
     done = a.run("drain", "--abort")
     assert (done.returncode, done.stderr) == (0, "")
     drain.join()

@@ -183,6 +183,21 @@ def test_it_is_no_new_guest_without_a_page_where_its_pages_are_lost(
     guest.kill()
 
 
+def test_status_tells_who_has_not_followed(pair: Pair, start_guest: StartGuest) -> None:
+    a, b = pair
+    for name, follows in (("goes", True), ("stays", False)):
+        guest = start_guest(a.unix, script=MOVING)
+        guest.call("open", image="d", guest=name, token="secret", follow_moves=follows)
+    assert a.the_daemon.status()["drain"] is None
+    a.drain("--to", b.unix)
+    until(lambda: a.the_daemon.status()["drain"]["guests_here"] == 1)
+    done = a.run("status")
+    words = " ".join(done.stdout.split())
+    assert f"moved to {b.unix}: 2 guests, 1 of them frozen here still" in words
+    top = " ".join(a.run("top", "--once").stdout.split())
+    assert f"moved to {b.unix}" in top
+
+
 def test_it_does_not_follow_if_told_not_to(pair: Pair, start_guest: StartGuest) -> None:
     a, b = pair
     guest = start_guest(a.unix, script=MOVING)

@@ -199,6 +199,7 @@ function drawAlerts(state) {
       `after it was opened: restore ${image.source}, or restart the daemon.`,
     ));
   }
+  if (state.drained) alerts.push(alertOf("Drain:", state.drained));
   $("alerts").replaceChildren(...alerts);
 }
 
