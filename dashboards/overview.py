@@ -256,8 +256,8 @@ _USERS: Final = Row(
         graph(
             "Guests by state",
             "running; stopped-quota: a write waits for a larger quota; frozen: writes wait for the "
-            "end of a handoff; away: not connected, its private pages are kept; detached: its "
-            "memory can no longer be served.",
+            "end of a handoff; parked: it closed its connection, not its mappings; away: not "
+            "connected, its private pages are kept; detached: its memory can no longer be served.",
             "short",
             {"{{state}}": total("cowshed_guests", BACKEND, "state")},
             stacked=True,

@@ -21,6 +21,7 @@ class WorkingSets:
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = state_dir
         self._written: dict[str, int] = {}
+        self._complained: dict[str, str] = {}
 
     def path(self, image: Image) -> Path:
         """Where an image's working set is kept: each domain but the default one has its folder."""
@@ -41,7 +42,10 @@ class WorkingSets:
                 nr_image_extents=image.nr_extents,
             )
         except CowshedError as error:
-            _log.warning("working-set-unusable", str(error), image=image.label)
+            # It stays so until a save replaces it: one line is enough.
+            if self._complained.get(image.label) != str(error):
+                self._complained[image.label] = str(error)
+                _log.warning("working-set-unusable", str(error), image=image.label)
             return ()
         return recorded.extents if recorded else ()
 

@@ -16,7 +16,7 @@ __all__ = ["CATALOG", "LIBRARY", "Metric"]
 Kind = Literal["info", "gauge", "counter", "histogram"]
 
 REFS: Final = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32+")
-STATES: Final = ("running", "stopped-quota", "frozen", "detached", "away")
+STATES: Final = ("running", "stopped-quota", "frozen", "parked", "detached", "away")
 # The first are of guests that have memory mapped or supplied, the others of those without.
 MAPPING_TRANSPORTS: Final = ("unix", "firecracker", "nydus")
 TRANSPORTS: Final = (*MAPPING_TRANSPORTS, "nbd", "tcp", "tls", "vsock")
@@ -161,7 +161,8 @@ _IMAGES: Final = (
         "gauge",
         "Attached guests. unix: by the library or cowshed attach; nbd: over a unix socket, TCP or "
         "TLS; tcp, tls, vsock: by the library, over a network. stopped-quota: a write waits for a "
-        "larger quota; frozen: writes wait for the end of a handoff; detached: the memory of one "
+        "larger quota; frozen: writes wait for the end of a handoff; parked: it closed its "
+        "connection and has the image mapped still; detached: the memory of one "
         "is no longer served and it is about to go; away: nobody is connected, and its private "
         "pages are kept for it.",
         transport=TRANSPORTS,

@@ -208,7 +208,10 @@ class Exporter(Collector):
             for mapping, _ in known:
                 mappings[*labels, mapping.transport] += 1
             joint = joint_state([state for _, state in known])
-            guests[*labels, known[0][0].transport, STATE_WORDS[joint]] += 1
+            word = STATE_WORDS[joint]
+            if joint is AccountState.RUNNING and guest.is_parked:
+                word = "parked"
+            guests[*labels, known[0][0].transport, word] += 1
         for overlay in self._sources.overlays:
             is_frozen = states.get(overlay.account_no) is AccountState.FROZEN
             state = STATE_WORDS[AccountState.FROZEN] if is_frozen else overlay.state

@@ -176,7 +176,7 @@ class Frame:
         nr_stopped = states[STOPPED]
         others = "".join(
             f", {format_count(states[state])} {state}"
-            for state in ("frozen", "away")
+            for state in ("frozen", "parked", "away")
             if states[state]
         )
         about = f", by {self.state.order[focus]}" if there else ""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images are warm again after a restart: behind what guests ask for, until somebody aborts it."""
 
+import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 from domains import MakeImage, StartDaemon, StartGuest, cowshed, in_thread, until
 from nbd_client import Client
 
-from cowshed.accounting import WorkingSet, write_working_set
+from cowshed.accounting import WorkingSet, read_working_set, write_working_set
 from cowshed.cache import ExtentState, FileSource, Image, PageStore
 from cowshed.cache._core import lib
 from cowshed.service.images.autowarm import Autowarm
@@ -149,3 +151,34 @@ def test_a_warming_can_be_aborted_before_its_turn(image: Image, sets: WorkingSet
     image.digest = "sha256:known"
     warm.stop()
     assert image.resident_bytes == 0
+
+
+def test_a_damaged_working_set_is_told_of_once_and_gone_on_without(
+    image: Image, sets: WorkingSets, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = sets.path(image)
+    assert sets.recorded(image) == list(range(NR_EXTENTS))
+    path.write_bytes(path.read_bytes()[:-1])
+    for _ in range(3):
+        assert sets.recorded(image) == []
+    assert [record.event for record in caplog.records] == ["working-set-unusable"]
+    assert "delete it" in caplog.text
+
+
+def test_a_kill_in_a_save_leaves_the_last_one_whole(tmp_path: Path) -> None:
+    path = tmp_path / "d.workingset"
+    given = {"digest": "sha256:known", "extent_bytes": EXTENT, "nr_image_extents": 100_000}
+    ways = (tuple(range(20_000)), tuple(range(19_999, -1, -1)))
+    for turn in range(8):
+        child = os.fork()
+        if child == 0:
+            while True:
+                for way in ways:
+                    write_working_set(path, WorkingSet(extents=way, **given))  # type: ignore[arg-type]
+        before = path.stat().st_mtime_ns if turn else 0
+        until(lambda before=before: path.exists() and path.stat().st_mtime_ns != before)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        found = read_working_set(path, **given)  # type: ignore[arg-type]
+        assert found is not None
+        assert found.extents in ways

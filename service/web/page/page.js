@@ -288,7 +288,7 @@ function legendItem(words, fill, name, isPinned = false) {
 function drawGuests(state) {
   $("guest-count").textContent =
     count(state.nr_guests) + (state.nr_stopped ? `, ${count(state.nr_stopped)} stopped` : "") +
-    ["frozen", "away"].filter((how) => state.nr_by_state[how]).map((how) => `, ${count(state.nr_by_state[how])} ${how}`).join("");
+    ["frozen", "parked", "away"].filter((how) => state.nr_by_state[how]).map((how) => `, ${count(state.nr_by_state[how])} ${how}`).join("");
   const rows = state.guests.map(guestRow);
   const left = state.nr_guests - state.guests.length;
   if (left > 0) rows.push(wideRow(`and ${count(left)} more: see cowshed top`));
