@@ -11,6 +11,10 @@ where ownership changes hands. What follows from it:
 * A target that lost its source before the commit may forget by itself, for the same reason.
 * Who restarts knows what was recorded, and nothing else.
 
+By post-copy the pages come after the commit: the target owns, and lacks them. The source is at PUSH
+then, which it records; it keeps its frozen pages until the target says that nothing is lacking,
+which that says once what came outlives it.
+
 Actions are to be done in the order given. A death between two of them is a restart from what was
 recorded until then; tests/accounting/test_handoff.py tries all of them.
 """
@@ -50,6 +54,7 @@ class Phase(StrEnum):
     PRECOPY = "precopy"
     FREEZE = "freeze"
     COMMIT = "commit"  # asked for: who owns is not known here
+    PUSH = "push"  # post-copy: the target owns, and its pages are here
     MOVED = "moved"
     ABORTED = "aborted"
     CHECK = "check"
@@ -68,8 +73,12 @@ class Event(StrEnum):
     REFUSED = "refused"
     SENT = "sent"
     CONVERGED = "converged"
+    POSTPONED = "postponed"  # pages are to be sent after the commit
     ARRIVED_READY = "ready"
     COMMITTED = "committed"
+    COMMITTED_LATE = "committed, pages to follow"
+    LACKING = "lacking"  # the target said which pages it has not
+    FILLED = "filled"  # the target has all pages
     DENIED = "denied"
     LOST = "lost"
     ABORT = "abort"
@@ -78,6 +87,7 @@ class Event(StrEnum):
     COMPLETE = "complete"
     COMMIT = "commit"
     ASKED = "asked"
+    RESUMED = "resumed"  # the source has pages, and asks which are lacking
 
 
 class Action(StrEnum):
@@ -94,6 +104,10 @@ class Action(StrEnum):
     RECORD_COMMITTING = "record that the commit is asked for"
     SEND_COMMIT = "send commit"
     ASK = "ask what became of it"
+    RECORD_PUSHING = "record that pages are to follow"
+    SEND_ON = "send guests on"  # those that do not need what is here
+    PUSH = "push pages"
+    RESUME = "offer pages again"
     RECORD_MOVED = "record that it moved"
     TELL_GUESTS = "tell guests"
     SEND_ABORT = "send abort"
@@ -110,6 +124,10 @@ class Action(StrEnum):
     ADMIT = "admit guests"
     SEND_COMMITTED = "send committed"
     SEND_DENIED = "send denied"
+    TAKE_LATE = "take pages that were lacking"
+    SEND_LACKING = "send what is lacking"
+    RECORD_FILLED = "record that nothing is lacking"
+    SEND_FILLED = "send filled"
     DISCARD = "discard what is staged"
 
 
@@ -127,6 +145,7 @@ _BEFORE_COMMIT: Final = (
     Phase.PRECOPY,
     Phase.FREEZE,
 )
+_RECORDED: Final = (Phase.COMMIT, Phase.PUSH, Phase.MOVED)
 _STAGING: Final = (Phase.CHECK, Phase.RECEIVE, Phase.READY)
 _DENY: Final = (Phase.FORGOTTEN, (Action.SEND_DENIED,))
 
@@ -136,6 +155,10 @@ _SOURCE: Final[Table] = {
     (Phase.PREPARE, Event.ACCEPTED): (Phase.WARM, (Action.SEND_WORKING_SET,)),
     (Phase.PREPARE, Event.REFUSED): (Phase.ABORTED, _ROLLBACK),
     (Phase.WARM, Event.SENT): (Phase.PRECOPY, (Action.TRACK, Action.SEND_PAGES)),
+    (Phase.WARM, Event.POSTPONED): (
+        Phase.FREEZE,
+        (Action.TRACK, Action.FREEZE, Action.SEND_LAST),
+    ),
     (Phase.PRECOPY, Event.SENT): (Phase.PRECOPY, (Action.SEND_PAGES,)),
     (Phase.PRECOPY, Event.CONVERGED): (Phase.FREEZE, (Action.FREEZE, Action.SEND_LAST)),
     (Phase.FREEZE, Event.ARRIVED_READY): (
@@ -143,6 +166,13 @@ _SOURCE: Final[Table] = {
         (Action.RECORD_COMMITTING, Action.SEND_COMMIT),
     ),
     (Phase.COMMIT, Event.COMMITTED): (Phase.MOVED, (Action.RECORD_MOVED, Action.TELL_GUESTS)),
+    (Phase.COMMIT, Event.COMMITTED_LATE): (
+        Phase.PUSH,
+        (Action.RECORD_PUSHING, Action.SEND_ON, Action.PUSH),
+    ),
+    (Phase.PUSH, Event.LOST): (Phase.PUSH, (Action.RESUME,)),
+    (Phase.PUSH, Event.LACKING): (Phase.PUSH, (Action.PUSH,)),
+    (Phase.PUSH, Event.FILLED): (Phase.MOVED, (Action.RECORD_MOVED, Action.TELL_GUESTS)),
     (Phase.COMMIT, Event.DENIED): (Phase.ABORTED, (Action.FORGET_RECORD, *_ROLLBACK)),
     (Phase.COMMIT, Event.LOST): (Phase.COMMIT, (Action.ASK,)),
     **{(phase, Event.LOST): (Phase.ABORTED, _ROLLBACK) for phase in _BEFORE_COMMIT},
@@ -156,6 +186,10 @@ _SOURCE: Final[Table] = {
         (phase, event): (phase, ())
         for phase, event in (
             (Phase.MOVED, Event.COMMITTED),
+            (Phase.MOVED, Event.COMMITTED_LATE),
+            (Phase.MOVED, Event.LACKING),
+            (Phase.MOVED, Event.FILLED),
+            (Phase.PUSH, Event.COMMITTED_LATE),
             (Phase.MOVED, Event.LOST),
             (Phase.ABORTED, Event.DENIED),
             (Phase.ABORTED, Event.LOST),
@@ -187,8 +221,13 @@ _TARGET: Final[Table] = {
     (Phase.OWNER, Event.COMMIT): (Phase.OWNER, (Action.SEND_COMMITTED,)),
     (Phase.OWNER, Event.ASKED): (Phase.OWNER, (Action.SEND_COMMITTED,)),
     (Phase.OWNER, Event.LOST): (Phase.OWNER, ()),
+    (Phase.OWNER, Event.PIECE): (Phase.OWNER, (Action.TAKE_LATE,)),
+    (Phase.OWNER, Event.RESUMED): (Phase.OWNER, (Action.SEND_LACKING,)),
+    (Phase.OWNER, Event.FILLED): (Phase.OWNER, (Action.RECORD_FILLED, Action.SEND_FILLED)),
     (Phase.IDLE, Event.COMMIT): _DENY,
     (Phase.IDLE, Event.ASKED): _DENY,
+    (Phase.IDLE, Event.RESUMED): _DENY,
+    (Phase.FORGOTTEN, Event.RESUMED): _DENY,
     (Phase.FORGOTTEN, Event.COMMIT): _DENY,
     (Phase.FORGOTTEN, Event.ASKED): _DENY,
     (Phase.FORGOTTEN, Event.OFFERED): _DENY,
@@ -210,13 +249,13 @@ class Handoff:
 
     @classmethod
     def restarted(cls, role: Role, recorded: Phase | None) -> Handoff:
-        """Go on with what the last process of this end recorded: COMMIT, MOVED, OWNER, or nothing.
+        """Go on with what the last process of this end recorded: COMMIT, PUSH, MOVED, OWNER.
 
         With nothing recorded a source owns as if it had never begun, and a target knows nothing.
         """
         if recorded is None:
             return cls(role, Phase.IDLE if role is Role.SOURCE else Phase.FORGOTTEN)
-        known = (Phase.COMMIT, Phase.MOVED) if role is Role.SOURCE else (Phase.OWNER,)
+        known = _RECORDED if role is Role.SOURCE else (Phase.OWNER,)
         if recorded not in known:
             raise IllegalTransitionError(f"a {role} records no {recorded!r}; remove the record")
         return cls(role, recorded)
@@ -240,7 +279,7 @@ class Handoff:
         """Whether this end is sure to own the guests; both never are at the same time."""
         if self.role is Role.TARGET:
             return self.phase is Phase.OWNER
-        return self.phase not in (Phase.COMMIT, Phase.MOVED)
+        return self.phase not in _RECORDED
 
     @property
     def is_over(self) -> bool:
@@ -250,4 +289,4 @@ class Handoff:
     @property
     def withholds_writes(self) -> bool:
         """Whether guests' writes must wait here."""
-        return self.phase in (Phase.FREEZE, Phase.COMMIT, Phase.MOVED)
+        return self.phase is Phase.FREEZE or self.phase in _RECORDED

@@ -56,7 +56,10 @@ class LatePages:
 
     @property
     def fd(self) -> int:
-        """An eventfd, readable when pages are wanted, borrowed; -1 if no page was ever late."""
+        """An eventfd, borrowed; -1 if no page was ever late.
+
+        Readable when pages are wanted, or none is late any more; take_wanted() makes it silent.
+        """
         return max(-1, int(lib.overlay_late_fd(self._overlay.cdata)))
 
     @property

@@ -116,7 +116,7 @@ def serve(
 
     The TOML file of --config may set capacity, run_dir, state_dir, extent, loaders, keeper,
     quota, on_quota ("stop", "kill" or "allow"), metrics, guest_metrics, listen, nbd,
-    handoff_from, accept_handoff, autowarm,
+    handoff_from, accept_handoff, late_wait, autowarm,
     overlay_dir, log ("logfmt" or "json"), log_level ("debug" to "error") and, in a table [images],
     NAME = "SOURCE"; [[image]] has name, source and domain; a table [domains.NAME]
     lists its members by uids, gids and clients; a table [tls] has cert, key and ca,

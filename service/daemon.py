@@ -211,6 +211,7 @@ class Daemon:
             self._loop,
             self._guest_door,
             network.disconnect,
+            config.late_wait,
         )
         if config.autowarm:
             warm = Autowarm(store, evictor, self._working_sets, load, warming)

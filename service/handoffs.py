@@ -62,6 +62,7 @@ class HandoffService:
         loop: Loop,
         guest_door: GuestDoor,
         disconnect: Disconnect,
+        late_wait_seconds: float,
     ) -> None:
         """disconnect(guest) ends the connections of an overlay's clients; in the loop."""
         self.record: Final = record
@@ -75,7 +76,9 @@ class HandoffService:
         self._guest_door = guest_door
         self._disconnect = disconnect
         self._drain: Drain | None = None
-        self.door: Final = HandoffDoor(store, evictor, overlays, record, load, self._on_owner)
+        self.door: Final = HandoffDoor(
+            store, evictor, overlays, record, load, self._on_owner, late_wait_seconds
+        )
         control.add("drain", self._do_drain, is_quick=False)
         control.add("drain-abort", self._do_abort, is_quick=False)
         control.add("drain-state", self._do_state, is_quick=True)
@@ -85,6 +88,7 @@ class HandoffService:
 
     def resume(self) -> None:
         """Go on as was recorded before a restart; before any guest is answered."""
+        self.door.resume()
         if self.record.source is None:
             # Accounts stay frozen over a restart; nothing was asked for, so nothing is unsure.
             for moving in self.movings():
@@ -106,7 +110,7 @@ class HandoffService:
                 drain.abort()
                 drain.join(1)
             except UsageError as error:
-                _log.info("drain-goes-on", str(error))
+                _log.warning("drain-not-over", f"the next start goes on with it: {error}")
         source = self.record.source
         if source is not None and source["phase"] is Phase.MOVED:
             self.record.set_source(None)
@@ -137,6 +141,16 @@ class HandoffService:
     def connect(self, uri: str, look: Callable[[], None]) -> Link:
         """Reach the target."""
         return dial_target(uri, look)
+
+    def send_on(self, movings: list[Moving], uri: str) -> None:
+        """End the connections of overlays' clients."""
+        self._loop.call(lambda: self._disconnect_all(movings, uri))
+
+    def _disconnect_all(self, movings: list[Moving], uri: str) -> None:
+        for moving in movings:
+            if isinstance(moving, OverlayMoving) and moving.guest.nr_clients:
+                _log.notice("disconnected", f"it is at {uri} now", overlay=moving.guest.label)
+                self._disconnect(moving.guest)
 
     def tell_moved(self, movings: list[Moving], uri: str) -> None:
         """Have guests that map told, and connections ended of those that do not."""
@@ -178,6 +192,11 @@ class HandoffService:
     def _do_drain(self, request: Body, fds: list[int]) -> Iterator[Body]:
         uri = take_text(request, "to", max_length=4096)
         timeout_ms = take_optional_number(request, "timeout_ms", minimum=1)
+        post_copy = request.get("post_copy") is True
+        if post_copy and fds:
+            raise UsageError(
+                "a file cannot be asked for pages later: drain to it without post-copy"
+            )
         before = self._drain
         if before is not None and not before.over.is_set():
             raise UsageError(
@@ -192,6 +211,7 @@ class HandoffService:
             link=open_link(fds.pop()) if fds else None,
             timeout=None if timeout_ms is None else timeout_ms / 1000,
             dry_run=request.get("dry_run") is True,
+            post_copy=post_copy,
         )
         self._drain = drain
         drain.start()

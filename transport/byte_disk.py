@@ -147,7 +147,16 @@ class ByteDisk:
         ops += _pieces(Kind.READ, at, offset + length - at, memory[at - offset :])
         # Asked for ahead before this one is waited for, so that both are on their way.
         asked = self._ask_ahead(offset, length)
-        self._perform("read", [*ops, *ahead], asked)
+        try:
+            self._perform("read", [*ops, *ahead], asked)
+        except OSError:
+            if not any(op.error for op in ahead):
+                raise
+            # It may be of bytes that nobody wants yet: what is wanted is read by itself.
+            with self._lock:
+                self._ahead = {at: op for at, op in self._ahead.items() if op not in ahead}
+            ahead = []
+            self._perform("read", _pieces(Kind.READ, offset, length, memory))
         for op in ahead:
             _copy_part(op, offset, memory)
         with self._lock:

@@ -66,6 +66,7 @@ class FrameKind(IntEnum):
     TOTALS = 7
     END = 8
     WORD = 9  # of the two ends to each other; never in a file
+    LATE = 10  # of post-copy; the same
     IMAGE_BYTES = 16
     IMAGE_WHOLE = 17
 

@@ -52,6 +52,7 @@ __all__ = [
     "ImageBytes",
     "ImageSection",
     "ImageWhole",
+    "Late",
     "Pages",
     "Section",
     "StateReader",
@@ -139,6 +140,14 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Late:
+    """Private pages of a guest whose bytes come after the commit; between two backends only."""
+
+    guest: int
+    runs: Runs
+
+
+@dataclass(frozen=True)
 class Totals:
     """How many private pages a guest has in the end, and its counters by then."""
 
@@ -177,6 +186,7 @@ Section = (
     | WorkingSetSection
     | Pages
     | Dropped
+    | Late
     | Totals
     | Word
     | End
@@ -225,6 +235,8 @@ def _encode(section: Section) -> tuple[FrameKind, bytes]:
         return FrameKind.IMAGE_BYTES, encode_runs(section.image, section.runs) + section.content
     if isinstance(section, Dropped):
         return FrameKind.DROPPED, encode_runs(section.guest, section.runs)
+    if isinstance(section, Late):
+        return FrameKind.LATE, encode_runs(section.guest, section.runs)
     if isinstance(section, Word):
         return FrameKind.WORD, _json(section.body)
     if isinstance(section, End):
@@ -254,6 +266,7 @@ class StateReader:
         self.whole: set[int] = set()
         self.ended = False
         self._in_state = False
+        self._late_sizes: list[int] | None = None
 
     @property
     def offset(self) -> int:
@@ -279,6 +292,10 @@ class StateReader:
                 self._frames.refuse(f"section {frame.kind.name}: {error}")
             yield section
 
+    def expect_late(self, sizes_bytes: Sequence[int]) -> None:
+        """From now on PAGES may come of guests by number, with images of these sizes."""
+        self._late_sizes = list(sizes_bytes)
+
     def end(self) -> None:
         """The bytes end here; DamagedError if they should not."""
         if not self.ended:
@@ -292,7 +309,7 @@ class StateReader:
             if len(payload) != _WHOSE.size + 4 * nr:
                 raise ValueError(f"{len(payload)} bytes for {nr} extents")
             return WorkingSetSection(image, tuple(array("I", payload[_WHOSE.size :])))
-        if kind in (FrameKind.PAGES, FrameKind.IMAGE_BYTES, FrameKind.DROPPED):
+        if kind in (FrameKind.PAGES, FrameKind.IMAGE_BYTES, FrameKind.DROPPED, FrameKind.LATE):
             whose, runs, start = decode_runs(payload)
             if kind is FrameKind.PAGES:
                 return Pages(whose, runs, payload[start:])
@@ -300,7 +317,7 @@ class StateReader:
                 return ImageBytes(whose, runs, payload[start:])
             if start != len(payload):
                 raise ValueError("bytes are left over")
-            return Dropped(whose, runs)
+            return (Late if kind is FrameKind.LATE else Dropped)(whose, runs)
         body = parse_body(payload)
         if kind is FrameKind.WORD:
             return Word(body)
@@ -317,6 +334,12 @@ class StateReader:
             if not self._words:
                 raise ValueError("it is for two backends, not for a file")
             return
+        if self._late_sizes is not None and isinstance(section, Pages):
+            size_bytes = self._of(self._late_sizes, section.guest, "guest")
+            check_runs(section.runs, size_bytes, section.content)
+            return
+        if isinstance(section, Late) and not self._words:
+            raise ValueError("it is for two backends, not for a file")
         if self.ended or (self.header is None) != isinstance(section, Header):
             raise ValueError("it is out of place")
         if isinstance(section, Header):
@@ -337,7 +360,14 @@ class StateReader:
 
     def _check_state(
         self,
-        section: WorkingSetSection | ImageBytes | ImageWhole | Pages | Dropped | Totals | End,
+        section: WorkingSetSection
+        | ImageBytes
+        | ImageWhole
+        | Pages
+        | Dropped
+        | Late
+        | Totals
+        | End,
     ) -> None:
         if isinstance(section, End):
             if len(self.totals) != len(self.guests):

@@ -185,7 +185,8 @@ void overlay_come(struct overlay *overlay, uint64_t first, uint64_t nr)
 		nr_come += bits_clear(account->seeded, page);
 	if (!nr_come)
 		return;
-	atomic_fetch_sub(&account->header->seeded_pages, nr_come);
+	if (atomic_fetch_sub(&account->header->seeded_pages, nr_come) == nr_come)
+		eventfd_write(overlay->late->event_fd, 1);
 	if (overlay->disk)
 		disk_late_changed(overlay->disk, first);
 	pthread_mutex_lock(&overlay->late->lock);

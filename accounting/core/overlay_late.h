@@ -31,7 +31,7 @@ int64_t overlay_arrive(struct overlay *overlay, uint64_t first, uint64_t nr, con
 int64_t overlay_late(struct overlay *overlay, uint64_t *words_out, uint64_t nr_words);
 /* Of those, the ones that somebody came to wait for since the last call; how many. */
 int64_t overlay_take_wanted(struct overlay *overlay, uint64_t *words_out, uint64_t nr_words);
-/* An eventfd that counts up when a page is wanted, the overlay's own; -ENOENT: no page was ever late. */
+/* An eventfd that counts up when a page is wanted, or the last one is not late any more; the overlay's own; -ENOENT: no page was ever late. */
 int overlay_late_fd(const struct overlay *overlay);
 /* Nobody has the late ones of nr pages from first any more; how many were not lost before. */
 int64_t overlay_lose(struct overlay *overlay, uint64_t first, uint64_t nr);

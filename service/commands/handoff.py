@@ -43,18 +43,30 @@ def add_commands(group: click.Group) -> None:
 @click.option(
     "--timeout", type=click.FloatRange(min=0.001), metavar="S", help="Roll back after S seconds."
 )
+@click.option(
+    "--post-copy", is_flag=True, help="Have guests go on there at once; their pages follow them."
+)
 @click.option("--abort", is_flag=True, help="Have the drain under way rolled back.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object, for programs.")
 @run_dir_option
 def drain(
-    to: str | None, dry_run: bool, timeout: float | None, abort: bool, as_json: bool, run_dir: Path
+    to: str | None,
+    dry_run: bool,
+    timeout: float | None,
+    post_copy: bool,
+    abort: bool,
+    as_json: bool,
+    run_dir: Path,
 ) -> None:
     """Give every guest and working set to another backend.
 
     Guests go on until the last pages; then they are told where to go on. Whatever fails
     before the target has everything leaves every guest as it was.
+
+    With --post-copy they go on at the target before it has their pages, which are sent
+    meanwhile, those first that they need. This backend must live until that is done.
     """
-    if abort == bool(to) or (abort and (dry_run or timeout)):
+    if abort == bool(to) or (abort and (dry_run or timeout or post_copy)):
         raise WrongUsage("give --to URI|FILE to drain, or --abort alone to end a drain")
     with ExitStack() as stack:
         client = stack.enter_context(ControlClient(run_dir))
@@ -64,12 +76,18 @@ def drain(
             return
         assert to is not None
         fields: dict[str, Any] = {"to": to, "dry_run": dry_run}
+        if post_copy:
+            fields["post_copy"] = True
         if timeout is not None:
             fields["timeout_ms"] = max(1, int(timeout * 1000))
         fds = []
         if not to.startswith(_SCHEMES):
             if "://" in to:
                 raise WrongUsage(f"--to {to!r}: use {', '.join(_SCHEMES)} or a file")
+            if post_copy:
+                raise WrongUsage(
+                    f"--post-copy to the file {to!r}: a file cannot ask for pages later"
+                )
             fields["to"] = f"file:{Path(to).absolute()}"
             fds.append(stack.enter_context(_created(Path(os.devnull if dry_run else to))).fileno())
         reply = _last(client.stream("drain", fds=fds, **fields), as_json)["drain"]

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from cowshed.accounting import LatePages
 from cowshed.accounting.handoff import Action, Event, Handoff, Phase, Role
 from cowshed.cache import CowshedError, PageStore, PeerError
+from cowshed.service.handoff.arriving import Arrival
 from cowshed.service.handoff.link import Link
+from cowshed.service.handoff.pushing import take_runs
 from cowshed.service.handoff.receiver import Load, Receiver
 from cowshed.service.handoff.record import HandoffRecord
 from cowshed.service.images.evictor import Evictor
-from cowshed.service.overlays.overlays import OverlayTable
+from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.runtime.test_points import reach
@@ -28,18 +31,20 @@ from cowshed.transport.handoff_sections import (
     GuestSection,
     Header,
     ImageSection,
+    Pages,
     Section,
     StateReader,
     StateWriter,
     Word,
     WorkingSetSection,
 )
-from cowshed.transport.messages import take_text
+from cowshed.transport.messages import take_number, take_text
 
 __all__ = ["HandoffDoor"]
 
 _log = EventLog("cowshed.handoff")
 
+_FEATURES: Final = ("post-copy",)
 _WARM_SECONDS: Final = 60.0
 _MAX_FORGOTTEN: Final = 1000
 
@@ -59,8 +64,14 @@ class HandoffDoor:
         record: HandoffRecord,
         load: Load,
         on_owner: Callable[[list[str]], None],
+        late_wait_seconds: float,
     ) -> None:
-        """on_owner(names) is told of guests that were admitted, in a handoff's thread."""
+        """on_owner(names) is told of guests that were admitted, in a handoff's thread.
+
+        late_wait_seconds is how long a source is waited for that has pages yet.
+        """
+        self._late_wait_seconds = late_wait_seconds
+        self._arrivals: dict[str, Arrival] = {}
         self._store = store
         self._evictor = evictor
         self._overlays = overlays
@@ -87,6 +98,60 @@ class HandoffDoor:
         with self._lock:
             for reception in list(self._machines.values()):
                 reception.lose()
+            for arrival in self._arrivals.values():
+                arrival.close()
+
+    def resume(self) -> None:
+        """Go on with guests whose pages are not all here, after a restart."""
+        for handoff, keys in list(self._record.arriving.items()):
+            guests = [self._overlays.get(domain, name) for domain, name in keys]
+            self.arrive(handoff, guests)
+
+    # Post-copy.
+
+    def arrivals(self) -> list[Arrival]:
+        """Give the handoffs whose pages are not all here."""
+        with self._lock:
+            return list(self._arrivals.values())
+
+    def arrive(self, handoff: str, guests: Sequence[OverlayGuest | None]) -> Arrival:
+        """Have guests that are ours wait for what they lack."""
+        arrival = Arrival(
+            handoff, guests, self._overlays, self._late_wait_seconds, self._filled_itself
+        )
+        with self._lock:
+            self._arrivals[handoff] = arrival
+        arrival.start()
+        return arrival
+
+    def arrival(self, handoff: str) -> Arrival | None:
+        """Give what is under way of a handoff; None if nothing is. PeerError if it is not ours."""
+        with self._lock:
+            if handoff not in self._record.owned:
+                raise PeerError(f"handoff {handoff} is not known here")
+            return self._arrivals.get(handoff)
+
+    def is_filled(self, handoff: str) -> bool:
+        """Whether it is recorded that the pages of a handoff of ours are all here."""
+        return handoff not in self._record.arriving
+
+    def record_filled(self, arrival: Arrival) -> None:
+        """Record that a handoff's pages are all here, and outlive us; nothing twice."""
+        with self._lock:
+            if self.is_filled(arrival.handoff):
+                return
+            arrival.flush()
+            self._record.set_filled(arrival.handoff)
+            self._arrivals.pop(arrival.handoff, None)
+        arrival.close()
+        _log.notice("pages-arrived", handoff=arrival.handoff, guests=len(arrival.keys))
+
+    def _filled_itself(self, arrival: Arrival) -> None:
+        """The guests wrote all that was lacking, or are gone."""
+        try:
+            self.record_filled(arrival)
+        except CowshedError as error:
+            _log.error("not-recorded", str(error), handoff=arrival.handoff)
 
     @property
     def stopping(self) -> bool:
@@ -125,9 +190,9 @@ class HandoffDoor:
             self._forget(handoff)
             return "denied"
 
-    def own(self, handoff: str) -> None:
-        """Record that a handoff's guests are ours."""
-        self._record.add_owned(handoff)
+    def own(self, handoff: str, arriving: Sequence[tuple[str, str]] = ()) -> None:
+        """Record that a handoff's guests are ours, and which they are if they lack pages."""
+        self._record.add_owned(handoff, arriving)
 
     def admitted(self, names: list[str]) -> None:
         """Guests were admitted."""
@@ -154,6 +219,8 @@ class _Reception:
         self._blockers: list[dict[str, str]] = []
         self._extents: list[WorkingSetSection] = []
         self._gone = False
+        self._arrival: Arrival | None = None
+        self._saying = threading.Lock()
         # Held while guests are staged or discarded; never while waiting for the door's lock.
         self._staging = threading.Lock()
 
@@ -186,6 +253,8 @@ class _Reception:
     def lose(self) -> None:
         """The source is gone."""
         self._gone = True
+        if self._arrival is not None:
+            self._arrival.disconnect(self._say_word)
         if self.machine.allows(Event.LOST):
             self._door.on(self, Event.LOST)
 
@@ -198,6 +267,9 @@ class _Reception:
             self._take_word(section)
         elif isinstance(section, WorkingSetSection):
             self._extents.append(section)
+        elif isinstance(section, Pages) and self._arrival is not None:
+            self._arrival.take(section)
+            self._look_filled()
         else:
             with self._staging:
                 if self.machine.phase is not Phase.RECEIVE:
@@ -222,8 +294,54 @@ class _Reception:
                 self._door.on(self, Event.ABORT)
         elif word.say == "ask":
             self._say(self._door.verdict(take_text(word.body, "handoff", max_length=64)))
+        elif word.say == "features":
+            self._say("features", has=list(_FEATURES))
+        elif word.say == "resume":
+            self._resume(take_text(word.body, "handoff", max_length=64))
+        elif word.say == "gone" and self._arrival is not None:
+            guest = take_number(word.body, "guest")
+            self._arrival.lose(guest, take_runs(word))
+            self._look_filled()
         else:
             raise PeerError(f"no word {word.say!r} is known here")
+
+    def _resume(self, handoff: str) -> None:
+        """A source comes again that has pages of guests that are ours."""
+        self._arrival = self._door.arrival(handoff)
+        self.machine = Handoff.restarted(Role.TARGET, Phase.OWNER)
+        if self._arrival is None:
+            self._say("filled")
+            return
+        self.handoff = handoff
+        self._reader.expect_late(self._arrival.sizes_bytes)
+        _log.notice("handoff-resumed", whose=self._whose, handoff=handoff)
+        self._door.on(self, Event.RESUMED)
+
+    def _look_filled(self) -> None:
+        """Say so if the source has nothing more to give."""
+        assert self._arrival is not None
+        if self._arrival.is_filled or self._door.is_filled(self.handoff):
+            self._door.on(self, Event.FILLED)
+        elif self._arrival.is_hopeless:
+            self._say("filled", lost=self._arrival.nr_late)
+
+    def _own(self) -> None:
+        """Record that the guests are ours."""
+        guests = self._receiver.staged
+        lack = any(LatePages(guest.overlay).nr_left for guest in guests)
+        self._door.own(self.handoff, [guest.terms.key for guest in guests] if lack else [])
+
+    def _admit(self) -> None:
+        guests = list(self._receiver.staged)
+        lack = any(LatePages(guest.overlay).nr_left for guest in guests)
+        names = self._receiver.admit()
+        reach("HANDOFF_ADMITTED")
+        if lack:
+            self._reader.expect_late([guest.image.size_bytes for guest in guests])
+            self._arrival = self._door.arrive(self.handoff, guests)
+            self._arrival.connect(self._say_word)
+        _log.notice("handoff-received", whose=self._whose, guests=len(names))
+        self._door.admitted(names)
 
     def _check(self, *, is_dry: bool) -> None:
         if not self.handoff:
@@ -262,13 +380,21 @@ class _Reception:
         elif action is Action.SEND_DENIED:
             self._say("denied")
         elif action is Action.RECORD_OWNER:
-            self._door.own(self.handoff)
+            self._own()
             reach("HANDOFF_OWNED")
         elif action is Action.ADMIT:
-            names = self._receiver.admit()
-            reach("HANDOFF_ADMITTED")
-            _log.notice("handoff-received", whose=self._whose, guests=len(names))
-            self._door.admitted(names)
+            self._admit()
+        elif action is Action.SEND_LACKING:
+            assert self._arrival is not None
+            for word in self._arrival.lacking_words():
+                self._say_word(word)
+            self._arrival.connect(self._say_word)
+            self._look_filled()
+        elif action is Action.RECORD_FILLED:
+            assert self._arrival is not None
+            self._door.record_filled(self._arrival)
+        elif action is Action.SEND_FILLED:
+            self._say("filled")
         elif action is Action.DISCARD:
             with self._staging:
                 self._receiver.discard()
@@ -277,7 +403,12 @@ class _Reception:
             reach("HANDOFF_KEPT")
 
     def _say(self, what: str, **fields: Any) -> None:
-        self._link.send(self._writer.write(Word({"say": what, **fields})))
+        self._say_word(Word({"say": what, **fields}))
+
+    def _say_word(self, word: Word) -> None:
+        """From any thread."""
+        with self._saying:
+            self._link.send(self._writer.write(word))
 
     def _say_failed(self, why: str) -> None:
         try:

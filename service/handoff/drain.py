@@ -7,6 +7,9 @@ wait has a name in the report, and ends by an abort, the deadline, or the peer's
 
 Once the commit is asked for there is no way back from here: guests stay frozen and the target is
 asked what became of it, for as long as it takes to know.
+
+By post-copy the pages are sent after that, while guests go on at the target: what is here stays
+frozen, and is pushed again and again to a target that is lost, until it says that it has all.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from cowshed.accounting.handoff import Action, Event, Handoff, Phase, Role
 from cowshed.cache import CowshedError, Image, PeerError, UsageError
 from cowshed.service.handoff.link import FileLink, Link
 from cowshed.service.handoff.moving import MappedMoving, Moving
+from cowshed.service.handoff.pushing import Pusher, bitmap_of_runs, take_runs
 from cowshed.service.handoff.receiver import Blocker, wait_for_digests
 from cowshed.service.handoff.record import HandoffRecord
 from cowshed.service.handoff.sender import Progress, Sender
@@ -30,6 +34,7 @@ from cowshed.service.metrics.tallies import DrainFigures, Tallies
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.stops import stop_at
 from cowshed.transport.handoff_sections import StateReader, Word
+from cowshed.transport.messages import take_number
 
 __all__ = ["Drain", "DrainHost", "StoppedError", "say_blockers"]
 
@@ -77,6 +82,9 @@ class DrainHost(Protocol):
     def connect(self, uri: str, look: Callable[[], None]) -> Link:
         """Reach the target, ready for the first section."""
 
+    def send_on(self, movings: list[Moving], uri: str) -> None:
+        """End the connections of guests whose pages are ours; they are needed here a while yet."""
+
     def tell_moved(self, movings: list[Moving], uri: str) -> None:
         """Have guests told where they are now, and end connections that cannot be told."""
 
@@ -92,9 +100,13 @@ class Drain:
         link: Link | None = None,
         timeout: float | None = None,
         dry_run: bool = False,
+        post_copy: bool = False,
         handoff: str = "",
     ) -> None:
         """link is a file, opened by who asked; its uri is then file:PATH."""
+        self.post_copy: Final = post_copy
+        self._pusher: Pusher | None = None
+        self._numbered: list[Moving | None] = []
         self._host = host
         self.uri: Final = uri
         self.dry_run: Final = dry_run
@@ -123,9 +135,12 @@ class Drain:
         """Go on with what was recorded before a restart: moved, or unsure. Frozen already."""
         record = host.record.source
         assert record is not None
-        drain = cls(host, record["uri"], handoff=record["handoff"])
+        drain = cls(host, record["uri"], handoff=record["handoff"], post_copy=record["post_copy"])
         drain._machine = Handoff.restarted(Role.SOURCE, record["phase"])
         drain._movings = [each for each in host.movings() if each.name in record["guests"]]
+        here = {(each.image.domain, each.name): each for each in drain._movings}
+        keys = zip(record["domains"], record["guests"], strict=False)
+        drain._numbered = [here.get(key) for key in keys] or list(drain._movings)
         host.close_door(drain.uri)
         drain._door_closed = True
         drain._sender = Sender(Link(lambda: None), drain._movings, [], drain._progress)
@@ -149,6 +164,8 @@ class Drain:
             why = {
                 Phase.COMMIT: "the target was asked to commit and did not answer yet: "
                 "the drain goes on by itself once it does",
+                Phase.PUSH: f"the guests are at {self.uri}, where their pages follow them; once "
+                "all are there, drain that backend to have them back",
                 Phase.MOVED: f"the guests are at {self.uri}: drain that backend to have them back",
             }.get(self.phase, "there is nothing left to abort")
             raise UsageError(f"it is too late: {why}")
@@ -166,6 +183,7 @@ class Drain:
             "handoff": self.handoff,
             "phase": str(self.phase),
             "dry_run": self.dry_run,
+            "post_copy": self.post_copy,
             "waits_for": self._waits_for,
             "guests": len(self._movings),
             "guests_here": sum(
@@ -197,6 +215,8 @@ class Drain:
         try:
             if self.phase is Phase.COMMIT:
                 self._find_out()
+            elif self.phase is Phase.PUSH:
+                self._push_again()
             elif self.phase is not Phase.MOVED:
                 self._do(Event.BEGIN)
         except CowshedError as error:
@@ -216,6 +236,10 @@ class Drain:
         if self.phase is Phase.COMMIT:
             self._find_out()
             return
+        if self.phase is Phase.PUSH:
+            _log.warning("pages-not-pushed", str(error), to=self.uri)
+            self._push_again()
+            return
         event = Event.ABORT if isinstance(error, StoppedError) else Event.LOST
         if self._machine.allows(event):
             self._do(event)
@@ -223,7 +247,8 @@ class Drain:
 
     def _look(self) -> None:
         """Raise StoppedError if there is a reason to end a wait."""
-        if self.phase is Phase.COMMIT:
+        if self.phase in (Phase.COMMIT, Phase.PUSH):
+            self._note()
             return
         if self._abort.is_set():
             raise StoppedError("the drain was aborted; every guest is as it was")
@@ -280,7 +305,10 @@ class Drain:
         if self._blockers:
             raise StoppedError(say_blockers("drain", self._blockers))
         assert self._link is not None
+        self._numbered = list(self._movings)
         self._sender = Sender(self._link, self._movings, images, self._progress)
+        if self.post_copy:
+            self._check_knows_post_copy()
         self._sender.offer(self.handoff)
         if self._file is not None:
             return self._accepted()
@@ -307,6 +335,11 @@ class Drain:
     def _send_working_set(self) -> Event:
         self._wait_name("the working sets to be sent")
         self._the_sender.send_working_sets(self._host.working_sets)
+        if self.post_copy:
+            self._have_warmed()
+            for moving in self._movings:
+                moving.flush()  # so that little is left to be, once they are frozen
+            return Event.POSTPONED
         return Event.SENT
 
     def _track(self) -> None:
@@ -317,18 +350,26 @@ class Drain:
         sender = self._the_sender
         sender.send_private()
         if self._file is None:
-            sender.say("warm")
-            self._expect(self._hear("the target to load the working sets"), "warmed")
+            self._have_warmed()
         self._wait_name("pages written meanwhile to be sent")
         sender.send_until_few()
         return Event.CONVERGED
+
+    def _have_warmed(self) -> None:
+        self._the_sender.say("warm")
+        self._expect(self._hear("the target to load the working sets"), "warmed")
 
     def _freeze(self) -> None:
         self._the_sender.freeze()
 
     def _send_last(self) -> Event:
         self._wait_name("the last pages to be sent")
-        self._the_sender.send_last()
+        if self.post_copy:
+            for moving in self._movings:
+                moving.flush()
+            self._pusher = Pusher(self._numbered, self._the_sender.send_late())
+        else:
+            self._the_sender.send_last()
         if isinstance(self._file, FileLink):
             self._file.make_durable()
         elif self._file is None:
@@ -349,6 +390,7 @@ class Drain:
         self._wait_name(f"{self.uri} to say whether it has the guests")
         if self._link is not None:
             self._link.close()
+        self._pusher = None
         try:
             self._link = self._host.connect(self.uri, lambda: None)
             self._reader, self._words = StateReader(words=True), []
@@ -362,14 +404,96 @@ class Drain:
     def _find_out(self) -> None:
         """Ask until it is known."""
         while self.phase is Phase.COMMIT:
-            self._do(Event.LOST)
+            try:
+                self._do(Event.LOST)
+            except PeerError as error:
+                _log.warning("pages-not-pushed", str(error), to=self.uri)
             if self.phase is Phase.COMMIT:
+                self._note()
+                time.sleep(_ASK_SECONDS)
+        if self.phase is Phase.PUSH:
+            self._push_again()
+
+    # Post-copy.
+
+    def _check_knows_post_copy(self) -> None:
+        """Raise UsageError if the target does not know post-copy."""
+        self._the_sender.say("features")
+        try:
+            has = self._hear("the target to say what it knows").body.get("has")
+        except PeerError as error:
+            has, why = (), f" ({error})"
+        else:
+            why = ""
+        if not isinstance(has, list) or "post-copy" not in has:
+            raise UsageError(
+                f"{self.uri} does not know post-copy{why}; upgrade it, or drain without --post-copy"
+            )
+
+    def _record_pushing(self) -> None:
+        self._record(Phase.PUSH)
+        if self._sender is not None:
+            self._sender.end_frozen()
+        self._error = None
+
+    def _send_on(self) -> None:
+        _log.notice("drained-by-post-copy", to=self.uri, guests=len(self._movings))
+        self._host.send_on(self._movings, self.uri)
+
+    def _push(self) -> Event | None:
+        """Push what is left, until the target has all; PeerError once it is gone."""
+        if self._pusher is None:  # it was only asked what became of the handoff
+            return self._resume()
+        self._wait_name("pages to be pushed")
+        word = self._pusher.run(self._the_sender, self._hear_pushing)
+        lost = word.body.get("lost")
+        if isinstance(lost, int) and lost:
+            _log.error("pages-lost-there", "the target lacks them for good", pages=lost)
+        return Event.FILLED
+
+    def _hear_pushing(self, wait: bool) -> Word | None:
+        link = self._link
+        assert link is not None
+        if not wait and not self._words and not link.has_come():
+            return None
+        return self._hear("the target to have all pages")
+
+    def _resume(self) -> Event:
+        """Connect again and hear what is lacking; PeerError if the target cannot be reached."""
+        self._wait_name(f"{self.uri} to say which pages it lacks")
+        if self._link is not None:
+            self._link.close()
+        self._pusher = None
+        self._link = self._host.connect(self.uri, self._look)
+        self._reader, self._words = StateReader(words=True), []
+        self._sender = Sender(self._link, self._movings, [], self._progress)
+        self._sender.say("resume", handoff=self.handoff)
+        left = [0] * len(self._numbered)
+        while (word := self._hear(self._waits_for)).say == "lacking":
+            guest = take_number(word.body, "guest", maximum=max(0, len(left) - 1))
+            if runs := take_runs(word):
+                left[guest] |= bitmap_of_runs(runs)
+            if word.body.get("more") is not True:
+                self._pusher = Pusher(self._numbered, left)
+                self._progress.expect(self._pusher.nr_pages)
+                return Event.LACKING
+        if word.say == "filled":
+            return Event.FILLED
+        raise _LostError(f"{self.uri} says {word.say!r} of guests that it had")
+
+    def _push_again(self) -> None:
+        """Until the target has all."""
+        while self.phase is Phase.PUSH:
+            try:
+                self._do(Event.LOST)
+            except (CowshedError, OSError) as error:
+                _log.warning("pages-not-pushed", str(error), to=self.uri)
                 self._note()
                 time.sleep(_ASK_SECONDS)
 
     def _outcome(self, word: Word) -> Event:
         if word.say == "committed":
-            return Event.COMMITTED
+            return Event.COMMITTED_LATE if self.post_copy else Event.COMMITTED
         if word.say == "denied":
             self._error = self._error or PeerError(
                 f"{self.uri} lost the handoff before its end; every guest is as it was"
@@ -396,7 +520,9 @@ class Drain:
                 "handoff": self.handoff,
                 "uri": self.uri,
                 "phase": phase,
-                "guests": [moving.name for moving in self._movings],
+                "guests": ["" if each is None else each.name for each in self._numbered],
+                "domains": ["" if each is None else each.image.domain for each in self._numbered],
+                "post_copy": self.post_copy,
             }
         )
 
@@ -480,6 +606,10 @@ _ACTIONS: Final[dict[Action, Callable[[Drain], Event | None]]] = {
     Action.RECORD_COMMITTING: Drain._record_committing,
     Action.SEND_COMMIT: Drain._send_commit,
     Action.ASK: Drain._ask,
+    Action.RECORD_PUSHING: Drain._record_pushing,
+    Action.SEND_ON: Drain._send_on,
+    Action.PUSH: Drain._push,
+    Action.RESUME: Drain._resume,
     Action.RECORD_MOVED: Drain._record_moved,
     Action.TELL_GUESTS: Drain._tell_guests,
     Action.FORGET_RECORD: Drain._forget_record,

@@ -39,6 +39,10 @@ class Link:
         """Wait for some bytes; b"" at the end of them."""
         raise NotImplementedError
 
+    def has_come(self) -> bool:
+        """Whether receive() would not wait."""
+        return True
+
     def close(self) -> None:
         """Let go of it; nothing twice."""
         raise NotImplementedError
@@ -81,6 +85,12 @@ class SocketLink(Link):
                 self._wait(select.POLLIN, "said nothing")
             except OSError as error:
                 raise PeerError(f"the other end is gone: {error.strerror}") from error
+
+    def has_come(self) -> bool:
+        """Whether something is here, or the peer has closed."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         """Close the socket."""

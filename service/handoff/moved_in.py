@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from cowshed.accounting import LatePages
 from cowshed.cache import UsageError
 from cowshed.service.guests.guests import Guest, GuestTable, Peer, Terms
 from cowshed.service.handoff.moving import owner_of_token
@@ -37,6 +38,26 @@ class MovedInTable:
     def __init__(self, overlays: OverlayTable, guests: GuestTable) -> None:
         self._overlays = overlays
         self._guests = guests
+
+    def lacks(self, terms: Terms) -> bool:
+        """Whether pages are still on their way of who is to enter, which must wait for them.
+
+        UsageError if some of them are lost.
+        """
+        if terms.token is None:
+            return False
+        with self._overlays.lock:
+            left = self._overlays.get(*terms.key)
+            if left is None or left.owner != owner_of_token(terms.token):
+                return False
+            late = LatePages(left.overlay)
+            if late.nr_lost:
+                raise UsageError(
+                    f"{late.nr_lost} private pages of guest {terms.name!r} were lost with the "
+                    "backend it came from, and cannot be mapped: open it by bytes, and write "
+                    "them anew"
+                )
+            return late.nr_left > 0
 
     def enter(self, terms: Terms, peer: Peer) -> tuple[MovedIn, Terms] | None:
         """Take over what waits under that name for who knows the token; None if nothing does.

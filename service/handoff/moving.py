@@ -14,7 +14,7 @@ import secrets
 from dataclasses import asdict
 from typing import Final, Protocol
 
-from cowshed.accounting import NO_QUOTA_BYTES, AccountStatus, Purse, Region
+from cowshed.accounting import NO_QUOTA_BYTES, AccountStatus, LatePages, Purse, Region
 from cowshed.cache import Image, PeerError
 from cowshed.cache.images import PAGE_BYTES
 from cowshed.service.guests.guests import Guest, GuestTable
@@ -56,6 +56,9 @@ class Moving(Protocol):
 
     def freeze(self) -> None:
         """Once this returns no private byte changes, until thaw()."""
+
+    def flush(self) -> None:
+        """What it has is as durable as it gets. Raises SourceError."""
 
     def thaw(self) -> None:
         """Let it write again."""
@@ -101,7 +104,14 @@ class OverlayMoving:
         return self.guest.image
 
     def blockers(self) -> list[str]:
-        """None: the bytes are ours."""
+        """Bytes that are still at the backend it came from, or are lost with that."""
+        late = LatePages(self.guest.overlay)
+        if late.nr_lost:
+            why = "were lost with the backend it came from; let it write them anew, or discard it"
+            return [f"{late.nr_lost} of its private pages {why}"]
+        if late.nr_left:
+            why = "have not come yet from the backend it came from; wait until they have"
+            return [f"{late.nr_left} of its private pages {why}"]
         return []
 
     def section(self, image_no: int) -> GuestSection:
@@ -130,6 +140,10 @@ class OverlayMoving:
     def freeze(self) -> None:
         """Hold its clients' writes."""
         self.guest.overlay.freeze()
+
+    def flush(self) -> None:
+        """Have its pages outlive us, if they are in files."""
+        self.guest.overlay.flush()
 
     def thaw(self) -> None:
         """Let them go on."""
@@ -226,6 +240,9 @@ class MappedMoving:
             if self.is_here:
                 self._mapping.handler.freeze()
                 self._frozen = True
+
+    def flush(self) -> None:
+        """Nothing to do: its pages live as long as it does."""
 
     def thaw(self) -> None:
         """Answer them."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
-from cowshed.accounting import QuotaPolicy
+from cowshed.accounting import LatePages, QuotaPolicy
 from cowshed.accounting.page_runs import count_pages
 from cowshed.cache import CowshedError, Image, PageStore, SourceError
 from cowshed.service.images.evictor import Evictor
@@ -23,6 +23,7 @@ from cowshed.transport.handoff_sections import (
     Dropped,
     GuestSection,
     ImageSection,
+    Late,
     Pages,
     Section,
     StateReader,
@@ -151,6 +152,10 @@ class Receiver:
                     raise SourceError(f"no room for private pages: {error.strerror}") from error
                 at += nr * PAGE_BYTES
             self.total_bytes += at
+        elif isinstance(section, Late):
+            late = LatePages(self.staged[section.guest].overlay)
+            for run in section.runs:
+                late.expect(*run)
         elif isinstance(section, Dropped):
             for first, nr in section.runs:
                 self.staged[section.guest].overlay.drop(first, nr)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +30,9 @@ SourceRecord = dict[str, Any]
 class HandoffRecord:
     """Reads and writes it; for any thread.
 
-    source is None, or {"handoff", "uri", "phase", "guests"}; owned are the handoffs received.
+    source is None, or {"handoff", "uri", "phase", "guests", "domains", "post_copy"}, guests and
+    domains in the handoff's order; owned are the handoffs received, arriving those whose pages are
+    not all here, with the (domain, name) of each guest in that order.
     """
 
     def __init__(self, state_dir: Path) -> None:
@@ -38,6 +41,7 @@ class HandoffRecord:
         self._lock = threading.Lock()
         self.source: SourceRecord | None = None
         self.owned: list[str] = []
+        self.arriving: dict[str, list[tuple[str, str]]] = {}
         try:
             text = self._path.read_text()
         except (FileNotFoundError, NotADirectoryError):
@@ -49,14 +53,20 @@ class HandoffRecord:
             if table["version"] != _VERSION:
                 raise ValueError(f"version {table['version']!r}")
             self.owned = [str(each) for each in table["owned"]]
+            self.arriving = {
+                str(handoff): [(str(domain), str(name)) for domain, name in keys]
+                for handoff, keys in table.get("arriving", {}).items()
+            }
             if table["source"] is not None:
                 self.source = {
                     "handoff": str(table["source"]["handoff"]),
                     "uri": str(table["source"]["uri"]),
                     "phase": Phase(table["source"]["phase"]),
                     "guests": list(table["source"]["guests"]),
+                    "domains": list(table["source"].get("domains", [])),
+                    "post_copy": table["source"].get("post_copy") is True,
                 }
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"{self._path} is no record of a handoff ({error}); "
                 "see which backend has the guests, and move it away"
@@ -65,19 +75,32 @@ class HandoffRecord:
     def set_source(self, source: SourceRecord | None) -> None:
         """Record where a handoff of ours is, durably, before this returns. Raises SourceError."""
         with self._lock:
-            self._write(source, self.owned)
+            self._write(source, self.owned, self.arriving)
             self.source = source
 
-    def add_owned(self, handoff: str) -> None:
-        """Record that a handoff's guests are ours; the same."""
+    def add_owned(self, handoff: str, arriving: Sequence[tuple[str, str]] = ()) -> None:
+        """Record that a handoff's guests are ours, and which they are if they lack pages."""
         with self._lock:
             owned = [*self.owned, handoff][-_MAX_OWNED:]
-            self._write(self.source, owned)
-            self.owned = owned
+            table = {**self.arriving, handoff: list(arriving)} if arriving else self.arriving
+            self._write(self.source, owned, table)
+            self.owned, self.arriving = owned, table
 
-    def _write(self, source: SourceRecord | None, owned: list[str]) -> None:
+    def set_filled(self, handoff: str) -> None:
+        """Record that no pages of a handoff's guests are lacking any more; the same."""
+        with self._lock:
+            table = {key: keys for key, keys in self.arriving.items() if key != handoff}
+            self._write(self.source, self.owned, table)
+            self.arriving = table
+
+    def _write(
+        self,
+        source: SourceRecord | None,
+        owned: list[str],
+        arriving: dict[str, list[tuple[str, str]]],
+    ) -> None:
         temporary = self._path.with_suffix(".new")
-        table = {"version": _VERSION, "source": source, "owned": owned}
+        table = {"version": _VERSION, "source": source, "owned": owned, "arriving": arriving}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "w", opener=_opener) as file:

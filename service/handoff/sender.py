@@ -21,6 +21,7 @@ from cowshed.transport.handoff_sections import (
     Dropped,
     Header,
     ImageSection,
+    Late,
     Pages,
     Section,
     StateWriter,
@@ -36,6 +37,7 @@ __all__ = ["Progress", "Sender"]
 _FEW_PAGES: Final = 64
 _MAX_ROUNDS: Final = 10
 _EXTENTS_AT_ONCE: Final = 1 << 16
+_RUNS_AT_ONCE: Final = 1 << 16
 
 
 @dataclass
@@ -48,6 +50,11 @@ class Progress:
     sent_bytes: int = 0
     started: float = field(default_factory=time.monotonic)
     frozen_seconds: float = 0.0
+
+    def expect(self, nr_pages: int) -> None:
+        """So many pages are left to be sent."""
+        self.done_bytes = max(0, self.total_bytes - nr_pages * PAGE_BYTES)
+        self.total_bytes = self.done_bytes + nr_pages * PAGE_BYTES
 
     def as_json(self) -> dict[str, Any]:
         """For the command and for status."""
@@ -176,6 +183,25 @@ class Sender:
         self._link.send(self._writer.end())
         self.progress.sent_bytes = self._writer.nr_bytes
         self.progress.done_bytes = self.progress.total_bytes
+
+    def send_late(self) -> list[int]:
+        """Say which pages guests have that are frozen, and END; give which, to be pushed."""
+        late = []
+        for no, moving in enumerate(self._moving):
+            private = moving.private()
+            runs = [run for part in split_runs(private, 1 << 44) for run in part]
+            for at in range(0, len(runs), _RUNS_AT_ONCE):
+                self._put(Late(no, tuple(runs[at : at + _RUNS_AT_ONCE])))
+            self._put(Totals(no, count_pages(private), moving.counters()))
+            late.append(private)
+        self._link.send(self._writer.end())
+        self.progress.sent_bytes = self._writer.nr_bytes
+        self.progress.total_bytes = PAGE_BYTES * sum(map(count_pages, late))
+        return late
+
+    def push(self, no: int, runs: Sequence[tuple[int, int]], content: bytes) -> None:
+        """Send late pages of a guest, at most MAX_PAGES."""
+        self._put(Pages(no, tuple(runs), content))
 
     def _send_pages(self, no: int, pages: int) -> None:
         moving = self._moving[no]

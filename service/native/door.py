@@ -28,6 +28,7 @@ _log = EventLog("cowshed")
 
 _NO_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 _LOOK_SECONDS: Final = 1.0
+_EARLY_SECONDS: Final = 0.05
 
 
 class GuestDoor:
@@ -152,6 +153,8 @@ class GuestDoor:
                         raise
             self._watch_death(session)
             self._send(fd, session)
+            if session.is_early:
+                self._loop.once(_EARLY_SECONDS, lambda: self._open_again(fd, session))
         except PeerGoneError as error:
             self._lose(fd, error)
         except (PeerError, OSError) as error:
@@ -160,6 +163,19 @@ class GuestDoor:
             self._say_dropped(session, "limit" if of_ours else "protocol", str(error))
             self._say_goodbye(session, error, tag)
             self._end(fd)
+
+    def _open_again(self, fd: int, session: Session) -> None:
+        """See whether the pages have come that an open waits for."""
+        if self._sessions.get(fd) is not session or not session.is_early:
+            return
+        try:
+            session.open_again()
+            self._send(fd, session)
+        except PeerError as error:
+            self._lose(fd, error)
+            return
+        if session.is_early:
+            self._loop.once(_EARLY_SECONDS, lambda: self._open_again(fd, session))
 
     def _watch_death(self, session: Session) -> None:
         """Notice a guest's death even if another process holds its end of the connection open."""

@@ -68,6 +68,7 @@ class State(enum.Enum):
 
     NEW = enum.auto()
     IDLE = enum.auto()
+    EARLY = enum.auto()  # asked to open, and its private pages are still on their way here
     OPENED = enum.auto()
     ATTACHED = enum.auto()
     CLOSED = enum.auto()
@@ -143,6 +144,7 @@ class Session:
         self._held_as = ""
         self._nr_working = 0
         self._is_told = True
+        self._early: tuple[State, Received] | None = None
 
     @classmethod
     def of_heir(cls, heir: Heir, host: SessionHost) -> Session:
@@ -238,6 +240,8 @@ class Session:
     def _dispatch(self, message: Received) -> None:
         op = take_text(message.body, "op", max_length=32)
         following = _NEXT.get((self._state, op))
+        if op == "open" and following is not None and self._comes_too_early(message):
+            return
         if following is not None:
             getattr(self, f"_on_{op}")(message)
             self._state = following
@@ -280,6 +284,28 @@ class Session:
             )
         finally:
             os.close(source)
+
+    def _comes_too_early(self, message: Received) -> bool:
+        """Whether its pages are still on their way: then it is answered later (open_again)."""
+        if not self._host.moved_in.lacks(self._read_terms(message.body)):
+            return False
+        if self._early is None:
+            _log.notice("open-waits", "for pages on their way", pid=self.connection.peer.pid)
+        self._early = self._state, message
+        self._state = State.EARLY
+        self.deadline = None
+        return True
+
+    @property
+    def is_early(self) -> bool:
+        """Whether its open waits for pages; open_again() now and then."""
+        return self._state is State.EARLY and self._early is not None
+
+    def open_again(self) -> None:
+        """Answer an open that waits, if its pages are here."""
+        assert self._early is not None
+        self._state, message = self._early
+        self.handle(message)
 
     def _on_open(self, message: Received) -> None:
         terms = self._read_terms(message.body)

@@ -88,6 +88,7 @@ class OverlayGuest:
     pages_id: str = field(default_factory=lambda: secrets.token_hex(8))
     group: str = ""
     nr_clients: int = 0
+    nr_users: int = 0  # see OverlayTable.using()
     account_no: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -147,6 +148,7 @@ class OverlayTable:
         self._files = files
         self._bequests = bequests or OverlayBequests(FdStore(None))
         self._overlays: dict[tuple[str, str], OverlayGuest] = {}
+        self._unused = threading.Condition(self.lock)
 
     def __iter__(self) -> Iterator[OverlayGuest]:
         return iter(list(self._overlays.values()))
@@ -367,6 +369,24 @@ class OverlayTable:
             guest.nr_clients += 1
             return guest
 
+    def get(self, domain: str, name: str) -> OverlayGuest | None:
+        """Give the overlay of a guest's name, if there is one."""
+        with self.lock:
+            return self._overlays.get((domain, name))
+
+    @contextlib.contextmanager
+    def using(self, guest: OverlayGuest) -> Iterator[bool]:
+        """Keep an overlay from being closed inside `with`, in any thread; False: it is gone."""
+        with self.lock:
+            is_here = self._overlays.get(guest.terms.key) is guest
+            guest.nr_users += is_here
+        try:
+            yield is_here
+        finally:
+            with self.lock:
+                guest.nr_users -= is_here
+                self._unused.notify_all()
+
     def unstage(self, guest: OverlayGuest) -> None:
         """Forget a staged overlay."""
         guest.overlay.discard()
@@ -471,6 +491,9 @@ class OverlayTable:
         )
 
     def _close(self, guest: OverlayGuest) -> None:
+        with self.lock:
+            while guest.nr_users:
+                self._unused.wait()
         guest.export.close()
         try:
             guest.overlay.close()

@@ -13,7 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from cowshed.accounting import MAX_REGIONS, AccountStatus, Latency, LatencyKind, sum_accounts
+from cowshed.accounting import (
+    MAX_REGIONS,
+    AccountStatus,
+    Latency,
+    LatencyKind,
+    LatePages,
+    sum_accounts,
+)
 from cowshed.cache import Image, PageStore
 from cowshed.service.guests.guests import Guest, GuestTable
 from cowshed.service.guests.states import STATE_WORDS
@@ -130,8 +137,12 @@ def _overlay_status(guest: OverlayGuest) -> dict[str, Any]:
     """Of a guest that maps nothing: it has no faults, and hits and misses are of its requests."""
     counters = guest.export.counters()
     status = guest.account.status()
+    late = LatePages(guest.overlay)
     return {
         **_guest_status(guest, status),
+        # Of the private bytes: those not here yet, and of these, those that nobody has any more.
+        "late_bytes": late.nr_left * _PAGE_BYTES,
+        "lost_bytes": late.nr_lost * _PAGE_BYTES,
         "state": "frozen" if status.frozen else guest.state,
         "clients": guest.nr_clients,
         "hits": counters.hits,

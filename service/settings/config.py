@@ -10,6 +10,7 @@ A file has this shape; every key is optional, and an unknown one is an error::
     loaders  = 4                    # threads that load extents
     handoff_from = ["b.example"]    # backends, by certificate, that may drain to us
     accept_handoff = false          # whether any backend may, by tcp without TLS
+    late_wait = 60                  # seconds that a lost source has to come again (post-copy)
     autowarm = true                 # load what guests touched in earlier runs, behind their demand
     keeper   = true                 # a process that starts the backend again if it dies
     quota    = "64M"                # private bytes of guests that name no quota; or "none"
@@ -82,6 +83,7 @@ EXTENT_MAX_BYTES = 2 << 20
 LOADERS_DEFAULT = 4
 LOADERS_MAX = 64
 GUEST_METRICS_MAX = 100_000
+LATE_WAIT_MAX = 86400
 SOCKET_PATH_MAX_BYTES = 107  # sun_path less its NUL, unix(7)
 
 _KEYS = (
@@ -100,6 +102,7 @@ _KEYS = (
     "listen",
     "handoff_from",
     "accept_handoff",
+    "late_wait",
     "autowarm",
     "overlay_dir",
     "tls",
@@ -136,6 +139,7 @@ class Config:
     nbd: Endpoint | None = None
     listen: tuple[str, ...] = ()
     handoff_rules: HandoffRules = field(default_factory=HandoffRules)
+    late_wait: int = 60
     autowarm: bool = True
     overlay_dir: Path | None = None
     tls: TlsConfig | None = None
@@ -159,6 +163,8 @@ class Config:
             raise UsageError(
                 f"guest_metrics is {self.guest_metrics}: use 0 (none) to {GUEST_METRICS_MAX} guests"
             )
+        if not 0 <= self.late_wait <= LATE_WAIT_MAX:
+            raise UsageError(f"late_wait is {self.late_wait}: use 0 to {LATE_WAIT_MAX} seconds")
         if self.default_quota_bytes is not None:
             check_quota(self.default_quota_bytes)
         if self.default_on_quota not in get_args(OnQuota):
@@ -363,7 +369,11 @@ def _settings_of(table: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("metrics", "nbd"):
         if key in table:
             settings[key] = parse_endpoint(_text_of(table, key), key)
-    for key, what in (("loaders", "threads"), ("guest_metrics", "guests")):
+    for key, what in (
+        ("loaders", "threads"),
+        ("guest_metrics", "guests"),
+        ("late_wait", "seconds"),
+    ):
         if key in table:
             value = table[key]
             if not isinstance(value, int) or isinstance(value, bool):

@@ -25,6 +25,8 @@ _TO_TARGET = {
     Action.SEND_COMMIT: Event.COMMIT,
     Action.SEND_ABORT: Event.ABORT,
     Action.ASK: Event.ASKED,
+    Action.PUSH: Event.PIECE,
+    Action.RESUME: Event.RESUMED,
 }
 _TO_SOURCE = {
     Action.SEND_ACCEPTED: Event.ACCEPTED,
@@ -32,9 +34,11 @@ _TO_SOURCE = {
     Action.SEND_READY: Event.ARRIVED_READY,
     Action.SEND_COMMITTED: Event.COMMITTED,
     Action.SEND_DENIED: Event.DENIED,
+    Action.SEND_FILLED: Event.FILLED,
 }
 _RECORDS = {
     Action.RECORD_COMMITTING: Phase.COMMIT,
+    Action.RECORD_PUSHING: Phase.PUSH,
     Action.RECORD_MOVED: Phase.MOVED,
     Action.RECORD_OWNER: Phase.OWNER,
     Action.FORGET_RECORD: None,
@@ -42,9 +46,15 @@ _RECORDS = {
 
 
 class End:
-    """One backend: its machine, what it has yet to do, and what it recorded, which outlives it."""
+    """One backend: its machine, what it has yet to do, and what it recorded, which outlives it.
 
-    def __init__(self, role: Role) -> None:
+    lacks: a target's pages are to follow, and do not outlive it before it has recorded them all.
+    """
+
+    def __init__(self, role: Role, *, post_copy: bool = False) -> None:
+        self.post_copy = post_copy
+        self.lacks = False
+        self.has_kept = False
         self.machine = Handoff(role)
         self.recorded: Phase | None = None
         self.todo: list[Action] = []
@@ -54,6 +64,8 @@ class End:
 
     def hear(self, event: Event) -> None:
         assert not self.todo
+        if event is Event.COMMITTED and self.post_copy:
+            event = Event.COMMITTED_LATE
         if self.machine.allows(event):
             self.todo = list(self.machine.on(event))
 
@@ -68,6 +80,16 @@ class End:
             self.is_frozen = False
         elif action is Action.ADMIT:
             self.is_admitted = True
+        elif action is Action.TAKE_LATE:
+            self.lacks = False
+            self.todo += self.machine.on(Event.FILLED)
+        elif action is Action.RECORD_FILLED:
+            self.has_kept = True
+        elif action is Action.SEND_LACKING:
+            if self.lacks:
+                self.sent.append(Event.LACKING)
+            else:
+                self.todo += self.machine.on(Event.FILLED)
         elif action is Action.CONNECT:
             self.todo = list(self.machine.on(Event.CONNECTED))
         elif action is Action.CHECK:
@@ -81,6 +103,8 @@ class End:
         # A successor freezes again before it answers anybody, and admits what it recorded as its.
         self.is_frozen = self.machine.withholds_writes
         self.is_admitted = self.machine.phase is Phase.OWNER
+        if self.machine.role is Role.TARGET and self.post_copy:
+            self.lacks = not self.has_kept
 
     @property
     def serves(self) -> bool:
@@ -91,8 +115,10 @@ class End:
 
 
 class World:
-    def __init__(self) -> None:
-        self.source, self.target = End(Role.SOURCE), End(Role.TARGET)
+    def __init__(self, *, post_copy: bool = False) -> None:
+        self.source = End(Role.SOURCE, post_copy=post_copy)
+        self.target = End(Role.TARGET, post_copy=post_copy)
+        self.target.lacks = post_copy
         self.source.hear(Event.BEGIN)
 
     def moves(self) -> list[str]:
@@ -108,12 +134,17 @@ class World:
             moves += ["source loses"]
             moves += [
                 f"source: {event}"
-                for event in (Event.SENT, Event.CONVERGED, Event.ABORT)
+                for event in (*self._goes_on(), Event.ABORT)
                 if self.source.machine.allows(event)
             ]
         moves += [f"message {no} to target is lost" for no in range(len(self.source.sent))]
         moves += [f"message {no} to source is lost" for no in range(len(self.target.sent))]
         return moves
+
+    def _goes_on(self) -> tuple[Event, ...]:
+        if self.source.post_copy:
+            return (Event.POSTPONED,)
+        return (Event.SENT, Event.CONVERGED)
 
     def do(self, move: str) -> None:
         who, _, what = move.partition(" ")
@@ -138,6 +169,9 @@ class World:
     def check(self) -> None:
         assert not (self.source.machine.owns and self.target.machine.owns), "two owners"
         assert not (self.source.serves and self.target.serves), "two serve"
+        # The source's pages are given up with this record, and the target's are nowhere else.
+        if self.source.post_copy and self.source.recorded is Phase.MOVED:
+            assert self.target.has_kept, "pages that nobody has"
 
     def come_to_an_end(self) -> None:
         """From now on nothing is lost and nobody dies; the source asks while it is unsure."""
@@ -151,7 +185,7 @@ class World:
                     self.check()
             if self.source.todo or self.target.todo or self.source.sent or self.target.sent:
                 continue
-            if self.source.machine.phase is Phase.COMMIT or (
+            if self.source.machine.phase in (Phase.COMMIT, Phase.PUSH) or (
                 not self.source.machine.is_over and self.source.machine.phase is not Phase.IDLE
             ):
                 self.source.hear(Event.LOST)
@@ -159,12 +193,17 @@ class World:
                 break
         assert self.source.machine.owns != self.target.machine.owns, "not one owner"
         assert self.source.serves != self.target.serves, "not one serves"
+        if self.target.machine.owns:
+            assert self.source.recorded is Phase.MOVED, "the source never hears of it"
+            assert not self.target.lacks, "pages that never come"
 
 
 @settings(max_examples=600, deadline=None)
-@given(st.lists(st.integers(0, 9999), max_size=80))
-def test_exactly_one_end_owns_whatever_is_lost_and_whoever_dies(choices: list[int]) -> None:
-    world = World()
+@given(st.booleans(), st.lists(st.integers(0, 9999), max_size=80))
+def test_exactly_one_end_owns_whatever_is_lost_and_whoever_dies(
+    post_copy: bool, choices: list[int]
+) -> None:
+    world = World(post_copy=post_copy)
     for choice in choices:
         moves = world.moves()
         # Deaths and losses are many among the moves; let most runs get far.
@@ -185,31 +224,34 @@ def _good_moves(world: World) -> str:
     if world.target.sent:
         return "source hears 0"
     return {
-        Phase.WARM: "source: sent",
+        Phase.WARM: "source: postponed" if world.source.post_copy else "source: sent",
         Phase.PRECOPY: "source: converged",
     }.get(world.source.machine.phase, "")
 
 
-def _good_run(nr_moves: int | None = None) -> tuple[World, int]:
-    world, done = World(), 0
+def _good_run(nr_moves: int | None = None, *, post_copy: bool = False) -> tuple[World, int]:
+    world, done = World(post_copy=post_copy), 0
     while (move := _good_moves(world)) and (nr_moves is None or done < nr_moves):
         world.do(move)
         done += 1
     return world, done
 
 
-def test_a_handoff_where_all_goes_well_moves_the_guests() -> None:
-    world, _ = _good_run()
+@pytest.mark.parametrize("post_copy", [False, True])
+def test_a_handoff_where_all_goes_well_moves_the_guests(post_copy: bool) -> None:
+    world, _ = _good_run(post_copy=post_copy)
     assert world.source.machine.phase is Phase.MOVED
     assert world.target.machine.phase is Phase.OWNER
     assert world.source.recorded is Phase.MOVED
+    assert not world.target.lacks
 
 
 @pytest.mark.parametrize("accident", ["source dies", "target dies", "both", "lost", "asked"])
-def test_after_an_accident_at_any_step_there_is_one_owner(accident: str) -> None:
-    _, length = _good_run()
+@pytest.mark.parametrize("post_copy", [False, True])
+def test_after_an_accident_at_any_step_there_is_one_owner(accident: str, post_copy: bool) -> None:
+    _, length = _good_run(post_copy=post_copy)
     for step in range(length + 1):
-        world, _ = _good_run(step)
+        world, _ = _good_run(step, post_copy=post_copy)
         if accident in ("source dies", "both"):
             world.do("source dies")
         if accident in ("target dies", "both"):
@@ -238,6 +280,16 @@ def test_a_source_that_is_unsure_stays_frozen_and_cannot_be_aborted() -> None:
     assert source.withholds_writes
 
 
+def test_a_source_keeps_its_pages_until_the_target_lacks_none() -> None:
+    source = Handoff(Role.SOURCE, Phase.PUSH)
+    assert not source.owns
+    assert source.withholds_writes
+    assert source.on(Event.LOST) == (Action.RESUME,)
+    with pytest.raises(IllegalTransitionError, match="abort"):
+        source.on(Event.ABORT)
+    assert source.on(Event.FILLED)[0] is Action.RECORD_MOVED
+
+
 @pytest.mark.parametrize("role", list(Role))
 def test_an_illegal_event_raises_and_changes_nothing(role: Role) -> None:
     for phase in Phase:
@@ -252,7 +304,8 @@ def test_an_illegal_event_raises_and_changes_nothing(role: Role) -> None:
 def test_only_what_an_end_records_can_be_gone_on_with() -> None:
     for role in Role:
         for phase in Phase:
-            good = phase in ((Phase.COMMIT, Phase.MOVED) if role is Role.SOURCE else (Phase.OWNER,))
+            recorded = (Phase.COMMIT, Phase.PUSH, Phase.MOVED)
+            good = phase in (recorded if role is Role.SOURCE else (Phase.OWNER,))
             if good:
                 assert Handoff.restarted(role, phase).phase is phase
             else:
