@@ -321,6 +321,12 @@ def test_guests_are_counted_by_how_they_came_and_how_they_are(
     expected["tcp", "away"] = 1
     until(lambda: by_transport_and_state(scrape(daemon)) == expected)
     assert of_image(scrape(daemon), "mappings", transport="firecracker") == 0
+    quiet = start_guest(daemon.uri, script="hostile_guest.py")
+    quiet.call("open", image="d", guest="quiet", follow_moves=False)
+    quiet.call("hash", offset=0, length=MIB)
+    quiet.call("close_quietly")
+    expected["unix", "parked"] = 1
+    until(lambda: by_transport_and_state(scrape(daemon)) == expected)
 
 
 def by_transport_and_state(samples: Samples) -> dict[tuple[str, str], float]:
