@@ -49,10 +49,16 @@ class Heir:
 
 
 class Bequests:
-    """Has the supervisor hold mappings, and adopts those it held. In the loop's thread."""
+    """Has the supervisor hold mappings, and adopts those it held. In the loop's thread.
+
+    Invariant: _seeds has, by group, our own descriptor of the seeds that are held with it. The
+    account closes its own once they are all in the guest's memory, and numbers are used again,
+    while another supervisor may have to be given the group at any time.
+    """
 
     def __init__(self, fd_store: FdStore) -> None:
         self._fd_store = fd_store
+        self._seeds: dict[str, int] = {}
 
     def hold(self, mapping: Mapping, connection: Connection, terms: Terms, tag: int) -> str:
         """Have a mapping outlive us; the group's name, "" if nobody holds it.
@@ -65,7 +71,8 @@ class Bequests:
         mapping.fds.append(record)
         fds = [*mapping.fds, mapping.account.fd, mapping.guest.purse.fd, connection.fileno()]
         if (seeds_fd := mapping.account.seeds_fd) >= 0 and kind_of(seeds_fd) in _SEEDS:
-            fds.append(seeds_fd)
+            self._seeds[group] = os.dup(seeds_fd)
+            fds.append(self._seeds[group])
         try:
             self._fd_store.hold(group, fds)
         except OSError as error:
@@ -75,6 +82,7 @@ class Bequests:
                 guest=mapping.name,
                 image=mapping.image.label,
             )
+            self._close_seeds(group)
             return ""
         return group
 
@@ -82,6 +90,12 @@ class Bequests:
         """Have a mapping that is gone held no more."""
         if group:
             self._fd_store.release(group)
+            self._close_seeds(group)
+
+    def _close_seeds(self, group: str) -> None:
+        seeds_fd = self._seeds.pop(group, -1)
+        if seeds_fd >= 0:
+            os.close(seeds_fd)
 
     def adopt(self, remains: Remains, store: PageStore, guests: GuestTable) -> list[Heir]:
         """Serve on all that our predecessor served; it does not matter who died meanwhile."""
@@ -145,9 +159,7 @@ class Bequests:
         for name in ("ledger", "purse", "socket"):
             os.close(left[name])
         if seeds_kind:
-            os.close(left.pop(seeds_kind))
-            if mapping.account.seeds_fd >= 0:
-                left[seeds_kind] = mapping.account.seeds_fd
+            self._seeds[group] = left[seeds_kind]
         left.update(ledger=mapping.account.fd, purse=guest.purse.fd, socket=connection.fileno())
         is_open = record_is_open(left["record"])
         return Heir(mapping, connection, terms, group, record["tag"] if is_open else None)

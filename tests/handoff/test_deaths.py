@@ -120,3 +120,35 @@ def test_a_mapping_that_follows_finds_its_pages_wherever_the_target_is_killed(
 def _fill(guest: Any, page: int, nr: int, byte: int, model: bytearray) -> None:
     guest.call("fill", offset=page * PAGE, length=nr * PAGE, byte=byte)
     model[page * PAGE : (page + nr) * PAGE] = bytes([byte]) * nr * PAGE
+
+
+@pytest.mark.parametrize("with_target", ["memory"], indirect=True)
+def test_a_mapped_guest_that_came_outlives_the_targets_keeper_and_then_the_target(
+    with_target: Pair, image: Path, start_guest: StartGuest
+) -> None:
+    """What its pages came in was closed when it had them all, and is not to be given away again."""
+    a, b = with_target
+    model = bytearray(image.read_bytes())
+    guest = start_guest(a.unix)
+    guest.call("open", image="d", guest="g", token="secret")
+    guest.call("fill", offset=7 * PAGE, length=9 * PAGE, byte=5)
+    model[7 * PAGE : 16 * PAGE] = bytes([5]) * 9 * PAGE
+    b.the_daemon.request("point", name="SEED_PUSH", action="fail", errno=11, times=0)
+    a.drain("--to", b.unix)
+    # It has its pages once it has read them.
+    until(lambda: b.guests() == {"g"} and b.the_daemon.guest_status("g")["state"] == "running")
+    assert guest.call("hash", offset=0, length=SIZE) == hashlib.sha256(model).hexdigest()
+    others = [start_guest(b.unix) for _ in range(2)]  # who are given the numbers that came free
+    for no, other in enumerate(others):
+        other.call("open", image="d", guest=f"o{no}")
+    backend = b.the_daemon.status()["pid"]
+    b.the_daemon.kill()
+    until(lambda: "event=keeper-changed" in b.the_daemon.log())
+    _kill_backend(b)
+    assert b.the_daemon.status()["pid"] != backend
+    assert b.guests() == {"g", "o0", "o1"}
+    guest.call("fill", offset=3 * PAGE, length=PAGE, byte=6)
+    model[3 * PAGE : 4 * PAGE] = bytes([6]) * PAGE
+    assert guest.call("hash", offset=0, length=SIZE) == hashlib.sha256(model).hexdigest()
+    assert b.the_daemon.mismatches() == []
+    guest.kill()
