@@ -14,6 +14,8 @@ import pytest
 from domains import in_thread, kill_backend, until
 from two_hosts import PAGE, SIZE, Host, Model, is_stopped
 
+from cowshed.transport import connect
+
 Pair = tuple[Host, Host]
 
 
@@ -87,6 +89,45 @@ def test_guests_go_on_at_once_and_read_what_follows(hosts: Pair, image: Path) ->
         model.check(disk)
 
 
+def test_who_maps_waits_for_all_pages_and_an_abort_is_too_late(
+    hosts: Pair, image: Path, tmp_path: Path
+) -> None:
+    a, b = hosts
+    a.start(before=AT_PUSH)
+    b.start()
+    done = a.run("drain", "--post-copy", "--to", str(tmp_path / "file"))
+    assert "a file cannot ask for pages later" in done.stderr
+    model = Model(image, 4)
+    begun = Begun(a, b, model)
+    opened: list[bool] = []
+
+    def map_it() -> None:
+        with (
+            connect(b.unix) as backend,
+            backend.open("d", guest="g", token="token") as disk,
+        ):
+            opened.append(disk.mapped)
+            model.check(disk)
+            model.write(disk)
+            model.check(disk)
+            opened.append(True)
+
+    mapper = in_thread(map_it)
+    until(lambda: "event=open-waits" in b.the_daemon.log())
+    assert opened == []
+    done = b.run("drain", "--dry-run", "--to", str(tmp_path / "file"))
+    assert "have not come yet" in done.stderr + done.stdout
+    said: list[str] = []
+    abort = in_thread(lambda: said.append(a.run("drain", "--abort").stderr))
+    begun.go_on()
+    mapper.join(60)
+    assert opened == [True, True]
+    begun.drain.join()
+    abort.join()
+    assert "it is too late" in said[0]
+    assert b.the_daemon.mismatches() == []
+
+
 def _came(b: Host, model: Model, private: list[int]) -> list[int]:
     """Which private pages came before their source was lost; each must be right."""
     came = []
@@ -126,8 +167,9 @@ def test_a_lost_source_is_an_error_for_what_it_had_and_what_came_is_kept(
     assert f"pages={lost}" in said
     (guest,) = b.the_daemon.status()["guests"]
     assert (guest["late_bytes"], guest["lost_bytes"]) == (lost * PAGE, lost * PAGE)
-    done = b.run("drain", "--dry-run", "--to", a.unix)
+    done = b.run("drain", "--dry-run", "--to", str(tmp_path / "file"))
     assert done.returncode == 1
+    assert "were lost" in done.stdout
     with b.open("g") as disk:
         for no in private[len(came) :]:
             disk.write(no * PAGE, bytes(model.bytes[no * PAGE : (no + 1) * PAGE]))
