@@ -413,6 +413,18 @@ _PROCESS: Final = Row(
             },
             span=8,
         ),
+        graph(
+            "Backends that followed another",
+            "How many in the time shown went on with what a backend before them had left, by what "
+            "had ended that: a crash, a reload, a takeover. Guests wait meanwhile, and lose "
+            "nothing.",
+            "short",
+            {
+                "{{how}}": f"sum by (how) (increase(cowshed_restarts_total{{{BACKEND}}}"
+                "[$__rate_interval]))"
+            },
+            span=8,
+        ),
         listing(
             "Backends",
             "Which version runs where, for how long, how often it began again in the time shown, "
@@ -427,6 +439,16 @@ _PROCESS: Final = Row(
                     "Began again",
                     "sum by (instance) "
                     f"(changes(cowshed_start_timestamp_seconds{{{BACKEND}}}[$__range]))",
+                    "short",
+                ),
+                Column(
+                    "Adoption took",
+                    f"max by (instance) (cowshed_adoption_seconds{{{BACKEND}}} > 0)",
+                    "s",
+                ),
+                Column(
+                    "Not kept",
+                    f'max by (instance) (cowshed_keeper{{{BACKEND}, kind="none"}})',
                     "short",
                 ),
                 Column(

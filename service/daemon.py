@@ -61,6 +61,7 @@ from cowshed.service.survival.departure import Departure
 from cowshed.service.survival.fd_store import FdStore, Groups, take_inherited
 from cowshed.service.survival.keeper_watch import KeeperWatch
 from cowshed.service.survival.kept_counts import keep_counts
+from cowshed.service.survival.lineage import LINEAGE, Lineage
 from cowshed.service.survival.listeners import Listeners
 from cowshed.service.survival.remains import Remains
 from cowshed.service.survival.run_lock import run_dir_locked
@@ -125,6 +126,8 @@ class Daemon:
         counts = keep_counts("tallies", TALLIES, self._fd_store, remains)
         self._tallies = Tallies(counts)
         stack.callback(self._tallies.close)
+        self._lineage = Lineage(keep_counts("lineage", LINEAGE, self._fd_store, remains))
+        stack.callback(self._lineage.close)
         self.uffd_device: Final = _lend_device(stack)
         store = self._store = stack.enter_context(open_store(config, self._fd_store, remains))
         self.guests: Final = GuestTable()
@@ -136,12 +139,15 @@ class Daemon:
         overlays = self._overlays = _keep_overlays(config, core, self.guests, door, stack, bequests)
         record = HandoffRecord(config.state_dir)
         overlays.adopt(list(store), remains, record.owned)
+        self._lineage.note_adopted()
         self.moved_in: Final = MovedInTable(overlays, self.guests)
         evictor = self._evictor = Evictor(store)
         self._working_sets = WorkingSets(config.state_dir)
         access = Access(config.domains, config.images)
         warming = self._warming = Warming()
-        status = StatusReader(store, evictor, self.guests, overlays, config.run_dir, warming)
+        status = StatusReader(
+            store, evictor, self.guests, overlays, config.run_dir, warming, self._lineage
+        )
         self.control: Final = Control(
             store,
             evictor,
@@ -163,7 +169,7 @@ class Daemon:
         listener = stack.enter_context(self._listen(remains))
         watch = KeeperWatch(self._fd_store, self._loop)
         stack.callback(watch.close)
-        self._keeper = watch
+        self._keeper = self._lineage.watch = watch
         self._guest_door = GuestDoor(listener, door, self, self._tallies, self._loop)
         for heir in heirs:
             self._guest_door.adopt(Session.of_heir(heir, self))
@@ -267,6 +273,7 @@ class Daemon:
             self._overlays,
             self._nbd.counters,
             self._warming,
+            self._lineage,
         )
         state = StateReader(lambda: list(self._store), self.control.status)
         routes = {"/metrics": Exporter(sources, settler.ask).serve, **web_routes(state.read)}
@@ -336,12 +343,13 @@ class Daemon:
         if self._departure.prepare():
             self._guest_door.give(self._carried)
             if self._takeovers.hand_over():
-                self._end_now()
+                self._end_now("takeover" if self._takeovers.is_leaving else "reload")
             self._carried.take_back()
             self._loop.begin_again()
         self._departure.take_back()
 
-    def _end_now(self) -> NoReturn:
+    def _end_now(self, how: str) -> NoReturn:
+        self._lineage.note_leaving(how)
         _log.notice("leaving", pid=os.getpid())
         os._exit(0)
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from cowshed.service.survival.lineage import HOWS, KEEPERS
+
 __all__ = ["CATALOG", "LIBRARY", "Metric"]
 
 Kind = Literal["info", "gauge", "counter", "histogram"]
@@ -64,6 +66,26 @@ def _guest(name: str, kind: Kind, meaning: str) -> Metric:
 _BACKEND: Final = (
     Metric("cowshed_build_info", "info", "The version that runs; always 1.", ("version",)),
     _one("start_timestamp_seconds", "gauge", "When the daemon began, in Unix time."),
+    _one(
+        "restarts_total",
+        "counter",
+        "Backends that went on with what another had left, by what had ended that one. crash: it "
+        "died; reload: SIGHUP, or systemd; takeover: cowshed serve --takeover.",
+        how=HOWS,
+    ),
+    _one(
+        "adoption_seconds",
+        "gauge",
+        "How long this backend took, from its start, until it served on all that another had left; "
+        "0 if nothing was left.",
+    ),
+    _one(
+        "keeper",
+        "gauge",
+        "Who holds everything for the next backend and starts it: 1 for one of these, 0 for the "
+        "others. own: a keeper of ours; none: the backend's death is final.",
+        kind=KEEPERS,
+    ),
     _one("capacity_bytes", "gauge", "Memory that the frames of all images may take together."),
     _one(
         "reserved_bytes",

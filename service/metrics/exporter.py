@@ -54,6 +54,7 @@ from cowshed.service.metrics.catalog import (
 )
 from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.overlays.overlays import OverlayGuest
+from cowshed.service.survival.lineage import KEEPERS, Lineage
 from cowshed.service.web.http_messages import Answer, Request
 from cowshed.transport.nbd_core import NbdCounters
 
@@ -81,6 +82,7 @@ class MetricsSources:
     overlays: Iterable[OverlayGuest] = ()
     nbd: Callable[[], Iterable[tuple[Image, NbdCounters]]] = tuple
     warming: Warming = field(default_factory=Warming)
+    lineage: Lineage = field(default_factory=Lineage)
 
 
 class Exporter(Collector):
@@ -138,7 +140,7 @@ class Exporter(Collector):
     def _read_backend(self, values: dict[str, _Values]) -> None:
         store, tallies = self._sources.store, self._sources.tallies
         counters = store.counters()
-        drain = tallies.drain
+        drain, lineage = tallies.drain, self._sources.lineage
         values["cowshed_build_info"][(self._version,)] = 1
         for name, value in (
             ("start_timestamp_seconds", self._started_at),
@@ -153,10 +155,13 @@ class Exporter(Collector):
             ("audit_timestamp_seconds", tallies.audited_at),
             ("drain_progress_ratio", drain.progress_ratio),
             ("drain_blockers", drain.nr_blockers),
+            ("adoption_seconds", lineage.adoption_seconds),
         ):
             values[f"cowshed_{name}"][()] = value
         for by, counts in (
             ("connections_dropped_total", tallies.dropped),
+            ("restarts_total", lineage.restarts),
+            ("keeper", {kind: int(kind == lineage.keeper) for kind in KEEPERS}),
             ("audit_mismatches", tallies.mismatches),
             ("drain_state", {state: int(state == drain.state) for state in DRAIN_STATES}),
         ):

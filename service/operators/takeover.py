@@ -72,6 +72,11 @@ class TakeoverDesk:
         self._is_leaving = False
         control.add("takeover", self._perform, is_quick=False)
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether we leave to who takes over."""
+        return self._is_leaving
+
     def hand_over(self) -> bool:
         """In the loop, which has ended: whether we are to end now.
 

@@ -35,7 +35,7 @@ _MISMATCH_PLACES = ("extent", "page", "purse", "ledger")
 
 def status_view(status: Answer) -> RenderableType:
     """Everything `cowshed status` shows of a status object."""
-    parts: list[RenderableType] = [heading(status), Text(), _totals(status)]
+    parts: list[RenderableType] = [heading(status), descent(status), Text(), _totals(status)]
     if any(latency["count"] for latency in status["latency_us"].values()):
         parts += [Text(), _latencies(status["latency_us"])]
     parts += [Text(), _images(status["images"]), Text()]
@@ -79,6 +79,26 @@ def heading(status: Answer) -> Text:
         f" {printable(status['version'])}, pid {status['pid']}, "
         f"up {format_seconds(status['uptime_seconds'])}, {printable(status['run_dir'])}",
     )
+
+
+def descent(status: Answer) -> Text:
+    """One line: which backend in a row this is, and who starts the next."""
+    restarts = [f"{nr} {how}" for how, nr in status["restarts"].items() if nr]
+    keeper = {
+        "own": "kept by a keeper",
+        "systemd": "kept by systemd",
+        "none": "NOT KEPT: its death would be final",
+    }[status["keeper"]]
+    line = f"Backend no. {status['generation']} here"
+    if restarts:
+        adopted = format_milliseconds(status["adoption_seconds"])
+        line += f" (after {', '.join(restarts)}; the last adopted in {adopted})"
+    return Text(f"{line}, {keeper}")
+
+
+def format_milliseconds(seconds: float) -> str:
+    """A short time: ``12 ms``, ``1.3 s``."""
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def has_domains(status: Answer) -> bool:

@@ -27,6 +27,7 @@ from cowshed.service.guests.states import STATE_WORDS
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.warming import Warm, Warming
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.service.survival.lineage import Lineage
 
 __all__ = ["StatusReader", "broken_why", "guest_state"]
 
@@ -44,6 +45,7 @@ class StatusReader:
         overlays: OverlayTable,
         run_dir: Path,
         warming: Warming,
+        lineage: Lineage | None = None,
     ) -> None:
         self._store = store
         self._evictor = evictor
@@ -53,6 +55,7 @@ class StatusReader:
         self._warming = warming
         # How the drain is that is under way, or was; None: there was none.
         self.drain: Callable[[], dict[str, Any] | None] = lambda: None
+        self._lineage = lineage or Lineage()
         self._started_ns = time.monotonic_ns()
         self._version = importlib.metadata.version("cowshed")
 
@@ -85,6 +88,7 @@ class StatusReader:
             "version": self._version,
             "run_dir": str(self._run_dir),
             "uptime_seconds": (time.monotonic_ns() - self._started_ns) / 1e9,
+            **self._lineage.status(),
             "capacity_bytes": self._store.capacity_bytes,
             "resident_bytes": sum(image["resident_bytes"] for image in images),
             "saved_bytes": sum(image["saved_bytes"] for image in images),

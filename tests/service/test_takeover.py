@@ -138,6 +138,11 @@ def test_the_new_process_serves_on_and_the_old_ones_end(
     second = take_over(old)
     assert taker.process.wait(ANSWER_SECONDS) == 0
     check_served(old, guest, image)
+    status = old.status()
+    assert (before["generation"], before["adoption_seconds"]) == (1, 0)
+    assert (status["generation"], status["keeper"]) == (4, "own")
+    assert status["restarts"] == {"crash": 1, "reload": 0, "takeover": 2}
+    assert 0 < status["adoption_seconds"] < ANSWER_SECONDS
     second.process.send_signal(signal.SIGTERM)
     assert second.process.wait(ANSWER_SECONDS) == 0
     assert not (old.run_dir / "cowshed.sock").exists()
@@ -153,6 +158,7 @@ def test_a_reload_after_a_takeover_takes_over_no_second_time(
     taker.process.send_signal(signal.SIGHUP)
     until(lambda: old.status()["pid"] != pid)
     check_served(old, guest, image)
+    assert old.status()["restarts"] == {"crash": 0, "reload": 1, "takeover": 1}
     assert taker.process.poll() is None
 
 
@@ -262,7 +268,9 @@ def test_without_a_keeper_on_one_side(
     taker = take_over(old, "--image", f"d={image}", *alone)
     assert old.process.wait(ANSWER_SECONDS) == 0
     check_served(old, guest, image)
-    assert (old.status()["pid"] == taker.pid) == bool(alone)
+    status = old.status()
+    assert (status["pid"] == taker.pid) == bool(alone)
+    assert status["keeper"] == ("none" if alone else "own")
 
 
 def refused(taker: Taker) -> str:
