@@ -413,22 +413,11 @@ _PROCESS: Final = Row(
             },
             span=8,
         ),
-        graph(
-            "Backends that followed another",
-            "How many in the time shown went on with what a backend before them had left, by what "
-            "had ended that: a crash, a reload, a takeover. Guests wait meanwhile, and lose "
-            "nothing.",
-            "short",
-            {
-                "{{how}}": f"sum by (how) (increase(cowshed_restarts_total{{{BACKEND}}}"
-                "[$__rate_interval]))"
-            },
-            span=8,
-        ),
         listing(
             "Backends",
-            "Which version runs where, for how long, how often it began again in the time shown, "
-            "and when it was last audited.",
+            "Which version runs where, for how long, how often it began again in the time shown: "
+            "with what another had left after a crash or on purpose (a reload, a takeover), how "
+            "long that took, whether anybody would start the next, and when it was last audited.",
             [
                 Column(
                     "Up for",
@@ -442,8 +431,18 @@ _PROCESS: Final = Row(
                     "short",
                 ),
                 Column(
+                    "After crashes",
+                    counted("cowshed_restarts_total", BACKEND, "instance", 'how="crash"'),
+                    "short",
+                ),
+                Column(
+                    "On purpose",
+                    counted("cowshed_restarts_total", BACKEND, "instance", 'how!="crash"'),
+                    "short",
+                ),
+                Column(
                     "Adoption took",
-                    f"max by (instance) (cowshed_adoption_seconds{{{BACKEND}}} > 0)",
+                    f"max by (instance) (cowshed_adoption_seconds{{{BACKEND}}})",
                     "s",
                 ),
                 Column(

@@ -21,7 +21,11 @@ from domains import (
     command,
     until,
 )
+from supervisor import Supervisor
 from two_hosts import is_stopped
+
+# Each starts several daemons, one after the other.
+pytestmark = pytest.mark.timeout(180)
 
 MIB = 1 << 20
 PAGE = 4096
@@ -271,6 +275,26 @@ def test_without_a_keeper_on_one_side(
     status = old.status()
     assert (status["pid"] == taker.pid) == bool(alone)
     assert status["keeper"] == ("none" if alone else "own")
+
+
+def test_a_service_of_systemd_takes_over_and_is_not_taken_over_from(
+    old: Daemon, guest: Guest, image: Path, take_over: StartTaker
+) -> None:
+    words = command("serve", "--run-dir", str(old.run_dir), "--image", f"d={image}")
+    supervisor = Supervisor([*words, "--takeover"], old.run_dir / "service")
+    try:
+        assert old.process.wait(ANSWER_SECONDS) == 0
+        check_served(old, guest, image)
+        assert old.status()["keeper"] == "systemd"
+        assert "'systemctl reload'" in refused(take_over(old))
+        supervisor.words = words
+        supervisor.process.kill()
+        supervisor.process.wait()
+        supervisor.start()
+        check_served(old, guest, image)
+        assert old.status()["restarts"] == {"crash": 1, "reload": 0, "takeover": 1}
+    finally:
+        supervisor.close()
 
 
 def refused(taker: Taker) -> str:
