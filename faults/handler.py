@@ -71,6 +71,13 @@ class FaultHandler:
             lib.guest_stop(self._guest)
             self._guest = None
 
+    def spoil(self) -> None:
+        """Have what the guest does not have be SIGBUS for it: nobody will answer it, nor its guard.
+
+        For who has no userfaultfd of its own, before stop(). Nothing to do for memory that is gone.
+        """
+        lib.guest_spoil(self._guest)
+
     def resume(self) -> None:
         """Have everybody who waits ask again: after a change of quota."""
         lib.guest_resume(self._guest)

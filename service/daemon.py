@@ -29,8 +29,10 @@ from cowshed.service.images.loading import load
 from cowshed.service.images.opening import open_store
 from cowshed.service.images.warming import Warming
 from cowshed.service.images.working_sets import WorkingSets
+from cowshed.service.machines.bequests import MachineBequests
 from cowshed.service.machines.image_folders import image_folders
 from cowshed.service.machines.image_sockets import ImageSockets
+from cowshed.service.machines.supplier import Supplier
 from cowshed.service.metrics.exporter import Exporter, MetricsSources
 from cowshed.service.metrics.settle import Settler
 from cowshed.service.metrics.tallies import TALLIES, Tallies
@@ -159,6 +161,10 @@ class Daemon:
             access,
             warming,
         )
+        supplier = Supplier(config, evictor.max_pinned_extents, self.recorded)
+        machine_bequests = MachineBequests(self._fd_store)
+        machine_heirs = machine_bequests.adopt(remains, store, self.guests, supplier)
+        callers = machine_bequests.adopt_callers(remains, store, machine_heirs)
         evictor.start()
         stack.callback(evictor.stop)
         digests = DigestThread(store, _say_digest)
@@ -183,9 +189,11 @@ class Daemon:
             self,
             self._tallies,
             self._loop,
-            evictor.max_pinned_extents,
+            supplier,
             self._listeners,
+            machine_bequests,
         )
+        self._image_sockets.adopt(machine_heirs, callers)
         stack.callback(self._image_sockets.close)
         stack.callback(self.workers.stop)
         self._nbd = NbdService(

@@ -128,9 +128,10 @@ int account_bitmap(const struct account *account, int unsettled, uint64_t *words
 #define STOP_ENDING 1
 #define LEDGER_MAGIC 0x474c4453574f43ull /* "COWSDLG" */
 /* cdef-begin */
-#define LEDGER_LAYOUT 4
+#define LEDGER_LAYOUT 5
 /* cdef-end */
 #define LEDGER_SERVED_WORDS 16
+#define LEDGER_INBOX_WORDS 64
 
 struct ledger_header {
 	uint64_t magic;
@@ -145,10 +146,14 @@ struct ledger_header {
 	_Atomic uint64_t latency_sum_ns[LATENCY_NR];
 	_Atomic uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
 	_Atomic uint64_t served[LEDGER_SERVED_WORDS]; /* transport's: what was done for the clients of an overlay */
+	_Atomic uint32_t supplied; /* its pages are copied into it, and discarded is what became zero, not a doubt */
+	uint32_t spare;
+	/* faults': messages are read to here, and an event stays until it is seen to: no death loses one.  See guest.c. */
+	uint64_t inbox[LEDGER_INBOX_WORDS];
 };
 _Static_assert(sizeof(struct ledger_header) == sizeof(struct shared_regions) +
                                                        8 * (9 + COUNTS_NR + LATENCY_NR * (1 + LATENCY_BUCKETS) +
-                                                            LEDGER_SERVED_WORDS),
+                                                            LEDGER_SERVED_WORDS + 1 + LEDGER_INBOX_WORDS),
                "the layout is shared: a change needs a new LEDGER_LAYOUT");
 
 /* What closed accounts had counted: the words an image keeps for it (image->past). */

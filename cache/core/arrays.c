@@ -25,7 +25,7 @@ static struct layout layout_of(const struct image *image)
 	uint64_t nr = image->shape.nr_extents;
 	struct layout layout = {.words = round_up(nr * sizeof(uint32_t)), .bytes = round_up(nr)};
 
-	layout.total_bytes = sizeof(struct arrays_header) + 4 * layout.words + 2 * layout.bytes +
+	layout.total_bytes = sizeof(struct arrays_header) + 5 * layout.words + 2 * layout.bytes +
 	                     8 * (IMAGE_PAST_WORDS + IMAGE_SERVED_WORDS);
 	return layout;
 }
@@ -45,9 +45,10 @@ static int arrays_map(struct image *image)
 	image->refs = (_Atomic uint32_t *)(at + layout.words);
 	image->pins = (_Atomic uint32_t *)(at + 2 * layout.words);
 	image->order = (_Atomic uint32_t *)(at + 3 * layout.words);
-	image->touches = (_Atomic uint8_t *)(at + 4 * layout.words);
-	image->touched = (_Atomic uint8_t *)(at + 4 * layout.words + layout.bytes);
-	at += 4 * layout.words + 2 * layout.bytes;
+	image->loans = (_Atomic uint32_t *)(at + 4 * layout.words);
+	image->touches = (_Atomic uint8_t *)(at + 5 * layout.words);
+	image->touched = (_Atomic uint8_t *)(at + 5 * layout.words + layout.bytes);
+	at += 5 * layout.words + 2 * layout.bytes;
 	image->past = (struct account_past *)at;
 	image->served = (_Atomic uint64_t *)(at + 8 * IMAGE_PAST_WORDS);
 	image->waiters = calloc(image->shape.nr_extents, sizeof *image->waiters);
@@ -108,13 +109,22 @@ void arrays_close(struct image *image)
 	image->ledger_fd = -1;
 }
 
+static bool is_lent(const struct image *image, uint64_t extent)
+{
+	return atomic_load(&image->loans[extent]) && extent_state(&image->states[extent]) == EXTENT_RESIDENT;
+}
+
 int64_t arrays_mend(struct image *image, uint64_t nr_max)
 {
-	uint64_t nr_resident = 0, nr_pages = 0;
+	uint64_t nr_resident = 0, nr_pages = 0, nr_lent = 0;
 
+	/* Who maps them unguarded would read zeros: they are the last to go. */
+	for (uint64_t e = 0; e < image->shape.nr_extents; e++)
+		nr_lent += is_lent(image, e);
 	for (uint64_t e = 0; e < image->shape.nr_extents; e++) {
 		enum extent_state state = extent_state(&image->states[e]);
-		bool keep = state == EXTENT_RESIDENT && nr_resident < nr_max;
+		bool lent = is_lent(image, e);
+		bool keep = state == EXTENT_RESIDENT && nr_resident + (lent ? 0 : nr_lent) < nr_max;
 
 		/* What is in the frames of an extent that was neither is of no account: a load overwrites it, a scrub drops it. */
 		if (state != EXTENT_ABSENT && !keep) {
@@ -124,7 +134,9 @@ int64_t arrays_mend(struct image *image, uint64_t nr_max)
 		}
 		atomic_store(&image->states[e], keep ? EXTENT_RESIDENT : EXTENT_ABSENT);
 		atomic_store(&image->refs[e], 0);
+		atomic_store(&image->loans[e], 0);
 		nr_resident += keep;
+		nr_lent -= lent;
 		nr_pages += keep ? image_extent_pages(image, e) : 0;
 	}
 	atomic_store(&image->resident_pages, nr_pages);

@@ -13,7 +13,7 @@
 
 #define ARRAYS_MAGIC 0x3158454453574f43ull /* "COWSDEX1" */
 /* cdef-begin */
-#define ARRAYS_VERSION 1
+#define ARRAYS_VERSION 2
 /* cdef-end */
 
 /* Each only grows, over restarts too; meanings in struct image_counters. */
@@ -44,7 +44,7 @@ void arrays_close(struct image *image);
 /*
  * Before anybody else uses the image: makes the arrays true again.  Holds died with who held them.  A load or an
  * eviction in hand is undone by punching the extent; of the resident ones, at most nr_max stay.  Grants
- * are counted anew by the accounts, as they are adopted.  How many extents are resident, or -errno.
+ * and loans are counted anew by the accounts, as they are adopted.  How many extents are resident, or -errno.
  */
 int64_t arrays_mend(struct image *image, uint64_t nr_max);
 

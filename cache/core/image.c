@@ -211,7 +211,7 @@ void image_figure(const struct image *image, struct image_figures *figures_out)
 
 		figures.granted_pages += refs * nr_pages;
 		figures.saved_pages += refs ? (refs - 1) * nr_pages : 0;
-		if (atomic_load_explicit(&image->pins[e], memory_order_relaxed))
+		if (image_is_pinned(image, e))
 			figures.pinned_pages += nr_pages;
 		figures.touched_pages += touched ? nr_pages : 0;
 		if (!resident)
@@ -276,7 +276,7 @@ int image_pins(const struct image *image, uint64_t first, uint64_t nr, uint32_t 
 	if (!extents_ok(image, first, nr))
 		return -ERANGE;
 	for (uint64_t i = 0; i < nr; i++)
-		pins_out[i] = atomic_load(&image->pins[first + i]);
+		pins_out[i] = atomic_load(&image->pins[first + i]) + atomic_load(&image->loans[first + i]);
 	return 0;
 }
 
@@ -306,7 +306,7 @@ uint32_t image_extent_refs(const struct image *image, uint64_t extent)
 int image_extent_idle(const struct image *image, uint64_t extent)
 {
 	assert(extent < image->shape.nr_extents);
-	return atomic_load(&image->pins[extent]) == 0 && atomic_load(&image->states[extent]) == EXTENT_RESIDENT;
+	return !image_is_pinned(image, extent) && atomic_load(&image->states[extent]) == EXTENT_RESIDENT;
 }
 
 int64_t image_first_touches(const struct image *image, uint32_t *extents_out, uint64_t nr_max)

@@ -84,7 +84,7 @@ int image_guest_fd(const struct image *image);
 int image_arrays_fd(const struct image *image);
 /* Pages in RESIDENT extents; O(1). */
 uint64_t image_resident_pages(const struct image *image);
-/* Copies of the arrays, nr extents from first: states (enum extent_state), refs, pins. */
+/* Copies of the arrays, nr extents from first: states (enum extent_state), refs, pins and loans together. */
 int image_states(const struct image *image, uint64_t first, uint64_t nr, uint8_t *states_out);
 int image_refs(const struct image *image, uint64_t first, uint64_t nr, uint32_t *refs_out);
 int image_pins(const struct image *image, uint64_t first, uint64_t nr, uint32_t *pins_out);
@@ -127,7 +127,8 @@ struct image {
 	struct image_totals *totals;
 	extent_word *states;
 	_Atomic uint32_t *refs;
-	_Atomic uint32_t *pins; /* changed under the store's lock */
+	_Atomic uint32_t *pins;  /* operators'; changed under the store's lock */
+	_Atomic uint32_t *loans; /* guests' who map the frames unguarded; as pins, but gone with who had them */
 	_Atomic uint32_t *order;
 	_Atomic uint8_t *touches;
 	_Atomic uint8_t *touched;
@@ -152,6 +153,13 @@ static inline uint64_t image_extent_pages(const struct image *image, uint64_t ex
 	uint64_t left = image->shape.nr_pages - first;
 
 	return left < image->shape.extent_pages ? left : image->shape.extent_pages;
+}
+
+/* Whether eviction is forbidden. */
+static inline bool image_is_pinned(const struct image *image, uint64_t extent)
+{
+	return atomic_load_explicit(&image->pins[extent], memory_order_relaxed) ||
+	       atomic_load_explicit(&image->loans[extent], memory_order_relaxed);
 }
 
 /* Drops the frames of nr extents from first, in every mapping of every guest. */

@@ -201,7 +201,7 @@ int store_adopt_image(struct store *store, struct image *image)
 		add_image(store, image);
 	}
 	for (uint64_t e = 0; nr_resident >= 0 && e < image->shape.nr_extents; e++) {
-		if (atomic_load(&image->pins[e]))
+		if (image_is_pinned(image, e))
 			store->pinned_extents++;
 		if (extent_state(&image->states[e]) == EXTENT_RESIDENT)
 			inserted_push(store, image, e);
@@ -261,9 +261,12 @@ void store_remove_image(struct store *store, struct image *image)
 	while (image->nr_loaders || next_in_state(image, 0, EXTENT_LOADING) < image->shape.nr_extents)
 		pthread_cond_wait(&store->loaded, &store->lock);
 	struct load_waiter *waiters = waiters_take(image);
-	for (uint64_t e = 0; e < image->shape.nr_extents; e++)
-		if (atomic_exchange(&image->pins[e], 0))
+	for (uint64_t e = 0; e < image->shape.nr_extents; e++) {
+		if (image_is_pinned(image, e))
 			store->pinned_extents--;
+		atomic_store(&image->pins[e], 0);
+		atomic_store(&image->loans[e], 0);
+	}
 	pthread_mutex_unlock(&store->lock);
 
 	for (struct load_waiter *next; waiters; waiters = next) {
@@ -391,7 +394,8 @@ int store_wait_loaded(struct image *image, uint64_t first, uint64_t nr, int time
 	return done ? 0 : -ETIMEDOUT;
 }
 
-int store_pin(struct image *image, uint64_t first, uint64_t nr, uint64_t max_pinned)
+/* counts: the image's pins or its loans. */
+static int pin(struct image *image, _Atomic uint32_t *counts, uint64_t first, uint64_t nr, uint64_t max_pinned)
 {
 	struct store *store = image->store;
 	uint64_t nr_new = 0;
@@ -401,19 +405,19 @@ int store_pin(struct image *image, uint64_t first, uint64_t nr, uint64_t max_pin
 		return -ERANGE;
 	pthread_mutex_lock(&store->lock);
 	for (uint64_t i = 0; i < nr; i++)
-		nr_new += atomic_load(&image->pins[first + i]) == 0;
-	if (store->pinned_extents + nr_new > max_pinned) {
+		nr_new += !image_is_pinned(image, first + i);
+	if (nr_new && store->pinned_extents + nr_new > max_pinned) {
 		err = -ENOSPC;
 	} else {
 		for (uint64_t i = 0; i < nr; i++)
-			atomic_fetch_add(&image->pins[first + i], 1);
+			atomic_fetch_add(&counts[first + i], 1);
 		store->pinned_extents += nr_new;
 	}
 	pthread_mutex_unlock(&store->lock);
 	return err;
 }
 
-int store_unpin(struct image *image, uint64_t first, uint64_t nr)
+static int unpin(struct image *image, _Atomic uint32_t *counts, uint64_t first, uint64_t nr)
 {
 	struct store *store = image->store;
 	int err = 0;
@@ -422,13 +426,34 @@ int store_unpin(struct image *image, uint64_t first, uint64_t nr)
 		return -ERANGE;
 	pthread_mutex_lock(&store->lock);
 	for (uint64_t i = 0; i < nr && !err; i++)
-		if (atomic_load(&image->pins[first + i]) == 0)
+		if (atomic_load(&counts[first + i]) == 0)
 			err = -ENOENT;
-	for (uint64_t i = 0; i < nr && !err; i++)
-		if (atomic_fetch_sub(&image->pins[first + i], 1) == 1)
-			store->pinned_extents--;
+	for (uint64_t i = 0; i < nr && !err; i++) {
+		atomic_fetch_sub(&counts[first + i], 1);
+		store->pinned_extents -= !image_is_pinned(image, first + i);
+	}
 	pthread_mutex_unlock(&store->lock);
 	return err;
+}
+
+int store_pin(struct image *image, uint64_t first, uint64_t nr, uint64_t max_pinned)
+{
+	return pin(image, image->pins, first, nr, max_pinned);
+}
+
+int store_unpin(struct image *image, uint64_t first, uint64_t nr)
+{
+	return unpin(image, image->pins, first, nr);
+}
+
+int store_lend(struct image *image, uint64_t first, uint64_t nr, uint64_t max_pinned)
+{
+	return pin(image, image->loans, first, nr, max_pinned);
+}
+
+int store_end_loan(struct image *image, uint64_t first, uint64_t nr)
+{
+	return unpin(image, image->loans, first, nr);
 }
 
 uint64_t store_begin_evict(struct image *image, uint32_t *extents, uint64_t nr)
@@ -440,7 +465,7 @@ uint64_t store_begin_evict(struct image *image, uint32_t *extents, uint64_t nr)
 	for (uint64_t i = 0; i < nr; i++) {
 		uint32_t extent = extents[i];
 
-		if (extent < image->shape.nr_extents && !atomic_load(&image->pins[extent]) &&
+		if (extent < image->shape.nr_extents && !image_is_pinned(image, extent) &&
 		    extent_begin_evict(&image->states[extent])) {
 			atomic_fetch_sub(&image->resident_pages, image_extent_pages(image, extent));
 			extents[i] = extents[nr_going];

@@ -44,6 +44,9 @@ int store_wait_loaded(struct image *image, uint64_t first, uint64_t nr, int time
 int store_pin(struct image *image, uint64_t first, uint64_t nr, uint64_t max_pinned);
 /* Takes one pin back from each; -ENOENT, and nothing done, if one of them has none. */
 int store_unpin(struct image *image, uint64_t first, uint64_t nr);
+/* The same for a guest that maps the extents unguarded, and for as long as it is attached: its loans are its own. */
+int store_lend(struct image *image, uint64_t first, uint64_t nr, uint64_t max_pinned);
+int store_end_loan(struct image *image, uint64_t first, uint64_t nr);
 /* Punches frames in ABSENT extents that nobody loaded; how many extents had some. */
 int64_t store_scrub(struct image *image);
 /* cdef-end */

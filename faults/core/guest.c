@@ -115,19 +115,65 @@ static void handle_message(struct guest *guest, const struct uffd_msg *message, 
 	}
 }
 
+_Static_assert(MESSAGES_MAX * sizeof(struct uffd_msg) <= LEDGER_INBOX_WORDS * sizeof(uint64_t), "the inbox has room");
+
+/*
+ * Messages are read into the ledger.  A guest goes on with a discard as soon as its event was read: should we die then,
+ * our successor still finds it here.  What is left of an earlier batch is faults alone, which come again by themselves.
+ */
+static struct uffd_msg *inbox_of(const struct guest *guest)
+{
+	return (struct uffd_msg *)guest->account->header->inbox;
+}
+
+static void inbox_clear(struct uffd_msg *message)
+{
+	atomic_store_explicit((_Atomic uint8_t *)&message->event, 0, memory_order_release);
+}
+
+/* A move that was noted leaves nothing where it began. */
+static bool is_moved(const struct guest *guest, const struct uffd_msg *message)
+{
+	struct region_table table;
+	uint64_t from = message->arg.remap.from, first, nr;
+
+	account_regions(guest->account, &table);
+	for (uint64_t i = 0; i < table.nr; i++)
+		if (region_clip(&table.regions[i], from, from + message->arg.remap.len, &first, &nr))
+			return false;
+	return true;
+}
+
+/* In the thread, before anything else: events that our predecessor read, and may not have seen to. */
+static void inbox_go_on(struct guest *guest)
+{
+	struct uffd_msg *messages = inbox_of(guest);
+
+	for (unsigned i = 0; i < MESSAGES_MAX; i++) {
+		uint8_t event = messages[i].event;
+
+		if (event == UFFD_EVENT_REMOVE || event == UFFD_EVENT_UNMAP ||
+		    (event == UFFD_EVENT_REMAP && !is_moved(guest, &messages[i])))
+			handle_message(guest, &messages[i], 0);
+		inbox_clear(&messages[i]);
+	}
+}
+
 /* Never waits, not even after its guest made the description blocking (Linux 6.10; before, such a guest holds up
  * its own thread). */
 /*
  * What else happened goes before the faults: once a discard has been read, its pages may be gone and mapped anew, and a
  * write window must not open one on the strength of the charge that the discard is about to give back.
  */
-static void handle_messages(struct guest *guest, const struct uffd_msg *messages, ssize_t nr)
+static void handle_messages(struct guest *guest, struct uffd_msg *messages, ssize_t nr)
 {
 	uint64_t read_ns = clock_now_ns();
 
 	for (ssize_t i = 0; i < nr; i++)
-		if (messages[i].event != UFFD_EVENT_PAGEFAULT)
+		if (messages[i].event != UFFD_EVENT_PAGEFAULT) {
 			handle_message(guest, &messages[i], read_ns);
+			inbox_clear(&messages[i]);
+		}
 	for (ssize_t i = 0; i < nr; i++)
 		if (messages[i].event == UFFD_EVENT_PAGEFAULT)
 			handle_message(guest, &messages[i], read_ns);
@@ -243,10 +289,11 @@ static void sleep_for_messages(struct guest *guest)
 static void *guest_main(void *arg)
 {
 	struct guest *guest = arg;
-	struct uffd_msg messages[MESSAGES_MAX];
+	struct uffd_msg *messages = inbox_of(guest);
 
 	prctl(PR_SET_NAME, "cow-faults");
 	prctl(PR_SET_TIMERSLACK, 1ul);
+	inbox_go_on(guest);
 	while (!atomic_load_explicit(&guest->stop, memory_order_acquire)) {
 		bool hold = hold_turn(guest);
 		ssize_t nr = -EAGAIN;

@@ -32,6 +32,9 @@ int guest_start(struct account *account, int uffd, int pidfd, const struct guest
                 struct guest **guest_out);
 /* Stops and joins the thread; afterwards nobody uses the descriptors or the account on its behalf. */
 int guest_stop(struct guest *guest);
+/* What the guest does not have becomes SIGBUS for it, for good: before it is left without any userfaultfd.  -errno of a
+ * look at its memory; what was done stays. */
+int guest_spoil(struct guest *guest);
 /* Asks again everybody who waits: after its quota was changed. */
 void guest_resume(struct guest *guest);
 /* From its return until guest_thaw nothing is written to a private page: writes are not answered, and a discard waits

@@ -476,6 +476,19 @@ static int terms_take(struct supply *supply, const struct image *image, const st
 	return 0;
 }
 
+/* What a predecessor of ours copied. */
+static void note_supplied(struct guest *guest)
+{
+	const struct image_shape *shape = &guest->image->shape;
+	uint64_t extent;
+
+	for (uint64_t page = 0; (page = bits_next(guest->account->private, page, shape->nr_pages)) < shape->nr_pages;) {
+		extent = page / shape->extent_pages;
+		bits_set(guest->supply->supplied, extent);
+		page = (extent + 1) * shape->extent_pages;
+	}
+}
+
 int supply_start(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
                  const struct supply_terms *terms, struct guest **guest_out)
 {
@@ -496,15 +509,20 @@ int supply_start(struct account *account, int uffd, int pidfd, const struct gues
 		err = -ENOMEM;
 	if (!err && terms->allowance && (supply->share_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0)
 		err = -errno;
+	struct guest none = {.account = account, .image = account->image, .supply = supply};
+
+	if (!err) {
+		note_supplied(&none);
+		err = share_adopt(&none);
+	}
 	if (!err) {
 		memcpy(supply->order, terms->order, terms->nr_order * sizeof *supply->order);
 		supply->nr_order = terms->nr_order;
 		account->supplied = true;
+		atomic_store(&account->header->supplied, 1);
 		err = guest_start_kind(account, uffd, pidfd, orders, &supplied, supply, guest_out);
 	}
-	if (err) { /* nothing runs and nothing is held */
-		struct guest none = {.account = account, .image = account->image, .supply = supply};
-
+	if (err) { /* nothing runs */
 		pthread_mutex_init(&none.answer_lock, NULL);
 		supply_end(&none);
 		pthread_mutex_destroy(&none.answer_lock);

@@ -47,7 +47,9 @@ struct share_allowance {
 	uint64_t left_extents;
 };
 
-/* As guest_start; the account has been placed at the regions' memory. */
+/* As guest_start; the account has been placed at the regions' memory.  One that was adopted goes on: what is private in
+ * it is there, or faults and is copied again, which overwrites nothing; what it was told of is lent again (-ENOSPC if
+ * the allowance has become too small). */
 int supply_start(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
                  const struct supply_terms *terms, struct guest **guest_out);
 /* Borrowed eventfd of a shared guest: extents wait to be told of.  -1: it has none. */
@@ -73,7 +75,7 @@ struct assembly {
 
 /*
  * Invariants: (1) done is changed under the guest's answer_lock, the rest by the thread alone (told: by whoever takes
- * it, too); (2) an extent's told bit is set only while its shared bit is; (3) each shared bit is one pin of the store's
+ * it, too); (2) an extent's told bit is set only while its shared bit is; (3) each shared bit is one loan of the store's
  * and one taken from the allowance.
  */
 struct supply {
@@ -128,6 +130,8 @@ void huge_discard(struct guest *guest, uint64_t first, uint64_t nr);
 
 /* supply_share.c: whether the fault is (or will be) answered by telling of its extents. */
 bool share_fault(struct guest *guest, const struct supply_region *region, uint64_t page, uint64_t read_ns);
+/* Of an account that another process left: lends it again what it was told of; -ENOSPC: there is no allowance for that. */
+int share_adopt(struct guest *guest);
 /* An extent that was waited for is held: true if it was told of. */
 bool share_loaded(struct guest *guest, uint64_t extent);
 /* Goes on with share_resident; whether there was anything to do. */

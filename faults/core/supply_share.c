@@ -71,7 +71,7 @@ static bool unit_pin(struct guest *guest, struct unit unit)
 		return false;
 	if (!allowance_take(supply->allowance, unit.nr))
 		return false;
-	if (store_pin(guest->image, unit.extent, unit.nr, supply->max_pinned_extents) < 0) {
+	if (store_lend(guest->image, unit.extent, unit.nr, supply->max_pinned_extents) < 0) {
 		allowance_give(supply->allowance, unit.nr);
 		return false;
 	}
@@ -131,6 +131,32 @@ bool share_loaded(struct guest *guest, uint64_t extent)
 		return false;
 	unit_tell(guest, unit_of(guest, extent));
 	return true;
+}
+
+int share_adopt(struct guest *guest)
+{
+	struct supply *supply = guest->supply;
+	uint64_t nr_extents = guest->image->shape.nr_extents;
+
+	if (!supply->allowance)
+		return 0;
+	/* What is granted was told of, or was about to be, with the rest of its unit. */
+	for (uint64_t e = 0; (e = bits_next(guest->account->granted, e, nr_extents)) < nr_extents; e++) {
+		struct unit unit = unit_of(guest, e);
+
+		for (uint64_t extent = unit.extent; extent < unit.extent + unit.nr; extent++) {
+			if (bits_test(supply->shared, extent))
+				continue;
+			if (!allowance_take(supply->allowance, 1))
+				return -ENOSPC;
+			if (store_lend(guest->image, extent, 1, UINT64_MAX) < 0) {
+				allowance_give(supply->allowance, 1);
+				return -ENOSPC;
+			}
+			bits_set(supply->shared, extent);
+		}
+	}
+	return 0;
 }
 
 static bool unit_resident(const struct guest *guest, struct unit unit)
@@ -193,7 +219,7 @@ void share_end(struct guest *guest)
 	if (!supply->allowance)
 		return;
 	for (uint64_t e = 0; (e = bits_next(supply->shared, e, nr_extents)) < nr_extents; e++) {
-		store_unpin(guest->image, e, 1);
+		store_end_loan(guest->image, e, 1);
 		allowance_give(supply->allowance, 1);
 	}
 }

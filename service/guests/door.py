@@ -35,7 +35,8 @@ def raise_file_limit() -> int:
 class Door:
     """Counts who is in, by user or, where no kernel vouches for one, by address.
 
-    Invariant: enter() that returned "" is followed by one leave() of the same who and nr_files.
+    Invariant: readmit(), or enter() that returned "", is followed by one leave() of the same who
+    and nr_files.
     """
 
     def __init__(self, max_files: int) -> None:
@@ -62,6 +63,11 @@ class Door:
         self._nr_files[who] += nr_files
         self._nr_inside[who] += 1
         return ""
+
+    def readmit(self, who: Hashable, nr_files: int = _FDS_PER_GUEST) -> None:
+        """Count a connection that our predecessor let in, however many there are."""
+        self._nr_files[who] += nr_files
+        self._nr_inside[who] += 1
 
     def leave(self, who: Hashable, nr_files: int = _FDS_PER_GUEST) -> None:
         """A connection of who has ended."""

@@ -348,11 +348,12 @@ class GuestTable:
         fds: list[int],
         transport: str = "unix",
         seeds_fd: int = -1,
+        supply: SupplyTerms | None = None,
     ) -> Mapping:
         """Answer a mapping that another process answered; whoever waits there asks again.
 
-        Takes ledger_fd over, fds on success only. Raises InvariantError if it is no account, or one
-        that was closed.
+        Takes ledger_fd over, fds, which are as attach() has them, on success only. Raises
+        InvariantError if it is no account, or one that was closed.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -361,10 +362,11 @@ class GuestTable:
                 os.close(ledger_fd)
                 raise
             stack.callback(account.close)
-            account.place(fds[0], fds[1], account.regions())
+            account.place(fds[0], fds[1] if len(fds) > 1 else -1, account.regions())
             if seeds_fd >= 0:
                 account.adopt_seeds(seeds_fd)
-            handler = FaultHandler(account.cdata, fds[0], peer.pidfd, orders)
+            terms = (account.cdata, fds[0], peer.pidfd, orders)
+            handler = FaultHandler(*terms) if supply is None else SupplyHandler(*terms, supply)
             stack.pop_all()
         handler.resume()
         mapping = Mapping(guest, peer, transport, account, handler, fds)

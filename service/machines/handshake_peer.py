@@ -37,7 +37,9 @@ class HandshakePeer:
     """A connected stream socket, owned: close() closes it and whatever arrived and was not taken.
 
     pid, uid and gid are told by the kernel, as they were when the peer connected; pidfd is None if
-    the kernel has none to give. Invariant: _arrived are the decoder's nr_fds descriptors.
+    the kernel has none to give. Messages that come whole are looked at and left where they are
+    until take_seen(), so that they outlive us. Invariants: _arrived are the decoder's nr_fds
+    descriptors; while _nr_seen, the bytes looked at, is not 0, the decoder is between messages.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -45,12 +47,18 @@ class HandshakePeer:
         self._socket = sock
         self._decoder = HandshakeDecoder()
         self._arrived: list[int] = []
+        self._nr_seen = 0
         self._queue: deque[tuple[bytes, list[int]]] = deque()
         packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         self.pid, self.uid, self.gid = _UCRED.unpack(packed)
         self.pidfd: int | None = None
         with contextlib.suppress(OSError):  # an older kernel, or the peer is gone and reaped
             self.pidfd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a message that came, or goes, in parts has not ended."""
+        return self._decoder.unfinished or bool(self._queue)
 
     def fileno(self) -> int:
         """Give the socket's descriptor."""
@@ -70,20 +78,18 @@ class HandshakePeer:
 
         Raises PeerError for a peer that breaks a rule.
         """
+        self.take_seen()
+        seen = None if self._decoder.unfinished else self._look()
+        if seen is not None:
+            return seen
         try:
-            piece, ancillary, flags, _ = self._socket.recvmsg(
-                _PIECE_BYTES, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
-            )
+            piece, fds, is_cut = self._recv(_PIECE_BYTES)
         except BlockingIOError:
             return []
         except OSError as error:
             raise PeerError(f"cannot receive from the peer: {error.strerror}") from error
-        fds = array.array("i")
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
         self._arrived += fds
-        if flags & socket.MSG_CTRUNC:
+        if is_cut:
             raise PeerError(f"more than {_MAX_FDS} descriptors came, or more than fit here")
         if not piece:
             if self._decoder.unfinished:
@@ -94,6 +100,47 @@ class HandshakePeer:
             fd = self._arrived.pop(0) if isinstance(request, Handshake) else -1
             incoming.append(Incoming(request, fd))
         return incoming
+
+    def _look(self) -> list[Incoming] | None:
+        """Give the messages that are there whole; None if what is there is anything else."""
+        fds: list[int] = []
+        try:
+            piece, fds, is_cut = self._recv(_PIECE_BYTES, socket.MSG_PEEK)
+            decoder = HandshakeDecoder()
+            requests = [] if is_cut else decoder.feed(piece, len(fds))
+            if not requests or decoder.unfinished:
+                return None
+            incoming = [
+                Incoming(each, fds.pop(0) if isinstance(each, Handshake) else -1)
+                for each in requests
+            ]
+            self._nr_seen = len(piece)
+            return incoming
+        except (OSError, PeerError):  # said when it is taken
+            return None
+        finally:
+            close_foreign(fds)
+
+    def take_seen(self) -> None:
+        """Take what receive() gave off the socket: it has been seen to, or never will be."""
+        while self._nr_seen:
+            try:
+                piece, fds, _ = self._recv(self._nr_seen)
+            except OSError as error:
+                raise PeerError(f"cannot receive from the peer: {error.strerror}") from error
+            close_foreign(fds)
+            self._nr_seen = self._nr_seen - len(piece) if piece else 0
+
+    def _recv(self, nr_bytes: int, flags: int = 0) -> tuple[bytes, list[int], bool]:
+        """Receive a piece; the descriptors that came, and whether some were lost."""
+        piece, ancillary, got, _ = self._socket.recvmsg(
+            nr_bytes, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC | flags
+        )
+        fds = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        return piece, list(fds), bool(got & socket.MSG_CTRUNC)
 
     def queue(self, text: bytes, fds: list[int] | None = None) -> None:
         """Put a message behind those that wait; fds stay the caller's, open until it is sent.

@@ -24,16 +24,19 @@ from typing import Final, Protocol
 from cowshed.accounting import QuotaPolicy
 from cowshed.accounting import Region as PlacedRegion
 from cowshed.cache import CowshedError, Image, PeerError, UsageError
-from cowshed.faults import Orders, ShareAllowance, SupplyHandler, SupplyRegion, SupplyTerms
+from cowshed.faults import Orders, SupplyHandler
 from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
 from cowshed.service.guests.userfaultfd import check_supplied_uffd, open_pagemap
+from cowshed.service.machines.bequests import Caller, MachineBequests, MachineHeir
 from cowshed.service.machines.handshake_peer import HandshakePeer
+from cowshed.service.machines.supplier import Supplier, is_shared
 from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.operators.control import Control
 from cowshed.service.reports.guest_states import say_state
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, WRITE, Loop
+from cowshed.service.runtime.test_points import reach
 from cowshed.service.settings.config import SOCKET_PATH_MAX_BYTES, Config
 from cowshed.service.settings.domains import Identity
 from cowshed.service.settings.names import image_socket_path
@@ -41,9 +44,7 @@ from cowshed.service.survival.listeners import Listeners
 from cowshed.transport.acceptor import Acceptor
 from cowshed.transport.foreign_fds import close_foreign
 from cowshed.transport.handshakes import (
-    HUGE_PAGE_BYTES,
     Handshake,
-    Policy,
     Range,
     Region,
     StatRequest,
@@ -52,15 +53,15 @@ from cowshed.transport.handshakes import (
 )
 from cowshed.transport.messages import MovedError
 
-__all__ = ["ImageSockets", "shown_ranges", "supply_regions"]
+__all__ = ["ImageSockets", "shown_ranges"]
 
 _log = EventLog("cowshed.images")
 
 _HANDSHAKE_SECONDS: Final = 10.0
 _LOOK_SECONDS: Final = 1.0
 _BACKLOG: Final = 128
-# Of the capacity, pinned for guests that map frames themselves.
-_SHARED_PART: Final = 4
+# Of a client that asked for the size, until it hands its memory over.
+_IDLE_SECONDS: Final = 600.0
 
 
 class ImageSocketsHost(Protocol):
@@ -78,17 +79,15 @@ class ImageSocketsHost(Protocol):
     def guests(self) -> GuestTable:
         """Who is attached."""
 
-    def recorded(self, image: Image) -> list[int]:
-        """The extents that earlier guests of an image touched, in order."""
-
 
 @dataclass
 class _Client:
-    """A connection, and its guest once it has sent a handshake."""
+    """A connection, and its guest once it has sent a handshake. group is what it is held as."""
 
     peer: HandshakePeer
     image: Image
     deadline: float | None
+    group: str = ""
     mapping: Mapping | None = None
     handler: SupplyHandler | None = None
     regions: tuple[Region, ...] = ()
@@ -105,23 +104,22 @@ class ImageSockets:
         host: ImageSocketsHost,
         tallies: Tallies,
         loop: Loop,
-        max_pinned_extents: int,
+        supplier: Supplier,
         listeners: Listeners,
+        bequests: MachineBequests,
     ) -> None:
         self._door = door
         self._host = host
         self._tallies = tallies
         self._loop = loop
-        self._max_pinned_extents = max_pinned_extents
-        config = host.config
-        nr_shared = config.capacity_bytes // config.extent_bytes // _SHARED_PART
-        self._allowance: Final = ShareAllowance(min(nr_shared, max(0, max_pinned_extents)))
+        self._supplier = supplier
+        self._bequests = bequests
         self._clients: dict[int, _Client] = {}
         self._opener = listeners
         self._acceptor: Final = Acceptor()
         self._listeners: dict[Path, socket.socket] = {}
         for image in images:
-            self._listen(image, image_socket_path(config.run_dir, image))
+            self._listen(image, image_socket_path(host.config.run_dir, image))
         loop.every(_LOOK_SECONDS, self._look_after)
 
     def close(self) -> None:
@@ -136,8 +134,8 @@ class ImageSockets:
         self._acceptor.close()
 
     def nr_unfinished(self) -> int:
-        """How many are in the middle of a handshake."""
-        return sum(client.deadline is not None for client in self._clients.values())
+        """How many are in the middle of a message; whatever else is under way is held."""
+        return sum(client.peer.is_busy for client in self._clients.values())
 
     def _listen(self, image: Image, path: Path) -> None:
         if len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
@@ -165,9 +163,26 @@ class ImageSockets:
         if refusal := self._door.enter(peer.uid):
             self._turn_away(peer, image, "limit", refusal)
             return
-        client = _Client(peer, image, time.monotonic() + _HANDSHAKE_SECONDS)
+        self._begin(Caller(peer, image, self._bequests.hold_caller(peer, image)))
+        reach("MACHINE_CAME")
+
+    def _begin(self, caller: Caller) -> _Client:
+        peer = caller.peer
+        deadline = time.monotonic() + _HANDSHAKE_SECONDS
+        client = _Client(peer, caller.image, deadline, caller.group)
         self._clients[peer.fileno()] = client
         self._loop.watch(peer.fileno(), READ, self._on_ready)
+        return client
+
+    def adopt(self, heirs: Iterable[MachineHeir], callers: Iterable[Caller]) -> None:
+        """Go on with connections that our predecessor had."""
+        for heir in heirs:
+            self._door.readmit(heir.peer.uid)
+            client = self._begin(Caller(heir.peer, heir.mapping.image, heir.group))
+            self._begin_supply(client, heir.mapping, heir.request)
+        for caller in callers:
+            self._door.readmit(caller.peer.uid)
+            self._begin(caller)
 
     def _refusal(self, peer: HandshakePeer, image: Image) -> str:
         """Why a peer may not use the image; "" if it may."""
@@ -200,7 +215,10 @@ class ImageSockets:
                     except BaseException:
                         close_foreign([later.fd for later in incoming[no + 1 :] if later.fd >= 0])
                         raise
-            self._send(client)
+                self._send(client)
+                client.peer.take_seen()
+            else:
+                self._send(client)
         except (CowshedError, OSError) as error:
             self._drop(client, "protocol", str(error))
 
@@ -208,7 +226,7 @@ class ImageSockets:
         if isinstance(request, StatRequest):
             client.peer.queue(stat_reply(client.image.map_bytes))
             if client.mapping is None:
-                client.deadline = None  # it may ask as often, and as late, as it likes
+                client.deadline = time.monotonic() + _IDLE_SECONDS
         elif isinstance(request, Handshake):
             if client.mapping is not None:
                 close_foreign([uffd])
@@ -227,24 +245,14 @@ class ImageSockets:
         host, peer, image = self._host, client.peer, client.image
         host.control.check_open()  # it may have connected before the drain
         check_supplied_uffd(uffd)
-        regions = supply_regions(request, image.map_bytes)
-        is_share = request.protocol == "nydus" and request.policy is Policy.ZEROCOPY
+        supply = self._supplier.terms(request, image)
         config = host.config
-        is_machine = request.protocol == "firecracker"
         terms = Terms(
-            name=f"{'fc' if is_machine else 'nydus'}-{peer.pid}",
+            name=f"{'fc' if request.protocol == 'firecracker' else 'nydus'}-{peer.pid}",
             image=image,
             quota_bytes=config.default_quota_bytes,
             policy=QuotaPolicy[config.default_on_quota.upper()],
             orders=Orders(),
-        )
-        supply = SupplyTerms(
-            regions=regions,
-            zero_discarded=is_machine,
-            order=() if is_share else host.recorded(image),
-            allowance=self._allowance if is_share else None,
-            max_pinned_extents=max(0, self._max_pinned_extents),
-            share_resident=request.prefault,
         )
         fds = [uffd]
         pagemap = open_pagemap(peer.pid, peer.pidfd)
@@ -254,7 +262,7 @@ class ImageSockets:
         guest = self._reserve(terms, who)
         shown = [
             PlacedRegion(one.address, one.offset, min(one.length, image.map_bytes - one.offset))
-            for one in regions
+            for one in supply.regions
         ]
         try:
             mapping = host.guests.attach(
@@ -273,9 +281,14 @@ class ImageSockets:
                 os.close(pagemap)
             host.guests.release(guest)
             raise
-        client.mapping, client.regions, client.deadline = mapping, request.regions, None
-        assert isinstance(mapping.handler, SupplyHandler)
-        client.handler = mapping.handler
+        reach("MACHINE_ATTACHED")
+        caller, client.group = (
+            client.group,
+            self._bequests.hold(mapping, peer, guest.terms, request),
+        )
+        reach("MACHINE_HELD")
+        self._bequests.release(caller)
+        self._begin_supply(client, mapping, request)
         _log.info(
             "attached",
             guest=guest.name,
@@ -291,11 +304,17 @@ class ImageSockets:
                 "run the daemon as root, or as its user",
                 guest=guest.name,
             )
-        if is_share:
+
+    def _begin_supply(self, client: _Client, mapping: Mapping, request: Handshake) -> None:
+        """The connection is a guest's from now on."""
+        client.mapping, client.regions, client.deadline = mapping, request.regions, None
+        assert isinstance(mapping.handler, SupplyHandler)
+        client.handler = mapping.handler
+        if is_shared(request):
             client.share_fd = client.handler.share_fd
             self._loop.watch(client.share_fd, READ, lambda *_: self._on_shared(client))
-        if peer.pidfd is not None:
-            self._loop.watch(peer.pidfd, READ, lambda *_: self._end(client))
+        if client.peer.pidfd is not None:
+            self._loop.watch(client.peer.pidfd, READ, lambda *_: self._end(client))
 
     def _reserve(self, terms: Terms, peer: Peer) -> Guest:
         """Take the name, or one made from it: a process may have several connections."""
@@ -356,6 +375,7 @@ class ImageSockets:
             _log.info(
                 "detached", guest=mapping.name, image=client.image.label, pid=peer.pid, uid=peer.uid
             )
+        self._bequests.release(client.group)
         self._door.leave(peer.uid)
         peer.close()
 
@@ -371,24 +391,6 @@ class ImageSockets:
         for client in list(self._clients.values()):
             if client.mapping is not None and (why := say_state(client.mapping)):
                 self._drop(client, "broken", why)
-
-
-def supply_regions(request: Handshake, map_bytes: int) -> tuple[SupplyRegion, ...]:
-    """Give the regions as the core takes them; PeerError for one that does not fit the image.
-
-    It may reach past the end by less than a huge page, as memory of huge pages has to.
-    """
-    for region in request.regions:
-        end = region.offset_bytes + region.length_bytes
-        if region.offset_bytes >= map_bytes or end - map_bytes >= HUGE_PAGE_BYTES:
-            raise PeerError(
-                f"a region of {region.length_bytes} bytes of the image at {region.offset_bytes} is "
-                f"past its end: it has {map_bytes} bytes; is it the right image's socket?"
-            )
-    return tuple(
-        SupplyRegion(one.address, one.offset_bytes, one.length_bytes, one.page_bytes)
-        for one in request.regions
-    )
 
 
 def shown_ranges(runs: Iterable[tuple[int, int]], regions: Iterable[Region]) -> list[Range]:

@@ -56,8 +56,10 @@ class GuestDoor:
         return iter(list(self._sessions.values()))
 
     def close(self) -> None:
-        """End every session; the loop has stopped."""
+        """End every session; the loop has stopped. Who is parked finds SIGBUS, and no zeros."""
         for session in self._sessions.values():
+            if session.mapping is not None and session.mapping.is_parked:
+                session.mapping.handler.spoil()
             session.end()
         self._sessions.clear()
 
@@ -93,7 +95,7 @@ class GuestDoor:
 
     def adopt(self, session: Session) -> None:
         """Go on with a conversation that our predecessor had."""
-        self._door.enter(session.connection.peer.uid)
+        self._door.readmit(session.connection.peer.uid)
         fd = session.connection.fileno()
         self._sessions[fd] = session
         self._loop.watch(fd, READ, self._on_session)

@@ -26,6 +26,7 @@ _OURS: Final = frozenset(
     {
         *("OPEN_TOLD", "REGION_ATTACHED", "REGION_HELD", "REGION_TOLD"),
         *("HANDOFF_KEPT", "HANDOFF_OWNED", "HANDOFF_ADMITTED"),
+        *("MACHINE_CAME", "MACHINE_ATTACHED", "MACHINE_HELD"),
     }
 )
 _armed: set[str] = set()

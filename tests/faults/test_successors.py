@@ -220,6 +220,23 @@ def test_a_discard_that_nobody_saw_to_is_credited(succession: Succession) -> Non
     succession.check(mine - {3})
 
 
+def test_a_move_that_nobody_saw_to_is_served_where_it_went(succession: Succession) -> None:
+    use(succession)
+    succession.order(arm=lib.POINT_FAULT_READ)
+    move = succession.guest.start("move_part", page=36, nr_pages=24)
+    succession.die()  # the event was read, and is in the ledger
+    succession.succeed()
+    moved = succession.guest.finish(move)
+    got = bytes.fromhex(succession.guest.call("read_at", address=moved, length=24 * PAGE))
+    assert got == content(36, 4) + MINE + content(41, 19)
+    assert succession.guest.read(60, 4) == content(60, 4)
+    assert [(r.offset // PAGE, r.length // PAGE) for r in succession.account.regions()] == [
+        (0, 36),
+        (36, 24),
+        (60, NR_PAGES - 60),
+    ]
+
+
 def test_a_guest_stopped_at_its_quota_is_stopped_still_and_goes_on_when_it_is_raised(
     tmp_path: Path,
 ) -> None:

@@ -112,6 +112,18 @@ def test_it_is_let_go_when_nothing_is_mapped(kept: Daemon, guest: Guest, how: st
     until(lambda: kept.status()["guests"] == [])
 
 
+def test_what_it_does_not_have_is_sigbus_when_the_backend_ends(
+    kept: Daemon, guest: Guest, image: Path
+) -> None:
+    kept.request("evict", image="d")
+    assert guest.call("touch", pages=[1, 5]) == [image.read_bytes()[PAGE], 7]
+    kept.request("shutdown")
+    assert kept.process.wait(60) == 0
+    assert guest.call("touch", pages=[1, 5]) == [image.read_bytes()[PAGE], 7]
+    guest.start("touch", pages=[700])
+    assert guest.process.wait(60) == -signal.SIGBUS
+
+
 def test_who_leaves_without_a_word_may_come_again_at_once(
     kept: Daemon, start_guest: StartGuest
 ) -> None:

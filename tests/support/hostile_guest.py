@@ -5,6 +5,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import socket
 import struct
 import threading
 from typing import Any
@@ -92,11 +93,17 @@ class Hostile(Script):
     def do_close_all(self) -> None:
         """Close every descriptor in the middle of faults."""
         self.touch_in_threads()
-        os.closerange(3, 1000)
+        self.hang_up()
+        os.closerange(3, 1 << 20)
+
+    def hang_up(self) -> None:
+        """End the connection, which the library's thread waits at: its end alone would be kept."""
+        self.opened()._connection._socket.shutdown(socket.SHUT_RDWR)
 
     def do_close_quietly(self) -> None:
         """Close every descriptor, and rest."""
-        os.closerange(3, 1000)
+        self.hang_up()
+        os.closerange(3, 1 << 20)
 
     def do_become_another(self) -> None:
         """Execute another program."""
@@ -112,6 +119,7 @@ class Hostile(Script):
         """Let go of everything without a word."""
         disk = self.opened()
         disk._state = "closed"
+        self.hang_up()
         disk._connection.close()
         lib.region_deinit(disk._region)
 

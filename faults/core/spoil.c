@@ -1,0 +1,53 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The last thing done for a guest that may have no userfaultfd of its own any more, before ours is closed: what is not
+ * there becomes SIGBUS, and not zeros.
+ */
+#include "faults/core/guest.h"
+
+#include "accounting/core/settle.h"
+#include "cache/core/abi.h"
+#include "faults/core/uffd.h"
+
+#define BATCH_PAGES 512
+
+/* The markers of pages that were punched away are taken off first; what is mapped meanwhile stays (EEXIST). */
+static void spoil_run(struct guest *guest, uint64_t page, uint64_t nr)
+{
+	uint64_t address = account_address(guest->account, page);
+
+	if (account_protect(guest->account, page, nr, false) == 0 &&
+	    uffd_poison_range(guest->uffd, address, nr << PAGE_SHIFT) < 0)
+		for (uint64_t i = 0; i < nr; i++)
+			uffd_poison_range(guest->uffd, address + (i << PAGE_SHIFT), PAGE_BYTES);
+}
+
+static int spoil_batch(struct guest *guest, const struct account_span *span)
+{
+	uint8_t looks[BATCH_PAGES];
+	int err = account_look(guest->account, span->page, span->nr_pages, looks);
+
+	for (uint64_t i = 0, run; i < span->nr_pages && !err; i += run) {
+		for (run = 1; i + run < span->nr_pages && looks[i + run] == looks[i]; run++)
+			;
+		if (looks[i] == PAGE_LOOK_ABSENT)
+			spoil_run(guest, span->page + i, run);
+	}
+	return err;
+}
+
+int guest_spoil(struct guest *guest)
+{
+	struct account *account = guest->account;
+	uint64_t nr_pages = guest->image->shape.nr_pages;
+	struct account_span span;
+	int err = 0;
+
+	for (uint64_t page = 0; !err && account_span(account, page, nr_pages, &span); page = span.page + span.nr_pages) {
+		span.nr_pages = span.nr_pages < BATCH_PAGES ? span.nr_pages : BATCH_PAGES;
+		pthread_mutex_lock(&account->write_lock);
+		err = spoil_batch(guest, &span);
+		pthread_mutex_unlock(&account->write_lock);
+	}
+	return err;
+}

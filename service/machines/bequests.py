@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What machines' connections need to be served on after our death, and taking it over.
+
+A connection is held from its first moment (a "caller": socket, and a record that says of which
+image), because whoever restores a machine hands its memory over once and never comes again. What a
+caller sends is looked at before it is taken (handshake_peer.py), so a handshake that nobody had
+attached is still there to be read by our successor. Once attached it is a group of another kind:
+record, ledger, purse, userfaultfd and socket, and its page tables if we may see them. Of its
+conversation no more is carried: what it asked and was not answered is asked in vain, and what it
+was to be told of extents it is told when it faults there again.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cowshed.accounting import QuotaPolicy
+from cowshed.cache import CowshedError, Image, PageStore
+from cowshed.faults import Orders
+from cowshed.service.guests.guests import GuestTable, Mapping, Peer, Terms
+from cowshed.service.machines.handshake_peer import HandshakePeer
+from cowshed.service.machines.supplier import Supplier
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.survival.fd_store import FdStore
+from cowshed.service.survival.remains import Remains, record_make, record_read
+from cowshed.transport.handshakes import Handshake, Policy, Region
+
+__all__ = ["Caller", "MachineBequests", "MachineHeir"]
+
+_log = EventLog("cowshed.images")
+
+_CALLER: Final = "caller/"
+_SUPPLIED: Final = "supplied/"
+_KINDS: Final = {"record", "ledger", "purse", "uffd", "socket"}
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A connection to an image's socket that has not handed anything over, and its group."""
+
+    peer: HandshakePeer
+    image: Image
+    group: str
+
+
+@dataclass(frozen=True)
+class MachineHeir:
+    """A guest that is supplied on: who has its connection, what it had sent, and its group."""
+
+    peer: HandshakePeer
+    mapping: Mapping
+    request: Handshake
+    group: str
+
+
+class MachineBequests:
+    """Has the supervisor hold connections and what they handed over. In the loop's thread."""
+
+    def __init__(self, fd_store: FdStore) -> None:
+        self._fd_store = fd_store
+
+    def hold_caller(self, peer: HandshakePeer, image: Image) -> str:
+        """Have a connection outlive us; the group's name, "" if nobody holds it."""
+        if not self._fd_store.kept:
+            return ""
+        record = record_make({"domain": image.domain, "image": image.name})
+        try:
+            return self._hold(_CALLER, [record, peer.fileno()], image, "")
+        finally:
+            os.close(record)
+
+    def hold(self, mapping: Mapping, peer: HandshakePeer, terms: Terms, request: Handshake) -> str:
+        """Have a guest outlive us; the group's name, "" if nobody holds it."""
+        if not self._fd_store.kept:
+            return ""
+        mapping.fds.append(record_make(_describe(terms, request)))
+        fds = [*mapping.fds, mapping.account.fd, mapping.guest.purse.fd, peer.fileno()]
+        return self._hold(_SUPPLIED, fds, terms.image, terms.name)
+
+    def _hold(self, prefix: str, fds: list[int], image: Image, guest: str) -> str:
+        group = f"{prefix}{secrets.token_hex(8)}"
+        try:
+            self._fd_store.hold(group, fds)
+        except OSError as error:
+            _log.error(
+                "not-held",
+                f"{error}; the backend's death would be this guest's",
+                guest=guest,
+                image=image.label,
+            )
+            return ""
+        return group
+
+    def release(self, group: str) -> None:
+        """Have what is gone held no more."""
+        if group:
+            self._fd_store.release(group)
+
+    def adopt(
+        self, remains: Remains, store: PageStore, guests: GuestTable, supplier: Supplier
+    ) -> list[MachineHeir]:
+        """Supply on all that our predecessor supplied. Before anything may be evicted: what was
+        lent is lent again here.
+        """
+        heirs = []
+        for group in remains:
+            if not group.startswith(_SUPPLIED):
+                continue
+            left = remains.take(group)
+            assert left is not None
+            heir = self._adopt(group, left, store, guests, supplier)
+            if heir is None:
+                for fd in left.values():
+                    os.close(fd)
+                self._fd_store.release(group)
+            else:
+                heirs.append(heir)
+                mapping = heir.mapping
+                fds = [*mapping.fds, mapping.account.fd, mapping.guest.purse.fd, heir.peer.fileno()]
+                self._fd_store.hold(group, fds)
+        return heirs
+
+    def _adopt(
+        self,
+        group: str,
+        left: dict[str, int],
+        store: PageStore,
+        guests: GuestTable,
+        supplier: Supplier,
+    ) -> MachineHeir | None:
+        """Adopt one guest, its descriptors with it; None, and none taken, if it cannot be."""
+        if left.keys() - {"pagemap"} != _KINDS:
+            return None
+        record = record_read(left["record"])
+        image = _find(store, record)
+        if image is None:
+            _log.error(
+                "guest-lost",
+                "its image is not served any more",
+                guest=record["guest"],
+                image=record["image"],
+            )
+            return None
+        terms, request = _terms(record, image), _request(record)
+        peer = HandshakePeer(socket.socket(fileno=os.dup(left["socket"])))
+        if peer.pidfd is None:
+            peer.close()
+            _log.info("guest-left", "its process has ended", guest=terms.name, image=image.label)
+            return None
+        who = Peer(peer.pid, peer.uid, peer.pidfd)
+        guest = guests.adopt(terms, who, os.dup(left["purse"]))
+        fds = [left["uffd"], *([left["pagemap"]] if "pagemap" in left else [])]
+        try:
+            mapping = guests.attach_again(
+                guest,
+                terms.orders,
+                who,
+                os.dup(left["ledger"]),
+                fds,
+                transport=request.protocol,
+                supply=supplier.terms(request, image),
+            )
+        except (CowshedError, OSError) as error:
+            _log.warning("guest-left", str(error), guest=terms.name, image=image.label)
+            guests.release(guest)
+            peer.close()
+            return None
+        mapping.fds.append(left["record"])
+        for name in ("ledger", "purse", "socket"):
+            os.close(left[name])
+        return MachineHeir(peer, mapping, request, group)
+
+    def adopt_callers(
+        self, remains: Remains, store: PageStore, heirs: Iterable[MachineHeir]
+    ) -> list[Caller]:
+        """Go on with connections that had handed nothing over yet, but for those of heirs."""
+        attached = {os.fstat(heir.peer.fileno()).st_ino for heir in heirs}
+        callers = []
+        for group in remains:
+            if not group.startswith(_CALLER):
+                continue
+            left = remains.take(group)
+            assert left is not None
+            image = None
+            if left.keys() == {"record", "socket"}:
+                image = _find(store, record_read(left["record"]))
+            if image is None or os.fstat(left["socket"]).st_ino in attached:
+                for fd in left.values():
+                    os.close(fd)
+                self._fd_store.release(group)
+                continue
+            os.close(left["record"])
+            peer = HandshakePeer(socket.socket(fileno=left["socket"]))
+            callers.append(Caller(peer, image, group))
+        return callers
+
+
+def _describe(terms: Terms, request: Handshake) -> dict[str, Any]:
+    return {
+        "guest": terms.name,
+        "domain": terms.image.domain,
+        "image": terms.image.name,
+        "quota_bytes": terms.quota_bytes,
+        "policy": int(terms.policy),
+        "protocol": request.protocol,
+        "regions": [list(region) for region in request.regions],
+        "sharing": int(request.policy),
+        "prefault": request.prefault,
+    }
+
+
+def _terms(record: dict[str, Any], image: Image) -> Terms:
+    return Terms(
+        name=record["guest"],
+        image=image,
+        quota_bytes=record["quota_bytes"],
+        policy=QuotaPolicy(record["policy"]),
+        orders=Orders(),
+    )
+
+
+def _request(record: dict[str, Any]) -> Handshake:
+    return Handshake(
+        protocol=record["protocol"],
+        regions=tuple(Region(*region) for region in record["regions"]),
+        policy=Policy(record["sharing"]),
+        prefault=record["prefault"],
+    )
+
+
+def _find(store: PageStore, record: dict[str, Any]) -> Image | None:
+    wanted = record["domain"], record["image"]
+    return next((image for image in store if (image.domain, image.name) == wanted), None)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a machine's memory is supplied: by what its handshake said and what the backend allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from cowshed.cache import Image, PeerError
+from cowshed.faults import ShareAllowance, SupplyRegion, SupplyTerms
+from cowshed.service.settings.config import Config
+from cowshed.transport.handshakes import HUGE_PAGE_BYTES, Handshake, Policy
+
+__all__ = ["Supplier", "is_shared", "supply_regions"]
+
+# Of the capacity, pinned for guests that map frames themselves.
+_SHARED_PART: Final = 4
+
+
+class Supplier:
+    """Gives the terms of each handshake; all that share frames share one allowance.
+
+    recorded gives the extents that earlier guests of an image touched, in order.
+    """
+
+    def __init__(
+        self, config: Config, max_pinned_extents: int, recorded: Callable[[Image], list[int]]
+    ) -> None:
+        self._max_pinned_extents: Final = max(0, max_pinned_extents)
+        nr_shared = config.capacity_bytes // config.extent_bytes // _SHARED_PART
+        self._allowance: Final = ShareAllowance(min(nr_shared, self._max_pinned_extents))
+        self._recorded = recorded
+
+    def terms(self, request: Handshake, image: Image) -> SupplyTerms:
+        """Give the terms for an image; PeerError for a region that does not fit it."""
+        shares = is_shared(request)
+        return SupplyTerms(
+            regions=supply_regions(request, image.map_bytes),
+            zero_discarded=request.protocol == "firecracker",
+            order=() if shares else self._recorded(image),
+            allowance=self._allowance if shares else None,
+            max_pinned_extents=self._max_pinned_extents,
+            share_resident=request.prefault,
+        )
+
+
+def is_shared(request: Handshake) -> bool:
+    """Whether frames are to be mapped by the client itself."""
+    return request.protocol == "nydus" and request.policy is Policy.ZEROCOPY
+
+
+def supply_regions(request: Handshake, map_bytes: int) -> tuple[SupplyRegion, ...]:
+    """Give the regions as the core takes them; PeerError for one that does not fit the image.
+
+    It may reach past the end by less than a huge page, as memory of huge pages has to.
+    """
+    for region in request.regions:
+        end = region.offset_bytes + region.length_bytes
+        if region.offset_bytes >= map_bytes or end - map_bytes >= HUGE_PAGE_BYTES:
+            raise PeerError(
+                f"a region of {region.length_bytes} bytes of the image at {region.offset_bytes} is "
+                f"past its end: it has {map_bytes} bytes; is it the right image's socket?"
+            )
+    return tuple(
+        SupplyRegion(one.address, one.offset_bytes, one.length_bytes, one.page_bytes)
+        for one in request.regions
+    )
