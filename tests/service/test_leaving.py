@@ -73,7 +73,9 @@ def test_who_is_promised_an_answer_gets_it_from_whoever_serves(kept: Daemon) -> 
         go(pid)
         asking.join(30)
         newcomer.join(30)
-    assert answers == [kept.status()["pid"]] * 2
+    # Who was in may still be answered by the one that leaves; nobody is turned away.
+    after = kept.status()["pid"]
+    assert sorted(answers) in (sorted([pid, after]), [after, after])
 
 
 def test_an_nbd_handshake_under_way_is_finished(kept: Daemon) -> None:
