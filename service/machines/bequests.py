@@ -68,11 +68,8 @@ class MachineBequests:
         """Have a connection outlive us; the group's name, "" if nobody holds it."""
         if not self._fd_store.kept:
             return ""
-        record = record_make({"domain": image.domain, "image": image.name})
-        try:
-            return self._hold(_CALLER, [record, peer.fileno()], image, "")
-        finally:
-            os.close(record)
+        peer.record = record_make({"domain": image.domain, "image": image.name})
+        return self._hold(_CALLER, [peer.record, peer.fileno()], image, "")
 
     def hold(self, mapping: Mapping, peer: HandshakePeer, terms: Terms, request: Handshake) -> str:
         """Have a guest outlive us; the group's name, "" if nobody holds it."""
@@ -194,8 +191,8 @@ class MachineBequests:
                     os.close(fd)
                 self._fd_store.release(group)
                 continue
-            os.close(left["record"])
             peer = HandshakePeer(socket.socket(fileno=left["socket"]))
+            peer.record = left["record"]
             callers.append(Caller(peer, image, group))
         return callers
 

@@ -34,7 +34,8 @@ class Incoming(NamedTuple):
 
 
 class HandshakePeer:
-    """A connected stream socket, owned: close() closes it and whatever arrived and was not taken.
+    """A connected stream socket, owned: close() closes it, whatever arrived and was not taken, and
+    record, a descriptor that is to live as long (or -1).
 
     pid, uid and gid are told by the kernel, as they were when the peer connected; pidfd is None if
     the kernel has none to give. Messages that come whole are looked at and left where they are
@@ -48,6 +49,7 @@ class HandshakePeer:
         self._decoder = HandshakeDecoder()
         self._arrived: list[int] = []
         self._nr_seen = 0
+        self.record = -1
         self._queue: deque[tuple[bytes, list[int]]] = deque()
         packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         self.pid, self.uid, self.gid = _UCRED.unpack(packed)
@@ -69,9 +71,16 @@ class HandshakePeer:
         self._socket.close()
         close_foreign(self._arrived)
         self._queue.clear()
+        self.close_record()
         if self.pidfd is not None:
             os.close(self.pidfd)
             self.pidfd = None
+
+    def close_record(self) -> None:
+        """Close what says of whom the connection is; whoever was told to hold it does no more."""
+        if self.record >= 0:
+            os.close(self.record)
+            self.record = -1
 
     def receive(self) -> list[Incoming] | None:
         """Take what is there, a bounded part of it; None if the peer has closed its end.

@@ -288,6 +288,7 @@ class ImageSockets:
         )
         reach("MACHINE_HELD")
         self._bequests.release(caller)
+        peer.close_record()
         self._begin_supply(client, mapping, request)
         _log.info(
             "attached",

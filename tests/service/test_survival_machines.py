@@ -195,3 +195,18 @@ def test_kills_at_random_under_machines_that_never_rest(
     for machine in machines:
         assert machine.call("compare") == []
     assert kept.mismatches() == []
+
+
+def test_another_keeper_has_connections_too(
+    kept: Daemon, start_guest: StartGuest, image: Path
+) -> None:
+    machine = restore(kept, start_guest, image, [SIZE])
+    caller = new_machine(kept, start_guest, [SIZE])
+    caller.call("connect")
+    kept.status()
+    os.kill(kept.pid, signal.SIGKILL)
+    until(lambda: "event=keeper-changed" in kept.log())
+    kill_backend(kept)
+    assert machine.call("compare", nr_pages=100) == []
+    caller.call("hand_over")
+    assert caller.call("read", page=700) == image.read_bytes()[700 * PAGE :][:8].hex()
