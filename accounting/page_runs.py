@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-__all__ = ["count_pages", "page_runs", "split_runs"]
+__all__ = ["count_pages", "page_bitmap", "page_runs", "split_runs"]
 
 _WORD = struct.Struct("<Q")
 
@@ -14,6 +14,16 @@ _WORD = struct.Struct("<Q")
 def count_pages(bitmap: int) -> int:
     """Count the pages of a bitmap."""
     return bitmap.bit_count()
+
+
+def page_bitmap(pages: Iterable[int]) -> int:
+    """Give the bitmap of some pages; O(the last one's number)."""
+    raw = bytearray()
+    for page in pages:
+        if page // 8 >= len(raw):
+            raw += bytes(max(page // 8 + 1 - len(raw), len(raw)))
+        raw[page // 8] |= 1 << page % 8
+    return int.from_bytes(raw, "little")
 
 
 def page_runs(bitmap: int) -> Iterator[tuple[int, int]]:

@@ -17,6 +17,11 @@ class Counters:
         """Take a copy of a C struct that has a field for each of ours."""
         return cls(*(getattr(struct, name) for name in _names(cls)))
 
+    @classmethod
+    def none(cls) -> Self:
+        """Give what nothing adds up to."""
+        return cls(*(0 for _ in _names(cls)))
+
     def __add__(self, other: Self) -> Self:
         names = _names(type(self))
         return type(self)(*(getattr(self, name) + getattr(other, name) for name in names))

@@ -75,6 +75,7 @@ class PageStore:
         )
         self._store = store[0]
         self._images: dict[int, Image] = {}
+        self._unlisted: set[int] = set()
         self.extent_bytes: Final = extent_bytes
         self.capacity_bytes: Final = capacity_bytes // extent_bytes * extent_bytes
 
@@ -90,7 +91,8 @@ class PageStore:
         self.close()
 
     def __iter__(self) -> Iterator[Image]:
-        return iter(list(self._images.values()))
+        unlisted = self._unlisted
+        return iter([image for no, image in list(self._images.items()) if no not in unlisted])
 
     def close(self) -> None:
         """Close every image and end the loaders; UsageError if a guest is still attached."""
@@ -101,10 +103,18 @@ class PageStore:
         checked(lib.store_deinit(self._store), "closing the page store")
         self._store = None
 
-    def open_image(self, name: str, source: FileSource, domain: str = DEFAULT_DOMAIN) -> Image:
+    def open_image(
+        self,
+        name: str,
+        source: FileSource,
+        domain: str = DEFAULT_DOMAIN,
+        *,
+        listed: bool = True,
+    ) -> Image:
         """Take a source over as an image with frames of its own; its extents are ABSENT.
 
-        UsageError, and nothing taken over, if the domain has an image of that name.
+        One that is not listed is not given by iteration, until list_image(). UsageError, and
+        nothing taken over, if the domain has an image of that name.
         """
         label = self._new_label(name, domain)
         image = ffi.new("struct image **")
@@ -112,7 +122,11 @@ class PageStore:
             lib.image_open(self._store, source.fd, source.direct_fd, source.size_bytes, image),
             f"opening image {label!r} of {source.size_bytes} bytes",
         )
-        return self._add(Image(self, name, source, image[0], domain))
+        return self._add(Image(self, name, source, image[0], domain), listed=listed)
+
+    def list_image(self, image: Image) -> None:
+        """From now on iteration gives it."""
+        self._unlisted.discard(image.image_no)
 
     def adopt_image(
         self, name: str, source: FileSource, remains: ImageRemains, domain: str = DEFAULT_DOMAIN
@@ -144,11 +158,14 @@ class PageStore:
 
     def _new_label(self, name: str, domain: str) -> str:
         label = image_label(domain, name)
-        if any((image.domain, image.name) == (domain, name) for image in self):
+        there = list(self._images.values())
+        if any((image.domain, image.name) == (domain, name) for image in there):
             raise UsageError(f"image {label!r} is open already; use each name once in a domain")
         return label
 
-    def _add(self, image: Image) -> Image:
+    def _add(self, image: Image, *, listed: bool = True) -> Image:
+        if not listed:
+            self._unlisted.add(image.image_no)
         self._images[image.image_no] = image
         return image
 
@@ -158,6 +175,7 @@ class PageStore:
             raise UsageError(f"image {image.label!r} is not open in this store")
         checked(lib.image_close(image.cdata), f"closing image {image.label!r}")
         del self._images[image.image_no]
+        self._unlisted.discard(image.image_no)
 
     def image(self, image_no: int) -> Image | None:
         """Give the open image of that number, or None."""

@@ -83,6 +83,11 @@ def cli() -> None:
     "--overlay-dir", metavar="DIR", help="Keep NBD guests' writes there [default: in memory]."
 )
 @click.option(
+    "--image-dir",
+    metavar="DIR",
+    help="Keep images there whose bytes come in handoffs; they are served from then on.",
+)
+@click.option(
     "--no-keeper", is_flag=True, help="Let the backend's death be final, but under systemd."
 )
 @click.option("--check", is_flag=True, help="Say whether the configuration is right, and end.")
@@ -106,6 +111,7 @@ def serve(
     accept_handoff: bool,
     nbd: str | None,
     overlay_dir: str | None,
+    image_dir: str | None,
     no_keeper: bool,
     check: bool,
     takeover: bool,
@@ -117,8 +123,8 @@ def serve(
     The TOML file of --config may set capacity, run_dir, state_dir, extent, loaders, keeper,
     quota, on_quota ("stop", "kill" or "allow"), metrics, guest_metrics, listen, nbd,
     handoff_from, accept_handoff, late_wait, autowarm,
-    overlay_dir, log ("logfmt" or "json"), log_level ("debug" to "error") and, in a table [images],
-    NAME = "SOURCE"; [[image]] has name, source and domain; a table [domains.NAME]
+    overlay_dir, image_dir, log ("logfmt" or "json"), log_level ("debug" to "error") and, in
+    a table [images], NAME = "SOURCE"; [[image]] has name, source and domain; a table [domains.NAME]
     lists its members by uids, gids and clients; a table [tls] has cert, key and ca,
     and turns TLS on.
     """
@@ -133,6 +139,7 @@ def serve(
             accept_handoff=accept_handoff,
             nbd=nbd,
             overlay_dir=overlay_dir,
+            image_dir=image_dir,
             no_keeper=no_keeper,
             verbose=verbose,
         )

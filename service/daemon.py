@@ -22,11 +22,12 @@ from cowshed.service.handoff.moved_in import MovedInTable
 from cowshed.service.handoff.record import HandoffRecord
 from cowshed.service.handoffs import HandoffService
 from cowshed.service.images.access import Access
+from cowshed.service.images.arrivals import ImageFolder
 from cowshed.service.images.autowarm import Autowarm
 from cowshed.service.images.digests import DigestThread
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.loading import load
-from cowshed.service.images.opening import open_store
+from cowshed.service.images.opening import HeldImages, open_store
 from cowshed.service.images.warming import Warming
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.machines.bequests import MachineBequests
@@ -59,6 +60,7 @@ from cowshed.service.runtime.sizes import format_bytes
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.runtime.workers import Workers
 from cowshed.service.settings.config import Config, socket_path
+from cowshed.service.settings.images import ImageSpec
 from cowshed.service.survival.departure import Departure
 from cowshed.service.survival.fd_store import FdStore, Groups, take_inherited
 from cowshed.service.survival.keeper_watch import KeeperWatch
@@ -124,14 +126,18 @@ class Daemon:
         self._listeners = Listeners(self._fd_store, remains)
         door = Door(raise_file_limit())
         stack.enter_context(run_dir_locked(config.run_dir))
-        stack.enter_context(image_folders(config.run_dir, config.images, config.domains))
+        record = HandoffRecord(config.state_dir)
+        image_folder, arrived = _find_arrived(config, record)
+        specs = (*config.images, *arrived)
+        stack.enter_context(image_folders(config.run_dir, specs, config.domains))
         counts = keep_counts("tallies", TALLIES, self._fd_store, remains)
         self._tallies = Tallies(counts)
         stack.callback(self._tallies.close)
         self._lineage = Lineage(keep_counts("lineage", LINEAGE, self._fd_store, remains))
         stack.callback(self._lineage.close)
         self.uffd_device: Final = _lend_device(stack)
-        store = self._store = stack.enter_context(open_store(config, self._fd_store, remains))
+        self._held = stack.enter_context(contextlib.closing(HeldImages(self._fd_store)))
+        store = self._store = stack.enter_context(open_store(config, arrived, self._held, remains))
         self.guests: Final = GuestTable()
         self.bequests: Final = Bequests(self._fd_store)
         heirs = self.bequests.adopt(remains, store, self.guests)
@@ -139,13 +145,12 @@ class Daemon:
         stack.callback(core.close)
         bequests = OverlayBequests(self._fd_store)
         overlays = self._overlays = _keep_overlays(config, core, self.guests, door, stack, bequests)
-        record = HandoffRecord(config.state_dir)
         overlays.adopt(list(store), remains, record.owned)
         self._lineage.note_adopted()
         self.moved_in: Final = MovedInTable(overlays, self.guests)
         evictor = self._evictor = Evictor(store)
         self._working_sets = WorkingSets(config.state_dir)
-        access = Access(config.domains, config.images)
+        access = self._access = Access(config.domains, specs)
         warming = self._warming = Warming()
         status = StatusReader(
             store, evictor, self.guests, overlays, config.run_dir, warming, self._lineage
@@ -226,6 +231,8 @@ class Daemon:
             self._guest_door,
             network.disconnect,
             config.late_wait,
+            image_folder,
+            self._publish,
         )
         if config.autowarm:
             warm = Autowarm(store, evictor, self._working_sets, load, warming)
@@ -260,6 +267,13 @@ class Daemon:
         listener = adopt_listener(uri, left["socket"]) if left else listen(uri)
         self._fd_store.hold("listen/guests", [listener.fileno()])
         return listener
+
+    def _publish(self, image: Image, spec: ImageSpec) -> None:
+        """Serve an image that came in a handoff; from its thread."""
+        self._access.allow(image, spec.allowed)
+        self._held.hold(image)
+        self._store.list_image(image)
+        self._loop.call(lambda: self._image_sockets.add(image))
 
     def _let_go(self, remains: Remains) -> None:
         """Whatever our predecessor had that we have no use for."""
@@ -380,6 +394,23 @@ class Daemon:
                     image=image.label,
                     source=image.source.path,
                 )
+
+
+def _find_arrived(
+    config: Config, record: HandoffRecord
+) -> tuple[ImageFolder | None, list[ImageSpec]]:
+    """What came in handoffs, less what the configuration has images for."""
+    if config.image_dir is None:
+        return None, []
+    folder = ImageFolder(config.image_dir)
+    named = {spec.label for spec in config.images}
+    arrived = []
+    for spec in folder.specs(record.owned.__contains__):
+        if spec.label in named:
+            _log.notice("image-left", "another is served under its name", source=spec.source)
+        else:
+            arrived.append(spec)
+    return folder, arrived
 
 
 def _keep_overlays(

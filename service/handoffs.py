@@ -15,10 +15,12 @@ from cowshed.service.handoff.dial import dial_target
 from cowshed.service.handoff.door import HandoffDoor
 from cowshed.service.handoff.drain import Drain
 from cowshed.service.handoff.file import export_state, import_state
+from cowshed.service.handoff.image_intake import Publish
 from cowshed.service.handoff.link import Link, SocketLink, open_link
 from cowshed.service.handoff.moving import MappedMoving, Moving, OverlayMoving
 from cowshed.service.handoff.record import HandoffRecord
 from cowshed.service.images.access import Access
+from cowshed.service.images.arrivals import ImageFolder
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.loading import load
 from cowshed.service.images.working_sets import WorkingSets
@@ -28,6 +30,7 @@ from cowshed.service.operators.control import Control
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import Loop
+from cowshed.service.settings.domains import DomainMembers
 from cowshed.transport.messages import take_optional_number, take_text
 
 __all__ = ["HandoffService"]
@@ -63,8 +66,13 @@ class HandoffService:
         guest_door: GuestDoor,
         disconnect: Disconnect,
         late_wait_seconds: float,
+        image_folder: ImageFolder | None,
+        publish: Publish,
     ) -> None:
-        """disconnect(guest) ends the connections of an overlay's clients; in the loop."""
+        """disconnect(guest) ends the connections of an overlay's clients; in the loop.
+
+        image_folder keeps images that come; publish(image, spec) has them served, from any thread.
+        """
         self.record: Final = record
         self.tallies: Final = tallies
         self.working_sets: Final = working_sets
@@ -77,7 +85,15 @@ class HandoffService:
         self._disconnect = disconnect
         self._drain: Drain | None = None
         self.door: Final = HandoffDoor(
-            store, evictor, overlays, record, load, self._on_owner, late_wait_seconds
+            store,
+            evictor,
+            overlays,
+            record,
+            load,
+            self._on_owner,
+            late_wait_seconds,
+            image_folder,
+            publish,
         )
         control.add("drain", self._do_drain, is_quick=False)
         control.add("drain-abort", self._do_abort, is_quick=False)
@@ -120,6 +136,10 @@ class HandoffService:
     def images(self) -> list[Image]:
         """What is served."""
         return list(self._store)
+
+    def allowed(self, image: Image) -> DomainMembers | None:
+        """Who of its domain may use an image; None is everybody there."""
+        return self._access.allowed(image)
 
     def movings(self) -> list[Moving]:
         """Every guest there is."""
@@ -211,6 +231,7 @@ class HandoffService:
             link=open_link(fds.pop()) if fds else None,
             timeout=None if timeout_ms is None else timeout_ms / 1000,
             dry_run=request.get("dry_run") is True,
+            with_images=request.get("with_images") is True,
             post_copy=post_copy,
         )
         self._drain = drain
@@ -242,8 +263,13 @@ class HandoffService:
         """The drain under way or the last one, for status; None if there was none."""
         return None if self._drain is None else self._drain.report()
 
-    def _do_export(self, _: Body, fds: list[int]) -> Iterator[Body]:
-        yield from export_state(_only(fds), self.images(), self.movings(), self.working_sets)
+    def _do_export(self, request: Body, fds: list[int]) -> Iterator[Body]:
+        yield from export_state(
+            _only(fds),
+            self,
+            with_images=request.get("with_images") is True,
+            resume=request.get("resume") is True,
+        )
 
     def _do_import(self, _: Body, fds: list[int]) -> Iterator[Body]:
         for reply in import_state(_only(fds), self.door.receiver()):

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import shlex
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from rich.progress import TransferSpeedColumn as SpeedColumn
 
-from cowshed.cache.errors import SourceError, UsageError
+from cowshed.cache.errors import CowshedError, SourceError, UsageError
+from cowshed.service.commands.handoff_files import (
+    Pump,
+    created,
+    created_new,
+    put_in_place,
+    reopened,
+)
 from cowshed.service.commands.shell import WrongUsage, run_dir_option, same_version, say
 from cowshed.service.operators.control_client import ControlClient
 from cowshed.service.runtime.sizes import format_bytes
@@ -26,7 +32,6 @@ from cowshed.service.runtime.sizes import format_bytes
 __all__ = ["add_commands"]
 
 _SCHEMES = ("unix://", "tcp://", "tls://", "vsock://")
-_PUMP_BYTES = 1 << 18
 
 
 def add_commands(group: click.Group) -> None:
@@ -44,6 +49,11 @@ def add_commands(group: click.Group) -> None:
     "--timeout", type=click.FloatRange(min=0.001), metavar="S", help="Roll back after S seconds."
 )
 @click.option(
+    "--with-images",
+    is_flag=True,
+    help="Send the bytes of images that the target does not serve; it needs an --image-dir.",
+)
+@click.option(
     "--post-copy", is_flag=True, help="Have guests go on there at once; their pages follow them."
 )
 @click.option("--abort", is_flag=True, help="Have the drain under way rolled back.")
@@ -53,6 +63,7 @@ def drain(
     to: str | None,
     dry_run: bool,
     timeout: float | None,
+    with_images: bool,
     post_copy: bool,
     abort: bool,
     as_json: bool,
@@ -66,7 +77,7 @@ def drain(
     With --post-copy they go on at the target before it has their pages, which are sent
     meanwhile, those first that they need. This backend must live until that is done.
     """
-    if abort == bool(to) or (abort and (dry_run or timeout or post_copy)):
+    if abort == bool(to) or (abort and (dry_run or timeout or with_images or post_copy)):
         raise WrongUsage("give --to URI|FILE to drain, or --abort alone to end a drain")
     with ExitStack() as stack:
         client = stack.enter_context(ControlClient(run_dir))
@@ -75,7 +86,7 @@ def drain(
             _print(reply, as_json, "aborted: every guest is as it was")
             return
         assert to is not None
-        fields: dict[str, Any] = {"to": to, "dry_run": dry_run}
+        fields: dict[str, Any] = {"to": to, "dry_run": dry_run, "with_images": with_images}
         if post_copy:
             fields["post_copy"] = True
         if timeout is not None:
@@ -89,15 +100,15 @@ def drain(
                     f"--post-copy to the file {to!r}: a file cannot ask for pages later"
                 )
             fields["to"] = f"file:{Path(to).absolute()}"
-            fds.append(stack.enter_context(_created(Path(os.devnull if dry_run else to))).fileno())
+            opened = created(Path(os.devnull)) if dry_run else created_new(Path(to))
+            fds.append(stack.enter_context(opened).fileno())
         reply = _last(client.stream("drain", fds=fds, **fields), as_json)["drain"]
     with same_version():
         if dry_run:
             _print_dry(reply, as_json)
             return
         line = (
-            f"{reply['guests']} guests moved to {reply['to']}: "
-            f"{format_bytes(reply['done_bytes'])} of private pages, "
+            f"{reply['guests']} guests moved to {reply['to']}: {_sizes(reply)}, "
             f"frozen for {reply['frozen_seconds'] * 1000:.1f} ms"
         )
     _print(reply, as_json, line)
@@ -105,30 +116,74 @@ def drain(
 
 @click.command("export")
 @click.argument("file", metavar="FILE|-")
+@click.option("--with-images", is_flag=True, help="Write the bytes of images, too.")
+@click.option("--resume", is_flag=True, help="Go on with an export to FILE that broke off.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object, for programs.")
 @run_dir_option
-def export_command(file: str, as_json: bool, run_dir: Path) -> None:
+def export_command(
+    file: str, with_images: bool, resume: bool, as_json: bool, run_dir: Path
+) -> None:
     """Write guests and working sets to FILE, or - for stdout.
 
-    Guests go on here. FILE appears once it is whole.
+    Guests go on here. FILE appears once it is whole, until then it is FILE.part.
     """
+    if resume and (with_images or file == "-"):
+        raise WrongUsage(
+            "--resume goes on with what is in FILE.part as that was begun: "
+            "name the file, and leave --with-images out"
+        )
+    fields = {"with_images": with_images, "resume": resume}
     with ExitStack() as stack:
         client = stack.enter_context(ControlClient(run_dir))
         if file == "-":
-            reply = _through_pipe(client, "export", sys.stdout.fileno(), as_json)
+            reply = _through_pipe(client, "export", sys.stdout.fileno(), as_json, **fields)
         else:
-            path = Path(file)
-            part = path.with_name(f"{path.name}.part")
-            with _created(part) as out:
-                reply = _last(client.stream("export", fds=[out.fileno()]), as_json)
-            os.replace(part, path)
+            reply = _export(client, Path(file), fields, as_json)
     with same_version():
+        kept = f", {format_bytes(reply['kept_bytes'])} of it from before" if resume else ""
         line = (
-            f"{reply['guests']} guests exported: {format_bytes(reply['done_bytes'])} of private "
-            f"pages, {format_bytes(reply['sent_bytes'])} in the file, "
+            f"{reply['guests']} guests exported: {_sizes(reply)}, "
+            f"{format_bytes(reply['sent_bytes'])} in the file{kept}, "
             f"frozen for {reply['frozen_seconds'] * 1000:.1f} ms"
         )
     _print(reply, as_json, line, err=file == "-")
+
+
+def _export(
+    client: ControlClient, path: Path, fields: dict[str, bool], as_json: bool
+) -> dict[str, Any]:
+    part = path.with_name(f"{path.name}.part")
+    if fields["resume"] and not part.exists():
+        raise UsageError(f"no export to {str(path)!r} broke off: there is no {part.name} beside it")
+    with reopened(part) if fields["resume"] else created(part) as out:
+        try:
+            reply = _last(client.stream("export", fds=[out.fileno()], **fields), as_json)
+        except CowshedError as error:
+            if os.fstat(out.fileno()).st_size == 0:
+                part.unlink(missing_ok=True)
+                raise
+            if isinstance(error, UsageError):
+                raise
+            raise SourceError(
+                f"{error}; 'cowshed export --resume {shlex.quote(str(path))}' goes on with "
+                f"{part.name}"
+            ) from error
+    put_in_place(part, path)
+    return reply
+
+
+def _through_pipe(
+    client: ControlClient, op: str, fd: int, as_json: bool, **fields: bool
+) -> dict[str, Any]:
+    with Pump(fd, out=op == "export").running() as ours:
+        return _last(client.stream(op, fds=[ours], **fields), as_json)
+
+
+def _sizes(reply: dict[str, Any]) -> str:
+    """What was sent, for people."""
+    image_bytes = reply["image_bytes"]
+    private = f"{format_bytes(reply['done_bytes'] - image_bytes)} of private pages"
+    return f"{private} and {format_bytes(image_bytes)} of images" if image_bytes else private
 
 
 @click.command("import")
@@ -136,7 +191,7 @@ def export_command(file: str, as_json: bool, run_dir: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object, for programs.")
 @run_dir_option
 def import_command(file: str, as_json: bool, run_dir: Path) -> None:
-    """Take the guests of an exported FILE, or - for stdin."""
+    """Take the guests of an exported FILE, or - for stdin: all of them, or none."""
     with ExitStack() as stack:
         client = stack.enter_context(ControlClient(run_dir))
         if file == "-":
@@ -148,44 +203,12 @@ def import_command(file: str, as_json: bool, run_dir: Path) -> None:
                 raise SourceError(f"cannot read {file!r}: {error.strerror}") from error
             reply = _last(client.stream("import", fds=[source.fileno()]), as_json)
     with same_version():
-        line = (
-            f"{len(reply['guests'])} guests imported: "
-            f"{format_bytes(reply['private_bytes'])} of private pages"
+        private = f"{format_bytes(reply['private_bytes'])} of private pages"
+        images = reply["image_bytes"]
+        line = f"{len(reply['guests'])} guests imported: {private}" + (
+            f" and {format_bytes(images)} of images" if images else ""
         )
     _print(reply, as_json, line)
-
-
-def _created(path: Path) -> Any:
-    try:
-        return open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600))
-    except OSError as error:
-        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from error
-
-
-def _through_pipe(client: ControlClient, op: str, fd: int, as_json: bool) -> dict[str, Any]:
-    """Carry bytes between the daemon and our stdin or stdout: it could not wait for those."""
-    ours, theirs = socket.socketpair()
-    pump = threading.Thread(target=_pump, args=(ours, fd, op), daemon=True)
-    pump.start()
-    with theirs:
-        replies = client.stream(op, fds=[theirs.fileno()])
-        first = next(replies)
-    reply = first if "progress" not in first else _last(replies, as_json)
-    pump.join()
-    return reply
-
-
-def _pump(ours: socket.socket, fd: int, op: str) -> None:
-    with ours:
-        if op == "export":
-            while raw := ours.recv(_PUMP_BYTES):
-                with open(fd, "wb", buffering=0, closefd=False) as out:
-                    left = memoryview(raw)
-                    while left:
-                        left = left[out.write(left) :]
-        else:
-            while raw := os.read(fd, _PUMP_BYTES):
-                ours.sendall(raw)
 
 
 def _last(replies: Iterator[dict[str, Any]], as_json: bool) -> dict[str, Any]:
@@ -221,6 +244,8 @@ def _print_dry(reply: dict[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(reply, indent=2))
     else:
         say(f"{reply['guests']} guests would move to {reply['to']}")
+        for image in reply["images"]:
+            say(f"the bytes of image {image} would be sent")
         for blocker in blockers:
             who = blocker.get("guest") or blocker.get("image") or "the target"
             say(f"blocked by {who}: {blocker['reason']}")

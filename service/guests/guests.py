@@ -285,10 +285,12 @@ class GuestTable:
 
     def check_free(self, terms: Terms) -> None:
         """Raise UsageError if a name is taken."""
-        if terms.key in self._guests or terms.key in self._kept_names:
-            raise UsageError(
-                f"guest name {terms.name!r} is taken; choose another, or detach that guest"
-            )
+        self.check_name(*terms.key)
+
+    def check_name(self, domain: str, name: str) -> None:
+        """The same, for a guest of whose image no more is known than its domain."""
+        if (domain, name) in self._guests or (domain, name) in self._kept_names:
+            raise UsageError(f"guest name {name!r} is taken; choose another, or detach that guest")
 
     def reserve_name(self, terms: Terms) -> None:
         """Take a name for a guest that is not in this table; UsageError if it is taken."""

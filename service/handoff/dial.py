@@ -7,7 +7,7 @@ import contextlib
 import socket
 from collections.abc import Callable
 
-from cowshed.cache.errors import UsageError
+from cowshed.cache.errors import PeerError, UsageError
 from cowshed.service.handoff.link import SocketLink
 from cowshed.transport.exchange import ask, greet
 from cowshed.transport.relay import Relay
@@ -26,7 +26,11 @@ def dial_target(uri: str, look: Callable[[], None]) -> SocketLink:
     if none answers.
     """
     look()
-    connection = greet(uri, _REPLY_SECONDS)
+    try:
+        connection = greet(uri, _REPLY_SECONDS)
+    except PeerError as error:
+        where = uri.partition("?")[0]
+        raise PeerError(str(error) if where in str(error) else f"{where}: {error}") from error
     try:
         if scheme(uri).maps:
             ours, theirs = socket.socketpair()

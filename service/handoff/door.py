@@ -17,10 +17,12 @@ from cowshed.accounting import LatePages
 from cowshed.accounting.handoff import Action, Event, Handoff, Phase, Role
 from cowshed.cache import CowshedError, PageStore, PeerError
 from cowshed.service.handoff.arriving import Arrival
+from cowshed.service.handoff.image_intake import ImageIntake, Publish
 from cowshed.service.handoff.link import Link
 from cowshed.service.handoff.pushing import take_runs
 from cowshed.service.handoff.receiver import Load, Receiver
 from cowshed.service.handoff.record import HandoffRecord
+from cowshed.service.images.arrivals import ImageFolder
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.logs import EventLog
@@ -31,6 +33,7 @@ from cowshed.transport.handoff_sections import (
     GuestSection,
     Header,
     ImageSection,
+    ImageWhole,
     Pages,
     Section,
     StateReader,
@@ -47,6 +50,8 @@ _log = EventLog("cowshed.handoff")
 _FEATURES: Final = ("post-copy",)
 _WARM_SECONDS: Final = 60.0
 _MAX_FORGOTTEN: Final = 1000
+_CHECKING_SECONDS: Final = 1.0
+_HEAR_OUT_SECONDS: Final = 10.0
 
 
 class HandoffDoor:
@@ -65,10 +70,13 @@ class HandoffDoor:
         load: Load,
         on_owner: Callable[[list[str]], None],
         late_wait_seconds: float,
+        image_folder: ImageFolder | None,
+        publish: Publish,
     ) -> None:
         """on_owner(names) is told of guests that were admitted, in a handoff's thread.
 
-        late_wait_seconds is how long a source is waited for that has pages yet.
+        late_wait_seconds is how long a source is waited for that has pages yet. image_folder keeps
+        images that come; publish is as in ImageIntake.
         """
         self._late_wait_seconds = late_wait_seconds
         self._arrivals: dict[str, Arrival] = {}
@@ -78,6 +86,8 @@ class HandoffDoor:
         self._record = record
         self._load = load
         self._on_owner = on_owner
+        self._image_folder = image_folder
+        self._publish = publish
         self._lock = threading.RLock()
         self._machines: dict[str, _Reception] = {}
         self._forgotten: dict[str, None] = {}
@@ -85,7 +95,8 @@ class HandoffDoor:
 
     def receiver(self) -> Receiver:
         """Give what stages guests."""
-        return Receiver(self._store, self._evictor, self._overlays, self._load)
+        intake = ImageIntake(self._store, self._evictor, self._image_folder, self._publish)
+        return Receiver(self._store, self._evictor, self._overlays, self._load, intake)
 
     def begin(self, link: Link, whose: str) -> None:
         """Receive in a thread what comes over a link, now its own; whose is for the log."""
@@ -243,7 +254,19 @@ class _Reception:
             if not self.machine.is_over and self.handoff:
                 _log.warning("handoff-broken-off", why, whose=self._whose, handoff=self.handoff)
             self.lose()
+            if why:
+                self._hear_out()
             self._link.close()
+
+    def _hear_out(self) -> None:
+        """Read until the source has closed: what it was told is lost where bytes stay unread."""
+        self._gone = False
+        deadline = time.monotonic() + _HEAR_OUT_SECONDS
+        try:
+            while time.monotonic() < deadline and self._link.receive():
+                pass
+        except CowshedError as error:
+            _log.info("handoff-unheard", str(error), whose=self._whose)
 
     def look(self) -> None:
         """End a wait if the daemon ends, or the source asked elsewhere."""
@@ -270,6 +293,8 @@ class _Reception:
         elif isinstance(section, Pages) and self._arrival is not None:
             self._arrival.take(section)
             self._look_filled()
+        elif isinstance(section, ImageWhole):
+            self._open_image(section.image)
         else:
             with self._staging:
                 if self.machine.phase is not Phase.RECEIVE:
@@ -280,6 +305,27 @@ class _Reception:
                     self._receiver.take(section)
             if isinstance(section, End):
                 self._door.on(self, Event.COMPLETE)
+
+    def _open_image(self, no: int) -> None:
+        """Check what came of an image, telling the source now and then that we do, and open it."""
+        said = time.monotonic()
+
+        def look() -> None:
+            nonlocal said
+            self.look()
+            if time.monotonic() > said + _CHECKING_SECONDS:
+                said = time.monotonic()
+                self._say("checking")
+
+        source = self._receiver.seal(no, look)
+        if source is None:
+            raise PeerError(f"image {no} comes, which was not asked for")
+        with self._staging:
+            if self.machine.phase is not Phase.RECEIVE:
+                source.close()
+                raise PeerError("the handoff was given up")
+            self._receiver.open(no, source)
+        self._say("imaged")
 
     def _take_word(self, word: Word) -> None:
         if word.say in ("offer", "dry-run"):
@@ -327,14 +373,14 @@ class _Reception:
 
     def _own(self) -> None:
         """Record that the guests are ours."""
-        guests = self._receiver.staged
+        guests = self._receiver.guests()
         lack = any(LatePages(guest.overlay).nr_left for guest in guests)
         self._door.own(self.handoff, [guest.terms.key for guest in guests] if lack else [])
 
     def _admit(self) -> None:
-        guests = list(self._receiver.staged)
+        guests = self._receiver.guests()
         lack = any(LatePages(guest.overlay).nr_left for guest in guests)
-        names = self._receiver.admit()
+        names = self._receiver.admit(is_owned=True)
         reach("HANDOFF_ADMITTED")
         if lack:
             self._reader.expect_late([guest.image.size_bytes for guest in guests])
@@ -370,7 +416,7 @@ class _Reception:
     def do(self, action: Action) -> None:
         """Do what the machine asks for."""
         if action is Action.SEND_ACCEPTED:
-            self._say("accepted")
+            self._say("accepted", images=self._receiver.wanted)
         elif action is Action.SEND_REFUSED:
             self._say("refused", blockers=self._blockers)
         elif action is Action.SEND_READY:

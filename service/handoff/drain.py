@@ -23,7 +23,7 @@ from typing import Any, Final, Protocol
 
 from cowshed.accounting.handoff import Action, Event, Handoff, Phase, Role
 from cowshed.cache import CowshedError, Image, PeerError, UsageError
-from cowshed.service.handoff.link import FileLink, Link
+from cowshed.service.handoff.link import FileLink, Link, SocketLink
 from cowshed.service.handoff.moving import MappedMoving, Moving
 from cowshed.service.handoff.pushing import Pusher, bitmap_of_runs, take_runs
 from cowshed.service.handoff.receiver import Blocker, wait_for_digests
@@ -33,6 +33,7 @@ from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.metrics.tallies import DrainFigures, Tallies
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.stops import stop_at
+from cowshed.service.settings.domains import DomainMembers
 from cowshed.transport.handoff_sections import StateReader, Word
 from cowshed.transport.messages import take_number
 
@@ -70,6 +71,9 @@ class DrainHost(Protocol):
     def images(self) -> list[Image]:
         """What is served."""
 
+    def allowed(self, image: Image) -> DomainMembers | None:
+        """Who of its domain may use an image; None is everybody there."""
+
     def movings(self) -> list[Moving]:
         """Every guest that there is now."""
 
@@ -100,16 +104,25 @@ class Drain:
         link: Link | None = None,
         timeout: float | None = None,
         dry_run: bool = False,
+        with_images: bool = False,
         post_copy: bool = False,
         handoff: str = "",
     ) -> None:
-        """link is a file, opened by who asked; its uri is then file:PATH."""
+        """link is a file, opened by who asked; its uri is then file:PATH.
+
+        with_images: bytes of images are sent, to a target that does not serve them.
+        """
         self.post_copy: Final = post_copy
         self._pusher: Pusher | None = None
         self._numbered: list[Moving | None] = []
         self._host = host
-        self.uri: Final = uri
+        # What guests and operators are told is where it is, not by which key we come.
+        self.uri: Final = uri if uri.startswith(_FILE) else uri.partition("?")[0]
+        self._address: Final = uri
         self.dry_run: Final = dry_run
+        self._with_images: Final = with_images
+        self._images: list[Image] = []
+        self._wanted: list[int] = []
         self.handoff: Final = handoff or secrets.token_hex(16)
         self._machine = Handoff(Role.SOURCE)
         self._file = link
@@ -189,6 +202,7 @@ class Drain:
             "guests_here": sum(
                 isinstance(each, MappedMoving) and each.is_here for each in self._movings
             ),
+            "images": [self._images[no].label for no in self._wanted],
             "blockers": list(self._blockers),
             "frozen_seconds": round(self._progress.frozen_seconds, 6),
             **self._progress.as_json(),
@@ -232,6 +246,11 @@ class Drain:
 
     def _fail(self, error: CowshedError) -> None:
         """Roll back by the table, or find out what became of the commit."""
+        if isinstance(error, PeerError):
+            try:
+                self._listen()  # it may have said why before it hung up
+            except PeerError as reason:
+                error = reason if isinstance(reason, _LostError) else error
         self._error = error
         if self.phase is Phase.COMMIT:
             self._find_out()
@@ -287,7 +306,7 @@ class Drain:
 
     def _connect(self) -> Event:
         self._wait_name(f"a connection to {self.uri}")
-        self._link = self._file or self._host.connect(self.uri, self._look)
+        self._link = self._file or self._host.connect(self._address, self._look)
         return Event.CONNECTED
 
     def _offer(self) -> Event:
@@ -295,7 +314,8 @@ class Drain:
         images = self._host.images()
         self._movings = self._host.movings()
         used = [each.image for each in self._movings]
-        self._blockers = wait_for_digests([each for each in images if each in used], self._look)
+        awaited = [each for each in images if self._with_images or each in used]
+        self._blockers = wait_for_digests(awaited, self._look)
         self._blockers += [
             {"guest": each.name, "reason": reason}
             for each in self._movings
@@ -306,11 +326,13 @@ class Drain:
             raise StoppedError(say_blockers("drain", self._blockers))
         assert self._link is not None
         self._numbered = list(self._movings)
+        self._images = images
         self._sender = Sender(self._link, self._movings, images, self._progress)
         if self.post_copy:
             self._check_knows_post_copy()
-        self._sender.offer(self.handoff)
+        self._sender.offer(self.handoff, with_images=self._with_images, allowed=self._host.allowed)
         if self._file is not None:
+            self._wanted = list(range(len(images))) if self._with_images else []
             return self._accepted()
         self._sender.say("dry-run" if self.dry_run else "offer")
         word = self._hear("the target's check of the offer")
@@ -324,6 +346,9 @@ class Drain:
             self._error = UsageError(say_blockers("drain", self._blockers))
             return Event.REFUSED
         self._expect(word, "accepted")
+        wanted = word.body.get("images")
+        if self._with_images and isinstance(wanted, list):
+            self._wanted = [no for no in range(len(images)) if no in wanted]
         return self._accepted()
 
     def _accepted(self) -> Event:
@@ -333,6 +358,8 @@ class Drain:
         return Event.ACCEPTED
 
     def _send_working_set(self) -> Event:
+        for no in self._wanted:
+            self._send_image(no, self._images[no])
         self._wait_name("the working sets to be sent")
         self._the_sender.send_working_sets(self._host.working_sets)
         if self.post_copy:
@@ -341,6 +368,17 @@ class Drain:
                 moving.flush()  # so that little is left to be, once they are frozen
             return Event.POSTPONED
         return Event.SENT
+
+    def _send_image(self, no: int, image: Image) -> None:
+        """Send an image's bytes and wait until the target has checked them."""
+        self._wait_name(f"the bytes of image {image.label!r} to be sent")
+        hot = self._host.working_sets.recorded(image)
+        self._the_sender.send_image(no, hot, self._look_and_listen)
+        if self._file is None:
+            waits_for = f"the target to check what came of image {image.label!r}"
+            while (word := self._hear(waits_for)).say == "checking":
+                pass
+            self._expect(word, "imaged")
 
     def _track(self) -> None:
         self._the_sender.track()
@@ -392,7 +430,7 @@ class Drain:
             self._link.close()
         self._pusher = None
         try:
-            self._link = self._host.connect(self.uri, lambda: None)
+            self._link = self._host.connect(self._address, lambda: None)
             self._reader, self._words = StateReader(words=True), []
             sender = Sender(self._link, [], [], Progress())
             sender.say("ask", handoff=self.handoff)
@@ -518,7 +556,7 @@ class Drain:
         self._host.record.set_source(
             {
                 "handoff": self.handoff,
-                "uri": self.uri,
+                "uri": self._address,
                 "phase": phase,
                 "guests": ["" if each is None else each.name for each in self._numbered],
                 "domains": ["" if each is None else each.image.domain for each in self._numbered],
@@ -553,13 +591,26 @@ class Drain:
             raw = link.receive()
             if not raw:
                 raise _LostError(f"{self.uri} hung up while it was waited for {waits_for}")
-            for section in self._reader.feed(raw):
-                if isinstance(section, Word):
-                    self._words.append(section)
-        word = self._words.pop(0)
-        if word.say == "failed":
-            raise _LostError(f"{self.uri}: {str(word.body.get('why'))[:500]}")
-        return word
+            self._take_words(raw)
+        return self._words.pop(0)
+
+    def _take_words(self, raw: bytes) -> None:
+        """Take what the target says; _LostError if that is why it failed."""
+        for section in self._reader.feed(raw):
+            if isinstance(section, Word):
+                if section.say == "failed":
+                    raise _LostError(f"{self.uri}: {str(section.body.get('why'))[:500]}")
+                self._words.append(section)
+
+    def _listen(self) -> None:
+        """Hear, without waiting, whether the target failed. PeerError."""
+        if isinstance(self._link, SocketLink):
+            while raw := self._link.receive_now():
+                self._take_words(raw)
+
+    def _look_and_listen(self) -> None:
+        self._look()
+        self._listen()
 
     def _expect(self, word: Word, what: str) -> None:
         if word.say != what:
@@ -588,8 +639,8 @@ def say_blockers(what: str, blockers: list[Blocker]) -> str:
     said = []
     for blocker in blockers[:5]:
         who = f"guest {blocker['guest']!r}: " if "guest" in blocker else ""
-        what = f"image {blocker['image']!r}: " if "image" in blocker else ""
-        said.append(f"{who}{what}{blocker.get('reason', '?')}")
+        which = f"image {blocker['image']!r}: " if "image" in blocker else ""
+        said.append(f"{who}{which}{blocker.get('reason', '?')}")
     more = f"; and {len(blockers) - 5} more" if len(blockers) > 5 else ""
     return f"cannot {what}: {'; '.join(said)}{more}"
 

@@ -92,6 +92,18 @@ class SocketLink(Link):
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(0))
 
+    def receive_now(self) -> bytes:
+        """Give what has come already, b"" if that is nothing. PeerError once nothing more can."""
+        try:
+            raw = self._socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return b""
+        except OSError as error:
+            raise PeerError(f"the other end is gone: {error.strerror}") from error
+        if not raw:
+            raise PeerError("the other end is gone: it hung up")
+        return raw
+
     def close(self) -> None:
         """Close the socket."""
         if self._socket.fileno() >= 0:
@@ -132,6 +144,14 @@ class FileLink(Link):
             return os.read(self._fd, _READ_BYTES)
         except OSError as error:
             raise SourceError(f"cannot read the file: {error.strerror}") from error
+
+    def cut(self, nr_bytes: int) -> None:
+        """Go on behind the first nr_bytes of the file, which has no more from then on."""
+        try:
+            os.ftruncate(self._fd, nr_bytes)
+            os.lseek(self._fd, nr_bytes, os.SEEK_SET)
+        except OSError as error:
+            raise SourceError(f"cannot cut the file: {error.strerror}") from error
 
     def make_durable(self) -> None:
         """Return once what was written survives a power cut."""

@@ -42,6 +42,9 @@ class Moving(Protocol):
     def image(self) -> Image:
         """Its image."""
 
+    def keep_token(self, token: str) -> None:
+        """Take the token that an earlier export made for a guest that named none."""
+
     def blockers(self) -> list[str]:
         """Why it cannot move; nothing if it can."""
 
@@ -102,6 +105,9 @@ class OverlayMoving:
     def image(self) -> Image:
         """Its image."""
         return self.guest.image
+
+    def keep_token(self, token: str) -> None:
+        """Do nothing: it has one."""
 
     def blockers(self) -> list[str]:
         """Bytes that are still at the backend it came from, or are lost with that."""
@@ -186,6 +192,11 @@ class MappedMoving:
     def image(self) -> Image:
         """Its image."""
         return self.guest.image
+
+    def keep_token(self, token: str) -> None:
+        """Take it, unless it named one."""
+        if self.guest.terms.token is None:
+            self.token = token
 
     @property
     def is_here(self) -> bool:

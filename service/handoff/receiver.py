@@ -13,7 +13,16 @@ from typing import Final
 
 from cowshed.accounting import LatePages, QuotaPolicy
 from cowshed.accounting.page_runs import count_pages
-from cowshed.cache import CowshedError, Image, PageStore, SourceError
+from cowshed.cache import (
+    CowshedError,
+    FileSource,
+    Image,
+    PageStore,
+    PeerError,
+    SourceError,
+    UsageError,
+)
+from cowshed.service.handoff.image_intake import ImageIntake
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.overlays.files import OverlayRecord
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
@@ -22,6 +31,7 @@ from cowshed.transport.handoff_sections import (
     PAGE_BYTES,
     Dropped,
     GuestSection,
+    ImageBytes,
     ImageSection,
     Late,
     Pages,
@@ -61,39 +71,43 @@ class Receiver:
     """
 
     def __init__(
-        self, store: PageStore, evictor: Evictor, overlays: OverlayTable, load: Load
+        self,
+        store: PageStore,
+        evictor: Evictor,
+        overlays: OverlayTable,
+        load: Load,
+        intake: ImageIntake,
     ) -> None:
         """load(image, extents) loads them, giving now and then while it does."""
         self._store = store
         self._load = load
         self._evictor = evictor
         self._overlays = overlays
+        self._intake = intake
         self._images: list[Image | None] = []
-        self._scales: list[float] = []  # extents of the source's size in one of ours
-        self.staged: list[OverlayGuest] = []
+        self._sections: list[ImageSection] = []
+        self._guests: list[GuestSection] = []
+        self.staged: dict[int, OverlayGuest] = {}
         self.total_bytes = 0
 
     def check(self, reader: StateReader, look: Callable[[], None]) -> list[Blocker]:
-        """Stage the guests that are offered; or say, and stage nothing, what keeps them away."""
+        """Stage the guests that are offered; or say, and stage nothing, what keeps them away.
+
+        Guests of images whose bytes are to come are staged once these have come.
+        """
+        assert reader.header is not None
         blockers = wait_for_digests(list(self._store), look)
+        self._sections, self._guests = list(reader.images), list(reader.guests)
         self._images = [self._find(section) for section in reader.images]
-        self._scales = [
-            1.0 if image is None else section.extent_bytes / image.extent_bytes
-            for section, image in zip(reader.images, self._images, strict=True)
-        ]
+        wanted = []
         used = {guest.image for guest in reader.guests}
         for no, section in enumerate(reader.images):
-            if self._images[no] is None and no in used:
-                name = f"{section.name}={section.source}"
-                if section.domain != "default":
-                    name += f",domain={section.domain}"
-                blockers.append(
-                    {
-                        "image": f"{section.domain}/{section.name}",
-                        "reason": f"the target serves no image with digest {section.digest[:30]} "
-                        f"in that domain; start it with --image {name}",
-                    }
-                )
+            if self._images[no] is None:
+                reason = self._intake.refusal(section)
+                if not reason:
+                    wanted.append(no)
+                elif no in used:
+                    blockers.append({"image": f"{section.domain}/{section.name}", "reason": reason})
         needed = sum(guest.counters.get("private_pages", 0) for guest in reader.guests)
         room = _available_bytes()
         if needed * PAGE_BYTES > room:
@@ -104,14 +118,47 @@ class Receiver:
                 }
             )
         if not blockers:
-            blockers = self._stage(reader.guests)
+            blockers = self._expect(wanted, reader.header.handoff)
+        for no, image in enumerate(self._images):
+            if not blockers and image is not None:
+                blockers = self._stage(no, image)
+        if blockers:
+            self.discard()
         return blockers
 
-    def _stage(self, guests: list[GuestSection]) -> list[Blocker]:
+    @property
+    def wanted(self) -> list[int]:
+        """The images, by number, whose bytes are to come."""
+        return sorted(self._intake.arrivals)
+
+    @property
+    def image_bytes(self) -> int:
+        """How many bytes of images came."""
+        return self._intake.total_bytes
+
+    def _expect(self, wanted: list[int], handoff: str) -> list[Blocker]:
         blockers: list[Blocker] = []
-        for section in guests:
-            image = self._images[section.image]
-            assert image is not None
+        for no in wanted:
+            section = self._sections[no]
+            try:
+                self._intake.expect(no, section, handoff)
+            except CowshedError as error:
+                label = f"{section.domain}/{section.name}"
+                blockers.append({"image": label, "reason": f"at the target: {error}"})
+        for guest in self._guests:
+            if guest.image in wanted:
+                try:
+                    self._overlays.check_name(self._sections[guest.image].domain, guest.name)
+                except UsageError as error:
+                    blockers.append({"guest": guest.name, "reason": f"at the target: {error}"})
+        return blockers
+
+    def _stage(self, image_no: int, image: Image) -> list[Blocker]:
+        """Stage the guests of one image; those that cannot be, and why."""
+        blockers: list[Blocker] = []
+        for no, section in enumerate(self._guests):
+            if section.image != image_no:
+                continue
             record = OverlayRecord(
                 image=image.label,
                 guest=section.name,
@@ -123,12 +170,20 @@ class Receiver:
                 policy=QuotaPolicy[section.policy.upper()].name.lower(),
             )
             try:
-                self.staged.append(self._overlays.stage(image, record, section.token))
+                self.staged[no] = self._overlays.stage(image, record, section.token)
             except (CowshedError, OSError) as error:
                 blockers.append({"guest": section.name, "reason": f"at the target: {error}"})
-        if blockers:
-            self.discard()
         return blockers
+
+    def seal(self, no: int, look: Callable[[], None]) -> FileSource | None:
+        """Check an image of which all came, as ImageIntake.seal(); slow: hold no lock."""
+        return self._intake.seal(no, look)
+
+    def open(self, no: int, source: FileSource) -> None:
+        """Open an image that was sealed, and stage its guests. Raises CowshedError."""
+        image = self._images[no] = self._intake.open(no, source)
+        if blockers := self._stage(no, image):
+            raise UsageError(f"guest {blockers[0]['guest']!r}: {blockers[0]['reason']}")
 
     def _find(self, section: ImageSection) -> Image | None:
         """The image that a guest will have: by its digest, of its domain, under its name rather."""
@@ -143,7 +198,7 @@ class Receiver:
     def take(self, section: Section) -> None:
         """Take what came after the offer. Raises SourceError if there is no room for it."""
         if isinstance(section, Pages):
-            guest, at = self.staged[section.guest], 0
+            guest, at = self._staged(section.guest), 0
             content = memoryview(section.content)
             for first, nr in section.runs:
                 try:
@@ -153,12 +208,20 @@ class Receiver:
                 at += nr * PAGE_BYTES
             self.total_bytes += at
         elif isinstance(section, Late):
-            late = LatePages(self.staged[section.guest].overlay)
+            late = LatePages(self._staged(section.guest).overlay)
             for run in section.runs:
                 late.expect(*run)
         elif isinstance(section, Dropped):
             for first, nr in section.runs:
-                self.staged[section.guest].overlay.drop(first, nr)
+                self._staged(section.guest).overlay.drop(first, nr)
+        elif isinstance(section, ImageBytes):
+            self._intake.take(section)
+
+    def _staged(self, no: int) -> OverlayGuest:
+        guest = self.staged.get(no)
+        if guest is None:
+            raise PeerError(f"pages of guest {no} come before the bytes of its image")
+        return guest
 
     def warm(self, section: WorkingSetSection) -> Iterator[object]:
         """Load extents behind what guests here ask for, no more than there is room for."""
@@ -166,8 +229,8 @@ class Receiver:
         if image is None:
             return
         room = self._evictor.watermarks.capacity_extents - self._evictor.watermarks.high_free
-        room -= sum(each.resident_bytes // each.extent_bytes for each in self._store)
-        scale = self._scales[section.image]
+        room -= self._store.counters().reserved_extents
+        scale = self._sections[section.image].extent_bytes / image.extent_bytes
         wanted = dict.fromkeys(int(extent * scale) for extent in section.extents)
         inside = [extent for extent in wanted if extent < image.nr_extents]
         yield from self._load(image, inside[: max(0, room)])
@@ -177,12 +240,13 @@ class Receiver:
 
         Raises SourceError.
         """
-        for guest in self.staged:
+        for guest in self.staged.values():
             self._overlays.keep_staged(guest, handoff)
 
     def finish(self, reader: StateReader) -> None:
         """All came: SourceError unless each guest has what its totals say."""
-        for no, guest in enumerate(self.staged):
+        self._intake.check()
+        for no, guest in self.staged.items():
             private = int.from_bytes(guest.account.private_bitmap(), "little")
             if count_pages(private) != reader.totals[no].private_pages:
                 raise SourceError(
@@ -190,19 +254,26 @@ class Receiver:
                     f"{reader.totals[no].private_pages} as at the source"
                 )
 
-    def admit(self) -> list[str]:
-        """Let the guests' owners enter; their names."""
-        names = [guest.name for guest in self.staged]
-        for guest in self.staged:
+    def guests(self) -> list[OverlayGuest]:
+        """Those that are staged, by number."""
+        return [self.staged[no] for no in sorted(self.staged)]
+
+    def admit(self, *, is_owned: bool) -> list[str]:
+        """Let the guests' owners enter; their names. is_owned: as ImageIntake.admit()."""
+        for label in self._intake.admit(is_owned=is_owned):
+            _log.notice("image-arrived", image=label)
+        names = [guest.name for guest in self.guests()]
+        for guest in self.staged.values():
             self._overlays.admit(guest)
         self.staged.clear()
         return names
 
     def discard(self) -> None:
         """Forget all that came; nothing twice."""
-        for guest in self.staged:
+        for guest in self.staged.values():
             self._overlays.unstage(guest)
         self.staged.clear()
+        self._intake.discard()
 
 
 def _available_bytes() -> int:

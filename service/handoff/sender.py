@@ -6,21 +6,25 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from cowshed.accounting.page_runs import count_pages, split_runs
+from cowshed.accounting.page_runs import count_pages, page_bitmap, split_runs
 from cowshed.cache import Image
+from cowshed.service.handoff.image_source import bytes_to_send, check_source, image_sections
 from cowshed.service.handoff.link import Link
 from cowshed.service.handoff.moving import Moving
+from cowshed.service.handoff.resumption import Prefix, page_digest
 from cowshed.service.images.working_sets import WorkingSets
+from cowshed.service.settings.domains import DomainMembers
 from cowshed.transport.handoff_sections import (
     MAX_PAGES,
     PAGE_BYTES,
     Dropped,
     Header,
     ImageSection,
+    ImageWhole,
     Late,
     Pages,
     Section,
@@ -42,7 +46,10 @@ _RUNS_AT_ONCE: Final = 1 << 16
 
 @dataclass
 class Progress:
-    """How far it is; total_bytes grows with what guests write meanwhile. Rates are the reader's."""
+    """How far it is; total_bytes grows with what guests write meanwhile. Rates are the reader's.
+
+    image_bytes are those of images, of the done_bytes.
+    """
 
     total_bytes: int = 0
     done_bytes: int = 0
@@ -50,6 +57,7 @@ class Progress:
     sent_bytes: int = 0
     started: float = field(default_factory=time.monotonic)
     frozen_seconds: float = 0.0
+    image_bytes: int = 0
 
     def expect(self, nr_pages: int) -> None:
         """So many pages are left to be sent."""
@@ -64,6 +72,7 @@ class Progress:
         return {
             "done_bytes": self.done_bytes,
             "total_bytes": self.total_bytes,
+            "image_bytes": self.image_bytes,
             "round": self.nr_round,
             "sent_bytes": self.sent_bytes,
             "rate_bytes_per_second": round(rate),
@@ -74,18 +83,26 @@ class Progress:
 class Sender:
     """Writes a handoff's sections. Everything may wait for the link, and raise as it does.
 
-    Invariant: _sent holds, for each guest, the pages that the other end has, right or outdated.
+    Invariant: _sent holds, for each guest, the pages that the other end has, right or outdated;
+    _known the digests of those that it has from before a broken-off export was gone on with.
     """
 
     def __init__(
-        self, link: Link, moving: Sequence[Moving], images: Sequence[Image], progress: Progress
+        self,
+        link: Link,
+        moving: Sequence[Moving],
+        images: Sequence[Image],
+        progress: Progress,
+        prefix: Prefix | None = None,
     ) -> None:
+        """moving and images are those of the prefix, in its order, if there is one."""
         self._link = link
         self._moving: Final = moving
         self._images: Final = images
-        self._writer = StateWriter()
+        self._writer = StateWriter(prefix.mark if prefix else None)
         self.progress: Final = progress
-        self._sent = [0] * len(moving)
+        self._known = prefix.pages if prefix else [{} for _ in moving]
+        self._sent = [page_bitmap(known) for known in self._known]
         self._tracked = False
         self._frozen_at: float | None = None
 
@@ -120,8 +137,14 @@ class Sender:
         """Say a word to the other end."""
         self._put(Word({"say": what, **fields}))
 
-    def offer(self, handoff: str) -> None:
-        """Say what there is: images and guests."""
+    def offer(
+        self,
+        handoff: str,
+        *,
+        with_images: bool = False,
+        allowed: Callable[[Image], DomainMembers | None] = lambda _: None,
+    ) -> None:
+        """Say what there is: images and guests. with_images: bytes of images will be sent, too."""
         self._put(Header(handoff, f"{socket.gethostname()}:{os.getpid()}", int(time.time())))
         numbers = {}
         for no, image in enumerate(self._images):
@@ -135,14 +158,43 @@ class Sender:
                     image.extent_bytes,
                     image.digest,
                     source,
+                    with_images,
+                    _lists(allowed(image)),
                 )
             )
         for moving in self._moving:
             self._put(moving.section(numbers[moving.image]))
 
-    def send_working_sets(self, working_sets: WorkingSets) -> None:
-        """Say which extents are hot, in order: what is resident of what was touched first."""
+    def send_image(
+        self, no: int, hot: Sequence[int], look: Callable[[], None], kept: bytearray | None = None
+    ) -> None:
+        """Send the bytes of an image, hot extents first; look() is called now and then.
+
+        kept are the pages that the other end has already. Raises SourceError.
+        """
+        image, progress = self._images[no], self.progress
+        check_source(image)
+        before = progress.image_bytes
+        expected = bytes_to_send(image)
+        progress.total_bytes += expected
+        for nr_bytes, section in image_sections(no, image, hot, kept):
+            look()
+            if section is not None:
+                self._put(section)
+            progress.image_bytes += nr_bytes
+            progress.done_bytes += nr_bytes
+        progress.total_bytes += progress.image_bytes - before - expected
+        check_source(image)
+        self._put(ImageWhole(no))
+
+    def send_working_sets(self, working_sets: WorkingSets, but: Container[int] = ()) -> None:
+        """Say which extents are hot, in order: what is resident of what was touched first.
+
+        but are the numbers of images of which it was said.
+        """
         for no, image in enumerate(self._images):
+            if no in but:
+                continue
             extents = tuple(working_sets.recorded(image))[:_EXTENTS_AT_ONCE]
             if extents:
                 self._put(WorkingSetSection(no, extents))
@@ -207,10 +259,44 @@ class Sender:
         moving = self._moving[no]
         for runs in split_runs(pages, MAX_PAGES):
             content = b"".join(moving.load(*run) for run in runs)
-            self._put(Pages(no, tuple(runs), content))
             self.progress.done_bytes += len(content)
+            if self._known[no]:
+                runs, content = self._news(no, runs, content)
+            if runs:
+                self._put(Pages(no, tuple(runs), content))
         self._sent[no] |= pages
+
+    def _news(
+        self, no: int, runs: list[tuple[int, int]], content: bytes
+    ) -> tuple[list[tuple[int, int]], bytes]:
+        """Leave out the pages that the other end has as they are."""
+        known = self._known[no]
+        news: list[tuple[int, int]] = []
+        kept: list[bytes] = []
+        at = 0
+        for first, nr in runs:
+            for page in range(first, first + nr):
+                bytes_of_page = content[at : at + PAGE_BYTES]
+                at += PAGE_BYTES
+                if known.get(page) != page_digest(bytes_of_page):
+                    known.pop(page, None)
+                    kept.append(bytes_of_page)
+                    if news and sum(news[-1]) == page:
+                        news[-1] = news[-1][0], news[-1][1] + 1
+                    else:
+                        news.append((page, 1))
+        return news, b"".join(kept)
 
     def _put(self, section: Section) -> None:
         self._link.send(self._writer.write(section))
         self.progress.sent_bytes = self._writer.nr_bytes
+
+
+def _lists(members: DomainMembers | None) -> dict[str, tuple[int | str, ...]] | None:
+    if members is None:
+        return None
+    return {
+        "uids": tuple(sorted(members.uids)),
+        "gids": tuple(sorted(members.gids)),
+        "clients": tuple(sorted(members.clients)),
+    }

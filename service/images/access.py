@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, TypeVar
 
-from cowshed.service.settings.domains import Domains, Identity, is_operator
+from cowshed.service.settings.domains import DomainMembers, Domains, Identity, is_operator
 from cowshed.service.settings.images import ImageSpec
 from cowshed.service.settings.names import Named, find_for_guest
 from cowshed.transport.messages import MovedError
@@ -31,6 +31,14 @@ class Access:
         self.domains: Final = domains
         self.moved_to: str | None = None
         self._allowed: Final = {(spec.domain, spec.name): spec.allowed for spec in specs}
+
+    def allow(self, image: Named, allowed: DomainMembers | None) -> None:
+        """Say who of its domain may use an image that came later; None is everybody there."""
+        self._allowed[image.domain, image.name] = allowed
+
+    def allowed(self, image: Named) -> DomainMembers | None:
+        """Who of its domain may use an image; None is everybody there."""
+        return self._allowed.get((image.domain, image.name))
 
     def usable(self, images: Iterable[N], identity: Identity) -> list[N]:
         """Those of the images that somebody may use."""
@@ -61,5 +69,5 @@ class Access:
             raise MovedError(self.moved_to)
 
     def _lists(self, image: Named, identity: Identity) -> bool:
-        allowed = self._allowed.get((image.domain, image.name))
+        allowed = self.allowed(image)
         return allowed is None or allowed.has(identity)

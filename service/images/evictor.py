@@ -85,6 +85,12 @@ class Evictor:
             self._admit()
             return self._evict_from(image, list(extents), EvictReason.REQUEST)
 
+    def close_image(self, image: Image) -> None:
+        """Close an image that nobody else knows, since it was never listed."""
+        with self._lock:
+            self._store.close_image(image)
+            self._policy.drop_image(image.image_no)
+
     def _run(self) -> None:
         poll = select.poll()
         poll.register(self._store.pressure_fd, select.POLLIN)

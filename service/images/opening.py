@@ -6,31 +6,60 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cowshed.accounting import Watermarks
-from cowshed.cache import FileSource, Image, ImageRemains, PageStore
+from cowshed.cache import CowshedError, FileSource, Image, ImageRemains, PageStore
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.settings.config import Config
 from cowshed.service.settings.images import ImageSpec
+from cowshed.service.settings.names import Named
 from cowshed.service.survival.fd_store import FdStore
 from cowshed.service.survival.remains import Remains, record_make, record_read
 
-__all__ = ["open_store"]
+__all__ = ["HeldImages", "open_store"]
 
 _log = EventLog("cowshed.images")
 
 
+class HeldImages:
+    """Has images outlive us. close() it after the store."""
+
+    def __init__(self, fd_store: FdStore) -> None:
+        self._fd_store = fd_store
+        self._records: list[int] = []
+
+    def hold(self, image: Image, record: int | None = None) -> None:
+        """Have an image held for our successor; record is what was left of it, taken over."""
+        if record is None:
+            record = record_make(_identity(image.source))
+        self._records.append(record)
+        fds = [record, image.frames_fd, image.guest_fd, image.arrays_fd]
+        self._fd_store.hold(_group(image), fds)
+
+    def close(self) -> None:
+        """Let go of the records; what is held stays so."""
+        while self._records:
+            os.close(self._records.pop())
+
+
+def _group(image: Named) -> str:
+    return f"image/{image.domain}/{image.name}"
+
+
 @contextlib.contextmanager
-def open_store(config: Config, fd_store: FdStore, remains: Remains) -> Iterator[PageStore]:
+def open_store(
+    config: Config, arrived: Sequence[ImageSpec], held: HeldImages, remains: Remains
+) -> Iterator[PageStore]:
     """Give the store with every image of the configuration open, and held for our successor.
 
-    Raises CowshedError for a source that cannot be an image, or is not the one that was left.
+    arrived are those that came in handoffs; one that cannot be opened is left out. Raises
+    CowshedError for a source of the others that cannot be an image, or is not the one that was
+    left.
     """
     with contextlib.ExitStack() as stack:
-        records = stack.enter_context(contextlib.ExitStack())
         store = stack.enter_context(
             PageStore(
                 config.capacity_bytes,
@@ -40,19 +69,24 @@ def open_store(config: Config, fd_store: FdStore, remains: Remains) -> Iterator[
             )
         )
         for spec in config.images:
-            group = f"image/{spec.domain}/{spec.name}"
-            left = remains.take(group)
-            source = FileSource.open(Path(spec.source))
+            _open_held(store, spec, held, remains)
+        for spec in arrived:
             try:
-                image = _open(store, spec, source, left)
-            except BaseException:
-                source.close()
-                raise
-            record = left["record"] if left else record_make(_identity(source))
-            records.callback(os.close, record)
-            fds = [record, image.frames_fd, image.guest_fd, image.arrays_fd]
-            fd_store.hold(group, fds)
+                _open_held(store, spec, held, remains)
+            except CowshedError as error:
+                _log.error("image-unusable", str(error), image=spec.label)
         yield store
+
+
+def _open_held(store: PageStore, spec: ImageSpec, held: HeldImages, remains: Remains) -> None:
+    left = remains.take(_group(spec))
+    source = FileSource.open(Path(spec.source))
+    try:
+        image = _open(store, spec, source, left)
+    except BaseException:
+        source.close()
+        raise
+    held.hold(image, left["record"] if left else None)
 
 
 def _open(

@@ -48,7 +48,8 @@ def image_folders(run_dir: Path, images: Iterable[Named], domains: Domains) -> I
         yield
     finally:
         root = run_dir / "images"
-        for folder in [*{image_socket_path(run_dir, image).parent for image in images}, root]:
+        # Images that came later have folders, too.
+        for folder in [*root.glob("*/"), root]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 

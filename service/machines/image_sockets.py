@@ -30,6 +30,7 @@ from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Term
 from cowshed.service.guests.userfaultfd import check_supplied_uffd, open_pagemap
 from cowshed.service.machines.bequests import Caller, MachineBequests, MachineHeir
 from cowshed.service.machines.handshake_peer import HandshakePeer
+from cowshed.service.machines.image_folders import make_image_folders
 from cowshed.service.machines.supplier import Supplier, is_shared
 from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.operators.control import Control
@@ -136,6 +137,15 @@ class ImageSockets:
     def nr_unfinished(self) -> int:
         """How many are in the middle of a message; whatever else is under way is held."""
         return sum(client.peer.is_busy for client in self._clients.values())
+
+    def add(self, image: Image) -> None:
+        """Listen for an image that came later; a failure is logged."""
+        config = self._host.config
+        try:
+            make_image_folders(config.run_dir, [image], config.domains)
+            self._listen(image, image_socket_path(config.run_dir, image))
+        except (CowshedError, OSError) as error:
+            _log.error("no-image-socket", str(error), image=image.label)
 
     def _listen(self, image: Image, path: Path) -> None:
         if len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:

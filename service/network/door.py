@@ -160,6 +160,7 @@ class NetworkDoor:
         """Refuse who may not give us guests: UsageError."""
         if self._handoffs is None or not self._handoff_rules.allows(client_name, scheme):
             who = repr(client_name) if client_name else f"a backend that comes by {scheme}"
+            _log.warning("handoff-refused", f"handoffs of {who} are not taken here")
             raise UsageError(
                 f"handoffs of {who} are not taken here; name its certificate in handoff_from, or, "
                 "for tcp without TLS, serve with --accept-handoff"

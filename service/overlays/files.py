@@ -136,6 +136,15 @@ class OverlayFiles:
                     f"{self._folder}/{record.stem}.* away"
                 )
 
+    def clear(self, record: OverlayRecord) -> None:
+        """Remove what was staged under that name and never admitted: files without a record.
+
+        Raises UsageError if there is a record, of an overlay that could not be used at the start.
+        """
+        if self._path(record.stem, ".json").exists():
+            self.check_free(record)
+        self.remove(record.image, record.guest)
+
     def open(self, record: OverlayRecord, account: Account, *, is_left: bool = False) -> Overlay:
         """Open an overlay's files, made if they are not there. Raises SourceError, UsageError.
 

@@ -331,9 +331,11 @@ class OverlayTable:
         pages_id is what its pages were called where they come from. Raises as enter() does.
         """
         with self.lock:
+            self._guests.check_name(image.domain, record.guest)
+            if self._files is not None:
+                self._files.clear(record)
             guest = self._make(image, record, keep_record=False)
         guest.pages_id = pages_id
-        guest.overlay.discard()  # files of one that was never admitted
         return guest
 
     def keep_staged(self, guest: OverlayGuest, handoff: str) -> None:
@@ -345,6 +347,11 @@ class OverlayTable:
             guest.overlay.flush()
             self._files.write(self._record(guest), guest.image, handoff)
         self._hold(guest, staged=handoff)
+
+    def check_name(self, domain: str, name: str) -> None:
+        """Raise UsageError if a name is taken: nothing could be staged under it."""
+        with self.lock:
+            self._guests.check_name(domain, name)
 
     def admit(self, guest: OverlayGuest) -> None:
         """From now on the owner of a staged overlay may enter it. Raises SourceError."""

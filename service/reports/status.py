@@ -15,10 +15,12 @@ from typing import Any, Final
 
 from cowshed.accounting import (
     MAX_REGIONS,
+    AccountCounters,
     AccountStatus,
     Latency,
     LatencyKind,
     LatePages,
+    read_latency,
     sum_accounts,
 )
 from cowshed.cache import Image, PageStore
@@ -73,9 +75,14 @@ class StatusReader:
             sums = [sum_accounts(image) for image in self._store]
         with self._overlays.lock:
             guests += [_overlay_status(guest) for guest in self._overlays]
-        totals = functools.reduce(operator.add, (of_image.counters for of_image in sums))
+        counted = (of_image.counters for of_image in sums)
+        totals = functools.reduce(operator.add, counted, AccountCounters.none())
         latencies = {
-            kind: functools.reduce(operator.add, (of_image.latencies[kind] for of_image in sums))
+            kind: functools.reduce(
+                operator.add,
+                (of_image.latencies[kind] for of_image in sums),
+                read_latency((), kind),
+            )
             for kind in LatencyKind
         }
         images = [

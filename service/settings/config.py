@@ -105,6 +105,7 @@ _KEYS = (
     "late_wait",
     "autowarm",
     "overlay_dir",
+    "image_dir",
     "tls",
     "log",
     "log_level",
@@ -142,6 +143,7 @@ class Config:
     late_wait: int = 60
     autowarm: bool = True
     overlay_dir: Path | None = None
+    image_dir: Path | None = None
     tls: TlsConfig | None = None
     log_format: LogFormat = "logfmt"
     log_level: LogLevel = "notice"
@@ -179,8 +181,11 @@ class Config:
                 raise UsageError(
                     f"{key} {value!r} is not {', '.join(choices[:-1])} or {choices[-1]}: use one"
                 )
-        if not self.images:
-            raise UsageError("no image to serve: give --image NAME=SOURCE or [images] in --config")
+        if not self.images and self.image_dir is None:
+            raise UsageError(
+                "no image to serve: give --image NAME=SOURCE or [images] in --config, or "
+                "--image-dir DIR for images that come in handoffs"
+            )
         seen: set[str] = set()
         for image in self.images:
             if image.label in seen:
@@ -230,6 +235,7 @@ def config_load(
     listen: Sequence[str] = (),
     accept_handoff: bool = False,
     overlay_dir: str | None = None,
+    image_dir: str | None = None,
     no_keeper: bool = False,
     verbose: bool = False,
 ) -> Config:
@@ -252,7 +258,7 @@ def config_load(
         settings = _settings_of(table)
         paths = {
             key: file_dir / _text_of(table, key)
-            for key in ("run_dir", "state_dir", "overlay_dir")
+            for key in ("run_dir", "state_dir", "overlay_dir", "image_dir")
             if key in table
         }
         if "tls" in table:
@@ -284,8 +290,11 @@ def config_load(
         paths["run_dir"] = Path(run_dir)
     if overlay_dir is not None:
         paths["overlay_dir"] = Path(_text_of({"overlay_dir": overlay_dir}, "overlay_dir"))
-    if "overlay_dir" in paths:
-        settings["overlay_dir"] = absolute(paths["overlay_dir"])
+    if image_dir is not None:
+        paths["image_dir"] = Path(_text_of({"image_dir": image_dir}, "image_dir"))
+    for key in ("overlay_dir", "image_dir"):
+        if key in paths:
+            settings[key] = absolute(paths[key])
     if no_keeper:
         settings["keeper"] = False
     if verbose and settings.get("log_level") != "debug":

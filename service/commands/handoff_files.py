@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files and pipes that the handoff commands open for the daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from cowshed.cache.errors import SourceError, UsageError
+
+__all__ = ["Pump", "created", "created_new", "put_in_place", "reopened"]
+
+_PUMP_BYTES = 1 << 18
+
+
+def created(path: Path) -> IO[bytes]:
+    """Open a file to write to, emptied, for us alone; UsageError."""
+    return _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+
+def created_new(path: Path) -> IO[bytes]:
+    """The same, and its name is durable; UsageError if something is in it."""
+    file = _opened(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        status = os.fstat(file.fileno())
+        if stat.S_ISREG(status.st_mode) and status.st_size:
+            raise UsageError(
+                f"{str(path)!r} is there and has {status.st_size} bytes, perhaps guests that were "
+                "drained: name another file, or remove it"
+            )
+        _sync(path.absolute().parent)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def reopened(path: Path) -> IO[bytes]:
+    """Open a file to read and go on with; UsageError."""
+    return _opened(path, os.O_RDWR)
+
+
+def _opened(path: Path, flags: int) -> IO[bytes]:
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        return open(fd, "r+b" if flags & os.O_RDWR else "wb", buffering=0)
+    except OSError as error:
+        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Give a file that is whole its name, durably. Raises SourceError."""
+    try:
+        os.replace(part, path)
+        _sync(path.absolute().parent)
+    except OSError as error:
+        raise SourceError(
+            f"cannot name {str(path)!r}: {error.strerror}; it is whole, in {str(part)!r}"
+        ) from error
+
+
+def _sync(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems' folders cannot be synced
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+class Pump:
+    """Carries bytes between the daemon and our stdin or stdout: it could not wait for those."""
+
+    def __init__(self, fd: int, *, out: bool) -> None:
+        """out: from the daemon to fd; else the other way."""
+        self._fd = fd
+        self._out = out
+        self._error: OSError | None = None
+        self._ours, self._theirs = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[int]:
+        """Give the daemon's end, while the bytes flow; SourceError if our end cannot go on."""
+        self._thread.start()
+        try:
+            with self._theirs:
+                yield self._theirs.fileno()
+        except Exception as error:
+            if self._error is None:
+                raise
+            raise self._failure() from error
+        self._thread.join()
+        if self._error is not None:
+            raise self._failure()
+
+    def _failure(self) -> SourceError:
+        what = "write to stdout" if self._out else "read stdin"
+        assert self._error is not None
+        return SourceError(f"cannot {what}: {self._error.strerror}; every guest is as it was")
+
+    def _run(self) -> None:
+        with self._ours:
+            try:
+                self._pump()
+            except OSError as error:
+                self._error = error
+
+    def _pump(self) -> None:
+        if self._out:
+            while raw := self._ours.recv(_PUMP_BYTES):
+                left = memoryview(raw)
+                while left:
+                    left = left[os.write(self._fd, left) :]
+        else:
+            while raw := os.read(self._fd, _PUMP_BYTES):
+                try:
+                    self._ours.sendall(raw)
+                except OSError:
+                    return  # the daemon has had enough, and says why

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images that came in handoffs, kept in --image-dir: there after a restart without being named.
+
+    DIR/DOMAIN/NAME.raw          the bytes; holes where they are zeros
+    DIR/DOMAIN/NAME.json         what it is; pending until the handoff that brought it is over
+    DIR/DOMAIN/.NAME.raw.part    bytes that are arriving
+
+An arrival is locked by who takes it in. The record is written before the bytes get their name, so
+a restart finds either nothing, parts that nobody has locked, or a record, which says what to do:
+serve it, or, pending and not known to have been committed, remove it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from cowshed.cache import CowshedError, FileSource, SourceError, UsageError
+from cowshed.service.images.digests import digest_of
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.settings.domains import DomainMembers
+from cowshed.service.settings.images import ImageSpec, image_spec
+
+__all__ = ["Arrival", "ImageFolder"]
+
+_log = EventLog("cowshed.images")
+
+_VERSION: Final = 1
+_PAGE_BYTES: Final = 4096
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where an image's bytes, their record, and its bytes while they arrive are."""
+
+    raw: Path
+    record: Path
+    part: Path
+
+
+class ImageFolder:
+    """The folder; used by any number of daemons, for each image by one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UsageError, one line, for a folder that cannot be used."""
+        self.folder: Final = folder
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(13, os.strerror(13))
+        except OSError as error:
+            raise UsageError(
+                f"cannot use image-dir {str(folder)!r}: {error.strerror}; name another"
+            ) from error
+
+    def specs(self, is_owned: Callable[[str], bool]) -> list[ImageSpec]:
+        """Give the images to serve, once what was broken off is removed; for the start.
+
+        is_owned(handoff) says whether a handoff that came was committed.
+        """
+        for part in self.folder.glob("*/.*.part"):
+            _remove_unlocked(part)
+        specs = []
+        for record in sorted(self.folder.glob("*/*.json")):
+            try:
+                spec = self._read(record, is_owned)
+            except (OSError, ValueError, KeyError, TypeError, CowshedError) as error:
+                _log.error("image-unreadable", f"{record}: {error}; move it away")
+                continue
+            if spec is not None:
+                specs.append(spec)
+        return specs
+
+    def _read(self, path: Path, is_owned: Callable[[str], bool]) -> ImageSpec | None:
+        table = json.loads(path.read_text())
+        if table["version"] != _VERSION:
+            raise ValueError(f"version {table['version']!r} is not known here")
+        domain, name = str(table["domain"]), str(table["name"])
+        places = self._places(domain, name)
+        if places.record != path:
+            raise ValueError(f"it is of image {domain}/{name}")
+        if (pending := table["pending"]) is not None:
+            if not is_owned(pending):
+                if places.raw.exists() and not _remove_unlocked(places.raw):
+                    return None  # another daemon's, arriving
+                _remove_record(places)
+                return None
+            _write_record(places.record, {**table, "pending": None})
+        size_bytes = os.stat(places.raw).st_size
+        if size_bytes != table["size_bytes"]:
+            raise ValueError(f"{places.raw} has {size_bytes} bytes, not {table['size_bytes']}")
+        return _spec(domain, name, places.raw, table["allowed"])
+
+    def obstacle(self, domain: str, name: str) -> str | None:
+        """Say why an image of that name cannot come here, or None if it can."""
+        places = self._places(domain, name)
+        try:
+            _spec(domain, name, places.raw, None)
+        except UsageError as error:
+            return str(error)
+        for path in (places.raw, places.record):
+            if path.exists():
+                return (
+                    f"{str(path)!r} is in the way at the target: serve it there with "
+                    f"--image {name}={places.raw}, or move it away"
+                )
+        return None
+
+    def begin(
+        self,
+        domain: str,
+        name: str,
+        size_bytes: int,
+        digest: str,
+        allowed: dict[str, list[int | str]] | None,
+        handoff: str,
+    ) -> Arrival:
+        """Make room for the bytes of an image: Arrival.admit() or discard() it.
+
+        UsageError if it is arriving already or is there, SourceError if it cannot be made.
+        """
+        if (why := self.obstacle(domain, name)) is not None:
+            raise UsageError(why)
+        places = self._places(domain, name)
+        table = {
+            "version": _VERSION,
+            "name": name,
+            "domain": domain,
+            "size_bytes": size_bytes,
+            "digest": digest,
+            "allowed": allowed,
+            "pending": handoff,
+        }
+        spec = _spec(domain, name, places.raw, allowed)
+        try:
+            places.part.parent.mkdir(mode=0o700, exist_ok=True)
+            fd = os.open(places.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise SourceError(f"cannot make {str(places.part)!r}: {error.strerror}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(fd, 0)
+        except OSError as error:
+            os.close(fd)
+            raise UsageError(
+                f"image {name!r} is arriving by another handoff; wait for its end"
+            ) from error
+        return Arrival(spec, table, places, fd)
+
+    def _places(self, domain: str, name: str) -> _Places:
+        folder = self.folder / domain
+        return _Places(
+            folder / f"{name}.raw", folder / f"{name}.json", folder / f".{name}.raw.part"
+        )
+
+
+class Arrival:
+    """One image that is arriving. In one thread; discard() undoes all, until admit()."""
+
+    def __init__(self, spec: ImageSpec, table: dict[str, Any], places: _Places, fd: int) -> None:
+        self.spec: Final = spec
+        self.size_bytes: Final[int] = table["size_bytes"]
+        self.digest: Final[str] = table["digest"]
+        self._table = table
+        self._places = places
+        self._fd = fd
+
+    def write(self, first_page: int, content: memoryview) -> None:
+        """Take pages, the last page of an image filled up with zeros. Raises SourceError."""
+        at = first_page * _PAGE_BYTES
+        with self._no_room():
+            while content:
+                nr = os.pwrite(self._fd, content, at)
+                at, content = at + nr, content[nr:]
+
+    def seal(self, look: Callable[[], None]) -> FileSource:
+        """Check that all is here, make it last, and open it; look() is called now and then.
+
+        Raises SourceError for bytes of another digest, and what look() raises.
+        """
+        with self._no_room():
+            os.ftruncate(self._fd, self.size_bytes)
+            os.fsync(self._fd)
+        with _opened(self._places.part) as source:
+
+            def stop() -> bool:
+                look()
+                return False
+
+            try:
+                digest = digest_of(source, stop)
+            except OSError as error:
+                raise SourceError(
+                    f"image {self.spec.name!r} cannot be read back: {error}"
+                ) from error
+        if digest != self.digest:
+            raise SourceError(
+                f"what came of image {self.spec.label!r} has digest {digest[:30]}, not "
+                f"{self.digest[:30]} as was said: its source changed, or it was damaged on the way"
+            )
+        with self._no_room():
+            _write_record(self._places.record, self._table)
+            os.rename(self._places.part, self._places.raw)
+            _sync(self._places.raw.parent)
+        return FileSource.open(self._places.raw)
+
+    def admit(self, *, is_owned: bool) -> None:
+        """From now on it is served whenever the daemon is.
+
+        Raises SourceError; not if is_owned: a restart will find the handoff to be ours, and it too.
+        """
+        try:
+            with self._no_room():
+                _write_record(self._places.record, {**self._table, "pending": None})
+        except SourceError as error:
+            if not is_owned:
+                raise
+            _log.warning("image-pending", str(error), image=self.spec.label)
+        os.close(self._fd)
+        self._fd = -1
+
+    def discard(self) -> None:
+        """Leave nothing of it; nothing twice."""
+        if self._fd < 0:
+            return
+        for path in (self._places.raw, self._places.part):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(path), os.fstat(self._fd)):
+                    path.unlink()
+        _remove_record(self._places)
+        os.close(self._fd)
+        self._fd = -1
+
+    @contextlib.contextmanager
+    def _no_room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SourceError(
+                f"image {self.spec.label!r} cannot be kept in {str(self._places.raw.parent)!r}: "
+                f"{error.strerror}; make room there, or serve with another --image-dir"
+            ) from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[FileSource]:
+    source = FileSource.open(path)
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def _spec(domain: str, name: str, raw: Path, allowed: Any) -> ImageSpec:
+    members = None
+    if allowed is not None:
+        lists = {key: list(allowed.get(key, ())) for key in ("uids", "gids", "clients")}
+        members = DomainMembers(
+            frozenset(lists["uids"]), frozenset(lists["gids"]), frozenset(lists["clients"])
+        )
+    return image_spec(name, str(raw), Path("/"), domain, members)
+
+
+def _write_record(path: Path, table: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".new")
+    try:
+        with open(temporary, "w", opener=_opener) as file:
+            json.dump(table, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync(path.parent)
+
+
+def _remove_record(places: _Places) -> None:
+    """The last to go, so that no bytes are ever without one; and an empty folder with it."""
+    with contextlib.suppress(OSError):
+        places.record.unlink()
+    with contextlib.suppress(OSError):
+        _sync(places.record.parent)
+        places.record.parent.rmdir()
+
+
+def _remove_unlocked(path: Path) -> bool:
+    """Remove a file that nobody takes in any more; False if somebody does."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
