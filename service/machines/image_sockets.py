@@ -145,7 +145,7 @@ class ImageSockets:
             make_image_folders(config.run_dir, [image], config.domains)
             self._listen(image, image_socket_path(config.run_dir, image))
         except (CowshedError, OSError) as error:
-            _log.error("no-image-socket", str(error), image=image.label)
+            _log.warning("no-image-socket", str(error), image=image.label)
 
     def _listen(self, image: Image, path: Path) -> None:
         if len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
