@@ -75,6 +75,7 @@ class _Pauses:
         self._things: dict[str, Callable[[], None]] = {
             "crash": backend.crash,
             "reload": backend.reload,
+            "takeover": backend.takeover,
             "nothing": lambda: None,
         }
         self.stalls: dict[str, dict[str, list[float]]] = {
@@ -160,6 +161,7 @@ def _stall_row(name: str, pauses: _Pauses) -> Row:
     samples |= {"allowed at a crash": [CRASH_MS] * nr, "allowed at a takeover": [TAKEOVER_MS] * nr}
     ratios = [
         compare(samples, "crash", "allowed at a crash", Aim(1.0)),
+        compare(samples, "takeover", "allowed at a takeover", Aim(1.0)),
         compare(samples, "reload", "nothing"),
     ]
     return Row(f"{name}, longest stall", "ms", samples, ratios, where)

@@ -37,7 +37,10 @@ class _Way:
     pace_ms: float
 
 
-_WAYS = (_Way("tcp", "guests over tcp", KeptBackend.tcp_uri, 4.0),)
+_WAYS = (
+    _Way("unix", "mapped guests", lambda backend: backend.uri, 1.0),
+    _Way("tcp", "guests over tcp", KeptBackend.tcp_uri, 4.0),
+)
 
 
 @dataclass
