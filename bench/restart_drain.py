@@ -66,9 +66,10 @@ def drain_rows(bench: Bench, image: Path, nr_guests: int) -> list[Row]:
         pair = [
             stack.enter_context(KeptBackend(image, size_bytes + 64 * MIB, *more)) for _ in range(2)
         ]
-        for way in _WAYS:
+        ways = _WAYS[:1] if bench.rounds == 1 else _WAYS
+        for way in ways:
             rows += _under_writers(bench, pair, way, nr_guests)
-        for way in _WAYS:
+        for way in ways:
             rows.append(_throughput(bench, pair, way, nr_guests))
     return rows
 
@@ -104,10 +105,10 @@ def _under_writers(bench: Bench, pair: list[KeptBackend], way: _Way, nr_guests: 
             2 * bench.row_seconds,
             lambda: _drain_once(pair, way, crowd, found),
         )
-        served = served_row(f"{way.guests}: accesses while drained", [crowd])
+        served = served_row(f"right answers, {way.guests}", [crowd])
     nr = len(found.stall_ms)
-    freeze = {"drain": found.stall_ms, "nothing": found.quiet_ms, "allowed": [FREEZE_MS] * nr}
-    hits = {"target, first second": found.target_hits, "source, last second": found.source_hits}
+    freeze = {"drain": found.stall_ms, "nothing": found.quiet_ms, "20 ms": [FREEZE_MS] * nr}
+    hits = {"target": found.target_hits, "source": found.source_hits}
     where = {
         "ms_whole_drain": median(found.whole_ms),
         "ms_frozen_at_source": median(found.frozen_ms),
@@ -117,14 +118,14 @@ def _under_writers(bench: Bench, pair: list[KeptBackend], way: _Way, nr_guests: 
     of, to = hits
     return [
         Row(
-            f"drain of {nr_guests} {way.guests}, longest stall",
+            f"drain, {nr_guests} {way.guests}",
             "ms",
             freeze,
-            [compare(freeze, "drain", "allowed", Aim(1.0)), compare(freeze, "drain", "nothing")],
+            [compare(freeze, "drain", "20 ms", Aim(1.0)), compare(freeze, "drain", "nothing")],
             {"drain": where},
         ),
         Row(
-            f"{way.guests}: hits among all that they ask for",
+            f"hits in a second, {way.guests}",
             "share",
             hits,
             [compare(hits, of, to, Aim(HIT_SHARE, at_least=True))],
@@ -207,7 +208,7 @@ def _throughput(bench: Bench, pair: list[KeptBackend], way: _Way, nr_guests: int
 
         _in_rounds(bench, f"handoffs of {mib} MiB by {way.name}", bench.row_seconds, once)
     return Row(
-        f"{mib} MiB of private pages of {nr_guests} {way.guests}",
+        f"{mib} MiB private, {way.guests}",
         "MiB/s",
         samples,
         [compare(samples, handoff, pipe)],
