@@ -165,7 +165,8 @@ _SOURCE: Final[Table] = {
         Phase.COMMIT,
         (Action.RECORD_COMMITTING, Action.SEND_COMMIT),
     ),
-    (Phase.COMMIT, Event.COMMITTED): (Phase.MOVED, (Action.RECORD_MOVED, Action.TELL_GUESTS)),
+    # Guests wait for the word, and after a death between the two the target is asked once more.
+    (Phase.COMMIT, Event.COMMITTED): (Phase.MOVED, (Action.TELL_GUESTS, Action.RECORD_MOVED)),
     (Phase.COMMIT, Event.COMMITTED_LATE): (
         Phase.PUSH,
         (Action.RECORD_PUSHING, Action.SEND_ON, Action.PUSH),

@@ -39,6 +39,8 @@ PAGE_BYTES: Final = 4096
 PIECE_BYTES: Final = 512 << 10
 REQUEST_SECONDS: Final = 30.0
 READAHEAD_BYTES: Final = 4 << 20
+# The first try is made at once: the backend's listener outlives it, or says where the guest is now.
+_PAUSE_SECONDS: Final = 0.02
 _MAX_PAUSE_SECONDS: Final = 1.0
 
 
@@ -257,7 +259,7 @@ class ByteDisk:
         """Have ops done, over as many connections as that takes; asked go with the first."""
         self._check_open()
         deadline = time.monotonic() + self._timeout
-        pause = 0.02
+        pause = 0.0
         while True:
             nr_done = sum(op.done for op in ops)
             try:
@@ -283,7 +285,7 @@ class ByteDisk:
                 if self._lost or time.monotonic() + pause >= deadline:
                     raise self._gone(what, error) from error
             time.sleep(pause)
-            pause = min(_MAX_PAUSE_SECONDS, 2 * pause)
+            pause = min(_MAX_PAUSE_SECONDS, max(_PAUSE_SECONDS, 2 * pause))
         for op in ops:
             if op.error:
                 self._check_open()  # a server may answer what a good-bye overtook with an error

@@ -27,6 +27,7 @@ __all__ = ["open_by_bytes"]
 
 _HANDSHAKE_SECONDS: Final = 10.0
 _PAUSE_SECONDS: Final = 0.05
+_MOVES_AT_ONCE: Final = 4
 
 
 def open_by_bytes(
@@ -48,6 +49,7 @@ def open_by_bytes(
     def dial(timeout: float) -> Dialled:
         nonlocal here, is_open
         deadline = time.monotonic() + timeout
+        nr_moves = 0
         while True:
             try:
                 dialled = _dial(here, fields, _left(deadline))
@@ -58,6 +60,10 @@ def open_by_bytes(
                 if not is_open or not error.uri or scheme(error.uri).maps:
                     raise
                 here = error.uri
+                nr_moves += 1
+                # The guest is there already; but two may send it on to each other for ever.
+                if nr_moves <= _MOVES_AT_ONCE:
+                    continue
             except CapacityError:
                 # Our last connection is not quite gone there.
                 if time.monotonic() + _PAUSE_SECONDS > deadline:
