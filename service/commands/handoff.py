@@ -191,7 +191,7 @@ def _sizes(reply: dict[str, Any]) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object, for programs.")
 @run_dir_option
 def import_command(file: str, as_json: bool, run_dir: Path) -> None:
-    """Take the guests of an exported FILE, or - for stdin: all of them, or none."""
+    """Take the guests of an exported FILE, or - for stdin."""
     with ExitStack() as stack:
         client = stack.enter_context(ControlClient(run_dir))
         if file == "-":
