@@ -3,6 +3,7 @@
 
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -114,12 +115,20 @@ def wait_for_digest(daemon: Daemon) -> None:
     until(lambda: bool(daemon.status()["images"][0]["digest"]))
 
 
+@pytest.fixture
+def start_by_hand(run_dir: Path, start_daemon: StartDaemon) -> StartDaemon:
+    """A daemon that warms only when it is asked to, so that what is asked for is not there yet."""
+    config = run_dir / "by-hand.toml"
+    config.write_text("autowarm = false\n")
+    return partial(start_daemon, "--config", str(config))
+
+
 def test_warm_after_a_restart_replays_the_order_of_first_touches(
-    make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest
+    make_image: MakeImage, start_by_hand: StartDaemon, start_guest: StartGuest
 ) -> None:
     image = make_image(4 * MIB)
     touched = [40, 7, 63, 1, 22]
-    daemon = start_daemon("--image", f"d={image}", "--capacity", "8M")
+    daemon = start_by_hand("--image", f"d={image}", "--capacity", "8M")
     wait_for_digest(daemon)
     guest = start_guest(daemon.uri)
     guest.call("open", image="d", window_bytes=4096)
@@ -129,7 +138,7 @@ def test_warm_after_a_restart_replays_the_order_of_first_touches(
     assert daemon.stop() == 0
     # A cache that has room for n extents but one gets the first n - 1 of them.
     for nr_extents in (3, 4, 5, 8):
-        daemon = start_daemon("--image", f"d={image}", "--capacity", str(nr_extents * EXTENT))
+        daemon = start_by_hand("--image", f"d={image}", "--capacity", str(nr_extents * EXTENT))
         wait_for_digest(daemon)
         assert daemon.request("warm", image="d")["loaded_bytes"] == (nr_extents - 1) * EXTENT
         assert filled_extents(daemon) == sorted([*touched, 0, 2][: nr_extents - 1])
@@ -137,34 +146,34 @@ def test_warm_after_a_restart_replays_the_order_of_first_touches(
 
 
 def test_a_short_run_keeps_what_a_longer_one_had_recorded_behind_its_own(
-    make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest
+    make_image: MakeImage, start_by_hand: StartDaemon, start_guest: StartGuest
 ) -> None:
     image = make_image(4 * MIB)
     for touched in ([40, 7, 63, 1, 22], [22, 30]):
-        daemon = start_daemon("--image", f"d={image}", "--capacity", "8M")
+        daemon = start_by_hand("--image", f"d={image}", "--capacity", "8M")
         wait_for_digest(daemon)
         guest = start_guest(daemon.uri)
         guest.call("open", image="d", window_bytes=4096)
         for extent in touched:
             guest.call("read", offset=extent * EXTENT, length=1)
         assert daemon.stop() == 0
-    daemon = start_daemon("--image", f"d={image}", "--capacity", str(6 * EXTENT))
+    daemon = start_by_hand("--image", f"d={image}", "--capacity", str(6 * EXTENT))
     wait_for_digest(daemon)
     assert daemon.request("warm", image="d")["loaded_bytes"] == 5 * EXTENT
     assert filled_extents(daemon) == sorted([22, 30, 40, 7, 63])
 
 
 def test_a_working_set_of_another_image_is_not_replayed(
-    make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest
+    make_image: MakeImage, start_by_hand: StartDaemon, start_guest: StartGuest
 ) -> None:
-    daemon = start_daemon("--image", f"d={make_image(4 * MIB)}")
+    daemon = start_by_hand("--image", f"d={make_image(4 * MIB)}")
     wait_for_digest(daemon)
     guest = start_guest(daemon.uri)
     guest.call("open", image="d", window_bytes=4096)
     guest.call("read", offset=40 * EXTENT, length=1)
     assert daemon.stop() == 0
     image = make_image(5 * MIB, "other.raw")
-    daemon = start_daemon("--image", f"d={image}", "--capacity", str(3 * EXTENT))
+    daemon = start_by_hand("--image", f"d={image}", "--capacity", str(3 * EXTENT))
     wait_for_digest(daemon)
     daemon.request("warm", image="d")
     assert filled_extents(daemon) == [0, 1]
