@@ -3,12 +3,25 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 __all__ = ["count_pages", "page_bitmap", "page_runs", "split_runs"]
 
-_WORD = struct.Struct("<Q")
+_FULL: Final = 0xFF
+# Bytes of which every bit is set, as many as there are; or one with some.
+_NOT_EMPTY: Final = re.compile(rb"\xff+|[^\x00\xff]")
+
+
+def _runs_of(byte: int) -> tuple[tuple[int, int], ...]:
+    ones = [bit for bit in range(8) if byte >> bit & 1]
+    firsts = [bit for bit in ones if bit - 1 not in ones]
+    lasts = [bit for bit in ones if bit + 1 not in ones]
+    return tuple((first, last - first + 1) for first, last in zip(firsts, lasts, strict=True))
+
+
+_RUNS_OF_BYTE: Final = [_runs_of(byte) for byte in range(256)]
 
 
 def count_pages(bitmap: int) -> int:
@@ -29,34 +42,25 @@ def page_bitmap(pages: Iterable[int]) -> int:
 def page_runs(bitmap: int) -> Iterator[tuple[int, int]]:
     """Give runs (first page, number of pages) of a bitmap, a little-endian number; O(its length).
 
-    Neighbouring runs are never adjacent.
+    Neighbouring runs are never adjacent. Guests are frozen while this is done to large bitmaps that
+    are almost empty, so what is empty is passed over by a search that is no Python.
     """
-    raw = bitmap.to_bytes((bitmap.bit_length() + 63) // 64 * 8, "little")
-    start = -1
-    for no, (word,) in enumerate(_WORD.iter_unpack(raw)):
-        if word in (0, (1 << 64) - 1):  # most are
-            if start >= 0 and not word:
-                yield start, no * 64 - start
-                start = -1
-            elif start < 0 and word:
-                start = no * 64
-            continue
-        at = 0
-        while at < 64:
-            rest = word >> at
-            if start < 0:
-                if not rest:
-                    break
-                at += (rest & -rest).bit_length() - 1
-                start = no * 64 + at
-            else:
-                nr_ones = (~rest & (rest + 1)).bit_length() - 1
-                at += nr_ones
-                if at < 64:
-                    yield start, no * 64 + at - start
-                    start = -1
-    if start >= 0:
-        yield start, len(raw) * 8 - start
+    raw = bitmap.to_bytes((bitmap.bit_length() + 7) // 8, "little")
+    start = end = 0
+    for found in _NOT_EMPTY.finditer(raw):
+        page = found.start() * 8
+        if raw[found.start()] == _FULL:
+            runs: Sequence[tuple[int, int]] = ((0, 8 * (found.end() - found.start())),)
+        else:
+            runs = _RUNS_OF_BYTE[raw[found.start()]]
+        for at, nr in runs:
+            if page + at != end or start == end:
+                if start != end:
+                    yield start, end - start
+                start = page + at
+            end = page + at + nr
+    if start != end:
+        yield start, end - start
 
 
 def split_runs(bitmap: int, max_pages: int) -> Iterator[list[tuple[int, int]]]:

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Final, Protocol
 
@@ -21,7 +22,10 @@ from cowshed.service.guests.guests import Guest, GuestTable
 from cowshed.service.overlays.overlays import OverlayGuest
 from cowshed.transport.handoff_sections import GuestSection
 
-__all__ = ["MappedMoving", "Moving", "OverlayMoving", "owner_of_token"]
+__all__ = ["MappedMoving", "Moving", "OverlayMoving", "Runs", "owner_of_token"]
+
+# Each a first page and a number of pages, in order.
+Runs = Sequence[tuple[int, int]]
 
 
 def owner_of_token(token: str) -> str:
@@ -69,7 +73,7 @@ class Moving(Protocol):
     def private(self) -> int:
         """The private pages that there are."""
 
-    def load(self, first_page: int, nr_pages: int) -> bytes:
+    def load(self, runs: Runs) -> bytes:
         """Copy private pages; PeerError if they cannot be read, the guest being gone, say."""
 
     def counters(self) -> dict[str, int]:
@@ -159,9 +163,9 @@ class OverlayMoving:
         """Its pages."""
         return _bits(self.guest.account.private_bitmap())
 
-    def load(self, first_page: int, nr_pages: int) -> bytes:
+    def load(self, runs: Runs) -> bytes:
         """Copy pages out of the overlay."""
-        return self.guest.overlay.load(first_page, nr_pages)
+        return b"".join(self.guest.overlay.load(*run) for run in runs)
 
     def counters(self) -> dict[str, int]:
         """What was counted."""
@@ -270,21 +274,29 @@ class MappedMoving:
             self._mapping.account.settle()
             return _bits(self._mapping.account.private_bitmap())
 
-    def load(self, first_page: int, nr_pages: int) -> bytes:
+    def load(self, runs: Runs) -> bytes:
         """Copy pages out of its memory; zeros of one that has left."""
-        offset, end = first_page * PAGE_BYTES, (first_page + nr_pages) * PAGE_BYTES
-        pages = bytearray()
         with self._guests.lock:
             if not self.is_here:
-                return bytes(end - offset)
-            for region in self._mapping.account.regions():
-                if region.offset <= offset < region.offset + region.length:
-                    nr = min(end, region.offset + region.length) - offset
-                    pages += self._read(region, offset, nr)
-                    offset += nr
+                return bytes(PAGE_BYTES * sum(nr for _, nr in runs))
+            regions = self._mapping.account.regions()
+            pages = b"".join(self._of(regions, *run) for run in runs)
+            if regions != self._mapping.account.regions():  # it moved some of it meanwhile
+                for first, nr in runs:
+                    self._unread |= ((1 << nr) - 1) << first
+        return pages
+
+    def _of(self, regions: Sequence[Region], first_page: int, nr_pages: int) -> bytes:
+        offset, end = first_page * PAGE_BYTES, (first_page + nr_pages) * PAGE_BYTES
+        pages = b""
+        for region in regions:
+            if region.offset <= offset < region.offset + region.length:
+                nr = min(end, region.offset + region.length) - offset
+                pages += self._read(region, offset, nr)
+                offset += nr
         if offset != end:
             raise PeerError(f"guest {self.name!r} has private pages that it maps no more; end it")
-        return bytes(pages)
+        return pages
 
     def _read(self, region: Region, offset: int, nr_bytes: int) -> bytes:
         pages = b""

@@ -153,7 +153,7 @@ def _runs(pages: list[int]) -> list[tuple[int, int]]:
 def _load(moving: Moving, runs: list[tuple[int, int]]) -> bytes | None:
     """Copy pages; None if they are gone."""
     try:
-        content = b"".join(moving.load(*run) for run in runs)
+        content = moving.load(runs)
     except PeerError as error:
         _log.info("pages-unreadable", str(error), guest=moving.name)
         return None

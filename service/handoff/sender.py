@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from cowshed.accounting.page_runs import count_pages, page_bitmap, split_runs
-from cowshed.cache import Image
+from cowshed.cache import ExtentState, Image
 from cowshed.service.handoff.image_source import bytes_to_send, check_source, image_sections
 from cowshed.service.handoff.link import Link
 from cowshed.service.handoff.moving import Moving
@@ -36,10 +36,11 @@ from cowshed.transport.handoff_sections import (
 
 __all__ = ["Progress", "Sender"]
 
-# A round that finds no more than this to send again, or not much less than the one before, is
-# the last before the freeze.
+# A round that finds no more than this to send again is the last before the freeze; so is the last
+# of several that found not much less than the one before them.
 _FEW_PAGES: Final = 64
-_MAX_ROUNDS: Final = 10
+_MAX_ROUNDS: Final = 30
+_MAX_IDLE_ROUNDS: Final = 3
 _EXTENTS_AT_ONCE: Final = 1 << 16
 _RUNS_AT_ONCE: Final = 1 << 16
 
@@ -188,16 +189,18 @@ class Sender:
         self._put(ImageWhole(no))
 
     def send_working_sets(self, working_sets: WorkingSets, but: Container[int] = ()) -> None:
-        """Say which extents are hot, in order: what is resident of what was touched first.
+        """Say which extents are hot, in order: those recorded, then whatever else is resident.
 
+        What was warmed or read ahead and not touched yet would be a hit here, and so it is there.
         but are the numbers of images of which it was said.
         """
         for no, image in enumerate(self._images):
             if no in but:
                 continue
-            extents = tuple(working_sets.recorded(image))[:_EXTENTS_AT_ONCE]
-            if extents:
-                self._put(WorkingSetSection(no, extents))
+            extents = list(dict.fromkeys([*working_sets.recorded(image), *_resident(image)]))
+            for first in range(0, len(extents), _EXTENTS_AT_ONCE):
+                some = extents[first : first + _EXTENTS_AT_ONCE]
+                self._put(WorkingSetSection(no, tuple(some)))
 
     def send_private(self) -> None:
         """Send every private page there is, all being dirty at first."""
@@ -215,13 +218,18 @@ class Sender:
         return nr
 
     def send_until_few(self) -> None:
-        """Rounds, until one finds little to send or does not gain on the writers."""
-        before = None
+        """Rounds, until one finds little to send or several do not gain on the writers.
+
+        What the last one leaves is sent while guests are frozen; one slow round says nothing.
+        """
+        fewest, nr_idle = 0, 0
         for _ in range(_MAX_ROUNDS):
             nr = self.send_dirty()
-            if nr <= _FEW_PAGES or (before is not None and nr > before * 3 // 4):
+            if nr <= _FEW_PAGES or nr_idle == _MAX_IDLE_ROUNDS:
                 return
-            before = nr
+            nr_idle += 1
+            if not fewest or nr < fewest * 3 // 4:
+                fewest, nr_idle = nr, 0
 
     def send_last(self) -> None:
         """Send what is left of guests that are frozen, and what each has in the end; then END."""
@@ -258,7 +266,7 @@ class Sender:
     def _send_pages(self, no: int, pages: int) -> None:
         moving = self._moving[no]
         for runs in split_runs(pages, MAX_PAGES):
-            content = b"".join(moving.load(*run) for run in runs)
+            content = moving.load(runs)
             self.progress.done_bytes += len(content)
             if self._known[no]:
                 runs, content = self._news(no, runs, content)
@@ -290,6 +298,14 @@ class Sender:
     def _put(self, section: Section) -> None:
         self._link.send(self._writer.write(section))
         self.progress.sent_bytes = self._writer.nr_bytes
+
+
+def _resident(image: Image) -> Iterator[int]:
+    states, mark = image.states(), bytes([ExtentState.RESIDENT])
+    at = states.find(mark)
+    while at >= 0:
+        yield at
+        at = states.find(mark, at + 1)
 
 
 def _lists(members: DomainMembers | None) -> dict[str, tuple[int | str, ...]] | None:

@@ -39,6 +39,18 @@ def test_private_pages_are_byte_exact_after_a_drain_and_after_the_drain_back(
         assert source.the_daemon.mismatches() == []
 
 
+def test_what_was_warmed_and_not_touched_yet_is_resident_at_the_target_too(pair: Pair) -> None:
+    a, b = pair
+    a.the_daemon.request("warm", image="d")
+    b.the_daemon.request("evict", image="d")
+    (warm,) = a.the_daemon.status()["images"]
+    with a.open("g") as disk:
+        disk.read(0, 1)
+    a.drain("--to", b.unix)
+    (image,) = b.the_daemon.status()["images"]
+    assert image["resident_bytes"] == warm["resident_bytes"] == image["size_bytes"]
+
+
 def test_who_comes_to_a_drained_backend_is_sent_to_the_target(pair: Pair) -> None:
     a, b = pair
     a.drain("--to", b.unix)
