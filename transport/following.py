@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from cowshed.cache._core import ffi, lib
-from cowshed.cache.errors import UsageError
-from cowshed.transport.byte_disk import ByteDisk
+from cowshed.cache.errors import PeerError, UsageError
+from cowshed.transport.byte_disk import REQUEST_SECONDS, ByteDisk
 from cowshed.transport.messages import MovedError
 from cowshed.transport.network_disk import open_by_bytes
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Following"]
 
 _MAX_MOVES: Final = 4
+_PAUSE_SECONDS: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,20 @@ class Following:
             return self._far
 
     def _open(self, uri: str, token: str) -> ByteDisk:
+        """Open where the guest is. That may be dying or coming up: we were told to go there.
+
+        Tried for as long as an operation of an open disk is.
+        """
+        deadline = time.monotonic() + REQUEST_SECONDS
+        while True:
+            try:
+                return self._open_once(uri, token)
+            except PeerError:
+                if time.monotonic() + _PAUSE_SECONDS > deadline:
+                    raise
+            time.sleep(_PAUSE_SECONDS)
+
+    def _open_once(self, uri: str, token: str) -> ByteDisk:
         request = {"image": self._image, "guest": self._guest, "token": token}
         for _ in range(_MAX_MOVES):
             try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,6 +161,26 @@ def test_beyond_a_network_it_goes_on_by_bytes_once_nobody_looks_at_its_memory(
     assert b.the_daemon.guest_status("g")["transport"] == "tcp"
     until(lambda: a.guests() == set())
     guest.call("close")
+
+
+def test_a_target_beyond_a_network_that_is_away_for_a_moment_is_waited_for(
+    hosts: Pair, start_guest: StartGuest, tmp_path: Path
+) -> None:
+    """It dies before the guest has come, and has its pages in files."""
+    a, b = hosts
+    a.start()
+    b.start(f"--overlay-dir={tmp_path}")
+    model = bytearray(a.image.read_bytes())
+    guest = start_guest(a.unix, script=MOVING)
+    guest.call("open", image="d", guest="g", token="secret")
+    _fill(guest, 7, 5, 4, model)
+    a.drain("--to", b.tcp)
+    until(lambda: not guest.call("where")[1])
+    b.kill()
+    guest.start("hash", offset=0, length=SIZE)
+    assert not guest.answered(0.3)
+    b.start()
+    assert guest.finish() == hashlib.sha256(model).hexdigest()
 
 
 def test_it_is_no_new_guest_without_a_page_where_its_pages_are_lost(
