@@ -12,8 +12,9 @@
 #include "transport/preload/real.h"
 #include "transport/preload/terms.h"
 
-/* One request at a time is under way, and each takes the same tag; what has another was not asked for. */
+/* One request at a time is under way, and each takes the same tag. Events, which nobody asked for, have none. */
 #define TAG 1
+#define TAG_OF_EVENTS 0
 #define REPLY_SECONDS 60
 #define FAREWELL_SECONDS 5
 
@@ -40,8 +41,12 @@ static int receive_reply(int fd, struct packet *reply)
 {
 	int err;
 
-	while ((err = packet_receive(fd, reply_text, sizeof(reply_text), reply)) == 0 && reply->tag != TAG)
+	while ((err = packet_receive(fd, reply_text, sizeof(reply_text), reply)) == 0 && reply->tag == TAG_OF_EVENTS)
 		packet_close_fds(reply);
+	if (err == 0 && reply->tag != TAG) {
+		packet_close_fds(reply);
+		return -EPROTO;
+	}
 	return err == -EAGAIN ? -ETIMEDOUT : err;
 }
 
