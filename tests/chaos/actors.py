@@ -300,6 +300,14 @@ class MappedActor(Actor):
         terms = {"image": IMAGE, "guest": self.name, "token": self.token}
         self._call("open", follow_moves=self.follows, **terms)
 
+    def _recover(self, error: RefusedError, began: float) -> None:
+        # Its memory gave way to bytes in an earlier drain; bytes cannot follow to a unix socket.
+        if self.follows and error.args[0] == "MovedError" and self.world.excuses("move", began):
+            self.world.note(f"{self.name} opens anew: {error}")
+            self._revive("a move")
+        else:
+            super()._recover(error, began)
+
     def _forget(self) -> None:
         self.model.forget()
 
