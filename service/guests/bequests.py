@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,7 +23,7 @@ from cowshed.service.survival.fd_store import FdStore, kind_of
 from cowshed.service.survival.remains import Remains, record_is_open, record_make, record_read
 from cowshed.transport import Connection, adopt_connection
 
-__all__ = ["Bequests", "Heir"]
+__all__ = ["Bequests", "Heir", "describe_terms", "find_left", "hold_guest", "terms_of"]
 
 _log = EventLog("cowshed.bequests")
 
@@ -67,21 +66,13 @@ class Bequests:
         is answered, record_close() it: our successor cannot know what the guest was told.
         """
         group = f"{_PREFIX}{secrets.token_hex(8)}"
-        record = record_make({**_describe(mapping, terms), "tag": tag})
+        record = record_make({**describe_terms(terms), "tag": tag})
         mapping.fds.append(record)
         fds = [*mapping.fds, mapping.account.fd, mapping.guest.purse.fd, connection.fileno()]
         if (seeds_fd := mapping.account.seeds_fd) >= 0 and kind_of(seeds_fd) in _SEEDS:
             self._seeds[group] = os.dup(seeds_fd)
             fds.append(self._seeds[group])
-        try:
-            self._fd_store.hold(group, fds)
-        except OSError as error:
-            _log.error(
-                "not-held",
-                f"{error}; the backend's death would be this guest's",
-                guest=mapping.name,
-                image=mapping.image.label,
-            )
+        if not hold_guest(self._fd_store, group, fds, mapping.name, mapping.image):
             self._close_seeds(group)
             return ""
         return group
@@ -100,11 +91,7 @@ class Bequests:
     def adopt(self, remains: Remains, store: PageStore, guests: GuestTable) -> list[Heir]:
         """Serve on all that our predecessor served; it does not matter who died meanwhile."""
         heirs = []
-        for group in remains:
-            if not group.startswith(_PREFIX):
-                continue
-            left = remains.take(group)
-            assert left is not None
+        for group, left in remains.take_all(_PREFIX):
             heir = self._adopt(group, left, store, guests)
             if heir is None:
                 for fd in left.values():
@@ -123,16 +110,10 @@ class Bequests:
             return None
         seeds_kind = next(iter(left.keys() & _SEEDS), "")
         record = record_read(left["record"])
-        image = _find(store, record["domain"], record["image"])
-        if image is None:
-            _log.error(
-                "guest-lost",
-                "its image is not served any more",
-                guest=record["guest"],
-                image=record["image"],
-            )
+        terms = terms_of(record, store)
+        if terms is None:
             return None
-        terms = _terms(record, image)
+        image = terms.image
         connection = adopt_connection(os.dup(left["socket"]))
         peer = Peer(
             connection.peer.pid,
@@ -165,7 +146,23 @@ class Bequests:
         return Heir(mapping, connection, terms, group, record["tag"] if is_open else None)
 
 
-def _describe(mapping: Mapping, terms: Terms) -> dict[str, Any]:
+def hold_guest(fd_store: FdStore, group: str, fds: list[int], guest: str, image: Image) -> bool:
+    """Have what a guest needs held; False, which is in the log, if it is not."""
+    try:
+        fd_store.hold(group, fds)
+    except OSError as error:
+        _log.error(
+            "not-held",
+            f"{error}; the backend's death would be this guest's",
+            guest=guest,
+            image=image.label,
+        )
+        return False
+    return True
+
+
+def describe_terms(terms: Terms) -> dict[str, Any]:
+    """What a record says of terms."""
     return {
         "guest": terms.name,
         "domain": terms.image.domain,
@@ -177,11 +174,20 @@ def _describe(mapping: Mapping, terms: Terms) -> dict[str, Any]:
         "policy": int(terms.policy),
         "window_bytes": terms.orders.window_bytes,
         "write_window_bytes": terms.orders.write_window_bytes,
-        "transport": mapping.transport,
     }
 
 
-def _terms(record: dict[str, Any], image: Image) -> Terms:
+def terms_of(record: dict[str, Any], store: PageStore) -> Terms | None:
+    """The terms again; None, which is in the log, if their image is not served any more."""
+    image = find_left(record, store)
+    if image is None:
+        _log.error(
+            "guest-lost",
+            "its image is not served any more",
+            guest=record["guest"],
+            image=record["image"],
+        )
+        return None
     return Terms(
         name=record["guest"],
         image=image,
@@ -194,6 +200,7 @@ def _terms(record: dict[str, Any], image: Image) -> Terms:
     )
 
 
-def _find(store: PageStore, domain: str, name: str) -> Image | None:
-    found: Iterator[Image] = (each for each in store if (each.domain, each.name) == (domain, name))
-    return next(found, None)
+def find_left(record: dict[str, Any], store: PageStore) -> Image | None:
+    """The image that a record is of; None if it is not served any more."""
+    wanted = record["domain"], record["image"]
+    return next((image for image in store if (image.domain, image.name) == wanted), None)

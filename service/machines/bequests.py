@@ -19,9 +19,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from cowshed.accounting import QuotaPolicy
 from cowshed.cache import CowshedError, Image, PageStore
-from cowshed.faults import Orders
+from cowshed.service.guests.bequests import (
+    describe_terms,
+    find_left,
+    hold_guest,
+    terms_of,
+)
 from cowshed.service.guests.guests import GuestTable, Mapping, Peer, Terms
 from cowshed.service.machines.handshake_peer import HandshakePeer
 from cowshed.service.machines.supplier import Supplier
@@ -81,17 +85,7 @@ class MachineBequests:
 
     def _hold(self, prefix: str, fds: list[int], image: Image, guest: str) -> str:
         group = f"{prefix}{secrets.token_hex(8)}"
-        try:
-            self._fd_store.hold(group, fds)
-        except OSError as error:
-            _log.error(
-                "not-held",
-                f"{error}; the backend's death would be this guest's",
-                guest=guest,
-                image=image.label,
-            )
-            return ""
-        return group
+        return group if hold_guest(self._fd_store, group, fds, guest, image) else ""
 
     def release(self, group: str) -> None:
         """Have what is gone held no more."""
@@ -105,11 +99,7 @@ class MachineBequests:
         lent is lent again here.
         """
         heirs = []
-        for group in remains:
-            if not group.startswith(_SUPPLIED):
-                continue
-            left = remains.take(group)
-            assert left is not None
+        for group, left in remains.take_all(_SUPPLIED):
             heir = self._adopt(group, left, store, guests, supplier)
             if heir is None:
                 for fd in left.values():
@@ -134,16 +124,10 @@ class MachineBequests:
         if left.keys() - {"pagemap"} != _KINDS:
             return None
         record = record_read(left["record"])
-        image = _find(store, record)
-        if image is None:
-            _log.error(
-                "guest-lost",
-                "its image is not served any more",
-                guest=record["guest"],
-                image=record["image"],
-            )
+        terms = terms_of(record, store)
+        if terms is None:
             return None
-        terms, request = _terms(record, image), _request(record)
+        image, request = terms.image, _request(record)
         peer = HandshakePeer(socket.socket(fileno=os.dup(left["socket"])))
         if peer.pidfd is None:
             peer.close()
@@ -178,14 +162,10 @@ class MachineBequests:
         """Go on with connections that had handed nothing over yet, but for those of heirs."""
         attached = {os.fstat(heir.peer.fileno()).st_ino for heir in heirs}
         callers = []
-        for group in remains:
-            if not group.startswith(_CALLER):
-                continue
-            left = remains.take(group)
-            assert left is not None
+        for group, left in remains.take_all(_CALLER):
             image = None
             if left.keys() == {"record", "socket"}:
-                image = _find(store, record_read(left["record"]))
+                image = find_left(record_read(left["record"]), store)
             if image is None or os.fstat(left["socket"]).st_ino in attached:
                 for fd in left.values():
                     os.close(fd)
@@ -199,26 +179,12 @@ class MachineBequests:
 
 def _describe(terms: Terms, request: Handshake) -> dict[str, Any]:
     return {
-        "guest": terms.name,
-        "domain": terms.image.domain,
-        "image": terms.image.name,
-        "quota_bytes": terms.quota_bytes,
-        "policy": int(terms.policy),
+        **describe_terms(terms),
         "protocol": request.protocol,
         "regions": [list(region) for region in request.regions],
         "sharing": int(request.policy),
         "prefault": request.prefault,
     }
-
-
-def _terms(record: dict[str, Any], image: Image) -> Terms:
-    return Terms(
-        name=record["guest"],
-        image=image,
-        quota_bytes=record["quota_bytes"],
-        policy=QuotaPolicy(record["policy"]),
-        orders=Orders(),
-    )
 
 
 def _request(record: dict[str, Any]) -> Handshake:
@@ -228,8 +194,3 @@ def _request(record: dict[str, Any]) -> Handshake:
         policy=Policy(record["sharing"]),
         prefault=record["prefault"],
     )
-
-
-def _find(store: PageStore, record: dict[str, Any]) -> Image | None:
-    wanted = record["domain"], record["image"]
-    return next((image for image in store if (image.domain, image.name) == wanted), None)

@@ -50,11 +50,7 @@ class CarriedOver:
     def take(self, remains: Remains) -> list[tuple[Connection, bool]]:
         """The conversations of our predecessor, the caller's, and whether each was greeted."""
         taken = []
-        for group in remains:
-            if not group.startswith(_PREFIX):
-                continue
-            left = remains.take(group)
-            assert left is not None
+        for group, left in remains.take_all(_PREFIX):
             self._fd_store.release(group)
             if left.keys() != _KINDS:
                 for fd in left.values():

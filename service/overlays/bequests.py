@@ -122,11 +122,7 @@ class OverlayBequests:
     def lefts(self, remains: Remains) -> dict[str, LeftOverlay]:
         """Take what was left of overlays, by label; what is broken is let go."""
         lefts = {}
-        for group in remains:
-            if not group.startswith(_PREFIX):
-                continue
-            fds = remains.take(group)
-            assert fds is not None
+        for group, fds in remains.take_all(_PREFIX):
             try:
                 if fds.keys() - {"overlay"} != _KINDS:
                     raise ValueError(f"it has {', '.join(sorted(fds))}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from cowshed.cache.errors import InvariantError
@@ -77,6 +77,12 @@ class Remains:
         """Give a group's descriptors by kind, now the caller's; None if there is no such group."""
         return self._groups.pop(name, None)
 
+    def take_all(self, prefix: str) -> Iterator[tuple[str, Kinds]]:
+        """Give every group whose name begins so, as take() does."""
+        for name in self:
+            if name.startswith(prefix):
+                yield name, self._groups.pop(name)
+
     def close(self) -> None:
         """Close what is left."""
         for kinds in self._groups.values():
@@ -84,6 +90,6 @@ class Remains:
         self._groups.clear()
 
 
-def _close_all(fds: Any) -> None:
+def _close_all(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)
