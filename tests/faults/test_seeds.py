@@ -38,8 +38,8 @@ def test_seeds_are_charged_at_once_and_pushed_in_idle_time(stage: Stage, source:
     pages = [0, 1, 2, 17, 40, 127]
     guest = stage.guest(quota=3, seeds=(source, bitmap_of(pages)))
     assert guest.account.status().private_pages == len(pages)
-    until(lambda: seeded(guest) == 0, "the seeds are pushed")
-    assert guest.account.seeds_fd == -1
+    until(lambda: guest.account.seeds_fd == -1, "the seeds are pushed and their source is closed")
+    assert seeded(guest) == 0
     stage.load()
     for page in range(stage.image.nr_pages):
         assert guest.read(page) == (own(page) if page in pages else content(page))
