@@ -80,7 +80,7 @@ class Autowarm:
 
     def _warm(self, warm: Warm) -> None:
         image = warm.image
-        extents = [] if warm.is_aborted else self._working_sets.recorded(image)
+        extents = [] if warm.is_aborted else self._working_sets.earlier(image)
         marks = self._evictor.watermarks
         room = marks.capacity_extents - marks.high_free
         room -= sum(each.resident_bytes // each.extent_bytes for each in self._store)

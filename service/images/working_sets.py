@@ -29,9 +29,13 @@ class WorkingSets:
 
     def recorded(self, image: Image) -> list[int]:
         """Give the extents to load first: this run's touches, then an earlier run's; maybe none."""
-        return _in_order(image.first_touches(), self._earlier(image))
+        return _in_order(image.first_touches(), self.earlier(image))
 
-    def _earlier(self, image: Image) -> Sequence[int]:
+    def earlier(self, image: Image) -> Sequence[int]:
+        """Give the extents that guests of earlier runs touched, in that order; maybe none.
+
+        Empty while the image's digest is not known, and if the file is unusable, which is logged.
+        """
         if not image.digest:
             return ()
         try:
@@ -59,7 +63,7 @@ class WorkingSets:
             order = image.first_touches()
             if not image.digest or len(order) <= self._written.get(image.label, 0):
                 continue
-            earlier = self._earlier(image)
+            earlier = self.earlier(image)
             touches = FirstTouches()
             touches.note(_in_order(order, earlier)[: max(len(order), len(earlier))])
             try:

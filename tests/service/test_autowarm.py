@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images are warm again after a restart: behind what guests ask for, until somebody aborts it."""
 
+import logging
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from domains import MakeImage, StartDaemon, StartGuest, cowshed, in_thread, until
 from nbd_client import Client
+from stage import Stage
 
 from cowshed.accounting import WorkingSet, read_working_set, write_working_set
 from cowshed.cache import ExtentState, FileSource, Image, PageStore
@@ -151,6 +153,27 @@ def test_a_warming_can_be_aborted_before_its_turn(image: Image, sets: WorkingSet
     image.digest = "sha256:known"
     warm.stop()
     assert image.resident_bytes == 0
+
+
+@pytest.mark.skipif(not os.access("/dev/userfaultfd", os.W_OK), reason="needs /dev/userfaultfd")
+def test_what_this_run_alone_touched_is_not_warmed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Stage(tmp_path)
+    try:
+        stage.guest(window=1).read(0)
+        stage.image.digest = "sha256:known"  # later than the first guest came
+        sets = WorkingSets(tmp_path)
+        assert sets.recorded(stage.image) == [0]
+        warming = Warming()
+        with caplog.at_level(logging.INFO):
+            warm = Autowarm(stage.store, Evictor(stage.store), sets, load, warming)
+            warm.start()
+            until(lambda: not warming.of(stage.image))
+            warm.stop()
+        assert caplog.records == []
+    finally:
+        stage.close()
 
 
 def test_a_damaged_working_set_is_told_of_once_and_gone_on_without(
