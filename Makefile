@@ -22,11 +22,15 @@ C_CHECK := gcc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -I. -c -o /dev/null
 SANITIZE := thread address
 SANITIZE_TESTS := $(wildcard tests/cache tests/faults tests/stress)
 
+# Most tests wait for processes most of the time. A file stays in one process, since its tests share fixtures.
+TEST_PROCESSES := $(shell expr 2 '*' "$$(nproc)")
+PYTEST := $(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadfile
+
 FUZZ_SECONDS := 60
 
 export PYTHON
 
-.PHONY: help setup demo demo-vm test check dashboards format bench fuzz sanitize wheel clean links
+.PHONY: help setup demo demo-vm test test-quick check dashboards format bench fuzz sanitize wheel clean links
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -53,8 +57,11 @@ demo: setup ## a short tour on real images
 demo-vm: setup ## three machines boot from one disk in memory
 	@$(BIN)/python bench/demo_vm.py
 
-test: setup ## every test
-	@$(BIN)/pytest -q --durations=10 $(TESTS)
+test: setup ## every test; TESTS=tests/cache for some, TEST_PROCESSES=1 for one at a time
+	@$(PYTEST) --durations=10 $(TESTS)
+
+test-quick: setup ## what to run after an edit: all but the tests of whole systems
+	@$(PYTEST) -m 'not slow' $(TESTS)
 
 check: setup links ## lint, types, import contract, C warnings, dashboards and rules
 	$(BIN)/ruff check .
@@ -85,7 +92,6 @@ bench: setup ## measurements, with how to repeat them
 	@$(BIN)/python bench/run.py
 
 fuzz: setup ## a coverage-guided fuzzer over all that reads a peer's bytes; FUZZ_SECONDS=60 for each target
-	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) -e '.[fuzz]'
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest -q --timeout=0 tests/fuzz
 
 sanitize: setup ## the tests that race, on a core built with each sanitizer of SANITIZE

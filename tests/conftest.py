@@ -8,6 +8,7 @@ lacks something cannot turn the suite green by skipping it.
 
 import os
 import random
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,9 @@ class SkipWatch:
 
 
 def _chosen_seed() -> int:
-    given = os.environ.get("COWSHED_TEST_SEED")
-    return int(given) if given else random.SystemRandom().randrange(1 << 32)
+    """The seed given, else a new one, in the environment for the processes that share the tests."""
+    new = str(random.SystemRandom().randrange(1 << 32))
+    return int(os.environ.setdefault("COWSHED_TEST_SEED", new))
 
 
 SEED = _chosen_seed()
@@ -88,6 +90,39 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(SkipWatch(), "skip-watch")
     if getattr(config.option, "hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(SEED)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escape what no encoding can carry from one process to another, such as lone surrogates."""
+    report = yield
+    report.sections = [
+        (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have files that may take longest begin first, or one of them is waited for at the end.
+
+    Their timeout says how long a test may take. With COWSHED_TEST_ORDER=random, the seed decides
+    the order of the files and of the tests in each. A file's tests stay together.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    if os.environ.get("COWSHED_TEST_ORDER") == "random":
+        order = random.Random(SEED)
+        paths = order.sample(list(files), len(files))
+        items[:] = [item for path in paths for item in order.sample(files[path], len(files[path]))]
+    else:
+        paths = sorted(files, key=lambda path: max(map(_timeout, files[path])), reverse=True)
+        items[:] = [item for path in paths for item in files[path]]
+
+
+def _timeout(item: pytest.Item) -> float:
+    mark = item.get_closest_marker("timeout")
+    return float(mark.args[0]) if mark else 0.0
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

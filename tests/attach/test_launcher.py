@@ -46,12 +46,12 @@ def test_an_end_by_a_signal_is_the_programs(shared: Attached) -> None:
 
 
 def test_a_signal_reaches_the_program(shared: Attached) -> None:
-    script = "trap 'echo caught; exit 9' INT; echo ready; read line; exit 1"
+    script = "trap 'echo caught; exit 9' USR1; echo ready; read line; exit 1"
     words = shared.words("sh", "-c", script, "{image}")
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGUSR1)  # one that nobody has ignored before
         assert process.stdout.read() == b"caught\n"
     assert process.returncode == 9
 

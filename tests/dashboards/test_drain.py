@@ -42,7 +42,7 @@ def check(folder: Path, state: str, progress: str, expected: dict[str, float]) -
         capture_output=True,
         text=True,
         check=False,
-        timeout=50,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -2,7 +2,7 @@
 """Fuzz one target, guided by coverage: fuzz.py TARGET SECONDS [FOLDER-OF-FINDINGS].
 
 Starts from the corpus beside this file. A defect ends it with a stack, and the input in hex, to be
-put into the corpus with its cure. Needs atheris (pip install -e '.[fuzz]').
+put into the corpus with its cure. Needs atheris.
 """
 
 import sys

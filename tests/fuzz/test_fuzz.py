@@ -50,7 +50,7 @@ def test_spoiled_seeds_are_no_defect(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("atheris") is None, reason="needs atheris (the extra 'fuzz')"
+    importlib.util.find_spec("atheris") is None, reason="needs atheris, which has wheels for x86-64"
 )
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_guided_fuzzer_finds_nothing_in_a_short_while(name: str) -> None:

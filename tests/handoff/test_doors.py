@@ -54,7 +54,7 @@ def test_every_door_of_a_drained_backend_tells_the_targets_address(
             env={**os.environ, "LIBNBD_DEBUG": "1"},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         assert done.returncode != 0

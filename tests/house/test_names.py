@@ -20,7 +20,7 @@ def rules_broken_by(line: str, in_file: str) -> list[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=50,
+        timeout=120,
     )
     return [found.split()[1] for found in result.stdout.splitlines()]
 

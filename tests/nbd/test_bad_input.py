@@ -22,7 +22,7 @@ from cowshed.transport.nbd_wire import OPTION_HEADER, OPTION_MAGIC, Option
 REQUEST = struct.Struct(">IHHQQI")
 REQUEST_MAGIC = 0x25609513
 READ, WRITE, DISC = 0, 1, 2
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 class Client:
@@ -189,7 +189,7 @@ try:
     while len(held) < 5000:
         one = socket.socket(socket.AF_UNIX)
         one.connect(path)
-        one.settimeout(20)
+        one.settimeout(60)
         if not one.recv(18):
             break
         held.append(one)

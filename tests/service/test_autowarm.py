@@ -25,7 +25,7 @@ from cowshed.transport.nbd_core import NbdExport, NbdServer
 
 EXTENT = 65536
 NR_EXTENTS = 128
-WAIT_MS = 20_000
+WAIT_MS = 60_000
 
 
 def test_what_guests_touched_is_resident_again_after_a_restart(

@@ -11,7 +11,7 @@ from swarms import Swarm
 
 MIB = 1 << 20
 # Generous: several test runs may share two CPUs.
-SOON_SECONDS = 5.0
+SOON_SECONDS = 30.0  # an endless wait is meant, not slowness
 
 
 @pytest.mark.timeout(120)
@@ -107,7 +107,7 @@ def test_a_daemon_ends_in_the_middle_of_a_warm(
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as warming:
         until(lambda: daemon.status()["resident_bytes"] > 0)
         assert daemon.stop() == 0
-        _, complaint = warming.communicate(timeout=20)
+        _, complaint = warming.communicate(timeout=60)
     assert warming.returncode == 1
     assert complaint.count("\n") == 1
     assert "hung up" in complaint or "closed the connection" in complaint

@@ -24,7 +24,7 @@ from cowshed.service.settings.domains import Domains
 from cowshed.transport.nbd_core import NbdServer
 
 EXTENT_BYTES = 4096
-WAIT_MS = 10_000
+WAIT_MS = 60_000
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def test_a_descriptor_whose_close_waits_holds_up_nobody(
     with connect(daemon.uri) as connection:
         connection.send({"op": "hello", "version": 1}, [lingering.fileno()])
         lingering.close()
-        assert connection.recv(timeout=20)[0]["ok"]
+        assert connection.recv(timeout=60)[0]["ok"]
     assert daemon.status()["guests"] == []
 
 
@@ -95,7 +95,7 @@ def test_a_descriptor_that_says_nothing_of_itself_holds_up_nobody(
         ):
             fds = [uffd, silent_file, silent_file] if body["op"] == "region" else []
             connection.send(body, fds)
-            reply, received, _ = connection.recv(timeout=20)
+            reply, received, _ = connection.recv(timeout=60)
             close_foreign(received)
         assert not reply["ok"]
         assert "own /proc/self/pagemap" in reply["error"]["message"]

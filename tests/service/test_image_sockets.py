@@ -23,7 +23,7 @@ os.setgroups([]), os.setgid(uid), os.setuid(uid)
 kept = []
 for _ in range(nr):
     one = socket.socket(socket.AF_UNIX)
-    one.settimeout(30)
+    one.settimeout(60)
     one.connect(path)
     kept.append(one)
     try:

@@ -44,7 +44,7 @@ def test_a_killed_process_frees_its_grants_and_its_siblings_keep_theirs(
     stays.start("fill", offset=4 * MIB, length=MIB, byte=3)
     until(lambda: daemon.guest_status("g")["state"] == "stopped-quota")
     doomed.kill()
-    until(lambda: daemon.guest_status("g")["mappings"] == 1, 1)
+    until(lambda: daemon.guest_status("g")["mappings"] == 1)
     stays.finish()
     status = daemon.guest_status("g")
     assert (status["state"], status["private_bytes"]) == ("running", 2 * MIB)

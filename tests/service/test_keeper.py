@@ -66,7 +66,7 @@ def test_a_backend_that_cannot_begin_is_not_started_again(
     run_dir: Path, make_image: MakeImage
 ) -> None:
     words = command("serve", "--run-dir", str(run_dir), "--image", f"d={run_dir}/none")
-    ended = subprocess.run(words, capture_output=True, timeout=60, check=False)
+    ended = subprocess.run(words, capture_output=True, timeout=120, check=False)
     assert ended.returncode == 1
     assert ended.stderr.decode().count("\n") == 1
     assert ended.stderr.startswith(b"cowshed: ")

@@ -52,7 +52,7 @@ def test_conversations_at_rest_are_carried_over(kept: Daemon) -> None:
         silent.queue({"op": "hello", "version": 1, "features": []}, tag=7)
         silent.flush()
         go(pid)
-        body, _, tag = silent.recv(timeout=30)
+        body, _, tag = silent.recv(timeout=60)
         assert (body["ok"], tag) == (True, 7)
         after = pid_of(idle.request("status"))
         assert after != before
@@ -80,7 +80,7 @@ def test_who_is_promised_an_answer_gets_it_from_whoever_serves(kept: Daemon) -> 
 
 def test_an_nbd_handshake_under_way_is_finished(kept: Daemon) -> None:
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(30)
+        client.settimeout(60)
         client.connect(str(kept.run_dir / "nbd.sock"))
         assert client.recv(18, socket.MSG_WAITALL)[:16] == NBD_MAGIC
         pid = begin_to_leave(kept)
@@ -105,14 +105,14 @@ def test_a_guest_in_its_handshake_has_its_mapping(kept: Daemon) -> None:
         ):
             guest.queue(body, tag=tag)
             guest.flush()
-            _, fds, _ = guest.recv(timeout=30)
+            _, fds, _ = guest.recv(timeout=60)
             for fd in fds:
                 os.close(fd)
         pid = begin_to_leave(kept)
         guest.queue({"op": "close"}, tag=3)
         guest.flush()
         os.kill(pid, signal.SIGCONT)
-        body, _, tag = guest.recv(timeout=30)
+        body, _, tag = guest.recv(timeout=60)
         assert (body["ok"], tag) == (True, 3)
     until(lambda: not Path(f"/proc/{pid}").exists())
     assert kept.status()["guests"] == []

@@ -68,7 +68,7 @@ def test_a_killed_guest_returns_its_grants(
     assert daemon.guest_status("g")["private_bytes"] == 2 * MIB
     assert daemon.status()["images"][0]["refs"] == 32
     guest.kill()
-    until(lambda: daemon.status()["guests"] == [], 5)
+    until(lambda: daemon.status()["guests"] == [])
     assert daemon.status()["images"][0]["refs"] == 0
     assert daemon.mismatches() == []
 
@@ -83,7 +83,7 @@ def test_a_killed_guest_is_detached_though_another_process_holds_its_connection(
     holder = guest.call("lend_connection")
     try:
         guest.process.kill()
-        until(lambda: daemon.status()["guests"] == [], 5)
+        until(lambda: daemon.status()["guests"] == [])
         assert daemon.status()["images"][0]["refs"] == 0
     finally:
         os.kill(holder, signal.SIGKILL)

@@ -61,7 +61,7 @@ def server(pages: Pages) -> Iterator[HttpServer]:
 
 def ask(server: HttpServer, request: str) -> bytes:
     """Everything that comes back for these bytes."""
-    with socket.create_connection(("127.0.0.1", server.endpoint.port), timeout=30) as sock:
+    with socket.create_connection(("127.0.0.1", server.endpoint.port), timeout=60) as sock:
         sock.sendall(request.encode("latin-1"))
         return read_all(sock)
 
@@ -75,7 +75,7 @@ def read_all(sock: socket.socket) -> bytes:
 
 def is_refused(address: tuple[str, int]) -> bool:
     try:
-        socket.create_connection(address, timeout=30).close()
+        socket.create_connection(address, timeout=60).close()
     except (ConnectionRefusedError, ConnectionResetError):
         return True
     return False
@@ -122,7 +122,7 @@ def test_silent_connections_make_room_for_who_asks(pages: Pages) -> None:
         stack.callback(server.stop)
         address = ("127.0.0.1", server.endpoint.port)
         silent = [
-            stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(80)
+            stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(80)
         ]
         for _ in range(5):
             assert status(ask(server, "GET / HTTP/1.1\r\n\r\n")) == 200
@@ -132,7 +132,7 @@ def test_silent_connections_make_room_for_who_asks(pages: Pages) -> None:
 
 
 def test_a_request_that_comes_in_drips_is_out_of_time(server: HttpServer) -> None:
-    with socket.create_connection(("127.0.0.1", server.endpoint.port), timeout=30) as sock:
+    with socket.create_connection(("127.0.0.1", server.endpoint.port), timeout=60) as sock:
         sock.send(b"GET / HT")
         assert status(ask(server, "GET / HTTP/1.1\r\n\r\n")) == 200
         assert sock.recv(1) == b""
@@ -143,10 +143,10 @@ def test_slow_answers_do_not_hold_up_the_loop_and_slow_readers_get_all(
 ) -> None:
     with contextlib.ExitStack() as stack:
         address = ("127.0.0.1", server.endpoint.port)
-        waiting = stack.enter_context(socket.create_connection(address, timeout=30))
+        waiting = stack.enter_context(socket.create_connection(address, timeout=60))
         waiting.sendall(b"GET /wait HTTP/1.1\r\n\r\n")
         assert pages.asked.wait(30)
-        reader = stack.enter_context(socket.create_connection(address, timeout=30))
+        reader = stack.enter_context(socket.create_connection(address, timeout=60))
         reader.sendall(b"GET /long HTTP/1.1\r\n\r\n")
         assert reader.recv(1) == b"H"  # under way, and more than the socket holds
         assert status(ask(server, "GET / HTTP/1.1\r\n\r\n")) == 200
@@ -159,7 +159,7 @@ def test_stopping_finishes_the_answer_under_way_and_refuses_what_comes_then(
     server: HttpServer, pages: Pages
 ) -> None:
     address = ("127.0.0.1", server.endpoint.port)
-    with socket.create_connection(address, timeout=30) as sock:
+    with socket.create_connection(address, timeout=60) as sock:
         sock.sendall(b"GET /wait HTTP/1.1\r\n\r\n")
         assert pages.asked.wait(30)
         stopping = threading.Thread(target=server.stop)

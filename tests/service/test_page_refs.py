@@ -16,7 +16,7 @@ from cowshed.transport.channel import Channel
 
 SIZE = 20 << 20
 PAGE = 4096
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")

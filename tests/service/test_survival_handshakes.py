@@ -69,7 +69,7 @@ def test_a_program_attaches_to_the_successor_of_who_dies_meanwhile(
         command("attach", "d", "--run-dir", str(kept.run_dir), "--", *words),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env=plain_environment(),
         check=False,
     )

@@ -105,7 +105,7 @@ def test_a_machine_that_reconnects_goes_on(kept: Daemon, image: Path) -> None:
                 assert "read 65536/65536" in order(f"read -P {earlier + 1} {earlier}M 64k")
         assert kept.mismatches() == []
     finally:
-        machine.communicate("q\n", timeout=30)
+        machine.communicate("q\n", timeout=60)
 
 
 def test_unflushed_writes_to_files_outlive_a_backend(

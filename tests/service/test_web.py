@@ -154,7 +154,7 @@ def page_url(daemon: Daemon) -> str:
 
 
 def get(url: str) -> tuple[bytes, Any]:
-    with urllib.request.urlopen(url, timeout=20) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         return answer.read(), answer.headers
 
 

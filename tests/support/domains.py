@@ -49,7 +49,7 @@ def cowshed(
     )
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for something that sends no event; AssertionError if it does not come."""
     deadline = time.monotonic() + seconds
     while not condition():

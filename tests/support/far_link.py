@@ -23,7 +23,7 @@ _IFF_TUN_NO_PI = 0x0001 | 0x1000
 
 
 def _run(*words: str) -> None:
-    subprocess.run(words, check=True, capture_output=True, timeout=30)
+    subprocess.run(words, check=True, capture_output=True, timeout=60)
 
 
 def can_make_links() -> bool:

@@ -26,7 +26,7 @@ def metrics_url(daemon: Daemon) -> str:
 
 def fetch(url: str, **headers: str) -> str:
     request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         text: bytes = answer.read()
     return text.decode()
 

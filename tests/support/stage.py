@@ -38,7 +38,7 @@ from cowshed.faults import (
 PAGE = 4096
 EXTENT_PAGES = 16
 NO_QUOTA = 1 << 40
-ANSWER_SECONDS = 20.0
+ANSWER_SECONDS = 60.0
 SCRIPT = Path(__file__).with_name("mapped_guest.py")
 
 

@@ -19,7 +19,7 @@ class Supervisor:
         self.address = log.with_name("notify")
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(str(self.address))
-        self.socket.settimeout(20)
+        self.socket.settimeout(60)
         self.words = words
         self.log = log
         self.groups: dict[str, list[int]] = {}

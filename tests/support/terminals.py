@@ -17,7 +17,7 @@ import termios
 from collections.abc import Mapping
 from typing import Any
 
-ANSWER_SECONDS = 20
+ANSWER_SECONDS = 60
 _SIZES = ("COLUMNS", "LINES")
 _CSI = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")
 

@@ -14,7 +14,7 @@ from stage import make_stage, stage
 __all__ = ["make_stage", "nbd", "run_guest", "socket_path", "stage", "start_backend"]
 
 HERE = Path(__file__).parent
-GUEST_SECONDS = 30
+GUEST_SECONDS = 60
 
 
 @pytest.fixture

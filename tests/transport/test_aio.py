@@ -13,7 +13,7 @@ from cowshed.cache.errors import PeerError, UsageError
 from cowshed.transport import aio, channel
 from cowshed.transport.aio import AsyncChannel
 
-SECONDS = 10.0
+SECONDS = 60.0
 
 
 @pytest.fixture(scope="module", params=SCHEMES)

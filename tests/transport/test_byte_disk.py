@@ -2,6 +2,7 @@
 """The client that reads and writes by bytes, against nbdkit: a server that nobody here wrote."""
 
 import errno
+import itertools
 import os
 import random
 import re
@@ -133,28 +134,29 @@ def test_threads_share_one_connection(
 
 
 def test_pieces_are_kept_in_flight(path: Path, file: Path, content: bytes) -> None:
-    delay, nr_pieces = 0.2, SIZE // (512 << 10)
-    slow = ("--filter=delay", "file", str(file), f"delay-read={delay * 1000:g}ms")
-    with nbdkit(path, *slow), open_disk(path) as disk:
-        began = time.monotonic()
+    log = path.parent / "log"
+    slow = ("--filter=log", "--filter=delay", "file", str(file), "delay-read=200ms")
+    with nbdkit(path, *slow, f"logfile={log}"), open_disk(path) as disk:
         assert disk.read(0, SIZE) == content
-        # One after the other they would take nr_pieces times the delay.
-        assert time.monotonic() - began < delay * nr_pieces / 2
+    begun_or_ended = re.findall(r" (\.\.\.)?Read ", log.read_text())
+    under_way = itertools.accumulate(-1 if ended else 1 for ended in begun_or_ended)
+    assert max(under_way) >= SIZE // (512 << 10) // 2
 
 
 def test_sequential_reads_are_asked_for_ahead(path: Path, file: Path, content: bytes) -> None:
     log = path.parent / "log"
     sequential = range(0, 1 << 20, 4096)
     backwards = range(SIZE - 4096, SIZE - (256 << 10), -8192)
-    with nbdkit(path, "--filter=log", "file", str(file), f"logfile={log}"):
-        with open_disk(path) as disk:
-            for at in (*sequential, *backwards):
-                assert disk.read(at, 4096) == content[at : at + 4096]
+    logged = ("--filter=log", "file", str(file), f"logfile={log}")
+    with nbdkit(path, *logged), open_disk(path) as disk:
+        for at in (*sequential, *backwards):
+            assert disk.read(at, 4096) == content[at : at + 4096]
     # Told apart by their offsets: what was asked for ahead may be read at any time until now.
     reads = re.findall(r" Read .*?offset=(0x[0-9a-f]+) count=(0x[0-9a-f]+)", log.read_text())
     places = [(int(at, 16), int(length, 16)) for at, length in reads]
-    assert sum(at < backwards[-1] for at, _ in places) < 40  # instead of 256
-    assert [place for place in places if place[0] >= backwards[-1]] == [(at, 4096) for at in backwards]
+    by_place = [place for place in places if place[0] >= backwards[-1]]
+    assert len(places) - len(by_place) < 40  # instead of 256
+    assert by_place == [(at, 4096) for at in backwards]
 
 
 def test_errors_name_the_place_and_leave_the_disk_usable(path: Path, file: Path) -> None:
@@ -221,10 +223,8 @@ def test_a_server_that_stays_away_is_an_error_in_time(path: Path, file: Path) ->
     with nbdkit(path, "file", str(file)):
         disk = open_disk(path, timeout=0.3)
     with disk:
-        began = time.monotonic()
         with pytest.raises(PeerError, match=r"is gone .*tried for 0\.3 s"):
             disk.read(0, 10)
-        assert time.monotonic() - began < 5
         assert not disk.alive
         with nbdkit(path, "file", str(file)):
             assert len(disk.read(0, 10)) == 10

@@ -20,7 +20,7 @@ from cowshed.transport import channel
 from cowshed.transport.channel import Channel, Liveness, Request
 from cowshed.transport.protocol import HEADER, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, encode
 
-SECONDS = 10.0
+SECONDS = 60.0
 
 
 @pytest.fixture(scope="module", params=SCHEMES)

@@ -32,7 +32,7 @@ def test_a_kill_loses_nothing_that_was_flushed(
         env={**os.environ, "PYTHONPATH": f"{SUPPORT}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert child.returncode == -signal.SIGKILL, child.stdout + child.stderr

@@ -43,7 +43,7 @@ def all_left_by(folder: Path, point: str, op: str) -> tuple[list[int], list[int]
         pass_fds=[theirs.fileno()],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert child.returncode == -signal.SIGKILL, child.stdout + child.stderr

@@ -18,7 +18,7 @@ from certificates import Authority
 from cowshed.transport.relay import Relay
 from cowshed.transport.tls import TlsSession, server_context
 
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A skip that nobody agreed to fails the session in CI, and there only."""
+"""What conftest.py holds for every test: agreed skips, one seed, the order, output of any kind."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,24 +29,30 @@ def test_that_is_expected_to_fail():
 """
 
 
-def run_suite(folder: Path, skips: str, ci: str, suite: str = SUITE) -> tuple[int, str]:
+def run_suite(
+    folder: Path, skips: str, ci: str, suite: str = SUITE, options: Sequence[str] = ()
+) -> tuple[int, str]:
     shutil.copy(CONFTEST, folder)
     (folder / "skips.txt").write_text(skips)
     (folder / "test_suite.py").write_text(suite)
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir=."],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir=.", *options],
         cwd=folder,
         env={**os.environ, "CI": ci},
         capture_output=True,
         text=True,
         check=False,
-        timeout=50,
+        timeout=120,
     )
     return result.returncode, result.stdout
 
 
-def test_unlisted_skip_fails_ci_and_is_named(tmp_path: Path) -> None:
-    status, output = run_suite(tmp_path, "", ci="true")
+in_processes = pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["one", "several"])
+
+
+@in_processes
+def test_unlisted_skip_fails_ci_and_is_named(tmp_path: Path, options: Sequence[str]) -> None:
+    status, output = run_suite(tmp_path, "", ci="true", options=options)
     assert status == pytest.ExitCode.TESTS_FAILED
     assert "test_suite.py::test_that_skips[1]: Skipped: needs a cow" in output
     assert "test_that_is_expected_to_fail" not in output
@@ -63,11 +71,12 @@ def test_listed_skip_is_allowed(tmp_path: Path, listed: str) -> None:
     assert run_suite(tmp_path, skips, ci="true")[0] == pytest.ExitCode.OK
 
 
-def test_file_that_skips_itself_fails_ci(tmp_path: Path) -> None:
+@in_processes
+def test_file_that_skips_itself_fails_ci(tmp_path: Path, options: Sequence[str]) -> None:
     suite = "import pytest\npytest.skip('no herd', allow_module_level=True)\n"
     suite_beside = tmp_path / "test_beside.py"
     suite_beside.write_text("def test_that_passes():\n    pass\n")
-    status, output = run_suite(tmp_path, "", ci="true", suite=suite)
+    status, output = run_suite(tmp_path, "", ci="true", suite=suite, options=options)
     assert status == pytest.ExitCode.TESTS_FAILED
     assert "test_suite.py: Skipped: no herd" in output
 
@@ -103,3 +112,46 @@ def test_report():
     assert len(drew) == 2
     assert drew == again
     assert "seed: 7" in runs[0]
+
+
+def test_processes_share_the_seed_and_carry_any_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COWSHED_TEST_SEED")
+    suite = """\
+import logging
+import os
+import pytest
+
+@pytest.mark.parametrize("no", range(4))
+def test_output(no):
+    logging.warning("seed %s \\ud800", os.environ["COWSHED_TEST_SEED"])
+    raise AssertionError
+"""
+    status, output = run_suite(tmp_path, "", ci="", suite=suite, options=("-n", "2"))
+    assert status == pytest.ExitCode.TESTS_FAILED
+    seeds = re.findall(r"seed (\d+) \\ud800$", output, re.MULTILINE)
+    assert len(seeds) == 4
+    assert set(seeds) == set(re.findall(r"seed: (\d+)", output))
+
+
+def test_files_that_may_take_longest_begin_first_unless_the_seed_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("a", 1), ("b", 3), ("c", 2)):
+        tests = "".join(f"def test_{name}{no}(): pass\n" for no in range(9))
+        mark = f"import pytest\npytestmark = pytest.mark.timeout({seconds})\n"
+        (tmp_path / f"test_{name}.py").write_text(mark + tests)
+
+    def order() -> str:
+        output = run_suite(tmp_path, "", ci="", suite="", options=("--co",))[1]
+        return "".join(re.findall(r"::test_(\w)\d", output))
+
+    assert order() == 9 * "b" + 9 * "c" + 9 * "a"
+    monkeypatch.setenv("COWSHED_TEST_ORDER", "random")
+    orders = set()
+    for seed in range(8):
+        monkeypatch.setenv("COWSHED_TEST_SEED", str(seed))
+        orders.add(order())
+    assert len(orders) > 1
+    assert {len(each.replace("aaaaaaaaa", "").replace("b" * 9, "")) for each in orders} == {9}
