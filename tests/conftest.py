@@ -8,6 +8,7 @@ lacks something cannot turn the suite green by skipping it.
 
 import os
 import random
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -88,6 +89,9 @@ SEED = _chosen_seed()
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(SkipWatch(), "skip-watch")
+    # A shell ignores Ctrl-C for what it runs in the background, and children inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if getattr(config.option, "hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(SEED)
 
