@@ -260,12 +260,13 @@ def test_a_guest_stopped_at_its_quota_is_stopped_still_and_goes_on_when_it_is_ra
 def test_counters_go_on(succession: Succession) -> None:
     mine = use(succession)
     succession.order(settle=0)
+    succession.order(counted=2)
     succession.kill()
     succession.succeed()
     before = succession.account.status().counters
     assert before.charged_pages >= 3
-    assert before.missing_loaded + before.minor_loaded + before.hits >= 1
-    assert succession.image.counters().loads >= 3
+    assert before.missing_loaded + before.minor_loaded + before.hits >= 2
+    assert succession.image.counters().loads >= 2  # what was asked for ahead may be late
     succession.check(mine)
     assert succession.account.status().counters.hits >= before.hits
 

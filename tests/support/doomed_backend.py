@@ -5,7 +5,8 @@
 
 First it sends the descriptors of what it leaves: frames, guest's, arrays, purse, ledger. Then a
 packet with the guest's [uffd, pagemap] and {"base", "pid"} comes. Then each packet is an order:
-{"arm": POINT} dies there, {"evict": [..]}, {"settle": 0}, answered by a packet.
+{"arm": POINT} dies there, {"evict": [..]}, {"settle": 0}, {"counted": N} once N accesses that were
+answered have been counted, which comes after a guest goes on; each is answered by a packet.
 """
 
 import json
@@ -18,6 +19,12 @@ from cowshed.accounting import Account, Purse, QuotaPolicy, Region, evict
 from cowshed.cache import FileSource, PageStore
 from cowshed.cache._core import lib
 from cowshed.faults import FaultHandler, Orders
+
+
+def nr_answered(account: Account) -> int:
+    counters = account.status().counters
+    return counters.missing_loaded + counters.minor_loaded + counters.hits
+
 
 link = socket.socket(fileno=int(sys.argv[1]))
 store = PageStore(int(sys.argv[3]) * 65536)
@@ -37,6 +44,9 @@ while packet := link.recv(4096):
         lib.point_arm(order["arm"], lib.POINT_KILL, 0, 1)
     elif "evict" in order:
         evict(image, order["evict"])
+    elif "counted" in order:
+        while nr_answered(account) < order["counted"]:
+            os.sched_yield()
     else:
         account.settle()
     link.send(b"{}")
