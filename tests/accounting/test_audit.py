@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 from stage import PAGE, MappedGuest, Stage, content, let_go, stop_at, until, wait_at
 
 from cowshed.accounting import Account, audit
@@ -23,8 +24,8 @@ def found(stage: Stage) -> list[tuple[str, str, int, int, int]]:
     ]
 
 
-def busy_stage(stage: Stage) -> list[MappedGuest]:
-    guests = [stage.guest(write_window=4) for _ in range(2)]
+def busy_stage(stage: Stage, write_window: int = 4) -> list[MappedGuest]:
+    guests = [stage.guest(write_window=write_window) for _ in range(2)]
     for guest in guests:
         guest.read(0, 16)
         guest.read(40)
@@ -167,8 +168,9 @@ def test_a_step_half_done_is_no_mismatch(stage: Stage) -> None:
     assert bytes.fromhex(guest.finish(ticket)) == content(40)[:8]
 
 
-def test_a_guest_that_died_is_no_mismatch(stage: Stage) -> None:
-    guests = busy_stage(stage)
+@pytest.mark.parametrize("write_window", [4, 1], ids=["some unsettled", "all settled"])
+def test_a_guest_that_died_is_no_mismatch(stage: Stage, write_window: int) -> None:
+    guests = busy_stage(stage, write_window)
     guests[1].process.kill()
     guests[1].process.wait()
     until(lambda: not os.path.exists(f"/proc/{guests[1].pid}"), "it is gone")
