@@ -23,7 +23,7 @@ SANITIZE := thread address
 SANITIZE_TESTS := $(wildcard tests/cache tests/faults tests/stress)
 
 # Most tests wait for processes most of the time. A file stays in one process, since its tests share fixtures.
-TEST_PROCESSES := $(shell expr 2 '*' "$$(nproc)")
+TEST_PROCESSES ?= $(shell expr 2 '*' "$$(nproc)")
 PYTEST := $(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadfile
 
 FUZZ_SECONDS := 60

@@ -24,6 +24,8 @@ import pytest
 
 from cowshed.accounting.eviction import PATIENCE, EvictionPolicy, ExtentKey
 
+pytestmark = pytest.mark.slow
+
 Access = tuple[int, int]  # guest, extent_no
 
 EXTENT_BYTES = 16384  # a quarter of the usual, so that the library is a cacheful of them

@@ -8,8 +8,11 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
 from attached import Attached, StartReader
 from domains import until
+
+pytestmark = pytest.mark.slow
 
 PAGE = 4096
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # The measurements are of the first test that wants them, and take long on a busy machine.
-pytestmark = pytest.mark.timeout(140)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("bench")
     command = [sys.executable, str(ROOT / "bench/run.py"), "--quick", "--out", str(out)]
     command += ["--only", "write", "--only", "cold", "--only", "fault", "--only", "memory"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=135)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=380)
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "bench.json").read_text())
     report["text"] = done.stdout
@@ -115,7 +115,7 @@ def test_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         command = [sys.executable, str(ROOT / "bench/run.py"), "--quick", "--out", str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=135)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=380)
     assert done.returncode == 1
     assert "another run uses" in done.stderr
     assert done.stderr.count("\n") == 1

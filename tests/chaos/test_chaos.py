@@ -26,7 +26,10 @@ from world import World
 SECONDS = float(os.environ.get("COWSHED_CHAOS_SECONDS", "120"))
 SHOWN_LOG_LINES = 60
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: userfaultfd and points")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root: userfaultfd and points"),
+]
 
 
 @pytest.mark.timeout(2 * SECONDS + 600)

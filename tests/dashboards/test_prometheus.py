@@ -30,6 +30,8 @@ from observed import Prometheus, free_port, get
 
 from cowshed.transport import connect
 
+pytestmark = pytest.mark.slow
+
 IMAGE_BYTES = 8 << 20
 VARIABLES = {"$__rate_interval": "20s", "$__range": "60s"}
 EVERYTHING = dict.fromkeys(("$job", "$instance", "$domain", "$image", "$guest"), ".+")

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 from targets import TARGETS, run
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 SEEDS = sorted((HERE / "corpus").glob("*/*.hex"))
 

@@ -15,6 +15,8 @@ from two_hosts import PAGE, SIZE, Host, Model
 
 from cowshed.transport import connect
 
+pytestmark = pytest.mark.slow
+
 Pair = tuple[Host, Host]
 
 

@@ -14,6 +14,8 @@ from two_hosts import Host, Model, is_stopped
 from cowshed.transport import connect
 from cowshed.transport.messages import MovedError
 
+pytestmark = pytest.mark.slow
+
 Pair = tuple[Host, Host]
 
 

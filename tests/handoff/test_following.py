@@ -13,6 +13,8 @@ import pytest
 from domains import SUPPORT, StartGuest, in_thread, until
 from two_hosts import PAGE, SIZE, Host, is_stopped
 
+pytestmark = pytest.mark.slow
+
 Pair = tuple[Host, Host]
 MOVING = SUPPORT / "moving_guest.py"
 

@@ -15,6 +15,8 @@ from two_hosts import SIZE, Host, Model, is_stopped
 from cowshed.transport import connect
 from cowshed.transport.handoff_sections import ImageBytes, ImageWhole, StateReader
 
+pytestmark = pytest.mark.slow
+
 Pair = tuple[Host, Host]
 
 

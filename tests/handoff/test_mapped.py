@@ -7,10 +7,13 @@ import os
 import random
 import signal
 
+import pytest
 from domains import StartGuest, in_thread, until
 from two_hosts import PAGE, SIZE, Host, is_stopped
 
 from cowshed.transport import connect
+
+pytestmark = pytest.mark.slow
 
 Pair = tuple[Host, Host]
 # Who stays where it is, and leaves its pages to who comes with its token.

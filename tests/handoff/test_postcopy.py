@@ -16,6 +16,8 @@ from two_hosts import PAGE, SIZE, Host, Model, is_stopped
 
 from cowshed.transport import connect
 
+pytestmark = pytest.mark.slow
+
 Pair = tuple[Host, Host]
 
 

@@ -14,6 +14,8 @@ from two_hosts import PAGE, SIZE, Host, Model
 from cowshed.cache import UsageError
 from cowshed.transport.handoff_sections import ImageBytes, Pages, StateReader, Totals
 
+pytestmark = pytest.mark.slow
+
 Pair = tuple[Host, Host]
 
 

@@ -12,6 +12,8 @@ import pytest
 from domains import StartDaemon, command
 from nbd_site import MIB, SIZE, Site, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:

@@ -14,6 +14,8 @@ from guest_kernel import VmError
 from machines import Kit, Machine, vm_kit
 from nbd_site import MIB, Site, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def kit() -> Kit:
@@ -26,7 +28,7 @@ def kit() -> Kit:
         pytest.skip(f"needs QEMU, busybox and Debian's kernel: {error}")
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_machine_mounts_its_private_copies_and_writes_to_them(
     kit: Kit, run_dir: Path, start_daemon: StartDaemon, rng: random.Random
 ) -> None:

@@ -10,6 +10,8 @@ import pytest
 from domains import Daemon, MakeImage, StartDaemon, StartGuest, cowshed, until
 from swarms import Swarm
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 EXTENT = 64 << 10
 
@@ -28,7 +30,7 @@ def filled_extents(daemon: Daemon) -> list[int]:
             extents.update(range(start // EXTENT, (end - 1) // EXTENT + 1))
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_16_guests_on_an_image_of_8_capacities_never_exceed_it(
     make_image: MakeImage, start_daemon: StartDaemon, rng: random.Random
 ) -> None:

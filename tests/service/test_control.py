@@ -9,12 +9,14 @@ import pytest
 from domains import MakeImage, StartDaemon, command, until
 from swarms import Swarm
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 # Generous: several test runs may share two CPUs.
 SOON_SECONDS = 30.0  # an endless wait is meant, not slowness
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_audit_and_status_are_true_and_quick_while_guests_run_hard(
     make_image: MakeImage, start_daemon: StartDaemon, rng: random.Random
 ) -> None:

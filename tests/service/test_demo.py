@@ -32,6 +32,8 @@ from demo_guest import (
 from demo_image import make_image as make_ext4_image
 from demo_stage import DemoError
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).parents[2] / "bench"
 MIB = 1 << 20
 SMALL = ["--guests", "4", "--size", "32M", "--capacity", "12M"]

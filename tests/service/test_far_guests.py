@@ -13,9 +13,12 @@ from far_link import FarLink, can_make_links, far_link
 SIZE = 4 << 20
 PORT = 7419
 
-pytestmark = pytest.mark.skipif(
-    not can_make_links(), reason="needs root, /dev/net/tun and network namespaces"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not can_make_links(), reason="needs root, /dev/net/tun and network namespaces"
+    ),
+]
 
 
 @pytest.fixture

@@ -12,10 +12,13 @@ from supplied import MIB, PAGE, new_machine, restore, socket_of, status_of
 
 SIZE = 8 * MIB
 SIZES = [3 * MIB, 5 * MIB]
-pytestmark = pytest.mark.skipif(
-    not os.access("/dev/userfaultfd", os.R_OK | os.W_OK),
-    reason="needs /dev/userfaultfd: a machine's memory is touched by the kernel, too",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not os.access("/dev/userfaultfd", os.R_OK | os.W_OK),
+        reason="needs /dev/userfaultfd: a machine's memory is touched by the kernel, too",
+    ),
+]
 
 
 @pytest.fixture

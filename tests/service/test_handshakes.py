@@ -66,7 +66,7 @@ BAD_PACKETS = {
 }
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 def test_a_bad_handshake_costs_the_connection(
     daemon: Daemon, victim: Swarm, start_guest: StartGuest
 ) -> None:

@@ -16,6 +16,8 @@ from domains import NOBODY, Daemon, Guest, MakeImage, StartDaemon, StartGuest, u
 from siege import MIB, SIZE, guests_are, still_serves
 from swarms import Swarm
 
+pytestmark = pytest.mark.slow
+
 PAGE = 4096
 
 
@@ -172,7 +174,7 @@ def test_holes_read_without_a_guard_are_emptied_again(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it floods as nobody")
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 def test_a_flood_of_connections_locks_nobody_out(
     run_dir: Path, make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest
 ) -> None:

@@ -14,6 +14,8 @@ from switches import BEFORE, switch
 
 from cowshed.cache import UsageError
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 PAGE = 4096
 SIZE = 6 * MIB

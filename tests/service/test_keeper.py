@@ -15,6 +15,8 @@ from supervisor import Supervisor
 
 from cowshed.transport import connect
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 
 

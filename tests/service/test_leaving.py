@@ -15,6 +15,8 @@ from two_hosts import is_stopped
 from cowshed.transport import connect
 from cowshed.transport.unix import connect as connect_raw
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 NBD_MAGIC = b"NBDMAGICIHAVEOPT"
 LIST, ABORT = 3, 2

@@ -9,6 +9,8 @@ import pytest
 from domains import NOBODY, Daemon, MakeImage, StartDaemon, StartGuest, until
 from swarms import Swarm
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 
 
@@ -35,7 +37,7 @@ def test_64_guests_read_all_of_one_image_at_once(
     assert daemon.mismatches() == []
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_10000_comings_and_goings_leave_nothing_behind(
     make_image: MakeImage, start_daemon: StartDaemon, rng: random.Random
 ) -> None:

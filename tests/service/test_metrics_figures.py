@@ -16,6 +16,8 @@ from swarms import Swarm
 
 from cowshed.transport import connect
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 PAGE = 4096
 EXTENT = 65536

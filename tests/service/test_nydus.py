@@ -19,10 +19,13 @@ SIZE = 8 * MIB
 HUGE = 2 * MIB
 ZEROCOPY, COPY = 0, 1
 SOURCE = os.environ.get("COWSHED_NYDUS_SOURCE", "")
-pytestmark = pytest.mark.skipif(
-    not os.access("/dev/userfaultfd", os.R_OK | os.W_OK),
-    reason="needs /dev/userfaultfd: a client's memory is touched by the kernel, too",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not os.access("/dev/userfaultfd", os.R_OK | os.W_OK),
+        reason="needs /dev/userfaultfd: a client's memory is touched by the kernel, too",
+    ),
+]
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from domains import Daemon, Guest, MakeImage, StartDaemon, StartGuest, until
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 PAGE = 4096
 

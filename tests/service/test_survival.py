@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from domains import Daemon, Guest, MakeImage, StartDaemon, StartGuest, kill_backend, until
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 PAGE = 4096
 NOBODY = 65534

@@ -17,6 +17,8 @@ from cowshed.service.survival.fd_store import FdStore, kind_of
 from cowshed.service.survival.kept_counts import KeptCounts, keep_counts
 from cowshed.service.survival.remains import Remains
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 PAGE = 4096
 # The client library's own are of the process, as everywhere.

@@ -18,6 +18,8 @@ from domains import (
     until,
 )
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 PAGE = 4096
 POINTS = ("OPEN_TOLD", "REGION_ATTACHED", "REGION_HELD", "REGION_TOLD")

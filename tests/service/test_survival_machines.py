@@ -12,6 +12,8 @@ import pytest
 from domains import Daemon, Guest, MakeImage, StartDaemon, StartGuest, until
 from supplied import new_machine, restore, status_of
 
+pytestmark = pytest.mark.slow
+
 PAGE = 4096
 MIB = 1 << 20
 SIZE = 4 * MIB

@@ -16,6 +16,8 @@ from nbd_site import Site, run
 
 from cowshed.transport import ByteDisk, connect
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 SIZE = 4 * MIB
 PAGE = 4096

@@ -25,7 +25,7 @@ from supervisor import Supervisor
 from two_hosts import is_stopped
 
 # Each starts several daemons, one after the other.
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 MIB = 1 << 20
 PAGE = 4096

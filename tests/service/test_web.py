@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from cowshed.cache import FileSource, Image, PageStore
 from cowshed.service.web.state import MOST_CELLS, StateReader, image_map, run_lengths
 
+pytestmark = pytest.mark.slow
+
 Body = dict[str, Any]
 MIB = 1 << 20
 EXTENT = 64 << 10

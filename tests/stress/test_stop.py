@@ -11,6 +11,8 @@ from backend_process import BackendProcess
 from domains import StartGuest
 from rounds import KIB, Round, make_image
 
+pytestmark = pytest.mark.slow
+
 ROUND = Round(
     no=0,
     extent_bytes=64 * KIB,

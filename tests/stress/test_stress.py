@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 RUN = Path(__file__).parent / "run.py"
 SECONDS = float(os.environ.get("COWSHED_STRESS_SECONDS") or 60)
 # A sanitizer is for the backend alone: see tools/sanitize.sh.

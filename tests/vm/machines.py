@@ -32,8 +32,8 @@ from initramfs import initramfs
 
 __all__ = ["Answer", "Kit", "Machine", "drive", "network", "pmem", "vm_kit"]
 
-BOOT_SECONDS: Final = 90.0
-ANSWER_SECONDS: Final = 60.0
+BOOT_SECONDS: Final = 300.0
+ANSWER_SECONDS: Final = 180.0
 PROBE_SECONDS: Final = 10.0
 _TAIL_LINES: Final = 40
 _QEMU: Final = "qemu-system-x86_64"

@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 from demo_vm_disk import Contents, checksum, parse_sums
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).parents[2] / "bench"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, as the demo does")
 def test_a_small_demo_finds_no_wrong_byte_and_leaves_nothing_behind(kit: Kit) -> None:
     with new_run_dir() as folder:

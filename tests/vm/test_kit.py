@@ -22,7 +22,7 @@ from kernel_modules import Module, closure, modules_alias, modules_dep
 from machines import Kit, Machine, drive, network, pmem
 
 MIB = 1 << 20
-pytestmark = pytest.mark.timeout(300)  # the first of all fetches a kernel
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first of all fetches a kernel
 PLACES = {"ext4": "/dev/pmem0", "erofs": "/dev/pmem1", "squashfs": "/dev/vda"}
 
 

@@ -23,7 +23,7 @@ MIB = 1 << 20
 NAMES = [f"vm{number}" for number in range(8)]
 KINDS = ("ext4", "erofs", "squashfs")
 # What the first of all boots and fetches is in its test's time.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
