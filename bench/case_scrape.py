@@ -19,11 +19,11 @@ from stats import Aim
 
 from cowshed.accounting import Account, Purse, QuotaPolicy
 from cowshed.cache import FileSource, PageStore
-from cowshed.service.guests.door import raise_file_limit
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.metrics.exporter import Exporter, MetricsSources
 from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.runtime.file_limit import raise_file_limit
 from cowshed.service.settings.endpoint import Endpoint
 from cowshed.service.web.http_server import HttpServer
 

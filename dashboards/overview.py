@@ -417,7 +417,8 @@ _PROCESS: Final = Row(
             "Backends",
             "Which version runs where, for how long, how often it began again in the time shown: "
             "with what another had left after a crash or on purpose (a reload, a takeover), how "
-            "long that took, whether anybody would start the next, and when it was last audited.",
+            "long that took, whether anybody would start the next, how much "
+            "of what should outlive it would not, and when it was last audited.",
             [
                 Column(
                     "Up for",
@@ -448,6 +449,11 @@ _PROCESS: Final = Row(
                 Column(
                     "Not kept",
                     f'max by (instance) (cowshed_keeper{{{BACKEND}, kind="none"}})',
+                    "short",
+                ),
+                Column(
+                    "Not held",
+                    f"max by (instance) (cowshed_not_held_groups{{{BACKEND}}})",
                     "short",
                 ),
                 Column(

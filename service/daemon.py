@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable
 from typing import Final, NoReturn
 
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import Image
 from cowshed.service.guests.bequests import Bequests
-from cowshed.service.guests.door import Door, raise_file_limit
+from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import GuestTable, Terms
 from cowshed.service.guests.userfaultfd import open_device
 from cowshed.service.handoff.moved_in import MovedInTable
@@ -49,6 +50,7 @@ from cowshed.service.overlays.files import OverlayFiles
 from cowshed.service.overlays.overlays import OverlayTable
 from cowshed.service.overlays.terms import OverlayTerms
 from cowshed.service.reports.status import StatusReader
+from cowshed.service.runtime.file_limit import raise_file_limit
 from cowshed.service.runtime.logs import (
     EventLog,
     logging_begin,
@@ -62,11 +64,12 @@ from cowshed.service.runtime.workers import Workers
 from cowshed.service.settings.config import Config, socket_path
 from cowshed.service.settings.images import ImageSpec
 from cowshed.service.survival.departure import Departure
-from cowshed.service.survival.fd_store import FdStore, Groups, take_inherited
+from cowshed.service.survival.fd_store import FdStore, take_inherited
 from cowshed.service.survival.keeper_watch import KeeperWatch
 from cowshed.service.survival.kept_counts import keep_counts
 from cowshed.service.survival.lineage import LINEAGE, Lineage
 from cowshed.service.survival.listeners import Listeners
+from cowshed.service.survival.notice import Groups
 from cowshed.service.survival.remains import Remains
 from cowshed.service.survival.run_lock import run_dir_locked
 from cowshed.service.web.http_server import HttpServer, bind
@@ -81,6 +84,8 @@ _log = EventLog("cowshed")
 
 _LOOK_SECONDS: Final = 1.0
 _SAVE_SECONDS: Final = 60.0
+# For a supervisor that is busy when we end.
+_PATIENCE_SECONDS: Final = 1.0
 _MAX_NBD_THREADS: Final = 8
 
 
@@ -338,23 +343,19 @@ class Daemon:
             ),
         )
         stop_at("takeover-adopted")
-        self._tell(READY="1")
+        self._fd_store.tell(READY="1")
         if on_serving is not None:
             on_serving()
         loop.run()
         while loop.ended_by in (LEAVE, RELOAD) or (is_supervised and loop.ended_by):
-            self._leave()
+            self._leave(loop.ended_by)
             loop.run()
-        self._tell(STOPPING="1")
+        self._fd_store.tell(STOPPING="1")
+        self._fd_store.reconcile(_PATIENCE_SECONDS)
         self._working_sets.save(self._store)
         _log.notice("stopping", pid=os.getpid())
 
-    def _tell(self, **fields: str) -> None:
-        # One that is dead has another start, if it is our own (keeper_watch.py).
-        with contextlib.suppress(OSError):
-            self._fd_store.tell(**fields)
-
-    def _leave(self) -> None:
+    def _leave(self, cause: signal.Signals) -> None:
         """Go as if killed, for a successor to go on: nothing is given back, nobody is told.
 
         Returns if there is nobody to leave to after all. A supervisor that is not our keeper has
@@ -364,11 +365,24 @@ class Daemon:
         self._working_sets.save(self._store)
         if self._departure.prepare():
             self._guest_door.give(self._carried)
-            if self._takeovers.hand_over():
+            if self._is_held(cause) and self._takeovers.hand_over():
                 self._end_now("takeover" if self._takeovers.is_leaving else "reload")
             self._carried.take_back()
             self._loop.begin_again()
         self._departure.take_back()
+
+    def _is_held(self, cause: signal.Signals) -> bool:
+        """Whether our successor would have everything. One who is ended by systemd goes anyway."""
+        if self._fd_store.reconcile(_PATIENCE_SECONDS) or self._takeovers.is_leaving:
+            return True
+        if cause in (LEAVE, RELOAD):
+            _log.error(
+                "reload-refused",
+                f"{self._fd_store.nr_not_held} groups of descriptors are not held for a successor; "
+                "everything stays as it is: try again once cowshed status shows none",
+            )
+            return False
+        return True
 
     def _end_now(self, how: str) -> NoReturn:
         self._lineage.note_leaving(how)

@@ -23,7 +23,7 @@ from cowshed.service.survival.fd_store import FdStore, kind_of
 from cowshed.service.survival.remains import Remains, record_is_open, record_make, record_read
 from cowshed.transport import Connection, adopt_connection
 
-__all__ = ["Bequests", "Heir", "describe_terms", "find_left", "hold_guest", "terms_of"]
+__all__ = ["Bequests", "Heir", "describe_terms", "find_left", "terms_of"]
 
 _log = EventLog("cowshed.bequests")
 
@@ -60,7 +60,7 @@ class Bequests:
         self._seeds: dict[str, int] = {}
 
     def hold(self, mapping: Mapping, connection: Connection, terms: Terms, tag: int) -> str:
-        """Have a mapping outlive us; the group's name, "" if nobody holds it.
+        """Have a mapping outlive us; the group's name.
 
         The record becomes one of the mapping's descriptors, the last. Once the request of that tag
         is answered, record_close() it: our successor cannot know what the guest was told.
@@ -72,13 +72,11 @@ class Bequests:
         if (seeds_fd := mapping.account.seeds_fd) >= 0 and kind_of(seeds_fd) in _SEEDS:
             self._seeds[group] = os.dup(seeds_fd)
             fds.append(self._seeds[group])
-        if not hold_guest(self._fd_store, group, fds, mapping.name, mapping.image):
-            self._close_seeds(group)
-            return ""
+        self._fd_store.hold(group, fds, guest=mapping.name, image=mapping.image.label)
         return group
 
     def release(self, group: str) -> None:
-        """Have a mapping that is gone held no more."""
+        """Have a mapping held no more; before its descriptors are closed."""
         if group:
             self._fd_store.release(group)
             self._close_seeds(group)
@@ -94,9 +92,9 @@ class Bequests:
         for group, left in remains.take_all(_PREFIX):
             heir = self._adopt(group, left, store, guests)
             if heir is None:
+                self._fd_store.release(group)
                 for fd in left.values():
                     os.close(fd)
-                self._fd_store.release(group)
             else:
                 heirs.append(heir)
                 self._fd_store.hold(group, [*left.values()])
@@ -144,21 +142,6 @@ class Bequests:
         left.update(ledger=mapping.account.fd, purse=guest.purse.fd, socket=connection.fileno())
         is_open = record_is_open(left["record"])
         return Heir(mapping, connection, terms, group, record["tag"] if is_open else None)
-
-
-def hold_guest(fd_store: FdStore, group: str, fds: list[int], guest: str, image: Image) -> bool:
-    """Have what a guest needs held; False, which is in the log, if it is not."""
-    try:
-        fd_store.hold(group, fds)
-    except OSError as error:
-        _log.error(
-            "not-held",
-            f"{error}; the backend's death would be this guest's",
-            guest=guest,
-            image=image.label,
-        )
-        return False
-    return True
 
 
 def describe_terms(terms: Terms) -> dict[str, Any]:

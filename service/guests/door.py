@@ -7,14 +7,12 @@ number and not by time. Operators (root and the daemon's user) always find a pla
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
 from collections import Counter
 from collections.abc import Hashable
 from typing import Final
 
-__all__ = ["Door", "raise_file_limit"]
+__all__ = ["Door"]
 
 # A guest takes socket, userfaultfd, two of /proc, pidfd, eventfd, ledger, purse and record; and one
 # to spare.
@@ -22,14 +20,6 @@ _FDS_PER_GUEST: Final = 10
 _FDS_OF_OURS: Final = 128
 # Places that only operators get.
 _RESERVED: Final = 16
-
-
-def raise_file_limit() -> int:
-    """Raise the limit of open files as far as it goes, and return it."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 class Door:

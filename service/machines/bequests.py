@@ -23,7 +23,6 @@ from cowshed.cache import CowshedError, Image, PageStore
 from cowshed.service.guests.bequests import (
     describe_terms,
     find_left,
-    hold_guest,
     terms_of,
 )
 from cowshed.service.guests.guests import GuestTable, Mapping, Peer, Terms
@@ -69,26 +68,23 @@ class MachineBequests:
         self._fd_store = fd_store
 
     def hold_caller(self, peer: HandshakePeer, image: Image) -> str:
-        """Have a connection outlive us; the group's name, "" if nobody holds it."""
-        if not self._fd_store.kept:
-            return ""
+        """Have a connection outlive us; the group's name."""
         peer.record = record_make({"domain": image.domain, "image": image.name})
         return self._hold(_CALLER, [peer.record, peer.fileno()], image, "")
 
     def hold(self, mapping: Mapping, peer: HandshakePeer, terms: Terms, request: Handshake) -> str:
-        """Have a guest outlive us; the group's name, "" if nobody holds it."""
-        if not self._fd_store.kept:
-            return ""
+        """Have a guest outlive us; the group's name."""
         mapping.fds.append(record_make(_describe(terms, request)))
         fds = [*mapping.fds, mapping.account.fd, mapping.guest.purse.fd, peer.fileno()]
         return self._hold(_SUPPLIED, fds, terms.image, terms.name)
 
     def _hold(self, prefix: str, fds: list[int], image: Image, guest: str) -> str:
         group = f"{prefix}{secrets.token_hex(8)}"
-        return group if hold_guest(self._fd_store, group, fds, guest, image) else ""
+        self._fd_store.hold(group, fds, guest=guest or None, image=image.label)
+        return group
 
     def release(self, group: str) -> None:
-        """Have what is gone held no more."""
+        """Have something held no more; before its descriptors are closed."""
         if group:
             self._fd_store.release(group)
 
@@ -102,9 +98,9 @@ class MachineBequests:
         for group, left in remains.take_all(_SUPPLIED):
             heir = self._adopt(group, left, store, guests, supplier)
             if heir is None:
+                self._fd_store.release(group)
                 for fd in left.values():
                     os.close(fd)
-                self._fd_store.release(group)
             else:
                 heirs.append(heir)
                 mapping = heir.mapping
@@ -167,9 +163,9 @@ class MachineBequests:
             if left.keys() == {"record", "socket"}:
                 image = find_left(record_read(left["record"]), store)
             if image is None or os.fstat(left["socket"]).st_ino in attached:
+                self._fd_store.release(group)
                 for fd in left.values():
                     os.close(fd)
-                self._fd_store.release(group)
                 continue
             peer = HandshakePeer(socket.socket(fileno=left["socket"]))
             peer.record = left["record"]

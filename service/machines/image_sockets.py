@@ -376,6 +376,7 @@ class ImageSockets:
         if self._clients.pop(peer.fileno(), None) is None:
             return
         self._loop.forget(peer.fileno())
+        self._bequests.release(client.group)
         if mapping is not None:
             if client.share_fd >= 0:
                 self._loop.forget(client.share_fd)
@@ -386,7 +387,6 @@ class ImageSockets:
             _log.info(
                 "detached", guest=mapping.name, image=client.image.label, pid=peer.pid, uid=peer.uid
             )
-        self._bequests.release(client.group)
         self._door.leave(peer.uid)
         peer.close()
 

@@ -86,6 +86,13 @@ _BACKEND: Final = (
         "others. own: a keeper of ours; none: the backend's death is final.",
         kind=KEEPERS,
     ),
+    _one(
+        "not_held_groups",
+        "gauge",
+        "Groups of descriptors (of images, guests, overlays, listeners) that should be held for "
+        "the next backend and are not: what they are of would end with this one. 0 without a "
+        "keeper.",
+    ),
     _one("capacity_bytes", "gauge", "Memory that the frames of all images may take together."),
     _one(
         "reserved_bytes",

@@ -156,6 +156,7 @@ class Exporter(Collector):
             ("drain_progress_ratio", drain.progress_ratio),
             ("drain_blockers", drain.nr_blockers),
             ("adoption_seconds", lineage.adoption_seconds),
+            ("not_held_groups", lineage.nr_not_held),
         ):
             values[f"cowshed_{name}"][()] = value
         for by, counts in (

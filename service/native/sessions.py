@@ -434,8 +434,8 @@ class Session:
     def _detach(self) -> None:
         mapping, self.mapping = self.mapping, None
         if mapping is not None:
-            self._host.guests.detach(mapping)
             self._host.bequests.release(self._held_as)
+            self._host.guests.detach(mapping)
             _log.info(
                 "detached",
                 guest=mapping.name,

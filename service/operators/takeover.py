@@ -12,7 +12,6 @@ each instruction there is one, and one only, who starts the next backend.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import threading
@@ -28,8 +27,8 @@ from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, Loop
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.keeper import FOLLOWER, LEFT
 from cowshed.service.survival.keeper_watch import KeeperWatch
+from cowshed.service.survival.notice import FOLLOWER, LEFT
 from cowshed.transport.messages import take_choice, take_number, take_text
 
 __all__ = ["LAYOUTS", "TakeoverDesk", "described"]
@@ -37,6 +36,8 @@ __all__ = ["LAYOUTS", "TakeoverDesk", "described"]
 _log = EventLog("cowshed.takeover")
 
 Body = dict[str, Any]
+
+_PATIENCE_SECONDS: Final = 1.0
 
 # What processes of one ledger must agree about.
 LAYOUTS: Final = f"{lib.ARRAYS_VERSION}.{lib.LEDGER_LAYOUT}.{lib.PURSE_LAYOUT}"
@@ -85,16 +86,15 @@ class TakeoverDesk:
         if not self._is_leaving:
             return True
         stop_at("takeover-leaving")
-        with contextlib.suppress(OSError):  # we have no keeper just now
-            self._fd_store.tell(**{FOLLOWER: str(self._pid)})
+        self._fd_store.tell(**{FOLLOWER: str(self._pid)})  # we may have no keeper just now
+        self._fd_store.reconcile(_PATIENCE_SECONDS)
         stop_at("takeover-told")
         try:
             if select.select([self._pidfd], [], [], 0)[0]:
                 raise ProcessLookupError(f"process {self._pid} is gone")
             self._fd_store.tell_copy(**{LEFT: "1"})
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self._fd_store.tell(**{FOLLOWER: "0"})
+            self._fd_store.tell(**{FOLLOWER: "0"})
             self._forget(str(error))
             return False
         stop_at("takeover-left")

@@ -86,7 +86,7 @@ class OverlayBequests:
     ) -> str:
         """Have an overlay outlive us, as the one that was left if it is that; the group's name.
 
-        fds are borrowed until release(). "" if nobody holds it. staged: until admit() it counts
+        fds are borrowed until release(). staged: until admit() it counts
         only if the handoff of that name does.
         """
         if left is not None:
@@ -97,15 +97,8 @@ class OverlayBequests:
             return left.group
         group = f"{_PREFIX}{secrets.token_hex(8)}"
         made = record_make({**asdict(record), "pages_id": pages_id, "staged": staged})
-        try:
-            self._fd_store.hold(group, [made, *fds])
-        except OSError as error:
-            os.close(made)
-            _log.error(
-                "not-held", f"{error}; the backend's death would be its end", overlay=record.label
-            )
-            return ""
         self._records[group] = made
+        self._fd_store.hold(group, [made, *fds], overlay=record.label)
         return group
 
     def admit(self, group: str) -> None:
@@ -114,7 +107,7 @@ class OverlayBequests:
             record_close(self._records[group])
 
     def release(self, group: str) -> None:
-        """Have an overlay that is closed held no more."""
+        """Have an overlay held no more; before its descriptors are closed."""
         if group:
             self._fd_store.release(group)
             os.close(self._records.pop(group))
@@ -143,6 +136,6 @@ class OverlayBequests:
         self._close(left.group, left.fds)
 
     def _close(self, group: str, fds: dict[str, int]) -> None:
+        self._fd_store.release(group)
         for fd in fds.values():
             os.close(fd)
-        self._fd_store.release(group)

@@ -502,13 +502,18 @@ class OverlayTable:
             while guest.nr_users:
                 self._unused.wait()
         guest.export.close()
+        # Held no more before a descriptor of it is closed, and after what it is held for is done:
+        # of one in files the ledger knows what is not flushed.
+        if self._files is None:
+            self._bequests.release(guest.group)
         try:
             guest.overlay.close()
         except (CowshedError, OSError) as error:
             _log.error("overlay-not-flushed", str(error), overlay=guest.label)
+        if self._files is not None:
+            self._bequests.release(guest.group)
         guest.account.close()
         guest.purse.close()
-        self._bequests.release(guest.group)
         self._guests.release_name(guest.terms)
         self._door.leave(guest.counted_as, _FDS_PER_OVERLAY)
 

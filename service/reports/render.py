@@ -93,7 +93,11 @@ def descent(status: Answer) -> Text:
     if restarts:
         adopted = format_milliseconds(status["adoption_seconds"])
         line += f" (after {', '.join(restarts)}; the last adopted in {adopted})"
-    return Text(f"{line}, {keeper}")
+    text = Text(f"{line}, {keeper}")
+    if nr := status.get("not_held", 0):
+        what = "1 group of descriptors is" if nr == 1 else f"{format_count(nr)} groups are"
+        text.append(f"; {what} NOT HELD: they would end with it", style="bold red")
+    return text
 
 
 def format_milliseconds(seconds: float) -> str:

@@ -3,7 +3,8 @@
 
 Whoever supervises us (systemd, or our own keeper) is sent groups of descriptors, each under a
 name, and passes them to our successor. What each one of a group is, the successor reads off the
-descriptor itself, so a group needs no order. Both ends of the protocol are here.
+descriptor itself, so a group needs no order. A supervisor that is away or busy is told later: what
+should be held is remembered (FdStore.groups), and what of it is not (holder.py).
 
 Sources: sd_notify(3) for FDSTORE, FDNAME, FDSTOREREMOVE, FDPOLL, READY, STOPPING; sd_listen_fds(3)
 for LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES.
@@ -15,28 +16,33 @@ import contextlib
 import fcntl
 import os
 import re
-import socket
+import select
 import threading
-from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, Final
 
 from cowshed.cache.errors import UsageError
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.survival.holder import Holder
+from cowshed.service.survival.notice import Groups
 
 __all__ = [
     "FIRST_FD",
     "FdStore",
     "Groups",
-    "Notice",
     "kind_of",
     "listen_environment",
     "take_inherited",
 ]
 
+_log = EventLog("cowshed.survival")
+
 FIRST_FD: Final = 3  # SD_LISTEN_FDS_START
-_MAX_NAME: Final = 255
 _MAX_FDS: Final = 253  # SCM_MAX_FD
-_SEND_SECONDS: Final = 5
+# How long one who reads slowly may hold up whoever calls; the rest is sent later.
+_SEND_SECONDS: Final = 0.1
+_TELL_COPY_SECONDS: Final = 1.0
+_COPY_SECONDS: Final = 5.0
 # Control characters and ':' are systemd's to refuse; what is not ASCII too.
 _NAME: Final = re.compile(r"[!-9;-~]{1,255}")
 
@@ -44,149 +50,199 @@ _MEMFD: Final = re.compile(r"/memfd:cowshed-([a-z]+)( \(deleted\))?")
 _PAGES_FILE: Final = re.compile(r"/.*\.pages( \(deleted\))?")
 _PROC_FILE: Final = re.compile(r"/(pagemap|mem)( \(deleted\))?$")
 
-Groups = dict[str, list[int]]
-
-
-@dataclass(frozen=True)
-class Notice:
-    """One datagram of a service to its supervisor: NAME=VALUE lines."""
-
-    fields: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, datagram: bytes) -> Notice:
-        """Read a datagram; lines without '=' say nothing, of two with one name the last counts."""
-        lines = datagram.decode("utf-8", errors="replace").split("\n")
-        return cls(dict(line.split("=", 1) for line in lines if "=" in line))
-
-    def encode(self) -> bytes:
-        """Give the datagram."""
-        return "\n".join(f"{name}={value}" for name, value in self.fields.items()).encode()
-
 
 class FdStore:
     """The groups held for our successor, and the supervisor that holds them; None: nobody does.
 
-    held is what it held for our predecessor and so for us. Invariant: groups is what the supervisor
-    was told to hold, by name, and what another does from copy_to() to end_copy(). Descriptors are
-    borrowed. For any thread.
+    held is what it held for our predecessor and so for us. What could not be held is sent later:
+    on_unsent is called, in any thread, when there is such, and then reconcile() is to be called
+    until it says that all is sent. Descriptors are borrowed until release(). For any thread.
+
+    Invariant: groups is what should be held, by name; a Holder knows what of it is not.
     """
 
     def __init__(self, address: str | None, held: Groups | None = None) -> None:
         self._lock = threading.Lock()
         self.groups: Final[Groups] = {name: list(fds) for name, fds in (held or {}).items()}
-        self._address = None if address is None else _socket_address(address)
-        self._copy_address: bytes | None = None
-        # One that tells nobody need not be closed.
-        self._socket = None if address is None else _new_socket()
+        self._keeper = None if address is None else Holder(address, self.groups)
+        self._copy: Holder | None = None
+        self._is_kept = address is not None
+        self.on_unsent: Callable[[], None] = _nothing
 
     def close(self) -> None:
         """Stop speaking to the supervisor; it goes on holding what it holds."""
-        if self._socket is not None:
-            self._socket.close()
+        with self._lock:
+            for holder in self._holders():
+                holder.close()
+            self._keeper = self._copy = None
 
     @property
     def kept(self) -> bool:
-        """Whether anybody holds what we give."""
-        return self._address is not None
+        """Whether anybody is to hold what we give."""
+        return self._is_kept
 
     @property
     def address(self) -> str:
         """Where the supervisor is told; "" if there is none."""
-        return "" if self._address is None else os.fsdecode(self._address.replace(b"\0", b"@", 1))
+        keeper = self._keeper
+        return "" if keeper is None else keeper.address
+
+    @property
+    def nr_not_held(self) -> int:
+        """How many groups would not outlive us now, and should; 0 if nobody is to hold any."""
+        with self._lock:
+            if not self._is_kept:
+                return 0
+            return len(self.groups) if self._keeper is None else self._keeper.nr_unsent
+
+    def lose(self) -> None:
+        """The supervisor is gone: nothing is held until move()."""
+        with self._lock:
+            if self._keeper is not None:
+                self._keeper.close()
+            self._keeper = None
 
     def move(self, address: str) -> None:
-        """From now on another supervisor holds: tell it all that the last one was told."""
+        """From now on another supervisor is to hold everything; reconcile() tells it."""
         with self._lock:
-            self._address = _socket_address(address)
-            for name, fds in self.groups.items():
-                self._send_to(self._address, _store(name), fds)
+            if self._keeper is not None:
+                self._keeper.close()
+            self._keeper = Holder(address)
+            self._keeper.want(self.groups)
+            self._is_kept = True
+
+    def reconcile(self, seconds: float = 0.0) -> bool:
+        """Tell each holder what it has not been told, waiting at most so long; whether it was all.
+
+        Call it again when one of waiting_fds() is ready, or after a while.
+        """
+        with self._lock:
+            for holder in self._holders():
+                holder.is_slow &= not seconds
+                holder.send(self.groups, seconds)
+            return self._is_all_sent()
+
+    def waiting_fds(self) -> list[int]:
+        """Ready to write once a holder takes more that is full now."""
+        with self._lock:
+            return [each.fileno() for each in self._holders() if each.is_full and not each.is_done]
+
+    def keeper_fd(self) -> int:
+        """Ready to read when the supervisor has said something, for take_refused(); -1: none."""
+        return -1 if self._keeper is None else self._keeper.fileno()
+
+    def take_refused(self) -> list[str]:
+        """Groups that the supervisor has just said it cannot hold: they are to be sent again."""
+        with self._lock:
+            return [] if self._keeper is None else self._keeper.refused()
 
     def copy_to(self, address: str) -> int:
         """Have another hold all the same until end_copy(), besides the supervisor; how many groups.
 
-        OSError if it does not listen: then it is told no more.
+        OSError if it does not listen, or takes nothing for a while.
         """
+        holder = Holder(address)
         with self._lock:
-            copy_address = _socket_address(address)
-            for name, fds in self.groups.items():
-                self._send_to(copy_address, _store(name), fds)
-            self._copy_address = copy_address
-            return len(self.groups)
+            holder.want(self.groups)
+            self._copy = holder
+        while True:
+            with self._lock:
+                error = holder.send(self.groups)
+                if error is None:
+                    return len(self.groups)
+                is_full = holder.is_full
+            if not is_full or not select.select([], [holder], [], _COPY_SECONDS)[1]:
+                self.end_copy()
+                raise error
 
     def end_copy(self) -> None:
         """Tell that other no more; what it holds already is its own affair."""
         with self._lock:
-            self._copy_address = None
+            copy, self._copy = self._copy, None
+            if copy is not None:
+                copy.close()
 
     def tell_copy(self, **fields: str) -> None:
         """Tell that other how we are. OSError if it does not listen, or is told no more."""
-        if self._copy_address is None:
-            raise ConnectionRefusedError("nobody holds a copy")
-        self._send_to(self._copy_address, fields)
+        with self._lock:
+            if self._copy is None:
+                raise ConnectionRefusedError("nobody holds a copy")
+            self._copy.note(fields)
+            self._copy.is_slow = False
+            error = self._copy.send(self.groups, _TELL_COPY_SECONDS)
+        if error is not None:
+            raise error
 
-    def hold(self, name: str, fds: Sequence[int]) -> None:
-        """Have a group held under a name of its own until release(name).
+    def hold(self, name: str, fds: Sequence[int], **about: Any) -> bool:
+        """Have a group held under a name of its own until release(name); whether it is by now.
 
-        Once it returns, our death does not lose the group. One that was held for our predecessor
-        is held already. OSError if the supervisor does not listen.
+        Then our death does not lose the group. If not, it is held as soon as it can be, which is
+        in the log, with what the group is about. One that was held for our predecessor is held
+        already. If nobody is to hold anything, that is as it should be.
         """
         assert _NAME.fullmatch(name)
         assert 0 < len(fds) <= _MAX_FDS
         with self._lock:
-            if name not in self.groups:
-                self._send(_store(name), fds)
+            is_new = name not in self.groups
             self.groups[name] = list(fds)
+            if not is_new:
+                return True
+            for holder in self._holders():
+                holder.want([name])
+            error = self._send_all()
+        if error is not None:
+            _log.error(
+                "not-held",
+                f"{error.strerror or error}; until it is, the backend's death would be its end",
+                group=name,
+                **about,
+            )
+            self.on_unsent()
+        return error is None
 
     def release(self, name: str) -> None:
-        """Have a group held no more; nothing if it is not."""
+        """Have a group held no more; nothing if it is not. Before its descriptors are closed."""
         with self._lock:
-            if self.groups.pop(name, None) is not None:
-                self._send({"FDSTOREREMOVE": "1", "FDNAME": name})
+            if self.groups.pop(name, None) is None:
+                return
+            for holder in self._holders():
+                holder.drop(name)
+            self._send_all()
+            is_all_sent = self._is_all_sent()
+        if not is_all_sent:
+            self.on_unsent()
 
-    def tell(self, **fields: str) -> None:
-        """Tell the supervisor how we are: tell(READY="1")."""
-        if self._address is not None:
-            self._send_to(self._address, fields)
+    def tell(self, **fields: str) -> bool:
+        """Tell the supervisor how we are: tell(READY="1"); whether it was by now, and by all that
+        is held before it. If not, it is told as soon as it can be.
+        """
+        with self._lock:
+            if self._keeper is None:
+                return not self._is_kept
+            self._keeper.note(fields)
+            is_told = self._keeper.send(self.groups, _SEND_SECONDS) is None
+        if not is_told:
+            self.on_unsent()
+        return is_told
 
-    def _send(self, fields: Mapping[str, str], fds: Sequence[int] = ()) -> None:
-        if self._copy_address is not None:
-            try:
-                self._send_to(self._copy_address, fields, fds)
-            except OSError:
-                self._copy_address = None  # who wanted to follow us; it is found out there
-        if self._address is not None:
-            self._send_to(self._address, fields, fds)
+    def _holders(self) -> list[Holder]:
+        return [holder for holder in (self._keeper, self._copy) if holder is not None]
 
-    def _send_to(self, address: bytes, fields: Mapping[str, str], fds: Sequence[int] = ()) -> None:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _int_array(fds))] if fds else []
-        if self._socket is None:  # the first who is told, under the lock
-            self._socket = _new_socket()
-        self._socket.sendmsg([Notice(fields).encode()], rights, 0, address)
+    def _is_all_sent(self) -> bool:
+        lacks_keeper = self._is_kept and self._keeper is None
+        return not lacks_keeper and all(holder.is_done for holder in self._holders())
 
-
-def _store(name: str) -> dict[str, str]:
-    return {"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}
-
-
-def _new_socket() -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-    # A supervisor that reads nothing must not hold us up for ever.
-    sock.settimeout(_SEND_SECONDS)
-    return sock
+    def _send_all(self) -> OSError | None:
+        """Send what waits; why the supervisor does not have it all, if it does not."""
+        if self._copy is not None:
+            self._copy.send(self.groups)
+        if self._keeper is not None:
+            return self._keeper.send(self.groups, _SEND_SECONDS)
+        return ConnectionRefusedError("there is no keeper just now") if self._is_kept else None
 
 
-def _int_array(fds: Sequence[int]) -> bytes:
-    return b"".join(fd.to_bytes(4, "little") for fd in fds)
-
-
-def _socket_address(text: str) -> bytes:
-    """Give the address that a NOTIFY_SOCKET stands for; '@' begins an abstract one."""
-    if text.startswith("@"):
-        return b"\0" + os.fsencode(text[1:])
-    if text.startswith("/"):
-        return os.fsencode(text)
-    raise UsageError(f"NOTIFY_SOCKET is {text!r}; it must begin with '/' or '@'")
+def _nothing() -> None:
+    pass
 
 
 def take_inherited(environment: MutableMapping[str, str]) -> Groups:

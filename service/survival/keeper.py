@@ -33,26 +33,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from cowshed.cache.errors import UsageError
+from cowshed.service.runtime.file_limit import raise_file_limit
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import LEAVE, ignore_stop_signals
-from cowshed.service.survival.fd_store import FIRST_FD, Groups, Notice, listen_environment
+from cowshed.service.survival.fd_store import FIRST_FD, listen_environment
+from cowshed.service.survival.notice import FOLLOWER, LEFT, NOT_HELD, Groups, Notice
 from cowshed.service.survival.run_lock import EXIT_TAKEN
 
-__all__ = ["FOLLOWER", "KEEPER_OF", "KEEPER_PID", "LEFT", "Keeper", "kept_before", "serve_command"]
+__all__ = ["KEEPER_OF", "KEEPER_PID", "Keeper", "kept_before", "serve_command"]
 
 _log = EventLog("cowshed.keeper")
 
 _SOCKET_PREFIX: Final = "keeper."
 KEEPER_PID: Final = "COWSHED_KEEPER_PID"
 KEEPER_OF: Final = "--keeper-of"
-# What a backend that leaves tells besides systemd's words: its keeper, whose backend comes after it
-# (a pid, 0: nobody's after all); and the keeper that comes after, that it leaves to that.
-FOLLOWER: Final = "X_COWSHED_FOLLOWER"
-LEFT: Final = "X_COWSHED_LEFT"
-
 _UCRED: Final = struct.Struct("3i")
 _MAX_DATAGRAM: Final = 4096
 _MAX_FDS: Final = 253
@@ -108,6 +105,7 @@ class Keeper:
             self._socket = _notify_socket(run_dir)
         else:
             self._socket = socket.socket(fileno=inherited[0])
+        raise_file_limit()  # we hold nearly as many as the backend has
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._socket.setblocking(False)
         self._pid = 0
@@ -333,7 +331,7 @@ class Keeper:
         while True:
             try:
                 room = socket.CMSG_SPACE(4 * _MAX_FDS) + socket.CMSG_SPACE(_UCRED.size)
-                datagram, ancillary, _, _ = self._socket.recvmsg(
+                datagram, ancillary, flags, address = self._socket.recvmsg(
                     _MAX_DATAGRAM, room, socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
@@ -345,12 +343,20 @@ class Keeper:
                 elif (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
                     sender = _UCRED.unpack(value)[0]
             notice = Notice.parse(datagram)
-            if sender == self._pid:
+            if sender == self._pid and flags & socket.MSG_CTRUNC:
+                _close_all(fds.tolist())
+                self._refuse(notice.fields.get("FDNAME", ""), address)
+            elif sender == self._pid:
                 self._obey(notice, fds.tolist())
             else:
                 _close_all(fds.tolist())
                 if sender == self._follower_pid != 0:
                     self._stopping |= notice.fields.get("STOPPING") == "1"
+
+    def _refuse(self, name: str, address: Any) -> None:
+        """Hold nothing of a group of which we cannot have all, and have the backend know."""
+        with contextlib.suppress(OSError):  # it has gone, or is told at its next try
+            self._socket.sendto(Notice({NOT_HELD: name}).encode(), address)
 
     def _obey(self, notice: Notice, fds: list[int]) -> None:
         fields = notice.fields

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In the backend: its keeper, and another one when that dies."""
+"""In the backend: its keeper, another one when that dies, and what neither holds yet."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
+from collections.abc import Callable
 from typing import Final
 
 from cowshed.service.runtime.logs import EventLog
-from cowshed.service.runtime.loop import READ, Loop
+from cowshed.service.runtime.loop import READ, WRITE, Loop
 from cowshed.service.survival.fd_store import FdStore
 from cowshed.service.survival.keeper import KEEPER_OF, KEEPER_PID, serve_command
 
@@ -18,22 +20,32 @@ __all__ = ["KeeperWatch"]
 _log = EventLog("cowshed.keeper")
 
 _RETRY_SECONDS: Final = 5.0
+_SEND_AGAIN_SECONDS: Final = 0.5
+# A keeper that starts reads the configuration, which may be on a disk that hangs.
+_START_SECONDS: Final = 30.0
+
+_OnStarted = Callable[[subprocess.Popen[bytes], str], None]
 
 
 class KeeperWatch:
-    """Notices that our keeper died, starts another and hands it everything.
+    """Notices that our keeper died, starts another and has it hold everything.
 
-    Until the other has it, our death would cost the guests their backend; nothing else. pid is our
-    keeper's, 0 if we have none.
+    Until the other does, our death would cost the guests their backend; nothing else. pid is our
+    keeper's, 0 if we have none. All in the loop.
     """
 
     def __init__(self, fd_store: FdStore, loop: Loop) -> None:
         self._fd_store = fd_store
         self._loop = loop
         self._pidfd = -1
+        self._watched: set[int] = set()
+        self._is_timed = False
+        self._lacked = False
         self.pid = int(os.environ.pop(KEEPER_PID, "0"))
+        fd_store.on_unsent = lambda: loop.call(self._reconcile)
         if self.pid:
             self._watch(self.pid)
+        self._reconcile()
 
     @property
     def kind(self) -> str:
@@ -42,8 +54,17 @@ class KeeperWatch:
             return "own" if self._pidfd >= 0 else "none"
         return "systemd" if self._fd_store.kept else "none"
 
+    @property
+    def nr_not_held(self) -> int:
+        """How many groups of descriptors our successor would lack, had we to die now."""
+        return self._fd_store.nr_not_held
+
     def close(self) -> None:
         """Stop looking."""
+        self._forget_fds()
+        self._close_pidfd()
+
+    def _close_pidfd(self) -> None:
         if self._pidfd >= 0:
             self._loop.forget(self._pidfd)
             os.close(self._pidfd)
@@ -58,7 +79,11 @@ class KeeperWatch:
         self._loop.watch(self._pidfd, READ, self._on_death)
 
     def _on_death(self, *_: int) -> None:
-        self.close()
+        self._forget_fds()
+        self._close_pidfd()
+        self._fd_store.lose()
+        with contextlib.suppress(ChildProcessError):  # the first one is our parent
+            os.waitpid(self.pid, os.WNOHANG)
         _log.error("keeper-died", "another is started; until then our death would be final")
         self._start()
 
@@ -70,26 +95,99 @@ class KeeperWatch:
             _log.error("no-keeper", f"cannot start a keeper: {error}; trying again soon")
             self._loop.once(_RETRY_SECONDS, self._start)
             return
-        assert keeper.stdout is not None
-        said = keeper.stdout
-        os.set_blocking(said.fileno(), False)
+        _StartedKeeper(keeper, self._loop, self._on_started)
 
-        def on_said(fd: int, _: int) -> None:
-            line = said.readline().decode().strip()
-            self._loop.forget(fd)
-            said.close()
-            if line:
-                self._move(line, keeper)
-            else:
-                _log.error("no-keeper", f"the keeper ended with status {keeper.wait()}")
-                self._loop.once(_RETRY_SECONDS, self._start)
-
-        self._loop.watch(said.fileno(), READ, on_said)
-
-    def _move(self, address: str, keeper: subprocess.Popen[bytes]) -> None:
-        with contextlib.suppress(OSError):
-            self._fd_store.move(address)
+    def _on_started(self, keeper: subprocess.Popen[bytes], address: str) -> None:
+        if not address:
+            self._loop.once(_RETRY_SECONDS, self._start)
+            return
         keeper.returncode = 0  # it outlives us: nobody is to wait for it
         self.pid = keeper.pid
-        self._watch(keeper.pid)
+        self._fd_store.move(address)
+        self._lacked = True
         _log.notice("keeper-changed", pid=keeper.pid)
+        self._watch(keeper.pid)
+        self._reconcile()
+
+    def _reconcile(self, *_: int) -> None:
+        """Have sent what waits: now, when who is to hold it takes more, or in a while."""
+        self._forget_fds()
+        if refused := self._fd_store.take_refused():
+            _log.error(
+                "not-held",
+                "the keeper has no room for more descriptors: raise its limit (LimitNOFILE, "
+                "ulimit -Hn)",
+                group=refused[0],
+                groups=len(refused),
+            )
+            self._lacked = True
+            self._send_later()
+        elif self._fd_store.reconcile():
+            if self._lacked:
+                self._lacked = False
+                _log.notice("held", groups=len(self._fd_store.groups))
+        else:
+            self._lacked = True
+            for fd in self._fd_store.waiting_fds():
+                self._watch_fd(fd, WRITE)
+            if not self._watched:
+                self._send_later()
+        self._watch_fd(self._fd_store.keeper_fd(), READ)
+
+    def _send_later(self) -> None:
+        if not self._is_timed:
+            self._is_timed = True
+            self._loop.once(_SEND_AGAIN_SECONDS, self._on_time)
+
+    def _on_time(self) -> None:
+        self._is_timed = False
+        self._reconcile()
+
+    def _watch_fd(self, fd: int, events: int) -> None:
+        if fd in self._watched:
+            self._loop.change(fd, READ | WRITE)
+        elif fd >= 0:
+            self._watched.add(fd)
+            self._loop.watch(fd, events, self._reconcile)
+
+    def _forget_fds(self) -> None:
+        for fd in self._watched:
+            self._loop.forget(fd)
+        self._watched.clear()
+
+
+class _StartedKeeper:
+    """A keeper that was started: on_started(keeper, address) once it has said where it listens.
+
+    The address is "" if it ended before, or said nothing in time; then it is gone.
+    """
+
+    def __init__(self, keeper: subprocess.Popen[bytes], loop: Loop, on_started: _OnStarted) -> None:
+        assert keeper.stdout is not None
+        self._keeper = keeper
+        self._said = keeper.stdout
+        self._loop = loop
+        self._on_started = on_started
+        self._is_over = False
+        os.set_blocking(self._said.fileno(), False)
+        loop.watch(self._said.fileno(), READ, self._on_said)
+        loop.once(_START_SECONDS, self._on_time)
+
+    def _on_said(self, fd: int, _: int) -> None:
+        line = os.read(fd, 4096).decode(errors="replace").strip()
+        self._end(line, f"the keeper ended with status {self._keeper.poll()}")
+
+    def _on_time(self) -> None:
+        if not self._is_over:
+            self._end("", f"a keeper was not ready within {_START_SECONDS:.0f} s; trying again")
+
+    def _end(self, address: str, why: str) -> None:
+        self._is_over = True
+        self._loop.forget(self._said.fileno())
+        self._said.close()
+        if not address:
+            _log.error("no-keeper", why)
+            # Not waited for here: it is reaped by the next one that is started.
+            with contextlib.suppress(ProcessLookupError):
+                self._keeper.send_signal(signal.SIGKILL)
+        self._on_started(self._keeper, address)

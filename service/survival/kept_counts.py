@@ -79,14 +79,11 @@ def keep_counts(
         counts = KeptCounts(names, left.get("tallies"))
     except InvariantError as error:
         _log.warning("counters-begin-again", f"{error}; they start at 0", group=group)
+        fd_store.release(group)
         for fd in left.values():
             os.close(fd)
-        fd_store.release(group)
         counts = KeptCounts(names)
-    try:
-        fd_store.hold(group, [counts.fd])
-    except OSError as error:
-        _log.error("not-held", f"{error}; a restart begins them at 0", group=group)
+    fd_store.hold(group, [counts.fd])
     return counts
 
 

@@ -62,6 +62,11 @@ class Lineage:
         """Who holds everything for our successor and starts it: one of KEEPERS."""
         return "none" if self.watch is None else self.watch.kind
 
+    @property
+    def nr_not_held(self) -> int:
+        """How many groups of descriptors a successor would lack, had we to die now."""
+        return 0 if self.watch is None else self.watch.nr_not_held
+
     def status(self) -> dict[str, Any]:
         """The part of the status that tells of it."""
         restarts = self.restarts
@@ -69,5 +74,6 @@ class Lineage:
             "generation": 1 + sum(restarts.values()),
             "restarts": restarts,
             "keeper": self.keeper,
+            "not_held": self.nr_not_held,
             "adoption_seconds": self.adoption_seconds,
         }

@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
 from cowshed.service.survival.remains import Remains
 
 __all__ = ["Listeners"]
-
-_log = EventLog("cowshed.listeners")
 
 _PREFIX: Final = "listen/"
 
@@ -48,10 +45,7 @@ class Listeners:
             sock = make()
         sock.setblocking(False)
         self.fds.add(sock.fileno())
-        try:
-            self._fd_store.hold(group, [sock.fileno()])
-        except OSError as error:
-            _log.error("not-held", f"{error}; it will refuse clients in a restart", listener=what)
+        self._fd_store.hold(group, [sock.fileno()], listener=what)
         return sock
 
     def _left(self, group: str, path: Path | None) -> socket.socket | None:
@@ -64,11 +58,12 @@ class Listeners:
                 path is None or _is_socket(path)
             ):
                 return sock
+            self._fd_store.release(group)
             sock.close()
-        else:
-            for fd in left.values():
-                os.close(fd)
+            return None
         self._fd_store.release(group)
+        for fd in left.values():
+            os.close(fd)
         return None
 
 

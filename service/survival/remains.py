@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from cowshed.cache.errors import InvariantError
-from cowshed.service.survival.fd_store import Groups, kind_of
+from cowshed.service.survival.fd_store import kind_of
+from cowshed.service.survival.notice import Groups
 
 __all__ = ["Remains", "record_close", "record_is_open", "record_make", "record_read"]
 

@@ -54,6 +54,7 @@ def status() -> Body:
         "generation": 4,
         "restarts": {"crash": 1, "reload": 0, "takeover": 2},
         "keeper": "own",
+        "not_held": 0,
         "adoption_seconds": 0.0123,
         "capacity_bytes": 2 << 30,
         "resident_bytes": 1288490188,

@@ -11,11 +11,11 @@ import pytest
 from cowshed.cache import InvariantError, UsageError
 from cowshed.service.survival.fd_store import (
     FdStore,
-    Notice,
     kind_of,
     listen_environment,
     take_inherited,
 )
+from cowshed.service.survival.notice import Notice
 from cowshed.service.survival.remains import Remains, record_make, record_read
 
 
@@ -78,6 +78,9 @@ def test_another_supervisor_is_told_everything(supervisor: socket.socket) -> Non
     store.hold("a", fds[:1])
     store.hold("b", fds[1:])
     store.move(address_of(supervisor))
+    assert store.nr_not_held == 2
+    assert store.reconcile()
+    assert store.nr_not_held == 0
     told = {fields["FDNAME"]: nr for fields, nr in (heard(supervisor), heard(supervisor))}
     assert told == {"a": 1, "b": 2}
     store.close()

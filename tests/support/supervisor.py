@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cowshed.service.survival.fd_store import Notice
+from cowshed.service.survival.notice import Notice
 
 
 class Supervisor:

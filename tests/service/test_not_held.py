@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What comes while nobody can hold it is held as soon as somebody can, and outlives the backend."""
+
+import os
+import re
+import resource
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from domains import Daemon, MakeImage, StartDaemon, StartGuest, kill_backend, until
+from nbd_site import Site
+from supplied import restore, status_of
+
+PAGE = 4096
+MIB = 1 << 20
+SIZE = 4 * MIB
+
+
+@pytest.fixture
+def image(make_image: MakeImage) -> Path:
+    return make_image(SIZE)
+
+
+@pytest.fixture
+def caller() -> Iterator[socket.socket]:
+    """A machine that has not connected."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        yield sock
+
+
+@pytest.fixture
+def settings(run_dir: Path, image: Path) -> Path:
+    path = run_dir / "cowshed.toml"
+    path.write_text(f'images = {{ d = "{image}" }}\nmetrics = "127.0.0.1:0"\n')
+    return path
+
+
+@pytest.fixture
+def kept(start_daemon: StartDaemon, settings: Path) -> Daemon:
+    return start_daemon("--config", str(settings), "--verbose", kept=True)
+
+
+@pytest.fixture
+def let_keeper_begin(kept: Daemon, settings: Path) -> Callable[[], None]:
+    """Has no keeper until it is called: the next one waits for its configuration."""
+    text = settings.read_text()
+    settings.unlink()
+    os.mkfifo(settings)
+    kept.kill()
+    until(lambda: "event=keeper-died" in kept.log())
+
+    def let() -> None:
+        threading.Thread(target=settings.write_text, args=(text,), daemon=True).start()
+        until(lambda: "event=held " in kept.log())
+        settings.unlink()
+        settings.write_text(text)
+
+    return let
+
+
+def not_held(kept: Daemon) -> int:
+    return int(kept.status()["not_held"])
+
+
+def test_every_kind_of_guest_that_came_without_a_keeper_outlives_the_backend(
+    kept: Daemon,
+    image: Path,
+    start_guest: StartGuest,
+    caller: socket.socket,
+    let_keeper_begin: Callable[[], None],
+) -> None:
+    nr_before = not_held(kept)
+    assert nr_before > 0  # the image, its listeners, the counters
+    guest, parked = start_guest(kept.uri), start_guest(kept.uri, script="hostile_guest.py")
+    guest.call("open", image="d", guest="g", quota_bytes=MIB)
+    guest.call("write", offset=PAGE, hex="ab" * PAGE)
+    parked.call("open", image="d", guest="p", follow_moves=False)
+    parked.call("fill", offset=5 * PAGE, length=PAGE, byte=7)
+    parked.call("close_quietly")
+    until(lambda: kept.guest_status("p")["state"] == "parked")
+    machine = restore(kept, start_guest, image, [SIZE])
+    machine.call("fill", page=20, nr_pages=8, byte=7)
+    caller.connect(str(kept.run_dir / "images/d.sock"))
+    site = Site(kept, image)
+    site.nbdsh("h.pwrite(b'mine' * 1024, 8192)", "d@n")
+    until(lambda: not_held(kept) == nr_before + 5)
+    assert f"{nr_before + 5} groups are NOT HELD" in " ".join(site.cowshed("status").split())
+    assert kept.log().count("event=not-held ") == 6  # a machine is first a caller
+    let_keeper_begin()
+    assert not_held(kept) == 0
+    kill_backend(kept)
+    assert guest.call("compare", path=str(image), offset=2 * PAGE, length=MIB) == 0
+    assert bytes.fromhex(guest.call("read", offset=PAGE, length=PAGE)) == b"\xab" * PAGE
+    assert parked.call("read", offset=5 * PAGE, length=PAGE) == "07" * PAGE
+    assert machine.call("compare") == []
+    assert status_of(kept, machine)["private_bytes"] >= 8 * PAGE
+    read = "print(h.pread(4096, 8192) == b'mine' * 1024)"
+    assert site.nbdsh(read, "d@n") == "True\n"
+    assert kept.mismatches() == []
+
+
+def test_a_reload_without_a_keeper_that_holds_all_is_refused_and_loses_nobody(
+    kept: Daemon, image: Path, start_guest: StartGuest, let_keeper_begin: Callable[[], None]
+) -> None:
+    guest = start_guest(kept.uri)
+    guest.call("open", image="d", guest="g")
+    pid = kept.status()["pid"]
+    os.kill(pid, signal.SIGUSR1)  # what a keeper asks a backend to leave by
+    until(lambda: "event=reload-refused" in kept.log())
+    assert kept.status()["pid"] == pid
+    assert guest.call("compare", path=str(image), offset=0, length=MIB) == 0
+    let_keeper_begin()
+    kill_backend(kept)
+    assert guest.call("compare", path=str(image), offset=0, length=SIZE) == 0
+
+
+def test_a_keeper_without_room_says_so_and_holds_once_it_has(
+    kept: Daemon, image: Path, start_guest: StartGuest
+) -> None:
+    pid = kept.pid
+    _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    nr_fds = max(map(int, os.listdir(f"/proc/{pid}/fd"))) + 1
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (nr_fds + 3, hard))
+    guest = start_guest(kept.uri)
+    guest.call("open", image="d", guest="g")
+    until(lambda: "no room for more descriptors" in kept.log())
+    assert not_held(kept) == 1
+    assert len(os.listdir(f"/proc/{pid}/fd")) <= nr_fds + 3  # and none of a part of it
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+    until(lambda: not_held(kept) == 0)
+    assert re.search(r"event=held groups=\d+", kept.log())
+    kill_backend(kept)
+    assert guest.call("compare", path=str(image), offset=0, length=SIZE) == 0
+
+
+def test_a_keeper_started_with_a_low_limit_raises_it_for_what_it_holds(
+    start_daemon: StartDaemon, settings: Path, image: Path, start_guest: StartGuest
+) -> None:
+    kept = start_daemon(
+        "--config", str(settings), kept=True, before=["prlimit", "--nofile=64:4096"]
+    )
+    guests = [start_guest(kept.uri) for _ in range(6)]
+    for guest in guests:
+        guest.call("open", image="d", guest=f"g{guest.pid}")
+    kill_backend(kept)
+    for guest in guests:
+        assert guest.call("compare", path=str(image), offset=0, length=MIB) == 0
+
+
+def test_a_keeper_that_reads_nothing_holds_nobody_up_and_gets_all_in_the_end(
+    kept: Daemon, image: Path, start_guest: StartGuest
+) -> None:
+    os.kill(kept.pid, signal.SIGSTOP)
+    try:
+        guests = [start_guest(kept.uri) for _ in range(14)]
+        for guest in guests:
+            guest.call("open", image="d", guest=f"g{guest.pid}")
+        assert not_held(kept) > 0
+    finally:
+        os.kill(kept.pid, signal.SIGCONT)
+    until(lambda: not_held(kept) == 0)
+    assert "event=held " in kept.log()
+    kill_backend(kept)
+    for guest in guests:
+        assert guest.call("compare", path=str(image), offset=0, length=MIB) == 0
