@@ -417,8 +417,8 @@ _PROCESS: Final = Row(
             "Backends",
             "Which version runs where, for how long, how often it began again in the time shown: "
             "with what another had left after a crash or on purpose (a reload, a takeover), how "
-            "long that took, whether anybody would start the next, how much "
-            "of what should outlive it would not, and when it was last audited.",
+            "long that took, whether anybody would start the next, how much of what should outlive "
+            "it would not, how many lines of its log nobody took, and when it was last audited.",
             [
                 Column(
                     "Up for",
@@ -454,6 +454,11 @@ _PROCESS: Final = Row(
                 Column(
                     "Not held",
                     f"max by (instance) (cowshed_not_held_groups{{{BACKEND}}})",
+                    "short",
+                ),
+                Column(
+                    "Log lines lost",
+                    counted("cowshed_log_lines_lost_total", BACKEND, "instance"),
                     "short",
                 ),
                 Column(

@@ -146,6 +146,10 @@ def serve(
     except UsageError as error:
         raise WrongUsage(str(error)) from error
     if check:
+        from cowshed.service.survival.layouts import LAYOUTS
+        from cowshed.service.survival.reload_check import answer_check
+
+        answer_check(LAYOUTS, config.text)
         say("the configuration is right")
         return 0
     # Not at the top: they load the C core, which `--help` and a wrong option do without.

@@ -54,7 +54,9 @@ from cowshed.service.runtime.file_limit import raise_file_limit
 from cowshed.service.runtime.logs import (
     EventLog,
     logging_begin,
+    logging_count_lost,
     logging_end,
+    logging_tell_lost,
     logging_tell_suppressed,
 )
 from cowshed.service.runtime.loop import LEAVE, READ, RELOAD, Loop, ignore_stop_signals
@@ -63,15 +65,16 @@ from cowshed.service.runtime.stops import stop_at
 from cowshed.service.runtime.workers import Workers
 from cowshed.service.settings.config import Config, socket_path
 from cowshed.service.settings.images import ImageSpec
-from cowshed.service.survival.departure import Departure
+from cowshed.service.survival.departure import Departure, Saving
 from cowshed.service.survival.fd_store import FdStore, take_inherited
 from cowshed.service.survival.keeper_watch import KeeperWatch
-from cowshed.service.survival.kept_counts import keep_counts
+from cowshed.service.survival.kept_counts import LOG_COUNTS, LOG_GROUP, keep_counts
 from cowshed.service.survival.lineage import LINEAGE, Lineage
 from cowshed.service.survival.listeners import Listeners
 from cowshed.service.survival.notice import Groups
 from cowshed.service.survival.remains import Remains
 from cowshed.service.survival.run_lock import run_dir_locked
+from cowshed.service.survival.supervised_reload import SupervisedReload
 from cowshed.service.web.http_server import HttpServer, bind
 from cowshed.service.web.pages import web_routes
 from cowshed.service.web.state import StateReader
@@ -138,6 +141,10 @@ class Daemon:
         counts = keep_counts("tallies", TALLIES, self._fd_store, remains)
         self._tallies = Tallies(counts)
         stack.callback(self._tallies.close)
+        log_counts = self._log_counts = keep_counts(LOG_GROUP, LOG_COUNTS, self._fd_store, remains)
+        stack.callback(log_counts.close)
+        logging_count_lost(lambda nr: log_counts.add("backend", nr))
+        stack.callback(lambda: logging_count_lost(None))
         self._lineage = Lineage(keep_counts("lineage", LINEAGE, self._fd_store, remains))
         stack.callback(self._lineage.close)
         self.uffd_device: Final = _lend_device(stack)
@@ -183,7 +190,7 @@ class Daemon:
         self._loop = stack.enter_context(Loop())
         self.workers: Final = Workers(self._loop.call)
         listener = stack.enter_context(self._listen(remains))
-        watch = KeeperWatch(self._fd_store, self._loop)
+        watch = KeeperWatch(self._fd_store, self._loop, config.text)
         stack.callback(watch.close)
         self._keeper = self._lineage.watch = watch
         self._guest_door = GuestDoor(listener, door, self, self._tallies, self._loop)
@@ -243,10 +250,11 @@ class Daemon:
             warm = Autowarm(store, evictor, self._working_sets, load, warming)
             warm.start()
             stack.callback(warm.stop)
+        self._saving = Saving(self.workers)
         self._departure = Departure(
             self._loop,
             self._listeners.fds | {listener.fileno()},
-            (self._guest_door, self._image_sockets, self._nbd, network),
+            (self._guest_door, self._image_sockets, self._nbd, network, self._saving),
         )
         self._takeovers = TakeoverDesk(
             self.control,
@@ -301,6 +309,7 @@ class Daemon:
             self._nbd.counters,
             self._warming,
             self._lineage,
+            self._log_counts,
         )
         state = StateReader(lambda: list(self._store), self.control.status)
         routes = {"/metrics": Exporter(sources, settler.ask).serve, **web_routes(state.read)}
@@ -330,8 +339,10 @@ class Daemon:
         loop = self._loop
         is_supervised = self._keeper.kind == "systemd"
         loop.stop_on_signals(reload=is_supervised)
+        reload = SupervisedReload(loop, loop.leave)
         loop.watch(self._store.notice_fd, READ, self._on_notice)
         loop.every(_LOOK_SECONDS, self._look_at_sources)
+        loop.every(_LOOK_SECONDS, logging_tell_lost)
         loop.every(_SAVE_SECONDS, self._save)
         _log.notice(
             "serving",
@@ -348,8 +359,13 @@ class Daemon:
             on_serving()
         loop.run()
         while loop.ended_by in (LEAVE, RELOAD) or (is_supervised and loop.ended_by):
-            self._leave(loop.ended_by)
+            if loop.ended_by is RELOAD:
+                loop.begin_again()
+                reload.begin()
+            else:
+                self._leave(loop.ended_by)
             loop.run()
+        reload.close()
         self._fd_store.tell(STOPPING="1")
         self._fd_store.reconcile(_PATIENCE_SECONDS)
         self._working_sets.save(self._store)
@@ -362,7 +378,7 @@ class Daemon:
         its own ways to end us for good, and closes what it holds then; its restart must look to
         guests like any other.
         """
-        self._working_sets.save(self._store)
+        self._saving.begin(lambda: self._working_sets.save(self._store))
         if self._departure.prepare():
             self._guest_door.give(self._carried)
             if self._is_held(cause) and self._takeovers.hand_over():

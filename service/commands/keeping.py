@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import os
 
-import click
-
 from cowshed.cache.errors import CowshedError, UsageError
 from cowshed.service.commands.shell import EXIT_FAILED
+from cowshed.service.runtime.log_sink import LogSink
 from cowshed.service.runtime.logs import logging_begin, logging_end
+from cowshed.service.runtime.stops import stop_at
 from cowshed.service.runtime.text import one_line
 from cowshed.service.settings.config import Config, socket_path
 from cowshed.service.survival.fd_store import take_inherited
@@ -72,6 +72,7 @@ def run_keeper_of(config: Config, pid: int) -> int:
     """Keep a backend that runs already; tells it where, by one line on stdout."""
     logging_begin(config.log_format, config.log_level)
     try:
+        stop_at("keeper-begins")
         keeper = Keeper(lambda: _run(config), config.run_dir)
         os.write(1, f"{keeper.address}\n".encode())
         null = os.open(os.devnull, os.O_WRONLY)
@@ -95,5 +96,7 @@ def _run(config: Config) -> int:
         message = str(error)
     except OSError as error:
         message = f"cannot serve at {config.run_dir}: {error}"
-    click.echo(f"cowshed: {one_line(message)}", err=True)
+    sink = LogSink(2)  # nobody may read it, and the keeper waits for our end
+    sink.write(f"cowshed: {one_line(message)}\n".encode())
+    sink.close()
     return status

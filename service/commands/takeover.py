@@ -21,10 +21,11 @@ from typing import Any, Final
 from cowshed.cache import FileSource
 from cowshed.cache.errors import CowshedError, PeerGoneError, UsageError
 from cowshed.service.operators.control_client import ControlClient
-from cowshed.service.operators.takeover import LAYOUTS, described
+from cowshed.service.operators.takeover import described
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.settings.config import Config
 from cowshed.service.survival.keeper import Keeper
+from cowshed.service.survival.layouts import LAYOUTS
 
 __all__ = ["take_over"]
 

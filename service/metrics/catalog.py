@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from cowshed.service.survival.kept_counts import LOG_COUNTS
 from cowshed.service.survival.lineage import HOWS, KEEPERS
 
 __all__ = ["CATALOG", "LIBRARY", "Metric"]
@@ -92,6 +93,13 @@ _BACKEND: Final = (
         "Groups of descriptors (of images, guests, overlays, listeners) that should be held for "
         "the next backend and are not: what they are of would end with this one. 0 without a "
         "keeper.",
+    ),
+    _one(
+        "log_lines_lost_total",
+        "counter",
+        "Lines of the log that could not be written at once, as nobody took them: of backends, "
+        "this one and those before it, and of their keepers.",
+        process=LOG_COUNTS,
     ),
     _one("capacity_bytes", "gauge", "Memory that the frames of all images may take together."),
     _one(

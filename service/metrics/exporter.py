@@ -54,6 +54,7 @@ from cowshed.service.metrics.catalog import (
 )
 from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.overlays.overlays import OverlayGuest
+from cowshed.service.survival.kept_counts import LOG_COUNTS, KeptCounts
 from cowshed.service.survival.lineage import KEEPERS, Lineage
 from cowshed.service.web.http_messages import Answer, Request
 from cowshed.transport.nbd_core import NbdCounters
@@ -83,6 +84,7 @@ class MetricsSources:
     nbd: Callable[[], Iterable[tuple[Image, NbdCounters]]] = tuple
     warming: Warming = field(default_factory=Warming)
     lineage: Lineage = field(default_factory=Lineage)
+    log_counts: KeptCounts = field(default_factory=lambda: KeptCounts(LOG_COUNTS))
 
 
 class Exporter(Collector):
@@ -162,6 +164,7 @@ class Exporter(Collector):
         for by, counts in (
             ("connections_dropped_total", tallies.dropped),
             ("restarts_total", lineage.restarts),
+            ("log_lines_lost_total", self._sources.log_counts.read()),
             ("keeper", {kind: int(kind == lineage.keeper) for kind in KEEPERS}),
             ("audit_mismatches", tallies.mismatches),
             ("drain_state", {state: int(state == drain.state) for state in DRAIN_STATES}),

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from cowshed.cache import Image, PageStore, UsageError
-from cowshed.cache._core import lib
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.operators.control import Control
 from cowshed.service.overlays.overlays import OverlayTable
@@ -28,19 +27,17 @@ from cowshed.service.runtime.loop import READ, Loop
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.survival.fd_store import FdStore
 from cowshed.service.survival.keeper_watch import KeeperWatch
+from cowshed.service.survival.layouts import LAYOUTS
 from cowshed.service.survival.notice import FOLLOWER, LEFT
 from cowshed.transport.messages import take_choice, take_number, take_text
 
-__all__ = ["LAYOUTS", "TakeoverDesk", "described"]
+__all__ = ["TakeoverDesk", "described"]
 
 _log = EventLog("cowshed.takeover")
 
 Body = dict[str, Any]
 
 _PATIENCE_SECONDS: Final = 1.0
-
-# What processes of one ledger must agree about.
-LAYOUTS: Final = f"{lib.ARRAYS_VERSION}.{lib.LEDGER_LAYOUT}.{lib.PURSE_LAYOUT}"
 
 
 class TakeoverDesk:

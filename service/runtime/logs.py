@@ -13,7 +13,7 @@ fault.
 
 Whoever can connect can cause events. So an event of one user (its `uid` field) is said so often and
 no oftener; the rest are counted, and told as `suppressed` in the next line of that kind, or once a
-minute in a line of their own.
+minute in a line of their own. A log that nobody reads holds nobody up (log_sink.py).
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
+
+from cowshed.service.runtime.log_sink import LogSink
 
 __all__ = [
     "LEVELS",
@@ -38,8 +39,11 @@ __all__ = [
     "LogFormat",
     "LogLevel",
     "format_event",
+    "logging_abandon",
     "logging_begin",
+    "logging_count_lost",
     "logging_end",
+    "logging_tell_lost",
     "logging_tell_suppressed",
 ]
 
@@ -99,6 +103,12 @@ class EventLog:
     def crash(self, event: str, message: str = "", /, **fields: Any) -> None:
         """An error of ours, with the traceback of the exception being handled."""
         self._say(logging.ERROR, event, message, fields, with_traceback=True)
+
+    def record(self, event: str, message: str = "", /, **fields: Any) -> logging.LogRecord:
+        """A warning that is not logged, for who writes the log."""
+        extra = {"event": event, "fields": fields}
+        name, level = self._logger.name, logging.WARNING
+        return self._logger.makeRecord(name, level, "", 0, "%s", (message,), None, extra=extra)
 
     def _say(
         self,
@@ -208,12 +218,19 @@ def _timestamp(seconds: float) -> str:
 
 
 class _Handler(logging.Handler):
-    """Writes each line whole, in UTF-8 whatever the locale; what cannot be written is lost."""
+    """Writes each line whole, in UTF-8 whatever the locale.
+
+    Nobody waits for whoever reads the log: what cannot be written at once is lost, which is counted
+    and, as soon as a line can be written again, told (log-lost).
+    """
 
     def __init__(self, fd: int, log_format: LogFormat) -> None:
         super().__init__()
         self.setFormatter(_Formatter(log_format))
-        self._fd = fd
+        self._sink = LogSink(fd)
+        self._count_lost: Callable[[int], None] | None = None
+        self._nr_untold = 0
+        self._nr_uncounted = 0
         self._limit = FloodLimit()
         self._limit_lock = threading.Lock()
 
@@ -239,8 +256,46 @@ class _Handler(logging.Handler):
         except Exception:
             self.handleError(record)
             return
-        with contextlib.suppress(OSError):
-            os.write(self._fd, line + b"\n")
+        if self.tell_lost():
+            self._write(line)
+        else:
+            self._note_lost(1)
+
+    def close(self) -> None:
+        """Write no more."""
+        self._sink.close()
+        super().close()
+
+    def count_lost(self, count: Callable[[int], None] | None) -> None:
+        """Have lines that are lost counted, those up to now too."""
+        with self.lock or contextlib.nullcontext():
+            self._count_lost = count
+            self._note_lost(0)
+
+    def tell_lost(self) -> bool:
+        """Say how many lines were lost, if any and if it can be said; False if it cannot."""
+        with self.lock or contextlib.nullcontext():
+            nr_lost = self._nr_untold
+            if nr_lost == 0:
+                return True
+            record = EventLog("cowshed").record(
+                "log-lost", "nobody took them: see who reads the log", lines=nr_lost
+            )
+            if not self._sink.write(self.format(record).encode() + b"\n"):
+                return False
+            self._nr_untold -= nr_lost
+            return True
+
+    def _write(self, line: bytes) -> None:
+        if not self._sink.write(line + b"\n"):
+            self._note_lost(1)
+
+    def _note_lost(self, nr: int) -> None:
+        self._nr_untold += nr
+        self._nr_uncounted += nr
+        if self._count_lost is not None and self._nr_uncounted:
+            self._count_lost(self._nr_uncounted)
+            self._nr_uncounted = 0
 
     def tell_suppressed(self) -> None:
         """Say how much was counted and not said."""
@@ -262,13 +317,35 @@ def logging_tell_suppressed() -> None:
     """Say how many lines were left out, as far as no later line has; for every minute or so."""
     for handler in _handlers():
         handler.tell_suppressed()
+        handler.tell_lost()
+
+
+def logging_count_lost(count: Callable[[int], None] | None) -> None:
+    """Have lines that nobody took counted: count(nr) from now on, and once for those before.
+
+    None: count is not to be called any more.
+    """
+    for handler in _handlers():
+        handler.count_lost(count)
+
+
+def logging_tell_lost() -> bool:
+    """Say how many lines were lost, as far as no later line has; False if that is lost too."""
+    return sum(not handler.tell_lost() for handler in _handlers()) == 0
 
 
 def logging_end() -> None:
     """Say what was left out, and log no more."""
     for handler in _handlers():
         handler.tell_suppressed()
+    logging_abandon()
+
+
+def logging_abandon() -> None:
+    """Log no more, and say nothing: in a forked child, whose parent will."""
+    for handler in _handlers():
         logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 def _handlers() -> list[_Handler]:

@@ -33,7 +33,7 @@ RELOAD: Final = signal.SIGHUP
 class _Timer:
     seconds: float | None  # None: once
     due: float
-    call: Callable[[], None]
+    call: Callable[[], object]
 
 
 class Loop:
@@ -97,7 +97,7 @@ class Loop:
             self._selector.register(fd, key.events, key.data)
         self._muted.clear()
 
-    def every(self, seconds: float, call: Callable[[], None]) -> None:
+    def every(self, seconds: float, call: Callable[[], object]) -> None:
         """Call something again and again, seconds apart or later."""
         self._timers.append(_Timer(seconds, time.monotonic() + seconds, call))
 

@@ -58,6 +58,7 @@ from cowshed.cache.errors import UsageError
 from cowshed.cache.images import DEFAULT_DOMAIN
 from cowshed.service.runtime.logs import LEVELS, LOG_FORMATS, LogFormat, LogLevel
 from cowshed.service.runtime.sizes import format_bytes, parse_size
+from cowshed.service.settings.config_text import config_text_read
 from cowshed.service.settings.domains import (
     DomainMembers,
     Domains,
@@ -121,7 +122,8 @@ _IMAGE_KEYS = ("name", "source", "domain", *_MEMBER_KEYS)
 class Config:
     """A complete, checked configuration; see the module's text for what each value means.
 
-    `default_quota_bytes` and `network_quota_bytes` None are no limits. Paths are absolute. Raises
+    `default_quota_bytes` and `network_quota_bytes` None are no limits. Paths are absolute. text is
+    the file's that it is of, if there is one: for this daemon's later processes. Raises
     UsageError when it is made with values that do not hold.
     """
 
@@ -148,6 +150,7 @@ class Config:
     log_format: LogFormat = "logfmt"
     log_level: LogLevel = "notice"
     domains: Domains = field(default_factory=Domains)
+    text: str | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         extent = self.extent_bytes
@@ -246,7 +249,10 @@ def config_load(
     info, at least. Reads the file, looks up users and groups that it names, and nothing else.
     Raises UsageError, one line.
     """
-    table: Mapping[str, Any] = {} if config_file is None else _read_table(config_file)
+    table: Mapping[str, Any] = {}
+    text = None
+    if config_file is not None:
+        table, text = _read_table(config_file)
     file_dir = Path.cwd() if config_file is None else absolute(config_file).parent
 
     specs: dict[str, ImageSpec] = {}
@@ -302,14 +308,19 @@ def config_load(
     run_dir_path = absolute(paths.get("run_dir", Path(RUN_DIR_DEFAULT)))
     state_dir_path = absolute(paths.get("state_dir", run_dir_path / "state"))
     return Config(
-        images=tuple(specs.values()), run_dir=run_dir_path, state_dir=state_dir_path, **settings
+        images=tuple(specs.values()),
+        run_dir=run_dir_path,
+        state_dir=state_dir_path,
+        text=text,
+        **settings,
     )
 
 
-def _read_table(config_file: Path) -> Mapping[str, Any]:
-    """The top-level table of a TOML file, its keys known to be ours."""
+def _read_table(config_file: Path) -> tuple[Mapping[str, Any], str]:
+    """The top-level table of a TOML file, its keys known to be ours, and the file's text."""
     try:
-        table = tomllib.loads(config_file.read_text(encoding="utf-8"))
+        text = config_text_read(config_file)
+        table = tomllib.loads(text)
     except OSError as error:
         raise UsageError(
             f"cannot read configuration {str(config_file)!r}: {error.strerror}: check --config"
@@ -318,7 +329,7 @@ def _read_table(config_file: Path) -> Mapping[str, Any]:
         raise UsageError(f"{config_file} is not TOML: {error}") from error
     for key in table:
         check_key(key, _KEYS, f"{config_file}: ")
-    return table
+    return table, text
 
 
 def _given_twice(image: ImageSpec) -> UsageError:

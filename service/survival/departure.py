@@ -9,13 +9,14 @@ are answered all the while. Only then do we go.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from cowshed.service.runtime.loop import LEAVE, Loop
 from cowshed.service.runtime.stops import stop_at
+from cowshed.service.runtime.workers import Workers
 
-__all__ = ["Departure", "Visited"]
+__all__ = ["Departure", "Saving", "Visited"]
 
 _LOOK_SECONDS: Final = 0.002
 # Who does not get on in this time is no guest that waits for us: it hangs up, or comes again.
@@ -27,6 +28,30 @@ class Visited(Protocol):
 
     def nr_unfinished(self) -> int:
         """How many would lose something if we ended now; those at rest need not be read again."""
+
+
+class Saving:
+    """What is to be written before we go, in a thread: a disk that hangs keeps us only so long."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self._nr_begun = self._nr_done = 0
+
+    def begin(self, save: Callable[[], None]) -> None:
+        """Do something before we go."""
+        self._nr_begun += 1
+
+        def work() -> None:
+            try:
+                save()
+            finally:
+                self._nr_done += 1
+
+        self._workers.run(work)
+
+    def nr_unfinished(self) -> int:
+        """How much of it is under way still."""
+        return self._nr_begun - self._nr_done
 
 
 class Departure:

@@ -8,10 +8,12 @@ started: what the backend imports is there already, and a death costs guests mil
     the one it started dies  -> fork the next, with all that is held as LISTEN_FDS
     it ends by itself        -> end with its status (it said STOPPING, or was never READY)
     SIGTERM, SIGINT          -> passed on
-    SIGHUP                   -> become the program as it is installed now, have the backend leave,
-                                and fork its successor
+    SIGHUP                   -> have the program as it is installed now checked, by itself; then
+                                become it, have the backend leave, and fork its successor
     another keeper follows   -> wait, once the backend has left to it, until its backend serves, and
                                 end; or fork the next after all, if that keeper dies before
+
+It waits for nothing but in poll: not for a check, nor for whoever reads its log.
 
 The keeper's own death: the backend notices, goes on serving, and starts another keeper, which
 watches it by pidfd (a keeper need not be the parent of who it keeps).
@@ -23,12 +25,12 @@ import array
 import contextlib
 import fcntl
 import gc
+import math
 import os
 import select
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -37,19 +39,28 @@ from typing import Any, Final
 
 from cowshed.cache.errors import UsageError
 from cowshed.service.runtime.file_limit import raise_file_limit
-from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.logs import (
+    EventLog,
+    logging_abandon,
+    logging_count_lost,
+    logging_tell_lost,
+)
 from cowshed.service.runtime.loop import LEAVE, ignore_stop_signals
+from cowshed.service.settings.config_text import CONFIG_FD, config_text_make
 from cowshed.service.survival.fd_store import FIRST_FD, listen_environment
+from cowshed.service.survival.kept_counts import LOG_COUNTS, LOG_GROUP, KeptCounts
+from cowshed.service.survival.layouts import LAYOUTS
 from cowshed.service.survival.notice import FOLLOWER, LEFT, NOT_HELD, Groups, Notice
+from cowshed.service.survival.reload_check import ReloadCheck
 from cowshed.service.survival.run_lock import EXIT_TAKEN
+from cowshed.service.survival.serve_command import serve_command
 
-__all__ = ["KEEPER_OF", "KEEPER_PID", "Keeper", "kept_before", "serve_command"]
+__all__ = ["KEEPER_PID", "Keeper", "kept_before"]
 
 _log = EventLog("cowshed.keeper")
 
 _SOCKET_PREFIX: Final = "keeper."
 KEEPER_PID: Final = "COWSHED_KEEPER_PID"
-KEEPER_OF: Final = "--keeper-of"
 _UCRED: Final = struct.Struct("3i")
 _MAX_DATAGRAM: Final = 4096
 _MAX_FDS: Final = 253
@@ -60,6 +71,7 @@ _NOTIFY_GROUP: Final = "keeper/notify"
 _QUICK_SECONDS: Final = 5.0
 _MAX_DELAY_SECONDS: Final = 10.0
 _FAR_FD: Final = 512
+_TELL_AGAIN_SECONDS: Final = 1.0
 
 
 def _notify_socket(run_dir: Path) -> socket.socket:
@@ -116,6 +128,9 @@ class Keeper:
         self._is_left = False
         self._predecessor = ""
         self._nr_quick_deaths = 0
+        self._check: ReloadCheck | None = None
+        self._log_counts: KeptCounts | None = None
+        self._count_log(self._groups)
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     @property
@@ -176,6 +191,8 @@ class Keeper:
         for fds in self._groups.values():
             _close_all(fds)
         self._groups.clear()
+        if self._log_counts is not None:
+            self._log_counts.close()
         Path(self.address).unlink(missing_ok=True)
         self._socket.close()
 
@@ -186,10 +203,15 @@ class Keeper:
         self._ready = False
 
     def _say_goodbye(self) -> None:
-        predecessor, self._predecessor = self._predecessor, ""
-        if predecessor:
-            with contextlib.suppress(OSError):  # it is gone already
-                self._socket.sendto(Notice({"STOPPING": "1"}).encode(), predecessor)
+        """Tell the keeper before us, if there is one, that our backend serves."""
+        if self._predecessor:
+            try:
+                self._socket.sendto(Notice({"STOPPING": "1"}).encode(), self._predecessor)
+            except BlockingIOError:
+                return  # again soon: until it is told, it waits
+            except OSError:  # it is gone already
+                pass
+            self._predecessor = ""
 
     def _take_signals(self) -> None:
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
@@ -222,43 +244,68 @@ class Keeper:
     def _reload(self, *_: object) -> None:
         self._reloading = True
 
-    def _become_anew(self) -> None:
-        """Become the program as it is installed now; does nothing, and says so, if that is none."""
+    def _begin_check(self) -> None:
+        """Look whether the program as it is installed now could go on; a check under way ends."""
         self._reloading = False
-        said = subprocess.run(
-            [*serve_command(), "--check"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-        )
-        if said.returncode:
-            why = said.stderr.decode(errors="replace").strip().removeprefix("cowshed: ")
-            _log.error("reload-refused", f"{why}; everything stays as it is")
+        self._end_check()
+        try:
+            self._check = ReloadCheck()
+        except UsageError as error:
+            _refuse_reload(error)
+
+    def _end_check(self) -> None:
+        check, self._check = self._check, None
+        if check is not None:
+            check.cancel()
+
+    def _become_anew(self, check: ReloadCheck) -> None:
+        """Become the program as it is installed now; does nothing, and says so, if that is none."""
+        self._check = None
+        try:
+            text = check.end(LAYOUTS)
+        except UsageError as error:
+            _refuse_reload(error)
             return
+        environment = {**os.environ, _KEPT_PID: str(self._pid)}
         groups = {**self._groups, _NOTIFY_GROUP: [self._socket.detach()]}
         variables, fds = listen_environment(groups, os.getpid())
+        if text is not None:
+            least = max(_FAR_FD, FIRST_FD + len(fds))
+            environment[CONFIG_FD] = str(fcntl.fcntl(config_text_make(text), fcntl.F_DUPFD, least))
         _number_from(FIRST_FD, fds, inheritable=True)
         # What is reported from here on waits in the socket, and signals wait for handlers.
         signal.pthread_sigmask(signal.SIG_BLOCK, {*_PASSED_ON, signal.SIGHUP})
-        os.execve(
-            sys.executable, serve_command(), {**os.environ, **variables, _KEPT_PID: str(self._pid)}
-        )
+        os.execve(sys.executable, serve_command(), environment | variables)
+
+    def _poll(self, *fds: int) -> set[int]:
+        """Which of these are ready, once one is, or a signal came, or something is to be done."""
+        poll = select.poll()
+        for fd in (*fds, self._socket.fileno(), self._wake_reader):
+            poll.register(fd, select.POLLIN)
+        if self._ready:
+            self._say_goodbye()
+        is_all_told = logging_tell_lost() and not (self._ready and self._predecessor)
+        seconds = None if is_all_told else _TELL_AGAIN_SECONDS
+        if self._check is not None:
+            poll.register(self._check.fd, select.POLLIN)
+            seconds = min(self._check.seconds_left, seconds or math.inf)
+        ready = {fd for fd, _ in poll.poll(None if seconds is None else 1000 * seconds)}
+        if self._wake_reader in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake_reader, 512)
+        return ready
 
     def _watch(self) -> int | None:
         """Hold what is given, until the backend is gone; its status if that is the end."""
         born = time.monotonic()
-        poll = select.poll()
-        for fd in (self._socket.fileno(), self._pidfd, self._wake_reader):
-            poll.register(fd, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll()}
-            if self._wake_reader in ready:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self._wake_reader, 512)
+            ready = self._poll(self._pidfd)
+            check = self._check
+            if check is not None and self._ready and (check.fd in ready or check.is_late()):
+                self._become_anew(check)
             if self._reloading and self._ready:
-                self._become_anew()
-            if self._socket.fileno() in ready:
-                self._receive()
+                self._begin_check()
+            self._receive()
             if self._pidfd in ready:
                 break
         self._receive()  # what it sent before it died
@@ -299,11 +346,8 @@ class Keeper:
 
     def _wait_for_follower(self) -> int | None:
         """0 once the follower's backend serves; None if that will never be, and ours has to."""
-        poll = select.poll()
-        for fd in (self._socket.fileno(), self._follower_pidfd, self._wake_reader):
-            poll.register(fd, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll()}
+            ready = self._poll(self._follower_pidfd)
             self._receive()
             if self._stopping:
                 _log.notice("taken-over", pid=self._follower_pid)
@@ -363,6 +407,7 @@ class Keeper:
         name = fields.get("FDNAME", "stored")
         if fields.get("FDSTORE") == "1":
             self._groups.setdefault(name, []).extend(fds)
+            self._count_log({name: fds})
         else:
             _close_all(fds)
         if fields.get("FDSTOREREMOVE") == "1":
@@ -373,7 +418,16 @@ class Keeper:
             self._expect(int(fields[FOLLOWER]))
         if fields.get("READY") == "1":
             self._ready = True
-            self._say_goodbye()
+
+    def _count_log(self, groups: Groups) -> None:
+        """Count lines of ours that nobody took where the backend counts its own, if it is told."""
+        if LOG_GROUP not in groups:
+            return
+        counts = KeptCounts(LOG_COUNTS, os.dup(groups[LOG_GROUP][0]))
+        if self._log_counts is not None:
+            self._log_counts.close()
+        self._log_counts = counts
+        logging_count_lost(lambda nr: counts.add("keeper", nr))
 
     def _start(self) -> None:
         pid = os.fork()
@@ -390,6 +444,12 @@ class Keeper:
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
             address = self.address
+            # Before numbers are given away that these have.
+            logging_abandon()
+            if self._check is not None:
+                self._check.close()
+            if self._log_counts is not None:
+                self._log_counts.close()
             self._socket.close()
             os.close(self._wake_reader)
             os.close(self._wake_writer)
@@ -405,20 +465,13 @@ class Keeper:
             os._exit(status)
 
 
+def _refuse_reload(why: UsageError) -> None:
+    _log.error("reload-refused", f"{why}; everything stays as it is")
+
+
 def kept_before() -> int:
     """The backend that this process kept before it became this program; 0: none."""
     return int(os.environ.pop(_KEPT_PID, "0"))
-
-
-def serve_command() -> list[str]:
-    """How this program was started to serve: not whom it was to keep, if it is a later keeper, nor
-    that it was to take over.
-    """
-    words = [sys.executable, *(word for word in sys.orig_argv[1:] if word != "--takeover")]
-    while KEEPER_OF in words:
-        at = words.index(KEEPER_OF)
-        del words[at : at + 2]
-    return words
 
 
 def _number_from(first: int, fds: list[int], *, inheritable: bool = False) -> None:

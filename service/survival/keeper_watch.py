@@ -12,8 +12,10 @@ from typing import Final
 
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, WRITE, Loop
+from cowshed.service.settings.config_text import CONFIG_FD, config_text_make
 from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.keeper import KEEPER_OF, KEEPER_PID, serve_command
+from cowshed.service.survival.keeper import KEEPER_PID
+from cowshed.service.survival.serve_command import KEEPER_OF, serve_command
 
 __all__ = ["KeeperWatch"]
 
@@ -21,7 +23,7 @@ _log = EventLog("cowshed.keeper")
 
 _RETRY_SECONDS: Final = 5.0
 _SEND_AGAIN_SECONDS: Final = 0.5
-# A keeper that starts reads the configuration, which may be on a disk that hangs.
+# A keeper loads its program when it starts, which may be on a disk that hangs.
 _START_SECONDS: Final = 30.0
 
 _OnStarted = Callable[[subprocess.Popen[bytes], str], None]
@@ -34,9 +36,11 @@ class KeeperWatch:
     keeper's, 0 if we have none. All in the loop.
     """
 
-    def __init__(self, fd_store: FdStore, loop: Loop) -> None:
+    def __init__(self, fd_store: FdStore, loop: Loop, config_text: str | None = None) -> None:
+        """config_text is the configuration's, for later keepers; None if there is no file."""
         self._fd_store = fd_store
         self._loop = loop
+        self._config_text = config_text
         self._pidfd = -1
         self._watched: set[int] = set()
         self._is_timed = False
@@ -89,12 +93,25 @@ class KeeperWatch:
 
     def _start(self) -> None:
         command = [*serve_command(), KEEPER_OF, str(os.getpid())]
+        environment, passed = dict(os.environ), []
+        if self._config_text is not None:
+            passed.append(config_text_make(self._config_text))
+            environment[CONFIG_FD] = str(passed[0])
         try:
-            keeper = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+            keeper = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                pass_fds=passed,
+                env=environment,
+            )
         except OSError as error:
             _log.error("no-keeper", f"cannot start a keeper: {error}; trying again soon")
             self._loop.once(_RETRY_SECONDS, self._start)
             return
+        finally:
+            for fd in passed:
+                os.close(fd)
         _StartedKeeper(keeper, self._loop, self._on_started)
 
     def _on_started(self, keeper: subprocess.Popen[bytes], address: str) -> None:

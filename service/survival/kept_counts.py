@@ -20,9 +20,13 @@ from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
 from cowshed.service.survival.remains import Remains
 
-__all__ = ["KeptCounts", "keep_counts"]
+__all__ = ["LOG_COUNTS", "LOG_GROUP", "KeptCounts", "keep_counts"]
 
 _log = EventLog("cowshed.survival")
+
+# Lines of the log that nobody took, of backends and of keepers: who holds the group counts in it.
+LOG_GROUP: Final = "log-counts"
+LOG_COUNTS: Final = ("backend", "keeper")
 
 _HEADER: Final = struct.Struct("<8sII")
 _ENTRY: Final = struct.Struct("<56sQ")

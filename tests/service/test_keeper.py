@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from domains import Daemon, MakeImage, StartDaemon, command, until
+from domains import Daemon, MakeImage, StartDaemon, command, kill_backend, until
 from supervisor import Supervisor
 
 from cowshed.transport import connect
@@ -214,3 +214,117 @@ def test_the_unit_file_fits_the_program() -> None:
     assert service["Type"] == "notify"
     assert int(service["FileDescriptorStoreMax"]) >= 10_000
     assert service["Restart"] == "always"
+
+
+@pytest.fixture
+def settings(run_dir: Path, make_image: MakeImage) -> Path:
+    path = run_dir / "cowshed.toml"
+    path.write_text(f'images = {{ d = "{make_image(MIB)}" }}\n')
+    return path
+
+
+def make_unreadable(settings: Path) -> str:
+    """Have whoever reads it wait; what it said."""
+    text = settings.read_text()
+    settings.unlink()
+    os.mkfifo(settings)
+    return text
+
+
+def test_a_death_is_followed_while_the_check_of_a_reload_waits(
+    start_daemon: StartDaemon, settings: Path
+) -> None:
+    kept = start_daemon("--config", str(settings), kept=True)
+    pid = backend_pid(kept)
+    text = make_unreadable(settings)
+    os.kill(kept.pid, signal.SIGHUP)
+    until(lambda: bool(children(kept.pid) - {pid}))
+    os.kill(kept.pid, signal.SIGHUP)  # a second one begins anew
+    kill_backend(kept)
+    pid = backend_pid(kept)
+    settings.write_text(text)  # whoever is written to reads it once, and nobody reads it again
+    until(lambda: kept.status()["pid"] != pid)
+    assert kept.log().count("event=replaced ") == 1
+    assert kept.stop() == 0
+
+
+def children(pid: int) -> set[int]:
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def test_another_keeper_needs_no_configuration_that_can_be_read(
+    start_daemon: StartDaemon, settings: Path
+) -> None:
+    kept = start_daemon("--config", str(settings), kept=True)
+    pid = backend_pid(kept)
+    settings.write_text("nonsense")
+    kept.kill()
+    until(lambda: "event=keeper-changed" in kept.log())
+    until(lambda: kept.status()["not_held"] == 0)
+    make_unreadable(settings)
+    os.kill(later_keepers(kept)[-1], signal.SIGKILL)
+    until(lambda: len(later_keepers(kept)) == 2)
+    until(lambda: kept.status()["not_held"] == 0)
+    kill_backend(kept)
+    assert kept.status()["pid"] != pid
+
+
+# The program as it is installed now: what runs with --check says another layout, or cannot be run.
+_OTHER_LAYOUT = """
+import sys
+if "--check" in sys.argv:
+    from cowshed.service.survival import layouts
+    layouts.LAYOUTS = "9.9.9"
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module that each of the daemon's processes runs as it begins; it does nothing yet."""
+    module = tmp_path / "site" / "sitecustomize.py"
+    module.parent.mkdir()
+    module.touch()
+    path = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", f"{module.parent}:{path}" if path else str(module.parent))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (_OTHER_LAYOUT, "is installed now in 9.9.9"),
+        ("import os; os._exit(7)", "ended with status 7"),
+        ("import os, sys; '--check' in sys.argv and os.kill(os.getpid(), 9)", "status -9"),
+    ],
+    ids=["layout", "broken", "killed"],
+)
+@pytest.mark.parametrize("is_supervised", [False, True], ids=["keeper", "supervisor"])
+def test_a_reload_to_a_program_that_could_not_go_on_is_refused_in_one_line(
+    run_dir: Path,
+    settings: Path,
+    installed: Path,
+    start_daemon: StartDaemon,
+    text: str,
+    why: str,
+    is_supervised: bool,
+) -> None:
+    if is_supervised:
+        words = command("serve", "--run-dir", str(run_dir), "--config", str(settings))
+        supervisor = Supervisor(words, run_dir / "log")
+        process, log = supervisor.process, supervisor.log
+    else:
+        kept = start_daemon("--config", str(settings), kept=True)
+        process, log = kept.process, kept.log_path
+    try:
+        pid = int((run_dir / "lock").read_text())
+        installed.write_text(text)
+        process.send_signal(signal.SIGHUP)
+        until(lambda: "event=reload-refused" in log.read_text())
+        (line,) = [each for each in log.read_text().splitlines() if "reload-refused" in each]
+        assert why in line
+        installed.write_text("")
+        with connect(f"unix://{run_dir}/cowshed.sock") as backend:
+            assert backend.request("status")["status"]["pid"] == pid
+    finally:
+        if is_supervised:
+            supervisor.close()

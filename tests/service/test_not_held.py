@@ -6,7 +6,6 @@ import re
 import resource
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,24 +39,23 @@ def settings(run_dir: Path, image: Path) -> Path:
 
 
 @pytest.fixture
-def kept(start_daemon: StartDaemon, settings: Path) -> Daemon:
+def kept(start_daemon: StartDaemon, settings: Path, monkeypatch: pytest.MonkeyPatch) -> Daemon:
+    monkeypatch.setenv("COWSHED_TEST_STOP_AT", "keeper-begins")
     return start_daemon("--config", str(settings), "--verbose", kept=True)
 
 
 @pytest.fixture
-def let_keeper_begin(kept: Daemon, settings: Path) -> Callable[[], None]:
-    """Has no keeper until it is called: the next one waits for its configuration."""
-    text = settings.read_text()
-    settings.unlink()
-    os.mkfifo(settings)
+def let_keeper_begin(kept: Daemon) -> Callable[[], None]:
+    """Has no keeper until it is called: the next one stops as it begins."""
+    backend = int((kept.run_dir / "lock").read_text())
     kept.kill()
     until(lambda: "event=keeper-died" in kept.log())
 
     def let() -> None:
-        threading.Thread(target=settings.write_text, args=(text,), daemon=True).start()
+        (keeper,) = Path(f"/proc/{backend}/task/{backend}/children").read_text().split()
+        until(lambda: ") T " in Path(f"/proc/{keeper}/stat").read_text())
+        os.kill(int(keeper), signal.SIGCONT)
         until(lambda: "event=held " in kept.log())
-        settings.unlink()
-        settings.write_text(text)
 
     return let
 
