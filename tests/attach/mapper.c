@@ -102,14 +102,14 @@ static void read_copy(const char *path)
 
 int main(int nr_words, char **words)
 {
-	const struct test_case *const tables[] = {map_cases, fork_cases};
+	const struct test_case *const tables[] = {map_cases, fork_cases, thread_cases};
 
 	CHECK(nr_words == 4);
 	image_path = words[2];
 	read_copy(words[3]);
 	image_fd = open(image_path, O_RDONLY);
 	CHECK(image_fd >= 0);
-	for (size_t i = 0; i < 2; i++)
+	for (size_t i = 0; i < sizeof(tables) / sizeof(tables[0]); i++)
 		for (const struct test_case *test = tables[i]; test->name; test++)
 			if (strcmp(test->name, words[1]) == 0) {
 				test->run();

@@ -9,8 +9,8 @@ from attached import ROOM, Attached
 
 CASES = [
     name
-    for source in ("mapper_maps.c", "mapper_forks.c")
-    for name in re.findall(r'^\t\{"(\w+)"', (ROOM / source).read_text(), re.MULTILINE)
+    for source in sorted(ROOM.glob("mapper_*.c"))
+    for name in re.findall(r'^\t\{"(\w+)"', source.read_text(), re.MULTILINE)
 ]
 
 

@@ -8,7 +8,6 @@
 
 #include <dlfcn.h>
 #include <errno.h>
-#include <pthread.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -26,10 +25,6 @@ static struct {
 	int (*dup3)(int, int, int);
 	int (*close_range)(unsigned, unsigned, int);
 } next;
-
-static pthread_mutex_t the_lock = PTHREAD_MUTEX_INITIALIZER;
-/* initial-exec: dynamic TLS would allocate at first use. */
-static __thread bool is_inside __attribute__((tls_model("initial-exec")));
 
 static void find(void *pointer_out, const char *name)
 {
@@ -122,26 +117,4 @@ int real_close_range(unsigned first, unsigned last, int flags)
 	if (next.close_range)
 		return next.close_range(first, last, flags);
 	return (int)syscall(SYS_close_range, first, last, flags);
-}
-
-void lock_take(sigset_t *signals_out)
-{
-	sigset_t all;
-
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, signals_out);
-	pthread_mutex_lock(&the_lock);
-	is_inside = true;
-}
-
-void lock_release(const sigset_t *signals)
-{
-	is_inside = false;
-	pthread_mutex_unlock(&the_lock);
-	pthread_sigmask(SIG_SETMASK, signals, NULL);
-}
-
-bool lock_is_inside(void)
-{
-	return is_inside;
 }

@@ -1,18 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/*
- * The C library's own calls, under the names that ours take, and the one lock.
- *
- * Whoever holds the lock is "inside": what it calls of the C library, from wherever, goes straight
- * through.  All signals wait meanwhile, so that no handler finds a half-changed table.
- */
+/* The C library's own calls, under the names that ours take. */
 #ifndef COWSHED_PRELOAD_REAL_H
 #define COWSHED_PRELOAD_REAL_H
 
 #include <fcntl.h>
-#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <sys/mman.h>
+
+#include "transport/preload/lock.h"
 
 #define EXPORTED __attribute__((visibility("default")))
 
@@ -29,10 +25,5 @@ int real_close_range(unsigned first, unsigned last, int flags);
 
 /* Finds them; until then the system calls themselves are used. */
 void real_find(void);
-
-/* Not twice by one thread. */
-void lock_take(sigset_t *signals_out);
-void lock_release(const sigset_t *signals);
-bool lock_is_inside(void);
 
 #endif
