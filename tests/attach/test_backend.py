@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from attached import Attached, StartReader
-from domains import until
+from domains import ANSWER_SECONDS, plain_environment, until
 
 pytestmark = pytest.mark.slow
 
@@ -137,16 +140,123 @@ def test_a_program_interrupted_while_it_asks_maps_nevertheless(
     try:
         reader.start("map")
         for _ in range(3):
-            until(lambda: "skb_wait" in (proc / "wchan").read_text())
+            until(lambda: is_waiting(reader.pid))
             # A receive with a time limit ends with EINTR after this, handler or not.
             os.kill(reader.pid, signal.SIGSTOP)
             until(lambda: "State:\tT" in (proc / "status").read_text())
             os.kill(reader.pid, signal.SIGCONT)
-        until(lambda: "skb_wait" in (proc / "wchan").read_text())
+        until(lambda: is_waiting(reader.pid))
     finally:
         os.kill(attached.daemon.pid, signal.SIGCONT)
     reader.finish()
     assert reader.call("check") == []
+
+
+@contextlib.contextmanager
+def stopped(attached: Attached) -> Iterator[None]:
+    """Have a backend that does not answer."""
+    os.kill(attached.daemon.pid, signal.SIGSTOP)
+    try:
+        until(lambda: "State:\tT" in Path(f"/proc/{attached.daemon.pid}/status").read_text())
+        yield
+    finally:
+        os.kill(attached.daemon.pid, signal.SIGCONT)
+
+
+def is_waiting(pid: int) -> bool:
+    """Whether it waits for a reply of its backend."""
+    return "skb_wait" in Path(f"/proc/{pid}/wchan").read_text()
+
+
+WAITER = """
+import mmap, os, signal, sys
+what, file, copy = sys.argv[1], open(sys.argv[2], "rb"), open(sys.argv[3], "rb").read()
+os.set_blocking(1, False)
+signal.set_wakeup_fd(1, warn_on_full_buffer=False)
+signal.signal(signal.SIGUSR1, lambda *_: None)
+def map():
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+mapped = map() if what in ("unmap", "fork") else None
+os.write(1, b".")
+os.read(0, 1)
+if what == "unmap":
+    mapped.close()
+elif what == "fork":
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+    else:
+        os._exit(mapped[:] != copy)
+else:
+    assert map()[:] == copy
+os.write(1, b".")
+"""
+
+
+@pytest.fixture
+def start_waiter(attached: Attached) -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
+    """Start a program that maps, unmaps or forks once a line comes; handlers write to its output."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(what: str) -> subprocess.Popen[bytes]:
+        words = attached.words(
+            "python3", "-Wignore", "-c", WAITER, what, "{image}", str(attached.copy)
+        )
+        process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=plain_environment()
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"."
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def go_on(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.write(b"!")
+
+
+@pytest.mark.parametrize("what", ["map", "unmap", "fork"])
+def test_a_signal_ends_a_program_whose_backend_does_not_answer(
+    attached: Attached, start_waiter: Callable[[str], subprocess.Popen[bytes]], what: str
+) -> None:
+    process = start_waiter(what)
+    with stopped(attached):
+        go_on(process)
+        if what == "fork":  # its child waits, and it for that
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            until(lambda: children.read_text() != "" and is_waiting(int(children.read_text())))
+            child = os.pidfd_open(int(children.read_text()))
+            signal.pidfd_send_signal(child, signal.SIGTERM)
+            assert select.select([child], [], [], ANSWER_SECONDS)[0]
+            os.close(child)
+        else:
+            until(lambda: is_waiting(process.pid))
+        process.terminate()
+        ended = process.wait(ANSWER_SECONDS)
+        # A parent that sees its child's end first says so.
+        assert ended == -signal.SIGTERM or (what == "fork" and ended == 1)
+
+
+@pytest.mark.parametrize("what", ["map", "unmap"])
+def test_handlers_run_while_the_backend_does_not_answer(
+    attached: Attached, start_waiter: Callable[[str], subprocess.Popen[bytes]], what: str
+) -> None:
+    process = start_waiter(what)
+    assert process.stdout is not None
+    with stopped(attached):
+        go_on(process)
+        for _ in range(3):
+            until(lambda: is_waiting(process.pid))
+            process.send_signal(signal.SIGUSR1)
+            assert process.stdout.read(1) == bytes([signal.SIGUSR1])
+    assert process.stdout.read(1) == b"."
+    assert process.wait() == 0
 
 
 def test_a_program_that_closes_all_descriptors_keeps_its_mapping(

@@ -4,7 +4,7 @@
  * of anything else (clone(2), _Fork) finds nothing there, which is SIGSEGV and not zeros.  vfork and
  * posix_spawn share the parent's memory, guard and all, and need nothing.
  *
- * The lock is held, and signals wait, from before the fork until the parent's mappings are back to
+ * The lock is held, and the program's handlers wait, from before the fork until the parent's mappings are back to
  * DONTFORK and the child's are guarded.  Nothing else runs in the child before: it has one thread, and our
  * handler, registered when the program was loaded, is the first of its kind.
  */
@@ -54,6 +54,7 @@ static void go_on_in_child(void)
 	unsigned nr_inherited = table_nr_ranges;
 	sigset_t before = signals_before;
 
+	lock_insist();
 	memcpy(inherited, table_ranges, nr_inherited * sizeof(inherited[0]));
 	table_nr_ranges = 0;
 	table_drop_links();

@@ -103,7 +103,8 @@ static void *map_image(void *address, size_t length, int prot, int flags, off_t 
 		return mapping_failed(-EINVAL);
 	covered = mapping_covered((uint64_t)offset, length);
 	lock_take(&signals);
-	at = mapping_make((uintptr_t)address, length, prot, flags, (uint64_t)offset);
+	while ((at = mapping_make((uintptr_t)address, length, prot, flags, (uint64_t)offset)) == -EINTR)
+		lock_yield(&signals);
 	lock_release(&signals);
 	if (at < 0)
 		return mapping_failed(at);
@@ -151,7 +152,9 @@ static int unmap(uintptr_t start, uintptr_t end)
 
 	if (err < 0)
 		return err;
-	table_retire(start, end);
+	err = table_retire(start, end);
+	if (err < 0)
+		return err;
 	if (real_munmap((void *)start, end - start) < 0)
 		return -errno;
 	table_cut(start, end);
@@ -167,7 +170,8 @@ EXPORTED int munmap(void *address, size_t length)
 	if (is_elsewhere(address, length) || start % PAGE_BYTES != 0 || length == 0)
 		return real_munmap(address, length);
 	lock_take(&signals);
-	err = unmap(start, page_up(start + length));
+	while ((err = unmap(start, page_up(start + length))) == -EINTR)
+		lock_yield(&signals);
 	lock_release(&signals);
 	return err < 0 ? failed(err) : 0;
 }

@@ -36,7 +36,8 @@ static int open_lent(int flags)
 	int fd;
 
 	lock_take(&signals);
-	fd = wire_open_source();
+	while ((fd = wire_open_source()) == -EINTR)
+		lock_yield(&signals);
 	lock_release(&signals);
 	if (fd < 0) {
 		errno = EIO;

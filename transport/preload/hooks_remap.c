@@ -142,6 +142,7 @@ static intptr_t grow(const struct wanted *wanted)
 			return target;
 	}
 	at = append(&range, (uintptr_t)target + wanted->old_length, added, MAP_FIXED);
+	lock_insist();
 	if (at >= 0)
 		at = move(wanted->start, wanted->old_length, (uintptr_t)target);
 	if (at < 0 && !(wanted->flags & MREMAP_FIXED))
@@ -169,6 +170,7 @@ static intptr_t remap(const struct wanted *wanted)
 		return err;
 	if (wanted->new_length > length)
 		return grow(wanted);
+	lock_insist();
 	if (wanted->new_length < length) {
 		err = cut_off(wanted->start + wanted->new_length, end);
 		if (err < 0)
@@ -177,6 +179,22 @@ static intptr_t remap(const struct wanted *wanted)
 	}
 	return wanted->flags & MREMAP_FIXED ? move(wanted->start, length, wanted->target)
 					    : (intptr_t)wanted->start;
+}
+
+/* Of a guest mapping, or onto one. */
+static intptr_t remap_any(const struct wanted *wanted, void *address, size_t old_length, size_t new_length,
+			  void *new_address)
+{
+	void *mapped;
+
+	if (table_touches(wanted->start, wanted->start + (wanted->old_length ? wanted->old_length : 1)))
+		return remap(wanted);
+	mapped = real_mremap(address, old_length, new_length, wanted->flags, new_address);
+	if (mapped == MAP_FAILED)
+		return -errno;
+	if (wanted->flags & MREMAP_FIXED)
+		table_cut(wanted->target, wanted->target + wanted->new_length);
+	return (intptr_t)mapped;
 }
 
 static bool touches(const void *address, size_t length)
@@ -194,7 +212,7 @@ EXPORTED void *mremap(void *address, size_t old_length, size_t new_length, int f
 		.new_length = (new_length + PAGE_BYTES - 1) & ~(size_t)(PAGE_BYTES - 1),
 		.flags = flags,
 	};
-	void *new_address = NULL, *mapped;
+	void *new_address = NULL;
 	sigset_t signals;
 	intptr_t at;
 
@@ -212,14 +230,8 @@ EXPORTED void *mremap(void *address, size_t old_length, size_t new_length, int f
 	     !((flags & MREMAP_FIXED) && touches(new_address, wanted.new_length))))
 		return real_mremap(address, old_length, new_length, flags, new_address);
 	lock_take(&signals);
-	if (table_touches(wanted.start, wanted.start + (wanted.old_length ? wanted.old_length : 1))) {
-		at = remap(&wanted);
-	} else {
-		mapped = real_mremap(address, old_length, new_length, flags, new_address);
-		at = mapped == MAP_FAILED ? -errno : (intptr_t)mapped;
-		if (at >= 0 && (flags & MREMAP_FIXED))
-			table_cut(wanted.target, wanted.target + wanted.new_length);
-	}
+	while ((at = remap_any(&wanted, address, old_length, new_length, new_address)) == -EINTR)
+		lock_yield(&signals);
 	lock_release(&signals);
 	if (at >= 0)
 		return (void *)at;

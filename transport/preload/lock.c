@@ -3,17 +3,26 @@
  * A futex and not a mutex of the C library: that one waits with the caller's signals either blocked, so that nothing
  * ends a program whose other thread waits for the backend, or let in for an instant too long, so that a handler runs
  * with the lock held and may leave by siglongjmp.
+ *
+ * The holder that waits for the backend is asked to begin again for the first handler at once.  From then on the times
+ * in which it is not asked double, so that it gets on with a slow backend however often a timer's signal comes.
  */
 #define _GNU_SOURCE
 #include "transport/preload/lock.h"
 
+#include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
+
+#define SECOND_NS ((int64_t)1000000000)
+#define FIRST_DEAF_NS (SECOND_NS / 10)
 
 enum lock_state { FREE = 0, TAKEN = 1, AWAITED = 2 };
 static _Atomic int lock_state;
@@ -28,6 +37,15 @@ struct cancellation {
 
 /* Of the holder: guarded by the lock. */
 static struct cancellation cancellation_before;
+static sigset_t held_back;
+
+/* Of one call of the program's, in the thread that makes it. */
+struct patience {
+	int64_t since_ns; /* when it first waited; 0: it has not */
+	int64_t deaf_until_ns, deaf_ns;
+	bool insists;
+};
+static OF_THREAD struct patience patience;
 
 /* The kernel's struct sigaction begins with the handler.  By a bare call, since programs put functions of their own
    before the C library's. */
@@ -44,15 +62,16 @@ static bool has_handler(int number)
 }
 
 /* pthread_sigmask leaves the two signals of the C library itself alone. */
-static void hold_signals_back(sigset_t *before_out)
+static void hold_signals_back(sigset_t *held_out, sigset_t *before_out)
 {
-	sigset_t held;
-
-	sigemptyset(&held);
+	sigemptyset(held_out);
 	for (int number = 1; number < _NSIG; number++)
 		if (has_handler(number))
-			sigaddset(&held, number);
-	pthread_sigmask(SIG_BLOCK, &held, before_out);
+			sigaddset(held_out, number);
+	pthread_sigmask(SIG_BLOCK, held_out, before_out);
+	for (int number = 1; number < _NSIG; number++)
+		if (sigismember(before_out, number))
+			sigdelset(held_out, number);
 }
 
 /* Nothing is held meanwhile: a handler may leave by siglongjmp, and the thread may be cancelled. */
@@ -86,11 +105,14 @@ void lock_take(sigset_t *signals_out)
 	for (;;) {
 		struct cancellation cancellation;
 		int expected = FREE;
+		sigset_t held;
 
-		hold_signals_back(signals_out);
+		hold_signals_back(&held, signals_out);
 		hold_cancellation_back(&cancellation);
 		if (atomic_compare_exchange_strong(&lock_state, &expected, state)) {
 			cancellation_before = cancellation;
+			held_back = held;
+			patience = (struct patience){0};
 			is_inside = true;
 			return;
 		}
@@ -115,4 +137,51 @@ void lock_release(const sigset_t *signals)
 bool lock_is_inside(void)
 {
 	return is_inside;
+}
+
+static bool is_handler_due(void)
+{
+	sigset_t pending;
+
+	sigpending(&pending);
+	for (int number = 1; number < _NSIG; number++)
+		if (sigismember(&pending, number) && sigismember(&held_back, number))
+			return true;
+	return false;
+}
+
+static int64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * SECOND_NS + now.tv_nsec;
+}
+
+int lock_wait(unsigned limit_seconds)
+{
+	int64_t now = now_ns();
+
+	if (patience.since_ns == 0)
+		patience.since_ns = now;
+	if (now - patience.since_ns >= limit_seconds * SECOND_NS)
+		return -ETIMEDOUT;
+	return !patience.insists && now >= patience.deaf_until_ns && is_handler_due() ? -EINTR : 0;
+}
+
+void lock_yield(sigset_t *signals)
+{
+	struct patience before = patience;
+
+	lock_release(signals);
+	lock_take(signals);
+	patience = before;
+	patience.insists = false;
+	patience.deaf_ns = before.deaf_ns ? 2 * before.deaf_ns : FIRST_DEAF_NS;
+	patience.deaf_until_ns = now_ns() + patience.deaf_ns;
+}
+
+void lock_insist(void)
+{
+	patience.insists = true;
 }

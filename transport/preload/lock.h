@@ -6,7 +6,8 @@
  * the program's runs in that thread: signals that have a handler wait, and so does cancellation, asynchronous too.
  * Signals without a handler act at once, as they would without us: they end the process, stop it, or do nothing.
  *
- * The thread that waits for the lock holds nothing, and its signals are let in.
+ * The thread that waits for the lock holds nothing, and its signals are let in.  The holder that waits for the backend
+ * lets go of everything when a handler is due, and begins again after that.
  */
 #ifndef COWSHED_PRELOAD_LOCK_H
 #define COWSHED_PRELOAD_LOCK_H
@@ -18,5 +19,15 @@
 void lock_take(sigset_t *signals_out);
 void lock_release(const sigset_t *signals);
 bool lock_is_inside(void);
+
+/* For the holder, each time that the backend has kept it waiting for a moment.  0: wait on.  -EINTR: a handler of the
+   program's is due; undo what is half done, lock_yield, begin again.  -ETIMEDOUT: waited for so long in this call. */
+int lock_wait(unsigned limit_seconds);
+
+/* Runs the handlers that are due, without the lock, and takes it again: everything may have changed. */
+void lock_yield(sigset_t *signals);
+
+/* Until the lock is released or yielded handlers wait: what is half done cannot be undone. */
+void lock_insist(void);
 
 #endif

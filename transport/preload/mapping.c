@@ -79,7 +79,7 @@ static int leave_take(struct leave *leave, struct packet *reply)
 
 static int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes)
 {
-	char request[sizeof(terms.open_request) + 100];
+	static char request[sizeof(terms.open_request) + 100]; /* threads may have small stacks */
 	struct leave leave = {-1, -1, -1};
 	struct packet reply;
 	int err = wire_connect();
@@ -158,6 +158,8 @@ static int clear_target(uintptr_t address, size_t length)
 
 	if (!table_touches(address, end))
 		return 0;
+	/* The program must not see what is neither the old nor the new. */
+	lock_insist();
 	table_retire(address, end);
 	reserved = real_mmap((void *)address, length, PROT_NONE,
 			     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);

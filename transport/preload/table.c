@@ -165,8 +165,10 @@ static bool is_all_inside(uint16_t link_no, uintptr_t start, uintptr_t end)
 	return true;
 }
 
-void table_retire(uintptr_t start, uintptr_t end)
+int table_retire(uintptr_t start, uintptr_t end)
 {
+	int err = 0;
+
 	for (unsigned i = 0; i < table_nr_ranges;) {
 		uint16_t link_no = table_ranges[i].link_no;
 
@@ -176,7 +178,9 @@ void table_retire(uintptr_t start, uintptr_t end)
 			continue;
 		}
 		/* A handler late by an instant must not meet another mapping at this address. */
-		wire_farewell(table_links[link_no].connection_fd);
+		err = wire_farewell(table_links[link_no].connection_fd);
+		if (err < 0)
+			break;
 		for (unsigned k = table_nr_ranges; k-- > 0;) {
 			struct range range = table_ranges[k];
 
@@ -190,6 +194,7 @@ void table_retire(uintptr_t start, uintptr_t end)
 		i = 0;
 	}
 	table_update_bounds();
+	return err;
 }
 
 struct range *table_find(uintptr_t start, uintptr_t end)

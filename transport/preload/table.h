@@ -54,8 +54,8 @@ void table_add(struct range range);
 void table_cut(uintptr_t start, uintptr_t end);
 
 /* Takes away the guard of those links whose ranges all lie between, once the backend has let go of them:
-   for who is about to unmap it all. Their ranges become PROT_NONE and are forgotten. */
-void table_retire(uintptr_t start, uintptr_t end);
+   for who is about to unmap it all. Their ranges become PROT_NONE and are forgotten. 0, or -EINTR: call it again. */
+int table_retire(uintptr_t start, uintptr_t end);
 
 /* The range that holds all of it, or NULL. */
 struct range *table_find(uintptr_t start, uintptr_t end);

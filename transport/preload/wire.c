@@ -15,14 +15,16 @@
 /* One request at a time is under way, and each takes the same tag. Events, which nobody asked for, have none. */
 #define TAG 1
 #define TAG_OF_EVENTS 0
-#define REPLY_SECONDS 60
+#define SLICE_MICROSECONDS 50000
+#define REPLY_SECONDS 60 /* in all, for a call of the program's */
 #define FAREWELL_SECONDS 5
 
 static char reply_text[16 << 10];
 
-static int set_timeout(int fd, time_t seconds)
+/* A call on the socket comes back after this: then lock_wait says whether to go on. */
+static int set_timeout(int fd)
 {
-	struct timeval limit = {.tv_sec = seconds};
+	struct timeval limit = {.tv_usec = SLICE_MICROSECONDS};
 
 	if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit)) < 0 ||
 	    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit)) < 0)
@@ -30,24 +32,34 @@ static int set_timeout(int fd, time_t seconds)
 	return 0;
 }
 
-static int send_request(int fd, const char *request, const int *fds, unsigned nr_fds)
-{
-	int err = packet_send(fd, TAG, request, fds, nr_fds);
-
-	return err == -EAGAIN ? -ETIMEDOUT : err;
-}
-
-static int receive_reply(int fd, struct packet *reply)
+static int send_request(int fd, const char *request, const int *fds, unsigned nr_fds, unsigned limit_seconds)
 {
 	int err;
 
-	while ((err = packet_receive(fd, reply_text, sizeof(reply_text), reply)) == 0 && reply->tag == TAG_OF_EVENTS)
-		packet_close_fds(reply);
-	if (err == 0 && reply->tag != TAG) {
-		packet_close_fds(reply);
-		return -EPROTO;
+	while ((err = packet_send(fd, TAG, request, fds, nr_fds)) == -EAGAIN) {
+		err = lock_wait(limit_seconds);
+		if (err < 0)
+			break;
 	}
-	return err == -EAGAIN ? -ETIMEDOUT : err;
+	return err;
+}
+
+static int receive_reply(int fd, unsigned limit_seconds, struct packet *reply)
+{
+	int err = 0;
+
+	while (err == 0) {
+		err = packet_receive(fd, reply_text, sizeof(reply_text), reply);
+		if (err == 0 && reply->tag == TAG)
+			return 0;
+		if (err == 0) {
+			packet_close_fds(reply);
+			err = reply->tag == TAG_OF_EVENTS ? lock_wait(limit_seconds) : -EPROTO;
+		} else if (err == -EAGAIN) {
+			err = lock_wait(limit_seconds);
+		}
+	}
+	return err;
 }
 
 void reply_close_fds(struct packet *reply)
@@ -60,22 +72,23 @@ static void say_failure(int err)
 {
 	char why[800];
 
-	if (err == -EACCES)
-		return; /* said where it was refused */
+	if (err == -EACCES || err == -EINTR)
+		return; /* said where it was refused; not over */
 	snprintf(why, sizeof(why), "%s", strerrordesc_np(-err));
 	say("no mapping of the image: the backend at %s: %s; see 'cowshed status' and its log",
 	    terms.socket_path, why);
 }
 
-static int ask(int fd, const char *request, const int *fds, unsigned nr_fds, struct packet *reply)
+static int ask(int fd, const char *request, const int *fds, unsigned nr_fds, unsigned limit_seconds,
+	       struct packet *reply)
 {
 	char why[800];
 	struct json error;
-	int err = send_request(fd, request, fds, nr_fds);
+	int err = send_request(fd, request, fds, nr_fds, limit_seconds);
 
 	if (err < 0)
 		return err;
-	err = receive_reply(fd, reply);
+	err = receive_reply(fd, limit_seconds, reply);
 	if (err == 0 && !json_is_true(reply->json, "ok")) {
 		if (!json_object(reply->json, "error", &error) ||
 		    !json_text(error, "message", why, sizeof(why)))
@@ -89,7 +102,7 @@ static int ask(int fd, const char *request, const int *fds, unsigned nr_fds, str
 int wire_ask(int connection_fd, const char *request, const int *fds, unsigned nr_fds, struct packet *reply_out)
 {
 	struct packet reply = {.nr_fds = 0};
-	int err = ask(connection_fd, request, fds, nr_fds, &reply);
+	int err = ask(connection_fd, request, fds, nr_fds, REPLY_SECONDS, &reply);
 
 	if (err < 0) {
 		reply_close_fds(&reply);
@@ -110,11 +123,11 @@ void wire_say_gone(int err)
 /* Interrupted like any call on a socket with a time limit, see packets.c. */
 static int connect_retrying(int fd, const struct sockaddr_un *address)
 {
-	int err;
+	int err = 0;
 
-	do
-		err = connect(fd, (const struct sockaddr *)address, sizeof(*address));
-	while (err < 0 && errno == EINTR);
+	while (err == 0 && connect(fd, (const struct sockaddr *)address, sizeof(*address)) < 0)
+		if (errno != EINTR)
+			err = errno == EAGAIN ? lock_wait(REPLY_SECONDS) : -errno;
 	return err;
 }
 
@@ -132,9 +145,9 @@ int wire_connect(void)
 		say_failure(err);
 		return err;
 	}
-	err = set_timeout(fd, REPLY_SECONDS);
-	if (err == 0 && connect_retrying(fd, &address) < 0)
-		err = errno == EAGAIN ? -ETIMEDOUT : -errno;
+	err = set_timeout(fd);
+	if (err == 0)
+		err = connect_retrying(fd, &address);
 	if (err < 0) {
 		say_failure(err);
 	} else {
@@ -172,11 +185,11 @@ int wire_open_source(void)
 	return reply.fds[0];
 }
 
-void wire_farewell(int connection_fd)
+int wire_farewell(int connection_fd)
 {
 	struct packet reply = {.nr_fds = 0};
+	int err = ask(connection_fd, "{\"op\":\"close\"}", NULL, 0, FAREWELL_SECONDS, &reply);
 
-	if (set_timeout(connection_fd, FAREWELL_SECONDS) == 0)
-		ask(connection_fd, "{\"op\":\"close\"}", NULL, 0, &reply);
 	reply_close_fds(&reply);
+	return err == -EINTR ? err : 0;
 }

@@ -3,7 +3,8 @@
  * The guest's half of the protocol of transport/protocol.py over a Unix sequenced-packet socket, as much
  * of it as a mapping needs.  One buffer for replies: only for whoever holds the lock.
  *
- * Functions return >= 0 or -errno; whatever the backend refuses or says wrongly is told to stderr here.
+ * Functions return >= 0 or -errno; whatever the backend refuses or says wrongly is told to stderr here.  -EINTR is not
+ * the end: see lock_wait.
  */
 #ifndef COWSHED_PRELOAD_WIRE_H
 #define COWSHED_PRELOAD_WIRE_H
@@ -27,7 +28,7 @@ static inline bool wire_is_gone(int err)
 void wire_say_gone(int err);
 
 /* Sends a request with descriptors and takes its reply, whose text is good until the next call. -EPROTO for a reply that makes no sense, -EACCES
-   for a refusal, -EPIPE when the backend is gone, -ETIMEDOUT. */
+   for a refusal, -EPIPE when the backend is gone, and what lock_wait says. */
 int wire_ask(int connection_fd, const char *request, const int *fds, unsigned nr_fds, struct packet *reply_out);
 
 void reply_close_fds(struct packet *reply);
@@ -35,7 +36,8 @@ void reply_close_fds(struct packet *reply);
 /* A fresh descriptor of the image's source, for who may not open it. */
 int wire_open_source(void);
 
-/* Says a mapping's end, and waits for a few seconds at most until the backend has let go of it. */
-void wire_farewell(int connection_fd);
+/* Says a mapping's end, and waits for a few seconds at most until the backend has let go of it.  0, or -EINTR: to be
+   called again. */
+int wire_farewell(int connection_fd);
 
 #endif
