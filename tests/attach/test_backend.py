@@ -195,7 +195,7 @@ os.write(1, b".")
 
 @pytest.fixture
 def start_waiter(attached: Attached) -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
-    """Start a program that maps, unmaps or forks once a line comes; handlers write to its output."""
+    """Start a program that maps, unmaps or forks when told; its handlers write to its output."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(what: str) -> subprocess.Popen[bytes]:
