@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import select
 import shutil
 import sqlite3
 import subprocess
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from attached import Attached
-from domains import StartDaemon
+from domains import ANSWER_SECONDS, StartDaemon, plain_environment
 
 PAGE = 4096
 # SQLite maps what it reads when told to; without, it would read the file.
@@ -109,3 +112,42 @@ def test_a_machine_of_qemu_has_the_image_as_memory(
     assert ended.returncode == 0, ended
     assert saved.read_bytes() == source.read_bytes()
     assert daemon.log().count("event=attached") == 2
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_what_nobody_reads_is_not_said(attached: Attached, mapper: Path, is_closed: bool) -> None:
+    """Neither does a full pipe hold the program up, nor a closed one end it."""
+    reading, writing = os.pipe()
+    if is_closed:
+        os.close(reading)
+    else:
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, bytes(PAGE))
+        os.set_blocking(writing, True)
+    words = attached.words(mapper, "says_and_goes_on", "{image}", attached.copy)
+    with subprocess.Popen(words, stderr=writing, env=plain_environment()) as process:
+        os.close(writing)
+        assert process.wait(ANSWER_SECONDS) == 0
+    if not is_closed:
+        os.close(reading)
+
+
+def test_a_pipe_that_the_program_closes_is_closed(attached: Attached) -> None:
+    """A daemon closes its stderr, and who reads that sees its end."""
+    script = """
+import mmap, os, sys
+file = open(sys.argv[1], "rb")
+mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+os.close(2)
+sys.stdin.read()
+"""
+    words = attached.words("python3", "-Wignore", "-c", script, "{image}")
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=plain_environment()
+    ) as process:
+        assert process.stderr is not None
+        assert select.select([process.stderr], [], [], ANSWER_SECONDS)[0]
+        assert process.stderr.read() == b""
+        process.communicate()

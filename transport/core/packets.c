@@ -74,8 +74,11 @@ static int check(const struct header *header, const struct msghdr *message, size
 {
 	size_t text_length = length - sizeof(*header);
 
-	if (length < sizeof(*header) || (message->msg_flags & (MSG_TRUNC | MSG_CTRUNC)))
+	if (length < sizeof(*header) || (message->msg_flags & MSG_TRUNC))
 		return -EPROTO;
+	/* Descriptors that there was room for were not to be had. */
+	if (message->msg_flags & MSG_CTRUNC)
+		return header->nr_fds <= PACKET_MAX_FDS ? -EMFILE : -EPROTO;
 	if (header->magic != MAGIC || header->version != VERSION || header->flags != 0 ||
 	    header->nr_fds != packet->nr_fds || header->reserved != 0 || header->total_length != text_length ||
 	    header->piece_length != text_length)

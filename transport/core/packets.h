@@ -23,8 +23,8 @@ struct packet {
 /* Sends a message of one packet; fds stay the caller's. -EAGAIN if there is no room, or not in the socket's time. */
 int packet_send(int socket_fd, uint32_t tag, const char *text, const int *fds, unsigned nr_fds);
 
-/* Takes one. -EPIPE when the peer has closed, -EAGAIN when there is none, -EPROTO for what makes no sense or does
-   not fit; nothing is to be closed then. */
+/* Takes one. -EPIPE when the peer has closed, -EAGAIN when there is none, -EMFILE when this process may not
+   have so many descriptors, -EPROTO for what makes no sense or does not fit; nothing is to be closed then. */
 int packet_receive(int socket_fd, char *room, size_t room_bytes, struct packet *packet_out);
 
 void packet_close_fds(struct packet *packet);

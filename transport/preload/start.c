@@ -7,6 +7,7 @@
 __attribute__((constructor)) static void start(void)
 {
 	real_find();
+	say_begin();
 	terms_read();
 	if (terms.active)
 		forks_watch();

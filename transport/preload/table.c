@@ -15,8 +15,9 @@
 #include "transport/preload/wire.h"
 
 /* Descriptors from here on are ours if the limit allows: programs number theirs from below, and shells
-   keep some under 256. */
+   keep some under 256.  Never those of the standard streams, which a program may have closed. */
 #define HIDING_FD 900
+#define LOWEST_FD 3
 
 struct range table_ranges[TABLE_MAX_RANGES];
 unsigned table_nr_ranges;
@@ -79,8 +80,10 @@ void table_hide_fd(int *fd)
 	int from = HIDING_FD, moved;
 
 	if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < HIDING_FD + 64)
-		from = limit.rlim_cur > 64 ? (int)limit.rlim_cur - 64 : 0;
+		from = (int)(limit.rlim_cur - limit.rlim_cur / 4);
 	moved = fcntl(*fd, F_DUPFD_CLOEXEC, from);
+	if (moved < 0)
+		moved = fcntl(*fd, F_DUPFD_CLOEXEC, LOWEST_FD);
 	if (moved < 0)
 		return;
 	real_close(*fd);

@@ -2,14 +2,10 @@
 #define _GNU_SOURCE
 #include "transport/preload/terms.h"
 
-#include <errno.h>
 #include <inttypes.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include "cache/core/abi.h"
 
@@ -61,25 +57,4 @@ void terms_read(void)
 bool terms_is_image(const struct stat *status)
 {
 	return terms.active && status->st_ino == terms.inode && status->st_dev == terms.device;
-}
-
-void say(const char *format, ...)
-{
-	char line[1200] = "cowshed: attach: ";
-	size_t length = strlen(line);
-	int saved = errno, added;
-	va_list arguments;
-
-	va_start(arguments, format);
-	added = vsnprintf(line + length, sizeof(line) - length - 1, format, arguments);
-	va_end(arguments);
-	if (added > 0)
-		length += (size_t)added;
-	if (length > sizeof(line) - 2)
-		length = sizeof(line) - 2;
-	line[length++] = '\n';
-	/* Nobody to tell if that fails. */
-	if (syscall(SYS_write, STDERR_FILENO, line, length) < 0)
-		errno = saved;
-	errno = saved;
 }

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What `cowshed attach` told this process, in the environment variable COWSHED_ATTACH; and the one line
- * on stderr in which the library says what it cannot do.
+ * What `cowshed attach` told this process, in the environment variable COWSHED_ATTACH.
  *
  * The variable's lines: "1 DEVICE INODE MAP_BYTES", the socket's path, what stands for {image}, the
  * `describe` request, and the beginning of the `open` request, which lacks the part that is wanted and the
@@ -13,6 +12,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/stat.h>
+
+#include "transport/preload/say.h"
 
 struct terms {
 	bool active; /* false: the library does nothing at all */
@@ -31,8 +32,5 @@ void terms_read(void);
 
 /* Whether this is the image's source. */
 bool terms_is_image(const struct stat *status);
-
-/* One line on stderr, "cowshed: attach: ...", without locks and without memory. Keeps errno. */
-__attribute__((format(printf, 1, 2))) void say(const char *format, ...);
 
 #endif

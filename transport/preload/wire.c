@@ -3,7 +3,6 @@
 #include "transport/preload/wire.h"
 
 #include <errno.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/time.h>
@@ -70,13 +69,15 @@ void reply_close_fds(struct packet *reply)
 
 static void say_failure(int err)
 {
-	char why[800];
-
 	if (err == -EACCES || err == -EINTR)
 		return; /* said where it was refused; not over */
-	snprintf(why, sizeof(why), "%s", strerrordesc_np(-err));
+	if (err == -EMFILE) {
+		say("no mapping of the image: this process has too many descriptors; raise its limit (ulimit -n), "
+		    "or close some");
+		return;
+	}
 	say("no mapping of the image: the backend at %s: %s; see 'cowshed status' and its log",
-	    terms.socket_path, why);
+	    terms.socket_path, strerrordesc_np(-err));
 }
 
 static int ask(int fd, const char *request, const int *fds, unsigned nr_fds, unsigned limit_seconds,
