@@ -2,7 +2,7 @@
 /*
  * Mappings are MADV_DONTFORK but for the instant of a fork that these handlers know of, so that a child
  * of anything else (clone(2), _Fork) finds nothing there, which is SIGSEGV and not zeros.  vfork and
- * posix_spawn share the parent's memory, guard and all, and need nothing.
+ * posix_spawn share the parent's memory, guard and all, see process.h.
  *
  * The lock is held, and the program's handlers wait, from before the fork until the parent's mappings are back to
  * DONTFORK and the child's are guarded.  Nothing else runs in the child before: it has one thread, and our
@@ -15,11 +15,15 @@
 #include <string.h>
 
 #include "transport/preload/mapping.h"
+#include "transport/preload/process.h"
 #include "transport/preload/real.h"
 #include "transport/preload/table.h"
 
 /* Of the thread that forks; guarded by the lock. */
 static sigset_t signals_before;
+
+/* False in another's memory, where the thread that is suspended meanwhile has this variable too. */
+static __thread bool is_own __attribute__((tls_model("initial-exec")));
 
 static void advise_ranges(int advice)
 {
@@ -35,6 +39,9 @@ static void prepare(void)
 {
 	sigset_t before;
 
+	is_own = process_kind() == PROCESS_OWN;
+	if (!is_own)
+		return;
 	lock_take(&before);
 	signals_before = before;
 	advise_ranges(MADV_DOFORK);
@@ -44,6 +51,8 @@ static void go_on_in_parent(void)
 {
 	sigset_t before = signals_before;
 
+	if (!is_own)
+		return;
 	advise_ranges(MADV_DONTFORK);
 	lock_release(&before);
 }
@@ -54,10 +63,15 @@ static void go_on_in_child(void)
 	unsigned nr_inherited = table_nr_ranges;
 	sigset_t before = signals_before;
 
-	lock_insist();
 	memcpy(inherited, table_ranges, nr_inherited * sizeof(inherited[0]));
-	table_nr_ranges = 0;
+	table_forget_ranges();
 	table_drop_links();
+	process_begin();
+	if (!is_own) {
+		lock_renew();
+		return;
+	}
+	lock_insist();
 	for (unsigned i = 0; i < nr_inherited; i++)
 		if (!inherited[i].no_fork)
 			mapping_inherit(inherited[i]);

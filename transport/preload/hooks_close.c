@@ -8,6 +8,7 @@
 #include <limits.h>
 #include <unistd.h>
 
+#include "transport/preload/process.h"
 #include "transport/preload/real.h"
 #include "transport/preload/table.h"
 #include "transport/preload/terms.h"
@@ -17,30 +18,37 @@ static bool is_none_of_ours(unsigned first, unsigned last)
 	return !terms.active || lock_is_inside() || !table_may_own(first, last);
 }
 
-EXPORTED int close(int fd)
+/* Where the table is another's its lock is not ours to take: an end of this process would leave it locked. */
+static bool may_lock(void)
+{
+	return process_kind() == PROCESS_OWN;
+}
+
+static bool is_ours(int fd)
 {
 	sigset_t signals;
-	bool is_ours;
+	bool found;
 
-	if (is_none_of_ours((unsigned)fd, (unsigned)fd))
-		return real_close(fd);
+	if (!may_lock())
+		return table_find_fd(fd) != NULL;
 	lock_take(&signals);
-	is_ours = table_find_fd(fd) != NULL;
+	found = table_find_fd(fd) != NULL;
 	lock_release(&signals);
-	if (!is_ours)
+	return found;
+}
+
+EXPORTED int close(int fd)
+{
+	if (is_none_of_ours((unsigned)fd, (unsigned)fd) || !is_ours(fd))
 		return real_close(fd);
 	errno = EBADF;
 	return -1;
 }
 
-EXPORTED int close_range(unsigned first, unsigned last, int flags)
+static int close_others(unsigned first, unsigned last, int flags)
 {
-	sigset_t signals;
 	int result = 0;
 
-	if (is_none_of_ours(first, last) || first > last)
-		return real_close_range(first, last, flags);
-	lock_take(&signals);
 	for (unsigned long fd = first; result == 0 && fd <= last;) {
 		unsigned long ours = fd;
 
@@ -54,6 +62,20 @@ EXPORTED int close_range(unsigned first, unsigned last, int flags)
 			result = real_close_range((unsigned)fd, (unsigned)(ours - 1), flags);
 		fd = ours + 1;
 	}
+	return result;
+}
+
+EXPORTED int close_range(unsigned first, unsigned last, int flags)
+{
+	sigset_t signals;
+	int result;
+
+	if (is_none_of_ours(first, last) || first > last)
+		return real_close_range(first, last, flags);
+	if (!may_lock())
+		return close_others(first, last, flags);
+	lock_take(&signals);
+	result = close_others(first, last, flags);
 	lock_release(&signals);
 	return result;
 }
@@ -71,6 +93,17 @@ static int duplicate(int fd, int wanted, int flags, bool is_dup2)
 
 	if (is_none_of_ours((unsigned)wanted, (unsigned)wanted))
 		return real_dup3(fd, wanted, flags, is_dup2);
+	switch (process_kind()) {
+	case PROCESS_OWN:
+		break;
+	case PROCESS_IN_MEMORY_OF_ANOTHER: /* of which these are copies */
+		return real_dup3(fd, wanted, flags, is_dup2);
+	case PROCESS_WITH_FDS_OF_ANOTHER: /* who would not hear of another number */
+		if (!table_find_fd(wanted))
+			return real_dup3(fd, wanted, flags, is_dup2);
+		errno = EBUSY;
+		return -1;
+	}
 	lock_take(&signals);
 	ours = table_find_fd(wanted);
 	if (ours) {

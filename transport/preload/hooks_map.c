@@ -9,6 +9,7 @@
 
 #include "cache/core/abi.h"
 #include "transport/preload/mapping.h"
+#include "transport/preload/process.h"
 #include "transport/preload/real.h"
 #include "transport/preload/table.h"
 #include "transport/preload/terms.h"
@@ -33,10 +34,19 @@ static uintptr_t page_up(uintptr_t address)
 /* Whether the C library's call may go straight to the kernel. */
 static bool is_elsewhere(const void *address, size_t length)
 {
-	uintptr_t start = (uintptr_t)address;
+	uintptr_t start = (uintptr_t)address, end = page_up(start + length);
 
-	return !terms.active || lock_is_inside() || start + length < start ||
-	       !table_may_touch(start, page_up(start + length));
+	if (!terms.active || lock_is_inside() || start + length < start || !table_may_touch(start, end))
+		return true;
+	if (process_kind() == PROCESS_IN_MEMORY_OF_ANOTHER)
+		return !table_touches(start, end);
+	return !table_may_touch(start, end); /* process_kind may have found that it has none of them */
+}
+
+/* A child of vfork may do nothing to its parent's mappings: the table would not know. */
+static bool is_anothers(void)
+{
+	return process_kind() == PROCESS_IN_MEMORY_OF_ANOTHER;
 }
 
 static int failed(int err)
@@ -126,10 +136,12 @@ EXPORTED void *mmap64(void *address, size_t length, int prot, int flags, int fd,
 		return real_mmap(address, length, prot, flags, fd, offset);
 	/* What begins past the image's end is SIGBUS all over, in the source too. */
 	if (!(flags & MAP_ANONYMOUS) && fd >= 0 && fstat(fd, &status) == 0 && terms_is_image(&status) &&
-	    (uint64_t)offset < terms.map_bytes)
+	    (uint64_t)offset < terms.map_bytes && process_kind() == PROCESS_OWN)
 		return map_image(address, length, prot, flags, offset);
 	if (!(flags & MAP_FIXED) || is_elsewhere(address, length))
 		return real_mmap(address, length, prot, flags, fd, offset);
+	if (is_anothers())
+		return mapping_failed(-EPERM);
 	/* Over a guest mapping. Its backend hears of it from the kernel. */
 	lock_take(&signals);
 	mapped = MAP_FAILED;
@@ -169,6 +181,8 @@ EXPORTED int munmap(void *address, size_t length)
 
 	if (is_elsewhere(address, length) || start % PAGE_BYTES != 0 || length == 0)
 		return real_munmap(address, length);
+	if (is_anothers())
+		return failed(-EPERM);
 	lock_take(&signals);
 	while ((err = unmap(start, page_up(start + length))) == -EINTR)
 		lock_yield(&signals);
@@ -184,6 +198,8 @@ EXPORTED int mprotect(void *address, size_t length, int prot)
 
 	if (is_elsewhere(address, length))
 		return real_mprotect(address, length, prot);
+	if (is_anothers())
+		return failed(-EPERM);
 	lock_take(&signals);
 	for (unsigned i = 0; (prot & PROT_WRITE) && i < table_nr_ranges; i++) {
 		const struct range *range = &table_ranges[i];
@@ -211,6 +227,8 @@ EXPORTED int madvise(void *address, size_t length, int advice)
 
 	if (is_elsewhere(address, length))
 		return real_madvise(address, length, advice);
+	if (is_anothers())
+		return failed(-EPERM);
 	switch (advice) {
 	case MADV_HUGEPAGE: /* frames come as pages */
 		return 0;

@@ -11,6 +11,7 @@
 
 #include "cache/core/abi.h"
 #include "transport/preload/mapping.h"
+#include "transport/preload/process.h"
 #include "transport/preload/real.h"
 #include "transport/preload/table.h"
 #include "transport/preload/terms.h"
@@ -201,7 +202,11 @@ static bool touches(const void *address, size_t length)
 {
 	uintptr_t start = (uintptr_t)address;
 
-	return start + length >= start && table_may_touch(start, start + length);
+	if (start + length < start || !table_may_touch(start, start + length))
+		return false;
+	if (process_kind() == PROCESS_IN_MEMORY_OF_ANOTHER)
+		return table_touches(start, start + length);
+	return table_may_touch(start, start + length);
 }
 
 EXPORTED void *mremap(void *address, size_t old_length, size_t new_length, int flags, ...)
@@ -229,6 +234,10 @@ EXPORTED void *mremap(void *address, size_t old_length, size_t new_length, int f
 	    (!touches(address, wanted.old_length ? wanted.old_length : 1) &&
 	     !((flags & MREMAP_FIXED) && touches(new_address, wanted.new_length))))
 		return real_mremap(address, old_length, new_length, flags, new_address);
+	if (process_kind() == PROCESS_IN_MEMORY_OF_ANOTHER) {
+		errno = EPERM;
+		return MAP_FAILED;
+	}
 	lock_take(&signals);
 	while ((at = remap_any(&wanted, address, old_length, new_length, new_address)) == -EINTR)
 		lock_yield(&signals);

@@ -139,6 +139,11 @@ bool lock_is_inside(void)
 	return is_inside;
 }
 
+void lock_renew(void)
+{
+	atomic_store(&lock_state, FREE);
+}
+
 static bool is_handler_due(void)
 {
 	sigset_t pending;

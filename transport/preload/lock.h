@@ -20,6 +20,9 @@ void lock_take(sigset_t *signals_out);
 void lock_release(const sigset_t *signals);
 bool lock_is_inside(void);
 
+/* In a copy of the process, which has one thread: nobody holds it. */
+void lock_renew(void);
+
 /* For the holder, each time that the backend has kept it waiting for a moment.  0: wait on.  -EINTR: a handler of the
    program's is due; undo what is half done, lock_yield, begin again.  -ETIMEDOUT: waited for so long in this call. */
 int lock_wait(unsigned limit_seconds);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The library's beginning, when the dynamic linker has loaded it for a program under `cowshed attach`. */
 #include "transport/preload/forks.h"
+#include "transport/preload/process.h"
 #include "transport/preload/real.h"
 #include "transport/preload/terms.h"
 
@@ -9,6 +10,8 @@ __attribute__((constructor)) static void start(void)
 	real_find();
 	say_begin();
 	terms_read();
-	if (terms.active)
-		forks_watch();
+	if (!terms.active)
+		return;
+	process_begin();
+	forks_watch();
 }

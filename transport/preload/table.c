@@ -224,6 +224,12 @@ int *table_find_fd(int fd)
 	return NULL;
 }
 
+void table_forget_ranges(void)
+{
+	table_nr_ranges = 0;
+	table_update_bounds();
+}
+
 void table_drop_links(void)
 {
 	for (unsigned i = 0; i < TABLE_MAX_LINKS; i++) {

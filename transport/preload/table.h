@@ -69,6 +69,9 @@ void table_hide_fd(int *fd);
 /* After ranges were changed in place. */
 void table_update_bounds(void);
 
+/* In a process that has the table and not the mappings: there are no ranges, and links keep their descriptors. */
+void table_forget_ranges(void);
+
 /* A forked child: closes the inherited descriptors and forgets all links, leaving ranges to the caller. */
 void table_drop_links(void);
 
