@@ -34,6 +34,7 @@ struct test_case {
 	const char *name;
 	void (*run)(void);
 };
-extern const struct test_case map_cases[], fork_cases[], thread_cases[], stream_cases[], clone_cases[];
+extern const struct test_case map_cases[], fork_cases[], thread_cases[], stream_cases[], clone_cases[],
+	end_cases[];
 
 #endif

@@ -2,16 +2,19 @@
 """Each case of mapper.c, a program that maps in every way there is, sees the image's bytes."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from attached import ROOM, Attached
 
-CASES = [
-    name
-    for source in sorted(ROOM.glob("mapper_*.c"))
-    for name in re.findall(r'^\t\{"(\w+)"', source.read_text(), re.MULTILINE)
-]
+
+def cases_of(source: Path) -> list[str]:
+    """The names in its table."""
+    return re.findall(r'^\t\{"(\w+)"', source.read_text(), re.MULTILINE)
+
+
+CASES = [name for source in sorted(ROOM.glob("mapper_*.c")) for name in cases_of(source)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -19,3 +22,8 @@ def test_a_program_that_maps(case: str, shared: Attached, mapper: Path) -> None:
     ended = shared.run(mapper, case, "{image}", shared.copy)
     assert ended.returncode == 0, ended.stderr
     assert shared.daemon.mismatches() == []
+
+
+@pytest.mark.parametrize("case", cases_of(ROOM / "mapper_ends.c"))
+def test_an_ordinary_file_is_no_different(case: str, shared: Attached, mapper: Path) -> None:
+    subprocess.run([mapper, case, shared.copy, shared.copy], check=True)

@@ -30,7 +30,7 @@ static void advise_ranges(int advice)
 	for (unsigned i = 0; i < table_nr_ranges; i++) {
 		const struct range *range = &table_ranges[i];
 
-		if (!range->no_fork)
+		if (!range->no_fork && range->link_no != TABLE_NO_LINK)
 			real_madvise((void *)range->start, range->end - range->start, advice);
 	}
 }
@@ -72,9 +72,14 @@ static void go_on_in_child(void)
 		return;
 	}
 	lock_insist();
-	for (unsigned i = 0; i < nr_inherited; i++)
-		if (!inherited[i].no_fork)
+	for (unsigned i = 0; i < nr_inherited; i++) {
+		if (inherited[i].no_fork)
+			continue;
+		if (inherited[i].link_no == TABLE_NO_LINK)
+			table_add(inherited[i]);
+		else
 			mapping_inherit(inherited[i]);
+	}
 	lock_release(&before);
 }
 

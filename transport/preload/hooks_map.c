@@ -247,6 +247,10 @@ EXPORTED int madvise(void *address, size_t length, int advice)
 
 		if (start >= range->end || end <= range->start)
 			continue;
+		if (range->link_no == TABLE_NO_LINK) {
+			range->no_fork = advice == MADV_DONTFORK;
+			continue;
+		}
 		/* To the kernel they are DONTFORK but for the instant of a fork; see forks.c. */
 		real_madvise((void *)range->start, range->end - range->start, MADV_DONTFORK);
 		if (start <= range->start && end >= range->end)

@@ -102,11 +102,11 @@ static int cut_off(uintptr_t start, uintptr_t end)
 	return 0;
 }
 
-/* The pages that come new behind a range's end, at a place that is free or reserved. */
-static intptr_t append(const struct range *range, uintptr_t at, size_t length, int how)
+/* Pages of the image from an offset on, as those of a range, at a place that is free or reserved. */
+static intptr_t map_as(const struct range *range, uint64_t offset_bytes, uintptr_t at, size_t length, int how)
 {
-	uint64_t offset_bytes = range->offset_bytes + (range->end - range->start);
 	int type = range->is_shared ? MAP_SHARED : MAP_PRIVATE;
+	struct range tail = *range;
 	void *mapped;
 	int fd;
 
@@ -118,20 +118,27 @@ static intptr_t append(const struct range *range, uintptr_t at, size_t length, i
 		return -errno;
 	mapped = real_mmap((void *)at, length, range->prot, MAP_PRIVATE | how, fd, 0);
 	real_close(fd);
-	return mapped == MAP_FAILED ? -errno : (intptr_t)mapped;
+	if (mapped == MAP_FAILED)
+		return -errno;
+	/* Only now: the end of a link takes its guard away. */
+	table_cut((uintptr_t)mapped, (uintptr_t)mapped + length);
+	tail.start = (uintptr_t)mapped;
+	tail.end = tail.start + length;
+	tail.offset_bytes = offset_bytes;
+	mapping_note_tail(tail);
+	return (intptr_t)mapped;
 }
 
 static intptr_t grow(const struct wanted *wanted)
 {
 	uintptr_t old_end = wanted->start + wanted->old_length;
 	struct range range = *table_find(old_end - 1, old_end);
+	uint64_t added_offset_bytes = range.offset_bytes + (old_end - range.start);
 	size_t added = wanted->new_length - wanted->old_length;
 	intptr_t target = (intptr_t)wanted->target, at;
 
-	if (old_end != range.end)
-		return -EFAULT; /* what follows is mapped, and the same image goes on there */
 	if (!(wanted->flags & MREMAP_FIXED)) {
-		at = append(&range, old_end, added, MAP_FIXED_NOREPLACE);
+		at = map_as(&range, added_offset_bytes, old_end, added, MAP_FIXED_NOREPLACE);
 		if (at == (intptr_t)old_end)
 			return (intptr_t)wanted->start;
 		if (at != -EEXIST)
@@ -142,7 +149,7 @@ static intptr_t grow(const struct wanted *wanted)
 		if (target < 0)
 			return target;
 	}
-	at = append(&range, (uintptr_t)target + wanted->old_length, added, MAP_FIXED);
+	at = map_as(&range, added_offset_bytes, (uintptr_t)target + wanted->old_length, added, MAP_FIXED);
 	lock_insist();
 	if (at >= 0)
 		at = move(wanted->start, wanted->old_length, (uintptr_t)target);
@@ -151,24 +158,41 @@ static intptr_t grow(const struct wanted *wanted)
 	return at;
 }
 
+/* mremap(2) of no bytes makes a second mapping of the same pages, of what is shared only. */
+static intptr_t map_again(const struct wanted *wanted)
+{
+	struct range range = *table_find(wanted->start, wanted->start + 1);
+
+	if (!range.is_shared)
+		return -EINVAL;
+	if (!(wanted->flags & MREMAP_MAYMOVE))
+		return -ENOMEM;
+	return map_as(&range, range.offset_bytes + (wanted->start - range.start), wanted->target,
+		      wanted->new_length, wanted->flags & MREMAP_FIXED ? MAP_FIXED : 0);
+}
+
 static intptr_t remap(const struct wanted *wanted)
 {
 	uintptr_t end = wanted->start + wanted->old_length;
 	size_t length = wanted->old_length;
 	int err;
 
-	if (length == 0 || wanted->new_length == 0 || wanted->start % PAGE_BYTES != 0 ||
+	if (wanted->flags & MREMAP_DONTUNMAP)
+		say("mremap of the image with MREMAP_DONTUNMAP is refused; leave it out, or map the image again");
+	if (wanted->new_length == 0 || wanted->start % PAGE_BYTES != 0 ||
 	    wanted->target % PAGE_BYTES != 0 ||
 	    (wanted->flags & ~(MREMAP_MAYMOVE | MREMAP_FIXED)) != 0 ||
 	    ((wanted->flags & MREMAP_FIXED) &&
 	     (!(wanted->flags & MREMAP_MAYMOVE) || wanted->target + wanted->new_length < wanted->target ||
 	      (wanted->target < end && wanted->target + wanted->new_length > wanted->start))))
 		return -EINVAL;
-	if (!is_one_mapping(wanted->start, end))
-		return -EFAULT;
 	err = table_reserve(16, 0);
 	if (err < 0)
 		return err;
+	if (length == 0)
+		return map_again(wanted);
+	if (!is_one_mapping(wanted->start, end))
+		return -EFAULT;
 	if (wanted->new_length > length)
 		return grow(wanted);
 	lock_insist();

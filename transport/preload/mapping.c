@@ -220,7 +220,8 @@ static intptr_t make_once(struct leave *leave, uintptr_t address, size_t length,
 intptr_t mapping_make(uintptr_t address, size_t length, int prot, int flags, uint64_t offset_bytes)
 {
 	struct leave leave;
-	intptr_t at = table_reserve(2, 1);
+	struct range range;
+	intptr_t at = table_reserve(3, 1);
 
 	if (at < 0) {
 		say("no mapping of the image: this process has %u already; unmap some", TABLE_MAX_LINKS);
@@ -234,15 +235,27 @@ intptr_t mapping_make(uintptr_t address, size_t length, int prot, int flags, uin
 		return at;
 	}
 	real_close(leave.memfd);
-	table_add((struct range){
+	range = (struct range){
 		.start = (uintptr_t)at,
 		.end = (uintptr_t)at + mapping_covered(offset_bytes, length),
 		.offset_bytes = offset_bytes,
 		.prot = prot,
 		.link_no = table_add_link(leave.connection_fd, leave.uffd),
 		.is_shared = (flags & MAP_TYPE) != MAP_PRIVATE,
-	});
+	};
+	table_add(range);
+	range.offset_bytes += range.end - range.start;
+	range.start = range.end;
+	range.end = (uintptr_t)at + length;
+	if (range.start < range.end)
+		mapping_note_tail(range);
 	return at;
+}
+
+void mapping_note_tail(struct range tail)
+{
+	tail.link_no = TABLE_NO_LINK;
+	table_add(tail);
 }
 
 static int drop(uintptr_t start, uintptr_t end)

@@ -112,7 +112,8 @@ void table_add(struct range range)
 		table_ranges[at] = table_ranges[at - 1];
 	table_ranges[at] = range;
 	table_nr_ranges++;
-	table_links[range.link_no].nr_ranges++;
+	if (range.link_no != TABLE_NO_LINK)
+		table_links[range.link_no].nr_ranges++;
 	table_update_bounds();
 }
 
@@ -124,12 +125,12 @@ static void link_close(struct link *link)
 
 static void remove_range(unsigned range_no)
 {
-	struct link *link = &table_links[table_ranges[range_no].link_no];
+	uint16_t link_no = table_ranges[range_no].link_no;
 
 	memmove(&table_ranges[range_no], &table_ranges[range_no + 1],
 		(--table_nr_ranges - range_no) * sizeof(table_ranges[0]));
-	if (--link->nr_ranges == 0)
-		link_close(link);
+	if (link_no != TABLE_NO_LINK && --table_links[link_no].nr_ranges == 0)
+		link_close(&table_links[link_no]);
 }
 
 void table_cut(uintptr_t start, uintptr_t end)
@@ -175,7 +176,7 @@ int table_retire(uintptr_t start, uintptr_t end)
 	for (unsigned i = 0; i < table_nr_ranges;) {
 		uint16_t link_no = table_ranges[i].link_no;
 
-		if (table_ranges[i].start >= end || table_ranges[i].end <= start ||
+		if (table_ranges[i].start >= end || table_ranges[i].end <= start || link_no == TABLE_NO_LINK ||
 		    !is_all_inside(link_no, start, end)) {
 			i++;
 			continue;

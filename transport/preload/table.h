@@ -16,12 +16,14 @@
 
 #define TABLE_MAX_LINKS 256
 #define TABLE_MAX_RANGES 1024
+/* Of a range that is past the image's end: SIGBUS for whoever touches it, with nobody to answer for it. */
+#define TABLE_NO_LINK UINT16_MAX
 
 struct range {
 	uintptr_t start, end;
 	uint64_t offset_bytes; /* of start, in the image */
 	int prot;	       /* what the whole of it was last given */
-	uint16_t link_no;
+	uint16_t link_no;      /* or TABLE_NO_LINK */
 	bool is_shared; /* asked for as MAP_SHARED: never to be written */
 	bool no_fork;	/* the program wants children without it */
 };
