@@ -86,17 +86,24 @@ def rehearse(uri: str, request: Body) -> None:
 
 
 def environment(
-    outer: Mapping[str, str], library: Path, socket: Path, source: Source, path: str, request: Body
+    outer: Mapping[str, str],
+    library: Path,
+    socket: Path,
+    source: Source,
+    path: str,
+    request: Body,
+    populate: bool = False,
 ) -> dict[str, str]:
     """The program's environment: outer, and what has the library loaded and tells it the terms.
 
-    source was described for request's image; path is what stands for it in the program's words.
+    source was described for request's image; path is what stands for it in the program's words;
+    populate has each mapping be as with MAP_POPULATE.
     Raises UsageError if something is too long, or has a line's end in it.
     """
     status = os.stat(path)
     opening = json.dumps({"op": "open", **{k: v for k, v in request.items() if v is not None}})
     lines = [
-        f"1 {status.st_dev} {status.st_ino} {source.map_bytes}",
+        f"1 {status.st_dev} {status.st_ino} {source.map_bytes} {int(populate)}",
         str(socket),
         path,
         json.dumps({"op": "describe", "image": request["image"]}),

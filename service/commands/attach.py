@@ -46,6 +46,7 @@ class AttachOrder:
     guest: str | None = None
     quota_bytes: int | None = None
     on_quota: str | None = None
+    populate: bool = False
 
     @classmethod
     def parse(
@@ -56,6 +57,7 @@ class AttachOrder:
         guest: str | None,
         quota: str | None,
         on_quota: str | None,
+        populate: bool,
     ) -> Self:
         """The order that a command line means. Raises UsageError, one line."""
         if not any(IMAGE_WORD in word for word in command):
@@ -73,7 +75,7 @@ class AttachOrder:
             quota_bytes = parse_quota(quota)
             if quota_bytes is None:
                 quota_bytes = _NO_QUOTA_BYTES
-        return cls(image, command, run_dir, guest, quota_bytes, on_quota)
+        return cls(image, command, run_dir, guest, quota_bytes, on_quota, populate)
 
 
 def become(order: AttachOrder) -> NoReturn:
@@ -94,7 +96,9 @@ def become(order: AttachOrder) -> NoReturn:
         preloading.rehearse(f"unix://{socket}", request)
     path = _path_of(source, order.image)
     words = [word.replace(IMAGE_WORD, path) for word in order.command]
-    environment = preloading.environment(os.environ, library, socket, source, path, request)
+    environment = preloading.environment(
+        os.environ, library, socket, source, path, request, order.populate
+    )
     _execute(program, words, environment)
 
 

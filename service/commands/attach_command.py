@@ -27,6 +27,11 @@ from cowshed.service.commands.shell import WrongUsage, run_dir_option
     help="At the quota: let the writer wait, end it by SIGBUS, or only count [default: the "
     "daemon's].",
 )
+@click.option(
+    "--populate",
+    is_flag=True,
+    help="Have all of a mapping present before mmap returns, as MAP_POPULATE does: for debuggers.",
+)
 @run_dir_option
 def attach(
     image: str,
@@ -34,6 +39,7 @@ def attach(
     guest: str | None,
     quota: str | None,
     on_quota: str | None,
+    populate: bool,
     run_dir: Path,
 ) -> None:
     """Run COMMAND with IMAGE as a file that it maps from the cache.
@@ -48,7 +54,7 @@ def attach(
     from cowshed.service.commands.attach import AttachOrder, become
 
     try:
-        order = AttachOrder.parse(image, command, run_dir, guest, quota, on_quota)
+        order = AttachOrder.parse(image, command, run_dir, guest, quota, on_quota, populate)
     except UsageError as error:
         raise WrongUsage(str(error)) from error
     become(order)

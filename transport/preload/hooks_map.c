@@ -21,6 +21,8 @@
 #define MADV_POPULATE_READ 22
 #endif
 
+#define POPULATE_BYTES ((uint64_t)4 << 20)
+
 /* Of the flags that say how, those that mean nothing here or that we can do ourselves. */
 #define SERVED_FLAGS                                                                                         \
 	(MAP_TYPE | MAP_FIXED | MAP_FIXED_NOREPLACE | MAP_NORESERVE | MAP_POPULATE | MAP_NONBLOCK |          \
@@ -96,6 +98,18 @@ static int check_wanted(int prot, int flags)
 	return 0;
 }
 
+/* A part at a time: between two the program's signals are heard. As in mmap(2), it is no error if this fails. */
+static void populate(uintptr_t start, uint64_t nr_bytes)
+{
+	for (uint64_t done = 0; done < nr_bytes; done += POPULATE_BYTES) {
+		uint64_t left = nr_bytes - done;
+
+		if (real_madvise((void *)(start + done), left < POPULATE_BYTES ? left : POPULATE_BYTES,
+				 MADV_POPULATE_READ) < 0)
+			return;
+	}
+}
+
 /* For the image's source. Populating waits for the backend, so it comes last, outside the lock. */
 static void *map_image(void *address, size_t length, int prot, int flags, off_t offset)
 {
@@ -118,9 +132,8 @@ static void *map_image(void *address, size_t length, int prot, int flags, off_t 
 	lock_release(&signals);
 	if (at < 0)
 		return mapping_failed(at);
-	/* As in mmap(2), it is no error if these fail. */
-	if ((flags & MAP_POPULATE) && !(flags & MAP_NONBLOCK))
-		real_madvise((void *)at, covered, MADV_POPULATE_READ);
+	if (terms.populate || ((flags & MAP_POPULATE) && !(flags & MAP_NONBLOCK)))
+		populate((uintptr_t)at, covered);
 	if (flags & MAP_LOCKED)
 		mlock((void *)at, covered);
 	return (void *)at;

@@ -2,7 +2,7 @@
 /*
  * What `cowshed attach` told this process, in the environment variable COWSHED_ATTACH.
  *
- * The variable's lines: "1 DEVICE INODE MAP_BYTES", the socket's path, what stands for {image}, the
+ * The variable's lines: "1 DEVICE INODE MAP_BYTES POPULATE", the socket's path, what stands for {image}, the
  * `describe` request, and the beginning of the `open` request, which lacks the part that is wanted and the
  * closing brace.
  */
@@ -19,6 +19,7 @@ struct terms {
 	bool active; /* false: the library does nothing at all */
 	uint64_t device, inode; /* of the source: what is mapped of it, we map from the cache */
 	uint64_t map_bytes;	/* of the whole image, whole pages */
+	unsigned populate;	/* 1: every mapping as with MAP_POPULATE */
 	char socket_path[108];
 	char image_path[4096]; /* its source, or /proc/self/fd/N if this user may not open that */
 	char describe_request[4096];
