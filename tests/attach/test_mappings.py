@@ -27,3 +27,9 @@ def test_a_program_that_maps(case: str, shared: Attached, mapper: Path) -> None:
 @pytest.mark.parametrize("case", cases_of(ROOM / "mapper_ends.c"))
 def test_an_ordinary_file_is_no_different(case: str, shared: Attached, mapper: Path) -> None:
     subprocess.run([mapper, case, shared.copy, shared.copy], check=True)
+
+
+def test_a_bare_clone_takes_nothing_from_its_parent(attached: Attached, mapper: Path) -> None:
+    """With a daemon that has loaded nothing: an unguarded page would be zeros."""
+    ended = attached.run(mapper, "bare_clone_begins_anew", "{image}", attached.copy)
+    assert ended.returncode == 0, ended.stderr
