@@ -12,6 +12,7 @@ import signal
 from collections.abc import Generator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 SKIPS_FILE = Path(__file__).parent / "skips.txt"
@@ -89,6 +90,11 @@ SEED = _chosen_seed()
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(SkipWatch(), "skip-watch")
+    # How long an example takes says how busy the machine is.
+    hypothesis.settings.register_profile(
+        "any-speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("any-speed")
     # A shell ignores Ctrl-C for what it runs in the background, and children inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -192,4 +192,4 @@ class PolicyBesideModel(RuleBasedStateMachine):
 
 
 TestPolicyBesideModel = PolicyBesideModel.TestCase
-TestPolicyBesideModel.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+TestPolicyBesideModel.settings = settings(max_examples=200, stateful_step_count=30)

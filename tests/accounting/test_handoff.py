@@ -198,7 +198,7 @@ class World:
             assert not self.target.lacks, "pages that never come"
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.booleans(), st.lists(st.integers(0, 9999), max_size=80))
 def test_exactly_one_end_owns_whatever_is_lost_and_whoever_dies(
     post_copy: bool, choices: list[int]

@@ -4,7 +4,7 @@
 import errno
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from stage import PAGE, Stage
 
@@ -66,7 +66,6 @@ def test_regions_that_are_too_many_are_refused_and_leave_the_table_alone() -> No
     assert rows(table) == before
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(1, PLACES), st.integers(1, PLACES), st.integers(1, NR_PAGES)),

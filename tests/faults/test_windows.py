@@ -204,7 +204,7 @@ def test_a_write_among_half_a_block_of_charged_pages_opens_the_block() -> None:
     assert windows.write(57) == range(32, 64)  # 25 of 32, but of 64 too few
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     nr_pages=st.integers(1, 5000),
     fixed=st.sampled_from([0, 0, 1, 2, 16, 64, 4096]),

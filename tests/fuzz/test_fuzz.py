@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -34,14 +34,12 @@ def test_every_target_has_a_corpus() -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 @given(said=st.binary(max_size=300))
-@settings(deadline=None)
 def test_random_bytes_are_no_defect(name: str, said: bytes) -> None:
     run(name, said)
 
 
 @pytest.mark.parametrize("name", TARGETS)
 @given(data=st.data())
-@settings(deadline=None)
 def test_spoiled_seeds_are_no_defect(name: str, data: st.DataObject) -> None:
     mine = [seed for seed in SEEDS if seed.parent.name == name]
     said = bytearray(bytes.fromhex(data.draw(st.sampled_from(mine)).read_text()))

@@ -145,7 +145,7 @@ def _refusal(reader: StateReader, raw: bytes) -> str:
     return ""
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(
         st.tuples(st.sampled_from(list(FrameKind)), st.binary(max_size=60)),
@@ -162,7 +162,7 @@ def test_any_well_framed_nonsense_is_refused_in_one_line(
     assert "\n" not in _refusal(reader, raw)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200), st.booleans())
 def test_any_bytes_are_refused(raw: bytes, begin: bool) -> None:
     reader = StateReader()

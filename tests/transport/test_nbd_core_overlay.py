@@ -167,7 +167,6 @@ class OverlayFilesMachine(OverlayMachine):
 hurry = settings(
     max_examples=25,
     stateful_step_count=25,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 TestInMemory = OverlayMachine.TestCase

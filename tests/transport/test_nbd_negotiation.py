@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cowshed.cache.errors import PeerError
@@ -331,7 +331,6 @@ OPTIONS = st.builds(
     st.booleans(),
     st.booleans(),
 )
-@settings(deadline=None)
 def test_any_bytes_in_any_pieces_are_answered_or_refused(
     flags: int, parts: list[bytes], piece_sizes: list[int], offered: bool, required: bool
 ) -> None:
@@ -357,7 +356,6 @@ def test_any_bytes_in_any_pieces_are_answered_or_refused(
 
 
 @given(st.lists(OPTIONS, max_size=12), st.integers(1, 200))
-@settings(deadline=None)
 def test_how_bytes_are_cut_makes_no_difference(parts: list[bytes], piece_bytes: int) -> None:
     arriving = struct.pack(">I", 3) + b"".join(parts)
     outcomes = []
