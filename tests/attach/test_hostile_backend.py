@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
+import signal
 import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +23,8 @@ from cowshed.transport import preloading
 from cowshed.transport.protocol import HEADER, MAGIC
 
 PAGE = 4096
+MAX_FDS = 4
+UFFDIO_UNREGISTER = 0x8010AA01
 NR_BYTES = 16 * PAGE
 HELLO = {"ok": True, "version": 1}
 OPENED = {"ok": True, "map_bytes": NR_BYTES, "uffd_features": uffd_features(), "digest": None}
@@ -66,6 +71,8 @@ class Backend:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.answers: list[Answer] = []
+        self.asked = b""
+        self.fds: list[int] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(str(path))
         self._listener.listen()
@@ -80,7 +87,11 @@ class Backend:
                 return
             with peer:
                 for answer in self.answers:
-                    if peer.fileno() < 0 or not peer.recv(1 << 16):
+                    if peer.fileno() < 0:
+                        break
+                    self.asked, fds, _, _ = socket.recv_fds(peer, 1 << 16, MAX_FDS)
+                    self.fds += fds
+                    if not self.asked:
                         break
                     answer(peer)
 
@@ -88,6 +99,8 @@ class Backend:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._thread.join()
+        for fd in self.fds:
+            os.close(fd)
 
 
 @pytest.fixture
@@ -97,8 +110,8 @@ def backend(run_dir: Path) -> Iterator[Backend]:
     backend.close()
 
 
-def run(backend: Backend, source: Path) -> subprocess.CompletedProcess[str]:
-    terms = preloading.environment(
+def terms_for(backend: Backend, source: Path) -> dict[str, str]:
+    return preloading.environment(
         plain_environment(),
         preloading.library_path(),
         backend.path,
@@ -106,9 +119,12 @@ def run(backend: Backend, source: Path) -> subprocess.CompletedProcess[str]:
         str(source),
         {"image": "disk", "guest": "g"},
     )
+
+
+def run(backend: Backend, source: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["python3", "-Wignore", "-c", PROGRAM, source, source],
-        env=terms,
+        env=terms_for(backend, source),
         capture_output=True,
         text=True,
         timeout=ANSWER_SECONDS,
@@ -222,3 +238,53 @@ def test_random_answers(backend: Backend, source: Path, frames: int, rng: random
             hanging_up,
         ]
         check_refused(run(backend, source))
+
+
+# A second thread looks at a mapping once its end has been said, and before munmap returns.
+LATE_READER = """
+import ctypes, mmap, os, sys, threading
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+fd = os.open(sys.argv[1], os.O_RDONLY)
+at = libc.mmap(None, ctypes.c_size_t(65536), mmap.PROT_READ, mmap.MAP_PRIVATE, fd, ctypes.c_long(0))
+def look():
+    os.read(0, 1)
+    print(ctypes.string_at(at + 8192, 1), flush=True)
+threading.Thread(target=look, daemon=True).start()
+libc.munmap(ctypes.c_void_p(at), ctypes.c_size_t(65536))
+"""
+
+
+def test_nobody_sees_pages_that_the_backend_has_let_go_of(
+    backend: Backend, source: Path, frames: int
+) -> None:
+    woken, waking = os.pipe()
+
+    def take_region(peer: socket.socket) -> None:
+        region.update(json.loads(backend.asked[HEADER.size :]))
+        peer.send(packet({"ok": True}))
+
+    def let_go(peer: socket.socket) -> None:
+        uffd = backend.fds[0]
+        fcntl.ioctl(uffd, UFFDIO_UNREGISTER, struct.pack("QQ", region["address"], NR_BYTES))
+        os.write(waking, b"!")
+        peer.recv(1)
+
+    region: dict[str, int] = {}
+    backend.answers = [
+        saying(packet(HELLO)),
+        saying(packet(OPENED, 1), (frames,)),
+        take_region,
+        let_go,
+    ]
+    ended = subprocess.run(
+        ["python3", "-c", LATE_READER, source],
+        env=terms_for(backend, source),
+        stdin=woken,
+        capture_output=True,
+        timeout=ANSWER_SECONDS,
+        check=False,
+    )
+    os.close(woken)
+    os.close(waking)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGSEGV, b""), ended

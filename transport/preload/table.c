@@ -169,6 +169,14 @@ static bool is_all_inside(uint16_t link_no, uintptr_t start, uintptr_t end)
 	return true;
 }
 
+static void protect_ranges(uint16_t link_no)
+{
+	for (unsigned i = 0; i < table_nr_ranges; i++)
+		if (table_ranges[i].link_no == link_no)
+			real_mprotect((void *)table_ranges[i].start,
+				      table_ranges[i].end - table_ranges[i].start, PROT_NONE);
+}
+
 int table_retire(uintptr_t start, uintptr_t end)
 {
 	int err = 0;
@@ -181,6 +189,9 @@ int table_retire(uintptr_t start, uintptr_t end)
 			i++;
 			continue;
 		}
+		/* First, since from then on nobody answers for the pages: a handler of the program's that runs while
+		   we wait gets SIGSEGV, and would otherwise wait for ever, or find no guard. */
+		protect_ranges(link_no);
 		/* A handler late by an instant must not meet another mapping at this address. */
 		err = wire_farewell(table_links[link_no].connection_fd);
 		if (err < 0)
@@ -190,7 +201,6 @@ int table_retire(uintptr_t start, uintptr_t end)
 
 			if (range.link_no != link_no)
 				continue;
-			real_mprotect((void *)range.start, range.end - range.start, PROT_NONE);
 			guard_lift(table_links[link_no].uffd, (void *)range.start,
 				   range.end - range.start);
 			remove_range(k);
