@@ -164,23 +164,31 @@ def stopped(attached: Attached) -> Iterator[None]:
 
 
 def is_waiting(pid: int) -> bool:
-    """Whether it waits for a reply of its backend."""
-    return "skb_wait" in Path(f"/proc/{pid}/wchan").read_text()
+    """Whether it waits for a reply of its backend, or in the kernel for that to read an event."""
+    place = Path(f"/proc/{pid}/wchan").read_text()
+    return "skb_wait" in place or "userfaultfd_event_wait" in place
 
 
 WAITER = """
-import mmap, os, signal, sys
+import ctypes, mmap, os, signal, sys
 what, file, copy = sys.argv[1], open(sys.argv[2], "rb"), open(sys.argv[3], "rb").read()
 os.set_blocking(1, False)
 signal.set_wakeup_fd(1, warn_on_full_buffer=False)
 signal.signal(signal.SIGUSR1, lambda *_: None)
 def map():
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-mapped = map() if what in ("unmap", "fork") else None
+mapped = map() if what != "map" else None
+if what == "unmap a part":
+    copied = mmap.mmap(file.fileno(), 1 << 16, access=mmap.ACCESS_COPY)
+    part = ctypes.addressof(ctypes.c_char.from_buffer(copied))
 os.write(1, b".")
 os.read(0, 1)
 if what == "unmap":
     mapped.close()
+elif what == "unmap a part":
+    ctypes.CDLL(None).munmap(ctypes.c_void_p(part), ctypes.c_size_t(4096))
+elif what == "discard":
+    mapped.madvise(mmap.MADV_DONTNEED, 0, 4096)
 elif what == "fork":
     child = os.fork()
     if child:
@@ -221,7 +229,7 @@ def go_on(process: subprocess.Popen[bytes]) -> None:
     process.stdin.write(b"!")
 
 
-@pytest.mark.parametrize("what", ["map", "unmap", "fork"])
+@pytest.mark.parametrize("what", ["map", "unmap", "unmap a part", "discard", "fork"])
 def test_a_signal_ends_a_program_whose_backend_does_not_answer(
     attached: Attached, start_waiter: Callable[[str], subprocess.Popen[bytes]], what: str
 ) -> None:
