@@ -36,8 +36,7 @@ static int open_lent(int flags)
 	int fd;
 
 	lock_take(&signals);
-	while ((fd = wire_open_source()) == -EINTR)
-		lock_yield(&signals);
+	fd = wire_open_source(&signals);
 	lock_release(&signals);
 	if (fd < 0) {
 		errno = EIO;

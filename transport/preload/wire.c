@@ -163,7 +163,7 @@ int wire_connect(void)
 	return fd;
 }
 
-int wire_open_source(void)
+static int open_source(void)
 {
 	struct packet reply;
 	int err = -EPIPE;
@@ -184,6 +184,15 @@ int wire_open_source(void)
 		return -EPROTO;
 	}
 	return reply.fds[0];
+}
+
+int wire_open_source(sigset_t *signals)
+{
+	int fd;
+
+	while ((fd = open_source()) == -EINTR)
+		lock_yield(signals);
+	return fd;
 }
 
 int wire_farewell(int connection_fd)

@@ -12,6 +12,7 @@
 #include "transport/core/packets.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <stdbool.h>
 
 /* How often to come again to a backend that died before it had said yes: its successor is at the same socket. */
@@ -33,8 +34,9 @@ int wire_ask(int connection_fd, const char *request, const int *fds, unsigned nr
 
 void reply_close_fds(struct packet *reply);
 
-/* A fresh descriptor of the image's source, for who may not open it. */
-int wire_open_source(void);
+/* A fresh descriptor of the image's source, for who may not open it. Yields the lock to handlers that are due; signals
+   is what lock_take gave. */
+int wire_open_source(sigset_t *signals);
 
 /* Says a mapping's end, and waits for a few seconds at most until the backend has let go of it.  0, or -EINTR: to be
    called again. */
