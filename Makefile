@@ -72,6 +72,8 @@ check: setup links ## lint, types, import contract, C warnings, dashboards and r
 	@$(PROMTOOL) check config dashboards/prometheus.yml >/dev/null
 	@$(PROMTOOL) test rules tests/dashboards/rules/*.yaml >/dev/null
 	@echo "check: dashboards are up to date, rules are valid and do what their tests say"
+	@sh tools/check_unit.sh service/cowshed.service $(BIN)/cowshed
+	@echo "check: systemd has nothing to say against the unit"
 	@set -e; for file in $(C_SOURCES); do $(C_CHECK) $$file; done
 	@set -e; for file in $(C_HEADERS); do $(C_CHECK) -x c -include $$file /dev/null; done
 	@echo "check: $(words $(C_SOURCES)) C sources and $(words $(C_HEADERS)) headers compile without warnings"

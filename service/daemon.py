@@ -66,7 +66,7 @@ from cowshed.service.runtime.workers import Workers
 from cowshed.service.settings.config import Config, socket_path
 from cowshed.service.settings.images import ImageSpec
 from cowshed.service.survival.departure import Departure, Saving
-from cowshed.service.survival.fd_store import FdStore, take_inherited
+from cowshed.service.survival.fd_store import FdStore, take_inherited, take_supervisor
 from cowshed.service.survival.keeper_watch import KeeperWatch
 from cowshed.service.survival.kept_counts import LOG_COUNTS, LOG_GROUP, keep_counts
 from cowshed.service.survival.lineage import LINEAGE, Lineage
@@ -105,7 +105,7 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.callback(logging_end)
         left = take_inherited(os.environ)
-        supervisor = os.environ.pop("NOTIFY_SOCKET", None)
+        supervisor = take_supervisor(os.environ)
         held = left if given is None else {}
         fd_store = stack.enter_context(contextlib.closing(FdStore(supervisor, held)))
         daemon = Daemon(config, stack, fd_store, Remains(left if given is None else given))

@@ -29,12 +29,14 @@ apt_install() {
         fail "apt-get install failed; install by hand: $*"
 }
 
-# PROGRAM:PACKAGE pairs. A C compiler is needed to build; file systems and machines, by demos and tests.
+# PROGRAM:PACKAGE pairs. A C compiler is needed to build; file systems and machines, by demos and tests; systemd,
+# which is not started, to check the unit.
 missing=
 for pair in gcc:gcc gcc:libc6-dev mkfs.ext4:e2fsprogs mksquashfs:squashfs-tools mkfs.erofs:erofs-utils \
     qemu-system-x86_64:qemu-system-x86 busybox:busybox-static \
     nbdkit:nbdkit nbdinfo:libnbd-bin nbdsh:python3-libnbd nbd-client:nbd-client \
-    qemu-img:qemu-utils fio:fio openssl:openssl ip:iproute2 sqlite3:sqlite3 nc:netcat-openbsd; do
+    qemu-img:qemu-utils fio:fio openssl:openssl ip:iproute2 sqlite3:sqlite3 nc:netcat-openbsd \
+    systemd-analyze:systemd; do
     command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
 done
 # shellcheck disable=SC2086 # a list of package names

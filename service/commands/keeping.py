@@ -12,7 +12,7 @@ from cowshed.service.runtime.logs import logging_begin, logging_end
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.runtime.text import one_line
 from cowshed.service.settings.config import Config, socket_path
-from cowshed.service.survival.fd_store import take_inherited
+from cowshed.service.survival.fd_store import has_supervisor, take_inherited
 from cowshed.service.survival.keeper import Keeper, kept_before
 from cowshed.service.survival.run_lock import EXIT_TAKEN, TakenError
 
@@ -24,7 +24,7 @@ def run_kept(config: Config) -> int:
 
     Under systemd, which sets NOTIFY_SOCKET, there is no need for a keeper of ours.
     """
-    if "NOTIFY_SOCKET" in os.environ:
+    if has_supervisor(os.environ):
         return EXIT_FAILED if _run(config) else 0
     logging_begin(config.log_format, config.log_level)
     try:
@@ -55,7 +55,7 @@ def run_taking_over(config: Config) -> int:
                 "start it without --takeover, or name its --run-dir"
             )
         keeper, predecessor = take_over(config, lambda: _run(config))
-        if config.keeper and "NOTIFY_SOCKET" not in os.environ:
+        if config.keeper and not has_supervisor(os.environ):
             return keeper.succeed(predecessor)
         groups, say_goodbye = keeper.give(predecessor)
 

@@ -18,7 +18,7 @@ import os
 import re
 import select
 import threading
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
 from cowshed.cache.errors import UsageError
@@ -30,9 +30,11 @@ __all__ = [
     "FIRST_FD",
     "FdStore",
     "Groups",
+    "has_supervisor",
     "kind_of",
     "listen_environment",
     "take_inherited",
+    "take_supervisor",
 ]
 
 _log = EventLog("cowshed.survival")
@@ -243,6 +245,19 @@ class FdStore:
 
 def _nothing() -> None:
     pass
+
+
+def take_supervisor(environment: MutableMapping[str, str]) -> str | None:
+    """Take the address of the supervisor that started us; None if none did.
+
+    An empty one is as none: that is how shells and containers unset a variable for a command.
+    """
+    return environment.pop("NOTIFY_SOCKET", "") or None
+
+
+def has_supervisor(environment: Mapping[str, str]) -> bool:
+    """Whether a supervisor started us that holds descriptors, as systemd does."""
+    return bool(environment.get("NOTIFY_SOCKET"))
 
 
 def take_inherited(environment: MutableMapping[str, str]) -> Groups:

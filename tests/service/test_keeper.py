@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,43 @@ def test_a_restart_by_another_supervisor_loses_nothing(
         supervisor.close()
 
 
+def test_systemd_itself_finds_every_setting_of_the_unit_where_it_belongs(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    unit = root / "service" / "cowshed.service"
+    misplaced = tmp_path / "cowshed.service"
+    line = "StartLimitIntervalSec=0\n"
+    text = unit.read_text().replace(line, "")
+    misplaced.write_text(text.replace("[Service]\n", f"[Service]\n{line}"))
+
+    def check(path: Path) -> tuple[int, str]:
+        words = ["sh", root / "tools/check_unit.sh", path, sys.executable]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stderr
+
+    assert check(unit) == (0, "")
+    status, said = check(misplaced)
+    assert status != 0
+    assert "'StartLimitIntervalSec' in section [Service]" in said
+
+
+def test_an_empty_notify_socket_is_as_none(
+    start_daemon: StartDaemon, settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "")
+    kept = start_daemon("--config", str(settings), kept=True)
+    assert kept.status()["keeper"] == "own"
+    kill_backend(kept)
+    assert kept.stop() == 0
+
+
+def test_an_empty_notify_socket_without_a_keeper_is_nobody(
+    start_daemon: StartDaemon, settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "")
+    daemon = start_daemon("--config", str(settings))
+    assert daemon.status()["keeper"] == "none"
+
+
 def test_the_unit_file_fits_the_program() -> None:
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
@@ -214,6 +252,7 @@ def test_the_unit_file_fits_the_program() -> None:
     assert service["Type"] == "notify"
     assert int(service["FileDescriptorStoreMax"]) >= 10_000
     assert service["Restart"] == "always"
+    assert unit["Unit"]["StartLimitIntervalSec"] == "0"
 
 
 @pytest.fixture
