@@ -26,6 +26,7 @@ from cowshed.service.commands.shell import (
 from cowshed.service.operators.control_client import ControlClient
 from cowshed.service.reports.render import audit_view, status_view
 from cowshed.service.runtime.sizes import format_bytes
+from cowshed.service.runtime.stdio import occupy_stdio
 from cowshed.service.settings.config import RUN_DIR_DEFAULT, config_load
 
 
@@ -349,6 +350,7 @@ add_commands(cli)
 
 def main() -> NoReturn:
     """Run the command line of this process."""
+    occupy_stdio()
     cli.main()
     raise AssertionError("cli.main() ends the process")
 

@@ -3,7 +3,7 @@
 
 Exit status: 0 for success only; 1 when something failed; 2 when the command line or configuration
 is wrong; 3 when audit found mismatches; 130 after Ctrl-C. An error is one line on stderr that
-starts with ``cowshed:``; results go to stdout.
+starts with ``cowshed:``; results go to stdout. A result that could not be written is a failure.
 """
 
 import sys
@@ -17,6 +17,7 @@ from rich.console import Console, RenderableType
 
 from cowshed.cache.errors import CowshedError, PeerError, UsageError
 from cowshed.service.runtime.sizes import parse_size
+from cowshed.service.runtime.stdio import flush_stdout, silence_stdout
 from cowshed.service.runtime.text import one_line, printable
 from cowshed.service.settings.config import RUN_DIR_DEFAULT, parse_quota
 
@@ -43,7 +44,9 @@ class OneLineGroup(click.Group):
         extra["standalone_mode"] = False
         extra.setdefault("prog_name", "cowshed")  # also as `python -m cowshed.service.cli`
         try:
-            sys.exit(super().main(*args, **extra) or 0)
+            status = super().main(*args, **extra) or 0
+            flush_stdout()
+            sys.exit(status)
         except WrongUsage as error:
             fail(error.format_message(), EXIT_USAGE)
         except click.UsageError as error:
@@ -59,6 +62,7 @@ class OneLineGroup(click.Group):
         except ImportError as error:
             fail(f"a part of cowshed is missing ({error}): install it again")
         except OSError as error:
+            silence_stdout()
             fail(f"cannot write the answer: {error.strerror or error}")
 
 
