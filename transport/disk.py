@@ -4,7 +4,8 @@
 The pages are mapped here (see region.c); a page that is missing or written to for the first time is
 a fault that the backend answers. So any call that touches pages waits until it does: through its
 restart, and for as long as a quota stops the guest; only SIGKILL ends such a wait. A page that the
-backend could not load is OSError (EIO) from read and write, and SIGBUS for whoever uses view.
+backend could not load is OSError (EIO) from read and write, and SIGBUS for whoever uses view; so is
+any that is not in memory once the backend is gone and none comes after it.
 
 When its backend is drained the disk follows its guest: a thread in C (follow.c) puts the target's
 frames in the place of the old ones, at the same addresses, so that views stay good and writes that
@@ -79,12 +80,11 @@ class Disk:
         self._attached: Final = attached
         self._region = attached.region
         self._state = "open"
-        if follow:
-            try:
-                self._following = Following(attached, connection.fileno(), request)
-            except BaseException:
-                self.close()
-                raise
+        try:
+            self._following = Following(attached, connection.fileno(), request, follows=follow)
+        except BaseException:
+            self.close()
+            raise
         forget_in_child(self)
 
     def __enter__(self) -> Disk:
@@ -108,7 +108,9 @@ class Disk:
 
     @property
     def alive(self) -> bool:
-        """Whether the backend is there; without it resident pages work and others wait."""
+        """Whether the backend is there, or one that comes after it; without any, pages that are in
+        memory work and others are errors.
+        """
         return self._connection.alive or not self.mapped
 
     @property

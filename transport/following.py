@@ -3,7 +3,8 @@
 
 By its backend's word {"event": "moved"} it opens at the target and puts the target's frames in the
 place of the old ones. Where nothing can be mapped, the memory is given up, and the disk goes on by
-bytes.
+bytes. The same thread notices that the backend is gone and none comes after it: from then on pages
+that are not there are SIGBUS, and nobody waits for them (orphan.c).
 """
 
 from __future__ import annotations
@@ -49,8 +50,13 @@ class Following:
     Invariant: while _follower is there the region and the connection's descriptor are.
     """
 
-    def __init__(self, attached: Attached, connection_fd: int, request: Body) -> None:
-        """Both are borrowed; request is what opened the image. UsageError if no thread can be."""
+    def __init__(
+        self, attached: Attached, connection_fd: int, request: Body, *, follows: bool = True
+    ) -> None:
+        """Both are borrowed; request is what opened the image. UsageError if no thread can be.
+
+        Unless it follows, it only notices that the backend is gone for good.
+        """
         self._image: Final[str] = request["image"]
         self._guest: Final = attached.guest
         self._lock = threading.RLock()
@@ -66,12 +72,18 @@ class Following:
         opening = json.dumps(fields).removesuffix("}").encode()
         follower = ffi.new("struct follower **")
         err = lib.follower_start(
-            attached.region, connection_fd, opening, attached.digest.encode(), follower
+            attached.region,
+            connection_fd,
+            follows,
+            self._guest.encode(),
+            opening,
+            attached.digest.encode(),
+            follower,
         )
         if err < 0:
             raise UsageError(
-                f"cannot start a thread to follow guest {self._guest!r} if it moves "
-                f"({os.strerror(-err)}); allow more (ulimit -u), or open with follow_moves=False"
+                f"cannot start a thread to listen to the backend of guest {self._guest!r} "
+                f"({os.strerror(-err)}); allow more (ulimit -u)"
             )
         self._follower: Any = follower[0]
 

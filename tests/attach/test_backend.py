@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from attached import Attached, StartReader
+from attached import ROOM, Attached, StartReader
 from domains import ANSWER_SECONDS, plain_environment, until
 
 pytestmark = pytest.mark.slow
@@ -81,18 +81,58 @@ def test_no_quota_is_none(attached: Attached, start_reader: StartReader) -> None
     assert reader.call("check") == []
 
 
-def test_a_dead_backend_means_a_stall_and_not_zeros(
+def test_a_backend_gone_for_good_means_sigbus_and_not_zeros(
     attached: Attached, start_reader: StartReader
 ) -> None:
     reader = start_reader()
     reader.call("map")
+    reader.call("map", first=16, nr_pages=100, writable=True)
     attached.daemon.kill()
     reader.start("check")
-    wchan = Path(f"/proc/{reader.pid}/wchan")
-    until(lambda: reader.answered() or wchan.read_text() == "handle_userfault")
-    assert not reader.answered(), reader.finish()
-    reader.process.kill()
-    assert reader.process.wait() == -signal.SIGKILL
+    assert reader.process.wait() == -signal.SIGBUS
+
+
+def test_a_program_without_python_is_told_in_one_line_what_its_sigbus_is(
+    attached: Attached, orphan: Path
+) -> None:
+    with start_orphan(attached, orphan, "touch") as program:
+        attached.daemon.kill()
+        shown, told = program.communicate("\n", timeout=ANSWER_SECONDS)
+    assert (program.returncode, shown) == (-signal.SIGBUS, "")
+    (line,) = told.splitlines()
+    assert line.startswith("cowshed: attach: ")
+    assert "lost its backend, and none comes after it" in line
+
+
+def test_a_program_that_ends_by_its_threads_ends_alone_ends(
+    attached: Attached, orphan: Path
+) -> None:
+    with start_orphan(attached, orphan, "exit") as program:
+        assert program.communicate("\n", timeout=ANSWER_SECONDS) == ("", "")
+    assert program.returncode == 0
+
+
+@pytest.fixture
+def orphan(tmp_path: Path) -> Path:
+    """The program of orphan.c."""
+    program = tmp_path / "orphan"
+    words = ["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", program]
+    subprocess.run([*words, ROOM / "orphan.c"], check=True)
+    return program
+
+
+def start_orphan(attached: Attached, program: Path, what: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        attached.words(program, what, "{image}"),
+        env=plain_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "mapped\n"
+    return process
 
 
 def test_with_the_backend_gone_a_new_mapping_fails_and_a_child_is_told(
@@ -126,7 +166,8 @@ print(os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGBUS)
         shown, told = process.communicate("\n")
     assert shown.splitlines() == ["No such device", "the child runs", "True"]
     lines = told.splitlines()
-    assert "no mapping of the image" in lines[0]
+    assert "lost its backend" in lines[0]
+    assert "no mapping of the image" in lines[1]
     assert "is without the image" in lines[-1]
     assert all(line.startswith("cowshed: attach: ") for line in lines)
 

@@ -5,7 +5,6 @@ import ctypes
 import fcntl
 import mmap
 import os
-import socket
 import struct
 import threading
 from typing import Any
@@ -97,8 +96,9 @@ class Hostile(Script):
         os.closerange(3, 1 << 20)
 
     def hang_up(self) -> None:
-        """End the connection, which the library's thread waits at: its end alone would be kept."""
-        self.opened()._connection._socket.shutdown(socket.SHUT_RDWR)
+        """End the connection, as a program does whose library has no thread that waits at it."""
+        self.opened()._stop_following()
+        self.opened()._connection._socket.close()
 
     def do_close_quietly(self) -> None:
         """Close every descriptor, and rest."""

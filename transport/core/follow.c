@@ -14,6 +14,9 @@
  *
  * Where nothing can be mapped the region becomes a place that cannot be used, once nobody looks at its memory (hold),
  * and whoever reads and writes through us goes on by bytes.
+ *
+ * A backend that dies has a successor, at the same connection.  When the connection is at its end there is none, and the
+ * thread answers what nobody else will (orphan.h), until it is stopped.
  */
 #define _GNU_SOURCE
 #include "transport/core/follow.h"
@@ -36,6 +39,7 @@
 #include <unistd.h>
 
 #include "cache/core/abi.h"
+#include "transport/core/orphan.h"
 #include "transport/core/packets.h"
 
 #define STACK_BYTES (128u << 10)
@@ -63,6 +67,8 @@ struct follower {
 	pthread_t thread;
 	pthread_mutex_t lock;	/* for told */
 	struct follow_told told;
+	bool follows;
+	char guest[72];
 	char digest[136];
 	char *open_request;
 	char *request;		/* REQUEST_BYTES */
@@ -379,12 +385,33 @@ static int follow_to(struct follower *f)
 	}
 }
 
+/* The backend has gone for good: until we are stopped, what is not there is SIGBUS for whoever touches it. */
+static void answer_as_orphan(struct follower *f)
+{
+	orphan_wake(f->region->uffd);
+	orphan_say("guest %s lost its backend, and none comes after it: pages that are not in memory are SIGBUS from now "
+		   "on; see the backend's log, and start this program again",
+		   f->guest);
+	while (orphan_answer(f->region->uffd) == 0 && wait_for(f, f->region->uffd, POLLIN, -1) >= 0)
+		;
+}
+
+/* Waits for the connection's end, and reads nothing: that is the program's to do. */
+static int await_end(struct follower *f)
+{
+	int ready;
+
+	while ((ready = wait_for(f, f->connection_fd, 0, -1)) == 0)
+		;
+	return ready < 0 ? ready : -EPIPE;
+}
+
 static void *follower_run(void *argument)
 {
 	struct follower *f = argument;
 	struct packet event;
 	char what[16];
-	int err = 0;
+	int err = f->follows ? 0 : await_end(f);
 
 	while (err == 0 && f->told.state == FOLLOW_LISTENS) {
 		err = packet_receive(f->connection_fd, f->room, ROOM_BYTES, &event);
@@ -401,6 +428,8 @@ static void *follower_run(void *argument)
 	}
 	if (err != -ECANCELED && f->told.state == FOLLOW_LISTENS)
 		set_state(f, FOLLOW_ENDED);
+	if (err != -ECANCELED && follower_state(f) == FOLLOW_ENDED && orphan_is(f->connection_fd))
+		answer_as_orphan(f);
 	return NULL;
 }
 
@@ -431,8 +460,8 @@ static int start_thread(struct follower *f)
 	return -err;
 }
 
-int follower_start(struct region *region, int connection_fd, const char *open_request, const char *digest,
-		   struct follower **follower_out)
+int follower_start(struct region *region, int connection_fd, bool follows, const char *guest, const char *open_request,
+		   const char *digest, struct follower **follower_out)
 {
 	struct follower *f = calloc(1, sizeof(*f));
 	int err = 0;
@@ -441,6 +470,8 @@ int follower_start(struct region *region, int connection_fd, const char *open_re
 		return -ENOMEM;
 	f->region = region;
 	f->connection_fd = connection_fd;
+	f->follows = follows;
+	snprintf(f->guest, sizeof(f->guest), "%s", guest);
 	f->target_fd = -1;
 	f->fresh = (struct region){.uffd = -1, .pagemap_fd = -1, .mem_fd = -1};
 	pthread_mutex_init(&f->lock, NULL);

@@ -7,6 +7,8 @@
 #ifndef COWSHED_FOLLOW_H
 #define COWSHED_FOLLOW_H
 
+#include <stdbool.h>
+
 #include "transport/core/region.h"
 
 /* cdef-begin */
@@ -14,7 +16,7 @@ enum follow_state {
 	FOLLOW_LISTENS = 0, /* nothing to do */
 	FOLLOW_MOVES = 1,   /* on its way; `why` says what it waits for */
 	FOLLOW_BYTES = 2,   /* the guest is where nothing can be mapped: the region is no more to be used */
-	FOLLOW_ENDED = 3,   /* the backend is gone, without a word */
+	FOLLOW_ENDED = 3,   /* the backend is gone, without a word, and no other comes: pages not there are SIGBUS */
 };
 
 struct follow_told {
@@ -29,11 +31,12 @@ struct follow_told {
 
 struct follower;
 
-/* Listens at connection_fd (borrowed, as the region is), whose other end has the region.  Once the guest has moved the
+/* Listens at connection_fd (borrowed, as the region is), whose other end has the region; unless it follows, for nothing
+   but its end, reading nothing.  Once the guest has moved the
    descriptor is of a connection to the target: hello, open and region are said there.  open_request is what opens it
    there, a JSON object without token and closing brace; digest "" if it is not known. */
-int follower_start(struct region *region, int connection_fd, const char *open_request, const char *digest,
-		   struct follower **follower_out);
+int follower_start(struct region *region, int connection_fd, bool follows, const char *guest, const char *open_request,
+		   const char *digest, struct follower **follower_out);
 
 /* Has it stop, wherever it is, and waits for that; frees it. The region is as it should be, for its user to end. */
 void follower_stop(struct follower *follower);

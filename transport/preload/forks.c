@@ -15,6 +15,7 @@
 #include <string.h>
 
 #include "transport/preload/mapping.h"
+#include "transport/preload/orphans.h"
 #include "transport/preload/process.h"
 #include "transport/preload/real.h"
 #include "transport/preload/table.h"
@@ -64,6 +65,7 @@ static void go_on_in_child(void)
 	sigset_t before = signals_before;
 
 	memcpy(inherited, table_ranges, nr_inherited * sizeof(inherited[0]));
+	orphans_forget();
 	table_forget_ranges();
 	table_drop_links();
 	process_begin();

@@ -14,6 +14,7 @@
 
 #include "cache/core/abi.h"
 #include "transport/preload/lock.h"
+#include "transport/preload/orphans.h"
 #include "transport/preload/real.h"
 #include "transport/preload/table.h"
 
@@ -25,6 +26,7 @@ void process_begin(void)
 	void *page = wiped_owner;
 
 	owner = getpid();
+	orphans_begin();
 	if (!page) {
 		page = real_mmap(NULL, PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		if (page == MAP_FAILED)
@@ -50,6 +52,7 @@ enum process_kind process_kind(void)
 	/* With both it is as good as a thread. */
 	if (*wiped_owner != 0)
 		return shares_fds_with(*wiped_owner) ? PROCESS_OWN : PROCESS_IN_MEMORY_OF_ANOTHER;
+	orphans_forget();
 	table_forget_ranges();
 	if (shares_fds_with(owner))
 		return PROCESS_WITH_FDS_OF_ANOTHER;

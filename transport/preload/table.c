@@ -11,6 +11,7 @@
 #include <sys/resource.h>
 
 #include "transport/core/guard.h"
+#include "transport/preload/orphans.h"
 #include "transport/preload/real.h"
 #include "transport/preload/wire.h"
 
@@ -53,6 +54,7 @@ void table_update_bounds(void)
 	atomic_store(&highest_fd, high_fd);
 	atomic_store(&lowest_address, table_nr_ranges ? table_ranges[0].start : UINTPTR_MAX);
 	atomic_store(&highest_address, table_nr_ranges ? table_ranges[table_nr_ranges - 1].end : 0);
+	orphans_look();
 }
 
 bool table_touches(uintptr_t start, uintptr_t end)

@@ -1,0 +1,226 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * One thread for all links.  It never takes the lock, whose holder may wait for what only this thread does: a munmap
+ * waits until its event is read.  So it has a list of its own.
+ *
+ * Programs close descriptors that are not theirs, and use the numbers again.  So a number counts only while the file
+ * behind it is the one that was noted.
+ *
+ * A program whose main thread has ended by pthread_exit lives as long as it has threads: ours ends when it is the last.
+ */
+#define _GNU_SOURCE
+#include "transport/preload/orphans.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "transport/core/orphan.h"
+#include "transport/preload/real.h"
+#include "transport/preload/table.h"
+#include "transport/preload/say.h"
+
+#define STACK_BYTES (128u << 10)
+#define LOOK_MS 1000
+#define HIDING_FD 900
+
+struct watched {
+	int connection_fd, uffd; /* -1: nothing */
+	ino_t connection_ino, uffd_ino;
+	bool is_orphan; /* uffd is the thread's own, and there is no connection any more */
+};
+
+/* Held for a few instructions only, inside the lock or without it. */
+static pthread_mutex_t list_lock = PTHREAD_MUTEX_INITIALIZER;
+/* By link, and behind them the orphans. */
+static struct watched list[2 * TABLE_MAX_LINKS];
+static bool is_running;
+static bool is_ours; /* the table, so that what it has is to be watched here */
+/* Whether the program has not been told of its orphans: once for all links of a backend. */
+static atomic_bool has_news;
+
+static ino_t inode_of(int fd)
+{
+	struct stat status;
+
+	return fd >= 0 && fstat(fd, &status) == 0 ? status.st_ino : 0;
+}
+
+static bool is_alone(void)
+{
+	char text[512];
+	int fd = (int)real_openat(AT_FDCWD, "/proc/self/stat", O_RDONLY | O_CLOEXEC, 0);
+	ssize_t length = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+	char *field;
+
+	if (fd >= 0)
+		real_close(fd);
+	if (length <= 0)
+		return false;
+	text[length] = '\0';
+	/* The name, which is the second, ends there; the state follows, and the number of threads is the twentieth. */
+	field = strrchr(text, ')');
+	if (!field || strncmp(field, ") Z", 3) != 0)
+		return false;
+	for (int no = 2; field && no < 20; no++)
+		field = strchr(field + 1, ' ');
+	return field && atoi(field) == 2; /* with the main thread, which waits for us */
+}
+
+/* With the list's lock. */
+static void add_orphan(const struct watched *lost)
+{
+	for (unsigned i = TABLE_MAX_LINKS; i < 2 * TABLE_MAX_LINKS; i++) {
+		if (list[i].is_orphan)
+			continue;
+		list[i] = *lost;
+		list[i].uffd = fcntl(lost->uffd, F_DUPFD_CLOEXEC, HIDING_FD);
+		if (list[i].uffd < 0)
+			list[i].uffd = fcntl(lost->uffd, F_DUPFD_CLOEXEC, 0);
+		list[i].connection_fd = -1;
+		list[i].is_orphan = list[i].uffd >= 0;
+		return;
+	}
+}
+
+/* The links whose connection has ended are orphans from now on. */
+static void find_orphans(void)
+{
+	unsigned nr_found = 0;
+	bool is_news;
+
+	pthread_mutex_lock(&list_lock);
+	for (unsigned i = 0; i < TABLE_MAX_LINKS; i++) {
+		struct watched *one = &list[i];
+
+		if (one->connection_ino == 0 || !orphan_is(one->connection_fd) ||
+		    inode_of(one->connection_fd) != one->connection_ino || inode_of(one->uffd) != one->uffd_ino)
+			continue;
+		add_orphan(one);
+		one->connection_ino = 0;
+		nr_found++;
+	}
+	pthread_mutex_unlock(&list_lock);
+	if (nr_found == 0)
+		return;
+	is_news = atomic_exchange(&has_news, false);
+	for (unsigned i = TABLE_MAX_LINKS; i < 2 * TABLE_MAX_LINKS; i++)
+		if (list[i].is_orphan)
+			orphan_wake(list[i].uffd);
+	if (!is_news)
+		return;
+	say("this program lost its backend, and none comes after it: pages that are not in memory are SIGBUS from now on; "
+	    "see the backend's log, and start this program again");
+}
+
+static void answer_orphans(void)
+{
+	for (unsigned i = TABLE_MAX_LINKS; i < 2 * TABLE_MAX_LINKS; i++)
+		if (list[i].is_orphan &&
+		    (inode_of(list[i].uffd) != list[i].uffd_ino || orphan_answer(list[i].uffd) < 0))
+			list[i].is_orphan = false;
+}
+
+/* False if nothing came for a while. */
+static bool await(void)
+{
+	struct pollfd fds[2 * TABLE_MAX_LINKS];
+	nfds_t nr = 0;
+
+	pthread_mutex_lock(&list_lock);
+	for (unsigned i = 0; i < 2 * TABLE_MAX_LINKS; i++) {
+		if (list[i].is_orphan)
+			fds[nr++] = (struct pollfd){.fd = list[i].uffd, .events = POLLIN};
+		else if (list[i].connection_ino != 0)
+			fds[nr++] = (struct pollfd){.fd = list[i].connection_fd};
+	}
+	pthread_mutex_unlock(&list_lock);
+	return poll(fds, nr, LOOK_MS) != 0;
+}
+
+static void forget_closed(void)
+{
+	pthread_mutex_lock(&list_lock);
+	for (unsigned i = 0; i < TABLE_MAX_LINKS; i++)
+		if (list[i].connection_ino != 0 && inode_of(list[i].connection_fd) != list[i].connection_ino)
+			list[i].connection_ino = 0;
+	pthread_mutex_unlock(&list_lock);
+}
+
+static void *run(void *unused)
+{
+	(void)unused;
+	while (await() || !is_alone()) {
+		find_orphans();
+		answer_orphans();
+		forget_closed();
+	}
+	pthread_mutex_lock(&list_lock);
+	is_running = false;
+	pthread_mutex_unlock(&list_lock);
+	return NULL;
+}
+
+static void start(void)
+{
+	pthread_attr_t attributes;
+	sigset_t all, before;
+	pthread_t thread;
+
+	/* The program's signals are for the program's threads. */
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, STACK_BYTES);
+	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+	is_running = pthread_create(&thread, &attributes, run, NULL) == 0;
+	pthread_attr_destroy(&attributes);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+void orphans_look(void)
+{
+	bool is_any = false;
+
+	pthread_mutex_lock(&list_lock);
+	for (unsigned i = 0; i < TABLE_MAX_LINKS; i++) {
+		const struct link *link = &table_links[i];
+		struct watched *one = &list[i];
+
+		if (link->nr_ranges == 0) {
+			*one = (struct watched){.connection_fd = -1, .uffd = -1};
+		} else if (one->connection_fd != link->connection_fd || one->uffd != link->uffd) {
+			atomic_store(&has_news, true);
+			*one = (struct watched){
+				.connection_fd = link->connection_fd,
+				.uffd = link->uffd,
+				.connection_ino = inode_of(link->connection_fd),
+				.uffd_ino = inode_of(link->uffd),
+			};
+		}
+		is_any |= one->connection_ino != 0;
+	}
+	if (is_any && is_ours && !is_running)
+		start();
+	pthread_mutex_unlock(&list_lock);
+}
+
+void orphans_begin(void)
+{
+	is_ours = true;
+}
+
+void orphans_forget(void)
+{
+	/* The thread may have had it when the copy was made.  What it had open stays so, as it may be another's too. */
+	pthread_mutex_init(&list_lock, NULL);
+	for (unsigned i = 0; i < 2 * TABLE_MAX_LINKS; i++)
+		list[i] = (struct watched){.connection_fd = -1, .uffd = -1};
+	is_running = is_ours = false;
+}

@@ -1,0 +1,18 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What becomes of this program's guest mappings when their backend is gone for good: SIGBUS for whoever touches what is
+ * not there, and one line (transport/core/orphan.h).
+ */
+#ifndef COWSHED_PRELOAD_ORPHANS_H
+#define COWSHED_PRELOAD_ORPHANS_H
+
+/* Watches what the table has; to be called when its links have changed, by whoever holds the lock. */
+void orphans_look(void);
+
+/* This process owns what is in its table from now on: at its start, and in a copy that begins with an empty one. */
+void orphans_begin(void);
+
+/* In a copy of the process, where the thread is not, before anything else is done there. */
+void orphans_forget(void);
+
+#endif
