@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import secrets
 import time
+from functools import partial
 from typing import Any, Final
 
 from cowshed.cache.errors import CapacityError, UsageError
 from cowshed.transport.byte_disk import READAHEAD_BYTES, REQUEST_SECONDS, ByteDisk, Dialled
-from cowshed.transport.exchange import ask, greet
+from cowshed.transport.exchange import again_if_gone, ask, greet
 from cowshed.transport.messages import MovedError, take_number, take_text
 from cowshed.transport.protocol import Body
 from cowshed.transport.relay import Relay
@@ -52,7 +53,8 @@ def open_by_bytes(
         nr_moves = 0
         while True:
             try:
-                dialled = _dial(here, fields, _left(deadline))
+                # One that dies in the middle of it has a successor, which is asked at once.
+                dialled = again_if_gone(partial(_dial, here, fields, deadline))
                 is_open = True
                 return dialled
             except MovedError as error:
@@ -80,9 +82,8 @@ def open_by_bytes(
     )
 
 
-def _dial(uri: str, fields: Body, timeout: float) -> Dialled:
-    deadline = time.monotonic() + timeout
-    connection = greet(uri, timeout)
+def _dial(uri: str, fields: Body, deadline: float) -> Dialled:
+    connection = greet(uri, _left(deadline))
     try:
         reply = ask(connection, "open", fields, timeout=_left(deadline))
         dialled: dict[str, Any] = {

@@ -165,6 +165,7 @@ class ImageSockets:
         taken = self._acceptor.accept(listener)
         if taken is None:
             return
+        reach("MACHINE_ACCEPTED")
         peer = HandshakePeer(taken[0])
         # Before anything is told: its size too is for those alone who may use the image.
         if why := self._refusal(peer, image):

@@ -19,6 +19,7 @@ from cowshed.service.native.sessions import Session, SessionHost
 from cowshed.service.reports.guest_states import say_state
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, WRITE, Loop
+from cowshed.service.runtime.test_points import reach
 from cowshed.transport import EOF, AnyListener
 from cowshed.transport.messages import error_reply
 
@@ -125,6 +126,7 @@ class GuestDoor:
         connection = self._listener.accept()
         if connection is None:
             return
+        reach("GUEST_CAME")
         if refusal := self._door.enter(connection.peer.uid):
             peer = connection.peer
             self._tallies.note_dropped("limit")

@@ -29,6 +29,7 @@ from cowshed.service.nbd.session import NbdSession
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, Loop
+from cowshed.service.runtime.test_points import reach
 from cowshed.service.settings.config import Config
 from cowshed.service.settings.tls_config import make_context
 from cowshed.service.survival.listeners import Listeners
@@ -142,6 +143,7 @@ class NbdService:
 
     def _on_peer(self, listener: socket.socket) -> None:
         if (taken := self._acceptor.accept(listener)) is not None:
+            reach("NBD_CAME")
             tune(taken[0])
             self._admit(taken[0])
 

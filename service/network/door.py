@@ -30,6 +30,7 @@ from cowshed.service.network.session import Entered, NetworkSession, address_of
 from cowshed.service.overlays.overlays import Claim, OverlayGuest, OverlayTable
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, WRITE, Loop
+from cowshed.service.runtime.test_points import reach
 from cowshed.service.settings.domains import Identity
 from cowshed.service.settings.handoff_rules import HandoffRules
 from cowshed.service.survival.listeners import Listeners
@@ -189,6 +190,7 @@ class NetworkDoor:
         connection = listener.accept()
         if connection is None:
             return
+        reach("NETWORK_CAME")
         who = address_of(connection)
         if refusal := self._door.enter(who, _FDS[listener.scheme]):
             self._tallies.note_dropped("limit")
@@ -222,6 +224,7 @@ class NetworkDoor:
 
     def _give(self, fd: int) -> None:
         """Give the connection to the core's threads: the reply to "data" is out."""
+        reach("NETWORK_GIVEN")
         session = self._sessions[fd]
         if session.brings_handoff:
             self._give_handoff(fd)

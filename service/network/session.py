@@ -22,6 +22,7 @@ from cowshed.accounting import QuotaPolicy
 from cowshed.cache import CowshedError, Image, PeerError
 from cowshed.service.images.generations import image_generation
 from cowshed.service.overlays.overlays import Claim, OverlayGuest
+from cowshed.service.runtime.test_points import reach
 from cowshed.service.settings.config import check_quota
 from cowshed.service.settings.domains import Identity
 from cowshed.transport import Received
@@ -170,6 +171,7 @@ class NetworkSession:
         return _describe(self._host.find_image(take_text(body, "image"), self._identity))
 
     def _on_open(self, body: Body) -> Body:
+        reach("NETWORK_OPENS")
         image = self._host.find_image(take_text(body, "image"), self._identity)
         name = take_text(body, "guest", max_length=64)
         quota_bytes = take_optional_number(body, "quota_bytes")

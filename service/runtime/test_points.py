@@ -24,9 +24,10 @@ ENABLED: Final = bool(os.environ.get("COWSHED_TEST_POINTS"))
 
 _OURS: Final = frozenset(
     {
+        *("GUEST_CAME", "NETWORK_CAME", "NETWORK_OPENS", "NETWORK_GIVEN", "NBD_CAME"),
         *("OPEN_TOLD", "REGION_ATTACHED", "REGION_HELD", "REGION_TOLD"),
         *("HANDOFF_KEPT", "HANDOFF_OWNED", "HANDOFF_ADMITTED"),
-        *("MACHINE_CAME", "MACHINE_ATTACHED", "MACHINE_HELD"),
+        *("MACHINE_ACCEPTED", "MACHINE_CAME", "MACHINE_ATTACHED", "MACHINE_HELD"),
     }
 )
 _armed: set[str] = set()

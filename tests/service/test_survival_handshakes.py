@@ -2,7 +2,9 @@
 """A backend dies in the middle of a handshake: its successor is asked; the guest never knows."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -18,11 +20,13 @@ from domains import (
     until,
 )
 
+from cowshed.transport import connect
+
 pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
 PAGE = 4096
-POINTS = ("OPEN_TOLD", "REGION_ATTACHED", "REGION_HELD", "REGION_TOLD")
+POINTS = ("GUEST_CAME", "OPEN_TOLD", "REGION_ATTACHED", "REGION_HELD", "REGION_TOLD")
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def image(make_image: MakeImage) -> Path:
 @pytest.fixture
 def kept(start_daemon: StartDaemon, image: Path, monkeypatch: pytest.MonkeyPatch) -> Daemon:
     monkeypatch.setenv("COWSHED_TEST_POINTS", "1")
-    return start_daemon("--image", f"d={image}", kept=True)
+    return start_daemon("--image", f"d={image}", "--listen=tcp://127.0.0.1:0", kept=True)
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -78,6 +82,42 @@ def test_a_program_attaches_to_the_successor_of_who_dies_meanwhile(
     assert (ended.stdout, ended.returncode) == ("True\n", 0), ended.stderr
     assert "event=backend-died" in kept.log()
     assert kept.mismatches() == []
+
+
+@pytest.mark.parametrize("point", ["NETWORK_CAME", "NETWORK_OPENS", "NETWORK_GIVEN"])
+def test_a_network_guest_goes_on_with_the_successor_of_who_dies_meanwhile(
+    kept: Daemon, image: Path, point: str
+) -> None:
+    uri = re.findall(r"event=listening uri=\"?([^\"\s]+)", kept.log())[0]
+    pid = kept.status()["pid"]
+    kept.request("point", name=point)
+    with connect(uri) as backend, backend.open("d", guest="g", token="t" * 16) as disk:
+        assert disk.read(0, MIB) == image.read_bytes()[:MIB]
+    assert kept.status()["pid"] != pid
+
+
+def test_a_client_of_nbd_is_told_at_once_that_its_handshake_was_cut(kept: Daemon) -> None:
+    pid = kept.status()["pid"]
+    kept.request("point", name="NBD_CAME")
+    words = ["nbdinfo", "--size", f"nbd+unix:///d?socket={kept.run_dir}/nbd.sock"]
+    cut = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert cut.returncode != 0
+    assert cut.stderr.startswith("nbdinfo: ")
+    assert kept.status()["pid"] != pid
+    again = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (again.returncode, again.stdout) == (0, f"{4 * MIB}\n")
+
+
+def test_a_machine_whose_handshake_was_cut_finds_its_connection_at_an_end_at_once(
+    kept: Daemon,
+) -> None:
+    pid = kept.status()["pid"]
+    kept.request("point", name="MACHINE_ACCEPTED")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
+        caller.settimeout(20)
+        caller.connect(str(kept.run_dir / "images/d.sock"))
+        assert caller.recv(1) == b""  # not one that is half somebody's
+    assert kept.status()["pid"] != pid
 
 
 def test_handshakes_under_a_hail_of_kills(kept: Daemon, start_guest: StartGuest) -> None:
