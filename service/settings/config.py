@@ -250,9 +250,9 @@ def config_load(
     Raises UsageError, one line.
     """
     table: Mapping[str, Any] = {}
-    text = None
+    file_text = None
     if config_file is not None:
-        table, text = _read_table(config_file)
+        table, file_text = _read_table(config_file)
     file_dir = Path.cwd() if config_file is None else absolute(config_file).parent
 
     specs: dict[str, ImageSpec] = {}
@@ -311,7 +311,7 @@ def config_load(
         images=tuple(specs.values()),
         run_dir=run_dir_path,
         state_dir=state_dir_path,
-        text=text,
+        text=file_text,
         **settings,
     )
 

@@ -198,7 +198,10 @@ class World:
         for guest in host.status()["guests"]:
             host.request("discard", overlay=f"{IMAGE}@{guest['name']}")
         assert host.request("audit")["mismatches"] == []
-        self.wait(lambda: not host.leaked(), "nothing is leaked; see the log", 20)
+        try:
+            self.wait(lambda: not host.leaked(), "nothing is leaked; see the log", 20)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {host.leaked()}") from error
         bad = re.findall(
             r"^.*(?:Traceback|event=internal-error|invariant).*$", host.daemon.log(), re.MULTILINE
         )

@@ -266,3 +266,11 @@ def test_quota_is_a_size_or_none() -> None:
     for less in ("0", "4095"):
         with pytest.raises(UsageError, match="less than a page"):
             parse_quota(less)
+
+
+def test_the_text_of_the_file_is_kept_whatever_the_options_say(tmp_path: Path) -> None:
+    path = tmp_path / "cowshed.toml"
+    path.write_text("loaders = 2\n")
+    image = f"d={tmp_path}/d.raw"
+    assert config_load(config_file=path, images=[image], run_dir="/r").text == "loaders = 2\n"
+    assert config_load(images=[image], run_dir="/r").text is None
