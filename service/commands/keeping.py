@@ -74,6 +74,7 @@ def run_keeper_of(config: Config, pid: int) -> int:
     try:
         stop_at("keeper-begins")
         keeper = Keeper(lambda: _run(config), config.run_dir)
+        keeper.take_signals()  # a reload may be asked for as soon as it is known that we are here
         os.write(1, f"{keeper.address}\n".encode())
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)  # the backend has closed its end by now

@@ -140,7 +140,7 @@ class Keeper:
 
     def run(self, watch_pid: int | None = None) -> int:
         """Keep a backend, one that lives already if watch_pid names it; the last one's status."""
-        self._take_signals()
+        self.take_signals()
         if watch_pid is None:
             self._start()
         else:
@@ -174,7 +174,7 @@ class Keeper:
         that keeper has another follow.
         """
         self._end_copy(predecessor)
-        self._take_signals()
+        self.take_signals()
         self._start()
         return self._keep()
 
@@ -213,7 +213,8 @@ class Keeper:
                 pass
             self._predecessor = ""
 
-    def _take_signals(self) -> None:
+    def take_signals(self) -> None:
+        """Have signals do what the module says; before anybody is told that we are here."""
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         for number in _PASSED_ON:
             signal.signal(number, self._pass_on)

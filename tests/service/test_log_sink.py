@@ -22,6 +22,7 @@ from cowshed.service.runtime.logs import (
     logging_end,
     logging_tell_lost,
 )
+from cowshed.transport import connect
 
 MIB = 1 << 20
 LINE = b"time=now level=notice event=said\n"
@@ -136,7 +137,8 @@ def test_a_death_is_followed_while_nobody_reads_the_log(
         until(lambda: said("event=metrics"))
         url = text.partition("event=metrics url=")[2].split()[0]
         backend = int((run_dir / "lock").read_text())
-        until(lambda: said("event=serving"))
+        with connect(f"unix://{run_dir}/cowshed.sock") as asked:
+            asked.request("status")  # from then on a death is followed
         fill(writer)
         os.kill(backend, signal.SIGKILL)
 
@@ -147,8 +149,8 @@ def test_a_death_is_followed_while_nobody_reads_the_log(
         wanted = r'^cowshed_log_lines_lost_total\{process="(keeper|backend)"\} [1-9]'
         until(lambda: len(re.findall(wanted, fetch(url), re.MULTILINE)) == 2)
         text = ""
-        until(lambda: said("event=log-lost"))
-        until(lambda: text.count("event=log-lost") == 2)  # the keeper's and the backend's
+        # The keeper's and the backend's.
+        until(lambda: said("event=log-lost") and text.count("event=log-lost") == 2)
         keeper.terminate()
         assert keeper.wait(ANSWER_SECONDS) == 0
     finally:
