@@ -149,6 +149,11 @@ class Image:
         return int(lib.image_resident_pages(self.cdata)) * PAGE_BYTES
 
     @property
+    def read_wait_seconds(self) -> float:
+        """For how long a loader has been in one read of the source; 0.0 if none is in any."""
+        return float(lib.image_read_wait_ns(self.cdata)) / 1e9
+
+    @property
     def generation(self) -> int:
         """Changes whenever any extent's state does: two equal readings enclose a quiet time."""
         return int(lib.image_generation(self.cdata))

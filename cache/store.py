@@ -94,12 +94,25 @@ class PageStore:
         unlisted = self._unlisted
         return iter([image for no, image in list(self._images.items()) if no not in unlisted])
 
+    def cancel_loads(self) -> None:
+        """End every wait for a load with an error, now and from now on; for the end."""
+        if self._store is not None:
+            lib.store_cancel_loads(self._store)
+
+    def stop(self, timeout_seconds: float) -> bool:
+        """Cancel loads and end the loaders; False if one is left behind, in a read that hangs.
+
+        Then close() leaves what that thread uses as it is, for the process's end.
+        """
+        return bool(lib.store_stop(self._store, int(timeout_seconds * 1000)) == 0)
+
     def close(self) -> None:
         """Close every image and end the loaders; UsageError if a guest is still attached."""
         if self._store is None:
             return
-        for image in list(self._images.values()):
-            self.close_image(image)
+        closed = [self._close_image(image) for image in list(self._images.values())]
+        if not all(closed):
+            return
         checked(lib.store_deinit(self._store), "closing the page store")
         self._store = None
 
@@ -173,9 +186,17 @@ class PageStore:
         """Give up an image and its frames; UsageError if a guest is still attached."""
         if self._images.get(image.image_no) is not image:
             raise UsageError(f"image {image.label!r} is not open in this store")
-        checked(lib.image_close(image.cdata), f"closing image {image.label!r}")
+        self._close_image(image)
+
+    def _close_image(self, image: Image) -> bool:
+        """False if a loader that stop() left behind has it still."""
+        err = lib.image_close(image.cdata)
+        if err == -errno.ETIMEDOUT:
+            return False
+        checked(err, f"closing image {image.label!r}")
         del self._images[image.image_no]
         self._unlisted.discard(image.image_no)
+        return True
 
     def image(self, image_no: int) -> Image | None:
         """Give the open image of that number, or None."""

@@ -144,7 +144,9 @@ int image_close(struct image *image)
 	pthread_rwlock_unlock(&image->accounts_lock);
 	if (busy)
 		return -EBUSY;
-	store_remove_image(image->store, image);
+	int err = store_remove_image(image->store, image);
+	if (err)
+		return err;
 	close(image->source_fd);
 	if (image->direct_fd >= 0)
 		close(image->direct_fd);
@@ -236,6 +238,11 @@ int image_guest_fd(const struct image *image)
 int image_arrays_fd(const struct image *image)
 {
 	return image->ledger_fd;
+}
+
+uint64_t image_read_wait_ns(const struct image *image)
+{
+	return store_read_wait_ns(image->store, image);
 }
 
 uint64_t image_resident_pages(const struct image *image)

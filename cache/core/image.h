@@ -73,7 +73,8 @@ int image_adopt(struct store *store, int source_fd, int direct_fd, uint64_t size
 /* What Python counts of an image: adds nr to a total. */
 void image_note_reloads(struct image *image, uint64_t nr);
 void image_note_attach(struct image *image);
-/* Gives everything back.  -EBUSY, and nothing done, while a guest is attached. */
+/* Gives everything back.  -EBUSY, and nothing done, while a guest is attached.  -ETIMEDOUT after store_stop: a loader is
+ * in a read of the source still; the image stays for as long as the process does. */
 int image_close(struct image *image);
 
 void image_shape(const struct image *image, struct image_shape *shape_out);
@@ -82,6 +83,8 @@ void image_count(const struct image *image, struct image_counters *counters_out)
 int image_frames_fd(const struct image *image);
 int image_guest_fd(const struct image *image);
 int image_arrays_fd(const struct image *image);
+/* For how long a read of the source has been under way, the longest of them; 0: none is. */
+uint64_t image_read_wait_ns(const struct image *image);
 /* Pages in RESIDENT extents; O(1). */
 uint64_t image_resident_pages(const struct image *image);
 /* Copies of the arrays, nr extents from first: states (enum extent_state), refs, pins and loans together. */
@@ -137,6 +140,7 @@ struct image {
 
 	struct load_waiter **waiters; /* by extent, under the store's lock */
 	uint32_t nr_loaders;          /* who have a load of it in hand, answering included; under the store's lock */
+	uint32_t nr_prefetches;       /* loads of it in the prefetch queue; under the store's lock */
 
 	pthread_rwlock_t accounts_lock; /* taken before an account's write_lock, and that before the store's */
 	struct account *accounts;

@@ -52,9 +52,12 @@ static struct load *load_queue_unlink(struct load_queue *queue, struct load **at
 	return load;
 }
 
-struct load *load_queue_pop(struct load_queue *queue)
+struct load *load_queue_pop(struct load_queue *queue, uint32_t nr_max)
 {
-	return queue->head ? load_queue_unlink(queue, &queue->head) : NULL;
+	for (struct load **at = &queue->head; *at; at = &(*at)->next)
+		if ((*at)->image->nr_loaders < nr_max)
+			return load_queue_unlink(queue, at);
+	return NULL;
 }
 
 struct load *load_queue_take(struct load_queue *queue, const struct image *image, uint64_t extent)
@@ -110,14 +113,25 @@ static int source_read(struct image *image, char *to, uint64_t length, uint64_t 
 	return err;
 }
 
-static int source_read_retrying(struct image *image, char *to, uint64_t length, uint64_t offset)
+uint64_t loader_now_ns(void)
 {
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static int source_read_retrying(struct loader *loader, char *to, uint64_t length, uint64_t offset)
+{
+	struct image *image = loader->image;
 	struct timespec delay = {.tv_nsec = RETRY_DELAY_NS};
 	int err = 0;
 
 	for (int attempt = 0; attempt < LOAD_ATTEMPTS; attempt++) {
+		atomic_store(&loader->reading_since_ns, loader_now_ns());
 		err = source_read(image, to, length, offset);
-		if (!err || err == -ENODATA)
+		atomic_store(&loader->reading_since_ns, 0);
+		if (!err || err == -ENODATA || atomic_load(&image->store->stop))
 			break;
 		if (attempt + 1 < LOAD_ATTEMPTS) {
 			atomic_fetch_add(&image->totals->load_retries, 1);
@@ -144,15 +158,16 @@ static int frames_write(struct image *image, const char *from, uint64_t length, 
 }
 
 /* Reads [first, first + nr) and writes whole pages into the frames; the tail of the last page is zero. */
-static int run_fill(struct image *image, uint64_t first, uint64_t nr, char *buffer)
+static int run_fill(struct loader *loader, uint64_t first, uint64_t nr, char *buffer)
 {
+	struct image *image = loader->image;
 	uint64_t step = (uint64_t)image->shape.extent_pages * PAGE_BYTES;
 	uint64_t offset = first * step;
 	uint64_t length = nr * step;
 
 	if (length > image->shape.size_bytes - offset)
 		length = image->shape.size_bytes - offset;
-	int err = source_read_retrying(image, buffer, length, offset);
+	int err = source_read_retrying(loader, buffer, length, offset);
 	if (err)
 		return err;
 	uint64_t whole = (length + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
@@ -212,13 +227,15 @@ static void run_end(struct store *store, struct image *image, uint64_t first, ui
 	}
 }
 
-static void run_load(struct store *store, struct image *image, uint64_t first, uint64_t nr, char *buffer)
+static void run_load(struct loader *loader, uint64_t first, uint64_t nr, char *buffer)
 {
-	int err = run_fill(image, first, nr, buffer);
+	struct store *store = loader->store;
+	struct image *image = loader->image;
+	int err = run_fill(loader, first, nr, buffer);
 
 	if (err && nr > 1) { /* one bad place must not fail its neighbours */
 		for (uint64_t i = 0; i < nr; i++)
-			run_load(store, image, first + i, 1, buffer);
+			run_load(loader, first + i, 1, buffer);
 		return;
 	}
 	int stopped = point_reach(POINT_LOAD_PUBLISH);
@@ -237,10 +254,12 @@ static struct load *next_load(struct store *store, bool *prefetch_out)
 	*prefetch_out = false;
 	if (store->reserved_extents >= store->capacity_extents)
 		return NULL;
-	load = load_queue_pop(&store->demand);
+	load = load_queue_pop(&store->demand, store->nr_loaders);
 	if (!load && (store->nr_prefetching + 1 < store->nr_loaders || store->nr_loaders == 1)) {
-		load = load_queue_pop(&store->prefetch);
+		load = load_queue_pop(&store->prefetch, store->nr_loaders);
 		*prefetch_out = load != NULL;
+		if (load)
+			load->image->nr_prefetches--;
 	}
 	return load;
 }
@@ -256,9 +275,63 @@ static void wait_for_work(struct store *store)
 	store->nr_waiting_room -= no_room;
 }
 
+uint32_t loaders_note_stuck(struct store *store)
+{
+	uint64_t now = loader_now_ns();
+	uint32_t nr_well = 0;
+
+	for (struct loader *loader = store->loaders; loader; loader = loader->next) {
+		uint64_t since = atomic_load(&loader->reading_since_ns);
+
+		if (loader->image && !loader->stuck && since && now - since >= LOAD_STUCK_MS * 1000000ull) {
+			loader->stuck = true;
+			store->nr_stuck++;
+			store->nr_prefetching -= loader->prefetch;
+		}
+		nr_well += !loader->stuck;
+	}
+	return nr_well;
+}
+
+/* The load is over, however long it was stuck; under lock. */
+static void loader_end_load(struct loader *loader)
+{
+	struct store *store = loader->store;
+
+	if (loader->stuck)
+		store->nr_stuck--;
+	else
+		store->nr_prefetching -= loader->prefetch;
+	loader->image->nr_loaders--;
+	loader->image = NULL;
+	loader->prefetch = loader->stuck = false;
+	pthread_cond_broadcast(&store->loaded);
+	pthread_cond_broadcast(&store->work); /* loads of this image may have waited for it */
+}
+
+/* Whether there are more loaders than there should be: others came in the place of some that were stuck; under lock. */
+static bool is_one_too_many(const struct store *store)
+{
+	return store->nr_alive - store->nr_stuck > store->nr_loaders;
+}
+
+static void loader_forget(struct loader *loader)
+{
+	struct store *store = loader->store;
+	struct loader **at = &store->loaders;
+
+	while (*at != loader)
+		at = &(*at)->next;
+	*at = loader->next;
+	free(loader);
+	store->nr_alive--;
+	pthread_cond_broadcast(&store->ended);
+}
+
 void *loader_main(void *arg)
 {
-	struct store *store = arg;
+	struct loader *loader = arg;
+	struct store *store = loader->store;
 	uint64_t step = (uint64_t)store->extent_pages * PAGE_BYTES;
 	uint64_t chunk = step > LOAD_CHUNK_BYTES ? 1 : LOAD_CHUNK_BYTES / step;
 	char *buffer = NULL;
@@ -267,7 +340,7 @@ void *loader_main(void *arg)
 	while (!buffer && posix_memalign((void **)&buffer, PAGE_BYTES, chunk * step))
 		sleep(1); /* nothing can be loaded without it: come back when there is memory */
 	pthread_mutex_lock(&store->lock);
-	while (!store->stop) {
+	while (!store->stop && !is_one_too_many(store)) {
 		bool prefetch;
 		struct load *load = next_load(store, &prefetch);
 
@@ -283,25 +356,30 @@ void *loader_main(void *arg)
 		nr = nr > room ? room : nr;
 		load->first += nr;
 		load->nr -= nr;
-		if (load->nr)
+		if (load->nr) {
 			load_queue_push_front(prefetch ? &store->prefetch : &store->demand, load);
-		else
+			image->nr_prefetches += prefetch;
+		} else {
 			free(load);
+		}
 		store->reserved_extents += nr;
 		store->loading_extents += nr;
 		store->nr_prefetching += prefetch;
 		image->nr_loaders++;
+		loader->image = image;
+		loader->prefetch = prefetch;
+		if (store->watch_sleeps)
+			pthread_cond_signal(&store->watch);
 		if (room - nr < store->low_free)
 			store_raise_at(POINT_WAKE_EVICTOR, store->pressure_fd);
 		pthread_mutex_unlock(&store->lock);
 
-		run_load(store, image, first, nr, buffer);
+		run_load(loader, first, nr, buffer);
 
 		pthread_mutex_lock(&store->lock);
-		store->nr_prefetching -= prefetch;
-		image->nr_loaders--;
-		pthread_cond_broadcast(&store->loaded);
+		loader_end_load(loader);
 	}
+	loader_forget(loader);
 	pthread_mutex_unlock(&store->lock);
 	free(buffer);
 	return NULL;

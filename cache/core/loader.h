@@ -5,10 +5,16 @@
  * A load is a run of LOADING extents of one image.  Demand goes before prefetch, and one loader is always
  * kept free of prefetch, so that a slow readahead never stands in front of a waiting guest.  However many
  * guests wait for an extent, it is loaded once.
+ *
+ * A read can hang for as long as a file system does, and nothing ends it.  A loader that has been in one read for
+ * LOAD_STUCK_MS counts as stuck: another thread is started in its place, and one image never occupies more threads than
+ * the store has loaders.  So an image whose source hangs holds up no other.  When the read returns, the
+ * threads that are too many end.
  */
 #ifndef COWSHED_LOADER_H
 #define COWSHED_LOADER_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -33,16 +39,32 @@ struct load_queue {
 	uint64_t nr;
 };
 
+/* A loader thread; all under the store's lock but reading_since_ns. */
+struct loader {
+	struct loader *next;
+	struct store *store;
+	struct image *image;                /* whose load it has in hand, or NULL */
+	bool prefetch, stuck;
+	_Atomic uint64_t reading_since_ns; /* CLOCK_MONOTONIC, 0: in no read of a source */
+};
+
+#define LOAD_STUCK_MS 1000
+
 /* The most extents' worth of bytes one read asks for. */
 #define LOAD_CHUNK_BYTES (1u << 20)
 
 void load_queue_init(struct load_queue *queue);
 void load_queue_push(struct load_queue *queue, struct load *load);
-struct load *load_queue_pop(struct load_queue *queue);
+/* Takes out the first load of an image that has fewer than nr_max loaders at work, or NULL; O(loads passed over). */
+struct load *load_queue_pop(struct load_queue *queue, uint32_t nr_max);
 /* Takes out the load that covers an extent, or NULL. */
 struct load *load_queue_take(struct load_queue *queue, const struct image *image, uint64_t extent);
 
-/* The life of a loader thread; arg is the struct store. */
+/* The life of a loader thread; arg is its struct loader, which is its own from then on. */
 void *loader_main(void *arg);
+/* Under lock: marks the loaders that are stuck; how many of the store's are not. */
+uint32_t loaders_note_stuck(struct store *store);
+/* Nanoseconds on CLOCK_MONOTONIC. */
+uint64_t loader_now_ns(void);
 
 #endif

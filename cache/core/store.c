@@ -8,11 +8,13 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 #define LOADER_STACK_BYTES (256u << 10)
+#define WATCH_MS 250
 
 static int thread_start(pthread_t *thread, void *(*run)(void *), void *arg)
 {
@@ -25,15 +27,89 @@ static int thread_start(pthread_t *thread, void *(*run)(void *), void *arg)
 	return -err;
 }
 
-static void store_stop_loaders(struct store *store)
+static struct timespec deadline_in(int timeout_ms)
 {
+	uint64_t at = loader_now_ns() + (uint64_t)timeout_ms * 1000000u;
+
+	return (struct timespec){.tv_sec = (time_t)(at / 1000000000u), .tv_nsec = (long)(at % 1000000000u)};
+}
+
+/* Starts a loader more; under lock. Loaders are joined by nobody: one that hangs must not hold up the end. */
+static int loader_start(struct store *store)
+{
+	struct loader *loader = calloc(1, sizeof *loader);
+	pthread_t thread;
+
+	if (!loader)
+		return -ENOMEM;
+	loader->store = store;
+	int err = thread_start(&thread, loader_main, loader);
+	if (err) {
+		free(loader);
+		return err;
+	}
+	pthread_detach(thread);
+	loader->next = store->loaders;
+	store->loaders = loader;
+	store->nr_alive++;
+	return 0;
+}
+
+static bool loads_in_hand(const struct store *store)
+{
+	for (const struct loader *loader = store->loaders; loader; loader = loader->next)
+		if (loader->image)
+			return true;
+	return false;
+}
+
+static void *watcher_main(void *arg)
+{
+	struct store *store = arg;
+
+	prctl(PR_SET_NAME, "cow-loadwatch");
+	pthread_mutex_lock(&store->lock);
+	while (!store->stop) {
+		if (!loads_in_hand(store)) {
+			store->watch_sleeps = true;
+			pthread_cond_wait(&store->watch, &store->lock);
+			store->watch_sleeps = false;
+			continue;
+		}
+		struct timespec until = deadline_in(WATCH_MS);
+		pthread_cond_timedwait(&store->watch, &store->lock, &until);
+		for (uint32_t nr = loaders_note_stuck(store); nr < store->nr_loaders && !store->stop; nr++)
+			if (loader_start(store) < 0)
+				break; /* asked for again at the next look */
+	}
+	pthread_mutex_unlock(&store->lock);
+	return NULL;
+}
+
+/* 0 once all loaders have ended; timeout_ms < 0: waits for as long as that takes. */
+static int stop_loaders(struct store *store, int timeout_ms)
+{
+	struct timespec until = deadline_in(timeout_ms < 0 ? 0 : timeout_ms);
+	int err = 0;
+
 	pthread_mutex_lock(&store->lock);
 	store->stop = true;
 	pthread_cond_broadcast(&store->work);
 	pthread_cond_broadcast(&store->loaded);
+	pthread_cond_broadcast(&store->watch);
+	while (store->nr_alive && err != ETIMEDOUT) {
+		if (timeout_ms < 0)
+			pthread_cond_wait(&store->ended, &store->lock);
+		else
+			err = pthread_cond_timedwait(&store->ended, &store->lock, &until);
+	}
+	bool is_watched = store->is_watched;
+	store->is_watched = false;
+	err = store->nr_alive ? -ETIMEDOUT : 0;
 	pthread_mutex_unlock(&store->lock);
-	for (uint32_t i = 0; i < store->nr_loaders; i++)
-		pthread_join(store->loaders[i], NULL);
+	if (is_watched)
+		pthread_join(store->watcher, NULL);
+	return err;
 }
 
 static void store_free(struct store *store)
@@ -43,9 +119,10 @@ static void store_free(struct store *store)
 	if (store->notice_fd >= 0)
 		close(store->notice_fd);
 	free(store->inserted);
-	free(store->loaders);
 	pthread_cond_destroy(&store->work);
 	pthread_cond_destroy(&store->loaded);
+	pthread_cond_destroy(&store->watch);
+	pthread_cond_destroy(&store->ended);
 	pthread_mutex_destroy(&store->lock);
 	free(store);
 }
@@ -72,26 +149,28 @@ int store_init(uint64_t capacity_extents, uint32_t extent_pages, uint32_t nr_loa
 	pthread_condattr_init(&monotonic);
 	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
 	pthread_cond_init(&store->loaded, &monotonic);
+	pthread_cond_init(&store->watch, &monotonic);
+	pthread_cond_init(&store->ended, &monotonic);
 	pthread_condattr_destroy(&monotonic);
 	load_queue_init(&store->demand);
 	load_queue_init(&store->prefetch);
 	store->pressure_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	store->notice_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	store->inserted = calloc(store->nr_inserted_slots, sizeof *store->inserted);
-	store->loaders = calloc(nr_loaders, sizeof *store->loaders);
+	store->nr_loaders = nr_loaders;
 	if (store->pressure_fd < 0 || store->notice_fd < 0)
 		err = -EMFILE;
-	else if (!store->inserted || !store->loaders)
+	else if (!store->inserted)
 		err = -ENOMEM;
-	for (uint32_t i = 0; i < nr_loaders && !err; i++) {
-		pthread_mutex_lock(&store->lock); /* loaders read nr_loaders */
-		err = thread_start(&store->loaders[i], loader_main, store);
-		if (!err)
-			store->nr_loaders++;
-		pthread_mutex_unlock(&store->lock);
-	}
+	pthread_mutex_lock(&store->lock);
+	for (uint32_t i = 0; i < nr_loaders && !err; i++)
+		err = loader_start(store);
+	if (!err)
+		err = thread_start(&store->watcher, watcher_main, store);
+	store->is_watched = !err;
+	pthread_mutex_unlock(&store->lock);
 	if (err) {
-		store_stop_loaders(store);
+		stop_loaders(store, -1);
 		store_free(store);
 		return err;
 	}
@@ -106,10 +185,17 @@ int store_deinit(struct store *store)
 	pthread_mutex_unlock(&store->lock);
 	if (busy)
 		return -EBUSY;
-	store_stop_loaders(store);
+	if (stop_loaders(store, store->stop ? 0 : -1) < 0)
+		return -ETIMEDOUT;
 	assert(store->reserved_extents == 0 && store->loading_extents == 0 && store->pinned_extents == 0);
 	store_free(store);
 	return 0;
+}
+
+int store_stop(struct store *store, int timeout_ms)
+{
+	store_cancel_loads(store);
+	return stop_loaders(store, timeout_ms);
 }
 
 void store_raise(int eventfd)
@@ -210,7 +296,8 @@ int store_adopt_image(struct store *store, struct image *image)
 	return nr_resident < 0 ? (int)nr_resident : 0;
 }
 
-static void queue_purge(struct store *store, struct load_queue *queue, struct image *image)
+/* Forgets the loads of an image, or of all (NULL). */
+static void queue_purge(struct load_queue *queue, const struct image *image)
 {
 	struct load *load = queue->head;
 
@@ -218,22 +305,21 @@ static void queue_purge(struct store *store, struct load_queue *queue, struct im
 	while (load) {
 		struct load *next = load->next;
 
-		if (load->image == image) {
+		if (!image || load->image == image) {
 			for (uint64_t i = 0; i < load->nr; i++)
-				extent_step(&image->states[load->first + i], EXTENT_LOADING, EXTENT_ABSENT, 0);
+				extent_step(&load->image->states[load->first + i], EXTENT_LOADING, EXTENT_ABSENT, 0);
+			load->image->nr_prefetches = 0; /* right for the demand queue, too: both are purged */
 			free(load);
 		} else {
 			load_queue_push(queue, load);
 		}
 		load = next;
 	}
-	(void)store;
 }
 
 /* Who waited for a load that was purged: its guest was stopped, and only what it holds is to be given back. */
-static struct load_waiter *waiters_take(struct image *image)
+static struct load_waiter *waiters_take(struct image *image, struct load_waiter *taken)
 {
-	struct load_waiter *taken = NULL;
 
 	for (uint64_t e = 0; e < image->shape.nr_extents; e++)
 		for (struct load_waiter *next, *waiter = image->waiters[e]; waiter; waiter = next) {
@@ -252,15 +338,58 @@ static uint64_t next_in_state(const struct image *image, uint64_t from, enum ext
 	return from;
 }
 
-void store_remove_image(struct store *store, struct image *image)
+static void waiters_cancel(struct load_waiter *waiters, int err)
+{
+	for (struct load_waiter *next; waiters; waiters = next) {
+		next = waiters->next;
+		waiters->answer(waiters, err);
+	}
+}
+
+void store_cancel_loads(struct store *store)
+{
+	struct load_waiter *waiters = NULL;
+
+	pthread_mutex_lock(&store->lock);
+	store->cancelled = true;
+	queue_purge(&store->demand, NULL);
+	queue_purge(&store->prefetch, NULL);
+	for (struct image *image = store->images; image; image = image->next)
+		waiters = waiters_take(image, waiters);
+	pthread_cond_broadcast(&store->loaded);
+	pthread_mutex_unlock(&store->lock);
+	waiters_cancel(waiters, -ESHUTDOWN);
+}
+
+uint64_t store_read_wait_ns(struct store *store, const struct image *image)
+{
+	uint64_t now = loader_now_ns(), longest = 0;
+
+	pthread_mutex_lock(&store->lock);
+	for (struct loader *loader = store->loaders; loader; loader = loader->next) {
+		uint64_t since = loader->image == image ? atomic_load(&loader->reading_since_ns) : 0;
+
+		if (since && since < now && now - since > longest)
+			longest = now - since;
+	}
+	pthread_mutex_unlock(&store->lock);
+	return longest;
+}
+
+int store_remove_image(struct store *store, struct image *image)
 {
 	pthread_mutex_lock(&store->lock);
-	queue_purge(store, &store->demand, image);
-	queue_purge(store, &store->prefetch, image);
+	queue_purge(&store->demand, image);
+	queue_purge(&store->prefetch, image);
 	/* A loader is not done with the image when its extents are published: it answers, and releases them. */
-	while (image->nr_loaders || next_in_state(image, 0, EXTENT_LOADING) < image->shape.nr_extents)
+	while (image->nr_loaders || next_in_state(image, 0, EXTENT_LOADING) < image->shape.nr_extents) {
+		if (store->stop) {
+			pthread_mutex_unlock(&store->lock);
+			return -ETIMEDOUT;
+		}
 		pthread_cond_wait(&store->loaded, &store->lock);
-	struct load_waiter *waiters = waiters_take(image);
+	}
+	struct load_waiter *waiters = waiters_take(image, NULL);
 	for (uint64_t e = 0; e < image->shape.nr_extents; e++) {
 		if (image_is_pinned(image, e))
 			store->pinned_extents--;
@@ -269,10 +398,7 @@ void store_remove_image(struct store *store, struct image *image)
 	}
 	pthread_mutex_unlock(&store->lock);
 
-	for (struct load_waiter *next; waiters; waiters = next) {
-		next = waiters->next;
-		waiters->answer(waiters, -ECANCELED);
-	}
+	waiters_cancel(waiters, -ECANCELED);
 	for (uint64_t e = 0; (e = next_in_state(image, e, EXTENT_RESIDENT)) < image->shape.nr_extents; e++) {
 		uint32_t extent = (uint32_t)e;
 
@@ -286,6 +412,7 @@ void store_remove_image(struct store *store, struct image *image)
 		at = &(*at)->next;
 	*at = image->next;
 	pthread_mutex_unlock(&store->lock);
+	return 0;
 }
 
 static struct load *load_new(struct image *image, uint64_t first, uint64_t nr)
@@ -313,14 +440,20 @@ int store_want(struct image *image, uint64_t extent, struct load_waiter *waiter)
 		result = 1;
 		break;
 	case EXTENT_ABSENT:
-		load = load_new(image, extent, 1);
+		load = store->cancelled ? NULL : load_new(image, extent, 1);
 		if (!load)
-			result = -ENOMEM;
+			result = store->cancelled ? -ESHUTDOWN : -ENOMEM;
 		break;
 	case EXTENT_LOADING:
 		load = load_queue_take(&store->prefetch, image, extent);
+		if (load)
+			image->nr_prefetches--;
+		else if (store->cancelled)
+			result = -ESHUTDOWN;
 		break;
 	case EXTENT_EVICTING: /* store_end_evict starts the load */
+		if (store->cancelled)
+			result = -ESHUTDOWN;
 		break;
 	}
 	if (load) {
@@ -350,8 +483,8 @@ int64_t store_prefetch(struct image *image, uint64_t first, uint64_t nr)
 	pthread_mutex_lock(&store->lock);
 	/* Readahead of more than an eighth of the store would push out what it has just brought. */
 	uint64_t budget = store->capacity_extents / 8 + 1;
-	uint64_t pending = store->prefetch.nr * chunk;
-	budget = budget > pending ? budget - pending : 0;
+	uint64_t pending = image->nr_prefetches * chunk; /* its own: one that hangs takes nothing from others */
+	budget = budget > pending && !store->cancelled ? budget - pending : 0;
 	while (first < end && budget) {
 		if (extent_state(&image->states[first]) != EXTENT_ABSENT) {
 			first++;
@@ -365,6 +498,7 @@ int64_t store_prefetch(struct image *image, uint64_t first, uint64_t nr)
 		if (!load)
 			break;
 		load_queue_push(&store->prefetch, load);
+		image->nr_prefetches++;
 		pthread_cond_signal(&store->work);
 		first += run;
 		budget -= run;
@@ -382,10 +516,7 @@ int store_wait_loaded(struct image *image, uint64_t first, uint64_t nr, int time
 
 	if (first > image->shape.nr_extents || nr > image->shape.nr_extents - first)
 		return -ERANGE;
-	clock_gettime(CLOCK_MONOTONIC, &deadline);
-	uint64_t nsec = (uint64_t)deadline.tv_nsec + (uint64_t)timeout_ms * 1000000;
-	deadline.tv_sec += (time_t)(nsec / 1000000000);
-	deadline.tv_nsec = (long)(nsec % 1000000000);
+	deadline = deadline_in(timeout_ms);
 	pthread_mutex_lock(&store->lock);
 	while (!store->stop && err != ETIMEDOUT && next_in_state(image, first, EXTENT_LOADING) < first + nr)
 		err = pthread_cond_timedwait(&store->loaded, &store->lock, &deadline);
@@ -488,7 +619,7 @@ static void end_evict(struct image *image, const uint32_t *extents, uint64_t nr,
 		struct load *load = NULL;
 
 		extent_step(&image->states[extents[i]], EXTENT_EVICTING, EXTENT_ABSENT, 0);
-		if (image->waiters[extents[i]])
+		if (image->waiters[extents[i]] && !store->cancelled)
 			load = load_new(image, extents[i], 1);
 		if (load)
 			load_queue_push(&store->demand, load);

@@ -26,6 +26,12 @@ struct store_counters {
 /* extent_pages: a power of two.  low_free: pressure is raised when fewer extents are free. */
 int store_init(uint64_t capacity_extents, uint32_t extent_pages, uint32_t nr_loaders, uint64_t low_free,
                struct store **store_out);
+/* Ends every load: whoever waits for one is answered with an error, and so is whoever comes from now on.  Loads that a
+ * loader has in hand go on. */
+void store_cancel_loads(struct store *store);
+/* The same, and ends the loaders: 0, or -ETIMEDOUT if one is in a read after timeout_ms, which is left behind.  Then
+ * images that it reads cannot be closed, nor can the store, until the process ends. */
+int store_stop(struct store *store, int timeout_ms);
 /* -EBUSY, and nothing done, while images are open. */
 int store_deinit(struct store *store);
 void store_count(struct store *store, struct store_counters *counters_out);
@@ -56,7 +62,8 @@ int64_t store_scrub(struct image *image);
 /*
  * Invariants, all under lock: (1) reserved_extents counts the extents in state RESIDENT or EVICTING (but not those that
  * are being scrubbed) plus those a loader is filling; (2) reserved_extents <= capacity_extents; (3) an extent is in at most one load of the queues;
- * (4) inserted holds at most one entry per resident extent, so the ring cannot overflow.
+ * (4) inserted holds at most one entry per resident extent, so the ring cannot overflow; (5) nr_prefetching counts the
+ * loaders with a prefetch that are not stuck; (6) no image has more than nr_loaders loaders at work.
  */
 struct store {
 	pthread_mutex_t lock;
@@ -70,9 +77,14 @@ struct store {
 	int pressure_fd, notice_fd;
 
 	struct load_queue demand, prefetch;
-	uint32_t nr_loaders, nr_prefetching, nr_waiting_room;
-	pthread_t *loaders;
-	bool stop;
+	/* nr_loaders: those there are to be; nr_alive: those there are; nr_stuck, of these: in one read for long. */
+	uint32_t nr_loaders, nr_alive, nr_stuck, nr_prefetching, nr_waiting_room;
+	struct loader *loaders;
+	pthread_t watcher; /* looks for stuck loaders while loads are in hand */
+	pthread_cond_t watch;
+	pthread_cond_t ended; /* a loader ended */
+	bool watch_sleeps, is_watched, cancelled;
+	_Atomic bool stop;
 
 	uint64_t *inserted; /* ring */
 	uint64_t nr_inserted_slots, inserted_head, inserted_tail;
@@ -80,15 +92,18 @@ struct store {
 
 uint32_t store_extent_pages(const struct store *store);
 void store_add_image(struct store *store, struct image *image);
+/* See image_read_wait_ns. */
+uint64_t store_read_wait_ns(struct store *store, const struct image *image);
 /* Mends the arrays of an image that another process left (arrays.h) and adds it with what stays resident. */
 int store_adopt_image(struct store *store, struct image *image);
 /* Under lock: tells who asks with store_take_inserted. */
 void inserted_push(struct store *store, const struct image *image, uint64_t extent);
-/* Waits for its loads, evicts the rest, forgets it. */
-void store_remove_image(struct store *store, struct image *image);
+/* Waits for its loads, evicts the rest, forgets it.  -ETIMEDOUT, and no more than its queued loads forgotten, if the
+ * store was stopped and a loader has one in hand. */
+int store_remove_image(struct store *store, struct image *image);
 
 /* Wants extent for a fault: 1 if it is RESIDENT (hold it), 0 if waiter was queued and will be answered by a
- * loader (in its thread, without locks, with the extent held if status is 0). */
+ * loader (in its thread, without locks, with the extent held if status is 0).  -ESHUTDOWN after store_cancel_loads. */
 int store_want(struct image *image, uint64_t extent, struct load_waiter *waiter);
 
 /* Eviction in three steps, so that the middle one can be somebody else's (accounting/core/evict.c). */
