@@ -10,7 +10,7 @@ from cowshed.cache.errors import (
     UsageError,
 )
 from cowshed.cache.images import ExtentState, Image, ImageCounters, ImageFigures, ImageRemains
-from cowshed.cache.sources import FileSource
+from cowshed.cache.sources import FileSource, SourceAtPath, SourceIdentity
 from cowshed.cache.store import PageStore, StoreCounters
 
 __all__ = [
@@ -25,7 +25,9 @@ __all__ = [
     "InvariantError",
     "PageStore",
     "PeerError",
+    "SourceAtPath",
     "SourceError",
+    "SourceIdentity",
     "StoreCounters",
     "UsageError",
 ]

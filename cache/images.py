@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
 from cowshed.cache.counters import Counters
-from cowshed.cache.sources import FileSource
+from cowshed.cache.sources import FileSource, SourceAtPath
 
 if TYPE_CHECKING:
     from cowshed.cache.store import PageStore
@@ -96,7 +96,8 @@ class Image:
 
     Its frames are its own: two images of one source, in different domains say, share none. domain
     and name together are unique in a store. digest is "sha256:..." once somebody computed it, ""
-    before. source_change says how the source changed under us, None as long as it did not.
+    before. source_change says how the source changed under us, None as long as it did not;
+    source_at_path what its path named when somebody last looked.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Image:
         self.cdata: Final = cdata
         self.digest = ""
         self.source_change: str | None = None
+        self.source_at_path: SourceAtPath = "same"
         self.image_no: Final[int] = shape.image_no
         self.size_bytes: Final[int] = shape.size_bytes
         self.map_bytes: Final[int] = shape.map_bytes

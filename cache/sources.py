@@ -8,13 +8,40 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from cowshed.cache.errors import SourceError
 
-__all__ = ["FileSource"]
+__all__ = ["FileSource", "SourceAtPath", "SourceIdentity"]
 
 _MAX_BYTES = 1 << 48
+
+SourceAtPath = Literal["same", "other", "gone"]
+
+
+@dataclass(frozen=True)
+class SourceIdentity:
+    """What tells one source from another, as it was when the source was opened.
+
+    device is a block device's own number, and the file system's of a file. mtime_ns is 0 for a
+    block device, whose times say nothing of its bytes.
+    """
+
+    device: int
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result, size_bytes: int) -> Self:
+        """Give the identity of a file or block device with that status."""
+        if stat.S_ISBLK(status.st_mode):
+            return cls(status.st_rdev, status.st_ino, size_bytes, 0)
+        return cls(status.st_dev, status.st_ino, size_bytes, status.st_mtime_ns)
+
+    def is_same_file(self, other: SourceIdentity) -> bool:
+        """Whether both are of one file or device, whatever has become of its bytes."""
+        return (self.device, self.inode) == (other.device, other.inode)
 
 
 @dataclass(frozen=True)
@@ -22,14 +49,19 @@ class FileSource:
     """A file or block device, open for reading and known to be usable.
 
     Owns its descriptors until an image takes them over. direct_fd is the same file opened O_DIRECT,
-    or -1 where its file system has no such thing.
+    or -1 where its file system has no such thing. path is where the file was when it was opened:
+    another may be there by now.
     """
 
     path: Path
-    size_bytes: int
+    identity: SourceIdentity
     fd: int
     direct_fd: int
-    _mtime_ns: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the source when it was opened: the image's size."""
+        return self.identity.size_bytes
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -64,7 +96,12 @@ class FileSource:
             if not os.path.samestat(os.fstat(direct_fd), status):
                 os.close(direct_fd)  # replaced between the two opens
                 direct_fd = -1
-        return cls(path, size_bytes, fd, direct_fd, status.st_mtime_ns)
+        return cls(path, SourceIdentity.of(status, size_bytes), fd, direct_fd)
+
+    @property
+    def mtime_ns(self) -> int:
+        """When it was last written to, as of its opening; of a block device, its node's time."""
+        return self.identity.mtime_ns or os.fstat(self.fd).st_mtime_ns  # a node is in memory
 
     def reopen(self) -> int:
         """Give a new descriptor of the file, for reading, that shares no state with ours.
@@ -80,14 +117,29 @@ class FileSource:
             ) from error
 
     def changed(self) -> str | None:
-        """Say how the open file differs from when it was opened, or None if it does not."""
+        """Say how the open file differs from when it was opened, or None if it does not.
+
+        May wait for as long as the file system does.
+        """
         status = os.fstat(self.fd)
         if stat.S_ISREG(status.st_mode):
             if status.st_size != self.size_bytes:
                 return f"size was {self.size_bytes} bytes and is {status.st_size}"
-            if status.st_mtime_ns != self._mtime_ns:
+            if status.st_mtime_ns != self.identity.mtime_ns:
                 return "it was written to"
         return None
+
+    def at_path(self) -> SourceAtPath:
+        """Say what the path names now: this very file, another one, or none.
+
+        May wait for as long as the file system does.
+        """
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return "gone"
+        there = SourceIdentity.of(status, status.st_size)
+        return "same" if self.identity.is_same_file(there) else "other"
 
     def close(self) -> None:
         """Close the descriptors of a source that nobody took over."""

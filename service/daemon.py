@@ -28,7 +28,8 @@ from cowshed.service.images.autowarm import Autowarm
 from cowshed.service.images.digests import DigestThread
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.loading import load
-from cowshed.service.images.opening import HeldImages, open_store
+from cowshed.service.images.opening import HeldImages, is_held, open_store
+from cowshed.service.images.source_watch import SourceWatch
 from cowshed.service.images.warming import Warming
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.machines.bequests import MachineBequests
@@ -60,6 +61,7 @@ from cowshed.service.runtime.logs import (
     logging_tell_suppressed,
 )
 from cowshed.service.runtime.loop import LEAVE, READ, RELOAD, Loop, ignore_stop_signals
+from cowshed.service.runtime.side_threads import SideThreads
 from cowshed.service.runtime.sizes import format_bytes
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.runtime.workers import Workers
@@ -135,7 +137,7 @@ class Daemon:
         door = Door(raise_file_limit())
         stack.enter_context(run_dir_locked(config.run_dir))
         record = HandoffRecord(config.state_dir)
-        image_folder, arrived = _find_arrived(config, record)
+        image_folder, arrived = _find_arrived(config, record, remains)
         specs = (*config.images, *arrived)
         stack.enter_context(image_folders(config.run_dir, specs, config.domains))
         counts = keep_counts("tallies", TALLIES, self._fd_store, remains)
@@ -184,6 +186,8 @@ class Daemon:
         callers = machine_bequests.adopt_callers(remains, store, machine_heirs)
         evictor.start()
         stack.callback(evictor.stop)
+        self._side = SideThreads()
+        self._sources = SourceWatch(store, self._side)
         digests = DigestThread(store, _say_digest)
         digests.start()
         stack.callback(digests.stop)
@@ -291,7 +295,8 @@ class Daemon:
     def _let_go(self, remains: Remains) -> None:
         """Whatever our predecessor had that we have no use for."""
         for name in remains:
-            _log.warning("left-over", "nothing served now is made of it", group=name)
+            if not name.startswith("source/"):  # said of its image
+                _log.warning("left-over", "nothing served now is made of it", group=name)
             self._fd_store.release(name)
         remains.close()
 
@@ -341,8 +346,8 @@ class Daemon:
         loop.stop_on_signals(reload=is_supervised)
         reload = SupervisedReload(loop, loop.leave)
         loop.watch(self._store.notice_fd, READ, self._on_notice)
-        loop.every(_LOOK_SECONDS, self._look_at_sources)
         loop.every(_LOOK_SECONDS, logging_tell_lost)
+        loop.every(_LOOK_SECONDS, self._sources.look)
         loop.every(_SAVE_SECONDS, self._save)
         _log.notice(
             "serving",
@@ -414,20 +419,9 @@ class Daemon:
         self._guest_door.say_states()
         self._image_sockets.say_states()
 
-    def _look_at_sources(self) -> None:
-        for image in self._store:
-            if changed := image.look_at_source():
-                _log.error(
-                    "source-changed",
-                    f"{changed}; an image must not change while it is served: "
-                    "restart with a copy that stays as it is",
-                    image=image.label,
-                    source=image.source.path,
-                )
-
 
 def _find_arrived(
-    config: Config, record: HandoffRecord
+    config: Config, record: HandoffRecord, remains: Remains
 ) -> tuple[ImageFolder | None, list[ImageSpec]]:
     """What came in handoffs, less what the configuration has images for."""
     if config.image_dir is None:
@@ -435,7 +429,7 @@ def _find_arrived(
     folder = ImageFolder(config.image_dir)
     named = {spec.label for spec in config.images}
     arrived = []
-    for spec in folder.specs(record.owned.__contains__):
+    for spec in folder.specs(record.owned.__contains__, lambda *name: is_held(name, remains)):
         if spec.label in named:
             _log.notice("image-left", "another is served under its name", source=spec.source)
         else:

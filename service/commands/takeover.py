@@ -24,6 +24,7 @@ from cowshed.service.operators.control_client import ControlClient
 from cowshed.service.operators.takeover import described
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.settings.config import Config
+from cowshed.service.settings.images import ImageSpec
 from cowshed.service.survival.keeper import Keeper
 from cowshed.service.survival.layouts import LAYOUTS
 
@@ -62,9 +63,7 @@ def take_over(config: Config, serve: Callable[[], int]) -> tuple[Keeper, str]:
     And the address of the keeper that it had, "" for none: that one waits for word that we serve.
     Raises CowshedError, one line, if it did not leave to us; then it serves on, or its successor.
     """
-    images = described(
-        (spec.domain, spec.name, _source_bytes(Path(spec.source))) for spec in config.images
-    )
+    images = [_described(spec) for spec in config.images]
     with ControlClient(config.run_dir) as client:
         met = _meet(
             client,
@@ -129,6 +128,12 @@ def _ask(
     return left.reply
 
 
-def _source_bytes(path: Path) -> int:
-    with contextlib.closing(FileSource.open(path)) as source:
-        return source.size_bytes
+def _described(spec: ImageSpec) -> dict[str, Any]:
+    """An image that we would serve. One that cannot be opened may be served all the same: from what
+    the backend has open.
+    """
+    try:
+        with contextlib.closing(FileSource.open(Path(spec.source))) as source:
+            return described(spec.domain, spec.name, source.size_bytes)
+    except CowshedError as error:
+        return described(spec.domain, spec.name, None, str(error))

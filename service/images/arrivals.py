@@ -59,17 +59,22 @@ class ImageFolder:
                 f"cannot use image-dir {str(folder)!r}: {error.strerror}; name another"
             ) from error
 
-    def specs(self, is_owned: Callable[[str], bool]) -> list[ImageSpec]:
+    def specs(
+        self,
+        is_owned: Callable[[str], bool],
+        is_held: Callable[[str, str], bool] = lambda *_: False,
+    ) -> list[ImageSpec]:
         """Give the images to serve, once what was broken off is removed; for the start.
 
-        is_owned(handoff) says whether a handoff that came was committed.
+        is_owned(handoff) says whether a handoff that came was committed, is_held(domain, name)
+        whether our predecessor left the image, its source open: then its path need not name it.
         """
         for part in self.folder.glob("*/.*.part"):
             _remove_unlocked(part)
         specs = []
         for record in sorted(self.folder.glob("*/*.json")):
             try:
-                spec = self._read(record, is_owned)
+                spec = self._read(record, is_owned, is_held)
             except (OSError, ValueError, KeyError, TypeError, CowshedError) as error:
                 _log.error("image-unreadable", f"{record}: {error}; move it away")
                 continue
@@ -77,7 +82,9 @@ class ImageFolder:
                 specs.append(spec)
         return specs
 
-    def _read(self, path: Path, is_owned: Callable[[str], bool]) -> ImageSpec | None:
+    def _read(
+        self, path: Path, is_owned: Callable[[str], bool], is_held: Callable[[str, str], bool]
+    ) -> ImageSpec | None:
         table = json.loads(path.read_text())
         if table["version"] != _VERSION:
             raise ValueError(f"version {table['version']!r} is not known here")
@@ -92,9 +99,10 @@ class ImageFolder:
                 _remove_record(places)
                 return None
             _write_record(places.record, {**table, "pending": None})
-        size_bytes = os.stat(places.raw).st_size
-        if size_bytes != table["size_bytes"]:
-            raise ValueError(f"{places.raw} has {size_bytes} bytes, not {table['size_bytes']}")
+        if not is_held(domain, name):
+            size_bytes = os.stat(places.raw).st_size
+            if size_bytes != table["size_bytes"]:
+                raise ValueError(f"{places.raw} has {size_bytes} bytes, not {table['size_bytes']}")
         return _spec(domain, name, places.raw, table["allowed"])
 
     def obstacle(self, domain: str, name: str) -> str | None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 
 from cowshed.cache import Image
 
@@ -14,9 +13,9 @@ __all__ = ["image_generation"]
 def image_generation(image: Image) -> str:
     """Name the source that an image is read from: another file, or other bytes in it, another name.
 
-    The same through restarts of the daemon. By device, inode, size and time of last change, since a
-    digest takes as long as reading all of it.
+    The same through restarts of the daemon. By device, inode, size and time of last change when it
+    was opened, since a digest takes as long as reading all of it.
     """
-    status = os.fstat(image.source.fd)
-    facts = (status.st_dev, status.st_ino, image.size_bytes, status.st_mtime_ns)
+    identity = image.source.identity
+    facts = (identity.device, identity.inode, image.size_bytes, identity.mtime_ns)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

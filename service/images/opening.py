@@ -1,27 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store with its images: anew, or over what the last backend left of them."""
+"""The store with its images: anew, or over what the last backend left of them.
+
+An image's frames and the bytes still to be loaded must be of one file. So the source's own
+descriptors are held with the image, and a successor reads on from them, whatever its path names by
+then. An image is held as two groups: image/DOMAIN/NAME has its frames and a record of its source,
+source/DOMAIN/NAME the source. An older release holds the first only and passes the second over, so
+either may serve after the other; then the source is opened at its path, and must be the very file
+that the record names.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from cowshed.accounting import Watermarks
-from cowshed.cache import CowshedError, FileSource, Image, ImageRemains, PageStore
+from cowshed.cache import (
+    CowshedError,
+    FileSource,
+    Image,
+    ImageRemains,
+    PageStore,
+    SourceError,
+    SourceIdentity,
+)
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.settings.config import Config
 from cowshed.service.settings.images import ImageSpec
 from cowshed.service.settings.names import Named
-from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.remains import Remains, record_make, record_read
+from cowshed.service.survival.fd_store import FdStore, kind_of
+from cowshed.service.survival.remains import Kinds, Remains, record_make, record_read
+from cowshed.transport.foreign_fds import device_and_inode
 
-__all__ = ["HeldImages", "open_store"]
+__all__ = ["HeldImages", "is_held", "open_store"]
 
 _log = EventLog("cowshed.images")
+
+_KINDS: Final = {"record", "image", "guest", "extents"}
 
 
 class HeldImages:
@@ -34,10 +52,20 @@ class HeldImages:
     def hold(self, image: Image, record: int | None = None) -> None:
         """Have an image held for our successor; record is what was left of it, taken over."""
         if record is None:
-            record = record_make(_identity(image.source))
+            record = record_make(_describe(image.source))
         self._records.append(record)
+        # The source first: an image that is held has its source held.
+        source = image.source
+        if kind_of(source.fd) not in _KINDS:
+            direct = [source.direct_fd] if source.direct_fd >= 0 else []
+            self._fd_store.hold(_source_group(image), [source.fd, *direct])
         fds = [record, image.frames_fd, image.guest_fd, image.arrays_fd]
         self._fd_store.hold(_group(image), fds)
+
+    def release(self, image: Named) -> None:
+        """Have an image held no more that cannot be gone on with."""
+        for group in (_group(image), _source_group(image)):
+            self._fd_store.release(group)
 
     def close(self) -> None:
         """Let go of the records; what is held stays so."""
@@ -45,8 +73,17 @@ class HeldImages:
             os.close(self._records.pop())
 
 
+def is_held(name: tuple[str, str], remains: Remains) -> bool:
+    """Whether our predecessor left the image of that domain and name, and its source."""
+    return {"/".join(("image", *name)), "/".join(("source", *name))} <= set(remains)
+
+
 def _group(image: Named) -> str:
     return f"image/{image.domain}/{image.name}"
+
+
+def _source_group(image: Named) -> str:
+    return f"source/{image.domain}/{image.name}"
 
 
 @contextlib.contextmanager
@@ -56,8 +93,7 @@ def open_store(
     """Give the store with every image of the configuration open, and held for our successor.
 
     arrived are those that came in handoffs; one that cannot be opened is left out. Raises
-    CowshedError for a source of the others that cannot be an image, or is not the one that was
-    left.
+    CowshedError for a source of the others that cannot be an image.
     """
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(
@@ -79,43 +115,89 @@ def open_store(
 
 
 def _open_held(store: PageStore, spec: ImageSpec, held: HeldImages, remains: Remains) -> None:
-    left = remains.take(_group(spec))
+    left, source_fds = remains.take(_group(spec)), remains.take(_source_group(spec))
+    if left is None or left.keys() != _KINDS:
+        held.release(spec)
+        _close_all(left or {}, source_fds or {})
+        image = _open_new(store, spec)
+        held.hold(image)
+        return
+    try:
+        image = _adopt(store, spec, left, source_fds or {})
+    except BaseException:
+        held.release(spec)
+        _close_all(left)
+        raise
+    held.hold(image, left["record"])
+
+
+def _open_new(store: PageStore, spec: ImageSpec) -> Image:
     source = FileSource.open(Path(spec.source))
     try:
-        image = _open(store, spec, source, left)
+        return store.open_image(spec.name, source, spec.domain)
     except BaseException:
         source.close()
         raise
-    held.hold(image, left["record"] if left else None)
 
 
-def _open(
-    store: PageStore, spec: ImageSpec, source: FileSource, left: dict[str, int] | None
-) -> Image:
-    if left is None:
-        return store.open_image(spec.name, source, spec.domain)
-    remains = ImageRemains(left["image"], left["guest"], left["extents"])
-    image = store.adopt_image(spec.name, source, remains, spec.domain)
-    if record_read(left["record"]) != _identity(source):
-        image.source_change = "it is not the file that was served before the restart"
-        _log.error(
-            "source-changed",
-            f"{image.source_change}; what is resident is of the old one: "
-            "stop, and start again with a copy that stays as it is",
-            image=image.label,
-            source=source.path,
+def _adopt(store: PageStore, spec: ImageSpec, left: Kinds, source_fds: Kinds) -> Image:
+    """Go on with an image; takes the source's descriptors over, and left only on success."""
+    identity = _identity(record_read(left["record"]))
+    source = _left_source(spec, identity, source_fds) or _same_source(spec, identity)
+    try:
+        remains = ImageRemains(left["image"], left["guest"], left["extents"])
+        return store.adopt_image(spec.name, source, remains, spec.domain)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _left_source(spec: ImageSpec, identity: SourceIdentity, fds: Kinds) -> FileSource | None:
+    """The source that was held; None, and the descriptors closed, if it is not the record's."""
+    direct_fd = fds.pop("direct", -1)
+    if len(fds) == 1:
+        fd = next(iter(fds.values()))  # of whatever kind its name makes it look
+        device, inode = device_and_inode(fd)
+        is_device = identity.mtime_ns == 0
+        if inode == identity.inode and (is_device or device == identity.device):
+            return FileSource(Path(spec.source), identity, fd, direct_fd)
+    _close_all(fds, {"direct": direct_fd} if direct_fd >= 0 else {})
+    return None
+
+
+def _same_source(spec: ImageSpec, identity: SourceIdentity) -> FileSource:
+    """The source as its path names it; SourceError unless it is the one that was served."""
+    source = FileSource.open(Path(spec.source))
+    found = source.identity
+    if not found.is_same_file(identity) or found.size_bytes != identity.size_bytes:
+        source.close()
+        raise SourceError(
+            f"{spec.source!r} is not the file that image {spec.label!r} was served from: what is "
+            "left of the image cannot be gone on with; it is served anew from what is there now"
         )
-    return image
+    # Written to since, perhaps: whoever looks at the source finds out.
+    return FileSource(source.path, identity, source.fd, source.direct_fd)
 
 
-def _identity(source: FileSource) -> dict[str, Any]:
-    """What tells one source from another that has its place."""
-    status = os.fstat(source.fd)
-    is_file = stat.S_ISREG(status.st_mode)
+def _close_all(*groups: Kinds) -> None:
+    for group in groups:
+        for fd in group.values():
+            os.close(fd)
+
+
+def _describe(source: FileSource) -> dict[str, Any]:
+    """A record of a source."""
+    identity = source.identity
     return {
         "path": os.fsencode(source.path).decode(errors="surrogateescape"),
-        "device": status.st_dev if is_file else status.st_rdev,
-        "inode": status.st_ino,
-        "size_bytes": source.size_bytes,
-        "mtime_ns": status.st_mtime_ns if is_file else 0,
+        "device": identity.device,
+        "inode": identity.inode,
+        "size_bytes": identity.size_bytes,
+        "mtime_ns": identity.mtime_ns,
     }
+
+
+def _identity(record: dict[str, Any]) -> SourceIdentity:
+    return SourceIdentity(
+        record["device"], record["inode"], record["size_bytes"], record["mtime_ns"]
+    )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from cowshed.cache import Image, PageStore, UsageError
@@ -144,15 +144,20 @@ class TakeoverDesk:
     def _check_images(self, listed: object) -> None:
         if not isinstance(listed, list):
             raise UsageError("a takeover comes with the list of its images")
-        sizes = {
-            (each.get("domain"), each.get("name")): each.get("size_bytes")
+        named = {
+            (each.get("domain"), each.get("name")): each
             for each in listed
             if isinstance(each, dict)
         }
+        served = {(image.domain, image.name) for image in self._store}
+        for key, each in named.items():
+            if key not in served and each.get("size_bytes") is None:
+                raise UsageError(str(each.get("why", "an image comes without its size")))
         for image in self._store:
             users = self._users(image)
-            size_bytes = sizes.get((image.domain, image.name))
-            if users and size_bytes is None:
+            there = named.get((image.domain, image.name))
+            size_bytes = there and there.get("size_bytes")
+            if users and there is None:
                 raise UsageError(
                     f"image {image.label!r} is not in the new configuration, and {len(users)} "
                     f"guests use it ({users[0]}, ...): add it, or end them first"
@@ -204,9 +209,8 @@ class TakeoverDesk:
         _log.warning("takeover-failed", f"{why}; everything stays as it is", pid=pid)
 
 
-def described(images: Iterable[tuple[str, str, int]]) -> list[Body]:
-    """Say which images, by domain, name and size, whoever takes over would serve."""
-    return [
-        {"domain": domain, "name": name, "size_bytes": size_bytes}
-        for domain, name, size_bytes in images
-    ]
+def described(domain: str, name: str, size_bytes: int | None, why: str = "") -> Body:
+    """Say which image whoever takes over would serve; size_bytes None, and why, if its source
+    cannot be opened: then only one that is served now is served on.
+    """
+    return {"domain": domain, "name": name, "size_bytes": size_bytes, "why": why}

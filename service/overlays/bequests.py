@@ -43,6 +43,7 @@ class LeftOverlay:
     pages_id: str
     fds: dict[str, int]
     staged: str = ""  # by this handoff, and not admitted
+    files: list[list[int]] | None = None  # OverlayFiles.identity(); an older release says none
 
     @property
     def ledger(self) -> int:
@@ -83,11 +84,12 @@ class OverlayBequests:
         fds: list[int],
         left: LeftOverlay | None,
         staged: str = "",
+        files: list[list[int]] | None = None,
     ) -> str:
         """Have an overlay outlive us, as the one that was left if it is that; the group's name.
 
         fds are borrowed until release(). staged: until admit() it counts
-        only if the handoff of that name does.
+        only if the handoff of that name does. files are those that its pages are in, if they are.
         """
         if left is not None:
             self._records[left.group] = left.fds["record"]
@@ -96,7 +98,8 @@ class OverlayBequests:
             self._fd_store.hold(left.group, [left.fds["record"], *fds])
             return left.group
         group = f"{_PREFIX}{secrets.token_hex(8)}"
-        made = record_make({**asdict(record), "pages_id": pages_id, "staged": staged})
+        told = {"pages_id": pages_id, "staged": staged, "files": files}
+        made = record_make({**asdict(record), **told})
         self._records[group] = made
         self._fd_store.hold(group, [made, *fds], overlay=record.label)
         return group
@@ -122,7 +125,12 @@ class OverlayBequests:
                 fields = record_read(fds["record"])
                 staged = str(fields.get("staged", "")) if record_is_open(fds["record"]) else ""
                 left = LeftOverlay(
-                    group, overlay_record(fields), str(fields["pages_id"]), fds, staged
+                    group,
+                    overlay_record(fields),
+                    str(fields["pages_id"]),
+                    fds,
+                    staged,
+                    fields.get("files"),
                 )
             except (CowshedError, ValueError, KeyError, TypeError) as error:
                 _log.error("overlay-lost", f"{group} is broken: {error}")

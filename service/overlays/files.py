@@ -122,6 +122,21 @@ class OverlayFiles:
                 f"it: serve the one it was made of, or remove {self._folder}/{record.stem}.*"
             )
 
+    def identity(self, record: OverlayRecord) -> list[list[int]]:
+        """Which files an overlay's pages and map are now, as long as they are there."""
+        status = (os.stat(self._path(record.stem, suffix)) for suffix in _SUFFIXES[1:])
+        return [[each.st_dev, each.st_ino] for each in status]
+
+    def check_left(self, record: OverlayRecord, identity: list[list[int]]) -> None:
+        """Raise UsageError if its files are not those that our predecessor had."""
+        with contextlib.suppress(OSError):
+            if self.identity(record) == identity:
+                return
+        raise UsageError(
+            f"files of overlay {record.label!r} are not those that the last backend wrote to: "
+            f"somebody replaced {self._folder}/{record.stem}.*; put the old ones back, and restart"
+        )
+
     def staged(self, record: OverlayRecord) -> str:
         """The handoff that an overlay was staged by and not admitted since; "" if none was."""
         return str(json.loads(self._path(record.stem, ".json").read_text()).get("staged", ""))
@@ -186,8 +201,7 @@ def _stem(image: str, guest: str) -> str:
 
 def _source_of(image: Image) -> dict[str, int]:
     """What tells one version of a source from another, without reading it."""
-    status = os.fstat(image.source.fd)
-    return {"source_bytes": image.size_bytes, "source_mtime_ns": status.st_mtime_ns}
+    return {"source_bytes": image.size_bytes, "source_mtime_ns": image.source.mtime_ns}
 
 
 def _parse(table: Any) -> OverlayRecord:

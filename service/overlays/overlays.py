@@ -208,7 +208,10 @@ class OverlayTable:
                 continue
             try:
                 self._files.check(record, image)
-                self._open(image, record, None, lefts.get(record.label))
+                left = lefts.get(record.label)
+                if left is not None and left.files is not None:
+                    self._files.check_left(record, left.files)
+                self._open(image, record, None, left)
                 lefts.pop(record.label, None)
                 if staged:
                     self._files.write(record, image)
@@ -445,9 +448,14 @@ class OverlayTable:
         self, guest: OverlayGuest, left: LeftOverlay | None = None, *, staged: str = ""
     ) -> None:
         fds = [guest.account.fd, guest.purse.fd]
+        record = self._record(guest)
         if self._files is None:
             fds.append(guest.overlay.fd)
-        guest.group = self._bequests.hold(self._record(guest), guest.pages_id, fds, left, staged)
+        files = None
+        if self._files is not None:
+            with contextlib.suppress(OSError):
+                files = self._files.identity(record)
+        guest.group = self._bequests.hold(record, guest.pages_id, fds, left, staged, files)
         if left is not None:
             self._bequests.admit(guest.group)
 

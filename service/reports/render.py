@@ -30,6 +30,8 @@ Answer = Mapping[str, Any]
 
 STOPPED = "stopped-quota"
 QUOTA_SUGGESTED_BYTES = 64 << 20  # for a guest whose quota was 0
+# What an image's path may name besides the file that is served, as status says it.
+_AT_PATH = {"other": "another file", "gone": "no file"}
 _MISMATCH_PLACES = ("extent", "page", "purse", "ledger")
 
 
@@ -222,6 +224,14 @@ def warnings(status: Answer) -> list[Text]:
         )
         for image in status["images"]
         if image["source_changed"]
+    ]
+    found += [
+        Text.assemble(
+            (f"{label_of(image)}: {printable(image['source'])} names {_AT_PATH[at]} now", "bold"),
+            ". Guests go on with the file that they began with, until the daemon is stopped.",
+        )
+        for image in status["images"]
+        if (at := image.get("source_at_path", "same")) in _AT_PATH
     ]
     return found
 

@@ -224,6 +224,8 @@ def _image_status(image: Image) -> dict[str, Any]:
         "digest": image.digest,
         "source": str(image.source.path),
         "source_changed": bool(image.source_change),
+        # What the path names by now: the "same" file, an "other" one, or none: "gone".
+        "source_at_path": image.source_at_path,
         "extent_bytes": image.extent_bytes,
         "pinned_bytes": figures.pinned_bytes,
         # What these mappings would take if each guest had its own frames, less what they take.

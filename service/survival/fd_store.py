@@ -301,7 +301,8 @@ def listen_environment(groups: Groups, pid: int) -> tuple[dict[str, str], list[i
 
 def kind_of(fd: int) -> str:
     """Say what a descriptor is: "image", "guest" (an image read-only), "extents", "ledger", ... by
-    the name of a memfd of ours; "uffd", "pagemap", "mem", "socket"; or "" for anything else.
+    the name of a memfd of ours; "uffd", "pagemap", "mem", "socket"; "file" for another with a path,
+    "direct" if that is open for O_DIRECT; or "" for anything else. Asks no file system.
     """
     link = ""
     with contextlib.suppress(OSError):
@@ -314,7 +315,12 @@ def kind_of(fd: int) -> str:
         return "uffd"
     if link.startswith("socket:"):
         return "socket"
+    if not link.startswith("/") or link.startswith("/memfd:"):
+        return ""
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+        return "direct"
     if _PAGES_FILE.fullmatch(link):
         return "pages"
-    found = _PROC_FILE.search(link)
-    return found[1] if found else ""
+    if found := _PROC_FILE.search(link):
+        return found[1]
+    return "file"

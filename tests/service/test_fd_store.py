@@ -3,6 +3,7 @@
 
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,11 +129,19 @@ def test_each_kind_of_descriptor_is_known_by_itself() -> None:
     null = os.open("/dev/null", os.O_RDONLY)
     alien = os.memfd_create("alien")
     fds = [image, read_only, record, ours.fileno(), pagemap, null, alien]
-    assert [kind_of(fd) for fd in fds] == ["image", "guest", "record", "socket", "pagemap", "", ""]
+    assert [kind_of(fd) for fd in fds] == [
+        *("image", "guest", "record", "socket", "pagemap", "file", "")
+    ]
     assert kind_of(9999) == ""
     assert record_read(record) == {"a": 1}
     with pytest.raises(InvariantError):
         record_read(image)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("raw", "a.pages", "mem"):
+            path = f"{folder}/{name}"
+            direct = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_DIRECT)
+            assert kind_of(direct) == "direct"
+            os.close(direct)
     for fd in (image, read_only, record, pagemap, null, alien):
         os.close(fd)
     ours.close()
@@ -141,7 +150,7 @@ def test_each_kind_of_descriptor_is_known_by_itself() -> None:
 
 def test_remains_are_taken_once_and_what_is_not_ours_is_closed() -> None:
     record, twin = record_make({}), record_make({})
-    null, kept = os.open("/dev/null", os.O_RDONLY), record_make({})
+    null, kept = os.memfd_create("alien"), record_make({})
     remains = Remains({"a": [record], "twins": [twin, os.dup(twin)], "null": [null], "b": [kept]})
     assert sorted(remains) == ["a", "b"]
     assert remains.take("a") == {"record": record}

@@ -111,30 +111,6 @@ def later_keepers(kept: Daemon) -> list[int]:
     return [int(pid) for pid in re.findall(r"event=keeper-changed pid=(\d+)", kept.log())]
 
 
-def test_a_source_that_was_replaced_meanwhile_is_said(kept: Daemon) -> None:
-    kept.request("warm", image="d")
-    source = Path(kept.status()["images"][0]["source"])
-    copy = source.with_name("copy")
-    copy.write_bytes(source.read_bytes())
-    os.replace(copy, source)
-    os.kill(backend_pid(kept), signal.SIGKILL)
-    assert kept.status()["images"][0]["source_changed"]
-    assert "event=source-changed" in kept.log()
-
-
-def test_a_source_that_is_gone_keeps_guests_waiting_until_it_is_back(kept: Daemon) -> None:
-    kept.request("warm", image="d")
-    source = Path(kept.status()["images"][0]["source"])
-    away = source.with_name("away")
-    source.rename(away)
-    os.kill(backend_pid(kept), signal.SIGKILL)
-    until(lambda: "cannot open image source" in kept.log())
-    away.rename(source)
-    status = kept.status()
-    assert status["resident_bytes"] == 4 * MIB
-    assert not status["images"][0]["source_changed"]
-
-
 def test_nobody_else_reaches_the_keeper(kept: Daemon) -> None:
     pid = backend_pid(kept)
     environment = Path(f"/proc/{pid}/environ").read_bytes()

@@ -127,6 +127,24 @@ def test_unflushed_writes_to_files_outlive_a_backend(
     assert "True" in Site(again, image).nbdsh(read, "d@g")
 
 
+def test_files_of_an_overlay_that_were_replaced_meanwhile_are_not_gone_on_with(
+    start_daemon: StartDaemon, image: Path, run_dir: Path
+) -> None:
+    folder = run_dir / "overlays"
+    kept = start_daemon(f"--image=d={image}", f"--overlay-dir={folder}", kept=True)
+    site = Site(kept, image)
+    for name in ("g", "other"):
+        site.nbdsh(f"h.pwrite(b'{name[:4]:4}' * 1024, 8192); h.flush()", f"d@{name}")
+    (pages,) = folder.glob("*@g.pages")
+    copy = pages.with_suffix(".copy")
+    copy.write_bytes(pages.read_bytes())
+    copy.rename(pages)
+    kill_backend(kept)
+    assert [guest["name"] for guest in kept.status()["guests"]] == ["other"]
+    assert "event=overlay-unusable" in kept.log()
+    assert "are not those that the last backend wrote to" in kept.log()
+
+
 def test_a_far_guest_never_notices(kept: Daemon, image: Path) -> None:
     model = bytearray(image.read_bytes())
     rng = random.Random(random.randrange(1 << 32))

@@ -317,7 +317,7 @@ def test_what_cannot_be_served_on_is_refused_in_one_line(
         (
             (["--image", f"e={other}"], "image 'd' is not in the new configuration"),
             (["--image", f"d={other}"], "image 'd' has 4194304 bytes, and 1048576"),
-            (["--image", f"d={run_dir}/none"], "none"),
+            ([*same, "--image", f"e={run_dir}/none"], "none"),
             ([*same, "--config", str(settings)], "extents of 65536 bytes"),
         )
     ):
@@ -337,6 +337,23 @@ def test_another_user_takes_nothing_over(
     assert "uid" in refused(take_over(old, uid=NOBODY))
     assert old.status()["pid"] == pid
     check_served(old, guest, image)
+
+
+def test_an_image_is_served_on_whose_source_was_replaced(
+    old: Daemon, guest: Guest, image: Path, take_over: StartTaker
+) -> None:
+    kept = image.with_name("kept")
+    kept.write_bytes(image.read_bytes())
+    image.unlink()
+    first = take_over(old, stop_at="gone")
+    assert old.process.wait(ANSWER_SECONDS) == 0
+    assert guest.call("compare", path=str(kept), offset=MIB, length=MIB) == 0
+    image.write_bytes(bytes(4 * MIB))
+    until(lambda: old.status()["images"][0]["source_at_path"] == "other")
+    take_over(old, stop_at="another")
+    assert first.process.wait(ANSWER_SECONDS) == 0
+    assert guest.call("compare", path=str(kept), offset=2 * MIB, length=MIB) == 0
+    check_served(old, guest, kept)
 
 
 def test_another_capacity_is_taken_over_with(

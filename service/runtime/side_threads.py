@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls that may wait for a file system, in threads that nobody waits for.
+
+A file system that hangs holds a call for as long as it likes, and nothing ends it. So each such
+call is made under a key, of an image say, and as long as one hangs there is no second one of
+its key: the threads that hang are no more than the keys. The process ends without them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
+
+from cowshed.service.runtime.logs import EventLog
+
+__all__ = ["InTime", "SideThreads"]
+
+_log = EventLog("cowshed.workers")
+
+_IDLE_SECONDS: Final = 5.0
+
+T = TypeVar("T")
+
+
+class SideThreads:
+    """Makes calls, one at a time of each key. For any thread.
+
+    Invariant: _began has the keys of the calls that were asked for and have not ended; each has a
+    thread, or one that is about to take it.
+    """
+
+    def __init__(self) -> None:
+        self._lock: Final = threading.Lock()
+        self._began: dict[str, float] = {}
+        self._queue: deque[tuple[str, Callable[[], None]]] = deque()
+        self._nr_idle = 0
+        self._work: Final = threading.Condition(self._lock)
+
+    def run(self, key: str, call: Callable[[], None]) -> bool:
+        """Have a call made; False, and it is not, while the last one of its key has not ended.
+
+        False too if there can be no thread for it.
+        """
+        with self._lock:
+            if key in self._began:
+                return False
+            self._began[key] = time.monotonic()
+            self._queue.append((key, call))
+            if len(self._queue) <= self._nr_idle:
+                self._work.notify()
+                return True
+        try:
+            threading.Thread(target=self._run, name="side", daemon=True).start()
+        except RuntimeError:  # there can be no more threads just now
+            with self._lock:
+                if (key, call) in self._queue:
+                    self._queue.remove((key, call))
+                    del self._began[key]
+                    return False
+        return True
+
+    def waiting_seconds(self, key: str) -> float:
+        """For how long the call of a key has been under way; 0.0 if none is."""
+        with self._lock:
+            began = self._began.get(key)
+        return 0.0 if began is None else time.monotonic() - began
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                while not self._queue:
+                    self._nr_idle += 1
+                    called = self._work.wait(_IDLE_SECONDS)
+                    self._nr_idle -= 1
+                    if not called and not self._queue:
+                        return
+                key, call = self._queue.popleft()
+            try:
+                call()
+            except Exception:
+                _log.crash("side-call-failed", "a defect of cowshed: please report it", key=key)
+            finally:
+                with self._lock:
+                    del self._began[key]
+
+
+class InTime(Generic[T]):
+    """One call in a thread of its own: begun at once, and its end awaited for no longer than asked.
+
+    What comes of it after give_up() goes to on_late, in that thread.
+    """
+
+    def __init__(
+        self, call: Callable[[], T], on_late: Callable[[T], None] = lambda _: None
+    ) -> None:
+        self._lock: Final = threading.Lock()
+        self._ended: Final = threading.Event()
+        self._on_late: Final = on_late
+        self._call: Final = call
+        self._is_given_up = False
+        self._value: T
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, name="in-time", daemon=True).start()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it ended within that time."""
+        return self._ended.wait(seconds)
+
+    def result(self) -> T:
+        """What came of a call that ended; raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def give_up(self) -> bool:
+        """Wait no more; False if it has ended after all, and result() is to be taken."""
+        with self._lock:
+            self._is_given_up = not self._ended.is_set()
+            return self._is_given_up
+
+    def _run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:
+            self._error = error
+        with self._lock:
+            if not self._is_given_up:
+                self._ended.set()
+                return
+        if self._error is None:
+            self._on_late(self._value)
