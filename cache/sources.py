@@ -87,6 +87,9 @@ class FileSource:
                     "an image has at least 1 and less than 256 TiB"
                 )
             os.set_blocking(fd, True)
+            # A FUSE server is asked at each close of a descriptor, the exit's too, until it says
+            # once that it has no use for that (ENOSYS). One that hangs later would hold up our end.
+            os.close(os.dup(fd))
         except BaseException:
             os.close(fd)
             raise

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final, NoReturn
 
 from cowshed.accounting import QuotaPolicy
-from cowshed.cache import Image
+from cowshed.cache import FileSource, Image
 from cowshed.service.guests.bequests import Bequests
 from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import GuestTable, Terms
@@ -29,7 +29,9 @@ from cowshed.service.images.digests import DigestThread
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.loading import load
 from cowshed.service.images.opening import HeldImages, is_held, open_store
+from cowshed.service.images.reopening import Reopener
 from cowshed.service.images.source_watch import SourceWatch
+from cowshed.service.images.unserved import UnservedImages
 from cowshed.service.images.warming import Warming
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.machines.bequests import MachineBequests
@@ -61,7 +63,7 @@ from cowshed.service.runtime.logs import (
     logging_tell_suppressed,
 )
 from cowshed.service.runtime.loop import LEAVE, READ, RELOAD, Loop, ignore_stop_signals
-from cowshed.service.runtime.side_threads import SideThreads
+from cowshed.service.runtime.side_threads import InTime, SideThreads
 from cowshed.service.runtime.sizes import format_bytes
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.runtime.workers import Workers
@@ -80,8 +82,9 @@ from cowshed.service.survival.supervised_reload import SupervisedReload
 from cowshed.service.web.http_server import HttpServer, bind
 from cowshed.service.web.pages import web_routes
 from cowshed.service.web.state import StateReader
-from cowshed.transport import AnyListener, adopt_listener, listen
+from cowshed.transport import AnyListener, adopt_listener
 from cowshed.transport.nbd_core import NbdServer
+from cowshed.transport.unix import listen_socket
 
 __all__ = ["Daemon", "run"]
 
@@ -91,6 +94,7 @@ _LOOK_SECONDS: Final = 1.0
 _SAVE_SECONDS: Final = 60.0
 # For a supervisor that is busy when we end.
 _PATIENCE_SECONDS: Final = 1.0
+_SAVE_AT_END_SECONDS: Final = 2.0
 _MAX_NBD_THREADS: Final = 8
 
 
@@ -151,7 +155,11 @@ class Daemon:
         stack.callback(self._lineage.close)
         self.uffd_device: Final = _lend_device(stack)
         self._held = stack.enter_context(contextlib.closing(HeldImages(self._fd_store)))
-        store = self._store = stack.enter_context(open_store(config, arrived, self._held, remains))
+        is_first = self._lineage.is_first
+        store, unserved = stack.enter_context(
+            open_store(config, arrived, self._held, remains, is_first=is_first)
+        )
+        self._store = store
         self.guests: Final = GuestTable()
         self.bequests: Final = Bequests(self._fd_store)
         heirs = self.bequests.adopt(remains, store, self.guests)
@@ -187,13 +195,17 @@ class Daemon:
         evictor.start()
         stack.callback(evictor.stop)
         self._side = SideThreads()
+        self._unserved = UnservedImages(unserved, self._side, self._serve_late)
+        status.unserved = self._unserved.status
         self._sources = SourceWatch(store, self._side)
-        digests = DigestThread(store, _say_digest)
+        status.source_wait_seconds = self._sources.waiting_seconds
+        digests = self._digests = DigestThread(store, _say_digest)
         digests.start()
         stack.callback(digests.stop)
         self._loop = stack.enter_context(Loop())
         self.workers: Final = Workers(self._loop.call)
-        listener = stack.enter_context(self._listen(remains))
+        self.reopener: Final = Reopener(self._loop.call)
+        listener = stack.enter_context(self._listen())
         watch = KeeperWatch(self._fd_store, self._loop, config.text)
         stack.callback(watch.close)
         self._keeper = self._lineage.watch = watch
@@ -221,6 +233,7 @@ class Daemon:
             core, config, store, access, overlays, door, self._tallies, self._loop, self._listeners
         )
         stack.callback(self._nbd.close)
+        stack.callback(store.cancel_loads)  # or a request that waits for one would keep it open
         network = NetworkDoor(
             config.listen,
             store,
@@ -257,7 +270,7 @@ class Daemon:
         self._saving = Saving(self.workers)
         self._departure = Departure(
             self._loop,
-            self._listeners.fds | {listener.fileno()},
+            self._listeners.fds,
             (self._guest_door, self._image_sockets, self._nbd, network, self._saving),
         )
         self._takeovers = TakeoverDesk(
@@ -278,12 +291,11 @@ class Daemon:
             self._serve_metrics(stack)
         self._let_go(remains)
 
-    def _listen(self, remains: Remains) -> AnyListener:
-        uri = f"unix://{socket_path(self.config.run_dir)}"
-        left = remains.take("listen/guests")
-        listener = adopt_listener(uri, left["socket"]) if left else listen(uri)
-        self._fd_store.hold("listen/guests", [listener.fileno()])
-        return listener
+    def _listen(self) -> AnyListener:
+        path = socket_path(self.config.run_dir)
+        uri = f"unix://{path}"
+        sock = self._listeners.open("guests", lambda: listen_socket(uri), path)
+        return adopt_listener(uri, sock.detach())
 
     def _publish(self, image: Image, spec: ImageSpec) -> None:
         """Serve an image that came in a handoff; from its thread."""
@@ -291,6 +303,13 @@ class Daemon:
         self._held.hold(image)
         self._store.list_image(image)
         self._loop.call(lambda: self._image_sockets.add(image))
+
+    def _serve_late(self, spec: ImageSpec, source: FileSource) -> None:
+        """Serve an image whose source could not be opened before; from a side thread."""
+        image = self._store.open_image(spec.name, source, spec.domain, listed=False)
+        self._overlays.adopt_late(image)
+        self._publish(image, spec)
+        self._digests.add(image)
 
     def _let_go(self, remains: Remains) -> None:
         """Whatever our predecessor had that we have no use for."""
@@ -315,6 +334,8 @@ class Daemon:
             self._warming,
             self._lineage,
             self._log_counts,
+            self._sources.waiting_seconds,
+            self._unserved.labels,
         )
         state = StateReader(lambda: list(self._store), self.control.status)
         routes = {"/metrics": Exporter(sources, settler.ask).serve, **web_routes(state.read)}
@@ -348,6 +369,8 @@ class Daemon:
         loop.watch(self._store.notice_fd, READ, self._on_notice)
         loop.every(_LOOK_SECONDS, logging_tell_lost)
         loop.every(_LOOK_SECONDS, self._sources.look)
+        loop.every(_LOOK_SECONDS, self._unserved.look)
+        loop.every(_LOOK_SECONDS, self._look_at_sockets)
         loop.every(_SAVE_SECONDS, self._save)
         _log.notice(
             "serving",
@@ -373,7 +396,7 @@ class Daemon:
         reload.close()
         self._fd_store.tell(STOPPING="1")
         self._fd_store.reconcile(_PATIENCE_SECONDS)
-        self._working_sets.save(self._store)
+        self._save_at_end()
         _log.notice("stopping", pid=os.getpid())
 
     def _leave(self, cause: signal.Signals) -> None:
@@ -410,9 +433,16 @@ class Daemon:
         _log.notice("leaving", pid=os.getpid())
         os._exit(0)
 
+    def _look_at_sockets(self) -> None:
+        self._side.run("sockets", self._listeners.look)
+
     def _save(self) -> None:
-        self.workers.run(lambda: self._working_sets.save(self._store))
+        self._side.run("working sets", lambda: self._working_sets.save(self._store))
         logging_tell_suppressed()
+
+    def _save_at_end(self) -> None:
+        """Keep what guests touched, unless the state directory does not answer."""
+        InTime(lambda: self._working_sets.save(self._store)).wait(_SAVE_AT_END_SECONDS)
 
     def _on_notice(self, fd: int, _: int) -> None:
         os.read(fd, 8)

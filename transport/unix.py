@@ -26,6 +26,7 @@ __all__ = [
     "adopt_listener",
     "connect",
     "listen",
+    "listen_socket",
     "parse_uri",
 ]
 
@@ -44,7 +45,9 @@ class Listener:
         self._socket = sock
         self._path = path
         self.uri: Final = f"{_SCHEME}{path}"
-        self._inode = os.stat(path).st_ino
+        self._inode = 0
+        with contextlib.suppress(OSError):  # somebody removed it
+            self._inode = os.stat(path).st_ino
         self._acceptor: Final = Acceptor()
 
     def __enter__(self) -> Listener:
@@ -111,7 +114,12 @@ def _timeval(seconds: float) -> bytes:
 
 
 def listen(uri: str, mode: int = 0o666, backlog: int = 128) -> Listener:
-    """Listen; whom mode lets write to the path may connect.
+    """Listen, as listen_socket() does."""
+    return Listener(listen_socket(uri, mode, backlog), parse_uri(uri))
+
+
+def listen_socket(uri: str, mode: int = 0o666, backlog: int = 128) -> socket.socket:
+    """Give a socket that listens; whom mode lets write to the path may connect.
 
     A path left behind by a dead listener is replaced; one that is alive, or no socket, is a
     UsageError. Two listeners starting at once must be kept apart by a lock of their own.
@@ -128,7 +136,7 @@ def listen(uri: str, mode: int = 0o666, backlog: int = 128) -> Listener:
     except OSError as error:
         sock.close()
         raise UsageError(f"cannot listen at {uri}: {error.strerror}") from error
-    return Listener(sock, path)
+    return sock
 
 
 def adopt_connection(fd: int) -> Connection:
@@ -137,14 +145,8 @@ def adopt_connection(fd: int) -> Connection:
 
 
 def adopt_listener(uri: str, fd: int) -> Listener:
-    """Go on listening with a socket that another process, now gone, listened with at uri.
-
-    Takes fd over on success. UsageError if the path is gone.
-    """
-    path = parse_uri(uri)
-    if not os.path.exists(path):
-        raise UsageError(f"cannot go on listening at {uri}: somebody removed {path}")
-    return Listener(socket.socket(fileno=fd), path)
+    """Go on listening with a socket that listens at uri; takes fd over."""
+    return Listener(socket.socket(fileno=fd), parse_uri(uri))
 
 
 def _remove_stale(uri: str, path: str) -> None:

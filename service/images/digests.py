@@ -6,17 +6,23 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
 from cowshed.cache import FileSource, Image
 from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.side_threads import InTime
 
 __all__ = ["DigestThread", "digest_of"]
 
 _log = EventLog("cowshed.digests")
 _CHUNK_BYTES: Final = 1 << 20
+_LOOK_SECONDS: Final = 0.2
+# A read of one chunk that takes longer hangs.
+_HUNG_SECONDS: Final = 2.0
 
 
 def digest_of(source: FileSource, stop: Callable[[], bool] = lambda: False) -> str:
@@ -42,11 +48,14 @@ def digest_of(source: FileSource, stop: Callable[[], bool] = lambda: False) -> s
 class DigestThread:
     """Gives each image its digest, one after the other; stop() ends it between two chunks.
 
-    Calls done(image), in its own thread, after each digest.
+    One whose source hangs is left to a thread of its own, where it may come yet. Calls
+    done(image), in some thread, after each digest.
     """
 
     def __init__(self, images: Iterable[Image], done: Callable[[Image], None]) -> None:
-        self._images = list(images)
+        self._images: queue.SimpleQueue[Image | None] = queue.SimpleQueue()
+        for image in images:
+            self._images.put(image)
         self._done = done
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="digests", daemon=True)
@@ -55,17 +64,46 @@ class DigestThread:
         """Begin."""
         self._thread.start()
 
+    def add(self, image: Image) -> None:
+        """Give another image its digest too, when its turn comes."""
+        self._images.put(image)
+
     def stop(self) -> None:
-        """End, and wait for the thread."""
+        """End, and wait for the thread; one that hangs in a read is left behind."""
         self._stop.set()
+        self._images.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        for image in self._images:
-            try:
-                image.digest = digest_of(image.source, self._stop.is_set)
-            except OSError as error:
-                _log.error("no-digest", str(error), image=image.label)
-                continue
-            if image.digest:
-                self._done(image)
+        while (image := self._images.get()) is not None and not self._stop.is_set():
+            progress = _Progress(self._stop)
+            reading = InTime(lambda of=image, by=progress: self._give(of, by))  # type: ignore[misc]
+            while not reading.wait(_LOOK_SECONDS) and not progress.has_ended():
+                pass
+
+    def _give(self, image: Image, progress: _Progress) -> None:
+        try:
+            digest = digest_of(image.source, progress.stop)
+        except OSError as error:
+            _log.error("no-digest", str(error), image=image.label)
+            return
+        if digest:
+            image.digest = digest
+            self._done(image)
+
+
+class _Progress:
+    """How a digest gets on: stop() is called before each chunk."""
+
+    def __init__(self, stopping: threading.Event) -> None:
+        self._stopping = stopping
+        self._moved_at = time.monotonic()
+
+    def stop(self) -> bool:
+        """Whether to end."""
+        self._moved_at = time.monotonic()
+        return self._stopping.is_set()
+
+    def has_ended(self) -> bool:
+        """Whether it is to be waited for no longer: it hangs, or all is to end."""
+        return self._stopping.is_set() or time.monotonic() - self._moved_at > _HUNG_SECONDS

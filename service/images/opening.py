@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +28,8 @@ from cowshed.cache import (
     SourceError,
     SourceIdentity,
 )
-from cowshed.service.runtime.logs import EventLog
+from cowshed.service.images.unserved import Unserved
+from cowshed.service.runtime.side_threads import InTime
 from cowshed.service.settings.config import Config
 from cowshed.service.settings.images import ImageSpec
 from cowshed.service.settings.names import Named
@@ -37,7 +39,9 @@ from cowshed.transport.foreign_fds import device_and_inode
 
 __all__ = ["HeldImages", "is_held", "open_store"]
 
-_log = EventLog("cowshed.images")
+# For sources to be opened, and for reads of them to end in the end, before they are left to hang.
+_OPEN_SECONDS: Final = 3.0
+_STOP_SECONDS: Final = 1.0
 
 _KINDS: Final = {"record", "image", "guest", "extents"}
 
@@ -88,12 +92,19 @@ def _source_group(image: Named) -> str:
 
 @contextlib.contextmanager
 def open_store(
-    config: Config, arrived: Sequence[ImageSpec], held: HeldImages, remains: Remains
-) -> Iterator[PageStore]:
-    """Give the store with every image of the configuration open, and held for our successor.
+    config: Config,
+    arrived: Sequence[ImageSpec],
+    held: HeldImages,
+    remains: Remains,
+    *,
+    is_first: bool = True,
+) -> Iterator[tuple[PageStore, list[Unserved]]]:
+    """Give the store with the images that can be served open, and held for our successor.
 
-    arrived are those that came in handoffs; one that cannot be opened is left out. Raises
-    CowshedError for a source of the others that cannot be an image.
+    The others are given too; arrived are those that came in handoffs. is_first: there was no
+    backend before us, whose guests wait; then CowshedError is raised for an image of the
+    configuration whose source cannot be one. Sources that do not answer are waited for together,
+    _OPEN_SECONDS; a store that a loader hangs in is left as it is in the end.
     """
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(
@@ -104,26 +115,61 @@ def open_store(
                 low_free_extents=Watermarks(config.capacity_bytes // config.extent_bytes).low_free,
             )
         )
-        for spec in config.images:
-            _open_held(store, spec, held, remains)
-        for spec in arrived:
+        stack.callback(store.stop, _STOP_SECONDS)
+        unserved = []
+        specs = (*config.images, *arrived)
+        openings = _Openings(
+            spec for spec in specs if not is_held((spec.domain, spec.name), remains)
+        )
+        for spec in specs:
             try:
-                _open_held(store, spec, held, remains)
+                _open_held(store, spec, held, remains, openings)
             except CowshedError as error:
-                _log.error("image-unusable", str(error), image=spec.label)
-        yield store
+                if is_first and spec in config.images and not openings.is_late(spec):
+                    raise
+                unserved.append(Unserved(spec, str(error)))
+        yield store, unserved
 
 
-def _open_held(store: PageStore, spec: ImageSpec, held: HeldImages, remains: Remains) -> None:
+class _Openings:
+    """Sources that are opened at their paths, all at a time, and waited for together."""
+
+    def __init__(self, specs: Iterable[ImageSpec]) -> None:
+        self._deadline = time.monotonic() + _OPEN_SECONDS
+        self._late: set[ImageSpec] = set()
+        self._openings = {spec: self._begin(spec) for spec in specs}
+
+    def take(self, spec: ImageSpec) -> FileSource:
+        """Give a source, the caller's; SourceError if it cannot be opened, or not in time."""
+        opening = self._openings.pop(spec, None) or self._begin(spec)
+        opening.wait(max(0.0, self._deadline - time.monotonic()))
+        if opening.give_up():
+            self._late.add(spec)
+            raise SourceError(
+                f"image source {spec.source!r} does not answer: its file system hangs"
+            )
+        return opening.result()
+
+    def is_late(self, spec: ImageSpec) -> bool:
+        """Whether a source did not answer in time."""
+        return spec in self._late
+
+    def _begin(self, spec: ImageSpec) -> InTime[FileSource]:
+        return InTime(lambda: FileSource.open(Path(spec.source)), FileSource.close)
+
+
+def _open_held(
+    store: PageStore, spec: ImageSpec, held: HeldImages, remains: Remains, openings: _Openings
+) -> None:
     left, source_fds = remains.take(_group(spec)), remains.take(_source_group(spec))
     if left is None or left.keys() != _KINDS:
         held.release(spec)
         _close_all(left or {}, source_fds or {})
-        image = _open_new(store, spec)
+        image = _open_new(store, spec, openings)
         held.hold(image)
         return
     try:
-        image = _adopt(store, spec, left, source_fds or {})
+        image = _adopt(store, spec, left, source_fds or {}, openings)
     except BaseException:
         held.release(spec)
         _close_all(left)
@@ -131,8 +177,8 @@ def _open_held(store: PageStore, spec: ImageSpec, held: HeldImages, remains: Rem
     held.hold(image, left["record"])
 
 
-def _open_new(store: PageStore, spec: ImageSpec) -> Image:
-    source = FileSource.open(Path(spec.source))
+def _open_new(store: PageStore, spec: ImageSpec, openings: _Openings) -> Image:
+    source = openings.take(spec)
     try:
         return store.open_image(spec.name, source, spec.domain)
     except BaseException:
@@ -140,10 +186,14 @@ def _open_new(store: PageStore, spec: ImageSpec) -> Image:
         raise
 
 
-def _adopt(store: PageStore, spec: ImageSpec, left: Kinds, source_fds: Kinds) -> Image:
+def _adopt(
+    store: PageStore, spec: ImageSpec, left: Kinds, source_fds: Kinds, openings: _Openings
+) -> Image:
     """Go on with an image; takes the source's descriptors over, and left only on success."""
     identity = _identity(record_read(left["record"]))
-    source = _left_source(spec, identity, source_fds) or _same_source(spec, identity)
+    source = _left_source(spec, identity, source_fds)
+    if source is None:
+        source = _same_source(spec, identity, openings)
     try:
         remains = ImageRemains(left["image"], left["guest"], left["extents"])
         return store.adopt_image(spec.name, source, remains, spec.domain)
@@ -165,9 +215,9 @@ def _left_source(spec: ImageSpec, identity: SourceIdentity, fds: Kinds) -> FileS
     return None
 
 
-def _same_source(spec: ImageSpec, identity: SourceIdentity) -> FileSource:
+def _same_source(spec: ImageSpec, identity: SourceIdentity, openings: _Openings) -> FileSource:
     """The source as its path names it; SourceError unless it is the one that was served."""
-    source = FileSource.open(Path(spec.source))
+    source = openings.take(spec)
     found = source.identity
     if not found.is_same_file(identity) or found.size_bytes != identity.size_bytes:
         source.close()

@@ -213,6 +213,17 @@ _IMAGES: Final = (
     ),
     _image("source_changed", "gauge", "1 if the source changed while it is served, else 0."),
     _image(
+        "source_wait_seconds",
+        "gauge",
+        "For how long the source has left a read, or a look at it, unanswered; 0 if it answers.",
+    ),
+    _image(
+        "image_unserved",
+        "gauge",
+        "1 for an image of the configuration that is not served, as its source cannot be opened; "
+        "0 for one that is.",
+    ),
+    _image(
         "requests_total",
         "counter",
         "Faults that asked for a page: hits, and those that began to wait for a load.",

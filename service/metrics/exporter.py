@@ -85,6 +85,8 @@ class MetricsSources:
     warming: Warming = field(default_factory=Warming)
     lineage: Lineage = field(default_factory=Lineage)
     log_counts: KeptCounts = field(default_factory=lambda: KeptCounts(LOG_COUNTS))
+    source_wait_seconds: Callable[[Image], float] = lambda _: 0.0
+    unserved: Callable[[], list[tuple[str, str]]] = list
 
 
 class Exporter(Collector):
@@ -126,7 +128,12 @@ class Exporter(Collector):
             _read_image(values, image)
             left_bytes = self._sources.warming.left_bytes(image)
             values["cowshed_warming_bytes"][_labels(image)] = left_bytes
+            waits = self._sources.source_wait_seconds(image)
+            values["cowshed_source_wait_seconds"][_labels(image)] = waits
+            values["cowshed_image_unserved"][_labels(image)] = 0
             _read_sums(values, image, sums[image])
+        for domain_and_name in self._sources.unserved():
+            values["cowshed_image_unserved"][domain_and_name] = 1
         self._read_users(values, images)
         self._read_nbd(values, images)
         self._read_guests(values, images)

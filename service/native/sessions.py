@@ -32,6 +32,7 @@ from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Term
 from cowshed.service.guests.userfaultfd import check_guest_files, check_uffd
 from cowshed.service.handoff.moved_in import MovedIn, MovedInTable
 from cowshed.service.images.generations import image_generation
+from cowshed.service.images.reopening import Reopened, Reopener
 from cowshed.service.native.parking import Parking
 from cowshed.service.operators.control import Control
 from cowshed.service.runtime.logs import EventLog
@@ -111,6 +112,10 @@ class SessionHost(Protocol):
     @property
     def uffd_device(self) -> int | None:
         """An open /dev/userfaultfd to lend, or None."""
+
+    @property
+    def reopener(self) -> Reopener:
+        """Who opens sources for guests."""
 
     @property
     def workers(self) -> Workers:
@@ -265,25 +270,30 @@ class Session:
         )
 
     def _on_describe(self, message: Received) -> None:
-        image = self._find_image(take_text(message.body, "image"))
-        source = image.source.reopen()
+        image, tag = self._find_image(take_text(message.body, "image")), message.tag
+        self._nr_working += 1
+        self._host.reopener.reopen(image, lambda got: self._describe(tag, image, got))
+
+    def _describe(self, tag: int, image: Image, got: Reopened | CowshedError) -> None:
+        self._nr_working -= 1
+        if isinstance(got, CowshedError):
+            self._late_reply(tag, refusal(got))
+            return
+        description = {
+            "ok": True,
+            "size_bytes": image.size_bytes,
+            "map_bytes": image.map_bytes,
+            "extent_bytes": image.extent_bytes,
+            "digest": image.digest or None,
+            "source_device": got.device,
+            "source_inode": got.inode,
+        }
         try:
-            status = os.fstat(source)
-            self._reply(
-                message.tag,
-                {
-                    "ok": True,
-                    "size_bytes": image.size_bytes,
-                    "map_bytes": image.map_bytes,
-                    "extent_bytes": image.extent_bytes,
-                    "digest": image.digest or None,
-                    "source_device": status.st_dev,
-                    "source_inode": status.st_ino,
-                },
-                [source],
-            )
+            self._late_reply(tag, description, [got.fd])
+        except CowshedError as error:  # no descriptors are left
+            self._refuse(tag, error)
         finally:
-            os.close(source)
+            os.close(got.fd)
 
     def _comes_too_early(self, message: Received) -> bool:
         """Whether its pages are still on their way: then it is answered later (open_again)."""
@@ -478,12 +488,12 @@ class Session:
     def _note_done(self) -> None:
         self._nr_working -= 1
 
-    def _late_reply(self, tag: int, reply: Body) -> None:
+    def _late_reply(self, tag: int, reply: Body, fds: list[int] | None = None) -> None:
         if self._state is not State.CLOSED:
             # A peer that has gone, or reads nothing, is noticed by the loop.
             with contextlib.suppress(PeerError):
                 try:
-                    self._reply(tag, reply)
+                    self._reply(tag, reply, fds)
                 except UsageError as error:  # too long to send
                     self._refuse(tag, error)
 

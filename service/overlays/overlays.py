@@ -182,17 +182,29 @@ class OverlayTable:
             else:
                 _log.info("overlay-adopted", overlay=left.record.label)
 
+    def adopt_late(self, image: Image) -> None:
+        """Go on with what is in --overlay-dir of an image that is served only from now on."""
+        with self.lock:
+            self._adopt_files({image.label: image}, {}, (), is_late=True)
+
     def _is_mapped(self, image: Image | None, record: OverlayRecord) -> bool:
         """Whether its guest maps by now: the death came before the overlay could be given up."""
         return image is not None and self._guests.has((image.domain, record.guest))
 
     def _adopt_files(
-        self, by_label: dict[str, Image], lefts: dict[str, LeftOverlay], owned: Container[str]
+        self,
+        by_label: dict[str, Image],
+        lefts: dict[str, LeftOverlay],
+        owned: Container[str],
+        *,
+        is_late: bool = False,
     ) -> None:
         if self._files is None:
             return
         for record in self._files.records():
             image = by_label.get(record.image)
+            if is_late and image is None:
+                continue  # seen to at the start
             staged = self._files.staged(record)
             if (staged and staged not in owned) or self._is_mapped(image, record):
                 _log.info("overlay-forgotten", overlay=record.label)

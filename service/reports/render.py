@@ -32,6 +32,7 @@ STOPPED = "stopped-quota"
 QUOTA_SUGGESTED_BYTES = 64 << 20  # for a guest whose quota was 0
 # What an image's path may name besides the file that is served, as status says it.
 _AT_PATH = {"other": "another file", "gone": "no file"}
+_HUNG_SECONDS = 3.0  # as SourceWatch has it
 _MISMATCH_PLACES = ("extent", "page", "purse", "ledger")
 
 
@@ -231,7 +232,23 @@ def warnings(status: Answer) -> list[Text]:
             ". Guests go on with the file that they began with, until the daemon is stopped.",
         )
         for image in status["images"]
-        if (at := image.get("source_at_path", "same")) in _AT_PATH
+        if image.get("source_wait_seconds", 0) < _HUNG_SECONDS
+        and (at := image.get("source_at_path", "same")) in _AT_PATH
+    ]
+    found += [
+        Text.assemble(
+            (f"{label_of(image)}: its source does not answer", "bold red"),
+            f" for {format_seconds(image['source_wait_seconds'])}: guests of this image wait for "
+            f"{printable(image['source'])}; see to its file system.",
+        )
+        for image in status["images"]
+        if image.get("source_wait_seconds", 0) >= _HUNG_SECONDS
+    ]
+    found += [
+        Text.assemble(
+            (f"{label_of(image)} is not served", "bold red"), f": {printable(image['why'])}."
+        )
+        for image in status.get("unserved_images", ())
     ]
     return found
 

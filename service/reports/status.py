@@ -57,6 +57,10 @@ class StatusReader:
         self._warming = warming
         # How the drain is that is under way, or was; None: there was none.
         self.drain: Callable[[], dict[str, Any] | None] = lambda: None
+        # Images of the configuration that cannot be served, and why.
+        self.unserved: Callable[[], list[dict[str, Any]]] = list
+        # For how long an image's source has left something unanswered.
+        self.source_wait_seconds: Callable[[Image], float] = lambda _: 0.0
         self._lineage = lineage or Lineage()
         self._started_ns = time.monotonic_ns()
         self._version = importlib.metadata.version("cowshed")
@@ -86,7 +90,11 @@ class StatusReader:
             for kind in LatencyKind
         }
         images = [
-            {**_image_status(image), "warming": _warming_status(self._warming.of(image))}
+            {
+                **_image_status(image),
+                "source_wait_seconds": self.source_wait_seconds(image),
+                "warming": _warming_status(self._warming.of(image)),
+            }
             for image in self._store
         ]
         counters = [image.counters() for image in self._store]
@@ -122,6 +130,7 @@ class StatusReader:
             },
             "drain": self.drain(),
             "images": images,
+            "unserved_images": self.unserved(),
             "guests": guests,
         }
 

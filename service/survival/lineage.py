@@ -41,6 +41,11 @@ class Lineage:
         """Let go of the counts."""
         self._counts.close()
 
+    @property
+    def is_first(self) -> bool:
+        """Whether there was no backend before us."""
+        return self._is_first
+
     def note_adopted(self) -> None:
         """All that our predecessor served is served."""
         if not self._is_first:

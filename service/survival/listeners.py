@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
+from cowshed.cache.errors import CowshedError
+from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
 from cowshed.service.survival.remains import Remains
 
 __all__ = ["Listeners"]
+
+_log = EventLog("cowshed.listeners")
 
 _PREFIX: Final = "listen/"
 
@@ -29,6 +33,8 @@ class Listeners:
         self._fd_store = fd_store or FdStore(None)
         self._remains = remains or Remains({})
         self.fds: Final[set[int]] = set()
+        self._paths: dict[str, Path] = {}
+        self._removed: set[str] = set()
 
     def open(
         self, what: str, make: Callable[[], socket.socket], path: Path | None = None
@@ -36,27 +42,59 @@ class Listeners:
         """Give the socket that listens at what, not blocking, the caller's; make() gives a new one.
 
         path is where it is in the file system: one whose path is gone cannot be reached and is
-        made anew. Raises what make() does.
+        made anew; where that cannot be, the old one is kept, for nobody but whom it serves
+        already. Raises what make() does, if there is no old one.
         """
         # Not every name may be a group's: as in a URI, but for the colon.
         group = _PREFIX + quote(what, safe="/@[]")[:240]
-        sock = self._left(group, path)
-        if sock is None:
+        left = self._left(group)
+        if left is None:
             sock = make()
+        elif path is None or _is_socket(path):
+            sock = left
+        else:
+            sock = self._make_again(group, left, what, make)
+        if path is not None:
+            self._paths[what] = path
         sock.setblocking(False)
         self.fds.add(sock.fileno())
         self._fd_store.hold(group, [sock.fileno()], listener=what)
         return sock
 
-    def _left(self, group: str, path: Path | None) -> socket.socket | None:
+    def look(self) -> None:
+        """Log, once each, paths that somebody removed; may wait for a disk."""
+        for what, path in list(self._paths.items()):
+            if _is_socket(path):
+                self._removed.discard(what)
+            elif what not in self._removed:
+                self._removed.add(what)
+                _log.error(
+                    "socket-removed",
+                    "somebody removed it, and nobody can connect there: reload the daemon "
+                    "(SIGHUP), which makes it again and disturbs no guest",
+                    path=path,
+                )
+
+    def _make_again(
+        self, group: str, left: socket.socket, what: str, make: Callable[[], socket.socket]
+    ) -> socket.socket:
+        try:
+            sock = make()
+        except (CowshedError, OSError) as error:
+            _log.error("not-reachable", f"{error}; guests that are here are served", listener=what)
+            return left
+        _log.warning("socket-made-again", "somebody had removed it", listener=what)
+        self._fd_store.release(group)
+        left.close()
+        return sock
+
+    def _left(self, group: str) -> socket.socket | None:
         left = self._remains.take(group)
         if left is None:
             return None
         if left.keys() == {"socket"}:
             sock = socket.socket(fileno=left["socket"])
-            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and (
-                path is None or _is_socket(path)
-            ):
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 return sock
             self._fd_store.release(group)
             sock.close()

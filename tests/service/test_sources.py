@@ -169,3 +169,21 @@ def test_what_an_older_release_held_is_gone_on_with_if_its_source_is_there(
     host.supervisor.start()
     assert host.images()["d"]["resident_bytes"] == SIZE
     assert "image-unserved" not in host.log.read_text()
+
+
+def test_what_an_older_release_held_is_refused_if_its_source_is_another(
+    host: Host, image: Path, start_guest: StartGuest
+) -> None:
+    with connect(host.uri) as backend:
+        for name in ("d", "e"):
+            backend.request("warm", image=name)
+    host.kill()
+    host.forget_sources()
+    replace(image, bytes(SIZE))
+    host.supervisor.start()
+    assert host.images()["e"]["resident_bytes"] == MIB
+    until(lambda: "d" in host.images())  # anew, with nothing of the old one
+    guest = start_guest(host.uri)
+    guest.call("open", image="d")
+    assert read(guest, 0) == bytes(MIB)
+    assert "is not the file that image 'd' was served from" in host.log.read_text()

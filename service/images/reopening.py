@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens images' sources once more, for guests, without having the loop wait for a file system."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from cowshed.cache import CowshedError, Image, SourceError
+
+__all__ = ["Reopened", "Reopener"]
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """A new descriptor of a source, the receiver's, and the file's device and inode."""
+
+    fd: int
+    device: int
+    inode: int
+
+
+OnDone = Callable[[Reopened | CowshedError], None]
+
+
+class Reopener:
+    """One thread for each image that is waited for; post(call) has the loop call call().
+
+    Invariant: an image is in _waiting while its thread lives, with what that has not begun.
+    """
+
+    def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
+        self._post: Final = post
+        self._lock: Final = threading.Lock()
+        self._waiting: dict[Image, deque[OnDone]] = {}
+
+    def reopen(self, image: Image, on_done: OnDone) -> None:
+        """Open a source anew and give what came of it to on_done, in the loop.
+
+        on_done closes the descriptor if nobody wants it any more.
+        """
+        with self._lock:
+            if (waiting := self._waiting.get(image)) is not None:
+                waiting.append(on_done)
+                return
+            self._waiting[image] = deque([on_done])
+        threading.Thread(target=self._run, args=(image,), name="reopener", daemon=True).start()
+
+    def _run(self, image: Image) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting[image]:
+                    del self._waiting[image]
+                    return
+                on_done = self._waiting[image].popleft()
+            done = _reopen(image)
+            self._post(lambda on_done=on_done, done=done: on_done(done))  # type: ignore[misc]
+
+
+def _reopen(image: Image) -> Reopened | CowshedError:
+    try:
+        fd = image.source.reopen()
+    except CowshedError as error:
+        return error
+    try:
+        status = os.fstat(fd)
+    except OSError as error:
+        os.close(fd)
+        return SourceError(f"cannot look at the source of image {image.label!r}: {error}")
+    return Reopened(fd, status.st_dev, status.st_ino)

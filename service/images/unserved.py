@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images that cannot be served yet: why, and served as soon as their source can be opened.
+
+A successor serves what it can at once, for the guests of all other images wait for it. What it
+could not open is tried again here, in threads that nobody waits for, since an open may hang.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from cowshed.cache import CowshedError, FileSource
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.side_threads import SideThreads
+from cowshed.service.settings.images import ImageSpec
+
+__all__ = ["Unserved", "UnservedImages"]
+
+_log = EventLog("cowshed.images")
+
+
+@dataclass
+class Unserved:
+    """An image of the configuration that is not served, and what keeps it from that."""
+
+    spec: ImageSpec
+    why: str
+
+
+class UnservedImages:
+    """Tries them again. look() is for the loop; all else is for any thread."""
+
+    def __init__(
+        self,
+        unserved: Iterable[Unserved],
+        side: SideThreads,
+        serve: Callable[[ImageSpec, FileSource], None],
+    ) -> None:
+        """serve(spec, source) serves one from now on and takes the source over, or raises."""
+        self._lock: Final = threading.Lock()
+        self._unserved: Final = list(unserved)
+        self._side: Final = side
+        self._serve: Final = serve
+        for each in self._unserved:
+            _log.error(
+                "image-unserved",
+                f"{each.why}; all other images are served, and this one as soon as it can be",
+                image=each.spec.label,
+                source=each.spec.source,
+            )
+
+    def look(self) -> None:
+        """Begin to try each once more."""
+        for each in self._listed():
+            self._side.run(f"open {each.spec.label}", lambda each=each: self._try(each))  # type: ignore[misc]
+
+    def labels(self) -> list[tuple[str, str]]:
+        """The domain and name of each."""
+        return [(each.spec.domain, each.spec.name) for each in self._listed()]
+
+    def status(self) -> list[dict[str, Any]]:
+        """What the status tells of each."""
+        return [
+            {
+                "name": each.spec.name,
+                "domain": each.spec.domain,
+                "source": each.spec.source,
+                "why": each.why,
+            }
+            for each in self._listed()
+        ]
+
+    def _listed(self) -> list[Unserved]:
+        with self._lock:
+            return list(self._unserved)
+
+    def _try(self, each: Unserved) -> None:
+        try:
+            source = FileSource.open(Path(each.spec.source))
+            try:
+                self._serve(each.spec, source)
+            except BaseException:
+                source.close()
+                raise
+        except (CowshedError, OSError) as error:
+            each.why = str(error)
+            return
+        with self._lock:
+            self._unserved.remove(each)
+        _log.notice("image-served", "its source is there", image=each.spec.label)
