@@ -204,6 +204,7 @@ class Daemon:
         stack.callback(digests.stop)
         self._loop = stack.enter_context(Loop())
         self.workers: Final = Workers(self._loop.call)
+        self.control.is_stopping = lambda: self.workers.is_stopping
         self.reopener: Final = Reopener(self._loop.call)
         listener = stack.enter_context(self._listen())
         watch = KeeperWatch(self._fd_store, self._loop, config.text)

@@ -140,6 +140,7 @@ struct image {
 
 	struct load_waiter **waiters; /* by extent, under the store's lock */
 	uint32_t nr_loaders;          /* who have a load of it in hand, answering included; under the store's lock */
+	bool was_waited_for;          /* by anybody, ever: whether waiters is worth a look; under the store's lock */
 	uint32_t nr_prefetches;       /* loads of it in the prefetch queue; under the store's lock */
 
 	pthread_rwlock_t accounts_lock; /* taken before an account's write_lock, and that before the store's */

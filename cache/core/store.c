@@ -320,6 +320,8 @@ static void queue_purge(struct load_queue *queue, const struct image *image)
 /* Who waited for a load that was purged: its guest was stopped, and only what it holds is to be given back. */
 static struct load_waiter *waiters_take(struct image *image, struct load_waiter *taken)
 {
+	if (!image->was_waited_for)
+		return taken;
 
 	for (uint64_t e = 0; e < image->shape.nr_extents; e++)
 		for (struct load_waiter *next, *waiter = image->waiters[e]; waiter; waiter = next) {
@@ -391,8 +393,9 @@ int store_remove_image(struct store *store, struct image *image)
 	}
 	struct load_waiter *waiters = waiters_take(image, NULL);
 	for (uint64_t e = 0; e < image->shape.nr_extents; e++) {
-		if (image_is_pinned(image, e))
-			store->pinned_extents--;
+		if (!image_is_pinned(image, e))
+			continue; /* not written: of an image of terabytes these arrays are holes */
+		store->pinned_extents--;
 		atomic_store(&image->pins[e], 0);
 		atomic_store(&image->loans[e], 0);
 	}
@@ -461,6 +464,7 @@ int store_want(struct image *image, uint64_t extent, struct load_waiter *waiter)
 		pthread_cond_signal(&store->work);
 	}
 	if (result == 0) {
+		image->was_waited_for = true;
 		waiter->extent = extent;
 		waiter->next = image->waiters[extent];
 		image->waiters[extent] = waiter;

@@ -62,17 +62,19 @@ class Autowarm:
             for image in self._store:
                 turn = planned.enter_context(contextlib.ExitStack())
                 turns.append((turn, turn.enter_context(self._warming.enter(image, "autowarm"))))
-            for turn, warm in turns:
-                with turn:
-                    self._take_turn(warm)
+            while turns and not self._stopping.is_set():
+                # Which working set is an image's only its digest tells; one that is long in coming,
+                # as its source hangs, keeps no other from its turn.
+                ready = (each for each in turns if each[1].image.digest or each[1].is_aborted)
+                found = next(ready, None)
+                if found is None:
+                    self._stopping.wait(_LOOK_SECONDS)
+                    continue
+                turns.remove(found)
+                with found[0]:
+                    self._take_turn(found[1])
 
     def _take_turn(self, warm: Warm) -> None:
-        # Which working set is an image's only its digest tells.
-        while not warm.image.digest and not warm.is_aborted:
-            if self._stopping.wait(_LOOK_SECONDS):
-                return
-        if self._stopping.is_set():
-            return
         try:
             self._warm(warm)
         except CowshedError as error:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from cowshed.cache import ExtentState, Image
+from cowshed.cache import ExtentState, Image, SourceError
 
 __all__ = ["load"]
 
@@ -23,6 +23,7 @@ def load(image: Image, wanted: Iterable[int]) -> Iterator[int]:
 
     What the store did not take on at once is asked for again; what cannot be read is passed
     over, and so is what finds no room for long. One loaded and evicted again has had its turn.
+    Raises SourceError once a read of the source hangs.
     """
     done = 0
     for run in _runs(wanted):
@@ -44,6 +45,11 @@ def _load_batch(image: Image, first_extent: int, nr_extents: int) -> Iterator[No
         nr = max(left) + 1 - first
         image.prefetch(first, nr)
         while not image.wait_loaded(first, nr, _WAIT_MS):
+            if image.read_wait_seconds > _PATIENCE_SECONDS:
+                raise SourceError(
+                    f"the source of image {image.label!r} has not answered a read for "
+                    f"{_PATIENCE_SECONDS:g} s: see to its file system, and try again"
+                )
             yield
         states = image.states(first, nr)
         seen = {extent for extent in left if states[extent - first] == ExtentState.RESIDENT}

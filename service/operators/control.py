@@ -7,6 +7,7 @@ fit. Everything here runs in worker threads, never in the loop that answers gues
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
@@ -61,6 +62,8 @@ class Control:
         self._working_sets = working_sets
         self._tallies = tallies
         self._warming = warming
+        # Whether all that takes long is to end.
+        self.is_stopping: Callable[[], bool] = lambda: False
         self._quick = {"status", "quota", "warm-abort"}
         self._with_fds: dict[str, Callable[[Body, list[int]], Iterable[Body]]] = {}
         self._ops: dict[str, Callable[[Body], Iterable[Body]]] = {
@@ -127,7 +130,12 @@ class Control:
         yield {"status": self._status.read()}
 
     def _do_audit(self, _: Body) -> Iterator[Body]:
-        report = audit(lambda: list(self._store), self._guests.accounts, self._overlays.of_image)
+        report = audit(
+            lambda: list(self._store),
+            self._guests.accounts,
+            self._overlays.of_image,
+            lambda: self.is_stopping(),
+        )
         self._tallies.note_audit(mismatch.check for mismatch in report.mismatches)
         yield {
             "mismatches": [mismatch.as_json() for mismatch in report.mismatches[:_MOST_MISMATCHES]],
@@ -147,7 +155,8 @@ class Control:
                 "unpin something, or raise the capacity"
             ) from error
         for _ in load(image, extents):
-            pass
+            if self.is_stopping():
+                raise CapacityError(f"{image.label!r} is pinned and not loaded: the daemon ends")
         yield {"pinned_bytes": _pinned_bytes(image)}
 
     def _do_unpin(self, request: Body) -> Iterator[Body]:
@@ -164,16 +173,15 @@ class Control:
     def _do_warm(self, request: Body) -> Iterator[Body]:
         image, extents = self._range(request)
         whole = request.get("offset") is None and request.get("length") is None
-        wanted = list(extents)
-        if whole:
-            first = self._working_sets.recorded(image)
-            wanted = list(dict.fromkeys([*first, *wanted]))
+        first = self._working_sets.recorded(image) if whole else []
         room = self._evictor.watermarks.capacity_extents - self._evictor.watermarks.high_free
+        # No more than there is room for: an image may have a billion extents.
+        wanted = list(itertools.islice(_in_order(first, extents), max(0, room)))
         states = image.states()
         loads_before = image.counters().loads
-        already = sum(states[extent] == ExtentState.RESIDENT for extent in wanted[:room])
-        with self._warming.enter(image, "warm", len(wanted[:room])) as warm:
-            for warm.done_extents in load(image, wanted[:room]):
+        already = sum(states[extent] == ExtentState.RESIDENT for extent in wanted)
+        with self._warming.enter(image, "warm", len(wanted)) as warm:
+            for warm.done_extents in load(image, wanted):
                 if warm.is_aborted:
                     raise UsageError(
                         f"warming {image.label!r} was aborted by an operator, with "
@@ -182,11 +190,11 @@ class Control:
                     )
                 progress = {"done_bytes": warm.done_bytes, "total_bytes": warm.total_bytes}
                 yield {"progress": progress}
-        loaded = min(image.counters().loads - loads_before, len(wanted[:room]) - already)
+        loaded = min(image.counters().loads - loads_before, len(wanted) - already)
         yield {
             "loaded_bytes": loaded * image.extent_bytes,
             "already_bytes": already * image.extent_bytes,
-            "left_out_bytes": max(0, len(wanted) - room) * image.extent_bytes,
+            "left_out_bytes": (len(extents) - len(wanted)) * image.extent_bytes,
         }
 
     def _do_warm_abort(self, request: Body) -> Iterator[Body]:
@@ -203,11 +211,7 @@ class Control:
 
     def _do_evict(self, request: Body) -> Iterator[Body]:
         image, extents = self._range(request)
-        resident = [
-            extent
-            for extent, state in enumerate(image.states())
-            if state == ExtentState.RESIDENT and extent in extents
-        ]
+        resident = list(_resident(image, extents))
         gone = self._evictor.evict_now(image, resident)
         pins = image.pins()
         kept = set(resident) - set(gone)
@@ -251,6 +255,22 @@ class Control:
             )
         first = offset // image.extent_bytes
         return image, range(first, (offset + length - 1) // image.extent_bytes + 1)
+
+
+def _in_order(first: Iterable[int], then: Iterable[int]) -> Iterator[int]:
+    """Those of both, each once."""
+    seen = dict.fromkeys(first)
+    yield from seen
+    yield from (extent for extent in then if extent not in seen)
+
+
+def _resident(image: Image, extents: range) -> Iterator[int]:
+    """The resident ones, in order, found at memory's speed."""
+    states, resident = image.states(extents.start, len(extents)), bytes([ExtentState.RESIDENT])
+    at = states.find(resident)
+    while at >= 0:
+        yield extents.start + at
+        at = states.find(resident, at + 1)
 
 
 def _pinned_bytes(image: Image) -> int:

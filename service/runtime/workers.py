@@ -26,7 +26,8 @@ _NR_ORDERS: Final = 4
 class Workers:
     """Runs work and gives its replies to the loop, through post; stop() waits for what runs.
 
-    post(call) has the loop call call(). Work is asked to stop between two of its replies.
+    post(call) has the loop call call(). Work is asked to stop between two of its replies, and looks
+    at is_stopping between two steps.
     """
 
     def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
@@ -52,6 +53,11 @@ class Workers:
     def run(self, call: Callable[[], None]) -> None:
         """Call something quick in a thread, one such call at a time."""
         self._looks.submit(call)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether work that takes long is to end as soon as it can."""
+        return self._stopping
 
     def stop(self) -> None:
         """Forget what has not begun, and wait for the rest to end its step."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The audit says nothing while all is right, and names the place when something is wrong."""
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -8,12 +9,13 @@ import struct
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from stage import PAGE, MappedGuest, Stage, content, let_go, stop_at, until, wait_at
 
 from cowshed.accounting import Account, audit
-from cowshed.cache import Image
+from cowshed.cache import CapacityError, FileSource, Image, PageStore
 from cowshed.cache._core import ffi, lib
 
 
@@ -176,3 +178,22 @@ def test_a_guest_that_died_is_no_mismatch(stage: Stage, write_window: int) -> No
     until(lambda: not os.path.exists(f"/proc/{guests[1].pid}"), "it is gone")
     assert found(stage) == []
     assert ffi.sizeof("struct account_status") > 0
+
+
+def test_an_audit_of_an_image_of_terabytes_ends_when_it_is_to(tmp_path: Path) -> None:
+    path = tmp_path / "huge.raw"
+    path.touch()
+    os.truncate(path, 1 << 41)
+    nr_asked = 0
+
+    def stop() -> bool:
+        nonlocal nr_asked
+        nr_asked += 1
+        return nr_asked == 3
+
+    with PageStore(64 << 20, extent_bytes=2 << 20) as store:
+        image = store.open_image("huge", FileSource.open(path))
+        with pytest.raises(CapacityError, match="broken off"):
+            audit(lambda: [image], lambda _: contextlib.nullcontext({}), stop=stop)
+        assert nr_asked == 3  # in the middle of an image, not at its end
+        assert audit(lambda: [image], lambda _: contextlib.nullcontext({})).mismatches == []

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from domains import MakeImage, in_thread
 
-from cowshed.cache import ExtentState, FileSource, Image, PageStore
+from cowshed.cache import CapacityError, ExtentState, FileSource, Image, PageStore, SourceError
 from cowshed.cache._core import lib
 from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import GuestTable
+from cowshed.service.images import loading
 from cowshed.service.images.access import Access
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.warming import Warming
@@ -68,3 +69,43 @@ def test_what_is_pinned_or_warmed_is_resident_although_readahead_fills_the_queue
     thread.join(WAIT_MS / 1000)
     assert replies
     assert image.states(10, 3) == bytes([ExtentState.RESIDENT] * 3)
+
+
+def test_a_pin_is_broken_off_when_all_is_to_end(image: Image, control: Control) -> None:
+    lib.point_arm(lib.POINT_LOAD_READ, lib.POINT_STOP, 0, 1)
+    failed: list[str] = []
+
+    def pin() -> None:
+        try:
+            list(control.perform("pin", {"image": "disk"}))
+        except CapacityError as error:
+            failed.append(str(error))
+
+    thread = in_thread(pin)
+    assert lib.point_wait(lib.POINT_LOAD_READ, 1, WAIT_MS) == 0
+    control.is_stopping = lambda: True
+    thread.join(WAIT_MS / 1000)
+    lib.point_release(lib.POINT_LOAD_READ)
+    assert failed == ["'disk' is pinned and not loaded: the daemon ends"]
+
+
+def test_a_warm_gives_up_a_source_that_hangs(
+    image: Image, control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_PATIENCE_SECONDS", 0.05)
+    lib.point_arm(lib.POINT_LOAD_READ, lib.POINT_STOP, 0, 1)
+    with pytest.raises(SourceError, match="has not answered a read"):
+        list(control.perform("warm", {"image": "disk"}))
+    lib.point_release(lib.POINT_LOAD_READ)
+    *_, reply = control.perform("warm", {"image": "disk"})
+    assert reply["left_out_bytes"] == 0
+    assert image.states() == bytes([ExtentState.RESIDENT] * 20)
+
+
+def test_a_part_is_evicted_and_what_is_warmed_fits(image: Image, control: Control) -> None:
+    list(control.perform("warm", {"image": "disk"}))
+    part = {"image": "disk", "offset": 3 * EXTENT_BYTES, "length": 4 * EXTENT_BYTES}
+    *_, reply = control.perform("evict", part)
+    assert reply["evicted_bytes"] == 4 * EXTENT_BYTES
+    gone = [no for no, state in enumerate(image.states()) if state == ExtentState.ABSENT]
+    assert gone == [3, 4, 5, 6]
