@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
 from cowshed.cache.errors import CapacityError, PeerError, PeerGoneError
-from cowshed.transport.foreign_fds import close_foreign
+from cowshed.transport.foreign_fds import SCM_MAX_FDS, close_foreign, is_full
 from cowshed.transport.protocol import (
     MAX_FDS,
     MAX_PACKET_BYTES,
@@ -310,7 +310,7 @@ class Connection:
         packet = _packet_of_thread()
         try:
             length, ancillary, flags, _ = self._socket.recvmsg_into(
-                [packet], socket.CMSG_SPACE(MAX_FDS * _FD_BYTES), socket.MSG_CMSG_CLOEXEC
+                [packet], socket.CMSG_SPACE(SCM_MAX_FDS * _FD_BYTES), socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             return None
@@ -321,8 +321,10 @@ class Connection:
         try:
             if flags & socket.MSG_TRUNC:
                 raise PeerError(f"peer sent a packet of more than {MAX_PACKET_BYTES} bytes")
-            if flags & socket.MSG_CTRUNC:
+            if flags & socket.MSG_CTRUNC or nr_fds > MAX_FDS:
                 raise PeerError(f"peer sent more than {MAX_FDS} descriptors, or more than fit here")
+            if nr_fds and is_full():
+                raise PeerError("descriptors that peers sent wait to be closed: no more are taken")
             if length == 0:
                 # The end, or an empty packet, which looks the same and which no peer of ours sends.
                 if self._decoder.unfinished or nr_fds:

@@ -5,6 +5,9 @@ Two things that never wait on files of the kernel's own do so elsewhere. fstat(2
 for the attributes; statx(2) with AT_STATX_DONT_SYNC does not. close(2) asks it to flush, and the
 last close of a socket waits for as long as its SO_LINGER says. So what is not known to close at
 once is closed by a thread that nobody waits for. Each such thread may be stuck, hence their bound.
+What waits for one is bounded too: while it is too much, nobody new is let in, and who sends more
+is hung up on, so that peers cannot use up our descriptors. The kernel drops those that find no
+room in a receive in the thread that receives: give them room, SCM_MAX_FDS.
 """
 
 from __future__ import annotations
@@ -16,9 +19,12 @@ import threading
 from collections import deque
 from typing import Final
 
-__all__ = ["close_foreign", "device_and_inode"]
+__all__ = ["SCM_MAX_FDS", "close_foreign", "device_and_inode", "is_full"]
 
+# The most that one message carries: net/scm.h, SCM_MAX_FD.
+SCM_MAX_FDS: Final = 253
 _MAX_THREADS: Final = 64
+_MAX_WAITING: Final = 1024
 # Names of what has no path; a file's begins with a slash, wherever it is mounted.
 _CLOSED_AT_ONCE: Final = ("anon_inode:", "pipe:")
 
@@ -63,6 +69,11 @@ def close_foreign(fds: list[int]) -> None:
         _closers.close(later)
 
 
+def is_full() -> bool:
+    """Whether so many descriptors wait to be closed that no more are to be taken from peers."""
+    return _closers.nr_waiting >= _MAX_WAITING
+
+
 def _closes_at_once(fd: int) -> bool:
     with contextlib.suppress(OSError):
         if os.readlink(f"/proc/self/fd/{fd}").startswith(_CLOSED_AT_ONCE):
@@ -74,17 +85,22 @@ def _closes_at_once(fd: int) -> bool:
 
 
 class _Closers:
-    """Invariant: while anything waits there are threads, up to _MAX_THREADS; idle ones end."""
+    """Invariant: while anything waits there are threads, up to _MAX_THREADS; idle ones end.
+
+    nr_waiting counts what was given and is not closed yet.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting: deque[int] = deque()
         self._nr_threads = 0
+        self.nr_waiting = 0
 
     def close(self, fds: list[int]) -> None:
         """Have descriptors closed."""
         with self._lock:
             self._waiting.extend(fds)
+            self.nr_waiting += len(fds)
             if self._nr_threads == _MAX_THREADS:
                 return
             self._nr_threads += 1
@@ -103,6 +119,8 @@ class _Closers:
                 fd = self._waiting.popleft()
             with contextlib.suppress(OSError):
                 os.close(fd)
+            with self._lock:
+                self.nr_waiting -= 1
 
 
 _closers: Final = _Closers()

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Hashable
 from typing import Final
 
+from cowshed.transport.foreign_fds import is_full
+
 __all__ = ["Door"]
 
 # A guest takes socket, userfaultfd, two of /proc, pidfd, eventfd, ledger, purse and record; and one
@@ -42,6 +44,8 @@ class Door:
         """
         nr_taken = self._nr_files.total() + nr_files
         if who not in self._operators:
+            if is_full():
+                return "descriptors that peers sent wait to be closed"
             nr_common = self._max_files - _RESERVED * _FDS_PER_GUEST
             if self._nr_files[who] + nr_files > nr_common // 2:
                 name = f"uid {who}" if isinstance(who, int) else str(who)

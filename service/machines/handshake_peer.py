@@ -12,7 +12,7 @@ from collections import deque
 from typing import Final, NamedTuple
 
 from cowshed.cache import PeerError
-from cowshed.transport.foreign_fds import close_foreign
+from cowshed.transport.foreign_fds import SCM_MAX_FDS, close_foreign, is_full
 from cowshed.transport.handshakes import Handshake, HandshakeDecoder, Request
 
 __all__ = ["HandshakePeer", "Incoming"]
@@ -98,8 +98,10 @@ class HandshakePeer:
         except OSError as error:
             raise PeerError(f"cannot receive from the peer: {error.strerror}") from error
         self._arrived += fds
-        if is_cut:
+        if is_cut or len(fds) > _MAX_FDS:
             raise PeerError(f"more than {_MAX_FDS} descriptors came, or more than fit here")
+        if fds and is_full():
+            raise PeerError("descriptors that peers sent wait to be closed: no more are taken")
         if not piece:
             if self._decoder.unfinished:
                 raise PeerError("the peer closed the connection in the middle of a message")
@@ -116,7 +118,8 @@ class HandshakePeer:
         try:
             piece, fds, is_cut = self._recv(_PIECE_BYTES, socket.MSG_PEEK)
             decoder = HandshakeDecoder()
-            requests = [] if is_cut else decoder.feed(piece, len(fds))
+            is_bad = is_cut or len(fds) > _MAX_FDS or (bool(fds) and is_full())
+            requests = [] if is_bad else decoder.feed(piece, len(fds))
             if not requests or decoder.unfinished:
                 return None
             incoming = [
@@ -143,7 +146,7 @@ class HandshakePeer:
     def _recv(self, nr_bytes: int, flags: int = 0) -> tuple[bytes, list[int], bool]:
         """Receive a piece; the descriptors that came, and whether some were lost."""
         piece, ancillary, got, _ = self._socket.recvmsg(
-            nr_bytes, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC | flags
+            nr_bytes, socket.CMSG_SPACE(SCM_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC | flags
         )
         fds = array.array("i")
         for level, kind, payload in ancillary:

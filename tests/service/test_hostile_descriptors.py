@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from domains import Daemon, MakeImage, StartDaemon
+from domains import Daemon, MakeImage, StartDaemon, until
 
+from cowshed.cache import PeerError
 from cowshed.faults import uffd_features
+from cowshed.service.guests.door import Door
 from cowshed.service.guests.userfaultfd import open_device
+from cowshed.service.machines.handshake_peer import HandshakePeer
+from cowshed.transport import foreign_fds
 from cowshed.transport.foreign_fds import close_foreign, device_and_inode
-from cowshed.transport.unix import connect
+from cowshed.transport.unix import connect, listen
 
 MIB = 1 << 20
 LINGER_SECONDS = 3600
@@ -27,18 +31,24 @@ def daemon(make_image: MakeImage, start_daemon: StartDaemon) -> Daemon:
     return start_daemon("--image", f"d={make_image(MIB)}")
 
 
-@pytest.fixture
-def lingering() -> Iterator[socket.socket]:
-    """A socket whose last close waits for an hour: what it has to send, nobody reads."""
+def lingering_pair() -> tuple[socket.socket, socket.socket]:
+    """A socket whose last close waits for an hour, and the reader that takes nothing from it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         sock = socket.create_connection(server.getsockname())
         reader, _ = server.accept()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, LINGER_SECONDS))
+    sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.send(bytes(MIB))
+    return sock, reader
+
+
+@pytest.fixture
+def lingering() -> Iterator[socket.socket]:
+    """A socket whose last close waits for an hour."""
+    sock, reader = lingering_pair()
     with reader:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, LINGER_SECONDS))
-        sock.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                sock.send(bytes(MIB))
         yield sock
         sock.close()
 
@@ -109,6 +119,54 @@ def test_what_a_file_is_can_be_told_without_asking_its_server(tmp_path: Path) ->
         about = os.fstat(fd)
         assert device_and_inode(fd) == (about.st_dev, about.st_ino)
         os.close(fd)
+
+
+@contextlib.contextmanager
+def closers_full(monkeypatch: pytest.MonkeyPatch, nr: int) -> Iterator[None]:
+    """Have as many descriptors wait to be closed as may, nr of them."""
+    monkeypatch.setattr(foreign_fds, "_MAX_WAITING", nr)
+    with contextlib.ExitStack() as stack:
+        for _ in range(nr):
+            assert not foreign_fds.is_full()
+            sock, reader = lingering_pair()
+            stack.callback(reader.close)  # which ends the wait
+            close_foreign([sock.detach()])
+        assert foreign_fds.is_full()
+        yield
+    until(lambda: not foreign_fds.is_full())
+
+
+def test_a_peer_that_sends_descriptors_while_many_wait_is_hung_up_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    uri = f"unix://{tmp_path}/sock"
+    with listen(uri) as listener, connect(uri) as peer, connect(uri) as other:
+        theirs = [each for each in (listener.accept(), listener.accept()) if each is not None]
+        with closers_full(monkeypatch, 3):
+            with open(os.devnull) as file:
+                peer.send({"op": "hello"}, [file.fileno()])
+            with pytest.raises(PeerError, match="wait to be closed"):
+                theirs[0].recv(timeout=20)
+            other.send({"op": "hello"})
+            assert theirs[1].recv(timeout=20)[0] == {"op": "hello"}
+            door = Door(4096)
+            assert "wait to be closed" in door.enter(1000)
+            assert door.enter(0) == ""
+        assert Door(4096).enter(1000) == ""
+        for each in theirs:
+            each.close()
+
+
+def test_a_handshake_with_descriptors_is_refused_while_many_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = socket.socketpair()
+    peer = HandshakePeer(ours)
+    with theirs, closers_full(monkeypatch, 2), open(os.devnull) as file:
+        socket.send_fds(theirs, [b"[]"], [file.fileno()])
+        with pytest.raises(PeerError, match="wait to be closed"):
+            peer.receive()
+    peer.close()
 
 
 def open_uffd() -> int:
