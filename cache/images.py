@@ -6,7 +6,10 @@ Nothing here touches a frame. Extents are numbered from 0; arrays hold one entry
 
 from __future__ import annotations
 
+import itertools
+import os
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
@@ -222,7 +225,8 @@ class Image:
     def look_at_source(self) -> str | None:
         """Note, once, how the source differs from what was opened; None if nothing new is wrong.
 
-        What is resident stays as it is. Later loads read what is there now, and fail past a new
+        Looks at its size; whether bytes in it changed takes reading it (content_change()). What is
+        resident stays as it is. Later loads read what is there now, and fail past a new
         end.
         """
         changed = self.source.changed()
@@ -230,6 +234,33 @@ class Image:
             return None
         self.source_change = changed
         return changed
+
+    def content_change(
+        self, digest_of: Callable[[FileSource], str], stop: Callable[[], bool] = lambda: False
+    ) -> str | None:
+        """Read the source and say how its bytes differ from those that were opened; None: they do
+        not, or stop() was true meanwhile. OSError if it cannot be read.
+
+        By its digest, if that is known, for which digest_of is called; "" is that it was stopped.
+        Else what is resident is compared, which is all that is known of what guests were given.
+        """
+        if self.digest:
+            digest = digest_of(self.source)
+            is_same = digest in ("", self.digest)
+        else:
+            extents = itertools.takewhile(lambda _: not stop(), range(self.nr_extents))
+            is_same = all(self._is_as_in_source(extent, stop) for extent in extents)
+        return None if is_same else "it was written to"
+
+    def _is_as_in_source(self, extent: int, stop: Callable[[], bool]) -> bool:
+        if self.states(extent, 1)[0] != ExtentState.RESIDENT:
+            return True
+        at, nr_bytes = extent * self.extent_bytes, self.extent_bytes_of(extent)
+        frames = os.pread(self.frames_fd, nr_bytes, at)
+        source = os.pread(self.source.fd, nr_bytes, at)
+        is_same = frames == source + bytes(nr_bytes - len(source))
+        # It may have been given up, and its frames with it, since.
+        return is_same or stop() or self.states(extent, 1)[0] != ExtentState.RESIDENT
 
     def prefetch(self, first_extent: int, nr_extents: int) -> int:
         """Ask for absent extents to be loaded, behind all demand; return how many were taken on.

@@ -120,17 +120,23 @@ class FileSource:
             ) from error
 
     def changed(self) -> str | None:
-        """Say how the open file differs from when it was opened, or None if it does not.
+        """Say how the open file cannot be what was opened any more, or None if it may be.
 
-        May wait for as long as the file system does.
+        Its times alone say nothing: see written_ns(). May wait for as long as the file system does.
         """
         status = os.fstat(self.fd)
-        if stat.S_ISREG(status.st_mode):
-            if status.st_size != self.size_bytes:
-                return f"size was {self.size_bytes} bytes and is {status.st_size}"
-            if status.st_mtime_ns != self.identity.mtime_ns:
-                return "it was written to"
+        if stat.S_ISREG(status.st_mode) and status.st_size != self.size_bytes:
+            return f"size was {self.size_bytes} bytes and is {status.st_size}"
         return None
+
+    def written_ns(self) -> int:
+        """When the file says it was last written to; 0 for a block device, which does not say.
+
+        Another time than identity.mtime_ns is worth a look at the bytes, and no more: a backup
+        or `touch` sets times, too. May wait for as long as the file system does.
+        """
+        status = os.fstat(self.fd)
+        return status.st_mtime_ns if stat.S_ISREG(status.st_mode) else 0
 
     def at_path(self) -> SourceAtPath:
         """Say what the path names now: this very file, another one, or none.

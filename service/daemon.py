@@ -198,6 +198,7 @@ class Daemon:
         self._unserved = UnservedImages(unserved, self._side, self._serve_late)
         status.unserved = self._unserved.status
         self._sources = SourceWatch(store, self._side)
+        stack.callback(self._sources.stop)
         status.source_wait_seconds = self._sources.waiting_seconds
         digests = self._digests = DigestThread(store, _say_digest)
         digests.start()

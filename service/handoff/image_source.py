@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from cowshed.cache import Image, SourceError
+from cowshed.service.images.digests import digest_of
 from cowshed.transport.handoff_sections import MAX_PAGES, PAGE_BYTES, ImageBytes
 
 __all__ = ["bytes_to_send", "check_source", "image_sections"]
@@ -24,8 +25,16 @@ _ZERO_PAGE: Final = bytes(PAGE_BYTES)
 
 
 def check_source(image: Image) -> None:
-    """Raise SourceError if an image's source is no more what its digest was computed of."""
-    changed = image.source_change or image.source.changed()
+    """Raise SourceError if an image's source is no more what its digest was computed of.
+
+    One that says it was written to is read through, to see whether it was.
+    """
+    try:
+        changed = image.source_change or image.source.changed()
+        if changed is None and image.source.written_ns() != image.source.identity.mtime_ns:
+            changed = image.content_change(digest_of)
+    except OSError as error:
+        raise SourceError(f"cannot read image {image.label!r}: {error.strerror}") from error
     if changed is not None:
         raise SourceError(
             f"the source of image {image.label!r} changed while it was served ({changed}): its "

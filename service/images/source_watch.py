@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Looks at images' sources now and then: whether they changed, are where they were, and answer.
 
+An image's source is a file by device, inode and size. Times that changed alone are no alarm: they
+have the bytes read again and compared, in the background, and only other bytes are one.
+
 A look may hang with its file system. So none is made in the loop, and one that hangs keeps nobody
 from looking at the others (runtime/side_threads.py).
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterable
 from typing import Final
 
 from cowshed.cache import Image
+from cowshed.service.images.digests import digest_of
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.side_threads import SideThreads
 
@@ -20,6 +26,9 @@ _log = EventLog("cowshed")
 
 # A source that leaves a look or a read without an answer for so long hangs.
 HUNG_SECONDS: Final = 3.0
+# Of the time, comparing bytes takes one part in so many, however often times change.
+_COMPARE_SHARE: Final = 10
+_STOP_SECONDS: Final = 1.0
 
 
 class SourceWatch:
@@ -30,6 +39,16 @@ class SourceWatch:
         self._images: Final = images
         self._side: Final = side
         self._hung: set[int] = set()
+        self._stopping: Final = threading.Event()
+        # By image_no: the time of writing that is known to be of the same bytes, and when bytes may
+        # be compared again.
+        self._written_ns: dict[int, int] = {}
+        self._not_before: dict[int, float] = {}
+
+    def stop(self) -> None:
+        """Compare no more bytes; what hangs is left behind."""
+        self._stopping.set()
+        self._side.wait_all(_STOP_SECONDS)
 
     def look(self) -> None:
         """Begin to look at every source, and log those that hang, or answer again."""
@@ -46,11 +65,56 @@ class SourceWatch:
             elif waits < HUNG_SECONDS and image.image_no in self._hung:
                 self._hung.discard(image.image_no)
                 _log.notice("source-answers", "its guests go on", image=image.label)
-            self._side.run(_key(image), lambda image=image: _look_at(image))  # type: ignore[misc]
+            self._side.run(_key(image), lambda image=image: self._look_at(image))  # type: ignore[misc]
 
     def waiting_seconds(self, image: Image) -> float:
         """For how long a source has left a look or a read unanswered, the longest of them."""
         return max(self._side.waiting_seconds(_key(image)), image.read_wait_seconds)
+
+    def _look_at(self, image: Image) -> None:
+        _look_at(image)
+        known_ns = self._written_ns.get(image.image_no, image.source.identity.mtime_ns)
+        written_ns = image.source.written_ns()
+        if (
+            written_ns != known_ns
+            and image.source_change is None
+            and time.monotonic() >= self._not_before.get(image.image_no, 0.0)
+        ):
+            self._side.run(f"bytes {image.image_no}", lambda: self._compare(image, written_ns))
+
+    def _compare(self, image: Image, written_ns: int) -> None:
+        """Look whether a source that says it was written to has other bytes."""
+        began = time.monotonic()
+        try:
+            stop = self._stopping.is_set
+            changed = image.content_change(lambda of: digest_of(of, stop), stop)
+        except OSError as error:
+            changed = f"it was written to, and cannot be read: {error}"
+        if self._stopping.is_set() or image.source_change is not None:
+            return
+        took = time.monotonic() - began
+        self._not_before[image.image_no] = began + took * _COMPARE_SHARE
+        self._written_ns[image.image_no] = written_ns
+        if changed is None:
+            _log.notice(
+                "source-touched",
+                "its times were changed, and its bytes are the same: nothing is wrong",
+                image=image.label,
+                source=image.source.path,
+            )
+        else:
+            image.source_change = changed
+            _log_changed(image, changed)
+
+
+def _log_changed(image: Image, changed: str) -> None:
+    _log.error(
+        "source-changed",
+        f"{changed}; an image must not change while it is served: "
+        "restart with a copy that stays as it is",
+        image=image.label,
+        source=image.source.path,
+    )
 
 
 def _key(image: Image) -> str:
@@ -59,13 +123,7 @@ def _key(image: Image) -> str:
 
 def _look_at(image: Image) -> None:
     if changed := image.look_at_source():
-        _log.error(
-            "source-changed",
-            f"{changed}; an image must not change while it is served: "
-            "restart with a copy that stays as it is",
-            image=image.label,
-            source=image.source.path,
-        )
+        _log_changed(image, changed)
     before, image.source_at_path = image.source_at_path, image.source.at_path()
     if image.source_at_path == "other" != before:
         _log.notice(

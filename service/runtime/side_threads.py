@@ -38,6 +38,7 @@ class SideThreads:
         self._queue: deque[tuple[str, Callable[[], None]]] = deque()
         self._nr_idle = 0
         self._work: Final = threading.Condition(self._lock)
+        self._ended: Final = threading.Condition(self._lock)
 
     def run(self, key: str, call: Callable[[], None]) -> bool:
         """Have a call made; False, and it is not, while the last one of its key has not ended.
@@ -68,6 +69,11 @@ class SideThreads:
             began = self._began.get(key)
         return 0.0 if began is None else time.monotonic() - began
 
+    def wait_all(self, seconds: float) -> bool:
+        """Wait until no call is under way; False if that takes longer."""
+        with self._ended:
+            return self._ended.wait_for(lambda: not self._began, seconds)
+
     def _run(self) -> None:
         while True:
             with self._lock:
@@ -85,6 +91,7 @@ class SideThreads:
             finally:
                 with self._lock:
                     del self._began[key]
+                    self._ended.notify_all()
 
 
 class InTime(Generic[T]):

@@ -132,9 +132,26 @@ def test_a_changed_source_is_told_once(stage: Stage) -> None:
     assert stage.image.source_change == message
 
 
-def test_a_source_written_in_place_is_noticed_by_its_time(stage: Stage) -> None:
+def test_a_source_whose_times_alone_changed_is_the_same(stage: Stage) -> None:
+    stage.load(0, 4)
     os.utime(stage.path, ns=(1, 1))
-    assert stage.image.look_at_source() == "it was written to"
+    assert stage.image.look_at_source() is None
+    assert stage.image.source.written_ns() == 1 != stage.image.source.identity.mtime_ns
+    assert stage.image.content_change(lambda _: "") is None
+    stage.image.digest = "sha256:1"
+    assert stage.image.content_change(lambda _: "sha256:1") is None
+
+
+def test_a_source_written_in_place_is_told_by_its_bytes(stage: Stage) -> None:
+    stage.load(0, 4)
+    with stage.path.open("r+b") as file:
+        file.seek(3 * 65536 + 100)
+        file.write(b"other")
+    assert stage.image.look_at_source() is None
+    assert stage.image.content_change(lambda _: "") == "it was written to"
+    stage.image.digest = "sha256:1"
+    assert stage.image.content_change(lambda _: "sha256:2") == "it was written to"
+    assert stage.image.content_change(lambda _: "") is None  # it was stopped
 
 
 def test_what_cannot_be_an_image_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ def test_a_call_that_hangs_keeps_no_other_key_from_being_called() -> None:
         assert made.wait(20)
         until(lambda: side.waiting_seconds("other") == 0.0)
     assert side.waiting_seconds("hung") > 0
+    assert not side.wait_all(0.01)
     hang.set()
+    assert side.wait_all(20)
     until(lambda: side.waiting_seconds("hung") == 0.0)
     assert side.run("hung", made.set)
 

@@ -121,6 +121,20 @@ def test_an_image_that_came_in_a_handoff_is_served_on_without_its_file(
     assert read(guest, MIB) == content[MIB : 2 * MIB]
 
 
+def test_a_touch_is_no_alarm_and_other_bytes_are(
+    start_daemon: StartDaemon, start_guest: StartGuest, image: Path
+) -> None:
+    daemon = start_daemon("--image", f"d={image}")
+    until(lambda: image_status(daemon)["digest"] != "")
+    os.utime(image, ns=(1, 1))
+    until(lambda: "event=source-touched image=d" in daemon.log())
+    assert not image_status(daemon)["source_changed"]
+    with image.open("r+b") as file:
+        file.write(b"other bytes, of the same length")
+    until(lambda: image_status(daemon)["source_changed"])
+    assert daemon.log().count("event=source-changed") == 1
+
+
 class Host:
     """A daemon of a supervisor, that can be made to forget what older releases do not hold."""
 
