@@ -22,6 +22,7 @@ from typing import Final, NoReturn, Self
 
 from cowshed.cache.errors import UsageError
 from cowshed.service.commands.programs import check_preloadable, find_program
+from cowshed.service.commands.shield import make_read_only
 from cowshed.service.operators.control_client import ControlClient
 from cowshed.service.settings.config import parse_quota, socket_path
 from cowshed.transport import preloading
@@ -95,6 +96,7 @@ def become(order: AttachOrder) -> NoReturn:
         source = preloading.describe(f"unix://{socket}", order.image)
         preloading.rehearse(f"unix://{socket}", request)
     path = _path_of(source, order.image)
+    make_read_only(path)
     words = [word.replace(IMAGE_WORD, path) for word in order.command]
     environment = preloading.environment(
         os.environ, library, socket, source, path, request, order.populate

@@ -48,7 +48,7 @@ def attach(
     reading the source; mapping it with mmap shares the cache's pages, and a write to such a
     mapping makes a private copy of the page. COMMAND can be any dynamically linked program,
     QEMU for instance (memory-backend-file,share=off), and its children share its quota. Shared
-    writable mappings are refused. The exit status is COMMAND's.
+    writable mappings are refused, and so is changing the source. The exit status is COMMAND's.
     """
     # Not at the top: it loads the C core, which `--help` and a wrong option do without.
     from cowshed.service.commands.attach import AttachOrder, become

@@ -67,7 +67,7 @@ static int open_any(int folder, const char *path, int flags, mode_t mode)
 
 	if (!terms.active || lock_is_inside() || (flags & O_PATH))
 		return real_openat(folder, path, flags, mode);
-	if (is_lent(path) || (is_for_writing && fstatat(folder, path, &status, 0) == 0 &&
+	if (is_lent(path) || (is_for_writing && real_fstatat(folder, path, &status, 0) == 0 &&
 			      terms_is_image(&status))) {
 		if (is_for_writing)
 			flags = readable_flags(flags);
@@ -99,6 +99,8 @@ EXPORTED int open64(const char *path, int flags, ...)
 }
 
 EXPORTED int open(const char *path, int flags, ...) __attribute__((alias("open64")));
+EXPORTED int __open(const char *path, int flags, ...) __attribute__((alias("open64"), nonnull(1)));
+EXPORTED int __open64(const char *path, int flags, ...) __attribute__((alias("open64"), nonnull(1)));
 
 EXPORTED int openat64(int folder, const char *path, int flags, ...)
 {
@@ -131,27 +133,91 @@ EXPORTED int creat64(const char *path, mode_t mode)
 
 EXPORTED int creat(const char *path, mode_t mode) __attribute__((alias("creat64")));
 
+/* Whether fopen(3) of it has to be done here. */
+static bool is_ours_to_open(const char *path, const char *mode)
+{
+	struct stat status;
+
+	if (!terms.active || lock_is_inside())
+		return false;
+	return is_lent(path) || (strpbrk(mode, "wa+") && real_fstatat(AT_FDCWD, path, &status, 0) == 0 &&
+				 terms_is_image(&status));
+}
+
+/* Opened as fopen(3) would; a descriptor for reading, -1 with errno if that is refused. */
+static int open_for_stream(const char *path, const char *mode)
+{
+	int flags = mode[0] != 'r' ? O_WRONLY : strchr(mode, '+') ? O_RDWR : O_RDONLY;
+
+	return open_any(AT_FDCWD, path, flags | (strchr(mode, 'e') ? O_CLOEXEC : 0), 0);
+}
+
 EXPORTED FILE *fopen64(const char *path, const char *mode)
 {
-	bool is_for_writing = strpbrk(mode, "wa+") != NULL;
-	bool is_exec_closed = strchr(mode, 'e') != NULL;
-	struct stat status;
 	FILE *file;
 	int fd;
 
-	if (!terms.active || lock_is_inside() ||
-	    (!is_lent(path) && !(is_for_writing && stat(path, &status) == 0 && terms_is_image(&status))))
+	if (!is_ours_to_open(path, mode))
 		return real_fopen(path, mode);
-	fd = open_any(AT_FDCWD, path,
-		      (mode[0] == 'r' ? (is_for_writing ? O_RDWR : O_RDONLY) : O_WRONLY) |
-			      (is_exec_closed ? O_CLOEXEC : 0),
-		      0);
+	fd = open_for_stream(path, mode);
 	if (fd < 0)
 		return NULL;
-	file = fdopen(fd, is_exec_closed ? "re" : "r");
+	file = fdopen(fd, strchr(mode, 'e') ? "re" : "r");
 	if (!file)
 		real_close(fd);
 	return file;
 }
 
 EXPORTED FILE *fopen(const char *path, const char *mode) __attribute__((alias("fopen64")));
+EXPORTED FILE *_IO_fopen(const char *path, const char *mode) __attribute__((alias("fopen64"), malloc));
+
+/* Whatever comes of it, the stream's file is closed, as in freopen(3); on failure the stream is, too. */
+EXPORTED FILE *freopen64(const char *path, const char *mode, FILE *stream)
+{
+	char own_path[40];
+	int fd, number;
+
+	if (!path && fileno(stream) >= 0) {
+		/* The same file again, in another mode. */
+		snprintf(own_path, sizeof(own_path), "/proc/self/fd/%d", fileno(stream));
+		if (is_ours_to_open(own_path, mode))
+			path = own_path;
+	}
+	if (!path || !is_ours_to_open(path, mode))
+		return real_freopen(path, mode, stream);
+	fd = open_for_stream(path, mode);
+	if (fd < 0) {
+		int err = errno;
+
+		fclose(stream);
+		errno = err;
+		return NULL;
+	}
+	/* A stream for reading, whose file then becomes the image. */
+	stream = real_freopen("/dev/null", strchr(mode, 'e') ? "re" : "r", stream);
+	number = stream ? real_dup3(fd, fileno(stream), strchr(mode, 'e') ? O_CLOEXEC : 0, false) : -1;
+	real_close(fd);
+	return number < 0 ? NULL : stream;
+}
+
+EXPORTED FILE *freopen(const char *path, const char *mode, FILE *stream) __attribute__((alias("freopen64")));
+
+/* By a handle it is told only once it is open: first without any right. */
+EXPORTED int open_by_handle_at(int mount_fd, struct file_handle *handle, int flags)
+{
+	bool is_for_writing = (flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC);
+	struct stat status;
+	int fd;
+
+	if (terms.active && !lock_is_inside() && is_for_writing && !(flags & O_PATH)) {
+		fd = real_open_by_handle_at(mount_fd, handle, O_PATH | O_CLOEXEC);
+		if (fd < 0)
+			return -1;
+		if (fstat(fd, &status) == 0 && terms_is_image(&status))
+			flags = readable_flags(flags);
+		real_close(fd);
+		if (flags < 0)
+			return -1;
+	}
+	return real_open_by_handle_at(mount_fd, handle, flags);
+}

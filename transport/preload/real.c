@@ -20,6 +20,8 @@ static struct {
 	int (*madvise)(void *, size_t, int);
 	int (*openat)(int, const char *, int, ...);
 	FILE *(*fopen)(const char *, const char *);
+	FILE *(*freopen)(const char *, const char *, FILE *);
+	int (*fstatat)(int, const char *, struct stat *, int);
 	int (*close)(int);
 	int (*dup2)(int, int);
 	int (*dup3)(int, int, int);
@@ -33,6 +35,13 @@ static void find(void *pointer_out, const char *name)
 	memcpy(pointer_out, &found, sizeof(found));
 }
 
+void *real_next(void **found, const char *name)
+{
+	if (!*found)
+		*found = dlsym(RTLD_NEXT, name);
+	return *found;
+}
+
 void real_find(void)
 {
 	find(&next.mmap, "mmap64");
@@ -42,6 +51,8 @@ void real_find(void)
 	find(&next.madvise, "madvise");
 	find(&next.openat, "openat64");
 	find(&next.fopen, "fopen64");
+	find(&next.freopen, "freopen64");
+	find(&next.fstatat, "fstatat64");
 	find(&next.close, "close");
 	find(&next.dup2, "dup2");
 	find(&next.dup3, "dup3");
@@ -96,6 +107,26 @@ FILE *real_fopen(const char *path, const char *mode)
 		return next.fopen(path, mode);
 	errno = ENOSYS;
 	return NULL;
+}
+
+FILE *real_freopen(const char *path, const char *mode, FILE *stream)
+{
+	if (next.freopen)
+		return next.freopen(path, mode, stream);
+	errno = ENOSYS;
+	return NULL;
+}
+
+int real_open_by_handle_at(int mount_fd, struct file_handle *handle, int flags)
+{
+	return (int)syscall(SYS_open_by_handle_at, mount_fd, handle, flags);
+}
+
+int real_fstatat(int folder, const char *path, struct stat *status_out, int flags)
+{
+	if (next.fstatat)
+		return next.fstatat(folder, path, status_out, flags);
+	return (int)syscall(SYS_newfstatat, folder, path, status_out, flags);
 }
 
 int real_close(int fd)

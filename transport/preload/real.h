@@ -7,8 +7,11 @@
 #include <stdbool.h>
 #include <stdio.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 
 #include "transport/preload/lock.h"
+
+struct file_handle;
 
 #define EXPORTED __attribute__((visibility("default")))
 
@@ -19,11 +22,17 @@ int real_mprotect(void *address, size_t length, int prot);
 int real_madvise(void *address, size_t length, int advice);
 int real_openat(int folder, const char *path, int flags, mode_t mode);
 FILE *real_fopen(const char *path, const char *mode);
+FILE *real_freopen(const char *path, const char *mode, FILE *stream);
+int real_open_by_handle_at(int mount_fd, struct file_handle *handle, int flags);
+int real_fstatat(int folder, const char *path, struct stat *status_out, int flags);
 int real_close(int fd);
 int real_dup3(int fd, int wanted, int flags, bool is_dup2);
 int real_close_range(unsigned first, unsigned last, int flags);
 
 /* Finds them; until then the system calls themselves are used. */
 void real_find(void);
+
+/* The next library's call of that name, kept in found, which is NULL at first. */
+void *real_next(void **found, const char *name);
 
 #endif

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The library's beginning, when the dynamic linker has loaded it for a program under `cowshed attach`. */
 #include "transport/preload/forks.h"
+#include "transport/preload/hooks_change.h"
+#include "transport/preload/hooks_look.h"
 #include "transport/preload/process.h"
 #include "transport/preload/real.h"
 #include "transport/preload/terms.h"
@@ -9,6 +11,8 @@ __attribute__((constructor)) static void start(void)
 {
 	real_find();
 	say_begin();
+	change_find();
+	look_find();
 	terms_read();
 	if (!terms.active)
 		return;

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "cache/core/abi.h"
+#include "transport/preload/real.h"
 
 struct terms terms;
 
@@ -28,6 +29,7 @@ void terms_read(void)
 	static struct terms new;
 	const char *text = getenv("COWSHED_ATTACH");
 	char numbers[100];
+	struct stat status;
 
 	if (!text)
 		return;
@@ -50,11 +52,17 @@ void terms_read(void)
 		    "start the program by 'cowshed attach'");
 		return;
 	}
+	if (real_fstatat(AT_FDCWD, new.image_path, &status, 0) == 0 && S_ISBLK(status.st_mode))
+		new.block_device = status.st_rdev;
 	new.active = true;
 	terms = new;
 }
 
 bool terms_is_image(const struct stat *status)
 {
-	return terms.active && status->st_ino == terms.inode && status->st_dev == terms.device;
+	if (!terms.active)
+		return false;
+	if (terms.block_device && S_ISBLK(status->st_mode))
+		return status->st_rdev == terms.block_device;
+	return status->st_ino == terms.inode && status->st_dev == terms.device;
 }

@@ -20,6 +20,7 @@ struct terms {
 	uint64_t device, inode; /* of the source: what is mapped of it, we map from the cache */
 	uint64_t map_bytes;	/* of the whole image, whole pages */
 	unsigned populate;	/* 1: every mapping as with MAP_POPULATE */
+	dev_t block_device;	/* 0 if the source is a file */
 	char socket_path[108];
 	char image_path[4096]; /* its source, or /proc/self/fd/N if this user may not open that */
 	char describe_request[4096];
@@ -31,7 +32,7 @@ extern struct terms terms;
 /* Reads the variable; without one, or with a wrong one (said on stderr), stays inactive. */
 void terms_read(void);
 
-/* Whether this is the image's source. */
+/* Whether this is the image's source, by whatever name; of a block device, by whatever node. */
 bool terms_is_image(const struct stat *status);
 
 #endif
