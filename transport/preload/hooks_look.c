@@ -1,17 +1,50 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the program asks about a path before it opens it. To all the image's source is a file that only can be read. */
+/*
+ * What the program asks of a path before it opens it.  To all the image's source is a file that can only be
+ * read; to those to whom it is lent, one that can be read, and whose name is no link (lent.h).
+ */
 #define _GNU_SOURCE
 #include "transport/preload/hooks_look.h"
 
 #include <errno.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
+#include "transport/preload/lent.h"
 #include "transport/preload/real.h"
 #include "transport/preload/terms.h"
 
-static void *found_faccessat;
+/* What programs call that were built before glibc 2.33, and what _FORTIFY_SOURCE makes of calls. */
+int __xstat64(int version, const char *path, struct stat *status);
+int __lxstat64(int version, const char *path, struct stat *status);
+int __fxstatat64(int version, int folder, const char *path, struct stat *status, int flags);
+ssize_t __readlink_chk(const char *path, char *target, size_t length, size_t room);
+ssize_t __readlinkat_chk(int folder, const char *path, char *target, size_t length, size_t room);
+char *__realpath_chk(const char *path, char *resolved, size_t room);
 
-/* Whether a path leads to the image's source. Keeps errno. */
+#define LOOKS(X)                                                                                             \
+	X(faccessat)                                                                                         \
+	X(stat)                                                                                              \
+	X(lstat)                                                                                             \
+	X(fstatat)                                                                                           \
+	X(__xstat64)                                                                                         \
+	X(__lxstat64)                                                                                        \
+	X(__fxstatat64)                                                                                      \
+	X(statx)                                                                                             \
+	X(readlinkat)                                                                                        \
+	X(realpath)
+#define FOUND(name) static void *found_##name;
+LOOKS(FOUND)
+#define NEXT(name) ((__typeof__(name) *)real_next(&found_##name, #name))
+
+static bool is_lent(void)
+{
+	return terms.is_lent && !lock_is_inside();
+}
+
+/* Keeps errno. */
 static bool leads_to_image(int folder, const char *path, int flags)
 {
 	struct stat status;
@@ -24,16 +57,20 @@ static bool leads_to_image(int folder, const char *path, int flags)
 	return is_image;
 }
 
-/* As a read-only file system answers. */
 EXPORTED int faccessat(int folder, const char *path, int mode, int flags)
 {
-	__typeof__(faccessat) *next = (__typeof__(faccessat) *)real_next(&found_faccessat, "faccessat");
+	bool is_image = false;
 
-	if (terms.active && !lock_is_inside() && (mode & W_OK) && leads_to_image(folder, path, flags)) {
-		errno = EROFS;
-		return -1;
-	}
-	return next(folder, path, mode, flags);
+	if (is_lent())
+		is_image = lent_leads(folder, path);
+	else if (terms.active && !lock_is_inside() && (mode & W_OK))
+		is_image = leads_to_image(folder, path, flags);
+	if (!is_image || (!terms.is_lent && !(mode & W_OK)))
+		return NEXT(faccessat)(folder, path, mode, flags);
+	if (!(mode & (W_OK | X_OK)))
+		return 0;
+	errno = mode & W_OK ? EROFS : EACCES;
+	return -1;
 }
 
 EXPORTED int access(const char *path, int mode)
@@ -48,7 +85,142 @@ EXPORTED int euidaccess(const char *path, int mode)
 
 EXPORTED int eaccess(const char *path, int mode) __attribute__((alias("euidaccess"), nonnull(1)));
 
+/* As fstatat(2), for whom the source is lent. */
+static int look(int folder, const char *path, struct stat *status_out, int flags)
+{
+	int result, fd;
+
+	if (lent_is_name(folder, path))
+		flags &= ~AT_SYMLINK_NOFOLLOW;
+	result = real_fstatat(folder, path, status_out, flags);
+	if (!lent_is_image(path) || (result == 0 && terms_is_image(status_out)))
+		return result;
+	/* Its descriptor was closed, or is another file's. */
+	fd = lent_open(O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	result = real_fstatat(fd, "", status_out, AT_EMPTY_PATH);
+	real_close(fd);
+	return result;
+}
+
+EXPORTED int stat(const char *path, struct stat *status)
+{
+	return is_lent() ? look(AT_FDCWD, path, status, 0) : NEXT(stat)(path, status);
+}
+
+EXPORTED int lstat(const char *path, struct stat *status)
+{
+	return is_lent() ? look(AT_FDCWD, path, status, AT_SYMLINK_NOFOLLOW) : NEXT(lstat)(path, status);
+}
+
+EXPORTED int fstatat(int folder, const char *path, struct stat *status, int flags)
+{
+	return is_lent() ? look(folder, path, status, flags) : NEXT(fstatat)(folder, path, status, flags);
+}
+
+/* The structure is the same here. */
+_Static_assert(sizeof(struct stat) == sizeof(struct stat64), "one structure");
+EXPORTED int stat64(const char *path, struct stat64 *status) __attribute__((alias("stat")));
+EXPORTED int lstat64(const char *path, struct stat64 *status) __attribute__((alias("lstat")));
+EXPORTED int fstatat64(int folder, const char *path, struct stat64 *status, int flags)
+	__attribute__((alias("fstatat")));
+
+EXPORTED int __xstat64(int version, const char *path, struct stat *status)
+{
+	return is_lent() ? look(AT_FDCWD, path, status, 0) : NEXT(__xstat64)(version, path, status);
+}
+
+EXPORTED int __lxstat64(int version, const char *path, struct stat *status)
+{
+	return is_lent() ? look(AT_FDCWD, path, status, AT_SYMLINK_NOFOLLOW) :
+			   NEXT(__lxstat64)(version, path, status);
+}
+
+EXPORTED int __fxstatat64(int version, int folder, const char *path, struct stat *status, int flags)
+{
+	return is_lent() ? look(folder, path, status, flags) :
+			   NEXT(__fxstatat64)(version, folder, path, status, flags);
+}
+
+EXPORTED int __xstat(int version, const char *path, struct stat *status) __attribute__((alias("__xstat64")));
+EXPORTED int __lxstat(int version, const char *path, struct stat *status) __attribute__((alias("__lxstat64")));
+EXPORTED int __fxstatat(int version, int folder, const char *path, struct stat *status, int flags)
+	__attribute__((alias("__fxstatat64")));
+
+EXPORTED int statx(int folder, const char *path, int flags, unsigned mask, struct statx *status)
+{
+	int result, fd;
+
+	if (!is_lent() || !lent_is_name(folder, path))
+		return NEXT(statx)(folder, path, flags, mask, status);
+	flags &= ~AT_SYMLINK_NOFOLLOW;
+	if (!lent_is_image(path) || leads_to_image(folder, path, 0))
+		return NEXT(statx)(folder, path, flags, mask, status);
+	fd = lent_open(O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	result = NEXT(statx)(fd, "", flags | AT_EMPTY_PATH, mask, status);
+	real_close(fd);
+	return result;
+}
+
+EXPORTED ssize_t readlinkat(int folder, const char *path, char *target, size_t length)
+{
+	size_t name_bytes;
+
+	if (!is_lent() || !lent_is_magic(folder, path))
+		return NEXT(readlinkat)(folder, path, target, length);
+	if (lent_is_name(folder, path)) {
+		errno = EINVAL; /* no link */
+		return -1;
+	}
+	/* Another descriptor of the image: where it leads this user finds nothing. */
+	name_bytes = strlen(terms.image_path);
+	if (length > name_bytes)
+		length = name_bytes;
+	memcpy(target, terms.image_path, length);
+	return (ssize_t)length;
+}
+
+EXPORTED ssize_t readlink(const char *path, char *target, size_t length)
+{
+	return readlinkat(AT_FDCWD, path, target, length);
+}
+
+EXPORTED ssize_t __readlinkat_chk(int folder, const char *path, char *target, size_t length, size_t room)
+{
+	if (length > room)
+		abort(); /* as the C library does */
+	return readlinkat(folder, path, target, length);
+}
+
+EXPORTED ssize_t __readlink_chk(const char *path, char *target, size_t length, size_t room)
+{
+	return __readlinkat_chk(AT_FDCWD, path, target, length, room);
+}
+
+EXPORTED char *realpath(const char *path, char *resolved)
+{
+	if (!is_lent() || !lent_leads(AT_FDCWD, path))
+		return NEXT(realpath)(path, resolved);
+	return resolved ? strcpy(resolved, terms.image_path) : strdup(terms.image_path);
+}
+
+EXPORTED char *__realpath_chk(const char *path, char *resolved, size_t room)
+{
+	if (room < PATH_MAX)
+		abort(); /* as the C library does */
+	return realpath(path, resolved);
+}
+
+EXPORTED char *canonicalize_file_name(const char *path)
+{
+	return realpath(path, NULL);
+}
+
 void look_find(void)
 {
-	real_next(&found_faccessat, "faccessat");
+#define FIND(name) real_next(&found_##name, #name);
+	LOOKS(FIND)
 }

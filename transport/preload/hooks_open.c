@@ -12,9 +12,9 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "transport/preload/lent.h"
 #include "transport/preload/real.h"
 #include "transport/preload/terms.h"
-#include "transport/preload/wire.h"
 
 /* As fcntl.h decides whether there is a mode. */
 #define HAS_MODE(flags) (((flags) & O_CREAT) != 0 || ((flags) & O_TMPFILE) == O_TMPFILE)
@@ -24,28 +24,6 @@ int __open_2(const char *path, int flags);
 int __open64_2(const char *path, int flags);
 int __openat_2(int folder, const char *path, int flags);
 int __openat64_2(int folder, const char *path, int flags);
-
-static bool is_lent(const char *path)
-{
-	return strncmp(terms.image_path, "/proc/self/fd/", 14) == 0 && strcmp(path, terms.image_path) == 0;
-}
-
-static int open_lent(int flags)
-{
-	sigset_t signals;
-	int fd;
-
-	lock_take(&signals);
-	fd = wire_open_source(&signals);
-	lock_release(&signals);
-	if (fd < 0) {
-		errno = EIO;
-		return -1;
-	}
-	if (!(flags & O_CLOEXEC))
-		fcntl(fd, F_SETFD, 0);
-	return fd;
-}
 
 /* -1 with errno for what is refused; else the flags to open with. */
 static int readable_flags(int flags)
@@ -60,23 +38,44 @@ static int readable_flags(int flags)
 	return (flags & ~O_ACCMODE) | O_RDONLY;
 }
 
+/* Of the name of a source that is lent. */
+static int open_lent(int folder, const char *path, int flags)
+{
+	int fd = -1;
+
+	if (flags & O_DIRECTORY) {
+		errno = ENOTDIR;
+		return -1;
+	}
+	if (!(flags & O_PATH))
+		return lent_open(flags);
+	/* The kernel gives that to anybody; of the link it would be a way to the true name. */
+	if (lent_leads(folder, path))
+		fd = real_openat(folder, path, flags & ~O_NOFOLLOW, 0);
+	return fd < 0 ? lent_open(flags) : fd;
+}
+
 static int open_any(int folder, const char *path, int flags, mode_t mode)
 {
-	bool is_for_writing = (flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC);
+	bool is_for_writing = !(flags & O_PATH) && ((flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC));
 	struct stat status;
+	bool is_name;
+	int fd;
 
-	if (!terms.active || lock_is_inside() || (flags & O_PATH))
+	if (!terms.active || lock_is_inside())
 		return real_openat(folder, path, flags, mode);
-	if (is_lent(path) || (is_for_writing && real_fstatat(folder, path, &status, 0) == 0 &&
-			      terms_is_image(&status))) {
-		if (is_for_writing)
-			flags = readable_flags(flags);
-		if (flags < 0)
-			return -1;
-		if (is_lent(path))
-			return open_lent(flags);
-	}
-	return real_openat(folder, path, flags, mode);
+	is_name = lent_is_name(folder, path);
+	if (is_for_writing && (is_name || (real_fstatat(folder, path, &status, 0) == 0 && terms_is_image(&status))))
+		flags = readable_flags(flags);
+	if (flags < 0)
+		return -1;
+	if (is_name)
+		return open_lent(folder, path, flags);
+	fd = real_openat(folder, path, flags, mode);
+	/* Another name of it, a link for instance. */
+	if (fd < 0 && errno == EACCES && lent_leads(folder, path))
+		return lent_open(flags);
+	return fd;
 }
 
 #define TAKE_MODE(mode, flags)                                                                               \
@@ -140,7 +139,7 @@ static bool is_ours_to_open(const char *path, const char *mode)
 
 	if (!terms.active || lock_is_inside())
 		return false;
-	return is_lent(path) || (strpbrk(mode, "wa+") && real_fstatat(AT_FDCWD, path, &status, 0) == 0 &&
+	return lent_leads(AT_FDCWD, path) || (strpbrk(mode, "wa+") && real_fstatat(AT_FDCWD, path, &status, 0) == 0 &&
 				 terms_is_image(&status));
 }
 

@@ -54,6 +54,7 @@ void terms_read(void)
 	}
 	if (real_fstatat(AT_FDCWD, new.image_path, &status, 0) == 0 && S_ISBLK(status.st_mode))
 		new.block_device = status.st_rdev;
+	new.is_lent = strncmp(new.image_path, "/proc/self/fd/", 14) == 0;
 	new.active = true;
 	terms = new;
 }

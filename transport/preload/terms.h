@@ -17,6 +17,7 @@
 
 struct terms {
 	bool active; /* false: the library does nothing at all */
+	bool is_lent; /* image_path is a descriptor of the backend's: this user may not open the source */
 	uint64_t device, inode; /* of the source: what is mapped of it, we map from the cache */
 	uint64_t map_bytes;	/* of the whole image, whole pages */
 	unsigned populate;	/* 1: every mapping as with MAP_POPULATE */
