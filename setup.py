@@ -14,11 +14,11 @@ from setuptools.command.build_py import build_py
 PRELOAD = Extension(
     "cowshed.transport._preload",
     sources=[
-        *(f"transport/core/{name}.c" for name in ("guard", "json", "orphan", "packets")),
+        *(f"transport/core/{name}.c" for name in ("elf", "guard", "json", "orphan", "packets")),
         *sorted(glob("transport/preload/*.c")),
     ],
     depends=[
-        *(f"transport/core/{name}.h" for name in ("guard", "json", "orphan", "packets")),
+        *(f"transport/core/{name}.h" for name in ("elf", "guard", "json", "orphan", "packets")),
         "cache/core/abi.h",
         *sorted(glob("transport/preload/*.h")),
     ],

@@ -45,6 +45,7 @@ HEADERS = (
     "faults/core/window.h",
     "faults/core/guest.h",
     "faults/core/supply.h",
+    "transport/core/elf.h",
     "transport/core/region.h",
     "transport/core/follow.h",
     "transport/core/nbd.h",

@@ -36,7 +36,7 @@ for pair in gcc:gcc gcc:libc6-dev mkfs.ext4:e2fsprogs mksquashfs:squashfs-tools 
     qemu-system-x86_64:qemu-system-x86 busybox:busybox-static \
     nbdkit:nbdkit nbdinfo:libnbd-bin nbdsh:python3-libnbd nbd-client:nbd-client \
     qemu-img:qemu-utils fio:fio openssl:openssl ip:iproute2 sqlite3:sqlite3 nc:netcat-openbsd \
-    systemd-analyze:systemd; do
+    systemd-analyze:systemd musl-gcc:musl-tools; do
     command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
 done
 # shellcheck disable=SC2086 # a list of package names

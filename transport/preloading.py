@@ -7,8 +7,10 @@ The library is transport/preload/*.c; the environment variable's form is in its 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ VARIABLE: Final = "COWSHED_ATTACH"
 _LIBRARY: Final = "_preload.abi3.so"
 # The library's buffers hold a line of this many bytes and its end.
 _MAX_LINE_BYTES: Final = 4095
+_MUST_BE_FIRST: Final = re.compile(r"libasan\.so|libclang_rt\.asan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +115,8 @@ def environment(
     for line in lines:
         if len(os.fsencode(line)) > _MAX_LINE_BYTES or "\n" in line:
             raise UsageError(f"{line[:100]!r} is too long or has a line's end in it: rename it")
-    others = outer.get("LD_PRELOAD", "")
-    return {
-        **outer,
-        VARIABLE: "\n".join(lines),
-        "LD_PRELOAD": f"{library}:{others}" if others else str(library),
-    }
+    others = [name for name in re.split("[ :]", outer.get("LD_PRELOAD", "")) if name]
+    # The address sanitizer ends a program in which another library comes before its own.
+    first = list(itertools.takewhile(_MUST_BE_FIRST.search, others))
+    preloaded = [*first, str(library), *others[len(first) :]]
+    return {**outer, VARIABLE: "\n".join(lines), "LD_PRELOAD": ":".join(preloaded)}

@@ -11,19 +11,17 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from cowshed.cache._core import ffi, lib
 from cowshed.cache.errors import UsageError
 
 __all__ = ["Elf", "check_preloadable", "find_program", "read_elf"]
 
 _MAX_INTERPRETERS: Final = 5  # the kernel's own limit for scripts run by scripts
 _MAX_LINE_BYTES: Final = 256
-_PT_INTERP: Final = 3
-_MAX_PROGRAM_HEADERS: Final = 512
 
 
 @dataclass(frozen=True)
@@ -31,14 +29,15 @@ class Elf:
     """What an ELF file is for, and the dynamic linker it names, "" if it is static."""
 
     bits: int
-    little_endian: bool
+    is_big_endian: bool
     machine: int
     linker: str
+    needs_first: bool
 
     @property
     def kind(self) -> tuple[int, bool, int]:
         """What a library must have in common with a program."""
-        return self.bits, self.little_endian, self.machine
+        return self.bits, self.is_big_endian, self.machine
 
 
 def find_program(command: str) -> str:
@@ -76,61 +75,43 @@ def check_preloadable(path: str) -> None:
             )
         raise UsageError(f"{script!r} is run by {path!r}, which is no ELF program")
     own = read_elf("/proc/self/exe")
-    if not elf.linker:
-        raise UsageError(
-            f"{path!r} is statically linked, so its mappings cannot be served: "
-            "use a dynamically linked build of it"
-        )
     if own is not None and elf.kind != own.kind:
         raise UsageError(
             f"{path!r} is a {elf.bits}-bit program for another machine than this cowshed: "
             "use a build for this one"
+        )
+    if not elf.linker:
+        raise UsageError(
+            f"{path!r} is statically linked, so its mappings cannot be served: "
+            "use a dynamically linked build of it"
         )
     if own is not None and own.linker and Path(own.linker).name != Path(elf.linker).name:
         raise UsageError(
             f"{path!r} is linked by {elf.linker}, and this cowshed by {own.linker}: "
             "use a build of it for the same C library"
         )
+    if elf.needs_first:
+        raise UsageError(
+            f"{path!r} is built with the address sanitizer, which lets no other library be loaded "
+            "before its own: use a build without it"
+        )
     _check_unprivileged(path)
 
 
 def read_elf(path: str) -> Elf | None:
     """What an ELF file says of itself; None if it is none. Raises UsageError, if unreadable."""
+    found = ffi.new("struct elf *")
     try:
-        with open(path, "rb") as file:
-            ident = file.read(64)
-            if len(ident) < 52 or ident[:4] != b"\x7fELF" or ident[4] not in (1, 2):
-                return None
-            bits = 32 * ident[4]
-            order = "<" if ident[5] == 1 else ">"
-            machine = struct.unpack_from(order + "H", ident, 18)[0]
-            if bits == 64:
-                (offset,) = struct.unpack_from(order + "Q", ident, 32)
-                entry_bytes, nr_entries = struct.unpack_from(order + "HH", ident, 54)
-            else:
-                (offset,) = struct.unpack_from(order + "I", ident, 28)
-                entry_bytes, nr_entries = struct.unpack_from(order + "HH", ident, 42)
-            linker = ""
-            for entry_no in range(min(nr_entries, _MAX_PROGRAM_HEADERS)):
-                file.seek(offset + entry_no * entry_bytes)
-                entry = file.read(56 if bits == 64 else 32)
-                if len(entry) < (56 if bits == 64 else 32):
-                    break
-                if struct.unpack_from(order + "I", entry)[0] == _PT_INTERP:
-                    linker = _read_linker(file.fileno(), entry, order, bits)
-            return Elf(bits, order == "<", machine, linker)
+        with open(path, "rb", buffering=0) as file:
+            result = lib.elf_read(file.fileno(), found)
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
     except OSError as error:
         raise UsageError(f"cannot read the program {path!r}: {error.strerror}") from error
-
-
-def _read_linker(fd: int, entry: bytes, order: str, bits: int) -> str:
-    if bits == 64:
-        offset, _, _, length = struct.unpack_from(order + "4Q", entry, 8)
-    else:
-        offset, _, _, length = struct.unpack_from(order + "4I", entry, 4)
-    if offset >= 1 << 63:
-        return ""
-    return os.fsdecode(os.pread(fd, min(length, 4096), offset).rstrip(b"\0"))
+    if result == 0:
+        return None
+    linker = os.fsdecode(ffi.string(found.linker))
+    return Elf(found.bits, found.is_big_endian, found.machine, linker, found.needs_first)
 
 
 def _read_head(path: str) -> bytes:

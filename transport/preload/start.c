@@ -2,6 +2,7 @@
 /* The library's beginning, when the dynamic linker has loaded it for a program under `cowshed attach`. */
 #include "transport/preload/forks.h"
 #include "transport/preload/hooks_change.h"
+#include "transport/preload/hooks_exec.h"
 #include "transport/preload/hooks_look.h"
 #include "transport/preload/process.h"
 #include "transport/preload/real.h"
@@ -13,6 +14,7 @@ __attribute__((constructor)) static void start(void)
 	say_begin();
 	change_find();
 	look_find();
+	exec_find();
 	terms_read();
 	if (!terms.active)
 		return;
