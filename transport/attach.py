@@ -67,26 +67,44 @@ def attach(connection: Connection, request: Body) -> Attached:
     On failure nothing is left mapped; the connection stays the caller's. Raises what the backend's
     refusal stands for, PeerError, and UsageError if this process cannot have what it takes.
     """
-    reply, fds = ask_for_fds(connection, "open", request)
+    attached, map_bytes = _open(connection, request)
     try:
-        attached, map_bytes = map_image(reply, fds, request["image"])
-    finally:
-        close_all(fds)
-    region = attached.region
-    try:
-        ask(
-            connection,
-            "region",
-            {"address": int(ffi.cast("uintptr_t", region.address)), "length": map_bytes},
-            (region.uffd, region.pagemap_fd, region.mem_fd),
-        )
+        _hand_over(connection, attached.region, map_bytes)
     except BaseException:
-        lib.region_deinit(region)
+        lib.region_deinit(attached.region)
         raise
     return attached
 
 
-def map_image(reply: Body, fds: list[int], image: str) -> tuple[Attached, int]:
+def rehearse(connection: Connection, request: Body) -> None:
+    """Do what attach() does, but for the last step, which the backend says whether it would take.
+
+    Nothing is left mapped. A backend of an earlier version takes it, until the connection ends.
+    Raises what attach() raises.
+    """
+    attached, map_bytes = _open(connection, request)
+    try:
+        _hand_over(connection, attached.region, map_bytes, rehearse=True)
+    finally:
+        lib.region_deinit(attached.region)
+
+
+def _open(connection: Connection, request: Body) -> tuple[Attached, int]:
+    reply, fds = ask_for_fds(connection, "open", request)
+    try:
+        return _map_image(reply, fds, request["image"])
+    finally:
+        close_all(fds)
+
+
+def _hand_over(connection: Connection, region: Any, map_bytes: int, **more: bool) -> None:
+    """Tell the backend of a region, which is a struct region."""
+    where = {"address": int(ffi.cast("uintptr_t", region.address)), "length": map_bytes}
+    own = (region.uffd, region.pagemap_fd, region.mem_fd)
+    ask(connection, "region", {**where, **more}, own)
+
+
+def _map_image(reply: Body, fds: list[int], image: str) -> tuple[Attached, int]:
     """Make the guarded mapping that a reply to `open` allows; give it and its length in bytes.
 
     The descriptors stay the caller's. Raises PeerError, and UsageError as attach does.

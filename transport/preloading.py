@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cowshed.cache._core import lib
 from cowshed.cache.errors import CowshedError, PeerError, UsageError
-from cowshed.transport.attach import map_image
+from cowshed.transport import attach
 from cowshed.transport.exchange import ask, ask_for_fds, close_all, greet
 from cowshed.transport.messages import take_number
 from cowshed.transport.protocol import Body
@@ -77,12 +76,7 @@ def rehearse(uri: str, request: Body) -> None:
     Raises what Backend.open raises.
     """
     with contextlib.closing(greet(uri)) as connection:
-        reply, fds = ask_for_fds(connection, "open", request)
-        try:
-            attached, _ = map_image(reply, fds, request["image"])
-        finally:
-            close_all(fds)
-        lib.region_deinit(attached.region)
+        attach.rehearse(connection, request)
         # The name is free again once this is answered.
         with contextlib.suppress(CowshedError):
             ask(connection, "close", {})

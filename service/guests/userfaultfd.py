@@ -129,8 +129,15 @@ def check_guest_files(pid: int, pidfd: int | None, fds: list[int]) -> None:
 
     A guest that passed somebody else's page tables could hide its private pages from its quota.
     Files of a /proc that is not ours, as a container's, cannot be compared: ours take their place
-    in the list, if we may open them.
+    in the list, if we may open them. Raises UsageError, with the cure, where this process does not
+    see the guest's, or may not open them.
     """
+    if pid == 0:
+        raise UsageError(
+            "the guest's process is in a PID namespace that the daemon does not see, so its page "
+            "tables cannot be told from another's: run the daemon in the host's PID namespace "
+            "(in a container: --pid=host), or the guest in the daemon's"
+        )
     for no, name in enumerate(("pagemap", "mem"), 1):
         path = f"/proc/{pid}/{name}"
         try:
@@ -141,6 +148,11 @@ def check_guest_files(pid: int, pidfd: int | None, fds: list[int]) -> None:
                 theirs, fds[no] = fds[no], os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 close_foreign([theirs])
                 sent = own
+        except PermissionError as error:
+            raise UsageError(
+                f"the daemon may not open {path}, of a guest with a /proc of its own: run the "
+                "daemon as root with CAP_SYS_PTRACE, or the guest in the daemon's PID namespace"
+            ) from error
         except OSError as error:
             raise PeerError(f"cannot use {path}: {error.strerror}") from error
         if sent != own:

@@ -247,7 +247,10 @@ class Session:
         following = _NEXT.get((self._state, op))
         if op == "open" and following is not None and self._comes_too_early(message):
             return
-        if following is not None:
+        if following is not None and op == "region" and take_flag(message.body, "rehearse"):
+            self._check_region(message)
+            self._reply(message.tag, {"ok": True})
+        elif following is not None:
             getattr(self, f"_on_{op}")(message)
             self._state = following
             self.deadline = (
@@ -400,15 +403,15 @@ class Session:
         peer = self.connection.peer
         return Peer(peer.pid, peer.uid, -1 if peer.pidfd is None else peer.pidfd)
 
-    def _on_region(self, message: Received) -> None:
+    def _check_region(self, message: Received) -> int:
+        """Give the address of a region that can be attached. Raises CowshedError if it cannot."""
         assert self._opened is not None
-        guest, terms = self._opened
+        terms = self._opened[1]
         self._host.control.check_open()  # it may have opened before the drain
         if len(message.fds) != 3:
             raise PeerError(f"a region comes with 3 descriptors, not {len(message.fds)}")
         address = take_number(message.body, "address", minimum=4096, maximum=1 << 56)
         length = take_number(message.body, "length", minimum=4096, maximum=1 << 48)
-        inherited = take_flag(message.body, "inherited")
         if address % 4096 or length != terms.length_bytes:
             raise PeerError(
                 f"a region of {length} bytes at {address:#x} is no mapping of what was opened of "
@@ -417,11 +420,18 @@ class Session:
         peer = self.connection.peer
         check_uffd(message.fds[0])
         check_guest_files(peer.pid, peer.pidfd, message.fds)
+        return address
+
+    def _on_region(self, message: Received) -> None:
+        address = self._check_region(message)
+        assert self._opened is not None
+        guest, terms = self._opened
+        inherited = take_flag(message.body, "inherited")
         self.mapping = self._host.guests.attach(
             guest,
             terms.orders,
             self._peer(),
-            [Region(address, terms.offset_bytes, length)],
+            [Region(address, terms.offset_bytes, terms.length_bytes)],
             list(message.fds),
             inherited=inherited,
             seeds=None if self._moved is None else self._moved.seeds,
@@ -434,6 +444,7 @@ class Session:
             self._host.moved_in.settle(moved)
         reach("REGION_HELD")
         self._is_told = not self._held_as
+        peer = self.connection.peer
         _log.info("attached", guest=terms.name, image=terms.image.label, pid=peer.pid, uid=peer.uid)
         self._reply(message.tag, {"ok": True, "guest": terms.name})
 
