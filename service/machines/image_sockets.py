@@ -31,7 +31,7 @@ from cowshed.service.guests.userfaultfd import check_supplied_uffd, open_pagemap
 from cowshed.service.machines.bequests import Caller, MachineBequests, MachineHeir
 from cowshed.service.machines.handshake_peer import HandshakePeer
 from cowshed.service.machines.image_folders import make_image_folders
-from cowshed.service.machines.supplier import Supplier, is_shared
+from cowshed.service.machines.supplier import Supplier, check_regions, is_shared
 from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.operators.control import Control
 from cowshed.service.reports.guest_states import say_state
@@ -256,6 +256,7 @@ class ImageSockets:
         host, peer, image = self._host, client.peer, client.image
         host.control.check_open()  # it may have connected before the drain
         check_supplied_uffd(uffd)
+        check_regions(request, image.map_bytes)
         supply = self._supplier.terms(request, image)
         config = host.config
         terms = Terms(

@@ -11,7 +11,7 @@ from cowshed.faults import ShareAllowance, SupplyRegion, SupplyTerms
 from cowshed.service.settings.config import Config
 from cowshed.transport.handshakes import HUGE_PAGE_BYTES, Handshake, Policy
 
-__all__ = ["Supplier", "is_shared", "supply_regions"]
+__all__ = ["Supplier", "check_regions", "is_shared"]
 
 # Of the capacity, pinned for guests that map frames themselves.
 _SHARED_PART: Final = 4
@@ -32,10 +32,10 @@ class Supplier:
         self._recorded = recorded
 
     def terms(self, request: Handshake, image: Image) -> SupplyTerms:
-        """Give the terms for an image; PeerError for a region that does not fit it."""
+        """Give the terms for an image that the regions fit (check_regions)."""
         shares = is_shared(request)
         return SupplyTerms(
-            regions=supply_regions(request, image.map_bytes),
+            regions=_supply_regions(request),
             zero_discarded=request.protocol == "firecracker",
             order=() if shares else self._recorded(image),
             allowance=self._allowance if shares else None,
@@ -49,18 +49,26 @@ def is_shared(request: Handshake) -> bool:
     return request.protocol == "nydus" and request.policy is Policy.ZEROCOPY
 
 
-def supply_regions(request: Handshake, map_bytes: int) -> tuple[SupplyRegion, ...]:
-    """Give the regions as the core takes them; PeerError for one that does not fit the image.
+def check_regions(request: Handshake, map_bytes: int) -> None:
+    """Raise PeerError unless the regions of a handshake lie within an image of so many bytes.
 
-    It may reach past the end by less than a huge page, as memory of huge pages has to.
+    A machine's memory does, but for the rest of a huge page that its end is in: what a snapshot
+    lacks is memory that was lost, and not zeros. A disk is mapped to the next 2 MiB by those who
+    need that alignment, and is zero there.
     """
     for region in request.regions:
+        is_memory = request.protocol == "firecracker"
+        unit_bytes = region.page_bytes if is_memory else HUGE_PAGE_BYTES
         end = region.offset_bytes + region.length_bytes
-        if region.offset_bytes >= map_bytes or end - map_bytes >= HUGE_PAGE_BYTES:
+        if region.offset_bytes >= map_bytes or end > -(-map_bytes // unit_bytes) * unit_bytes:
             raise PeerError(
                 f"a region of {region.length_bytes} bytes of the image at {region.offset_bytes} is "
-                f"past its end: it has {map_bytes} bytes; is it the right image's socket?"
+                f"past its end: it has {map_bytes} bytes; is it the right image's socket, and the "
+                "whole snapshot?"
             )
+
+
+def _supply_regions(request: Handshake) -> tuple[SupplyRegion, ...]:
     return tuple(
         SupplyRegion(one.address, one.offset_bytes, one.length_bytes, one.page_bytes)
         for one in request.regions

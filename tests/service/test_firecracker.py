@@ -211,6 +211,7 @@ GARBAGE = [
     ("20 descriptors", '[{"base_host_virt_addr":%d,"size":%d,"offset":0,"page_size":4096}]', 20),
     ("60 descriptors", '[{"base_host_virt_addr":%d,"size":%d,"offset":0,"page_size":4096}]', 60),
     ("past the image", '[{"base_host_virt_addr":%d,"size":%d,"offset":8388608}]', 1),
+    ("a page past", '[{"base_host_virt_addr":%d,"size":%d,"offset":4096,"page_size":4096}]', 1),
     ("too large", '[{"base_host_virt_addr":%d,"size":%d00000,"offset":0}]', 1),
     ("no number", '[{"base_host_virt_addr":"%d","size":%d,"offset":0}]', 1),
     ("deep", "[" * 4000, 1),

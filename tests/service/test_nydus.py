@@ -55,6 +55,20 @@ def test_every_byte_is_the_images(
     assert large.mismatches() == []
 
 
+@pytest.mark.parametrize("policy", [ZEROCOPY, COPY])
+def test_a_disk_that_is_mapped_past_its_end_is_zero_there(
+    make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest, policy: int
+) -> None:
+    """As memory of a machine has to be, which is aligned to 2 MiB."""
+    image = make_image(3 * PAGE)
+    daemon = start_daemon("--image", f"d={image}", "--capacity", "1M")
+    client = new_machine(daemon, start_guest, [HUGE], features=0)
+    client.call("nydus", image=str(image), policy=policy)
+    assert client.call("compare", nr_threads=2) == []
+    assert [client.call("read", page=page) for page in (3, 511)] == ["00" * 8] * 2
+    assert client.call("read", page=2) == image.read_bytes()[2 * PAGE :][:8].hex()
+
+
 def test_frames_are_shared_and_survive_eviction_while_the_client_is_connected(
     large: Daemon, image: Path, start_guest: StartGuest
 ) -> None:
