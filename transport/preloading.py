@@ -19,7 +19,7 @@ from typing import Final
 
 from cowshed.cache.errors import CowshedError, PeerError, UsageError
 from cowshed.transport import attach
-from cowshed.transport.exchange import ask, ask_for_fds, close_all, greet
+from cowshed.transport.exchange import again_if_gone, ask, ask_for_fds, close_all, greet
 from cowshed.transport.messages import take_number
 from cowshed.transport.protocol import Body
 
@@ -53,6 +53,10 @@ def library_path() -> Path:
 
 def describe(uri: str, image: str) -> Source:
     """Ask for an image's source. Raises what the daemon's refusal stands for, and PeerError."""
+    return again_if_gone(lambda: _describe(uri, image))
+
+
+def _describe(uri: str, image: str) -> Source:
     with contextlib.closing(greet(uri)) as connection:
         reply, fds = ask_for_fds(connection, "describe", {"image": image})
         try:
@@ -75,6 +79,10 @@ def rehearse(uri: str, request: Body) -> None:
 
     Raises what Backend.open raises.
     """
+    again_if_gone(lambda: _rehearse(uri, request))
+
+
+def _rehearse(uri: str, request: Body) -> None:
     with contextlib.closing(greet(uri)) as connection:
         attach.rehearse(connection, request)
         # The name is free again once this is answered.
