@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,13 @@ def needs_root() -> None:
         pytest.skip("needs root: to become another user, or to make a mount")
 
 
+def needs_mounts() -> None:
+    needs_root()
+    tried = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
+    if tried.returncode != 0:
+        pytest.skip("needs the right to mount")
+
+
 def run_changer(attached: Attached, program: Path, table: str, uid: int | None) -> str:
     """Run a table as a user to whom the source belongs; what it prints."""
     needs_root()
@@ -76,6 +84,7 @@ def test_no_call_of_the_c_library_lets_root_change_the_source(
 def test_no_bare_system_call_or_static_child_of_root_changes_the_source(
     attached: Attached, changer: Path
 ) -> None:
+    needs_mounts()
     assert run_changer(attached, changer, "bare", None) == ""
 
 
@@ -100,12 +109,10 @@ mv {image}.new {image}.kept; ln {image}.kept {image}.same; rm {image}.same; test
 @pytest.fixture
 def shared_mount(run_dir: Path) -> Iterator[Path]:
     """A mount of the test's own, whose mounts other namespaces see."""
-    needs_root()
+    needs_mounts()
     place = run_dir / 'mounted \\ "here"'
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "none", place], capture_output=True, check=False)
-    if made.returncode != 0:
-        pytest.skip("needs the right to mount")
+    subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
     try:
         subprocess.run(["mount", "--make-shared", place], check=True)
         yield place
@@ -132,3 +139,47 @@ busybox sh -c 'echo x >>"$1"' sh "$2"
     assert os.path.ismount(shared_mount / "inner")
     assert not os.path.ismount(source)
     os.truncate(source, source.stat().st_size)  # may be changed here
+
+
+@pytest.fixture
+def block_device(attached: Attached) -> Iterator[Path]:
+    """A loop device over a copy of the image, of whole sectors."""
+    needs_root()
+    behind = attached.source.parent / "behind"
+    behind.write_bytes(attached.copy.read_bytes()[: 64 << 10])
+    made = subprocess.run(
+        ["losetup", "--find", "--show", behind], capture_output=True, text=True, check=False
+    )
+    if made.returncode != 0:
+        pytest.skip(f"needs a loop device: {made.stderr.strip()}")
+    device = Path(made.stdout.strip())
+    yield device
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def test_a_block_device_is_known_by_its_number_whatever_the_node(
+    start_daemon: StartDaemon, attached: Attached, block_device: Path, run_dir: Path
+) -> None:
+    folder = run_dir / "other"
+    folder.mkdir()
+    node = folder / "node"
+    os.mknod(node, 0o600 | stat.S_IFBLK, block_device.stat().st_rdev)
+    daemon = start_daemon("--image", f"disk={block_device}", "--verbose", at=folder)
+    there = Attached(daemon, block_device, attached.copy)
+    right = block_device.read_bytes()
+    for path in ("{image}", node):
+        for script in ('echo changed >"$1"', 'dd if=/dev/zero of="$1" conv=notrunc,fsync count=1'):
+            ended = there.run("sh", "-c", script, "sh", path, "{image}")
+            assert ended.returncode != 0
+            assert "Read-only file system" in ended.stderr
+    with open(block_device, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert file.read() == right
+    reads = """
+import mmap, sys
+with open(sys.argv[1], "rb") as file:
+    print(mmap.mmap(file.fileno(), 8192, access=mmap.ACCESS_READ)[:8].hex())
+"""
+    ended = there.run("python3", "-c", reads, node, "{image}")
+    assert (ended.stdout.strip(), ended.stderr) == (right[:8].hex(), "")
+    assert "event=attached" in daemon.log()
