@@ -93,6 +93,15 @@ class Actor(threading.Thread):
         process = self._process
         return process.pid if process else 0
 
+    @property
+    def state(self) -> str:
+        """Where it is, in a word or two, for a report."""
+        if self.is_stopped:
+            return "over"
+        where = f"at {self.host.name}" if self.host else "nowhere yet"
+        expected = f", whose end is expected ({self._expected_end})" if self._expected_end else ""
+        return f"{'open' if self.is_open else 'not open'} {where}{expected}"
+
     # Its life.
 
     def run(self) -> None:
@@ -203,9 +212,10 @@ class Actor(threading.Thread):
         if why == "killed":
             self._forget()
         self.doing = f"coming again after {why!r}"
-        deadline = time.monotonic() + HANG_SECONDS
+        deadline = 0.0
         while True:
             self.host = self.world.home()
+            deadline = deadline or time.monotonic() + HANG_SECONDS  # a move may take as long itself
             try:
                 self._start(self.host)
                 break

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import subprocess
 import threading
 from collections.abc import Callable
@@ -249,12 +248,3 @@ def choose(world: World) -> Event:
     """The next event; all kinds come by once before chance decides alone."""
     weights = [weight for weight, _ in EVENTS]
     return world.rng.choices([event for _, event in EVENTS], weights)[0]
-
-
-def processes(world: World) -> dict[str, int]:
-    """Who is about, for a report on a hang."""
-    found = {actor.name: actor.pid for actor in world.actors if actor.pid}
-    for host in world.hosts:
-        found[f"backend {host.name}"] = host.backend_pid
-        found[f"keeper {host.name}"] = host.keeper_pid
-    return {name: pid for name, pid in found.items() if os.path.exists(f"/proc/{pid}")}

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from certificates import Authority
-from domains import Daemon, cowshed
+from domains import Daemon, cowshed, until
 
 from cowshed.transport import connect
 
@@ -52,9 +52,14 @@ class ChaosHost:
     @property
     def backend_pid(self) -> int:
         """Whoever serves, or is about to: the file is empty for an instant between two."""
-        while not (text := (self.run_dir / "lock").read_text()):
-            select.select([], [], [], 0.001)
-        return int(text)
+        found: list[str] = []
+
+        def is_said() -> bool:
+            found[:] = [(self.run_dir / "lock").read_text()]
+            return bool(found[0])
+
+        until(is_said)
+        return int(found[0])
 
     @property
     def keeper_pid(self) -> int:

@@ -34,6 +34,11 @@ class PageModel:
     def size_bytes(self) -> int:
         return len(self._image)
 
+    @property
+    def nr_changed(self) -> int:
+        """How many pages are, or may be, other than the image's."""
+        return len(self._may)
+
     def _of_image(self, page: int) -> bytes:
         return self._image[page * PAGE : (page + 1) * PAGE]
 

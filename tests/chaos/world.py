@@ -24,7 +24,7 @@ from page_model import PAGE
 NR_PAGES: Final = 1024
 WAIT_SECONDS: Final = 90.0
 # What an error may still be put down to after its cause has gone: requests take that long to fail.
-_NR_STEPS_SHOWN: Final = 30
+_NR_STEPS_SHOWN: Final = 60
 
 
 class World:
@@ -47,6 +47,7 @@ class World:
         self.owner = 0
         self.is_moving = False
         self.steps: deque[str] = deque(maxlen=_NR_STEPS_SHOWN)
+        self.events: list[str] = []
         self.failed = ""
         self._began = time.monotonic()
         self._changed = threading.Condition()
@@ -115,6 +116,20 @@ class World:
     def note(self, text: str) -> None:
         """Put down what was done, for who reads of a failure."""
         self.steps.append(f"{time.monotonic() - self._began:7.2f} {text}")
+
+    def begin(self, event: str) -> None:
+        """Put down that an event begins."""
+        self.events.append(f"{time.monotonic() - self._began:7.2f} {event}")
+        self.note(event)
+
+    def causes_told(self) -> list[str]:
+        """What has gone on that may make guests fail, and when; for a report."""
+        return [
+            f"{begin - self._began:7.2f} to "
+            + ("now" if end is None else f"{end - self._began:7.2f}")
+            + f" {cause}"
+            for cause, begin, end in self._causes
+        ]
 
     def fail(self, text: str, error: BaseException | None = None) -> None:
         with self._changed:
