@@ -94,6 +94,7 @@ class HandoffService:
             late_wait_seconds,
             image_folder,
             publish,
+            self._why_no_guests,
         )
         control.add("drain", self._do_drain, is_quick=False)
         control.add("drain-abort", self._do_abort, is_quick=False)
@@ -153,7 +154,11 @@ class HandoffService:
         self._access.moved_to = uri
 
     def wait_door(self) -> None:
-        """Wait until the loop has ended what it was about: it is the loop that lets people in."""
+        """Wait until the loop has ended what it was about: it is the loop that lets people in.
+
+        Handoffs that were being admitted are, too; those that come later are denied.
+        """
+        self.door.wait_admitted()
         turned = threading.Event()
         self._loop.call(turned.set)
         turned.wait(_TURN_SECONDS)
@@ -197,6 +202,17 @@ class HandoffService:
             self._loop.once(_LEAVE_SECONDS, lambda: self._retire_later(guest))
         else:
             self._overlays.withdraw(guest)
+
+    def _why_no_guests(self) -> str:
+        """Why no guests can be given to us now; "" if they can."""
+        drain = self._drain
+        if drain is None or drain.dry_run:
+            return ""
+        if drain.phase is Phase.MOVED:
+            drain.over.wait(_TURN_SECONDS)  # it is about to record that
+        if drain.over.is_set():
+            return ""
+        return f"a drain to {drain.uri} is under way here: wait until it is over"
 
     def _on_owner(self, names: list[str]) -> None:
         """Guests came: whoever was drained serves again."""
@@ -272,6 +288,8 @@ class HandoffService:
         )
 
     def _do_import(self, _: Body, fds: list[int]) -> Iterator[Body]:
+        if why := self._why_no_guests():
+            raise UsageError(why)
         for reply in import_state(_only(fds), self.door.receiver()):
             if "progress" not in reply:
                 self._on_owner(reply["guests"])

@@ -72,11 +72,13 @@ class HandoffDoor:
         late_wait_seconds: float,
         image_folder: ImageFolder | None,
         publish: Publish,
+        why_not: Callable[[], str],
     ) -> None:
         """on_owner(names) is told of guests that were admitted, in a handoff's thread.
 
-        late_wait_seconds is how long a source is waited for that has pages yet. image_folder keeps
-        images that come; publish is as in ImageIntake.
+        why_not() says why no guests can be taken now, "" if they can; asked at an offer and once
+        more at its commit. late_wait_seconds is how long a source is waited for that has pages yet.
+        image_folder keeps images that come; publish is as in ImageIntake.
         """
         self._late_wait_seconds = late_wait_seconds
         self._arrivals: dict[str, Arrival] = {}
@@ -88,6 +90,7 @@ class HandoffDoor:
         self._on_owner = on_owner
         self._image_folder = image_folder
         self._publish = publish
+        self._why_not = why_not
         self._lock = threading.RLock()
         self._machines: dict[str, _Reception] = {}
         self._forgotten: dict[str, None] = {}
@@ -181,6 +184,21 @@ class HandoffDoor:
                 if reception.machine.phase is Phase.FORGOTTEN:
                     self._forget(reception.handoff)
 
+    def wait_admitted(self) -> None:
+        """Wait until no handoff is between its commit and its guests' admission."""
+        with self._lock:
+            pass
+
+    def why_not(self) -> str:
+        """Why no guests can be taken now; "" if they can."""
+        return self._why_not()
+
+    def commit(self, reception: _Reception) -> None:
+        """A source asks for the commit: it is granted, or denied if guests cannot come any more."""
+        with self._lock:
+            reception.denied_for = self.why_not() if reception.machine.phase is Phase.READY else ""
+            self.on(reception, Event.ASKED if reception.denied_for else Event.COMMIT)
+
     def open(self, reception: _Reception, handoff: str) -> None:
         """A source offers a handoff."""
         with self._lock:
@@ -221,6 +239,7 @@ class _Reception:
     def __init__(self, door: HandoffDoor, link: Link, whose: str) -> None:
         self.machine = Handoff(Role.TARGET)
         self.handoff = ""
+        self.denied_for = ""
         self._door = door
         self._link = link
         self._whose = whose
@@ -334,7 +353,7 @@ class _Reception:
             self._warm()
             self._say("warmed")
         elif word.say == "commit":
-            self._door.on(self, Event.COMMIT)
+            self._door.commit(self)
         elif word.say == "abort":
             if self.machine.allows(Event.ABORT):
                 self._door.on(self, Event.ABORT)
@@ -394,7 +413,10 @@ class _Reception:
             raise PeerError("an offer begins with a header")
         self._door.on(self, Event.OFFERED)
         with self._staging:
-            self._blockers = self._receiver.check(self._reader, self.look)
+            if why := self._door.why_not():
+                self._blockers = [{"reason": f"at the target: {why}"}]
+            else:
+                self._blockers = self._receiver.check(self._reader, self.look)
             if self.machine.phase is not Phase.CHECK:
                 self._receiver.discard()  # it was asked about meanwhile, and denied
         if self._blockers:
@@ -424,7 +446,7 @@ class _Reception:
         elif action is Action.SEND_COMMITTED:
             self._say("committed")
         elif action is Action.SEND_DENIED:
-            self._say("denied")
+            self._say("denied", **({"why": self.denied_for} if self.denied_for else {}))
         elif action is Action.RECORD_OWNER:
             self._own()
             reach("HANDOFF_OWNED")

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any, Final, Protocol
 
 from cowshed.accounting.handoff import Action, Event, Handoff, Phase, Role
-from cowshed.cache import CowshedError, Image, PeerError, UsageError
+from cowshed.cache import CowshedError, Image, PeerError, SourceError, UsageError
 from cowshed.service.handoff.link import FileLink, Link, SocketLink
 from cowshed.service.handoff.moving import MappedMoving, Moving
 from cowshed.service.handoff.pushing import Pusher, bitmap_of_runs, take_runs
@@ -533,8 +533,10 @@ class Drain:
         if word.say == "committed":
             return Event.COMMITTED_LATE if self.post_copy else Event.COMMITTED
         if word.say == "denied":
+            why = word.body.get("why")
+            did = f"denied it ({why[:500]})" if isinstance(why, str) else "lost it before its end"
             self._error = self._error or PeerError(
-                f"{self.uri} lost the handoff before its end; every guest is as it was"
+                f"handoff to {self.uri}: the target {did}; every guest is as it was"
             )
             return Event.DENIED
         raise _LostError(f"the target says {word.say!r} where its verdict is due")
@@ -550,7 +552,11 @@ class Drain:
         self._host.tell_moved(self._movings, "" if self.uri.startswith(_FILE) else self.uri)
 
     def _forget_record(self) -> None:
-        self._host.record.set_source(None)
+        try:
+            self._host.record.set_source(None)
+        except SourceError as error:
+            # Guests need not wait for that: a restart asks the target, which denies it for good.
+            _log.error("not-recorded", str(error), handoff=self.handoff)
 
     def _record(self, phase: Phase) -> None:
         self._host.record.set_source(

@@ -79,12 +79,18 @@ class HandoffRecord:
             self.source = source
 
     def add_owned(self, handoff: str, arriving: Sequence[tuple[str, str]] = ()) -> None:
-        """Record that a handoff's guests are ours, and which they are if they lack pages."""
+        """Record that a handoff's guests are ours, and which they are if they lack pages.
+
+        A handoff of ours that is over is forgotten by the same write: guests are here again, and
+        a death afterwards must not have them sent to where they were.
+        """
         with self._lock:
+            is_over = self.source is not None and self.source["phase"] is Phase.MOVED
+            source = None if is_over else self.source
             owned = [*self.owned, handoff][-_MAX_OWNED:]
             table = {**self.arriving, handoff: list(arriving)} if arriving else self.arriving
-            self._write(self.source, owned, table)
-            self.owned, self.arriving = owned, table
+            self._write(source, owned, table)
+            self.source, self.owned, self.arriving = source, owned, table
 
     def set_filled(self, handoff: str) -> None:
         """Record that no pages of a handoff's guests are lacking any more; the same."""

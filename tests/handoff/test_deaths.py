@@ -14,6 +14,7 @@ from domains import StartGuest, until
 from two_hosts import PAGE, SIZE, Host, Model
 
 from cowshed.transport import connect
+from cowshed.transport.messages import MovedError
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +74,31 @@ def test_guests_that_came_are_at_the_successor_of_a_target_killed_around_the_com
     with b.open("g") as disk:
         model.check(disk)
     assert b.the_daemon.mismatches() == []
+
+
+@pytest.mark.parametrize(
+    ("with_target", "point"),
+    [("memory", "HANDOFF_KEPT"), ("memory", "HANDOFF_OWNED"), ("files", "HANDOFF_ADMITTED")],
+    indirect=["with_target"],
+)
+def test_a_backend_that_had_given_its_guests_away_serves_them_if_it_dies_as_they_come_back(
+    with_target: Pair, image: Path, point: str
+) -> None:
+    """What is recorded of the handoff out and of the handoff in says one thing at every instant."""
+    a, b = with_target
+    model = Model(image, 2)
+    with b.open("g") as disk:
+        model.write(disk)
+    b.drain("--to", a.unix)
+    b.the_daemon.request("point", name=point)
+    done = a.run("drain", "--to", b.unix)
+    owner, other = (a, b) if point == "HANDOFF_KEPT" else (b, a)
+    assert done.returncode == (1 if owner is a else 0), done.stderr
+    with owner.open("g") as disk:
+        model.check(disk)
+        model.write(disk)
+    with connect(other.tcp) as backend, pytest.raises(MovedError, match=owner.unix):
+        backend.open("d", guest="new", follow_moves=False)
 
 
 @pytest.mark.parametrize(

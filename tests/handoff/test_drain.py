@@ -219,3 +219,22 @@ def _is_drained(host: Host) -> bool:
 
 def _state(host: Host) -> dict[str, Any]:
     return dict(host.the_daemon.request("drain-state")["drain"] or {})
+
+
+def test_guests_go_on_after_a_drain_that_could_not_be_recorded(pair: Pair, image: Path) -> None:
+    a, b = pair
+    model = Model(image, 1)
+    with a.open("g") as disk:
+        model.write(disk)
+    in_the_way = a.run_dir / "state"
+    in_the_way.write_text("no folder")
+    done = a.run("drain", "--to", b.unix)
+    assert done.returncode == 1
+    assert "cannot write" in done.stderr
+    with a.open("g") as disk:
+        model.check(disk)
+        model.write(disk)
+    in_the_way.unlink()
+    a.drain("--to", b.unix)
+    with b.open("g") as disk:
+        model.check(disk)
