@@ -21,6 +21,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any, Final
 
+from chaos_machine import FIRECRACKER, HUNG_UP, ZEROCOPY
 from domains import SUPPORT, command, plain_environment
 from page_model import PAGE, PageModel
 
@@ -55,6 +56,7 @@ class Actor(threading.Thread):
     """
 
     maps = False
+    can_move = True
 
     def __init__(self, world: World, name: str, rng: random.Random) -> None:
         super().__init__(name=name, daemon=True)
@@ -382,6 +384,7 @@ class AttachedActor(Actor):
     """A program under `cowshed attach`. It cannot be moved: it ends before a drain."""
 
     maps = True
+    can_move = False
 
     def __init__(self, world: World, name: str, rng: random.Random) -> None:
         super().__init__(world, name, rng)
@@ -402,6 +405,69 @@ class AttachedActor(Actor):
         if ended.args[0] == -7 and self.world.excuses("source", 0):
             return "killed"
         return super()._why_ended(ended)
+
+    def _forget(self) -> None:
+        self.model.forget()
+
+
+class MachineActor(Actor):
+    """A machine monitor at the image's own socket. It cannot be moved: it ends before a drain.
+
+    policy: Firecracker's protocol, or Nydus' with copies or with frames that it maps itself, which
+    it can only read.
+    """
+
+    maps = True
+    can_move = False
+
+    def __init__(self, world: World, name: str, rng: random.Random, policy: int) -> None:
+        super().__init__(world, name, rng)
+        self.policy = policy
+        self._began = 0.0
+        self._is_held = False
+
+    def _start(self, host: Host) -> None:
+        self._began, self._is_held = time.monotonic(), False
+        path = str(host.run_dir / "images" / f"{IMAGE}.sock")
+        self._spawn([sys.executable, str(SUPPORT / "chaos_machine.py"), path])
+        size = self.model.size_bytes
+        self._call("begin", image=str(host.image), size=size, policy=self.policy)
+        self.model.forget()
+
+    def _step_or_revive(self) -> None:
+        if self.policy == ZEROCOPY:
+            length = self.rng.choice((1, 700, PAGE, 3 * PAGE, 16 * PAGE))
+            offset = self.rng.randrange(self.model.size_bytes - length + 1)
+            self._try(lambda: self._read(offset, length))
+            self.nr_done += 1
+        else:
+            super()._step_or_revive()
+
+    def _read(self, offset: int, length: int) -> None:
+        super()._read(offset, length)
+        self._is_held = True  # its handshake was answered, so whoever succeeds has it
+
+    def _discard(self, first: int, nr: int) -> None:
+        if self.policy != FIRECRACKER:
+            super()._discard(first, nr)
+            return
+        self.doing = f"discard of pages {first}+{nr}"
+        self._call("discard", offset=first * PAGE, length=nr * PAGE)
+        self.model.zero(first, nr)
+
+    def _why_ended(self, ended: EndedError) -> str:
+        # A connection is held once it is accepted and seen, and not in the instant before.
+        is_early = ended.args[0] == HUNG_UP and not self._is_held
+        if is_early and self.world.excuses("death", self._began):
+            return "killed"
+        return super()._why_ended(ended)
+
+    def _recover(self, error: RefusedError, began: float) -> None:
+        # What could not be loaded is SIGBUS for a machine, of which it dies.
+        if error.number == errno.EFAULT and self.world.excuses("source", began):
+            self._revive("killed")
+        else:
+            raise error
 
     def _forget(self) -> None:
         self.model.forget()

@@ -10,6 +10,7 @@ import errno
 import json
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -21,6 +22,10 @@ from world import World
 Event = Callable[[World], None]
 
 _PHASES: Final = ("connect", "prepare", "warm", "precopy", "freeze", "commit", "moved")
+_PHASES_OF_POST_COPY: Final = (
+    *("connect", "prepare", "warm", "freeze", "commit", "push"),
+    "moved",
+)
 
 
 def _await_successor(world: World, host: ChaosHost, pid: int) -> None:
@@ -83,6 +88,47 @@ def kill_guest_and_backend(world: World) -> None:
         pid = host.kill_backend()
         _await_successor(world, host, pid)
         world.wait_progress()
+
+
+def take_over(world: World) -> None:
+    """Another program serves on at one host."""
+    host = world.rng.choice(world.hosts)
+    with world.cause("death"):
+        taker = host.begin_takeover()
+        world.note(f"{taker.pid} takes {host.name} over from {host.backend_pid}")
+        world.wait(lambda: _is_settled(host, taker), f"{taker.pid} serves at {host.name}")
+        assert taker.poll() is None, f"the takeover failed: {taker.returncode}"
+        host.end_takeover(taker)
+        world.wait_progress()
+
+
+def take_over_and_kill(world: World) -> None:
+    """One of the two dies at any time in between; the other serves on."""
+    host = world.rng.choice(world.hosts)
+    victim = world.rng.choice(("the taker", "the backend"))
+    when = time.monotonic() + 2 * world.rng.random()
+    with world.cause("death"):
+        taker = host.begin_takeover()
+        world.note(f"{taker.pid} takes {host.name} over; {victim} is killed meanwhile")
+        world.wait(lambda: time.monotonic() > when, "the time to kill has come")
+        if victim == "the taker":
+            taker.kill()
+            taker.wait()
+        else:
+            host.kill_backend()
+        world.wait(lambda: _is_settled(host, taker), f"somebody serves at {host.name}")
+        if taker.poll() is None:
+            host.end_takeover(taker)
+        world.note(f"{host.backend_pid} serves at {host.name}")
+        world.wait_progress()
+
+
+def _is_settled(host: ChaosHost, taker: subprocess.Popen[bytes]) -> bool:
+    """Whether a takeover is over, one way or the other, and somebody serves."""
+    if taker.poll() is None and not host.is_taken_over_by(taker):
+        return False
+    pid = host.status()["pid"]
+    return taker.poll() is not None or (host.is_taken_over_by(taker) and pid == host.backend_pid)
 
 
 def evict(world: World) -> None:
@@ -151,26 +197,38 @@ def drain_and_kill(world: World) -> None:
     _drain(world, world.rng.choice(("source", "target")))
 
 
-def _drain(world: World, killed: str) -> None:
+def drain_by_post_copy(world: World) -> None:
+    _drain(world, "", post_copy=True)
+
+
+def drain_by_post_copy_and_kill(world: World) -> None:
+    _drain(world, world.rng.choice(("source", "target")), post_copy=True)
+
+
+def _drain(world: World, killed: str, *, post_copy: bool = False) -> None:
     source, target = world.hosts[world.owner], world.hosts[1 - world.owner]
     uri = world.rng.choice((target.unix, target.far["tcp"]))
-    phase = world.rng.choice(_PHASES)
+    phases = _PHASES_OF_POST_COPY if post_copy else _PHASES
+    phase = world.rng.choice(phases)
     with world.paused():
         world.is_moving = True
         for actor in world.actors:
-            if actor.name == "attached":
+            if not actor.can_move:
                 actor.kill("killed")
+    how = ["--post-copy"] if post_copy else []
     world.note(
-        f"drain from {source.name} to {uri}" + (f", {killed} dies at {phase}" * bool(killed))
+        f"drain from {source.name} to {uri} {' '.join(how)}"
+        + (f", {killed} dies at {phase}" * bool(killed))
     )
     with world.cause("move"):
         done: list[subprocess.CompletedProcess[str]] = []
         command = threading.Thread(
-            target=lambda: done.append(source.run("drain", "--json", "--to", uri)), daemon=True
+            target=lambda: done.append(source.run("drain", "--json", *how, "--to", uri)),
+            daemon=True,
         )
         command.start()
         if killed:
-            _kill_at(world, source, target, killed, phase, command)
+            _kill_at(world, source, target, killed, phases[phases.index(phase) :], command)
         world.wait(lambda: not command.is_alive(), "the drain ends")
         said = done[0]
         if not killed:
@@ -195,17 +253,16 @@ def _kill_at(
     source: ChaosHost,
     target: ChaosHost,
     killed: str,
-    phase: str,
+    wanted: tuple[str, ...],
     command: threading.Thread,
 ) -> None:
-    """Kill one end once the source is in that phase, or in a later one, or the drain is over."""
-    wanted = _PHASES[_PHASES.index(phase) :]
+    """Kill one end once the source is in a phase that is wanted, or the drain is over."""
 
     def is_there() -> bool:
         state = source.request("drain-state")["drain"]
         return not command.is_alive() or (state is not None and state["phase"] in wanted)
 
-    world.wait(is_there, f"the drain comes to {phase}")
+    world.wait(is_there, f"the drain comes to {wanted[0]}")
     host = source if killed == "source" else target
     pid = host.kill_backend()
     _await_successor(world, host, pid)
@@ -241,6 +298,10 @@ EVENTS: Final[list[tuple[int, Event]]] = [
     (1, disk_is_full),
     (3, drain),
     (2, drain_and_kill),
+    (2, drain_by_post_copy),
+    (1, drain_by_post_copy_and_kill),
+    (1, take_over),
+    (1, take_over_and_kill),
 ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from certificates import Authority
-from domains import Daemon, cowshed, until
+from domains import Daemon, command, cowshed, until
 
 from cowshed.transport import connect
 
@@ -37,6 +37,9 @@ class ChaosHost:
             "--metrics=127.0.0.1:0",
             "--verbose",
         ]
+        self._arguments = arguments
+        self._keeper_since = 0
+        self.image = image
         self.daemon = Daemon(run_dir, arguments, before=ENVIRONMENT, kept=True)
         self.daemon.wait_ready()
         self.far = {
@@ -64,7 +67,8 @@ class ChaosHost:
     @property
     def keeper_pid(self) -> int:
         """The keeper is whose child, or whose watcher, the backend is."""
-        changed = re.findall(r"event=keeper-changed pid=(\d+)", self.daemon.log())
+        log = self.daemon.log()[self._keeper_since :]
+        changed = re.findall(r"event=keeper-changed pid=(\d+)", log)
         return int(changed[-1]) if changed else self.daemon.pid
 
     @property
@@ -84,6 +88,28 @@ class ChaosHost:
         pid = self.backend_pid
         os.kill(self.keeper_pid, signal.SIGHUP)
         return pid
+
+    def begin_takeover(self) -> subprocess.Popen[bytes]:
+        """Start another program that is to serve on; it logs where ours does."""
+        words = ["serve", "--run-dir", str(self.run_dir), "--takeover", *self._arguments]
+        with self.daemon.log_path.open("ab") as log:
+            return subprocess.Popen(
+                [*ENVIRONMENT, *command(*words)], stdout=log, stderr=log, start_new_session=True
+            )
+
+    def is_taken_over_by(self, taker: subprocess.Popen[bytes]) -> bool:
+        """Whether that program's backend serves."""
+        try:
+            stat = Path(f"/proc/{self.backend_pid}/stat").read_text()
+        except OSError:
+            return False
+        return int(stat.rpartition(")")[2].split()[1]) == taker.pid
+
+    def end_takeover(self, taker: subprocess.Popen[bytes]) -> None:
+        """It serves: it is the keeper that we know from now on; the last one ends."""
+        self.daemon.process.wait(60)
+        self._keeper_since = len(self.daemon.log())
+        self.daemon.process, self.daemon.pid = taker, taker.pid
 
     def request(self, op: str, **fields: Any) -> dict[str, Any]:
         with connect(self.unix) as backend:

@@ -65,6 +65,13 @@ class PageModel:
             elif not unsure and nr == PAGE:
                 self._torn.discard(page)
 
+    def zero(self, first: int, nr_pages: int) -> None:
+        """Pages were given back by who finds zeros in their place."""
+        for page in range(first, first + nr_pages):
+            self._note(page, "zeroed")
+            self._set(page, [bytes(PAGE)])
+            self._torn.discard(page)
+
     def discard(self, first: int, nr_pages: int, *, unsure: bool = False) -> None:
         for page in range(first, first + nr_pages):
             self._note(page, "discarded" + " perhaps" * unsure)

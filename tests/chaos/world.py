@@ -15,8 +15,18 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlencode
 
-from actors import IMAGE, Actor, AttachedActor, BlockActor, FarActor, MappedActor, OverError
+from actors import (
+    IMAGE,
+    Actor,
+    AttachedActor,
+    BlockActor,
+    FarActor,
+    MachineActor,
+    MappedActor,
+    OverError,
+)
 from certificates import Authority
+from chaos_machine import FIRECRACKER, NYDUS_COPY, ZEROCOPY
 from domains import write_image
 from hosts import ChaosHost
 from page_model import PAGE
@@ -63,8 +73,14 @@ class World:
             lambda name, rng: FarActor(self, name, rng, "tls"),
             lambda name, rng: BlockActor(self, name, rng),
             lambda name, rng: AttachedActor(self, name, rng),
+            lambda name, rng: MachineActor(self, name, rng, FIRECRACKER),
+            lambda name, rng: MachineActor(self, name, rng, NYDUS_COPY),
+            lambda name, rng: MachineActor(self, name, rng, ZEROCOPY),
         ]
-        names = ("follows", "mapped", "tcp", "tls", "nbd", "attached")
+        names = (
+            *("follows", "mapped", "tcp", "tls", "nbd", "attached"),
+            *("firecracker", "nydus", "zerocopy"),
+        )
         for name, make in zip(names, makers, strict=True):
             self.actors.append(make(name, random.Random(f"{seed}:{name}")))
 

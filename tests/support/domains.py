@@ -76,7 +76,9 @@ class Daemon:
         self.run_dir = run_dir
         self.uri = f"unix://{run_dir}/cowshed.sock"
         self.log_path = run_dir / "log"
-        with self.log_path.open("wb") as log:
+        self.log_path.write_bytes(b"")
+        # Others may write behind what it writes: who takes over from it, say.
+        with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [
                     *before,
