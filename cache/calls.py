@@ -25,9 +25,10 @@ _KINDS: dict[int, type[Exception]] = {
 def checked(result: int, what: str) -> int:
     """Return result if it is not negative; else raise what -errno stands for.
 
-    what says, in words, what was being done and to what; the reason is appended.
+    what says, in words, what was being done and to what; the reason is appended, and the OSError
+    that it is of is the exception's cause.
     """
     if result >= 0:
         return result
     kind = _KINDS.get(-result, SourceError)
-    raise kind(f"{what}: {os.strerror(-result)}")
+    raise kind(f"{what}: {os.strerror(-result)}") from OSError(-result, os.strerror(-result))

@@ -292,6 +292,7 @@ class Daemon:
         if config.metrics is not None:
             self._serve_metrics(stack)
         self._let_go(remains)
+        door.set_aside(len(os.listdir("/proc/self/fd")))
 
     def _listen(self) -> AnyListener:
         path = socket_path(self.config.run_dir)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from cowshed.accounting.handoff import Phase
-from cowshed.cache import Image, PageStore, UsageError
+from cowshed.cache import CapacityError, Image, PageStore, UsageError
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.handoff.dial import dial_target
 from cowshed.service.handoff.door import HandoffDoor
@@ -251,7 +251,11 @@ class HandoffService:
             post_copy=post_copy,
         )
         self._drain = drain
-        drain.start()
+        try:
+            drain.start()
+        except CapacityError:
+            self._drain = before
+            raise
         while not drain.over.wait(_REPORT_SECONDS):
             yield {"progress": drain.report()}
         if drain.dry_run:

@@ -1,58 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""accept(2) that never leaves a loop spinning: a peer that cannot be taken is turned away."""
+"""accept(2) that never leaves a loop spinning: a peer that there is no room for is taken too.
+
+A few descriptors are kept in reserve. Without them a peer that waits while there are no descriptors
+left could not even be told so, and would wake the loop for ever.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
 from typing import Any, Final
 
-__all__ = ["Acceptor"]
+__all__ = ["NO_ROOM", "NR_SPARE", "Acceptor"]
 
-_NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+NR_SPARE: Final = 4
 
 
 class Acceptor:
     """Takes peers at listening sockets, which stay their owner's.
 
-    Keeps one descriptor in reserve. Without it a peer that waits while there are no descriptors
-    left could not even be refused, and would wake the loop for ever.
+    Invariant: _spare has NR_SPARE descriptors, less those that peers without room were taken with
+    and that are not refilled yet.
     """
 
     def __init__(self) -> None:
-        self._reserve = _spare()
+        self._spare: list[int] = []
+        self.refill()
 
     def accept(self, listener: socket.socket) -> tuple[socket.socket, Any] | None:
         """Take a peer that waits, and its address; None if there is none, or it was turned away.
 
         Raises OSError only if listener is closed, or no socket.
         """
+        taken = self.accept_any(listener)
+        if taken is None or taken[2] == 0:
+            return None if taken is None else taken[:2]
+        taken[0].close()
+        self.refill()
+        return None
+
+    def accept_any(self, listener: socket.socket) -> tuple[socket.socket, Any, int] | None:
+        """Take a peer that waits, its address, and 0; or the errno that leaves it no room.
+
+        Such a peer has a descriptor of the reserve: tell it why, close it, and refill().
+        """
+        self.refill()
         try:
-            return listener.accept()
+            return (*listener.accept(), 0)
         except OSError as error:
-            if error.errno in _NO_ROOM:
-                self._turn_away(listener)
-            elif error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
+            if error.errno in NO_ROOM:
+                return self._accept_with_spare(listener, error.errno)
+            if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
                 raise
             return None  # nobody there, or gone again: accept(2) passes on errors of the network
 
-    def _turn_away(self, listener: socket.socket) -> None:
-        if self._reserve >= 0:
-            os.close(self._reserve)
-            self._reserve = -1
-        with contextlib.suppress(OSError):
-            listener.accept()[0].close()
-        with contextlib.suppress(OSError):
-            self._reserve = _spare()
+    def _accept_with_spare(
+        self, listener: socket.socket, why: int
+    ) -> tuple[socket.socket, Any, int] | None:
+        if not self._spare:
+            return None
+        os.close(self._spare.pop())
+        try:
+            return (*listener.accept(), why)
+        except OSError:
+            self.refill()
+            return None
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether a peer could be taken without room for it."""
+        return bool(self._spare)
+
+    def refill(self) -> None:
+        """Have the reserve full again, as far as there are descriptors."""
+        while len(self._spare) < NR_SPARE:
+            try:
+                self._spare.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+            except OSError:
+                return
 
     def close(self) -> None:
         """Give the reserve back; nothing twice."""
-        if self._reserve >= 0:
-            os.close(self._reserve)
-            self._reserve = -1
-
-
-def _spare() -> int:
-    return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        while self._spare:
+            os.close(self._spare.pop())

@@ -26,8 +26,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
-from cowshed.cache.errors import CapacityError, PeerError, PeerGoneError
+from cowshed.cache.errors import CapacityError, CowshedError, PeerError, PeerGoneError
+from cowshed.transport.acceptor import NO_ROOM
 from cowshed.transport.foreign_fds import SCM_MAX_FDS, close_foreign, is_full
+from cowshed.transport.no_room import no_room
 from cowshed.transport.protocol import (
     MAX_FDS,
     MAX_PACKET_BYTES,
@@ -42,7 +44,7 @@ MAX_QUEUED_BYTES: Final = 4 << 20
 MAX_QUEUED_FDS: Final = 64
 MAX_PACKETS_AT_ONCE: Final = 32
 SO_PEERPIDFD: Final = 77  # Linux 6.5; Python has no name for it
-_GONE: Final = (errno.EPIPE, errno.ECONNRESET)
+GONE: Final = (errno.EPIPE, errno.ECONNRESET)
 _UCRED: Final = struct.Struct("3i")
 _FD_BYTES: Final = array.array("i").itemsize
 
@@ -82,6 +84,8 @@ class Peer(NamedTuple):
 class Connection:
     """One connected sequenced-packet socket, owned: close() closes it.
 
+    no_room is the errno for which the peer is to be turned away, 0 if it is not (accept_any).
+
     Invariants: (1) descriptors in _arrived belong to the decoder's unfinished message, and are none
     without one; those in _taken to the
     messages there; (2) _queued_bytes and _queued_fds are the sums over _queue.
@@ -106,6 +110,8 @@ class Connection:
         self._queued_fds = 0
         self._next_tag = 1
         self._peer: Peer | None = None
+        self._was_reset = False
+        self.no_room = 0
 
     def limit(self, receive_bytes: int, send_bytes: int) -> None:
         """Bound messages from now on; to be called between messages."""
@@ -153,6 +159,16 @@ class Connection:
             pid, uid, gid = _UCRED.unpack(raw)
             self._peer = Peer(pid, uid, gid, pidfd)
         return self._peer
+
+    def look_at_peer(self) -> int:
+        """Have peer known; the errno if there is no descriptor for it, and 0 if there is."""
+        if self.peer.pidfd is None:
+            try:
+                pidfd = self._socket.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+            except OSError as error:
+                return error.errno if error.errno in NO_ROOM else 0
+            self._peer = self.peer._replace(pidfd=pidfd)
+        return 0
 
     @property
     def identity(self) -> str:
@@ -275,7 +291,7 @@ class Connection:
             except BlockingIOError:
                 return False
             except OSError as error:
-                kind = PeerGoneError if error.errno in _GONE else PeerError
+                kind = PeerGoneError if error.errno in GONE else PeerError
                 raise kind(f"cannot send to the peer: {error.strerror}") from error
             self._queue.popleft()
             self._queued_bytes -= len(packet)
@@ -287,7 +303,8 @@ class Connection:
         """Give the messages that are there, in order; EOF once all are taken and the peer closed.
 
         Takes at most MAX_PACKETS_AT_ONCE packets, so that one peer cannot hold up the others: what
-        is left keeps fileno() readable. Raises PeerError as soon as the peer breaks a rule.
+        is left keeps fileno() readable. Raises PeerError as soon as the peer breaks a rule, and
+        CapacityError if this process had no room for descriptors that came.
         """
         messages = list(self._taken)
         self._taken.clear()
@@ -299,7 +316,7 @@ class Connection:
                 if got is None:
                     break
                 messages += got
-        except PeerError:
+        except CowshedError:
             for message in messages:
                 message.close_fds()
             raise
@@ -315,23 +332,31 @@ class Connection:
         except BlockingIOError:
             return None
         except OSError as error:
-            kind = PeerGoneError if error.errno in _GONE else PeerError
+            if error.errno == errno.ECONNRESET and not self._was_reset:
+                # It hung up on what we sent; what it said before that is there still.
+                self._was_reset = True
+                return self._receive()
+            kind = PeerGoneError if error.errno in GONE else PeerError
             raise kind(f"cannot receive from the peer: {error.strerror}") from error
         nr_fds = self._take_fds(ancillary)
         try:
             if flags & socket.MSG_TRUNC:
                 raise PeerError(f"peer sent a packet of more than {MAX_PACKET_BYTES} bytes")
-            if flags & socket.MSG_CTRUNC or nr_fds > MAX_FDS:
-                raise PeerError(f"peer sent more than {MAX_FDS} descriptors, or more than fit here")
+            if nr_fds > MAX_FDS:
+                raise PeerError(f"peer sent more than {MAX_FDS} descriptors")
+            if flags & socket.MSG_CTRUNC:  # the kernel had no more numbers to give
+                raise CapacityError(no_room(errno.EMFILE))
             if nr_fds and is_full():
                 raise PeerError("descriptors that peers sent wait to be closed: no more are taken")
             if length == 0:
                 # The end, or an empty packet, which looks the same and which no peer of ours sends.
                 if self._decoder.unfinished or nr_fds:
                     raise PeerError("peer closed the connection in the middle of a message")
+                if self._was_reset:
+                    raise PeerGoneError("peer closed the connection, and took no more of ours")
                 return EOF
             messages = self._decoder.feed(packet[:length], nr_fds)
-        except PeerError:
+        except CowshedError:
             close_foreign(self._arrived)
             raise
         if not messages:

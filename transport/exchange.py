@@ -45,6 +45,11 @@ def _greet_once(uri: str, timeout: float) -> Connection:
     try:
         try:
             reply = ask(connection, "hello", {"version": VERSION, "features": []}, timeout=timeout)
+        except PeerGoneError as error:
+            raise _DiedError(
+                f"the backend at {uri.partition('?')[0]} hung up before it said anything: it is "
+                "ending, or it turned us away; its log says which"
+            ) from error
         except PeerError as error:
             raise _DiedError(str(error)) from error
         version = take_number(reply, "version")
@@ -118,9 +123,12 @@ def ask_stream(
     tag = connection.queue({"op": op, **fields}, fds)
     finished = False
     try:
-        connection.drain(timeout)
+        with contextlib.suppress(PeerGoneError):  # it may have said why before it hung up
+            connection.drain(timeout)
         while not finished:
             body, reply_fds, reply_tag = connection.recv(timeout)
+            if reply_tag == 0 and body.get("ok") is False:
+                reply_tag = tag  # it could not make out which request it has no room for
             if reply_tag < tag:
                 # A successor cannot know whether we have its predecessor's reply: it said so again.
                 close_all(reply_fds)
@@ -130,8 +138,11 @@ def ask_stream(
                 raise PeerError(f"the backend answered request {reply_tag} instead of {tag}")
             finished = "progress" not in body
             yield body, reply_fds
+    except PeerGoneError as error:
+        why = "the backend ended, or dropped us: see its log"
+        raise PeerGoneError(f"{op}: {error}; {why}") from error
     except PeerError as error:
-        raise type(error)(f"{op}: {error}; is the backend running?") from error
+        raise type(error)(f"{op}: {error}; is the backend stopped, or overloaded?") from error
     finally:
         if not finished:
             connection.close()

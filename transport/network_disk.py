@@ -31,6 +31,10 @@ _PAUSE_SECONDS: Final = 0.05
 _MOVES_AT_ONCE: Final = 4
 
 
+class _FullError(CapacityError):
+    """The backend has no room for another connection."""
+
+
 def open_by_bytes(
     uri: str,
     request: Body,
@@ -66,8 +70,10 @@ def open_by_bytes(
                 # The guest is there already; but two may send it on to each other for ever.
                 if nr_moves <= _MOVES_AT_ONCE:
                     continue
-            except CapacityError:
-                # Our last connection is not quite gone there.
+            except CapacityError as error:
+                # Our last connection is not quite gone there; or who is open waits for room.
+                if isinstance(error, _FullError) and not is_open:
+                    raise
                 if time.monotonic() + _PAUSE_SECONDS > deadline:
                     raise
             time.sleep(_PAUSE_SECONDS)
@@ -83,7 +89,10 @@ def open_by_bytes(
 
 
 def _dial(uri: str, fields: Body, deadline: float) -> Dialled:
-    connection = greet(uri, _left(deadline))
+    try:
+        connection = greet(uri, _left(deadline))
+    except CapacityError as error:
+        raise _FullError(str(error)) from error
     try:
         reply = ask(connection, "open", fields, timeout=_left(deadline))
         dialled: dict[str, Any] = {

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import select
 import socket
 import threading
@@ -65,8 +66,15 @@ class Relay:
         on_end: Callable[[str], None] = lambda _: None,
         came_before: bytes = b"",
     ) -> None:
-        """Begin to carry; came_before is plaintext that session gave already."""
-        self.inner, self._plain = socket.socketpair()
+        """Begin to carry; came_before is plaintext that session gave already.
+
+        Raises OSError, and sock is closed, if there is no descriptor or no thread for it.
+        """
+        try:
+            self.inner, self._plain = socket.socketpair()
+        except OSError:
+            sock.close()
+            raise
         for end in (self._plain, sock):
             end.setblocking(False)
         self._sock = sock
@@ -84,7 +92,7 @@ class Relay:
         except RuntimeError as error:  # at the limit of threads
             for end in (self._sock, self._plain, self.inner):
                 end.close()
-            raise OSError(errno.EAGAIN, "no thread for a TLS connection") from error
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
 
     def stop(self) -> None:
         """Break the connection off; the thread ends soon. From any thread, also after the end."""

@@ -39,6 +39,12 @@ class AnyListener(Protocol):
     def accept(self) -> Connection | None:
         """Take a peer that waits, without waiting; None if there is none."""
 
+    def accept_any(self) -> Connection | None:
+        """Take a peer likewise, even one that there is no room for: its no_room says why."""
+
+    def refill(self) -> None:
+        """A peer without room is closed: have its descriptor for the next one."""
+
     def close(self) -> None:
         """Stop listening; nothing twice."""
 

@@ -12,8 +12,8 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
-from cowshed.cache.errors import PeerError, UsageError
-from cowshed.transport.connection import EOF, Connection, Eof, Peer, Received
+from cowshed.cache.errors import PeerError, PeerGoneError, UsageError
+from cowshed.transport.connection import EOF, GONE, Connection, Eof, Peer, Received
 from cowshed.transport.protocol import MAX_REPLY_BYTES
 from cowshed.transport.stream_decoder import StreamDecoder
 from cowshed.transport.tls import TlsSession
@@ -95,7 +95,8 @@ class StreamConnection(Connection):
         except BlockingIOError:
             return False
         except OSError as error:
-            raise PeerError(f"cannot send to the peer: {error.strerror}") from error
+            kind = PeerGoneError if error.errno in GONE else PeerError
+            raise kind(f"cannot send to the peer: {error.strerror}") from error
 
     def _flush_plain(self) -> bool:
         while self._queue:
@@ -149,7 +150,8 @@ class StreamConnection(Connection):
         except BlockingIOError:
             return None
         except OSError as error:
-            raise PeerError(f"cannot receive from the peer: {error.strerror}") from error
+            kind = PeerGoneError if error.errno in GONE else PeerError
+            raise kind(f"cannot receive from the peer: {error.strerror}") from error
         ended = not arrived
         if self._tls is not None and arrived:
             try:

@@ -117,16 +117,34 @@ class StreamListener:
 
     def accept(self) -> StreamConnection | None:
         """Take a peer that waits; None if there is none, or it had to be turned away."""
-        taken = self._acceptor.accept(self._socket)
+        connection = self.accept_any()
+        if connection is None or not connection.no_room:
+            return connection
+        connection.close()
+        self._acceptor.refill()
+        return None
+
+    def refill(self) -> None:
+        """A peer without room is closed: have its descriptor for the next one."""
+        self._acceptor.refill()
+
+    def accept_any(self) -> StreamConnection | None:
+        """Take a peer that waits, even one that there is no room for (no_room); None if none does.
+
+        Tell such a peer why, close it, and refill().
+        """
+        taken = self._acceptor.accept_any(self._socket)
         if taken is None:
             return None
-        sock, name = taken
+        sock, name, no_room = taken
         if not self._is_vsock:
             tune(sock)
         host = f"[{name[0]}]" if ":" in str(name[0]) else name[0]
         tls = TlsSession(self._context, server_side=True) if self._context else None
         where = f"{self.scheme}://{host}:{name[1]}"
-        return StreamConnection(sock, where, tls, MAX_REQUEST_BYTES, MAX_REPLY_BYTES)
+        connection = StreamConnection(sock, where, tls, MAX_REQUEST_BYTES, MAX_REPLY_BYTES)
+        connection.no_room = no_room
+        return connection
 
     def close(self) -> None:
         """Close the socket; nothing twice."""

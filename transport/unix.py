@@ -62,8 +62,28 @@ class Listener:
 
     def accept(self) -> Connection | None:
         """Take a peer that waits; None if there is none, or it had to be turned away."""
-        taken = self._acceptor.accept(self._socket)
-        return None if taken is None else Connection(taken[0], MAX_REQUEST_BYTES, MAX_REPLY_BYTES)
+        connection = self.accept_any()
+        if connection is None or not connection.no_room:
+            return connection
+        connection.close()
+        self._acceptor.refill()
+        return None
+
+    def accept_any(self) -> Connection | None:
+        """Take a peer that waits, even one that there is no room for (no_room); None if none does.
+
+        Tell such a peer why, close it, and refill().
+        """
+        taken = self._acceptor.accept_any(self._socket)
+        if taken is None:
+            return None
+        connection = Connection(taken[0], MAX_REQUEST_BYTES, MAX_REPLY_BYTES)
+        connection.no_room = taken[2] or connection.look_at_peer()
+        return connection
+
+    def refill(self) -> None:
+        """A peer without room is closed: have its descriptor for the next one."""
+        self._acceptor.refill()
 
     def close(self) -> None:
         """Close the socket and remove its path, unless that is another's by now; nothing twice."""

@@ -38,6 +38,7 @@ enum point {
 	POINT_WAKE_GUEST,       /* a fault thread is about to be woken; an error: it is not */
 	POINT_WAKE_NBD,         /* a connection is put in line, and a thread about to be woken for it; an error: none is */
 	POINT_WAKE_NBD_ENDED,   /* a connection ended, and the daemon is about to be told; an error: it is not */
+	POINT_GUEST_THREAD,     /* a guest's fault thread is about to be started; an error: it cannot be */
 	POINT_NR
 };
 

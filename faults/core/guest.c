@@ -337,10 +337,13 @@ int guest_set_orders(struct guest *guest, const struct guest_orders *orders)
 static int thread_start(struct guest *guest)
 {
 	pthread_attr_t attr;
+	int err = point_reach(POINT_GUEST_THREAD);
 
+	if (err < 0)
+		return err;
 	pthread_attr_init(&attr);
 	pthread_attr_setstacksize(&attr, GUEST_STACK_BYTES);
-	int err = pthread_create(&guest->thread, &attr, guest_main, guest);
+	err = pthread_create(&guest->thread, &attr, guest_main, guest);
 	pthread_attr_destroy(&attr);
 	return -err;
 }

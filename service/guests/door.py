@@ -13,6 +13,7 @@ from collections.abc import Hashable
 from typing import Final
 
 from cowshed.transport.foreign_fds import is_full
+from cowshed.transport.no_room import no_room
 
 __all__ = ["Door"]
 
@@ -20,6 +21,8 @@ __all__ = ["Door"]
 # to spare.
 _FDS_PER_GUEST: Final = 10
 _FDS_OF_OURS: Final = 128
+# Images that come, files that are looked into, reserves.
+_FDS_TO_COME: Final = 64
 # Places that only operators get.
 _RESERVED: Final = 16
 
@@ -32,7 +35,8 @@ class Door:
     """
 
     def __init__(self, max_files: int) -> None:
-        self._max_files = max((_RESERVED + 2) * _FDS_PER_GUEST, max_files - _FDS_OF_OURS)
+        self._limit: Final = max_files
+        self._max_files = self._places(_FDS_OF_OURS)
         self._nr_files: Counter[Hashable] = Counter()
         self._nr_inside: Counter[Hashable] = Counter()
         self._operators: Final = {0, os.geteuid()}
@@ -43,20 +47,36 @@ class Door:
         who is a uid, or what names an address.
         """
         nr_taken = self._nr_files.total() + nr_files
+        nr_places = self._max_files
         if who not in self._operators:
             if is_full():
-                return "descriptors that peers sent wait to be closed"
-            nr_common = self._max_files - _RESERVED * _FDS_PER_GUEST
-            if self._nr_files[who] + nr_files > nr_common // 2:
+                return no_room("descriptors that peers sent wait to be closed")
+            nr_places -= _RESERVED * _FDS_PER_GUEST
+            if self._nr_files[who] + nr_files > nr_places // 2:
                 name = f"uid {who}" if isinstance(who, int) else str(who)
-                return f"{name} has {self._nr_inside[who]} connections open"
-            if nr_taken > nr_common:
-                return f"{self._nr_inside.total()} connections are open"
-        elif nr_taken > self._max_files:
-            return f"{self._nr_inside.total()} connections are open"
+                return self._refusal(f"{name} has {self._nr_inside[who]} connections open")
+        if nr_taken > nr_places:
+            return self._refusal(f"{self._nr_inside.total()} connections are open")
         self._nr_files[who] += nr_files
         self._nr_inside[who] += 1
         return ""
+
+    def _refusal(self, why: str) -> str:
+        return no_room(
+            f"{why}, and the backend's limit of open files ({self._limit}) allows no more; close "
+            "some, or raise it (LimitNOFILE=, ulimit -n)"
+        )
+
+    def set_aside(self, nr_files: int) -> None:
+        """Count what the daemon has open itself, if that is more than was thought.
+
+        nr_files are all that are open, those of connections that are in included.
+        """
+        nr_ours = nr_files - self._nr_files.total() + _FDS_TO_COME
+        self._max_files = self._places(max(_FDS_OF_OURS, nr_ours))
+
+    def _places(self, nr_ours: int) -> int:
+        return max((_RESERVED + 2) * _FDS_PER_GUEST, self._limit - nr_ours)
 
     def readmit(self, who: Hashable, nr_files: int = _FDS_PER_GUEST) -> None:
         """Count a connection that our predecessor let in, however many there are."""

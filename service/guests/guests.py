@@ -31,6 +31,7 @@ from cowshed.cache import Image, UsageError
 from cowshed.cache.images import PAGE_BYTES
 from cowshed.faults import FaultHandler, Orders, SupplyHandler, SupplyTerms
 from cowshed.service.settings.names import find_for_operator
+from cowshed.transport.no_room import taking_in
 
 __all__ = ["Guest", "GuestTable", "Mapping", "Peer", "Terms"]
 
@@ -237,10 +238,12 @@ class GuestTable:
         """Give the attached guest that NAME or DOMAIN/NAME means; UsageError if not just one."""
         return find_for_operator(self, text, "guest")
 
+    @taking_in()
     def reserve(self, terms: Terms, peer: Peer) -> Guest:
         """Make a guest for a connection that is about to attach, or let it join the one there is.
 
-        UsageError if the name is taken; whose it is only root is told. release() it once.
+        UsageError if the name is taken; whose it is only root is told. CapacityError if there is
+        no room for it. release() it once.
         """
         with self.lock:
             guest = self._guests.get(terms.key)
@@ -303,6 +306,7 @@ class GuestTable:
         with self.lock:
             self._kept_names.discard(terms.key)
 
+    @taking_in()
     def attach(
         self,
         guest: Guest,
@@ -321,7 +325,8 @@ class GuestTable:
         inherited memory came over fork: what is private in it is charged. On failure nothing is
         left of the mapping. seeds are private pages that it begins with: a file that has them, and
         their bitmap (Account.seed). With supply its pages are copied into memory of its own; fds
-        may then be [uffd] alone. Raises UsageError for regions that make no sense (Account.place).
+        may then be [uffd] alone. Raises UsageError for regions that make no sense (Account.place),
+        CapacityError if there is no descriptor, thread or memory for it.
         """
         with contextlib.ExitStack() as stack:
             account = Account(guest.image, guest.purse)

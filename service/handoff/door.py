@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from cowshed.accounting import LatePages
 from cowshed.accounting.handoff import Action, Event, Handoff, Phase, Role
-from cowshed.cache import CowshedError, PageStore, PeerError
+from cowshed.cache import CapacityError, CowshedError, PageStore, PeerError
 from cowshed.service.handoff.arriving import Arrival
 from cowshed.service.handoff.image_intake import ImageIntake, Publish
 from cowshed.service.handoff.link import Link
@@ -42,6 +42,7 @@ from cowshed.transport.handoff_sections import (
     WorkingSetSection,
 )
 from cowshed.transport.messages import take_number, take_text
+from cowshed.transport.no_room import start_thread
 
 __all__ = ["HandoffDoor"]
 
@@ -102,9 +103,16 @@ class HandoffDoor:
         return Receiver(self._store, self._evictor, self._overlays, self._load, intake)
 
     def begin(self, link: Link, whose: str) -> None:
-        """Receive in a thread what comes over a link, now its own; whose is for the log."""
+        """Receive in a thread what comes over a link, now its own; whose is for the log.
+
+        CapacityError, and the link is closed, if there is no thread for it.
+        """
         reception = _Reception(self, link, whose)
-        threading.Thread(target=reception.run, name="handoff", daemon=True).start()
+        try:
+            start_thread(threading.Thread(target=reception.run, name="handoff", daemon=True))
+        except CapacityError:
+            link.close()
+            raise
 
     def stop(self) -> None:
         """Let go of everything that is not ours yet."""

@@ -36,6 +36,7 @@ from cowshed.service.runtime.stops import stop_at
 from cowshed.service.settings.domains import DomainMembers
 from cowshed.transport.handoff_sections import StateReader, Word
 from cowshed.transport.messages import take_number
+from cowshed.transport.no_room import start_thread
 
 __all__ = ["Drain", "DrainHost", "StoppedError", "say_blockers"]
 
@@ -167,9 +168,9 @@ class Drain:
         return self._machine.phase
 
     def start(self) -> None:
-        """Begin, in a thread."""
+        """Begin, in a thread; CapacityError if there is none."""
         self._note()
-        self._thread.start()
+        start_thread(self._thread)
 
     def abort(self) -> None:
         """Have it stop and roll back; UsageError, and nothing is done, once it cannot any more."""

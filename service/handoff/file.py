@@ -28,6 +28,7 @@ from cowshed.transport.handoff_sections import (
     StateReader,
     WorkingSetSection,
 )
+from cowshed.transport.no_room import start_thread
 
 __all__ = ["export_state", "import_state"]
 
@@ -169,7 +170,7 @@ def _watched(
             failed.append(error)
 
     thread = threading.Thread(target=run, name="export", daemon=True)
-    thread.start()
+    start_thread(thread)
     try:
         while thread.is_alive():
             thread.join(_REPORT_SECONDS)

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import array
-import contextlib
+import errno
 import os
 import socket
 import struct
 from collections import deque
 from typing import Final, NamedTuple
 
-from cowshed.cache import PeerError
+from cowshed.cache import CapacityError, PeerError
+from cowshed.transport.acceptor import NO_ROOM
 from cowshed.transport.foreign_fds import SCM_MAX_FDS, close_foreign, is_full
 from cowshed.transport.handshakes import Handshake, HandshakeDecoder, Request
+from cowshed.transport.no_room import no_room
 
 __all__ = ["HandshakePeer", "Incoming"]
 
@@ -38,9 +40,10 @@ class HandshakePeer:
     record, a descriptor that is to live as long (or -1).
 
     pid, uid and gid are told by the kernel, as they were when the peer connected; pidfd is None if
-    the kernel has none to give. Messages that come whole are looked at and left where they are
-    until take_seen(), so that they outlive us. Invariants: _arrived are the decoder's nr_fds
-    descriptors; while _nr_seen, the bytes looked at, is not 0, the decoder is between messages.
+    the kernel has none to give; no_room is the errno if it had no number for it. Messages that
+    come whole are looked at and left where they are until take_seen(), so that they outlive us.
+    Invariants: _arrived are the decoder's nr_fds descriptors; while _nr_seen, the bytes looked at,
+    is not 0, the decoder is between messages.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -54,8 +57,11 @@ class HandshakePeer:
         packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         self.pid, self.uid, self.gid = _UCRED.unpack(packed)
         self.pidfd: int | None = None
-        with contextlib.suppress(OSError):  # an older kernel, or the peer is gone and reaped
+        self.no_room = 0
+        try:
             self.pidfd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+        except OSError as error:  # else an older kernel, or the peer is gone and reaped
+            self.no_room = error.errno if error.errno in NO_ROOM else 0
 
     @property
     def is_busy(self) -> bool:
@@ -98,8 +104,10 @@ class HandshakePeer:
         except OSError as error:
             raise PeerError(f"cannot receive from the peer: {error.strerror}") from error
         self._arrived += fds
-        if is_cut or len(fds) > _MAX_FDS:
-            raise PeerError(f"more than {_MAX_FDS} descriptors came, or more than fit here")
+        if is_cut:  # the kernel had no more numbers to give
+            raise CapacityError(no_room(errno.EMFILE))
+        if len(fds) > _MAX_FDS:
+            raise PeerError(f"more than {_MAX_FDS} descriptors came")
         if fds and is_full():
             raise PeerError("descriptors that peers sent wait to be closed: no more are taken")
         if not piece:

@@ -27,6 +27,7 @@ from cowshed.cache import CowshedError, Image, PeerError, UsageError
 from cowshed.faults import Orders, SupplyHandler
 from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
+from cowshed.service.guests.turned_away import what_failed
 from cowshed.service.guests.userfaultfd import check_supplied_uffd, open_pagemap
 from cowshed.service.machines.bequests import Caller, MachineBequests, MachineHeir
 from cowshed.service.machines.handshake_peer import HandshakePeer
@@ -53,6 +54,7 @@ from cowshed.transport.handshakes import (
     stat_reply,
 )
 from cowshed.transport.messages import MovedError
+from cowshed.transport.no_room import no_room
 
 __all__ = ["ImageSockets", "shown_ranges"]
 
@@ -162,11 +164,16 @@ class ImageSockets:
         self._loop.watch(listener.fileno(), READ, lambda *_: self._on_connect(listener, image))
 
     def _on_connect(self, listener: socket.socket, image: Image) -> None:
-        taken = self._acceptor.accept(listener)
+        taken = self._acceptor.accept_any(listener)
         if taken is None:
             return
         reach("MACHINE_ACCEPTED")
         peer = HandshakePeer(taken[0])
+        if number := taken[2] or peer.no_room:
+            # Neither protocol has words for it: the log alone says why.
+            self._turn_away(peer, image, "limit", no_room(number))
+            self._acceptor.refill()
+            return
         # Before anything is told: its size too is for those alone who may use the image.
         if why := self._refusal(peer, image):
             self._turn_away(peer, image, "handshake", why)
@@ -231,7 +238,8 @@ class ImageSockets:
             else:
                 self._send(client)
         except (CowshedError, OSError) as error:
-            self._drop(client, "protocol", str(error))
+            of_ours, why = what_failed(error)
+            self._drop(client, "limit" if of_ours else "protocol", why)
 
     def _handle(self, client: _Client, request: object, uffd: int) -> None:
         if isinstance(request, StatRequest):

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import time
 from collections.abc import Iterator
 from typing import Any, Final
 
-from cowshed.cache import PeerError
+from cowshed.cache import CapacityError, PeerError
 from cowshed.cache.errors import PeerGoneError
 from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import Guest, Terms
+from cowshed.service.guests.turned_away import TurnedAway, what_failed
 from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.native.carried import CarriedOver
 from cowshed.service.native.sessions import Session, SessionHost
@@ -22,12 +22,12 @@ from cowshed.service.runtime.loop import READ, WRITE, Loop
 from cowshed.service.runtime.test_points import reach
 from cowshed.transport import EOF, AnyListener
 from cowshed.transport.messages import error_reply
+from cowshed.transport.no_room import no_room
 
 __all__ = ["GuestDoor"]
 
 _log = EventLog("cowshed")
 
-_NO_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 _LOOK_SECONDS: Final = 1.0
 _EARLY_SECONDS: Final = 0.05
 
@@ -49,6 +49,7 @@ class GuestDoor:
         self._tallies = tallies
         self._loop = loop
         self._sessions: dict[int, Session] = {}
+        self._turned_away = TurnedAway(loop, listener.refill)
         loop.watch(listener.fileno(), READ, self._on_connect)
         loop.after_calls(self._send_all)
         loop.every(_LOOK_SECONDS, self._look_after)
@@ -63,6 +64,7 @@ class GuestDoor:
                 session.mapping.handler.spoil()
             session.end()
         self._sessions.clear()
+        self._turned_away.close()
 
     def tell(self, guest: Guest, event: dict[str, Any]) -> None:
         """Send a guest something it did not ask for, on each of its connections."""
@@ -123,15 +125,19 @@ class GuestDoor:
                 carried.give(session.connection, is_greeted=session.is_greeted)
 
     def _on_connect(self, *_: int) -> None:
-        connection = self._listener.accept()
+        connection = self._listener.accept_any()
         if connection is None:
             return
         reach("GUEST_CAME")
-        if refusal := self._door.enter(connection.peer.uid):
-            peer = connection.peer
+        peer = connection.peer
+        if connection.no_room:
+            refusal = no_room(connection.no_room)
+        else:
+            refusal = self._door.enter(peer.uid)
+        if refusal:
             self._tallies.note_dropped("limit")
             _log.warning("turned-away", refusal, pid=peer.pid, uid=peer.uid)
-            connection.close()
+            self._turned_away.add(connection, refusal)
             return
         session = Session(connection, self._host)
         fd = connection.fileno()
@@ -161,11 +167,11 @@ class GuestDoor:
                 self._loop.once(_EARLY_SECONDS, lambda: self._open_again(fd, session))
         except PeerGoneError as error:
             self._lose(fd, error)
-        except (PeerError, OSError) as error:
-            # OSError: no descriptors left, say. Whoever asked for them pays, not the daemon.
-            of_ours = isinstance(error, OSError) and error.errno in _NO_RESOURCES
-            self._say_dropped(session, "limit" if of_ours else "protocol", str(error))
-            self._say_goodbye(session, error, tag)
+        except (PeerError, CapacityError, OSError) as error:
+            # No descriptors left, say. Whoever asked for them pays, not the daemon.
+            of_ours, why = what_failed(error)
+            self._say_dropped(session, "limit" if of_ours else "protocol", why)
+            self._say_goodbye(session, error_reply("capacity" if of_ours else "peer", why), tag)
             self._end(fd)
 
     def _open_again(self, fd: int, session: Session) -> None:
@@ -206,9 +212,9 @@ class GuestDoor:
             session.note_sent()
         self._loop.change(fd, READ if done else READ | WRITE)
 
-    def _say_goodbye(self, session: Session, error: Exception, tag: int) -> None:
+    def _say_goodbye(self, session: Session, reply: dict[str, Any], tag: int) -> None:
         with contextlib.suppress(PeerError):
-            session.connection.queue(error_reply("peer", str(error)), tag=tag)
+            session.connection.queue(reply, tag=tag)
             session.connection.flush()
 
     def _lose(self, fd: int, error: PeerError | None = None) -> None:

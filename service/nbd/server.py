@@ -33,9 +33,10 @@ from cowshed.service.runtime.test_points import reach
 from cowshed.service.settings.config import Config
 from cowshed.service.settings.tls_config import make_context
 from cowshed.service.survival.listeners import Listeners
-from cowshed.transport.acceptor import Acceptor
+from cowshed.transport.acceptor import NR_SPARE, Acceptor
 from cowshed.transport.nbd_core import Ended, NbdCounters, NbdEnd, NbdExport, NbdServer
 from cowshed.transport.nbd_negotiation import MAX_PAYLOAD_BYTES, Chosen
+from cowshed.transport.no_room import no_room
 from cowshed.transport.relay import Relay
 
 __all__ = ["NBD_SOCKET_NAME", "NbdService"]
@@ -137,28 +138,30 @@ class NbdService:
 
     def nr_unfinished(self) -> int:
         """How many are in the middle of a handshake."""
-        return len(self._sessions)
+        return sum(not session.refusal for session in self._sessions)
 
     # Coming in.
 
     def _on_peer(self, listener: socket.socket) -> None:
-        if (taken := self._acceptor.accept(listener)) is not None:
+        if (taken := self._acceptor.accept_any(listener)) is not None:
             reach("NBD_CAME")
             tune(taken[0])
-            self._admit(taken[0])
+            self._admit(taken[0], no_room(taken[2]) if taken[2] else "")
 
-    def _admit(self, sock: socket.socket) -> None:
+    def _admit(self, sock: socket.socket, refusal: str) -> None:
         try:
             peer = peer_of(sock)
         except OSError:
             sock.close()
             return
-        if refusal := self._door.enter(peer.counted_as, self._nr_files):
+        refusal = refusal or self._door.enter(peer.counted_as, self._nr_files)
+        if refusal:
             self._tallies.note_dropped("limit")
             _log.warning("turned-away", refusal, **_who(peer))
-            sock.close()
-            return
-        session = NbdSession(sock, peer, self, self._loop)
+            turned_away = [each for each in self._sessions if each.refusal]
+            if len(turned_away) >= NR_SPARE - 1:
+                self.over(min(turned_away, key=lambda each: each.deadline), "", "")
+        session = NbdSession(sock, peer, self, self._loop, refusal)
         self._sessions.add(session)
         session.begin()
 
@@ -203,7 +206,10 @@ class NbdService:
             _log.warning("dropped", why, **_who(session.peer))
         self._sessions.discard(session)
         session.close()
-        self._door.leave(session.peer.counted_as, self._nr_files)
+        if session.refusal:
+            self._acceptor.refill()
+        else:
+            self._door.leave(session.peer.counted_as, self._nr_files)
 
     def _export(self, held: HeldExport) -> NbdExport:
         if held.overlay is not None:
@@ -275,7 +281,8 @@ class NbdService:
         now = time.monotonic()
         for session in list(self._sessions):
             if now > session.deadline:
-                self.over(session, "handshake", "it did not finish its handshake in time")
+                reason = "" if session.refusal else "handshake"
+                self.over(session, reason, "it did not finish its handshake in time")
 
 
 def _who(peer: NbdPeer) -> dict[str, object]:

@@ -13,19 +13,49 @@ import contextlib
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
 from cowshed.cache.errors import CowshedError, PeerError
+from cowshed.service.guests.turned_away import what_failed
 from cowshed.service.nbd.peers import NbdPeer
 from cowshed.service.runtime.loop import READ, WRITE, Loop
-from cowshed.transport.nbd_negotiation import Aborted, Chosen, Directory, Handshake, WantsTls
+from cowshed.transport.nbd_negotiation import (
+    Aborted,
+    Chosen,
+    Directory,
+    Export,
+    ExportRefused,
+    Handshake,
+    WantsTls,
+)
+from cowshed.transport.nbd_wire import Reply
 from cowshed.transport.relay import Relay
 from cowshed.transport.tls import TlsSession
 
 __all__ = ["NbdSession", "SessionOwner"]
 
 _HANDSHAKE_SECONDS: Final = 30.0
+_REFUSAL_SECONDS: Final = 5.0
+
+
+class _NoExports:
+    """What a client sees that there is no room for: every question is answered with the reason."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def exports(self) -> Iterable[Export]:
+        """None can be named."""
+        raise ExportRefused(Reply.ERR_POLICY, self._why)
+
+    def find(self, _: str) -> Export:
+        """None can be described."""
+        raise ExportRefused(Reply.ERR_POLICY, self._why)
+
+    def enter(self, _: str) -> Export:
+        """None can be entered."""
+        raise ExportRefused(Reply.ERR_POLICY, self._why)
 
 
 class SessionOwner(Protocol):
@@ -47,22 +77,37 @@ class SessionOwner(Protocol):
 
 
 class NbdSession:
-    """Owns its socket until it is `chosen` or `over`; then its owner does."""
+    """Owns its socket until it is `chosen` or `over`; then its owner does.
 
-    def __init__(self, sock: socket.socket, peer: NbdPeer, owner: SessionOwner, loop: Loop) -> None:
+    refusal is why every export is refused to this client, "" if none is for that reason.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: NbdPeer,
+        owner: SessionOwner,
+        loop: Loop,
+        refusal: str = "",
+    ) -> None:
+        self.refusal: Final = refusal
         self.sock = sock
         self.peer = peer
         self.relay: Relay | None = None
-        self.deadline: Final = time.monotonic() + _HANDSHAKE_SECONDS
+        seconds = _REFUSAL_SECONDS if refusal else _HANDSHAKE_SECONDS
+        self.deadline: Final = time.monotonic() + seconds
         self._owner = owner
         self._loop = loop
         self._watched = False
         self._handshake = Handshake(
-            owner.directory(peer),
+            self._directory(),
             tls_offered=owner.tls is not None,
             tls_required=owner.tls is not None and not peer.is_local,
         )
         self._unsent = self._handshake.greeting()
+
+    def _directory(self) -> Directory:
+        return _NoExports(self.refusal) if self.refusal else self._owner.directory(self.peer)
 
     def begin(self) -> None:
         """Greet, and go on as the client answers."""
@@ -145,7 +190,7 @@ class NbdSession:
                 on_end=lambda why: self._loop.call(lambda: self._on_unsecured(tls, why)),
             )
         except OSError as error:
-            self._owner.over(self, "limit", str(error))
+            self._owner.over(self, "limit", what_failed(error)[1])
             return
         self.sock = self.relay.inner
         self.sock.setblocking(False)
@@ -158,7 +203,7 @@ class NbdSession:
         except CowshedError as error:
             self._owner.over(self, "handshake", str(error))
             return
-        self._handshake.secured(self._owner.directory(self.peer))
+        self._handshake.secured(self._directory())
         self._watch(READ)
 
     def _on_unsecured(self, tls: TlsSession, why: str) -> None:

@@ -12,7 +12,6 @@ what it sent before could overtake what it sends now.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Final
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import CapacityError, CowshedError, Image, PageStore, PeerError, UsageError
 from cowshed.service.guests.door import Door
+from cowshed.service.guests.turned_away import TurnedAway, what_failed
 from cowshed.service.handoff.door import HandoffDoor
 from cowshed.service.handoff.link import SocketLink
 from cowshed.service.images.access import Access
@@ -38,6 +38,7 @@ from cowshed.transport import EOF
 from cowshed.transport.addresses import scheme_of
 from cowshed.transport.messages import error_reply
 from cowshed.transport.nbd_core import Ended, NbdEnd
+from cowshed.transport.no_room import no_room
 from cowshed.transport.relay import Relay
 from cowshed.transport.stream_ends import StreamListener, listen
 
@@ -47,7 +48,6 @@ _log = EventLog("cowshed.network")
 
 _LOOK_SECONDS: Final = 1.0
 _FDS: Final = {"tcp": 1, "vsock": 1, "tls": 3}  # with TLS, two ends of a pair come with it
-_NO_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 class NetworkDoor:
@@ -80,6 +80,7 @@ class NetworkDoor:
         self._handoffs: HandoffDoor | None = None
         self._handoff_rules = HandoffRules()
         self._listeners: dict[int, StreamListener] = {}
+        self._turned_away: dict[int, TurnedAway] = {}
         try:
             for uri in uris:
                 if scheme_of(uri) not in _FDS:
@@ -96,6 +97,7 @@ class NetworkDoor:
 
     def _open(self, listener: StreamListener) -> None:
         self._listeners[listener.fileno()] = listener
+        self._turned_away[listener.fileno()] = TurnedAway(self._loop, listener.refill)
         self._loop.watch(listener.fileno(), READ, self._on_connect)
         _log.notice("listening", uri=listener.uri)
         if listener.scheme == "tcp" and not listener.is_local:
@@ -114,6 +116,7 @@ class NetworkDoor:
         """Stop listening and end conversations; those whose bytes flow end with the C core."""
         for fd, listener in self._listeners.items():
             self._loop.forget(fd)
+            self._turned_away[fd].close()
             listener.close()
         self._listeners.clear()
         for fd in list(self._sessions):
@@ -187,15 +190,19 @@ class NetworkDoor:
 
     def _on_connect(self, listening_fd: int, _: int) -> None:
         listener = self._listeners[listening_fd]
-        connection = listener.accept()
+        connection = listener.accept_any()
         if connection is None:
             return
         reach("NETWORK_CAME")
         who = address_of(connection)
-        if refusal := self._door.enter(who, _FDS[listener.scheme]):
+        if connection.no_room:
+            refusal = no_room(connection.no_room)
+        else:
+            refusal = self._door.enter(who, _FDS[listener.scheme])
+        if refusal:
             self._tallies.note_dropped("limit")
             _log.warning("turned-away", refusal, address=connection.where)
-            connection.close()
+            self._turned_away[listening_fd].add(connection, refusal)
             return
         fd = connection.fileno()
         self._sessions[fd] = NetworkSession(connection, listener.scheme, self)
@@ -218,9 +225,9 @@ class NetworkDoor:
                 self._give(fd) if session.given else self._end(fd)
                 return
             self._loop.change(fd, READ | (WRITE if session.connection.wants_write else 0))
-        except (PeerError, OSError) as error:
-            of_ours = isinstance(error, OSError) and error.errno in _NO_RESOURCES
-            self._drop(fd, "limit" if of_ours else "protocol", str(error), tag)
+        except (PeerError, CapacityError, OSError) as error:
+            of_ours, why = what_failed(error)
+            self._drop(fd, "limit" if of_ours else "protocol", why, tag)
 
     def _give(self, fd: int) -> None:
         """Give the connection to the core's threads: the reply to "data" is out."""
@@ -243,8 +250,7 @@ class NetworkDoor:
             except OSError as error:
                 self._door.leave(address, _FDS[session.scheme])
                 self.leave(entered, said_so=False)
-                self._tallies.note_dropped("limit")
-                _log.warning("dropped", str(error), **who)
+                self._say_no_room(error, who)
                 return
             sock = relay.inner
         nr_fds = _FDS[session.scheme]
@@ -265,30 +271,44 @@ class NetworkDoor:
             sock.close()
             self._door.leave(address, nr_fds)
             self.leave(entered, said_so=False)
-            _log.warning("dropped", str(error), **who)
+            self._say_no_room(error, who)
             return
         image = entered.guest.image.label
         _log.info("attached", guest=entered.guest.name, image=image, **who)
 
     def _give_handoff(self, fd: int) -> None:
         """Give the connection to a thread of its own: a handoff comes over it."""
-        session = self._sessions.pop(fd)
+        session = self._sessions[fd]
+        sock, tls = session.connection.take_stream()
+        del self._sessions[fd]
         self._loop.forget(fd)
         address, nr_fds = address_of(session.connection), _FDS[session.scheme]
-        sock, tls = session.connection.take_stream()
-        if tls is not None:
-            sock = Relay(sock, tls, handshake_seconds=0).inner
         leave = functools.partial(self._door.leave, address, nr_fds)
-        link = SocketLink(sock, with_it=lambda: self._loop.call(leave))
         assert self._handoffs is not None
-        self._handoffs.begin(link, session.connection.peer_name)
+        try:
+            if tls is not None:
+                sock = Relay(sock, tls, handshake_seconds=0).inner
+        except OSError as error:
+            leave()
+            self._say_no_room(error, session.who)
+            return
+        try:
+            link = SocketLink(sock, with_it=lambda: self._loop.call(leave))
+            self._handoffs.begin(link, session.connection.peer_name)
+        except CapacityError as error:
+            self._say_no_room(error, session.who)
+
+    def _say_no_room(self, error: CowshedError | OSError, who: dict[str, object]) -> None:
+        self._tallies.note_dropped("limit")
+        _log.warning("dropped", what_failed(error)[1], **who)
 
     def _drop(self, fd: int, reason: str, why: str, tag: int = 0) -> None:
         session = self._sessions[fd]
         self._tallies.note_dropped(reason)
         _log.warning("dropped", why, **session.who)
         with contextlib.suppress(PeerError):
-            session.connection.queue(error_reply("peer", why), (), tag)
+            kind = "capacity" if reason == "limit" else "peer"
+            session.connection.queue(error_reply(kind, why), (), tag)
             session.connection.flush()
         self._end(fd)
 

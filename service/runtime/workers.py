@@ -7,8 +7,9 @@ behind it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Final
 
 from cowshed.service.runtime.logs import EventLog
@@ -23,6 +24,14 @@ Body = dict[str, Any]
 _NR_ORDERS: Final = 4
 
 
+def _pool(nr_threads: int, name: str) -> ThreadPoolExecutor:
+    """Give a pool whose threads all run: at the limit of threads none could be started later."""
+    pool = ThreadPoolExecutor(nr_threads, name)
+    all_there = threading.Barrier(nr_threads)
+    wait([pool.submit(all_there.wait) for _ in range(nr_threads)])
+    return pool
+
+
 class Workers:
     """Runs work and gives its replies to the loop, through post; stop() waits for what runs.
 
@@ -33,8 +42,8 @@ class Workers:
     def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
         self._post = post
         self._stopping = False
-        self._looks = ThreadPoolExecutor(1, "looks")
-        self._orders = ThreadPoolExecutor(_NR_ORDERS, "orders")
+        self._looks = _pool(1, "looks")
+        self._orders = _pool(_NR_ORDERS, "orders")
 
     def submit(
         self,

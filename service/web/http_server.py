@@ -38,6 +38,8 @@ from cowshed.service.web.http_messages import (
     parse_request,
     text_answer,
 )
+from cowshed.transport.acceptor import Acceptor
+from cowshed.transport.no_room import no_room
 
 __all__ = ["HttpServer", "bind"]
 
@@ -48,6 +50,7 @@ _WORKERS: Final = 2
 _HEAD_MAX_BYTES: Final = 8192
 _READ_SECONDS: Final = 5.0
 _SEND_SECONDS: Final = 10.0
+_REFUSAL_SECONDS: Final = 2.0
 _LINGER_SECONDS: Final = 1.0
 _STOP_SECONDS: Final = 2.0
 _NO_DESCRIPTOR_SECONDS: Final = 0.05
@@ -63,10 +66,14 @@ class _State(enum.IntEnum):
 
 
 class _Client:
-    """One connection. request is set while WORKING, left_to_send while SENDING."""
+    """One connection. request is set while WORKING, left_to_send while SENDING.
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    refusal is why it is answered nothing else; "" if it is answered.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: float, refusal: str = "") -> None:
         self.sock: Final = sock
+        self.refusal: Final = refusal
         self.state = _State.READING
         self.deadline = deadline
         self.received = bytearray()
@@ -94,6 +101,7 @@ class HttpServer:
         self._listener = listener or bind(endpoint)
         self.endpoint: Final = Endpoint(endpoint.host, self._listener.getsockname()[1])
         self._clients: dict[int, _Client] = {}
+        self._acceptor: Final = Acceptor()
         self._to_do: queue.SimpleQueue[_Client | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[_Client, bytes]] = queue.SimpleQueue()
         self._stopping = False
@@ -129,6 +137,7 @@ class HttpServer:
         for thread in self._threads[1:]:
             thread.join()
         self._selector.close()
+        self._acceptor.close()
         self._listener.close()
         os.close(self._wake_reader)
         os.close(self._wake_writer)
@@ -195,18 +204,18 @@ class HttpServer:
                 self._drop(client)
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError:  # it has gone already, or there is no descriptor for it
-            if not self._make_room():
+        taken = self._acceptor.accept_any(self._listener)
+        if taken is None:  # it has gone already, or all of the reserve is taken
+            if not self._acceptor.has_spare and not self._make_room():
                 time.sleep(_NO_DESCRIPTOR_SECONDS)
             return
-        if len(self._clients) >= _PLACES and not self._make_room():
-            sock.close()
-            return
+        sock, _, number = taken
+        why = no_room(number, "request") if number else ""
+        if not why and len(self._clients) >= _PLACES and not self._make_room():
+            why = no_room(f"{len(self._clients)} are being answered; ask again later", "request")
         sock.setblocking(False)
-        deadline = time.monotonic() + self._read_seconds
-        self._clients[sock.fileno()] = _Client(sock, deadline)
+        deadline = time.monotonic() + (_REFUSAL_SECONDS if why else self._read_seconds)
+        self._clients[sock.fileno()] = _Client(sock, deadline, why)
         self._selector.register(sock, selectors.EVENT_READ)
 
     def _make_room(self) -> bool:
@@ -223,6 +232,7 @@ class HttpServer:
         if client.state is not _State.WORKING:
             self._selector.unregister(client.sock)
         client.sock.close()
+        self._acceptor.refill()
 
     def _serve(self, client: _Client) -> None:
         try:
@@ -246,6 +256,9 @@ class HttpServer:
         if not head_ends(client.received):
             if len(client.received) >= _HEAD_MAX_BYTES:
                 self._begin_sending(client, answer_bytes(text_answer(431, "too long a request")))
+            return
+        if client.refusal:
+            self._begin_sending(client, answer_bytes(text_answer(503, client.refusal)))
             return
         try:
             client.request = parse_request(bytes(client.received))

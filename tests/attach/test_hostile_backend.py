@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import random
+import select
 import signal
 import socket
 import struct
@@ -110,21 +111,21 @@ def backend(run_dir: Path) -> Iterator[Backend]:
     backend.close()
 
 
-def terms_for(backend: Backend, source: Path) -> dict[str, str]:
+def terms_for(path: Path, source: Path) -> dict[str, str]:
     return preloading.environment(
         plain_environment(),
         preloading.library_path(),
-        backend.path,
+        path,
         preloading.Source(-1, NR_BYTES),
         str(source),
         {"image": "disk", "guest": "g"},
     )
 
 
-def run(backend: Backend, source: Path) -> subprocess.CompletedProcess[str]:
+def run(path: Path, source: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["python3", "-Wignore", "-c", PROGRAM, source, source],
-        env=terms_for(backend, source),
+        env=terms_for(path, source),
         capture_output=True,
         text=True,
         timeout=ANSWER_SECONDS,
@@ -179,7 +180,7 @@ REFUSED = {"ok": False, "error": {"kind": "usage", "message": "no \x1b[2J\n\u260
 )
 def test_a_wrong_greeting(backend: Backend, source: Path, answer: Answer) -> None:
     backend.answers = [answer]
-    check_refused(run(backend, source))
+    check_refused(run(backend.path, source))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_a_wrong_opening(
     backend: Backend, source: Path, frames: int, change: dict[str, object]
 ) -> None:
     backend.answers = [saying(packet(HELLO)), saying(packet({**OPENED, **change}, 1), (frames,))]
-    check_refused(run(backend, source))
+    check_refused(run(backend.path, source))
 
 
 @pytest.mark.parametrize("nr_fds", [0, 3, 4, 8])
@@ -207,7 +208,7 @@ def test_an_opening_with_a_wrong_number_of_descriptors(
         saying(packet(HELLO)),
         saying(packet(OPENED, nr_fds), (frames,) * nr_fds),
     ]
-    check_refused(run(backend, source))
+    check_refused(run(backend.path, source))
 
 
 def test_frames_that_are_shorter_than_the_image(
@@ -215,7 +216,7 @@ def test_frames_that_are_shorter_than_the_image(
 ) -> None:
     os.ftruncate(frames, PAGE)
     backend.answers = [saying(packet(HELLO)), saying(packet(OPENED, 1), (frames,))]
-    check_refused(run(backend, source))
+    check_refused(run(backend.path, source))
 
 
 @pytest.mark.parametrize("answer", [hanging_up, saying(packet({"ok": 1})), saying(packet(REFUSED))])
@@ -223,7 +224,7 @@ def test_a_region_that_is_not_taken_on(
     backend: Backend, source: Path, frames: int, answer: Answer
 ) -> None:
     backend.answers = [saying(packet(HELLO)), saying(packet(OPENED, 1), (frames,)), answer]
-    check_refused(run(backend, source))
+    check_refused(run(backend.path, source))
     assert os.fstat(frames).st_blocks == 0  # nobody touched them
 
 
@@ -237,7 +238,7 @@ def test_random_answers(backend: Backend, source: Path, frames: int, rng: random
             saying(bytes(wrong)),
             hanging_up,
         ]
-        check_refused(run(backend, source))
+        check_refused(run(backend.path, source))
 
 
 # A second thread looks at a mapping once its end has been said, and before munmap returns.
@@ -279,7 +280,7 @@ def test_nobody_sees_pages_that_the_backend_has_let_go_of(
     ]
     ended = subprocess.run(
         ["python3", "-c", LATE_READER, source],
-        env=terms_for(backend, source),
+        env=terms_for(backend.path, source),
         stdin=woken,
         capture_output=True,
         timeout=ANSWER_SECONDS,
@@ -288,3 +289,28 @@ def test_nobody_sees_pages_that_the_backend_has_let_go_of(
     os.close(woken)
     os.close(waking)
     assert (ended.returncode, ended.stdout) == (-signal.SIGSEGV, b""), ended
+
+
+@pytest.mark.parametrize("tag", [0, 1])
+def test_what_a_backend_said_before_it_hung_up_unasked_is_the_reason(
+    run_dir: Path, source: Path, tag: int
+) -> None:
+    """It has no room, and reads nothing of what is sent to it."""
+    full = {"ok": False, "error": {"kind": "capacity", "message": "no room for another guest: x"}}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(run_dir / "full"))
+        listener.listen()
+
+        def turn_away() -> None:
+            peer, _ = listener.accept()
+            with peer:
+                peer.send(packet(full, tag=tag))
+                if tag:  # once with its request unread, once perhaps before it is sent
+                    select.select([peer], [], [])
+
+        thread = threading.Thread(target=turn_away, daemon=True)
+        thread.start()
+        ended = run(run_dir / "full", source)
+        thread.join()
+    check_refused(ended)
+    assert "the backend refused it: no room for another guest: x" in ended.stderr

@@ -289,7 +289,7 @@ def close_does_not_wait_for_a_dead_backend(backend: Backend) -> None:
     # Pages that are here stay readable and right.
     assert disk.read(0, 3) == b"xxx"
     disk.close()
-    fails(PeerError, lambda: backend.request("count"), "count", "backend running")
+    fails(PeerError, lambda: backend.request("count"), "count", "the backend ended")
     fails(UsageError, lambda: backend.request("count"), "closed", "connect")
 
 

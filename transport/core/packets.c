@@ -104,6 +104,10 @@ int packet_receive(int socket_fd, char *room, size_t room_bytes, struct packet *
 	ssize_t length = RETRIED(recvmsg(socket_fd, &message, MSG_CMSG_CLOEXEC));
 	int err;
 
+	/* The peer hung up on what we sent; what it said before that is there still. */
+	if (length < 0 && errno == ECONNRESET)
+		length = RETRIED(recvmsg(socket_fd, &message, MSG_CMSG_CLOEXEC));
+
 	if (length < 0)
 		return -errno;
 	if (length == 0)

@@ -43,13 +43,22 @@ static int send_request(int fd, const char *request, const int *fds, unsigned nr
 	return err;
 }
 
+/* A refusal without a tag is of whatever we asked: the backend had no room to make out which. */
+static bool is_reply(const struct packet *reply)
+{
+	struct json refused;
+
+	return reply->tag == TAG ||
+	       (reply->tag == TAG_OF_EVENTS && json_object(reply->json, "error", &refused));
+}
+
 static int receive_reply(int fd, unsigned limit_seconds, struct packet *reply)
 {
 	int err = 0;
 
 	while (err == 0) {
 		err = packet_receive(fd, reply_text, sizeof(reply_text), reply);
-		if (err == 0 && reply->tag == TAG)
+		if (err == 0 && is_reply(reply))
 			return 0;
 		if (err == 0) {
 			packet_close_fds(reply);
@@ -87,9 +96,9 @@ static int ask(int fd, const char *request, const int *fds, unsigned nr_fds, uns
 	struct json error;
 	int err = send_request(fd, request, fds, nr_fds, limit_seconds);
 
-	if (err < 0)
+	if (err < 0 && !wire_is_gone(err))
 		return err;
-	err = receive_reply(fd, limit_seconds, reply);
+	err = receive_reply(fd, limit_seconds, reply); /* it may have said why before it hung up */
 	if (err == 0 && !json_is_true(reply->json, "ok")) {
 		if (!json_object(reply->json, "error", &error) ||
 		    !json_text(error, "message", why, sizeof(why)))

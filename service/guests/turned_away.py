@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Those for whom there is no room, until they have been told so: a few at a time, in the loop.
+
+A peer that is hung up on with its request unread may never see what it was told, so its request is
+awaited, for a moment, and refused by an answer of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import time
+from collections.abc import Callable
+from typing import Final
+
+from cowshed.cache import CapacityError, CowshedError
+from cowshed.service.runtime.loop import READ, WRITE, Loop
+from cowshed.transport import EOF, Connection
+from cowshed.transport.acceptor import NO_ROOM, NR_SPARE
+from cowshed.transport.messages import error_reply
+from cowshed.transport.no_room import no_room
+
+__all__ = ["TurnedAway", "what_failed"]
+
+# Fewer than descriptors in reserve: whoever is told may have one of those.
+_PLACES: Final = NR_SPARE - 1
+_WAIT_SECONDS: Final = 5.0
+_LOOK_SECONDS: Final = 1.0
+# Of a client's first request, which hello is.
+_FIRST_TAG: Final = 1
+
+
+def what_failed(error: CowshedError | OSError) -> tuple[bool, str]:
+    """Whether an error is that we have no room, and the line that says so or else what it was."""
+    if isinstance(error, OSError) and error.errno in (*NO_ROOM, errno.EAGAIN):
+        return True, no_room(error.errno)
+    return isinstance(error, CapacityError), str(error)
+
+
+class TurnedAway:
+    """Owns the connections given to add(), each until its peer knows why it is turned away.
+
+    Invariant: at most _PLACES are here; the oldest is told unasked, and closed, for one more.
+    """
+
+    def __init__(self, loop: Loop, refill: Callable[[], None]) -> None:
+        """refill() has the descriptors of those that are closed be a reserve again."""
+        self._loop = loop
+        self._refill = refill
+        self._waiting: dict[int, tuple[Connection, str, float]] = {}
+        loop.every(_LOOK_SECONDS, self._look_after)
+
+    def add(self, connection: Connection, why: str) -> None:
+        """Tell a peer, in one line, why it is turned away, and hang up."""
+        if len(self._waiting) == _PLACES:
+            self._tell(next(iter(self._waiting)), _FIRST_TAG)
+        fd = connection.fileno()
+        self._waiting[fd] = connection, why, time.monotonic() + _WAIT_SECONDS
+        self._loop.watch(fd, READ, self._on_ready)
+        self._on_ready(fd, READ)
+
+    def close(self) -> None:
+        """Hang up on all; the loop has stopped."""
+        for fd in list(self._waiting):
+            self._end(fd)
+
+    def _on_ready(self, fd: int, events: int) -> None:
+        connection = self._waiting[fd][0]
+        tag = 0
+        try:
+            if events & READ:
+                messages = connection.recv_ready()
+                if messages is EOF:
+                    self._end(fd)
+                    return
+                for message in messages:
+                    tag = tag or message.tag
+                    message.close_fds()
+            if tag:
+                self._tell(fd, tag)
+                return
+            connection.flush()  # of a tls handshake
+            self._loop.change(fd, READ | (WRITE if connection.wants_write else 0))
+        except (CowshedError, OSError):
+            self._end(fd)
+
+    def _tell(self, fd: int, tag: int) -> None:
+        connection, why, _ = self._waiting[fd]
+        with contextlib.suppress(CowshedError, OSError):
+            connection.queue(error_reply("capacity", why), tag=tag)
+            connection.flush()  # one packet, which a new socket has room for
+        self._end(fd)
+
+    def _end(self, fd: int) -> None:
+        connection, _, _ = self._waiting.pop(fd)
+        self._loop.forget(fd)
+        connection.close()
+        self._refill()
+
+    def _look_after(self) -> None:
+        now = time.monotonic()
+        for fd, (_, _, deadline) in list(self._waiting.items()):
+            if now > deadline:
+                self._tell(fd, _FIRST_TAG)

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One more than there is room for is told why, at every door; and nobody else notices."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import re
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+from certificates import Authority
+from domains import Daemon, MakeImage, StartDaemon, StartGuest, cowshed, until
+from supplied import new_machine
+
+from cowshed.cache import CapacityError
+from cowshed.transport import connect
+from cowshed.transport.exchange import ask, ask_for_fds, close_all, greet
+
+MIB = 1 << 20
+NO_ROOM = "no room for another guest: "
+NO_MORE_FILES = "the backend has as many descriptors open as it may"
+
+
+def _first_free(pid: int) -> int:
+    taken = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    return next(number for number in range(1 << 20) if number not in taken)
+
+
+@contextlib.contextmanager
+def _no_descriptors(pid: int) -> Iterator[None]:
+    """Inside `with`, a process cannot open another descriptor."""
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (_first_free(pid), before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+class House:
+    """A daemon with every door, and how one comes in at each."""
+
+    def __init__(self, daemon: Daemon, client: dict[str, str]) -> None:
+        self.daemon = daemon
+        found = re.findall(r'event=(?:listening|metrics) ur[il]="?([^"\s]+)', daemon.log())
+        self.tcp = next(uri for uri in found if uri.startswith("tcp:"))
+        self.tls = next(uri for uri in found if uri.startswith("tls:")) + f"?{urlencode(client)}"
+        self.metrics = next(uri for uri in found if uri.startswith("http:"))
+
+    def refusals(self) -> dict[str, str]:
+        """What is said at each door where a guest, or an operator, comes in."""
+        said = {}
+        for name, uri in (("unix", self.daemon.uri), ("tcp", self.tcp), ("tls", self.tls)):
+            with pytest.raises(CapacityError) as caught:
+                connect(uri)
+            said[name] = str(caught.value)
+        run_dir = str(self.daemon.run_dir)
+        nbd = f"nbd+unix:///d?socket={run_dir}/nbd.sock"
+        done = subprocess.run(
+            ["nbdinfo", nbd],
+            env={**os.environ, "LIBNBD_DEBUG": "1"},  # where the server's words are
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode != 0
+        said["nbd"] = done.stderr
+        for words in (("status",), ("attach", "d", "--", "cat", "{image}")):
+            refused = cowshed(words[0], "--run-dir", run_dir, *words[1:])
+            assert refused.returncode == 1
+            said[words[0]] = refused.stderr
+        return said
+
+    def page(self) -> int:
+        """The status that the metrics' page has."""
+        asked = http.client.HTTPConnection(self.metrics.split("/")[2], timeout=30)
+        with contextlib.closing(asked):
+            asked.request("GET", "/metrics")
+            answer = asked.getresponse()
+            text = answer.read().decode()
+            assert answer.status == 200 or text.startswith("no room for another request: ")
+            return answer.status
+
+
+@pytest.fixture
+def house(start_daemon: StartDaemon, make_image: MakeImage, tmp_path: Path) -> House:
+    """Its connections are bounded by 400 open files."""
+    authority = Authority(tmp_path / "ca")
+    server = urlencode(authority.issue("server", "IP:127.0.0.1"))
+    daemon = start_daemon(
+        f"--image=d={make_image(MIB)}",
+        "--listen=tcp://127.0.0.1:0",
+        f"--listen=tls://127.0.0.1:0?{server}",
+        "--metrics=127.0.0.1:0",
+        "--accept-handoff",
+        before=("env", "COWSHED_TEST_POINTS=1", "prlimit", "--nofile=400:400"),
+    )
+    return House(daemon, authority.issue("alice", "DNS:alice.example"))
+
+
+def _check_open(house: House) -> None:
+    for uri in (house.daemon.uri, house.tcp, house.tls):
+        with connect(uri) as backend, backend.open("d", guest="after") as disk:
+            assert disk.read(0, 4096)
+    assert house.page() == 200
+    assert house.daemon.mismatches() == []
+
+
+def test_where_there_are_as_many_connections_as_fit_every_door_says_so(house: House) -> None:
+    crowd: list[socket.socket] = []
+
+    def come(path: str, kind: int) -> None:
+        crowd.append(socket.socket(socket.AF_UNIX, kind))
+        crowd[-1].connect(str(house.daemon.run_dir / path))
+
+    while "event=turned-away" not in house.daemon.log():
+        come("cowshed.sock", socket.SOCK_SEQPACKET)
+    for _ in range(12):  # less than one of those takes, each one descriptor
+        come("nbd.sock", socket.SOCK_STREAM)
+    for door, said in house.refusals().items():
+        assert NO_ROOM in said, door
+        assert "connections are open, and the backend's limit of open files (400)" in said, door
+        assert "is the backend running" not in said, door
+    for sock in crowd:
+        sock.close()
+    until(lambda: cowshed("status", "--run-dir", house.daemon.run_dir).returncode == 0)
+    _check_open(house)
+
+
+def test_where_there_are_no_descriptors_left_every_door_says_so(
+    house: House, start_guest: StartGuest
+) -> None:
+    daemon = house.daemon
+    machine = new_machine(daemon, start_guest, [MIB])
+    assert house.page() == 200
+    nr_fds = daemon.nr_fds()
+    with connect(house.tcp) as before, _no_descriptors(daemon.pid):
+        # Nobody is left waiting for room that asks for the first time.
+        with pytest.raises(CapacityError, match=NO_MORE_FILES):
+            before.open("d", guest="g", timeout=3600)
+        for _ in range(3):  # the reserve is full again each time
+            for door, said in house.refusals().items():
+                assert f"{NO_ROOM}{NO_MORE_FILES}" in said, door
+        # These protocols have no words for it.
+        machine.call("connect")
+        assert machine.call("wait_dropped") == 0
+        until(lambda: re.search("event=turned-away image=d .*no room", daemon.log()) is not None)
+        assert house.page() == 503
+    _check_open(house)
+    assert daemon.nr_fds() == nr_fds
+
+
+def test_silent_peers_that_there_is_no_room_for_make_room_for_who_asks(house: House) -> None:
+    with _no_descriptors(house.daemon.pid):
+        silent = [  # more than are awaited at a time
+            socket.create_connection(("127.0.0.1", _port(house.tcp))) for _ in range(8)
+        ]
+        with pytest.raises(CapacityError, match=NO_MORE_FILES):
+            connect(house.tcp)
+        # The first of them are told unasked.
+        assert NO_MORE_FILES.encode() in silent[0].recv(4096)
+        for sock in silent:
+            sock.close()
+    _check_open(house)
+
+
+def _port(uri: str) -> int:
+    return int(uri.rpartition(":")[2])
+
+
+def test_a_region_whose_descriptors_find_no_room_is_refused_with_the_reason(house: House) -> None:
+    opened = greet(house.daemon.uri)
+    _, fds = ask_for_fds(opened, "open", {"image": "d", "guest": "g"})
+    with (
+        _no_descriptors(house.daemon.pid),
+        pytest.raises(CapacityError, match=f"{NO_ROOM}{NO_MORE_FILES}"),
+    ):
+        ask(opened, "region", {"address": 1 << 20, "length": MIB}, [fds[0]] * 3)
+    opened.close()
+    close_all(fds)
+    _check_open(house)
+
+
+def test_a_guest_that_there_is_no_thread_for_is_told_so_and_leaves_nothing(house: House) -> None:
+    house.daemon.request("point", name="GUEST_THREAD", action="fail", errno=11)
+    with connect(house.daemon.uri) as backend:
+        with pytest.raises(CapacityError, match=f"{NO_ROOM}the backend may start no more threads"):
+            backend.open("d", guest="g")
+        with backend.open("d", guest="g") as disk:
+            assert disk.read(0, 4096)
+    _check_open(house)
+
+
+def test_more_bytes_than_a_handoff_was_asked_for_with_do_not_end_the_daemon(house: House) -> None:
+    with greet(house.tcp) as plain:
+        tag = plain.queue({"op": "handoff"})
+        plain.queue({"op": "handoff"})
+        plain.flush()
+        assert plain.recv(30)[2] == tag
+    _check_open(house)
+
+
+def test_the_keeper_may_have_as_many_descriptors_as_its_backend(
+    start_daemon: StartDaemon, make_image: MakeImage
+) -> None:
+    kept = start_daemon(
+        f"--image=d={make_image(MIB)}", kept=True, before=("prlimit", "--nofile=256:4000")
+    )
+    assert resource.prlimit(kept.pid, resource.RLIMIT_NOFILE) == (4000, 4000)
+
+
+def test_a_keeper_that_can_hold_no_more_says_so_and_keeps_what_it_holds(
+    start_daemon: StartDaemon, start_guest: StartGuest, make_image: MakeImage
+) -> None:
+    kept = start_daemon(f"--image=d={make_image(MIB)}", kept=True)
+    first = start_guest(kept.uri)
+    first.call("open", image="d", guest="first", token="t")
+    first.call("fill", offset=0, length=4096, byte=7)
+    with _no_descriptors(kept.pid):
+        second = start_guest(kept.uri)
+        second.call("open", image="d", guest="second", token="t", follow_moves=False)
+        until(lambda: "event=not-held" in kept.log())
+    assert "the keeper may have no more descriptors" in kept.log()
+    backend = kept.status()["pid"]
+    os.kill(backend, 9)
+    until(lambda: kept.status()["pid"] != backend)
+    assert first.call("read", offset=0, length=2) == "0707"
+    assert kept.mismatches() == []
+
+
+STARVED = """
+import resource, threading
+from cowshed.cache import CapacityError
+from cowshed.service.runtime.workers import Workers
+from cowshed.transport.no_room import start_thread
+came = threading.Semaphore(0)
+workers = Workers(lambda call: came.release())
+threading.stack_size(256 << 20)
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+try:
+    start_thread(threading.Thread(target=print))
+except CapacityError as error:
+    print(error)
+done = threading.Event()
+for quick in (True, False):
+    workers.submit(lambda: iter([{}]), lambda _: None, lambda: None, is_quick=quick)
+workers.run(done.set)
+print([came.acquire(timeout=30) for _ in range(4)], done.wait(30))
+workers.stop()
+"""
+
+
+def test_at_the_limit_of_threads_requests_are_answered_and_what_needs_one_is_told_why() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STARVED], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.startswith(f"{NO_ROOM}the backend may start no more threads"), done.stderr
+    assert done.stdout.splitlines()[1] == "[True, True, True, True] True", done.stderr
