@@ -200,11 +200,14 @@ class NetworkSession:
         """A guest is known by its token, and one with a certificate by both together."""
         proof = f"token {hashlib.sha256(token.encode()).hexdigest()[:32]}"
         client = self._identity.client_name
+        # Its token alone may be what it is known by, if it came by another transport before.
         return Claim(
-            owners=(f"client {client} {proof}" if client else proof,),
+            owners=(f"client {client} {proof}", proof) if client else (proof,),
             counted_as=address_of(self.connection),
             is_operator=False,
             transport=self.scheme,
+            proof=proof,
+            has_certificate=client is not None,
         )
 
     def _reply(self, tag: int, body: dict[str, Any]) -> None:

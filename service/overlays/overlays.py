@@ -40,6 +40,7 @@ from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
 from cowshed.service.survival.remains import Remains
 from cowshed.transport.nbd_core import NbdExport, NbdServer
+from cowshed.transport.no_room import taking_in
 
 __all__ = ["Claim", "NotYoursError", "OverlayGuest", "OverlayTable"]
 
@@ -55,13 +56,18 @@ class NotYoursError(UsageError):
 
 @dataclass(frozen=True)
 class Claim:
-    """Who wants an overlay. owners is what it is known by, the strongest first; never empty."""
+    """Who wants an overlay. owners is what it is known by, the strongest first; never empty.
+
+    proof is what it is known by if its token alone counts, "" if it has none.
+    """
 
     owners: tuple[str, ...]
     counted_as: int | str
     is_operator: bool
     transport: str
     uid: int = -1
+    proof: str = ""
+    has_certificate: bool = False
     pid: int = 0
 
 
@@ -247,6 +253,7 @@ class OverlayTable:
             else:
                 self._guests.check_free(Terms(name, image, None, QuotaPolicy.STOP, Orders()))
 
+    @taking_in()
     def enter(
         self,
         image: Image,
@@ -562,4 +569,10 @@ def _is_of(owner: str, claim: Claim) -> bool:
 
 def _check_may_enter(guest: OverlayGuest, image: Image, claim: Claim) -> None:
     if not _is_of(guest.owner, claim) or guest.image is not image:
+        # Said to who knows the token alone: nobody else can tell that from a name that is taken.
+        if claim.proof and guest.owner.endswith(f" {claim.proof}") and not claim.has_certificate:
+            raise NotYoursError(
+                f"guest {guest.name!r} is known by a certificate and its token, and shows none by "
+                f"{claim.transport}: come by tls://, with that certificate"
+            )
         raise NotYoursError(f"guest name {guest.name!r} is taken; choose another")
