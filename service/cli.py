@@ -56,9 +56,9 @@ def cli() -> None:
     "--image",
     "images",
     multiple=True,
-    metavar="NAME=SOURCE[,domain=D]",
-    help="Serve SOURCE, a path or file: URL, as NAME, in frames of its own for each domain. "
-    "Repeatable.",
+    metavar="NAME=SOURCE[,domain=D][,trim=T]",
+    help="Serve SOURCE, a path or file: URL, as NAME, in frames of its own for each domain; "
+    "trim=zeros or image as --trim. Repeatable.",
 )
 @click.option("--capacity", metavar="SIZE", help="Memory for all images together [default: 1G].")
 @click.option(
@@ -79,6 +79,11 @@ def cli() -> None:
 )
 @click.option(
     "--nbd", metavar="HOST:PORT", help="Speak NBD there too, not only at the run-dir's nbd.sock."
+)
+@click.option(
+    "--trim",
+    type=click.Choice(["image", "zeros"]),
+    help="What a range reads as that an NBD client trimmed [default: image].",
 )
 @click.option(
     "--overlay-dir", metavar="DIR", help="Keep NBD guests' writes there [default: in memory]."
@@ -111,6 +116,7 @@ def serve(
     listen: tuple[str, ...],
     accept_handoff: bool,
     nbd: str | None,
+    trim: str | None,
     overlay_dir: str | None,
     image_dir: str | None,
     no_keeper: bool,
@@ -123,10 +129,10 @@ def serve(
 
     The TOML file of --config may set capacity, run_dir, state_dir, extent, loaders, keeper,
     quota, on_quota ("stop", "kill" or "allow"), metrics, guest_metrics, listen, nbd,
-    handoff_from, accept_handoff, late_wait, autowarm,
+    trim ("image" or "zeros"), handoff_from, accept_handoff, late_wait, autowarm,
     overlay_dir, image_dir, log ("logfmt" or "json"), log_level ("debug" to "error") and, in
-    a table [images], NAME = "SOURCE"; [[image]] has name, source and domain; a table [domains.NAME]
-    lists its members by uids, gids and clients; a table [tls] has cert, key and ca,
+    a table [images], NAME = "SOURCE"; [[image]] has name, source, domain and trim; a table
+    [domains.NAME] lists its members by uids, gids and clients; a table [tls] has cert, key and ca,
     and turns TLS on.
     """
     try:
@@ -139,6 +145,7 @@ def serve(
             listen=listen,
             accept_handoff=accept_handoff,
             nbd=nbd,
+            trim=trim,
             overlay_dir=overlay_dir,
             image_dir=image_dir,
             no_keeper=no_keeper,

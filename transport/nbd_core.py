@@ -106,6 +106,7 @@ class NbdServer:
         structured: bool = False,
         extended: bool = False,
         read_only: bool = False,
+        trim_zeroes: bool = False,
         context_ids: Sequence[int] = (),
         max_payload_bytes: int = 32 << 20,
         early: bytes = b"",
@@ -113,6 +114,7 @@ class NbdServer:
         """Serve a connected stream socket and give the connection's number; fd is the core's now.
 
         context_ids: base:allocation, cowshed:resident, cowshed:private; 0 for one not negotiated.
+        trim_zeroes: what is trimmed reads as zeros, and not as the image does.
         early: what was received behind the negotiation. On an error fd is the caller's still.
         """
         terms = ffi.new(
@@ -121,6 +123,7 @@ class NbdServer:
                 "structured": structured,
                 "extended": extended,
                 "read_only": read_only,
+                "trim_zeroes": trim_zeroes,
                 "max_payload_bytes": max_payload_bytes,
                 "context_ids": list(context_ids),
             },

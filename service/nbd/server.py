@@ -82,6 +82,7 @@ class NbdService:
     ) -> None:
         self.tls: ssl.SSLContext | None = None if config.tls is None else make_context(config.tls)
         self._nr_files: Final = _FDS_PLAIN if self.tls is None else _FDS_TLS
+        self._config = config
         self._store = store
         self._access = access
         self._overlays = overlays
@@ -187,6 +188,7 @@ class NbdService:
                 structured=chosen.terms.structured,
                 extended=chosen.terms.extended,
                 read_only=chosen.terms.read_only,
+                trim_zeroes=self._config.trims_to_zeros(export.image.domain, export.image.name),
                 context_ids=chosen.terms.context_ids,
                 max_payload_bytes=MAX_PAYLOAD_BYTES,
             )

@@ -20,6 +20,7 @@ A file has this shape; every key is optional, and an unknown one is an error::
     guest_metrics = 0               # how many guests may have metrics of their own
     listen   = ["tls://0.0.0.0:7000"] # guests from elsewhere: tcp://, tls://, vsock://; nowhere
     nbd      = "localhost:10809"    # NBD over TCP there too; only RUN_DIR/nbd.sock unless given
+    trim     = "image"              # what NBD clients' trimmed ranges read as: image, or zeros
     overlay_dir = "/var/lib/cowshed/overlays"  # NBD guests' private pages; in memory unless given
     log      = "logfmt"             # or "json"
     log_level = "notice"            # debug, info (guests come and go), notice, warning or error
@@ -32,6 +33,7 @@ A file has this shape; every key is optional, and an unknown one is an error::
     name = "debian"
     source = "/srv/images/debian.raw"
     domain = "tenant-a"             # "default" unless given
+    trim = "zeros"                  # as above, for this image
     uids = [1001, "alice"]          # who may use it, all of its domain unless given; also gids
     clients = ["vm7.example"]       # the same, by the name in a TLS client's certificate
 
@@ -68,7 +70,13 @@ from cowshed.service.settings.domains import (
 )
 from cowshed.service.settings.endpoint import Endpoint, parse_endpoint
 from cowshed.service.settings.handoff_rules import HandoffRules
-from cowshed.service.settings.images import ImageSpec, absolute, image_spec, parse_image
+from cowshed.service.settings.images import (
+    ImageSpec,
+    absolute,
+    check_trim,
+    image_spec,
+    parse_image,
+)
 from cowshed.service.settings.tls_config import TlsConfig, parse_tls
 
 OnQuota = Literal["stop", "kill", "allow"]
@@ -100,6 +108,7 @@ _KEYS = (
     "metrics",
     "guest_metrics",
     "nbd",
+    "trim",
     "listen",
     "handoff_from",
     "accept_handoff",
@@ -115,7 +124,7 @@ _KEYS = (
     "domains",
 )
 _MEMBER_KEYS = ("uids", "gids", "clients")
-_IMAGE_KEYS = ("name", "source", "domain", *_MEMBER_KEYS)
+_IMAGE_KEYS = ("name", "source", "domain", "trim", *_MEMBER_KEYS)
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,7 @@ class Config:
     metrics: Endpoint | None = None
     guest_metrics: int = 0
     nbd: Endpoint | None = None
+    trim: str = "image"
     listen: tuple[str, ...] = ()
     handoff_rules: HandoffRules = field(default_factory=HandoffRules)
     late_wait: int = 60
@@ -151,6 +161,13 @@ class Config:
     log_level: LogLevel = "notice"
     domains: Domains = field(default_factory=Domains)
     text: str | None = field(default=None, repr=False, compare=False)
+
+    def trims_to_zeros(self, domain: str, name: str) -> bool:
+        """Whether what an NBD client trims of an image of that name reads as zeros then."""
+        for spec in self.images:
+            if (spec.domain, spec.name) == (domain, name) and spec.trim is not None:
+                return spec.trim == "zeros"
+        return self.trim == "zeros"
 
     def __post_init__(self) -> None:
         extent = self.extent_bytes
@@ -170,6 +187,7 @@ class Config:
             )
         if not 0 <= self.late_wait <= LATE_WAIT_MAX:
             raise UsageError(f"late_wait is {self.late_wait}: use 0 to {LATE_WAIT_MAX} seconds")
+        check_trim(self.trim)
         if self.default_quota_bytes is not None:
             check_quota(self.default_quota_bytes)
         if self.default_on_quota not in get_args(OnQuota):
@@ -235,6 +253,7 @@ def config_load(
     run_dir: str | None = None,
     metrics: str | None = None,
     nbd: str | None = None,
+    trim: str | None = None,
     listen: Sequence[str] = (),
     accept_handoff: bool = False,
     overlay_dir: str | None = None,
@@ -244,10 +263,10 @@ def config_load(
 ) -> Config:
     """The configuration of `config_file` (None: none) overridden by options that are given.
 
-    `images` are NAME=SOURCE[,domain=DOMAIN]; one of the same name and domain as an image of the
-    file takes its place. `run_dir` is --run-dir or $COWSHED_RUN_DIR; `verbose` is a log_level of
-    info, at least. Reads the file, looks up users and groups that it names, and nothing else.
-    Raises UsageError, one line.
+    `images` are NAME=SOURCE[,domain=DOMAIN][,trim=WHAT]; one of the same name and domain as an
+    image of the file takes its place. `run_dir` is --run-dir or $COWSHED_RUN_DIR; `verbose` is a
+    log_level of info, at least. Reads the file, looks up users and groups that it names, and
+    nothing else. Raises UsageError, one line.
     """
     table: Mapping[str, Any] = {}
     file_text = None
@@ -274,8 +293,8 @@ def config_load(
 
     named: set[str] = set()
     for text in images:
-        name, source, domain = parse_image(text)
-        spec = image_spec(name, source, Path.cwd(), domain)
+        name, source, domain, image_trim = parse_image(text)
+        spec = image_spec(name, source, Path.cwd(), domain, trim=image_trim)
         if spec.label in named:
             raise _given_twice(spec)
         named.add(spec.label)
@@ -290,6 +309,8 @@ def config_load(
         settings["handoff_rules"] = HandoffRules(known.clients, plain=True)
     if listen:
         settings["listen"] = tuple(listen)
+    if trim is not None:
+        settings["trim"] = trim
     if nbd is not None:
         settings["nbd"] = parse_endpoint(nbd, "nbd")
     if run_dir:
@@ -361,6 +382,7 @@ def _images_of(table: Mapping[str, Any], file_dir: Path) -> Iterator[ImageSpec]:
             file_dir,
             _text_of(each, "domain") if "domain" in each else DEFAULT_DOMAIN,
             _allowed_of(each),
+            _text_of(each, "trim") if "trim" in each else None,
         )
 
 
@@ -383,7 +405,7 @@ def _settings_of(table: Mapping[str, Any]) -> dict[str, Any]:
         settings["network_quota_bytes"] = parse_quota(_size_text(table, "network_quota"))
     if "on_quota" in table:
         settings["default_on_quota"] = _text_of(table, "on_quota")
-    for key, into in (("log", "log_format"), ("log_level", "log_level")):
+    for key, into in (("log", "log_format"), ("log_level", "log_level"), ("trim", "trim")):
         if key in table:
             settings[into] = _text_of(table, key)
     for key in ("metrics", "nbd"):

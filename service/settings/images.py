@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which images to serve: a name, the file its bytes come from, and a domain. Opens nothing.
 
-An option is ``NAME=SOURCE`` or ``NAME=SOURCE,domain=DOMAIN``. Only a known key ends the source, so
-commas in it need no care; a file whose name ends in ``,domain=x`` is ``file:///dir/name%2Cdomain=x``.
+An option is ``NAME=SOURCE``, with ``,domain=DOMAIN`` and ``,trim=image`` or ``,trim=zeros`` behind
+it. Only a known key ends the source, so commas in it need no care; a file whose name ends in
+``,domain=x`` is ``file:///dir/name%2Cdomain=x``.
 """
 
 import os
@@ -16,21 +17,26 @@ from cowshed.cache.images import DEFAULT_DOMAIN, image_label
 from cowshed.service.settings.domains import DomainMembers, check_domain_name
 
 _IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_OPTION = re.compile(r"(?P<source>.*),(?P<key>domain)=(?P<value>[^,]*)", re.DOTALL)
+_OPTION = re.compile(r"(?P<source>.*),(?P<key>domain|trim)=(?P<value>[^,]*)", re.DOTALL)
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):")
+
+# What a range that an NBD client trimmed reads as: the image's bytes again, or zeros.
+TRIMS = ("image", "zeros")
 
 
 @dataclass(frozen=True)
 class ImageSpec:
     """One image to serve: its name, the absolute path its bytes come from, and its domain.
 
-    allowed is who of the domain may use it; None is everybody there.
+    allowed is who of the domain may use it; None is everybody there. trim is what NBD clients'
+    trimmed ranges read as, one of TRIMS; None leaves it to the configuration.
     """
 
     name: str
     source: str
     domain: str = DEFAULT_DOMAIN
     allowed: DomainMembers | None = None
+    trim: str | None = None
 
     @property
     def label(self) -> str:
@@ -43,8 +49,14 @@ def absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))
 
 
-def parse_image(text: str) -> tuple[str, str, str]:
-    """Name, source and domain of an option's ``NAME=SOURCE[,domain=DOMAIN]``.
+def check_trim(trim: str, of: str = "") -> None:
+    """Raise UsageError for what no trimmed range can read as."""
+    if trim not in TRIMS:
+        raise UsageError(f"trim {trim!r}{of} is not {' or '.join(TRIMS)}: use one")
+
+
+def parse_image(text: str) -> tuple[str, str, str, str | None]:
+    """Name, source, domain and trim of an option's ``NAME=SOURCE[,domain=DOMAIN][,trim=WHAT]``.
 
     Later ``=`` are the source's. Raises UsageError.
     """
@@ -59,7 +71,7 @@ def parse_image(text: str) -> tuple[str, str, str]:
         if not value:
             raise UsageError(f"image {name!r} has an empty {key}: write {key}=NAME or leave it out")
         options[key] = value
-    return name, source, options.get("domain", DEFAULT_DOMAIN)
+    return name, source, options.get("domain", DEFAULT_DOMAIN), options.get("trim")
 
 
 def image_spec(
@@ -68,6 +80,7 @@ def image_spec(
     base_dir: Path,
     domain: str = DEFAULT_DOMAIN,
     allowed: DomainMembers | None = None,
+    trim: str | None = None,
 ) -> ImageSpec:
     """A checked image; a relative path starts at `base_dir`. Raises UsageError; opens nothing."""
     if not _IMAGE_NAME.fullmatch(name):
@@ -76,10 +89,12 @@ def image_spec(
             "'-', a letter or digit first"
         )
     check_domain_name(domain)
+    if trim is not None:
+        check_trim(trim, f" of image {name!r}")
     path = _source_path(name, source)
     if not path or "\0" in path:
         raise UsageError(f"source {source!r} of image {name!r} names no file: give a path")
-    return ImageSpec(name, os.path.abspath(base_dir / path), domain, allowed)
+    return ImageSpec(name, os.path.abspath(base_dir / path), domain, allowed, trim)
 
 
 def _source_path(name: str, source: str) -> str:

@@ -32,6 +32,7 @@ struct nbd_terms {
 	uint32_t extended;
 	uint32_t read_only;         /* of an export without an overlay every connection is */
 	uint32_t max_payload_bytes; /* as advertised: 4096 .. 2^25 */
+	uint32_t trim_zeroes;       /* what is trimmed reads as zeros, and not as the image again */
 	uint32_t context_ids[3];    /* by enum nbd_context; 0: not negotiated */
 };
 

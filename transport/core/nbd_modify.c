@@ -6,7 +6,7 @@
  * time: a write of 32 MiB needs no buffer. The parts of pages at its two ends need what the image has there, and
  * wait for it as pieces if it is not resident.
  *
- * A trim gives the whole pages inside its range back to the image. Zeroes are private pages that hold nothing; with
+ * A trim gives the whole pages inside its range back to the image, or, by a connection's terms, is zeroes. Zeroes are private pages that hold nothing; with
  * NO_HOLE they are stored.  FAST_ZERO is refused where it could be as slow as a write: if zeros have to be stored, or a
  * page of the image has to be read first.
  */
@@ -225,7 +225,8 @@ void clear_begin(struct nbd_turn *turn, const struct nbd_request *request)
 
 	if (!op)
 		return;
-	if (request->type == NBD_CMD_WRITE_ZEROES) {
+	op->zeroes = request->type == NBD_CMD_WRITE_ZEROES || turn->connection->terms.trim_zeroes;
+	if (op->zeroes) {
 		uint64_t first = op->at >> 12;
 		bool parts = op->at % 4096 || (op->end % 4096 && op->end != export->size_bytes);
 
@@ -275,7 +276,7 @@ enum nbd_step clear_step(struct nbd_turn *turn, struct nbd_op *op)
 {
 	struct nbd_export *export = turn->connection->export;
 
-	if (op->request.type == NBD_CMD_WRITE_ZEROES) {
+	if (op->zeroes) {
 		uint64_t until = op->at + STEP_BYTES;
 
 		while (op->at < op->end && op->at < until && !op->err && !turn->connection->held)

@@ -108,6 +108,7 @@ struct nbd_op {
 	int err;
 	bool begun;          /* nothing more will be begun: it ends with its last piece */
 	bool missed, chunked, replied, synced;
+	bool zeroes; /* WRITE_ZEROES, or a trim that is to read as zeros */
 	bool late; /* waits for pages that are not here yet, and goes on then */
 };
 
