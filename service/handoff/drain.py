@@ -503,7 +503,7 @@ class Drain:
         if self._link is not None:
             self._link.close()
         self._pusher = None
-        self._link = self._host.connect(self.uri, self._look)
+        self._link = self._host.connect(self._address, self._look)
         self._reader, self._words = StateReader(words=True), []
         self._sender = Sender(self._link, self._movings, [], self._progress)
         self._sender.say("resume", handoff=self.handoff)

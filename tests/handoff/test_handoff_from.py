@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from certificates import Authority
-from domains import new_run_dir, until
-from two_hosts import Host, Model
+from domains import in_thread, kill_backend, new_run_dir, until
+from two_hosts import Host, Model, is_stopped
 
 from cowshed.transport import connect
 from cowshed.transport.messages import MovedError
@@ -110,3 +112,31 @@ def test_plain_tcp_is_no_way_in_unless_the_target_says_so(image: Path) -> None:
         finally:
             for host in (a, b):
                 host.end()
+
+
+def test_pages_are_pushed_on_by_tls_to_a_target_that_died_meanwhile(
+    doors: tuple[Host, TlsHost], authority: Authority, image: Path
+) -> None:
+    """Whoever is asked again is asked with the certificate that it was asked with at first."""
+    a, b = doors
+    for host in doors:
+        host.end()
+    a.start(before=("env", "COWSHED_TEST_STOP_AT=source-push"))
+    b.start(kept=True)
+    model = Model(image, 1)
+    with a.open("g") as disk:
+        model.write(disk, 100)
+    right = b.uri(authority.issue("a.example"))
+    drain = in_thread(lambda: a.run("drain", "--post-copy", "--to", right))
+    until(lambda: is_stopped(a.the_daemon.pid))
+    kill_backend(b.the_daemon)
+
+    def is_over() -> bool:
+        if is_stopped(a.the_daemon.pid):  # it comes there each time that it pushes
+            os.kill(a.the_daemon.pid, signal.SIGCONT)
+        return not drain.is_alive()
+
+    until(is_over)
+    assert a.the_daemon.request("drain-state")["drain"]["phase"] == "moved"
+    with connect(right) as backend, backend.open("d", guest="g", token="token") as disk:
+        model.check(disk)
