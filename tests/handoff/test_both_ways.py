@@ -11,8 +11,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from domains import in_thread, until
 from two_hosts import Host, Model, is_stopped
+
+pytestmark = pytest.mark.slow
 
 Pair = tuple[Host, Host]
 

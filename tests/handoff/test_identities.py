@@ -16,6 +16,8 @@ from two_hosts import Host, Model
 from cowshed.cache import UsageError
 from cowshed.transport import ByteDisk, connect
 
+pytestmark = pytest.mark.slow
+
 
 class BothHost(Host):
     """A backend that listens by tcp and by tls."""

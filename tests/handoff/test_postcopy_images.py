@@ -18,6 +18,8 @@ from two_hosts import PAGE, SIZE, Host, Model, is_stopped
 from cowshed.transport.handoff_sections import StateReader, StateWriter, Word
 from cowshed.transport.stream_ends import listen
 
+pytestmark = pytest.mark.slow
+
 Pair = tuple[Host, Host]
 
 
