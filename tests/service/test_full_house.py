@@ -214,34 +214,6 @@ def test_more_bytes_than_a_handoff_was_asked_for_with_do_not_end_the_daemon(hous
     _check_open(house)
 
 
-def test_the_keeper_may_have_as_many_descriptors_as_its_backend(
-    start_daemon: StartDaemon, make_image: MakeImage
-) -> None:
-    kept = start_daemon(
-        f"--image=d={make_image(MIB)}", kept=True, before=("prlimit", "--nofile=256:4000")
-    )
-    assert resource.prlimit(kept.pid, resource.RLIMIT_NOFILE) == (4000, 4000)
-
-
-def test_a_keeper_that_can_hold_no_more_says_so_and_keeps_what_it_holds(
-    start_daemon: StartDaemon, start_guest: StartGuest, make_image: MakeImage
-) -> None:
-    kept = start_daemon(f"--image=d={make_image(MIB)}", kept=True)
-    first = start_guest(kept.uri)
-    first.call("open", image="d", guest="first", token="t")
-    first.call("fill", offset=0, length=4096, byte=7)
-    with _no_descriptors(kept.pid):
-        second = start_guest(kept.uri)
-        second.call("open", image="d", guest="second", token="t", follow_moves=False)
-        until(lambda: "event=not-held" in kept.log())
-    assert "the keeper may have no more descriptors" in kept.log()
-    backend = kept.status()["pid"]
-    os.kill(backend, 9)
-    until(lambda: kept.status()["pid"] != backend)
-    assert first.call("read", offset=0, length=2) == "0707"
-    assert kept.mismatches() == []
-
-
 STARVED = """
 import resource, threading
 from cowshed.cache import CapacityError
