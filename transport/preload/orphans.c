@@ -211,6 +211,13 @@ void orphans_look(void)
 	pthread_mutex_unlock(&list_lock);
 }
 
+void orphans_let_go(unsigned link_no)
+{
+	pthread_mutex_lock(&list_lock);
+	list[link_no] = (struct watched){.connection_fd = -1, .uffd = -1};
+	pthread_mutex_unlock(&list_lock);
+}
+
 void orphans_begin(void)
 {
 	is_ours = true;

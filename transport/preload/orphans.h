@@ -15,4 +15,7 @@ void orphans_begin(void);
 /* In a copy of the process, where the thread is not, before anything else is done there. */
 void orphans_forget(void);
 
+/* A link that is about to be closed on purpose: its end says nothing of the backend. Watched again by orphans_look. */
+void orphans_let_go(unsigned link_no);
+
 #endif

@@ -195,6 +195,7 @@ int table_retire(uintptr_t start, uintptr_t end)
 		   we wait gets SIGSEGV, and would otherwise wait for ever, or find no guard. */
 		protect_ranges(link_no);
 		/* A handler late by an instant must not meet another mapping at this address. */
+		orphans_let_go(link_no);
 		err = wire_farewell(table_links[link_no].connection_fd);
 		if (err < 0)
 			break;
