@@ -68,6 +68,7 @@ def kill_keeper(world: World) -> None:
     world.note(f"killing keeper {host.keeper_pid} of {host.name}")
     host.kill_keeper()
     world.wait(lambda: host.nr_keepers > before, f"another keeper of {host.name}")
+    world.wait(lambda: host.daemon.status()["not_held"] == 0, f"everything held for {host.name}")
     world.wait_progress()
 
 

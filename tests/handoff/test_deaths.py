@@ -171,7 +171,7 @@ def test_a_mapped_guest_that_came_outlives_the_targets_keeper_and_then_the_targe
         other.call("open", image="d", guest=f"o{no}")
     backend = b.the_daemon.status()["pid"]
     b.the_daemon.kill()
-    until(lambda: "event=keeper-changed" in b.the_daemon.log())
+    until(lambda: "event=held" in b.the_daemon.log())
     _kill_backend(b)
     assert b.the_daemon.status()["pid"] != backend
     assert b.guests() == {"g", "o0", "o1"}

@@ -80,7 +80,7 @@ def test_a_dead_keeper_is_replaced_and_the_new_one_keeps_everything(kept: Daemon
     pid = backend_pid(kept)
     kept.kill()
     assert kept.status()["pid"] == pid  # it serves on
-    until(lambda: "event=keeper-changed" in kept.log())
+    until(lambda: "event=held" in kept.log())
     os.kill(pid, signal.SIGKILL)
     status = kept.status()
     assert status["pid"] != pid
@@ -97,6 +97,7 @@ def test_a_keeper_that_took_anothers_place_is_reloaded_and_loses_nothing(kept: D
         os.kill(keeper, signal.SIGKILL)
         kept.process.poll()
         until(lambda n=nr_keepers: len(later_keepers(kept)) == n)
+    until(lambda: kept.status()["not_held"] == 0)
     pid = backend_pid(kept)
     os.kill(later_keepers(kept)[-1], signal.SIGHUP)
     until(lambda: kept.status()["pid"] != pid)
@@ -274,7 +275,7 @@ def test_another_keeper_needs_no_configuration_that_can_be_read(
     pid = backend_pid(kept)
     settings.write_text("nonsense")
     kept.kill()
-    until(lambda: "event=keeper-changed" in kept.log())
+    until(lambda: "event=held" in kept.log())
     until(lambda: kept.status()["not_held"] == 0)
     make_unreadable(settings)
     os.kill(later_keepers(kept)[-1], signal.SIGKILL)

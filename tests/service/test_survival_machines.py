@@ -207,7 +207,7 @@ def test_another_keeper_has_connections_too(
     caller.call("connect")
     kept.status()
     os.kill(kept.pid, signal.SIGKILL)
-    until(lambda: "event=keeper-changed" in kept.log())
+    until(lambda: "event=held" in kept.log())
     kill_backend(kept)
     assert machine.call("compare", nr_pages=100) == []
     caller.call("hand_over")

@@ -207,7 +207,7 @@ def test_if_the_new_keeper_dies_with_its_backend_serving_that_has_another(
     os.kill(pid, signal.SIGCONT)
     check_served(old, guest, image)
     assert old.status()["pid"] == pid
-    until(lambda: "event=keeper-changed" in taker.log())
+    until(lambda: "event=held" in taker.log())
     os.kill(pid, signal.SIGKILL)
     until(lambda: backend_pid(old) != pid and is_stopped(backend_pid(old)))  # as its parent was to
     os.kill(backend_pid(old), signal.SIGCONT)
