@@ -24,7 +24,7 @@ SANITIZE_TESTS := $(wildcard tests/cache tests/faults tests/stress)
 
 # Most tests wait for processes most of the time. A file stays in one process, since its tests share fixtures.
 TEST_PROCESSES ?= $(shell expr 2 '*' "$$(nproc)")
-PYTEST := $(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadfile
+PYTEST := $(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 FUZZ_SECONDS := 60
 

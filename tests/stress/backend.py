@@ -29,7 +29,7 @@ from cowshed.service.runtime.logs import logging_begin
 from cowshed.service.settings.config import config_load
 
 _BETWEEN_SAMPLES_SECONDS = 0.003
-_PATIENCE_SECONDS = 20.0
+_PATIENCE_SECONDS = 60.0
 
 
 class Sampler:
@@ -133,9 +133,11 @@ class Channel:
         return self._store.counters().queued_loads
 
     def do_wait_digests(self) -> bool:
-        """Wait until the thread that computes them has ended."""
+        """Wait until all are known, and the threads that computed them have ended."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        while any(thread.name == "digests" for thread in threading.enumerate()):
+        while not all(image.digest for image in self._store) or any(
+            thread.name == "in-time" for thread in threading.enumerate()
+        ):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.005)
@@ -219,7 +221,7 @@ def _pool_tasks() -> set[str]:
     return {
         str(thread.native_id)
         for thread in threading.enumerate()
-        if thread.name.startswith(("looks", "orders", "autowarm"))
+        if thread.name.startswith(("looks", "orders", "side", "autowarm"))
     }
 
 
