@@ -12,6 +12,8 @@ from two_hosts import Host, Model
 
 from cowshed.transport.handoff_sections import StateReader
 
+pytestmark = pytest.mark.slow
+
 Pair = tuple[Host, Host]
 
 

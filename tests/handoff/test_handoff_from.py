@@ -16,6 +16,8 @@ from two_hosts import Host, Model, is_stopped
 from cowshed.transport import connect
 from cowshed.transport.messages import MovedError
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 handoff_from = ["a.example"]
 

@@ -150,7 +150,7 @@ def test_files_that_may_take_longest_begin_first_unless_the_seed_decides(
     assert order() == 9 * "b" + 9 * "c" + 9 * "a"
     monkeypatch.setenv("COWSHED_TEST_ORDER", "random")
     orders = set()
-    for seed in range(8):
+    for seed in range(3):
         monkeypatch.setenv("COWSHED_TEST_SEED", str(seed))
         orders.add(order())
     assert len(orders) > 1

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from nbd_site import EXTENT, MIB, SIZE, Site, run
 
+pytestmark = pytest.mark.slow
+
 
 def test_nbdinfo_lists_the_exports_and_what_each_can(site: Site) -> None:
     told = json.loads(run("nbdinfo", "--list", "--json", site.uri("")))

@@ -16,6 +16,8 @@ from nbd_site import SIZE, Site, run
 from cowshed.transport.nbd_options import reply
 from cowshed.transport.nbd_wire import OPTION_HEADER, OPTION_MAGIC, Option, Reply
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 nbd = "127.0.0.1:0"
 

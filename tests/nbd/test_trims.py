@@ -11,6 +11,8 @@ from nbd_site import MIB, SIZE, Site, run
 
 from cowshed.transport import connect
 
+pytestmark = pytest.mark.slow
+
 MakeSite = Callable[..., Site]
 # Whole pages, parts of pages, of one page alone, and the end.
 TRIMS = ((0, 65536), (100_000, 70_001), (MIB + 5, 900), (2 * MIB, 2 * MIB), (SIZE - 3000, 3000))

@@ -26,7 +26,7 @@ from nbd_site import Site
 from switches import BEFORE, switch
 
 # Some start several backends, one after the other.
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 MIB = 1 << 20
 NR_LOADERS = 4

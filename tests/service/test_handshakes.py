@@ -19,6 +19,8 @@ from cowshed.cache import PeerError
 from cowshed.transport import Connection
 from cowshed.transport.exchange import ask_for_fds, close_all, greet
 
+pytestmark = pytest.mark.slow
+
 PAGE = 4096
 
 

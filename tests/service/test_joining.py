@@ -12,6 +12,8 @@ from siege import MIB, still_serves
 from cowshed.cache import CowshedError
 from cowshed.transport.exchange import ask, ask_for_fds, close_all, greet
 
+pytestmark = pytest.mark.slow
+
 PAGE = 4096
 SIZE = 8 * MIB
 

@@ -15,6 +15,8 @@ from domains import Daemon, MakeImage, StartDaemon, StartGuest, kill_backend, un
 from nbd_site import Site
 from supplied import restore, status_of
 
+pytestmark = pytest.mark.slow
+
 PAGE = 4096
 MIB = 1 << 20
 SIZE = 4 * MIB

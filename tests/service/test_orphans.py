@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from domains import ANSWER_SECONDS, Daemon, MakeImage, StartDaemon, plain_environment, until
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 PAGE = 4096
 

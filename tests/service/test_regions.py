@@ -17,6 +17,8 @@ from cowshed.cache._core import ffi, lib
 from cowshed.transport import Connection
 from cowshed.transport.exchange import ask, ask_for_fds, close_all, greet
 
+pytestmark = pytest.mark.slow
+
 PAGE = 4096
 
 

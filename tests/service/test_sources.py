@@ -23,6 +23,8 @@ from supervisor import Supervisor
 
 from cowshed.transport import connect
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 SIZE = 4 * MIB
 

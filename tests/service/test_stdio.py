@@ -13,6 +13,8 @@ from domains import ANSWER_SECONDS, Daemon, command, new_run_dir, until, write_i
 
 from cowshed.transport import connect
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 COMMANDS = {
     "help": ["--help"],

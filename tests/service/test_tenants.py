@@ -25,7 +25,10 @@ MIB = 1 << 20
 PAGE = 4096
 ALICE, BOB = NOBODY, 54321  # who need not exist
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="becomes other users: needs root")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.geteuid() != 0, reason="becomes other users: needs root"),
+]
 
 CONFIG = """
 guest_metrics = 10
