@@ -8,8 +8,10 @@ evictor, the digests, and the C core's loaders and fault threads. Faults meet no
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
+import socket
 from collections.abc import Callable
 from typing import Final, NoReturn
 
@@ -79,6 +81,7 @@ from cowshed.service.survival.notice import Groups
 from cowshed.service.survival.remains import Remains
 from cowshed.service.survival.run_lock import run_dir_locked
 from cowshed.service.survival.supervised_reload import SupervisedReload
+from cowshed.service.survival.unserved_listeners import UnservedListeners
 from cowshed.service.web.http_server import HttpServer, bind
 from cowshed.service.web.pages import web_routes
 from cowshed.service.web.state import StateReader
@@ -138,6 +141,7 @@ class Daemon:
         remains = remains or Remains({})
         stack.callback(remains.close)
         self._listeners = Listeners(self._fd_store, remains)
+        stack.callback(self._listeners.close)
         door = Door(raise_file_limit())
         stack.enter_context(run_dir_locked(config.run_dir))
         record = HandoffRecord(config.state_dir)
@@ -204,6 +208,10 @@ class Daemon:
         digests.start()
         stack.callback(digests.stop)
         self._loop = stack.enter_context(Loop())
+        unserved_listeners = self._unserved_listeners = UnservedListeners(
+            self._listeners, self._loop, self._side, is_first=is_first
+        )
+        status.unserved_listeners = unserved_listeners.status
         self.workers: Final = Workers(self._loop.call)
         self.control.is_stopping = lambda: self.workers.is_stopping
         self.reopener: Final = Reopener(self._loop.call)
@@ -232,7 +240,16 @@ class Daemon:
         stack.callback(self._image_sockets.close)
         stack.callback(self.workers.stop)
         self._nbd = NbdService(
-            core, config, store, access, overlays, door, self._tallies, self._loop, self._listeners
+            core,
+            config,
+            store,
+            access,
+            overlays,
+            door,
+            self._tallies,
+            self._loop,
+            self._listeners,
+            unserved_listeners,
         )
         stack.callback(self._nbd.close)
         stack.callback(store.cancel_loads)  # or a request that waits for one would keep it open
@@ -246,6 +263,7 @@ class Daemon:
             self._tallies,
             self._loop,
             self._listeners,
+            unserved_listeners,
         )
         stack.callback(network.close)
         handoff = HandoffService(
@@ -343,13 +361,18 @@ class Daemon:
         state = StateReader(lambda: list(self._store), self.control.status)
         routes = {"/metrics": Exporter(sources, settler.ask).serve, **web_routes(state.read)}
         endpoint = config.metrics
-        listener = self._listeners.open(f"metrics/{endpoint}", lambda: bind(endpoint))
-        server = HttpServer(endpoint, routes, listener=listener)
         settler.start()
         stack.callback(settler.stop)
-        server.start()
-        stack.callback(server.stop)
-        _log.notice("metrics", url=f"http://{server.endpoint}/metrics")
+
+        def serve(listener: socket.socket) -> None:
+            server = HttpServer(endpoint, routes, listener=listener)
+            server.start()
+            stack.callback(server.stop)
+            _log.notice("metrics", url=f"http://{server.endpoint}/metrics")
+
+        held_as = f"metrics/{endpoint}"
+        prepare = functools.partial(self._listeners.open, held_as, lambda: bind(endpoint))
+        self._unserved_listeners.serve(f"http://{endpoint}/metrics", prepare, serve, held_as)
 
     def end_parked(self, terms: Terms) -> bool:
         """End what is parked under a name and has nothing mapped any more; whether any was."""
@@ -373,6 +396,7 @@ class Daemon:
         loop.every(_LOOK_SECONDS, logging_tell_lost)
         loop.every(_LOOK_SECONDS, self._sources.look)
         loop.every(_LOOK_SECONDS, self._unserved.look)
+        loop.every(_LOOK_SECONDS, self._unserved_listeners.look)
         loop.every(_LOOK_SECONDS, self._look_at_sockets)
         loop.every(_SAVE_SECONDS, self._save)
         _log.notice(

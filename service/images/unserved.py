@@ -89,6 +89,6 @@ class UnservedImages:
         except (CowshedError, OSError) as error:
             each.why = str(error)
             return
+        _log.notice("image-served", "its source is there", image=each.spec.label)
         with self._lock:
             self._unserved.remove(each)
-        _log.notice("image-served", "its source is there", image=each.spec.label)

@@ -33,6 +33,7 @@ from cowshed.service.runtime.test_points import reach
 from cowshed.service.settings.config import Config
 from cowshed.service.settings.tls_config import make_context
 from cowshed.service.survival.listeners import Listeners
+from cowshed.service.survival.unserved_listeners import UnservedListeners
 from cowshed.transport.acceptor import NR_SPARE, Acceptor
 from cowshed.transport.nbd_core import Ended, NbdCounters, NbdEnd, NbdExport, NbdServer
 from cowshed.transport.nbd_negotiation import MAX_PAYLOAD_BYTES, Chosen
@@ -63,7 +64,10 @@ class _Client:
 
 
 class NbdService:
-    """Listens from the time it is made (UsageError if it cannot) until close(); all in the loop.
+    """Listens from the time it is made until close(); all in the loop.
+
+    What cannot be opened is left to unserved, as are the certificates, without which tls is None:
+    then local clients are offered no TLS, and HOST:PORT is not served.
 
     Invariant: each connection is in _sessions or in _clients, and in the Door once.
     """
@@ -79,9 +83,10 @@ class NbdService:
         tallies: Tallies,
         loop: Loop,
         listeners: Listeners,
+        unserved: UnservedListeners,
     ) -> None:
-        self.tls: ssl.SSLContext | None = None if config.tls is None else make_context(config.tls)
-        self._nr_files: Final = _FDS_PLAIN if self.tls is None else _FDS_TLS
+        self.tls: ssl.SSLContext | None = None
+        self._nr_files: Final = _FDS_PLAIN if config.tls is None else _FDS_TLS
         self._config = config
         self._store = store
         self._access = access
@@ -95,19 +100,43 @@ class NbdService:
         self._images: dict[Image, NbdExport] = {}
         self._acceptor: Final = Acceptor()
         self._path: Final = config.run_dir / NBD_SOCKET_NAME
-        self._listeners = [listeners.open("nbd", lambda: listen_path(self._path), self._path)]
-        if (endpoint := config.nbd) is not None:
-            made = listeners.open(f"nbd/{endpoint}", lambda: listen_tcp(endpoint))
-            self._listeners.append(made)
-            self._say_tcp()
         self._core: Final = core
-        for listener in self._listeners:
-            loop.watch(listener.fileno(), READ, lambda *_, at=listener: self._on_peer(at))
+        self._listeners: list[socket.socket] = []
+        self._listen(listeners.open("nbd", lambda: listen_path(self._path), self._path))
+        if config.tls is not None:
+            address = f"nbds+unix:///?socket={self._path}"
+            unserved.serve(address, self.load_tls, self._offer_tls, held_as=address)
+        if (endpoint := config.nbd) is not None:
+            held_as = f"nbd/{endpoint}"
+
+            def prepare() -> tuple[socket.socket, ssl.SSLContext | None]:
+                tls = self.load_tls()
+                return listeners.open(held_as, lambda: listen_tcp(endpoint)), tls
+
+            scheme = "nbd" if config.tls is None else "nbds"
+            unserved.serve(f"{scheme}://{endpoint}", prepare, self._listen_tcp, held_as)
         loop.watch(self._core.event_fd, READ, self._on_ended)
         loop.every(_LOOK_SECONDS, self._look_after)
 
-    def _say_tcp(self) -> None:
-        host, port = self._listeners[-1].getsockname()[:2]
+    def load_tls(self) -> ssl.SSLContext | None:
+        """Give the context of [tls], read anew unless it is in use; None if there is no [tls].
+
+        UsageError, one line, if its files cannot be used. For any thread; may wait for a disk.
+        """
+        return self.tls or (make_context(self._config.tls) if self._config.tls else None)
+
+    def _offer_tls(self, tls: ssl.SSLContext | None) -> None:
+        self.tls = self.tls or tls
+
+    def _listen(self, listener: socket.socket) -> None:
+        self._listeners.append(listener)
+        self._loop.watch(listener.fileno(), READ, lambda *_: self._on_peer(listener))
+
+    def _listen_tcp(self, prepared: tuple[socket.socket, ssl.SSLContext | None]) -> None:
+        listener, tls = prepared
+        self._offer_tls(tls)
+        self._listen(listener)
+        host, port = listener.getsockname()[:2]
         _log.notice("nbd", url=f"{'nbd' if self.tls is None else 'nbds'}://{host}:{port}")
         if self.tls is None and not host.startswith(("127.", "::1")):
             _log.warning(

@@ -34,8 +34,9 @@ from cowshed.service.runtime.test_points import reach
 from cowshed.service.settings.domains import Identity
 from cowshed.service.settings.handoff_rules import HandoffRules
 from cowshed.service.survival.listeners import Listeners
+from cowshed.service.survival.unserved_listeners import UnservedListeners
 from cowshed.transport import EOF
-from cowshed.transport.addresses import scheme_of
+from cowshed.transport.addresses import parse_stream_uri, scheme_of
 from cowshed.transport.messages import error_reply
 from cowshed.transport.nbd_core import Ended, NbdEnd
 from cowshed.transport.no_room import no_room
@@ -51,7 +52,9 @@ _FDS: Final = {"tcp": 1, "vsock": 1, "tls": 3}  # with TLS, two ends of a pair c
 
 
 class NetworkDoor:
-    """Listens from the time it is made (UsageError if it cannot) until close(); all in the loop.
+    """Listens from the time it is made until close(); all in the loop.
+
+    What cannot be opened is left to unserved, which raises UsageError at a first start.
 
     Invariant: each connection is in _sessions, or its number in _numbers, and in the Door once.
     """
@@ -67,6 +70,7 @@ class NetworkDoor:
         tallies: Tallies,
         loop: Loop,
         listeners: Listeners,
+        unserved: UnservedListeners,
     ) -> None:
         self._store = store
         self._access = access
@@ -83,13 +87,9 @@ class NetworkDoor:
         self._turned_away: dict[int, TurnedAway] = {}
         try:
             for uri in uris:
-                if scheme_of(uri) not in _FDS:
-                    raise UsageError(
-                        f"cannot listen at {uri!r}: guests from elsewhere come by tcp://, tls:// "
-                        "or vsock://"
-                    )
-                opened_by = functools.partial(listeners.open, uri.partition("?")[0])
-                self._open(listen(uri, context=nbd.tls, opened_by=opened_by))
+                held_as = uri.partition("?")[0]
+                prepare = functools.partial(_prepare, uri, held_as, nbd, listeners)
+                unserved.serve(held_as, prepare, self._open, held_as)
         except BaseException:
             self.close()
             raise
@@ -323,3 +323,15 @@ class NetworkDoor:
         for fd, session in list(self._sessions.items()):
             if now > session.deadline:
                 self._drop(fd, "handshake", "it did not finish its handshake in time")
+
+
+def _prepare(uri: str, held_as: str, nbd: NbdService, listeners: Listeners) -> StreamListener:
+    """Listen at uri; UsageError if that cannot be. For any thread; may wait for a disk."""
+    scheme = scheme_of(uri)
+    if scheme not in _FDS:
+        raise UsageError(
+            f"cannot listen at {uri!r}: guests from elsewhere come by tcp://, tls:// or vsock://"
+        )
+    needs_tls = scheme == "tls" and not parse_stream_uri(uri).options
+    context = nbd.load_tls() if needs_tls else None
+    return listen(uri, context=context, opened_by=functools.partial(listeners.open, held_as))

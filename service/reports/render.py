@@ -250,6 +250,13 @@ def warnings(status: Answer) -> list[Text]:
         )
         for image in status.get("unserved_images", ())
     ]
+    found += [
+        Text.assemble(
+            (f"{printable(each['address'])} is not served", "bold red"),
+            f": {printable(each['why'])}.",
+        )
+        for each in status.get("unserved_listeners", ())
+    ]
     return found
 
 

@@ -59,6 +59,8 @@ class StatusReader:
         self.drain: Callable[[], dict[str, Any] | None] = lambda: None
         # Images of the configuration that cannot be served, and why.
         self.unserved: Callable[[], list[dict[str, Any]]] = list
+        # Listeners of the configuration that cannot be opened, and why.
+        self.unserved_listeners: Callable[[], list[dict[str, Any]]] = list
         # For how long an image's source has left something unanswered.
         self.source_wait_seconds: Callable[[Image], float] = lambda _: 0.0
         self._lineage = lineage or Lineage()
@@ -131,6 +133,7 @@ class StatusReader:
             "drain": self.drain(),
             "images": images,
             "unserved_images": self.unserved(),
+            "unserved_listeners": self.unserved_listeners(),
             "guests": guests,
         }
 

@@ -65,7 +65,7 @@ class Departure:
 
     def prepare(self) -> bool:
         """Run the loop until all are ready, or patience ends; False if we are to stop for good."""
-        for fd in self._listening_fds:
+        for fd in list(self._listening_fds):  # a side thread may open another
             self._loop.mute(fd)
         stop_at("departing")
         self._deadline = time.monotonic() + _PATIENCE_SECONDS

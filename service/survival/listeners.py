@@ -14,7 +14,7 @@ from urllib.parse import quote
 from cowshed.cache.errors import CowshedError
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.remains import Remains
+from cowshed.service.survival.remains import Kinds, Remains
 
 __all__ = ["Listeners"]
 
@@ -35,6 +35,7 @@ class Listeners:
         self.fds: Final[set[int]] = set()
         self._paths: dict[str, Path] = {}
         self._removed: set[str] = set()
+        self._kept: dict[str, Kinds] = {}
 
     def open(
         self, what: str, make: Callable[[], socket.socket], path: Path | None = None
@@ -45,8 +46,7 @@ class Listeners:
         made anew; where that cannot be, the old one is kept, for nobody but whom it serves
         already. Raises what make() does, if there is no old one.
         """
-        # Not every name may be a group's: as in a URI, but for the colon.
-        group = _PREFIX + quote(what, safe="/@[]")[:240]
+        group = _group(what)
         left = self._left(group)
         if left is None:
             sock = make()
@@ -60,6 +60,20 @@ class Listeners:
         self.fds.add(sock.fileno())
         self._fd_store.hold(group, [sock.fileno()], listener=what)
         return sock
+
+    def keep(self, what: str) -> None:
+        """Have what our predecessor had at what held on, unserved until open(); or nothing."""
+        group = _group(what)
+        if (left := self._remains.take(group)) is not None:
+            self._kept[group] = left
+            self._fd_store.hold(group, list(left.values()), listener=what)
+
+    def close(self) -> None:
+        """Close what was kept and never opened; it stays held."""
+        for left in self._kept.values():
+            for fd in left.values():
+                os.close(fd)
+        self._kept.clear()
 
     def look(self) -> None:
         """Log, once each, paths that somebody removed; may wait for a disk."""
@@ -89,7 +103,7 @@ class Listeners:
         return sock
 
     def _left(self, group: str) -> socket.socket | None:
-        left = self._remains.take(group)
+        left = self._kept.pop(group, None) or self._remains.take(group)
         if left is None:
             return None
         if left.keys() == {"socket"}:
@@ -103,6 +117,11 @@ class Listeners:
         for fd in left.values():
             os.close(fd)
         return None
+
+
+def _group(what: str) -> str:
+    # Not every name may be a group's: as in a URI, but for the colon.
+    return _PREFIX + quote(what, safe="/@[]")[:240]
 
 
 def _is_socket(path: Path) -> bool:
