@@ -4,7 +4,8 @@
     hello, open {image, guest, token, ...} -> {mapped: false, size_bytes, overlay, ...}
     data -> the connection is in NBD's transmission phase, structured replies, on this guest's bytes
 
-The token is what a connection made anew proves with that it is the same guest; whoever has it has
+A guest that was sent on names the pages it had (open's overlay): a backend without them refuses,
+and makes none in their place. The token is what a connection made anew proves with that it is the same guest; whoever has it has
 the guest's private pages.
 """
 
@@ -49,23 +50,29 @@ def open_by_bytes(
     fields |= {"token": request.get("token") or secrets.token_hex(16)}
     fields |= {"keep": request.get("token") is not None}
 
-    here, is_open = uri, False
+    here, is_open, overlay = uri, False, ""
 
     def dial(timeout: float) -> Dialled:
-        nonlocal here, is_open
-        deadline = time.monotonic() + timeout
+        nonlocal here, is_open, overlay
+        began = time.monotonic()
+        deadline = began + timeout
         nr_moves = 0
+        sender = ""
         while True:
+            # A backend that died in a drain sends the guest on before it knows whether the guest's
+            # pages are there. Ask for these pages, or be sent to and fro until it knows.
+            is_sure = not (sender and overlay) or time.monotonic() - began > timeout / 2
+            wanted = {} if is_sure else {"overlay": overlay}
             try:
                 # One that dies in the middle of it has a successor, which is asked at once.
-                dialled = again_if_gone(partial(_dial, here, fields, deadline))
-                is_open = True
+                dialled = again_if_gone(partial(_dial, here, fields | wanted, deadline))
+                is_open, overlay = True, dialled.overlay
                 return dialled
             except MovedError as error:
                 # The first time it is for the caller to follow; later the guest moved under us.
                 if not is_open or not error.uri or scheme(error.uri).maps:
                     raise
-                here = error.uri
+                sender, here = here, error.uri
                 nr_moves += 1
                 # The guest is there already; but two may send it on to each other for ever.
                 if nr_moves <= _MOVES_AT_ONCE:
@@ -76,6 +83,8 @@ def open_by_bytes(
                     raise
                 if time.monotonic() + _PAUSE_SECONDS > deadline:
                     raise
+                if wanted:
+                    sender, here = "", sender
             time.sleep(_PAUSE_SECONDS)
 
     return ByteDisk(

@@ -156,6 +156,14 @@ class NetworkDoor:
             raise CapacityError(f"guest {name!r} is connected already; disconnect it first")
         return guest
 
+    def check_pages(self, image: Image, name: str, overlay_id: str) -> None:
+        """Refuse a guest whose private pages are not here: CapacityError, and none are made."""
+        guest = self._overlays.get(image.domain, name)
+        if guest is None or guest.pages_id != overlay_id:
+            raise CapacityError(
+                f"the private pages of guest {name!r} are not here; ask the backend that sent it"
+            )
+
     def overlay_id(self, guest: OverlayGuest) -> str:
         """Name these private pages."""
         return guest.pages_id

@@ -92,6 +92,9 @@ class NetworkHost(Protocol):
     ) -> OverlayGuest:
         """Hold a guest's overlay for one client, the only one; UsageError if it is not its own."""
 
+    def check_pages(self, image: Image, name: str, overlay_id: str) -> None:
+        """Refuse a guest whose private pages are not here: CapacityError, and none are made."""
+
     def overlay_id(self, guest: OverlayGuest) -> str:
         """Name these private pages: others, under the same guest's name, are named otherwise."""
 
@@ -181,6 +184,8 @@ class NetworkSession:
         if body.get("on_quota") is not None:
             policy = QuotaPolicy[take_choice(body, "on_quota", ("stop", "kill", "allow")).upper()]
         claim = self._claim(take_text(body, "token", max_length=64))
+        if overlay_id := take_text(body, "overlay", default=""):
+            self._host.check_pages(image, name, overlay_id)
         guest = self._host.enter(image, name, claim, quota_bytes, policy)
         self.entered = Entered(guest, body.get("keep") is True)
         return {**_describe(image), "overlay": self._host.overlay_id(guest)}
