@@ -204,7 +204,7 @@ class Daemon:
         self._sources = SourceWatch(store, self._side)
         stack.callback(self._sources.stop)
         status.source_wait_seconds = self._sources.waiting_seconds
-        digests = self._digests = DigestThread(store, _say_digest)
+        digests = self._digests = DigestThread(store, self._on_digest)
         digests.start()
         stack.callback(digests.stop)
         self._loop = stack.enter_context(Loop())
@@ -331,6 +331,11 @@ class Daemon:
         self._overlays.adopt_late(image)
         self._publish(image, spec)
         self._digests.add(image)
+
+    def _on_digest(self, image: Image) -> None:
+        """An image's digest is known; from some thread."""
+        _log.info("digest", image=image.label, digest=image.digest)
+        self._overlays.note_digest(image)
 
     def _let_go(self, remains: Remains) -> None:
         """Whatever our predecessor had that we have no use for."""
@@ -526,7 +531,3 @@ def _lend_device(stack: contextlib.ExitStack) -> int | None:
     else:
         stack.callback(os.close, device)
     return device
-
-
-def _say_digest(image: Image) -> None:
-    _log.info("digest", image=image.label, digest=image.digest)

@@ -4,7 +4,9 @@
 Each has three files: STEM.json says what it is, STEM.pages holds its private pages, each at its
 offset in the image, and STEM.map which of them count. The first is replaced as a whole, the others
 are the C core's. A source that changed makes an overlay of it unusable: its pages belong between
-others.
+others. What tells is the source's size and time, and its digest if only the time differs: a backup
+or `touch` sets times, too. source_mtime_ns is the time when the overlay was made, which the map was
+made under; source_seen_ns the one that the same bytes had last.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ class OverlayFiles:
     def __init__(self, folder: Path) -> None:
         """Raises UsageError, one line, for a folder that cannot be used."""
         self._folder = folder
+        self._digests: dict[str, str] = {}  # by an image's label, of the bytes that were opened
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -96,9 +99,50 @@ class OverlayFiles:
 
         staged: it counts only if the handoff of that name does.
         """
-        table = {"version": _VERSION, **asdict(record), **_source_of(image)}
+        self._write(self._table(record, image, staged), record)
+
+    def refresh(self, record: OverlayRecord, image: Image) -> None:
+        """As write(), if anything is to be said otherwise than it is."""
+        table = self._table(record, image)
+        if table != self._written(record):
+            self._write(table, record)
+
+    def note_digest(self, image: Image) -> None:
+        """Keep an image's digest in what is written of its overlays from now on.
+
+        Unless its source was written to since it was opened. May wait for the source.
+        """
+        written_ns = image.source.written_ns()
+        if image.source_change is None and written_ns == image.source.identity.mtime_ns:
+            self._digests[image.label] = image.digest
+
+    def _table(self, record: OverlayRecord, image: Image, staged: str = "") -> dict[str, Any]:
+        before = self._written(record)
+        table = {"version": _VERSION, **asdict(record), **self._source(record, image)}
+        if table["source_mtime_ns"] != image.source.mtime_ns:
+            table["source_seen_ns"] = image.source.mtime_ns
+        if digest := self._digests.get(image.label) or before.get("source_digest"):
+            table["source_digest"] = digest
         if staged:
             table["staged"] = staged
+        return table
+
+    def _source(self, record: OverlayRecord, image: Image) -> dict[str, int]:
+        """What an overlay's map was made under, or is to be."""
+        made_ns = self._written(record).get("source_mtime_ns", image.source.mtime_ns)
+        return {"source_bytes": image.size_bytes, "source_mtime_ns": made_ns}
+
+    def _written(self, record: OverlayRecord) -> dict[str, Any]:
+        """What a record's file says; {} if there is none. Raises SourceError."""
+        path = self._path(record.stem, ".json")
+        try:
+            return dict(json.loads(path.read_text()))
+        except (FileNotFoundError, ValueError):
+            return {}
+        except OSError as error:
+            raise SourceError(f"cannot read {str(path)!r}: {error.strerror}") from error
+
+    def _write(self, table: dict[str, Any], record: OverlayRecord) -> None:
         path = self._path(record.stem, ".json")
         temporary = path.with_suffix(".new")
         try:
@@ -113,14 +157,23 @@ class OverlayFiles:
                 temporary.unlink()
             raise SourceError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
-    def check(self, record: OverlayRecord, image: Image) -> None:
-        """Raise UsageError if the image is not the one that the overlay was made of."""
-        written = json.loads(self._path(record.stem, ".json").read_text())
-        if any(written.get(key) != value for key, value in _source_of(image).items()):
-            raise UsageError(
-                f"the source of {image.label!r} changed since overlay {record.label!r} was made of "
-                f"it: serve the one it was made of, or remove {self._folder}/{record.stem}.*"
-            )
+    def check(self, record: OverlayRecord, image: Image) -> bool:
+        """Whether the image is the one that the overlay was made of; UsageError if it is not.
+
+        False: its digest tells, once it is known.
+        """
+        written = self._written(record)
+        if written.get("source_bytes") == image.size_bytes:
+            times = (written.get("source_mtime_ns"), written.get("source_seen_ns"))
+            digest = written.get("source_digest")
+            if image.source.mtime_ns in times or (digest and image.digest == digest):
+                return True
+            if digest and not image.digest:
+                return False
+        raise UsageError(
+            f"the source of {image.label!r} changed since overlay {record.label!r} was made of "
+            f"it: serve the one it was made of, or remove {self._folder}/{record.stem}.*"
+        )
 
     def identity(self, record: OverlayRecord) -> list[list[int]]:
         """Which files an overlay's pages and map are now, as long as they are there."""
@@ -165,7 +218,8 @@ class OverlayFiles:
 
         is_left: the account was adopted; what it says is private is so.
         """
-        told = json.dumps({"image": record.image, **_source_of(account.image)}, sort_keys=True)
+        source = self._source(record, account.image)
+        told = json.dumps({"image": record.image, **source}, sort_keys=True)
         identity = hashlib.sha256(told.encode()).digest()
         return Overlay.files(account, self._folder, record.stem, identity, is_left=is_left)
 
@@ -197,11 +251,6 @@ def _stem(image: str, guest: str) -> str:
     if len(stem) > _STEM_MAX:
         stem = f"{stem[: _STEM_MAX - 20]}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
     return stem
-
-
-def _source_of(image: Image) -> dict[str, int]:
-    """What tells one version of a source from another, without reading it."""
-    return {"source_bytes": image.size_bytes, "source_mtime_ns": image.source.mtime_ns}
 
 
 def _parse(table: Any) -> OverlayRecord:

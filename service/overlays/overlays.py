@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import threading
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
 from typing import Final
 
 from cowshed.accounting import (
     NO_QUOTA_BYTES,
     Account,
-    AccountStatus,
     Overlay,
     Purse,
     QuotaPolicy,
@@ -35,7 +32,9 @@ from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import GuestTable, Terms
 from cowshed.service.overlays.bequests import LeftOverlay, OverlayBequests
 from cowshed.service.overlays.files import OverlayFiles, OverlayRecord
+from cowshed.service.overlays.overlay_guest import Claim, NotYoursError, OverlayGuest
 from cowshed.service.overlays.terms import OverlayTerms
+from cowshed.service.overlays.waiting import WaitingOverlays
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
 from cowshed.service.survival.remains import Remains
@@ -48,86 +47,6 @@ _log = EventLog("cowshed.overlays")
 
 # Its account, its purse, its pages, their map or its record, and one to spare.
 _FDS_PER_OVERLAY: Final = 5
-
-
-class NotYoursError(UsageError):
-    """Somebody else made that overlay."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Who wants an overlay. owners is what it is known by, the strongest first; never empty.
-
-    proof is what it is known by if its token alone counts, "" if it has none.
-    """
-
-    owners: tuple[str, ...]
-    counted_as: int | str
-    is_operator: bool
-    transport: str
-    uid: int = -1
-    proof: str = ""
-    has_certificate: bool = False
-    pid: int = 0
-
-
-@dataclass(eq=False)
-class OverlayGuest:
-    """A guest whose private pages the backend keeps. Invariant: nr_clients are connected now.
-
-    pages_id names these private pages: pages in files have another name once a daemon has begun
-    anew with them, for then what was not flushed may be lost, and only the guest knows what it is.
-    """
-
-    terms: Terms
-    owner: str
-    counted_as: int | str
-    transport: str
-    uid: int
-    pid: int
-    purse: Purse
-    account: Account
-    overlay: Overlay
-    export: NbdExport
-    quota_bytes: int | None
-    # Other private pages, under the same guest's name, are named otherwise.
-    pages_id: str = field(default_factory=lambda: secrets.token_hex(8))
-    group: str = ""
-    nr_clients: int = 0
-    nr_users: int = 0  # see OverlayTable.using()
-    account_no: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.account_no = self.account.number
-
-    @property
-    def name(self) -> str:
-        """The guest's name, unique in its domain."""
-        return self.terms.name
-
-    @property
-    def domain(self) -> str:
-        """The sharing domain it is in: its image's."""
-        return self.terms.image.domain
-
-    @property
-    def image(self) -> Image:
-        """The image it is a copy of."""
-        return self.terms.image
-
-    @property
-    def label(self) -> str:
-        """What operators call it: IMAGE@GUEST, or DOMAIN/IMAGE@GUEST."""
-        return f"{self.image.label}@{self.name}"
-
-    @property
-    def state(self) -> str:
-        """Whether anybody is connected."""
-        return "running" if self.nr_clients else "away"
-
-    def granted_bytes(self, _: AccountStatus) -> int:
-        """None: it maps nothing."""
-        return 0
 
 
 class OverlayTable:
@@ -154,6 +73,7 @@ class OverlayTable:
         self._files = files
         self._bequests = bequests or OverlayBequests(FdStore(None))
         self._overlays: dict[tuple[str, str], OverlayGuest] = {}
+        self._waiting = WaitingOverlays(guests)
         self._unused = threading.Condition(self.lock)
 
     def __iter__(self) -> Iterator[OverlayGuest]:
@@ -224,19 +144,52 @@ class OverlayTable:
                     file=record.stem,
                 )
                 continue
-            try:
-                self._files.check(record, image)
-                left = lefts.get(record.label)
-                if left is not None and left.files is not None:
-                    self._files.check_left(record, left.files)
-                self._open(image, record, None, left)
-                lefts.pop(record.label, None)
-                if staged:
-                    self._files.write(record, image)
-            except (CowshedError, OSError) as error:
-                _log.error("overlay-unusable", str(error), overlay=record.label, file=record.stem)
-            else:
-                _log.info("overlay-adopted", overlay=record.label)
+            self._adopt_file(image, record, staged, lefts)
+
+    def _adopt_file(
+        self, image: Image, record: OverlayRecord, staged: str, lefts: dict[str, LeftOverlay]
+    ) -> None:
+        assert self._files is not None
+        try:
+            left = lefts.get(record.label)
+            if not self._files.check(record, image):
+                self._waiting.add(image, record, staged)
+                return
+            if left is not None and left.files is not None:
+                self._files.check_left(record, left.files)
+            guest = self._open(image, record, None, left)
+            lefts.pop(record.label, None)
+            if staged:
+                self._files.write(record, image)
+        except (CowshedError, OSError) as error:
+            _log.error("overlay-unusable", str(error), overlay=record.label, file=record.stem)
+        else:
+            self._refresh(guest)
+            _log.info("overlay-adopted", overlay=record.label)
+
+    def note_digest(self, image: Image) -> None:
+        """An image's digest is known: go on with the overlays that waited for it, or refuse them.
+
+        From a thread that may wait for a disk. It is kept with the image's overlays, too.
+        """
+        if self._files is None:
+            return
+        self._files.note_digest(image)
+        with self.lock:
+            for each in self._waiting.take(image):
+                self._adopt_file(image, each.record, each.staged, {})
+            guests = [guest for guest in self if guest.image is image]
+        for guest in guests:
+            with self.lock:
+                if self._overlays.get(guest.terms.key) is guest:
+                    self._refresh(guest)
+
+    def _refresh(self, guest: OverlayGuest) -> None:
+        assert self._files is not None
+        try:
+            self._files.refresh(self._record(guest), guest.image)
+        except CowshedError as error:
+            _log.warning("overlay-source-not-kept", str(error), overlay=guest.label)
 
     # Clients.
 
@@ -251,6 +204,7 @@ class OverlayTable:
             if guest is not None:
                 _check_may_enter(guest, image, claim)
             else:
+                self._waiting.check(image, name)
                 self._guests.check_free(Terms(name, image, None, QuotaPolicy.STOP, Orders()))
 
     @taking_in()
@@ -272,6 +226,7 @@ class OverlayTable:
         with self.lock:
             guest = self._overlays.get((image.domain, name))
             if guest is None:
+                self._waiting.check(image, name)
                 quota_bytes, policy = self._terms.agree(quota_bytes, policy)
                 record = OverlayRecord(
                     image=image.label,

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from domains import StartDaemon, command
+from domains import StartDaemon, command, until
 from nbd_site import MIB, SIZE, Site, run
 
 pytestmark = pytest.mark.slow
@@ -77,12 +78,82 @@ def test_an_overlay_of_a_source_that_changed_is_not_used(
     with site.path.open("r+b") as image:
         image.write(b"changed")
     again = Site(start_daemon("--image", f"d={site.path}", *arguments), site.path)
-    assert "changed since overlay 'd@g' was made" in again.daemon.log()
+    until(lambda: "changed since overlay 'd@g' was made" in again.daemon.log())
     names = sorted(path.name for path in (tmp_path / "overlays").iterdir())
     run("nbdinfo", again.uri("d@g"), status=1)
     assert sorted(path.name for path in (tmp_path / "overlays").iterdir()) == names
     assert len(names) == 4
     assert "True" in again.nbdsh("print(h.pread(7, 0) == b'changed')")
+
+
+def has_digest(overlays: Path) -> bool:
+    """Whether the digest is written with the overlay."""
+    return "source_digest" in json.loads((overlays / "d@g.json").read_text())
+
+
+def touch(path: Path) -> None:
+    """Change a file's times, as a backup does."""
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000_000))
+
+
+def ready(site: Site) -> bool:
+    """Whether the overlay is served, or refused for good."""
+    guests = [guest["name"] for guest in site.daemon.status()["guests"]]
+    return guests == ["g"] or "event=overlay-unusable" in site.daemon.log()
+
+
+def test_an_overlay_of_a_source_that_was_touched_is_used_once_its_digest_is_known(
+    make_site: Callable[..., Site], start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    overlays = tmp_path / "overlays"
+    arguments = ["--overlay-dir", str(overlays)]
+    site = make_site(*arguments)
+    site.nbdsh("h.pwrite(b'mine', 0)", "d@g")
+    until(lambda: has_digest(overlays))
+    for _ in range(2):
+        assert site.daemon.stop() == 0
+        touch(site.path)
+        site = Site(start_daemon("--image", f"d={site.path}", *arguments), site.path)
+        until(lambda: ready(site))  # noqa: B023
+        assert "event=overlay-waits" in site.daemon.log()
+        assert "True" in site.nbdsh("print(h.pread(4, 0) == b'mine')", "d@g")
+        site.cowshed("quota", "g", "1M")  # writes the record again
+    # What is known is kept: nobody waits for the same time twice.
+    site.daemon.kill()
+    site = Site(start_daemon("--image", f"d={site.path}", *arguments), site.path)
+    assert "event=overlay-waits" not in site.daemon.log()
+    assert "True" in site.nbdsh("print(h.pread(4, 0) == b'mine')", "d@g")
+    assert site.daemon.mismatches() == []
+    assert site.daemon.stop() == 0
+    with site.path.open("r+b") as image:
+        image.write(b"changed")
+    site = Site(start_daemon("--image", f"d={site.path}", *arguments), site.path)
+    until(lambda: ready(site))
+    assert "changed since overlay 'd@g' was made" in site.daemon.log()
+    run("nbdinfo", site.uri("d@g"), status=1)
+
+
+def test_an_overlay_of_the_release_before_is_used_and_its_digest_kept(
+    make_site: Callable[..., Site], start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    overlays = tmp_path / "overlays"
+    arguments = ["--overlay-dir", str(overlays)]
+    site = make_site(*arguments)
+    site.nbdsh("h.pwrite(b'mine', 0)", "d@g")
+    until(lambda: has_digest(overlays))
+    assert site.daemon.stop() == 0
+    table = json.loads((overlays / "d@g.json").read_text())
+    del table["source_digest"]
+    (overlays / "d@g.json").write_text(json.dumps(table))
+    site = Site(start_daemon("--image", f"d={site.path}", *arguments), site.path)
+    assert "True" in site.nbdsh("print(h.pread(4, 0) == b'mine')", "d@g")
+    until(lambda: has_digest(overlays))
+    assert site.daemon.stop() == 0
+    touch(site.path)
+    site = Site(start_daemon("--image", f"d={site.path}", *arguments), site.path)
+    until(lambda: ready(site))
+    assert "True" in site.nbdsh("print(h.pread(4, 0) == b'mine')", "d@g")
 
 
 def test_one_folder_is_for_one_daemon(make_site: Callable[..., Site], tmp_path: Path) -> None:

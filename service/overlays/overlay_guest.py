@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest whose private pages the backend keeps, and who may come back to them."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+
+from cowshed.accounting import Account, AccountStatus, Overlay, Purse
+from cowshed.cache import Image
+from cowshed.cache.errors import UsageError
+from cowshed.service.guests.guests import Terms
+from cowshed.transport.nbd_core import NbdExport
+
+__all__ = ["Claim", "NotYoursError", "OverlayGuest"]
+
+
+class NotYoursError(UsageError):
+    """Somebody else made that overlay."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Who wants an overlay. owners is what it is known by, the strongest first; never empty.
+
+    proof is what it is known by if its token alone counts, "" if it has none.
+    """
+
+    owners: tuple[str, ...]
+    counted_as: int | str
+    is_operator: bool
+    transport: str
+    uid: int = -1
+    proof: str = ""
+    has_certificate: bool = False
+    pid: int = 0
+
+
+@dataclass(eq=False)
+class OverlayGuest:
+    """A guest whose private pages the backend keeps. Invariant: nr_clients are connected now.
+
+    pages_id names these private pages: pages in files have another name once a daemon has begun
+    anew with them, for then what was not flushed may be lost, and only the guest knows what it is.
+    """
+
+    terms: Terms
+    owner: str
+    counted_as: int | str
+    transport: str
+    uid: int
+    pid: int
+    purse: Purse
+    account: Account
+    overlay: Overlay
+    export: NbdExport
+    quota_bytes: int | None
+    # Other private pages, under the same guest's name, are named otherwise.
+    pages_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    group: str = ""
+    nr_clients: int = 0
+    nr_users: int = 0  # see OverlayTable.using()
+    account_no: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.account_no = self.account.number
+
+    @property
+    def name(self) -> str:
+        """The guest's name, unique in its domain."""
+        return self.terms.name
+
+    @property
+    def domain(self) -> str:
+        """The sharing domain it is in: its image's."""
+        return self.terms.image.domain
+
+    @property
+    def image(self) -> Image:
+        """The image it is a copy of."""
+        return self.terms.image
+
+    @property
+    def label(self) -> str:
+        """What operators call it: IMAGE@GUEST, or DOMAIN/IMAGE@GUEST."""
+        return f"{self.image.label}@{self.name}"
+
+    @property
+    def state(self) -> str:
+        """Whether anybody is connected."""
+        return "running" if self.nr_clients else "away"
+
+    def granted_bytes(self, _: AccountStatus) -> int:
+        """None: it maps nothing."""
+        return 0

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Overlays in files whose image's source has another time: its digest tells if it is the same.
+
+The digest is computed in the background and may take minutes, so nobody waits for it: clients are
+told to try again. The names of such overlays are reserved meanwhile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from cowshed.accounting import QuotaPolicy
+from cowshed.cache import Image
+from cowshed.cache.errors import UsageError
+from cowshed.faults import Orders
+from cowshed.service.guests.guests import GuestTable, Terms
+from cowshed.service.overlays.files import OverlayRecord
+from cowshed.service.runtime.logs import EventLog
+
+__all__ = ["Waiting", "WaitingOverlays"]
+
+_log = EventLog("cowshed.overlays")
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Files of an overlay; staged by that handoff, which is ours, or ""."""
+
+    record: OverlayRecord
+    staged: str
+    terms: Terms
+
+
+class WaitingOverlays:
+    """Those that wait, by domain and guest name; under the overlay table's lock.
+
+    Invariant: each has its name reserved in the guests' table.
+    """
+
+    def __init__(self, guests: GuestTable) -> None:
+        self._guests: Final = guests
+        self._waiting: Final[dict[tuple[str, str], Waiting]] = {}
+
+    def add(self, image: Image, record: OverlayRecord, staged: str) -> None:
+        """Have an overlay wait for the image's digest; UsageError if its name is taken."""
+        policy = QuotaPolicy[record.policy.upper()]
+        terms = Terms(record.guest, image, record.quota_bytes, policy, Orders())
+        self._guests.reserve_name(terms)
+        self._waiting[terms.key] = Waiting(record, staged, terms)
+        _log.notice(
+            "overlay-waits",
+            "the time of its image's source changed: it is used if the bytes are the same",
+            overlay=record.label,
+        )
+
+    def take(self, image: Image) -> list[Waiting]:
+        """Give those of an image, which wait no more; their names are free."""
+        taken = [each for each in self._waiting.values() if each.terms.image is image]
+        for each in taken:
+            del self._waiting[each.terms.key]
+            self._guests.release_name(each.terms)
+        return taken
+
+    def check(self, image: Image, name: str) -> None:
+        """Raise UsageError if an overlay of that name waits."""
+        if (image.domain, name) in self._waiting:
+            raise UsageError(
+                f"overlay {f'{image.label}@{name}'!r} cannot be used yet: its image's source has "
+                "another time, and its bytes are being compared; try again in a moment"
+            )

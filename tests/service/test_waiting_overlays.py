@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Overlays whose image's source has another time wait for its digest, and no client waits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from domains import MakeImage
+
+from cowshed.cache import FileSource, Image, PageStore, UsageError
+from cowshed.service.guests.door import Door
+from cowshed.service.guests.guests import GuestTable
+from cowshed.service.images.digests import digest_of
+from cowshed.service.overlays.files import OverlayFiles
+from cowshed.service.overlays.overlays import Claim, OverlayTable
+from cowshed.service.overlays.terms import OverlayTerms
+from cowshed.transport.nbd_core import NbdServer
+
+MIB = 1 << 20
+CLAIM = Claim(("me",), 0, False, "nbd")
+
+
+@contextlib.contextmanager
+def served(path: Path, folder: Path) -> Iterator[tuple[OverlayTable, Image]]:
+    """A table as a daemon has it that has just begun: digests are not known."""
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(PageStore(4 * MIB))
+        image = store.open_image("d", FileSource.open(path))
+        core = NbdServer(1)
+        stack.callback(core.close)
+        files = OverlayFiles(folder)
+        stack.callback(files.close)
+        table = OverlayTable(core, GuestTable(), Door(1024), OverlayTerms(), files)
+        stack.callback(table.close)
+        table.adopt([image])
+        yield table, image
+
+
+def find_digest(table: OverlayTable, image: Image) -> None:
+    image.digest = digest_of(image.source)
+    table.note_digest(image)
+
+
+@pytest.fixture
+def touched(make_image: MakeImage, tmp_path: Path) -> Path:
+    """An image of which there is an overlay, and that has another time since."""
+    path = make_image(MIB)
+    with served(path, tmp_path) as (table, image):
+        find_digest(table, image)
+        table.leave(table.enter(image, "g", CLAIM))
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    return path
+
+
+def test_a_client_is_told_to_try_again_until_the_digest_is_known(
+    touched: Path, tmp_path: Path
+) -> None:
+    with served(touched, tmp_path) as (table, image):
+        for ask in (table.check, table.enter):
+            with pytest.raises(UsageError, match=r"'d@g' cannot be used yet: .* try again"):
+                ask(image, "g", CLAIM)
+        with pytest.raises(UsageError, match="taken"):
+            table.check_name(image.domain, "g")
+        find_digest(table, image)
+        assert table.enter(image, "g", CLAIM).label == "d@g"
+
+
+def test_an_overlay_that_waited_in_vain_is_refused_and_left_as_it_is(
+    touched: Path, tmp_path: Path
+) -> None:
+    written = touched.read_bytes()
+    touched.write_bytes(b"changed" + written[7:])
+    before = (tmp_path / "d@g.json").read_bytes()
+    with served(touched, tmp_path) as (table, image):
+        find_digest(table, image)
+        with pytest.raises(UsageError, match="not usable when the daemon began"):
+            table.enter(image, "g", CLAIM)
+    assert (tmp_path / "d@g.json").read_bytes() == before
+    touched.write_bytes(written)
+    with served(touched, tmp_path) as (table, image):
+        find_digest(table, image)
+        assert table.enter(image, "g", CLAIM).label == "d@g"
+
+
+def test_the_digest_of_a_source_that_was_written_to_meanwhile_is_not_kept(
+    make_image: MakeImage, tmp_path: Path
+) -> None:
+    path = make_image(MIB)
+    with served(path, tmp_path) as (table, image):
+        table.leave(table.enter(image, "g", CLAIM))
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+        find_digest(table, image)
+    assert "source_digest" not in (tmp_path / "d@g.json").read_text()
