@@ -74,6 +74,7 @@ class PageStore:
             "starting the page store",
         )
         self._store = store[0]
+        self._is_left = False
         self._images: dict[int, Image] = {}
         self._unlisted: set[int] = set()
         self.extent_bytes: Final = extent_bytes
@@ -108,13 +109,17 @@ class PageStore:
 
     def close(self) -> None:
         """Close every image and end the loaders; UsageError if a guest is still attached."""
-        if self._store is None:
+        if self._store is None or self._is_left:
             return
         closed = [self._close_image(image) for image in list(self._images.values())]
         if not all(closed):
             return
         checked(lib.store_deinit(self._store), "closing the page store")
         self._store = None
+
+    def leave(self) -> None:
+        """Have close() do nothing: a thread that hangs uses an image, until the process ends."""
+        self._is_left = True
 
     def open_image(
         self,

@@ -51,6 +51,7 @@ from cowshed.service.network.door import NetworkDoor
 from cowshed.service.operators.control import Control
 from cowshed.service.operators.takeover import TakeoverDesk
 from cowshed.service.overlays.bequests import OverlayBequests
+from cowshed.service.overlays.entrance import Entrance
 from cowshed.service.overlays.files import OverlayFiles
 from cowshed.service.overlays.overlays import OverlayTable
 from cowshed.service.overlays.terms import OverlayTerms
@@ -239,12 +240,15 @@ class Daemon:
         self._image_sockets.adopt(machine_heirs, callers)
         stack.callback(self._image_sockets.close)
         stack.callback(self.workers.stop)
+        entrance = Entrance(overlays, self._side, self._loop.call)
+        stack.callback(lambda: None if entrance.close() else store.leave())
         self._nbd = NbdService(
             core,
             config,
             store,
             access,
             overlays,
+            entrance,
             door,
             self._tallies,
             self._loop,
@@ -258,6 +262,7 @@ class Daemon:
             store,
             access,
             overlays,
+            entrance,
             self._nbd,
             door,
             self._tallies,

@@ -3,6 +3,7 @@
 
     greeting --client flags--> options --GO, EXPORT_NAME--> Chosen
                                   |  ^------STARTTLS--------> WantsTls, secured(), options again
+                                  |  ^------GO, EXPORT_NAME-> WantsExport, entered(), options again
                                   `-----ABORT-------------> Aborted
 
 Feed what arrived and send what comes back, until `outcome` is there. An option that is unknown, not
@@ -50,9 +51,11 @@ __all__ = [
     "Chosen",
     "Directory",
     "Export",
+    "ExportPending",
     "ExportRefused",
     "Handshake",
     "Terms",
+    "WantsExport",
     "WantsTls",
 ]
 
@@ -85,6 +88,10 @@ class ExportRefused(Exception):  # noqa: N818  (an answer, not a failure)
         self.kind: Final = kind
 
 
+class ExportPending(Exception):  # noqa: N818  (no failure either)
+    """An export cannot be entered just now: it is asked for again after Handshake.entered()."""
+
+
 class Directory(Protocol):
     """The exports that this client may see. All three may raise ExportRefused."""
 
@@ -95,7 +102,10 @@ class Directory(Protocol):
         """Describe one and change nothing; the empty name is the default export."""
 
     def enter(self, name: str) -> Export:
-        """Describe one that the client is about to use, and hold it for this client."""
+        """Describe one that the client is about to use, and hold it for this client.
+
+        ExportPending if that takes long.
+        """
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,11 @@ class WantsTls:
 
 
 @dataclass(frozen=True)
+class WantsExport:
+    """The export is pending; once it is no more, call entered()."""
+
+
+@dataclass(frozen=True)
 class Aborted:
     """The client wants no more; close when what is queued has been sent."""
 
@@ -134,7 +149,7 @@ class Handshake:
     """
 
     def __init__(self, directory: Directory, *, tls_offered: bool, tls_required: bool) -> None:
-        self.outcome: Chosen | WantsTls | Aborted | None = None
+        self.outcome: Chosen | WantsTls | WantsExport | Aborted | None = None
         self.secure = False
         self._directory = directory
         self._tls_offered = tls_offered or tls_required
@@ -142,6 +157,7 @@ class Handshake:
         self._client_flags: ClientFlag | None = None
         self._arrived = bytearray()
         self._header: tuple[int, int] | None = None  # option, length
+        self._pending: tuple[int, bytes] | None = None  # with WantsExport, and what was asked
         self._skip_bytes = 0
         self._refusal = b""
         self._nr_options = 0
@@ -179,6 +195,12 @@ class Handshake:
         self._directory = directory
         self._forget()
 
+    def entered(self) -> bytes:
+        """Ask for the export that was pending again, and go on as feed() does."""
+        assert self._pending is not None
+        self.outcome, pending, self._pending = None, self._pending, None
+        return self._answer(*pending) + self.feed(b"")
+
     def feed(self, arrived: bytes) -> bytes:
         """Take what arrived and give what to send; look at `outcome` afterwards.
 
@@ -191,7 +213,7 @@ class Handshake:
         to_send: list[bytes] = []
         while self._step(to_send):
             pass
-        if self.outcome is not None and self._arrived:
+        if self.outcome not in (None, WantsExport()) and self._arrived:
             raise PeerError(f"{len(self._arrived)} bytes sent behind an option that must be last")
         return b"".join(to_send)
 
@@ -258,6 +280,10 @@ class Handshake:
     def _answer(self, option: int, body: bytes) -> bytes:
         try:
             return self._dispatch(option, body)
+        except ExportPending:
+            self._pending = option, body
+            self.outcome = WantsExport()
+            return b""
         except BadOptionError as error:
             kind = Reply.ERR_TOO_BIG if error.too_big else Reply.ERR_INVALID
             return self._refuse(option, kind, str(error))

@@ -5,8 +5,8 @@
     data -> the connection is in NBD's transmission phase, structured replies, on this guest's bytes
 
 A guest that was sent on names the pages it had (open's overlay): a backend without them refuses,
-and makes none in their place. The token is what a connection made anew proves with that it is the same guest; whoever has it has
-the guest's private pages.
+and makes none in their place. The token is what a connection made anew proves with that it is the
+same guest; whoever has it has the guest's private pages.
 """
 
 from __future__ import annotations

@@ -496,7 +496,9 @@ int overlay_place_files(struct account *account, int data_fd, int map_fd, const 
 		return errno == EWOULDBLOCK ? -EBUSY : -errno;
 	int err = overlay_init(account, data_fd, &overlay);
 	if (!err) {
-		err = disk_open(overlay, map_fd, identity, is_left);
+		err = point_reach(POINT_OVERLAY_OPEN);
+		if (!err)
+			err = disk_open(overlay, map_fd, identity, is_left);
 		if (err)
 			overlay_deinit(overlay);
 		else

@@ -493,7 +493,7 @@ class Session:
             work,
             lambda reply: self._late_reply(tag, reply),
             self._note_done,
-            is_quick=self._host.control.is_quick(op),
+            is_quick=self._host.control.is_quick(op, body),
         )
 
     def _note_done(self) -> None:

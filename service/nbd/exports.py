@@ -15,8 +15,10 @@ from cowshed.cache import Image, PageStore
 from cowshed.cache.errors import CapacityError, CowshedError, UsageError
 from cowshed.service.images.access import Access
 from cowshed.service.nbd.peers import NbdPeer
-from cowshed.service.overlays.overlays import NotYoursError, OverlayGuest, OverlayTable
-from cowshed.transport.nbd_negotiation import Export, ExportRefused
+from cowshed.service.overlays.claims import NotYoursError
+from cowshed.service.overlays.entrance import Entering, Entrance, NotYetError
+from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.transport.nbd_negotiation import Export, ExportPending, ExportRefused
 from cowshed.transport.nbd_wire import Reply
 
 __all__ = ["HeldExport", "NbdDirectory", "split_export"]
@@ -45,12 +47,20 @@ class NbdDirectory:
     """The exports of one client. Raises ExportRefused as transport/nbd_negotiation.py says."""
 
     def __init__(
-        self, store: PageStore, access: Access, overlays: OverlayTable, peer: NbdPeer
+        self,
+        store: PageStore,
+        access: Access,
+        overlays: OverlayTable,
+        entrance: Entrance,
+        peer: NbdPeer,
+        client: Entering,
     ) -> None:
         self._store = store
         self._access = access
         self._overlays = overlays
+        self._entrance = entrance
         self._peer = peer
+        self._client = client
 
     def exports(self) -> Iterator[Export]:
         """Every image the client may use, and the overlays it may come back to."""
@@ -64,7 +74,7 @@ class NbdDirectory:
         try:
             image, guest = self._look(name)
             if guest:
-                self._overlays.check(image, guest, self._peer.claim)
+                self._entrance.check(image, guest, self._peer.claim)
         except CowshedError as error:
             raise _refused(error) from error
         return self._describe(image, guest)
@@ -73,7 +83,13 @@ class NbdDirectory:
         """Describe an export and hold it; its overlay is there afterwards."""
         try:
             image, guest = self._look(name)
-            overlay = self._overlays.enter(image, guest, self._peer.claim) if guest else None
+            overlay = (
+                self._entrance.enter(self._client, image, guest, self._peer.claim)
+                if guest
+                else None
+            )
+        except NotYetError as error:
+            raise ExportPending from error
         except CowshedError as error:
             raise _refused(error) from error
         return self._describe(image, guest, overlay)

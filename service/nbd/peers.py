@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from cowshed.cache.errors import UsageError
-from cowshed.service.overlays.overlays import Claim
+from cowshed.service.overlays.claims import Claim
 from cowshed.service.settings.domains import Identity, is_operator
 from cowshed.service.settings.endpoint import Endpoint
 

@@ -26,6 +26,7 @@ from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.nbd.exports import HeldExport, NbdDirectory
 from cowshed.service.nbd.peers import NbdPeer, listen_path, listen_tcp, peer_of, tune
 from cowshed.service.nbd.session import NbdSession
+from cowshed.service.overlays.entrance import Entering, Entrance
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, Loop
@@ -79,6 +80,7 @@ class NbdService:
         store: PageStore,
         access: Access,
         overlays: OverlayTable,
+        entrance: Entrance,
         door: Door,
         tallies: Tallies,
         loop: Loop,
@@ -91,6 +93,7 @@ class NbdService:
         self._store = store
         self._access = access
         self._overlays = overlays
+        self._entrance = entrance
         self._door = door
         self._tallies = tallies
         self._loop = loop
@@ -197,9 +200,9 @@ class NbdService:
 
     # What sessions need.
 
-    def directory(self, peer: NbdPeer) -> NbdDirectory:
+    def directory(self, peer: NbdPeer, client: Entering) -> NbdDirectory:
         """The exports that a client may see."""
-        return NbdDirectory(self._store, self._access, self._overlays, peer)
+        return NbdDirectory(self._store, self._access, self._overlays, self._entrance, peer, client)
 
     def named(self, peer: NbdPeer, names: list[str]) -> NbdPeer:
         """The client, by the names in its certificate; UsageError if they contradict."""

@@ -19,6 +19,7 @@ from typing import Final, Protocol
 from cowshed.cache.errors import CowshedError, PeerError
 from cowshed.service.guests.turned_away import what_failed
 from cowshed.service.nbd.peers import NbdPeer
+from cowshed.service.overlays.entrance import Entering
 from cowshed.service.runtime.loop import READ, WRITE, Loop
 from cowshed.transport.nbd_negotiation import (
     Aborted,
@@ -27,6 +28,7 @@ from cowshed.transport.nbd_negotiation import (
     Export,
     ExportRefused,
     Handshake,
+    WantsExport,
     WantsTls,
 )
 from cowshed.transport.nbd_wire import Reply
@@ -63,7 +65,7 @@ class SessionOwner(Protocol):
 
     tls: ssl.SSLContext | None
 
-    def directory(self, peer: NbdPeer) -> Directory:
+    def directory(self, peer: NbdPeer, client: Entering) -> Directory:
         """The exports that a client may see."""
 
     def named(self, peer: NbdPeer, names: list[str]) -> NbdPeer:
@@ -99,6 +101,7 @@ class NbdSession:
         self._owner = owner
         self._loop = loop
         self._watched = False
+        self._entering: Final = Entering(lambda: self._attempt(self._on_entered))
         self._handshake = Handshake(
             self._directory(),
             tls_offered=owner.tls is not None,
@@ -107,7 +110,11 @@ class NbdSession:
         self._unsent = self._handshake.greeting()
 
     def _directory(self) -> Directory:
-        return _NoExports(self.refusal) if self.refusal else self._owner.directory(self.peer)
+        return (
+            _NoExports(self.refusal)
+            if self.refusal
+            else self._owner.directory(self.peer, self._entering)
+        )
 
     def begin(self) -> None:
         """Greet, and go on as the client answers."""
@@ -116,6 +123,7 @@ class NbdSession:
 
     def close(self) -> None:
         """Let go of the client and of the socket, whatever the handshake has come to."""
+        self._entering.give_up()
         self._forget()
         self.sock.close()
         # Once TLS is on, closing the plain end is enough: what was said last still goes out.
@@ -146,6 +154,9 @@ class NbdSession:
             self._owner.over(self, "protocol", f"its socket failed: {error.strerror}")
 
     def _receive(self) -> None:
+        if isinstance(self._handshake.outcome, WantsExport):
+            self._look_gone()
+            return
         try:
             arrived = self.sock.recv(self._handshake.wanted_bytes)
         except BlockingIOError:
@@ -154,6 +165,18 @@ class NbdSession:
             self._owner.over(self, "", "it went away during the handshake")
             return
         self._unsent = self._handshake.feed(arrived)
+        self._go_on()
+
+    def _look_gone(self) -> None:
+        """Whether it went away while it waits for its overlay; what else it said comes after."""
+        with contextlib.suppress(BlockingIOError):
+            if self.sock.recv(1, socket.MSG_PEEK):
+                self._forget()
+            else:
+                self._owner.over(self, "", "it went away during the handshake")
+
+    def _on_entered(self) -> None:
+        self._unsent += self._handshake.entered()
         self._go_on()
 
     def _go_on(self) -> None:
@@ -165,7 +188,7 @@ class NbdSession:
                 self._watch(WRITE)
                 return
         match self._handshake.outcome:
-            case None:
+            case None | WantsExport():
                 self._watch(READ)
             case WantsTls():
                 self._secure()

@@ -27,7 +27,9 @@ from cowshed.service.images.access import Access
 from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.nbd.server import NbdService
 from cowshed.service.network.session import Entered, NetworkSession, address_of
-from cowshed.service.overlays.overlays import Claim, OverlayGuest, OverlayTable
+from cowshed.service.overlays.claims import Claim
+from cowshed.service.overlays.entrance import Entering, Entrance
+from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, WRITE, Loop
 from cowshed.service.runtime.test_points import reach
@@ -65,6 +67,7 @@ class NetworkDoor:
         store: PageStore,
         access: Access,
         overlays: OverlayTable,
+        entrance: Entrance,
         nbd: NbdService,
         door: Door,
         tallies: Tallies,
@@ -75,6 +78,7 @@ class NetworkDoor:
         self._store = store
         self._access = access
         self._overlays = overlays
+        self._entrance = entrance
         self._nbd = nbd
         self._door = door
         self._tallies = tallies
@@ -138,6 +142,7 @@ class NetworkDoor:
 
     def enter(
         self,
+        client: Entering,
         image: Image,
         name: str,
         claim: Claim,
@@ -147,7 +152,9 @@ class NetworkDoor:
         """Hold a guest's overlay for one client; CapacityError while its last one is ending."""
         # Its last connection may have ended just now, and its name be free again.
         self._nbd.look_ended()
-        guest = self._overlays.enter(image, name, claim, quota_bytes=quota_bytes, policy=policy)
+        guest = self._entrance.enter(
+            client, image, name, claim, quota_bytes=quota_bytes, policy=policy
+        )
         if guest.nr_clients > 1:
             self._overlays.leave(guest)
             if guest in self._numbers:
@@ -184,9 +191,17 @@ class NetworkDoor:
         self._overlays.leave(guest)
         if said_so and not entered.keep and not guest.nr_clients:
             try:
-                self._overlays.discard(guest.label, guest_asked=True)
+                self._entrance.begin(
+                    f"discard overlay {guest.label}", lambda: self._discard(guest.label)
+                )
             except CowshedError as error:
                 _log.warning("not-discarded", str(error), overlay=guest.label)
+
+    def _discard(self, label: str) -> None:
+        try:
+            self._overlays.discard(label, guest_asked=True)
+        except CowshedError as error:
+            _log.warning("not-discarded", str(error), overlay=label)
 
     def disconnect(self, guest: OverlayGuest) -> None:
         """Begin the end of a guest's connection, wherever it came in."""
@@ -213,14 +228,22 @@ class NetworkDoor:
             self._turned_away[listening_fd].add(connection, refusal)
             return
         fd = connection.fileno()
-        self._sessions[fd] = NetworkSession(connection, listener.scheme, self)
+        self._sessions[fd] = NetworkSession(
+            connection, listener.scheme, self, lambda: self._attempt(fd, go_on=True)
+        )
         self._loop.watch(fd, READ, self._on_session)
 
     def _on_session(self, fd: int, events: int) -> None:
+        self._attempt(fd, reads=bool(events & READ))
+
+    def _attempt(self, fd: int, *, reads: bool = False, go_on: bool = False) -> None:
+        """Do what a session asked, and send what is to be sent."""
         session = self._sessions[fd]
         tag = 0
         try:
-            if events & READ and not session.closing and not session.given:
+            if go_on:
+                session.go_on()
+            if reads and not session.closing and not session.given:
                 messages = session.connection.recv_ready()
                 if messages is EOF:
                     self._end(fd)
@@ -232,10 +255,16 @@ class NetworkDoor:
             if not session.connection.wants_write and (session.closing or session.given):
                 self._give(fd) if session.given else self._end(fd)
                 return
-            self._loop.change(fd, READ | (WRITE if session.connection.wants_write else 0))
+            self._watch(fd, session)
         except (PeerError, CapacityError, OSError) as error:
             of_ours, why = what_failed(error)
             self._drop(fd, "limit" if of_ours else "protocol", why, tag)
+
+    def _watch(self, fd: int, session: NetworkSession) -> None:
+        events = 0 if session.has_more else READ
+        if session.connection.wants_write:
+            events |= WRITE
+        self._loop.change(fd, events)
 
     def _give(self, fd: int) -> None:
         """Give the connection to the core's threads: the reply to "data" is out."""

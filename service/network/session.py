@@ -15,13 +15,17 @@ import enum
 import hashlib
 import os
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import CowshedError, Image, PeerError
 from cowshed.service.images.generations import image_generation
-from cowshed.service.overlays.overlays import Claim, OverlayGuest
+from cowshed.service.overlays.claims import Claim
+from cowshed.service.overlays.entrance import Entering, NotYetError
+from cowshed.service.overlays.overlays import OverlayGuest
 from cowshed.service.runtime.test_points import reach
 from cowshed.service.settings.config import check_quota
 from cowshed.service.settings.domains import Identity
@@ -84,13 +88,17 @@ class NetworkHost(Protocol):
 
     def enter(
         self,
+        client: Entering,
         image: Image,
         name: str,
         claim: Claim,
         quota_bytes: int | None,
         policy: QuotaPolicy | None,
     ) -> OverlayGuest:
-        """Hold a guest's overlay for one client, the only one; UsageError if it is not its own."""
+        """Hold a guest's overlay for one client, the only one; UsageError if it is not its own.
+
+        NotYetError as Entrance.enter() has it.
+        """
 
     def check_pages(self, image: Image, name: str, overlay_id: str) -> None:
         """Refuse a guest whose private pages are not here: CapacityError, and none are made."""
@@ -108,7 +116,13 @@ class NetworkHost(Protocol):
 class NetworkSession:
     """The backend's half of one connection; end() gives back whatever it holds."""
 
-    def __init__(self, connection: StreamConnection, scheme: str, host: NetworkHost) -> None:
+    def __init__(
+        self,
+        connection: StreamConnection,
+        scheme: str,
+        host: NetworkHost,
+        on_made: Callable[[], None],
+    ) -> None:
         self.connection: Final = connection
         self.scheme: Final = scheme
         self.deadline: Final = time.monotonic() + _HANDSHAKE_SECONDS
@@ -117,6 +131,8 @@ class NetworkSession:
         self._host = host
         self._state = State.NEW
         self._identity = Identity()
+        self._entering: Final = Entering(on_made)
+        self._unanswered: deque[Received] = deque()  # the first of them waits for its overlay
 
     @property
     def closing(self) -> bool:
@@ -129,13 +145,35 @@ class NetworkSession:
         return self._state is State.GIVEN
 
     @property
+    def has_more(self) -> bool:
+        """Whether something was said after the request that waits: no more is to be read then."""
+        return len(self._unanswered) > 1
+
+    @property
     def who(self) -> dict[str, object]:
         """The peer, for a log."""
         client = {"client": self.connection.identity} if self.connection.identity else {}
         return {**client, "address": self.connection.where}
 
     def handle(self, message: Received) -> None:
-        """Do what one message asks and queue the reply; PeerError ends the connection."""
+        """Do what one message asks and queue the reply; PeerError ends the connection.
+
+        One that waits for its overlay, and what comes after it, is done in go_on(), after on_made.
+        """
+        self._unanswered.append(message)
+        if len(self._unanswered) == 1:
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Do what is not done yet."""
+        while self._unanswered:
+            try:
+                self._do(self._unanswered[0])
+            except NotYetError:
+                return
+            self._unanswered.popleft()
+
+    def _do(self, message: Received) -> None:
         op = take_text(message.body, "op", max_length=32)
         following = _NEXT.get((self._state, op))
         if following is None:
@@ -158,6 +196,7 @@ class NetworkSession:
 
     def end(self) -> None:
         """Let go of the guest, unless its bytes flow by now, and close the connection."""
+        self._entering.give_up()
         entered, self.entered = self.entered, None
         if entered is not None:
             # Who opened and never asked for data has nothing here, unless it was here before.
@@ -186,7 +225,7 @@ class NetworkSession:
         claim = self._claim(take_text(body, "token", max_length=64))
         if overlay_id := take_text(body, "overlay", default=""):
             self._host.check_pages(image, name, overlay_id)
-        guest = self._host.enter(image, name, claim, quota_bytes, policy)
+        guest = self._host.enter(self._entering, image, name, claim, quota_bytes, policy)
         self.entered = Entered(guest, body.get("keep") is True)
         return {**_describe(image), "overlay": self._host.overlay_id(guest)}
 

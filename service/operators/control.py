@@ -84,8 +84,11 @@ class Control:
         """Whether op is one of the operations here."""
         return op in self._ops or op in self._with_fds
 
-    def is_quick(self, op: str) -> bool:
-        """Whether op takes milliseconds, not as long as a disk takes."""
+    def is_quick(self, op: str, request: Body) -> bool:
+        """Whether a request takes milliseconds, not as long as a disk takes."""
+        if op == "quota" and self._overlays.in_files:  # kept with the overlay
+            name = request.get("guest")
+            return not any(name in (of.name, f"{of.domain}/{of.name}") for of in self._overlays)
         return op in self._quick
 
     def add(

@@ -4,36 +4,15 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from dataclasses import dataclass, field
 
 from cowshed.accounting import Account, AccountStatus, Overlay, Purse
 from cowshed.cache import Image
-from cowshed.cache.errors import UsageError
 from cowshed.service.guests.guests import Terms
 from cowshed.transport.nbd_core import NbdExport
 
-__all__ = ["Claim", "NotYoursError", "OverlayGuest"]
-
-
-class NotYoursError(UsageError):
-    """Somebody else made that overlay."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Who wants an overlay. owners is what it is known by, the strongest first; never empty.
-
-    proof is what it is known by if its token alone counts, "" if it has none.
-    """
-
-    owners: tuple[str, ...]
-    counted_as: int | str
-    is_operator: bool
-    transport: str
-    uid: int = -1
-    proof: str = ""
-    has_certificate: bool = False
-    pid: int = 0
+__all__ = ["OverlayGuest"]
 
 
 @dataclass(eq=False)
@@ -60,6 +39,7 @@ class OverlayGuest:
     group: str = ""
     nr_clients: int = 0
     nr_users: int = 0  # see OverlayTable.using()
+    record_lock: threading.Lock = field(default_factory=threading.Lock)  # of its record's file
     account_no: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ memory or in files of --overlay-dir, until it is discarded. Only who made it may
 and operators. Its guest's name is taken among all guests of the domain, mapped ones too.
 
 The table is changed by the loop and by operators' threads, under its lock; lock order: the
-table's, then the guests'.
+table's, then the guests'. Nothing waits for a disk under either: entrance.py has clients enter.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from cowshed.faults import Orders
 from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import GuestTable, Terms
 from cowshed.service.overlays.bequests import LeftOverlay, OverlayBequests
+from cowshed.service.overlays.claims import Claim, check_may_enter, is_of
 from cowshed.service.overlays.files import OverlayFiles, OverlayRecord
-from cowshed.service.overlays.overlay_guest import Claim, NotYoursError, OverlayGuest
+from cowshed.service.overlays.overlay_guest import OverlayGuest
 from cowshed.service.overlays.terms import OverlayTerms
 from cowshed.service.overlays.waiting import WaitingOverlays
 from cowshed.service.runtime.logs import EventLog
@@ -41,7 +42,7 @@ from cowshed.service.survival.remains import Remains
 from cowshed.transport.nbd_core import NbdExport, NbdServer
 from cowshed.transport.no_room import taking_in
 
-__all__ = ["Claim", "NotYoursError", "OverlayGuest", "OverlayTable"]
+__all__ = ["OverlayGuest", "OverlayTable"]
 
 _log = EventLog("cowshed.overlays")
 
@@ -101,7 +102,7 @@ class OverlayTable:
             try:
                 if image is None or self._files is not None or not left.has_pages:
                     raise UsageError("nothing served now is made of it")
-                self._open(image, left.record, None, left)
+                self._open(image, left.record, left)
             except (CowshedError, OSError) as error:
                 _log.error("overlay-lost", str(error), overlay=left.record.label)
                 self._bequests.let_go(left)
@@ -110,8 +111,7 @@ class OverlayTable:
 
     def adopt_late(self, image: Image) -> None:
         """Go on with what is in --overlay-dir of an image that is served only from now on."""
-        with self.lock:
-            self._adopt_files({image.label: image}, {}, (), is_late=True)
+        self._adopt_files({image.label: image}, {}, (), is_late=True)
 
     def _is_mapped(self, image: Image | None, record: OverlayRecord) -> bool:
         """Whether its guest maps by now: the death came before the overlay could be given up."""
@@ -153,11 +153,12 @@ class OverlayTable:
         try:
             left = lefts.get(record.label)
             if not self._files.check(record, image):
-                self._waiting.add(image, record, staged)
+                with self.lock:
+                    self._waiting.add(image, record, staged)
                 return
             if left is not None and left.files is not None:
                 self._files.check_left(record, left.files)
-            guest = self._open(image, record, None, left)
+            guest = self._open(image, record, left)
             lefts.pop(record.label, None)
             if staged:
                 self._files.write(record, image)
@@ -176,12 +177,13 @@ class OverlayTable:
             return
         self._files.note_digest(image)
         with self.lock:
-            for each in self._waiting.take(image):
-                self._adopt_file(image, each.record, each.staged, {})
+            waited = self._waiting.take(image)
             guests = [guest for guest in self if guest.image is image]
+        for each in waited:
+            self._adopt_file(image, each.record, each.staged, {})
         for guest in guests:
-            with self.lock:
-                if self._overlays.get(guest.terms.key) is guest:
+            with self.using(guest) as is_here, guest.record_lock:
+                if is_here:
                     self._refresh(guest)
 
     def _refresh(self, guest: OverlayGuest) -> None:
@@ -195,14 +197,14 @@ class OverlayTable:
 
     def names(self, image: Image, claim: Claim) -> list[str]:
         """The guests whose overlays of an image a client may come back to."""
-        return [guest.name for guest in self if guest.image is image and _is_of(guest.owner, claim)]
+        return [guest.name for guest in self if guest.image is image and is_of(guest.owner, claim)]
 
     def check(self, image: Image, name: str, claim: Claim) -> None:
         """Refuse what enter() would refuse, as far as can be known beforehand."""
         with self.lock:
             guest = self._overlays.get((image.domain, name))
             if guest is not None:
-                _check_may_enter(guest, image, claim)
+                check_may_enter(guest, image, claim)
             else:
                 self._waiting.check(image, name)
                 self._guests.check_free(Terms(name, image, None, QuotaPolicy.STOP, Orders()))
@@ -226,25 +228,68 @@ class OverlayTable:
         with self.lock:
             guest = self._overlays.get((image.domain, name))
             if guest is None:
-                self._waiting.check(image, name)
-                quota_bytes, policy = self._terms.agree(quota_bytes, policy)
-                record = OverlayRecord(
-                    image=image.label,
-                    guest=name,
-                    owner=claim.owners[0],
-                    counted_as=claim.counted_as,
-                    transport=claim.transport,
-                    uid=claim.uid,
-                    quota_bytes=quota_bytes,
-                    policy=policy.name.lower(),
-                )
-                guest = self._open(image, record, claim)
-                _log.info("overlay-made", overlay=guest.label, owner=guest.owner)
+                guest = self.make(image, self.record(image, name, claim, quota_bytes, policy))
+                self.place(guest)
             else:
-                _check_may_enter(guest, image, claim)
+                check_may_enter(guest, image, claim)
             guest.nr_clients += 1
             guest.transport, guest.pid = claim.transport, claim.pid
             return guest
+
+    @property
+    def in_files(self) -> bool:
+        """Whether making an overlay waits for a disk."""
+        return self._files is not None
+
+    def record(
+        self,
+        image: Image,
+        name: str,
+        claim: Claim,
+        quota_bytes: int | None,
+        policy: QuotaPolicy | None,
+    ) -> OverlayRecord:
+        """Say what a client's overlay is to be; UsageError for terms that nobody may have.
+
+        And for one that waits for its image's digest.
+        """
+        with self.lock:
+            self._waiting.check(image, name)
+        quota_bytes, policy = self._terms.agree(quota_bytes, policy)
+        return OverlayRecord(
+            image=image.label,
+            guest=name,
+            owner=claim.owners[0],
+            counted_as=claim.counted_as,
+            transport=claim.transport,
+            uid=claim.uid,
+            quota_bytes=quota_bytes,
+            policy=policy.name.lower(),
+        )
+
+    @taking_in()
+    def make(self, image: Image, record: OverlayRecord) -> OverlayGuest:
+        """Make an overlay that nobody can enter, in any thread: place() or unstage() it.
+
+        Raises as enter() does. It may wait for a disk, and takes no lock of the table for that.
+        """
+        guest = self._make(image, record, keep_record=True)
+        self._hold(guest)
+        return guest
+
+    def place(self, guest: OverlayGuest) -> None:
+        """From now on its owner may enter an overlay that was made."""
+        with self.lock:
+            self._overlays[guest.terms.key] = guest
+        _log.info("overlay-made", overlay=guest.label, owner=guest.owner)
+
+    def withdraw_unused(self, guest: OverlayGuest) -> bool:
+        """Take an overlay out that nobody is in, to be unstaged; False if somebody is."""
+        with self.lock:
+            if guest.nr_clients or self._overlays.get(guest.terms.key) is not guest:
+                return False
+            del self._overlays[guest.terms.key]
+            return True
 
     def leave(self, guest: OverlayGuest) -> None:
         """One client of it has gone."""
@@ -275,6 +320,7 @@ class OverlayTable:
                 raise UsageError(f"overlay {guest.label!r} has {clients}: disconnect first")
             del self._overlays[guest.terms.key]
         # Its name stays reserved until it is closed; nobody waits for the disk meanwhile.
+        self._wait_unused(guest)  # or its record would be written again
         nr_bytes = guest.account.status().private_pages * PAGE_BYTES
         guest.overlay.discard()
         if self._files is not None:
@@ -291,8 +337,8 @@ class OverlayTable:
 
         UsageError for one that was discarded since it was found.
         """
-        with self.lock:
-            if self._overlays.get(guest.terms.key) is not guest:
+        with self.using(guest) as is_here, guest.record_lock:
+            if not is_here:
                 raise UsageError(f"overlay {guest.label!r} is gone: it was discarded just now")
             policy = guest.purse.status().policy
             guest.purse.set_quota(NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, policy)
@@ -307,11 +353,7 @@ class OverlayTable:
 
         pages_id is what its pages were called where they come from. Raises as enter() does.
         """
-        with self.lock:
-            self._guests.check_name(image.domain, record.guest)
-            if self._files is not None:
-                self._files.clear(record)
-            guest = self._make(image, record, keep_record=False)
+        guest = self._make(image, record, keep_record=False, is_staged=True)
         guest.pages_id = pages_id
         return guest
 
@@ -332,9 +374,9 @@ class OverlayTable:
 
     def admit(self, guest: OverlayGuest) -> None:
         """From now on the owner of a staged overlay may enter it. Raises SourceError."""
+        if self._files is not None:
+            self._files.write(self._record(guest), guest.image)
         with self.lock:
-            if self._files is not None:
-                self._files.write(self._record(guest), guest.image)
             if guest.group:
                 self._bequests.admit(guest.group)
             else:
@@ -383,6 +425,7 @@ class OverlayTable:
         with self.lock:
             if self._overlays.pop(guest.terms.key, None) is None:
                 return
+        self._wait_unused(guest)
         if self._files is not None:
             self._files.remove(guest.image.label, guest.name)
         self._close(guest)
@@ -407,15 +450,15 @@ class OverlayTable:
         self,
         image: Image,
         record: OverlayRecord,
-        claim: Claim | None,
         left: LeftOverlay | None = None,
     ) -> OverlayGuest:
-        """Make an overlay, or go on with one; what was left of it is taken over on success only."""
-        guest = self._make(image, record, keep_record=claim is not None, left=left)
+        """Go on with an overlay; what was left of it is taken over on success only."""
+        guest = self._make(image, record, keep_record=False, left=left)
         if left is not None:
             guest.pages_id = left.pages_id
         self._hold(guest, left)
-        self._overlays[guest.terms.key] = guest
+        with self.lock:
+            self._overlays[guest.terms.key] = guest
         return guest
 
     def _hold(
@@ -440,6 +483,7 @@ class OverlayTable:
         *,
         keep_record: bool,
         left: LeftOverlay | None = None,
+        is_staged: bool = False,
     ) -> OverlayGuest:
         policy = QuotaPolicy[record.policy.upper()]
         terms = Terms(record.guest, image, record.quota_bytes, policy, Orders())
@@ -449,6 +493,8 @@ class OverlayTable:
             if refusal := self._door.enter(record.counted_as, _FDS_PER_OVERLAY):
                 raise UsageError(f"overlay {record.label!r} cannot be made: {refusal}")
             undo.callback(self._door.leave, record.counted_as, _FDS_PER_OVERLAY)
+            if is_staged and self._files is not None:
+                self._files.clear(record)  # nobody else makes any of that name now
             quota = NO_QUOTA_BYTES if record.quota_bytes is None else record.quota_bytes
             purse = Purse(quota, policy) if left is None else Purse.adopt(os.dup(left.purse))
             undo.callback(purse.close)
@@ -479,10 +525,13 @@ class OverlayTable:
             quota_bytes=purse_quota(purse),
         )
 
-    def _close(self, guest: OverlayGuest) -> None:
+    def _wait_unused(self, guest: OverlayGuest) -> None:
         with self.lock:
             while guest.nr_users:
                 self._unused.wait()
+
+    def _close(self, guest: OverlayGuest) -> None:
+        self._wait_unused(guest)
         guest.export.close()
         # Held no more before a descriptor of it is closed, and after what it is held for is done:
         # of one in files the ledger knows what is not flushed.
@@ -516,18 +565,3 @@ def purse_quota(purse: Purse) -> int | None:
     """What a purse may be spent on, in bytes; None if there is no quota."""
     quota_bytes = purse.status().quota_pages * PAGE_BYTES
     return None if quota_bytes >= NO_QUOTA_BYTES else quota_bytes
-
-
-def _is_of(owner: str, claim: Claim) -> bool:
-    return claim.is_operator or owner in claim.owners
-
-
-def _check_may_enter(guest: OverlayGuest, image: Image, claim: Claim) -> None:
-    if not _is_of(guest.owner, claim) or guest.image is not image:
-        # Said to who knows the token alone: nobody else can tell that from a name that is taken.
-        if claim.proof and guest.owner.endswith(f" {claim.proof}") and not claim.has_certificate:
-            raise NotYoursError(
-                f"guest {guest.name!r} is known by a certificate and its token, and shows none by "
-                f"{claim.transport}: come by tls://, with that certificate"
-            )
-        raise NotYoursError(f"guest name {guest.name!r} is taken; choose another")

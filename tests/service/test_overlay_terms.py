@@ -12,8 +12,9 @@ from cowshed.accounting import QuotaPolicy
 from cowshed.cache import FileSource, Image, PageStore, UsageError
 from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import GuestTable
+from cowshed.service.overlays.claims import Claim
 from cowshed.service.overlays.files import OverlayFiles
-from cowshed.service.overlays.overlays import Claim, OverlayTable
+from cowshed.service.overlays.overlays import OverlayTable
 from cowshed.service.overlays.terms import OverlayTerms
 from cowshed.transport import connect
 from cowshed.transport.nbd_core import NbdServer

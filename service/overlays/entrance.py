@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients that enter overlays: the loop lets them in, and never waits for --overlay-dir.
+
+An overlay in files is made in a side thread, under no lock. Its clients wait: those that asked for
+it meanwhile too, and they get the same one. If none of them is there any more once it is made, or
+none wants it, it is removed again. Overlays in memory, and those that are there, are entered at
+once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from cowshed.accounting import QuotaPolicy
+from cowshed.cache import Image
+from cowshed.cache.errors import CapacityError, CowshedError, SourceError
+from cowshed.service.overlays.claims import Claim, check_may_enter
+from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.side_threads import SideThreads
+from cowshed.transport.no_room import no_room
+
+__all__ = ["Entering", "Entrance", "NotYetError"]
+
+_log = EventLog("cowshed.overlays")
+
+_STOP_SECONDS: Final = 1.0
+
+
+class NotYetError(Exception):
+    """The overlay is being made: the client is told, and enters again."""
+
+
+@dataclass(eq=False)
+class Entering:
+    """One client, for Entrance.enter(): on_made is called once for each NotYetError, in the loop.
+
+    error is what came of making it, and not told yet.
+    """
+
+    on_made: Callable[[], None]
+    error: CowshedError | None = None
+    making: _Making | None = None
+
+    def give_up(self) -> None:
+        """The client has gone: on_made is called no more."""
+        if self.making is not None:
+            self.making.waiting.remove(self)
+            self.making = None
+
+
+@dataclass(eq=False)
+class _Making:
+    """An overlay that a side thread makes."""
+
+    image: Image
+    name: str
+    owner: str
+    waiting: list[Entering] = field(default_factory=list)
+
+
+class Entrance:
+    """Lets clients enter the overlays of a table; all in the loop. close() it before the table.
+
+    post has the loop call something, from any thread. Invariant: an overlay that is being made is
+    in _makings, and not in the table.
+    """
+
+    def __init__(
+        self, table: OverlayTable, side: SideThreads, post: Callable[[Callable[[], None]], None]
+    ) -> None:
+        self._table = table
+        self._side = side
+        self._post = post
+        self._makings: dict[tuple[str, str], _Making] = {}
+        self._numbers = itertools.count()  # one call never waits for another
+        self._made: list[OverlayGuest] = []  # and not in the table yet
+
+    def check(self, image: Image, name: str, claim: Claim) -> None:
+        """Refuse what enter() would refuse, as far as can be known beforehand."""
+        making = self._makings.get((image.domain, name))
+        if making is None:
+            self._table.check(image, name, claim)
+        else:
+            check_may_enter(making, image, claim)
+
+    def enter(
+        self,
+        client: Entering,
+        image: Image,
+        name: str,
+        claim: Claim,
+        *,
+        quota_bytes: int | None = None,
+        policy: QuotaPolicy | None = None,
+    ) -> OverlayGuest:
+        """As OverlayTable.enter(); NotYetError if it is being made: enter again after on_made."""
+        error, client.error = client.error, None
+        if error is not None:
+            raise error
+        key = image.domain, name
+        making = self._makings.get(key)
+        if making is not None:
+            check_may_enter(making, image, claim)
+        elif not self._table.in_files or self._table.get(*key) is not None:
+            return self._table.enter(image, name, claim, quota_bytes=quota_bytes, policy=policy)
+        else:
+            making = self._begin(image, name, claim, quota_bytes, policy)
+        making.waiting.append(client)
+        client.making = making
+        raise NotYetError
+
+    def begin(self, what: str, call: Callable[[], None]) -> None:
+        """Have something done that waits for a disk, in a side thread; from any thread.
+
+        CapacityError, and it is not done, if there can be no thread.
+        """
+        if not self._side.run(f"{what} {next(self._numbers)}", call):
+            raise CapacityError(no_room("the backend can start no thread"))
+
+    def close(self) -> bool:
+        """Remove what is made and nobody entered; the loop has ended.
+
+        False if a file system hangs still: a thread that nobody waits for uses an image.
+        """
+        has_ended = self._side.wait_all(_STOP_SECONDS)
+        for guest in self._made:
+            self._table.unstage(guest)
+        return has_ended
+
+    def _begin(
+        self,
+        image: Image,
+        name: str,
+        claim: Claim,
+        quota_bytes: int | None,
+        policy: QuotaPolicy | None,
+    ) -> _Making:
+        record = self._table.record(image, name, claim, quota_bytes, policy)
+        making = _Making(image, name, record.owner)
+
+        def make() -> None:
+            guest: OverlayGuest | None = None
+            error: CowshedError | None = SourceError("the daemon failed; see its log")
+            try:
+                guest, error = self._table.make(image, record), None
+                self._made.append(guest)
+            except CowshedError as failed:
+                error = failed
+            except OSError as failed:
+                error = SourceError(f"cannot make overlay {record.label!r}: {failed}")
+            finally:
+                self._post(lambda: self._end(making, guest, error))
+
+        self.begin(f"make overlay {record.label}", make)
+        self._makings[image.domain, name] = making
+        return making
+
+    def _end(self, making: _Making, guest: OverlayGuest | None, error: CowshedError | None) -> None:
+        """Let in who waits; in the loop, and nobody sees the overlay before they are in."""
+        del self._makings[making.image.domain, making.name]
+        with self._table.lock:
+            if guest is not None:
+                self._made.remove(guest)
+                self._table.place(guest)
+            waiting, making.waiting = making.waiting, []
+            for client in waiting:
+                client.making = None
+                client.error = error
+            for client in waiting:
+                client.on_made()
+            if guest is None or not self._table.withdraw_unused(guest):
+                return
+        try:
+            self.begin(f"remove overlay {guest.label}", lambda: self._remove(guest))
+        except CapacityError as failed:
+            _log.warning("not-discarded", str(failed), overlay=guest.label)
+
+    def _remove(self, guest: OverlayGuest) -> None:
+        self._table.unstage(guest)
+        _log.info("overlay-discarded", overlay=guest.label, private=0)
