@@ -36,9 +36,9 @@ static void wait_until_it_maps(void)
 		sched_yield();
 }
 
-static void *map_until_cancelled(void *type)
+static void *map_until_cancelled(void *unused)
 {
-	pthread_setcanceltype(*(const int *)type, NULL);
+	(void)unused;
 	for (;;) {
 		map_and_unmap();
 		pthread_testcancel();
@@ -46,28 +46,18 @@ static void *map_until_cancelled(void *type)
 	return NULL;
 }
 
-static void cancel_repeatedly(int type)
+static void cancelled(void)
 {
 	pthread_t thread;
 	void *result;
 
 	for (int turn = 0; turn < NR_TURNS; turn++) {
-		CHECK(pthread_create(&thread, NULL, map_until_cancelled, &type) == 0);
+		CHECK(pthread_create(&thread, NULL, map_until_cancelled, NULL) == 0);
 		wait_until_it_maps();
 		CHECK(pthread_cancel(thread) == 0);
 		CHECK(pthread_join(thread, &result) == 0 && result == PTHREAD_CANCELED);
 		CHECK(is_image(map_pages(0, 2, PROT_READ, MAP_PRIVATE), 0, 2));
 	}
-}
-
-static void cancelled(void)
-{
-	cancel_repeatedly(PTHREAD_CANCEL_DEFERRED);
-}
-
-static void cancelled_asynchronously(void)
-{
-	cancel_repeatedly(PTHREAD_CANCEL_ASYNCHRONOUS);
 }
 
 static sigjmp_buf start;
@@ -144,7 +134,6 @@ static void exits_while_others_map(void)
 
 const struct test_case thread_cases[] = {
 	{"cancelled", cancelled},
-	{"cancelled_asynchronously", cancelled_asynchronously},
 	{"jumped_out_of", jumped_out_of},
 	{"ended_in_a_handler", ended_in_a_handler},
 	{"exits_while_others_map", exits_while_others_map},
