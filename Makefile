@@ -22,8 +22,9 @@ C_CHECK := gcc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -I. -c -o /dev/null
 SANITIZE := thread address
 SANITIZE_TESTS := $(wildcard tests/cache tests/faults tests/stress)
 
-# Most tests wait for processes most of the time. A file stays in one process, since its tests share fixtures.
-TEST_PROCESSES ?= $(shell expr 2 '*' "$$(nproc)")
+# As many tests at a time as there are CPUs: more leave none idle, and none for the tests' own clients either. A file stays
+# in one process, since its tests share fixtures.
+TEST_PROCESSES ?= $(shell nproc)
 PYTEST := $(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 FUZZ_SECONDS := 60

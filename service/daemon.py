@@ -97,7 +97,7 @@ _log = EventLog("cowshed")
 _LOOK_SECONDS: Final = 1.0
 _SAVE_SECONDS: Final = 60.0
 # For a supervisor that is busy when we end.
-_PATIENCE_SECONDS: Final = 1.0
+_PATIENCE_SECONDS: Final = 5.0
 _SAVE_AT_END_SECONDS: Final = 2.0
 _MAX_NBD_THREADS: Final = 8
 

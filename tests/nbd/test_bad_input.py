@@ -171,7 +171,7 @@ def test_a_thousand_idle_clients_are_no_burden(site: Site, neighbour: Client) ->
         neighbour.ask(READ, 4096, 5)
         assert neighbour.error() == 0
         assert neighbour.receive(5) == b"hello"
-        assert site.daemon.nr_threads() <= threads
+        assert site.daemon.nr_threads() - threads < 10  # none for each of them
         assert "identical" in run("qemu-img", "compare", str(site.path), site.uri())
         for client in idle[::100]:
             client.ask(READ, 0, 16)
@@ -257,4 +257,4 @@ def test_half_open_clients_leave_nothing_behind(site: Site, neighbour: Client) -
         return sum(link.startswith("socket:") for link in links) <= 5
 
     until(alone)
-    assert site.daemon.nr_threads() <= threads
+    until(lambda: site.daemon.nr_threads() <= threads)  # idle ones of a pool end

@@ -179,7 +179,10 @@ def kill_backend(kept: Daemon, number: signal.Signals = signal.SIGKILL) -> None:
     """Have its successor serve, and nobody else."""
     pid = int((kept.run_dir / "lock").read_text())
     os.kill(pid if number == signal.SIGKILL else kept.pid, number)
-    until(lambda: kept.status()["pid"] != pid)
+    try:
+        until(lambda: kept.status()["pid"] != pid)
+    except AssertionError as error:
+        raise AssertionError(f"no successor of {pid}: {kept.log()[-4000:]}") from error
 
 
 def plain_environment() -> dict[str, str]:
