@@ -32,6 +32,11 @@ def _await_successor(world: World, host: ChaosHost, pid: int) -> None:
     world.wait(lambda: host.status()["pid"] != pid, f"a successor serves at {host.name}")
 
 
+def _await_held(world: World, host: ChaosHost) -> None:
+    """Until its keeper, another one maybe, has everything, its backend's death would be final."""
+    world.wait(lambda: host.status()["not_held"] == 0, f"everything is held for {host.name}")
+
+
 def kill_backend(world: World) -> None:
     host = world.rng.choice(world.hosts)
     with world.cause("death"):
@@ -68,7 +73,7 @@ def kill_keeper(world: World) -> None:
     world.note(f"killing keeper {host.keeper_pid} of {host.name}")
     host.kill_keeper()
     world.wait(lambda: host.nr_keepers > before, f"another keeper of {host.name}")
-    world.wait(lambda: host.daemon.status()["not_held"] == 0, f"everything held for {host.name}")
+    _await_held(world, host)
     world.wait_progress()
 
 
@@ -100,6 +105,7 @@ def take_over(world: World) -> None:
         world.wait(lambda: _is_settled(host, taker), f"{taker.pid} serves at {host.name}")
         assert taker.poll() is None, f"the takeover failed: {taker.returncode}"
         host.end_takeover(taker)
+        _await_held(world, host)
         world.wait_progress()
 
 
@@ -113,14 +119,18 @@ def take_over_and_kill(world: World) -> None:
         world.note(f"{taker.pid} takes {host.name} over; {victim} is killed meanwhile")
         world.wait(lambda: time.monotonic() > when, "the time to kill has come")
         if victim == "the taker":
+            before, is_keeper = host.nr_keepers, host.is_taken_over_by(taker)
             taker.kill()
             taker.wait()
+            if is_keeper:
+                world.wait(lambda: host.nr_keepers > before, f"another keeper of {host.name}")
         else:
             host.kill_backend()
         world.wait(lambda: _is_settled(host, taker), f"somebody serves at {host.name}")
         if taker.poll() is None:
             host.end_takeover(taker)
         world.note(f"{host.backend_pid} serves at {host.name}")
+        _await_held(world, host)
         world.wait_progress()
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything at once: guests of every kind, and deaths, drains, faults and evictions under them.
 
-COWSHED_CHAOS_SECONDS says how long (120 unless given); COWSHED_TEST_SEED repeats a schedule, though
+COWSHED_CHAOS_SECONDS says how long (30 unless given); COWSHED_TEST_SEED repeats a schedule, though
 not how threads and processes interleave.
 """
 
@@ -20,7 +20,7 @@ from events import EVENTS, choose
 from report import report
 from world import World
 
-SECONDS = float(os.environ.get("COWSHED_CHAOS_SECONDS", "120"))
+SECONDS = float(os.environ.get("COWSHED_CHAOS_SECONDS", "30"))
 
 pytestmark = [
     pytest.mark.slow,
