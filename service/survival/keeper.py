@@ -301,12 +301,13 @@ class Keeper:
         born = time.monotonic()
         while True:
             ready = self._poll(self._pidfd)
+            # First: a reload that was asked for before READY came is not asked for again.
+            self._receive()
             check = self._check
             if check is not None and self._ready and (check.fd in ready or check.is_late()):
                 self._become_anew(check)
             if self._reloading and self._ready:
                 self._begin_check()
-            self._receive()
             if self._pidfd in ready:
                 break
         self._receive()  # what it sent before it died
