@@ -172,7 +172,6 @@ class ImageSockets:
         if number := taken[2] or peer.no_room:
             # Neither protocol has words for it: the log alone says why.
             self._turn_away(peer, image, "limit", no_room(number))
-            self._acceptor.refill()
             return
         # Before anything is told: its size too is for those alone who may use the image.
         if why := self._refusal(peer, image):
@@ -215,9 +214,11 @@ class ImageSockets:
         return "it may not use this image"
 
     def _turn_away(self, peer: HandshakePeer, image: Image, reason: str, why: str) -> None:
+        peer.close()
+        # Before the log: a reader of it may take the descriptor that the reserve lacks.
+        self._acceptor.refill()
         self._tallies.note_dropped(reason)
         _log.warning("turned-away", why, image=image.label, pid=peer.pid, uid=peer.uid)
-        peer.close()
 
     def _on_ready(self, fd: int, events: int) -> None:
         client = self._clients[fd]
