@@ -234,3 +234,39 @@ def test_without_its_certificate_a_listener_has_clients_wait_and_nobody_else(
             assert secured.version()
         assert other.recv(8) == b"NBDMAGIC"
     assert still_served(kept, guest, image)
+
+
+def test_a_certificate_on_a_disk_that_hangs_holds_up_its_listener_alone(
+    start_daemon: StartDaemon,
+    start_guest: StartGuest,
+    run_dir: Path,
+    image: Path,
+    files: dict[str, str],
+) -> None:
+    more = 'listen = ["tls://127.0.0.1:0"]'
+    settings = settings_of(run_dir, image, more, TLS_TABLE.format(**files))
+    kept = start_daemon("--config", str(settings), kept=True)
+    port = int(re.findall(r"=tls://127.0.0.1:(\d+)", kept.log())[0])
+    guest = start_guest(kept.uri)
+    guest.call("open", image="d", guest="g")
+    trust = ssl.create_default_context(cafile=files["ca"])
+    trust.load_cert_chain(files["cert"], files["key"])
+    had = damage(files, "missing")
+    for name in FILES:
+        os.mkfifo(files[name])  # whoever opens it waits for a writer
+    kill_backend(kept)
+    assert still_served(kept, guest, image)
+    kill_backend(kept, signal.SIGHUP)
+    assert still_served(kept, guest, image)
+    nbd = f"nbds+unix:///?socket={run_dir}/nbd.sock"
+    assert addresses(kept) == [nbd, "tls://127.0.0.1:0"]
+    assert "does not answer" in kept.log()
+    hangs = Path(files["ca"]).with_suffix(".hangs")
+    Path(files["ca"]).rename(hangs)
+    with socket.create_connection(("127.0.0.1", port), ANSWER_SECONDS) as client:
+        put_back(files, had)
+        hangs.write_bytes(b"")  # those who wait get an error, and try again
+        until(lambda: addresses(kept) == [])
+        with trust.wrap_socket(client, server_hostname="localhost") as secured:
+            assert secured.version()
+    assert still_served(kept, guest, image)
