@@ -28,16 +28,18 @@ T = TypeVar("T")
 class SideThreads:
     """Makes calls, one at a time of each key. For any thread.
 
-    Invariant: _began has the keys of the calls that were asked for and have not ended; each has a
-    thread, or one that is about to take it.
+    Invariants: _began has the keys of the calls that were asked for and have not ended; each has a
+    thread, or one that is about to take it. _idle has what wakes each thread that waits for a call,
+    the one that waits longest first: the last one is given the next call, so that the others end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, idle_seconds: float = _IDLE_SECONDS) -> None:
+        """A thread that had no call for idle_seconds ends."""
+        self._idle_seconds: Final = idle_seconds
         self._lock: Final = threading.Lock()
         self._began: dict[str, float] = {}
         self._queue: deque[tuple[str, Callable[[], None]]] = deque()
-        self._nr_idle = 0
-        self._work: Final = threading.Condition(self._lock)
+        self._idle: list[threading.Condition] = []
         self._ended: Final = threading.Condition(self._lock)
 
     def run(self, key: str, call: Callable[[], None]) -> bool:
@@ -50,8 +52,8 @@ class SideThreads:
                 return False
             self._began[key] = time.monotonic()
             self._queue.append((key, call))
-            if len(self._queue) <= self._nr_idle:
-                self._work.notify()
+            if self._idle:
+                self._idle.pop().notify()
                 return True
         try:
             threading.Thread(target=self._run, name="side", daemon=True).start()
@@ -75,13 +77,14 @@ class SideThreads:
             return self._ended.wait_for(lambda: not self._began, seconds)
 
     def _run(self) -> None:
+        called = threading.Condition(self._lock)
         while True:
             with self._lock:
                 while not self._queue:
-                    self._nr_idle += 1
-                    called = self._work.wait(_IDLE_SECONDS)
-                    self._nr_idle -= 1
-                    if not called and not self._queue:
+                    self._idle.append(called)
+                    called.wait(self._idle_seconds)
+                    if called in self._idle:
+                        self._idle.remove(called)
                         return
                 key, call = self._queue.popleft()
             try:

@@ -37,6 +37,21 @@ def test_a_call_that_fails_may_be_made_again() -> None:
     assert made.wait(20)
 
 
+def test_threads_that_one_burst_needed_end_though_calls_go_on() -> None:
+    side, all_there = SideThreads(idle_seconds=1.0), threading.Barrier(4)
+    before = threading.active_count()
+    for number in range(4):
+        assert side.run(f"burst {number}", all_there.wait)  # type: ignore[arg-type]
+    assert side.wait_all(20)
+
+    def only_one_is_left() -> bool:
+        side.run("go on", lambda: None)
+        assert side.wait_all(20)
+        return threading.active_count() == before + 1
+
+    until(only_one_is_left)
+
+
 def test_what_comes_too_late_is_given_to_somebody_else() -> None:
     go_on, late = threading.Event(), []
 
