@@ -201,6 +201,10 @@ class Image:
         """Pins per extent; O(extents)."""
         return self._counts(lib.image_pins)
 
+    def holds(self) -> array[int]:
+        """Holds per extent, each of which keeps it from eviction for a moment; O(extents)."""
+        return self._counts(lib.image_holds)
+
     def touches(self) -> bytes:
         """Faults of each extent since the eviction policy took them, at most 3; takes none."""
         touches = bytearray(self.nr_extents)

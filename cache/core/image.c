@@ -287,6 +287,15 @@ int image_pins(const struct image *image, uint64_t first, uint64_t nr, uint32_t 
 	return 0;
 }
 
+int image_holds(const struct image *image, uint64_t first, uint64_t nr, uint32_t *holds_out)
+{
+	if (!extents_ok(image, first, nr))
+		return -ERANGE;
+	for (uint64_t i = 0; i < nr; i++)
+		holds_out[i] = atomic_load(&image->states[first + i]) / EXTENT_HOLD_ONE;
+	return 0;
+}
+
 int image_touches(const struct image *image, uint64_t first, uint64_t nr, uint8_t *touches_out)
 {
 	if (!extents_ok(image, first, nr))

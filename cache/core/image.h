@@ -91,6 +91,7 @@ uint64_t image_resident_pages(const struct image *image);
 int image_states(const struct image *image, uint64_t first, uint64_t nr, uint8_t *states_out);
 int image_refs(const struct image *image, uint64_t first, uint64_t nr, uint32_t *refs_out);
 int image_pins(const struct image *image, uint64_t first, uint64_t nr, uint32_t *pins_out);
+int image_holds(const struct image *image, uint64_t first, uint64_t nr, uint32_t *holds_out);
 /* O(extents), about 1 ns each; at no one instant. */
 void image_figure(const struct image *image, struct image_figures *figures_out);
 /* The same of touches: faults since image_take_touches, at most TOUCHES_MAX. */

@@ -151,6 +151,7 @@ def test_a_read_outlives_a_backend_that_dies_in_answering_it(
 
 def test_a_read_of_a_resident_page_outlives_it(succession: Succession) -> None:
     mine = use(succession)
+    succession.order(released=0)
     succession.order(evict=[2])
     succession.guest.read(47)
     succession.order(arm=lib.POINT_FAULT_HELD)
@@ -189,6 +190,7 @@ def test_an_eviction_cut_short_is_finished_under_the_guest(
 ) -> None:
     mine = use(succession)
     succession.guest.read(20)
+    succession.order(released=0)
     succession.order(arm=getattr(lib, f"POINT_{point}"))
     succession.order(evict=[0, 1])
     succession.die()

@@ -5,8 +5,9 @@
 
 First it sends the descriptors of what it leaves: frames, guest's, arrays, purse, ledger. Then a
 packet with the guest's [uffd, pagemap] and {"base", "pid"} comes. Then each packet is an order:
-{"arm": POINT} dies there, {"evict": [..]}, {"settle": 0}, {"counted": N} once N accesses that were
-answered have been counted, which comes after a guest goes on; each is answered by a packet.
+{"arm": POINT} dies there, {"evict": [..]}, {"settle": 0}; {"released": 0} once nothing holds an
+extent and {"counted": N} once N accesses that were answered have been counted, both of which come
+after a guest goes on. Each is answered by a packet.
 """
 
 import json
@@ -44,6 +45,9 @@ while packet := link.recv(4096):
         lib.point_arm(order["arm"], lib.POINT_KILL, 0, 1)
     elif "evict" in order:
         evict(image, order["evict"])
+    elif "released" in order:
+        while any(image.holds()):
+            os.sched_yield()
     elif "counted" in order:
         while nr_answered(account) < order["counted"]:
             os.sched_yield()
