@@ -30,6 +30,9 @@ PYTEST := $(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-r
 FUZZ_SECONDS := 60
 
 export PYTHON
+# Container images tend to set it. Every process we start would compile all its modules again: more than half of what a
+# daemon takes to start and end.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo demo-vm test test-quick check dashboards format bench fuzz sanitize wheel clean links
 
