@@ -42,7 +42,7 @@ help: ## list the targets
 setup: $(VENV)/.installed $(CORE) $(PRELOAD) ## everything into .venv, and the C core built; does nothing twice
 
 # The dependencies. Editable: Python edits need no `make`, and `make` rebuilds the C core in place.
-$(VENV)/.installed: pyproject.toml setup.py tools/bootstrap.sh
+$(VENV)/.installed: pyproject.toml setup.py service/runtime/version.py tools/bootstrap.sh
 	@sh tools/bootstrap.sh $(VENV)
 	@$(PIP) -e '.[dev]'
 	@touch $@
