@@ -17,7 +17,7 @@ from domains import MakeImage, StartDaemon, StartGuest, cowshed, until
 from rich.console import Console, RenderableType
 from terminals import Terminal
 
-from cowshed.service.reports.render import key_of
+from cowshed.service.reports.wording import key_of
 from cowshed.service.top.history import NR_SAMPLES, History
 from cowshed.service.top.screen import Screen, keys_of
 from cowshed.service.top.state import ORDERS, TopState
