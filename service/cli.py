@@ -5,6 +5,7 @@ Only commands that draw import rich, and only where they do: that takes longer t
 commands.
 """
 
+import gc
 import json
 from pathlib import Path
 from typing import Any, NoReturn
@@ -354,6 +355,8 @@ add_commands(cli)
 def main() -> NoReturn:
     """Run the command line of this process."""
     occupy_stdio()
+    # What was imported stays until the end: no collection, the last ones included, looks at it.
+    gc.freeze()
     cli.main()
     raise AssertionError("cli.main() ends the process")
 

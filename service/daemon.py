@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -98,13 +99,14 @@ _MAX_NBD_THREADS: Final = 8
 
 
 def import_for(config: Config) -> None:
-    """Import what a daemon of this configuration needs and others do not.
+    """Import what a daemon of this configuration needs and others do not; it is all imported then.
 
     To be called before a keeper forks: then no backend that follows a dead one has to. Nothing may
     be imported once a daemon serves, as another version of it may be installed by then.
     """
     if config.metrics is not None:
         import cowshed.service.metrics.port  # noqa: F401
+    gc.freeze()  # as in cli.py; and the forks share it
 
 
 def run(
