@@ -6,7 +6,7 @@ Everything is imported before the change of user, who may not be able to read th
 
 import sys
 
-from scripted_guest import become
+from told import become
 
 import cowshed.service.commands.attach
 import cowshed.service.commands.keeping
