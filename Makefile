@@ -30,6 +30,9 @@ PYTEST := $(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-r
 FUZZ_SECONDS := 60
 
 export PYTHON
+# Container images tend to set it. Every process we start would compile all its modules again: more than half of what a
+# daemon takes to start and end.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo demo-vm test test-quick check dashboards format bench fuzz sanitize wheel clean links
 
@@ -39,7 +42,7 @@ help: ## list the targets
 setup: $(VENV)/.installed $(CORE) $(PRELOAD) ## everything into .venv, and the C core built; does nothing twice
 
 # The dependencies. Editable: Python edits need no `make`, and `make` rebuilds the C core in place.
-$(VENV)/.installed: pyproject.toml setup.py tools/bootstrap.sh
+$(VENV)/.installed: pyproject.toml setup.py service/runtime/version.py tools/bootstrap.sh
 	@sh tools/bootstrap.sh $(VENV)
 	@$(PIP) -e '.[dev]'
 	@touch $@

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `cowshed serve`, and the commands that ask a running daemon."""
+"""The command line: `cowshed serve`, and the commands that ask a running daemon.
 
+Only commands that draw import rich, and only where they do: that takes longer than all else of most
+commands.
+"""
+
+import gc
 import json
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from cowshed.cache.errors import CowshedError, UsageError
 from cowshed.service.commands.attach_command import attach
 from cowshed.service.commands.handoff import add_commands
+from cowshed.service.commands.progress import progress_bar
 from cowshed.service.commands.shell import (
     EXIT_MISMATCHES,
     OneLineGroup,
@@ -24,9 +28,9 @@ from cowshed.service.commands.shell import (
     show,
 )
 from cowshed.service.operators.control_client import ControlClient
-from cowshed.service.reports.render import audit_view, status_view
 from cowshed.service.runtime.sizes import format_bytes
 from cowshed.service.runtime.stdio import occupy_stdio
+from cowshed.service.runtime.version import VERSION
 from cowshed.service.settings.config import RUN_DIR_DEFAULT, config_load
 
 
@@ -36,7 +40,7 @@ from cowshed.service.settings.config import RUN_DIR_DEFAULT, config_load
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )
-@click.version_option(package_name="cowshed")
+@click.version_option(VERSION)
 def cli() -> None:
     """Keep one copy of read-only images in memory for every guest on this host.
 
@@ -160,10 +164,11 @@ def serve(
         answer_check(LAYOUTS, config.text)
         say("the configuration is right")
         return 0
-    # Not at the top: they load the C core, which `--help` and a wrong option do without.
+    # Not at the top: this is all of the daemon, which the other commands do without.
     from cowshed.service.commands.keeping import run_keeper_of, run_kept, run_taking_over
-    from cowshed.service.daemon import run
+    from cowshed.service.daemon import import_for, run
 
+    import_for(config)
     try:
         if keeper_of is not None:
             return run_keeper_of(config, keeper_of)
@@ -184,6 +189,8 @@ def status(as_json: bool, run_dir: Path) -> None:
     if as_json:
         click.echo(json.dumps(answer, indent=2))
     else:
+        from cowshed.service.reports.render import status_view
+
         show(lambda: status_view(answer))
 
 
@@ -195,6 +202,8 @@ def top(once: bool, run_dir: Path) -> None:
 
     For a pipe, --once prints all guests, with the rates of one second.
     """
+    from rich.console import Console
+
     from cowshed.service.top.command import one_frame, watch
 
     console = Console(highlight=False)
@@ -226,6 +235,8 @@ def audit(as_json: bool, run_dir: Path) -> int:
     if as_json:
         click.echo(json.dumps(answer, indent=2))
     else:
+        from cowshed.service.reports.render import audit_view
+
         show(lambda: audit_view(answer))
     return EXIT_MISMATCHES if answer["mismatches"] else 0
 
@@ -261,25 +272,11 @@ def warm(image: str, extent: dict[str, int | None], abort: bool, run_dir: Path) 
     if abort:
         _abort_warming(image, extent, run_dir)
         return
-    terminal = Console(stderr=True, highlight=False)
-    with (
-        ControlClient(run_dir) as client,
-        same_version(),
-        Progress(
-            "{task.description}",
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TimeRemainingColumn(),
-            console=terminal,
-            transient=True,
-            disable=not terminal.is_terminal,
-        ) as bar,
-    ):
-        task = bar.add_task("warming", total=None)
+    with ControlClient(run_dir) as client, same_version(), progress_bar("warming") as show_progress:
         reply: dict[str, Any] = {}
         for reply in client.stream("warm", fds=(), image=image, **extent):
             if progress := reply.get("progress"):
-                bar.update(task, completed=progress["done_bytes"], total=progress["total_bytes"])
+                show_progress("warming", progress["done_bytes"], progress["total_bytes"])
     with same_version():
         loaded, already = format_bytes(reply["loaded_bytes"]), format_bytes(reply["already_bytes"])
         line = f"{image}: {loaded} loaded, {already} already resident"
@@ -358,6 +355,8 @@ add_commands(cli)
 def main() -> NoReturn:
     """Run the command line of this process."""
     occupy_stdio()
+    # What was imported stays until the end: no collection, the last ones included, looks at it.
+    gc.freeze()
     cli.main()
     raise AssertionError("cli.main() ends the process")
 

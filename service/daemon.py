@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import signal
-import socket
 from collections.abc import Callable
 from typing import Final, NoReturn
 
@@ -40,8 +40,6 @@ from cowshed.service.machines.bequests import MachineBequests
 from cowshed.service.machines.image_folders import image_folders
 from cowshed.service.machines.image_sockets import ImageSockets
 from cowshed.service.machines.supplier import Supplier
-from cowshed.service.metrics.exporter import Exporter, MetricsSources
-from cowshed.service.metrics.settle import Settler
 from cowshed.service.metrics.tallies import TALLIES, Tallies
 from cowshed.service.native.carried import CarriedOver
 from cowshed.service.native.door import GuestDoor
@@ -71,6 +69,7 @@ from cowshed.service.runtime.sizes import format_bytes
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.runtime.workers import Workers
 from cowshed.service.settings.config import Config, socket_path
+from cowshed.service.settings.endpoint import Endpoint
 from cowshed.service.settings.images import ImageSpec
 from cowshed.service.survival.departure import Departure, Saving
 from cowshed.service.survival.fd_store import FdStore, take_inherited, take_supervisor
@@ -83,14 +82,11 @@ from cowshed.service.survival.remains import Remains
 from cowshed.service.survival.run_lock import run_dir_locked
 from cowshed.service.survival.supervised_reload import SupervisedReload
 from cowshed.service.survival.unserved_listeners import UnservedListeners
-from cowshed.service.web.http_server import HttpServer, bind
-from cowshed.service.web.pages import web_routes
-from cowshed.service.web.state import StateReader
 from cowshed.transport import AnyListener, adopt_listener
 from cowshed.transport.nbd_core import NbdServer
 from cowshed.transport.unix import listen_socket
 
-__all__ = ["Daemon", "run"]
+__all__ = ["Daemon", "import_for", "run"]
 
 _log = EventLog("cowshed")
 
@@ -100,6 +96,17 @@ _SAVE_SECONDS: Final = 60.0
 _PATIENCE_SECONDS: Final = 5.0
 _SAVE_AT_END_SECONDS: Final = 2.0
 _MAX_NBD_THREADS: Final = 8
+
+
+def import_for(config: Config) -> None:
+    """Import what a daemon of this configuration needs and others do not; it is all imported then.
+
+    To be called before a keeper forks: then no backend that follows a dead one has to. Nothing may
+    be imported once a daemon serves, as another version of it may be installed by then.
+    """
+    if config.metrics is not None:
+        import cowshed.service.metrics.port  # noqa: F401
+    gc.freeze()  # as in cli.py; and the forks share it
 
 
 def run(
@@ -313,7 +320,7 @@ class Daemon:
         network.take_handoffs(handoff.door, config.handoff_rules)
         stack.callback(handoff.stop)
         if config.metrics is not None:
-            self._serve_metrics(stack)
+            self._serve_metrics(config.metrics, stack)
         self._let_go(remains)
         door.set_aside(len(os.listdir("/proc/self/fd")))
 
@@ -350,16 +357,16 @@ class Daemon:
             self._fd_store.release(name)
         remains.close()
 
-    def _serve_metrics(self, stack: contextlib.ExitStack) -> None:
-        config = self.config
-        assert config.metrics is not None
-        settler = Settler(self.guests)
+    def _serve_metrics(self, endpoint: Endpoint, stack: contextlib.ExitStack) -> None:
+        # Not at the top: import_for says when it is imported.
+        from cowshed.service.metrics.port import MetricsPort, MetricsSources
+
         sources = MetricsSources(
             self._store,
             self._evictor,
             self.guests,
             self._tallies,
-            config.guest_metrics,
+            self.config.guest_metrics,
             self._overlays,
             self._nbd.counters,
             self._warming,
@@ -368,21 +375,11 @@ class Daemon:
             self._sources.waiting_seconds,
             self._unserved.labels,
         )
-        state = StateReader(lambda: list(self._store), self.control.status)
-        routes = {"/metrics": Exporter(sources, settler.ask).serve, **web_routes(state.read)}
-        endpoint = config.metrics
-        settler.start()
-        stack.callback(settler.stop)
-
-        def serve(listener: socket.socket) -> None:
-            server = HttpServer(endpoint, routes, listener=listener)
-            server.start()
-            stack.callback(server.stop)
-            _log.notice("metrics", url=f"http://{server.endpoint}/metrics")
-
+        port = MetricsPort(endpoint, sources, self.control.status)
+        stack.callback(port.close)
         held_as = f"metrics/{endpoint}"
-        prepare = functools.partial(self._listeners.open, held_as, lambda: bind(endpoint))
-        self._unserved_listeners.serve(f"http://{endpoint}/metrics", prepare, serve, held_as)
+        prepare = functools.partial(self._listeners.open, held_as, port.bind)
+        self._unserved_listeners.serve(f"http://{endpoint}/metrics", prepare, port.serve, held_as)
 
     def end_parked(self, terms: Terms) -> bool:
         """End what is parked under a name and has nothing mapped any more; whether any was."""

@@ -11,7 +11,7 @@ from typing import Any, Final
 from cowshed.accounting.handoff import Phase
 from cowshed.cache import CapacityError, Image, PageStore, UsageError
 from cowshed.service.guests.guests import GuestTable
-from cowshed.service.handoff.dial import dial_target
+from cowshed.service.handoff.dial import REPLY_SECONDS, dial_target
 from cowshed.service.handoff.door import HandoffDoor
 from cowshed.service.handoff.drain import Drain
 from cowshed.service.handoff.file import export_state, import_state
@@ -163,9 +163,11 @@ class HandoffService:
         self._loop.call(turned.set)
         turned.wait(_TURN_SECONDS)
 
-    def connect(self, uri: str, look: Callable[[], None]) -> Link:
+    def connect(
+        self, uri: str, look: Callable[[], None], reply_seconds: float = REPLY_SECONDS
+    ) -> Link:
         """Reach the target."""
-        return dial_target(uri, look)
+        return dial_target(uri, look, reply_seconds)
 
     def send_on(self, movings: list[Moving], uri: str) -> None:
         """End the connections of overlays' clients."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every test: a printed seed, and no skip that nobody agreed to.
+"""What holds for every test: a printed seed, no skip that nobody agreed to, and compiled modules.
 
 A run's randomness comes from one seed, printed at the end; COWSHED_TEST_SEED=N repeats it. Under
 CI=true a skipped test fails the session unless tests/skips.txt names it, so that a machine which
@@ -85,6 +85,10 @@ def _chosen_seed() -> int:
 
 
 SEED = _chosen_seed()
+
+# Container images tend to set it. Each of the suite's daemons, guests and commands would compile
+# every module again, which takes longer than all else that a daemon does to start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -11,7 +11,7 @@ same guest; whoever has it has the guest's private pages.
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 from functools import partial
 from typing import Any, Final
@@ -47,7 +47,7 @@ def open_by_bytes(
     Raises UsageError, CapacityError or SourceError as the backend refuses, PeerError if it is gone.
     """
     fields = {name: value for name, value in request.items() if value is not None}
-    fields |= {"token": request.get("token") or secrets.token_hex(16)}
+    fields |= {"token": request.get("token") or os.urandom(16).hex()}
     fields |= {"keep": request.get("token") is not None}
 
     here, is_open, overlay = uri, False, ""

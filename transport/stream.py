@@ -10,13 +10,15 @@ from __future__ import annotations
 import select
 import socket
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from cowshed.cache.errors import PeerError, PeerGoneError, UsageError
 from cowshed.transport.connection import EOF, GONE, Connection, Eof, Peer, Received
 from cowshed.transport.protocol import MAX_REPLY_BYTES
 from cowshed.transport.stream_decoder import StreamDecoder
-from cowshed.transport.tls import TlsSession
+
+if TYPE_CHECKING:
+    from cowshed.transport.tls import TlsSession
 
 __all__ = ["StreamConnection"]
 

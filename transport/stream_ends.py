@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connect to and listen at tcp://host:port, tls://host:port and vsock://cid:port."""
+"""Connect to and listen at tcp://host:port, tls://host:port and vsock://cid:port.
+
+TLS is imported where it is used: most guests and commands connect to their own host, and ssl takes
+longer to import than all of this package. A daemon has it from its start.
+"""
 
 from __future__ import annotations
 
 import socket
-import ssl
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cowshed.cache.errors import PeerError, UsageError
 from cowshed.transport.acceptor import Acceptor
 from cowshed.transport.addresses import Address, parse_stream_uri
 from cowshed.transport.protocol import MAX_REPLY_BYTES, MAX_REQUEST_BYTES
 from cowshed.transport.stream import StreamConnection
-from cowshed.transport.tls import TlsSession, client_context, server_context
 from cowshed.transport.unix import CONNECT_SECONDS
+
+if TYPE_CHECKING:
+    import ssl
 
 __all__ = ["StreamListener", "connect", "listen", "tune"]
 
@@ -31,6 +36,8 @@ def connect(uri: str, timeout: float = CONNECT_SECONDS) -> StreamConnection:
     address = parse_stream_uri(uri)
     tls = None
     if address.scheme == "tls":
+        from cowshed.transport.tls import TlsSession, client_context
+
         context = client_context(address.options, address.without_options)
         server_name = address.options.get("server_name", address.host)
         tls = TlsSession(context, server_side=False, server_name=server_name)
@@ -140,7 +147,11 @@ class StreamListener:
         if not self._is_vsock:
             tune(sock)
         host = f"[{name[0]}]" if ":" in str(name[0]) else name[0]
-        tls = TlsSession(self._context, server_side=True) if self._context else None
+        tls = None
+        if self._context is not None:
+            from cowshed.transport.tls import TlsSession
+
+            tls = TlsSession(self._context, server_side=True)
         where = f"{self.scheme}://{host}:{name[1]}"
         connection = StreamConnection(sock, where, tls, MAX_REQUEST_BYTES, MAX_REPLY_BYTES)
         connection.no_room = no_room
@@ -170,6 +181,8 @@ def listen(
     if address.scheme != "tls":
         context = None
     elif address.options or context is None:
+        from cowshed.transport.tls import server_context
+
         context = server_context(address.options, address.without_options)
     try:
         sock = (opened_by or _call)(lambda: _bound(address, backlog))

@@ -12,7 +12,6 @@ This process becomes the program: signals, exit status and terminal are the prog
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import stat
 from collections.abc import Mapping, Sequence
@@ -89,7 +88,7 @@ def become(order: AttachOrder) -> NoReturn:
         "guest": order.guest or _own_name(program),
         "quota_bytes": order.quota_bytes,
         "on_quota": order.on_quota,
-        "token": secrets.token_hex(16),
+        "token": os.urandom(16).hex(),
     }
     socket = socket_path(order.run_dir)
     with ControlClient(order.run_dir):  # says in words of the command line if nobody is there

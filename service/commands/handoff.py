@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from cowshed.cache.errors import CowshedError, SourceError, UsageError
 from cowshed.service.commands.handoff_files import (
@@ -25,6 +22,7 @@ from cowshed.service.commands.handoff_files import (
     put_in_place,
     reopened,
 )
+from cowshed.service.commands.progress import progress_bar
 from cowshed.service.commands.shell import WrongUsage, run_dir_option, same_version, say
 from cowshed.service.operators.control_client import ControlClient
 from cowshed.service.runtime.sizes import format_bytes
@@ -213,28 +211,13 @@ def import_command(file: str, as_json: bool, run_dir: Path) -> None:
 
 def _last(replies: Iterator[dict[str, Any]], as_json: bool) -> dict[str, Any]:
     """Show progress on a terminal; give the last reply."""
-    terminal = Console(stderr=True, highlight=False)
     reply: dict[str, Any] = {}
-    with Progress(
-        "{task.description}",
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        SpeedColumn(),
-        TimeRemainingColumn(),
-        console=terminal,
-        transient=True,
-        disable=as_json or not terminal.is_terminal,
-    ) as bar:
-        task = bar.add_task("connecting", total=None)
+    with progress_bar("connecting", is_wanted=not as_json, with_speed=True) as show_progress:
         for reply in replies:
             if progress := reply.get("progress"):
                 waits_for = progress.get("waits_for")
-                bar.update(
-                    task,
-                    description=f"waiting for {waits_for}" if waits_for else "working",
-                    completed=progress["done_bytes"],
-                    total=progress["total_bytes"],
-                )
+                what = f"waiting for {waits_for}" if waits_for else "working"
+                show_progress(what, progress["done_bytes"], progress["total_bytes"])
     return reply
 
 

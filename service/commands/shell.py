@@ -10,16 +10,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import click
-from rich.console import Console, RenderableType
 
 from cowshed.cache.errors import CowshedError, PeerError, UsageError
 from cowshed.service.runtime.sizes import parse_size
 from cowshed.service.runtime.stdio import flush_stdout, silence_stdout
 from cowshed.service.runtime.text import one_line, printable
 from cowshed.service.settings.config import RUN_DIR_DEFAULT, parse_quota
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -102,8 +104,10 @@ def say(line: str) -> None:
     click.echo(printable(line))
 
 
-def show(view: Callable[[], RenderableType]) -> None:
+def show(view: "Callable[[], RenderableType]") -> None:
     """Print what `view` makes of an answer."""
+    from rich.console import Console
+
     with same_version():
         renderable = view()
     Console(highlight=False).print(renderable)

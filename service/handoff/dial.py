@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable
+from typing import Final
 
 from cowshed.cache.errors import PeerError, UsageError
 from cowshed.service.handoff.link import SocketLink
@@ -14,20 +15,22 @@ from cowshed.transport.relay import Relay
 from cowshed.transport.schemes import scheme
 from cowshed.transport.stream import StreamConnection
 
-__all__ = ["dial_target"]
+__all__ = ["REPLY_SECONDS", "dial_target"]
 
-_REPLY_SECONDS = 15.0
+REPLY_SECONDS: Final = 15.0
 
 
-def dial_target(uri: str, look: Callable[[], None]) -> SocketLink:
+def dial_target(
+    uri: str, look: Callable[[], None], reply_seconds: float = REPLY_SECONDS
+) -> SocketLink:
     """Connect to a backend that is to take a handoff, ready for its first section.
 
-    Raises UsageError for a uri that cannot be used, or a backend that takes none from us; PeerError
-    if none answers.
+    It may take reply_seconds to greet us, and as long again to take the handoff. Raises UsageError
+    for a uri that cannot be used, or a backend that takes none from us; PeerError if none answers.
     """
     look()
     try:
-        connection = greet(uri, _REPLY_SECONDS)
+        connection = greet(uri, reply_seconds)
     except PeerError as error:
         where = uri.partition("?")[0]
         raise PeerError(str(error) if where in str(error) else f"{where}: {error}") from error
@@ -36,10 +39,10 @@ def dial_target(uri: str, look: Callable[[], None]) -> SocketLink:
             ours, theirs = socket.socketpair()
             with theirs, contextlib.ExitStack() as undo:
                 undo.callback(ours.close)
-                ask(connection, "handoff", {}, [theirs.fileno()], _REPLY_SECONDS)
+                ask(connection, "handoff", {}, [theirs.fileno()], reply_seconds)
                 undo.pop_all()
             return SocketLink(ours, look, with_it=connection.close)
-        ask(connection, "handoff", {}, timeout=_REPLY_SECONDS)
+        ask(connection, "handoff", {}, timeout=reply_seconds)
         if not isinstance(connection, StreamConnection):
             raise UsageError(f"{uri} carries no handoff")
         sock, tls = connection.take_stream()

@@ -14,6 +14,7 @@ frozen, and is pushed again and again to a target that is lost, until it says th
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -23,6 +24,7 @@ from typing import Any, Final, Protocol
 
 from cowshed.accounting.handoff import Action, Event, Handoff, Phase, Role
 from cowshed.cache import CowshedError, Image, PeerError, SourceError, UsageError
+from cowshed.service.handoff.dial import REPLY_SECONDS
 from cowshed.service.handoff.link import FileLink, Link, SocketLink
 from cowshed.service.handoff.moving import MappedMoving, Moving
 from cowshed.service.handoff.pushing import Pusher, bitmap_of_runs, take_runs
@@ -84,7 +86,9 @@ class DrainHost(Protocol):
     def wait_door(self) -> None:
         """Wait until who came in before the door was closed is in, for movings() to tell of it."""
 
-    def connect(self, uri: str, look: Callable[[], None]) -> Link:
+    def connect(
+        self, uri: str, look: Callable[[], None], reply_seconds: float = REPLY_SECONDS
+    ) -> Link:
         """Reach the target, ready for the first section."""
 
     def send_on(self, movings: list[Moving], uri: str) -> None:
@@ -307,8 +311,16 @@ class Drain:
 
     def _connect(self) -> Event:
         self._wait_name(f"a connection to {self.uri}")
-        self._link = self._file or self._host.connect(self._address, self._look)
+        self._link = self._file or self._dial()
         return Event.CONNECTED
+
+    def _dial(self) -> Link:
+        left = math.inf if self._deadline is None else self._deadline - time.monotonic()
+        try:
+            return self._host.connect(self._address, self._look, min(REPLY_SECONDS, max(0.0, left)))
+        except PeerError:
+            self._look()  # that the drain's own time is up comes first
+            raise
 
     def _offer(self) -> Event:
         self._wait_name("the digests of images")

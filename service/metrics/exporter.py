@@ -8,7 +8,6 @@ after each scrape, so figures of private pages are at most one scrape behind.
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import os
 import time
@@ -54,6 +53,7 @@ from cowshed.service.metrics.catalog import (
 )
 from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.overlays.overlays import OverlayGuest
+from cowshed.service.runtime.version import VERSION
 from cowshed.service.survival.kept_counts import LOG_COUNTS, KeptCounts
 from cowshed.service.survival.lineage import KEEPERS, Lineage
 from cowshed.service.web.http_messages import Answer, Request
@@ -101,7 +101,6 @@ class Exporter(Collector):
         self._sources = sources
         self._on_scrape = on_scrape
         self._started_at = time.time()
-        self._version = importlib.metadata.version("cowshed")
         self._registry = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=self._registry)
         GCCollector(registry=self._registry)
@@ -150,7 +149,7 @@ class Exporter(Collector):
         store, tallies = self._sources.store, self._sources.tallies
         counters = store.counters()
         drain, lineage = tallies.drain, self._sources.lineage
-        values["cowshed_build_info"][(self._version,)] = 1
+        values["cowshed_build_info"][(VERSION,)] = 1
         for name, value in (
             ("start_timestamp_seconds", self._started_at),
             ("capacity_bytes", store.capacity_bytes),

@@ -32,7 +32,7 @@ from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, Loop
 from cowshed.service.runtime.test_points import reach
 from cowshed.service.settings.config import Config
-from cowshed.service.settings.tls_config import make_context
+from cowshed.service.settings.tls_context import make_context
 from cowshed.service.survival.listeners import Listeners
 from cowshed.service.survival.unserved_listeners import UnservedListeners
 from cowshed.transport.acceptor import NR_SPARE, Acceptor

@@ -33,7 +33,7 @@ class ControlClient:
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        # Not at the top: the guest library loads the C core, which `--help` does without.
+        # Not at the top: `--help` and a wrong option do without the guest library.
         from cowshed.transport import connect
 
         with self._explained("connecting"):

@@ -6,16 +6,26 @@ laid out for 80 columns; long names fold rather than being cut off, and nothing 
 printed before `printable` has seen it. Programs read ``--json`` instead.
 """
 
-import shlex
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cowshed.cache.images import DEFAULT_DOMAIN, image_label
+from cowshed.service.reports.wording import (
+    STOPPED,
+    Answer,
+    counted,
+    format_drain,
+    format_milliseconds,
+    format_quota,
+    format_users,
+    format_via,
+    format_warming,
+    key_of,
+    label_of,
+    quota_command,
+)
 from cowshed.service.runtime.sizes import format_bytes
 from cowshed.service.runtime.text import (
     format_count,
@@ -24,12 +34,7 @@ from cowshed.service.runtime.text import (
     format_us,
     printable,
 )
-from cowshed.service.settings.config import RUN_DIR_DEFAULT
 
-Answer = Mapping[str, Any]
-
-STOPPED = "stopped-quota"
-QUOTA_SUGGESTED_BYTES = 64 << 20  # for a guest whose quota was 0
 # What an image's path may name besides the file that is served, as status says it.
 _AT_PATH = {"other": "another file", "gone": "no file"}
 _HUNG_SECONDS = 3.0  # as SourceWatch has it
@@ -51,7 +56,7 @@ def status_view(status: Answer) -> RenderableType:
 def audit_view(audit: Answer) -> RenderableType:
     """What was checked and every mismatch found."""
     checked = ", ".join(
-        f"{format_count(count)} {_counted(printable(what).replace('_', ' '), count)}"
+        f"{format_count(count)} {counted(printable(what).replace('_', ' '), count)}"
         for what, count in audit["checked"].items()
     )
     mismatches = audit["mismatches"]
@@ -103,93 +108,12 @@ def descent(status: Answer) -> Text:
     return text
 
 
-def format_milliseconds(seconds: float) -> str:
-    """A short time: ``12 ms``, ``1.3 s``."""
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-
-
-def has_domains(status: Answer) -> bool:
-    """Whether there is more than the default domain, and so a reason to speak of domains."""
-    return any(image["domain"] != DEFAULT_DOMAIN for image in status["images"])
-
-
-def key_of(one: Answer) -> str:
-    """What tells a guest from all other guests, or an image from all others."""
-    return f"{one['domain']}/{one['name']}"
-
-
-def label_of(one: Answer, key: str = "name") -> str:
-    """The name of a guest or image or, with "image", that of a guest's image, and its domain."""
-    return printable(image_label(one["domain"], one[key]))
-
-
 def guest_state(guest: Answer) -> Text:
     """A guest's state in a word; one stopped by its quota stands out without colour too."""
     if guest["state"] == STOPPED:
         return Text("STOPPED", style="bold red")
     is_dim = guest["state"] in ("detached", "away")
     return Text(printable(guest["state"]), style="dim" if is_dim else "")
-
-
-def format_quota(guest: Answer) -> str:
-    """A guest's private bytes against its quota: ``12M of 64M``; ``12M`` without a limit."""
-    private = format_bytes(guest["private_bytes"])
-    quota_bytes = guest["quota_bytes"]
-    return private if quota_bytes is None else f"{private} of {format_bytes(quota_bytes)}"
-
-
-def format_via(guest: Answer) -> str:
-    """How a guest is connected, and how often, where that is more than once: ``unix x3``."""
-    times = f" x{guest['mappings']}" if guest["mappings"] > 1 else ""
-    return f"{printable(guest['transport'])}{times}"
-
-
-def format_users(guests: Sequence[Answer]) -> str:
-    """How many guests there are, how they are and how they came: ``2 running, 1 away (3 unix)``."""
-    if not guests:
-        return "none"
-    states = Counter(guest["state"] for guest in guests)
-    words = ", ".join(
-        f"{format_count(nr)} {'stopped' if state == STOPPED else printable(state)}"
-        for state, nr in states.most_common()
-    )
-    via = Counter(guest["transport"] for guest in guests)
-    how = ", ".join(f"{format_count(nr)} {printable(each)}" for each, nr in via.most_common())
-    mappings = sum(guest["mappings"] for guest in guests)
-    return f"{words} ({how}; {format_count(mappings)} {_counted('mappings', mappings)})"
-
-
-def format_warming(status: Answer) -> str:
-    """What is being warmed, and how far that is; "" while nothing is."""
-    return "; ".join(
-        f"{label_of(image)} {format_bytes(warming['done_bytes'])} of "
-        f"{format_bytes(warming['total_bytes'])} "
-        f"({format_share(warming['done_bytes'], warming['total_bytes'])}, "
-        f"{' and '.join(printable(why) for why in warming['why'])})"
-        for image in status["images"]
-        if (warming := image["warming"])
-    )
-
-
-def format_drain(status: Answer) -> str:
-    """Where guests are given to, how far that is and what it waits for; "" if it is nowhere."""
-    drain = status.get("drain")
-    if not drain or drain["dry_run"] or drain["phase"] in ("idle", "aborted"):
-        return ""
-    to = printable(drain["to"])
-    guests = f"{format_count(drain['guests'])} {_counted('guests', drain['guests'])}"
-    if drain["phase"] == "moved":
-        here = drain["guests_here"]
-        followed = f", {format_count(here)} of them frozen here still" if here else ""
-        return f"moved to {to}: {guests}{followed}"
-    left = max(0, drain["total_bytes"] - drain["done_bytes"])
-    parts = [
-        f"{format_bytes(drain['done_bytes'])} of {format_bytes(drain['total_bytes'])} sent",
-        f"{format_bytes(left)} left at {format_bytes(drain['rate_bytes_per_second'])}/s",
-    ]
-    parts += [f"waits for {printable(drain['waits_for'])}"] if drain["waits_for"] else []
-    parts += [f"{len(drain['blockers'])} blockers"] if drain["blockers"] else []
-    return f"{printable(drain['phase'])} to {to}, {guests}: {', '.join(parts)}"
 
 
 def warnings(status: Answer) -> list[Text]:
@@ -258,20 +182,6 @@ def warnings(status: Answer) -> list[Text]:
         for each in status.get("unserved_listeners", ())
     ]
     return found
-
-
-def quota_command(guest: Answer, status: Answer) -> str:
-    """The command that lets a stopped guest go on: twice the quota it has."""
-    run_dir = status["run_dir"]
-    quota_bytes = 2 * (guest["quota_bytes"] or 0) or QUOTA_SUGGESTED_BYTES
-    words = ["cowshed", "quota"]
-    if run_dir != RUN_DIR_DEFAULT:
-        words += ["--run-dir", printable(run_dir)]
-    # Where there are domains others may have the name; and one with a slash may look like two.
-    is_plain = not has_domains(status) and "/" not in guest["name"]
-    name = printable(guest["name"] if is_plain else key_of(guest))
-    words += ["--", name] if name.startswith("-") else [name]
-    return shlex.join([*words, format_bytes(quota_bytes)])
 
 
 def _totals(status: Answer) -> Table:
@@ -345,10 +255,6 @@ def _guests(guests: Iterable[Answer]) -> Table:
             format_share(guest["hits"], guest["hits"] + guest["misses"]),
         )
     return table
-
-
-def _counted(plural: str, count: int) -> str:
-    return plural.removesuffix("s") if count == 1 else plural
 
 
 def new_table(*headers: str) -> Table:

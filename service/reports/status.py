@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import importlib.metadata
 import operator
 import os
 import time
@@ -29,6 +28,7 @@ from cowshed.service.guests.states import STATE_WORDS
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.warming import Warm, Warming
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.service.runtime.version import VERSION
 from cowshed.service.survival.lineage import Lineage
 
 __all__ = ["StatusReader", "broken_why", "guest_state"]
@@ -65,7 +65,6 @@ class StatusReader:
         self.source_wait_seconds: Callable[[Image], float] = lambda _: 0.0
         self._lineage = lineage or Lineage()
         self._started_ns = time.monotonic_ns()
-        self._version = importlib.metadata.version("cowshed")
 
     def read(self) -> dict[str, Any]:
         """Give the object of the contract and more; settles every guest's charges first.
@@ -102,7 +101,7 @@ class StatusReader:
         counters = [image.counters() for image in self._store]
         return {
             "pid": os.getpid(),
-            "version": self._version,
+            "version": VERSION,
             "run_dir": str(self._run_dir),
             "uptime_seconds": (time.monotonic_ns() - self._started_ns) / 1e9,
             **self._lineage.status(),

@@ -6,7 +6,6 @@ Units are powers of 1024, as for QEMU and nbdkit: ``64M``, ``64MiB`` and ``67108
 """
 
 import re
-from fractions import Fraction
 
 from cowshed.cache.errors import UsageError
 
@@ -40,14 +39,16 @@ def parse_size(text: str, what: str = "size") -> int:
         )
     else:
         raise UsageError(f"{what} {_shown(text)} has no known unit: {_HOW}")
-    nr_bytes = Fraction(match["count"]) * 1024**exponent
-    if nr_bytes.denominator != 1:
+    whole, _, decimals = match["count"].partition(".")
+    parts: int = 10 ** len(decimals)
+    nr_bytes, rest = divmod(int(whole + decimals) << 10 * exponent, parts)
+    if rest:
         raise UsageError(f"{what} {_shown(text)} is not a whole number of bytes: {_HOW}")
     if nr_bytes > _MAX_BYTES:
         raise UsageError(
             f"{what} {_shown(text)} is more than {_MAX_BYTES} bytes: write a smaller size"
         )
-    return int(nr_bytes)
+    return nr_bytes
 
 
 def format_bytes(nr_bytes: int) -> str:
@@ -58,15 +59,14 @@ def format_bytes(nr_bytes: int) -> str:
     if nr_bytes < 0:
         return "-" + format_bytes(-nr_bytes)
     exponent = 0
-    count = Fraction(nr_bytes)
     # 1023.5 and more would be shown as 1024 of its unit: show it as 1 of the next.
-    while count >= Fraction(2047, 2) and exponent < len(_UNITS):
-        count /= 1024
+    while 2 * nr_bytes >= 2047 << 10 * exponent and exponent < len(_UNITS):
         exponent += 1
     if exponent == 0:
         return str(nr_bytes)
+    count = nr_bytes / (1 << 10 * exponent)
     nr_decimals = 2 if count < 10 else 1 if count < 100 else 0
-    digits = f"{float(count):.{nr_decimals}f}"
+    digits = f"{count:.{nr_decimals}f}"
     if "." in digits:
         digits = digits.rstrip("0").rstrip(".")
     return digits + _UNITS[exponent - 1]

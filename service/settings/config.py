@@ -50,7 +50,6 @@ the image's to say. Each error is one UsageError naming the thing, the value and
 """
 
 import os
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -339,6 +338,8 @@ def config_load(
 
 def _read_table(config_file: Path) -> tuple[Mapping[str, Any], str]:
     """The top-level table of a TOML file, its keys known to be ours, and the file's text."""
+    import tomllib  # most processes have no file to read
+
     try:
         text = config_text_read(config_file)
         table = tomllib.loads(text)

@@ -12,14 +12,13 @@ Relative paths start at the configuration file's directory.
 
 from __future__ import annotations
 
-import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, get_args
 
 from cowshed.cache.errors import UsageError
 
-__all__ = ["TlsConfig", "make_context", "parse_tls"]
+__all__ = ["TlsConfig", "parse_tls"]
 
 Clients = Literal["required", "optional"]
 
@@ -53,34 +52,3 @@ def parse_tls(table: object, base_dir: Path) -> TlsConfig:
         raise UsageError(f"clients of tls is {clients!r}: use required or optional")
     cert, key, ca = (base_dir / table[name] for name in _FILES)
     return TlsConfig(cert, key, ca, clients)
-
-
-def make_context(config: TlsConfig) -> ssl.SSLContext:
-    """Read the files into a server's context, TLS 1.2 or newer. Raises UsageError, one line."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_verify_locations(cafile=config.ca)
-    except OSError as error:  # ssl.SSLError is one
-        raise UsageError(f"cannot use ca {str(config.ca)!r} of tls: {_reason(error)}") from error
-    try:
-        context.load_cert_chain(config.cert, config.key, password=_no_passphrase)
-    except OSError as error:
-        raise UsageError(
-            f"cannot use cert {str(config.cert)!r} with key {str(config.key)!r} of tls: "
-            f"{_reason(error)}"
-        ) from error
-    required = config.clients == "required"
-    context.verify_mode = ssl.CERT_REQUIRED if required else ssl.CERT_OPTIONAL
-    return context
-
-
-def _no_passphrase() -> str:
-    # Without this, OpenSSL would ask at the terminal of whoever started us.
-    raise UsageError("key of tls is encrypted: give one without a passphrase")
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, ssl.SSLError):
-        return (error.reason or "not PEM").replace("_", " ").lower()
-    return error.strerror or str(error)

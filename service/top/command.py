@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from rich.console import Console, RenderableType
 
-from cowshed.service.reports.render import Answer, key_of
+from cowshed.service.reports.wording import Answer, key_of
 from cowshed.service.top.history import History
 from cowshed.service.top.screen import Screen
 from cowshed.service.top.state import TopState

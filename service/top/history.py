@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cowshed.service.reports.render import key_of
+from cowshed.service.reports.wording import key_of
 
 Answer = Mapping[str, Any]
 

@@ -15,19 +15,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cowshed.service.reports.render import (
+from cowshed.service.reports.render import add_row, guest_state, heading, new_table
+from cowshed.service.reports.wording import (
     STOPPED,
     Answer,
-    add_row,
     format_drain,
     format_quota,
     format_via,
     format_warming,
-    guest_state,
-    heading,
     key_of,
     label_of,
-    new_table,
     quota_command,
 )
 from cowshed.service.runtime.sizes import format_bytes

@@ -25,7 +25,7 @@ from itertools import groupby
 from typing import Any, Final
 
 from cowshed.cache import ExtentState, Image
-from cowshed.service.reports.render import STOPPED, format_drain, key_of, quota_command
+from cowshed.service.reports.wording import STOPPED, format_drain, key_of, quota_command
 
 __all__ = ["MOST_CELLS", "StateReader", "image_map", "run_lengths"]
 

@@ -135,6 +135,23 @@ def test_output(no):
     assert set(seeds) == set(re.findall(r"seed: (\d+)", output))
 
 
+@in_processes
+def test_started_processes_keep_what_they_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Sequence[str]
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (tmp_path / "imported.py").touch()
+    suite = """\
+import subprocess
+import sys
+
+def test_start():
+    subprocess.run([sys.executable, "-c", "import imported"], check=True)
+"""
+    assert run_suite(tmp_path, "", ci="", suite=suite, options=options)[0] == pytest.ExitCode.OK
+    assert list((tmp_path / "__pycache__").glob("imported.*.pyc"))
+
+
 def test_files_that_may_take_longest_begin_first_unless_the_seed_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

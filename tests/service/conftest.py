@@ -2,6 +2,7 @@
 """What a daemon would say, and one that says it."""
 
 import select
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,18 +128,22 @@ class StandIn:
         self.replies = replies
         self.asked: list[Body] = []
         self._listener = listen(f"unix://{run_dir}/cowshed.sock")
-        self._ended = threading.Event()
+        self._end, self._ended = socket.socketpair()
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
     def close(self) -> None:
-        self._ended.set()
+        self._end.close()
         self._thread.join()
+        self._ended.close()
         self._listener.close()
 
+    def _wait(self, fd: int) -> bool:
+        """Wait until a descriptor can be read; False if the end comes first."""
+        return self._ended not in select.select([fd, self._ended], [], [])[0]
+
     def _serve(self) -> None:
-        while not self._ended.is_set():
-            select.select([self._listener.fileno()], [], [], 0.05)
+        while self._wait(self._listener.fileno()):
             connection = self._listener.accept()
             if connection is not None:
                 self._answer(connection)
@@ -146,10 +151,7 @@ class StandIn:
 
     def _answer(self, connection: Connection) -> None:
         hello: Body = {"ok": True, "version": 1, "features": [], "pid": 1}
-        while not self._ended.is_set():
-            readable, _, _ = select.select([connection.fileno()], [], [], 0.05)
-            if not readable:
-                continue
+        while self._wait(connection.fileno()):
             try:
                 body, _, tag = connection.recv(timeout=1)
             except Exception:  # the client is done

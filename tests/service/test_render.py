@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from cowshed.service.reports.render import audit_view, quota_command, status_view
+from cowshed.service.reports.render import audit_view, status_view
+from cowshed.service.reports.wording import quota_command
 from cowshed.service.runtime.text import (
     format_seconds,
     format_share,

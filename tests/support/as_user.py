@@ -4,18 +4,26 @@
 Everything is imported before the change of user, who may not be able to read the interpreter.
 """
 
-import importlib.metadata
 import sys
 
-from scripted_guest import become
+from told import become
 
 import cowshed.service.commands.attach
+import cowshed.service.commands.keeping
 import cowshed.service.daemon
+import cowshed.service.metrics.port
+import cowshed.service.reports.render
+import cowshed.service.top.command
+import cowshed.transport.tls
 from cowshed.service import cli
 
 if __name__ == "__main__":
     assert cowshed.service.daemon.run
     assert cowshed.service.commands.attach.become
-    importlib.metadata.version("cowshed")
+    assert cowshed.service.commands.keeping.run_kept
+    assert cowshed.service.metrics.port.MetricsPort
+    assert cowshed.service.reports.render.status_view
+    assert cowshed.service.top.command.watch
+    assert cowshed.transport.tls.TlsSession
     become(int(sys.argv.pop(1)))
     cli.main()

@@ -13,7 +13,7 @@ import select
 import threading
 
 from machine_client import MADV_DONTNEED, PAGE_BYTES, Machine, libc, read_memory, write_memory
-from scripted_guest import main
+from told import main
 
 HUNG_UP = 3
 FIRECRACKER = -1
@@ -73,4 +73,4 @@ class ChaosMachine(Machine):
 
 
 if __name__ == "__main__":
-    main(ChaosMachine)  # type: ignore[arg-type]
+    main(ChaosMachine)

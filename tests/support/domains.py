@@ -95,7 +95,7 @@ class Daemon:
         pidfd = os.pidfd_open(self.pid)
         try:
             while not SERVING.search(self.log_path.read_bytes()):
-                ended, _, _ = select.select([pidfd], [], [], 0.02)
+                ended, _, _ = select.select([pidfd], [], [], 0.005)
                 assert not ended, f"the daemon ended: {self.log_path.read_text()}"
         finally:
             os.close(pidfd)

@@ -9,7 +9,8 @@ import struct
 import threading
 from typing import Any
 
-from scripted_guest import PAGE_BYTES, Script, main
+from scripted_guest import Script
+from told import PAGE_BYTES, main
 
 from cowshed.cache._core import ffi, lib
 from cowshed.transport import connect

@@ -24,7 +24,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from scripted_guest import PAGE_BYTES, become, main
+from told import PAGE_BYTES, become, main
 
 HUGE_BYTES = 2 << 20
 EVENT_REMOVE = 1 << 3
@@ -333,4 +333,4 @@ class Machine:
 
 
 if __name__ == "__main__":
-    main(Machine)  # type: ignore[arg-type]
+    main(Machine)

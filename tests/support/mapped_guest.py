@@ -25,7 +25,7 @@ import threading
 from typing import Any
 
 from machine_client import EVENT_REMOVE, MODE_MISSING, UFFDIO_REGISTER, new_uffd
-from scripted_guest import become
+from told import become
 
 from cowshed.cache._core import ffi, lib
 

@@ -6,7 +6,8 @@ import hashlib
 import threading
 from typing import Any
 
-from scripted_guest import PAGE_BYTES, Script, main
+from scripted_guest import Script
+from told import PAGE_BYTES, main
 
 
 class MovingScript(Script):

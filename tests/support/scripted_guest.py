@@ -8,28 +8,15 @@ do_; an answer is {"ok": value} or {"error": type, "message": text}. Faults happ
 the test's own process, which may be the one that answers them.
 """
 
-import ctypes
 import hashlib
-import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from told import PAGE_BYTES, main
+
 from cowshed.transport import Disk, connect
-
-PAGE_BYTES = 4096
-PR_SET_DUMPABLE = 4
-
-
-def become(uid: int) -> None:
-    """Change to uid for good; as after an exec, /proc/self is the new user's."""
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl")
 
 
 class Script:
@@ -109,20 +96,5 @@ class Script:
         return os.getpid()
 
 
-def main(kind: type[Script] = Script) -> None:
-    uri, *rest = sys.argv[1:]
-    if rest:
-        become(int(rest[0]))
-    script = kind(uri)
-    print(json.dumps({"ok": os.getpid()}), flush=True)
-    for line in sys.stdin:
-        order = json.loads(line)
-        try:
-            answer = {"ok": getattr(script, "do_" + order.pop("do"))(**order)}
-        except Exception as error:
-            answer = {"error": type(error).__name__, "message": str(error)}
-        print(json.dumps(answer), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    main(Script)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a daemon's answers are called in plain text, the same in status, top and the page.
+
+Pure, and without rich: the daemon makes its page's state with these. Nothing a guest chose is
+returned before `printable` has seen it.
+"""
+
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cowshed.cache.images import DEFAULT_DOMAIN, image_label
+from cowshed.service.runtime.sizes import format_bytes
+from cowshed.service.runtime.text import format_count, format_share, printable
+from cowshed.service.settings.config import RUN_DIR_DEFAULT
+
+Answer = Mapping[str, Any]
+
+STOPPED = "stopped-quota"
+QUOTA_SUGGESTED_BYTES = 64 << 20  # for a guest whose quota was 0
+
+
+def format_milliseconds(seconds: float) -> str:
+    """A short time: ``12 ms``, ``1.3 s``."""
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def has_domains(status: Answer) -> bool:
+    """Whether there is more than the default domain, and so a reason to speak of domains."""
+    return any(image["domain"] != DEFAULT_DOMAIN for image in status["images"])
+
+
+def key_of(one: Answer) -> str:
+    """What tells a guest from all other guests, or an image from all others."""
+    return f"{one['domain']}/{one['name']}"
+
+
+def label_of(one: Answer, key: str = "name") -> str:
+    """The name of a guest or image or, with "image", that of a guest's image, and its domain."""
+    return printable(image_label(one["domain"], one[key]))
+
+
+def format_quota(guest: Answer) -> str:
+    """A guest's private bytes against its quota: ``12M of 64M``; ``12M`` without a limit."""
+    private = format_bytes(guest["private_bytes"])
+    quota_bytes = guest["quota_bytes"]
+    return private if quota_bytes is None else f"{private} of {format_bytes(quota_bytes)}"
+
+
+def format_via(guest: Answer) -> str:
+    """How a guest is connected, and how often, where that is more than once: ``unix x3``."""
+    times = f" x{guest['mappings']}" if guest["mappings"] > 1 else ""
+    return f"{printable(guest['transport'])}{times}"
+
+
+def format_users(guests: Sequence[Answer]) -> str:
+    """How many guests there are, how they are and how they came: ``2 running, 1 away (3 unix)``."""
+    if not guests:
+        return "none"
+    states = Counter(guest["state"] for guest in guests)
+    words = ", ".join(
+        f"{format_count(nr)} {'stopped' if state == STOPPED else printable(state)}"
+        for state, nr in states.most_common()
+    )
+    via = Counter(guest["transport"] for guest in guests)
+    how = ", ".join(f"{format_count(nr)} {printable(each)}" for each, nr in via.most_common())
+    mappings = sum(guest["mappings"] for guest in guests)
+    return f"{words} ({how}; {format_count(mappings)} {counted('mappings', mappings)})"
+
+
+def format_warming(status: Answer) -> str:
+    """What is being warmed, and how far that is; "" while nothing is."""
+    return "; ".join(
+        f"{label_of(image)} {format_bytes(warming['done_bytes'])} of "
+        f"{format_bytes(warming['total_bytes'])} "
+        f"({format_share(warming['done_bytes'], warming['total_bytes'])}, "
+        f"{' and '.join(printable(why) for why in warming['why'])})"
+        for image in status["images"]
+        if (warming := image["warming"])
+    )
+
+
+def format_drain(status: Answer) -> str:
+    """Where guests are given to, how far that is and what it waits for; "" if it is nowhere."""
+    drain = status.get("drain")
+    if not drain or drain["dry_run"] or drain["phase"] in ("idle", "aborted"):
+        return ""
+    to = printable(drain["to"])
+    guests = f"{format_count(drain['guests'])} {counted('guests', drain['guests'])}"
+    if drain["phase"] == "moved":
+        here = drain["guests_here"]
+        followed = f", {format_count(here)} of them frozen here still" if here else ""
+        return f"moved to {to}: {guests}{followed}"
+    left = max(0, drain["total_bytes"] - drain["done_bytes"])
+    parts = [
+        f"{format_bytes(drain['done_bytes'])} of {format_bytes(drain['total_bytes'])} sent",
+        f"{format_bytes(left)} left at {format_bytes(drain['rate_bytes_per_second'])}/s",
+    ]
+    parts += [f"waits for {printable(drain['waits_for'])}"] if drain["waits_for"] else []
+    parts += [f"{len(drain['blockers'])} blockers"] if drain["blockers"] else []
+    return f"{printable(drain['phase'])} to {to}, {guests}: {', '.join(parts)}"
+
+
+def quota_command(guest: Answer, status: Answer) -> str:
+    """The command that lets a stopped guest go on: twice the quota it has."""
+    run_dir = status["run_dir"]
+    quota_bytes = 2 * (guest["quota_bytes"] or 0) or QUOTA_SUGGESTED_BYTES
+    words = ["cowshed", "quota"]
+    if run_dir != RUN_DIR_DEFAULT:
+        words += ["--run-dir", printable(run_dir)]
+    # Where there are domains others may have the name; and one with a slash may look like two.
+    is_plain = not has_domains(status) and "/" not in guest["name"]
+    name = printable(guest["name"] if is_plain else key_of(guest))
+    words += ["--", name] if name.startswith("-") else [name]
+    return shlex.join([*words, format_bytes(quota_bytes)])
+
+
+def counted(plural: str, count: int) -> str:
+    """The word for `count` of them: "guests", or "guest" for one."""
+    return plural.removesuffix("s") if count == 1 else plural
