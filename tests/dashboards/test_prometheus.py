@@ -70,10 +70,14 @@ class Scene:
         """Wait until Prometheus has what this asks for."""
         until(lambda: bool(self.prometheus.values(expr)))
 
-    def play(self) -> None:
-        """Be ready, then have Prometheus see everything before and after the load."""
+    def wait_ready(self) -> None:
+        """Wait until both serve."""
         self.daemon.wait_ready()
         self.prometheus.wait_ready()
+
+    def play(self) -> None:
+        """Be ready, then have Prometheus see everything before and after the load."""
+        self.wait_ready()
         readers = [self.open("small", guest=f"r{nr}", quota_bytes=1 << 20) for nr in range(2)]
         stopped = self.open("small", guest="stopped", quota_bytes=16 << 12)
         torn = self.open("tenant/torn", guest="torn")
@@ -282,8 +286,13 @@ def test_every_exported_metric_is_documented_and_the_other_way_round(scene: Scen
     assert {name for name in documented if name.startswith("cowshed_")} <= known
 
 
-def test_backend_that_goes_is_noticed(scene: Scene) -> None:
-    scene.daemon.kill()
-    until(lambda: scene.prometheus.alert_states()["CowshedBackendDown"] == "pending")
-    (down,) = [query for query in panel_queries() if "Backends down" in query.place]
-    assert scene.prometheus.values(filled_in(down.expr)) == [1.0]
+def test_backend_that_goes_is_noticed() -> None:
+    with new_run_dir() as folder, contextlib.closing(Scene(folder)) as alone:
+        alone.wait_ready()
+        alone.wait_scraped("up == 1")
+        # Prometheus may have come before the backend.
+        until(lambda: alone.prometheus.alert_states()["CowshedBackendDown"] == "inactive")
+        alone.daemon.kill()
+        until(lambda: alone.prometheus.alert_states()["CowshedBackendDown"] == "pending")
+        (down,) = [query for query in panel_queries() if "Backends down" in query.place]
+        assert alone.prometheus.values(filled_in(down.expr)) == [1.0]
