@@ -14,11 +14,17 @@ from setuptools.command.build_py import build_py
 PRELOAD = Extension(
     "cowshed.transport._preload",
     sources=[
-        *(f"transport/core/{name}.c" for name in ("elf", "guard", "json", "orphan", "packets")),
+        *(
+            f"transport/core/{name}.c"
+            for name in ("elf", "guard", "json", "orphan", "packets", "replace")
+        ),
         *sorted(glob("transport/preload/*.c")),
     ],
     depends=[
-        *(f"transport/core/{name}.h" for name in ("elf", "guard", "json", "orphan", "packets")),
+        *(
+            f"transport/core/{name}.h"
+            for name in ("elf", "guard", "json", "orphan", "packets", "region")
+        ),
         "cache/core/abi.h",
         *sorted(glob("transport/preload/*.h")),
     ],

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, Final
 
 from cowshed.accounting.handoff import Phase
 from cowshed.cache import CapacityError, Image, PageStore, UsageError
 from cowshed.service.guests.guests import GuestTable
+from cowshed.service.handoff.carriers import CarriedMoving, may_carry
 from cowshed.service.handoff.dial import REPLY_SECONDS, dial_target
 from cowshed.service.handoff.door import HandoffDoor
 from cowshed.service.handoff.drain import Drain
@@ -142,10 +143,15 @@ class HandoffService:
         """Who of its domain may use an image; None is everybody there."""
         return self._access.allowed(image)
 
-    def movings(self) -> list[Moving]:
-        """Every guest there is."""
+    def movings(self, carry_to: str = "", carried: Container[tuple[str, str]] = ()) -> list[Moving]:
+        """Every guest there is; those carried, or that can go to carry_to so, take their pages."""
         with self._guests.lock:
-            mapped = [MappedMoving(guest, self._guests) for guest in self._guests]
+            mapped = [
+                CarriedMoving(guest, self._guests)
+                if (guest.domain, guest.name) in carried or may_carry(guest, carry_to)
+                else MappedMoving(guest, self._guests)
+                for guest in self._guests
+            ]
         with self._overlays.lock:
             return [*mapped, *(OverlayMoving(guest) for guest in self._overlays)]
 
@@ -186,9 +192,10 @@ class HandoffService:
     def _tell(self, movings: list[Moving], uri: str) -> None:
         for moving in movings:
             if isinstance(moving, MappedMoving):
-                self._guest_door.tell(
-                    moving.guest, {"event": "moved", "uri": uri, "token": moving.token}
-                )
+                event: Body = {"event": "moved", "uri": uri, "token": moving.token}
+                if isinstance(moving, CarriedMoving):
+                    event |= {"carries": True, "digest": moving.image.digest}
+                self._guest_door.tell(moving.guest, event)
             elif isinstance(moving, OverlayMoving):
                 self._retire(moving.guest, uri)
 

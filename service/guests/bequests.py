@@ -135,6 +135,7 @@ class Bequests:
             guests.release(guest)
             connection.close()
             return None
+        mapping.carries = terms.carries
         for name in ("ledger", "purse", "socket"):
             os.close(left[name])
         if seeds_kind:
@@ -157,6 +158,7 @@ def describe_terms(terms: Terms) -> dict[str, Any]:
         "policy": int(terms.policy),
         "window_bytes": terms.orders.window_bytes,
         "write_window_bytes": terms.orders.write_window_bytes,
+        "carries": terms.carries,
     }
 
 
@@ -180,6 +182,7 @@ def terms_of(record: dict[str, Any], store: PageStore) -> Terms | None:
         token=record["token"],
         offset_bytes=record["offset_bytes"],
         length_bytes=record["length_bytes"],
+        carries=record.get("carries") is True,
     )
 
 

@@ -51,6 +51,7 @@ class Terms:
 
     With a token, other connections that know it, of the same user and image, join the guest; the
     quota is then the guest's. offset_bytes and length_bytes are the part of the image to be mapped.
+    carries: in a move the program takes the mapping's private pages along itself.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Terms:
     token: str | None = None
     offset_bytes: int = 0
     length_bytes: int = 0
+    carries: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
@@ -175,7 +177,8 @@ class Guest:
 class Mapping:
     """What one connection has mapped. Owns the descriptors in fds; all lives until detach.
 
-    is_parked: the connection has ended without a word, and the memory is there still.
+    is_parked: the connection has ended without a word, and the memory is there still. carries: as
+    in Terms.
     """
 
     guest: Guest
@@ -187,6 +190,7 @@ class Mapping:
     attached_ns: int = field(default_factory=time.monotonic_ns)
     said_state: str = "running"
     is_parked: bool = False
+    carries: bool = False
     account_no: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -285,6 +289,11 @@ class GuestTable:
     def has(self, key: tuple[str, str]) -> bool:
         """Whether a connection holds the name."""
         return key in self._guests
+
+    def has_joined(self, terms: Terms, peer: Peer) -> bool:
+        """Whether there is a guest that reserve() would have a connection join."""
+        guest = self._guests.get(terms.key)
+        return guest is not None and guest.admits(terms, peer)
 
     def check_free(self, terms: Terms) -> None:
         """Raise UsageError if a name is taken."""

@@ -48,7 +48,7 @@ __all__ = ["HandoffDoor"]
 
 _log = EventLog("cowshed.handoff")
 
-_FEATURES: Final = ("post-copy",)
+_FEATURES: Final = ("post-copy", "carried")
 _WARM_SECONDS: Final = 60.0
 _MAX_FORGOTTEN: Final = 1000
 _CHECKING_SECONDS: Final = 1.0

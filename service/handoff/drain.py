@@ -18,12 +18,13 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
 from cowshed.accounting.handoff import Action, Event, Handoff, Phase, Role
 from cowshed.cache import CowshedError, Image, PeerError, SourceError, UsageError
+from cowshed.service.handoff.carriers import CarriedMoving
 from cowshed.service.handoff.dial import REPLY_SECONDS
 from cowshed.service.handoff.link import FileLink, Link, SocketLink
 from cowshed.service.handoff.moving import MappedMoving, Moving
@@ -77,8 +78,8 @@ class DrainHost(Protocol):
     def allowed(self, image: Image) -> DomainMembers | None:
         """Who of its domain may use an image; None is everybody there."""
 
-    def movings(self) -> list[Moving]:
-        """Every guest that there is now."""
+    def movings(self, carry_to: str = "", carried: Container[tuple[str, str]] = ()) -> list[Moving]:
+        """Every guest that there is now; see carriers.py for those that take their pages along."""
 
     def close_door(self, uri: str | None) -> None:
         """Send who comes to uri; None: let them in again."""
@@ -155,7 +156,8 @@ class Drain:
         assert record is not None
         drain = cls(host, record["uri"], handoff=record["handoff"], post_copy=record["post_copy"])
         drain._machine = Handoff.restarted(Role.SOURCE, record["phase"])
-        drain._movings = [each for each in host.movings() if each.name in record["guests"]]
+        movings = host.movings(carried=record["carried"])
+        drain._movings = [each for each in movings if each.name in record["guests"]]
         here = {(each.image.domain, each.name): each for each in drain._movings}
         keys = zip(record["domains"], record["guests"], strict=False)
         drain._numbered = [here.get(key) for key in keys] or list(drain._movings)
@@ -325,7 +327,11 @@ class Drain:
     def _offer(self) -> Event:
         self._wait_name("the digests of images")
         images = self._host.images()
-        self._movings = self._host.movings()
+        self._movings = self._host.movings(carry_to="" if self._file is not None else self.uri)
+        assert self._link is not None
+        self._sender = Sender(self._link, [], [], self._progress)
+        if any(isinstance(each, CarriedMoving) for each in self._movings):
+            self._have_carried()
         used = [each.image for each in self._movings]
         awaited = [each for each in images if self._with_images or each in used]
         self._blockers = wait_for_digests(awaited, self._look)
@@ -337,10 +343,9 @@ class Drain:
         images = [image for image in images if image.digest]
         if self._blockers:
             raise StoppedError(say_blockers("drain", self._blockers))
-        assert self._link is not None
         self._numbered = list(self._movings)
         self._images = images
-        self._sender = Sender(self._link, self._movings, images, self._progress)
+        self._sender = self._sender.of(self._movings, images)
         if self.post_copy:
             self._check_knows_post_copy()
         self._sender.offer(self.handoff, with_images=self._with_images, allowed=self._host.allowed)
@@ -465,18 +470,37 @@ class Drain:
         if self.phase is Phase.PUSH:
             self._push_again()
 
+    def _target_has(self, feature: str) -> bool:
+        """Ask whether the target knows something; PeerError if it does not know the question."""
+        self._the_sender.say("features")
+        has = self._hear("the target to say what it knows").body.get("has")
+        return isinstance(has, list) and feature in has
+
+    def _have_carried(self) -> None:
+        """Let programs take their pages along, or have guests move as others do, if it cannot be.
+
+        Raises UsageError if the target knows neither, nor how to say so.
+        """
+        try:
+            knows = self._target_has("carried")
+        except PeerError as error:
+            raise UsageError(
+                f"{self.uri} does not know programs that bring their pages ({error}); upgrade it, "
+                "or end what runs under 'cowshed attach' here"
+            ) from error
+        if not knows:
+            _log.warning("cannot-follow", "the target does not know how", to=self.uri)
+            self._movings = self._host.movings()
+
     # Post-copy.
 
     def _check_knows_post_copy(self) -> None:
         """Raise UsageError if the target does not know post-copy."""
-        self._the_sender.say("features")
         try:
-            has = self._hear("the target to say what it knows").body.get("has")
+            knows, why = self._target_has("post-copy"), ""
         except PeerError as error:
-            has, why = (), f" ({error})"
-        else:
-            why = ""
-        if not isinstance(has, list) or "post-copy" not in has:
+            knows, why = False, f" ({error})"
+        if not knows:
             raise UsageError(
                 f"{self.uri} does not know post-copy{why}; upgrade it, or drain without --post-copy"
             )
@@ -580,6 +604,11 @@ class Drain:
                 "guests": ["" if each is None else each.name for each in self._numbered],
                 "domains": ["" if each is None else each.image.domain for each in self._numbered],
                 "post_copy": self.post_copy,
+                "carried": [
+                    (each.image.domain, each.name)
+                    for each in self._movings
+                    if isinstance(each, CarriedMoving)
+                ],
             }
         )
 

@@ -4,6 +4,9 @@
 Who opens under the name of such an overlay, and knows its token, takes the name over; when its
 mapping is there the pages are its seeds, and the overlay is given up. Who leaves before that leaves
 the overlay as it was.
+
+A program that brings its pages along itself (carriers.py) finds its name and its quota in an
+overlay without pages. The first of its mappings gives that up; the others join the guest.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass, replace
 from cowshed.accounting import LatePages
 from cowshed.cache import UsageError
 from cowshed.service.guests.guests import Guest, GuestTable, Peer, Terms
+from cowshed.service.handoff.carriers import carrier_of_token
 from cowshed.service.handoff.moving import owner_of_token
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 
@@ -25,10 +29,13 @@ class MovedIn:
 
     guest: Guest
     left: OverlayGuest
+    carries: bool = False
 
     @property
-    def seeds(self) -> tuple[int, bytes]:
-        """The file with its pages, and which those are."""
+    def seeds(self) -> tuple[int, bytes] | None:
+        """The file with its pages, and which those are; None if it brings them along."""
+        if self.carries:
+            return None
         return self.left.overlay.fd, self.left.account.private_bitmap()
 
 
@@ -67,10 +74,11 @@ class MovedInTable:
         if terms.token is None:
             return None
         with self._overlays.lock, self._guests.lock:
-            left = self._overlays.claim(terms.key, terms.image, owner_of_token(terms.token))
+            owner = (carrier_of_token if terms.carries else owner_of_token)(terms.token)
+            left = self._overlays.claim(terms.key, terms.image, owner)
             if left is None:
                 return None
-            if terms.length_bytes != terms.image.map_bytes:
+            if not terms.carries and terms.length_bytes != terms.image.map_bytes:
                 self._overlays.leave(left)
                 raise UsageError(
                     f"guest {terms.name!r} has private pages all over {terms.image.label!r}: "
@@ -79,7 +87,7 @@ class MovedInTable:
             policy = left.purse.status().policy
             terms = replace(terms, quota_bytes=left.quota_bytes, policy=policy)
             self._guests.release_name(left.terms)
-            return MovedIn(self._guests.reserve(terms, peer), left), terms
+            return MovedIn(self._guests.reserve(terms, peer), left, terms.carries), terms
 
     def settle(self, moved: MovedIn) -> None:
         """It has its pages: the overlay is not needed any more."""
@@ -88,5 +96,8 @@ class MovedInTable:
 
     def leave(self, moved: MovedIn) -> None:
         """It left without a mapping, and its name was released: its pages wait on."""
+        if moved.carries and self._guests.has(moved.left.terms.key):
+            self.settle(moved)  # other mappings of it have come meanwhile
+            return
         self._guests.reserve_name(moved.left.terms)
         self._overlays.leave(moved.left)

@@ -19,10 +19,11 @@ from cowshed.accounting import NO_QUOTA_BYTES, AccountStatus, LatePages, Purse, 
 from cowshed.cache import Image, PeerError
 from cowshed.cache.images import PAGE_BYTES
 from cowshed.service.guests.guests import Guest, GuestTable
+from cowshed.service.overlays.claims import CARRIER
 from cowshed.service.overlays.overlays import OverlayGuest
 from cowshed.transport.handoff_sections import GuestSection
 
-__all__ = ["MappedMoving", "Moving", "OverlayMoving", "Runs", "owner_of_token"]
+__all__ = ["MappedMoving", "Moving", "OverlayMoving", "Runs", "counters_of", "owner_of_token"]
 
 # Each a first page and a number of pages, in order.
 Runs = Sequence[tuple[int, int]]
@@ -89,7 +90,8 @@ def _quota(purse: Purse) -> int | None:
     return None if quota_bytes >= NO_QUOTA_BYTES else quota_bytes
 
 
-def _counters(status: AccountStatus) -> dict[str, int]:
+def counters_of(status: AccountStatus) -> dict[str, int]:
+    """What a section says was counted."""
     return {**asdict(status.counters), "private_pages": status.private_pages}
 
 
@@ -115,6 +117,8 @@ class OverlayMoving:
 
     def blockers(self) -> list[str]:
         """Bytes that are still at the backend it came from, or are lost with that."""
+        if self.guest.owner.startswith(CARRIER):
+            return ["its program has not come yet from the backend it was at; wait until it has"]
         late = LatePages(self.guest.overlay)
         if late.nr_lost:
             why = "were lost with the backend it came from; let it write them anew, or discard it"
@@ -169,7 +173,7 @@ class OverlayMoving:
 
     def counters(self) -> dict[str, int]:
         """What was counted."""
-        return _counters(self.guest.account.status())
+        return counters_of(self.guest.account.status())
 
 
 class MappedMoving:
@@ -321,4 +325,4 @@ class MappedMoving:
     def counters(self) -> dict[str, int]:
         """What was counted."""
         with self._guests.lock:
-            return _counters(self._mapping.account.status()) if self.is_here else {}
+            return counters_of(self._mapping.account.status()) if self.is_here else {}

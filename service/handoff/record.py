@@ -30,9 +30,10 @@ SourceRecord = dict[str, Any]
 class HandoffRecord:
     """Reads and writes it; for any thread.
 
-    source is None, or {"handoff", "uri", "phase", "guests", "domains", "post_copy"}, guests and
-    domains in the handoff's order; owned are the handoffs received, arriving those whose pages are
-    not all here, with the (domain, name) of each guest in that order.
+    source is None, or {"handoff", "uri", "phase", "guests", "domains", "post_copy", "carried"},
+    guests and domains in the handoff's order, carried the (domain, name) of each guest that takes
+    its pages along; owned are the handoffs received, arriving those whose pages are not all here,
+    with the (domain, name) of each guest in that order.
     """
 
     def __init__(self, state_dir: Path) -> None:
@@ -65,6 +66,10 @@ class HandoffRecord:
                     "guests": list(table["source"]["guests"]),
                     "domains": list(table["source"].get("domains", [])),
                     "post_copy": table["source"].get("post_copy") is True,
+                    "carried": [
+                        (str(domain), str(name))
+                        for domain, name in table["source"].get("carried", [])
+                    ],
                 }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(

@@ -107,6 +107,12 @@ class Sender:
         self._tracked = False
         self._frozen_at: float | None = None
 
+    def of(self, moving: Sequence[Moving], images: Sequence[Image]) -> Sender:
+        """Give a sender of these that goes on where this one is, of nothing yet."""
+        sender = Sender(self._link, moving, images, self.progress)
+        sender._writer = self._writer
+        return sender
+
     def track(self) -> None:
         """Begin to note what guests write; thaw() ends it."""
         self._tracked = True

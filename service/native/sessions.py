@@ -325,7 +325,7 @@ class Session:
         if (found := self._host.moved_in.enter(terms, self._peer())) is not None:
             self._moved, terms = found
             self._opened = self._moved.guest, terms
-        elif take_flag(message.body, "moved"):
+        elif take_flag(message.body, "moved") and not self._carries_on(terms):
             # Its private pages, which it counts on, are here or the guest is not.
             raise UsageError(
                 f"guest {terms.name!r} moved here, and its private pages are not to be had: they "
@@ -350,6 +350,10 @@ class Session:
             },
             fds,
         )
+
+    def _carries_on(self, terms: Terms) -> bool:
+        """Whether a mapping of the guest's came before, and this one brings its own pages too."""
+        return terms.carries and self._host.guests.has_joined(terms, self._peer())
 
     def _reserve(self, terms: Terms) -> Guest:
         try:
@@ -388,6 +392,7 @@ class Session:
                 window_bytes=take_optional_number(body, "window_bytes") or 0,
                 write_window_bytes=take_optional_number(body, "write_window_bytes") or 0,
             ),
+            carries=take_flag(body, "carries"),
         )
 
     def _find_image(self, name: str) -> Image:
@@ -436,6 +441,7 @@ class Session:
             inherited=inherited,
             seeds=None if self._moved is None else self._moved.seeds,
         )
+        self.mapping.carries = terms.carries
         message.fds.clear()
         reach("REGION_ATTACHED")
         self._held_as = self._host.bequests.hold(self.mapping, self.connection, terms, message.tag)

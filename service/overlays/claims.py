@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from cowshed.cache import Image
 from cowshed.cache.errors import UsageError
 
-__all__ = ["Claim", "NotYoursError", "Owned", "check_may_enter", "is_of"]
+__all__ = ["CARRIER", "Claim", "NotYoursError", "Owned", "check_may_enter", "is_of"]
+
+# Owners that begin so are of overlays without a page, kept for a program that brings its own along.
+CARRIER: Final = "carrier of "
 
 
 class NotYoursError(UsageError):
@@ -50,7 +53,9 @@ class Claim:
 
 
 def is_of(owner: str, claim: Claim) -> bool:
-    """Whether who has a claim may come back to what owner made."""
+    """Whether who has a claim may come back to what owner made; no client may to a carrier's."""
+    if owner.startswith(CARRIER):
+        return False
     return claim.is_operator or owner in claim.owners
 
 

@@ -90,7 +90,7 @@ def format_drain(status: Answer) -> str:
     guests = f"{format_count(drain['guests'])} {counted('guests', drain['guests'])}"
     if drain["phase"] == "moved":
         here = drain["guests_here"]
-        followed = f", {format_count(here)} of them frozen here still" if here else ""
+        followed = f", {format_count(here)} of them here still" if here else ""
         return f"moved to {to}: {guests}{followed}"
     left = max(0, drain["total_bytes"] - drain["done_bytes"])
     parts = [

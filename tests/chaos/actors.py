@@ -381,7 +381,7 @@ class BlockActor(FarActor):
 
 
 class AttachedActor(Actor):
-    """A program under `cowshed attach`. It cannot be moved: it ends before a drain."""
+    """A program under `cowshed attach`. It ends before a drain, as it may not follow each."""
 
     maps = True
     can_move = False

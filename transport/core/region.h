@@ -4,7 +4,7 @@
  * the backend answers.  See region.c for the order of the steps and why.
  *
  * Functions return >= 0 or -errno.  A struct region belongs to one process; it starts no thread, but for the time
- * of region_replace and region_revoke.
+ * of region_replace, region_revoke and region_swap.
  */
 #ifndef COWSHED_REGION_H
 #define COWSHED_REGION_H
@@ -59,5 +59,9 @@ int region_replace(struct region *r, struct region *with);
 /* Makes r a place that cannot be read or written: -EIO for region_read, SIGBUS for others. Likewise. */
 int region_revoke(struct region *r);
 /* cdef-end */
+
+/* What both do, of mappings whose descriptors stay the caller's: `with`, or NULL for a place that cannot be used, comes
+   in the place of r.  Of both only address, map_bytes and uffd count.  Nothing of r's is closed. */
+int region_swap(const struct region *r, const struct region *with);
 
 #endif

@@ -6,8 +6,8 @@
  * - The new one is made elsewhere, guarded, and then moved: mremap onto an address unmaps what is there and moves
  *   under one lock, and takes the guard and MADV_DONTFORK along.
  * - Both halves are events, of the old userfaultfd and of the new one, and mremap returns once somebody has read them.
- *   Nobody else reads either: so the call is made by a thread of its own, and its events are read here.  Faults that
- *   are read on the way are asked again by the wake at the end.
+ *   Nobody else reads either: so a thread of its own does, while the call is made here.  Faults that are read on the way
+ *   are asked again by the wake at the end.
  * - Who waits for a fault of the old mapping is woken after that, and faults anew, in the new one.
  * - The old backend must have let go before: UFFDIO_CONTINUE by its userfaultfd would map whatever the new frames have
  *   there, since the kernel looks for a guard at that address, and not whose.
@@ -26,11 +26,9 @@
 
 #define STACK_BYTES (64u << 10)
 
-struct swap {
-	struct region *region;
-	const struct region *with; /* NULL: nothing that can be used */
+struct reading {
+	int old_uffd, new_uffd; /* new_uffd may be -1 */
 	int done_fd;
-	int err;
 };
 
 static int map_nothing(const struct region *r)
@@ -64,21 +62,13 @@ static int move_onto(const struct region *r, const struct region *with)
 	return err;
 }
 
-static void *swap_run(void *argument)
+static void *read_events(void *argument)
 {
-	struct swap *swap = argument;
-
-	swap->err = swap->with ? move_onto(swap->region, swap->with) : map_nothing(swap->region);
-	eventfd_write(swap->done_fd, 1);
-	return NULL;
-}
-
-static void read_events(int old_uffd, int new_uffd, int done_fd)
-{
+	const struct reading *reading = argument;
 	struct pollfd fds[3] = {
-		{.fd = done_fd, .events = POLLIN},
-		{.fd = old_uffd, .events = POLLIN},
-		{.fd = new_uffd, .events = POLLIN},
+		{.fd = reading->done_fd, .events = POLLIN},
+		{.fd = reading->old_uffd, .events = POLLIN},
+		{.fd = reading->new_uffd, .events = POLLIN},
 	};
 	struct uffd_msg messages[8];
 
@@ -88,9 +78,10 @@ static void read_events(int old_uffd, int new_uffd, int done_fd)
 			if (fds[i].revents && read(fds[i].fd, messages, sizeof(messages)) < 0 && errno != EAGAIN)
 				fds[i].fd = -1;
 	} while (!fds[0].revents);
+	return NULL;
 }
 
-static int swap_in_thread(struct swap *swap)
+static int swap_heard(const struct region *r, const struct region *with, struct reading *reading)
 {
 	pthread_attr_t attributes;
 	pthread_t thread;
@@ -98,13 +89,14 @@ static int swap_in_thread(struct swap *swap)
 
 	pthread_attr_init(&attributes);
 	pthread_attr_setstacksize(&attributes, STACK_BYTES);
-	err = pthread_create(&thread, &attributes, swap_run, swap);
+	err = pthread_create(&thread, &attributes, read_events, reading);
 	pthread_attr_destroy(&attributes);
 	if (err)
 		return -err;
-	read_events(swap->region->uffd, swap->with ? swap->with->uffd : -1, swap->done_fd);
+	err = with ? move_onto(r, with) : map_nothing(r);
+	eventfd_write(reading->done_fd, 1);
 	pthread_join(thread, NULL);
-	return swap->err;
+	return err;
 }
 
 static void wake(int uffd, const struct region *r)
@@ -115,15 +107,15 @@ static void wake(int uffd, const struct region *r)
 		ioctl(uffd, UFFDIO_WAKE, &range);
 }
 
-static int swap_mappings(struct region *r, const struct region *with)
+int region_swap(const struct region *r, const struct region *with)
 {
-	struct swap swap = {.region = r, .with = with, .done_fd = eventfd(0, EFD_CLOEXEC)};
+	struct reading reading = {r->uffd, with ? with->uffd : -1, eventfd(0, EFD_CLOEXEC)};
 	int err;
 
-	if (swap.done_fd < 0)
+	if (reading.done_fd < 0)
 		return -errno;
-	err = swap_in_thread(&swap);
-	close(swap.done_fd);
+	err = swap_heard(r, with, &reading);
+	close(reading.done_fd);
 	if (with)
 		wake(with->uffd, r);
 	wake(r->uffd, r);
@@ -132,7 +124,7 @@ static int swap_mappings(struct region *r, const struct region *with)
 
 int region_replace(struct region *r, struct region *with)
 {
-	int err = r->map_bytes == with->map_bytes ? swap_mappings(r, with) : -EINVAL;
+	int err = r->map_bytes == with->map_bytes ? region_swap(r, with) : -EINVAL;
 
 	if (err < 0)
 		return err;
@@ -148,7 +140,7 @@ int region_replace(struct region *r, struct region *with)
 
 int region_revoke(struct region *r)
 {
-	int err = swap_mappings(r, NULL);
+	int err = region_swap(r, NULL);
 
 	if (err < 0)
 		return err;

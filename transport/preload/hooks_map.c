@@ -17,6 +17,9 @@
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
 #endif
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24
+#endif
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
@@ -232,6 +235,18 @@ EXPORTED int mprotect(void *address, size_t length, int prot)
 	return result;
 }
 
+/* With the lock, since what is given back in the middle of a move might come with it. */
+static int give_back(void *address, size_t length, int advice)
+{
+	sigset_t signals;
+	int result;
+
+	lock_take(&signals);
+	result = real_madvise(address, length, advice);
+	lock_release(&signals);
+	return result;
+}
+
 EXPORTED int madvise(void *address, size_t length, int advice)
 {
 	uintptr_t start = (uintptr_t)address, end = page_up(start + length);
@@ -250,6 +265,9 @@ EXPORTED int madvise(void *address, size_t length, int advice)
 	case MADV_DOFORK:
 	case MADV_DONTFORK:
 		break;
+	case MADV_DONTNEED:
+	case MADV_DONTNEED_LOCKED:
+		return give_back(address, length, advice);
 	default:
 		return real_madvise(address, length, advice);
 	}

@@ -43,7 +43,7 @@ static sigset_t held_back;
 struct patience {
 	int64_t since_ns; /* when it first waited; 0: it has not */
 	int64_t deaf_until_ns, deaf_ns;
-	bool insists;
+	bool insists, has_no_end;
 };
 static OF_THREAD struct patience patience;
 
@@ -123,6 +123,20 @@ void lock_take(sigset_t *signals_out)
 	}
 }
 
+bool lock_try(sigset_t *signals_out)
+{
+	int expected = FREE;
+
+	pthread_sigmask(SIG_BLOCK, NULL, signals_out);
+	if (!atomic_compare_exchange_strong(&lock_state, &expected, TAKEN))
+		return false;
+	hold_cancellation_back(&cancellation_before);
+	sigemptyset(&held_back);
+	patience = (struct patience){.insists = true};
+	is_inside = true;
+	return true;
+}
+
 void lock_release(const sigset_t *signals)
 {
 	struct cancellation cancellation = cancellation_before;
@@ -169,7 +183,7 @@ int lock_wait(unsigned limit_seconds)
 
 	if (patience.since_ns == 0)
 		patience.since_ns = now;
-	if (now - patience.since_ns >= limit_seconds * SECOND_NS)
+	if (!patience.has_no_end && now - patience.since_ns >= limit_seconds * SECOND_NS)
 		return -ETIMEDOUT;
 	return !patience.insists && now >= patience.deaf_until_ns && is_handler_due() ? -EINTR : 0;
 }
@@ -189,4 +203,9 @@ void lock_yield(sigset_t *signals)
 void lock_insist(void)
 {
 	patience.insists = true;
+}
+
+void lock_be_patient(bool on)
+{
+	patience.has_no_end = on;
 }

@@ -21,6 +21,9 @@ void lock_take(sigset_t *signals_out);
 void lock_release(const sigset_t *signals);
 bool lock_is_inside(void);
 
+/* For a thread of ours, which lets no signals in: without waiting.  False if somebody has it. */
+bool lock_try(sigset_t *signals_out);
+
 /* In a copy of the process, which has one thread: nobody holds it. */
 void lock_renew(void);
 
@@ -33,5 +36,8 @@ void lock_yield(sigset_t *signals);
 
 /* Until the lock is released or yielded handlers wait: what is half done cannot be undone. */
 void lock_insist(void);
+
+/* While this is on, lock_wait never gives up: for a step after which nobody but the backend can go on. */
+void lock_be_patient(bool on);
 
 #endif

@@ -18,118 +18,18 @@
 #include "transport/preload/mapping.h"
 
 #include <errno.h>
-#include <inttypes.h>
-#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "cache/core/abi.h"
 #include "transport/core/guard.h"
+#include "transport/preload/carry.h"
+#include "transport/preload/leave.h"
 #include "transport/preload/real.h"
 #include "transport/preload/terms.h"
 #include "transport/preload/wire.h"
 
 #define KEPT_FLAGS (MAP_FIXED | MAP_FIXED_NOREPLACE | MAP_32BIT)
-
-/* The backend's leave to map a part, and what it takes. */
-struct leave {
-	int connection_fd, memfd, uffd;
-};
-
-static void leave_close(struct leave *leave)
-{
-	const int fds[3] = {leave->connection_fd, leave->memfd, leave->uffd};
-
-	for (unsigned i = 0; i < 3; i++)
-		if (fds[i] >= 0)
-			real_close(fds[i]);
-}
-
-/* Checks the reply and takes its frames; lends the device for the time of this call. */
-static int leave_take(struct leave *leave, struct packet *reply)
-{
-	uint64_t map_bytes, features;
-	struct stat status;
-	int err;
-
-	if (!json_number(reply->json, "map_bytes", &map_bytes) ||
-	    !json_number(reply->json, "uffd_features", &features) || map_bytes != terms.map_bytes ||
-	    reply->nr_fds < 1 || reply->nr_fds > 2 || fstat(reply->fds[0], &status) < 0 ||
-	    (uint64_t)status.st_size < map_bytes) {
-		say("no mapping of the image: the backend's answer makes no sense; is it of another version?");
-		return -EPROTO;
-	}
-	leave->uffd = guard_open(reply->nr_fds > 1 ? reply->fds[1] : -1);
-	if (leave->uffd < 0) {
-		say("no mapping of the image: cannot have a userfaultfd that serves system calls too (%s); "
-		    "run the backend as root so that it can lend /dev/userfaultfd, or give this user access "
-		    "to that device, or set sysctl vm.unprivileged_userfaultfd=1",
-		    strerrordesc_np(-leave->uffd));
-		return leave->uffd;
-	}
-	err = guard_agree(leave->uffd, features);
-	if (err < 0) {
-		say("no mapping of the image: the kernel's userfaultfd lacks features; use Linux 6.7 or newer");
-		return err;
-	}
-	leave->memfd = reply->fds[0];
-	reply->fds[0] = reply->fds[--reply->nr_fds];
-	return 0;
-}
-
-static int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes)
-{
-	static char request[sizeof(terms.open_request) + 100]; /* threads may have small stacks */
-	struct leave leave = {-1, -1, -1};
-	struct packet reply;
-	int err = wire_connect();
-
-	if (err < 0)
-		return err;
-	leave.connection_fd = err;
-	snprintf(request, sizeof(request), "%s,\"offset_bytes\":%" PRIu64 ",\"length_bytes\":%" PRIu64 "}",
-		 terms.open_request, offset_bytes, length_bytes);
-	err = wire_ask(leave.connection_fd, request, NULL, 0, &reply);
-	if (err == 0) {
-		err = leave_take(&leave, &reply);
-		reply_close_fds(&reply);
-	}
-	if (err < 0) {
-		leave_close(&leave);
-		return err;
-	}
-	*leave_out = leave;
-	return 0;
-}
-
-/* Has the backend answer for a registered range from now on. */
-static int hand_over(const struct leave *leave, uintptr_t address, uint64_t nr_bytes, bool inherited)
-{
-	char request[200];
-	struct packet reply;
-	int fds[3] = {leave->uffd, -1, -1};
-	int err = 0;
-
-	fds[1] = real_openat(AT_FDCWD, "/proc/self/pagemap", O_RDONLY | O_CLOEXEC, 0);
-	fds[2] = real_openat(AT_FDCWD, "/proc/self/mem", O_RDONLY | O_CLOEXEC, 0);
-	if (fds[1] < 0 || fds[2] < 0) {
-		err = -errno;
-		say("no mapping of the image: cannot open /proc/self/pagemap and /proc/self/mem (%s); mount "
-		    "/proc, and exec after changing user ids",
-		    strerrordesc_np(-err));
-	} else {
-		snprintf(request, sizeof(request),
-			 "{\"op\":\"region\",\"address\":%" PRIuPTR ",\"length\":%" PRIu64 "%s}", address,
-			 nr_bytes, inherited ? ",\"inherited\":true" : "");
-		err = wire_ask(leave->connection_fd, request, fds, 3, &reply);
-		if (err == 0)
-			reply_close_fds(&reply);
-	}
-	for (unsigned i = 1; i < 3; i++)
-		if (fds[i] >= 0)
-			real_close(fds[i]);
-	return err;
-}
 
 uint64_t mapping_covered(uint64_t offset_bytes, size_t length)
 {
@@ -191,7 +91,7 @@ static intptr_t map_guarded(const struct leave *leave, uintptr_t address, size_t
 		    "or newer",
 		    strerrordesc_np(-err));
 	if (err == 0)
-		err = hand_over(leave, at, guarded_bytes, false);
+		err = leave_use(leave, at, guarded_bytes, false);
 	if (err == 0 && real_mprotect(mapped, length, prot) < 0)
 		err = -errno;
 	if (err < 0) {
@@ -204,7 +104,7 @@ static intptr_t map_guarded(const struct leave *leave, uintptr_t address, size_t
 static intptr_t make_once(struct leave *leave, uintptr_t address, size_t length, int prot, int flags,
 			  uint64_t offset_bytes)
 {
-	intptr_t at = leave_ask(leave, offset_bytes, mapping_covered(offset_bytes, length));
+	intptr_t at = leave_find(leave, offset_bytes, mapping_covered(offset_bytes, length), table_nr_ranges > 0);
 
 	if (at < 0)
 		return at;
@@ -242,6 +142,7 @@ intptr_t mapping_make(uintptr_t address, size_t length, int prot, int flags, uin
 		.prot = prot,
 		.link_no = table_add_link(leave.connection_fd, leave.uffd),
 		.is_shared = (flags & MAP_TYPE) != MAP_PRIVATE,
+		.frames = leave.frames,
 	};
 	table_add(range);
 	range.offset_bytes += range.end - range.start;
@@ -302,8 +203,8 @@ static int drop_shared_pages(const struct range *range)
 	return err;
 }
 
-/* A file without a byte: whoever touches a mapping of it gets SIGBUS, whatever its protection. */
-static void spoil(const struct range *range)
+/* A file without a byte. */
+void mapping_spoil(const struct range *range)
 {
 	size_t nr_bytes = range->end - range->start;
 	int fd = memfd_create("cowshed-lost", MFD_CLOEXEC);
@@ -317,19 +218,32 @@ static void spoil(const struct range *range)
 		real_munmap((void *)range->start, nr_bytes);
 }
 
-static int inherit_once(struct leave *leave, const struct range *range)
+/* In the pages that came over fork. */
+static int guard_inherited(const struct leave *leave, const struct range *range)
 {
 	uint64_t nr_bytes = range->end - range->start;
 	void *address = (void *)range->start;
-	int err = leave_ask(leave, range->offset_bytes, nr_bytes);
+	int err = guard_range(leave->uffd, address, nr_bytes);
+
+	if (err == 0)
+		err = real_madvise(address, nr_bytes, MADV_DONTFORK) < 0 ? -errno : 0;
+	return err;
+}
+
+static int inherit_once(struct leave *leave, struct range *range)
+{
+	uint64_t nr_bytes = range->end - range->start;
+	int err = leave_find(leave, range->offset_bytes, nr_bytes, true);
 
 	if (err < 0)
 		return err;
-	err = guard_range(leave->uffd, address, nr_bytes);
+	/* Its parent had it of a backend that the guest has left: these frames are not those that are answered for. */
+	if (leave->frames.inode != range->frames.inode || leave->frames.device != range->frames.device)
+		err = carry_inherited(leave, range);
+	else
+		err = guard_inherited(leave, range);
 	if (err == 0)
-		err = real_madvise(address, nr_bytes, MADV_DONTFORK) < 0 ? -errno : 0;
-	if (err == 0)
-		err = hand_over(leave, range->start, nr_bytes, true);
+		err = leave_use(leave, range->start, nr_bytes, true);
 	if (err < 0)
 		leave_close(leave);
 	return err;
@@ -346,7 +260,7 @@ void mapping_inherit(struct range range)
 		err = inherit_once(&leave, &range);
 	if (err < 0) {
 		wire_say_gone(err);
-		spoil(&range);
+		mapping_spoil(&range);
 		say("forked process %d is without the image that its parent mapped (%s): touching it is SIGBUS",
 		    getpid(), strerrordesc_np(-err));
 		return;

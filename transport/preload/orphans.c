@@ -1,7 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * One thread for all links.  It never takes the lock, whose holder may wait for what only this thread does: a munmap
- * waits until its event is read.  So it has a list of its own.
+ * One thread for all links.  It never waits for the lock, whose holder may wait for what only this thread does: a munmap
+ * waits until its event is read.  So it has a list of its own.  It takes the lock when that is free, for a move.
+ *
+ * A link that was left in a move, and whose ranges nobody has taken on yet, has nobody else to read its events: so they
+ * are read here, and calls go on.  Faults that are read so are raised again once something is mapped there.
  *
  * Programs close descriptors that are not theirs, and use the numbers again.  So a number counts only while the file
  * behind it is the one that was noted.
@@ -21,19 +24,26 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "cache/core/abi.h"
 #include "transport/core/orphan.h"
+#include "transport/core/packets.h"
+#include "transport/preload/moves.h"
 #include "transport/preload/real.h"
-#include "transport/preload/table.h"
 #include "transport/preload/say.h"
+#include "transport/preload/table.h"
 
 #define STACK_BYTES (128u << 10)
 #define LOOK_MS 1000
+#define LOOK_MOVED_MS 20 /* for the lock, or for a target */
+#define NR_LOOKS_BETWEEN 10 /* after a try that failed */
 #define HIDING_FD 900
 
 struct watched {
 	int connection_fd, uffd; /* -1: nothing */
 	ino_t connection_ino, uffd_ino;
 	bool is_orphan; /* uffd is the thread's own, and there is no connection any more */
+	bool is_moved;	/* its ranges are to go to where the guest is */
+	bool is_left;	/* and nobody answers for them any more; both of the thread alone */
 };
 
 /* Held for a few instructions only, inside the lock or without it. */
@@ -44,6 +54,10 @@ static bool is_running;
 static bool is_ours; /* the table, so that what it has is to be watched here */
 /* Whether the program has not been told of its orphans: once for all links of a backend. */
 static atomic_bool has_news;
+
+/* Of moves; of the thread alone. */
+static unsigned nr_looks_left;
+static bool is_told_why;
 
 static ino_t inode_of(int fd)
 {
@@ -99,7 +113,7 @@ static void find_orphans(void)
 	for (unsigned i = 0; i < TABLE_MAX_LINKS; i++) {
 		struct watched *one = &list[i];
 
-		if (one->connection_ino == 0 || !orphan_is(one->connection_fd) ||
+		if (one->connection_ino == 0 || one->is_moved || !orphan_is(one->connection_fd) ||
 		    inode_of(one->connection_fd) != one->connection_ino || inode_of(one->uffd) != one->uffd_ino)
 			continue;
 		add_orphan(one);
@@ -127,21 +141,107 @@ static void answer_orphans(void)
 			list[i].is_orphan = false;
 }
 
+/* Events of the backends', which come unasked.  Whoever ends a link by talking over its connection has it forgotten here
+   before. */
+static void hear_events(void)
+{
+	static char text[4096];
+	struct packet packet;
+
+	pthread_mutex_lock(&list_lock);
+	for (unsigned i = 0; i < TABLE_MAX_LINKS; i++) {
+		struct watched *one = &list[i];
+		struct pollfd ready = {.fd = one->connection_fd, .events = POLLIN};
+
+		while (one->connection_ino != 0 && !one->is_moved && poll(&ready, 1, 0) == 1 &&
+		       (ready.revents & POLLIN) && inode_of(one->connection_fd) == one->connection_ino &&
+		       packet_receive(one->connection_fd, text, sizeof(text), &packet) == 0) {
+			while (packet.nr_fds > 0)
+				real_close(packet.fds[--packet.nr_fds]);
+			one->is_moved = packet.tag == 0 && moves_hear(packet.json);
+			if (one->is_moved)
+				nr_looks_left = 0;
+		}
+	}
+	pthread_mutex_unlock(&list_lock);
+}
+
+static void read_left(void)
+{
+	struct uffd_msg messages[16];
+
+	for (unsigned i = 0; i < TABLE_MAX_LINKS; i++)
+		while (list[i].is_left && read(list[i].uffd, messages, sizeof(messages)) > 0)
+			;
+}
+
+static bool is_any_moved(void)
+{
+	bool is_any = false;
+
+	pthread_mutex_lock(&list_lock);
+	for (unsigned i = 0; i < TABLE_MAX_LINKS; i++)
+		is_any |= list[i].is_moved;
+	pthread_mutex_unlock(&list_lock);
+	return is_any;
+}
+
+/* Each link that is to go, or the rest of it, is tried once; 0, or the last error. */
+static int take_moved(void)
+{
+	int err = 0;
+
+	for (unsigned i = 0; i < TABLE_MAX_LINKS; i++) {
+		struct watched *one = &list[i];
+		int taken;
+
+		/* The program may have closed what is not its own. */
+		if (inode_of(one->uffd) != one->uffd_ino || (one->connection_ino == 0 && !one->is_left))
+			one->is_moved = false;
+		if (!one->is_moved)
+			continue;
+		taken = moves_take(i, one->is_left);
+		err = taken < 0 ? taken : err;
+	}
+	return err;
+}
+
+static void try_moves(void)
+{
+	char why[300];
+	sigset_t signals;
+	int err;
+
+	if (!is_any_moved() || (nr_looks_left > 0 && nr_looks_left-- > 0) || !lock_try(&signals))
+		return;
+	say_keep(true);
+	err = take_moved();
+	say_keep(false);
+	snprintf(why, sizeof(why), "%s", say_kept());
+	lock_release(&signals);
+	nr_looks_left = err < 0 ? NR_LOOKS_BETWEEN : 0;
+	if (err < 0 && !is_told_why)
+		say("this program's guest is at %s now, where this program cannot go yet, and it tries again: %s", moves_target(), why);
+	is_told_why = err < 0;
+}
+
 /* False if nothing came for a while. */
 static bool await(void)
 {
 	struct pollfd fds[2 * TABLE_MAX_LINKS];
+	bool is_any_moved = false;
 	nfds_t nr = 0;
 
 	pthread_mutex_lock(&list_lock);
 	for (unsigned i = 0; i < 2 * TABLE_MAX_LINKS; i++) {
-		if (list[i].is_orphan)
+		is_any_moved |= list[i].is_moved;
+		if (list[i].is_orphan || list[i].is_left)
 			fds[nr++] = (struct pollfd){.fd = list[i].uffd, .events = POLLIN};
-		else if (list[i].connection_ino != 0)
-			fds[nr++] = (struct pollfd){.fd = list[i].connection_fd};
+		else if (list[i].connection_ino != 0 && !list[i].is_moved)
+			fds[nr++] = (struct pollfd){.fd = list[i].connection_fd, .events = POLLIN};
 	}
 	pthread_mutex_unlock(&list_lock);
-	return poll(fds, nr, LOOK_MS) != 0;
+	return poll(fds, nr, is_any_moved ? LOOK_MOVED_MS : LOOK_MS) != 0;
 }
 
 static void forget_closed(void)
@@ -157,9 +257,12 @@ static void *run(void *unused)
 {
 	(void)unused;
 	while (await() || !is_alone()) {
+		hear_events();
 		find_orphans();
 		answer_orphans();
+		read_left();
 		forget_closed();
+		try_moves();
 	}
 	pthread_mutex_lock(&list_lock);
 	is_running = false;
@@ -215,6 +318,20 @@ void orphans_let_go(unsigned link_no)
 {
 	pthread_mutex_lock(&list_lock);
 	list[link_no] = (struct watched){.connection_fd = -1, .uffd = -1};
+	pthread_mutex_unlock(&list_lock);
+}
+
+void orphans_leave(unsigned link_no)
+{
+	pthread_mutex_lock(&list_lock);
+	list[link_no].is_moved = list[link_no].is_left = true;
+	pthread_mutex_unlock(&list_lock);
+}
+
+void orphans_take_on(unsigned link_no)
+{
+	pthread_mutex_lock(&list_lock);
+	list[link_no].is_moved = list[link_no].is_left = false;
 	pthread_mutex_unlock(&list_lock);
 }
 

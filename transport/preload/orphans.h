@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * What becomes of this program's guest mappings when their backend is gone for good: SIGBUS for whoever touches what is
- * not there, and one line (transport/core/orphan.h).
+ * not there, and one line (transport/core/orphan.h).  And when it says that the guest is elsewhere now: moves.h.
  */
 #ifndef COWSHED_PRELOAD_ORPHANS_H
 #define COWSHED_PRELOAD_ORPHANS_H
@@ -17,5 +17,9 @@ void orphans_forget(void);
 
 /* A link that is about to be closed on purpose: its end says nothing of the backend. Watched again by orphans_look. */
 void orphans_let_go(unsigned link_no);
+
+/* For a move, by the thread: nobody answers for a link's ranges any more, until another has taken them on. */
+void orphans_leave(unsigned link_no);
+void orphans_take_on(unsigned link_no);
 
 #endif

@@ -30,6 +30,10 @@ struct identity {
 static struct identity stderr_at_start;
 static bool has_stderr;
 
+/* Of who holds the lock, which alone may keep what it says. */
+static __thread bool is_kept __attribute__((tls_model("initial-exec")));
+static char kept[400];
+
 static bool identify(int fd, struct identity *identity_out)
 {
 	int flags = fcntl(fd, F_GETFL);
@@ -89,6 +93,11 @@ void say(const char *format, ...)
 	va_start(arguments, format);
 	added = vsnprintf(line + length, sizeof(line) - length - 1, format, arguments);
 	va_end(arguments);
+	if (is_kept) {
+		snprintf(kept, sizeof(kept), "%s", line + length);
+		errno = saved;
+		return;
+	}
 	if (added > 0)
 		length += (size_t)added;
 	if (length > sizeof(line) - 2)
@@ -98,4 +107,16 @@ void say(const char *format, ...)
 	    memcmp(&stderr_now, &stderr_at_start, sizeof(stderr_now)) == 0 && is_writable(STDERR_FILENO))
 		write_without_sigpipe(STDERR_FILENO, line, length);
 	errno = saved;
+}
+
+void say_keep(bool on)
+{
+	is_kept = on;
+	if (on)
+		kept[0] = '\0';
+}
+
+const char *say_kept(void)
+{
+	return kept;
 }

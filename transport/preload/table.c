@@ -162,6 +162,38 @@ void table_cut(uintptr_t start, uintptr_t end)
 	table_update_bounds();
 }
 
+void table_reassign(uintptr_t start, uintptr_t end, uint16_t link_no, struct frames frames)
+{
+	struct range *range = table_find(start, end);
+	uint16_t before_no;
+
+	assert(range && range->link_no != TABLE_NO_LINK);
+	before_no = range->link_no;
+	if (range->end > end) {
+		struct range after = *range;
+
+		after.start = end;
+		after.offset_bytes += end - range->start;
+		range->end = end;
+		table_add(after);
+	}
+	if (range->start < start) {
+		struct range middle = *range;
+
+		middle.start = start;
+		middle.offset_bytes += start - range->start;
+		range->end = start;
+		table_add(middle);
+		range = table_find(start, end);
+	}
+	range->link_no = link_no;
+	range->frames = frames;
+	table_links[link_no].nr_ranges++;
+	if (--table_links[before_no].nr_ranges == 0)
+		link_close(&table_links[before_no]);
+	table_update_bounds();
+}
+
 static bool is_all_inside(uint16_t link_no, uintptr_t start, uintptr_t end)
 {
 	for (unsigned i = 0; i < table_nr_ranges; i++)

@@ -13,11 +13,18 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #define TABLE_MAX_LINKS 256
 #define TABLE_MAX_RANGES 1024
 /* Of a range that is past the image's end: SIGBUS for whoever touches it, with nobody to answer for it. */
 #define TABLE_NO_LINK UINT16_MAX
+
+/* Whose frames are mapped: the file of an image in a backend. */
+struct frames {
+	dev_t device;
+	ino_t inode;
+};
 
 struct range {
 	uintptr_t start, end;
@@ -26,6 +33,7 @@ struct range {
 	uint16_t link_no;      /* or TABLE_NO_LINK */
 	bool is_shared; /* asked for as MAP_SHARED: never to be written */
 	bool no_fork;	/* the program wants children without it */
+	struct frames frames;
 };
 
 struct link {
@@ -54,6 +62,10 @@ void table_add(struct range range);
 
 /* Forgets what lies between, splitting ranges at the borders; links without a range left are closed. */
 void table_cut(uintptr_t start, uintptr_t end);
+
+/* What lies between, all of it in one range, is another link's from now on, and of other frames: another mapping has come
+   there.  A link without a range left is closed.  Needs two reserved ranges. At no instant is nothing there. */
+void table_reassign(uintptr_t start, uintptr_t end, uint16_t link_no, struct frames frames);
 
 /* Takes away the guard of those links whose ranges all lie between, once the backend has let go of them:
    for who is about to unmap it all. Their ranges become PROT_NONE and are forgotten. 0, or -EINTR: call it again. */

@@ -11,14 +11,17 @@
 #include "transport/preload/real.h"
 #include "transport/preload/terms.h"
 
-/* One request at a time is under way, and each takes the same tag. Events, which nobody asked for, have none. */
+/* One request at a time is under way, and each takes the same tag, but for the last of a connection: a successor of the
+   backend's may answer again what had been answered. Events, which nobody asked for, have none. */
 #define TAG 1
+#define TAG_OF_LAST 2
 #define TAG_OF_EVENTS 0
 #define SLICE_MICROSECONDS 50000
 #define REPLY_SECONDS 60 /* in all, for a call of the program's */
 #define FAREWELL_SECONDS 5
 
 static char reply_text[16 << 10];
+char wire_moved_to[108];
 
 /* A call on the socket comes back after this: then lock_wait says whether to go on. */
 static int set_timeout(int fd)
@@ -31,11 +34,11 @@ static int set_timeout(int fd)
 	return 0;
 }
 
-static int send_request(int fd, const char *request, const int *fds, unsigned nr_fds, unsigned limit_seconds)
+static int send_request(int fd, uint32_t tag, const char *request, const int *fds, unsigned nr_fds, unsigned limit_seconds)
 {
 	int err;
 
-	while ((err = packet_send(fd, TAG, request, fds, nr_fds)) == -EAGAIN) {
+	while ((err = packet_send(fd, tag, request, fds, nr_fds)) == -EAGAIN) {
 		err = lock_wait(limit_seconds);
 		if (err < 0)
 			break;
@@ -44,25 +47,25 @@ static int send_request(int fd, const char *request, const int *fds, unsigned nr
 }
 
 /* A refusal without a tag is of whatever we asked: the backend had no room to make out which. */
-static bool is_reply(const struct packet *reply)
+static bool is_reply(const struct packet *reply, uint32_t tag)
 {
 	struct json refused;
 
-	return reply->tag == TAG ||
+	return reply->tag == tag ||
 	       (reply->tag == TAG_OF_EVENTS && json_object(reply->json, "error", &refused));
 }
 
-static int receive_reply(int fd, unsigned limit_seconds, struct packet *reply)
+static int receive_reply(int fd, uint32_t tag, unsigned limit_seconds, struct packet *reply)
 {
 	int err = 0;
 
 	while (err == 0) {
 		err = packet_receive(fd, reply_text, sizeof(reply_text), reply);
-		if (err == 0 && is_reply(reply))
+		if (err == 0 && is_reply(reply, tag))
 			return 0;
 		if (err == 0) {
 			packet_close_fds(reply);
-			err = reply->tag == TAG_OF_EVENTS ? lock_wait(limit_seconds) : -EPROTO;
+			err = reply->tag < tag ? lock_wait(limit_seconds) : -EPROTO;
 		} else if (err == -EAGAIN) {
 			err = lock_wait(limit_seconds);
 		}
@@ -89,30 +92,49 @@ static void say_failure(int err)
 	    terms.socket_path, strerrordesc_np(-err));
 }
 
-static int ask(int fd, const char *request, const int *fds, unsigned nr_fds, unsigned limit_seconds,
+bool wire_take_path(struct json json, char path_out[static sizeof(wire_moved_to)])
+{
+	const char *scheme = "unix://";
+	char uri[sizeof(wire_moved_to) + 8];
+
+	/* What does not fit is cut, and then it is as long as the room. */
+	if (!json_text(json, "uri", uri, sizeof(uri)) || strncmp(uri, scheme, strlen(scheme)) != 0 ||
+	    strlen(uri) - strlen(scheme) >= sizeof(wire_moved_to))
+		return false;
+	strcpy(path_out, uri + strlen(scheme));
+	return true;
+}
+
+/* Says what was refused, unless it is that the guest is elsewhere now. */
+static int refused(struct json reply)
+{
+	char kind[32], why[800];
+	struct json error;
+
+	if (!json_object(reply, "error", &error) || !json_text(error, "message", why, sizeof(why)))
+		return -EPROTO;
+	json_text(error, "kind", kind, sizeof(kind));
+	if (strcmp(kind, "moved") == 0 && wire_take_path(error, wire_moved_to))
+		return -EREMCHG;
+	say("no mapping of the image: the backend refused it: %s", why);
+	return -EACCES;
+}
+
+static int ask(int fd, uint32_t tag, const char *request, const int *fds, unsigned nr_fds, unsigned limit_seconds,
 	       struct packet *reply)
 {
-	char why[800];
-	struct json error;
-	int err = send_request(fd, request, fds, nr_fds, limit_seconds);
+	int err = send_request(fd, tag, request, fds, nr_fds, limit_seconds);
 
 	if (err < 0 && !wire_is_gone(err))
 		return err;
-	err = receive_reply(fd, limit_seconds, reply); /* it may have said why before it hung up */
-	if (err == 0 && !json_is_true(reply->json, "ok")) {
-		if (!json_object(reply->json, "error", &error) ||
-		    !json_text(error, "message", why, sizeof(why)))
-			return -EPROTO;
-		say("no mapping of the image: the backend refused it: %s", why);
-		err = -EACCES;
-	}
-	return err;
+	err = receive_reply(fd, tag, limit_seconds, reply); /* it may have said why before it hung up */
+	return err == 0 && !json_is_true(reply->json, "ok") ? refused(reply->json) : err;
 }
 
 int wire_ask(int connection_fd, const char *request, const int *fds, unsigned nr_fds, struct packet *reply_out)
 {
 	struct packet reply = {.nr_fds = 0};
-	int err = ask(connection_fd, request, fds, nr_fds, REPLY_SECONDS, &reply);
+	int err = ask(connection_fd, TAG, request, fds, nr_fds, REPLY_SECONDS, &reply);
 
 	if (err < 0) {
 		reply_close_fds(&reply);
@@ -204,10 +226,22 @@ int wire_open_source(sigset_t *signals)
 	return fd;
 }
 
+int wire_leave(int connection_fd)
+{
+	struct packet reply = {.nr_fds = 0};
+	int err;
+
+	lock_be_patient(true);
+	err = ask(connection_fd, TAG_OF_LAST, "{\"op\":\"close\"}", NULL, 0, REPLY_SECONDS, &reply);
+	lock_be_patient(false);
+	reply_close_fds(&reply);
+	return wire_is_gone(err) ? 0 : err;
+}
+
 int wire_farewell(int connection_fd)
 {
 	struct packet reply = {.nr_fds = 0};
-	int err = ask(connection_fd, "{\"op\":\"close\"}", NULL, 0, FAREWELL_SECONDS, &reply);
+	int err = ask(connection_fd, TAG_OF_LAST, "{\"op\":\"close\"}", NULL, 0, FAREWELL_SECONDS, &reply);
 
 	reply_close_fds(&reply);
 	return err == -EINTR ? err : 0;

@@ -21,11 +21,18 @@
 /* Connects to terms.socket_path and greets; the descriptor is the caller's.  Fails as wire_ask does. */
 int wire_connect(void);
 
-/* Whether an error is that the backend went away. wire_ask says nothing of it: who does not try again does so. */
+/* Whether an error is that the backend went away, or (-EREMCHG) sends us on to wire_moved_to. wire_ask says nothing of
+   it: who does not try again does so. */
 static inline bool wire_is_gone(int err)
 {
-	return err == -EPIPE || err == -ECONNRESET;
+	return err == -EPIPE || err == -ECONNRESET || err == -EREMCHG;
 }
+
+/* The path of a socket, as long as terms.socket_path; of the last refusal that was -EREMCHG. */
+extern char wire_moved_to[108];
+
+/* Takes such a path out of what came: false if it names no socket of this host. */
+bool wire_take_path(struct json json, char path_out[static sizeof(wire_moved_to)]);
 void wire_say_gone(int err);
 
 /* Sends a request with descriptors and takes its reply, whose text is good until the next call. -EPROTO for a reply that makes no sense, -EACCES
@@ -37,6 +44,10 @@ void reply_close_fds(struct packet *reply);
 /* A fresh descriptor of the image's source, for who may not open it. Yields the lock to handlers that are due; signals
    is what lock_take gave. */
 int wire_open_source(sigset_t *signals);
+
+/* Says a mapping's end, and waits until the backend has let go of it, for as long as there is one or a successor of it.
+   0, or -errno if it makes no sense. */
+int wire_leave(int connection_fd);
 
 /* Says a mapping's end, and waits for a few seconds at most until the backend has let go of it.  0, or -EINTR: to be
    called again. */

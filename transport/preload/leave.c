@@ -1,0 +1,169 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "transport/preload/leave.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "cache/core/abi.h"
+#include "transport/core/guard.h"
+#include "transport/preload/real.h"
+#include "transport/preload/terms.h"
+#include "transport/preload/wire.h"
+
+#define PAUSE_NS 50000000
+#define MAX_SENT_ON 8
+#define WAIT_SECONDS 60 /* for the end of a drain: as wire.c has it for a reply */
+
+char leave_digest[136];
+atomic_bool leave_is_nowhere;
+
+void leave_close(struct leave *leave)
+{
+	const int fds[3] = {leave->connection_fd, leave->memfd, leave->uffd};
+
+	for (unsigned i = 0; i < 3; i++)
+		if (fds[i] >= 0)
+			real_close(fds[i]);
+}
+
+/* Checks the reply and takes its frames; lends the device for the time of this call. */
+static int leave_take(struct leave *leave, struct packet *reply)
+{
+	char digest[sizeof(leave_digest)];
+	uint64_t map_bytes, features;
+	struct stat status;
+	int err;
+
+	json_text(reply->json, "digest", digest, sizeof(digest));
+	if (digest[0] && leave_digest[0] && strcmp(digest, leave_digest) != 0) {
+		say("no mapping of the image: the backend at %s serves another one under that name", terms.socket_path);
+		return -EACCES;
+	}
+	if (!json_number(reply->json, "map_bytes", &map_bytes) ||
+	    !json_number(reply->json, "uffd_features", &features) || map_bytes != terms.map_bytes ||
+	    reply->nr_fds < 1 || reply->nr_fds > 2 || fstat(reply->fds[0], &status) < 0 ||
+	    (uint64_t)status.st_size < map_bytes) {
+		say("no mapping of the image: the backend's answer makes no sense; is it of another version?");
+		return -EPROTO;
+	}
+	leave->uffd = guard_open(reply->nr_fds > 1 ? reply->fds[1] : -1);
+	if (leave->uffd < 0) {
+		say("no mapping of the image: cannot have a userfaultfd that serves system calls too (%s); "
+		    "run the backend as root so that it can lend /dev/userfaultfd, or give this user access "
+		    "to that device, or set sysctl vm.unprivileged_userfaultfd=1",
+		    strerrordesc_np(-leave->uffd));
+		return leave->uffd;
+	}
+	err = guard_agree(leave->uffd, features);
+	if (err < 0) {
+		say("no mapping of the image: the kernel's userfaultfd lacks features; use Linux 6.7 or newer");
+		return err;
+	}
+	leave->features = features;
+	leave->frames = (struct frames){status.st_dev, status.st_ino};
+	leave->memfd = reply->fds[0];
+	reply->fds[0] = reply->fds[--reply->nr_fds];
+	return 0;
+}
+
+int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, const char *more)
+{
+	static char request[sizeof(terms.open_request) + 150]; /* threads may have small stacks */
+	struct leave leave = {.connection_fd = -1, .memfd = -1, .uffd = -1};
+	struct packet reply;
+	int err = wire_connect();
+
+	if (err < 0)
+		return err;
+	leave.connection_fd = err;
+	/* "carries": in a move this library brings the private pages along (moves.c). */
+	snprintf(request, sizeof(request),
+		 "%s,\"offset_bytes\":%" PRIu64 ",\"length_bytes\":%" PRIu64 ",\"carries\":true%s}",
+		 terms.open_request, offset_bytes, length_bytes, more);
+	err = wire_ask(leave.connection_fd, request, NULL, 0, &reply);
+	if (err == 0) {
+		err = leave_take(&leave, &reply);
+		reply_close_fds(&reply);
+	}
+	if (err < 0) {
+		leave_close(&leave);
+		return err;
+	}
+	*leave_out = leave;
+	return 0;
+}
+
+/* Where the guest's backend sends us on to.  It takes a guest that has moved there, and no new one.  From then on that is
+   where this program asks. */
+static int ask_there(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes)
+{
+	char before[sizeof(terms.socket_path)];
+	int err = -EREMCHG;
+
+	_Static_assert(sizeof(terms.socket_path) == sizeof(wire_moved_to), "one is copied to the other");
+	memcpy(before, terms.socket_path, sizeof(before));
+	say_keep(true);
+	for (int i = 0; i < MAX_SENT_ON && err == -EREMCHG; i++) {
+		memcpy(terms.socket_path, wire_moved_to, sizeof(wire_moved_to));
+		err = leave_ask(leave_out, offset_bytes, length_bytes, ",\"moved\":true");
+	}
+	say_keep(false);
+	if (err < 0)
+		memcpy(terms.socket_path, before, sizeof(before));
+	return err;
+}
+
+/* As leave_ask, wherever the guest is.  While it is being drained the one sends us on, and the other does not know us. */
+int leave_find(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, bool waits)
+{
+	int err, waited;
+
+	for (;;) {
+		err = leave_ask(leave_out, offset_bytes, length_bytes, "");
+		if (err != -EREMCHG)
+			return err;
+		err = ask_there(leave_out, offset_bytes, length_bytes);
+		if (err == 0 || err == -EINTR)
+			return err;
+		waited = !waits || atomic_load(&leave_is_nowhere) || err == -EMFILE ? -ETIMEDOUT : lock_wait(WAIT_SECONDS);
+		if (waited == -ETIMEDOUT)
+			say("no mapping of the image: this program's guest is at %s now, which does not take it: %s",
+			    wire_moved_to, say_kept());
+		if (waited < 0)
+			return waited == -ETIMEDOUT ? -EACCES : waited;
+		nanosleep(&(struct timespec){.tv_nsec = PAUSE_NS}, NULL);
+	}
+}
+
+int leave_use(const struct leave *leave, uintptr_t address, uint64_t nr_bytes, bool inherited)
+{
+	char request[200];
+	struct packet reply;
+	int fds[3] = {leave->uffd, -1, -1};
+	int err = 0;
+
+	fds[1] = real_openat(AT_FDCWD, "/proc/self/pagemap", O_RDONLY | O_CLOEXEC, 0);
+	fds[2] = real_openat(AT_FDCWD, "/proc/self/mem", O_RDONLY | O_CLOEXEC, 0);
+	if (fds[1] < 0 || fds[2] < 0) {
+		err = -errno;
+		say("no mapping of the image: cannot open /proc/self/pagemap and /proc/self/mem (%s); mount "
+		    "/proc, and exec after changing user ids",
+		    strerrordesc_np(-err));
+	} else {
+		snprintf(request, sizeof(request),
+			 "{\"op\":\"region\",\"address\":%" PRIuPTR ",\"length\":%" PRIu64 "%s}", address,
+			 nr_bytes, inherited ? ",\"inherited\":true" : "");
+		err = wire_ask(leave->connection_fd, request, fds, 3, &reply);
+		if (err == 0)
+			reply_close_fds(&reply);
+	}
+	for (unsigned i = 1; i < 3; i++)
+		if (fds[i] >= 0)
+			real_close(fds[i]);
+	return err;
+}
