@@ -54,11 +54,12 @@ class Entering:
 
 @dataclass(eq=False)
 class _Making:
-    """An overlay that a side thread makes."""
+    """An overlay that a side thread makes; has_digest: its record says its image's digest."""
 
     image: Image
     name: str
     owner: str
+    has_digest: bool
     waiting: list[Entering] = field(default_factory=list)
 
 
@@ -140,7 +141,7 @@ class Entrance:
         policy: QuotaPolicy | None,
     ) -> _Making:
         record = self._table.record(image, name, claim, quota_bytes, policy)
-        making = _Making(image, name, record.owner)
+        making = _Making(image, name, record.owner, self._table.knows_digest(image))
 
         def make() -> None:
             guest: OverlayGuest | None = None
@@ -172,12 +173,18 @@ class Entrance:
                 client.error = error
             for client in waiting:
                 client.on_made()
-            if guest is None or not self._table.withdraw_unused(guest):
+            if guest is None:
                 return
+            is_unused = self._table.withdraw_unused(guest)
         try:
-            self.begin(f"remove overlay {guest.label}", lambda: self._remove(guest))
+            if is_unused:
+                self.begin(f"remove overlay {guest.label}", lambda: self._remove(guest))
+            elif not making.has_digest and self._table.knows_digest(making.image):
+                # It came meanwhile, and found the overlay neither in the table nor to be made.
+                self.begin(f"keep digest of {guest.label}", lambda: self._table.keep_digest(guest))
         except CapacityError as failed:
-            _log.warning("not-discarded", str(failed), overlay=guest.label)
+            what = "not-discarded" if is_unused else "overlay-source-not-kept"
+            _log.warning(what, str(failed), overlay=guest.label)
 
     def _remove(self, guest: OverlayGuest) -> None:
         self._table.unstage(guest)

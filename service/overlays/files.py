@@ -116,6 +116,10 @@ class OverlayFiles:
         if image.source_change is None and written_ns == image.source.identity.mtime_ns:
             self._digests[image.label] = image.digest
 
+    def knows_digest(self, image: Image) -> bool:
+        """Whether what is written of an image's overlays has its digest by now."""
+        return image.label in self._digests
+
     def _table(self, record: OverlayRecord, image: Image, staged: str = "") -> dict[str, Any]:
         before = self._written(record)
         table = {"version": _VERSION, **asdict(record), **self._source(record, image)}

@@ -182,9 +182,17 @@ class OverlayTable:
         for each in waited:
             self._adopt_file(image, each.record, each.staged, {})
         for guest in guests:
-            with self.using(guest) as is_here, guest.record_lock:
-                if is_here:
-                    self._refresh(guest)
+            self.keep_digest(guest)
+
+    def knows_digest(self, image: Image) -> bool:
+        """Whether overlays that are made from now on are kept with their image's digest."""
+        return self._files is not None and self._files.knows_digest(image)
+
+    def keep_digest(self, guest: OverlayGuest) -> None:
+        """Keep the digest that its image has by now with an overlay; may wait for a disk."""
+        with self.using(guest) as is_here, guest.record_lock:
+            if is_here:
+                self._refresh(guest)
 
     def _refresh(self, guest: OverlayGuest) -> None:
         assert self._files is not None

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+import queue
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,11 @@ from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.images.digests import digest_of
 from cowshed.service.overlays.claims import Claim
+from cowshed.service.overlays.entrance import Entering, Entrance, NotYetError
 from cowshed.service.overlays.files import OverlayFiles
 from cowshed.service.overlays.overlays import OverlayTable
 from cowshed.service.overlays.terms import OverlayTerms
+from cowshed.service.runtime.side_threads import SideThreads
 from cowshed.transport.nbd_core import NbdServer
 
 MIB = 1 << 20
@@ -96,3 +100,23 @@ def test_the_digest_of_a_source_that_was_written_to_meanwhile_is_not_kept(
         os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
         find_digest(table, image)
     assert "source_digest" not in (tmp_path / "d@g.json").read_text()
+
+
+def test_a_digest_that_comes_while_an_overlay_is_made_is_kept_with_it(
+    make_image: MakeImage, tmp_path: Path
+) -> None:
+    side = SideThreads()
+    calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    with served(make_image(MIB), tmp_path) as (table, image):
+        entrance = Entrance(table, side, calls.put)
+        client = Entering(lambda: entrance.enter(client, image, "g", CLAIM))
+        with pytest.raises(NotYetError):
+            entrance.enter(client, image, "g", CLAIM)
+        end = calls.get(timeout=60)
+        assert "source_digest" not in json.loads((tmp_path / "d@g.json").read_text())
+        find_digest(table, image)
+        end()
+        assert side.wait_all(60)
+        written = json.loads((tmp_path / "d@g.json").read_text())
+        assert written["source_digest"] == image.digest
+        entrance.close()
