@@ -21,7 +21,7 @@ from certificates import Authority
 from domains import Daemon, MakeImage, StartDaemon, StartGuest, cowshed, until
 from supplied import new_machine
 
-from cowshed.cache import CapacityError
+from cowshed.cache import CapacityError, PeerError, UsageError
 from cowshed.transport import connect
 from cowshed.transport.acceptor import NR_SPARE
 from cowshed.transport.exchange import ask, ask_for_fds, close_all, greet
@@ -244,6 +244,64 @@ def test_a_region_whose_descriptors_find_no_room_is_refused_with_the_reason(hous
         ask(opened, "region", {"address": 1 << 20, "length": MIB}, [fds[0]] * 3)
     opened.close()
     close_all(fds)
+    _check_open(house)
+
+
+def _come_and_go(house: House, door: str) -> None:
+    """Be a guest at a door, from the first connection to the last; CapacityError if it cannot."""
+    if door == "nbd":
+        uri = f"nbd+unix:///d@g?socket={house.daemon.run_dir}/nbd.sock"
+        command = ["nbdinfo", "--size", uri]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode:
+            raise CapacityError(done.stderr)
+        return
+    uri, how = {
+        "unix": (house.daemon.uri, {}),
+        "tcp": (house.tcp, {"timeout": 0.5}),  # it asks again for so long
+        "tls": (house.tls, {"timeout": 0.5}),
+    }[door]
+    with connect(uri) as backend, backend.open("d", guest="g", **how) as disk:
+        disk.write(0, b"mine")
+        assert disk.read(0, 4) == b"mine"
+
+
+@pytest.mark.parametrize("door", ["unix", "tcp", "tls", "nbd"])
+def test_however_few_descriptors_are_left_nothing_of_a_guest_is(house: House, door: str) -> None:
+    def nr_fds() -> int:
+        # A guest that is kept until it is discarded, or until it comes again.
+        until(lambda: all(each["state"] == "away" for each in house.daemon.status()["guests"]))
+        with contextlib.suppress(UsageError):  # it has gone with its pages, or is about to
+            house.daemon.request("discard", overlay="d@g")
+        until(lambda: house.daemon.status()["guests"] == [])
+        return house.daemon.nr_fds()
+
+    _come_and_go(house, door)
+    before = nr_fds()
+    for nr_left in range(14):
+        with (
+            _no_descriptors(house.daemon.pid, nr_left),
+            contextlib.suppress(CapacityError, PeerError),
+        ):
+            _come_and_go(house, door)
+        assert nr_fds() == before, nr_left
+    _come_and_go(house, door)
+    _check_open(house)
+
+
+def test_however_few_descriptors_are_left_nothing_of_a_machine_is(
+    house: House, start_guest: StartGuest
+) -> None:
+    nr_fds = house.daemon.nr_fds()
+    for nr_left in range(6):
+        machine = new_machine(house.daemon, start_guest, [MIB])
+        with _no_descriptors(house.daemon.pid, nr_left):
+            machine.call("connect")
+            if nr_left < 3:  # a socket, a pidfd, a record
+                assert machine.call("wait_dropped") == 0
+        machine.process.kill()
+        house.daemon.nr_fds()
+    assert house.daemon.nr_fds() == nr_fds
     _check_open(house)
 
 

@@ -135,6 +135,22 @@ def test_a_backend_without_descriptors_has_a_keeper_again_once_it_has_some(
     assert guest.call("compare", path=str(image), offset=0, length=MIB) == 0
 
 
+def test_a_backend_without_descriptors_leaves_as_any_other(
+    start_daemon: StartDaemon, start_guest: StartGuest, make_image: MakeImage
+) -> None:
+    image = make_image(MIB)
+    kept = start_daemon(f"--image=d={image}", kept=True)
+    guest = start_guest(kept.uri)
+    guest.call("open", image="d", guest="g")
+    with kept.connect() as backend:  # a conversation that is at rest, and would be carried over
+        limit_files(backend.request("status")["status"]["pid"], 0)
+        os.kill(kept.pid, signal.SIGHUP)
+        until(lambda: kept.log().count("event=serving") == 2)
+    assert "event=leaving" in kept.log()
+    assert "event=backend-died" not in kept.log()
+    assert guest.call("compare", path=str(image), offset=0, length=MIB) == 0
+
+
 def test_an_image_that_there_are_no_descriptors_for_is_served_once_there_are(
     start_daemon: StartDaemon, start_guest: StartGuest, make_image: MakeImage, run_dir: Path
 ) -> None:
