@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from domains import ANSWER_SECONDS
 
 from cowshed.service.runtime.loop import READ, Loop
 from cowshed.service.survival.fd_store import FdStore
@@ -212,4 +213,21 @@ def test_nobody_watches_the_socket_of_a_copy_which_may_be_closed_at_any_time(
         for end in ends:
             loop.forget(end.fileno())
             end.close()
+        watch.close()
+
+
+def test_a_keeper_that_was_away_is_told_in_a_while_without_another_reason(
+    store: FdStore, fd: int, tmp_path: Path
+) -> None:
+    with Loop() as loop:
+        watch = KeeperWatch(store, loop)
+        assert not store.hold("a", [fd])
+        loop.stop()  # once it has been tried again at once
+        loop.run()
+        loop.begin_again()
+        with listening(tmp_path / "a") as keeper:
+            loop.watch(keeper.fileno(), READ, lambda *_: loop.leave())
+            loop.once(ANSWER_SECONDS, loop.leave)
+            loop.run()
+            assert take_all(keeper) == stored("a")
         watch.close()
