@@ -332,16 +332,31 @@ class Daemon:
 
     def _publish(self, image: Image, spec: ImageSpec) -> None:
         """Serve an image that came in a handoff; from its thread."""
-        self._access.allow(image, spec.allowed)
         self._held.hold(image)
+        self._list(image, spec)
+
+    def _list(self, image: Image, spec: ImageSpec) -> None:
+        self._access.allow(image, spec.allowed)
         self._store.list_image(image)
         self._loop.call(lambda: self._image_sockets.add(image))
 
     def _serve_late(self, spec: ImageSpec, source: FileSource) -> None:
-        """Serve an image whose source could not be opened before; from a side thread."""
-        image = self._store.open_image(spec.name, source, spec.domain, listed=False)
+        """Serve an image whose source could not be opened before; from a side thread.
+
+        Takes the source over. On failure nothing of the image is left, so it may be tried again.
+        """
+        try:
+            image = self._store.open_image(spec.name, source, spec.domain, listed=False)
+        except BaseException:
+            source.close()
+            raise
+        try:
+            self._held.hold(image)
+        except BaseException:
+            self._evictor.close_image(image)  # which closes the source
+            raise
         self._overlays.adopt_late(image)
-        self._publish(image, spec)
+        self._list(image, spec)
         self._digests.add(image)
 
     def _on_digest(self, image: Image) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Those for whom there is no room, until they have been told so: a few at a time, in the loop.
+"""Connections that there is no room for, until each peer was told so: a few at once, in the loop.
 
-A peer that is hung up on with its request unread may never see what it was told, so its request is
-awaited, for a moment, and refused by an answer of its own.
+If a connection is closed with a request unread, its peer may never see the refusal that was sent.
+So the loop waits a moment for the first request, and refuses that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cowshed.transport.no_room import no_room
 
 __all__ = ["TurnedAway", "what_failed"]
 
-# Fewer than descriptors in reserve: whoever is told may have one of those.
+# Fewer than descriptors in reserve: each connection here may have one of those.
 _PLACES: Final = NR_SPARE - 1
 _WAIT_SECONDS: Final = 5.0
 _LOOK_SECONDS: Final = 1.0
@@ -44,7 +44,7 @@ class TurnedAway:
     """
 
     def __init__(self, loop: Loop, refill: Callable[[], None]) -> None:
-        """refill() has the descriptors of those that are closed be a reserve again."""
+        """refill() is called after each close, so that the acceptor's reserve is full again."""
         self._loop = loop
         self._refill = refill
         self._waiting: dict[int, tuple[Connection, str, float]] = {}

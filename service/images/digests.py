@@ -87,9 +87,13 @@ class DigestThread:
         except OSError as error:
             _log.error("no-digest", str(error), image=image.label)
             return
-        if digest:
-            image.digest = digest
+        if not digest:
+            return
+        image.digest = digest
+        try:
             self._done(image)
+        except Exception:  # nobody asks what came of this thread
+            _log.crash("digest-failed", "a defect of cowshed: please report it", image=image.label)
 
 
 class _Progress:

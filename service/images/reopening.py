@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from cowshed.cache import CowshedError, Image, SourceError
+from cowshed.cache import CapacityError, CowshedError, Image, SourceError
+from cowshed.transport.no_room import start_thread
 
 __all__ = ["Reopened", "Reopener"]
 
@@ -30,6 +31,8 @@ OnDone = Callable[[Reopened | CowshedError], None]
 class Reopener:
     """One thread for each image that is waited for; post(call) has the loop call call().
 
+    reopen() is for the loop.
+
     Invariant: an image is in _waiting while its thread lives, with what that has not begun.
     """
 
@@ -41,14 +44,22 @@ class Reopener:
     def reopen(self, image: Image, on_done: OnDone) -> None:
         """Open a source anew and give what came of it to on_done, in the loop.
 
-        on_done closes the descriptor if nobody wants it any more.
+        on_done closes the descriptor if nobody wants it any more. It is given a CapacityError if
+        no thread can be started.
         """
         with self._lock:
             if (waiting := self._waiting.get(image)) is not None:
                 waiting.append(on_done)
                 return
             self._waiting[image] = deque([on_done])
-        threading.Thread(target=self._run, args=(image,), name="reopener", daemon=True).start()
+        thread = threading.Thread(target=self._run, args=(image,), name="reopener", daemon=True)
+        try:
+            start_thread(thread)
+        except CapacityError as error:
+            with self._lock:
+                del self._waiting[image]
+            failed = error
+            self._post(lambda: on_done(failed))
 
     def _run(self, image: Image) -> None:
         while True:

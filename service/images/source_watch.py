@@ -39,6 +39,7 @@ class SourceWatch:
         self._images: Final = images
         self._side: Final = side
         self._hung: set[int] = set()
+        self._lost: set[int] = set()
         self._stopping: Final = threading.Event()
         # By image_no: the time of writing that is known to be of the same bytes, and when bytes may
         # be compared again.
@@ -72,15 +73,33 @@ class SourceWatch:
         return max(self._side.waiting_seconds(_key(image)), image.read_wait_seconds)
 
     def _look_at(self, image: Image) -> None:
-        _look_at(image)
+        _look_at_path(image)
+        try:
+            if changed := image.look_at_source():
+                _log_changed(image, changed)
+            written_ns = image.source.written_ns()
+        except OSError as error:
+            self._note_lost(image, error)
+            return
+        self._lost.discard(image.image_no)
         known_ns = self._written_ns.get(image.image_no, image.source.identity.mtime_ns)
-        written_ns = image.source.written_ns()
         if (
             written_ns != known_ns
             and image.source_change is None
             and time.monotonic() >= self._not_before.get(image.image_no, 0.0)
         ):
             self._side.run(f"bytes {image.image_no}", lambda: self._compare(image, written_ns))
+
+    def _note_lost(self, image: Image, error: OSError) -> None:
+        if image.image_no not in self._lost:
+            self._lost.add(image.image_no)
+            _log.error(
+                "source-lost",
+                f"its file system has ended or fails ({error.strerror}): guests get errors for "
+                "what is not in memory",
+                image=image.label,
+                source=image.source.path,
+            )
 
     def _compare(self, image: Image, written_ns: int) -> None:
         """Look whether a source that says it was written to has other bytes."""
@@ -121,9 +140,7 @@ def _key(image: Image) -> str:
     return f"source {image.image_no}"
 
 
-def _look_at(image: Image) -> None:
-    if changed := image.look_at_source():
-        _log_changed(image, changed)
+def _look_at_path(image: Image) -> None:
     before, image.source_at_path = image.source_at_path, image.source.at_path()
     if image.source_at_path == "other" != before:
         _log.notice(

@@ -40,7 +40,7 @@ class UnservedImages:
         side: SideThreads,
         serve: Callable[[ImageSpec, FileSource], None],
     ) -> None:
-        """serve(spec, source) serves one from now on and takes the source over, or raises."""
+        """serve(spec, source) takes the source over and serves the image from now on, or raises."""
         self._lock: Final = threading.Lock()
         self._unserved: Final = list(unserved)
         self._side: Final = side
@@ -80,12 +80,7 @@ class UnservedImages:
 
     def _try(self, each: Unserved) -> None:
         try:
-            source = FileSource.open(Path(each.spec.source))
-            try:
-                self._serve(each.spec, source)
-            except BaseException:
-                source.close()
-                raise
+            self._serve(each.spec, FileSource.open(Path(each.spec.source)))
         except (CowshedError, OSError) as error:
             each.why = str(error)
             return

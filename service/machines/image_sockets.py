@@ -180,7 +180,13 @@ class ImageSockets:
         if refusal := self._door.enter(peer.uid):
             self._turn_away(peer, image, "limit", refusal)
             return
-        self._begin(Caller(peer, image, self._bequests.hold_caller(peer, image)))
+        try:
+            group = self._bequests.hold_caller(peer, image)
+        except OSError as error:  # no descriptor is left for its record
+            self._door.leave(peer.uid)
+            self._turn_away(peer, image, "limit", what_failed(error)[1])
+            return
+        self._begin(Caller(peer, image, group))
         reach("MACHINE_CAME")
 
     def _begin(self, caller: Caller) -> _Client:

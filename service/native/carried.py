@@ -11,11 +11,14 @@ import os
 import secrets
 from typing import Final
 
+from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
 from cowshed.service.survival.remains import Remains, record_make, record_read
 from cowshed.transport import Connection, adopt_connection
 
 __all__ = ["CarriedOver"]
+
+_log = EventLog("cowshed.sessions")
 
 _PREFIX: Final = "session/"
 _KINDS: Final = {"record", "socket"}
@@ -29,9 +32,17 @@ class CarriedOver:
         self._records: dict[str, int] = {}
 
     def give(self, connection: Connection, *, is_greeted: bool) -> None:
-        """Have a conversation outlive us; if nobody holds it by our end, it ends with us."""
+        """Have a conversation outlive us; if nobody holds it by our end, it ends with us.
+
+        So does one whose record there is no descriptor for.
+        """
+        try:
+            record = record_make({"greeted": is_greeted})
+        except OSError as error:
+            _log.warning("not-held", str(error), pid=connection.peer.pid)
+            return
         group = f"{_PREFIX}{secrets.token_hex(8)}"
-        record = self._records[group] = record_make({"greeted": is_greeted})
+        self._records[group] = record
         self._fd_store.hold(group, [record, connection.fileno()], pid=connection.peer.pid)
 
     def take_back(self) -> None:

@@ -110,9 +110,12 @@ class OverlayFiles:
     def note_digest(self, image: Image) -> None:
         """Keep an image's digest in what is written of its overlays from now on.
 
-        Unless its source was written to since it was opened. May wait for the source.
+        Unless its source was written to since it was opened, or is lost. May wait for the source.
         """
-        written_ns = image.source.written_ns()
+        try:
+            written_ns = image.source.written_ns()
+        except OSError:
+            return
         if image.source_change is None and written_ns == image.source.identity.mtime_ns:
             self._digests[image.label] = image.digest
 

@@ -282,7 +282,11 @@ class OverlayTable:
         Raises as enter() does. It may wait for a disk, and takes no lock of the table for that.
         """
         guest = self._make(image, record, keep_record=True)
-        self._hold(guest)
+        try:
+            self._hold(guest)
+        except BaseException:  # no descriptor is left for its record
+            self.unstage(guest)
+            raise
         return guest
 
     def place(self, guest: OverlayGuest) -> None:
@@ -464,7 +468,11 @@ class OverlayTable:
         guest = self._make(image, record, keep_record=False, left=left)
         if left is not None:
             guest.pages_id = left.pages_id
-        self._hold(guest, left)
+        try:
+            self._hold(guest, left)
+        except BaseException:
+            self._close(guest)
+            raise
         with self.lock:
             self._overlays[guest.terms.key] = guest
         return guest

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls that may wait for a file system, in threads that nobody waits for.
 
-A file system that hangs holds a call for as long as it likes, and nothing ends it. So each such
-call is made under a key, of an image say, and as long as one hangs there is no second one of
-its key: the threads that hang are no more than the keys. The process ends without them.
+Nothing ends a call that waits for a file system that hangs. So each such call is made under a key,
+an image's for example, and a key has one call at a time: no more threads hang than there are keys.
+The process ends without them.
 """
 
 from __future__ import annotations

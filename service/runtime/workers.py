@@ -61,7 +61,7 @@ class Workers:
 
     def run(self, call: Callable[[], None]) -> None:
         """Call something quick in a thread, one such call at a time."""
-        self._looks.submit(call)
+        self._looks.submit(self._call, call)
 
     @property
     def is_stopping(self) -> bool:
@@ -73,6 +73,12 @@ class Workers:
         self._stopping = True
         for pool in (self._looks, self._orders):
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _call(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:  # nobody asks the pool what came of it
+            _log.crash("call-failed", "a defect of cowshed: please report it")
 
     def _run(
         self,

@@ -116,7 +116,7 @@ class FdStore:
     def reconcile(self, seconds: float = 0.0) -> bool:
         """Tell each holder what it has not been told, waiting at most so long; whether it was all.
 
-        Call it again when one of waiting_fds() is ready, or after a while.
+        Call it again when a keeper that is full takes more (keeper_fd()), or after a while.
         """
         with self._lock:
             for holder in self._holders():
@@ -124,13 +124,28 @@ class FdStore:
                 holder.send(self.groups, seconds)
             return self._is_all_sent()
 
-    def waiting_fds(self) -> list[int]:
-        """Ready to write once a holder takes more that is full now."""
+    @property
+    def is_keeper_full(self) -> bool:
+        """Whether the supervisor takes no more just now: then keeper_fd() says when it does."""
         with self._lock:
-            return [each.fileno() for each in self._holders() if each.is_full and not each.is_done]
+            return self._keeper is not None and self._keeper.is_full and not self._keeper.is_done
+
+    @property
+    def needs_time(self) -> bool:
+        """Whether no descriptor says when there is more to send to whom.
+
+        A copy's socket is closed by other threads (end_copy()), so nobody may watch it.
+        """
+        with self._lock:
+            waits = [each for each in self._holders() if not each.is_done]
+            is_away = self._is_kept and self._keeper is None
+            return is_away or any(each is self._copy or not each.is_full for each in waits)
 
     def keeper_fd(self) -> int:
-        """Ready to read when the supervisor has said something, for take_refused(); -1: none."""
+        """Of the supervisor's socket, -1 if there is none.
+
+        Ready to read when it has said something (take_refused()), to write once it takes more.
+        """
         return -1 if self._keeper is None else self._keeper.fileno()
 
     def take_refused(self) -> list[str]:

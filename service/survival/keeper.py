@@ -39,6 +39,7 @@ from typing import Any, Final
 
 from cowshed.cache.errors import UsageError
 from cowshed.service.runtime.file_limit import raise_file_limit
+from cowshed.service.runtime.log_sink import LogSink
 from cowshed.service.runtime.logs import (
     EventLog,
     logging_abandon,
@@ -70,7 +71,6 @@ _NOTIFY_GROUP: Final = "keeper/notify"
 # Deaths in quick succession are made up for ever more slowly; guests wait, and none is given up.
 _QUICK_SECONDS: Final = 5.0
 _MAX_DELAY_SECONDS: Final = 10.0
-_FAR_FD: Final = 512
 _TELL_AGAIN_SECONDS: Final = 1.0
 
 
@@ -271,7 +271,8 @@ class Keeper:
         groups = {**self._groups, _NOTIFY_GROUP: [self._socket.detach()]}
         variables, fds = listen_environment(groups, os.getpid())
         if text is not None:
-            least = max(_FAR_FD, FIRST_FD + len(fds))
+            # Behind the numbers that are given away now.
+            least = FIRST_FD + len(fds)
             environment[CONFIG_FD] = str(fcntl.fcntl(config_text_make(text), fcntl.F_DUPFD, least))
         _number_from(FIRST_FD, fds, inheritable=True)
         # What is reported from here on waits in the socket, and signals wait for handlers.
@@ -461,6 +462,10 @@ class Keeper:
             os.environ.update(variables)
             gc.freeze()  # what was imported stays shared with the keeper
             status = self._serve()
+        except OSError as error:
+            sink = LogSink(2)
+            sink.write(f"cowshed: cannot start a backend: {error}\n".encode())
+            sink.close()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -477,10 +482,22 @@ def kept_before() -> int:
 
 
 def _number_from(first: int, fds: list[int], *, inheritable: bool = False) -> None:
-    """Move descriptors to first, first + 1, ..., in order; closes the originals."""
-    far = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, max(_FAR_FD, first + len(fds))) for fd in fds]
-    _close_all(fds)
-    for number, fd in enumerate(far, first):
+    """Move descriptors to first, first + 1, ..., in order; closes the originals.
+
+    Takes one free number at a time: a keeper may hold nearly as many as its limit allows.
+    """
+    at = list(fds)
+    places = {fd: place for place, fd in enumerate(fds)}
+    for place, number in enumerate(range(first, first + len(fds))):
+        fd = at[place]
+        del places[fd]
+        if fd == number:
+            os.set_inheritable(number, inheritable)
+            continue
+        if (in_the_way := places.pop(number, None)) is not None:
+            moved = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, first)
+            at[in_the_way] = moved
+            places[moved] = in_the_way
         os.dup2(fd, number, inheritable=inheritable)
         os.close(fd)
 

@@ -93,11 +93,12 @@ class KeeperWatch:
 
     def _start(self) -> None:
         command = [*serve_command(), KEEPER_OF, str(os.getpid())]
-        environment, passed = dict(os.environ), []
-        if self._config_text is not None:
-            passed.append(config_text_make(self._config_text))
-            environment[CONFIG_FD] = str(passed[0])
+        environment = dict(os.environ)
+        passed: list[int] = []
         try:
+            if self._config_text is not None:
+                passed.append(config_text_make(self._config_text))
+                environment[CONFIG_FD] = str(passed[0])
             keeper = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -106,8 +107,7 @@ class KeeperWatch:
                 env=environment,
             )
         except OSError as error:
-            _log.error("no-keeper", f"cannot start a keeper: {error}; trying again soon")
-            self._loop.once(_RETRY_SECONDS, self._start)
+            self._start_later(error)
             return
         finally:
             for fd in passed:
@@ -118,13 +118,23 @@ class KeeperWatch:
         if not address:
             self._loop.once(_RETRY_SECONDS, self._start)
             return
-        keeper.returncode = 0  # it outlives us: nobody is to wait for it
         self.pid = keeper.pid
-        self._fd_store.move(address)
+        try:
+            self._fd_store.move(address)
+            self._watch(keeper.pid)
+        except OSError as error:  # no descriptor is left for its socket, or its pidfd
+            self._fd_store.lose()
+            keeper.kill()
+            self._start_later(error)
+            return
+        keeper.returncode = 0  # it outlives us: nobody is to wait for it
         self._lacked = True
         _log.notice("keeper-changed", pid=keeper.pid)
-        self._watch(keeper.pid)
         self._reconcile()
+
+    def _start_later(self, error: OSError) -> None:
+        _log.error("no-keeper", f"cannot start a keeper: {error}; trying again soon")
+        self._loop.once(_RETRY_SECONDS, self._start)
 
     def _reconcile(self, *_: int) -> None:
         """Have sent what waits: now, when who is to hold it takes more, or in a while."""
@@ -145,9 +155,9 @@ class KeeperWatch:
                 _log.notice("held", groups=len(self._fd_store.groups))
         else:
             self._lacked = True
-            for fd in self._fd_store.waiting_fds():
-                self._watch_fd(fd, WRITE)
-            if not self._watched:
+            if self._fd_store.is_keeper_full:
+                self._watch_fd(self._fd_store.keeper_fd(), WRITE)
+            if self._fd_store.needs_time:
                 self._send_later()
         self._watch_fd(self._fd_store.keeper_fd(), READ)
 

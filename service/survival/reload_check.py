@@ -8,6 +8,7 @@ layouts it keeps memory in, and the text of the configuration that it has read a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -32,22 +33,25 @@ class ReloadCheck:
     """
 
     def __init__(self) -> None:
-        self._answer = os.memfd_create("cowshed-check", 0)
-        self._said = os.memfd_create("cowshed-said", os.MFD_CLOEXEC)
-        try:
-            self._child = subprocess.Popen(
-                [*serve_command(), "--check"],
-                stdin=subprocess.DEVNULL,
-                stdout=self._said,
-                stderr=self._said,
-                pass_fds=[self._answer],
-                env={**os.environ, _ANSWER_FD: str(self._answer)},
-            )
-        except OSError as error:
-            os.close(self._answer)
-            os.close(self._said)
-            raise UsageError(f"cannot start {sys.executable}: {error.strerror}") from error
-        self.fd = os.pidfd_open(self._child.pid)
+        with contextlib.ExitStack() as undo:
+            try:
+                self._answer = os.memfd_create("cowshed-check", 0)
+                undo.callback(os.close, self._answer)
+                self._said = os.memfd_create("cowshed-said", os.MFD_CLOEXEC)
+                undo.callback(os.close, self._said)
+                self._child = subprocess.Popen(
+                    [*serve_command(), "--check"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._said,
+                    stderr=self._said,
+                    pass_fds=[self._answer],
+                    env={**os.environ, _ANSWER_FD: str(self._answer)},
+                )
+                undo.callback(self._child.kill)
+                self.fd = os.pidfd_open(self._child.pid)
+            except OSError as error:
+                raise UsageError(f"cannot start {sys.executable}: {error.strerror}") from error
+            undo.pop_all()
         self._deadline = time.monotonic() + _CHECK_SECONDS
 
     @property

@@ -8,12 +8,13 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from attached import ROOM, Attached, StartReader
+from attached import ROOM, Attached, StartReader, serve_one
 from domains import ANSWER_SECONDS, plain_environment, until
+from switches import switch
 
 pytestmark = pytest.mark.slow
 
@@ -122,9 +123,12 @@ def orphan(tmp_path: Path) -> Path:
     return program
 
 
-def start_orphan(attached: Attached, program: Path, what: str) -> subprocess.Popen[str]:
+def start(
+    attached: Attached, *words: str | Path, options: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """Start a program that says a line once it has mapped the image."""
     process = subprocess.Popen(
-        attached.words(program, what, "{image}"),
+        attached.words(*words, options=options),
         env=plain_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -132,8 +136,12 @@ def start_orphan(attached: Attached, program: Path, what: str) -> subprocess.Pop
         text=True,
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "mapped\n"
+    assert process.stdout.readline() != ""
     return process
+
+
+def start_orphan(attached: Attached, program: Path, what: str) -> subprocess.Popen[str]:
+    return start(attached, program, what, "{image}")
 
 
 def test_with_the_backend_gone_a_new_mapping_fails_and_a_child_is_told(
@@ -173,6 +181,71 @@ print(os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGBUS)
     assert "no mapping of the image" in lines[1]
     assert "is without the image" in lines[-1]
     assert all(line.startswith("cowshed: attach: ") for line in lines)
+
+
+def test_a_child_that_was_there_before_the_backend_went_is_sigbus_too(attached: Attached) -> None:
+    script = """
+import mmap, os, signal, sys
+file = open(sys.argv[1], "rb")
+mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+wait, go_on = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(1, b"forked\\n")  # and guarded
+    os.read(wait, 1)
+    mapped[0]
+    os._exit(0)
+sys.stdin.readline()
+os.write(go_on, b"!")
+print(os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGBUS)
+"""
+    with start(attached, "python3", "-Wignore", "-c", script, "{image}") as program:
+        attached.daemon.kill()
+        shown, _ = program.communicate("\n", timeout=ANSWER_SECONDS)
+    assert shown.splitlines() == ["True"]
+
+
+def test_a_fault_that_waits_when_the_last_backend_dies_is_sigbus(
+    run_dir: Path, orphan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COWSHED_TEST_POINTS", "1")
+    attached = serve_one(run_dir)
+    try:
+        with start_orphan(attached, orphan, "touch") as program:
+            switch(attached.daemon, "LOAD_READ", "stop")
+            assert program.stdin is not None
+            program.stdin.write("\n")
+            program.stdin.flush()
+            until(lambda: attached.daemon.status()["images"][0]["source_wait_seconds"] > 0)
+            attached.daemon.kill()
+            assert program.wait(ANSWER_SECONDS) == -signal.SIGBUS
+    finally:
+        attached.daemon.kill()
+
+
+def test_numbers_that_a_program_uses_for_other_files_say_nothing_of_the_backend(
+    attached: Attached,
+) -> None:
+    script = """
+import ctypes, mmap, os, socket, sys
+file, copy = open(sys.argv[1], "rb"), open(sys.argv[2], "rb").read()
+mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+ended, other = socket.socketpair()
+other.close()
+dup3 = 24 if os.uname().machine == "aarch64" else 292
+for fd in map(int, os.listdir("/proc/self/fd")):
+    if fd > 2 and fd != ended.fileno():  # by a call that no library sees
+        ctypes.CDLL(None).syscall(dup3, ended.fileno(), fd, 0)
+os.write(1, b"replaced\\n")
+os.read(0, 1)
+os._exit(mapped[:] != copy)
+"""
+    words = ("python3", "-Wignore", "-c", script, "{image}", str(attached.copy))
+    with start(attached, *words, options=("--guest", "g")) as program:
+        until(lambda: attached.daemon.guest_status("g")["state"] == "parked")
+        attached.daemon.request("evict", image="disk")
+        assert program.communicate("\n", timeout=ANSWER_SECONDS) == ("", "")
+    assert program.returncode == 0
 
 
 def test_a_program_interrupted_while_it_asks_maps_nevertheless(

@@ -225,6 +225,23 @@ def test_a_file_system_that_hangs_holds_up_no_other_image(
     until(lambda: image_status(daemon, "far")["source_wait_seconds"] < 3)
 
 
+def test_a_file_system_that_ended_is_one_line_and_holds_up_no_other_image(
+    start_daemon: StartDaemon,
+    start_guest: StartGuest,
+    other: Path,
+    stopped_server: tuple[Path, subprocess.Popen[bytes]],
+) -> None:
+    far, server = stopped_server
+    daemon = start_daemon(f"--image=far={far}", f"--image=other={other}")
+    server.kill()
+    server.wait(ANSWER_SECONDS)
+    until(lambda: "event=source-lost image=far" in daemon.log())
+    guest = start_guest(daemon.uri)
+    guest.call("open", image="other")
+    assert guest.call("compare", path=str(other), offset=0, length=MIB) == 0
+    assert "defect" not in daemon.log()
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGHUP])
 def test_a_successor_begins_though_a_source_hung(
     start_daemon: StartDaemon,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import os
 import re
 import resource
@@ -20,8 +21,9 @@ from certificates import Authority
 from domains import Daemon, MakeImage, StartDaemon, StartGuest, cowshed, until
 from supplied import new_machine
 
-from cowshed.cache import CapacityError
+from cowshed.cache import CapacityError, PeerError, UsageError
 from cowshed.transport import connect
+from cowshed.transport.acceptor import NR_SPARE
 from cowshed.transport.exchange import ask, ask_for_fds, close_all, greet
 
 pytestmark = pytest.mark.slow
@@ -31,16 +33,14 @@ NO_ROOM = "no room for another guest: "
 NO_MORE_FILES = "the backend has as many descriptors open as it may"
 
 
-def _first_free(pid: int) -> int:
-    taken = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
-    return next(number for number in range(1 << 20) if number not in taken)
-
-
 @contextlib.contextmanager
-def _no_descriptors(pid: int) -> Iterator[None]:
-    """Inside `with`, a process cannot open another descriptor."""
+def _no_descriptors(pid: int, nr_left: int = 0) -> Iterator[None]:
+    """Inside `with`, a process can open no more descriptors than nr_left."""
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (_first_free(pid), before[1]))
+    taken = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    free = (number for number in range(1 << 20) if number not in taken)
+    limit = next(itertools.islice(free, nr_left, None))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, before[1]))
     try:
         yield
     finally:
@@ -164,6 +164,32 @@ def test_where_there_are_no_descriptors_left_every_door_says_so(
     assert daemon.nr_fds() == nr_fds
 
 
+def test_who_could_be_accepted_and_not_watched_is_told_so(house: House) -> None:
+    with (
+        _no_descriptors(house.daemon.pid, nr_left=1),  # and none for its pidfd
+        pytest.raises(CapacityError, match=f"{NO_ROOM}{NO_MORE_FILES}"),
+    ):
+        connect(house.daemon.uri)
+    _check_open(house)
+
+
+def test_what_the_daemon_has_open_itself_is_set_aside(
+    start_daemon: StartDaemon, make_image: MakeImage
+) -> None:
+    image = make_image(MIB)
+    daemon = start_daemon(
+        *(f"--image=d{no}={image}" for no in range(95)),
+        before=("prlimit", "--nofile=800:800"),
+    )
+    crowd: list[socket.socket] = []
+    while "event=turned-away" not in daemon.log():
+        crowd.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        crowd[-1].connect(str(daemon.run_dir / "cowshed.sock"))
+    assert "allows no more" in daemon.log()  # before there is none left
+    for sock in crowd:
+        sock.close()
+
+
 def test_silent_peers_that_there_is_no_room_for_make_room_for_who_asks(house: House) -> None:
     with _no_descriptors(house.daemon.pid):
         silent = [  # more than are awaited at a time
@@ -182,6 +208,32 @@ def _port(uri: str) -> int:
     return int(uri.rpartition(":")[2])
 
 
+def test_silent_nbd_clients_that_there_is_no_room_for_make_room_for_others(house: House) -> None:
+    with _no_descriptors(house.daemon.pid), contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(NR_SPARE)]
+        for sock in silent:
+            sock.connect(str(house.daemon.run_dir / "nbd.sock"))
+        for sock in silent:
+            assert sock.recv(8, socket.MSG_WAITALL) == b"NBDMAGIC"
+        # The first of them went before the last was greeted.
+        silent[0].setblocking(False)
+        while silent[0].recv(4096):
+            pass
+    _check_open(house)
+
+
+def test_an_open_that_there_are_no_descriptors_for_is_refused_with_the_reason(
+    house: House,
+) -> None:
+    with (
+        greet(house.daemon.uri) as greeted,
+        _no_descriptors(house.daemon.pid),
+        pytest.raises(CapacityError, match=f"{NO_ROOM}{NO_MORE_FILES}"),
+    ):
+        ask(greeted, "open", {"image": "d", "guest": "g"})
+    _check_open(house)
+
+
 def test_a_region_whose_descriptors_find_no_room_is_refused_with_the_reason(house: House) -> None:
     opened = greet(house.daemon.uri)
     _, fds = ask_for_fds(opened, "open", {"image": "d", "guest": "g"})
@@ -192,6 +244,64 @@ def test_a_region_whose_descriptors_find_no_room_is_refused_with_the_reason(hous
         ask(opened, "region", {"address": 1 << 20, "length": MIB}, [fds[0]] * 3)
     opened.close()
     close_all(fds)
+    _check_open(house)
+
+
+def _come_and_go(house: House, door: str) -> None:
+    """Be a guest at a door, from the first connection to the last; CapacityError if it cannot."""
+    if door == "nbd":
+        uri = f"nbd+unix:///d@g?socket={house.daemon.run_dir}/nbd.sock"
+        command = ["nbdinfo", "--size", uri]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode:
+            raise CapacityError(done.stderr)
+        return
+    uri, how = {
+        "unix": (house.daemon.uri, {}),
+        "tcp": (house.tcp, {"timeout": 0.5}),  # it asks again for so long
+        "tls": (house.tls, {"timeout": 0.5}),
+    }[door]
+    with connect(uri) as backend, backend.open("d", guest="g", **how) as disk:
+        disk.write(0, b"mine")
+        assert disk.read(0, 4) == b"mine"
+
+
+@pytest.mark.parametrize("door", ["unix", "tcp", "tls", "nbd"])
+def test_however_few_descriptors_are_left_nothing_of_a_guest_is(house: House, door: str) -> None:
+    def nr_fds() -> int:
+        # A guest that is kept until it is discarded, or until it comes again.
+        until(lambda: all(each["state"] == "away" for each in house.daemon.status()["guests"]))
+        with contextlib.suppress(UsageError):  # it has gone with its pages, or is about to
+            house.daemon.request("discard", overlay="d@g")
+        until(lambda: house.daemon.status()["guests"] == [])
+        return house.daemon.nr_fds()
+
+    _come_and_go(house, door)
+    before = nr_fds()
+    for nr_left in range(14):
+        with (
+            _no_descriptors(house.daemon.pid, nr_left),
+            contextlib.suppress(CapacityError, PeerError),
+        ):
+            _come_and_go(house, door)
+        assert nr_fds() == before, nr_left
+    _come_and_go(house, door)
+    _check_open(house)
+
+
+def test_however_few_descriptors_are_left_nothing_of_a_machine_is(
+    house: House, start_guest: StartGuest
+) -> None:
+    nr_fds = house.daemon.nr_fds()
+    for nr_left in range(6):
+        machine = new_machine(house.daemon, start_guest, [MIB])
+        with _no_descriptors(house.daemon.pid, nr_left):
+            machine.call("connect")
+            if nr_left < 3:  # a socket, a pidfd, a record
+                assert machine.call("wait_dropped") == 0
+        machine.process.kill()
+        house.daemon.nr_fds()
+    assert house.daemon.nr_fds() == nr_fds
     _check_open(house)
 
 

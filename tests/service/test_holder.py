@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from domains import ANSWER_SECONDS
 
+from cowshed.service.runtime.loop import READ, Loop
 from cowshed.service.survival.fd_store import FdStore
+from cowshed.service.survival.keeper_watch import KeeperWatch
 from cowshed.service.survival.notice import NOT_HELD, Notice
 
 
@@ -91,11 +94,11 @@ def test_what_a_full_keeper_did_not_take_it_gets_once_it_reads(
         assert not store.hold("last", [fd])
         store.tell(READY="1")
         assert store.nr_not_held == 2
-        (waiting,) = store.waiting_fds()
-        assert waiting == store.keeper_fd()
+        assert store.is_keeper_full
+        assert not store.needs_time  # keeper_fd() says when
         assert take_all(keeper) == stored(*(f"g{no}" for no in range(nr_taken)))
         assert store.reconcile()
-        assert store.waiting_fds() == []
+        assert not store.is_keeper_full
         assert take_all(keeper) == [*stored(f"g{nr_taken}", "last"), ("READY", "")]
 
 
@@ -106,6 +109,7 @@ def test_a_keeper_that_comes_in_mid_send_gets_everything(
         nr_groups = fill(store, fd) + 1
         store.lose()
         assert store.nr_not_held == nr_groups
+        assert not store.reconcile()
         assert not store.hold("between", [fd])
         store.move(str(tmp_path / "b"))
         names: list[tuple[str, str]] = []
@@ -187,3 +191,43 @@ def test_a_copy_is_complete_or_is_none(fd: int, tmp_path: Path) -> None:
             ("LEFT", ""),
         ]
     store.close()
+
+
+def test_nobody_watches_the_socket_of_a_copy_which_may_be_closed_at_any_time(
+    store: FdStore, fd: int, tmp_path: Path
+) -> None:
+    with listening(tmp_path / "a") as keeper, listening(tmp_path / "b"), Loop() as loop:
+        watch = KeeperWatch(store, loop)
+        assert store.copy_to(str(tmp_path / "b")) == 0
+        nr = 0
+        while store.reconcile():  # until the copy is full; the keeper reads all the while
+            store.hold(f"g{nr}", [fd])
+            take_all(keeper)
+            nr += 1
+        store.release("g0")  # which has the loop look what is to be sent
+        loop.stop()
+        loop.run()
+        store.end_copy()
+        for end in (ends := socket.socketpair()):  # one has the number that the copy's had
+            loop.watch(end.fileno(), READ, lambda *_: None)
+        for end in ends:
+            loop.forget(end.fileno())
+            end.close()
+        watch.close()
+
+
+def test_a_keeper_that_was_away_is_told_in_a_while_without_another_reason(
+    store: FdStore, fd: int, tmp_path: Path
+) -> None:
+    with Loop() as loop:
+        watch = KeeperWatch(store, loop)
+        assert not store.hold("a", [fd])
+        loop.stop()  # once it has been tried again at once
+        loop.run()
+        loop.begin_again()
+        with listening(tmp_path / "a") as keeper:
+            loop.watch(keeper.fileno(), READ, lambda *_: loop.leave())
+            loop.once(ANSWER_SECONDS, loop.leave)
+            loop.run()
+            assert take_all(keeper) == stored("a")
+        watch.close()

@@ -4,6 +4,9 @@
 import os
 import random
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from domains import NOBODY, Daemon, MakeImage, StartDaemon, StartGuest, until
@@ -149,3 +152,23 @@ def test_a_daemon_at_once_after_another_serves_the_same_run_dir(
     guest = start_guest(second.uri)
     guest.call("open", image="d")
     assert guest.call("compare", path=str(image), offset=0, length=MIB) == 0
+
+
+STOPPED = """
+import contextlib, sys
+from cowshed.service.daemon import Daemon
+from cowshed.service.settings.config import config_load
+with contextlib.ExitStack() as stack:
+    daemon = Daemon(config_load(images=[f"d={sys.argv[1]}"], run_dir=sys.argv[2]), stack)
+    print(daemon.control.is_stopping())
+    daemon.workers.stop()
+    print(daemon.control.is_stopping())
+"""
+
+
+def test_operators_requests_are_told_that_the_daemon_is_to_stop(
+    make_image: MakeImage, run_dir: Path
+) -> None:
+    command = [sys.executable, "-c", STOPPED, str(make_image(MIB)), str(run_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["False", "True"], done.stderr

@@ -18,9 +18,12 @@ from switches import BEFORE, switch
 
 from cowshed.cache.errors import SourceError
 from cowshed.transport import connect
+from cowshed.transport.exchange import greet
 
 MIB = 1 << 20
 STOP_SECONDS = 20
+# More than the buffers of both ends of a connection hold.
+SOCKETS_BYTES = 24 << 20
 
 
 @pytest.fixture
@@ -103,6 +106,25 @@ def test_a_network_guest_waits_alone(daemon: Daemon, image: Path, folder: Path) 
     until(lambda: not list(folder.glob("d@g.*")))  # it wanted nothing kept
 
 
+def test_a_network_guest_that_waits_and_says_more_is_read_no_further(
+    daemon: Daemon, folder: Path
+) -> None:
+    switch(daemon, "OVERLAY_OPEN", "stop")
+    with greet(uri_of(daemon)) as connection:
+        connection.queue({"op": "open", "image": "d", "guest": "g", "token": "t"})
+        connection.flush()
+        until(lambda: (folder / "d@g.map").exists())
+        nr_bytes = 0
+        for _ in range(20):
+            while connection.flush():  # until the kernel has no more room
+                connection.queue({"op": "describe", "image": "d", "more": "x" * 60_000})
+                nr_bytes += 60_000
+            daemon.status()
+        assert nr_bytes < SOCKETS_BYTES
+    switch(daemon, "OVERLAY_OPEN", "off")
+    until(lambda: not list(folder.glob("d@g.*")))
+
+
 def test_a_client_that_goes_while_its_overlay_is_made_leaves_nothing(
     daemon: Daemon, image: Path, folder: Path
 ) -> None:
@@ -118,6 +140,22 @@ def test_a_client_that_goes_while_its_overlay_is_made_leaves_nothing(
     assert not list(folder.glob("d@g.*"))
     assert daemon.status()["guests"] == []
     assert Site(daemon, image).nbdsh("print('in')", "d@g").split() == ["in"]
+
+
+def test_a_network_guest_that_goes_while_its_overlay_is_made_leaves_nothing(
+    daemon: Daemon, image: Path, folder: Path
+) -> None:
+    switch(daemon, "OVERLAY_OPEN", "stop")
+    with greet(uri_of(daemon)) as connection:
+        connection.queue({"op": "open", "image": "d", "guest": "g", "token": "t"})
+        connection.flush()
+        until(lambda: (folder / "d@g.map").exists())
+        nr_fds = daemon.nr_fds_now()
+    until(lambda: daemon.nr_fds_now() < nr_fds)
+    switch(daemon, "OVERLAY_OPEN", "off")
+    until(lambda: "event=overlay-discarded overlay=d@g" in daemon.log())
+    assert not list(folder.glob("d@g.*"))
+    assert daemon.status()["guests"] == []
 
 
 def test_an_overlay_that_cannot_be_opened_is_an_error_and_leaves_nothing(
@@ -145,6 +183,8 @@ def test_a_quota_that_waits_for_the_disk_holds_up_no_status(
 ) -> None:
     site = Site(daemon, image)
     site.nbdsh("h.pwrite(b'x' * 4096, 0)", "d@g")
+    # Else the digest, which is kept with the record, would be what waits.
+    until(lambda: "source_digest" in (folder / "d@g.json").read_text())
     pipe = folder / "d@g.new"  # the record is written there first
     os.mkfifo(pipe)
 

@@ -131,6 +131,11 @@ def test_a_touch_is_no_alarm_and_other_bytes_are(
     os.utime(image, ns=(1, 1))
     until(lambda: "event=source-touched image=d" in daemon.log())
     assert not image_status(daemon)["source_changed"]
+    elsewhere = image.with_name("elsewhere")
+    for before, after, found in ((image, elsewhere, "gone"), (elsewhere, image, "same")):
+        before.rename(after)
+        until(lambda found=found: image_status(daemon)["source_at_path"] == found)  # type: ignore[misc]
+    assert daemon.log().count("event=source-touched") == 1  # and not at each look
     with image.open("r+b") as file:
         file.write(b"other bytes, of the same length")
     until(lambda: image_status(daemon)["source_changed"])

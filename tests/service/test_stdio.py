@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,3 +126,17 @@ def test_a_daemon_begun_with_closed_descriptors_serves_and_ends_as_always(
     finally:
         process.kill()
         process.wait()
+
+
+EXECUTES = """
+import os
+from cowshed.service.runtime.stdio import occupy_stdio
+occupy_stdio()
+os.execlp("sh", "sh", "-c", "for fd in 0 1 2; do [ -e /proc/$$/fd/$fd ] || touch closed$fd; done")
+"""
+
+
+def test_a_program_that_is_executed_finds_what_was_closed_closed(tmp_path: Path) -> None:
+    line = f"exec {shlex.join([sys.executable, '-c', EXECUTES])} <&- >&-"
+    subprocess.run(["sh", "-c", line], cwd=tmp_path, timeout=ANSWER_SECONDS, check=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["closed0", "closed1"]

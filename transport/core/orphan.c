@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Faults are answered one by one, as they are raised, by the guest's own copy of the userfaultfd: that needs to know
- * of no addresses, whatever the program has moved or unmapped, and reads the events that such calls wait for.
+ * Faults are answered one by one, as they are raised, through the guest's own copy of the userfaultfd.  So no table of
+ * addresses is needed, whatever the program has moved or unmapped; the events that such calls wait for are read too.
  *
- * A fault that the backend had read and not answered is raised again by a wake of the whole address space.
+ * The backend may have read a fault and not answered it: a wake of the whole address space has the kernel raise it again.
  */
 #define _GNU_SOURCE
 #include "transport/core/orphan.h"
@@ -59,7 +59,7 @@ static void answer_fault(int uffd, uint64_t flags, uint64_t address)
 	/* The marker of a page that was protected and punched is in the way: without it the page is absent. */
 	if (!(flags & UFFD_PAGEFAULT_FLAG_WP) && errno == EEXIST)
 		ioctl(uffd, UFFDIO_WRITEPROTECT, &opened);
-	/* It is there, or gone, or changes just now: whoever waits looks again. */
+	/* The page is present, unmapped, or changing: the faulting thread retries. */
 	wake(uffd, page.start, page.len);
 }
 

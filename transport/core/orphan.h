@@ -1,26 +1,26 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What becomes of a mapping that nobody will answer for any more: what is not there is SIGBUS, and no wait.
+ * Faults of a mapping whose backend is gone for good: an absent page is SIGBUS, and nobody waits for it.
  *
- * While a successor can come, somebody holds the other end of the connection: the keeper, or systemd.  So its end says
- * that none will.
+ * While a successor can come, the keeper or systemd holds the other end of the connection.  So the connection's end
+ * proves that no successor will.
  */
 #ifndef COWSHED_ORPHAN_H
 #define COWSHED_ORPHAN_H
 
 #include <stdbool.h>
 
-/* Whether nobody has the other end of a connection any more; false for a descriptor that is none, or is closed. */
+/* Whether every descriptor of the connection's other end is closed; false if connection_fd is no open descriptor. */
 bool orphan_is(int connection_fd);
 
-/* Has whoever waits for an answer of the userfaultfd ask again. */
+/* Wakes every pending fault of the userfaultfd; the kernel raises each again. */
 void orphan_wake(int uffd);
 
-/* Answers what is asked by now, without waiting: pages that are not there are SIGBUS from then on, pages that are may
-   be written.  0, or -errno once the userfaultfd is of no use. */
+/* Answers the faults that are pending now, without waiting: absent pages become SIGBUS, present ones writable.
+   0, or -errno if the userfaultfd cannot be read any more. */
 int orphan_answer(int uffd);
 
-/* One line to stderr, which nobody waits for. */
+/* Writes one line to stderr without waiting; a full pipe loses it. */
 void orphan_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 #endif
