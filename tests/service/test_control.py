@@ -28,18 +28,24 @@ def test_audit_and_status_are_true_and_quick_while_guests_run_hard(
         Swarm(daemon.uri, "churn", 6, rng, path=str(image)) as swarm,
     ):
         until(lambda: len(daemon.status()["guests"]) == 6)
-        for look in range(400):
+        nr_looks, fewest_faults = 0, 0
+        while nr_looks < 400 or fewest_faults < 100:
+            if nr_looks % 20 == 0:
+                backend.request("evict", image="d")
+            nr_looks += 1
             for op in ("status", "audit"):
                 began = time.monotonic()
                 reply = backend.request(op)
                 longest = max(longest, time.monotonic() - began)
-                assert op == "status" or reply["mismatches"] == []
-            if look % 20 == 0:
-                backend.request("evict", image="d")
+                if op == "status":
+                    guests = reply["status"]["guests"]
+                    fewest_faults = min(guest["hits"] + guest["misses"] for guest in guests)
+                else:
+                    assert reply["mismatches"] == []
         swarm.end()
         results = swarm.results()
     assert [result["wrong"] for result in results] == [0] * 6
-    assert min(result["steps"] for result in results) > 100
+    assert all(result["steps"] for result in results)
     assert longest < SOON_SECONDS
     assert daemon.mismatches() == []
 
