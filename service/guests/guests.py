@@ -13,7 +13,7 @@ import hmac
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Mapping as ReadOnlyDict
 from dataclasses import dataclass, field
 from typing import Final
@@ -328,13 +328,15 @@ class GuestTable:
         transport: str = "unix",
         supply: SupplyTerms | None = None,
         seeds: tuple[int, bytes] | None = None,
+        hold: Callable[[Account], None] | None = None,
     ) -> Mapping:
         """Start answering a mapping; fds are [uffd, pagemap, mem], its own on success only.
 
         inherited memory came over fork: what is private in it is charged. On failure nothing is
         left of the mapping. seeds are private pages that it begins with: a file that has them, and
         their bitmap (Account.seed). With supply its pages are copied into memory of its own; fds
-        may then be [uffd] alone. Raises UsageError for regions that make no sense (Account.place),
+        may then be [uffd] alone. hold is called before anything is answered: an event that is read
+        is in the account alone. Raises UsageError for regions that make no sense (Account.place),
         CapacityError if there is no descriptor, thread or memory for it.
         """
         with contextlib.ExitStack() as stack:
@@ -344,6 +346,8 @@ class GuestTable:
             if seeds is not None:
                 account.seed(*seeds)
             terms = (account.cdata, fds[0], peer.pidfd, orders)
+            if hold is not None:
+                hold(account)
             handler = FaultHandler(*terms) if supply is None else SupplyHandler(*terms, supply)
             stack.callback(handler.stop)
             if inherited:

@@ -19,13 +19,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from cowshed.accounting import Account
 from cowshed.cache import CowshedError, Image, PageStore
 from cowshed.service.guests.bequests import (
     describe_terms,
     find_left,
     terms_of,
 )
-from cowshed.service.guests.guests import GuestTable, Mapping, Peer, Terms
+from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
 from cowshed.service.machines.handshake_peer import HandshakePeer
 from cowshed.service.machines.supplier import Supplier
 from cowshed.service.runtime.logs import EventLog
@@ -59,6 +60,7 @@ class MachineHeir:
     mapping: Mapping
     request: Handshake
     group: str
+    has_pagemap: bool
 
 
 class MachineBequests:
@@ -72,11 +74,22 @@ class MachineBequests:
         peer.record = record_make({"domain": image.domain, "image": image.name})
         return self._hold(_CALLER, [peer.record, peer.fileno()], image, "")
 
-    def hold(self, mapping: Mapping, peer: HandshakePeer, terms: Terms, request: Handshake) -> str:
-        """Have a guest outlive us; the group's name."""
-        mapping.fds.append(record_make(_describe(terms, request)))
-        fds = [*mapping.fds, mapping.account.fd, mapping.guest.purse.fd, peer.fileno()]
-        return self._hold(_SUPPLIED, fds, terms.image, terms.name)
+    def hold(
+        self,
+        guest: Guest,
+        account: Account,
+        fds: list[int],
+        peer: HandshakePeer,
+        request: Handshake,
+    ) -> str:
+        """Have a guest that is to be supplied outlive us; the group's name.
+
+        A record is added to fds, its mapping's. As long as the connection's own group is held too,
+        a successor charges what was in the memory before.
+        """
+        fds.append(record_make(_describe(guest.terms, request)))
+        held = [*fds, account.fd, guest.purse.fd, peer.fileno()]
+        return self._hold(_SUPPLIED, held, guest.terms.image, guest.name)
 
     def _hold(self, prefix: str, fds: list[int], image: Image, guest: str) -> str:
         group = f"{prefix}{secrets.token_hex(8)}"
@@ -150,19 +163,23 @@ class MachineBequests:
         mapping.fds.append(left["record"])
         for name in ("ledger", "purse", "socket"):
             os.close(left[name])
-        return MachineHeir(peer, mapping, request, group)
+        return MachineHeir(peer, mapping, request, group, "pagemap" in left)
 
     def adopt_callers(
         self, remains: Remains, store: PageStore, heirs: Iterable[MachineHeir]
     ) -> list[Caller]:
         """Go on with connections that had handed nothing over yet, but for those of heirs."""
-        attached = {os.fstat(heir.peer.fileno()).st_ino for heir in heirs}
+        attached = {os.fstat(heir.peer.fileno()).st_ino: heir for heir in heirs}
         callers = []
         for group, left in remains.take_all(_CALLER):
             image = None
             if left.keys() == {"record", "socket"}:
                 image = find_left(record_read(left["record"]), store)
-            if image is None or os.fstat(left["socket"]).st_ino in attached:
+                if heir := attached.get(os.fstat(left["socket"]).st_ino):
+                    image = None
+                    if heir.has_pagemap:
+                        _look_at_memory(heir.mapping)
+            if image is None:
                 self._fd_store.release(group)
                 for fd in left.values():
                     os.close(fd)
@@ -171,6 +188,14 @@ class MachineBequests:
             peer.record = left["record"]
             callers.append(Caller(peer, image, group))
         return callers
+
+
+def _look_at_memory(mapping: Mapping) -> None:
+    """Charge what a machine's memory had before: its backend may have died before it did."""
+    try:
+        mapping.account.adopt_private()
+    except OSError as error:
+        _log.warning("unseen-memory", str(error), guest=mapping.guest.name)
 
 
 def _describe(terms: Terms, request: Handshake) -> dict[str, Any]:

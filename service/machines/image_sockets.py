@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from cowshed.accounting import QuotaPolicy
+from cowshed.accounting import Account, QuotaPolicy
 from cowshed.accounting import Region as PlacedRegion
 from cowshed.cache import CowshedError, Image, PeerError, UsageError
 from cowshed.faults import Orders, SupplyHandler
@@ -291,6 +291,12 @@ class ImageSockets:
             PlacedRegion(one.address, one.offset, min(one.length, image.map_bytes - one.offset))
             for one in supply.regions
         ]
+        caller = client.group
+
+        def hold(account: Account) -> None:
+            client.group = self._bequests.hold(guest, account, fds, peer, request)
+            reach("MACHINE_HELD")
+
         try:
             mapping = host.guests.attach(
                 guest,
@@ -302,18 +308,17 @@ class ImageSockets:
                 inherited=pagemap is not None,
                 transport=request.protocol,
                 supply=supply,
+                hold=hold,
             )
         except BaseException:
-            if pagemap is not None:
-                os.close(pagemap)
+            if client.group != caller:
+                self._bequests.release(client.group)
+                client.group = caller
+            for fd in fds[1:]:
+                os.close(fd)
             host.guests.release(guest)
             raise
         reach("MACHINE_ATTACHED")
-        caller, client.group = (
-            client.group,
-            self._bequests.hold(mapping, peer, guest.terms, request),
-        )
-        reach("MACHINE_HELD")
         self._bequests.release(caller)
         peer.close_record()
         self._begin_supply(client, mapping, request)

@@ -149,6 +149,20 @@ def test_a_discard_that_died_with_its_reader_is_not_forgotten(
     assert kept.mismatches() == []
 
 
+@pytest.mark.parametrize("point", [*HANDSHAKE_POINTS, "FAULT_READ"])
+def test_a_discard_in_the_middle_of_the_handshake_is_not_forgotten(
+    kept: Daemon, start_guest: StartGuest, image: Path, point: str
+) -> None:
+    machine = new_machine(kept, start_guest, [SIZE])
+    machine.call("begin_balloon", page=90, nr_pages=600)
+    pid = backend_of(kept)
+    kept.request("point", name=point)
+    machine.call("restore", image=str(image))
+    assert machine.call("compare", nr_threads=2) == []
+    assert backend_of(kept) != pid
+    assert kept.mismatches() == []
+
+
 def test_what_was_lent_is_lent_again_and_what_nobody_has_is_not(
     kept: Daemon, start_guest: StartGuest, image: Path
 ) -> None:

@@ -18,6 +18,7 @@ import json
 import mmap
 import os
 import random
+import select
 import socket
 import struct
 import threading
@@ -295,6 +296,12 @@ class Machine:
                 self.expected[no] = bytes(PAGE_BYTES)
         if libc.madvise(self.address(page), nr_pages * PAGE_BYTES, MADV_DONTNEED):
             raise OSError(ctypes.get_errno(), "madvise")
+
+    def do_begin_balloon(self, page: int, nr_pages: int) -> None:
+        """Give pages back in a thread, which waits until the backend has read of it."""
+        balloon = threading.Thread(target=self.do_balloon, args=(page, nr_pages), daemon=True)
+        balloon.start()
+        select.select([self.uffd], [], [])
 
     def do_churn(self, rounds: int, seed: int, nr_pages: int) -> list[str]:
         """Balloon and use the same pages from two threads; each page has one thread at a time."""
