@@ -56,7 +56,6 @@ class Actor(threading.Thread):
     """
 
     maps = False
-    can_move = True
 
     def __init__(self, world: World, name: str, rng: random.Random) -> None:
         super().__init__(name=name, daemon=True)
@@ -74,6 +73,10 @@ class Actor(threading.Thread):
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
         self._lock = threading.Lock()
+
+    def can_move(self, *, is_same_host: bool) -> bool:
+        """Whether a drain takes it along."""
+        return True
 
     # What others do to it.
 
@@ -381,14 +384,16 @@ class BlockActor(FarActor):
 
 
 class AttachedActor(Actor):
-    """A program under `cowshed attach`. It ends before a drain, as it may not follow each."""
+    """A program under `cowshed attach`. It ends before a drain over a network."""
 
     maps = True
-    can_move = False
 
     def __init__(self, world: World, name: str, rng: random.Random) -> None:
         super().__init__(world, name, rng)
         self.nr_lives = 0
+
+    def can_move(self, *, is_same_host: bool) -> bool:
+        return is_same_host
 
     def _start(self, host: Host) -> None:
         self.nr_lives += 1
@@ -418,13 +423,15 @@ class MachineActor(Actor):
     """
 
     maps = True
-    can_move = False
 
     def __init__(self, world: World, name: str, rng: random.Random, policy: int) -> None:
         super().__init__(world, name, rng)
         self.policy = policy
         self._began = 0.0
         self._is_held = False
+
+    def can_move(self, *, is_same_host: bool) -> bool:
+        return False
 
     def _start(self, host: Host) -> None:
         self._began, self._is_held = time.monotonic(), False

@@ -224,7 +224,7 @@ def _drain(world: World, killed: str, *, post_copy: bool = False) -> None:
     with world.paused():
         world.is_moving = True
         for actor in world.actors:
-            if not actor.can_move:
+            if not actor.can_move(is_same_host=uri == target.unix):
                 actor.kill("killed")
     how = ["--post-copy"] if post_copy else []
     world.note(
