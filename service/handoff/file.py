@@ -157,7 +157,7 @@ class _Export:
 def _watched(
     call: Callable[[], None], report: Callable[[], Body], stopping: threading.Event
 ) -> Iterator[Body]:
-    """Run call in a thread and tell how far it is; raises what it does.
+    """Run call in a thread and tell how far it is, the last time at its end; raises what it does.
 
     Who is not interested any more closes this: stopping is set then, and the call awaited.
     """
@@ -172,8 +172,10 @@ def _watched(
     thread = threading.Thread(target=run, name="export", daemon=True)
     start_thread(thread)
     try:
-        while thread.is_alive():
+        is_over = False
+        while not is_over:
             thread.join(_REPORT_SECONDS)
+            is_over = not thread.is_alive()
             yield {"progress": report()}
     finally:
         stopping.set()
