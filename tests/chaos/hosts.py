@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -39,6 +40,7 @@ class ChaosHost:
         ]
         self._arguments = arguments
         self._keeper_since = 0
+        self._takers: list[subprocess.Popen[bytes]] = []
         self.image = image
         self.daemon = Daemon(run_dir, arguments, before=ENVIRONMENT, kept=True)
         self.daemon.wait_ready()
@@ -76,9 +78,19 @@ class ChaosHost:
         return self.daemon.log().count("event=keeper-changed")
 
     def kill_backend(self) -> int:
-        pid = self.backend_pid
-        os.kill(pid, signal.SIGKILL)
-        return pid
+        """Kill whoever serves here, or is the next to; its number."""
+        killed: list[int] = []
+
+        def is_killed() -> bool:
+            pid = self.backend_pid
+            # One that has just left is named until the next has begun.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            return bool(killed)
+
+        until(is_killed)
+        return killed[0]
 
     def kill_keeper(self) -> None:
         os.kill(self.keeper_pid, signal.SIGKILL)
@@ -93,9 +105,11 @@ class ChaosHost:
         """Start another program that is to serve on; it logs where ours does."""
         words = ["serve", "--run-dir", str(self.run_dir), "--takeover", *self._arguments]
         with self.daemon.log_path.open("ab") as log:
-            return subprocess.Popen(
+            taker = subprocess.Popen(
                 [*ENVIRONMENT, *command(*words)], stdout=log, stderr=log, start_new_session=True
             )
+        self._takers.append(taker)
+        return taker
 
     def is_taken_over_by(self, taker: subprocess.Popen[bytes]) -> bool:
         """Whether that program's backend serves."""
@@ -110,6 +124,13 @@ class ChaosHost:
         self.daemon.process.wait(60)
         self._keeper_since = len(self.daemon.log())
         self.daemon.process, self.daemon.pid = taker, taker.pid
+
+    def end(self) -> None:
+        """Leave nothing of it, wherever it was."""
+        self.daemon.end()
+        for taker in self._takers:
+            taker.kill()
+            taker.wait()
 
     def request(self, op: str, **fields: Any) -> dict[str, Any]:
         with connect(self.unix) as backend:

@@ -49,7 +49,7 @@ def test_no_guest_sees_a_wrong_byte_an_error_or_an_endless_wait(
             for actor in world.actors:
                 actor._end_process()
             for host in world.hosts:
-                host.daemon.end()
+                host.end()
 
 
 def _run(world: World) -> None:
