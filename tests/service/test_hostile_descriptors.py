@@ -124,6 +124,8 @@ def test_what_a_file_is_can_be_told_without_asking_its_server(tmp_path: Path) ->
 @contextlib.contextmanager
 def closers_full(monkeypatch: pytest.MonkeyPatch, nr: int) -> Iterator[None]:
     """Have as many descriptors wait to be closed as may, nr of them."""
+    monkeypatch.setattr(foreign_fds, "_MAX_WAITING", 1)
+    until(lambda: not foreign_fds.is_full())  # what others gave is closed
     monkeypatch.setattr(foreign_fds, "_MAX_WAITING", nr)
     with contextlib.ExitStack() as stack:
         for _ in range(nr):
