@@ -257,4 +257,4 @@ def test_half_open_clients_leave_nothing_behind(site: Site, neighbour: Client) -
         return sum(link.startswith("socket:") for link in links) <= 5
 
     until(alone)
-    until(lambda: site.daemon.nr_threads() <= threads)  # idle ones of a pool end
+    site.daemon.until_threads_end(threads)

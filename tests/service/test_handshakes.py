@@ -106,7 +106,7 @@ def test_garbage_of_every_kind_costs_the_connection(
                     sock.sendmsg([junk], rights(fds))
     os.close(null)
     until(lambda: guests_are(daemon))
-    until(lambda: daemon.nr_threads() <= threads)  # idle ones of a pool end
+    daemon.until_threads_end(threads)
 
 
 def rights(fds: list[int]) -> list[tuple[int, int, Any]]:

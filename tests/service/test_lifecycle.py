@@ -57,7 +57,7 @@ def test_10000_comings_and_goings_leave_nothing_behind(
     fds, threads, bytes_before = come_and_go(250)
     fds_after, _, bytes_after = come_and_go(2250)
     assert fds_after == fds
-    until(lambda: daemon.nr_threads() <= threads)  # idle ones of a pool end
+    daemon.until_threads_end(threads)
     assert bytes_after < bytes_before + 4 * MIB
     assert daemon.request("evict", image="d")["kept_bytes"] == 0
     assert os.stat(daemon.frames_path()).st_blocks == 0

@@ -25,6 +25,7 @@ from cowshed.transport import Backend, connect
 SUPPORT = Path(__file__).parent
 NOBODY = 65534
 ANSWER_SECONDS = 60
+_NR_LOOKS = 2  # as many threads may look at once in a daemon of one image
 # In the daemon's log, of either form, once it listens.
 SERVING = re.compile(rb'event=serving |"event": "serving"')
 
@@ -122,6 +123,14 @@ class Daemon:
 
     def nr_threads(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/task"))
+
+    def until_threads_end(self, nr_before: int) -> None:
+        """Wait until it has no more threads than before.
+
+        The threads that look at the image's source and at the sockets do not count: one thread may
+        do both, or each has one, by how the two looks overlap.
+        """
+        until(lambda: self.nr_threads() <= nr_before + _NR_LOOKS)
 
     def resident_set_bytes(self) -> int:
         """What it takes of memory for itself, without the images' frames."""
