@@ -34,7 +34,7 @@ export PYTHON
 # daemon takes to start and end.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo demo-vm test test-quick check dashboards format bench fuzz sanitize wheel clean links
+.PHONY: help setup demo demo-vm test test-quick check dashboards stubs format bench fuzz sanitize wheel clean links
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -70,6 +70,7 @@ test-quick: setup ## what to run after an edit: all but the tests of whole syste
 check: setup links ## lint, types, import contract, C warnings, dashboards and rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/core_stub.py --check
 	$(BIN)/mypy $(addprefix -p cowshed.,$(PACKAGES)) -p dashboards
 	$(BIN)/lint-imports --no-logo --cache-dir build/import-linter
 	$(BIN)/python -m dashboards.build --check
@@ -89,6 +90,9 @@ links:
 
 dashboards: setup ## write dashboards/generated/ from dashboards/*.py
 	@$(BIN)/python -m dashboards.build
+
+stubs: setup ## write the C extensions' typed stubs from their headers
+	@$(BIN)/python tools/core_stub.py
 
 format: setup ## lay out the Python code
 	@$(BIN)/ruff check -q --fix-only .

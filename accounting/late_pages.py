@@ -60,7 +60,7 @@ class LatePages:
 
         Readable when pages are wanted, or none is late any more; take_wanted() makes it silent.
         """
-        return max(-1, int(lib.overlay_late_fd(self._overlay.cdata)))
+        return max(-1, lib.overlay_late_fd(self._overlay.cdata))
 
     @property
     def nr_left(self) -> int:
@@ -81,7 +81,7 @@ class LatePages:
     @property
     def nr_lost(self) -> int:
         """How many late pages are lost."""
-        return int(lib.overlay_nr_lost(self._overlay.cdata))
+        return lib.overlay_nr_lost(self._overlay.cdata)
 
     @property
     def _label(self) -> str:

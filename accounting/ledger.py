@@ -9,14 +9,17 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from cowshed.accounting.purse import Purse, QuotaPolicy
 from cowshed.cache import Image, InvariantError, PeerError, UsageError
 from cowshed.cache._core import ffi, lib
-from cowshed.cache.calls import checked
+from cowshed.cache.calls import CLOSED, checked
 from cowshed.cache.counters import Counters
 from cowshed.cache.images import PAGE_BYTES
+
+if TYPE_CHECKING:
+    from cowshed.cache._core import StructAccountStatus
 
 __all__ = [
     "MAX_REGIONS",
@@ -118,7 +121,7 @@ class AccountStatus:
     counters: AccountCounters
 
     @classmethod
-    def of(cls, status: Any) -> AccountStatus:
+    def of(cls, status: StructAccountStatus) -> AccountStatus:
         """Take a copy of a C struct account_status."""
         return cls(
             granted_extents=status.granted_extents,
@@ -169,12 +172,12 @@ class Account:
     @property
     def fd(self) -> int:
         """The memfd that the account is in, for who comes after this process. Borrowed."""
-        return int(lib.account_fd(self.cdata))
+        return lib.account_fd(self.cdata)
 
     @property
     def number(self) -> int:
         """Its AccountStatus.account_no."""
-        return int(lib.account_number(self.cdata))
+        return lib.account_number(self.cdata)
 
     def place(self, uffd: int, pagemap_fd: int, regions: Sequence[Region]) -> None:
         """Say where the mapping is; the descriptors are borrowed until close().
@@ -224,9 +227,9 @@ class Account:
 
     def close(self) -> None:
         """Return every grant and charge; the guest's fault thread must have been stopped."""
-        if self.cdata is not None:
+        if self.cdata is not CLOSED:
             lib.account_close(self.cdata)
-            self.cdata = None
+            self.cdata = CLOSED
 
     def status(self) -> AccountStatus:
         """Read the account; private_pages may be ahead of the kernel by charges not settled."""
@@ -246,7 +249,7 @@ class Account:
 
         Its faults are being answered. OSError if its memory cannot be looked at.
         """
-        result = int(lib.account_adopt_private(self.cdata))
+        result = lib.account_adopt_private(self.cdata)
         if result < 0:
             raise OSError(-result, "looking at inherited memory")
         return result
@@ -296,7 +299,7 @@ class Account:
     @property
     def seeds_fd(self) -> int:
         """The file with the seeds that are not in the guest's memory yet, or -1. Borrowed."""
-        return int(lib.account_seeds_fd(self.cdata))
+        return lib.account_seeds_fd(self.cdata)
 
     def seeded_bitmap(self) -> bytes:
         """Copy the bitmap of private pages that are in the seeds' file only."""
@@ -313,7 +316,7 @@ class Account:
         The same number. Waits for each account; writes wait meanwhile, for microseconds per GiB.
         """
         used = ffi.new("uint64_t *")
-        counted = int(lib.account_purse_pages(self.cdata, used))
+        counted = lib.account_purse_pages(self.cdata, used)
         return counted, int(used[0])
 
     def add_grants(self, refs: array[int]) -> None:

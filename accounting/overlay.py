@@ -9,13 +9,16 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from cowshed.accounting.ledger import Account
 from cowshed.cache import InvariantError, SourceError, UsageError
 from cowshed.cache._core import ffi, lib
-from cowshed.cache.calls import checked
+from cowshed.cache.calls import CLOSED, checked
 from cowshed.cache.images import PAGE_BYTES
+
+if TYPE_CHECKING:
+    from cowshed.cache._core import Array, StructOverlay
 
 __all__ = ["Overlay", "OverlaySums"]
 
@@ -43,7 +46,7 @@ class Overlay:
     "allow" only counts.
     """
 
-    def __init__(self, account: Account, cdata: Any = None) -> None:
+    def __init__(self, account: Account, cdata: StructOverlay | None = None) -> None:
         """Open an empty one in memory; files() gives one that outlives the process."""
         if cdata is None:
             overlay = ffi.new("struct overlay **")
@@ -134,15 +137,15 @@ class Overlay:
 
         With files, SourceError if what was not flushed yet could not be.
         """
-        if self.cdata is not None:
-            cdata, self.cdata = self.cdata, None
+        if self.cdata is not CLOSED:
+            cdata, self.cdata = self.cdata, CLOSED
             checked(
                 lib.overlay_close(cdata), f"closing an overlay over {self.account.image.name!r}"
             )
 
     def discard(self) -> None:
         """Give every private page back: from now on it reads as the image does."""
-        if self.cdata is None:
+        if self.cdata is CLOSED:
             raise UsageError("the overlay is closed; nothing is left to discard")
         checked(
             lib.overlay_discard(self.cdata),
@@ -152,7 +155,7 @@ class Overlay:
     @property
     def fd(self) -> int:
         """The memfd or file with the private pages, each at its place in the image. Borrowed."""
-        return int(lib.overlay_fd(self.cdata))
+        return lib.overlay_fd(self.cdata)
 
     def track(self, on: bool) -> None:
         """Begin to follow what is written, or end that; at first all private pages are dirty."""
@@ -206,7 +209,7 @@ class Overlay:
             in_hand=sums.in_hand_pages,
         )
 
-    def _bitmap(self, read: Callable[[Any, Any, int], int]) -> bytes:
+    def _bitmap(self, read: Callable[[StructOverlay, Array[int], int], int]) -> bytes:
         words = array("Q", bytes(8 * ((self.account.image.nr_pages + 63) // 64)))
         checked(
             read(self.cdata, ffi.from_buffer("uint64_t[]", words), len(words)),

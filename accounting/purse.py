@@ -10,7 +10,7 @@ from typing import Final, Self
 
 from cowshed.cache import InvariantError, UsageError
 from cowshed.cache._core import ffi, lib
-from cowshed.cache.calls import checked
+from cowshed.cache.calls import CLOSED, checked
 from cowshed.cache.images import PAGE_BYTES
 
 __all__ = ["NO_QUOTA_BYTES", "Purse", "PurseStatus", "QuotaPolicy"]
@@ -63,14 +63,14 @@ class Purse:
 
     def close(self) -> None:
         """Let go of it; accounts that were opened with it keep it."""
-        if self.cdata is not None:
+        if self.cdata is not CLOSED:
             lib.purse_close(self.cdata)
-            self.cdata = None
+            self.cdata = CLOSED
 
     @property
     def fd(self) -> int:
         """The memfd that holds it, the purse's own."""
-        return int(lib.purse_fd(self.cdata))
+        return lib.purse_fd(self.cdata)
 
     def set_quota(self, quota_bytes: int, policy: QuotaPolicy) -> None:
         """Change the quota; who is stopped at it must be resumed by its fault handler."""

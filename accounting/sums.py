@@ -58,7 +58,7 @@ class Latency:
         for bucket, nr in enumerate(self.counts):
             seen += nr
             if nr and seen >= wanted:
-                return int(lib.bucket_bound_ns(bucket))
+                return lib.bucket_bound_ns(bucket)
         return 0
 
 
@@ -96,7 +96,7 @@ def sum_accounts(image: Image) -> AccountSums:
 
 def read_latency(accounts: Iterable[Account], kind: LatencyKind) -> Latency:
     """Add up the histograms of several accounts."""
-    counts = ffi.new(f"uint64_t[{lib.LATENCY_BUCKETS}]")
+    counts = ffi.new("uint64_t[]", lib.LATENCY_BUCKETS)
     sum_ns = ffi.new("uint64_t *")
     for account in accounts:
         checked(lib.account_latency(account.cdata, kind, counts, sum_ns), "reading latencies")
@@ -108,7 +108,7 @@ def read_accounts(image: Image) -> dict[int, AccountStatus]:
     room = _MORE_ACCOUNTS
     while True:
         statuses = ffi.new("struct account_status[]", room)
-        nr = int(lib.account_read_all(image.cdata, statuses, room))
+        nr = lib.account_read_all(image.cdata, statuses, room)
         if nr <= room:
             return {
                 status.account_no: status

@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Any, Final
 
 from cowshed.cache.errors import CapacityError, InvariantError, SourceError, UsageError
+
+# Stands in for a handle that was closed. The C core refuses it with a TypeError: it is no pointer.
+CLOSED: Final[Any] = None
 
 _KINDS: dict[int, type[Exception]] = {
     errno.EINVAL: UsageError,

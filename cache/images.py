@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
@@ -20,6 +20,7 @@ from cowshed.cache.counters import Counters
 from cowshed.cache.sources import FileSource, SourceAtPath
 
 if TYPE_CHECKING:
+    from cowshed.cache._core import Array, StructImage
     from cowshed.cache.store import PageStore
 
 __all__ = [
@@ -104,7 +105,7 @@ class Image:
     """
 
     def __init__(
-        self, store: PageStore, name: str, source: FileSource, cdata: Any, domain: str
+        self, store: PageStore, name: str, source: FileSource, cdata: StructImage, domain: str
     ) -> None:
         shape = ffi.new("struct image_shape *")
         lib.image_shape(cdata, shape)
@@ -136,22 +137,22 @@ class Image:
     @property
     def guest_fd(self) -> int:
         """The frames, read-only: what guests are handed. Borrowed."""
-        return int(lib.image_guest_fd(self.cdata))
+        return lib.image_guest_fd(self.cdata)
 
     @property
     def frames_fd(self) -> int:
         """The frames, read-write: for audits. Borrowed."""
-        return int(lib.image_frames_fd(self.cdata))
+        return lib.image_frames_fd(self.cdata)
 
     @property
     def arrays_fd(self) -> int:
         """What is known of the extents: for who comes after this process. Borrowed."""
-        return int(lib.image_arrays_fd(self.cdata))
+        return lib.image_arrays_fd(self.cdata)
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of frames in RESIDENT extents."""
-        return int(lib.image_resident_pages(self.cdata)) * PAGE_BYTES
+        return lib.image_resident_pages(self.cdata) * PAGE_BYTES
 
     @property
     def read_wait_seconds(self) -> float:
@@ -161,7 +162,7 @@ class Image:
     @property
     def generation(self) -> int:
         """Changes whenever any extent's state does: two equal readings enclose a quiet time."""
-        return int(lib.image_generation(self.cdata))
+        return lib.image_generation(self.cdata)
 
     def counters(self) -> ImageCounters:
         """Read the counters, at no one instant."""
@@ -214,7 +215,7 @@ class Image:
         )
         return bytes(touches)
 
-    def _counts(self, read: Any) -> array[int]:
+    def _counts(self, read: Callable[[StructImage, int, int, Array[int]], int]) -> array[int]:
         counts = array("I", bytes(4 * self.nr_extents))
         checked(
             read(self.cdata, 0, self.nr_extents, ffi.from_buffer("uint32_t[]", counts)),

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Final
 
 from cowshed.cache._core import ffi, lib
-from cowshed.cache.calls import checked
+from cowshed.cache.calls import CLOSED, checked
 from cowshed.cache.counters import Counters
 from cowshed.cache.errors import CapacityError, UsageError
 from cowshed.cache.images import DEFAULT_DOMAIN, PAGE_BYTES, Image, ImageRemains, image_label
@@ -97,7 +97,7 @@ class PageStore:
 
     def cancel_loads(self) -> None:
         """End every wait for a load with an error, now and from now on; for the end."""
-        if self._store is not None:
+        if self._store is not CLOSED:
             lib.store_cancel_loads(self._store)
 
     def stop(self, timeout_seconds: float) -> bool:
@@ -109,13 +109,13 @@ class PageStore:
 
     def close(self) -> None:
         """Close every image and end the loaders; UsageError if a guest is still attached."""
-        if self._store is None or self._is_left:
+        if self._store is CLOSED or self._is_left:
             return
         closed = [self._close_image(image) for image in list(self._images.values())]
         if not all(closed):
             return
         checked(lib.store_deinit(self._store), "closing the page store")
-        self._store = None
+        self._store = CLOSED
 
     def leave(self) -> None:
         """Have close() do nothing: a thread that hangs uses an image, until the process ends."""
@@ -210,12 +210,12 @@ class PageStore:
     @property
     def pressure_fd(self) -> int:
         """An eventfd: readable when room is short. Borrowed."""
-        return int(lib.store_pressure_fd(self._store))
+        return lib.store_pressure_fd(self._store)
 
     @property
     def notice_fd(self) -> int:
         """An eventfd: readable when a guest stopped at its quota or broke. Borrowed."""
-        return int(lib.store_notice_fd(self._store))
+        return lib.store_notice_fd(self._store)
 
     @property
     def resident_bytes(self) -> int:

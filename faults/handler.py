@@ -6,12 +6,15 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cowshed.cache import PeerError, UsageError
 from cowshed.cache._core import ffi, lib
-from cowshed.cache.calls import checked
+from cowshed.cache.calls import CLOSED, checked
 from cowshed.cache.images import PAGE_BYTES
+
+if TYPE_CHECKING:
+    from cowshed.cache._core import StructAccount, StructGuestOrders
 
 __all__ = ["FaultHandler", "Orders", "uffd_features"]
 
@@ -46,7 +49,7 @@ def _check_window(what: str, window_bytes: int, max_pages: int) -> None:
 
 def uffd_features() -> int:
     """The UFFD_FEATURE_* bits that a guest's userfaultfd must have been made with."""
-    return int(lib.guest_uffd_features())
+    return lib.guest_uffd_features()
 
 
 class FaultHandler:
@@ -56,7 +59,7 @@ class FaultHandler:
     gets SIGBUS under QuotaPolicy.KILL, or -1.
     """
 
-    def __init__(self, account: Any, uffd: int, pidfd: int, orders: Orders) -> None:
+    def __init__(self, account: StructAccount, uffd: int, pidfd: int, orders: Orders) -> None:
         guest = ffi.new("struct guest **")
         checked(
             lib.guest_start(account, uffd, pidfd, corders(orders), guest),
@@ -67,9 +70,9 @@ class FaultHandler:
 
     def stop(self) -> None:
         """Join the thread; what its guest still waits for is never answered by it."""
-        if self._guest is not None:
+        if self._guest is not CLOSED:
             lib.guest_stop(self._guest)
-            self._guest = None
+            self._guest = CLOSED
 
     def spoil(self) -> None:
         """Have what the guest does not have be SIGBUS for it: nobody will answer it, nor its guard.
@@ -117,7 +120,7 @@ def _check_tracked(result: int, what: str) -> None:
     checked(result, what)
 
 
-def corders(orders: Orders) -> Any:
+def corders(orders: Orders) -> StructGuestOrders:
     """Give the C struct of orders."""
     return ffi.new(
         "struct guest_orders *",

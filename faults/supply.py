@@ -6,12 +6,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
 from cowshed.cache.images import PAGE_BYTES
 from cowshed.faults.handler import FaultHandler, Orders, corders
+
+if TYPE_CHECKING:
+    from cowshed.cache._core import StructAccount
 
 __all__ = ["ShareAllowance", "SupplyHandler", "SupplyRegion", "SupplyTerms"]
 
@@ -66,7 +69,7 @@ class SupplyHandler(FaultHandler):
     """Answers one supplied guest's faults until stop(). The descriptors are borrowed until then."""
 
     def __init__(
-        self, account: Any, uffd: int, pidfd: int, orders: Orders, terms: SupplyTerms
+        self, account: StructAccount, uffd: int, pidfd: int, orders: Orders, terms: SupplyTerms
     ) -> None:
         regions = ffi.new("struct supply_region[]", len(terms.regions))
         for place, region in zip(regions, terms.regions, strict=True):
@@ -100,7 +103,7 @@ class SupplyHandler(FaultHandler):
     @property
     def share_fd(self) -> int:
         """An eventfd that is raised when extents wait to be told of, or -1; the handler's own."""
-        return int(lib.supply_share_fd(self._guest))
+        return lib.supply_share_fd(self._guest)
 
     def take_shared(self) -> list[tuple[int, int]]:
         """Take runs that wait to be told of, in order: offset and length in bytes; not too many.

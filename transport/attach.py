@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.errors import PeerError, UsageError
@@ -14,6 +14,9 @@ from cowshed.transport.connection import Connection
 from cowshed.transport.exchange import ask, ask_for_fds, close_all
 from cowshed.transport.messages import take_number, take_text
 from cowshed.transport.protocol import Body
+
+if TYPE_CHECKING:
+    from cowshed.cache._core import StructRegion
 
 PAGE_BYTES: Final = 4096
 
@@ -53,7 +56,7 @@ class Attached:
     The digest is "" while the backend does not know it.
     """
 
-    region: Any
+    region: StructRegion
     size_bytes: int
     extent_bytes: int
     digest: str
@@ -97,7 +100,7 @@ def _open(connection: Connection, request: Body) -> tuple[Attached, int]:
         close_all(fds)
 
 
-def _hand_over(connection: Connection, region: Any, map_bytes: int, **more: bool) -> None:
+def _hand_over(connection: Connection, region: StructRegion, map_bytes: int, **more: bool) -> None:
     """Tell the backend of a region, which is a struct region."""
     where = {"address": int(ffi.cast("uintptr_t", region.address)), "length": map_bytes}
     own = (region.uffd, region.pagemap_fd, region.mem_fd)

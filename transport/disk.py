@@ -37,6 +37,8 @@ from cowshed.transport.protocol import Body
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+    from cowshed.cache._core import Pointer, StructRegion
+
 # Between two of these a long read or write looks at signals, so that Ctrl-C ends it.
 _SLICE_BYTES: Final = 64 << 20
 _CLOSE_SECONDS: Final = 5.0
@@ -289,9 +291,9 @@ class Disk:
     def _copy(
         self,
         what: str,
-        copy: Callable[[Any, int, Any, int], int],
+        copy: Callable[[StructRegion, int, Pointer[bytes], int], int],
         offset: int,
-        ours: Any,
+        ours: Pointer[bytes],
         length: int,
     ) -> bool:
         """Copy; False if it is to be done anew, by bytes."""

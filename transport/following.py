@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.errors import PeerError, UsageError
@@ -23,6 +23,7 @@ from cowshed.transport.messages import MovedError
 from cowshed.transport.network_disk import open_by_bytes
 
 if TYPE_CHECKING:
+    from cowshed.cache._core import StructFollower
     from cowshed.transport.attach import Attached
     from cowshed.transport.protocol import Body
 
@@ -85,7 +86,7 @@ class Following:
                 f"cannot start a thread to listen to the backend of guest {self._guest!r} "
                 f"({os.strerror(-err)}); allow more (ulimit -u)"
             )
-        self._follower: Any = follower[0]
+        self._follower: StructFollower | None = follower[0]
 
     def stop(self) -> None:
         """Follow no more; the region is left as it is. Does nothing twice."""

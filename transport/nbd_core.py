@@ -13,12 +13,15 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from cowshed.cache import Image
 from cowshed.cache._core import ffi, lib
-from cowshed.cache.calls import checked
+from cowshed.cache.calls import CLOSED, checked
 from cowshed.cache.counters import Counters
+
+if TYPE_CHECKING:
+    from cowshed.cache._core import StructOverlay
 
 __all__ = [
     "Ended",
@@ -96,7 +99,7 @@ class NbdServer:
     @property
     def event_fd(self) -> int:
         """Borrowed."""
-        return int(lib.nbd_event_fd(self.cdata))
+        return lib.nbd_event_fd(self.cdata)
 
     def attach(
         self,
@@ -164,16 +167,18 @@ class NbdServer:
 
     def close(self) -> None:
         """End every connection, then the threads; UsageError while an export is open."""
-        if self.cdata is not None:
+        if self.cdata is not CLOSED:
             self.drain()
             checked(lib.nbd_server_deinit(self.cdata), "ending the NBD threads")
-            self.cdata = None
+            self.cdata = CLOSED
 
 
 class NbdExport:
     """An image for NBD's clients: read-only, or with an overlay (accounting.Overlay's cdata)."""
 
-    def __init__(self, server: NbdServer, image: Image, overlay: Any = None) -> None:
+    def __init__(
+        self, server: NbdServer, image: Image, overlay: StructOverlay | None = None
+    ) -> None:
         export = ffi.new("struct nbd_export **")
         checked(
             lib.nbd_export_init(
@@ -186,9 +191,9 @@ class NbdExport:
 
     def close(self) -> None:
         """Give it up; UsageError, and nothing done, while a connection uses it."""
-        if self.cdata is not None:
+        if self.cdata is not CLOSED:
             checked(lib.nbd_export_deinit(self.cdata), f"closing an export of {self.image.name!r}")
-            self.cdata = None
+            self.cdata = CLOSED
 
     def counters(self) -> NbdCounters:
         """What its clients did, at no one instant; an overlay's are adopted with its account."""

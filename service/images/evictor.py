@@ -39,11 +39,11 @@ class _StoreHeat:
 
     def take_touches(self, key: ExtentKey) -> int:
         image = self._store.image(key[0])
-        return int(lib.image_take_touches(image.cdata, key[1])) if image else 0
+        return lib.image_take_touches(image.cdata, key[1]) if image else 0
 
     def refs(self, key: ExtentKey) -> int:
         image = self._store.image(key[0])
-        return int(lib.image_extent_refs(image.cdata, key[1])) if image else 0
+        return lib.image_extent_refs(image.cdata, key[1]) if image else 0
 
     def evictable(self, key: ExtentKey) -> bool:
         image = self._store.image(key[0])

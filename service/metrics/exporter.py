@@ -66,7 +66,7 @@ _Values = dict[tuple[str, ...], float]
 # The core's histogram has four buckets to each power of two, of nanoseconds: every fourth is shown.
 _BOUNDS_NS: Final = [1 << exponent for exponent in range(10, 34)]
 _BUCKETS: Final = [
-    [int(lib.bucket_bound_ns(no)) for no in range(lib.LATENCY_BUCKETS)].index(bound_ns)
+    [lib.bucket_bound_ns(no) for no in range(lib.LATENCY_BUCKETS)].index(bound_ns)
     for bound_ns in _BOUNDS_NS
 ]
 
