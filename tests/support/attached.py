@@ -53,17 +53,11 @@ class AttachedReader(Guest):
     """A reader.py under cowshed attach; its process is the one that was started."""
 
     def __init__(self, attached: Attached, name: str, options: Sequence[str] = ()) -> None:
-        self.process = subprocess.Popen(
-            attached.words(
-                *("python3", ROOM / "reader.py", "{image}", attached.copy),
-                options=("--guest", name, *options),
-            ),
-            env=plain_environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+        words = attached.words(
+            *("python3", ROOM / "reader.py", "{image}", attached.copy),
+            options=("--guest", name, *options),
         )
-        self.pid = self.process.pid
-        self.finish()
+        self._run(words, plain_environment())
 
 
 def serve_one(run_dir: Path) -> Attached:

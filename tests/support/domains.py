@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -212,14 +212,21 @@ class Guest:
         before: Sequence[str] = (),
     ) -> None:
         words = [*before, sys.executable, str(SUPPORT / script), uri]
+        self._run(words + ([] if uid is None else [str(uid)]), plain_environment())
+
+    def _run(self, words: list[str], environment: dict[str, str]) -> None:
         self.process = subprocess.Popen(
-            words + ([] if uid is None else [str(uid)]),
-            env=plain_environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self.pid = self.process.pid
         self.finish()
+
+    @classmethod
+    def of(cls, words: list[str], environment: dict[str, str] | None = None) -> Self:
+        """Run a command that takes the same orders."""
+        guest = cls.__new__(cls)
+        guest._run(words, plain_environment() if environment is None else environment)
+        return guest
 
     def start(self, do: str, **fields: Any) -> None:
         """Give an order without waiting for its answer."""
