@@ -66,7 +66,8 @@ int64_t evict_extents(struct image *image, uint32_t *extents, uint64_t nr, int r
 	punch_runs(image, extents, nr_going);
 	point_reach(POINT_EVICT_REVOKE);
 	revoke_grants(image, extents, nr_going);
-	atomic_fetch_add(reason == EVICT_PRESSURE ? &image->totals->evictions_pressure : &image->totals->evictions_request,
+	atomic_fetch_add(reason == EVICT_PRESSURE ? &image->totals->evictions_pressure
+	                                          : &image->totals->evictions_request,
 	                 nr_going);
 	store_end_evict(image, extents, nr_going);
 	return (int64_t)nr_going;

@@ -7,7 +7,8 @@
 
 /* cdef-begin */
 /* Evicts those of nr extents that are resident, unpinned and idle; moves them to the front of the array; how
- * many.  reason: enum evict_reason, to be counted by.  Cost: a punch for each run of neighbours, which walks every guest's mapping of it. */
+ * many.  reason: enum evict_reason, to be counted by.  Cost: a punch for each run of neighbours, which walks every
+ * guest's mapping of it. */
 int64_t evict_extents(struct image *image, uint32_t *extents, uint64_t nr, int reason);
 /* cdef-end */
 

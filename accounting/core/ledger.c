@@ -112,8 +112,8 @@ int account_open(struct image *image, struct purse *purse, struct account **acco
 }
 
 /*
- * Nobody else knows the account yet.  Its guest waits for this, and most words of a large image are zero in every bitmap:
- * those are looked at with plain loads, and nothing is written to them, which would take memory for them too.
+ * Nobody else knows the account yet.  Its guest waits for this, and most words of a large image are zero in every
+ * bitmap: those are looked at with plain loads, and nothing is written to them, which would take memory for them too.
  */
 static void mend_pages(struct account *account)
 {

@@ -49,29 +49,29 @@ struct account_counters {
 	uint64_t discarded_pages; /* private pages the guest gave back */
 	uint64_t mapped_pages;    /* mapped into the guest, asked for or ahead */
 	uint64_t poisoned_pages, repaired_pages;
-	uint64_t quota_stops;     /* times the guest came to a stop at its quota */
-	uint64_t retries;         /* answers put off because the guest's memory was changing */
-	uint64_t stopped_ns;      /* time spent stopped at the quota; in an account_status up to now */
+	uint64_t quota_stops; /* times the guest came to a stop at its quota */
+	uint64_t retries;     /* answers put off because the guest's memory was changing */
+	uint64_t stopped_ns;  /* time spent stopped at the quota; in an account_status up to now */
 };
 
 struct account_status {
 	uint64_t granted_extents;
-	uint64_t private_pages; /* charged now */
-	uint64_t quota_pages;   /* of the purse, as the policy is */
+	uint64_t private_pages;    /* charged now */
+	uint64_t quota_pages;      /* of the purse, as the policy is */
 	uint64_t stopped_since_ns; /* CLOCK_MONOTONIC, 0: running */
 	uint32_t policy;
-	int32_t broken; /* -errno once its memory can't be served any more */
+	int32_t broken;  /* -errno once its memory can't be served any more */
 	uint32_t frozen; /* 1: nothing of it is written until it is thawed */
 	uint32_t spare;
 	uint64_t seeded_pages; /* of the private ones, those that its memory has not got yet */
-	uint64_t account_no; /* of no other account of this process, ever */
+	uint64_t account_no;   /* of no other account of this process, ever */
 	struct account_counters counters;
 };
 
 /* All accounts of one image together.  What counts up counts those that were closed, too. */
 struct account_sums {
-	uint64_t private_pages; /* charged now */
-	uint64_t cow_pages;     /* private copies ever made; never less than an earlier reading, see account_sum */
+	uint64_t private_pages;    /* charged now */
+	uint64_t cow_pages;        /* private copies ever made; never less than an earlier reading, see account_sum */
 	uint64_t closed_cow_pages; /* of accounts that were closed */
 	struct account_counters counters;
 	uint64_t latency_sum_ns[LATENCY_NR];
@@ -148,11 +148,12 @@ struct ledger_header {
 	_Atomic uint64_t served[LEDGER_SERVED_WORDS]; /* transport's: what was done for the clients of an overlay */
 	_Atomic uint32_t supplied; /* its pages are copied into it, and discarded is what became zero, not a doubt */
 	uint32_t spare;
-	/* faults': messages are read to here, and an event stays until it is seen to: no death loses one.  See guest.c. */
+	/* faults': messages are read to here, and an event stays until it is seen to: no death loses one.  See guest.c.
+	 */
 	uint64_t inbox[LEDGER_INBOX_WORDS];
 };
-_Static_assert(sizeof(struct ledger_header) == sizeof(struct shared_regions) +
-                                                       8 * (9 + COUNTS_NR + LATENCY_NR * (1 + LATENCY_BUCKETS) +
+_Static_assert(sizeof(struct ledger_header) ==
+                       sizeof(struct shared_regions) + 8 * (9 + COUNTS_NR + LATENCY_NR * (1 + LATENCY_BUCKETS) +
                                                             LEDGER_SERVED_WORDS + 1 + LEDGER_INBOX_WORDS),
                "the layout is shared: a change needs a new LEDGER_LAYOUT");
 
@@ -169,8 +170,8 @@ _Static_assert(sizeof(struct account_past) <= 8 * IMAGE_PAST_WORDS, "an image ha
  * Invariants: (1) granted_extents is the number of granted bits, each counted in the image's refs;
  * (2) private_pages is the number of private bits, each taken from the purse; (3) unsettled is a subset of private.
  * (4) seeded is a subset of private, and disjoint from unsettled; (5) while dirty is not NULL, every private page that
- * the guest can write without a fault is dirty.  (2) to (5) change only under write_lock; so do the regions, and only in
- * the guest's fault thread.
+ * the guest can write without a fault is dirty.  (2) to (5) change only under write_lock; so do the regions, and only
+ * in the guest's fault thread.
  */
 struct account {
 	struct account *next; /* in image->accounts */
@@ -182,7 +183,7 @@ struct account {
 	int ledger_fd, uffd, pagemap_fd;
 	bool supplied; /* its pages are copied into it, not mapped */
 	bits_word *granted, *private, *unsettled, *discarded, *unmapped, *poisoned, *seeded;
-	bits_word *dirty;  /* NULL: private pages are not followed */
+	bits_word *dirty; /* NULL: private pages are not followed */
 	bool thaw_ends_tracking;
 	const char *seeds; /* the seeds' source, mapped as long as there are any */
 	int seeds_fd;

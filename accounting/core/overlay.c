@@ -173,7 +173,8 @@ int overlay_punch(struct overlay *overlay, uint64_t first, uint64_t nr)
 {
 	int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
 
-	return fallocate(overlay->data_fd, mode, (off_t)(first << PAGE_SHIFT), (off_t)(nr << PAGE_SHIFT)) < 0 ? -errno : 0;
+	return fallocate(overlay->data_fd, mode, (off_t)(first << PAGE_SHIFT), (off_t)(nr << PAGE_SHIFT)) < 0 ? -errno
+	                                                                                                      : 0;
 }
 
 static int data_write(struct overlay *overlay, uint64_t offset, uint64_t length, const uint8_t *bytes)
@@ -423,7 +424,8 @@ uint64_t overlay_status_run(struct overlay *overlay, uint64_t offset, uint64_t l
 	if (overlay_has_late(overlay)) { /* of which nothing is known */
 		const bits_word *late = overlay->account->seeded;
 		bool is_late = bits_test(late, page);
-		uint64_t next = is_late ? bits_next_clear(late, page, nr_pages_of(end)) : bits_next(late, page, nr_pages_of(end));
+		uint64_t next = is_late ? bits_next_clear(late, page, nr_pages_of(end))
+		                        : bits_next(late, page, nr_pages_of(end));
 
 		if (next > page && next << PAGE_SHIFT < end)
 			end = next << PAGE_SHIFT;

@@ -6,15 +6,15 @@
  * a sparse file, each page at its own offset. Everything else is read from the image.  A page's bytes are written
  * before its bit is set, and its bit is cleared before they are dropped.
  *
- * Each run of 64 pages (a word of the bitmap) belongs to one of OVERLAY_STRIPES locks: readers of private pages share it,
- * writers have it alone. So a page is never seen half written by two writers of different parts, and a read of
- * one page is of one moment.  Of shared pages nothing needs a lock.
+ * Each run of 64 pages (a word of the bitmap) belongs to one of OVERLAY_STRIPES locks: readers of private pages share
+ * it, writers have it alone. So a page is never seen half written by two writers of different parts, and a read of one
+ * page is of one moment.  Of shared pages nothing needs a lock.
  *
  * The quota is taken before a byte changes, for the whole request; at the quota a request is refused with -ENOSPC and
  * nothing of it was done (unless somebody else trimmed pages of its range meanwhile).
  *
- * What is written can be followed, page by page, and be held back (frozen) for a while: requests then wait for the thaw, and
- * do not fail.  See track.h, which does the same for guests that map.
+ * What is written can be followed, page by page, and be held back (frozen) for a while: requests then wait for the
+ * thaw, and do not fail.  See track.h, which does the same for guests that map.
  *
  * What a request has taken of the quota and not used yet is in hand: the purse's used pages are the private ones and
  * those in hand, which overlay_sums sees all at one moment.
@@ -36,13 +36,13 @@ struct overlay;
 int overlay_open(struct account *account, struct overlay **overlay_out);
 #define OVERLAY_IDENTITY_BYTES 32
 /* Opens the overlay that two files hold, or makes it if map_fd is empty: which is of the image with that identity and
- * size.  Its private pages are charged, past the quota too.  Takes both descriptors over on success only. -ESTALE: it is
- * of another image; -EBADMSG: it is damaged; -EBUSY: somebody else has it open. */
+ * size.  Its private pages are charged, past the quota too.  Takes both descriptors over on success only. -ESTALE: it
+ * is of another image; -EBADMSG: it is damaged; -EBUSY: somebody else has it open. */
 int overlay_open_files(struct account *account, int data_fd, int map_fd, const uint8_t *identity,
                        struct overlay **overlay_out);
-/* Goes on with the overlay that another process left: an account that was adopted, and the memfd, taken over on success.
- * Bytes of pages that are not private (a write or a trim that was cut short) are dropped.  -EBADMSG: it is no overlay of
- * this image. */
+/* Goes on with the overlay that another process left: an account that was adopted, and the memfd, taken over on
+ * success. Bytes of pages that are not private (a write or a trim that was cut short) are dropped.  -EBADMSG: it is no
+ * overlay of this image. */
 int overlay_adopt(struct account *account, int data_fd, struct overlay **overlay_out);
 /* The same with files: what the account says is private is so, flushed or not. Else as overlay_open_files. */
 int overlay_adopt_files(struct account *account, int data_fd, int map_fd, const uint8_t *identity,
@@ -60,8 +60,8 @@ int overlay_fd(const struct overlay *overlay);
 
 /* Begins to follow the private pages, all of which are dirty at first; or ends that. */
 int overlay_track(struct overlay *overlay, int on);
-/* Takes the pages that became private, were written or are private no more: (nr_pages + 63) / 64 words; how many.  What is
- * read afterwards is as new, or is dirty again.  -EINVAL: they are not followed. */
+/* Takes the pages that became private, were written or are private no more: (nr_pages + 63) / 64 words; how many.  What
+ * is read afterwards is as new, or is dirty again.  -EINVAL: they are not followed. */
 int64_t overlay_take_dirty(struct overlay *overlay, uint64_t *words_out, uint64_t nr_words);
 /* From its return until thaw no page changes: who asks for that waits.  Cost: what is being written is written. */
 void overlay_freeze(struct overlay *overlay);
@@ -106,14 +106,14 @@ struct overlay {
 	struct overlay_late *late; /* NULL: no page was ever late (overlay_late.h) */
 	pthread_rwlock_t stripes[OVERLAY_STRIPES];
 	_Atomic(bits_word *) dirty; /* NULL: not followed; its words change under their stripes' locks */
-	pthread_mutex_t held_lock; /* innermost but for who is told by go */
+	pthread_mutex_t held_lock;  /* innermost but for who is told by go */
 	struct overlay_hold *held;
 	pthread_mutex_t quota_lock; /* within a stripe's, or alone */
 	uint64_t in_hand_pages;     /* under quota_lock */
 };
 
-/* What changes pages gives -EBUSY while they are frozen, having done a part of it or nothing; it is to be asked again, as
- * a whole, after the thaw. true: hold->go will be called then; false: that is now. */
+/* What changes pages gives -EBUSY while they are frozen, having done a part of it or nothing; it is to be asked again,
+ * as a whole, after the thaw. true: hold->go will be called then; false: that is now. */
 bool overlay_hold(struct overlay *overlay, struct overlay_hold *hold);
 /* go will not be called. */
 void overlay_unhold(struct overlay *overlay, struct overlay_hold *hold);

@@ -8,8 +8,8 @@
  * zeros, which makes a page private and stores nothing, would show them.  Private pages with some of a request's bytes
  * and some of those before it: whole pages are one or the other, and nobody was told that the request is done.
  *
- * A page whose private bit is set, and that is not late, has its bytes, since the bit comes after them; so nobody is shown zeros for what he
- * wrote, and what was acknowledged is there.
+ * A page whose private bit is set, and that is not late, has its bytes, since the bit comes after them; so nobody is
+ * shown zeros for what he wrote, and what was acknowledged is there.
  */
 #define _GNU_SOURCE
 #include "accounting/core/overlay_disk.h"

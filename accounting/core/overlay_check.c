@@ -14,8 +14,8 @@
  * An overlay against itself, while its guest writes.
  *
  * The sums are read with every stripe's lock held for reading, and then the quota's: no page is becoming private or
- * shared meanwhile, nor taken or given back.  Writes wait as long, microseconds for each GiB of the image; reads do not.
- * Where bytes are stored is asked without them, as it takes as long as there are holes.  Whatever that makes look
+ * shared meanwhile, nor taken or given back.  Writes wait as long, microseconds for each GiB of the image; reads do
+ * not. Where bytes are stored is asked without them, as it takes as long as there are holes.  Whatever that makes look
  * wrong is looked at again by itself, under the lock of its stripe.
  */
 
@@ -54,8 +54,8 @@ static bool is_stray(const struct overlay *overlay, uint64_t page)
 {
 	off_t at = (off_t)(page << PAGE_SHIFT);
 
-	return !bits_test(overlay->account->private, page) && !(overlay->disk && disk_is_dropped(overlay->disk, page)) &&
-	       lseek(overlay->data_fd, at, SEEK_DATA) == at;
+	return !bits_test(overlay->account->private, page) &&
+	       !(overlay->disk && disk_is_dropped(overlay->disk, page)) && lseek(overlay->data_fd, at, SEEK_DATA) == at;
 }
 
 int overlay_strays(struct overlay *overlay, uint64_t *words_out, uint64_t nr_words)

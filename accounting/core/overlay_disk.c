@@ -11,15 +11,16 @@
  *   the copies go to the older slots, and become durable  from here on a crash finds the new bits
  *   pages that were trimmed before the copy are punched   not sooner: the old bits still promised them
  *
- * Pages whose bytes are still elsewhere (overlay_late.h) have a bit in blocks of their own, which come after the others and
- * are there once a page was late; in the blocks of private pages they have none.  When such a page comes, its bit
+ * Pages whose bytes are still elsewhere (overlay_late.h) have a bit in blocks of their own, which come after the others
+ * and are there once a page was late; in the blocks of private pages they have none.  When such a page comes, its bit
  * there becomes durable before the late one is cleared: if both are set, it is here.  So late blocks are copied
  * before the blocks of private pages, which are always copied with them, and written after those.
  *
  * Blocks need not change together: each page stands for itself, and what was not flushed may be there or not.  Files
  * that an open finds with bytes in pages that are not private (a crash before the punch) are punched then.
  *
- * A failed fdatasync may have lost what was written before, and the kernel says so once: every flush fails from then on.
+ * A failed fdatasync may have lost what was written before, and the kernel says so once: every flush fails from then
+ * on.
  */
 #define _GNU_SOURCE
 #include "accounting/core/overlay_disk.h"
@@ -67,11 +68,11 @@ _Static_assert(sizeof(struct map_slot) == BLOCK_BYTES, "a slot is a block");
 struct overlay_disk {
 	struct overlay *overlay;
 	int map_fd;
-	uint64_t nr_blocks;      /* of private pages; as many of late ones follow, if has_late */
-	bool has_late;           /* set before any page is late */
-	uint64_t *generations;   /* by block, of the newer slot; the flusher's */
-	_Atomic uint8_t *dirty;  /* by block: bits changed since they were copied */
-	bits_word *dropped;      /* by page: trimmed, bytes still there */
+	uint64_t nr_blocks;     /* of private pages; as many of late ones follow, if has_late */
+	bool has_late;          /* set before any page is late */
+	uint64_t *generations;  /* by block, of the newer slot; the flusher's */
+	_Atomic uint8_t *dirty; /* by block: bits changed since they were copied */
+	bits_word *dropped;     /* by page: trimmed, bytes still there */
 	_Atomic uint64_t nr_dropped;
 
 	pthread_t thread;
@@ -157,7 +158,8 @@ static int slots_write(struct overlay_disk *disk, const struct map_slot *slots, 
 	int err = 0;
 
 	for (uint64_t i = 0; i < nr && !err; i++)
-		err = write_all(disk->map_fd, &slots[i], sizeof slots[i], slot_offset(slots[i].block_no, slots[i].generation));
+		err = write_all(disk->map_fd, &slots[i], sizeof slots[i],
+		                slot_offset(slots[i].block_no, slots[i].generation));
 	return err;
 }
 
@@ -307,7 +309,10 @@ static void disk_free(struct overlay_disk *disk)
 static void header_fill(const struct image *image, const uint8_t *identity, struct map_header *header)
 {
 	*header = (struct map_header){
-		.magic = MAP_MAGIC, .version = MAP_VERSION, .page_bytes = PAGE_BYTES, .size_bytes = image->shape.size_bytes,
+		.magic = MAP_MAGIC,
+		.version = MAP_VERSION,
+		.page_bytes = PAGE_BYTES,
+		.size_bytes = image->shape.size_bytes,
 	};
 	memcpy(header->identity, identity, sizeof header->identity);
 	header->checksum = checksum(header, offsetof(struct map_header, checksum));
@@ -343,7 +348,8 @@ static int map_create(struct overlay_disk *disk, const uint8_t *identity)
 	struct map_header header;
 	uint8_t block[BLOCK_BYTES] = {0};
 
-	if (ftruncate(disk->overlay->data_fd, 0) < 0 || ftruncate(disk->overlay->data_fd, (off_t)image->shape.map_bytes) < 0)
+	if (ftruncate(disk->overlay->data_fd, 0) < 0 ||
+	    ftruncate(disk->overlay->data_fd, (off_t)image->shape.map_bytes) < 0)
 		return -errno;
 	int err = slots_create(disk, 0);
 	if (err)
@@ -363,7 +369,8 @@ static bool slot_read(struct overlay_disk *disk, uint64_t block, uint64_t genera
 	       (slot->generation & 1) == generation;
 }
 
-/* Takes the private and late bits over from the newer of each two slots; or its number alone, if they are known better. */
+/* Takes the private and late bits over from the newer of each two slots; or its number alone, if they are known better.
+ */
 static int map_load(struct overlay_disk *disk, bool is_left)
 {
 	struct account *account = disk->overlay->account;

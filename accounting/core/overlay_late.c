@@ -283,7 +283,8 @@ int64_t overlay_nr_lost(struct overlay *overlay)
 	int64_t nr = 0;
 
 	for (uint64_t i = 0; overlay->late && i < nr_words; i++)
-		nr += __builtin_popcountll(atomic_load(&overlay->late->lost[i]) & atomic_load(&overlay->account->seeded[i]));
+		nr += __builtin_popcountll(atomic_load(&overlay->late->lost[i]) &
+		                           atomic_load(&overlay->account->seeded[i]));
 	return nr;
 }
 

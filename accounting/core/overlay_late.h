@@ -3,14 +3,14 @@
  * Pages of an overlay that are late: private and charged, but their bytes are still with the backend that the guest
  * came from (a handoff by post-copy).
  *
- * Which they are is the account's bitmap "seeded" (ledger.h: private, and not in the guest's memory yet; an overlay is that
- * memory), which outlives the process, and counted in its seeded_pages; files say so too (overlay_disk.c).  Pages are made
- * late while nobody uses the overlay yet. After that a late page only ever ceases to be so: its bytes arrive, the guest
- * writes the whole of it, or gives it back; what arrives after that is dropped.
+ * Which they are is the account's bitmap "seeded" (ledger.h: private, and not in the guest's memory yet; an overlay is
+ * that memory), which outlives the process, and counted in its seeded_pages; files say so too (overlay_disk.c).  Pages
+ * are made late while nobody uses the overlay yet. After that a late page only ever ceases to be so: its bytes arrive,
+ * the guest writes the whole of it, or gives it back; what arrives after that is dropped.
  *
- * Who needs the bytes of a late page waits: nobody is shown zeros or the image in its place. What is waited for is *wanted*,
- * and is to be fetched first.  A page can be lost, if there is nobody to fetch it from: then who needs it fails with -EIO,
- * until it arrives after all.  Wanted and lost are the process's own: a successor asks again.
+ * Who needs the bytes of a late page waits: nobody is shown zeros or the image in its place. What is waited for is
+ * *wanted*, and is to be fetched first.  A page can be lost, if there is nobody to fetch it from: then who needs it
+ * fails with -EIO, until it arrives after all.  Wanted and lost are the process's own: a successor asks again.
  *
  * A late bit is cleared after the bytes are there, under the stripe's lock; waits are under late->lock, which is within
  * it, and outside of whatever lock go takes.
@@ -21,8 +21,8 @@
 #include "accounting/core/overlay.h"
 
 /* cdef-begin */
-/* Makes nr pages from first private, past the quota too, and late.  Nobody may use the overlay yet.  -EEXIST: one of them
- * is private already. */
+/* Makes nr pages from first private, past the quota too, and late.  Nobody may use the overlay yet.  -EEXIST: one of
+ * them is private already. */
 int overlay_expect(struct overlay *overlay, uint64_t first, uint64_t nr);
 /* Bytes of nr pages from first: those that are late are not any more; others stay as they are.  How many were late, or
  * -errno; then some are late still. */
@@ -31,7 +31,8 @@ int64_t overlay_arrive(struct overlay *overlay, uint64_t first, uint64_t nr, con
 int64_t overlay_late(struct overlay *overlay, uint64_t *words_out, uint64_t nr_words);
 /* Of those, the ones that somebody came to wait for since the last call; how many. */
 int64_t overlay_take_wanted(struct overlay *overlay, uint64_t *words_out, uint64_t nr_words);
-/* An eventfd that counts up when a page is wanted, or the last one is not late any more; the overlay's own; -ENOENT: no page was ever late. */
+/* An eventfd that counts up when a page is wanted, or the last one is not late any more; the overlay's own; -ENOENT: no
+ * page was ever late. */
 int overlay_late_fd(const struct overlay *overlay);
 /* Nobody has the late ones of nr pages from first any more; how many were not lost before. */
 int64_t overlay_lose(struct overlay *overlay, uint64_t first, uint64_t nr);
@@ -43,8 +44,8 @@ void overlay_find(struct overlay *overlay);
 int overlay_flush_now(struct overlay *overlay);
 /* cdef-end */
 
-/* Waits until no page of a range is late (0), one of them is lost (-EIO), or who waits is gone (-ESHUTDOWN); go is called
- * once, under late->lock. */
+/* Waits until no page of a range is late (0), one of them is lost (-EIO), or who waits is gone (-ESHUTDOWN); go is
+ * called once, under late->lock. */
 struct overlay_wait {
 	struct overlay_wait *next;
 	uint64_t first, end;

@@ -3,8 +3,8 @@
  * Following what is written to an overlay, and holding it back.
  *
  * A page is marked and written under its stripe's lock, and its bit is taken under it: so what was marked before is in
- * the bytes that are read afterwards, and what is written after that is marked again.  A freeze is a flag that is looked
- * at under the same lock: having passed all stripes, it has all writes before it or held back.
+ * the bytes that are read afterwards, and what is written after that is marked again.  A freeze is a flag that is
+ * looked at under the same lock: having passed all stripes, it has all writes before it or held back.
  */
 #include "accounting/core/overlay.h"
 

@@ -6,9 +6,9 @@
 #include <errno.h>
 
 /*
- * Under write_lock.  The kernel answers ENOENT for what no userfaultfd guards, but does not say whose guards a page: the
- * guest may have mapped the image anew at the address.  So a page is only ever protected by the question.  What is shared
- * is protected anyway, and a private one is opened again by its next write.
+ * Under write_lock.  The kernel answers ENOENT for what no userfaultfd guards, but does not say whose guards a page:
+ * the guest may have mapped the image anew at the address.  So a page is only ever protected by the question.  What is
+ * shared is protected anyway, and a private one is opened again by its next write.
  */
 static bool is_present(struct account *account, uint64_t page)
 {

@@ -64,8 +64,8 @@ _Static_assert(sizeof(struct purse_header) == 32 && offsetof(struct purse_header
 struct purse {
 	struct purse_header *header;
 	int fd;
-	_Atomic uint32_t nr_users;    /* references */
-	_Atomic uint32_t nr_accounts; /* of those, accounts */
+	_Atomic uint32_t nr_users;      /* references */
+	_Atomic uint32_t nr_accounts;   /* of those, accounts */
 	_Atomic uint64_t settled_at_ns; /* when all its accounts were settled for the sake of one */
 };
 

@@ -73,8 +73,8 @@ static int look_at_span(struct account *account, const struct account_span *span
 }
 
 /*
- * PAGEMAP_SCAN finds the memory of a process that has ended empty, and says so without an error (Linux 6.18.44).  A read
- * gives no bytes then, whatever its place.
+ * PAGEMAP_SCAN finds the memory of a process that has ended empty, and says so without an error (Linux 6.18.44).  A
+ * read gives no bytes then, whatever its place.
  */
 static int look_at_life(const struct account *account)
 {
@@ -170,7 +170,8 @@ static int64_t settle_batch(struct account *account, uint64_t first, uint64_t nr
 	for (uint64_t i = 0; i < nr && !err; i++) {
 		uint64_t run = 0;
 
-		while (i + run < nr && looks[i + run] == PAGE_LOOK_OPEN && bits_test(account->unsettled, first + i + run))
+		while (i + run < nr && looks[i + run] == PAGE_LOOK_OPEN &&
+		       bits_test(account->unsettled, first + i + run))
 			run++;
 		if (!run)
 			continue;

@@ -15,7 +15,7 @@
 /* Written by who measures, but for nr_ready. */
 struct steady_order {
 	uint32_t stop;
-	uint32_t span;  /* the number of the span that it is now, below STEADY_SPANS */
+	uint32_t span; /* the number of the span that it is now, below STEADY_SPANS */
 	uint32_t nr_ready;
 	uint32_t unused;
 };

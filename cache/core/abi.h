@@ -42,9 +42,9 @@ _Static_assert(sizeof(struct uffdio_writeprotect) == 24, "uffdio_writeprotect is
 _Static_assert(sizeof(struct uffd_msg) == 32, "uffd_msg is the kernel's");
 
 /* What a guest's userfaultfd must be able to do; told to it in the handshake. */
-#define COWSHED_UFFD_FEATURES                                                                      \
-	(UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_PAGEFAULT_FLAG_WP |      \
-	 UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP |      \
+#define COWSHED_UFFD_FEATURES                                                                     \
+	(UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_PAGEFAULT_FLAG_WP | \
+	 UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP | \
 	 UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_POISON)
 
 /* 6.7: PAGEMAP_SCAN. */

@@ -126,7 +126,8 @@ int64_t arrays_mend(struct image *image, uint64_t nr_max)
 		bool lent = is_lent(image, e);
 		bool keep = state == EXTENT_RESIDENT && nr_resident + (lent ? 0 : nr_lent) < nr_max;
 
-		/* What is in the frames of an extent that was neither is of no account: a load overwrites it, a scrub drops it. */
+		/* What is in the frames of an extent that was neither is of no account: a load overwrites it, a scrub
+		 * drops it. */
 		if (state != EXTENT_ABSENT && !keep) {
 			int err = image_punch(image, e, 1);
 			if (err)

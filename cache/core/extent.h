@@ -61,8 +61,8 @@ static inline bool extent_begin_evict(extent_word *word)
 /* The steps made under the store's lock; nr_holds is what the extent is born with. */
 static inline void extent_step(extent_word *word, enum extent_state from, enum extent_state to, uint32_t nr_holds)
 {
-	uint32_t before = atomic_exchange_explicit(word, (uint32_t)to + nr_holds * EXTENT_HOLD_ONE,
-	                                           memory_order_acq_rel);
+	uint32_t before =
+		atomic_exchange_explicit(word, (uint32_t)to + nr_holds * EXTENT_HOLD_ONE, memory_order_acq_rel);
 
 	assert(before == (uint32_t)from);
 	(void)before;

@@ -31,17 +31,17 @@ struct image_shape {
 };
 
 struct image_counters {
-	uint64_t loads;        /* extents made resident: demand_loads and prefetch_loads */
-	uint64_t load_bytes;   /* bytes read from the source */
-	uint64_t load_errors;  /* reads that failed after their retries */
+	uint64_t loads;       /* extents made resident: demand_loads and prefetch_loads */
+	uint64_t load_bytes;  /* bytes read from the source */
+	uint64_t load_errors; /* reads that failed after their retries */
 	uint64_t load_retries;
 	uint64_t demand_loads, prefetch_loads; /* with somebody waiting at its end, with nobody */
-	uint64_t evictions;    /* extents given up: because room was short, and on request */
+	uint64_t evictions;                    /* extents given up: because room was short, and on request */
 	uint64_t evictions_pressure, evictions_request;
-	uint64_t strays;       /* extents found with frames nobody loaded, and emptied */
-	uint64_t nr_touched;   /* extents ever granted: the length of the first-touch order */
-	uint64_t reloads;      /* extents loaded again while the policy remembered their eviction */
-	uint64_t attaches;     /* times a guest was attached */
+	uint64_t strays;     /* extents found with frames nobody loaded, and emptied */
+	uint64_t nr_touched; /* extents ever granted: the length of the first-touch order */
+	uint64_t reloads;    /* extents loaded again while the policy remembered their eviction */
+	uint64_t attaches;   /* times a guest was attached */
 };
 
 #define REFS_BUCKETS 7
@@ -73,8 +73,8 @@ int image_adopt(struct store *store, int source_fd, int direct_fd, uint64_t size
 /* What Python counts of an image: adds nr to a total. */
 void image_note_reloads(struct image *image, uint64_t nr);
 void image_note_attach(struct image *image);
-/* Gives everything back.  -EBUSY, and nothing done, while a guest is attached.  -ETIMEDOUT after store_stop: a loader is
- * in a read of the source still; the image stays for as long as the process does. */
+/* Gives everything back.  -EBUSY, and nothing done, while a guest is attached.  -ETIMEDOUT after store_stop: a loader
+ * is in a read of the source still; the image stays for as long as the process does. */
 int image_close(struct image *image);
 
 void image_shape(const struct image *image, struct image_shape *shape_out);

@@ -200,7 +200,8 @@ static void run_end(struct store *store, struct image *image, uint64_t first, ui
 			atomic_fetch_add(waiters[i] ? &image->totals->demand_loads : &image->totals->prefetch_loads, 1);
 			inserted_push(store, image, extent);
 		}
-		extent_step(&image->states[extent], EXTENT_LOADING, status == 0 ? EXTENT_RESIDENT : EXTENT_ABSENT, held[i]);
+		extent_step(&image->states[extent], EXTENT_LOADING, status == 0 ? EXTENT_RESIDENT : EXTENT_ABSENT,
+		            held[i]);
 	}
 	if (status)
 		atomic_fetch_add(&image->totals->load_errors, nr);

@@ -12,9 +12,10 @@
 
 /* cdef-begin */
 enum point {
-	POINT_LOAD_READ,        /* a loader is about to read the source; an error is the source's */
-	POINT_LOAD_SHORT,       /* about to ask the source for bytes; an error: it gives some of them only, and the rest next */
-	POINT_LOAD_FILL,        /* read; about to write the frames; an error is the memfd's */
+	POINT_LOAD_READ,  /* a loader is about to read the source; an error is the source's */
+	POINT_LOAD_SHORT, /* about to ask the source for bytes; an error: it gives some of them only, and the rest next
+	                   */
+	POINT_LOAD_FILL,  /* read; about to write the frames; an error is the memfd's */
 	POINT_LOAD_PUBLISH,     /* frames written; extents still LOADING */
 	POINT_LOAD_ANSWER,      /* extents published; nobody who waited is answered yet */
 	POINT_EVICT_PUNCH,      /* extents EVICTING; frames still mapped */
@@ -25,21 +26,21 @@ enum point {
 	POINT_WRITE_CHARGED,    /* pages charged, still write-protected */
 	POINT_SETTLE_PROTECTED, /* pages protected again, not yet looked at */
 	POINT_TRACK_CLEARED,    /* dirty bits taken, their pages not protected yet; under write_lock */
-	POINT_SEED_PUSH,        /* the fault thread is about to copy seeds nobody asked for; an error keeps it from that */
-	POINT_OVERLAY_OPEN,     /* the files of an overlay are open, and are about to be read */
-	POINT_OVERLAY_TAKEN,    /* quota is taken for a request, no byte is changed */
-	POINT_OVERLAY_WRITTEN,  /* an overlay has a page's bytes, and does not say so yet */
-	POINT_OVERLAY_ZEROED,   /* pages hold no bytes, and are not said to be private zeros yet */
-	POINT_OVERLAY_TRIMMED,  /* pages are the image's again, their bytes are still there */
-	POINT_OVERLAY_FLUSH,    /* what changed is known, nothing is durable yet */
-	POINT_OVERLAY_SYNCED,   /* pages are durable, the map is not written */
-	POINT_OVERLAY_MAPPED,   /* the map is written, and not durable */
-	POINT_WAKE_EVICTOR,     /* room is short, and the evictor is about to be told; an error: it is not */
-	POINT_WAKE_SERVICE,     /* a guest stopped or broke, and the daemon is about to be told; an error: it is not */
-	POINT_WAKE_GUEST,       /* a fault thread is about to be woken; an error: it is not */
-	POINT_WAKE_NBD,         /* a connection is put in line, and a thread about to be woken for it; an error: none is */
-	POINT_WAKE_NBD_ENDED,   /* a connection ended, and the daemon is about to be told; an error: it is not */
-	POINT_GUEST_THREAD,     /* a guest's fault thread is about to be started; an error: it cannot be */
+	POINT_SEED_PUSH,     /* the fault thread is about to copy seeds nobody asked for; an error keeps it from that */
+	POINT_OVERLAY_OPEN,  /* the files of an overlay are open, and are about to be read */
+	POINT_OVERLAY_TAKEN, /* quota is taken for a request, no byte is changed */
+	POINT_OVERLAY_WRITTEN, /* an overlay has a page's bytes, and does not say so yet */
+	POINT_OVERLAY_ZEROED,  /* pages hold no bytes, and are not said to be private zeros yet */
+	POINT_OVERLAY_TRIMMED, /* pages are the image's again, their bytes are still there */
+	POINT_OVERLAY_FLUSH,   /* what changed is known, nothing is durable yet */
+	POINT_OVERLAY_SYNCED,  /* pages are durable, the map is not written */
+	POINT_OVERLAY_MAPPED,  /* the map is written, and not durable */
+	POINT_WAKE_EVICTOR,    /* room is short, and the evictor is about to be told; an error: it is not */
+	POINT_WAKE_SERVICE,    /* a guest stopped or broke, and the daemon is about to be told; an error: it is not */
+	POINT_WAKE_GUEST,      /* a fault thread is about to be woken; an error: it is not */
+	POINT_WAKE_NBD, /* a connection is put in line, and a thread about to be woken for it; an error: none is */
+	POINT_WAKE_NBD_ENDED, /* a connection ended, and the daemon is about to be told; an error: it is not */
+	POINT_GUEST_THREAD,   /* a guest's fault thread is about to be started; an error: it cannot be */
 	POINT_NR
 };
 

@@ -61,9 +61,10 @@ int64_t store_scrub(struct image *image);
 
 /*
  * Invariants, all under lock: (1) reserved_extents counts the extents in state RESIDENT or EVICTING (but not those that
- * are being scrubbed) plus those a loader is filling; (2) reserved_extents <= capacity_extents; (3) an extent is in at most one load of the queues;
- * (4) inserted holds at most one entry per resident extent, so the ring cannot overflow; (5) nr_prefetching counts the
- * loaders with a prefetch that are not stuck; (6) no image has more than nr_loaders loaders at work.
+ * are being scrubbed) plus those a loader is filling; (2) reserved_extents <= capacity_extents; (3) an extent is in at
+ * most one load of the queues; (4) inserted holds at most one entry per resident extent, so the ring cannot overflow;
+ * (5) nr_prefetching counts the loaders with a prefetch that are not stuck; (6) no image has more than nr_loaders
+ * loaders at work.
  */
 struct store {
 	pthread_mutex_t lock;

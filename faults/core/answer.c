@@ -18,7 +18,7 @@
 
 #define RETRY_AFTER_NS 1000000u
 #define AHEAD_STEP_PAGES 512
-#define SKIPS_HERE 16        /* mapped pages passed over in the faulting extent */
+#define SKIPS_HERE 16           /* mapped pages passed over in the faulting extent */
 #define FOLLOW_BYTES (1u << 20) /* resident extents mapped along when a load is answered */
 
 struct miss {
@@ -123,7 +123,8 @@ static int map_extents(struct guest *guest, uint64_t first, uint64_t nr)
 			uint64_t last = extent + run - 1;
 			uint64_t nr_pages = last * image->shape.extent_pages + image_extent_pages(image, last) - page;
 
-			/* A page that is mapped already ends the run: what is behind it faults, if it is ever touched. */
+			/* A page that is mapped already ends the run: what is behind it faults, if it is ever touched.
+			 */
 			err = map_run(guest, page, nr_pages, page, 1);
 			if (err == -EEXIST)
 				err = 0;
@@ -265,8 +266,8 @@ static bool want_extent(struct guest *guest, uint64_t extent, uint64_t page, boo
 	int resident;
 
 	if (!bits_set(guest->waiting, extent)) {
-		/* It waits already, and the answer covers the whole extent.  Should the load fail, this page is asked for
-		 * again, and that fault is counted as failed. */
+		/* It waits already, and the answer covers the whole extent.  Should the load fail, this page is asked
+		 * for again, and that fault is counted as failed. */
 		count_add(COUNTER(header, misses), 1);
 		count_access(header, minor, FAULT_LOADED);
 		return false;
@@ -307,7 +308,8 @@ static bool answer_private(struct guest *guest, uint64_t page)
 	pthread_mutex_lock(&account->write_lock);
 	bool private = account_page_is_private(account, page);
 	pthread_mutex_unlock(&account->write_lock);
-	/* An old report of a fault that was answered long ago.  Of what is frozen nothing is sure, but all ask again. */
+	/* An old report of a fault that was answered long ago.  Of what is frozen nothing is sure, but all ask again.
+	 */
 	if (private && !account_is_frozen(account))
 		answer_wake(guest, page, 1);
 	return private;
@@ -374,7 +376,8 @@ void answer_repair(struct image *image, uint64_t extent)
 
 	pthread_rwlock_rdlock(&image->accounts_lock);
 	for (struct account *account = image->accounts; account; account = account->next)
-		for (uint64_t page = first; !account->supplied && (page = bits_next(account->poisoned, page, end)) < end; page++) {
+		for (uint64_t page = first;
+		     !account->supplied && (page = bits_next(account->poisoned, page, end)) < end; page++) {
 			uint64_t mapped, address = account_address(account, page);
 
 			if (!address)

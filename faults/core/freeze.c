@@ -4,13 +4,13 @@
  *
  * Three things change private bytes: a write to an open page, an answer that opens one, and a discard.  The account's
  * part (accounting/core/track.c) protects what is open and has the answers refused, under the lock under which
- * they are made.  A discard is different: its guest goes on with it as soon as its event has been *read*.  So the thread
- * first comes to hold: it ends what it has read, and reads no event after that, but only faults.
+ * they are made.  A discard is different: its guest goes on with it as soon as its event has been *read*.  So the
+ * thread first comes to hold: it ends what it has read, and reads no event after that, but only faults.
  *
  * The kernel hands out faults before events, and says in fdinfo how many faults there are; so one message is read when
- * there is at least one fault.  (Should that fault be taken back by a signal in the same instant, and an event be waiting,
- * it is read after all: its pages then count as dirty and private no more, for who looks again.)  While an event waits,
- * the kernel lets nothing be mapped in its guest, so who needs a page that is not mapped waits too.
+ * there is at least one fault.  (Should that fault be taken back by a signal in the same instant, and an event be
+ * waiting, it is read after all: its pages then count as dirty and private no more, for who looks again.)  While an
+ * event waits, the kernel lets nothing be mapped in its guest, so who needs a page that is not mapped waits too.
  */
 #define _GNU_SOURCE
 #include "faults/core/guest.h"
@@ -30,7 +30,7 @@
 #include <unistd.h>
 
 #define FREEZE_WITHIN_NS 1000000000u
-#define LOOK_SECONDS 2 /* a kick that was lost costs that much, and no more */
+#define LOOK_SECONDS 2           /* a kick that was lost costs that much, and no more */
 #define EVENTS_LOOK_NS 10000000u /* for faults, while an event keeps the descriptor readable */
 
 bool hold_turn(struct guest *guest)
@@ -78,7 +78,8 @@ void hold_sleep(struct guest *guest)
 		{.fd = guest->kick_fd, .events = POLLIN},
 	};
 	bool timed = hold->events_wait || guest->retry_at_ns;
-	struct timespec room = timed ? (struct timespec){.tv_nsec = EVENTS_LOOK_NS} : (struct timespec){.tv_sec = LOOK_SECONDS};
+	struct timespec room =
+		timed ? (struct timespec){.tv_nsec = EVENTS_LOOK_NS} : (struct timespec){.tv_sec = LOOK_SECONDS};
 	uint64_t kicks;
 
 	hold->events_wait = false;

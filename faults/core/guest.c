@@ -68,7 +68,8 @@ static void mapped_fault(struct guest *guest, uint64_t address, uint64_t flags, 
 		count_add(COUNTER(header, faults_write), 1);
 		answer_write(guest, page, read_ns);
 	} else {
-		count_add(flags & UFFD_PAGEFAULT_FLAG_MINOR ? COUNTER(header, faults_minor) : COUNTER(header, faults_missing),
+		count_add(flags & UFFD_PAGEFAULT_FLAG_MINOR ? COUNTER(header, faults_minor)
+		                                            : COUNTER(header, faults_missing),
 		          1);
 		answer_access(guest, page, flags, read_ns);
 	}
@@ -102,7 +103,8 @@ static void handle_message(struct guest *guest, const struct uffd_msg *message, 
 		break;
 	case UFFD_EVENT_REMOVE:
 	case UFFD_EVENT_UNMAP:
-		kind->discard(guest, message->arg.remove.start, message->arg.remove.end, message->event == UFFD_EVENT_UNMAP);
+		kind->discard(guest, message->arg.remove.start, message->arg.remove.end,
+		              message->event == UFFD_EVENT_UNMAP);
 		break;
 	case UFFD_EVENT_REMAP:
 		kind->move(guest, message->arg.remap.from, message->arg.remap.to, message->arg.remap.len);

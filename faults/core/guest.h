@@ -27,7 +27,8 @@ struct guest_orders {
 	uint32_t spin_ns;            /* look for the next fault this long before sleeping, while it pays */
 };
 
-/* Starts answering the faults of uffd, which covers the regions where the account has been placed.  pidfd (or -1) is who gets SIGBUS under QUOTA_KILL.  Descriptors are borrowed until guest_stop. */
+/* Starts answering the faults of uffd, which covers the regions where the account has been placed.  pidfd (or -1) is
+ * who gets SIGBUS under QUOTA_KILL.  Descriptors are borrowed until guest_stop. */
 int guest_start(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
                 struct guest **guest_out);
 /* Stops and joins the thread; afterwards nobody uses the descriptors or the account on its behalf. */
@@ -38,8 +39,8 @@ int guest_spoil(struct guest *guest);
 /* Asks again everybody who waits: after its quota was changed. */
 void guest_resume(struct guest *guest);
 /* From its return until guest_thaw nothing is written to a private page: writes are not answered, and a discard waits
- * in its guest.  Reads are answered, but while a discard waits those only that need no answer.  -EOPNOTSUPP: the memory is
- * supplied; -ETIMEDOUT: the guest's fault thread, or a change to its memory, does not come to an end.  Cost: as
+ * in its guest.  Reads are answered, but while a discard waits those only that need no answer.  -EOPNOTSUPP: the memory
+ * is supplied; -ETIMEDOUT: the guest's fault thread, or a change to its memory, does not come to an end.  Cost: as
  * account_freeze, and a thread's wake-up. */
 int guest_freeze(struct guest *guest);
 /* Whoever waits asks again. */
@@ -85,20 +86,20 @@ struct guest {
 	pthread_mutex_t answer_lock; /* loaders against guest_stop; outside write_lock */
 	bool stopped;                /* under answer_lock: descriptors and account are gone */
 	_Atomic uint32_t nr_users;
-	bits_word *waiting;          /* by extent */
+	bits_word *waiting; /* by extent */
 
 	struct window_state windows;
 	uint64_t ahead_extent, nr_ahead;
-	uint64_t retry_at_ns;        /* 0: nothing to retry */
-	uint64_t wanted_pages;       /* what a fault at the quota needs */
-	uint64_t idle_at_ns;         /* 0: else there may be idle work then */
-	uint64_t drop_at_ns;         /* 0: served; else it is dropped then, see remap.c */
+	uint64_t retry_at_ns;  /* 0: nothing to retry */
+	uint64_t wanted_pages; /* what a fault at the quota needs */
+	uint64_t idle_at_ns;   /* 0: else there may be idle work then */
+	uint64_t drop_at_ns;   /* 0: served; else it is dropped then, see remap.c */
 	uint64_t drop_address;
-	uint64_t seed_page;          /* where to go on copying seeds that nobody asked for */
-	struct guest_hold {          /* freeze.c */
+	uint64_t seed_page; /* where to go on copying seeds that nobody asked for */
+	struct guest_hold { /* freeze.c */
 		_Atomic bool wanted;
-		bool on;                 /* under lock: the thread has left no event half answered, and reads none */
-		bool events_wait;        /* the thread's: nothing but an event is there to be read */
+		bool on;          /* under lock: the thread has left no event half answered, and reads none */
+		bool events_wait; /* the thread's: nothing but an event is there to be read */
 		pthread_mutex_t lock;
 		pthread_cond_t changed;
 	} hold;

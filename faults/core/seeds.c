@@ -15,10 +15,11 @@
 
 #include <errno.h>
 
-#define SEEDS_AT_ONCE 16   /* for a fault */
-#define SEEDS_PUSHED 64    /* between two looks at the faults */
+#define SEEDS_AT_ONCE 16 /* for a fault */
+#define SEEDS_PUSHED 64  /* between two looks at the faults */
 
-/* Under write_lock: copies the run of seeded pages that begins with page, nr_max at most.  *nr_out is how many are there. */
+/* Under write_lock: copies the run of seeded pages that begins with page, nr_max at most.  *nr_out is how many are
+ * there. */
 static int copy_run(struct guest *guest, uint64_t page, uint64_t nr_max, uint64_t *nr_out)
 {
 	struct account *account = guest->account;
@@ -33,8 +34,8 @@ static int copy_run(struct guest *guest, uint64_t page, uint64_t nr_max, uint64_
 	if (!account_span(account, page, bits_next_clear(account->seeded, page, end), &span) || span.page != page)
 		return -ENOENT;
 	bool protect = account->dirty || account_is_frozen(account);
-	int err = uffd_copy(guest->uffd, span.address, account->seeds + (page << PAGE_SHIFT), span.nr_pages << PAGE_SHIFT,
-	                    protect, &done);
+	int err = uffd_copy(guest->uffd, span.address, account->seeds + (page << PAGE_SHIFT),
+	                    span.nr_pages << PAGE_SHIFT, protect, &done);
 	*nr_out = done >> PAGE_SHIFT;
 	count_add(COUNTER(account->header, mapped_pages), *nr_out);
 	account_seeds_installed(account, page, *nr_out);
@@ -74,8 +75,8 @@ bool seeds_push(struct guest *guest)
 	struct account *account = guest->account;
 	uint64_t nr_pages = account->image->shape.nr_pages, nr = 0;
 
-	if (!atomic_load_explicit(&account->header->seeded_pages, memory_order_relaxed) || guest->seed_page >= nr_pages ||
-	    point_reach(POINT_SEED_PUSH) < 0)
+	if (!atomic_load_explicit(&account->header->seeded_pages, memory_order_relaxed) ||
+	    guest->seed_page >= nr_pages || point_reach(POINT_SEED_PUSH) < 0)
 		return false;
 	pthread_mutex_lock(&account->write_lock);
 	guest->seed_page = bits_next(account->seeded, guest->seed_page, nr_pages);

@@ -43,7 +43,8 @@ int guest_spoil(struct guest *guest)
 	struct account_span span;
 	int err = 0;
 
-	for (uint64_t page = 0; !err && account_span(account, page, nr_pages, &span); page = span.page + span.nr_pages) {
+	for (uint64_t page = 0; !err && account_span(account, page, nr_pages, &span);
+	     page = span.page + span.nr_pages) {
 		span.nr_pages = span.nr_pages < BATCH_PAGES ? span.nr_pages : BATCH_PAGES;
 		pthread_mutex_lock(&account->write_lock);
 		err = spoil_batch(guest, &span);

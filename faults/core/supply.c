@@ -91,8 +91,8 @@ static int copy_held(struct guest *guest, const struct supply_region *region, ui
 }
 
 /* The part of an extent that lies in a region and in the image; false: none. */
-static bool extent_in(const struct guest *guest, const struct supply_region *region, uint64_t extent, uint64_t *first_out,
-                      uint64_t *end_out)
+static bool extent_in(const struct guest *guest, const struct supply_region *region, uint64_t extent,
+                      uint64_t *first_out, uint64_t *end_out)
 {
 	uint64_t first = extent * guest->image->shape.extent_pages;
 	uint64_t end = least(first + image_extent_pages(guest->image, extent), region->first_page + region->nr_pages);
@@ -115,7 +115,8 @@ static bool copy_ahead(struct guest *guest, const struct supply_region *region, 
 
 	if (!extent_hold(&guest->image->states[extent]))
 		return false;
-	if (region->page_bytes == PAGE_BYTES && extent_in(guest, region, extent, &first, &end) && may_copy_ahead(guest)) {
+	if (region->page_bytes == PAGE_BYTES && extent_in(guest, region, extent, &first, &end) &&
+	    may_copy_ahead(guest)) {
 		answer_failed(guest, copy_empty(guest, region, first, end));
 		bits_set(guest->supply->supplied, extent);
 	}
@@ -263,7 +264,8 @@ static int copy_window(struct guest *guest, const struct supply_region *region, 
 	uint64_t first, end;
 
 	extent_in(guest, region, extent, &first, &end);
-	int err = copy_held(guest, region, page, first > plan->first_page ? first : plan->first_page, least(end, plan_end));
+	int err = copy_held(guest, region, page, first > plan->first_page ? first : plan->first_page,
+	                    least(end, plan_end));
 	extent_release(&guest->image->states[extent]);
 	while (!err && ++extent * guest->image->shape.extent_pages < plan_end)
 		if (!copy_ahead(guest, region, extent))
@@ -301,7 +303,8 @@ static void fault_small(struct guest *guest, const struct supply_region *region,
 		}
 	}
 	if (plan.nr_prefetch)
-		store_prefetch(image, plan.prefetch_extent, least(plan.nr_prefetch, AHEAD_MAX_PAGES / image->shape.extent_pages));
+		store_prefetch(image, plan.prefetch_extent,
+		               least(plan.nr_prefetch, AHEAD_MAX_PAGES / image->shape.extent_pages));
 	if (plan.nr_ahead) {
 		guest->ahead_extent = plan.ahead_extent;
 		guest->nr_ahead = least(plan.nr_ahead, AHEAD_MAX_PAGES / image->shape.extent_pages + 1);
@@ -315,7 +318,8 @@ static void supply_fault(struct guest *guest, uint64_t address, uint64_t flags, 
 
 	answer_all_done(guest);
 	if (!region || flags & (UFFD_PAGEFAULT_FLAG_WP | UFFD_PAGEFAULT_FLAG_MINOR))
-		return; /* of memory we were never told of, or registered for more than this: its owner waits for itself */
+		return; /* of memory we were never told of, or registered for more than this: its owner waits for itself
+		         */
 	uint64_t page = region->first_page + ((address - region->address) >> PAGE_SHIFT);
 
 	count_add(COUNTER(guest->account->header, faults_missing), 1);
@@ -326,8 +330,8 @@ static void supply_fault(struct guest *guest, uint64_t address, uint64_t flags, 
 	if (region->page_bytes > PAGE_BYTES)
 		huge_fault(guest, region, page, read_ns);
 	else if (page >= guest->image->shape.nr_pages) /* less than 2 MiB a region: not charged */
-		answer_failed(guest, uffd_supply(guest->uffd, supply_address(region, page), NULL, PAGE_BYTES, PAGE_BYTES,
-		                                 &done_bytes));
+		answer_failed(guest, uffd_supply(guest->uffd, supply_address(region, page), NULL, PAGE_BYTES,
+		                                 PAGE_BYTES, &done_bytes));
 	else if (supply_is_zero(guest, page))
 		answer_failed(guest, zero_run(guest, region, page));
 	else
@@ -393,7 +397,8 @@ static bool supply_idle(struct guest *guest)
 		return true;
 	if (guest->nr_ahead) {
 		uint64_t extent = guest->ahead_extent++;
-		const struct supply_region *region = region_of(guest->supply, extent * guest->image->shape.extent_pages);
+		const struct supply_region *region =
+			region_of(guest->supply, extent * guest->image->shape.extent_pages);
 
 		guest->nr_ahead--;
 		if (region && !guest->supply->allowance)
@@ -430,7 +435,8 @@ static void supply_end(struct guest *guest)
 static void supply_wake(struct guest *guest)
 {
 	for (uint32_t i = 0; i < guest->supply->nr_regions; i++)
-		uffd_wake(guest->uffd, guest->supply->regions[i].address, guest->supply->regions[i].nr_pages << PAGE_SHIFT);
+		uffd_wake(guest->uffd, guest->supply->regions[i].address,
+		          guest->supply->regions[i].nr_pages << PAGE_SHIFT);
 }
 
 /* Where a machine's memory is, it stays: what moved can be supplied no more. */

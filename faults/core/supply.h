@@ -34,12 +34,12 @@ struct supply_region {
 struct supply_terms {
 	const struct supply_region *regions; /* copied */
 	uint32_t nr_regions;
-	uint32_t zero_discarded;         /* discarded memory is zero, and not the image's again */
-	const uint32_t *order;           /* extents to supply before they are asked for; copied */
+	uint32_t zero_discarded; /* discarded memory is zero, and not the image's again */
+	const uint32_t *order;   /* extents to supply before they are asked for; copied */
 	uint64_t nr_order;
 	struct share_allowance *allowance; /* NULL: no extent is shared */
-	uint64_t max_pinned_extents;     /* of the store, others' pins among them */
-	uint32_t share_resident;         /* tell of what is resident already before it is asked for */
+	uint64_t max_pinned_extents;       /* of the store, others' pins among them */
+	uint32_t share_resident;           /* tell of what is resident already before it is asked for */
 };
 
 /* How many extents all shared guests together may keep pinned.  Outlives them. */
@@ -66,7 +66,7 @@ int64_t supply_take_shared(struct guest *guest, uint64_t *firsts_out, uint64_t *
 struct assembly {
 	bool active;
 	const struct supply_region *region;
-	uint64_t first_page, nr_pages; /* of the image */
+	uint64_t first_page, nr_pages;      /* of the image */
 	bits_word missing[HUGE_PAGES / 64]; /* by extent of it */
 	uint64_t read_ns;
 	bool loaded;
@@ -75,8 +75,8 @@ struct assembly {
 
 /*
  * Invariants: (1) done is changed under the guest's answer_lock, the rest by the thread alone (told: by whoever takes
- * it, too); (2) an extent's told bit is set only while its shared bit is; (3) each shared bit is one loan of the store's
- * and one taken from the allowance.
+ * it, too); (2) an extent's told bit is set only while its shared bit is; (3) each shared bit is one loan of the
+ * store's and one taken from the allowance.
  */
 struct supply {
 	struct supply_region regions[SUPPLY_REGIONS_MAX];
@@ -130,7 +130,8 @@ void huge_discard(struct guest *guest, uint64_t first, uint64_t nr);
 
 /* supply_share.c: whether the fault is (or will be) answered by telling of its extents. */
 bool share_fault(struct guest *guest, const struct supply_region *region, uint64_t page, uint64_t read_ns);
-/* Of an account that another process left: lends it again what it was told of; -ENOSPC: there is no allowance for that. */
+/* Of an account that another process left: lends it again what it was told of; -ENOSPC: there is no allowance for that.
+ */
 int share_adopt(struct guest *guest);
 /* An extent that was waited for is held: true if it was told of. */
 bool share_loaded(struct guest *guest, uint64_t extent);

@@ -56,7 +56,8 @@ static void install(struct guest *guest)
 	if (bits_test(account->private, assembly->first_page))
 		err = supply_again(guest, assembly->region, assembly->first_page, assembly->buffer);
 	else
-		err = supply_install(guest, assembly->region, assembly->first_page, assembly->nr_pages, assembly->buffer);
+		err = supply_install(guest, assembly->region, assembly->first_page, assembly->nr_pages,
+		                     assembly->buffer);
 	if (err == -EDQUOT)
 		supply_refuse(guest, assembly->region, assembly->first_page);
 	else if (err < 0)
@@ -185,7 +186,8 @@ void huge_discard(struct guest *guest, uint64_t first, uint64_t nr)
 {
 	const struct assembly *assembly = &guest->supply->assembly;
 
-	if (!assembly->active || first >= assembly->first_page + assembly->nr_pages || assembly->first_page >= first + nr)
+	if (!assembly->active || first >= assembly->first_page + assembly->nr_pages ||
+	    assembly->first_page >= first + nr)
 		return;
 	/* It is zeros now: who waits for it asks again. */
 	uint64_t address = supply_address(assembly->region, assembly->first_page);

@@ -95,7 +95,8 @@ int64_t supply_install(struct guest *guest, const struct supply_region *region, 
 		account_uncharge(account, first + i);
 		count_add(COUNTER(account->header, uncharged_pages), 1);
 	}
-	for (uint64_t page = first; (page = bits_next(account->poisoned, page, first + nr_done)) < first + nr_done; page++)
+	for (uint64_t page = first; (page = bits_next(account->poisoned, page, first + nr_done)) < first + nr_done;
+	     page++)
 		if (bits_clear(account->poisoned, page)) {
 			atomic_fetch_sub(&guest->image->nr_poisoned, 1);
 			count_add(COUNTER(account->header, repaired_pages), 1);

@@ -2,9 +2,9 @@
 /*
  * Shared guests: extents pinned for them and told of, so that they map the frames themselves.
  *
- * Nothing guards such a mapping: an extent punched under it would read as zeros, silently.  So an extent is told of only
- * while it is resident and pinned, and the pin is given back when the guest was stopped.  An extent that was copied in
- * part is never shared.
+ * Nothing guards such a mapping: an extent punched under it would read as zeros, silently.  So an extent is told of
+ * only while it is resident and pinned, and the pin is given back when the guest was stopped.  An extent that was
+ * copied in part is never shared.
  */
 #include "faults/core/supply.h"
 
@@ -203,7 +203,8 @@ int64_t supply_take_shared(struct guest *guest, uint64_t *firsts_out, uint64_t *
 			e++;
 		if (e == first) /* taken by nobody else: there is one taker */
 			break;
-		uint64_t end_page = e * shape->extent_pages < shape->nr_pages ? e * shape->extent_pages : shape->nr_pages;
+		uint64_t end_page =
+			e * shape->extent_pages < shape->nr_pages ? e * shape->extent_pages : shape->nr_pages;
 
 		firsts_out[nr] = first * shape->extent_pages;
 		nrs_out[nr++] = end_page - first * shape->extent_pages;

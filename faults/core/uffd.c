@@ -115,8 +115,7 @@ static int supply_once(int uffd, uint64_t address, const char *from, uint64_t le
 	return err;
 }
 
-int uffd_supply(int uffd, uint64_t address, const void *from, uint64_t length, uint64_t page_bytes,
-                uint64_t *done_out)
+int uffd_supply(int uffd, uint64_t address, const void *from, uint64_t length, uint64_t page_bytes, uint64_t *done_out)
 {
 	uint64_t done = 0, step;
 	int err = 0;

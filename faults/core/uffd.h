@@ -14,18 +14,17 @@
  * registered mapping; -ESRCH: the process is gone.
  */
 int uffd_continue(int uffd, uint64_t address, uint64_t length, uint32_t max_skips, uint64_t *mapped_out);
-/* Installs private copies of [from, from + length), write-protected if so, and wakes whoever waits there; pages that are
- * there already are woken and passed over.  *done_out is how far it got, on failure too. */
+/* Installs private copies of [from, from + length), write-protected if so, and wakes whoever waits there; pages that
+ * are there already are woken and passed over.  *done_out is how far it got, on failure too. */
 int uffd_copy(int uffd, uint64_t address, const void *from, uint64_t length, bool protect, uint64_t *done_out);
 /* Installs a private, writable copy of one page; -EEXIST (woken) if one is mapped. */
 int uffd_copy_page(int uffd, uint64_t address, const void *from);
 /*
- * Installs private copies of [from, from + length) at address, and wakes whoever waits there; 0: pages of zeros in place
- * of copies, which huge pages have not got.  Pages (of page_bytes) that are there already are woken and passed over.
- * *done_out is how far it got, on failure too; errors are those of uffd_continue.
+ * Installs private copies of [from, from + length) at address, and wakes whoever waits there; 0: pages of zeros in
+ * place of copies, which huge pages have not got.  Pages (of page_bytes) that are there already are woken and passed
+ * over. *done_out is how far it got, on failure too; errors are those of uffd_continue.
  */
-int uffd_supply(int uffd, uint64_t address, const void *from, uint64_t length, uint64_t page_bytes,
-                uint64_t *done_out);
+int uffd_supply(int uffd, uint64_t address, const void *from, uint64_t length, uint64_t page_bytes, uint64_t *done_out);
 /* SIGBUS for whoever touches [address, address + length), which nobody mapped, and wakes it. */
 int uffd_poison_range(int uffd, uint64_t address, uint64_t length);
 

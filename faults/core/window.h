@@ -16,17 +16,17 @@
 /* cdef-begin */
 #define WINDOW_STREAMS 4
 #define WINDOW_GROWTH 4
-#define WINDOW_NOW_PAGES 512         /* of a stream: mapped before the next fault is looked at */
-#define WINDOW_MAX_PAGES 4096        /* of a stream */
+#define WINDOW_NOW_PAGES 512           /* of a stream: mapped before the next fault is looked at */
+#define WINDOW_MAX_PAGES 4096          /* of a stream */
 #define WINDOW_PREFETCH_MAX_PAGES 4096 /* loaded ahead of a stream */
 #define WINDOW_WRITE_MAX_PAGES 64
 #define WINDOW_WRITE_DENSE_PAGES 16 /* the smallest block of random writes that is judged by its density */
 
 struct window_stream {
-	uint64_t next_extent;  /* the end of the current window: where the stream is expected to fault next */
-	uint64_t last_extent;  /* of the last fault */
-	uint64_t nr_extents;   /* its length */
-	uint64_t used;         /* a stamp: the least recent stream is replaced */
+	uint64_t next_extent; /* the end of the current window: where the stream is expected to fault next */
+	uint64_t last_extent; /* of the last fault */
+	uint64_t nr_extents;  /* its length */
+	uint64_t used;        /* a stamp: the least recent stream is replaced */
 };
 
 struct window_state {
@@ -37,9 +37,9 @@ struct window_state {
 };
 
 struct window_plan {
-	uint64_t first_page, nr_pages;           /* map now, where resident */
-	uint64_t ahead_extent, nr_ahead;         /* map in idle time, where resident */
-	uint64_t prefetch_extent, nr_prefetch;   /* load */
+	uint64_t first_page, nr_pages;         /* map now, where resident */
+	uint64_t ahead_extent, nr_ahead;       /* map in idle time, where resident */
+	uint64_t prefetch_extent, nr_prefetch; /* load */
 };
 
 struct window_shape {

@@ -175,7 +175,8 @@ void answer_write(struct guest *guest, uint64_t page, uint64_t read_ns)
 	}
 }
 
-/* Under write_lock, the page having been taken: one UFFDIO_COPY from the frame, which the caller's hold keeps where it is. */
+/* Under write_lock, the page having been taken: one UFFDIO_COPY from the frame, which the caller's hold keeps where it
+ * is. */
 static int copy_page(struct guest *guest, uint64_t page)
 {
 	char frame[PAGE_BYTES] __attribute__((aligned(64)));

@@ -181,10 +181,10 @@ static const struct timeval old[2];
 static const struct timespec ancient[2];
 
 /* Tried one after another: the expression, and the error with which it is to fail; 0 for those that differ. */
-#define TRY(what, wanted)                                                                                    \
-	do {                                                                                                 \
-		errno = 0;                                                                                   \
-		judge(#what, (int)(what), wanted);                                                           \
+#define TRY(what, wanted)                          \
+	do {                                       \
+		errno = 0;                         \
+		judge(#what, (int)(what), wanted); \
 	} while (0)
 
 struct state {
@@ -214,10 +214,9 @@ static int differs(const struct state *one, const struct state *two)
 {
 	const struct stat *a = &one->status, *b = &two->status;
 
-	return one->sum != two->sum || a->st_ino != b->st_ino || a->st_size != b->st_size ||
-	       a->st_mode != b->st_mode || a->st_uid != b->st_uid || a->st_gid != b->st_gid ||
-	       a->st_nlink != b->st_nlink || a->st_blocks != b->st_blocks ||
-	       memcmp(&a->st_mtim, &b->st_mtim, sizeof(a->st_mtim)) != 0 ||
+	return one->sum != two->sum || a->st_ino != b->st_ino || a->st_size != b->st_size || a->st_mode != b->st_mode ||
+	       a->st_uid != b->st_uid || a->st_gid != b->st_gid || a->st_nlink != b->st_nlink ||
+	       a->st_blocks != b->st_blocks || memcmp(&a->st_mtim, &b->st_mtim, sizeof(a->st_mtim)) != 0 ||
 	       memcmp(&a->st_ctim, &b->st_ctim, sizeof(a->st_ctim)) != 0;
 }
 

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* looker IMAGE COPY: asks all there is to ask of IMAGE's path, which this user may not open, and opens what it is told. */
+/* looker IMAGE COPY: asks all there is to ask of IMAGE's path, which this user may not open, and opens what it is told.
+ */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -13,12 +14,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define CHECK(what)                                                                                          \
-	do {                                                                                                 \
-		if (!(what)) {                                                                               \
-			fprintf(stderr, "line %d: not so: %s (%s)\n", __LINE__, #what, strerror(errno));     \
-			_exit(99);                                                                           \
-		}                                                                                            \
+#define CHECK(what)                                                                                      \
+	do {                                                                                             \
+		if (!(what)) {                                                                           \
+			fprintf(stderr, "line %d: not so: %s (%s)\n", __LINE__, #what, strerror(errno)); \
+			_exit(99);                                                                       \
+		}                                                                                        \
 	} while (0)
 
 /* What older programs call. */
@@ -44,8 +45,8 @@ static int is_file(const struct stat *status)
 static int reads(int fd)
 {
 	char bytes[sizeof(first)];
-	int is_image = fd >= 0 && read(fd, bytes, sizeof(bytes)) == sizeof(bytes) &&
-		       memcmp(bytes, first, sizeof(first)) == 0;
+	int is_image =
+		fd >= 0 && read(fd, bytes, sizeof(bytes)) == sizeof(bytes) && memcmp(bytes, first, sizeof(first)) == 0;
 
 	close(fd);
 	return is_image;
@@ -55,7 +56,7 @@ static int streams(FILE *file)
 {
 	char bytes[sizeof(first)];
 	int is_image = file && fread(bytes, 1, sizeof(bytes), file) == sizeof(bytes) &&
-		       memcmp(bytes, first, sizeof(first)) == 0;
+	               memcmp(bytes, first, sizeof(first)) == 0;
 
 	if (file)
 		fclose(file);

@@ -102,8 +102,8 @@ static void read_copy(const char *path)
 
 int main(int nr_words, char **words)
 {
-	const struct test_case *const tables[] = {map_cases, fork_cases, thread_cases, stream_cases,
-						 clone_cases, end_cases};
+	const struct test_case *const tables[] = {map_cases,    fork_cases,  thread_cases,
+	                                          stream_cases, clone_cases, end_cases};
 
 	CHECK(nr_words == 4);
 	image_path = words[2];

@@ -12,10 +12,10 @@ extern const char *image_path;
 extern int image_fd;
 extern size_t image_bytes, image_pages; /* pages: the last one is partial if the size is odd */
 
-#define CHECK(what)                                                                                          \
-	do {                                                                                                 \
-		if (!(what))                                                                                 \
-			fail(__FILE__, __LINE__, #what);                                                     \
+#define CHECK(what)                                      \
+	do {                                             \
+		if (!(what))                             \
+			fail(__FILE__, __LINE__, #what); \
 	} while (0)
 
 void fail(const char *file, int line, const char *what) __attribute__((noreturn));
@@ -34,7 +34,6 @@ struct test_case {
 	const char *name;
 	void (*run)(void);
 };
-extern const struct test_case map_cases[], fork_cases[], thread_cases[], stream_cases[], clone_cases[],
-	end_cases[];
+extern const struct test_case map_cases[], fork_cases[], thread_cases[], stream_cases[], clone_cases[], end_cases[];
 
 #endif

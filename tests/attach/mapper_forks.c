@@ -156,10 +156,6 @@ static void busy_threads(void)
 }
 
 const struct test_case fork_cases[] = {
-	{"inherits", inherits},
-	{"inherits_pieces", inherits_pieces},
-	{"nothing_unwanted", nothing_unwanted},
-	{"spawns", spawns},
-	{"busy_threads", busy_threads},
-	{NULL, NULL},
+	{"inherits", inherits}, {"inherits_pieces", inherits_pieces}, {"nothing_unwanted", nothing_unwanted},
+	{"spawns", spawns},     {"busy_threads", busy_threads},       {NULL, NULL},
 };

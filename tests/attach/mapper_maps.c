@@ -63,8 +63,7 @@ static void fixed(void)
 {
 	char *at = reserve(64);
 
-	CHECK(mmap(at + 8 * PAGE, 16 * PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED, image_fd, 0) ==
-	      at + 8 * PAGE);
+	CHECK(mmap(at + 8 * PAGE, 16 * PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED, image_fd, 0) == at + 8 * PAGE);
 	CHECK(is_image(at + 8 * PAGE, 0, 16));
 	CHECK(signal_of(at + 7 * PAGE, 0) == SIGSEGV && signal_of(at + 24 * PAGE, 0) == SIGSEGV);
 	CHECK(mmap(at, PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED_NOREPLACE, image_fd, 0) == MAP_FAILED &&
@@ -80,12 +79,12 @@ static void fixed_over_guest(void)
 
 	at[0] = at[31 * PAGE] = at[9 * PAGE] = 'p';
 	/* Ordinary memory in the middle, then other pages of the image over some of both. */
-	CHECK(mmap(at + 8 * PAGE, 8 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS,
-		   -1, 0) == at + 8 * PAGE);
+	CHECK(mmap(at + 8 * PAGE, 8 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS, -1, 0) ==
+	      at + 8 * PAGE);
 	CHECK(is_byte(at + 8 * PAGE, 8 * PAGE, 0));
 	CHECK(at[0] == 'p' && is_image(at + PAGE, 1, 7) && is_image(at + 16 * PAGE, 16, 15));
-	CHECK(mmap(at + 12 * PAGE, 8 * PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED, image_fd,
-		   (off_t)(40 * PAGE)) == at + 12 * PAGE);
+	CHECK(mmap(at + 12 * PAGE, 8 * PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED, image_fd, (off_t)(40 * PAGE)) ==
+	      at + 12 * PAGE);
 	CHECK(is_image(at + 12 * PAGE, 40, 8) && is_byte(at + 8 * PAGE, 4 * PAGE, 0));
 	CHECK(is_image(at + 20 * PAGE, 20, 11) && at[31 * PAGE] == 'p');
 	/* Over all of it. */
@@ -102,18 +101,15 @@ static void shared(void)
 	CHECK(is_image(at, 0, 8));
 	CHECK(mprotect(at, PAGE, PROT_READ | PROT_WRITE) < 0 && errno == EACCES);
 	CHECK(mprotect(at, PAGE, PROT_READ) == 0 && is_image(at, 0, 8));
-	CHECK(mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, image_fd, 0) == MAP_FAILED &&
-	      errno == EACCES);
+	CHECK(mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, image_fd, 0) == MAP_FAILED && errno == EACCES);
 }
 
 static void wrong_flags(void)
 {
-	const int wrong[] = {MAP_PRIVATE | MAP_HUGETLB, MAP_SHARED_VALIDATE | MAP_SYNC,
-			     MAP_PRIVATE | MAP_GROWSDOWN};
+	const int wrong[] = {MAP_PRIVATE | MAP_HUGETLB, MAP_SHARED_VALIDATE | MAP_SYNC, MAP_PRIVATE | MAP_GROWSDOWN};
 
 	for (size_t i = 0; i < 3; i++)
-		CHECK(mmap(NULL, PAGE, PROT_READ, wrong[i], image_fd, 0) == MAP_FAILED &&
-		      errno == EOPNOTSUPP);
+		CHECK(mmap(NULL, PAGE, PROT_READ, wrong[i], image_fd, 0) == MAP_FAILED && errno == EOPNOTSUPP);
 	CHECK(mmap(NULL, PAGE, PROT_READ, 0, image_fd, 0) == MAP_FAILED && errno == EINVAL);
 	CHECK(mmap(NULL, PAGE, PROT_READ, MAP_PRIVATE, image_fd, 5) == MAP_FAILED && errno == EINVAL);
 	CHECK(mmap(NULL, 0, PROT_READ, MAP_PRIVATE, image_fd, 0) == MAP_FAILED && errno == EINVAL);
@@ -170,8 +166,8 @@ static void move(void)
 	moved[5 * PAGE] = 'q';
 	CHECK(moved[5 * PAGE] == 'q' && is_image(moved + 6 * PAGE, 8, 10));
 	/* A part, out of the middle. */
-	CHECK(mremap(moved + 4 * PAGE, 4 * PAGE, 4 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED,
-		     target + 40 * PAGE) == target + 40 * PAGE);
+	CHECK(mremap(moved + 4 * PAGE, 4 * PAGE, 4 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, target + 40 * PAGE) ==
+	      target + 40 * PAGE);
 	CHECK(is_image(target + 40 * PAGE, 6, 1) && target[41 * PAGE] == 'q');
 	CHECK(is_image(target + 42 * PAGE, 8, 2) && signal_of(moved + 4 * PAGE, 0) == SIGSEGV);
 	CHECK(moved[3 * PAGE] == 'p' && is_image(moved + 8 * PAGE, 10, 8));
@@ -183,8 +179,7 @@ static void grow(void)
 	char *space = reserve(200), *at = space + 16 * PAGE, *moved;
 
 	CHECK(munmap(at, 100 * PAGE) == 0);
-	at = mmap(at, 8 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED_NOREPLACE, image_fd,
-		  (off_t)(4 * PAGE));
+	at = mmap(at, 8 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED_NOREPLACE, image_fd, (off_t)(4 * PAGE));
 	CHECK(at == space + 16 * PAGE);
 	at[PAGE] = 'p';
 	CHECK(mremap(at, 8 * PAGE, 24 * PAGE, 0) == at); /* there is room */
@@ -198,11 +193,10 @@ static void grow(void)
 	CHECK(is_image(moved, 4, 1) && moved[PAGE] == 'p' && is_image(moved + 2 * PAGE, 6, 7));
 	CHECK(moved[9 * PAGE] == 'q' && is_image(moved + 10 * PAGE, 14, 10));
 	CHECK(munmap(moved + 3 * PAGE, PAGE) == 0);
-	CHECK(mremap(moved, 20 * PAGE, 20 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, at) == MAP_FAILED &&
-	      errno == EFAULT);
+	CHECK(mremap(moved, 20 * PAGE, 20 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, at) == MAP_FAILED && errno == EFAULT);
 	at = map_pages(4, 8, PROT_READ | PROT_WRITE, MAP_PRIVATE);
 	CHECK(mmap(at + 8 * PAGE, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) ==
-		      at + 8 * PAGE ||
+	              at + 8 * PAGE ||
 	      errno == EEXIST);
 	at[PAGE] = 'p';
 	CHECK(mremap(at, 8 * PAGE, 16 * PAGE, 0) == MAP_FAILED && errno == ENOMEM);
@@ -235,8 +229,7 @@ static void many(void)
 	size_t nr = 0;
 
 	for (; nr < 300; nr++) {
-		at[nr] = mmap(NULL, PAGE, PROT_READ, MAP_PRIVATE, image_fd,
-			      (off_t)(nr % image_pages * PAGE));
+		at[nr] = mmap(NULL, PAGE, PROT_READ, MAP_PRIVATE, image_fd, (off_t)(nr % image_pages * PAGE));
 		if (at[nr] == MAP_FAILED)
 			break;
 	}

@@ -116,10 +116,14 @@ static const struct {
 	const char *name;
 	void (*run)(void);
 } ways[] = {
-	WAY(by_execve),	  WAY(by_execv),    WAY(by_execvp),    WAY(by_execvp_in_current_folder),
-	WAY(by_execvpe),  WAY(by_execl),    WAY(by_execlp),    WAY(by_execle),
-	WAY(by_execveat), WAY(by_execveat_of_a_descriptor),    WAY(by_fexecve),
-	WAY(by_shell),	  WAY(by_posix_spawn), WAY(by_posix_spawnp), WAY(by_vfork),
+	WAY(by_execve),      WAY(by_execv),
+	WAY(by_execvp),      WAY(by_execvp_in_current_folder),
+	WAY(by_execvpe),     WAY(by_execl),
+	WAY(by_execlp),      WAY(by_execle),
+	WAY(by_execveat),    WAY(by_execveat_of_a_descriptor),
+	WAY(by_fexecve),     WAY(by_shell),
+	WAY(by_posix_spawn), WAY(by_posix_spawnp),
+	WAY(by_vfork),
 };
 
 int main(int nr_words, char **all)

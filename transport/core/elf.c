@@ -72,7 +72,8 @@ static bool find_dynamic(const struct file *file, int64_t tag, unsigned *entry_n
 
 	while (section && *entry_no < section->p_filesz / sizeof(entries[0]) && *entry_no < MAX_DYNAMIC) {
 		size_t got = read_at(file->fd, section->p_offset + *entry_no * sizeof(entries[0]), entries,
-				     sizeof(entries)) / sizeof(entries[0]);
+		                     sizeof(entries)) /
+		             sizeof(entries[0]);
 
 		for (size_t i = 0; i < got; i++) {
 			(*entry_no)++;
@@ -135,13 +136,13 @@ int elf_read(int fd, struct elf *elf_out)
 	    head.e_phentsize == sizeof(file.headers[0])) {
 		size_t nr_bytes = (head.e_phnum < MAX_HEADERS ? head.e_phnum : MAX_HEADERS) * sizeof(file.headers[0]);
 
-		file.nr_headers = (unsigned)(read_at(fd, head.e_phoff, file.headers, nr_bytes) / sizeof(file.headers[0]));
+		file.nr_headers =
+			(unsigned)(read_at(fd, head.e_phoff, file.headers, nr_bytes) / sizeof(file.headers[0]));
 		linker = find_header(&file, PT_INTERP);
 		if (linker)
 			read_text(fd, linker->p_offset, linker->p_filesz, elf.linker);
 		/* A static program that can be anywhere (-static-pie) says that it is a program. */
-		elf.is_loader = !linker && head.e_type == ET_DYN &&
-				!(dynamic_value(&file, DT_FLAGS_1) & DF_1_PIE);
+		elf.is_loader = !linker && head.e_type == ET_DYN && !(dynamic_value(&file, DT_FLAGS_1) & DF_1_PIE);
 		read_dynamic(&file, &elf);
 	}
 	*elf_out = elf;

@@ -12,7 +12,7 @@ struct elf {
 	uint16_t machine;
 	bool is_big_endian;
 	/* These are known only of programs of 64 bits and this machine's byte order. */
-	bool is_loader;	  /* a dynamic linker, which runs programs by itself */
+	bool is_loader;   /* a dynamic linker, which runs programs by itself */
 	bool needs_first; /* of the address sanitizer, whose library ends a program in which it is not the first */
 	char linker[256]; /* the dynamic linker it names, "" if it is static or a loader */
 	char soname[256]; /* the name by which others link it, "" if it has none */

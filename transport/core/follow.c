@@ -15,8 +15,8 @@
  * Where nothing can be mapped the region becomes a place that cannot be used, once nobody looks at its memory (hold),
  * and whoever reads and writes through us goes on by bytes.
  *
- * A backend that dies has a successor, at the same connection.  When the connection is at its end there is none, and the
- * thread answers what nobody else will (orphan.h), until it is stopped.
+ * A backend that dies has a successor, at the same connection.  When the connection is at its end there is none, and
+ * the thread answers what nobody else will (orphan.h), until it is stopped.
  */
 #define _GNU_SOURCE
 #include "transport/core/follow.h"
@@ -59,20 +59,20 @@ struct follower {
 	struct region *region;
 	int connection_fd;
 	int kick_fd;
-	int target_fd;		/* -1, or a connection to the target that has not replaced the old one */
-	struct region fresh;	/* a mapping that has not replaced the old one, if it has an address */
-	bool old_let_go;	/* the old backend answers no more */
+	int target_fd;       /* -1, or a connection to the target that has not replaced the old one */
+	struct region fresh; /* a mapping that has not replaced the old one, if it has an address */
+	bool old_let_go;     /* the old backend answers no more */
 	_Atomic bool stop;
-	_Atomic int nr_views;	/* or TAKEN_AWAY */
+	_Atomic int nr_views; /* or TAKEN_AWAY */
 	pthread_t thread;
-	pthread_mutex_t lock;	/* for told */
+	pthread_mutex_t lock; /* for told */
 	struct follow_told told;
 	bool follows;
 	char guest[72];
 	char digest[136];
 	char *open_request;
-	char *request;		/* REQUEST_BYTES */
-	char *room;		/* ROOM_BYTES */
+	char *request; /* REQUEST_BYTES */
+	char *room;    /* ROOM_BYTES */
 };
 
 static void say_why(struct follower *f, const char *format, ...) __attribute__((format(printf, 2, 3)));
@@ -107,8 +107,8 @@ static int wait_for(struct follower *f, int fd, short events, int milliseconds)
 }
 
 /* Asks and takes the answer, whose text is good until the next call. -ETIMEDOUT if none comes. */
-static int ask(struct follower *f, int fd, uint32_t tag, const char *request, const int *fds, unsigned nr_fds, int milliseconds,
-	       struct packet *reply_out)
+static int ask(struct follower *f, int fd, uint32_t tag, const char *request, const int *fds, unsigned nr_fds,
+               int milliseconds, struct packet *reply_out)
 {
 	int err;
 
@@ -143,8 +143,8 @@ static bool note_place(struct follower *f, struct json json, bool with_token)
 	bool is_good = json_text(json, "uri", uri, sizeof(uri)) && uri[0];
 
 	if (is_good && with_token)
-		is_good = json_raw(json, "token", &raw) && raw.length < sizeof(f->told.token) &&
-			  raw.length >= 2 && raw.text[0] == '"';
+		is_good = json_raw(json, "token", &raw) && raw.length < sizeof(f->told.token) && raw.length >= 2 &&
+		          raw.text[0] == '"';
 	if (!is_good)
 		return false;
 	pthread_mutex_lock(&f->lock);
@@ -176,7 +176,7 @@ static int check_reply(struct follower *f, const struct packet *reply)
 }
 
 static int ask_target(struct follower *f, uint32_t tag, const int *fds, unsigned nr_fds, int milliseconds,
-		      struct packet *reply_out)
+                      struct packet *reply_out)
 {
 	int err = ask(f, f->target_fd, tag, f->request, fds, nr_fds, milliseconds, reply_out);
 
@@ -229,7 +229,7 @@ static int map_reply(struct follower *f, const struct packet *reply)
 	if (!(features & UFFD_FEATURE_EVENT_REMAP))
 		return -EPROTO;
 	err = region_init(&f->fresh, reply->fds[0], map_bytes, reply->nr_fds > 1 ? reply->fds[1] : -1, features,
-			  &stage);
+	                  &stage);
 	if (err < 0) {
 		say_why(f, "cannot map the image of %s (step %d): %s", f->told.uri, stage, strerror(-err));
 		return -EACCES;
@@ -294,7 +294,7 @@ static int hand_over(struct follower *f)
 	int err;
 
 	snprintf(f->request, REQUEST_BYTES, "{\"op\":\"region\",\"address\":%" PRIuPTR ",\"length\":%" PRIu64 "}",
-		 (uintptr_t)r->address, r->map_bytes);
+	         (uintptr_t)r->address, r->map_bytes);
 	/* However long that takes: who was told of it and is killed has a successor that goes on at this connection. */
 	err = ask_target(f, TAG_REGION, fds, 3, -1, &reply);
 	if (err < 0)
@@ -389,9 +389,10 @@ static int follow_to(struct follower *f)
 static void answer_as_orphan(struct follower *f)
 {
 	orphan_wake(f->region->uffd);
-	orphan_say("guest %s lost its backend, and none comes after it: pages that are not in memory are SIGBUS from now "
-		   "on; see the backend's log, and start this program again",
-		   f->guest);
+	orphan_say(
+		"guest %s lost its backend, and none comes after it: pages that are not in memory are SIGBUS from now "
+		"on; see the backend's log, and start this program again",
+		f->guest);
 	while (orphan_answer(f->region->uffd) == 0 && wait_for(f, f->region->uffd, POLLIN, -1) >= 0)
 		;
 }
@@ -461,7 +462,7 @@ static int start_thread(struct follower *f)
 }
 
 int follower_start(struct region *region, int connection_fd, bool follows, const char *guest, const char *open_request,
-		   const char *digest, struct follower **follower_out)
+                   const char *digest, struct follower **follower_out)
 {
 	struct follower *f = calloc(1, sizeof(*f));
 	int err = 0;

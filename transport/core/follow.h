@@ -36,7 +36,7 @@ struct follower;
    descriptor is of a connection to the target: hello, open and region are said there.  open_request is what opens it
    there, a JSON object without token and closing brace; digest "" if it is not known. */
 int follower_start(struct region *region, int connection_fd, bool follows, const char *guest, const char *open_request,
-		   const char *digest, struct follower **follower_out);
+                   const char *digest, struct follower **follower_out);
 
 /* Has it stop, wherever it is, and waits for that; frees it. The region is as it should be, for its user to end. */
 void follower_stop(struct follower *follower);

@@ -41,11 +41,10 @@ int guard_agree(int uffd, uint64_t features)
 int guard_range(int uffd, void *address, uint64_t nr_bytes)
 {
 	const uint64_t needed = (uint64_t)1 << _UFFDIO_CONTINUE | (uint64_t)1 << _UFFDIO_WRITEPROTECT |
-				(uint64_t)1 << _UFFDIO_COPY | (uint64_t)1 << _UFFDIO_WAKE;
+	                        (uint64_t)1 << _UFFDIO_COPY | (uint64_t)1 << _UFFDIO_WAKE;
 	struct uffdio_register reg = {
 		.range = {.start = (uintptr_t)address, .len = nr_bytes},
-		.mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR |
-			UFFDIO_REGISTER_MODE_WP,
+		.mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR | UFFDIO_REGISTER_MODE_WP,
 	};
 
 	if (ioctl(uffd, UFFDIO_REGISTER, &reg) < 0)

@@ -41,10 +41,10 @@ struct nbd_terms {
 struct nbd_counters {
 	uint64_t connections;
 	uint64_t reads, writes, trims, zeroes, flushes, caches, block_statuses;
-	uint64_t errors;                 /* requests answered with one */
+	uint64_t errors; /* requests answered with one */
 	uint64_t read_bytes, write_bytes;
-	uint64_t hits, misses;           /* extents that reads found resident; that they waited for */
-	uint64_t parked;                 /* requests that wait now: for loads, or for a disk */
+	uint64_t hits, misses; /* extents that reads found resident; that they waited for */
+	uint64_t parked;       /* requests that wait now: for loads, or for a disk */
 };
 
 enum nbd_latency { NBD_LATENCY_HIT, NBD_LATENCY_MISS, NBD_LATENCY_WRITE, NBD_LATENCY_FLUSH, NBD_LATENCY_NR };

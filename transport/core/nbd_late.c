@@ -2,9 +2,9 @@
 /*
  * Requests for pages that are late: still with the backend that the guest came from (accounting/core/overlay_late.h).
  *
- * A read waits, as one piece, until nothing of its range is late, and then goes on as any other: pages are never late again.
- * A write of a part of a page waits as it does for the image's page.  Whole pages that are written, zeroed or trimmed
- * wait for nothing.
+ * A read waits, as one piece, until nothing of its range is late, and then goes on as any other: pages are never late
+ * again. A write of a part of a page waits as it does for the image's page.  Whole pages that are written, zeroed or
+ * trimmed wait for nothing.
  */
 #include "transport/core/nbd_state.h"
 

@@ -6,9 +6,9 @@
  * time: a write of 32 MiB needs no buffer. The parts of pages at its two ends need what the image has there, and
  * wait for it as pieces if it is not resident.
  *
- * A trim gives the whole pages inside its range back to the image, or, by a connection's terms, is zeroes. Zeroes are private pages that hold nothing; with
- * NO_HOLE they are stored.  FAST_ZERO is refused where it could be as slow as a write: if zeros have to be stored, or a
- * page of the image has to be read first.
+ * A trim gives the whole pages inside its range back to the image, or, by a connection's terms, is zeroes. Zeroes are
+ * private pages that hold nothing; with NO_HOLE they are stored.  FAST_ZERO is refused where it could be as slow as a
+ * write: if zeros have to be stored, or a page of the image has to be read first.
  */
 #include "transport/core/nbd_state.h"
 
@@ -256,7 +256,8 @@ static void zero_step(struct nbd_turn *turn, struct nbd_op *op)
 		if (length != export->size_bytes - op->at)
 			length = nr << 12;
 		length = length < STEP_BYTES ? length : STEP_BYTES;
-		op->err = overlay_zero(export->overlay, op->at, length, op->request.flags & NBD_CMD_FLAG_NO_HOLE, &op->reserved);
+		op->err = overlay_zero(export->overlay, op->at, length, op->request.flags & NBD_CMD_FLAG_NO_HOLE,
+		                       &op->reserved);
 		if (op->err == -EBUSY) {
 			is_held(turn->connection, op->err);
 			op->err = 0;

@@ -4,8 +4,8 @@
  *
  * What is sent lies in the turn's arena (headers, private pages), in the frames (held until the call is over) or in a
  * piece (freed then).  If the socket takes only a part, the rest of arena and frames is copied into a segment of the
- * connection's backlog, a piece goes there as it is, and everything is let go.  While there is a backlog the connection is
- * not read from, so that it never has more than one send's worth.
+ * connection's backlog, a piece goes there as it is, and everything is let go.  While there is a backlog the connection
+ * is not read from, so that it never has more than one send's worth.
  */
 #define _GNU_SOURCE
 #include "transport/core/nbd_state.h"
@@ -19,7 +19,8 @@ bool out_has_room(const struct nbd_turn *turn, size_t nr_bytes, uint32_t nr_exte
 	const struct nbd_out *out = &turn->out;
 
 	return out->bytes < OUT_BYTES && out->arena_used + nr_bytes + 256 <= ARENA_BYTES &&
-	       out->nr_iov + 2 * nr_extents + nr_bytes / 4096 + 8 <= OUT_IOVECS && out->nr_holds + nr_extents <= OUT_HOLDS;
+	       out->nr_iov + 2 * nr_extents + nr_bytes / 4096 + 8 <= OUT_IOVECS &&
+	       out->nr_holds + nr_extents <= OUT_HOLDS;
 }
 
 void out_refer(struct nbd_turn *turn, const void *at, size_t nr_bytes, struct nbd_piece *owner)
@@ -102,13 +103,15 @@ static int backlog_keep(struct nbd_turn *turn, uint32_t i)
 		struct nbd_segment *segment = malloc(sizeof *segment + (owner ? 0 : nr));
 		if (!segment)
 			return -ENOMEM;
-		*segment = (struct nbd_segment){.at = owner ? out->iov[i].iov_base : segment + 1, .nr = nr, .owner = owner};
+		*segment = (struct nbd_segment){
+			.at = owner ? out->iov[i].iov_base : segment + 1, .nr = nr, .owner = owner};
 		if (owner)
 			spent_forget(out, owner);
 		uint8_t *to = (uint8_t *)(segment + 1);
 		for (; i < end; i++)
 			if (!owner)
-				to = (uint8_t *)memcpy(to, out->iov[i].iov_base, out->iov[i].iov_len) + out->iov[i].iov_len;
+				to = (uint8_t *)memcpy(to, out->iov[i].iov_base, out->iov[i].iov_len) +
+				     out->iov[i].iov_len;
 		backlog_push(turn->connection, segment);
 	}
 	return 0;

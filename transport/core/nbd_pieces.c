@@ -20,7 +20,12 @@ struct nbd_piece *piece_new(struct nbd_turn *turn, struct nbd_op *op, enum piece
 	if (!piece)
 		return NULL;
 	*piece = (struct nbd_piece){
-		.connection = turn->connection, .op = op, .kind = kind, .offset = offset, .length = length, .nr_missing = 1,
+		.connection = turn->connection,
+		.op = op,
+		.kind = kind,
+		.offset = offset,
+		.length = length,
+		.nr_missing = 1,
 	};
 	if (kind == PIECE_READ && !(piece->bytes = malloc(length))) {
 		free(piece);
@@ -48,8 +53,8 @@ static void piece_answer(struct load_waiter *waiter, int status)
 	if (status) {
 		atomic_store(&piece->status, status);
 	} else if (piece->kind == PIECE_READ) {
-		memcpy(piece->bytes + (wait->offset - piece->offset), piece->connection->export->frames->base + wait->offset,
-		       wait->length);
+		memcpy(piece->bytes + (wait->offset - piece->offset),
+		       piece->connection->export->frames->base + wait->offset, wait->length);
 	} else if (piece->kind == PIECE_PATCH) {
 		wait->held = extent_hold(&image->states[waiter->extent]);
 		assert(wait->held); /* the loader holds it while this runs */
@@ -69,7 +74,10 @@ bool piece_want(struct nbd_piece *piece, uint64_t offset, uint32_t length)
 		if (extent_hold(&image->states[extent]))
 			return true;
 		*wait = (struct nbd_wait){
-			.waiter = {.answer = piece_answer}, .piece = piece, .offset = offset, .length = length,
+			.waiter = {.answer = piece_answer},
+			.piece = piece,
+			.offset = offset,
+			.length = length,
 		};
 		piece->nr_waits++;
 		atomic_fetch_add(&piece->nr_missing, 1);

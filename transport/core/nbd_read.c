@@ -3,9 +3,9 @@
  * READ and CACHE.
  *
  * A read of what is resident refers to the frames and holds their extents until the send; private pages are copied
- * from the overlay.  If one extent is missing, the whole piece waits in a buffer of its own: the bytes that are there are
- * copied, the others come as they are loaded.  A long read goes piece by piece where replies may be split, so
- * that it needs no more memory than a few pieces; with simple replies it needs its length.
+ * from the overlay.  If one extent is missing, the whole piece waits in a buffer of its own: the bytes that are there
+ * are copied, the others come as they are loaded.  A long read goes piece by piece where replies may be split, so that
+ * it needs no more memory than a few pieces; with simple replies it needs its length.
  */
 #include "transport/core/nbd_state.h"
 
@@ -22,7 +22,11 @@ struct out_mark {
 static struct out_mark out_mark(const struct nbd_out *out)
 {
 	return (struct out_mark){
-		out->nr_iov, out->nr_holds, out->bytes, out->arena_used, out->nr_iov ? out->iov[out->nr_iov - 1].iov_len : 0,
+		out->nr_iov,
+		out->nr_holds,
+		out->bytes,
+		out->arena_used,
+		out->nr_iov ? out->iov[out->nr_iov - 1].iov_len : 0,
 	};
 }
 
@@ -172,7 +176,8 @@ static int read_park(struct nbd_turn *turn, struct nbd_op *op, uint64_t offset, 
 		int64_t run = (int64_t)length;
 
 		if (export->overlay)
-			run = overlay_read_run(export->overlay, offset, length, piece->bytes + (offset - piece->offset), &private);
+			run = overlay_read_run(export->overlay, offset, length, piece->bytes + (offset - piece->offset),
+			                       &private);
 		if (run < 0) {
 			atomic_store(&piece->status, (int)run);
 			break;

@@ -28,8 +28,8 @@
 #define STOP_EVENT (UINT64_MAX - 1)
 #define WORKER_STACK_BYTES (256u << 10)
 #define LINGER_US 2000 /* a thread waits with its connection (nbd_turn.c) */
-#define LOOK_MS 1000 /* a wake-up that was lost costs that much, and no more */
-#define EVENTS_MAX 1 /* what a thread has taken, no other can serve */
+#define LOOK_MS 1000   /* a wake-up that was lost costs that much, and no more */
+#define EVENTS_MAX 1   /* what a thread has taken, no other can serve */
 
 static struct nbd_connection *server_find(struct nbd_server *server, uint64_t connection_no)
 {
@@ -92,7 +92,8 @@ void nbd_piece_ready(struct nbd_piece *piece)
 /* Its overlay was thawed. */
 static void connection_go(struct overlay_hold *hold)
 {
-	struct nbd_connection *connection = (struct nbd_connection *)((char *)hold - offsetof(struct nbd_connection, hold));
+	struct nbd_connection *connection =
+		(struct nbd_connection *)((char *)hold - offsetof(struct nbd_connection, hold));
 
 	pthread_mutex_lock(&connection->lock);
 	if (connection->running)
@@ -209,7 +210,8 @@ static void connection_serve(struct nbd_turn *turn, struct nbd_connection *conne
 		if (wanted == TURN_AGAIN) {
 			nbd_enqueue(connection);
 		} else if (wanted) {
-			struct epoll_event event = {.events = wanted | EPOLLONESHOT, .data.u64 = connection->connection_no};
+			struct epoll_event event = {.events = wanted | EPOLLONESHOT,
+			                            .data.u64 = connection->connection_no};
 
 			int err = epoll_ctl(server->epoll_fd, EPOLL_CTL_MOD, connection->fd, &event);
 			assert(!err);
@@ -232,7 +234,8 @@ void *nbd_worker_main(void *arg)
 
 		if (nr < 0 || (nr && event.data.u64 == STOP_EVENT))
 			continue;
-		uint64_t connection_no = nr && event.data.u64 != READY_EVENT ? event.data.u64 : next_in_line(server, nr);
+		uint64_t connection_no =
+			nr && event.data.u64 != READY_EVENT ? event.data.u64 : next_in_line(server, nr);
 		pthread_mutex_lock(&server->lock);
 		struct nbd_connection *connection = server_find(server, connection_no);
 		if (connection)

@@ -5,11 +5,12 @@
  * A *turn* is one thread serving one connection: it receives what there is, parses many requests, answers what it
  * can and sends the answers together.  Most requests live only inside a turn, on its stack.  One that cannot end
  * there (a miss, a payload that has not all come, a flush of a disk, a range of gigabytes) becomes an *op*; what an
- * op waits for are *pieces*.  A piece is finished by a loader, a flusher or a page that arrives, which only puts it on its
- * connection's ready list; a turn does the rest.
+ * op waits for are *pieces*.  A piece is finished by a loader, a flusher or a page that arrives, which only puts it on
+ * its connection's ready list; a turn does the rest.
  *
  * Resident pages are sent from a read-only mapping of the frames, and touched only while their extent is held. What
- * a socket will not take at once is copied and the holds are let go, so a slow reader never stands in an eviction's way.
+ * a socket will not take at once is copied and the holds are let go, so a slow reader never stands in an eviction's
+ * way.
  *
  * Lock order: server->lock, connection->lock, server->ready_lock; none is held while a store or an overlay is called.
  */
@@ -25,16 +26,16 @@
 #include <pthread.h>
 #include <sys/uio.h>
 
-#define PIECE_BYTES (256u << 10)           /* the most that one piece of a read covers */
-#define IN_BYTES (320u << 10)              /* received at a time */
+#define PIECE_BYTES (256u << 10)                 /* the most that one piece of a read covers */
+#define IN_BYTES (320u << 10)                    /* received at a time */
 #define ARENA_BYTES (PIECE_BYTES + (192u << 10)) /* headers and private pages of one send */
-#define OUT_BYTES (256u << 10)             /* a send is made when so much is ready */
-#define OUT_IOVECS 1000                    /* below IOV_MAX */
+#define OUT_BYTES (256u << 10)                   /* a send is made when so much is ready */
+#define OUT_IOVECS 1000                          /* below IOV_MAX */
 #define OUT_HOLDS 2048
-#define OUTSTANDING_MAX 256                /* ops of a connection; beyond, it is not read from */
-#define BUFFERED_MAX (32u << 20)           /* bytes its pieces hold; the same */
-#define CACHING_MAX 4                      /* pieces of a CACHE, or of a long read, that wait at once */
-#define STEP_BYTES ((uint64_t)16 << 20)    /* of a TRIM or WRITE_ZEROES, between two looks at other requests */
+#define OUTSTANDING_MAX 256             /* ops of a connection; beyond, it is not read from */
+#define BUFFERED_MAX (32u << 20)        /* bytes its pieces hold; the same */
+#define CACHING_MAX 4                   /* pieces of a CACHE, or of a long read, that wait at once */
+#define STEP_BYTES ((uint64_t)16 << 20) /* of a TRIM or WRITE_ZEROES, between two looks at other requests */
 
 struct nbd_connection;
 struct nbd_op;
@@ -61,8 +62,8 @@ struct nbd_export {
 	struct overlay *overlay;
 	uint64_t size_bytes, extent_bytes;
 	uint32_t nr_connections; /* under server->lock */
-	/* Counters are words in the order of struct nbd_counters: its own (an overlay's are in its ledger, an image's alone
-	 * here), and those of all exports of the image. */
+	/* Counters are words in the order of struct nbd_counters: its own (an overlay's are in its ledger, an image's
+	 * alone here), and those of all exports of the image. */
 	_Atomic uint64_t *counts, *image_counts;
 	_Atomic uint64_t here[NBD_COUNTS_NR];
 	_Atomic uint64_t nr_parked;
@@ -101,15 +102,15 @@ struct nbd_piece {
 struct nbd_op {
 	struct nbd_op *next; /* in connection->longs */
 	struct nbd_request request;
-	uint64_t at, end;    /* what is still to be begun */
-	uint64_t reserved;   /* pages of the quota, taken and not yet used */
+	uint64_t at, end;  /* what is still to be begun */
+	uint64_t reserved; /* pages of the quota, taken and not yet used */
 	uint64_t start_ns;
-	uint32_t nr_pieces;  /* waiting */
+	uint32_t nr_pieces; /* waiting */
 	int err;
-	bool begun;          /* nothing more will be begun: it ends with its last piece */
+	bool begun; /* nothing more will be begun: it ends with its last piece */
 	bool missed, chunked, replied, synced;
 	bool zeroes; /* WRITE_ZEROES, or a trim that is to read as zeros */
-	bool late; /* waits for pages that are not here yet, and goes on then */
+	bool late;   /* waits for pages that are not here yet, and goes on then */
 };
 
 /* Bytes that the socket would not take. */
@@ -121,8 +122,8 @@ struct nbd_segment {
 };
 
 /*
- * Invariants: (1) one turn at a time, while running; (2) nr_pieces is the number of pieces that are neither finished nor
- * spent; (3) a connection is in the ready queue exactly while queued. Fields below the line belong to the turn.
+ * Invariants: (1) one turn at a time, while running; (2) nr_pieces is the number of pieces that are neither finished
+ * nor spent; (3) a connection is in the ready queue exactly while queued. Fields below the line belong to the turn.
  */
 struct nbd_connection {
 	pthread_mutex_t lock;
@@ -141,7 +142,7 @@ struct nbd_connection {
 	int err;
 	uint8_t *carry; /* received, not yet parsed */
 	size_t nr_carry;
-	struct nbd_op *payload;   /* whose payload comes next */
+	struct nbd_op *payload; /* whose payload comes next */
 	uint64_t payload_left;
 	struct nbd_op *longs, **longs_tail;
 	struct nbd_segment *backlog, **backlog_tail;
@@ -151,7 +152,7 @@ struct nbd_connection {
 	uint64_t stream_offset, stream_bytes; /* where the last read ended, and how long it has gone on so */
 	bool held;                            /* something of it waits for its overlay's thaw */
 	struct overlay_hold hold;
-	uint64_t ahead_offset;                /* up to where that stream was read ahead; 0: not yet */
+	uint64_t ahead_offset; /* up to where that stream was read ahead; 0: not yet */
 };
 
 struct nbd_out {
@@ -172,7 +173,7 @@ struct nbd_turn {
 	uint8_t *in;
 	size_t in_at, in_end;
 	struct nbd_out out;
-	uint64_t now_ns; /* when these requests were received */
+	uint64_t now_ns;     /* when these requests were received */
 	uint32_t nr_hits[2]; /* requests answered from what is resident, and writes, since now_ns: for their latency */
 	struct nbd_counters counts;
 	uint8_t *scratch; /* a page */

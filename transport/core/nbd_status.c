@@ -4,7 +4,7 @@
 
 #include <errno.h>
 
-#define DESCRIPTORS_MAX 512 /* of one context, in one reply: clients ask for the rest */
+#define DESCRIPTORS_MAX 512          /* of one context, in one reply: clients ask for the rest */
 #define SCAN_MAX ((uint64_t)1 << 20) /* pages or extents looked at for one descriptor */
 
 /* The run at offset of one context, no longer than length: its status, and its length in the place given. */
@@ -29,7 +29,8 @@ static uint32_t status_run(const struct nbd_export *export, enum nbd_context con
 	if (!export->overlay)
 		return 0;
 	bool private, zero;
-	*run_out = overlay_status_run(export->overlay, offset, length, context == NBD_CONTEXT_ALLOCATION, &private, &zero);
+	*run_out =
+		overlay_status_run(export->overlay, offset, length, context == NBD_CONTEXT_ALLOCATION, &private, &zero);
 	if (context == NBD_CONTEXT_PRIVATE)
 		return private;
 	return zero ? NBD_STATE_ZERO : 0;

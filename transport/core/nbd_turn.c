@@ -213,8 +213,8 @@ static void dispatch(struct nbd_turn *turn, const struct nbd_request *request)
 
 static bool may_parse(const struct nbd_connection *connection)
 {
-	return !connection->closing && !connection->backlog && !connection->held && connection->nr_ops < OUTSTANDING_MAX &&
-	       connection->buffered_bytes < BUFFERED_MAX;
+	return !connection->closing && !connection->backlog && !connection->held &&
+	       connection->nr_ops < OUTSTANDING_MAX && connection->buffered_bytes < BUFFERED_MAX;
 }
 
 /* Uses what was received, as far as it goes; true if it stopped for want of more. */
@@ -429,7 +429,8 @@ static uint32_t turn_round(struct nbd_turn *turn, bool *more_out)
 			*more_out = step_longs(turn);
 		out_send(turn);
 		count_turn(turn);
-		if (!connection->broken && !connection->backlog && !connection->settled && starved && !connection->closing)
+		if (!connection->broken && !connection->backlog && !connection->settled && starved &&
+		    !connection->closing)
 			return TURN_AGAIN;
 		if (!connection->broken && !connection->backlog && connection->settled)
 			*more_out = true;

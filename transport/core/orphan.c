@@ -3,7 +3,8 @@
  * Faults are answered one by one, as they are raised, through the guest's own copy of the userfaultfd.  So no table of
  * addresses is needed, whatever the program has moved or unmapped; the events that such calls wait for are read too.
  *
- * The backend may have read a fault and not answered it: a wake of the whole address space has the kernel raise it again.
+ * The backend may have read a fault and not answered it: a wake of the whole address space has the kernel raise it
+ * again.
  */
 #define _GNU_SOURCE
 #include "transport/core/orphan.h"

@@ -24,14 +24,14 @@ _Static_assert(sizeof(struct header) == 24, "the packet header is protocol.py's"
  * A socket with a time limit is not restarted after an interruption, and blocking signals does not prevent
  * those: io_uring's work in a QEMU that uses it, and SIGCONT after a stop, give EINTR too (signal(7)).
  */
-#define RETRIED(call)                                                                                        \
-	({                                                                                                   \
-		ssize_t retried_result;                                                                      \
-                                                                                                             \
-		do                                                                                           \
-			retried_result = (call);                                                             \
-		while (retried_result < 0 && errno == EINTR);                                                \
-		retried_result;                                                                              \
+#define RETRIED(call)                                         \
+	({                                                    \
+		ssize_t retried_result;                       \
+                                                              \
+		do                                            \
+			retried_result = (call);              \
+		while (retried_result < 0 && errno == EINTR); \
+		retried_result;                               \
 	})
 
 int packet_send(int socket_fd, uint32_t tag, const char *text, const int *fds, unsigned nr_fds)
@@ -42,8 +42,12 @@ int packet_send(int socket_fd, uint32_t tag, const char *text, const int *fds, u
 	} control = {0};
 	uint32_t length = (uint32_t)strlen(text);
 	struct header header = {
-		.magic = MAGIC, .version = VERSION, .tag = tag, .nr_fds = (uint16_t)nr_fds,
-		.total_length = length, .piece_length = length,
+		.magic = MAGIC,
+		.version = VERSION,
+		.tag = tag,
+		.nr_fds = (uint16_t)nr_fds,
+		.total_length = length,
+		.piece_length = length,
 	};
 	struct iovec pieces[2] = {{&header, sizeof(header)}, {(char *)(uintptr_t)text, length}};
 	struct msghdr message = {.msg_iov = pieces, .msg_iovlen = 2};
@@ -97,8 +101,10 @@ int packet_receive(int socket_fd, char *room, size_t room_bytes, struct packet *
 	struct header header;
 	struct iovec pieces[2] = {{&header, sizeof(header)}, {room, room_bytes}};
 	struct msghdr message = {
-		.msg_iov = pieces, .msg_iovlen = 2,
-		.msg_control = control.room, .msg_controllen = sizeof(control.room),
+		.msg_iov = pieces,
+		.msg_iovlen = 2,
+		.msg_control = control.room,
+		.msg_controllen = sizeof(control.room),
 	};
 	struct packet packet = {.json = {room, 0}};
 	ssize_t length = RETRIED(recvmsg(socket_fd, &message, MSG_CMSG_CLOEXEC));

@@ -18,9 +18,9 @@
  * for such faults killably, not interruptibly, so a waiting call ends by an answer or by SIGKILL.  It
  * raises them in kernel mode, hence the demand for a userfaultfd that is not UFFD_USER_MODE_ONLY.
  *
- * The kernel pins the pages of a write, all of them, before it copies: one that is protected meanwhile, to be followed or
- * frozen (accounting/core/track.h), is written without a fault.  So each chunk is touched for writing afterwards, which
- * changes nothing, and faults where that happened: the page counts as written once its bytes are there.
+ * The kernel pins the pages of a write, all of them, before it copies: one that is protected meanwhile, to be followed
+ * or frozen (accounting/core/track.h), is written without a fault.  So each chunk is touched for writing afterwards,
+ * which changes nothing, and faults where that happened: the page counts as written once its bytes are there.
  */
 #define _GNU_SOURCE
 #include "transport/core/region.h"
@@ -68,8 +68,7 @@ static int open_proc(const char *path, int *fd_out)
 	return 0;
 }
 
-int region_init(struct region *r, int memfd, uint64_t map_bytes, int uffd_device, uint64_t features,
-		int *stage_out)
+int region_init(struct region *r, int memfd, uint64_t map_bytes, int uffd_device, uint64_t features, int *stage_out)
 {
 	struct region new = {.map_bytes = map_bytes, .uffd = -1, .pagemap_fd = -1, .mem_fd = -1};
 	int stage, err;
@@ -185,7 +184,8 @@ static uint32_t settled_epoch(const struct region *r)
 
 /* process_vm_writev, of which nothing is lost: not to who follows what is written, nor to a mapping that comes in this
  * one's place while it copies, in which it is done again. */
-static ssize_t write_heard(const struct region *r, uint64_t offset, const struct iovec *local, const struct iovec *remote)
+static ssize_t write_heard(const struct region *r, uint64_t offset, const struct iovec *local,
+                           const struct iovec *remote)
 {
 	ssize_t copied;
 	uint32_t epoch;

@@ -34,8 +34,7 @@ struct region {
 
 /* Maps and guards map_bytes of memfd. uffd_device is an open /dev/userfaultfd to try first, or -1;
    both descriptors stay the caller's. On failure nothing is left behind and *r is untouched. */
-int region_init(struct region *r, int memfd, uint64_t map_bytes, int uffd_device, uint64_t features,
-		int *stage_out);
+int region_init(struct region *r, int memfd, uint64_t map_bytes, int uffd_device, uint64_t features, int *stage_out);
 
 /* Unmaps, then closes. Never waits for the backend. Harmless when repeated. */
 int region_deinit(struct region *r);

@@ -6,8 +6,8 @@
  * - The new one is made elsewhere, guarded, and then moved: mremap onto an address unmaps what is there and moves
  *   under one lock, and takes the guard and MADV_DONTFORK along.
  * - Both halves are events, of the old userfaultfd and of the new one, and mremap returns once somebody has read them.
- *   Nobody else reads either: so a thread of its own does, while the call is made here.  Faults that are read on the way
- *   are asked again by the wake at the end.
+ *   Nobody else reads either: so a thread of its own does, while the call is made here.  Faults that are read on the
+ * way are asked again by the wake at the end.
  * - Who waits for a fault of the old mapping is woken after that, and faults anew, in the new one.
  * - The old backend must have let go before: UFFDIO_CONTINUE by its userfaultfd would map whatever the new frames have
  *   there, since the kernel looks for a guard at that address, and not whose.
@@ -40,8 +40,8 @@ static int map_nothing(const struct region *r)
 
 	if (file < 0)
 		return -errno;
-	mapped = mmap(r->address, r->map_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED,
-	              file, 0);
+	mapped = mmap(r->address, r->map_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, file,
+	              0);
 	if (mapped == MAP_FAILED)
 		err = -errno;
 	close(file);
@@ -50,15 +50,15 @@ static int map_nothing(const struct region *r)
 
 static int move_onto(const struct region *r, const struct region *with)
 {
-	void *moved = mremap(with->address, with->map_bytes, with->map_bytes, MREMAP_MAYMOVE | MREMAP_FIXED,
-	                     r->address);
+	void *moved =
+		mremap(with->address, with->map_bytes, with->map_bytes, MREMAP_MAYMOVE | MREMAP_FIXED, r->address);
 
 	if (moved != MAP_FAILED)
 		return 0;
 	int err = -errno;
 	/* It may have failed half-way: nobody else shall get these addresses, which programs hold. */
-	mmap(r->address, r->map_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE,
-	     -1, 0);
+	mmap(r->address, r->map_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1,
+	     0);
 	return err;
 }
 

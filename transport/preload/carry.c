@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * A private page is this process's own memory, so it is copied from one mapping to the other here, and goes through no
- * backend.  What is private is what the page tables say: present or in swap, and of no file.  An entry that is not present
- * may also be a marker, left where a protected page was punched, or of a poisoned one: what /proc/self/mem reads is a
- * copy, since it asks no backend, and of a marker it reads nothing (EIO).  It minds no protection either.
+ * backend.  What is private is what the page tables say: present or in swap, and of no file.  An entry that is not
+ * present may also be a marker, left where a protected page was punched, or of a poisoned one: what /proc/self/mem
+ * reads is a copy, since it asks no backend, and of a marker it reads nothing (EIO).  It minds no protection either.
  *
- * While that is done no page may become private, or change.  A page that is open is written without a fault: so all that
- * is mapped and not protected is protected first, and nobody answers for it by then.  Pages that are not mapped are left
- * as they are, for protecting them would leave a marker in each.
+ * While that is done no page may become private, or change.  A page that is open is written without a fault: so all
+ * that is mapped and not protected is protected first, and nobody answers for it by then.  Pages that are not mapped
+ * are left as they are, for protecting them would leave a marker in each.
  */
 #define _GNU_SOURCE
 #include "transport/preload/carry.h"
@@ -80,7 +80,7 @@ static bool maps_next(struct map *map_out)
 
 	while ((line = maps_line())) {
 		if (sscanf(line, "%lx-%lx %4s %lx %x:%x %lu", &start, &end, may, &offset_bytes, &major_no, &minor_no,
-			   &inode) != 7)
+		           &inode) != 7)
 			continue;
 		*map_out = (struct map){
 			.start = start,
@@ -88,7 +88,7 @@ static bool maps_next(struct map *map_out)
 			.offset_bytes = offset_bytes,
 			.frames = {makedev(major_no, minor_no), inode},
 			.prot = (may[0] == 'r' ? PROT_READ : 0) | (may[1] == 'w' ? PROT_WRITE : 0) |
-				(may[2] == 'x' ? PROT_EXEC : 0),
+			        (may[2] == 'x' ? PROT_EXEC : 0),
 		};
 		return true;
 	}
@@ -278,21 +278,21 @@ static int put_aside(const struct range *range, uintptr_t aside, const struct ar
 		size_t nr_bytes = areas[i].end - areas[i].start;
 
 		if (real_mremap((void *)areas[i].start, nr_bytes, nr_bytes, MREMAP_MAYMOVE | MREMAP_FIXED,
-				(void *)(aside + (areas[i].start - range->start))) == MAP_FAILED)
+		                (void *)(aside + (areas[i].start - range->start))) == MAP_FAILED)
 			return -errno;
 	}
 	return 0;
 }
 
 static int fill_place(const struct leave *leave, const struct range *range, uintptr_t aside, const struct area *areas,
-		      int nr)
+                      int nr)
 {
 	size_t nr_bytes = range->end - range->start;
 	void *place = (void *)range->start;
 	int err = 0;
 
 	if (real_mmap(place, nr_bytes, PROT_NONE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, leave->memfd,
-		      (off_t)range->offset_bytes) == MAP_FAILED ||
+	              (off_t)range->offset_bytes) == MAP_FAILED ||
 	    real_madvise(place, nr_bytes, MADV_DONTFORK) < 0)
 		return -errno;
 	err = guard_range(leave->uffd, place, nr_bytes);

@@ -16,8 +16,8 @@ struct area {
 	int prot;
 };
 
-/* What of a range is mapped from its frames, at their place, in order: how many areas.  The program may have unmapped or
-   replaced the rest by calls that nobody saw.  -E2BIG if there are more. */
+/* What of a range is mapped from its frames, at their place, in order: how many areas.  The program may have unmapped
+   or replaced the rest by calls that nobody saw.  -E2BIG if there are more. */
 int carry_areas(const struct range *range, struct area areas_out[static CARRY_MAX_AREAS]);
 
 /* Whether anything between is mapped from such frames. */

@@ -46,7 +46,7 @@ static bool is_refused(const char *call, int folder, const char *path, int flags
 	if (!terms.active || lock_is_inside() || !path)
 		return false;
 	is_image = real_fstatat(folder, path, &status, flags & (AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH)) == 0 &&
-		   terms_is_image(&status);
+	           terms_is_image(&status);
 	errno = saved;
 	if (is_image) {
 		say("%s of the image's source is refused: others read it", call);
@@ -64,66 +64,63 @@ static bool is_refused(const char *call, int folder, const char *path, int flags
 /* link(2) follows only if it is told to. */
 #define LINK_FLAGS(flags) ((flags & AT_EMPTY_PATH) | (flags & AT_SYMLINK_FOLLOW ? 0 : AT_SYMLINK_NOFOLLOW))
 
-#define CHANGES(X)                                                                                           \
-	X(truncate, (const char *path, off_t length), (path, length), BY_PATH(path))                         \
-	X(chmod, (const char *path, mode_t mode), (path, mode), BY_PATH(path))                               \
-	X(lchmod, (const char *path, mode_t mode), (path, mode), BY_LINK(path))                              \
-	X(fchmod, (int fd, mode_t mode), (fd, mode), BY_FD(fd))                                              \
-	X(fchmodat, (int folder, const char *path, mode_t mode, int flags), (folder, path, mode, flags),     \
-	  BY_FOLDER(folder, path, flags))                                                                    \
-	X(chown, (const char *path, uid_t uid, gid_t gid), (path, uid, gid), BY_PATH(path))                  \
-	X(lchown, (const char *path, uid_t uid, gid_t gid), (path, uid, gid), BY_LINK(path))                 \
-	X(fchown, (int fd, uid_t uid, gid_t gid), (fd, uid, gid), BY_FD(fd))                                 \
-	X(fchownat, (int folder, const char *path, uid_t uid, gid_t gid, int flags),                         \
-	  (folder, path, uid, gid, flags), BY_FOLDER(folder, path, flags))                                   \
-	X(utime, (const char *path, const struct utimbuf *times), (path, times), BY_PATH(path))              \
-	X(utimes, (const char *path, const struct timeval times[2]), (path, times), BY_PATH(path))           \
-	X(lutimes, (const char *path, const struct timeval times[2]), (path, times), BY_LINK(path))          \
-	X(futimes, (int fd, const struct timeval times[2]), (fd, times), BY_FD(fd))                          \
-	X(futimens, (int fd, const struct timespec times[2]), (fd, times), BY_FD(fd))                        \
-	X(futimesat, (int folder, const char *path, const struct timeval times[2]), (folder, path, times),   \
-	  path ? BY_FOLDER(folder, path, 0) : BY_FD(folder))                                                 \
-	X(utimensat, (int folder, const char *path, const struct timespec times[2], int flags),              \
-	  (folder, path, times, flags), BY_FOLDER(folder, path, flags))                                      \
-	X(setxattr, (const char *path, const char *name, const void *value, size_t length, int flags),       \
-	  (path, name, value, length, flags), BY_PATH(path))                                                 \
-	X(lsetxattr, (const char *path, const char *name, const void *value, size_t length, int flags),      \
-	  (path, name, value, length, flags), BY_LINK(path))                                                 \
-	X(fsetxattr, (int fd, const char *name, const void *value, size_t length, int flags),                \
-	  (fd, name, value, length, flags), BY_FD(fd))                                                       \
-	X(removexattr, (const char *path, const char *name), (path, name), BY_PATH(path))                    \
-	X(lremovexattr, (const char *path, const char *name), (path, name), BY_LINK(path))                   \
-	X(fremovexattr, (int fd, const char *name), (fd, name), BY_FD(fd))                                   \
-	X(unlink, (const char *path), (path), BY_LINK(path))                                                 \
-	X(unlinkat, (int folder, const char *path, int flags), (folder, path, flags),                        \
-	  BY_FOLDER(folder, path, AT_SYMLINK_NOFOLLOW))                                                      \
-	X(remove, (const char *path), (path), BY_LINK(path))                                                 \
-	X(rename, (const char *path, const char *new_path), (path, new_path),                                \
-	  BY_LINK(path) || BY_LINK(new_path))                                                                \
-	X(renameat, (int folder, const char *path, int new_folder, const char *new_path),                    \
-	  (folder, path, new_folder, new_path),                                                              \
-	  BY_FOLDER(folder, path, AT_SYMLINK_NOFOLLOW) ||                                                    \
-		  BY_FOLDER(new_folder, new_path, AT_SYMLINK_NOFOLLOW))                                      \
-	X(renameat2, (int folder, const char *path, int new_folder, const char *new_path, unsigned flags),   \
-	  (folder, path, new_folder, new_path, flags),                                                       \
-	  BY_FOLDER(folder, path, AT_SYMLINK_NOFOLLOW) ||                                                    \
-		  BY_FOLDER(new_folder, new_path, AT_SYMLINK_NOFOLLOW))                                      \
-	X(link, (const char *path, const char *new_path), (path, new_path), BY_LINK(path))                   \
-	X(linkat, (int folder, const char *path, int new_folder, const char *new_path, int flags),           \
-	  (folder, path, new_folder, new_path, flags), BY_FOLDER(folder, path, LINK_FLAGS(flags)))           \
-	X(acct, (const char *path), (path), BY_PATH(path))                                                   \
-	X(swapon, (const char *path, int flags), (path, flags), BY_PATH(path))                               \
+#define CHANGES(X)                                                                                                    \
+	X(truncate, (const char *path, off_t length), (path, length), BY_PATH(path))                                  \
+	X(chmod, (const char *path, mode_t mode), (path, mode), BY_PATH(path))                                        \
+	X(lchmod, (const char *path, mode_t mode), (path, mode), BY_LINK(path))                                       \
+	X(fchmod, (int fd, mode_t mode), (fd, mode), BY_FD(fd))                                                       \
+	X(fchmodat, (int folder, const char *path, mode_t mode, int flags), (folder, path, mode, flags),              \
+	  BY_FOLDER(folder, path, flags))                                                                             \
+	X(chown, (const char *path, uid_t uid, gid_t gid), (path, uid, gid), BY_PATH(path))                           \
+	X(lchown, (const char *path, uid_t uid, gid_t gid), (path, uid, gid), BY_LINK(path))                          \
+	X(fchown, (int fd, uid_t uid, gid_t gid), (fd, uid, gid), BY_FD(fd))                                          \
+	X(fchownat, (int folder, const char *path, uid_t uid, gid_t gid, int flags), (folder, path, uid, gid, flags), \
+	  BY_FOLDER(folder, path, flags))                                                                             \
+	X(utime, (const char *path, const struct utimbuf *times), (path, times), BY_PATH(path))                       \
+	X(utimes, (const char *path, const struct timeval times[2]), (path, times), BY_PATH(path))                    \
+	X(lutimes, (const char *path, const struct timeval times[2]), (path, times), BY_LINK(path))                   \
+	X(futimes, (int fd, const struct timeval times[2]), (fd, times), BY_FD(fd))                                   \
+	X(futimens, (int fd, const struct timespec times[2]), (fd, times), BY_FD(fd))                                 \
+	X(futimesat, (int folder, const char *path, const struct timeval times[2]), (folder, path, times),            \
+	  path ? BY_FOLDER(folder, path, 0) : BY_FD(folder))                                                          \
+	X(utimensat, (int folder, const char *path, const struct timespec times[2], int flags),                       \
+	  (folder, path, times, flags), BY_FOLDER(folder, path, flags))                                               \
+	X(setxattr, (const char *path, const char *name, const void *value, size_t length, int flags),                \
+	  (path, name, value, length, flags), BY_PATH(path))                                                          \
+	X(lsetxattr, (const char *path, const char *name, const void *value, size_t length, int flags),               \
+	  (path, name, value, length, flags), BY_LINK(path))                                                          \
+	X(fsetxattr, (int fd, const char *name, const void *value, size_t length, int flags),                         \
+	  (fd, name, value, length, flags), BY_FD(fd))                                                                \
+	X(removexattr, (const char *path, const char *name), (path, name), BY_PATH(path))                             \
+	X(lremovexattr, (const char *path, const char *name), (path, name), BY_LINK(path))                            \
+	X(fremovexattr, (int fd, const char *name), (fd, name), BY_FD(fd))                                            \
+	X(unlink, (const char *path), (path), BY_LINK(path))                                                          \
+	X(unlinkat, (int folder, const char *path, int flags), (folder, path, flags),                                 \
+	  BY_FOLDER(folder, path, AT_SYMLINK_NOFOLLOW))                                                               \
+	X(remove, (const char *path), (path), BY_LINK(path))                                                          \
+	X(rename, (const char *path, const char *new_path), (path, new_path), BY_LINK(path) || BY_LINK(new_path))     \
+	X(renameat, (int folder, const char *path, int new_folder, const char *new_path),                             \
+	  (folder, path, new_folder, new_path),                                                                       \
+	  BY_FOLDER(folder, path, AT_SYMLINK_NOFOLLOW) || BY_FOLDER(new_folder, new_path, AT_SYMLINK_NOFOLLOW))       \
+	X(renameat2, (int folder, const char *path, int new_folder, const char *new_path, unsigned flags),            \
+	  (folder, path, new_folder, new_path, flags),                                                                \
+	  BY_FOLDER(folder, path, AT_SYMLINK_NOFOLLOW) || BY_FOLDER(new_folder, new_path, AT_SYMLINK_NOFOLLOW))       \
+	X(link, (const char *path, const char *new_path), (path, new_path), BY_LINK(path))                            \
+	X(linkat, (int folder, const char *path, int new_folder, const char *new_path, int flags),                    \
+	  (folder, path, new_folder, new_path, flags), BY_FOLDER(folder, path, LINK_FLAGS(flags)))                    \
+	X(acct, (const char *path), (path), BY_PATH(path))                                                            \
+	X(swapon, (const char *path, int flags), (path, flags), BY_PATH(path))                                        \
 	X(utmpname, (const char *path), (path), BY_PATH(path))
 
 #define NEXT(name) __typeof__(name) *next = (__typeof__(name) *)real_next(&found_##name, #name)
 
-#define HOOK(name, parameters, arguments, refused)                                                           \
-	static void *found_##name;                                                                           \
-	EXPORTED int name parameters                                                                         \
-	{                                                                                                    \
-		NEXT(name);                                                                                  \
-                                                                                                             \
-		return (refused) ? -1 : next arguments;                                                      \
+#define HOOK(name, parameters, arguments, refused)      \
+	static void *found_##name;                      \
+	EXPORTED int name parameters                    \
+	{                                               \
+		NEXT(name);                             \
+                                                        \
+		return (refused) ? -1 : next arguments; \
 	}
 CHANGES(HOOK)
 
@@ -159,7 +156,7 @@ EXPORTED FILE *__setmntent(const char *path, const char *mode) __attribute__((al
 
 /* The child opens it inside the C library. Gives the error itself. */
 EXPORTED int posix_spawn_file_actions_addopen(posix_spawn_file_actions_t *actions, int fd, const char *path, int flags,
-					      mode_t mode)
+                                              mode_t mode)
 {
 	NEXT(posix_spawn_file_actions_addopen);
 

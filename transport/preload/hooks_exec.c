@@ -26,12 +26,12 @@
 
 #define VARIABLE "LD_PRELOAD="
 
-#define RUNS(X)                                                                                              \
-	X(execve)                                                                                            \
-	X(execvpe)                                                                                           \
-	X(execveat)                                                                                          \
-	X(fexecve)                                                                                           \
-	X(posix_spawn)                                                                                       \
+#define RUNS(X)        \
+	X(execve)      \
+	X(execvpe)     \
+	X(execveat)    \
+	X(fexecve)     \
+	X(posix_spawn) \
 	X(posix_spawnp)
 #define FOUND(name) static void *found_##name;
 RUNS(FOUND)
@@ -63,10 +63,10 @@ static int go(const struct run *run, char *const *environment)
 		return NEXT(fexecve)(run->fd, run->words, environment);
 	case SPAWN:
 		return NEXT(posix_spawn)(run->child_out, run->path, run->actions, run->attributes, run->words,
-					 environment);
+		                         environment);
 	default:
-		return NEXT(posix_spawnp)(run->child_out, run->path, run->actions, run->attributes,
-					  run->words, environment);
+		return NEXT(posix_spawnp)(run->child_out, run->path, run->actions, run->attributes, run->words,
+		                          environment);
 	}
 }
 
@@ -83,7 +83,7 @@ static const char *find_in_path(const char *word, char *room)
 		/* An empty one is the current folder. */
 		if ((size_t)(end - folder) + strlen(word) + 3 <= PATH_MAX) {
 			snprintf(room, PATH_MAX, "%.*s/%s", end > folder ? (int)(end - folder) : 1,
-				 end > folder ? folder : ".", word);
+			         end > folder ? folder : ".", word);
 			if (real_fstatat(AT_FDCWD, room, &status, 0) == 0 && S_ISREG(status.st_mode) &&
 			    (status.st_mode & 0111))
 				return room;
@@ -199,47 +199,47 @@ EXPORTED int fexecve(int fd, char *const words[], char *const environment[])
 }
 
 EXPORTED int posix_spawn(pid_t *child, const char *path, const posix_spawn_file_actions_t *actions,
-			 const posix_spawnattr_t *attributes, char *const words[], char *const environment[])
+                         const posix_spawnattr_t *attributes, char *const words[], char *const environment[])
 {
 	struct run run = {.call = SPAWN,
-			  .fd = AT_FDCWD,
-			  .path = path,
-			  .words = words,
-			  .child_out = child,
-			  .actions = actions,
-			  .attributes = attributes};
+	                  .fd = AT_FDCWD,
+	                  .path = path,
+	                  .words = words,
+	                  .child_out = child,
+	                  .actions = actions,
+	                  .attributes = attributes};
 
 	return run_any(&run, environment);
 }
 
 EXPORTED int posix_spawnp(pid_t *child, const char *word, const posix_spawn_file_actions_t *actions,
-			  const posix_spawnattr_t *attributes, char *const words[], char *const environment[])
+                          const posix_spawnattr_t *attributes, char *const words[], char *const environment[])
 {
 	struct run run = {.call = SPAWNP,
-			  .fd = AT_FDCWD,
-			  .path = word,
-			  .words = words,
-			  .child_out = child,
-			  .actions = actions,
-			  .attributes = attributes};
+	                  .fd = AT_FDCWD,
+	                  .path = word,
+	                  .words = words,
+	                  .child_out = child,
+	                  .actions = actions,
+	                  .attributes = attributes};
 
 	return run_any(&run, environment);
 }
 
 /* The words of execl and its kin as an array, and what comes after them. */
-#define TAKE_WORDS(words, arguments, first)                                                                  \
-	size_t nr_words = 0;                                                                                 \
-	va_list arguments, counted;                                                                          \
-                                                                                                             \
-	va_start(arguments, first);                                                                          \
-	va_copy(counted, arguments);                                                                         \
-	for (const char *word = first; word; word = va_arg(counted, const char *))                           \
-		nr_words++;                                                                                  \
-	va_end(counted);                                                                                     \
-	char *words[nr_words + 1];                                                                           \
-	words[0] = (char *)first;                                                                            \
-	for (size_t i = 1; i <= nr_words; i++)                                                               \
-		words[i] = va_arg(arguments, char *)
+#define TAKE_WORDS(words, arguments, first)                                        \
+	size_t nr_words = 0;                                                       \
+	va_list arguments, counted;                                                \
+                                                                                   \
+	va_start(arguments, first);                                                \
+	va_copy(counted, arguments);                                               \
+	for (const char *word = first; word; word = va_arg(counted, const char *)) \
+		nr_words++;                                                        \
+	va_end(counted);                                                           \
+	char *words[nr_words + 1];                                                 \
+	words[0] = (char *)first;                                                  \
+	for (size_t i = 1; i <= nr_words; i++)                                     \
+	words[i] = va_arg(arguments, char *)
 
 EXPORTED int execl(const char *path, const char *first, ...)
 {

@@ -24,16 +24,16 @@ ssize_t __readlink_chk(const char *path, char *target, size_t length, size_t roo
 ssize_t __readlinkat_chk(int folder, const char *path, char *target, size_t length, size_t room);
 char *__realpath_chk(const char *path, char *resolved, size_t room);
 
-#define LOOKS(X)                                                                                             \
-	X(faccessat)                                                                                         \
-	X(stat)                                                                                              \
-	X(lstat)                                                                                             \
-	X(fstatat)                                                                                           \
-	X(__xstat64)                                                                                         \
-	X(__lxstat64)                                                                                        \
-	X(__fxstatat64)                                                                                      \
-	X(statx)                                                                                             \
-	X(readlinkat)                                                                                        \
+#define LOOKS(X)        \
+	X(faccessat)    \
+	X(stat)         \
+	X(lstat)        \
+	X(fstatat)      \
+	X(__xstat64)    \
+	X(__lxstat64)   \
+	X(__fxstatat64) \
+	X(statx)        \
+	X(readlinkat)   \
 	X(realpath)
 #define FOUND(name) static void *found_##name;
 LOOKS(FOUND)
@@ -52,7 +52,7 @@ static bool leads_to_image(int folder, const char *path, int flags)
 	bool is_image;
 
 	is_image = real_fstatat(folder, path, &status, flags & (AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH)) == 0 &&
-		   terms_is_image(&status);
+	           terms_is_image(&status);
 	errno = saved;
 	return is_image;
 }
@@ -133,14 +133,12 @@ EXPORTED int __xstat64(int version, const char *path, struct stat *status)
 
 EXPORTED int __lxstat64(int version, const char *path, struct stat *status)
 {
-	return is_lent() ? look(AT_FDCWD, path, status, AT_SYMLINK_NOFOLLOW) :
-			   NEXT(__lxstat64)(version, path, status);
+	return is_lent() ? look(AT_FDCWD, path, status, AT_SYMLINK_NOFOLLOW) : NEXT(__lxstat64)(version, path, status);
 }
 
 EXPORTED int __fxstatat64(int version, int folder, const char *path, struct stat *status, int flags)
 {
-	return is_lent() ? look(folder, path, status, flags) :
-			   NEXT(__fxstatat64)(version, folder, path, status, flags);
+	return is_lent() ? look(folder, path, status, flags) : NEXT(__fxstatat64)(version, folder, path, status, flags);
 }
 
 EXPORTED int __xstat(int version, const char *path, struct stat *status) __attribute__((alias("__xstat64")));

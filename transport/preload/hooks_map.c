@@ -27,9 +27,9 @@
 #define POPULATE_BYTES ((uint64_t)4 << 20)
 
 /* Of the flags that say how, those that mean nothing here or that we can do ourselves. */
-#define SERVED_FLAGS                                                                                         \
-	(MAP_TYPE | MAP_FIXED | MAP_FIXED_NOREPLACE | MAP_NORESERVE | MAP_POPULATE | MAP_NONBLOCK |          \
-	 MAP_LOCKED | MAP_DENYWRITE | MAP_EXECUTABLE | MAP_STACK | MAP_32BIT)
+#define SERVED_FLAGS                                                                                             \
+	(MAP_TYPE | MAP_FIXED | MAP_FIXED_NOREPLACE | MAP_NORESERVE | MAP_POPULATE | MAP_NONBLOCK | MAP_LOCKED | \
+	 MAP_DENYWRITE | MAP_EXECUTABLE | MAP_STACK | MAP_32BIT)
 
 static uintptr_t page_up(uintptr_t address)
 {
@@ -108,7 +108,7 @@ static void populate(uintptr_t start, uint64_t nr_bytes)
 		uint64_t left = nr_bytes - done;
 
 		if (real_madvise((void *)(start + done), left < POPULATE_BYTES ? left : POPULATE_BYTES,
-				 MADV_POPULATE_READ) < 0)
+		                 MADV_POPULATE_READ) < 0)
 			return;
 	}
 }
@@ -124,8 +124,7 @@ static void *map_image(void *address, size_t length, int prot, int flags, off_t 
 	if (err < 0)
 		return mapping_failed(err);
 	length = page_up(length);
-	if (length == 0 || offset < 0 || offset % PAGE_BYTES != 0 ||
-	    (uintptr_t)address + length < (uintptr_t)address ||
+	if (length == 0 || offset < 0 || offset % PAGE_BYTES != 0 || (uintptr_t)address + length < (uintptr_t)address ||
 	    ((flags & MAP_FIXED) && (uintptr_t)address % PAGE_BYTES != 0))
 		return mapping_failed(-EINVAL);
 	covered = mapping_covered((uint64_t)offset, length);

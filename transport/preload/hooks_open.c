@@ -78,15 +78,15 @@ static int open_any(int folder, const char *path, int flags, mode_t mode)
 	return fd;
 }
 
-#define TAKE_MODE(mode, flags)                                                                               \
-	do {                                                                                                 \
-		if (HAS_MODE(flags)) {                                                                       \
-			va_list arguments;                                                                   \
-                                                                                                             \
-			va_start(arguments, flags);                                                          \
-			mode = va_arg(arguments, mode_t);                                                    \
-			va_end(arguments);                                                                   \
-		}                                                                                            \
+#define TAKE_MODE(mode, flags)                            \
+	do {                                              \
+		if (HAS_MODE(flags)) {                    \
+			va_list arguments;                \
+                                                          \
+			va_start(arguments, flags);       \
+			mode = va_arg(arguments, mode_t); \
+			va_end(arguments);                \
+		}                                         \
 	} while (0)
 
 EXPORTED int open64(const char *path, int flags, ...)
@@ -139,8 +139,8 @@ static bool is_ours_to_open(const char *path, const char *mode)
 
 	if (!terms.active || lock_is_inside())
 		return false;
-	return lent_leads(AT_FDCWD, path) || (strpbrk(mode, "wa+") && real_fstatat(AT_FDCWD, path, &status, 0) == 0 &&
-				 terms_is_image(&status));
+	return lent_leads(AT_FDCWD, path) ||
+	       (strpbrk(mode, "wa+") && real_fstatat(AT_FDCWD, path, &status, 0) == 0 && terms_is_image(&status));
 }
 
 /* Opened as fopen(3) would; a descriptor for reading, -1 with errno if that is refused. */

@@ -63,8 +63,7 @@ static int move_piece(uintptr_t start, size_t length, uintptr_t target)
 {
 	struct range range = *table_find(start, start + length);
 
-	if (real_mremap((void *)start, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)target) ==
-	    MAP_FAILED)
+	if (real_mremap((void *)start, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)target) == MAP_FAILED)
 		return -errno;
 	table_cut(target, target + length);
 	range.offset_bytes += start - range.start;
@@ -167,8 +166,8 @@ static intptr_t map_again(const struct wanted *wanted)
 		return -EINVAL;
 	if (!(wanted->flags & MREMAP_MAYMOVE))
 		return -ENOMEM;
-	return map_as(&range, range.offset_bytes + (wanted->start - range.start), wanted->target,
-		      wanted->new_length, wanted->flags & MREMAP_FIXED ? MAP_FIXED : 0);
+	return map_as(&range, range.offset_bytes + (wanted->start - range.start), wanted->target, wanted->new_length,
+	              wanted->flags & MREMAP_FIXED ? MAP_FIXED : 0);
 }
 
 static intptr_t remap(const struct wanted *wanted)
@@ -179,8 +178,7 @@ static intptr_t remap(const struct wanted *wanted)
 
 	if (wanted->flags & MREMAP_DONTUNMAP)
 		say("mremap of the image with MREMAP_DONTUNMAP is refused; leave it out, or map the image again");
-	if (wanted->new_length == 0 || wanted->start % PAGE_BYTES != 0 ||
-	    wanted->target % PAGE_BYTES != 0 ||
+	if (wanted->new_length == 0 || wanted->start % PAGE_BYTES != 0 || wanted->target % PAGE_BYTES != 0 ||
 	    (wanted->flags & ~(MREMAP_MAYMOVE | MREMAP_FIXED)) != 0 ||
 	    ((wanted->flags & MREMAP_FIXED) &&
 	     (!(wanted->flags & MREMAP_MAYMOVE) || wanted->target + wanted->new_length < wanted->target ||
@@ -202,13 +200,12 @@ static intptr_t remap(const struct wanted *wanted)
 			return err;
 		length = wanted->new_length;
 	}
-	return wanted->flags & MREMAP_FIXED ? move(wanted->start, length, wanted->target)
-					    : (intptr_t)wanted->start;
+	return wanted->flags & MREMAP_FIXED ? move(wanted->start, length, wanted->target) : (intptr_t)wanted->start;
 }
 
 /* Of a guest mapping, or onto one. */
 static intptr_t remap_any(const struct wanted *wanted, void *address, size_t old_length, size_t new_length,
-			  void *new_address)
+                          void *new_address)
 {
 	void *mapped;
 

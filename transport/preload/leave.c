@@ -83,8 +83,8 @@ int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_by
 	leave.connection_fd = err;
 	/* "carries": in a move this library brings the private pages along (moves.c). */
 	snprintf(request, sizeof(request),
-		 "%s,\"offset_bytes\":%" PRIu64 ",\"length_bytes\":%" PRIu64 ",\"carries\":true%s}",
-		 terms.open_request, offset_bytes, length_bytes, more);
+	         "%s,\"offset_bytes\":%" PRIu64 ",\"length_bytes\":%" PRIu64 ",\"carries\":true%s}", terms.open_request,
+	         offset_bytes, length_bytes, more);
 	err = wire_ask(leave.connection_fd, request, NULL, 0, &reply);
 	if (err == 0) {
 		err = leave_take(&leave, &reply);
@@ -98,8 +98,8 @@ int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_by
 	return 0;
 }
 
-/* Where the guest's backend sends us on to.  It takes a guest that has moved there, and no new one.  From then on that is
-   where this program asks. */
+/* Where the guest's backend sends us on to.  It takes a guest that has moved there, and no new one.  From then on that
+   is where this program asks. */
 static int ask_there(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes)
 {
 	char before[sizeof(terms.socket_path)];
@@ -118,7 +118,8 @@ static int ask_there(struct leave *leave_out, uint64_t offset_bytes, uint64_t le
 	return err;
 }
 
-/* As leave_ask, wherever the guest is.  While it is being drained the one sends us on, and the other does not know us. */
+/* As leave_ask, wherever the guest is.  While it is being drained the one sends us on, and the other does not know us.
+ */
 int leave_find(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, bool waits)
 {
 	int err, waited;
@@ -130,7 +131,8 @@ int leave_find(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_b
 		err = ask_there(leave_out, offset_bytes, length_bytes);
 		if (err == 0 || err == -EINTR)
 			return err;
-		waited = !waits || atomic_load(&leave_is_nowhere) || err == -EMFILE ? -ETIMEDOUT : lock_wait(WAIT_SECONDS);
+		waited = !waits || atomic_load(&leave_is_nowhere) || err == -EMFILE ? -ETIMEDOUT
+		                                                                    : lock_wait(WAIT_SECONDS);
 		if (waited == -ETIMEDOUT)
 			say("no mapping of the image: this program's guest is at %s now, which does not take it: %s",
 			    wire_moved_to, say_kept());
@@ -156,8 +158,8 @@ int leave_use(const struct leave *leave, uintptr_t address, uint64_t nr_bytes, b
 		    strerrordesc_np(-err));
 	} else {
 		snprintf(request, sizeof(request),
-			 "{\"op\":\"region\",\"address\":%" PRIuPTR ",\"length\":%" PRIu64 "%s}", address,
-			 nr_bytes, inherited ? ",\"inherited\":true" : "");
+		         "{\"op\":\"region\",\"address\":%" PRIuPTR ",\"length\":%" PRIu64 "%s}", address, nr_bytes,
+		         inherited ? ",\"inherited\":true" : "");
 		err = wire_ask(leave->connection_fd, request, fds, 3, &reply);
 		if (err == 0)
 			reply_close_fds(&reply);

@@ -3,9 +3,9 @@
  * The one lock of the library.
  *
  * The thread that holds it is "inside": the C library's calls that it makes go straight through.  Meanwhile nothing of
- * the program's runs in that thread: signals that have a handler wait, and so does cancellation, where the thread may be
- * cancelled in mmap at all: POSIX allows that of a deferred cancellation only, and an asynchronous one may leave the lock.
- * Signals without a handler act at once, as they would without us: they end the process, stop it, or do nothing.
+ * the program's runs in that thread: signals that have a handler wait, and so does cancellation, where the thread may
+ * be cancelled in mmap at all: POSIX allows that of a deferred cancellation only, and an asynchronous one may leave the
+ * lock. Signals without a handler act at once, as they would without us: they end the process, stop it, or do nothing.
  *
  * The thread that waits for the lock holds nothing, and its signals are let in.  The holder that waits for the backend
  * lets go of everything when a handler is due, and begins again after that.

@@ -44,8 +44,8 @@ static void give_up(uintptr_t address, size_t length, int uffd, uint64_t guarded
 	real_mprotect((void *)address, length, PROT_NONE);
 	guard_lift(uffd, (void *)address, guarded_bytes);
 	if (was_fixed)
-		real_mmap((void *)address, length, PROT_NONE,
-			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+		real_mmap((void *)address, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
+		          -1, 0);
 	else
 		real_munmap((void *)address, length);
 }
@@ -62,7 +62,7 @@ static int clear_target(uintptr_t address, size_t length)
 	lock_insist();
 	table_retire(address, end);
 	reserved = real_mmap((void *)address, length, PROT_NONE,
-			     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+	                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
 	if (reserved == MAP_FAILED)
 		return -errno;
 	table_cut(address, end);
@@ -70,16 +70,15 @@ static int clear_target(uintptr_t address, size_t length)
 }
 
 static intptr_t map_guarded(const struct leave *leave, uintptr_t address, size_t length, int prot, int flags,
-			    uint64_t offset_bytes)
+                            uint64_t offset_bytes)
 {
 	uint64_t guarded_bytes = mapping_covered(offset_bytes, length);
 	uintptr_t at;
 	void *mapped;
 	int err;
 
-	mapped = real_mmap((void *)address, length, PROT_NONE,
-			   MAP_PRIVATE | MAP_NORESERVE | (flags & KEPT_FLAGS), leave->memfd,
-			   (off_t)offset_bytes);
+	mapped = real_mmap((void *)address, length, PROT_NONE, MAP_PRIVATE | MAP_NORESERVE | (flags & KEPT_FLAGS),
+	                   leave->memfd, (off_t)offset_bytes);
 	if (mapped == MAP_FAILED)
 		return -errno;
 	at = (uintptr_t)mapped;
@@ -102,7 +101,7 @@ static intptr_t map_guarded(const struct leave *leave, uintptr_t address, size_t
 }
 
 static intptr_t make_once(struct leave *leave, uintptr_t address, size_t length, int prot, int flags,
-			  uint64_t offset_bytes)
+                          uint64_t offset_bytes)
 {
 	intptr_t at = leave_find(leave, offset_bytes, mapping_covered(offset_bytes, length), table_nr_ranges > 0);
 

@@ -5,19 +5,19 @@
  * image, with whatever the program made of them, in this order:
  *
  *   the target has opened each part for us;
- *   its frames mapped elsewhere, PROT_NONE, MADV_DONTFORK, guarded: until then, whatever fails, nothing has happened, and
- *   the old backend serves on;
- *   the old backend has said that it answers no more;
- *   what could be written unasked protected, private pages copied over (carry.c), protections as they were;
- *   the new in the place of the old, in one step for each mapping of the kernel's (transport/core/replace.c);
- *   the target has taken the part on, with its private pages.
+ *   its frames mapped elsewhere, PROT_NONE, MADV_DONTFORK, guarded: until then, whatever fails, nothing has happened,
+ * and the old backend serves on; the old backend has said that it answers no more; what could be written unasked
+ * protected, private pages copied over (carry.c), protections as they were; the new in the place of the old, in one
+ * step for each mapping of the kernel's (transport/core/replace.c); the target has taken the part on, with its private
+ * pages.
  *
  * Between the third and the last nobody answers faults: who needs a page that is not there, or writes to one that is
- * protected, waits.  What is there can be read, and is right.  Whatever fails after the third is tried again, by whoever
- * is called again: a part whose new mapping is in place, and was not taken on, is then as an old one that was left.
+ * protected, waits.  What is there can be read, and is right.  Whatever fails after the third is tried again, by
+ * whoever is called again: a part whose new mapping is in place, and was not taken on, is then as an old one that was
+ * left.
  *
- * No handler is alive while pages are copied: the old backend has answered, or has ended with none to come after it, and
- * a target that may have taken a part on is waited for until it answers or is gone.
+ * No handler is alive while pages are copied: the old backend has answered, or has ended with none to come after it,
+ * and a target that may have taken a part on is waited for until it answers or is gone.
  */
 #define _GNU_SOURCE
 #include "transport/preload/moves.h"
@@ -81,7 +81,7 @@ static int add_parts(const struct range *range)
 {
 	unsigned end = nr_areas;
 	int nr = nr_areas + CARRY_MAX_AREAS > sizeof(areas) / sizeof(areas[0]) ? -E2BIG
-									      : carry_areas(range, areas + nr_areas);
+	                                                                       : carry_areas(range, areas + nr_areas);
 
 	if (nr < 0)
 		return nr;
@@ -144,7 +144,7 @@ static int map_elsewhere(struct part *part)
 {
 	size_t nr_bytes = part->range.end - part->range.start;
 	void *mapped = real_mmap(NULL, nr_bytes, PROT_NONE, MAP_PRIVATE | MAP_NORESERVE, part->leave.memfd,
-				 (off_t)part->range.offset_bytes);
+	                         (off_t)part->range.offset_bytes);
 
 	if (mapped == MAP_FAILED)
 		return -errno;
@@ -161,8 +161,8 @@ static int open_parts(void)
 	int err = 0;
 
 	for (unsigned i = 0; err == 0 && i < nr_parts; i++)
-		err = leave_ask(&parts[i].leave, parts[i].range.offset_bytes,
-				parts[i].range.end - parts[i].range.start, "");
+		err = leave_ask(&parts[i].leave, parts[i].range.offset_bytes, parts[i].range.end - parts[i].range.start,
+		                "");
 	/* Without this a mapping that is moved loses its guard. */
 	for (unsigned i = 0; err == 0 && i < nr_parts; i++)
 		err = parts[i].leave.features & UFFD_FEATURE_EVENT_REMAP ? map_elsewhere(&parts[i]) : -EPROTO;

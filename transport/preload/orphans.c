@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * One thread for all links.  It never waits for the lock, whose holder may wait for what only this thread does: a munmap
- * waits until its event is read.  So it has a list of its own.  It takes the lock when that is free, for a move.
+ * One thread for all links.  It never waits for the lock, whose holder may wait for what only this thread does: a
+ * munmap waits until its event is read.  So it has a list of its own.  It takes the lock when that is free, for a move.
  *
  * A link that was left in a move, and whose ranges nobody has taken on yet, has nobody else to read its events: so they
  * are read here, and calls go on.  Faults that are read so are raised again once something is mapped there.
@@ -34,7 +34,7 @@
 
 #define STACK_BYTES (128u << 10)
 #define LOOK_MS 1000
-#define LOOK_MOVED_MS 20 /* for the lock, or for a target */
+#define LOOK_MOVED_MS 20    /* for the lock, or for a target */
 #define NR_LOOKS_BETWEEN 10 /* after a try that failed */
 #define HIDING_FD 900
 
@@ -42,8 +42,8 @@ struct watched {
 	int connection_fd, uffd; /* -1: nothing */
 	ino_t connection_ino, uffd_ino;
 	bool is_orphan; /* uffd is the thread's own, and there is no connection any more */
-	bool is_moved;	/* its ranges are to go to where the guest is */
-	bool is_left;	/* and nobody answers for them any more; both of the thread alone */
+	bool is_moved;  /* its ranges are to go to where the guest is */
+	bool is_left;   /* and nobody answers for them any more; both of the thread alone */
 };
 
 /* Held for a few instructions only, inside the lock or without it. */
@@ -141,8 +141,8 @@ static void answer_orphans(void)
 			list[i].is_orphan = false;
 }
 
-/* Events of the backends', which come unasked.  Whoever ends a link by talking over its connection has it forgotten here
-   before. */
+/* Events of the backends', which come unasked.  Whoever ends a link by talking over its connection has it forgotten
+   here before. */
 static void hear_events(void)
 {
 	static char text[4096];
@@ -221,7 +221,8 @@ static void try_moves(void)
 	lock_release(&signals);
 	nr_looks_left = err < 0 ? NR_LOOKS_BETWEEN : 0;
 	if (err < 0 && !is_told_why)
-		say("this program's guest is at %s now, where this program cannot go yet, and it tries again: %s", moves_target(), why);
+		say("this program's guest is at %s now, where this program cannot go yet, and it tries again: %s",
+		    moves_target(), why);
 	is_told_why = err < 0;
 }
 

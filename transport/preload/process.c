@@ -19,7 +19,7 @@
 #include "transport/preload/table.h"
 
 static pid_t *wiped_owner; /* NULL if there is no such page: then every process is its own */
-static pid_t owner;	   /* as it was when this memory was copied */
+static pid_t owner;        /* as it was when this memory was copied */
 
 void process_begin(void)
 {

@@ -7,9 +7,10 @@
 #define COWSHED_PRELOAD_PROCESS_H
 
 enum process_kind {
-	PROCESS_OWN,	 /* the table tells of this process, or this is a thread of its */
+	PROCESS_OWN,                  /* the table tells of this process, or this is a thread of its */
 	PROCESS_IN_MEMORY_OF_ANOTHER, /* the table is another's: not to be changed, nor the mappings in it */
-	PROCESS_WITH_FDS_OF_ANOTHER,  /* it has no mappings; the descriptors of the table are not to be moved or closed */
+	PROCESS_WITH_FDS_OF_ANOTHER,  /* it has no mappings; the descriptors of the table are not to be moved or closed
+	                               */
 };
 
 /* This process owns what is in its table from now on: at its start, and in a child of fork(3). */

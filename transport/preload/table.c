@@ -130,7 +130,7 @@ static void remove_range(unsigned range_no)
 	uint16_t link_no = table_ranges[range_no].link_no;
 
 	memmove(&table_ranges[range_no], &table_ranges[range_no + 1],
-		(--table_nr_ranges - range_no) * sizeof(table_ranges[0]));
+	        (--table_nr_ranges - range_no) * sizeof(table_ranges[0]));
 	if (link_no != TABLE_NO_LINK && --table_links[link_no].nr_ranges == 0)
 		link_close(&table_links[link_no]);
 }
@@ -197,8 +197,7 @@ void table_reassign(uintptr_t start, uintptr_t end, uint16_t link_no, struct fra
 static bool is_all_inside(uint16_t link_no, uintptr_t start, uintptr_t end)
 {
 	for (unsigned i = 0; i < table_nr_ranges; i++)
-		if (table_ranges[i].link_no == link_no &&
-		    (table_ranges[i].start < start || table_ranges[i].end > end))
+		if (table_ranges[i].link_no == link_no && (table_ranges[i].start < start || table_ranges[i].end > end))
 			return false;
 	return true;
 }
@@ -207,8 +206,8 @@ static void protect_ranges(uint16_t link_no)
 {
 	for (unsigned i = 0; i < table_nr_ranges; i++)
 		if (table_ranges[i].link_no == link_no)
-			real_mprotect((void *)table_ranges[i].start,
-				      table_ranges[i].end - table_ranges[i].start, PROT_NONE);
+			real_mprotect((void *)table_ranges[i].start, table_ranges[i].end - table_ranges[i].start,
+			              PROT_NONE);
 }
 
 int table_retire(uintptr_t start, uintptr_t end)
@@ -236,8 +235,7 @@ int table_retire(uintptr_t start, uintptr_t end)
 
 			if (range.link_no != link_no)
 				continue;
-			guard_lift(table_links[link_no].uffd, (void *)range.start,
-				   range.end - range.start);
+			guard_lift(table_links[link_no].uffd, (void *)range.start, range.end - range.start);
 			remove_range(k);
 		}
 		i = 0;

@@ -29,10 +29,10 @@ struct frames {
 struct range {
 	uintptr_t start, end;
 	uint64_t offset_bytes; /* of start, in the image */
-	int prot;	       /* what the whole of it was last given */
+	int prot;              /* what the whole of it was last given */
 	uint16_t link_no;      /* or TABLE_NO_LINK */
-	bool is_shared; /* asked for as MAP_SHARED: never to be written */
-	bool no_fork;	/* the program wants children without it */
+	bool is_shared;        /* asked for as MAP_SHARED: never to be written */
+	bool no_fork;          /* the program wants children without it */
 	struct frames frames;
 };
 
@@ -63,8 +63,8 @@ void table_add(struct range range);
 /* Forgets what lies between, splitting ranges at the borders; links without a range left are closed. */
 void table_cut(uintptr_t start, uintptr_t end);
 
-/* What lies between, all of it in one range, is another link's from now on, and of other frames: another mapping has come
-   there.  A link without a range left is closed.  Needs two reserved ranges. At no instant is nothing there. */
+/* What lies between, all of it in one range, is another link's from now on, and of other frames: another mapping has
+   come there.  A link without a range left is closed.  Needs two reserved ranges. At no instant is nothing there. */
 void table_reassign(uintptr_t start, uintptr_t end, uint16_t link_no, struct frames frames);
 
 /* Takes away the guard of those links whose ranges all lie between, once the backend has let go of them:

@@ -16,12 +16,12 @@
 #include "transport/preload/say.h"
 
 struct terms {
-	bool active; /* false: the library does nothing at all */
-	bool is_lent; /* image_path is a descriptor of the backend's: this user may not open the source */
+	bool active;            /* false: the library does nothing at all */
+	bool is_lent;           /* image_path is a descriptor of the backend's: this user may not open the source */
 	uint64_t device, inode; /* of the source: what is mapped of it, we map from the cache */
-	uint64_t map_bytes;	/* of the whole image, whole pages */
-	unsigned populate;	/* 1: every mapping as with MAP_POPULATE */
-	dev_t block_device;	/* 0 if the source is a file */
+	uint64_t map_bytes;     /* of the whole image, whole pages */
+	unsigned populate;      /* 1: every mapping as with MAP_POPULATE */
+	dev_t block_device;     /* 0 if the source is a file */
 	char socket_path[108];
 	char image_path[4096]; /* its source, or /proc/self/fd/N if this user may not open that */
 	char describe_request[4096];

@@ -34,7 +34,8 @@ static int set_timeout(int fd)
 	return 0;
 }
 
-static int send_request(int fd, uint32_t tag, const char *request, const int *fds, unsigned nr_fds, unsigned limit_seconds)
+static int send_request(int fd, uint32_t tag, const char *request, const int *fds, unsigned nr_fds,
+                        unsigned limit_seconds)
 {
 	int err;
 
@@ -51,8 +52,7 @@ static bool is_reply(const struct packet *reply, uint32_t tag)
 {
 	struct json refused;
 
-	return reply->tag == tag ||
-	       (reply->tag == TAG_OF_EVENTS && json_object(reply->json, "error", &refused));
+	return reply->tag == tag || (reply->tag == TAG_OF_EVENTS && json_object(reply->json, "error", &refused));
 }
 
 static int receive_reply(int fd, uint32_t tag, unsigned limit_seconds, struct packet *reply)
@@ -88,8 +88,8 @@ static void say_failure(int err)
 		    "or close some");
 		return;
 	}
-	say("no mapping of the image: the backend at %s: %s; see 'cowshed status' and its log",
-	    terms.socket_path, strerrordesc_np(-err));
+	say("no mapping of the image: the backend at %s: %s; see 'cowshed status' and its log", terms.socket_path,
+	    strerrordesc_np(-err));
 }
 
 bool wire_take_path(struct json json, char path_out[static sizeof(wire_moved_to)])
@@ -121,7 +121,7 @@ static int refused(struct json reply)
 }
 
 static int ask(int fd, uint32_t tag, const char *request, const int *fds, unsigned nr_fds, unsigned limit_seconds,
-	       struct packet *reply)
+               struct packet *reply)
 {
 	int err = send_request(fd, tag, request, fds, nr_fds, limit_seconds);
 

@@ -35,8 +35,8 @@ extern char wire_moved_to[108];
 bool wire_take_path(struct json json, char path_out[static sizeof(wire_moved_to)]);
 void wire_say_gone(int err);
 
-/* Sends a request with descriptors and takes its reply, whose text is good until the next call. -EPROTO for a reply that makes no sense, -EACCES
-   for a refusal, -EPIPE when the backend is gone, and what lock_wait says. */
+/* Sends a request with descriptors and takes its reply, whose text is good until the next call. -EPROTO for a reply
+   that makes no sense, -EACCES for a refusal, -EPIPE when the backend is gone, and what lock_wait says. */
 int wire_ask(int connection_fd, const char *request, const int *fds, unsigned nr_fds, struct packet *reply_out);
 
 void reply_close_fds(struct packet *reply);
