@@ -10,6 +10,7 @@ C_SOURCES := $(wildcard $(addsuffix /*.c,$(CORES)))
 C_HEADERS := $(wildcard $(addsuffix /*.h,$(CORES)))
 CORE := cache/_core.abi3.so
 PRELOAD := transport/_preload.abi3.so
+FORMATTED_C := $(wildcard $(addsuffix /*.[ch],$(CORES) bench/core tests/*))
 PIP := $(BIN)/pip install -qq --disable-pip-version-check
 
 # tools/bootstrap.sh puts it there if the system has none.
@@ -70,6 +71,10 @@ test-quick: setup ## what to run after an edit: all but the tests of whole syste
 check: setup links ## lint, types, import contract, C warnings, dashboards and rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run --Werror $(FORMATTED_C)
+	@$(BIN)/codespell
+	@$(BIN)/python tools/layout.py
+	@echo "check: $(words $(FORMATTED_C)) C files are laid out, and no file is misspelled or against .editorconfig"
 	$(BIN)/python tools/core_stub.py --check
 	$(BIN)/mypy $(addprefix -p cowshed.,$(PACKAGES)) -p dashboards
 	$(BIN)/lint-imports --no-logo --cache-dir build/import-linter
@@ -94,9 +99,10 @@ dashboards: setup ## write dashboards/generated/ from dashboards/*.py
 stubs: setup ## write the C extensions' typed stubs from their headers
 	@$(BIN)/python tools/core_stub.py
 
-format: setup ## lay out the Python code
+format: setup ## lay out the code
 	@$(BIN)/ruff check -q --fix-only .
 	@$(BIN)/ruff format -q .
+	@$(BIN)/clang-format -i $(FORMATTED_C)
 
 bench: setup ## measurements, with how to repeat them
 	@$(BIN)/python bench/run.py
