@@ -182,4 +182,4 @@ with open(sys.argv[1], "rb") as file:
 """
     ended = there.run("python3", "-c", reads, node, "{image}")
     assert (ended.stdout.strip(), ended.stderr) == (right[:8].hex(), "")
-    assert "event=attached" in daemon.log()
+    daemon.wait_logged("event=attached")

@@ -80,7 +80,7 @@ def test_every_way_to_run_a_program_looks_at_it(shared: Attached, folder: Path, 
     lines = ended.stdout.splitlines()
     assert set(lines) == {line(shared, "none" if kind in PLAIN else "ours")}
     nr_mapped = 0 if kind in PLAIN else len(lines)
-    assert shared.daemon.log().count("event=attached") == before + nr_mapped
+    shared.daemon.wait_logged("event=attached", before + nr_mapped)
 
 
 def test_a_script_is_judged_by_its_interpreter(

@@ -61,7 +61,7 @@ def test_sqlite_which_resolves_the_path_reads_the_database(lent: Attached) -> No
     question = "pragma mmap_size=1000000; select sum(answer) from facts;"
     ended = lent.run(*words, question, uid=NOBODY)
     assert (ended.returncode, ended.stdout.split()[-1]) == (0, "42000"), ended.stderr
-    assert "event=attached" in lent.daemon.log()
+    lent.daemon.wait_logged("event=attached")
 
 
 def test_programs_that_resolve_the_path_first_open_it(lent: Attached) -> None:

@@ -48,7 +48,7 @@ def test_sqlite_reads_a_database_through_its_mapping(database: Attached) -> None
         ended = database.run("sqlite3", "{image}", MAPPED + QUESTION)
         assert (ended.returncode, ended.stdout) == (0, ask(database.copy)), ended.stderr
     assert database.daemon.status()["images"][0]["loads"] > 16
-    assert "event=attached" in database.daemon.log()
+    database.daemon.wait_logged("event=attached")
 
 
 def test_sqlite_cannot_write_the_image(database: Attached) -> None:
@@ -65,7 +65,7 @@ def test_git_hashes_what_the_image_holds(attached: Attached) -> None:
     ).stdout
     ended = attached.run("git", "hash-object", "{image}")
     assert (ended.returncode, ended.stdout) == (0, right), ended.stderr
-    assert "event=attached" in attached.daemon.log()
+    attached.daemon.wait_logged("event=attached")
 
 
 def test_pythons_mapping_reads_and_keeps_what_it_wrote(attached: Attached) -> None:
@@ -111,7 +111,7 @@ def test_a_machine_of_qemu_has_the_image_as_memory(
     ended = machine.run(*words, input=f'pmemsave {address[1]} {nr_bytes} "{saved}"\nquit\n')
     assert ended.returncode == 0, ended
     assert saved.read_bytes() == source.read_bytes()
-    assert daemon.log().count("event=attached") == 2
+    daemon.wait_logged("event=attached", 2)
 
 
 @pytest.mark.parametrize("is_closed", [False, True])

@@ -61,7 +61,7 @@ def refusal(ended: tuple[int, str, str]) -> str:
 def test_a_program_in_a_pid_namespace_below_the_daemons_is_served(attached: Attached) -> None:
     for own_proc in (IN_A_PID_NAMESPACE, IN_A_PID_NAMESPACE[:-1]):
         assert run(attached, *own_proc) == (0, nr_bytes(attached), "")
-    assert attached.daemon.log().count("event=attached") == 2
+    attached.daemon.wait_logged("event=attached", 2)
 
 
 def test_a_daemon_that_does_not_see_the_programs_pid_namespace_is_told_before_it_runs(

@@ -91,7 +91,7 @@ def test_a_drain_by_tls_needs_a_certificate_that_is_named_there(
     with connect(a.unix) as backend, pytest.raises(MovedError) as moved:
         backend.open("d", guest="other", follow_moves=False)
     assert moved.value.uri == plain
-    assert "event=handoff-received" in b.the_daemon.log()
+    b.the_daemon.wait_logged("event=handoff-received")
     assert b.the_daemon.guest_status("g")["private_bytes"] > 0
 
 

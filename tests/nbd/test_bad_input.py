@@ -218,7 +218,7 @@ def test_a_flood_is_turned_away_and_operators_come_in(
         assert flood.stdout is not None
         nr_held = int(flood.stdout.readline())
         assert 100 < nr_held < 600
-        assert "connections open" in site.daemon.log()
+        site.daemon.wait_logged("connections open")
         # The same user has no place left; others have, and operators.
         run("nbdinfo", site.uri(), uid=nobody, status=1)
         run("nbdinfo", site.uri(), uid=nobody + 1)

@@ -116,7 +116,7 @@ def test_an_overlay_of_a_source_that_was_touched_is_used_once_its_digest_is_know
         touch(site.path)
         site = Site(start_daemon("--image", f"d={site.path}", *arguments), site.path)
         until(lambda: ready(site))  # noqa: B023
-        assert "event=overlay-waits" in site.daemon.log()
+        site.daemon.wait_logged("event=overlay-waits")
         assert "True" in site.nbdsh("print(h.pread(4, 0) == b'mine')", "d@g")
         site.cowshed("quota", "g", "1M")  # writes the record again
     # What is known is kept: nobody waits for the same time twice.
@@ -130,7 +130,7 @@ def test_an_overlay_of_a_source_that_was_touched_is_used_once_its_digest_is_know
         image.write(b"changed")
     site = Site(start_daemon("--image", f"d={site.path}", *arguments), site.path)
     until(lambda: ready(site))
-    assert "changed since overlay 'd@g' was made" in site.daemon.log()
+    site.daemon.wait_logged("changed since overlay 'd@g' was made")
     run("nbdinfo", site.uri("d@g"), status=1)
 
 

@@ -189,7 +189,7 @@ def test_a_guest_without_userfaultfd_is_told_the_cure(
 ) -> None:
     image = make_image(MIB)
     daemon = start_daemon("--image", f"d={image}", before=other_dev())
-    assert "no /dev/userfaultfd to lend" in daemon.log()
+    daemon.wait_logged("no /dev/userfaultfd to lend")
     nobody, root = start_guest(daemon.uri, NOBODY), start_guest(daemon.uri)
     with pytest.raises(AssertionError, match=r"UsageError: .*'d'.*userfaultfd.*run the backend"):
         nobody.call("open", image="d")

@@ -179,7 +179,7 @@ def test_a_working_set_of_another_image_is_not_replayed(
     wait_for_digest(daemon)
     daemon.request("warm", image="d")
     assert filled_extents(daemon) == [0, 1]
-    assert "event=working-set-unusable image=d " in daemon.log()
+    daemon.wait_logged("event=working-set-unusable image=d ")
 
 
 def test_a_state_dir_that_cannot_be_written_costs_only_the_working_set(

@@ -87,7 +87,7 @@ def test_an_image_that_a_successor_cannot_open_is_served_once_it_can(
     assert (unserved["name"], unserved["source"]) == ("late", str(late))
     assert "cannot open image source" in unserved["why"]
     assert "late" in cowshed("status", "--run-dir", run_dir).stdout
-    assert "event=image-unserved image=late" in kept.log()
+    kept.wait_logged("event=image-unserved image=late")
     guest = start_guest(kept.uri)
     guest.call("open", image="d")
     assert guest.call("compare", path=str(image), offset=0, length=4 * MIB) == 0
@@ -95,7 +95,7 @@ def test_an_image_that_a_successor_cannot_open_is_served_once_it_can(
     new.write_bytes(image.read_bytes())
     new.rename(late)
     until(lambda: kept.status()["unserved_images"] == [])
-    assert "event=image-served image=late" in kept.log()
+    kept.wait_logged("event=image-served image=late")
     newcomer = start_guest(kept.uri)
     newcomer.call("open", image="late")
     assert newcomer.call("compare", path=str(image), offset=0, length=4 * MIB) == 0
@@ -157,7 +157,7 @@ def test_a_socket_that_was_removed_is_made_again(
     assert kept.guest_status("g")["state"] == "running"
     assert guest.call("compare", path=str(image), offset=0, length=MIB) == 0
     assert Site(kept, image).nbdsh("print(h.get_size())").split() == [str(4 * MIB)]
-    assert kept.log().count("event=socket-made-again") == 3
+    kept.wait_logged("event=socket-made-again", 3)
     kill_backend(kept)
     assert kept.guest_status("g")["state"] == "running"
 

@@ -143,10 +143,10 @@ def test_an_address_that_is_taken_is_served_once_it_is_free(
     assert "in use" in unserved["why"]
     told = " ".join(cowshed("status", "--run-dir", run_dir).stdout.split())
     assert f"{unserved['address']} is not served" in told
-    assert kept.log().count("event=listener-unserved") == 2  # once of each backend
+    kept.wait_logged("event=listener-unserved", 2)  # once of each backend
     taken.close()
     until(lambda: addresses(kept) == [])
-    assert "event=listener-served" in kept.log()
+    kept.wait_logged("event=listener-served")
     if what == "metrics":
         url = f"http://127.0.0.1:{port}/metrics"
         with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
@@ -260,7 +260,7 @@ def test_a_certificate_on_a_disk_that_hangs_holds_up_its_listener_alone(
     assert still_served(kept, guest, image)
     nbd = f"nbds+unix:///?socket={run_dir}/nbd.sock"
     assert addresses(kept) == [nbd, "tls://127.0.0.1:0"]
-    assert "does not answer" in kept.log()
+    kept.wait_logged("does not answer")
     hangs = Path(files["ca"]).with_suffix(".hangs")
     Path(files["ca"]).rename(hangs)
     with socket.create_connection(("127.0.0.1", port), ANSWER_SECONDS) as client:

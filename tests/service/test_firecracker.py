@@ -136,7 +136,7 @@ def test_at_the_quota_a_machine_waits_and_goes_on_when_it_is_raised(
     daemon.request("quota", guest=f"fc-{machine.pid}", quota_bytes=2 * SIZE)
     assert machine.call("end_compare") == []
     assert status_of(daemon, machine)["state"] == "running"
-    assert "event=quota-stop" in daemon.log()
+    daemon.wait_logged("event=quota-stop")
     assert daemon.mismatches() == []
 
 
@@ -236,7 +236,7 @@ def test_a_bad_handshake_costs_its_sender_alone(
     assert good.call("compare", nr_threads=2) == []
     until(lambda: small.nr_fds_now() <= fds)
     assert [one["pid"] for one in small.status()["guests"]] == [good.pid]
-    assert "event=dropped" in small.log()
+    small.wait_logged("event=dropped")
     assert small.mismatches() == []
 
 
@@ -248,7 +248,7 @@ def test_what_is_no_userfaultfd_is_refused(
     text = '[{"base_host_virt_addr":65536,"size":65536,"offset":0}]'
     bad.call("send", text=text, nr_fds=1, what="null")
     bad.call("wait_dropped")
-    assert "must be a userfaultfd" in small.log()
+    small.wait_logged("must be a userfaultfd")
 
 
 def test_regions_of_memory_that_is_not_there_harm_nobody(
@@ -285,7 +285,7 @@ def test_silence_is_bounded_and_holds_up_nobody(
     good = restore(small, start_guest, image, [SIZE])
     assert good.call("compare", nr_threads=2) == []
     assert silent.finish() == 0
-    assert "no handshake in time" in small.log()
+    small.wait_logged("no handshake in time")
 
 
 def test_other_guests_are_served_beside_machines(daemon: Daemon, start_guest: StartGuest) -> None:

@@ -85,7 +85,7 @@ def test_a_bad_handshake_costs_the_connection(
                     replies.append(reply)
             assert replies, f"{name}: no goodbye"
             assert b'"kind": "peer"' in replies[-1] or b'"kind":"peer"' in replies[-1], name
-    assert "event=dropped pid=" in daemon.log()
+    daemon.wait_logged("event=dropped pid=")
     assert still_serves(daemon, start_guest)
 
 

@@ -168,7 +168,7 @@ def test_holes_read_without_a_guard_are_emptied_again(
         swarm.end()
         assert [result["wrong"] for result in swarm.results()] == [0] * nr_busy
     os.close(frames)
-    assert "event=strays-emptied image=d " in daemon.log()
+    daemon.wait_logged("event=strays-emptied image=d ")
     assert daemon.mismatches() == []
     assert still_serves(daemon, start_guest)
 

@@ -58,7 +58,7 @@ def test_who_may_not_use_an_image_is_told_nothing_of_it(
     daemon = start_daemon("--config", str(config))
     path = run_dir / "images" / "d.sock"
     assert answers(path, OUTSIDER) == [""]
-    assert f"uid={OUTSIDER}" in daemon.log()
+    daemon.wait_logged(f"uid={OUTSIDER}")
     for uid in (MEMBER, 0):
         (answer,) = answers(path, uid)
         assert json.loads(answer)["size"] == MIB
@@ -74,7 +74,7 @@ def test_one_user_cannot_take_every_place(
     nr_in = sum(given)
     assert given == [True] * nr_in + [False] * (9 - nr_in)
     assert 0 < nr_in < 9
-    assert f"uid {OUTSIDER} has {nr_in} connections open" in daemon.log()
+    daemon.wait_logged(f"uid {OUTSIDER} has {nr_in} connections open")
 
 
 def test_without_descriptors_a_peer_is_turned_away_and_does_not_wait_for_one(

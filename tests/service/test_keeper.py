@@ -51,7 +51,7 @@ def test_a_killed_backend_is_followed_by_one_with_everything_resident(kept: Daem
         assert status["images"][0]["pinned_bytes"] == 65536
     assert len(set(pids)) == 4
     assert kept.mismatches() == []
-    assert kept.log().count("event=backend-died ") == 3
+    kept.wait_logged("event=backend-died ", 3)
     assert kept.stop() == 0
     died(pids[-1])
     assert not (kept.run_dir / "cowshed.sock").exists()
@@ -140,7 +140,7 @@ def test_a_reload_replaces_the_backend_and_refuses_nobody(kept: Daemon) -> None:
         assert status["loads"] == 64
         assert kept.process.poll() is None
     assert "backend-died" not in kept.log()
-    assert kept.log().count("event=replaced ") == 2
+    kept.wait_logged("event=replaced ", 2)
     assert kept.mismatches() == []
     os.kill(pids[-1], signal.SIGKILL)  # the keeper that came by exec keeps as well
     assert kept.status()["resident_bytes"] == 4 * MIB
@@ -157,7 +157,7 @@ def test_a_reload_with_a_wrong_configuration_changes_nothing(
     settings.write_text("loaders = 'many'\n")
     os.kill(kept.pid, signal.SIGHUP)
     until(lambda: "event=reload-refused" in kept.log())
-    assert "loaders is 'many'" in kept.log()
+    kept.wait_logged("loaders is 'many'")
     assert kept.status()["pid"] == pid
     assert kept.stop() == 0
 
@@ -260,7 +260,7 @@ def test_a_death_is_followed_while_the_check_of_a_reload_waits(
     pid = backend_pid(kept)
     settings.write_text(text)  # whoever is written to reads it once, and nobody reads it again
     until(lambda: kept.status()["pid"] != pid)
-    assert kept.log().count("event=replaced ") == 1
+    kept.wait_logged("event=replaced ", 1)
     assert kept.stop() == 0
 
 

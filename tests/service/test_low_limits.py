@@ -146,7 +146,7 @@ def test_a_backend_without_descriptors_leaves_as_any_other(
         limit_files(backend.request("status")["status"]["pid"], 0)
         os.kill(kept.pid, signal.SIGHUP)
         until(lambda: kept.log().count("event=serving") == 2)
-    assert "event=leaving" in kept.log()
+    kept.wait_logged("event=leaving")
     assert "event=backend-died" not in kept.log()
     assert guest.call("compare", path=str(image), offset=0, length=MIB) == 0
 

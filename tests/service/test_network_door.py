@@ -327,4 +327,4 @@ def test_plain_tcp_for_everybody_is_warned_of(
 ) -> None:
     image = make_image(SIZE)
     daemon = start_daemon(f"--image=disk={image}", "--listen=tcp://0.0.0.0:0", "--no-keeper")
-    assert "event=listening-open" in daemon.log()
+    daemon.wait_logged("event=listening-open")

@@ -197,7 +197,7 @@ def test_what_no_document_tells_of_costs_the_connection(
     client.call("connect")
     client.call("send", text=text)
     client.call("wait_dropped")
-    assert "event=dropped" in large.log()
+    large.wait_logged("event=dropped")
 
 
 def flood(machine: Any) -> None:

@@ -84,7 +84,7 @@ def test_making_an_overlay_holds_up_nobody_else(daemon: Daemon, image: Path, fol
     for each in (first, second):
         assert each.communicate(timeout=60)[0].split() == ["in"]
     assert daemon.guest_status("g")["private_bytes"] == 4096
-    assert daemon.log().count("event=overlay-made overlay=d@g") == 1
+    daemon.wait_logged("event=overlay-made overlay=d@g", 1)
 
 
 def test_a_network_guest_waits_alone(daemon: Daemon, image: Path, folder: Path) -> None:

@@ -32,7 +32,7 @@ def test_a_writer_at_its_quota_stops_until_it_is_raised(
     assert (status["private_bytes"], status["quota_bytes"]) == (64 * KIB, 64 * KIB)
     assert (status["quota_stops"], status["policy"]) == (1, "stop")
     assert status["stopped_seconds"] > 0
-    assert "event=quota-stop guest=writer image=d " in daemon.log()
+    daemon.wait_logged("event=quota-stop guest=writer image=d ")
     shown = cowshed("status", "--run-dir", daemon.run_dir)
     assert "writer" in shown.stdout
     assert "stopped" in shown.stdout

@@ -80,7 +80,7 @@ def test_a_program_attaches_to_the_successor_of_who_dies_meanwhile(
         check=False,
     )
     assert (ended.stdout, ended.returncode) == ("True\n", 0), ended.stderr
-    assert "event=backend-died" in kept.log()
+    kept.wait_logged("event=backend-died")
     assert kept.mismatches() == []
 
 

@@ -104,7 +104,7 @@ def test_a_disk_is_told_its_size_and_attached_whoever_dies_meanwhile(
     kept.request("point", name=point)
     machine = nydus(kept, start_guest, image, policy)
     assert machine.call("compare", nr_threads=2) == []
-    assert "event=backend-died" in kept.log()
+    kept.wait_logged("event=backend-died")
     assert kept.mismatches() == []
 
 

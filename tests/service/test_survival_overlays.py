@@ -141,8 +141,8 @@ def test_files_of_an_overlay_that_were_replaced_meanwhile_are_not_gone_on_with(
     copy.rename(pages)
     kill_backend(kept)
     assert [guest["name"] for guest in kept.status()["guests"]] == ["other"]
-    assert "event=overlay-unusable" in kept.log()
-    assert "are not those that the last backend wrote to" in kept.log()
+    kept.wait_logged("event=overlay-unusable")
+    kept.wait_logged("are not those that the last backend wrote to")
 
 
 def test_a_far_guest_never_notices(kept: Daemon, image: Path) -> None:

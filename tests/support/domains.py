@@ -105,6 +105,11 @@ class Daemon:
     def log(self) -> str:
         return self.log_path.read_text()
 
+    def wait_logged(self, text: str, nr_times: int | None = None) -> None:
+        """Wait for text in its log, nr_times if given and no more: a line comes after the deed."""
+        until(lambda: self.log().count(text) >= (1 if nr_times is None else nr_times))
+        assert nr_times is None or self.log().count(text) == nr_times
+
     def nr_fds(self) -> int:
         """How many descriptors it has once alone: waits until it has closed its connections."""
         until(lambda: self._links().count("socket") == self._nr_sockets)
