@@ -33,6 +33,7 @@ PAGE_BYTES = 4096
 MCL_FUTURE = 2
 MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
+MAP_FIXED_NOREPLACE = 0x100000
 PR_SET_PDEATHSIG = 1
 UFFDIO_UNREGISTER = 0x8010AA01
 
@@ -166,6 +167,11 @@ class MappedGuest:
         )
         if moved == ctypes.c_void_p(-1).value:
             raise OSError(ctypes.get_errno(), "mremap")
+        # The kernel may put an allocation of ours (each thread of Python has one of 16 KiB) where
+        # the pages were, and it would be unmapped when others are moved there.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
+        if libc.mmap(ctypes.c_void_p(start), before, 0, flags, -1, 0) != start:
+            raise OSError(ctypes.get_errno(), "the place that was left is taken")
         return int(moved)
 
     def do_hole(self, nr_pages: int) -> int:
