@@ -16,7 +16,7 @@ from cowshed.accounting.ledger import (
     evict,
 )
 from cowshed.accounting.overlay import Overlay, OverlaySums
-from cowshed.accounting.purse import NO_QUOTA_BYTES, Purse, PurseStatus, QuotaPolicy
+from cowshed.accounting.quota import NO_QUOTA_BYTES, Quota, QuotaPolicy, QuotaStatus
 from cowshed.accounting.sums import (
     AccountSums,
     Latency,
@@ -54,9 +54,9 @@ __all__ = [
     "Mismatch",
     "Overlay",
     "OverlaySums",
-    "Purse",
-    "PurseStatus",
+    "Quota",
     "QuotaPolicy",
+    "QuotaStatus",
     "Region",
     "Watermarks",
     "WorkingSet",

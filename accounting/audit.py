@@ -3,8 +3,8 @@
 
 Four things are checked. refs: an extent's reference count is the number of accounts whose grant bit
 is set. private: the pages an account is charged for are the pages PAGEMAP_SCAN shows as the guest's
-own, and what a purse says is used is what its accounts are charged for. Of a guest that maps
-nothing, whose pages an overlay keeps: only private pages have bytes there, and its purse has paid
+own, and what a quota says is used is what its accounts are charged for. Of a guest that maps
+nothing, whose pages an overlay keeps: only private pages have bytes there, and its quota has paid
 for these and for what requests have in hand. granted: a shared page that is mapped lies in a
 granted extent. resident: an extent has all its frames in the memfd when it is RESIDENT and none
 when it is ABSENT, and in a quiet moment the memfd's st_blocks say the same.
@@ -39,6 +39,8 @@ _PAUSES_SECONDS: Final = (0.03, 0.03, 0.03, 0.03, 0.03, 0.1, 0.2, 0.4, 0.8)
 _STRETCH: Final = 4096
 # A guest that undoes its own protection can make as many as it has pages: so many are enough.
 _MOST_OF_A_GUEST: Final = 1000
+# The place of a mismatch in a quota, as `audit --json` has always named it.
+_QUOTA: Final = "purse"
 # looks, as text for int(..., 2): which pages are private; and which are mapped and shared.
 _PRIVATE: Final = bytes(49 if look == lib.PAGE_LOOK_PRIVATE else 48 for look in range(256))
 _SHARED: Final = bytes(look in (lib.PAGE_LOOK_SHARED, lib.PAGE_LOOK_OPEN) for look in range(256))
@@ -137,7 +139,7 @@ def _look(
                 check_stop()
                 found = _look_at_pages(image, guest, account, checked)
                 mismatches += itertools.islice(found, _MOST_OF_A_GUEST)
-            mismatches += _look_at_purses(image, of_image)
+            mismatches += _look_at_quotas(image, of_image)
         with overlays(image) as kept:
             checked["overlays"] += len(kept)
             for guest, overlay in kept.items():
@@ -185,17 +187,15 @@ def _look_at_pages(
         yield Mismatch("granted", image.domain, image.name, guest, "extent", extent, 0, nr_mapped)
 
 
-def _look_at_purses(image: Image, accounts: Accounts) -> Iterator[Mismatch]:
-    """What purses say is used against what their accounts are charged for; a guest each."""
+def _look_at_quotas(image: Image, accounts: Accounts) -> Iterator[Mismatch]:
+    """What quotas say is used against what their accounts are charged for; a guest each."""
     seen = set()
     for guest, account in accounts.items():
-        if account.purse not in seen:
-            seen.add(account.purse)
-            charged, used = account.count_purse()
+        if account.quota not in seen:
+            seen.add(account.quota)
+            charged, used = account.count_quota()
             if charged != used:
-                yield Mismatch(
-                    "private", image.domain, image.name, guest, "purse", 0, charged, used
-                )
+                yield Mismatch("private", image.domain, image.name, guest, _QUOTA, 0, charged, used)
 
 
 def _look_at_overlay(
@@ -213,7 +213,7 @@ def _look_at_overlay(
     if sums.counted != sums.private:
         yield wrong("ledger", 0, sums.counted, sums.private)
     if sums.used != sums.private + sums.in_hand:
-        yield wrong("purse", 0, sums.private + sums.in_hand, sums.used)
+        yield wrong(_QUOTA, 0, sums.private + sums.in_hand, sums.used)
     for page in _bits(int.from_bytes(overlay.stray_bitmap(), "little")):
         yield wrong("page", page, 0, 1)
 

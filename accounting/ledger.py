@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
-from cowshed.accounting.purse import Purse, QuotaPolicy
+from cowshed.accounting.quota import Quota, QuotaPolicy
 from cowshed.cache import Image, InvariantError, PeerError, UsageError
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import CLOSED, checked
@@ -101,7 +101,7 @@ class AccountState(IntEnum):
 
 @dataclass(frozen=True)
 class AccountStatus:
-    """A mapping's account, read field by field while it runs. Quota and policy are its purse's.
+    """A mapping's account, read field by field while it runs. Quota and policy are its quota's.
 
     stopped_since_ns is CLOCK_MONOTONIC, 0 while the guest runs. broken is 0, or -errno once its
     memory can no longer be served. frozen: writes are not answered until it is thawed. Of the
@@ -149,24 +149,24 @@ class AccountStatus:
 class Account:
     """A mapping's account with its image. Made before its faults are answered, closed after.
 
-    The purse pays for its private pages; it may be closed before the account is.
+    The quota pays for its private pages; it may be closed before the account is.
     """
 
-    def __init__(self, image: Image, purse: Purse, adopt_fd: int | None = None) -> None:
+    def __init__(self, image: Image, quota: Quota, adopt_fd: int | None = None) -> None:
         """Open an account; or go on with the one in adopt_fd, taken over on success.
 
         InvariantError if adopt_fd is no account of this image.
         """
         account = ffi.new("struct account **")
         if adopt_fd is None:
-            err = lib.account_open(image.cdata, purse.cdata, account)
+            err = lib.account_open(image.cdata, quota.cdata, account)
         else:
-            err = lib.account_adopt(image.cdata, purse.cdata, adopt_fd, account)
+            err = lib.account_adopt(image.cdata, quota.cdata, adopt_fd, account)
         if err == -errno.EBADMSG:
             raise InvariantError(f"what was left is no account of image {image.label!r}")
         checked(err, f"opening an account with {image.label!r}")
         self.image: Final = image
-        self.purse: Final = purse
+        self.quota: Final = quota
         self.cdata = account[0]
 
     @property
@@ -310,13 +310,13 @@ class Account:
         )
         return bytes(words)
 
-    def count_purse(self) -> tuple[int, int]:
-        """Count what the accounts of its purse are charged for, and what the purse says is used.
+    def count_quota(self) -> tuple[int, int]:
+        """Count what the accounts of its quota are charged for, and what the quota says is used.
 
         The same number. Waits for each account; writes wait meanwhile, for microseconds per GiB.
         """
         used = ffi.new("uint64_t *")
-        counted = lib.account_purse_pages(self.cdata, used)
+        counted = lib.account_quota_pages(self.cdata, used)
         return counted, int(used[0])
 
     def add_grants(self, refs: array[int]) -> None:

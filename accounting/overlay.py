@@ -29,7 +29,7 @@ IDENTITY_BYTES: Final = 32
 class OverlaySums:
     """Pages of an overlay at one moment; in_hand are taken by requests and not private yet.
 
-    counted, by its bitmap, should be private, what its account says; and used, what its purse says,
+    counted, by its bitmap, should be private, what its account says; and used, what its quota says,
     should be private and in_hand together.
     """
 
@@ -42,7 +42,7 @@ class OverlaySums:
 class Overlay:
     """One guest's own pages; everything else is the image's. Close it before its account.
 
-    The account's purse bounds it: at the quota a write is refused with "no space". The policy
+    The account's quota bounds it: at the quota a write is refused with "no space". The policy
     "allow" only counts.
     """
 

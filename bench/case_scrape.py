@@ -17,7 +17,7 @@ from pathlib import Path
 from cases import Bench, CaseResult, Row, Side
 from stats import Aim
 
-from cowshed.accounting import Account, Purse, QuotaPolicy
+from cowshed.accounting import Account, Quota, QuotaPolicy
 from cowshed.cache import FileSource, PageStore
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.images.evictor import Evictor
@@ -61,10 +61,10 @@ def _serving(folder: Path, nr_guests: int) -> Iterator[str]:
         store = stack.enter_context(PageStore(1 << 30))
         for no in range(NR_IMAGES):
             image = store.open_image(f"image-{no}", FileSource.open(path))
-            purse = Purse(IMAGE_BYTES, QuotaPolicy.STOP)
-            stack.callback(purse.close)
+            quota = Quota(IMAGE_BYTES, QuotaPolicy.STOP)
+            stack.callback(quota.close)
             for _ in range(nr_guests // NR_IMAGES):
-                account = Account(image, purse)
+                account = Account(image, quota)
                 stack.callback(account.close)
         evictor = Evictor(store)
         evictor.start()

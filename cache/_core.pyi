@@ -81,9 +81,9 @@ class StructStoreCounters(CData):
     nr_waiting_loaders: int
     queued_loads: int
 
-class StructPurse(CData): ...
+class StructQuota(CData): ...
 
-class StructPurseStatus(CData):
+class StructQuotaStatus(CData):
     quota_pages: int
     used_pages: int
     policy: int
@@ -266,7 +266,7 @@ class StructNbdEnded(CData):
 class _Lib:
     ARRAYS_VERSION: int
     REFS_BUCKETS: int
-    PURSE_LAYOUT: int
+    QUOTA_LAYOUT: int
     REGIONS_MAX: int
     LATENCY_BUCKETS: int
     LEDGER_LAYOUT: int
@@ -502,21 +502,21 @@ class _Lib:
         self, image: StructImage | Array[StructImage], first: int, nr: int, /
     ) -> int: ...
     def store_scrub(self, image: StructImage | Array[StructImage], /) -> int: ...
-    def purse_open(
-        self, quota_pages: int, policy: int, purse_out: Pointer[StructPurse], /
+    def quota_open(
+        self, quota_pages: int, policy: int, quota_out: Pointer[StructQuota], /
     ) -> int: ...
-    def purse_adopt(self, fd: int, purse_out: Pointer[StructPurse], /) -> int: ...
-    def purse_close(self, purse: StructPurse | Array[StructPurse], /) -> None: ...
-    def purse_set_quota(
-        self, purse: StructPurse | Array[StructPurse], quota_pages: int, policy: int, /
+    def quota_adopt(self, fd: int, quota_out: Pointer[StructQuota], /) -> int: ...
+    def quota_close(self, quota: StructQuota | Array[StructQuota], /) -> None: ...
+    def quota_set(
+        self, quota: StructQuota | Array[StructQuota], quota_pages: int, policy: int, /
     ) -> int: ...
-    def purse_read(
+    def quota_read(
         self,
-        purse: StructPurse | Array[StructPurse],
-        status_out: StructPurseStatus | Array[StructPurseStatus],
+        quota: StructQuota | Array[StructQuota],
+        status_out: StructQuotaStatus | Array[StructQuotaStatus],
         /,
     ) -> None: ...
-    def purse_fd(self, purse: StructPurse | Array[StructPurse], /) -> int: ...
+    def quota_fd(self, quota: StructQuota | Array[StructQuota], /) -> int: ...
     def regions_make(
         self,
         regions: StructAccountRegion | Array[StructAccountRegion],
@@ -536,14 +536,14 @@ class _Lib:
     def account_open(
         self,
         image: StructImage | Array[StructImage],
-        purse: StructPurse | Array[StructPurse],
+        quota: StructQuota | Array[StructQuota],
         account_out: Pointer[StructAccount],
         /,
     ) -> int: ...
     def account_adopt(
         self,
         image: StructImage | Array[StructImage],
-        purse: StructPurse | Array[StructPurse],
+        quota: StructQuota | Array[StructQuota],
         ledger_fd: int,
         account_out: Pointer[StructAccount],
         /,
@@ -602,7 +602,7 @@ class _Lib:
         nr_max: int,
         /,
     ) -> int: ...
-    def account_purse_pages(
+    def account_quota_pages(
         self, account: StructAccount | Array[StructAccount], used_out: Pointer[int], /
     ) -> int: ...
     def account_add_grants(
@@ -1033,20 +1033,20 @@ class _Ffi:
     ) -> Array[StructStoreCounters]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct purse **"], init: Any = ..., /
-    ) -> Pointer[StructPurse]: ...
+        self, cdecl: Literal["struct quota **"], init: Any = ..., /
+    ) -> Pointer[StructQuota]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct purse_status **"], init: Any = ..., /
-    ) -> Pointer[StructPurseStatus]: ...
+        self, cdecl: Literal["struct quota_status **"], init: Any = ..., /
+    ) -> Pointer[StructQuotaStatus]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct purse_status *"], init: Any = ..., /
-    ) -> StructPurseStatus: ...
+        self, cdecl: Literal["struct quota_status *"], init: Any = ..., /
+    ) -> StructQuotaStatus: ...
     @overload
     def new(
-        self, cdecl: Literal["struct purse_status[]"], init: Any = ..., /
-    ) -> Array[StructPurseStatus]: ...
+        self, cdecl: Literal["struct quota_status[]"], init: Any = ..., /
+    ) -> Array[StructQuotaStatus]: ...
     @overload
     def new(
         self, cdecl: Literal["struct account_region **"], init: Any = ..., /

@@ -31,7 +31,7 @@ HEADERS = (
     "cache/core/arrays.h",
     "cache/core/image.h",
     "cache/core/store.h",
-    "accounting/core/purse.h",
+    "accounting/core/quota.h",
     "accounting/core/regions.h",
     "accounting/core/ledger.h",
     "accounting/core/settle.h",

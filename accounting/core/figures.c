@@ -93,8 +93,8 @@ void account_read(const struct account *account, struct account_status *status_o
 	struct account_status status = {
 		.granted_extents = header->granted_extents,
 		.private_pages = header->private_pages,
-		.quota_pages = atomic_load(&account->purse->header->quota_pages),
-		.policy = purse_policy(account->purse),
+		.quota_pages = atomic_load(&account->quota->header->quota_pages),
+		.policy = quota_policy_of(account->quota),
 		.broken = header->broken,
 		.frozen = atomic_load(&header->frozen),
 		.seeded_pages = atomic_load(&header->seeded_pages),

@@ -23,7 +23,7 @@ static void charge_anyway(struct account *account, uint64_t page)
 {
 	if (bits_test(account->private, page))
 		return;
-	purse_take_anyway(account->purse, 1);
+	quota_take_anyway(account->quota, 1);
 	account_charge(account, page);
 	bits_clear(account->unsettled, page);
 }

@@ -65,19 +65,19 @@ static void account_free(struct account *account)
 	if (account->ledger_fd >= 0)
 		close(account->ledger_fd);
 	pthread_mutex_destroy(&account->write_lock);
-	purse_leave(account->purse);
+	quota_leave(account->quota);
 	free(account);
 }
 
-static struct account *account_new(struct image *image, struct purse *purse)
+static struct account *account_new(struct image *image, struct quota *quota)
 {
 	struct account *account = calloc(1, sizeof *account);
 
 	if (!account)
 		return NULL;
 	account->image = image;
-	account->purse = purse;
-	purse_join(purse);
+	account->quota = quota;
+	quota_join(quota);
 	account->ledger_fd = account->uffd = account->pagemap_fd = account->seeds_fd = -1;
 	pthread_mutex_init(&account->write_lock, NULL);
 	return account;
@@ -95,9 +95,9 @@ static void account_add(struct account *account)
 	pthread_rwlock_unlock(&image->accounts_lock);
 }
 
-int account_open(struct image *image, struct purse *purse, struct account **account_out)
+int account_open(struct image *image, struct quota *quota, struct account **account_out)
 {
-	struct account *account = account_new(image, purse);
+	struct account *account = account_new(image, quota);
 
 	if (!account)
 		return -ENOMEM;
@@ -142,7 +142,7 @@ static void mend_pages(struct account *account)
 	atomic_store(&header->private_pages, nr_private);
 	atomic_store(&header->seeded_pages, nr_seeded);
 	atomic_fetch_add(&account->image->nr_poisoned, nr_poisoned);
-	purse_take_anyway(account->purse, nr_private);
+	quota_take_anyway(account->quota, nr_private);
 }
 
 static void mend_grants(struct account *account)
@@ -171,7 +171,7 @@ static void account_mend(struct account *account)
 	account_end_stop(account);
 }
 
-int account_adopt(struct image *image, struct purse *purse, int ledger_fd, struct account **account_out)
+int account_adopt(struct image *image, struct quota *quota, int ledger_fd, struct account **account_out)
 {
 	struct stat status;
 
@@ -179,7 +179,7 @@ int account_adopt(struct image *image, struct purse *purse, int ledger_fd, struc
 		return -errno;
 	if ((uint64_t)status.st_size != ledger_bytes(&image->shape))
 		return -EBADMSG;
-	struct account *account = account_new(image, purse);
+	struct account *account = account_new(image, quota);
 	if (!account)
 		return -ENOMEM;
 	int err = ledger_map(account, ledger_fd);
@@ -223,7 +223,7 @@ int account_close(struct account *account)
 		account_revoke(account, e);
 	account_add_past(account);
 	account->header->magic = 0; /* should we die now: what it counted is not to be counted again */
-	purse_give(account->purse, account->header->private_pages);
+	quota_give(account->quota, account->header->private_pages);
 	uint64_t nr_poisoned = bits_count(account->poisoned, 0, image->shape.nr_pages);
 	atomic_fetch_sub(&image->nr_poisoned, nr_poisoned);
 	pthread_rwlock_unlock(&image->accounts_lock);
@@ -299,26 +299,26 @@ void account_uncharge(struct account *account, uint64_t page)
 		atomic_fetch_sub(&account->header->seeded_pages, 1);
 	account_mark_dirty(account, page, 1);
 	atomic_fetch_sub(&account->header->private_pages, 1);
-	purse_give(account->purse, 1);
+	quota_give(account->quota, 1);
 }
 
 /* With every write_lock held nothing is taken and not charged.  Nobody else ever holds two of them. */
-uint64_t account_purse_pages(struct account *asked, uint64_t *used_out)
+uint64_t account_quota_pages(struct account *asked, uint64_t *used_out)
 {
 	struct image *image = asked->image;
-	struct purse *purse = asked->purse;
-	struct purse_status status;
+	struct quota *quota = asked->quota;
+	struct quota_status status;
 	uint64_t nr = 0;
 
 	pthread_rwlock_rdlock(&image->accounts_lock);
 	for (struct account *account = image->accounts; account; account = account->next)
-		if (account->purse == purse) {
+		if (account->quota == quota) {
 			pthread_mutex_lock(&account->write_lock);
 			nr += bits_count(account->private, 0, image->shape.nr_pages);
 		}
-	purse_read(purse, &status);
+	quota_read(quota, &status);
 	for (struct account *account = image->accounts; account; account = account->next)
-		if (account->purse == purse)
+		if (account->quota == quota)
 			pthread_mutex_unlock(&account->write_lock);
 	pthread_rwlock_unlock(&image->accounts_lock);
 	*used_out = status.used_pages;

@@ -3,7 +3,7 @@
  * The ledger of one mapping of a guest: where it is, what it was granted, which pages are its own and what it did.
  *
  * A guest may have several mappings, in one process or in several, each with its account; what they may spend
- * together is in their purse (purse.h).  All of an account lives in one memfd (header, then bitmaps), so that it can
+ * together is in their quota (quota.h).  All of an account lives in one memfd (header, then bitmaps), so that it can
  * outlive the process; struct account is this process's handle on it.
  *
  *   granted    by extent  the guest may map it; counted in the image's refs
@@ -22,7 +22,7 @@
 #ifndef COWSHED_LEDGER_H
 #define COWSHED_LEDGER_H
 
-#include "accounting/core/purse.h"
+#include "accounting/core/quota.h"
 #include "accounting/core/regions.h"
 #include "cache/core/bits.h"
 #include "cache/core/image.h"
@@ -57,7 +57,7 @@ struct account_counters {
 struct account_status {
 	uint64_t granted_extents;
 	uint64_t private_pages;    /* charged now */
-	uint64_t quota_pages;      /* of the purse, as the policy is */
+	uint64_t quota_pages;      /* of the quota, as the policy is */
 	uint64_t stopped_since_ns; /* CLOCK_MONOTONIC, 0: running */
 	uint32_t policy;
 	int32_t broken;  /* -errno once its memory can't be served any more */
@@ -78,14 +78,14 @@ struct account_sums {
 	uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
 };
 
-/* Opens the ledger of a guest's mapping of image, all zero, paid for from purse, which it keeps; part of the image's
- * accounts from now on.  All accounts of a purse are of one image. */
-int account_open(struct image *image, struct purse *purse, struct account **account_out);
-/* The account in a memfd that another process left, taken over on success; its image and purse were adopted before.
+/* Opens the ledger of a guest's mapping of image, all zero, paid for from quota, which it keeps; part of the image's
+ * accounts from now on.  All accounts of a quota are of one image. */
+int account_open(struct image *image, struct quota *quota, struct account **account_out);
+/* The account in a memfd that another process left, taken over on success; its image and quota were adopted before.
  * What can be half done is done again: grants of extents that are not resident any more are taken back, counts are
  * counted, and every private page is to be settled, since nobody knows which discards were read and not seen to.
  * Its place is still to be told (account_place).  -EBADMSG: it is not of this image. */
-int account_adopt(struct image *image, struct purse *purse, int ledger_fd, struct account **account_out);
+int account_adopt(struct image *image, struct quota *quota, int ledger_fd, struct account **account_out);
 /* The memfd it is in; the account's own. */
 int account_fd(const struct account *account);
 /* As account_status.account_no. */
@@ -112,9 +112,9 @@ int64_t account_read_all(struct image *image, struct account_status *statuses_ou
 enum account_state { ACCOUNT_RUNNING, ACCOUNT_STOPPED, ACCOUNT_FROZEN, ACCOUNT_BROKEN };
 /* How each is, with its account_no: enum account_state; cheaper than reading them.  As account_read_all. */
 int64_t account_states(struct image *image, uint64_t *account_nos_out, uint8_t *states_out, uint64_t nr_max);
-/* What the private bitmaps of all accounts of this one's purse hold together, and what the purse says is used: the
+/* What the private bitmaps of all accounts of this one's quota hold together, and what the quota says is used: the
  * same number.  Cost: waits for each account's write_lock. */
-uint64_t account_purse_pages(struct account *account, uint64_t *used_out);
+uint64_t account_quota_pages(struct account *account, uint64_t *used_out);
 /* Adds 1 to refs_out[i] for each granted extent first + i. */
 int account_add_grants(const struct account *account, uint64_t first, uint64_t nr, uint32_t *refs_out);
 /* Copies of the bitmap of private (or, 1: unsettled) pages: (nr_pages + 63) / 64 words. */
@@ -168,7 +168,7 @@ _Static_assert(sizeof(struct account_past) <= 8 * IMAGE_PAST_WORDS, "an image ha
 
 /*
  * Invariants: (1) granted_extents is the number of granted bits, each counted in the image's refs;
- * (2) private_pages is the number of private bits, each taken from the purse; (3) unsettled is a subset of private.
+ * (2) private_pages is the number of private bits, each taken from the quota; (3) unsettled is a subset of private.
  * (4) seeded is a subset of private, and disjoint from unsettled; (5) while dirty is not NULL, every private page that
  * the guest can write without a fault is dirty.  (2) to (5) change only under write_lock; so do the regions, and only
  * in the guest's fault thread.
@@ -177,7 +177,7 @@ struct account {
 	struct account *next; /* in image->accounts */
 	uint64_t account_no;
 	struct image *image;
-	struct purse *purse;
+	struct quota *quota;
 	struct ledger_header *header;
 	size_t ledger_bytes;
 	int ledger_fd, uffd, pagemap_fd;
@@ -195,9 +195,9 @@ void account_grant(struct account *account, uint64_t extent);
 /* Takes a grant back; the extent is EVICTING, or the account is closing. */
 void account_revoke(struct account *account, uint64_t extent);
 
-/* Under write_lock.  Charges a page that is not private yet; the caller has taken it from the purse. */
+/* Under write_lock.  Charges a page that is not private yet; the caller has taken it from the quota. */
 void account_charge(struct account *account, uint64_t page);
-/* Under write_lock.  Gives the charge of a private page back, to the purse. */
+/* Under write_lock.  Gives the charge of a private page back, to the quota. */
 void account_uncharge(struct account *account, uint64_t page);
 
 /* Under write_lock: the pages are about to be writable, or changed in another way. */

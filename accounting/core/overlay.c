@@ -83,11 +83,11 @@ static uint64_t group_end(uint64_t offset)
 
 /* ---- quota ---- */
 
-/* The purse's invariant has it that what was taken is charged under one lock; here it is in hand meanwhile. */
-static int quota_take(struct overlay *overlay, uint64_t nr)
+/* The quota's invariant has it that what was taken is charged under one lock; here it is in hand meanwhile. */
+static int take_pages(struct overlay *overlay, uint64_t nr)
 {
 	pthread_mutex_lock(&overlay->quota_lock);
-	bool taken = purse_take(overlay->account->purse, nr, nr) == nr;
+	bool taken = quota_take(overlay->account->quota, nr, nr) == nr;
 	if (taken)
 		overlay->in_hand_pages += nr;
 	pthread_mutex_unlock(&overlay->quota_lock);
@@ -101,7 +101,7 @@ void overlay_give(struct overlay *overlay, uint64_t nr)
 {
 	pthread_mutex_lock(&overlay->quota_lock);
 	overlay->in_hand_pages -= nr;
-	purse_give(overlay->account->purse, nr);
+	quota_give(overlay->account->quota, nr);
 	pthread_mutex_unlock(&overlay->quota_lock);
 }
 
@@ -109,14 +109,14 @@ void overlay_take_anyway(struct overlay *overlay, uint64_t nr)
 {
 	pthread_mutex_lock(&overlay->quota_lock);
 	overlay->in_hand_pages += nr;
-	purse_take_anyway(overlay->account->purse, nr);
+	quota_take_anyway(overlay->account->quota, nr);
 	pthread_mutex_unlock(&overlay->quota_lock);
 }
 
 int overlay_take(struct overlay *overlay, uint64_t first, uint64_t nr, uint64_t *reserved)
 {
 	uint64_t nr_new = nr - bits_count(overlay->account->private, first, first + nr);
-	int err = nr_new ? quota_take(overlay, nr_new) : 0;
+	int err = nr_new ? take_pages(overlay, nr_new) : 0;
 
 	if (!err)
 		*reserved += nr_new;
@@ -129,7 +129,7 @@ static int pay(struct overlay *overlay, uint64_t nr_new, uint64_t *reserved)
 {
 	if (nr_new <= *reserved)
 		return 0;
-	int err = quota_take(overlay, nr_new - *reserved);
+	int err = take_pages(overlay, nr_new - *reserved);
 	if (!err)
 		*reserved = nr_new;
 	return err;
@@ -340,7 +340,7 @@ int overlay_trim(struct overlay *overlay, uint64_t first, uint64_t nr)
 			page = run_end;
 		}
 		atomic_fetch_sub(&account->header->private_pages, nr_gone);
-		purse_give(account->purse, nr_gone);
+		quota_give(account->quota, nr_gone);
 		pthread_rwlock_unlock(overlay_stripe(overlay, stop - 1));
 		count_add(COUNTER(account->header, discarded_pages), nr_gone);
 	}

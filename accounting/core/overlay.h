@@ -16,7 +16,7 @@
  * What is written can be followed, page by page, and be held back (frozen) for a while: requests then wait for the
  * thaw, and do not fail.  See track.h, which does the same for guests that map.
  *
- * What a request has taken of the quota and not used yet is in hand: the purse's used pages are the private ones and
+ * What a request has taken of the quota and not used yet is in hand: the quota's used pages are the private ones and
  * those in hand, which overlay_sums sees all at one moment.
  *
  * overlay.c is the pages, overlay_disk.c what a file needs besides, overlay_track.c who follows and freezes,
@@ -73,7 +73,7 @@ int overlay_strays(struct overlay *overlay, uint64_t *words_out, uint64_t nr_wor
 struct overlay_sums {
 	uint64_t counted_pages; /* bits of the account's bitmap: these two should be the same */
 	uint64_t private_pages; /* as it counts */
-	uint64_t used_pages;    /* of the purse: should be the private ones, and those in hand */
+	uint64_t used_pages;    /* of the quota: should be the private ones, and those in hand */
 	uint64_t in_hand_pages; /* taken by requests, not private yet */
 };
 /* All of one moment. */

@@ -2,7 +2,7 @@
 /*
  * Going on with an overlay whose backend died, between any two of its instructions.
  *
- * A request in hand leaves one of three things behind. Pages taken from the purse and not private: the purse is summed
+ * A request in hand leaves one of three things behind. Pages taken from the quota and not private: the quota is summed
  * up anew from what is private (account_adopt).  Bytes in pages that are not private, because a write did not come to
  * its bits or a trim not to its punch: such pages are the image's, and their bytes are dropped, or a later write of
  * zeros, which makes a page private and stores nothing, would show them.  Private pages with some of a request's bytes

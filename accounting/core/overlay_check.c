@@ -36,14 +36,14 @@ static void all_unlock(struct overlay *overlay)
 void overlay_sums(struct overlay *overlay, struct overlay_sums *sums_out)
 {
 	struct account *account = overlay->account;
-	struct purse_status purse;
+	struct quota_status quota;
 
 	all_lock(overlay);
-	purse_read(account->purse, &purse);
+	quota_read(account->quota, &quota);
 	*sums_out = (struct overlay_sums){
 		.counted_pages = bits_count(account->private, 0, overlay->image->shape.nr_pages),
 		.private_pages = atomic_load(&account->header->private_pages),
-		.used_pages = purse.used_pages,
+		.used_pages = quota.used_pages,
 		.in_hand_pages = overlay->in_hand_pages,
 	};
 	all_unlock(overlay);

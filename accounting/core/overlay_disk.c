@@ -402,7 +402,7 @@ static int map_load(struct overlay_disk *disk, bool is_left)
 				atomic_store(&disk->dirty[block], 1);
 		}
 	}
-	purse_take_anyway(account->purse, nr_private);
+	quota_take_anyway(account->quota, nr_private);
 	count_add(&account->header->private_pages, nr_private);
 	count_add(COUNTER(account->header, charged_pages), nr_private);
 	count_add(&account->header->seeded_pages, nr_late);

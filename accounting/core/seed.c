@@ -53,7 +53,7 @@ static uint64_t seed_word(struct account *account, uint64_t word_no, uint64_t wo
 		if (page >= account->image->shape.nr_pages || bits_test(account->private, page) ||
 		    !account_address(account, page))
 			continue;
-		purse_take_anyway(account->purse, 1);
+		quota_take_anyway(account->quota, 1);
 		account_charge(account, page);
 		/* Before it is settled: no moment at which a killed process leaves a charge of nothing. */
 		bits_set(account->seeded, page);

@@ -12,7 +12,7 @@
 
 #define LOOKS_MAX 512
 #define SCANNED_MAX 64
-#define SETTLE_PURSE_EVERY_NS 20000000u
+#define SETTLE_QUOTA_EVERY_NS 20000000u
 #define LOOK_DOUBTFUL 0xff /* a copy in swap, or no page; not told to others */
 
 /*
@@ -221,27 +221,27 @@ int64_t account_settle(struct account *account)
 }
 
 /* Whether it is the caller's turn. */
-static bool purse_begin_settle(struct purse *purse)
+static bool quota_begin_settle(struct quota *quota)
 {
 	struct timespec now;
-	uint64_t before_ns = atomic_load(&purse->settled_at_ns);
+	uint64_t before_ns = atomic_load(&quota->settled_at_ns);
 
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	uint64_t now_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-	return now_ns - before_ns >= SETTLE_PURSE_EVERY_NS &&
-	       atomic_compare_exchange_strong(&purse->settled_at_ns, &before_ns, now_ns);
+	return now_ns - before_ns >= SETTLE_QUOTA_EVERY_NS &&
+	       atomic_compare_exchange_strong(&quota->settled_at_ns, &before_ns, now_ns);
 }
 
-int64_t account_settle_purse(struct account *account)
+int64_t account_settle_quota(struct account *account)
 {
 	struct image *image = account->image;
 	int64_t nr = 0;
 
-	if (!purse_begin_settle(account->purse))
+	if (!quota_begin_settle(account->quota))
 		return 0;
 	pthread_rwlock_rdlock(&image->accounts_lock);
 	for (struct account *other = image->accounts; other; other = other->next)
-		if (other->purse == account->purse && pthread_mutex_trylock(&other->write_lock) == 0) {
+		if (other->quota == account->quota && pthread_mutex_trylock(&other->write_lock) == 0) {
 			int64_t nr_here = account_settle_range(other, 0, image->shape.nr_pages);
 
 			pthread_mutex_unlock(&other->write_lock);

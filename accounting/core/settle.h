@@ -31,11 +31,11 @@ int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *
 int account_protect(struct account *account, uint64_t first, uint64_t nr, bool on);
 /* Under write_lock: the same for unsettled pages in [first, first + nr). */
 int64_t account_settle_range(struct account *account, uint64_t first, uint64_t nr);
-/* With no write_lock held: settles the accounts of the account's purse, but those that are charged this moment; how
+/* With no write_lock held: settles the accounts of the account's quota, but those that are charged this moment; how
  * many charges were given back.  A charge was perhaps made only just, and its writer is on its way: so that those who
  * are at the quota together do not take the last pages from each other for ever, it does nothing if it did something
  * less than 20 ms ago. */
-int64_t account_settle_purse(struct account *account);
+int64_t account_settle_quota(struct account *account);
 /* Under write_lock: whether a charged page is the guest's own, or open to become so; gives the charge back if not. */
 bool account_page_is_private(struct account *account, uint64_t page);
 

@@ -22,7 +22,7 @@ enum point {
 	POINT_EVICT_REVOKE,     /* frames gone; grants not yet revoked */
 	POINT_FAULT_READ,       /* events read, none answered */
 	POINT_FAULT_HELD,       /* an extent is held, not yet mapped */
-	POINT_WRITE_TAKEN,      /* pages taken from the purse, not charged yet; under write_lock */
+	POINT_WRITE_TAKEN,      /* pages taken from the quota, not charged yet; under write_lock */
 	POINT_WRITE_CHARGED,    /* pages charged, still write-protected */
 	POINT_SETTLE_PROTECTED, /* pages protected again, not yet looked at */
 	POINT_TRACK_CLEARED,    /* dirty bits taken, their pages not protected yet; under write_lock */

@@ -247,14 +247,14 @@ void ask_again(struct guest *guest)
 	guest->kind->wake(guest);
 }
 
-/* What another account of the purse was charged for nothing is room too, and nobody else looks for it. */
-static bool quota_has_room(const struct guest *guest)
+/* What another account of the quota was charged for nothing is room too, and nobody else looks for it. */
+static bool has_room(const struct guest *guest)
 {
-	struct purse *purse = guest->account->purse;
+	struct quota *quota = guest->account->quota;
 
-	if (!purse_has_room(purse, guest->wanted_pages) && atomic_load(&purse->nr_accounts) > 1)
-		account_settle_purse(guest->account);
-	return purse_has_room(purse, guest->wanted_pages);
+	if (!quota_has_room(quota, guest->wanted_pages) && atomic_load(&quota->nr_accounts) > 1)
+		account_settle_quota(guest->account);
+	return quota_has_room(quota, guest->wanted_pages);
 }
 
 static void sleep_for_messages(struct guest *guest)
@@ -269,7 +269,7 @@ static void sleep_for_messages(struct guest *guest)
 	if (guest->drop_at_ns && guest->drop_at_ns <= clock_now_ns())
 		answer_drop(guest);
 	if (retry_due(guest, &room)) {
-		if (!atomic_load(&guest->account->header->stopped_since_ns) || quota_has_room(guest))
+		if (!atomic_load(&guest->account->header->stopped_since_ns) || has_room(guest))
 			ask_again(guest);
 		else
 			guest->retry_at_ns = 0;

@@ -113,9 +113,9 @@ uint64_t clock_now_ns(void);
 int guest_start_kind(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
                      const struct guest_kind *kind, struct supply *supply, struct guest **guest_out);
 
-/* write.c.  Under write_lock: takes up to nr_wanted pages from the purse, having looked for charges to return first. */
-uint64_t quota_take(struct account *account, uint64_t nr_wanted);
-/* With no lock held: whether charges of the purse's other accounts turned out to be for nothing. */
+/* write.c.  Under write_lock: takes up to nr_wanted pages from the quota, having looked for charges to return first. */
+uint64_t account_take_pages(struct account *account, uint64_t nr_wanted);
+/* With no lock held: whether charges of the quota's other accounts turned out to be for nothing. */
 bool quota_settle_others(struct account *account);
 /* The guest's writer stops at the quota, or its process gets SIGBUS. */
 void quota_refuse(struct guest *guest);

@@ -105,7 +105,7 @@ static bool extent_in(const struct guest *guest, const struct supply_region *reg
 /* More than half of what the guest may have is left: copies that nobody asked for must not bring it to a stop. */
 static bool may_copy_ahead(const struct guest *guest)
 {
-	return purse_has_room(guest->account->purse, atomic_load(&guest->account->purse->header->used_pages));
+	return quota_has_room(guest->account->quota, atomic_load(&guest->account->quota->header->used_pages));
 }
 
 /* Supplies an extent that nobody asked for; whether it is resident. */

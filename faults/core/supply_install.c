@@ -46,7 +46,7 @@ void supply_refuse(struct guest *guest, const struct supply_region *region, uint
 	int err = -EPERM;
 
 	guest->wanted_pages = region->page_bytes / PAGE_BYTES;
-	if (purse_policy(account->purse) == QUOTA_KILL) {
+	if (quota_policy_of(account->quota) == QUOTA_KILL) {
 		pthread_mutex_lock(&account->write_lock);
 		err = supply_poison(guest, region, page);
 		pthread_mutex_unlock(&account->write_lock);
@@ -60,10 +60,10 @@ void supply_refuse(struct guest *guest, const struct supply_region *region, uint
 /* Under write_lock: up to nr pages, but all of a huge one. */
 static uint64_t take_pages(struct account *account, const struct supply_region *region, uint64_t nr)
 {
-	uint64_t nr_taken = quota_take(account, nr);
+	uint64_t nr_taken = account_take_pages(account, nr);
 
 	if (region->page_bytes > PAGE_BYTES && nr_taken < nr) {
-		purse_give(account->purse, nr_taken);
+		quota_give(account->quota, nr_taken);
 		return 0;
 	}
 	return nr_taken;

@@ -22,19 +22,19 @@
 #include <unistd.h>
 
 /* Under write_lock: takes up to nr_wanted pages for charges that are about to be made. */
-uint64_t quota_take(struct account *account, uint64_t nr_wanted)
+uint64_t account_take_pages(struct account *account, uint64_t nr_wanted)
 {
-	uint64_t nr = purse_take(account->purse, 1, nr_wanted);
+	uint64_t nr = quota_take(account->quota, 1, nr_wanted);
 
 	if (nr == 0 && account_settle_range(account, 0, account->image->shape.nr_pages) > 0)
-		nr = purse_take(account->purse, 1, nr_wanted);
+		nr = quota_take(account->quota, 1, nr_wanted);
 	return nr;
 }
 
-/* With no lock held: whether charges of the purse's other accounts turned out to be for nothing. */
+/* With no lock held: whether charges of the quota's other accounts turned out to be for nothing. */
 bool quota_settle_others(struct account *account)
 {
-	return atomic_load(&account->purse->nr_accounts) > 1 && account_settle_purse(account) > 0;
+	return atomic_load(&account->quota->nr_accounts) > 1 && account_settle_quota(account) > 0;
 }
 
 static void quota_stop(struct guest *guest)
@@ -52,7 +52,7 @@ static void quota_stop(struct guest *guest)
 void quota_refuse(struct guest *guest)
 {
 	count_add(COUNTER(guest->account->header, write_refused), 1);
-	if (purse_policy(guest->account->purse) == QUOTA_KILL && guest->pidfd >= 0)
+	if (quota_policy_of(guest->account->quota) == QUOTA_KILL && guest->pidfd >= 0)
 		syscall(SYS_pidfd_send_signal, guest->pidfd, SIGBUS, NULL, 0);
 	quota_stop(guest);
 }
@@ -133,8 +133,8 @@ static int answer_write_locked(struct guest *guest, uint64_t page)
 		clip_to_granted(guest, page, &first, &nr);
 		uint64_t nr_new = nr - bits_count(account->private, first, first + nr);
 
-		if (!purse_take(account->purse, nr_new, nr_new)) { /* then what is left, from page on */
-			nr = quota_take(account, bits_next(account->private, page, first + nr) - page);
+		if (!quota_take(account->quota, nr_new, nr_new)) { /* then what is left, from page on */
+			nr = account_take_pages(account, bits_next(account->private, page, first + nr) - page);
 			first = page;
 			if (!nr)
 				return -EDQUOT;
@@ -183,7 +183,7 @@ static int copy_page(struct guest *guest, uint64_t page)
 	struct account *account = guest->account;
 
 	if (pread(guest->image->frames_fd, frame, sizeof frame, (off_t)(page << PAGE_SHIFT)) != sizeof frame) {
-		purse_give(account->purse, 1);
+		quota_give(account->quota, 1);
 		return -EFAULT;
 	}
 	point_reach(POINT_WRITE_TAKEN);
@@ -208,7 +208,7 @@ static int write_first_locked(struct guest *guest, uint64_t page)
 		guest->windows = before; /* opening asks the same question */
 		return -ENOTSUP;
 	}
-	return quota_take(guest->account, 1) ? copy_page(guest, page) : -EDQUOT;
+	return account_take_pages(guest->account, 1) ? copy_page(guest, page) : -EDQUOT;
 }
 
 /* Nobody mapped the page yet, so it can be poisoned for this guest alone. */
@@ -217,7 +217,7 @@ static void refuse_first(struct guest *guest, uint64_t page)
 	struct account *account = guest->account;
 	int err = -EPERM;
 
-	if (purse_policy(account->purse) == QUOTA_KILL) {
+	if (quota_policy_of(account->quota) == QUOTA_KILL) {
 		pthread_mutex_lock(&account->write_lock);
 		err = answer_poison(guest, page);
 		pthread_mutex_unlock(&account->write_lock);

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What attached guests need to be served on after our death, and taking it over after another's.
 
-Each mapping is a group of its own: a record of its terms, the ledger, the guest's purse, its
+Each mapping is a group of its own: a record of its terms, the ledger, the guest's quota, its
 userfaultfd, /proc files and socket. The socket is held because its end would tell the guest that
 the backend is gone; who only asks for something, or has not finished its handshake, does without
 and comes again.
@@ -28,7 +28,7 @@ __all__ = ["Bequests", "Heir", "describe_terms", "find_left", "terms_of"]
 _log = EventLog("cowshed.bequests")
 
 _PREFIX: Final = "mapping/"
-_KINDS: Final = {"record", "ledger", "purse", "uffd", "pagemap", "mem", "socket"}
+_KINDS: Final = {"record", "ledger", "quota", "uffd", "pagemap", "mem", "socket"}
 # Where pages are that the guest brought along, and has not touched yet: memory, or a file.
 _SEEDS: Final = frozenset({"overlay", "pages"})
 
@@ -68,7 +68,7 @@ class Bequests:
         group = f"{_PREFIX}{secrets.token_hex(8)}"
         record = record_make({**describe_terms(terms), "tag": tag})
         mapping.fds.append(record)
-        fds = [*mapping.fds, mapping.account.fd, mapping.guest.purse.fd, connection.fileno()]
+        fds = [*mapping.fds, mapping.account.fd, mapping.guest.quota.fd, connection.fileno()]
         if (seeds_fd := mapping.account.seeds_fd) >= 0 and kind_of(seeds_fd) in _SEEDS:
             self._seeds[group] = os.dup(seeds_fd)
             fds.append(self._seeds[group])
@@ -118,7 +118,7 @@ class Bequests:
             connection.peer.uid,
             -1 if connection.peer.pidfd is None else connection.peer.pidfd,
         )
-        guest = guests.adopt(terms, peer, os.dup(left["purse"]))
+        guest = guests.adopt(terms, peer, os.dup(left["quota"]))
         try:
             fds = [left["uffd"], left["pagemap"], left["mem"], left["record"]]
             mapping = guests.attach_again(
@@ -136,11 +136,11 @@ class Bequests:
             connection.close()
             return None
         mapping.carries = terms.carries
-        for name in ("ledger", "purse", "socket"):
+        for name in ("ledger", "quota", "socket"):
             os.close(left[name])
         if seeds_kind:
             self._seeds[group] = left[seeds_kind]
-        left.update(ledger=mapping.account.fd, purse=guest.purse.fd, socket=connection.fileno())
+        left.update(ledger=mapping.account.fd, quota=guest.quota.fd, socket=connection.fileno())
         is_open = record_is_open(left["record"])
         return Heir(mapping, connection, terms, group, record["tag"] if is_open else None)
 

@@ -17,7 +17,7 @@ from cowshed.transport.no_room import no_room
 
 __all__ = ["Door"]
 
-# A guest takes socket, userfaultfd, two of /proc, pidfd, eventfd, ledger, purse and record; and one
+# A guest takes socket, userfaultfd, two of /proc, pidfd, eventfd, ledger, quota and record; and one
 # to spare.
 _FDS_PER_GUEST: Final = 10
 _FDS_OF_OURS: Final = 128

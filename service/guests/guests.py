@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guests: who is attached to which image, from the handshake's last word until detached.
 
-A guest is a name with a quota: its purse. What it has mapped are its mappings, one a connection, of
-one process or several; all draw on the purse. The guest is there as long as a connection holds its
+A guest is a name with a quota. What it has mapped are its mappings, one a connection, of
+one process or several; all draw on the quota. The guest is there as long as a connection holds its
 name, and attached as long as it has a mapping.
 """
 
@@ -22,13 +22,12 @@ from cowshed.accounting import (
     NO_QUOTA_BYTES,
     Account,
     AccountStatus,
-    Purse,
+    Quota,
     QuotaPolicy,
     Region,
     add_statuses,
 )
 from cowshed.cache import Image, UsageError
-from cowshed.cache.images import PAGE_BYTES
 from cowshed.faults import FaultHandler, Orders, SupplyHandler, SupplyTerms
 from cowshed.service.settings.names import find_for_operator
 from cowshed.transport.no_room import taking_in
@@ -76,10 +75,10 @@ class Guest:
     Changed by the table alone. nr_holders counts the connections that hold the name.
     """
 
-    def __init__(self, terms: Terms, owner: Peer, purse: Purse) -> None:
+    def __init__(self, terms: Terms, owner: Peer, quota: Quota) -> None:
         self.terms: Final = terms
         self.owner: Final = owner
-        self.purse: Final = purse
+        self.quota: Final = quota
         self.mappings: list[Mapping] = []
         self.nr_holders = 1
 
@@ -116,8 +115,7 @@ class Guest:
     @property
     def quota_bytes(self) -> int | None:
         """What its private pages may take, None if there is no quota."""
-        quota_bytes = self.purse.status().quota_pages * PAGE_BYTES
-        return None if quota_bytes >= NO_QUOTA_BYTES else quota_bytes
+        return self.quota.limit_bytes
 
     @property
     def is_attached(self) -> bool:
@@ -141,7 +139,7 @@ class Guest:
 
     def set_quota(self, quota_bytes: int | None) -> None:
         """Change the quota, None being none, and have who is stopped at it ask again."""
-        self.purse.set_quota(
+        self.quota.set_quota(
             NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, self.terms.policy
         )
         self.resume()
@@ -222,7 +220,7 @@ class GuestTable:
 
     Whoever reads their accounts does so inside `with table.lock`.
 
-    Invariants: a guest is in the table exactly while connections hold its name, and its purse is
+    Invariants: a guest is in the table exactly while connections hold its name, and its quota is
     open as long; an account is open exactly while its mapping is its guest's. What mappings that
     are gone had counted is in their image's sums.
     """
@@ -254,7 +252,7 @@ class GuestTable:
             if guest is None:
                 self.check_free(terms)
                 quota_bytes = NO_QUOTA_BYTES if terms.quota_bytes is None else terms.quota_bytes
-                guest = Guest(terms, peer, Purse(quota_bytes, terms.policy))
+                guest = Guest(terms, peer, Quota(quota_bytes, terms.policy))
                 self._guests[terms.key] = guest
                 return guest
             if not guest.admits(terms, peer):
@@ -263,18 +261,18 @@ class GuestTable:
             guest.nr_holders += 1
             return guest
 
-    def adopt(self, terms: Terms, peer: Peer, purse_fd: int) -> Guest:
+    def adopt(self, terms: Terms, peer: Peer, quota_fd: int) -> Guest:
         """Have a guest again that a connection held before our time; release() it once.
 
-        Takes the memfd of its purse over, which the guest's other connections may have brought too.
+        Takes the memfd of its quota over, which the guest's other connections may have brought too.
         """
         with self.lock:
             guest = self._guests.get(terms.key)
             if guest is not None:
-                os.close(purse_fd)
+                os.close(quota_fd)
                 guest.nr_holders += 1
                 return guest
-            guest = Guest(terms, peer, Purse.adopt(purse_fd))
+            guest = Guest(terms, peer, Quota.adopt(quota_fd))
             self._guests[terms.key] = guest
             return guest
 
@@ -284,7 +282,7 @@ class GuestTable:
             guest.nr_holders -= 1
             if guest.nr_holders == 0:
                 del self._guests[guest.terms.key]
-                guest.purse.close()
+                guest.quota.close()
 
     def has(self, key: tuple[str, str]) -> bool:
         """Whether a connection holds the name."""
@@ -340,7 +338,7 @@ class GuestTable:
         CapacityError if there is no descriptor, thread or memory for it.
         """
         with contextlib.ExitStack() as stack:
-            account = Account(guest.image, guest.purse)
+            account = Account(guest.image, guest.quota)
             stack.callback(account.close)
             account.place(fds[0], fds[1] if len(fds) > 1 else -1, regions)
             if seeds is not None:
@@ -377,7 +375,7 @@ class GuestTable:
         """
         with contextlib.ExitStack() as stack:
             try:
-                account = Account(guest.image, guest.purse, ledger_fd)
+                account = Account(guest.image, guest.quota, ledger_fd)
             except BaseException:
                 os.close(ledger_fd)
                 raise

@@ -84,7 +84,7 @@ class MovedInTable:
                     f"guest {terms.name!r} has private pages all over {terms.image.label!r}: "
                     "open the whole image"
                 )
-            policy = left.purse.status().policy
+            policy = left.quota.status().policy
             terms = replace(terms, quota_bytes=left.quota_bytes, policy=policy)
             self._guests.release_name(left.terms)
             return MovedIn(self._guests.reserve(terms, peer), left, terms.carries), terms

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Final, Protocol
 
-from cowshed.accounting import NO_QUOTA_BYTES, AccountStatus, LatePages, Purse, Region
+from cowshed.accounting import AccountStatus, LatePages, Region
 from cowshed.cache import Image, PeerError
 from cowshed.cache.images import PAGE_BYTES
 from cowshed.service.guests.guests import Guest, GuestTable
@@ -85,11 +85,6 @@ def _bits(bitmap: bytes) -> int:
     return int.from_bytes(bitmap, "little")
 
 
-def _quota(purse: Purse) -> int | None:
-    quota_bytes = purse.status().quota_pages * PAGE_BYTES
-    return None if quota_bytes >= NO_QUOTA_BYTES else quota_bytes
-
-
 def counters_of(status: AccountStatus) -> dict[str, int]:
     """What a section says was counted."""
     return {**asdict(status.counters), "private_pages": status.private_pages}
@@ -135,8 +130,8 @@ class OverlayMoving:
             name=guest.name,
             image=image_no,
             uid=guest.uid,
-            quota_bytes=_quota(guest.purse),
-            policy=guest.purse.status().policy.name.lower(),
+            quota_bytes=guest.quota.limit_bytes,
+            policy=guest.quota.status().policy.name.lower(),
             token=self.token,
             owner=guest.owner,
             transport=guest.transport,
@@ -233,8 +228,8 @@ class MappedMoving:
             name=self.name,
             image=image_no,
             uid=self.guest.uid,
-            quota_bytes=_quota(self.guest.purse),
-            policy=self.guest.purse.status().policy.name.lower(),
+            quota_bytes=self.guest.quota.limit_bytes,
+            policy=self.guest.quota.status().policy.name.lower(),
             token=self.token,
             owner=owner_of_token(self.token),
             transport=self.guest.transport,

@@ -5,7 +5,7 @@ A connection is held from its first moment (a "caller": socket, and a record tha
 image), because whoever restores a machine hands its memory over once and never comes again. What a
 caller sends is looked at before it is taken (handshake_peer.py), so a handshake that nobody had
 attached is still there to be read by our successor. Once attached it is a group of another kind:
-record, ledger, purse, userfaultfd and socket, and its page tables if we may see them. Of its
+record, ledger, quota, userfaultfd and socket, and its page tables if we may see them. Of its
 conversation no more is carried: what it asked and was not answered is asked in vain, and what it
 was to be told of extents it is told when it faults there again.
 """
@@ -40,7 +40,7 @@ _log = EventLog("cowshed.images")
 
 _CALLER: Final = "caller/"
 _SUPPLIED: Final = "supplied/"
-_KINDS: Final = {"record", "ledger", "purse", "uffd", "socket"}
+_KINDS: Final = {"record", "ledger", "quota", "uffd", "socket"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class MachineBequests:
         a successor charges what was in the memory before.
         """
         fds.append(record_make(_describe(guest.terms, request)))
-        held = [*fds, account.fd, guest.purse.fd, peer.fileno()]
+        held = [*fds, account.fd, guest.quota.fd, peer.fileno()]
         return self._hold(_SUPPLIED, held, guest.terms.image, guest.name)
 
     def _hold(self, prefix: str, fds: list[int], image: Image, guest: str) -> str:
@@ -117,7 +117,7 @@ class MachineBequests:
             else:
                 heirs.append(heir)
                 mapping = heir.mapping
-                fds = [*mapping.fds, mapping.account.fd, mapping.guest.purse.fd, heir.peer.fileno()]
+                fds = [*mapping.fds, mapping.account.fd, mapping.guest.quota.fd, heir.peer.fileno()]
                 self._fd_store.hold(group, fds)
         return heirs
 
@@ -143,7 +143,7 @@ class MachineBequests:
             _log.info("guest-left", "its process has ended", guest=terms.name, image=image.label)
             return None
         who = Peer(peer.pid, peer.uid, peer.pidfd)
-        guest = guests.adopt(terms, who, os.dup(left["purse"]))
+        guest = guests.adopt(terms, who, os.dup(left["quota"]))
         fds = [left["uffd"], *([left["pagemap"]] if "pagemap" in left else [])]
         try:
             mapping = guests.attach_again(
@@ -161,7 +161,7 @@ class MachineBequests:
             peer.close()
             return None
         mapping.fds.append(left["record"])
-        for name in ("ledger", "purse", "socket"):
+        for name in ("ledger", "quota", "socket"):
             os.close(left[name])
         return MachineHeir(peer, mapping, request, group, "pagemap" in left)
 

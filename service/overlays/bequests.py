@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a guest's overlay needs to outlive us, and finding what our predecessor left of overlays.
 
-Each overlay is a group of its own: a record, the ledger with its private bits, its purse, and the
+Each overlay is a group of its own: a record, the ledger with its private bits, its quota, and the
 memfd with its pages. Pages in files need no holding; their ledger is held all the same, since it
 knows of writes that were acknowledged and not flushed yet.
 """
@@ -31,7 +31,7 @@ __all__ = ["LeftOverlay", "OverlayBequests"]
 _log = EventLog("cowshed.overlays")
 
 _PREFIX: Final = "overlay/"
-_KINDS: Final = {"record", "ledger", "purse"}
+_KINDS: Final = {"record", "ledger", "quota"}
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class LeftOverlay:
         return self.fds["ledger"]
 
     @property
-    def purse(self) -> int:
-        """The memfd of its purse."""
-        return self.fds["purse"]
+    def quota(self) -> int:
+        """The memfd of its quota."""
+        return self.fds["quota"]
 
     @property
     def has_pages(self) -> bool:

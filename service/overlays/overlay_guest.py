@@ -7,7 +7,7 @@ import secrets
 import threading
 from dataclasses import dataclass, field
 
-from cowshed.accounting import Account, AccountStatus, Overlay, Purse
+from cowshed.accounting import Account, AccountStatus, Overlay, Quota
 from cowshed.cache import Image
 from cowshed.service.guests.guests import Terms
 from cowshed.transport.nbd_core import NbdExport
@@ -29,7 +29,7 @@ class OverlayGuest:
     transport: str
     uid: int
     pid: int
-    purse: Purse
+    quota: Quota
     account: Account
     overlay: Overlay
     export: NbdExport

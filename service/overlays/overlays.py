@@ -21,7 +21,7 @@ from cowshed.accounting import (
     NO_QUOTA_BYTES,
     Account,
     Overlay,
-    Purse,
+    Quota,
     QuotaPolicy,
 )
 from cowshed.cache import Image
@@ -46,7 +46,7 @@ __all__ = ["OverlayGuest", "OverlayTable"]
 
 _log = EventLog("cowshed.overlays")
 
-# Its account, its purse, its pages, their map or its record, and one to spare.
+# Its account, its quota, its pages, their map or its record, and one to spare.
 _FDS_PER_OVERLAY: Final = 5
 
 
@@ -352,8 +352,8 @@ class OverlayTable:
         with self.using(guest) as is_here, guest.record_lock:
             if not is_here:
                 raise UsageError(f"overlay {guest.label!r} is gone: it was discarded just now")
-            policy = guest.purse.status().policy
-            guest.purse.set_quota(NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, policy)
+            policy = guest.quota.status().policy
+            guest.quota.set_quota(NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, policy)
             guest.quota_bytes = quota_bytes
             if self._files is not None:
                 self._files.write(self._record(guest), guest.image)
@@ -480,7 +480,7 @@ class OverlayTable:
     def _hold(
         self, guest: OverlayGuest, left: LeftOverlay | None = None, *, staged: str = ""
     ) -> None:
-        fds = [guest.account.fd, guest.purse.fd]
+        fds = [guest.account.fd, guest.quota.fd]
         record = self._record(guest)
         if self._files is None:
             fds.append(guest.overlay.fd)
@@ -511,10 +511,10 @@ class OverlayTable:
             undo.callback(self._door.leave, record.counted_as, _FDS_PER_OVERLAY)
             if is_staged and self._files is not None:
                 self._files.clear(record)  # nobody else makes any of that name now
-            quota = NO_QUOTA_BYTES if record.quota_bytes is None else record.quota_bytes
-            purse = Purse(quota, policy) if left is None else Purse.adopt(os.dup(left.purse))
-            undo.callback(purse.close)
-            account = Account(image, purse, None if left is None else os.dup(left.ledger))
+            limit_bytes = NO_QUOTA_BYTES if record.quota_bytes is None else record.quota_bytes
+            quota = Quota(limit_bytes, policy) if left is None else Quota.adopt(os.dup(left.quota))
+            undo.callback(quota.close)
+            account = Account(image, quota, None if left is None else os.dup(left.ledger))
             undo.callback(account.close)
             if self._files is None:
                 overlay = Overlay(account) if left is None else left.open_pages(account)
@@ -534,11 +534,11 @@ class OverlayTable:
             transport=record.transport,
             uid=record.uid,
             pid=0,
-            purse=purse,
+            quota=quota,
             account=account,
             overlay=overlay,
             export=export,
-            quota_bytes=purse_quota(purse),
+            quota_bytes=quota.limit_bytes,
         )
 
     def _wait_unused(self, guest: OverlayGuest) -> None:
@@ -560,7 +560,7 @@ class OverlayTable:
         if self._files is not None:
             self._bequests.release(guest.group)
         guest.account.close()
-        guest.purse.close()
+        guest.quota.close()
         self._guests.release_name(guest.terms)
         self._door.leave(guest.counted_as, _FDS_PER_OVERLAY)
 
@@ -575,9 +575,3 @@ class OverlayTable:
             quota_bytes=guest.quota_bytes,
             policy=guest.terms.policy.name.lower(),
         )
-
-
-def purse_quota(purse: Purse) -> int | None:
-    """What a purse may be spent on, in bytes; None if there is no quota."""
-    quota_bytes = purse.status().quota_pages * PAGE_BYTES
-    return None if quota_bytes >= NO_QUOTA_BYTES else quota_bytes

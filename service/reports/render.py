@@ -38,7 +38,8 @@ from cowshed.service.runtime.text import (
 # What an image's path may name besides the file that is served, as status says it.
 _AT_PATH = {"other": "another file", "gone": "no file"}
 _HUNG_SECONDS = 3.0  # as SourceWatch has it
-_MISMATCH_PLACES = ("extent", "page", "purse", "ledger")
+# Of `audit --json`, and how people read them.
+_MISMATCH_PLACES = {"extent": "extent", "page": "page", "purse": "quota", "ledger": "ledger"}
 
 
 def status_view(status: Answer) -> RenderableType:
@@ -66,7 +67,9 @@ def audit_view(audit: Answer) -> RenderableType:
     for mismatch in mismatches:
         where = [f"image {label_of(mismatch, 'image')}"]
         where += [f"guest {mismatch['guest']}"] if mismatch.get("guest") else []
-        where += [f"{key} {mismatch[key]}" for key in _MISMATCH_PLACES if key in mismatch]
+        where += [
+            f"{name} {mismatch[key]}" for key, name in _MISMATCH_PLACES.items() if key in mismatch
+        ]
         add_row(
             table,
             mismatch["check"],

@@ -48,6 +48,9 @@ _COPY_SECONDS: Final = 5.0
 # Control characters and ':' are systemd's to refuse; what is not ASCII too.
 _NAME: Final = re.compile(r"[!-9;-~]{1,255}")
 
+# Memfds keep the names that other releases gave them; the kinds they are known by here.
+_KINDS: Final = {"purse": "quota"}
+
 _MEMFD: Final = re.compile(r"/memfd:cowshed-([a-z]+)( \(deleted\))?")
 _PAGES_FILE: Final = re.compile(r"/.*\.pages( \(deleted\))?")
 _PROC_FILE: Final = re.compile(r"/(pagemap|mem)( \(deleted\))?$")
@@ -325,7 +328,7 @@ def kind_of(fd: int) -> str:
     if found := _MEMFD.fullmatch(link):
         if found[1] == "image" and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             return "guest"
-        return found[1]
+        return _KINDS.get(found[1], found[1])
     if link == "anon_inode:[userfaultfd]":
         return "uffd"
     if link.startswith("socket:"):

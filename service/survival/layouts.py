@@ -9,4 +9,4 @@ from cowshed.cache._core import lib
 
 __all__ = ["LAYOUTS"]
 
-LAYOUTS: Final = f"{lib.ARRAYS_VERSION}.{lib.LEDGER_LAYOUT}.{lib.PURSE_LAYOUT}"
+LAYOUTS: Final = f"{lib.ARRAYS_VERSION}.{lib.LEDGER_LAYOUT}.{lib.QUOTA_LAYOUT}"

@@ -25,14 +25,14 @@ def test_what_a_mapping_brings_along_is_charged_past_the_quota_and_the_rest_is_g
     for page in (0, 1, 5, 6):
         at = guest.base + page * PAGE
         fcntl.ioctl(guest.fds[0], 0xC018AA06, struct.pack("QQQ", at, PAGE, 0))
-    guest.purse = stage.purse(2 * PAGE)
-    guest.account = Account(stage.image, guest.purse)
+    guest.quota = stage.quota(2)
+    guest.account = Account(stage.image, guest.quota)
     guest.account.place(guest.fds[0], guest.fds[1], regions)
     orders = Orders(0, PAGE, 0)
     guest.handler = FaultHandler(guest.account.cdata, guest.fds[0], guest.pidfd, orders)
     assert guest.account.adopt_private() == 4
     assert guest.account.adopt_private() == 0
-    assert (private_pages(guest), guest.purse.status().used_pages) == (4, 4)
+    assert (private_pages(guest), guest.quota.status().used_pages) == (4, 4)
     looks = stage.looks(guest, 0, 16)
     assert looks.count(lib.PAGE_LOOK_PRIVATE) == 3
     assert looks.count(lib.PAGE_LOOK_OPEN) == 0

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from stage import PAGE, MakeStage, Stage, content, private_pages, until
 
-from cowshed.accounting import Account, Latency, LatencyKind, Purse, QuotaPolicy, read_latency
+from cowshed.accounting import Account, Latency, LatencyKind, Quota, QuotaPolicy, read_latency
 from cowshed.cache import UsageError
 from cowshed.cache._core import lib
 
@@ -19,9 +19,9 @@ def bits(words: bytes) -> set[int]:
 
 
 def test_a_new_account_is_all_zero_and_has_its_quota(stage: Stage) -> None:
-    purse = Purse(5 * PAGE + 1, QuotaPolicy.KILL)
-    account = Account(stage.image, purse)
-    purse.close()  # the account keeps it
+    quota = Quota(5 * PAGE + 1, QuotaPolicy.KILL)
+    account = Account(stage.image, quota)
+    quota.close()  # the account keeps it
     try:
         status = account.status()
         assert (status.quota_pages, status.policy) == (5, QuotaPolicy.KILL)
@@ -35,7 +35,7 @@ def test_a_new_account_is_all_zero_and_has_its_quota(stage: Stage) -> None:
 
 
 def test_an_image_with_an_account_is_not_closed(stage: Stage) -> None:
-    account = Account(stage.image, stage.purse())
+    account = Account(stage.image, stage.quota())
     with pytest.raises(UsageError, match="closing image 'disk'"):
         stage.store.close_image(stage.image)
     account.close()
@@ -43,7 +43,7 @@ def test_an_image_with_an_account_is_not_closed(stage: Stage) -> None:
 
 def test_a_quota_below_a_page_is_refused_with_the_least(stage: Stage) -> None:
     with pytest.raises(UsageError, match="4095 bytes holds no page; give at least 4096"):
-        Purse(4095, QuotaPolicy.STOP)
+        Quota(4095, QuotaPolicy.STOP)
 
 
 def test_refs_are_the_sum_of_grants_and_private_bits_the_charges(

@@ -94,7 +94,7 @@ def test_moves_do_what_they_do_page_by_page(moves: list[tuple[int, int, int]]) -
 
 
 def test_an_account_says_where_it_is_and_why_it_cannot_be_there(stage: Stage) -> None:
-    account = Account(stage.image, stage.purse())
+    account = Account(stage.image, stage.quota())
     try:
         assert account.regions() == []
         two = [Region(0x10000, 0, 4 * PAGE), Region(0x20000, 8 * PAGE, 4 * PAGE)]

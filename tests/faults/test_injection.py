@@ -110,7 +110,7 @@ def test_a_wake_up_that_is_lost_does_not_keep_a_guest_at_a_quota_that_was_raised
     ticket = guest.start("fill", page=1, nr_pages=1, byte=2)
     until(lambda: guest.account.status().stopped_since_ns > 0, "it is stopped")
     fail_at(lib.POINT_WAKE_GUEST, errno.EAGAIN)
-    guest.purse.set_quota(8 * PAGE, guest.purse.status().policy)
+    guest.quota.set_quota(8 * PAGE, guest.quota.status().policy)
     guest.handler.resume()
     guest.finish(ticket)
     assert private_pages(guest) == 2

@@ -16,7 +16,7 @@ import pytest
 from domains import plain_environment
 from stage import EXTENT_PAGES, PAGE, MappedGuest, content, until
 
-from cowshed.accounting import Account, Purse, audit
+from cowshed.accounting import Account, Quota, audit
 from cowshed.cache import FileSource, ImageRemains, InvariantError, PageStore
 from cowshed.cache._core import lib
 from cowshed.faults import FaultHandler, Orders, uffd_features
@@ -74,20 +74,20 @@ class Succession:
 
     def succeed(self) -> None:
         """Take everything over, as a daemon does."""
-        frames, guest_fd, arrays, purse, ledger = self.left
+        frames, guest_fd, arrays, quota, ledger = self.left
         self.left = []
         self.store = PageStore(NR_EXTENTS * EXTENT_PAGES * PAGE)
         self.image = self.store.adopt_image(
             "disk", FileSource.open(self.path), ImageRemains(frames, guest_fd, arrays)
         )
-        self.purse = Purse.adopt(purse)
-        self.account = Account(self.image, self.purse, ledger)
+        self.quota = Quota.adopt(quota)
+        self.account = Account(self.image, self.quota, ledger)
         self.account.place(self.guest.fds[0], self.guest.fds[1], self.account.regions())
         self.handler = FaultHandler(
             self.account.cdata, self.guest.fds[0], self.guest.pidfd, Orders(0, PAGE, 0)
         )
         self.handler.resume()
-        closers = (self.handler.stop, self.account.close, self.purse.close, self.store.close)
+        closers = (self.handler.stop, self.account.close, self.quota.close, self.store.close)
         self.closers = list(closers)
 
     def check(self, mine: set[int]) -> None:
@@ -103,7 +103,7 @@ class Succession:
         assert report.mismatches == []
         self.account.settle()
         assert self.account.status().private_pages == len(mine)
-        assert self.purse.status().used_pages == len(mine)
+        assert self.quota.status().used_pages == len(mine)
 
     def close(self) -> None:
         self.kill()
@@ -251,7 +251,7 @@ def test_a_guest_stopped_at_its_quota_is_stopped_still_and_goes_on_when_it_is_ra
         made.succeed()
         until(lambda: made.account.status().stopped_since_ns > 0, "it is stopped again")
         assert not made.guest.answered(write)
-        made.purse.set_quota(4 * PAGE, made.purse.status().policy)
+        made.quota.set_quota(4 * PAGE, made.quota.status().policy)
         made.handler.resume()
         made.guest.finish(write)
         made.check(mine | {7})
@@ -273,12 +273,12 @@ def test_counters_go_on(succession: Succession) -> None:
     assert succession.account.status().counters.hits >= before.hits
 
 
-def test_what_is_no_account_and_no_purse_is_refused(succession: Succession) -> None:
+def test_what_is_no_account_and_no_quota_is_refused(succession: Succession) -> None:
     use(succession)
     succession.kill()
-    purse, ledger = succession.left[3], succession.left[4]
-    with pytest.raises(InvariantError, match="no purse"):
-        Purse.adopt(ledger)
+    quota, ledger = succession.left[3], succession.left[4]
+    with pytest.raises(InvariantError, match="none of ours"):
+        Quota.adopt(ledger)
     succession.succeed()
     with pytest.raises(InvariantError, match="no account"):
-        Account(succession.image, succession.purse, purse)
+        Account(succession.image, succession.quota, quota)

@@ -164,7 +164,7 @@ def test_quotas_are_exact(make_stage: MakeStage) -> None:
     until(lambda: machine.account.status().stopped_since_ns > 0, "it stopped")
     assert private_pages(machine) == 40
     assert machine.account.looks().count(PRIVATE) == 40
-    machine.purse.set_quota(1000 * PAGE, machine.purse.status().policy)
+    machine.quota.set_quota(1000 * PAGE, machine.quota.status().policy)
     machine.handler.resume()
     for read, page in zip(reads, (0, 16, 32, 48, 64), strict=True):
         assert machine.finish(read) == first_bytes(page)

@@ -58,7 +58,7 @@ def test_at_its_quota_a_writer_stops_and_a_raise_lets_it_go_on(stage: Stage) -> 
     assert status.stopped_since_ns > 0
     assert (status.private_pages, status.counters.quota_stops) == (3, 1)
     assert guest.account.looks().count(PRIVATE) == 3
-    guest.purse.set_quota(8 * PAGE, QuotaPolicy.STOP)
+    guest.quota.set_quota(8 * PAGE, QuotaPolicy.STOP)
     guest.handler.resume()
     guest.finish(ticket)
     assert guest.read(0, 8) == b"\5" * 8 * PAGE
@@ -90,14 +90,14 @@ def test_a_stopped_writer_goes_on_when_its_guest_gives_pages_back(stage: Stage) 
 def test_a_quota_lowered_below_what_is_used_takes_nothing_and_allows_nothing(stage: Stage) -> None:
     guest = stage.guest(quota=4)
     guest.call("fill", page=0, nr_pages=4, byte=1)
-    guest.purse.set_quota(PAGE, QuotaPolicy.STOP)
+    guest.quota.set_quota(PAGE, QuotaPolicy.STOP)
     guest.call("fill", page=0, nr_pages=4, byte=2)  # its own already
     ticket = guest.start("write", offset=5 * PAGE, given_hex="01")
     until(lambda: guest.account.status().stopped_since_ns, "it stops")
     assert private_pages(guest) == 4
     assert not guest.answered(ticket)
     with pytest.raises(UsageError, match="holds no page"):
-        guest.purse.set_quota(PAGE - 1, QuotaPolicy.STOP)
+        guest.quota.set_quota(PAGE - 1, QuotaPolicy.STOP)
 
 
 def test_allow_counts_and_never_stops(stage: Stage) -> None:

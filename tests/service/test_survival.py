@@ -99,7 +99,7 @@ def test_a_guest_at_its_quota_is_stopped_under_the_successor_too(
     assert kept.mismatches() == []
 
 
-def test_two_mappings_of_one_guest_share_their_purse_still(
+def test_two_mappings_of_one_guest_share_their_quota_still(
     kept: Daemon, start_guest: StartGuest
 ) -> None:
     guests = [start_guest(kept.uri) for _ in range(2)]

@@ -3,7 +3,7 @@
 
     doomed_backend.py SOCKET_FD SOURCE CAPACITY_EXTENTS QUOTA_BYTES
 
-First it sends the descriptors of what it leaves: frames, guest's, arrays, purse, ledger. Then a
+First it sends the descriptors of what it leaves: frames, guest's, arrays, quota, ledger. Then a
 packet with the guest's [uffd, pagemap] and {"base", "pid"} comes. Then each packet is an order:
 {"arm": POINT} dies there, {"evict": [..]}, {"settle": 0}; {"released": 0} once nothing holds an
 extent and {"counted": N} once N accesses that were answered have been counted, both of which come
@@ -16,7 +16,7 @@ import socket
 import sys
 from pathlib import Path
 
-from cowshed.accounting import Account, Purse, QuotaPolicy, Region, evict
+from cowshed.accounting import Account, Quota, QuotaPolicy, Region, evict
 from cowshed.cache import FileSource, PageStore
 from cowshed.cache._core import lib
 from cowshed.faults import FaultHandler, Orders
@@ -30,9 +30,9 @@ def nr_answered(account: Account) -> int:
 link = socket.socket(fileno=int(sys.argv[1]))
 store = PageStore(int(sys.argv[3]) * 65536)
 image = store.open_image("disk", FileSource.open(Path(sys.argv[2])))
-purse = Purse(int(sys.argv[4]), QuotaPolicy.STOP)
-account = Account(image, purse)
-left = [image.frames_fd, image.guest_fd, image.arrays_fd, purse.fd, account.fd]
+quota = Quota(int(sys.argv[4]), QuotaPolicy.STOP)
+account = Account(image, quota)
+left = [image.frames_fd, image.guest_fd, image.arrays_fd, quota.fd, account.fd]
 socket.send_fds(link, [b"{}"], left)
 packet, (uffd, pagemap), _, _ = socket.recv_fds(link, 4096, 2)
 told = json.loads(packet)

@@ -11,7 +11,7 @@ import pytest
 from nbd_client import Client
 from stage import PAGE, MakeStage, Stage, content
 
-from cowshed.accounting import NO_QUOTA_BYTES, Account, Overlay, Purse, QuotaPolicy
+from cowshed.accounting import NO_QUOTA_BYTES, Account, Overlay, Quota, QuotaPolicy
 from cowshed.cache._core import lib
 from cowshed.transport.nbd_core import NbdExport, NbdServer
 
@@ -48,9 +48,9 @@ class NbdStage:
         identity: bytes = b"i" * 32,
     ) -> Overlay:
         """An overlay in memory, or in a folder; quota in pages."""
-        purse = Purse(NO_QUOTA_BYTES if quota is None else quota * PAGE, policy)
-        account = Account(self.stage.image, purse)
-        purse.close()
+        quota = Quota(NO_QUOTA_BYTES if quota is None else quota * PAGE, policy)
+        account = Account(self.stage.image, quota)
+        quota.close()
         try:
             overlay = Overlay.files(account, files, "x", identity) if files else Overlay(account)
         except BaseException:

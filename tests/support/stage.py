@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from domains import plain_environment
 
-from cowshed.accounting import Account, AuditReport, Purse, QuotaPolicy, Region, audit, evict
+from cowshed.accounting import Account, AuditReport, Quota, QuotaPolicy, Region, audit, evict
 from cowshed.cache import ExtentState, FileSource, Image, PageStore
 from cowshed.cache._core import lib
 from cowshed.faults import (
@@ -75,7 +75,7 @@ class MappedGuest:
         self._answers: dict[int, dict[str, Any]] = {}
         self._last = 0
         self.account: Account
-        self.purse: Purse
+        self.quota: Quota
         self.handler: FaultHandler
         self.finish(0)
 
@@ -168,7 +168,7 @@ class Stage:
         )
         self.image = self.store.open_image("disk", FileSource.open(self.path))
         self.guests: list[MappedGuest] = []
-        self._purses: list[Purse] = []
+        self._quotas: list[Quota] = []
         try:
             self.device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
         except OSError:
@@ -177,7 +177,7 @@ class Stage:
     def guest(
         self,
         *,
-        quota: int | None = None,
+        quota: int | Quota | None = None,
         policy: QuotaPolicy = QuotaPolicy.STOP,
         window: int = 0,
         write_window: int = 1,
@@ -185,13 +185,12 @@ class Stage:
         blocking: bool = False,
         lock_all: bool = False,
         spin_ns: int = 0,
-        purse: Purse | None = None,
         part: tuple[int, int] | None = None,
         seeds: tuple[int, bytes] | None = None,
     ) -> MappedGuest:
-        """Start and attach a guest: windows in pages, 0 adaptive; quota in pages.
+        """Start and attach a guest: windows in pages, 0 adaptive; quota in pages, or one to share.
 
-        part is the first page and the number of pages that it maps, if not all. A purse given is
+        part is the first page and the number of pages that it maps, if not all. A quota given is
         another guest's, to be shared. seeds are a file and the bitmap of its private pages in it.
         """
         first, nr_pages = part or (0, self.image.nr_pages)
@@ -207,9 +206,8 @@ class Stage:
             blocking=blocking,
             lock_all=lock_all,
         )
-        quota_bytes = NO_QUOTA if quota is None else quota * PAGE
-        guest.purse = purse or self.purse(quota_bytes, policy)
-        guest.account = Account(self.image, guest.purse)
+        guest.quota = quota if isinstance(quota, Quota) else self.quota(quota, policy)
+        guest.account = Account(self.image, guest.quota)
         region = Region(guest.base, first * PAGE, nr_pages * PAGE)
         guest.account.place(guest.fds[0], guest.fds[1], [region])
         if seeds:
@@ -221,7 +219,7 @@ class Stage:
     def machine(
         self,
         *,
-        quota: int | None = None,
+        quota: int | Quota | None = None,
         policy: QuotaPolicy = QuotaPolicy.STOP,
         window: int = 0,
         zero_discarded: bool = True,
@@ -231,8 +229,8 @@ class Stage:
         self.guests.append(guest)
         length = self.image.map_bytes
         guest.base = guest.call("map_anonymous", map_bytes=length)
-        guest.purse = self.purse(NO_QUOTA if quota is None else quota * PAGE, policy)
-        guest.account = Account(self.image, guest.purse)
+        guest.quota = self.quota(quota, policy)
+        guest.account = Account(self.image, guest.quota)
         guest.account.place(guest.fds[0], guest.fds[1], [Region(guest.base, 0, length)])
         region = SupplyRegion(guest.base, 0, length, PAGE)
         terms = SupplyTerms((region,), zero_discarded=zero_discarded)
@@ -240,11 +238,11 @@ class Stage:
         guest.handler = SupplyHandler(guest.account.cdata, guest.fds[0], guest.pidfd, orders, terms)
         return guest
 
-    def purse(self, quota_bytes: int = NO_QUOTA, policy: QuotaPolicy = QuotaPolicy.STOP) -> Purse:
-        """A purse that is closed with the stage."""
-        purse = Purse(quota_bytes, policy)
-        self._purses.append(purse)
-        return purse
+    def quota(self, nr_pages: int | None = None, policy: QuotaPolicy = QuotaPolicy.STOP) -> Quota:
+        """A quota, or none, that is closed with the stage."""
+        quota = Quota(NO_QUOTA if nr_pages is None else nr_pages * PAGE, policy)
+        self._quotas.append(quota)
+        return quota
 
     def detach(self, guest: MappedGuest) -> None:
         """What the daemon does when a guest leaves, in its order."""
@@ -300,8 +298,8 @@ class Stage:
             lib.point_release(point)
         for guest in list(self.guests):
             self.detach(guest)
-        for purse in self._purses:
-            purse.close()
+        for quota in self._quotas:
+            quota.close()
         self.store.close()
         if self.device >= 0:
             os.close(self.device)

@@ -25,7 +25,7 @@ NR_AUDITS = 200
 NR_LOOKS = 2000
 NR_WRITERS = 3
 NR_PAGES = 256
-USED_OFFSET = 24  # struct purse_header
+USED_OFFSET = 24  # struct quota_header
 
 
 def audited(nbd: NbdStage, **overlays: Overlay) -> AuditReport:
@@ -158,11 +158,11 @@ def test_bytes_of_a_page_that_is_not_private_are_reported(nbd: NbdStage) -> None
     assert found(audited(nbd, g=overlay)) == [("private", "g", "page", 9, 0, 1)]
 
 
-def test_a_purse_that_paid_for_too_much_is_reported(nbd: NbdStage) -> None:
+def test_a_quota_that_paid_for_too_much_is_reported(nbd: NbdStage) -> None:
     overlay = nbd.overlay(quota=8)
     client = nbd.client(nbd.export(overlay))
     assert client.write(0, bytes(3 * PAGE)) == 0
-    with mmap.mmap(newest("cowshed-purse"), 32) as purse:
-        struct.pack_into("Q", purse, USED_OFFSET, 5)
+    with mmap.mmap(newest("cowshed-purse"), 32) as quota:
+        struct.pack_into("Q", quota, USED_OFFSET, 5)
         assert found(audited(nbd, g=overlay)) == [("private", "g", "purse", 0, 3, 5)]
-        struct.pack_into("Q", purse, USED_OFFSET, 3)
+        struct.pack_into("Q", quota, USED_OFFSET, 3)

@@ -14,7 +14,7 @@ from nbd_client import Client
 from nbd_stage import NbdStage
 from stage import PAGE, MakeStage, until
 
-from cowshed.accounting import Account, Overlay, Purse
+from cowshed.accounting import Account, Overlay, Quota
 from cowshed.cache import FileSource, ImageRemains, InvariantError, PageStore
 from cowshed.cache._core import lib
 from cowshed.transport.nbd_core import NbdCounters, NbdExport, NbdServer
@@ -34,7 +34,7 @@ CASES = (
 
 
 def all_left_by(folder: Path, point: str, op: str) -> tuple[list[int], list[int]]:
-    """Have a backend die there; its purse, ledger and pages, and what was of its image."""
+    """Have a backend die there; its quota, ledger and pages, and what was of its image."""
     ours, theirs = socket.socketpair()
     number = str(getattr(lib, f"POINT_OVERLAY_{point}"))
     child = subprocess.run(
@@ -54,7 +54,7 @@ def all_left_by(folder: Path, point: str, op: str) -> tuple[list[int], list[int]
 
 
 def left_by(folder: Path, point: str, op: str) -> list[int]:
-    """Have a backend die there; its purse, ledger and pages."""
+    """Have a backend die there; its quota, ledger and pages."""
     fds, of_image = all_left_by(folder, point, op)
     for fd in of_image:
         os.close(fd)
@@ -84,11 +84,11 @@ def test_each_page_is_as_before_or_after_a_request_that_was_cut_short(
     files = tmp_path / "files"
     if kind == "files":
         files.mkdir()
-    purse_fd, ledger_fd, pages_fd = left_by(tmp_path, point, op)
+    quota_fd, ledger_fd, pages_fd = left_by(tmp_path, point, op)
     nbd = NbdStage(make_stage(nr_pages=NR_PAGES))
     try:
-        purse = Purse.adopt(purse_fd)
-        account = Account(nbd.stage.image, purse, ledger_fd)
+        quota = Quota.adopt(quota_fd)
+        account = Account(nbd.stage.image, quota, ledger_fd)
         if kind == "files":
             os.close(pages_fd)
             overlay = Overlay.files(account, files, "x", b"i" * 32, is_left=True)
@@ -103,7 +103,7 @@ def test_each_page_is_as_before_or_after_a_request_that_was_cut_short(
             assert got[page * PAGE : (page + 1) * PAGE] in (before[page], after[page]), page
         # The books: what is private is paid for, what was taken and not used is back.
         private = int.from_bytes(account.private_bitmap(), "little")
-        assert purse.status().used_pages == private.bit_count()
+        assert quota.status().used_pages == private.bit_count()
         assert account.status().private_pages == private.bit_count()
         assert int.from_bytes(account.unsettled_bitmap(), "little") == 0
         if kind == "memory":
@@ -111,7 +111,7 @@ def test_each_page_is_as_before_or_after_a_request_that_was_cut_short(
         # The client comes again with what was not answered, and others after it.
         assert client.write(20 * PAGE, b"\3" * PAGE) == 0
         assert client.read(20 * PAGE, PAGE) == b"\3" * PAGE
-        purse.close()
+        quota.close()
     finally:
         nbd.close()
 
@@ -121,12 +121,12 @@ def test_bytes_that_a_cut_write_left_never_show_where_zeros_are_written(
 ) -> None:
     from nbd_client import ZEROES
 
-    purse_fd, ledger_fd, pages_fd = left_by(tmp_path, "WRITTEN", "write")
+    quota_fd, ledger_fd, pages_fd = left_by(tmp_path, "WRITTEN", "write")
     nbd = NbdStage(make_stage(nr_pages=NR_PAGES))
     try:
-        purse = Purse.adopt(purse_fd)
-        overlay = Overlay.adopt(Account(nbd.stage.image, purse, ledger_fd), pages_fd)
-        purse.close()
+        quota = Quota.adopt(quota_fd)
+        overlay = Overlay.adopt(Account(nbd.stage.image, quota, ledger_fd), pages_fd)
+        quota.close()
         nbd.overlays.append(overlay)
         client = nbd.client(nbd.export(overlay))
         assert client.call(ZEROES, 10 * PAGE, 5 * PAGE).error == 0
@@ -140,13 +140,13 @@ def test_acknowledged_writes_in_files_are_durable_after_the_successors_flush(
 ) -> None:
     files = tmp_path / "files"
     files.mkdir()
-    purse_fd, ledger_fd, pages_fd = left_by(tmp_path, "TRIMMED", "trim")
+    quota_fd, ledger_fd, pages_fd = left_by(tmp_path, "TRIMMED", "trim")
     os.close(pages_fd)
     nbd = NbdStage(make_stage(nr_pages=NR_PAGES))
     try:
-        purse = Purse.adopt(purse_fd)
-        account = Account(nbd.stage.image, purse, ledger_fd)
-        purse.close()
+        quota = Quota.adopt(quota_fd)
+        account = Account(nbd.stage.image, quota, ledger_fd)
+        quota.close()
         overlay = Overlay.files(account, files, "x", b"i" * 32, is_left=True)
         overlay.close()  # flushes
         account.close()
@@ -162,11 +162,11 @@ def test_acknowledged_writes_in_files_are_durable_after_the_successors_flush(
 
 
 def test_what_is_no_overlay_is_refused(tmp_path: Path, make_stage: MakeStage) -> None:
-    purse_fd, ledger_fd, pages_fd = left_by(tmp_path, "TAKEN", "write")
+    quota_fd, ledger_fd, pages_fd = left_by(tmp_path, "TAKEN", "write")
     stage = make_stage(nr_pages=NR_PAGES)
-    purse = Purse.adopt(purse_fd)
-    account = Account(stage.image, purse, ledger_fd)
-    purse.close()
+    quota = Quota.adopt(quota_fd)
+    account = Account(stage.image, quota, ledger_fd)
+    quota.close()
     with pytest.raises(InvariantError, match="no overlay"):
         Overlay.adopt(account, os.memfd_create("other"))
     Overlay.adopt(account, pages_fd).close()
@@ -174,16 +174,16 @@ def test_what_is_no_overlay_is_refused(tmp_path: Path, make_stage: MakeStage) ->
 
 
 def test_what_clients_did_is_counted_on_by_the_successor(tmp_path: Path) -> None:
-    (purse_fd, ledger_fd, pages_fd), of_image = all_left_by(tmp_path, "TRIMMED", "trim")
+    (quota_fd, ledger_fd, pages_fd), of_image = all_left_by(tmp_path, "TRIMMED", "trim")
     source = FileSource.open(tmp_path / "image.raw")
     server = NbdServer(2)
     with PageStore(NR_PAGES * PAGE) as store, contextlib.ExitStack() as stack:
         stack.callback(server.close)
         image = store.adopt_image("disk", source, ImageRemains(*of_image))
-        purse = Purse.adopt(purse_fd)
-        account = Account(image, purse, ledger_fd)
+        quota = Quota.adopt(quota_fd)
+        account = Account(image, quota, ledger_fd)
         stack.callback(account.close)
-        purse.close()
+        quota.close()
         overlay = Overlay.adopt(account, pages_fd)
         stack.callback(overlay.close)
         export = NbdExport(server, image, overlay.cdata)

@@ -22,7 +22,7 @@ from stage import (
     wait_at,
 )
 
-from cowshed.accounting import Account, Purse, QuotaPolicy
+from cowshed.accounting import Account, Quota, QuotaPolicy
 from cowshed.cache import UsageError
 from cowshed.cache._core import lib
 
@@ -32,30 +32,30 @@ def stopped(guest: MappedGuest) -> bool:
 
 
 def used(guest: MappedGuest) -> int:
-    return guest.purse.status().used_pages
+    return guest.quota.status().used_pages
 
 
-def test_a_purse_lives_in_a_file_that_says_what_it_is(stage: Stage) -> None:
+def test_a_quota_lives_in_a_file_that_says_what_it_is(stage: Stage) -> None:
     guest = stage.guest(quota=9)
     guest.call("fill", page=0, nr_pages=3, byte=7)
-    magic, layout, policy, quota, spent = struct.unpack("<8sIIQQ", os.pread(guest.purse.fd, 32, 0))
+    magic, layout, policy, quota, spent = struct.unpack("<8sIIQQ", os.pread(guest.quota.fd, 32, 0))
     assert (magic, layout, policy, quota, spent) == (b"CWPURSE1", 1, QuotaPolicy.STOP, 9, 3)
 
 
-def test_a_purse_stays_for_the_accounts_that_were_opened_with_it(stage: Stage) -> None:
-    purse = Purse(NO_QUOTA, QuotaPolicy.STOP)
-    one, two = Account(stage.image, purse), Account(stage.image, purse)
-    assert purse.status().nr_accounts == 2
+def test_a_quota_stays_for_the_accounts_that_were_opened_with_it(stage: Stage) -> None:
+    quota = Quota(NO_QUOTA, QuotaPolicy.STOP)
+    one, two = Account(stage.image, quota), Account(stage.image, quota)
+    assert quota.status().nr_accounts == 2
     one.close()
-    purse.close()
-    purse.close()  # harmless
-    assert two.count_purse() == (0, 0)
+    quota.close()
+    quota.close()  # harmless
+    assert two.count_quota() == (0, 0)
     two.close()
 
 
 def test_two_accounts_have_one_quota_and_each_gives_back_what_it_took(stage: Stage) -> None:
     one = stage.guest(quota=6)
-    two = stage.guest(purse=one.purse)
+    two = stage.guest(quota=one.quota)
     one.call("fill", page=0, nr_pages=4, byte=1)
     two.call("fill", page=0, nr_pages=2, byte=2)
     assert (private_pages(one), private_pages(two), used(one)) == (4, 2, 6)
@@ -79,7 +79,7 @@ def test_charges_of_nothing_in_another_account_are_room_for_who_is_at_the_quota(
     stage: Stage,
 ) -> None:
     one = stage.guest(quota=8, write_window=8)
-    two = stage.guest(purse=one.purse)
+    two = stage.guest(quota=one.quota)
     one.read(0, 16)
     one.call("poke", page=0, byte=1)  # seven more are open, and never written
     assert used(one) == 8
@@ -94,7 +94,7 @@ def test_two_accounts_that_ask_for_the_last_page_at_once_get_it_once(
 ) -> None:
     stage.load()
     one = stage.guest(quota=3)
-    two = stage.guest(purse=one.purse)
+    two = stage.guest(quota=one.quota)
     one.call("fill", page=0, nr_pages=2, byte=1)
     two.read(0)
     one.read(32)
@@ -109,7 +109,7 @@ def test_two_accounts_that_ask_for_the_last_page_at_once_get_it_once(
     until(lambda: stopped(two), "the other finds none left")
     assert (private_pages(one), private_pages(two), used(one)) == (3, 0, 3)
     assert not two.answered(second)
-    one.purse.set_quota(4 * PAGE, QuotaPolicy.STOP)
+    one.quota.set_quota(4 * PAGE, QuotaPolicy.STOP)
     two.handler.resume()
     two.finish(second)
     assert used(one) == 4
@@ -125,7 +125,7 @@ def test_accounts_that_write_at_random_never_take_more_than_there_is(
     quota = 24
     stage = make_stage(nr_pages=256)
     first = stage.guest(quota=quota, policy=policy, write_window=rng.choice([0, 1, 8]))
-    guests = [first, *(stage.guest(purse=first.purse, write_window=8) for _ in range(3))]
+    guests = [first, *(stage.guest(quota=first.quota, write_window=8) for _ in range(3))]
     done = threading.Event()
     most = 0
 
@@ -155,25 +155,25 @@ def test_accounts_that_write_at_random_never_take_more_than_there_is(
     if policy is QuotaPolicy.STOP:
         assert most <= quota
     assert stage.audit().mismatches == []
-    counted, spent = first.account.count_purse()
+    counted, spent = first.account.count_quota()
     assert counted == spent == sum(g.account.status().private_pages for g in guests)
 
 
-def test_an_audit_finds_a_purse_that_is_not_what_its_accounts_are_charged_for(
+def test_an_audit_finds_a_quota_that_is_not_what_its_accounts_are_charged_for(
     stage: Stage,
 ) -> None:
     guest = stage.guest(quota=9)
     guest.call("fill", page=0, nr_pages=3, byte=7)
-    os.pwrite(guest.purse.fd, struct.pack("<Q", 5), 24)
+    os.pwrite(guest.quota.fd, struct.pack("<Q", 5), 24)
     (found,) = stage.audit().mismatches
     assert (found.check, found.place, found.expected, found.found) == ("private", "purse", 3, 5)
-    os.pwrite(guest.purse.fd, struct.pack("<Q", 3), 24)
+    os.pwrite(guest.quota.fd, struct.pack("<Q", 3), 24)
     assert stage.audit().mismatches == []
 
 
 def test_a_quota_below_a_page_is_refused_on_change_too() -> None:
-    purse = Purse(PAGE, QuotaPolicy.STOP)
+    quota = Quota(PAGE, QuotaPolicy.STOP)
     with pytest.raises(UsageError, match="give at least 4096"):
-        purse.set_quota(PAGE - 1, QuotaPolicy.STOP)
-    assert purse.status().quota_pages == 1
-    purse.close()
+        quota.set_quota(PAGE - 1, QuotaPolicy.STOP)
+    assert quota.status().quota_pages == 1
+    quota.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guest may spend on private pages, over all its mappings; kept by the C core."""
+"""A guest's quota of private pages, over all its mappings; kept by the C core."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import CLOSED, checked
 from cowshed.cache.images import PAGE_BYTES
 
-__all__ = ["NO_QUOTA_BYTES", "Purse", "PurseStatus", "QuotaPolicy"]
+__all__ = ["NO_QUOTA_BYTES", "Quota", "QuotaPolicy", "QuotaStatus"]
 
 # A quota nobody reaches: more than any image has.
 NO_QUOTA_BYTES: Final = 1 << 60
@@ -28,8 +28,8 @@ class QuotaPolicy(IntEnum):
 
 
 @dataclass(frozen=True)
-class PurseStatus:
-    """A purse, read while its guest runs: used_pages may be ahead of the copies made."""
+class QuotaStatus:
+    """A quota, read while its guest runs: used_pages may be ahead of the copies made."""
 
     quota_pages: int
     used_pages: int
@@ -37,52 +37,56 @@ class PurseStatus:
     nr_accounts: int
 
 
-class Purse:
+class Quota:
     """A guest's quota, shared by the accounts of its mappings, all of one image."""
 
     def __init__(self, quota_bytes: int, policy: QuotaPolicy) -> None:
         """Raises UsageError for a quota of less than a page."""
-        purse = ffi.new("struct purse **")
-        checked(lib.purse_open(_quota_pages(quota_bytes), policy, purse), "opening a purse")
-        self.cdata = purse[0]
+        quota = ffi.new("struct quota **")
+        checked(lib.quota_open(_quota_pages(quota_bytes), policy, quota), "opening a quota")
+        self.cdata = quota[0]
 
     @classmethod
     def adopt(cls, fd: int) -> Self:
-        """Go on with the purse in a memfd that another process left; takes fd over on success.
+        """Adopt the quota in a memfd that another process left; takes fd over on success.
 
-        It is empty until its accounts are adopted too. InvariantError if it is no purse of ours.
+        Nothing of it is used until its accounts are adopted too. InvariantError if fd is no quota.
         """
-        purse = ffi.new("struct purse **")
-        err = lib.purse_adopt(fd, purse)
+        quota = ffi.new("struct quota **")
+        err = lib.quota_adopt(fd, quota)
         if err == -errno.EBADMSG:
-            raise InvariantError("what was left is no purse")
-        checked(err, "adopting a purse")
+            raise InvariantError("the descriptor held as a quota is none of ours")
+        checked(err, "adopting a quota")
         adopted = cls.__new__(cls)
-        adopted.cdata = purse[0]
+        adopted.cdata = quota[0]
         return adopted
 
     def close(self) -> None:
         """Let go of it; accounts that were opened with it keep it."""
         if self.cdata is not CLOSED:
-            lib.purse_close(self.cdata)
+            lib.quota_close(self.cdata)
             self.cdata = CLOSED
 
     @property
     def fd(self) -> int:
-        """The memfd that holds it, the purse's own."""
-        return lib.purse_fd(self.cdata)
+        """The memfd that holds it, the quota's own."""
+        return lib.quota_fd(self.cdata)
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The bytes of private pages that it allows; None if it is unlimited."""
+        limit_bytes = self.status().quota_pages * PAGE_BYTES
+        return None if limit_bytes >= NO_QUOTA_BYTES else limit_bytes
 
     def set_quota(self, quota_bytes: int, policy: QuotaPolicy) -> None:
         """Change the quota; who is stopped at it must be resumed by its fault handler."""
-        checked(
-            lib.purse_set_quota(self.cdata, _quota_pages(quota_bytes), policy), "changing a quota"
-        )
+        checked(lib.quota_set(self.cdata, _quota_pages(quota_bytes), policy), "changing a quota")
 
-    def status(self) -> PurseStatus:
+    def status(self) -> QuotaStatus:
         """Read it."""
-        status = ffi.new("struct purse_status *")
-        lib.purse_read(self.cdata, status)
-        return PurseStatus(
+        status = ffi.new("struct quota_status *")
+        lib.quota_read(self.cdata, status)
+        return QuotaStatus(
             status.quota_pages, status.used_pages, QuotaPolicy(status.policy), status.nr_accounts
         )
 
