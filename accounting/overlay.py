@@ -73,12 +73,12 @@ class Overlay:
 
     @classmethod
     def files(
-        cls, account: Account, folder: Path, name: str, identity: bytes, *, is_left: bool = False
+        cls, account: Account, folder: Path, name: str, identity: bytes, *, is_adopted: bool = False
     ) -> Overlay:
         """Open the overlay in FOLDER/NAME.pages and FOLDER/NAME.map, or make it.
 
         identity: 32 bytes that no other image has (its digest). What the files hold is charged to
-        the account, past the quota too; is_left: the account was adopted, and knows better than
+        the account, past the quota too; is_adopted: the account was adopted, and knows better than
         the files what is private. UsageError if they are another image's or another process
         has them open; SourceError if they are damaged or can't be had: they are left as they are.
         """
@@ -91,7 +91,7 @@ class Overlay:
                 fds.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # noqa: PERF401
             overlay = ffi.new("struct overlay **")
             _sync_folder(folder)
-            place = lib.overlay_adopt_files if is_left else lib.overlay_open_files
+            place = lib.overlay_adopt_files if is_adopted else lib.overlay_open_files
             _check_open(place(account.cdata, fds[0], fds[1], identity, overlay), pages)
         except OSError as error:
             _close_all(fds)

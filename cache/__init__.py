@@ -9,7 +9,7 @@ from cowshed.cache.errors import (
     SourceError,
     UsageError,
 )
-from cowshed.cache.images import ExtentState, Image, ImageCounters, ImageFigures, ImageRemains
+from cowshed.cache.images import ExtentState, Image, ImageCounters, ImageFigures, InheritedImage
 from cowshed.cache.sources import FileSource, SourceAtPath, SourceIdentity
 from cowshed.cache.store import PageStore, StoreCounters
 
@@ -21,7 +21,7 @@ __all__ = [
     "Image",
     "ImageCounters",
     "ImageFigures",
-    "ImageRemains",
+    "InheritedImage",
     "InvariantError",
     "PageStore",
     "PeerError",

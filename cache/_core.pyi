@@ -68,7 +68,7 @@ class StructImageFigures(CData):
     touched_resident_pages: int
     resident_by_refs: Array[int]
 
-class StructImageRemains(CData):
+class StructInheritedImage(CData):
     frames_fd: int
     guest_fd: int
     arrays_fd: int
@@ -381,7 +381,7 @@ class _Lib:
         source_fd: int,
         direct_fd: int,
         size_bytes: int,
-        remains: StructImageRemains | Array[StructImageRemains],
+        inherited: StructInheritedImage | Array[StructInheritedImage],
         image_out: Pointer[StructImage],
         /,
     ) -> int: ...
@@ -1009,16 +1009,16 @@ class _Ffi:
     ) -> Array[StructImageFigures]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct image_remains **"], init: Any = ..., /
-    ) -> Pointer[StructImageRemains]: ...
+        self, cdecl: Literal["struct inherited_image **"], init: Any = ..., /
+    ) -> Pointer[StructInheritedImage]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct image_remains *"], init: Any = ..., /
-    ) -> StructImageRemains: ...
+        self, cdecl: Literal["struct inherited_image *"], init: Any = ..., /
+    ) -> StructInheritedImage: ...
     @overload
     def new(
-        self, cdecl: Literal["struct image_remains[]"], init: Any = ..., /
-    ) -> Array[StructImageRemains]: ...
+        self, cdecl: Literal["struct inherited_image[]"], init: Any = ..., /
+    ) -> Array[StructInheritedImage]: ...
     @overload
     def new(
         self, cdecl: Literal["struct store_counters **"], init: Any = ..., /

@@ -29,7 +29,7 @@ __all__ = [
     "Image",
     "ImageCounters",
     "ImageFigures",
-    "ImageRemains",
+    "InheritedImage",
     "image_label",
 ]
 
@@ -87,7 +87,7 @@ class ImageFigures:
 
 
 @dataclass(frozen=True)
-class ImageRemains:
+class InheritedImage:
     """Descriptors of an image whose process is gone: its frames, what guests got, its arrays."""
 
     frames_fd: int

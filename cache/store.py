@@ -17,7 +17,7 @@ from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import CLOSED, checked
 from cowshed.cache.counters import Counters
 from cowshed.cache.errors import CapacityError, UsageError
-from cowshed.cache.images import DEFAULT_DOMAIN, PAGE_BYTES, Image, ImageRemains, image_label
+from cowshed.cache.images import DEFAULT_DOMAIN, PAGE_BYTES, Image, InheritedImage, image_label
 from cowshed.cache.sources import FileSource
 
 __all__ = ["PageStore", "StoreCounters"]
@@ -147,23 +147,23 @@ class PageStore:
         self._unlisted.discard(image.image_no)
 
     def adopt_image(
-        self, name: str, source: FileSource, remains: ImageRemains, domain: str = DEFAULT_DOMAIN
+        self, name: str, source: FileSource, inherited: InheritedImage, domain: str = DEFAULT_DOMAIN
     ) -> Image:
         """Take over a source and what another process, now gone, left of its image.
 
         What was resident is so still, as far as there is room. UsageError, and all descriptors
-        still the caller's, if the domain has an image of that name, or the remains are not of an
-        image of this size and these extents.
+        still the caller's, if the domain has an image of that name, or if the descriptors are of
+        an image of another size or with other extents.
         """
         label = self._new_label(name, domain)
         image = ffi.new("struct image **")
-        fds = (remains.frames_fd, remains.guest_fd, remains.arrays_fd)
+        fds = (inherited.frames_fd, inherited.guest_fd, inherited.arrays_fd)
         err = lib.image_adopt(
             self._store,
             source.fd,
             source.direct_fd,
             source.size_bytes,
-            ffi.new("struct image_remains *", fds),
+            ffi.new("struct inherited_image *", fds),
             image,
         )
         if err == -errno.EBADMSG:

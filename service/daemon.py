@@ -17,8 +17,8 @@ from typing import Final, NoReturn
 
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import FileSource, Image
-from cowshed.service.guests.bequests import Bequests
 from cowshed.service.guests.door import Door
+from cowshed.service.guests.guest_records import GuestRecords
 from cowshed.service.guests.guests import GuestTable, Terms
 from cowshed.service.guests.userfaultfd import open_device
 from cowshed.service.handoff.moved_in import MovedInTable
@@ -36,9 +36,9 @@ from cowshed.service.images.source_watch import SourceWatch
 from cowshed.service.images.unserved import UnservedImages
 from cowshed.service.images.warming import Warming
 from cowshed.service.images.working_sets import WorkingSets
-from cowshed.service.machines.bequests import MachineBequests
 from cowshed.service.machines.image_folders import image_folders
 from cowshed.service.machines.image_sockets import ImageSockets
+from cowshed.service.machines.machine_records import MachineRecords
 from cowshed.service.machines.supplier import Supplier
 from cowshed.service.metrics.tallies import TALLIES, Tallies
 from cowshed.service.native.carried import CarriedOver
@@ -48,9 +48,9 @@ from cowshed.service.nbd.server import NbdService
 from cowshed.service.network.door import NetworkDoor
 from cowshed.service.operators.control import Control
 from cowshed.service.operators.takeover import TakeoverDesk
-from cowshed.service.overlays.bequests import OverlayBequests
 from cowshed.service.overlays.entrance import Entrance
 from cowshed.service.overlays.files import OverlayFiles
+from cowshed.service.overlays.overlay_records import OverlayRecords
 from cowshed.service.overlays.overlays import OverlayTable
 from cowshed.service.overlays.terms import OverlayTerms
 from cowshed.service.reports.status import StatusReader
@@ -73,12 +73,12 @@ from cowshed.service.settings.endpoint import Endpoint
 from cowshed.service.settings.images import ImageSpec
 from cowshed.service.survival.departure import Departure, Saving
 from cowshed.service.survival.fd_store import FdStore, take_inherited, take_supervisor
+from cowshed.service.survival.inherited import InheritedFds
 from cowshed.service.survival.keeper_watch import KeeperWatch
 from cowshed.service.survival.kept_counts import LOG_COUNTS, LOG_GROUP, keep_counts
 from cowshed.service.survival.lineage import LINEAGE, Lineage
 from cowshed.service.survival.listeners import Listeners
 from cowshed.service.survival.notice import Groups
-from cowshed.service.survival.remains import Remains
 from cowshed.service.survival.run_lock import run_dir_locked
 from cowshed.service.survival.supervised_reload import SupervisedReload
 from cowshed.service.survival.unserved_listeners import UnservedListeners
@@ -125,7 +125,7 @@ def run(
         supervisor = take_supervisor(os.environ)
         held = left if given is None else {}
         fd_store = stack.enter_context(contextlib.closing(FdStore(supervisor, held)))
-        daemon = Daemon(config, stack, fd_store, Remains(left if given is None else given))
+        daemon = Daemon(config, stack, fd_store, InheritedFds(left if given is None else given))
         daemon.serve(on_serving)
     ignore_stop_signals()
     return 0
@@ -134,7 +134,7 @@ def run(
 class Daemon:
     """Everything that serves one configuration; the stack it is given closes what it opens.
 
-    fd_store holds what our successor is to have; remains is what our predecessor left.
+    fd_store holds what a successor is to have; inherited is what the last backend left.
     """
 
     def __init__(
@@ -142,44 +142,48 @@ class Daemon:
         config: Config,
         stack: contextlib.ExitStack,
         fd_store: FdStore | None = None,
-        remains: Remains | None = None,
+        inherited: InheritedFds | None = None,
     ) -> None:
         self.config: Final = config
         self._fd_store = fd_store or stack.enter_context(contextlib.closing(FdStore(None)))
-        remains = remains or Remains({})
-        stack.callback(remains.close)
-        self._listeners = Listeners(self._fd_store, remains)
+        inherited = inherited or InheritedFds({})
+        stack.callback(inherited.close)
+        self._listeners = Listeners(self._fd_store, inherited)
         stack.callback(self._listeners.close)
         door = Door(raise_file_limit())
         stack.enter_context(run_dir_locked(config.run_dir))
         record = HandoffRecord(config.state_dir)
-        image_folder, arrived = _find_arrived(config, record, remains)
+        image_folder, arrived = _find_arrived(config, record, inherited)
         specs = (*config.images, *arrived)
         stack.enter_context(image_folders(config.run_dir, specs, config.domains))
-        counts = keep_counts("tallies", TALLIES, self._fd_store, remains)
+        counts = keep_counts("tallies", TALLIES, self._fd_store, inherited)
         self._tallies = Tallies(counts)
         stack.callback(self._tallies.close)
-        log_counts = self._log_counts = keep_counts(LOG_GROUP, LOG_COUNTS, self._fd_store, remains)
+        log_counts = self._log_counts = keep_counts(
+            LOG_GROUP, LOG_COUNTS, self._fd_store, inherited
+        )
         stack.callback(log_counts.close)
         logging_count_lost(lambda nr: log_counts.add("backend", nr))
         stack.callback(lambda: logging_count_lost(None))
-        self._lineage = Lineage(keep_counts("lineage", LINEAGE, self._fd_store, remains))
+        self._lineage = Lineage(keep_counts("lineage", LINEAGE, self._fd_store, inherited))
         stack.callback(self._lineage.close)
         self.uffd_device: Final = _lend_device(stack)
         self._held = stack.enter_context(contextlib.closing(HeldImages(self._fd_store)))
         is_first = self._lineage.is_first
         store, unserved = stack.enter_context(
-            open_store(config, arrived, self._held, remains, is_first=is_first)
+            open_store(config, arrived, self._held, inherited, is_first=is_first)
         )
         self._store = store
         self.guests: Final = GuestTable()
-        self.bequests: Final = Bequests(self._fd_store)
-        heirs = self.bequests.adopt(remains, store, self.guests)
+        self.guest_records: Final = GuestRecords(self._fd_store)
+        restored_guests = self.guest_records.adopt(inherited, store, self.guests)
         core = NbdServer(min(2 * (os.cpu_count() or 1) + 1, _MAX_NBD_THREADS))
         stack.callback(core.close)
-        bequests = OverlayBequests(self._fd_store)
-        overlays = self._overlays = _keep_overlays(config, core, self.guests, door, stack, bequests)
-        overlays.adopt(list(store), remains, record.owned)
+        overlay_records = OverlayRecords(self._fd_store)
+        overlays = self._overlays = _keep_overlays(
+            config, core, self.guests, door, stack, overlay_records
+        )
+        overlays.adopt(list(store), inherited, record.owned)
         self._lineage.note_adopted()
         self.moved_in: Final = MovedInTable(overlays, self.guests)
         evictor = self._evictor = Evictor(store)
@@ -201,9 +205,9 @@ class Daemon:
             warming,
         )
         supplier = Supplier(config, evictor.max_pinned_extents, self.recorded)
-        machine_bequests = MachineBequests(self._fd_store)
-        machine_heirs = machine_bequests.adopt(remains, store, self.guests, supplier)
-        callers = machine_bequests.adopt_callers(remains, store, machine_heirs)
+        machine_records = MachineRecords(self._fd_store)
+        restored_machines = machine_records.adopt(inherited, store, self.guests, supplier)
+        callers = machine_records.adopt_callers(inherited, store, restored_machines)
         evictor.start()
         stack.callback(evictor.stop)
         self._side = SideThreads()
@@ -228,10 +232,10 @@ class Daemon:
         stack.callback(watch.close)
         self._keeper = self._lineage.watch = watch
         self._guest_door = GuestDoor(listener, door, self, self._tallies, self._loop)
-        for heir in heirs:
-            self._guest_door.adopt(Session.of_heir(heir, self))
+        for restored in restored_guests:
+            self._guest_door.adopt(Session.of_restored(restored, self))
         self._carried = CarriedOver(self._fd_store)
-        for connection, is_greeted in self._carried.take(remains):
+        for connection, is_greeted in self._carried.take(inherited):
             self._guest_door.adopt(Session.carried(connection, self, is_greeted=is_greeted))
         stack.callback(self._guest_door.close)
         self._image_sockets = ImageSockets(
@@ -242,9 +246,9 @@ class Daemon:
             self._loop,
             supplier,
             self._listeners,
-            machine_bequests,
+            machine_records,
         )
-        self._image_sockets.adopt(machine_heirs, callers)
+        self._image_sockets.adopt(restored_machines, callers)
         stack.callback(self._image_sockets.close)
         stack.callback(self.workers.stop)
         entrance = Entrance(overlays, self._side, self._loop.call)
@@ -321,7 +325,7 @@ class Daemon:
         stack.callback(handoff.stop)
         if config.metrics is not None:
             self._serve_metrics(config.metrics, stack)
-        self._let_go(remains)
+        self._let_go(inherited)
         door.set_aside(len(os.listdir("/proc/self/fd")))
 
     def _listen(self) -> AnyListener:
@@ -364,13 +368,13 @@ class Daemon:
         _log.info("digest", image=image.label, digest=image.digest)
         self._overlays.note_digest(image)
 
-    def _let_go(self, remains: Remains) -> None:
+    def _let_go(self, inherited: InheritedFds) -> None:
         """Whatever our predecessor had that we have no use for."""
-        for name in remains:
+        for name in inherited:
             if not name.startswith("source/"):  # said of its image
                 _log.warning("left-over", "nothing served now is made of it", group=name)
             self._fd_store.release(name)
-        remains.close()
+        inherited.close()
 
     def _serve_metrics(self, endpoint: Endpoint, stack: contextlib.ExitStack) -> None:
         # Not at the top: import_for says when it is imported.
@@ -500,7 +504,7 @@ class Daemon:
 
 
 def _find_arrived(
-    config: Config, record: HandoffRecord, remains: Remains
+    config: Config, record: HandoffRecord, inherited: InheritedFds
 ) -> tuple[ImageFolder | None, list[ImageSpec]]:
     """What came in handoffs, less what the configuration has images for."""
     if config.image_dir is None:
@@ -508,7 +512,7 @@ def _find_arrived(
     folder = ImageFolder(config.image_dir)
     named = {spec.label for spec in config.images}
     arrived = []
-    for spec in folder.specs(record.owned.__contains__, lambda *name: is_held(name, remains)):
+    for spec in folder.specs(record.owned.__contains__, lambda *name: is_held(name, inherited)):
         if spec.label in named:
             _log.notice("image-left", "another is served under its name", source=spec.source)
         else:
@@ -522,7 +526,7 @@ def _keep_overlays(
     guests: GuestTable,
     door: Door,
     stack: contextlib.ExitStack,
-    bequests: OverlayBequests,
+    overlay_records: OverlayRecords,
 ) -> OverlayTable:
     files = None
     if config.overlay_dir is not None:
@@ -533,7 +537,7 @@ def _keep_overlays(
         QuotaPolicy[config.default_on_quota.upper()],
         config.network_quota_bytes,
     )
-    overlays = OverlayTable(core, guests, door, terms, files, bequests)
+    overlays = OverlayTable(core, guests, door, terms, files, overlay_records)
     stack.callback(overlays.close)
     return overlays
 

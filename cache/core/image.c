@@ -95,27 +95,27 @@ int image_open(struct store *store, int source_fd, int direct_fd, uint64_t size_
 	return 0;
 }
 
-static bool frames_fit(const struct image *image, const struct image_remains *remains)
+static bool frames_fit(const struct image *image, const struct inherited_image *inherited)
 {
 	struct stat frames, guest;
 
-	return fstat(remains->frames_fd, &frames) == 0 && fstat(remains->guest_fd, &guest) == 0 &&
+	return fstat(inherited->frames_fd, &frames) == 0 && fstat(inherited->guest_fd, &guest) == 0 &&
 	       (uint64_t)frames.st_size == image->shape.map_bytes && frames.st_ino == guest.st_ino &&
-	       frames.st_dev == guest.st_dev && (fcntl(remains->guest_fd, F_GETFL) & O_ACCMODE) == O_RDONLY;
+	       frames.st_dev == guest.st_dev && (fcntl(inherited->guest_fd, F_GETFL) & O_ACCMODE) == O_RDONLY;
 }
 
 int image_adopt(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes,
-                const struct image_remains *remains, struct image **image_out)
+                const struct inherited_image *inherited, struct image **image_out)
 {
 	if (size_bytes == 0 || size_bytes >> 48)
 		return -EINVAL;
 	struct image *image = image_new(store, source_fd, direct_fd, size_bytes);
 	if (!image)
 		return -ENOMEM;
-	int err = frames_fit(image, remains) ? arrays_adopt(image, remains->arrays_fd) : -EBADMSG;
+	int err = frames_fit(image, inherited) ? arrays_adopt(image, inherited->arrays_fd) : -EBADMSG;
 	if (!err) {
-		image->frames_fd = remains->frames_fd;
-		image->guest_fd = remains->guest_fd;
+		image->frames_fd = inherited->frames_fd;
+		image->guest_fd = inherited->guest_fd;
 		err = store_adopt_image(store, image);
 	}
 	if (err) {

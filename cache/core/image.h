@@ -62,14 +62,14 @@ enum evict_reason { EVICT_PRESSURE, EVICT_REQUEST };
  * descriptors over on success only.  -EINVAL for a size of 0 or past 2^48. */
 int image_open(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, struct image **image_out);
 /* Descriptors of an image that another process had open; all must be gone from there. */
-struct image_remains {
+struct inherited_image {
 	int frames_fd, guest_fd, arrays_fd;
 };
 /* Makes an image over what is left of one.  Its resident extents stay so, as far as the store has room, and what was
  * in hand is undone; accounts are to be adopted before guests go on.  Takes all descriptors over on success only.
  * -EBADMSG: they are not of an image of this size, in extents of this store's. */
 int image_adopt(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes,
-                const struct image_remains *remains, struct image **image_out);
+                const struct inherited_image *inherited, struct image **image_out);
 /* What Python counts of an image: adds nr to a total. */
 void image_note_reloads(struct image *image, uint64_t nr);
 void image_note_attach(struct image *image);

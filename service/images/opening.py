@@ -23,7 +23,7 @@ from cowshed.cache import (
     CowshedError,
     FileSource,
     Image,
-    ImageRemains,
+    InheritedImage,
     PageStore,
     SourceError,
     SourceIdentity,
@@ -34,7 +34,7 @@ from cowshed.service.settings.config import Config
 from cowshed.service.settings.images import ImageSpec
 from cowshed.service.settings.names import Named
 from cowshed.service.survival.fd_store import FdStore, kind_of
-from cowshed.service.survival.remains import Kinds, Remains, record_make, record_read
+from cowshed.service.survival.inherited import InheritedFds, Kinds, record_make, record_read
 from cowshed.transport.foreign_fds import device_and_inode
 
 __all__ = ["HeldImages", "is_held", "open_store"]
@@ -77,9 +77,9 @@ class HeldImages:
             os.close(self._records.pop())
 
 
-def is_held(name: tuple[str, str], remains: Remains) -> bool:
+def is_held(name: tuple[str, str], inherited: InheritedFds) -> bool:
     """Whether our predecessor left the image of that domain and name, and its source."""
-    return {"/".join(("image", *name)), "/".join(("source", *name))} <= set(remains)
+    return {"/".join(("image", *name)), "/".join(("source", *name))} <= set(inherited)
 
 
 def _group(image: Named) -> str:
@@ -95,7 +95,7 @@ def open_store(
     config: Config,
     arrived: Sequence[ImageSpec],
     held: HeldImages,
-    remains: Remains,
+    inherited: InheritedFds,
     *,
     is_first: bool = True,
 ) -> Iterator[tuple[PageStore, list[Unserved]]]:
@@ -119,11 +119,11 @@ def open_store(
         unserved = []
         specs = (*config.images, *arrived)
         openings = _Openings(
-            spec for spec in specs if not is_held((spec.domain, spec.name), remains)
+            spec for spec in specs if not is_held((spec.domain, spec.name), inherited)
         )
         for spec in specs:
             try:
-                _open_held(store, spec, held, remains, openings)
+                _open_held(store, spec, held, inherited, openings)
             except CowshedError as error:
                 if is_first and spec in config.images and not openings.is_late(spec):
                     raise
@@ -159,9 +159,13 @@ class _Openings:
 
 
 def _open_held(
-    store: PageStore, spec: ImageSpec, held: HeldImages, remains: Remains, openings: _Openings
+    store: PageStore,
+    spec: ImageSpec,
+    held: HeldImages,
+    inherited: InheritedFds,
+    openings: _Openings,
 ) -> None:
-    left, source_fds = remains.take(_group(spec)), remains.take(_source_group(spec))
+    left, source_fds = inherited.take(_group(spec)), inherited.take(_source_group(spec))
     if left is None or left.keys() != _KINDS:
         held.release(spec)
         _close_all(left or {}, source_fds or {})
@@ -195,8 +199,8 @@ def _adopt(
     if source is None:
         source = _same_source(spec, identity, openings)
     try:
-        remains = ImageRemains(left["image"], left["guest"], left["extents"])
-        return store.adopt_image(spec.name, source, remains, spec.domain)
+        image = InheritedImage(left["image"], left["guest"], left["extents"])
+        return store.adopt_image(spec.name, source, image, spec.domain)
     except BaseException:
         source.close()
         raise

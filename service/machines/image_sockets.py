@@ -29,9 +29,9 @@ from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
 from cowshed.service.guests.turned_away import what_failed
 from cowshed.service.guests.userfaultfd import check_supplied_uffd, open_pagemap
-from cowshed.service.machines.bequests import Caller, MachineBequests, MachineHeir
 from cowshed.service.machines.handshake_peer import HandshakePeer
 from cowshed.service.machines.image_folders import make_image_folders
+from cowshed.service.machines.machine_records import Caller, MachineRecords, RestoredMachine
 from cowshed.service.machines.supplier import Supplier, check_regions, is_shared
 from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.operators.control import Control
@@ -109,14 +109,14 @@ class ImageSockets:
         loop: Loop,
         supplier: Supplier,
         listeners: Listeners,
-        bequests: MachineBequests,
+        records: MachineRecords,
     ) -> None:
         self._door = door
         self._host = host
         self._tallies = tallies
         self._loop = loop
         self._supplier = supplier
-        self._bequests = bequests
+        self._records = records
         self._clients: dict[int, _Client] = {}
         self._opener = listeners
         self._acceptor: Final = Acceptor()
@@ -181,7 +181,7 @@ class ImageSockets:
             self._turn_away(peer, image, "limit", refusal)
             return
         try:
-            group = self._bequests.hold_caller(peer, image)
+            group = self._records.hold_caller(peer, image)
         except OSError as error:  # no descriptor is left for its record
             self._door.leave(peer.uid)
             self._turn_away(peer, image, "limit", what_failed(error)[1])
@@ -197,12 +197,12 @@ class ImageSockets:
         self._loop.watch(peer.fileno(), READ, self._on_ready)
         return client
 
-    def adopt(self, heirs: Iterable[MachineHeir], callers: Iterable[Caller]) -> None:
+    def adopt(self, restored: Iterable[RestoredMachine], callers: Iterable[Caller]) -> None:
         """Go on with connections that our predecessor had."""
-        for heir in heirs:
-            self._door.readmit(heir.peer.uid)
-            client = self._begin(Caller(heir.peer, heir.mapping.image, heir.group))
-            self._begin_supply(client, heir.mapping, heir.request)
+        for machine in restored:
+            self._door.readmit(machine.peer.uid)
+            client = self._begin(Caller(machine.peer, machine.mapping.image, machine.group))
+            self._begin_supply(client, machine.mapping, machine.request)
         for caller in callers:
             self._door.readmit(caller.peer.uid)
             self._begin(caller)
@@ -294,7 +294,7 @@ class ImageSockets:
         caller = client.group
 
         def hold(account: Account) -> None:
-            client.group = self._bequests.hold(guest, account, fds, peer, request)
+            client.group = self._records.hold(guest, account, fds, peer, request)
             reach("MACHINE_HELD")
 
         try:
@@ -312,14 +312,14 @@ class ImageSockets:
             )
         except BaseException:
             if client.group != caller:
-                self._bequests.release(client.group)
+                self._records.release(client.group)
                 client.group = caller
             for fd in fds[1:]:
                 os.close(fd)
             host.guests.release(guest)
             raise
         reach("MACHINE_ATTACHED")
-        self._bequests.release(caller)
+        self._records.release(caller)
         peer.close_record()
         self._begin_supply(client, mapping, request)
         _log.info(
@@ -398,7 +398,7 @@ class ImageSockets:
         if self._clients.pop(peer.fileno(), None) is None:
             return
         self._loop.forget(peer.fileno())
-        self._bequests.release(client.group)
+        self._records.release(client.group)
         if mapping is not None:
             if client.share_fd >= 0:
                 self._loop.forget(client.share_fd)

@@ -13,7 +13,7 @@ from typing import Final
 
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.remains import Remains, record_make, record_read
+from cowshed.service.survival.inherited import InheritedFds, record_make, record_read
 from cowshed.transport import Connection, adopt_connection
 
 __all__ = ["CarriedOver"]
@@ -52,10 +52,10 @@ class CarriedOver:
             os.close(record)
         self._records.clear()
 
-    def take(self, remains: Remains) -> list[tuple[Connection, bool]]:
+    def take(self, inherited: InheritedFds) -> list[tuple[Connection, bool]]:
         """The conversations of our predecessor, the caller's, and whether each was greeted."""
         taken = []
-        for group, left in remains.take_all(_PREFIX):
+        for group, left in inherited.take_all(_PREFIX):
             self._fd_store.release(group)
             if left.keys() != _KINDS:
                 for fd in left.values():

@@ -27,7 +27,7 @@ from cowshed.cache import (
     UsageError,
 )
 from cowshed.faults import Orders, uffd_features
-from cowshed.service.guests.bequests import Bequests, Heir
+from cowshed.service.guests.guest_records import GuestRecords, RestoredGuest
 from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
 from cowshed.service.guests.userfaultfd import check_guest_files, check_uffd
 from cowshed.service.handoff.moved_in import MovedIn, MovedInTable
@@ -40,7 +40,7 @@ from cowshed.service.runtime.test_points import reach
 from cowshed.service.runtime.workers import Workers
 from cowshed.service.settings.config import Config, check_quota
 from cowshed.service.settings.domains import Identity, is_operator
-from cowshed.service.survival.remains import record_close
+from cowshed.service.survival.inherited import record_close
 from cowshed.transport import Connection, Received
 from cowshed.transport.messages import (
     error_reply,
@@ -102,7 +102,7 @@ class SessionHost(Protocol):
         """Who is attached."""
 
     @property
-    def bequests(self) -> Bequests:
+    def guest_records(self) -> GuestRecords:
         """What is to outlive us."""
 
     @property
@@ -152,17 +152,17 @@ class Session:
         self._early: tuple[State, Received] | None = None
 
     @classmethod
-    def of_heir(cls, heir: Heir, host: SessionHost) -> Session:
+    def of_restored(cls, restored: RestoredGuest, host: SessionHost) -> Session:
         """Go on with the conversation of a mapping that was adopted."""
-        session = cls(heir.connection, host)
-        session.mapping = heir.mapping
+        session = cls(restored.connection, host)
+        session.mapping = restored.mapping
         session.deadline = None
         session._state = State.ATTACHED
-        session._opened = heir.mapping.guest, heir.terms
-        session._held_as = heir.group
-        if heir.tag is not None:
+        session._opened = restored.mapping.guest, restored.terms
+        session._held_as = restored.group
+        if restored.tag is not None:
             session._is_told = False
-            session._reply(heir.tag, {"ok": True, "guest": heir.terms.name})
+            session._reply(restored.tag, {"ok": True, "guest": restored.terms.name})
         return session
 
     @property
@@ -444,7 +444,9 @@ class Session:
         self.mapping.carries = terms.carries
         message.fds.clear()
         reach("REGION_ATTACHED")
-        self._held_as = self._host.bequests.hold(self.mapping, self.connection, terms, message.tag)
+        self._held_as = self._host.guest_records.hold(
+            self.mapping, self.connection, terms, message.tag
+        )
         if self._moved is not None:
             moved, self._moved = self._moved, None
             self._host.moved_in.settle(moved)
@@ -461,7 +463,7 @@ class Session:
     def _detach(self) -> None:
         mapping, self.mapping = self.mapping, None
         if mapping is not None:
-            self._host.bequests.release(self._held_as)
+            self._host.guest_records.release(self._held_as)
             self._host.guests.detach(mapping)
             _log.info(
                 "detached",

@@ -187,7 +187,7 @@ class OverlayFiles:
         status = (os.stat(self._path(record.stem, suffix)) for suffix in _SUFFIXES[1:])
         return [[each.st_dev, each.st_ino] for each in status]
 
-    def check_left(self, record: OverlayRecord, identity: list[list[int]]) -> None:
+    def check_same(self, record: OverlayRecord, identity: list[list[int]]) -> None:
         """Raise UsageError if its files are not those that our predecessor had."""
         with contextlib.suppress(OSError):
             if self.identity(record) == identity:
@@ -220,15 +220,15 @@ class OverlayFiles:
             self.check_free(record)
         self.remove(record.image, record.guest)
 
-    def open(self, record: OverlayRecord, account: Account, *, is_left: bool = False) -> Overlay:
+    def open(self, record: OverlayRecord, account: Account, *, is_adopted: bool = False) -> Overlay:
         """Open an overlay's files, made if they are not there. Raises SourceError, UsageError.
 
-        is_left: the account was adopted; what it says is private is so.
+        is_adopted: the account was adopted; what it says is private is so.
         """
         source = self._source(record, account.image)
         told = json.dumps({"image": record.image, **source}, sort_keys=True)
         identity = hashlib.sha256(told.encode()).digest()
-        return Overlay.files(account, self._folder, record.stem, identity, is_left=is_left)
+        return Overlay.files(account, self._folder, record.stem, identity, is_adopted=is_adopted)
 
     def remove(self, image: str, guest: str) -> None:
         """Remove an overlay's files, the record last, so that none is ever without one."""

@@ -30,15 +30,15 @@ from cowshed.cache.images import PAGE_BYTES
 from cowshed.faults import Orders
 from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import GuestTable, Terms
-from cowshed.service.overlays.bequests import LeftOverlay, OverlayBequests
 from cowshed.service.overlays.claims import Claim, check_may_enter, is_of
 from cowshed.service.overlays.files import OverlayFiles, OverlayRecord
 from cowshed.service.overlays.overlay_guest import OverlayGuest
+from cowshed.service.overlays.overlay_records import InheritedOverlay, OverlayRecords
 from cowshed.service.overlays.terms import OverlayTerms
 from cowshed.service.overlays.waiting import WaitingOverlays
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.remains import Remains
+from cowshed.service.survival.inherited import InheritedFds
 from cowshed.transport.nbd_core import NbdExport, NbdServer
 from cowshed.transport.no_room import taking_in
 
@@ -63,7 +63,7 @@ class OverlayTable:
         door: Door,
         terms: OverlayTerms,
         files: OverlayFiles | None = None,
-        bequests: OverlayBequests | None = None,
+        records: OverlayRecords | None = None,
     ) -> None:
         """terms are what those get who come without a mapping."""
         self.lock: Final = threading.RLock()
@@ -72,7 +72,7 @@ class OverlayTable:
         self._door = door
         self._terms = terms
         self._files = files
-        self._bequests = bequests or OverlayBequests(FdStore(None))
+        self._records = records or OverlayRecords(FdStore(None))
         self._overlays: dict[tuple[str, str], OverlayGuest] = {}
         self._waiting = WaitingOverlays(guests)
         self._unused = threading.Condition(self.lock)
@@ -83,7 +83,7 @@ class OverlayTable:
     def adopt(
         self,
         images: list[Image],
-        remains: Remains | None = None,
+        inherited_fds: InheritedFds | None = None,
         owned: Container[str] = (),
     ) -> None:
         """Go on with what our predecessor left, and with what is in --overlay-dir.
@@ -91,23 +91,25 @@ class OverlayTable:
         Of the images that are served now; of what handoffs had staged, that of those that are ours.
         """
         by_label = {image.label: image for image in images}
-        lefts = self._bequests.lefts(remains or Remains({}))
-        self._adopt_files(by_label, lefts, owned)
-        for left in lefts.values():
-            image = by_label.get(left.record.image)
-            if (left.staged and left.staged not in owned) or self._is_mapped(image, left.record):
-                _log.info("overlay-forgotten", overlay=left.record.label)
-                self._bequests.let_go(left)
+        all_inherited = self._records.take(inherited_fds or InheritedFds({}))
+        self._adopt_files(by_label, all_inherited, owned)
+        for inherited in all_inherited.values():
+            image = by_label.get(inherited.record.image)
+            if (inherited.staged and inherited.staged not in owned) or self._is_mapped(
+                image, inherited.record
+            ):
+                _log.info("overlay-forgotten", overlay=inherited.record.label)
+                self._records.let_go(inherited)
                 continue
             try:
-                if image is None or self._files is not None or not left.has_pages:
+                if image is None or self._files is not None or not inherited.has_pages:
                     raise UsageError("nothing served now is made of it")
-                self._open(image, left.record, left)
+                self._open(image, inherited.record, inherited)
             except (CowshedError, OSError) as error:
-                _log.error("overlay-lost", str(error), overlay=left.record.label)
-                self._bequests.let_go(left)
+                _log.error("overlay-lost", str(error), overlay=inherited.record.label)
+                self._records.let_go(inherited)
             else:
-                _log.info("overlay-adopted", overlay=left.record.label)
+                _log.info("overlay-adopted", overlay=inherited.record.label)
 
     def adopt_late(self, image: Image) -> None:
         """Go on with what is in --overlay-dir of an image that is served only from now on."""
@@ -120,7 +122,7 @@ class OverlayTable:
     def _adopt_files(
         self,
         by_label: dict[str, Image],
-        lefts: dict[str, LeftOverlay],
+        all_inherited: dict[str, InheritedOverlay],
         owned: Container[str],
         *,
         is_late: bool = False,
@@ -144,22 +146,26 @@ class OverlayTable:
                     file=record.stem,
                 )
                 continue
-            self._adopt_file(image, record, staged, lefts)
+            self._adopt_file(image, record, staged, all_inherited)
 
     def _adopt_file(
-        self, image: Image, record: OverlayRecord, staged: str, lefts: dict[str, LeftOverlay]
+        self,
+        image: Image,
+        record: OverlayRecord,
+        staged: str,
+        all_inherited: dict[str, InheritedOverlay],
     ) -> None:
         assert self._files is not None
         try:
-            left = lefts.get(record.label)
+            inherited = all_inherited.get(record.label)
             if not self._files.check(record, image):
                 with self.lock:
                     self._waiting.add(image, record, staged)
                 return
-            if left is not None and left.files is not None:
-                self._files.check_left(record, left.files)
-            guest = self._open(image, record, left)
-            lefts.pop(record.label, None)
+            if inherited is not None and inherited.files is not None:
+                self._files.check_same(record, inherited.files)
+            guest = self._open(image, record, inherited)
+            all_inherited.pop(record.label, None)
             if staged:
                 self._files.write(record, image)
         except (CowshedError, OSError) as error:
@@ -390,7 +396,7 @@ class OverlayTable:
             self._files.write(self._record(guest), guest.image)
         with self.lock:
             if guest.group:
-                self._bequests.admit(guest.group)
+                self._records.admit(guest.group)
             else:
                 self._hold(guest)
             self._overlays[guest.terms.key] = guest
@@ -462,14 +468,14 @@ class OverlayTable:
         self,
         image: Image,
         record: OverlayRecord,
-        left: LeftOverlay | None = None,
+        inherited: InheritedOverlay | None = None,
     ) -> OverlayGuest:
         """Go on with an overlay; what was left of it is taken over on success only."""
-        guest = self._make(image, record, keep_record=False, left=left)
-        if left is not None:
-            guest.pages_id = left.pages_id
+        guest = self._make(image, record, keep_record=False, inherited=inherited)
+        if inherited is not None:
+            guest.pages_id = inherited.pages_id
         try:
-            self._hold(guest, left)
+            self._hold(guest, inherited)
         except BaseException:
             self._close(guest)
             raise
@@ -478,7 +484,7 @@ class OverlayTable:
         return guest
 
     def _hold(
-        self, guest: OverlayGuest, left: LeftOverlay | None = None, *, staged: str = ""
+        self, guest: OverlayGuest, inherited: InheritedOverlay | None = None, *, staged: str = ""
     ) -> None:
         fds = [guest.account.fd, guest.quota.fd]
         record = self._record(guest)
@@ -488,9 +494,9 @@ class OverlayTable:
         if self._files is not None:
             with contextlib.suppress(OSError):
                 files = self._files.identity(record)
-        guest.group = self._bequests.hold(record, guest.pages_id, fds, left, staged, files)
-        if left is not None:
-            self._bequests.admit(guest.group)
+        guest.group = self._records.hold(record, guest.pages_id, fds, inherited, staged, files)
+        if inherited is not None:
+            self._records.admit(guest.group)
 
     def _make(
         self,
@@ -498,7 +504,7 @@ class OverlayTable:
         record: OverlayRecord,
         *,
         keep_record: bool,
-        left: LeftOverlay | None = None,
+        inherited: InheritedOverlay | None = None,
         is_staged: bool = False,
     ) -> OverlayGuest:
         policy = QuotaPolicy[record.policy.upper()]
@@ -512,18 +518,22 @@ class OverlayTable:
             if is_staged and self._files is not None:
                 self._files.clear(record)  # nobody else makes any of that name now
             limit_bytes = NO_QUOTA_BYTES if record.quota_bytes is None else record.quota_bytes
-            quota = Quota(limit_bytes, policy) if left is None else Quota.adopt(os.dup(left.quota))
+            quota = (
+                Quota(limit_bytes, policy)
+                if inherited is None
+                else Quota.adopt(os.dup(inherited.quota))
+            )
             undo.callback(quota.close)
-            account = Account(image, quota, None if left is None else os.dup(left.ledger))
+            account = Account(image, quota, None if inherited is None else os.dup(inherited.ledger))
             undo.callback(account.close)
             if self._files is None:
-                overlay = Overlay(account) if left is None else left.open_pages(account)
+                overlay = Overlay(account) if inherited is None else inherited.open_pages(account)
             else:
                 if keep_record:
                     self._files.check_free(record)
                     self._files.write(record, image)
                     undo.callback(self._files.remove, image.label, record.guest)
-                overlay = self._files.open(record, account, is_left=left is not None)
+                overlay = self._files.open(record, account, is_adopted=inherited is not None)
             undo.callback(overlay.close)
             export = NbdExport(self._core, image, overlay.cdata)
             undo.pop_all()
@@ -552,13 +562,13 @@ class OverlayTable:
         # Held no more before a descriptor of it is closed, and after what it is held for is done:
         # of one in files the ledger knows what is not flushed.
         if self._files is None:
-            self._bequests.release(guest.group)
+            self._records.release(guest.group)
         try:
             guest.overlay.close()
         except (CowshedError, OSError) as error:
             _log.error("overlay-not-flushed", str(error), overlay=guest.label)
         if self._files is not None:
-            self._bequests.release(guest.group)
+            self._records.release(guest.group)
         guest.account.close()
         guest.quota.close()
         self._guests.release_name(guest.terms)

@@ -18,7 +18,7 @@ from cowshed.cache import InvariantError
 from cowshed.cache._core import ffi, lib
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.remains import Remains
+from cowshed.service.survival.inherited import InheritedFds
 
 __all__ = ["LOG_COUNTS", "LOG_GROUP", "KeptCounts", "keep_counts"]
 
@@ -73,10 +73,10 @@ class KeptCounts:
 
 
 def keep_counts(
-    group: str, names: Sequence[str], fd_store: FdStore, remains: Remains
+    group: str, names: Sequence[str], fd_store: FdStore, inherited: InheritedFds
 ) -> KeptCounts:
     """Go on with the counters that were left under a group's name, or begin; held from now on."""
-    left = remains.take(group) or {}
+    left = inherited.take(group) or {}
     try:
         if left.keys() - {"tallies"}:
             raise InvariantError(f"what was left has {', '.join(sorted(left))}")

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from cowshed.cache.errors import CowshedError
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.remains import Kinds, Remains
+from cowshed.service.survival.inherited import InheritedFds, Kinds
 
 __all__ = ["Listeners"]
 
@@ -29,9 +29,11 @@ class Listeners:
     fds are the sockets'; they stay open for as long as we serve.
     """
 
-    def __init__(self, fd_store: FdStore | None = None, remains: Remains | None = None) -> None:
+    def __init__(
+        self, fd_store: FdStore | None = None, inherited: InheritedFds | None = None
+    ) -> None:
         self._fd_store = fd_store or FdStore(None)
-        self._remains = remains or Remains({})
+        self._inherited = inherited or InheritedFds({})
         self.fds: Final[set[int]] = set()
         self._paths: dict[str, Path] = {}
         self._removed: set[str] = set()
@@ -64,7 +66,7 @@ class Listeners:
     def keep(self, what: str) -> None:
         """Have what our predecessor had at what held on, unserved until open(); or nothing."""
         group = _group(what)
-        if (left := self._remains.take(group)) is not None:
+        if (left := self._inherited.take(group)) is not None:
             self._kept[group] = left
             self._fd_store.hold(group, list(left.values()), listener=what)
 
@@ -103,7 +105,7 @@ class Listeners:
         return sock
 
     def _left(self, group: str) -> socket.socket | None:
-        left = self._kept.pop(group, None) or self._remains.take(group)
+        left = self._kept.pop(group, None) or self._inherited.take(group)
         if left is None:
             return None
         if left.keys() == {"socket"}:

@@ -14,7 +14,7 @@ import pytest
 from domains import plain_environment
 from stage import EXTENT_PAGES, PAGE, content
 
-from cowshed.cache import ExtentState, FileSource, Image, ImageRemains, PageStore, UsageError
+from cowshed.cache import ExtentState, FileSource, Image, InheritedImage, PageStore, UsageError
 from cowshed.cache._core import lib
 
 SCRIPT = Path(__file__).parents[1] / "support" / "doomed_store.py"
@@ -31,7 +31,9 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def remains_of(source: Path, point: int = -1, end: str = "load", capacity: int = 8) -> ImageRemains:
+def image_left_by(
+    source: Path, point: int = -1, end: str = "load", capacity: int = 8
+) -> InheritedImage:
     """Let a store live and die; give what it left."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     arguments = [str(theirs.fileno()), str(source), str(capacity), str(point), end]
@@ -46,13 +48,13 @@ def remains_of(source: Path, point: int = -1, end: str = "load", capacity: int =
         said = ours.recv(16)
     assert process.wait() == -signal.SIGKILL
     assert said == (b"" if point >= 0 else b"done")
-    return ImageRemains(*fds)
+    return InheritedImage(*fds)
 
 
 @contextmanager
-def adopted(source: Path, remains: ImageRemains, capacity: int = 8) -> Iterator[Image]:
+def adopted(source: Path, inherited: InheritedImage, capacity: int = 8) -> Iterator[Image]:
     with PageStore(capacity * EXTENT) as store:
-        yield store.adopt_image("image", FileSource.open(source), remains)
+        yield store.adopt_image("image", FileSource.open(source), inherited)
 
 
 def resident(image: Image) -> list[int]:
@@ -77,7 +79,7 @@ def check_whole(image: Image, source: Path) -> None:
 
 
 def test_resident_extents_pins_and_totals_outlive_their_process(source: Path) -> None:
-    with adopted(source, remains_of(source)) as image:
+    with adopted(source, image_left_by(source)) as image:
         assert resident(image) == [0, 1, 2, 3, 5, 6]
         check_whole(image, source)
         assert list(image.pins()) == [0, 0, 0, 0, 0, 1, 0, 0]
@@ -95,51 +97,51 @@ def test_resident_extents_pins_and_totals_outlive_their_process(source: Path) ->
 
 @pytest.mark.parametrize("point", ["LOAD_READ", "LOAD_FILL", "LOAD_PUBLISH"])
 def test_a_load_cut_short_leaves_no_frame(source: Path, point: str) -> None:
-    with adopted(source, remains_of(source, getattr(lib, f"POINT_{point}"))) as image:
+    with adopted(source, image_left_by(source, getattr(lib, f"POINT_{point}"))) as image:
         assert resident(image) == [0, 1, 2, 3, 5]
         check_whole(image, source)
 
 
 def test_a_load_cut_short_after_it_was_published_is_whole(source: Path) -> None:
-    with adopted(source, remains_of(source, lib.POINT_LOAD_ANSWER)) as image:
+    with adopted(source, image_left_by(source, lib.POINT_LOAD_ANSWER)) as image:
         assert resident(image) == [0, 1, 2, 3, 5, 6]
         check_whole(image, source)
 
 
 @pytest.mark.parametrize("point", ["EVICT_PUNCH", "EVICT_REVOKE"])
 def test_an_eviction_cut_short_is_finished(source: Path, point: str) -> None:
-    remains = remains_of(source, getattr(lib, f"POINT_{point}"), "evict")
-    with adopted(source, remains) as image:
+    inherited = image_left_by(source, getattr(lib, f"POINT_{point}"), "evict")
+    with adopted(source, inherited) as image:
         assert resident(image) == [0, 3, 5]
         check_whole(image, source)
 
 
 def test_a_smaller_store_takes_as_much_as_it_has_room_for(source: Path) -> None:
-    with adopted(source, remains_of(source), capacity=3) as image:
+    with adopted(source, image_left_by(source), capacity=3) as image:
         assert resident(image) == [0, 1, 2]
         check_whole(image, source)
 
 
-def test_remains_of_another_shape_are_refused_and_stay_the_callers(
+def test_descriptors_of_another_shape_are_refused_and_stay_the_callers(
     source: Path, tmp_path: Path
 ) -> None:
-    remains = remains_of(source)
+    inherited = image_left_by(source)
     longer = tmp_path / "longer"
     longer.write_bytes(bytes(SIZE + EXTENT))
     with PageStore(8 * EXTENT, extent_bytes=2 * EXTENT) as store:
         opened = FileSource.open(source)
         with pytest.raises(UsageError, match="serve it as before"):
-            store.adopt_image("image", opened, remains)
+            store.adopt_image("image", opened, inherited)
         opened.close()
     with PageStore(8 * EXTENT) as store:
         opened = FileSource.open(longer)
         with pytest.raises(UsageError, match="serve it as before"):
-            store.adopt_image("image", opened, remains)
+            store.adopt_image("image", opened, inherited)
         opened.close()
         opened = FileSource.open(source)
-        swapped = ImageRemains(remains.arrays_fd, remains.guest_fd, remains.frames_fd)
+        swapped = InheritedImage(inherited.arrays_fd, inherited.guest_fd, inherited.frames_fd)
         with pytest.raises(UsageError, match="serve it as before"):
             store.adopt_image("image", opened, swapped)
         opened.close()
-    with adopted(source, remains) as image:
+    with adopted(source, inherited) as image:
         check_whole(image, source)

@@ -17,7 +17,7 @@ from domains import plain_environment
 from stage import EXTENT_PAGES, PAGE, MappedGuest, content, until
 
 from cowshed.accounting import Account, Quota, audit
-from cowshed.cache import FileSource, ImageRemains, InvariantError, PageStore
+from cowshed.cache import FileSource, InheritedImage, InvariantError, PageStore
 from cowshed.cache._core import lib
 from cowshed.faults import FaultHandler, Orders, uffd_features
 
@@ -78,7 +78,7 @@ class Succession:
         self.left = []
         self.store = PageStore(NR_EXTENTS * EXTENT_PAGES * PAGE)
         self.image = self.store.adopt_image(
-            "disk", FileSource.open(self.path), ImageRemains(frames, guest_fd, arrays)
+            "disk", FileSource.open(self.path), InheritedImage(frames, guest_fd, arrays)
         )
         self.quota = Quota.adopt(quota)
         self.account = Account(self.image, self.quota, ledger)

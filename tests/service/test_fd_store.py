@@ -16,8 +16,8 @@ from cowshed.service.survival.fd_store import (
     listen_environment,
     take_inherited,
 )
+from cowshed.service.survival.inherited import InheritedFds, record_make, record_read
 from cowshed.service.survival.notice import Notice
-from cowshed.service.survival.remains import Remains, record_make, record_read
 
 
 def heard(supervisor: socket.socket) -> tuple[dict[str, str], int]:
@@ -148,14 +148,16 @@ def test_each_kind_of_descriptor_is_known_by_itself() -> None:
     theirs.close()
 
 
-def test_remains_are_taken_once_and_what_is_not_ours_is_closed() -> None:
+def test_inherited_groups_are_taken_once_and_what_is_not_ours_is_closed() -> None:
     record, twin = record_make({}), record_make({})
     null, kept = os.memfd_create("alien"), record_make({})
-    remains = Remains({"a": [record], "twins": [twin, os.dup(twin)], "null": [null], "b": [kept]})
-    assert sorted(remains) == ["a", "b"]
-    assert remains.take("a") == {"record": record}
-    assert remains.take("a") is None
-    remains.close()
+    inherited = InheritedFds(
+        {"a": [record], "twins": [twin, os.dup(twin)], "null": [null], "b": [kept]}
+    )
+    assert sorted(inherited) == ["a", "b"]
+    assert inherited.take("a") == {"record": record}
+    assert inherited.take("a") is None
+    inherited.close()
     for closed in (twin, null, kept):
         with pytest.raises(OSError, match="Bad file"):
             os.fstat(closed)

@@ -14,8 +14,8 @@ from scraping import ANY_PORT, Samples, families, samples_of, value
 
 from cowshed.cache import InvariantError
 from cowshed.service.survival.fd_store import FdStore, kind_of
+from cowshed.service.survival.inherited import InheritedFds
 from cowshed.service.survival.kept_counts import KeptCounts, keep_counts
-from cowshed.service.survival.remains import Remains
 
 pytestmark = pytest.mark.slow
 
@@ -153,7 +153,7 @@ def test_counts_of_other_things_begin_again_and_say_so(
         KeptCounts(names, counts.fd)
     left = os.dup(counts.fd)
     fd_store = FdStore(None, {"tallies": [left]})
-    began = keep_counts("tallies", names, fd_store, Remains({"tallies": [left]}))
+    began = keep_counts("tallies", names, fd_store, InheritedFds({"tallies": [left]}))
     assert began.read() == dict.fromkeys(names, 0)
     assert fd_store.groups == {"tallies": [began.fd]}
     assert [record.event for record in caplog.records] == ["counters-begin-again"]
@@ -165,7 +165,7 @@ def test_counts_that_were_left_are_gone_on_with(counts: KeptCounts) -> None:
     counts.add("one", 7)
     left = os.dup(counts.fd)
     fd_store = FdStore(None, {"tallies": [left]})
-    again = keep_counts("tallies", ("one", "two"), fd_store, Remains({"tallies": [left]}))
+    again = keep_counts("tallies", ("one", "two"), fd_store, InheritedFds({"tallies": [left]}))
     again.add("two")
     assert again.read() == counts.read() == {"one": 7, "two": 1}
     again.close()

@@ -15,7 +15,7 @@ from nbd_stage import NbdStage
 from stage import PAGE, MakeStage, until
 
 from cowshed.accounting import Account, Overlay, Quota
-from cowshed.cache import FileSource, ImageRemains, InvariantError, PageStore
+from cowshed.cache import FileSource, InheritedImage, InvariantError, PageStore
 from cowshed.cache._core import lib
 from cowshed.transport.nbd_core import NbdCounters, NbdExport, NbdServer
 
@@ -179,7 +179,7 @@ def test_what_clients_did_is_counted_on_by_the_successor(tmp_path: Path) -> None
     server = NbdServer(2)
     with PageStore(NR_PAGES * PAGE) as store, contextlib.ExitStack() as stack:
         stack.callback(server.close)
-        image = store.adopt_image("disk", source, ImageRemains(*of_image))
+        image = store.adopt_image("disk", source, InheritedImage(*of_image))
         quota = Quota.adopt(quota_fd)
         account = Account(image, quota, ledger_fd)
         stack.callback(account.close)

@@ -20,12 +20,17 @@ from cowshed.faults import Orders
 from cowshed.service.guests.guests import GuestTable, Mapping, Peer, Terms
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore, kind_of
-from cowshed.service.survival.remains import Remains, record_is_open, record_make, record_read
+from cowshed.service.survival.inherited import (
+    InheritedFds,
+    record_is_open,
+    record_make,
+    record_read,
+)
 from cowshed.transport import Connection, adopt_connection
 
-__all__ = ["Bequests", "Heir", "describe_terms", "find_left", "terms_of"]
+__all__ = ["GuestRecords", "RestoredGuest", "describe_terms", "image_of_record", "terms_of"]
 
-_log = EventLog("cowshed.bequests")
+_log = EventLog("cowshed.guests")
 
 _PREFIX: Final = "mapping/"
 _KINDS: Final = {"record", "ledger", "quota", "uffd", "pagemap", "mem", "socket"}
@@ -34,7 +39,7 @@ _SEEDS: Final = frozenset({"overlay", "pages"})
 
 
 @dataclass(frozen=True)
-class Heir:
+class RestoredGuest:
     """A mapping that is served on: by whose connection, under what name it is held.
 
     tag is that of a request that may not have been answered, None if it was.
@@ -47,7 +52,7 @@ class Heir:
     tag: int | None
 
 
-class Bequests:
+class GuestRecords:
     """Has the supervisor hold mappings, and adopts those it held. In the loop's thread.
 
     Invariant: _seeds has, by group, our own descriptor of the seeds that are held with it. The
@@ -86,48 +91,50 @@ class Bequests:
         if seeds_fd >= 0:
             os.close(seeds_fd)
 
-    def adopt(self, remains: Remains, store: PageStore, guests: GuestTable) -> list[Heir]:
+    def adopt(
+        self, inherited: InheritedFds, store: PageStore, guests: GuestTable
+    ) -> list[RestoredGuest]:
         """Serve on all that our predecessor served; it does not matter who died meanwhile."""
-        heirs = []
-        for group, left in remains.take_all(_PREFIX):
-            heir = self._adopt(group, left, store, guests)
-            if heir is None:
+        restored = []
+        for group, group_fds in inherited.take_all(_PREFIX):
+            guest = self._adopt(group, group_fds, store, guests)
+            if guest is None:
                 self._fd_store.release(group)
-                for fd in left.values():
+                for fd in group_fds.values():
                     os.close(fd)
             else:
-                heirs.append(heir)
-                self._fd_store.hold(group, [*left.values()])
-        return heirs
+                restored.append(guest)
+                self._fd_store.hold(group, [*group_fds.values()])
+        return restored
 
     def _adopt(
-        self, group: str, left: dict[str, int], store: PageStore, guests: GuestTable
-    ) -> Heir | None:
+        self, group: str, group_fds: dict[str, int], store: PageStore, guests: GuestTable
+    ) -> RestoredGuest | None:
         """Adopt one mapping, its descriptors with it; None, and none taken, if it cannot be."""
-        if left.keys() - _SEEDS != _KINDS:
+        if group_fds.keys() - _SEEDS != _KINDS:
             return None
-        seeds_kind = next(iter(left.keys() & _SEEDS), "")
-        record = record_read(left["record"])
+        seeds_kind = next(iter(group_fds.keys() & _SEEDS), "")
+        record = record_read(group_fds["record"])
         terms = terms_of(record, store)
         if terms is None:
             return None
         image = terms.image
-        connection = adopt_connection(os.dup(left["socket"]))
+        connection = adopt_connection(os.dup(group_fds["socket"]))
         peer = Peer(
             connection.peer.pid,
             connection.peer.uid,
             -1 if connection.peer.pidfd is None else connection.peer.pidfd,
         )
-        guest = guests.adopt(terms, peer, os.dup(left["quota"]))
+        guest = guests.adopt(terms, peer, os.dup(group_fds["quota"]))
         try:
-            fds = [left["uffd"], left["pagemap"], left["mem"], left["record"]]
+            fds = [group_fds["uffd"], group_fds["pagemap"], group_fds["mem"], group_fds["record"]]
             mapping = guests.attach_again(
                 guest,
                 terms.orders,
                 peer,
-                os.dup(left["ledger"]),
+                os.dup(group_fds["ledger"]),
                 fds,
-                seeds_fd=left.get(seeds_kind, -1),
+                seeds_fd=group_fds.get(seeds_kind, -1),
             )
         except CowshedError as error:
             # Its account was closed already when the backend died, or it is broken beyond use.
@@ -137,12 +144,14 @@ class Bequests:
             return None
         mapping.carries = terms.carries
         for name in ("ledger", "quota", "socket"):
-            os.close(left[name])
+            os.close(group_fds[name])
         if seeds_kind:
-            self._seeds[group] = left[seeds_kind]
-        left.update(ledger=mapping.account.fd, quota=guest.quota.fd, socket=connection.fileno())
-        is_open = record_is_open(left["record"])
-        return Heir(mapping, connection, terms, group, record["tag"] if is_open else None)
+            self._seeds[group] = group_fds[seeds_kind]
+        group_fds.update(
+            ledger=mapping.account.fd, quota=guest.quota.fd, socket=connection.fileno()
+        )
+        is_open = record_is_open(group_fds["record"])
+        return RestoredGuest(mapping, connection, terms, group, record["tag"] if is_open else None)
 
 
 def describe_terms(terms: Terms) -> dict[str, Any]:
@@ -164,7 +173,7 @@ def describe_terms(terms: Terms) -> dict[str, Any]:
 
 def terms_of(record: dict[str, Any], store: PageStore) -> Terms | None:
     """The terms again; None, which is in the log, if their image is not served any more."""
-    image = find_left(record, store)
+    image = image_of_record(record, store)
     if image is None:
         _log.error(
             "guest-lost",
@@ -186,7 +195,7 @@ def terms_of(record: dict[str, Any], store: PageStore) -> Terms | None:
     )
 
 
-def find_left(record: dict[str, Any], store: PageStore) -> Image | None:
+def image_of_record(record: dict[str, Any], store: PageStore) -> Image | None:
     """The image that a record is of; None if it is not served any more."""
     wanted = record["domain"], record["image"]
     return next((image for image in store if (image.domain, image.name) == wanted), None)

@@ -17,7 +17,7 @@ from cowshed.cache.errors import InvariantError
 from cowshed.service.survival.fd_store import kind_of
 from cowshed.service.survival.notice import Groups
 
-__all__ = ["Remains", "record_close", "record_is_open", "record_make", "record_read"]
+__all__ = ["InheritedFds", "record_close", "record_is_open", "record_make", "record_read"]
 
 _MAX_RECORD_BYTES: Final = 1 << 20
 
@@ -56,7 +56,7 @@ def record_is_open(fd: int) -> bool:
     return os.pread(fd, 1, max(0, os.fstat(fd).st_size - 1)) != _END
 
 
-class Remains:
+class InheritedFds:
     """Descriptors by group and kind; close() closes those that nobody took.
 
     A group with two descriptors of a kind, or one of a kind unknown, is not ours: it is closed.

@@ -21,9 +21,9 @@ from typing import Any, Final
 
 from cowshed.accounting import Account
 from cowshed.cache import CowshedError, Image, PageStore
-from cowshed.service.guests.bequests import (
+from cowshed.service.guests.guest_records import (
     describe_terms,
-    find_left,
+    image_of_record,
     terms_of,
 )
 from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
@@ -31,10 +31,10 @@ from cowshed.service.machines.handshake_peer import HandshakePeer
 from cowshed.service.machines.supplier import Supplier
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.remains import Remains, record_make, record_read
+from cowshed.service.survival.inherited import InheritedFds, record_make, record_read
 from cowshed.transport.handshakes import Handshake, Policy, Region
 
-__all__ = ["Caller", "MachineBequests", "MachineHeir"]
+__all__ = ["Caller", "MachineRecords", "RestoredMachine"]
 
 _log = EventLog("cowshed.images")
 
@@ -53,7 +53,7 @@ class Caller:
 
 
 @dataclass(frozen=True)
-class MachineHeir:
+class RestoredMachine:
     """A guest that is supplied on: who has its connection, what it had sent, and its group."""
 
     peer: HandshakePeer
@@ -63,7 +63,7 @@ class MachineHeir:
     has_pagemap: bool
 
 
-class MachineBequests:
+class MachineRecords:
     """Has the supervisor hold connections and what they handed over. In the loop's thread."""
 
     def __init__(self, fd_store: FdStore) -> None:
@@ -102,55 +102,60 @@ class MachineBequests:
             self._fd_store.release(group)
 
     def adopt(
-        self, remains: Remains, store: PageStore, guests: GuestTable, supplier: Supplier
-    ) -> list[MachineHeir]:
+        self, inherited: InheritedFds, store: PageStore, guests: GuestTable, supplier: Supplier
+    ) -> list[RestoredMachine]:
         """Supply on all that our predecessor supplied. Before anything may be evicted: what was
         lent is lent again here.
         """
-        heirs = []
-        for group, left in remains.take_all(_SUPPLIED):
-            heir = self._adopt(group, left, store, guests, supplier)
-            if heir is None:
+        restored = []
+        for group, group_fds in inherited.take_all(_SUPPLIED):
+            machine = self._adopt(group, group_fds, store, guests, supplier)
+            if machine is None:
                 self._fd_store.release(group)
-                for fd in left.values():
+                for fd in group_fds.values():
                     os.close(fd)
             else:
-                heirs.append(heir)
-                mapping = heir.mapping
-                fds = [*mapping.fds, mapping.account.fd, mapping.guest.quota.fd, heir.peer.fileno()]
+                restored.append(machine)
+                mapping = machine.mapping
+                fds = [
+                    *mapping.fds,
+                    mapping.account.fd,
+                    mapping.guest.quota.fd,
+                    machine.peer.fileno(),
+                ]
                 self._fd_store.hold(group, fds)
-        return heirs
+        return restored
 
     def _adopt(
         self,
         group: str,
-        left: dict[str, int],
+        group_fds: dict[str, int],
         store: PageStore,
         guests: GuestTable,
         supplier: Supplier,
-    ) -> MachineHeir | None:
+    ) -> RestoredMachine | None:
         """Adopt one guest, its descriptors with it; None, and none taken, if it cannot be."""
-        if left.keys() - {"pagemap"} != _KINDS:
+        if group_fds.keys() - {"pagemap"} != _KINDS:
             return None
-        record = record_read(left["record"])
+        record = record_read(group_fds["record"])
         terms = terms_of(record, store)
         if terms is None:
             return None
         image, request = terms.image, _request(record)
-        peer = HandshakePeer(socket.socket(fileno=os.dup(left["socket"])))
+        peer = HandshakePeer(socket.socket(fileno=os.dup(group_fds["socket"])))
         if peer.pidfd is None:
             peer.close()
             _log.info("guest-left", "its process has ended", guest=terms.name, image=image.label)
             return None
         who = Peer(peer.pid, peer.uid, peer.pidfd)
-        guest = guests.adopt(terms, who, os.dup(left["quota"]))
-        fds = [left["uffd"], *([left["pagemap"]] if "pagemap" in left else [])]
+        guest = guests.adopt(terms, who, os.dup(group_fds["quota"]))
+        fds = [group_fds["uffd"], *([group_fds["pagemap"]] if "pagemap" in group_fds else [])]
         try:
             mapping = guests.attach_again(
                 guest,
                 terms.orders,
                 who,
-                os.dup(left["ledger"]),
+                os.dup(group_fds["ledger"]),
                 fds,
                 transport=request.protocol,
                 supply=supplier.terms(request, image),
@@ -160,32 +165,32 @@ class MachineBequests:
             guests.release(guest)
             peer.close()
             return None
-        mapping.fds.append(left["record"])
+        mapping.fds.append(group_fds["record"])
         for name in ("ledger", "quota", "socket"):
-            os.close(left[name])
-        return MachineHeir(peer, mapping, request, group, "pagemap" in left)
+            os.close(group_fds[name])
+        return RestoredMachine(peer, mapping, request, group, "pagemap" in group_fds)
 
     def adopt_callers(
-        self, remains: Remains, store: PageStore, heirs: Iterable[MachineHeir]
+        self, inherited: InheritedFds, store: PageStore, restored: Iterable[RestoredMachine]
     ) -> list[Caller]:
-        """Go on with connections that had handed nothing over yet, but for those of heirs."""
-        attached = {os.fstat(heir.peer.fileno()).st_ino: heir for heir in heirs}
+        """Go on with connections that had handed nothing over yet, but for those of restored."""
+        attached = {os.fstat(machine.peer.fileno()).st_ino: machine for machine in restored}
         callers = []
-        for group, left in remains.take_all(_CALLER):
+        for group, group_fds in inherited.take_all(_CALLER):
             image = None
-            if left.keys() == {"record", "socket"}:
-                image = find_left(record_read(left["record"]), store)
-                if heir := attached.get(os.fstat(left["socket"]).st_ino):
+            if group_fds.keys() == {"record", "socket"}:
+                image = image_of_record(record_read(group_fds["record"]), store)
+                if machine := attached.get(os.fstat(group_fds["socket"]).st_ino):
                     image = None
-                    if heir.has_pagemap:
-                        _look_at_memory(heir.mapping)
+                    if machine.has_pagemap:
+                        _look_at_memory(machine.mapping)
             if image is None:
                 self._fd_store.release(group)
-                for fd in left.values():
+                for fd in group_fds.values():
                     os.close(fd)
                 continue
-            peer = HandshakePeer(socket.socket(fileno=left["socket"]))
-            peer.record = left["record"]
+            peer = HandshakePeer(socket.socket(fileno=group_fds["socket"]))
+            peer.record = group_fds["record"]
             callers.append(Caller(peer, image, group))
         return callers
 

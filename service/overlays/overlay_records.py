@@ -18,15 +18,15 @@ from cowshed.cache import CowshedError
 from cowshed.service.overlays.files import OverlayRecord, overlay_record
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.remains import (
-    Remains,
+from cowshed.service.survival.inherited import (
+    InheritedFds,
     record_close,
     record_is_open,
     record_make,
     record_read,
 )
 
-__all__ = ["LeftOverlay", "OverlayBequests"]
+__all__ = ["InheritedOverlay", "OverlayRecords"]
 
 _log = EventLog("cowshed.overlays")
 
@@ -35,7 +35,7 @@ _KINDS: Final = {"record", "ledger", "quota"}
 
 
 @dataclass(frozen=True)
-class LeftOverlay:
+class InheritedOverlay:
     """What our predecessor left of one overlay; fds by kind, ours until hold() or let_go()."""
 
     group: str
@@ -70,7 +70,7 @@ class LeftOverlay:
             raise
 
 
-class OverlayBequests:
+class OverlayRecords:
     """Has the supervisor hold overlays. For any thread."""
 
     def __init__(self, fd_store: FdStore) -> None:
@@ -82,7 +82,7 @@ class OverlayBequests:
         record: OverlayRecord,
         pages_id: str,
         fds: list[int],
-        left: LeftOverlay | None,
+        inherited: InheritedOverlay | None,
         staged: str = "",
         files: list[list[int]] | None = None,
     ) -> str:
@@ -91,12 +91,12 @@ class OverlayBequests:
         fds are borrowed until release(). staged: until admit() it counts
         only if the handoff of that name does. files are those that its pages are in, if they are.
         """
-        if left is not None:
-            self._records[left.group] = left.fds["record"]
-            for kind in left.fds.keys() - {"record"}:
-                os.close(left.fds[kind])
-            self._fd_store.hold(left.group, [left.fds["record"], *fds])
-            return left.group
+        if inherited is not None:
+            self._records[inherited.group] = inherited.fds["record"]
+            for kind in inherited.fds.keys() - {"record"}:
+                os.close(inherited.fds[kind])
+            self._fd_store.hold(inherited.group, [inherited.fds["record"], *fds])
+            return inherited.group
         group = f"{_PREFIX}{secrets.token_hex(8)}"
         told = {"pages_id": pages_id, "staged": staged, "files": files}
         made = record_make({**asdict(record), **told})
@@ -115,16 +115,16 @@ class OverlayBequests:
             self._fd_store.release(group)
             os.close(self._records.pop(group))
 
-    def lefts(self, remains: Remains) -> dict[str, LeftOverlay]:
+    def take(self, inherited_fds: InheritedFds) -> dict[str, InheritedOverlay]:
         """Take what was left of overlays, by label; what is broken is let go."""
-        lefts = {}
-        for group, fds in remains.take_all(_PREFIX):
+        all_inherited = {}
+        for group, fds in inherited_fds.take_all(_PREFIX):
             try:
                 if fds.keys() - {"overlay"} != _KINDS:
                     raise ValueError(f"it has {', '.join(sorted(fds))}")
                 fields = record_read(fds["record"])
                 staged = str(fields.get("staged", "")) if record_is_open(fds["record"]) else ""
-                left = LeftOverlay(
+                inherited = InheritedOverlay(
                     group,
                     overlay_record(fields),
                     str(fields["pages_id"]),
@@ -136,12 +136,12 @@ class OverlayBequests:
                 _log.error("overlay-lost", f"{group} is broken: {error}")
                 self._close(group, fds)
             else:
-                lefts[left.record.label] = left
-        return lefts
+                all_inherited[inherited.record.label] = inherited
+        return all_inherited
 
-    def let_go(self, left: LeftOverlay) -> None:
+    def let_go(self, inherited: InheritedOverlay) -> None:
         """Give up what was left of an overlay."""
-        self._close(left.group, left.fds)
+        self._close(inherited.group, inherited.fds)
 
     def _close(self, group: str, fds: dict[str, int]) -> None:
         self._fd_store.release(group)
