@@ -73,10 +73,10 @@ from cowshed.service.settings.endpoint import Endpoint
 from cowshed.service.settings.images import ImageSpec
 from cowshed.service.survival.departure import Departure, Saving
 from cowshed.service.survival.fd_store import FdStore, take_inherited, take_supervisor
+from cowshed.service.survival.history import HISTORY_COUNTS, RestartHistory
 from cowshed.service.survival.inherited import InheritedFds
 from cowshed.service.survival.keeper_watch import KeeperWatch
 from cowshed.service.survival.kept_counts import LOG_COUNTS, LOG_GROUP, keep_counts
-from cowshed.service.survival.lineage import LINEAGE, Lineage
 from cowshed.service.survival.listeners import Listeners
 from cowshed.service.survival.notice import Groups
 from cowshed.service.survival.run_lock import run_dir_locked
@@ -165,11 +165,13 @@ class Daemon:
         stack.callback(log_counts.close)
         logging_count_lost(lambda nr: log_counts.add("backend", nr))
         stack.callback(lambda: logging_count_lost(None))
-        self._lineage = Lineage(keep_counts("lineage", LINEAGE, self._fd_store, inherited))
-        stack.callback(self._lineage.close)
+        self._history = RestartHistory(
+            keep_counts("lineage", HISTORY_COUNTS, self._fd_store, inherited)
+        )
+        stack.callback(self._history.close)
         self.uffd_device: Final = _lend_device(stack)
         self._held = stack.enter_context(contextlib.closing(HeldImages(self._fd_store)))
-        is_first = self._lineage.is_first
+        is_first = self._history.is_first
         store, unserved = stack.enter_context(
             open_store(config, arrived, self._held, inherited, is_first=is_first)
         )
@@ -184,14 +186,14 @@ class Daemon:
             config, core, self.guests, door, stack, overlay_records
         )
         overlays.adopt(list(store), inherited, record.owned)
-        self._lineage.note_adopted()
+        self._history.note_adopted()
         self.moved_in: Final = MovedInTable(overlays, self.guests)
         evictor = self._evictor = Evictor(store)
         self._working_sets = WorkingSets(config.state_dir)
         access = self._access = Access(config.domains, specs)
         warming = self._warming = Warming()
         status = StatusReader(
-            store, evictor, self.guests, overlays, config.run_dir, warming, self._lineage
+            store, evictor, self.guests, overlays, config.run_dir, warming, self._history
         )
         self.control: Final = Control(
             store,
@@ -230,7 +232,7 @@ class Daemon:
         listener = stack.enter_context(self._listen())
         watch = KeeperWatch(self._fd_store, self._loop, config.text)
         stack.callback(watch.close)
-        self._keeper = self._lineage.watch = watch
+        self._keeper = self._history.watch = watch
         self._guest_door = GuestDoor(listener, door, self, self._tallies, self._loop)
         for restored in restored_guests:
             self._guest_door.adopt(Session.of_restored(restored, self))
@@ -389,7 +391,7 @@ class Daemon:
             self._overlays,
             self._nbd.counters,
             self._warming,
-            self._lineage,
+            self._history,
             self._log_counts,
             self._sources.waiting_seconds,
             self._unserved.labels,
@@ -482,7 +484,7 @@ class Daemon:
         return True
 
     def _end_now(self, how: str) -> NoReturn:
-        self._lineage.note_leaving(how)
+        self._history.note_leaving(how)
         _log.notice("leaving", pid=os.getpid())
         os._exit(0)
 

@@ -54,8 +54,8 @@ from cowshed.service.metrics.catalog import (
 from cowshed.service.metrics.tallies import Tallies
 from cowshed.service.overlays.overlays import OverlayGuest
 from cowshed.service.runtime.version import VERSION
+from cowshed.service.survival.history import KEEPERS, RestartHistory
 from cowshed.service.survival.kept_counts import LOG_COUNTS, KeptCounts
-from cowshed.service.survival.lineage import KEEPERS, Lineage
 from cowshed.service.web.http_messages import Answer, Request
 from cowshed.transport.nbd_core import NbdCounters
 
@@ -83,7 +83,7 @@ class MetricsSources:
     overlays: Iterable[OverlayGuest] = ()
     nbd: Callable[[], Iterable[tuple[Image, NbdCounters]]] = tuple
     warming: Warming = field(default_factory=Warming)
-    lineage: Lineage = field(default_factory=Lineage)
+    history: RestartHistory = field(default_factory=RestartHistory)
     log_counts: KeptCounts = field(default_factory=lambda: KeptCounts(LOG_COUNTS))
     source_wait_seconds: Callable[[Image], float] = lambda _: 0.0
     unserved: Callable[[], list[tuple[str, str]]] = list
@@ -148,7 +148,7 @@ class Exporter(Collector):
     def _read_backend(self, values: dict[str, _Values]) -> None:
         store, tallies = self._sources.store, self._sources.tallies
         counters = store.counters()
-        drain, lineage = tallies.drain, self._sources.lineage
+        drain, history = tallies.drain, self._sources.history
         values["cowshed_build_info"][(VERSION,)] = 1
         for name, value in (
             ("start_timestamp_seconds", self._started_at),
@@ -163,15 +163,15 @@ class Exporter(Collector):
             ("audit_timestamp_seconds", tallies.audited_at),
             ("drain_progress_ratio", drain.progress_ratio),
             ("drain_blockers", drain.nr_blockers),
-            ("adoption_seconds", lineage.adoption_seconds),
-            ("not_held_groups", lineage.nr_not_held),
+            ("adoption_seconds", history.adoption_seconds),
+            ("not_held_groups", history.nr_not_held),
         ):
             values[f"cowshed_{name}"][()] = value
         for by, counts in (
             ("connections_dropped_total", tallies.dropped),
-            ("restarts_total", lineage.restarts),
+            ("restarts_total", history.restarts),
             ("log_lines_lost_total", self._sources.log_counts.read()),
-            ("keeper", {kind: int(kind == lineage.keeper) for kind in KEEPERS}),
+            ("keeper", {kind: int(kind == history.keeper) for kind in KEEPERS}),
             ("audit_mismatches", tallies.mismatches),
             ("drain_state", {state: int(state == drain.state) for state in DRAIN_STATES}),
         ):

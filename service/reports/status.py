@@ -29,7 +29,7 @@ from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.warming import Warm, Warming
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.version import VERSION
-from cowshed.service.survival.lineage import Lineage
+from cowshed.service.survival.history import RestartHistory
 
 __all__ = ["StatusReader", "broken_why", "guest_state"]
 
@@ -47,7 +47,7 @@ class StatusReader:
         overlays: OverlayTable,
         run_dir: Path,
         warming: Warming,
-        lineage: Lineage | None = None,
+        history: RestartHistory | None = None,
     ) -> None:
         self._store = store
         self._evictor = evictor
@@ -63,7 +63,7 @@ class StatusReader:
         self.unserved_listeners: Callable[[], list[dict[str, Any]]] = list
         # For how long an image's source has left something unanswered.
         self.source_wait_seconds: Callable[[Image], float] = lambda _: 0.0
-        self._lineage = lineage or Lineage()
+        self._history = history or RestartHistory()
         self._started_ns = time.monotonic_ns()
 
     def read(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class StatusReader:
             "version": VERSION,
             "run_dir": str(self._run_dir),
             "uptime_seconds": (time.monotonic_ns() - self._started_ns) / 1e9,
-            **self._lineage.status(),
+            **self._history.status(),
             "capacity_bytes": self._store.capacity_bytes,
             "resident_bytes": sum(image["resident_bytes"] for image in images),
             "saved_bytes": sum(image["saved_bytes"] for image in images),

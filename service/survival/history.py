@@ -9,16 +9,16 @@ from typing import Any, Final
 from cowshed.service.survival.keeper_watch import KeeperWatch
 from cowshed.service.survival.kept_counts import KeptCounts
 
-__all__ = ["HOWS", "KEEPERS", "LINEAGE", "Lineage"]
+__all__ = ["HISTORY_COUNTS", "HOWS", "KEEPERS", "RestartHistory"]
 
 # Why a backend began after another; a restart by systemd is a reload too.
 HOWS: Final = ("crash", "reload", "takeover")
 KEEPERS: Final = ("own", "systemd", "none")
 # What is counted: a backend that goes on purpose says so, and its successor looks for that.
-LINEAGE: Final = ("starts", *HOWS, "left-reload", "left-takeover")
+HISTORY_COUNTS: Final = ("starts", *HOWS, "left-reload", "left-takeover")
 
 
-class Lineage:
+class RestartHistory:
     """Counts on what our predecessors counted. watch is our keeper, once there is one.
 
     adoption_seconds is how long it took from our start until all was answered that was left, 0.0 if
@@ -26,7 +26,7 @@ class Lineage:
     """
 
     def __init__(self, counts: KeptCounts | None = None) -> None:
-        self._counts = counts or KeptCounts(LINEAGE)
+        self._counts = counts or KeptCounts(HISTORY_COUNTS)
         self._began = time.monotonic()
         self.adoption_seconds = 0.0
         self.watch: KeeperWatch | None = None
