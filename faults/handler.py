@@ -74,12 +74,13 @@ class FaultHandler:
             lib.guest_stop(self._guest)
             self._guest = CLOSED
 
-    def spoil(self) -> None:
-        """Have what the guest does not have be SIGBUS for it: nobody will answer it, nor its guard.
+    def poison_absent(self) -> None:
+        """Make the pages that the guest does not have SIGBUS, for good.
 
-        For who has no userfaultfd of its own, before stop(). Nothing to do for memory that is gone.
+        For a guest without a userfaultfd of its own, before stop(). Does nothing to memory that is
+        gone.
         """
-        lib.guest_spoil(self._guest)
+        lib.guest_poison_absent(self._guest)
 
     def resume(self) -> None:
         """Have everybody who waits ask again: after a change of quota."""

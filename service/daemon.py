@@ -165,9 +165,9 @@ class Daemon:
         stack.callback(log_counts.close)
         logging_count_lost(lambda nr: log_counts.add("backend", nr))
         stack.callback(lambda: logging_count_lost(None))
-        self._history = RestartHistory(
-            keep_counts("lineage", HISTORY_COUNTS, self._fd_store, inherited)
-        )
+        # The group keeps the name by which other releases hold it.
+        counts = keep_counts("lineage", HISTORY_COUNTS, self._fd_store, inherited)
+        self._history = RestartHistory(counts)
         stack.callback(self._history.close)
         self.uffd_device: Final = _lend_device(stack)
         self._held = stack.enter_context(contextlib.closing(HeldImages(self._fd_store)))

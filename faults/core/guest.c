@@ -59,7 +59,7 @@ static void mapped_fault(struct guest *guest, uint64_t address, uint64_t flags, 
 	uint64_t page;
 
 	if (!account_page_at(guest->account, address, &page)) {
-		answer_stranger(guest, address);
+		answer_unknown_address(guest, address);
 		return;
 	}
 	if (bits_test(guest->account->unmapped, page)) /* it mapped the image there again */

@@ -33,9 +33,9 @@ int guest_start(struct account *account, int uffd, int pidfd, const struct guest
                 struct guest **guest_out);
 /* Stops and joins the thread; afterwards nobody uses the descriptors or the account on its behalf. */
 int guest_stop(struct guest *guest);
-/* What the guest does not have becomes SIGBUS for it, for good: before it is left without any userfaultfd.  -errno of a
- * look at its memory; what was done stays. */
-int guest_spoil(struct guest *guest);
+/* Poisons every page that the guest does not have, for good: for a guest that is to be left without any userfaultfd.
+ * -errno if its memory cannot be looked at; pages poisoned until then stay so. */
+int guest_poison_absent(struct guest *guest);
 /* Asks again everybody who waits: after its quota was changed. */
 void guest_resume(struct guest *guest);
 /* From its return until guest_thaw nothing is written to a private page: writes are not answered, and a discard waits
@@ -140,7 +140,7 @@ bool answer_ahead(struct guest *guest);
 /* The guest moved some of its memory; unmapped some; faulted at an address where it has nothing of ours (remap.c). */
 void answer_remap(struct guest *guest, uint64_t from, uint64_t to, uint64_t length);
 void answer_unmap(struct guest *guest, uint64_t start, uint64_t end, bool unmapped);
-void answer_stranger(struct guest *guest, uint64_t address);
+void answer_unknown_address(struct guest *guest, uint64_t address);
 /* It is time to drop a guest that moved its memory in too many pieces. */
 void answer_drop(struct guest *guest);
 /* seeds.c.  A fault on a page; true if it was a seeded one's, and is seen to. */

@@ -58,10 +58,10 @@ void answer_unmap(struct guest *guest, uint64_t start, uint64_t end, bool unmapp
 }
 
 /*
- * Of memory that was never described: a mapping that grew, or one put under our userfaultfd by its guest.  It is told
- * so by SIGBUS, where the kernel can; or it asks again, and is told then.
+ * Answers a fault in memory that was never described: a mapping that grew, or one that its guest put under our
+ * userfaultfd.  The guest gets SIGBUS where the kernel can poison the page; otherwise it is woken and faults again.
  */
-void answer_stranger(struct guest *guest, uint64_t address)
+void answer_unknown_address(struct guest *guest, uint64_t address)
 {
 	address &= ~(uint64_t)(PAGE_BYTES - 1);
 	if (guest->drop_at_ns || uffd_poison_page(guest->uffd, address, false) < 0)

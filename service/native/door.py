@@ -61,7 +61,7 @@ class GuestDoor:
         """End every session; the loop has stopped. Who is parked finds SIGBUS, and no zeros."""
         for session in self._sessions.values():
             if session.mapping is not None and session.mapping.is_parked:
-                session.mapping.handler.spoil()
+                session.mapping.handler.poison_absent()
             session.end()
         self._sessions.clear()
         self._turned_away.close()

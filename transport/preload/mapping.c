@@ -203,7 +203,7 @@ static int drop_shared_pages(const struct range *range)
 }
 
 /* A file without a byte. */
-void mapping_spoil(const struct range *range)
+void mapping_invalidate(const struct range *range)
 {
 	size_t nr_bytes = range->end - range->start;
 	int fd = memfd_create("cowshed-lost", MFD_CLOEXEC);
@@ -259,7 +259,7 @@ void mapping_inherit(struct range range)
 		err = inherit_once(&leave, &range);
 	if (err < 0) {
 		wire_say_gone(err);
-		mapping_spoil(&range);
+		mapping_invalidate(&range);
 		say("forked process %d is without the image that its parent mapped (%s): touching it is SIGBUS",
 		    getpid(), strerrordesc_np(-err));
 		return;

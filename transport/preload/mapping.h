@@ -21,8 +21,8 @@ intptr_t mapping_make(uintptr_t address, size_t length, int prot, int flags, uin
    pages, and adds it to the table with a link of its own. On failure touching it is SIGBUS for good. */
 void mapping_inherit(struct range range);
 
-/* A place that cannot be used comes where a range is: SIGBUS for whoever touches it, whatever its protection. */
-void mapping_spoil(const struct range *range);
+/* Replaces a range by memory that is SIGBUS to touch, with the same protection; unmaps it if that fails. */
+void mapping_invalidate(const struct range *range);
 
 /* Notes what of a mapping is past the image's end, and therefore guarded by nobody. Needs a reserved range. */
 void mapping_note_tail(struct range tail);

@@ -272,13 +272,13 @@ static int take_part(struct part *part, unsigned old_link_no)
 }
 
 /* What is past the image's end is SIGBUS anyway, and need not keep the old frames in memory. */
-static void spoil_tails(struct frames frames)
+static void invalidate_tails(struct frames frames)
 {
 	for (unsigned i = 0; i < table_nr_ranges; i++) {
 		const struct range *range = &table_ranges[i];
 
 		if (range->link_no == TABLE_NO_LINK && carry_is_any(range->start, range->end, frames))
-			mapping_spoil(range);
+			mapping_invalidate(range);
 	}
 }
 
@@ -308,7 +308,7 @@ static int take_parts(unsigned link_no)
 		return err;
 	if (table_links[link_no].nr_ranges > 0)
 		forget_rest(link_no);
-	spoil_tails(before);
+	invalidate_tails(before);
 	return 0;
 }
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The last thing done for a guest that may have no userfaultfd of its own any more, before ours is closed: what is not
- * there becomes SIGBUS, and not zeros.
+ * Poisons the pages that a guest does not have.  This is the last thing done for a guest that may have no userfaultfd
+ * of its own any more, before ours is closed: without it those pages would read as zeros.
  */
 #include "faults/core/guest.h"
 
@@ -12,7 +12,7 @@
 #define BATCH_PAGES 512
 
 /* The markers of pages that were punched away are taken off first; what is mapped meanwhile stays (EEXIST). */
-static void spoil_run(struct guest *guest, uint64_t page, uint64_t nr)
+static void poison_run(struct guest *guest, uint64_t page, uint64_t nr)
 {
 	uint64_t address = account_address(guest->account, page);
 
@@ -22,7 +22,7 @@ static void spoil_run(struct guest *guest, uint64_t page, uint64_t nr)
 			uffd_poison_range(guest->uffd, address + (i << PAGE_SHIFT), PAGE_BYTES);
 }
 
-static int spoil_batch(struct guest *guest, const struct account_span *span)
+static int poison_batch(struct guest *guest, const struct account_span *span)
 {
 	uint8_t looks[BATCH_PAGES];
 	int err = account_look(guest->account, span->page, span->nr_pages, looks);
@@ -31,12 +31,12 @@ static int spoil_batch(struct guest *guest, const struct account_span *span)
 		for (run = 1; i + run < span->nr_pages && looks[i + run] == looks[i]; run++)
 			;
 		if (looks[i] == PAGE_LOOK_ABSENT)
-			spoil_run(guest, span->page + i, run);
+			poison_run(guest, span->page + i, run);
 	}
 	return err;
 }
 
-int guest_spoil(struct guest *guest)
+int guest_poison_absent(struct guest *guest)
 {
 	struct account *account = guest->account;
 	uint64_t nr_pages = guest->image->shape.nr_pages;
@@ -47,7 +47,7 @@ int guest_spoil(struct guest *guest)
 	     page = span.page + span.nr_pages) {
 		span.nr_pages = span.nr_pages < BATCH_PAGES ? span.nr_pages : BATCH_PAGES;
 		pthread_mutex_lock(&account->write_lock);
-		err = spoil_batch(guest, &span);
+		err = poison_batch(guest, &span);
 		pthread_mutex_unlock(&account->write_lock);
 	}
 	return err;
