@@ -22,7 +22,7 @@ from cowshed.cache import FileSource, PageStore
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.metrics.exporter import Exporter, MetricsSources
-from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.metrics.service_counters import ServiceCounters
 from cowshed.service.runtime.file_limit import raise_file_limit
 from cowshed.service.settings.endpoint import Endpoint
 from cowshed.service.web.http_server import HttpServer
@@ -69,7 +69,7 @@ def _serving(folder: Path, nr_guests: int) -> Iterator[str]:
         evictor = Evictor(store)
         evictor.start()
         stack.callback(evictor.stop)
-        exporter = Exporter(MetricsSources(store, evictor, GuestTable(), Tallies()))
+        exporter = Exporter(MetricsSources(store, evictor, GuestTable(), ServiceCounters()))
         server = HttpServer(Endpoint("127.0.0.1", 0), {"/metrics": exporter.serve})
         server.start()
         stack.callback(server.stop)

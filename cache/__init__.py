@@ -9,7 +9,7 @@ from cowshed.cache.errors import (
     SourceError,
     UsageError,
 )
-from cowshed.cache.images import ExtentState, Image, ImageCounters, ImageFigures, InheritedImage
+from cowshed.cache.images import ExtentState, Image, ImageCounters, ImageStatistics, InheritedImage
 from cowshed.cache.sources import FileSource, SourceAtPath, SourceIdentity
 from cowshed.cache.store import PageStore, StoreCounters
 
@@ -20,7 +20,7 @@ __all__ = [
     "FileSource",
     "Image",
     "ImageCounters",
-    "ImageFigures",
+    "ImageStatistics",
     "InheritedImage",
     "InvariantError",
     "PageStore",

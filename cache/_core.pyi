@@ -59,7 +59,7 @@ class StructImageCounters(CData):
     reloads: int
     attaches: int
 
-class StructImageFigures(CData):
+class StructImageStatistics(CData):
     resident_pages: int
     granted_pages: int
     saved_pages: int
@@ -365,7 +365,7 @@ class _Lib:
     ) -> int: ...
     def point_wait(self, point: int, nr_threads: int, timeout_ms: int, /) -> int: ...
     def point_release(self, point: int, /) -> int: ...
-    def tally_add(self, words: Pointer[int], no: int, nr: int, /) -> None: ...
+    def shared_count_add(self, words: Pointer[int], no: int, nr: int, /) -> None: ...
     def image_open(
         self,
         store: StructStore | Array[StructStore],
@@ -437,10 +437,10 @@ class _Lib:
         holds_out: Pointer[int],
         /,
     ) -> int: ...
-    def image_figure(
+    def image_measure(
         self,
         image: StructImage | Array[StructImage],
-        figures_out: StructImageFigures | Array[StructImageFigures],
+        statistics_out: StructImageStatistics | Array[StructImageStatistics],
         /,
     ) -> None: ...
     def image_touches(
@@ -997,16 +997,16 @@ class _Ffi:
     ) -> Array[StructImageCounters]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct image_figures **"], init: Any = ..., /
-    ) -> Pointer[StructImageFigures]: ...
+        self, cdecl: Literal["struct image_statistics **"], init: Any = ..., /
+    ) -> Pointer[StructImageStatistics]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct image_figures *"], init: Any = ..., /
-    ) -> StructImageFigures: ...
+        self, cdecl: Literal["struct image_statistics *"], init: Any = ..., /
+    ) -> StructImageStatistics: ...
     @overload
     def new(
-        self, cdecl: Literal["struct image_figures[]"], init: Any = ..., /
-    ) -> Array[StructImageFigures]: ...
+        self, cdecl: Literal["struct image_statistics[]"], init: Any = ..., /
+    ) -> Array[StructImageStatistics]: ...
     @overload
     def new(
         self, cdecl: Literal["struct inherited_image **"], init: Any = ..., /

@@ -27,7 +27,7 @@ CORES = ("cache/core", "accounting/core", "faults/core", "transport/core")
 HEADERS = (
     "cache/core/points.h",
     "cache/core/extent.h",
-    "cache/core/tally.h",
+    "cache/core/shared_count.h",
     "cache/core/arrays.h",
     "cache/core/image.h",
     "cache/core/store.h",

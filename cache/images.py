@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An image as Python sees it: its shape, its figures, and orders about its extents.
+"""An image as Python sees it: its shape, its statistics, and orders about its extents.
 
 Nothing here touches a frame. Extents are numbered from 0; arrays hold one entry per extent.
 """
@@ -28,7 +28,7 @@ __all__ = [
     "ExtentState",
     "Image",
     "ImageCounters",
-    "ImageFigures",
+    "ImageStatistics",
     "InheritedImage",
     "image_label",
 ]
@@ -71,7 +71,7 @@ class ImageCounters(Counters):
 
 
 @dataclass(frozen=True)
-class ImageFigures:
+class ImageStatistics:
     """What an image's extents come to, in bytes; read at no one instant. Meanings: image.h.
 
     resident_by_refs counts RESIDENT extents with 0, 1, 2-3, 4-7, 8-15, 16-31 and more references.
@@ -170,18 +170,18 @@ class Image:
         lib.image_count(self.cdata, counters)
         return ImageCounters.of(counters)
 
-    def figures(self) -> ImageFigures:
+    def statistics(self) -> ImageStatistics:
         """Add up all extents; a nanosecond each."""
-        figures = ffi.new("struct image_figures *")
-        lib.image_figure(self.cdata, figures)
-        return ImageFigures(
-            resident_bytes=figures.resident_pages * PAGE_BYTES,
-            granted_bytes=figures.granted_pages * PAGE_BYTES,
-            saved_bytes=figures.saved_pages * PAGE_BYTES,
-            pinned_bytes=figures.pinned_pages * PAGE_BYTES,
-            touched_bytes=figures.touched_pages * PAGE_BYTES,
-            touched_resident_bytes=figures.touched_resident_pages * PAGE_BYTES,
-            resident_by_refs=tuple(figures.resident_by_refs),
+        statistics = ffi.new("struct image_statistics *")
+        lib.image_measure(self.cdata, statistics)
+        return ImageStatistics(
+            resident_bytes=statistics.resident_pages * PAGE_BYTES,
+            granted_bytes=statistics.granted_pages * PAGE_BYTES,
+            saved_bytes=statistics.saved_pages * PAGE_BYTES,
+            pinned_bytes=statistics.pinned_pages * PAGE_BYTES,
+            touched_bytes=statistics.touched_pages * PAGE_BYTES,
+            touched_resident_bytes=statistics.touched_resident_pages * PAGE_BYTES,
+            resident_by_refs=tuple(statistics.resident_by_refs),
         )
 
     def states(self, first_extent: int = 0, nr_extents: int | None = None) -> bytes:

@@ -40,7 +40,7 @@ from cowshed.service.machines.image_folders import image_folders
 from cowshed.service.machines.image_sockets import ImageSockets
 from cowshed.service.machines.machine_records import MachineRecords
 from cowshed.service.machines.supplier import Supplier
-from cowshed.service.metrics.tallies import TALLIES, Tallies
+from cowshed.service.metrics.service_counters import DROP_COUNTS, ServiceCounters
 from cowshed.service.native.carried import CarriedOver
 from cowshed.service.native.door import GuestDoor
 from cowshed.service.native.sessions import Session
@@ -156,9 +156,9 @@ class Daemon:
         image_folder, arrived = _find_arrived(config, record, inherited)
         specs = (*config.images, *arrived)
         stack.enter_context(image_folders(config.run_dir, specs, config.domains))
-        counts = keep_counts("tallies", TALLIES, self._fd_store, inherited)
-        self._tallies = Tallies(counts)
-        stack.callback(self._tallies.close)
+        counts = keep_counts("tallies", DROP_COUNTS, self._fd_store, inherited)
+        self._counters = ServiceCounters(counts)
+        stack.callback(self._counters.close)
         log_counts = self._log_counts = keep_counts(
             LOG_GROUP, LOG_COUNTS, self._fd_store, inherited
         )
@@ -202,7 +202,7 @@ class Daemon:
             overlays,
             status,
             self._working_sets,
-            self._tallies,
+            self._counters,
             access,
             warming,
         )
@@ -233,7 +233,7 @@ class Daemon:
         watch = KeeperWatch(self._fd_store, self._loop, config.text)
         stack.callback(watch.close)
         self._keeper = self._history.watch = watch
-        self._guest_door = GuestDoor(listener, door, self, self._tallies, self._loop)
+        self._guest_door = GuestDoor(listener, door, self, self._counters, self._loop)
         for restored in restored_guests:
             self._guest_door.adopt(Session.of_restored(restored, self))
         self._carried = CarriedOver(self._fd_store)
@@ -244,7 +244,7 @@ class Daemon:
             list(store),
             door,
             self,
-            self._tallies,
+            self._counters,
             self._loop,
             supplier,
             self._listeners,
@@ -263,7 +263,7 @@ class Daemon:
             overlays,
             entrance,
             door,
-            self._tallies,
+            self._counters,
             self._loop,
             self._listeners,
             unserved_listeners,
@@ -278,7 +278,7 @@ class Daemon:
             entrance,
             self._nbd,
             door,
-            self._tallies,
+            self._counters,
             self._loop,
             self._listeners,
             unserved_listeners,
@@ -292,7 +292,7 @@ class Daemon:
             access,
             self.control,
             self._working_sets,
-            self._tallies,
+            self._counters,
             record,
             self._loop,
             self._guest_door,
@@ -386,7 +386,7 @@ class Daemon:
             self._store,
             self._evictor,
             self.guests,
-            self._tallies,
+            self._counters,
             self.config.guest_metrics,
             self._overlays,
             self._nbd.counters,

@@ -25,7 +25,7 @@ from cowshed.service.images.arrivals import ImageFolder
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.loading import load
 from cowshed.service.images.working_sets import WorkingSets
-from cowshed.service.metrics.tallies import DrainFigures, Tallies
+from cowshed.service.metrics.service_counters import DrainStatistics, ServiceCounters
 from cowshed.service.native.door import GuestDoor
 from cowshed.service.operators.control import Control
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
@@ -61,7 +61,7 @@ class HandoffService:
         access: Access,
         control: Control,
         working_sets: WorkingSets,
-        tallies: Tallies,
+        counters: ServiceCounters,
         record: HandoffRecord,
         loop: Loop,
         guest_door: GuestDoor,
@@ -75,7 +75,7 @@ class HandoffService:
         image_folder keeps images that come; publish(image, spec) has them served, from any thread.
         """
         self.record: Final = record
-        self.tallies: Final = tallies
+        self.counters: Final = counters
         self.working_sets: Final = working_sets
         self._store = store
         self._guests = guests
@@ -229,7 +229,7 @@ class HandoffService:
             self.record.set_source(None)
             self._drain = None
             self.close_door(None)
-            self.tallies.drain = DrainFigures()
+            self.counters.drain = DrainStatistics()
             _log.notice("serves-again", guests=len(names))
 
     # What operators may ask.

@@ -201,9 +201,9 @@ static unsigned int refs_bucket(uint32_t refs)
 	return bucket < REFS_BUCKETS ? bucket : REFS_BUCKETS - 1;
 }
 
-void image_figure(const struct image *image, struct image_figures *figures_out)
+void image_measure(const struct image *image, struct image_statistics *statistics_out)
 {
-	struct image_figures figures = {0};
+	struct image_statistics statistics = {0};
 
 	for (uint64_t e = 0; e < image->shape.nr_extents; e++) {
 		uint64_t nr_pages = image_extent_pages(image, e);
@@ -211,18 +211,18 @@ void image_figure(const struct image *image, struct image_figures *figures_out)
 		bool resident = extent_state(&image->states[e]) == EXTENT_RESIDENT;
 		bool touched = atomic_load_explicit(&image->touched[e], memory_order_relaxed);
 
-		figures.granted_pages += refs * nr_pages;
-		figures.saved_pages += refs ? (refs - 1) * nr_pages : 0;
+		statistics.granted_pages += refs * nr_pages;
+		statistics.saved_pages += refs ? (refs - 1) * nr_pages : 0;
 		if (image_is_pinned(image, e))
-			figures.pinned_pages += nr_pages;
-		figures.touched_pages += touched ? nr_pages : 0;
+			statistics.pinned_pages += nr_pages;
+		statistics.touched_pages += touched ? nr_pages : 0;
 		if (!resident)
 			continue;
-		figures.resident_pages += nr_pages;
-		figures.touched_resident_pages += touched ? nr_pages : 0;
-		figures.resident_by_refs[refs_bucket(refs)]++;
+		statistics.resident_pages += nr_pages;
+		statistics.touched_resident_pages += touched ? nr_pages : 0;
+		statistics.resident_by_refs[refs_bucket(refs)]++;
 	}
-	*figures_out = figures;
+	*statistics_out = statistics;
 }
 
 int image_frames_fd(const struct image *image)

@@ -47,7 +47,7 @@ struct image_counters {
 #define REFS_BUCKETS 7
 
 /* What the per-extent arrays come to, in pages but for the last line. */
-struct image_figures {
+struct image_statistics {
 	uint64_t resident_pages;
 	uint64_t granted_pages; /* of all grants: a page that two guests were granted counts twice */
 	uint64_t saved_pages;   /* granted_pages, less one of each page that anybody was granted */
@@ -93,10 +93,10 @@ int image_refs(const struct image *image, uint64_t first, uint64_t nr, uint32_t 
 int image_pins(const struct image *image, uint64_t first, uint64_t nr, uint32_t *pins_out);
 int image_holds(const struct image *image, uint64_t first, uint64_t nr, uint32_t *holds_out);
 /* O(extents), about 1 ns each; at no one instant. */
-void image_figure(const struct image *image, struct image_figures *figures_out);
+void image_measure(const struct image *image, struct image_statistics *statistics_out);
 /* The same of touches: faults since image_take_touches, at most TOUCHES_MAX. */
 int image_touches(const struct image *image, uint64_t first, uint64_t nr, uint8_t *touches_out);
-/* One extent's figures for the eviction policy; takes the touches (they start again at 0). */
+/* One extent's counts for the eviction policy; takes the touches (they start again at 0). */
 uint8_t image_take_touches(struct image *image, uint64_t extent);
 uint32_t image_extent_refs(const struct image *image, uint64_t extent);
 /* RESIDENT, not pinned, held by nobody at this moment. */

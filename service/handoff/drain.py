@@ -33,7 +33,7 @@ from cowshed.service.handoff.receiver import Blocker, wait_for_digests
 from cowshed.service.handoff.record import HandoffRecord
 from cowshed.service.handoff.sender import Progress, Sender
 from cowshed.service.images.working_sets import WorkingSets
-from cowshed.service.metrics.tallies import DrainFigures, Tallies
+from cowshed.service.metrics.service_counters import DrainStatistics, ServiceCounters
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.settings.domains import DomainMembers
@@ -61,7 +61,7 @@ class DrainHost(Protocol):
     """What a drain needs of the daemon."""
 
     @property
-    def tallies(self) -> Tallies:
+    def counters(self) -> ServiceCounters:
         """Where metrics look."""
 
     @property
@@ -678,8 +678,8 @@ class Drain:
             state = "failed"
         ratio = 1.0 if state == "done" else min(0.99, self._progress.done_bytes / max(1, total))
         nr = len(self._blockers)
-        figures = replace(DrainFigures(), state=state, progress_ratio=ratio, nr_blockers=nr)
-        self._host.tallies.drain = figures
+        statistics = replace(DrainStatistics(), state=state, progress_ratio=ratio, nr_blockers=nr)
+        self._host.counters.drain = statistics
 
 
 def say_blockers(what: str, blockers: list[Blocker]) -> str:

@@ -33,7 +33,7 @@ from cowshed.service.machines.handshake_peer import HandshakePeer
 from cowshed.service.machines.image_folders import make_image_folders
 from cowshed.service.machines.machine_records import Caller, MachineRecords, RestoredMachine
 from cowshed.service.machines.supplier import Supplier, check_regions, is_shared
-from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.metrics.service_counters import ServiceCounters
 from cowshed.service.operators.control import Control
 from cowshed.service.reports.guest_states import say_state
 from cowshed.service.runtime.logs import EventLog
@@ -105,7 +105,7 @@ class ImageSockets:
         images: Iterable[Image],
         door: Door,
         host: ImageSocketsHost,
-        tallies: Tallies,
+        counters: ServiceCounters,
         loop: Loop,
         supplier: Supplier,
         listeners: Listeners,
@@ -113,7 +113,7 @@ class ImageSockets:
     ) -> None:
         self._door = door
         self._host = host
-        self._tallies = tallies
+        self._counters = counters
         self._loop = loop
         self._supplier = supplier
         self._records = records
@@ -223,7 +223,7 @@ class ImageSockets:
         peer.close()
         # Before the log: a reader of it may take the descriptor that the reserve lacks.
         self._acceptor.refill()
-        self._tallies.note_dropped(reason)
+        self._counters.note_dropped(reason)
         _log.warning("turned-away", why, image=image.label, pid=peer.pid, uid=peer.uid)
 
     def _on_ready(self, fd: int, events: int) -> None:
@@ -381,7 +381,7 @@ class ImageSockets:
         self._loop.change(client.peer.fileno(), READ if done else READ | WRITE)
 
     def _drop(self, client: _Client, reason: str, why: str) -> None:
-        self._tallies.note_dropped(reason)
+        self._counters.note_dropped(reason)
         mapping, peer = client.mapping, client.peer
         _log.warning(
             "dropped",

@@ -51,7 +51,7 @@ from cowshed.service.metrics.catalog import (
     STATES,
     TRANSPORTS,
 )
-from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.metrics.service_counters import ServiceCounters
 from cowshed.service.overlays.overlays import OverlayGuest
 from cowshed.service.runtime.version import VERSION
 from cowshed.service.survival.history import KEEPERS, RestartHistory
@@ -78,7 +78,7 @@ class MetricsSources:
     store: PageStore
     evictor: Evictor
     guests: GuestTable
-    tallies: Tallies
+    counters: ServiceCounters
     max_guests: int = 0
     overlays: Iterable[OverlayGuest] = ()
     nbd: Callable[[], Iterable[tuple[Image, NbdCounters]]] = tuple
@@ -146,9 +146,9 @@ class Exporter(Collector):
                 yield _family(metric.name, values[metric.name])
 
     def _read_backend(self, values: dict[str, _Values]) -> None:
-        store, tallies = self._sources.store, self._sources.tallies
+        store, service = self._sources.store, self._sources.counters
         counters = store.counters()
-        drain, history = tallies.drain, self._sources.history
+        drain, history = service.drain, self._sources.history
         values["cowshed_build_info"][(VERSION,)] = 1
         for name, value in (
             ("start_timestamp_seconds", self._started_at),
@@ -160,7 +160,7 @@ class Exporter(Collector):
             ),
             ("waiting_loaders", counters.nr_waiting_loaders),
             ("queued_loads", counters.queued_loads),
-            ("audit_timestamp_seconds", tallies.audited_at),
+            ("audit_timestamp_seconds", service.audited_at),
             ("drain_progress_ratio", drain.progress_ratio),
             ("drain_blockers", drain.nr_blockers),
             ("adoption_seconds", history.adoption_seconds),
@@ -168,11 +168,11 @@ class Exporter(Collector):
         ):
             values[f"cowshed_{name}"][()] = value
         for by, counts in (
-            ("connections_dropped_total", tallies.dropped),
+            ("connections_dropped_total", service.dropped),
             ("restarts_total", history.restarts),
             ("log_lines_lost_total", self._sources.log_counts.read()),
             ("keeper", {kind: int(kind == history.keeper) for kind in KEEPERS}),
-            ("audit_mismatches", tallies.mismatches),
+            ("audit_mismatches", service.mismatches),
             ("drain_state", {state: int(state == drain.state) for state in DRAIN_STATES}),
         ):
             values[f"cowshed_{by}"].update({(what,): nr for what, nr in counts.items()})
@@ -262,16 +262,16 @@ class Exporter(Collector):
 def _read_image(values: dict[str, _Values], image: Image) -> None:
     labels = _labels(image)
     source = _text(os.fsencode(image.source.path).decode(errors="replace"))
-    figures, counters = image.figures(), image.counters()
+    statistics, counters = image.statistics(), image.counters()
     values["cowshed_image_info"][*labels, source, image.digest] = 1
     for metric, value in (
         ("image_size_bytes", image.size_bytes),
-        ("resident_bytes", figures.resident_bytes),
-        ("granted_bytes", figures.granted_bytes),
-        ("saved_bytes", figures.saved_bytes),
-        ("pinned_bytes", figures.pinned_bytes),
-        ("working_set_bytes", figures.touched_bytes),
-        ("working_set_resident_bytes", figures.touched_resident_bytes),
+        ("resident_bytes", statistics.resident_bytes),
+        ("granted_bytes", statistics.granted_bytes),
+        ("saved_bytes", statistics.saved_bytes),
+        ("pinned_bytes", statistics.pinned_bytes),
+        ("working_set_bytes", statistics.touched_bytes),
+        ("working_set_resident_bytes", statistics.touched_resident_bytes),
         ("source_changed", int(image.source_change is not None)),
         ("load_retries_total", counters.load_retries),
         ("strays_total", counters.strays),
@@ -286,7 +286,10 @@ def _read_image(values: dict[str, _Values], image: Image) -> None:
         ("load_errors_total", "file", counters.load_errors),
         ("evictions_total", "pressure", counters.evictions_pressure),
         ("evictions_total", "request", counters.evictions_request),
-        *(("extents", refs, nr) for refs, nr in zip(REFS, figures.resident_by_refs, strict=True)),
+        *(
+            ("extents", refs, nr)
+            for refs, nr in zip(REFS, statistics.resident_by_refs, strict=True)
+        ),
     ):
         values[f"cowshed_{metric}"][*labels, what] = value
 

@@ -13,7 +13,7 @@ from cowshed.cache.errors import PeerGoneError
 from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import Guest, Terms
 from cowshed.service.guests.turned_away import TurnedAway, what_failed
-from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.metrics.service_counters import ServiceCounters
 from cowshed.service.native.carried import CarriedOver
 from cowshed.service.native.sessions import Session, SessionHost
 from cowshed.service.reports.guest_states import say_state
@@ -41,12 +41,17 @@ class GuestDoor:
     """
 
     def __init__(
-        self, listener: AnyListener, door: Door, host: SessionHost, tallies: Tallies, loop: Loop
+        self,
+        listener: AnyListener,
+        door: Door,
+        host: SessionHost,
+        counters: ServiceCounters,
+        loop: Loop,
     ) -> None:
         self._listener = listener
         self._door = door
         self._host = host
-        self._tallies = tallies
+        self._counters = counters
         self._loop = loop
         self._sessions: dict[int, Session] = {}
         self._turned_away = TurnedAway(loop, listener.refill)
@@ -135,7 +140,7 @@ class GuestDoor:
         else:
             refusal = self._door.enter(peer.uid)
         if refusal:
-            self._tallies.note_dropped("limit")
+            self._counters.note_dropped("limit")
             _log.warning("turned-away", refusal, pid=peer.pid, uid=peer.uid)
             self._turned_away.add(connection, refusal)
             return
@@ -247,7 +252,7 @@ class GuestDoor:
                 self._end(fd)
 
     def _say_dropped(self, session: Session, reason: str, why: str) -> None:
-        self._tallies.note_dropped(reason)
+        self._counters.note_dropped(reason)
         mapping, peer = session.mapping, session.connection.peer
         _log.warning(
             "dropped",

@@ -22,7 +22,7 @@ from cowshed.cache import Image, PageStore
 from cowshed.cache.errors import CowshedError
 from cowshed.service.guests.door import Door
 from cowshed.service.images.access import Access
-from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.metrics.service_counters import ServiceCounters
 from cowshed.service.nbd.exports import HeldExport, NbdDirectory
 from cowshed.service.nbd.peers import NbdPeer, listen_path, listen_tcp, peer_of, tune
 from cowshed.service.nbd.session import NbdSession
@@ -82,7 +82,7 @@ class NbdService:
         overlays: OverlayTable,
         entrance: Entrance,
         door: Door,
-        tallies: Tallies,
+        counters: ServiceCounters,
         loop: Loop,
         listeners: Listeners,
         unserved: UnservedListeners,
@@ -95,7 +95,7 @@ class NbdService:
         self._overlays = overlays
         self._entrance = entrance
         self._door = door
-        self._tallies = tallies
+        self._counters = counters
         self._loop = loop
         self._sessions: set[NbdSession] = set()
         self._clients: dict[int, _Client] = {}
@@ -189,7 +189,7 @@ class NbdService:
             return
         refusal = refusal or self._door.enter(peer.counted_as, self._nr_files)
         if refusal:
-            self._tallies.note_dropped("limit")
+            self._counters.note_dropped("limit")
             _log.warning("turned-away", refusal, **_who(peer))
             turned_away = [each for each in self._sessions if each.refusal]
             if len(turned_away) >= NR_SPARE - 1:
@@ -236,7 +236,7 @@ class NbdService:
     def over(self, session: NbdSession, reason: str, why: str) -> None:
         """The session ended before data flowed."""
         if reason:
-            self._tallies.note_dropped(reason)
+            self._counters.note_dropped(reason)
             _log.warning("dropped", why, **_who(session.peer))
         self._sessions.discard(session)
         session.close()
@@ -304,7 +304,7 @@ class NbdService:
                 "protocol": "it broke the NBD protocol",
                 "limit": "there was no memory for its requests",
             }[reason]
-            self._tallies.note_dropped(reason)
+            self._counters.note_dropped(reason)
             _log.warning("dropped", why, export=client.export.name, **_who(peer))
         else:
             how = os.strerror(ended.err) if ended.err else ended.reason.name.lower()

@@ -24,7 +24,7 @@ from cowshed.service.guests.turned_away import TurnedAway, what_failed
 from cowshed.service.handoff.door import HandoffDoor
 from cowshed.service.handoff.link import SocketLink
 from cowshed.service.images.access import Access
-from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.metrics.service_counters import ServiceCounters
 from cowshed.service.nbd.server import NbdService
 from cowshed.service.network.session import Entered, NetworkSession, address_of
 from cowshed.service.overlays.claims import Claim
@@ -70,7 +70,7 @@ class NetworkDoor:
         entrance: Entrance,
         nbd: NbdService,
         door: Door,
-        tallies: Tallies,
+        counters: ServiceCounters,
         loop: Loop,
         listeners: Listeners,
         unserved: UnservedListeners,
@@ -81,7 +81,7 @@ class NetworkDoor:
         self._entrance = entrance
         self._nbd = nbd
         self._door = door
-        self._tallies = tallies
+        self._counters = counters
         self._loop = loop
         self._sessions: dict[int, NetworkSession] = {}
         self._numbers: dict[OverlayGuest, int] = {}
@@ -223,7 +223,7 @@ class NetworkDoor:
         else:
             refusal = self._door.enter(who, _FDS[listener.scheme])
         if refusal:
-            self._tallies.note_dropped("limit")
+            self._counters.note_dropped("limit")
             _log.warning("turned-away", refusal, address=connection.where)
             self._turned_away[listening_fd].add(connection, refusal)
             return
@@ -298,7 +298,7 @@ class NetworkDoor:
             how = ended.reason.name.lower()
             _log.info("detached", guest=entered.guest.name, end=how, **who)
             if ended.reason in (NbdEnd.PROTOCOL, NbdEnd.MEMORY):
-                self._tallies.note_dropped("protocol")
+                self._counters.note_dropped("protocol")
                 _log.warning("dropped", "it broke the NBD protocol", **who)
             self.leave(entered, said_so=ended.reason is NbdEnd.DISC)
 
@@ -336,12 +336,12 @@ class NetworkDoor:
             self._say_no_room(error, session.who)
 
     def _say_no_room(self, error: CowshedError | OSError, who: dict[str, object]) -> None:
-        self._tallies.note_dropped("limit")
+        self._counters.note_dropped("limit")
         _log.warning("dropped", what_failed(error)[1], **who)
 
     def _drop(self, fd: int, reason: str, why: str, tag: int = 0) -> None:
         session = self._sessions[fd]
-        self._tallies.note_dropped(reason)
+        self._counters.note_dropped(reason)
         _log.warning("dropped", why, **session.who)
         with contextlib.suppress(PeerError):
             kind = "capacity" if reason == "limit" else "peer"

@@ -20,7 +20,7 @@ from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.loading import load
 from cowshed.service.images.warming import Warming
 from cowshed.service.images.working_sets import WorkingSets
-from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.metrics.service_counters import ServiceCounters
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.reports.status import StatusReader
 from cowshed.service.runtime import test_points
@@ -49,7 +49,7 @@ class Control:
         overlays: OverlayTable,
         status: StatusReader,
         working_sets: WorkingSets,
-        tallies: Tallies,
+        counters: ServiceCounters,
         access: Access,
         warming: Warming,
     ) -> None:
@@ -60,7 +60,7 @@ class Control:
         self._overlays = overlays
         self._status = status
         self._working_sets = working_sets
-        self._tallies = tallies
+        self._counters = counters
         self._warming = warming
         # Whether all that takes long is to end.
         self.is_stopping: Callable[[], bool] = lambda: False
@@ -139,7 +139,7 @@ class Control:
             self._overlays.of_image,
             lambda: self.is_stopping(),
         )
-        self._tallies.note_audit(mismatch.check for mismatch in report.mismatches)
+        self._counters.note_audit(mismatch.check for mismatch in report.mismatches)
         yield {
             "mismatches": [mismatch.as_json() for mismatch in report.mismatches[:_MOST_MISMATCHES]],
             "left_out": max(0, len(report.mismatches) - _MOST_MISMATCHES),

@@ -225,7 +225,7 @@ def _warming_status(warms: list[Warm]) -> dict[str, Any] | None:
 
 
 def _image_status(image: Image) -> dict[str, Any]:
-    figures = image.figures()
+    statistics = image.statistics()
     counters = image.counters()
     return {
         "name": image.name,
@@ -238,11 +238,11 @@ def _image_status(image: Image) -> dict[str, Any]:
         # What the path names by now: the "same" file, an "other" one, or none: "gone".
         "source_at_path": image.source_at_path,
         "extent_bytes": image.extent_bytes,
-        "pinned_bytes": figures.pinned_bytes,
+        "pinned_bytes": statistics.pinned_bytes,
         # What these mappings would take if each guest had its own frames, less what they take.
-        "saved_bytes": figures.saved_bytes,
+        "saved_bytes": statistics.saved_bytes,
         "refs": sum(image.refs()),
         "loads": counters.loads,
         "load_errors": counters.load_errors,
-        "working_set_bytes": figures.touched_bytes,
+        "working_set_bytes": statistics.touched_bytes,
     }

@@ -49,7 +49,7 @@ _COPY_SECONDS: Final = 5.0
 _NAME: Final = re.compile(r"[!-9;-~]{1,255}")
 
 # Memfds keep the names that other releases gave them; the kinds they are known by here.
-_KINDS: Final = {"purse": "quota"}
+_KINDS: Final = {"purse": "quota", "tallies": "counters"}
 
 _MEMFD: Final = re.compile(r"/memfd:cowshed-([a-z]+)( \(deleted\))?")
 _PAGES_FILE: Final = re.compile(r"/.*\.pages( \(deleted\))?")

@@ -65,7 +65,7 @@ class KeptCounts:
 
     def add(self, name: str, nr: int = 1) -> None:
         """Count; KeyError for a name that was not given."""
-        lib.tally_add(self._cdata, self._places[name], nr)
+        lib.shared_count_add(self._cdata, self._places[name], nr)
 
     def read(self) -> dict[str, int]:
         """Every counter, by name; at no one instant."""
@@ -78,9 +78,9 @@ def keep_counts(
     """Go on with the counters that were left under a group's name, or begin; held from now on."""
     left = inherited.take(group) or {}
     try:
-        if left.keys() - {"tallies"}:
+        if left.keys() - {"counters"}:
             raise InvariantError(f"what was left has {', '.join(sorted(left))}")
-        counts = KeptCounts(names, left.get("tallies"))
+        counts = KeptCounts(names, left.get("counters"))
     except InvariantError as error:
         _log.warning("counters-begin-again", f"{error}; they start at 0", group=group)
         fd_store.release(group)

@@ -16,7 +16,7 @@ from cowshed.service.images.access import Access
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.warming import Warming
 from cowshed.service.images.working_sets import WorkingSets
-from cowshed.service.metrics.tallies import Tallies
+from cowshed.service.metrics.service_counters import ServiceCounters
 from cowshed.service.operators.control import Control
 from cowshed.service.overlays.overlays import OverlayTable
 from cowshed.service.overlays.terms import OverlayTerms
@@ -47,7 +47,9 @@ def control(store: PageStore, run_dir: Path) -> Iterator[Control]:
     overlays = OverlayTable(core, guests, Door(1024), OverlayTerms())
     access, warming, sets = Access(Domains(), []), Warming(), WorkingSets(run_dir)
     status = StatusReader(store, evictor, guests, overlays, run_dir, warming)
-    yield Control(store, evictor, guests, overlays, status, sets, Tallies(), access, warming)
+    yield Control(
+        store, evictor, guests, overlays, status, sets, ServiceCounters(), access, warming
+    )
     core.close()
     evictor.stop()
 

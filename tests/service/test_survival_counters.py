@@ -126,7 +126,7 @@ def counts() -> Iterator[KeptCounts]:
 
 
 def test_counts_are_read_by_name_and_go_on_in_another_process(counts: KeptCounts) -> None:
-    assert kind_of(counts.fd) == "tallies"
+    assert kind_of(counts.fd) == "counters"
     counts.add("two", 1 << 40)
     child = os.fork()
     if child == 0:

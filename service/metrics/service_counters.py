@@ -11,15 +11,15 @@ from typing import Final
 from cowshed.service.metrics.catalog import CHECKS, DROP_REASONS
 from cowshed.service.survival.kept_counts import KeptCounts
 
-__all__ = ["TALLIES", "DrainFigures", "Tallies"]
+__all__ = ["DROP_COUNTS", "DrainStatistics", "ServiceCounters"]
 
 _DROPPED: Final = "dropped/"
 # What is counted, by the names that the counts are kept under.
-TALLIES: Final = tuple(f"{_DROPPED}{reason}" for reason in DROP_REASONS)
+DROP_COUNTS: Final = tuple(f"{_DROPPED}{reason}" for reason in DROP_REASONS)
 
 
 @dataclass(frozen=True)
-class DrainFigures:
+class DrainStatistics:
     """How far a drain is: state is one of DRAIN_STATES."""
 
     state: str = "none"
@@ -27,7 +27,7 @@ class DrainFigures:
     nr_blockers: int = 0
 
 
-class Tallies:
+class ServiceCounters:
     """What the daemon counts itself; for any thread.
 
     Connections dropped, by DROP_REASONS, are counted on by a successor that has the same counts.
@@ -36,10 +36,10 @@ class Tallies:
     """
 
     def __init__(self, counts: KeptCounts | None = None) -> None:
-        self._counts = counts or KeptCounts(TALLIES)
+        self._counts = counts or KeptCounts(DROP_COUNTS)
         self.audited_at = 0.0
         self.mismatches = dict.fromkeys(CHECKS, 0)
-        self.drain = DrainFigures()
+        self.drain = DrainStatistics()
 
     def close(self) -> None:
         """Let go of the counts."""
