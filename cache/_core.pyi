@@ -180,7 +180,7 @@ class StructWindowShape(CData):
 
 class StructGuest(CData): ...
 
-class StructGuestOrders(CData):
+class StructFaultOptions(CData):
     window_pages: int
     write_window_pages: int
     spin_ns: int
@@ -815,7 +815,7 @@ class _Lib:
         account: StructAccount | Array[StructAccount],
         uffd: int,
         pidfd: int,
-        orders: StructGuestOrders | Array[StructGuestOrders],
+        options: StructFaultOptions | Array[StructFaultOptions],
         guest_out: Pointer[StructGuest],
         /,
     ) -> int: ...
@@ -824,10 +824,10 @@ class _Lib:
     def guest_resume(self, guest: StructGuest | Array[StructGuest], /) -> None: ...
     def guest_freeze(self, guest: StructGuest | Array[StructGuest], /) -> int: ...
     def guest_thaw(self, guest: StructGuest | Array[StructGuest], /) -> None: ...
-    def guest_set_orders(
+    def guest_set_options(
         self,
         guest: StructGuest | Array[StructGuest],
-        orders: StructGuestOrders | Array[StructGuestOrders],
+        options: StructFaultOptions | Array[StructFaultOptions],
         /,
     ) -> int: ...
     def guest_uffd_features(self) -> int: ...
@@ -836,7 +836,7 @@ class _Lib:
         account: StructAccount | Array[StructAccount],
         uffd: int,
         pidfd: int,
-        orders: StructGuestOrders | Array[StructGuestOrders],
+        options: StructFaultOptions | Array[StructFaultOptions],
         terms: StructSupplyTerms | Array[StructSupplyTerms],
         guest_out: Pointer[StructGuest],
         /,
@@ -1181,16 +1181,16 @@ class _Ffi:
     ) -> Pointer[StructGuest]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct guest_orders **"], init: Any = ..., /
-    ) -> Pointer[StructGuestOrders]: ...
+        self, cdecl: Literal["struct fault_options **"], init: Any = ..., /
+    ) -> Pointer[StructFaultOptions]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct guest_orders *"], init: Any = ..., /
-    ) -> StructGuestOrders: ...
+        self, cdecl: Literal["struct fault_options *"], init: Any = ..., /
+    ) -> StructFaultOptions: ...
     @overload
     def new(
-        self, cdecl: Literal["struct guest_orders[]"], init: Any = ..., /
-    ) -> Array[StructGuestOrders]: ...
+        self, cdecl: Literal["struct fault_options[]"], init: Any = ..., /
+    ) -> Array[StructFaultOptions]: ...
     @overload
     def new(
         self, cdecl: Literal["struct supply_region **"], init: Any = ..., /

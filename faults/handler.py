@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest's fault thread, as Python sees it: started, given orders, stopped."""
+"""A guest's fault thread, as Python sees it: started with options, and stopped."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cowshed.cache.calls import CLOSED, checked
 from cowshed.cache.images import PAGE_BYTES
 
 if TYPE_CHECKING:
-    from cowshed.cache._core import StructAccount, StructGuestOrders
+    from cowshed.cache._core import StructAccount, StructFaultOptions
 
-__all__ = ["FaultHandler", "Orders", "uffd_features"]
+__all__ = ["FaultHandler", "FaultOptions", "uffd_features"]
 
 
 @dataclass(frozen=True)
-class Orders:
-    """Standing orders. A window of 0 is adaptive; else bytes, a power of two of whole pages.
+class FaultOptions:
+    """How faults are answered. A window of 0 adapts; else it is bytes, a power of two, whole pages.
 
     window_bytes: mapped per fault, 16 MiB at most. write_window_bytes: opened per write fault,
     256 KiB at most. spin_ns: how long to look for the next fault before sleeping, while it pays.
@@ -59,10 +59,12 @@ class FaultHandler:
     gets SIGBUS under QuotaPolicy.KILL, or -1.
     """
 
-    def __init__(self, account: StructAccount, uffd: int, pidfd: int, orders: Orders) -> None:
+    def __init__(
+        self, account: StructAccount, uffd: int, pidfd: int, options: FaultOptions
+    ) -> None:
         guest = ffi.new("struct guest **")
         checked(
-            lib.guest_start(account, uffd, pidfd, corders(orders), guest),
+            lib.guest_start(account, uffd, pidfd, to_struct(options), guest),
             "starting a fault thread",
         )
         self._guest = guest[0]
@@ -108,9 +110,9 @@ class FaultHandler:
         """Have whoever waits ask again. Nothing to do is no error."""
         lib.guest_thaw(self._guest)
 
-    def set_orders(self, orders: Orders) -> None:
-        """Change the standing orders from the next fault on."""
-        checked(lib.guest_set_orders(self._guest, corders(orders)), "giving orders")
+    def set_options(self, options: FaultOptions) -> None:
+        """Change the options, from the next fault on."""
+        checked(lib.guest_set_options(self._guest, to_struct(options)), "changing fault options")
 
 
 def _check_tracked(result: int, what: str) -> None:
@@ -121,13 +123,13 @@ def _check_tracked(result: int, what: str) -> None:
     checked(result, what)
 
 
-def corders(orders: Orders) -> StructGuestOrders:
-    """Give the C struct of orders."""
+def to_struct(options: FaultOptions) -> StructFaultOptions:
+    """Return the C struct of fault options."""
     return ffi.new(
-        "struct guest_orders *",
+        "struct fault_options *",
         {
-            "window_pages": orders.window_bytes // PAGE_BYTES,
-            "write_window_pages": orders.write_window_bytes // PAGE_BYTES,
-            "spin_ns": orders.spin_ns,
+            "window_pages": options.window_bytes // PAGE_BYTES,
+            "write_window_pages": options.write_window_bytes // PAGE_BYTES,
+            "spin_ns": options.spin_ns,
         },
     )

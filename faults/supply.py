@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
 from cowshed.cache.images import PAGE_BYTES
-from cowshed.faults.handler import FaultHandler, Orders, corders
+from cowshed.faults.handler import FaultHandler, FaultOptions, to_struct
 
 if TYPE_CHECKING:
     from cowshed.cache._core import StructAccount
@@ -69,7 +69,12 @@ class SupplyHandler(FaultHandler):
     """Answers one supplied guest's faults until stop(). The descriptors are borrowed until then."""
 
     def __init__(
-        self, account: StructAccount, uffd: int, pidfd: int, orders: Orders, terms: SupplyTerms
+        self,
+        account: StructAccount,
+        uffd: int,
+        pidfd: int,
+        options: FaultOptions,
+        terms: SupplyTerms,
     ) -> None:
         regions = ffi.new("struct supply_region[]", len(terms.regions))
         for place, region in zip(regions, terms.regions, strict=True):
@@ -93,7 +98,7 @@ class SupplyHandler(FaultHandler):
         )
         guest = ffi.new("struct guest **")
         checked(
-            lib.supply_start(account, uffd, pidfd, corders(orders), cterms, guest),
+            lib.supply_start(account, uffd, pidfd, to_struct(options), cterms, guest),
             "starting to supply a guest",
         )
         self._guest = guest[0]

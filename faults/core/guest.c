@@ -324,15 +324,15 @@ static void *guest_main(void *arg)
 	return NULL;
 }
 
-int guest_set_orders(struct guest *guest, const struct guest_orders *orders)
+int guest_set_options(struct guest *guest, const struct fault_options *options)
 {
-	if (orders->window_pages & (orders->window_pages - 1) || orders->window_pages > WINDOW_MAX_PAGES)
+	if (options->window_pages & (options->window_pages - 1) || options->window_pages > WINDOW_MAX_PAGES)
 		return -EINVAL;
-	if (orders->write_window_pages > WINDOW_WRITE_MAX_PAGES)
+	if (options->write_window_pages > WINDOW_WRITE_MAX_PAGES)
 		return -EINVAL;
-	atomic_store(&guest->window_pages, orders->window_pages);
-	atomic_store(&guest->write_window_pages, orders->write_window_pages);
-	atomic_store(&guest->spin_ns, orders->spin_ns);
+	atomic_store(&guest->window_pages, options->window_pages);
+	atomic_store(&guest->write_window_pages, options->write_window_pages);
+	atomic_store(&guest->spin_ns, options->spin_ns);
 	return 0;
 }
 
@@ -350,13 +350,13 @@ static int thread_start(struct guest *guest)
 	return -err;
 }
 
-int guest_start(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
+int guest_start(struct account *account, int uffd, int pidfd, const struct fault_options *options,
                 struct guest **guest_out)
 {
-	return guest_start_kind(account, uffd, pidfd, orders, &mapped, NULL, guest_out);
+	return guest_start_kind(account, uffd, pidfd, options, &mapped, NULL, guest_out);
 }
 
-int guest_start_kind(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
+int guest_start_kind(struct account *account, int uffd, int pidfd, const struct fault_options *options,
                      const struct guest_kind *kind, struct supply *supply, struct guest **guest_out)
 {
 	struct guest *guest = calloc(1, sizeof *guest);
@@ -379,7 +379,7 @@ int guest_start_kind(struct account *account, int uffd, int pidfd, const struct 
 	pthread_cond_init(&guest->hold.changed, NULL);
 	atomic_store(&guest->hold.wanted, account_is_frozen(account)); /* adopted so */
 	guest->waiting = calloc(1, bits_bytes(guest->image->shape.nr_extents));
-	int err = guest->waiting ? guest_set_orders(guest, orders) : -ENOMEM;
+	int err = guest->waiting ? guest_set_options(guest, options) : -ENOMEM;
 	if (!err && (flags < 0 || fcntl(uffd, F_SETFL, flags | O_NONBLOCK) < 0))
 		err = -errno;
 	if (!err && (guest->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0)

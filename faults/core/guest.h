@@ -21,7 +21,7 @@
 /* cdef-begin */
 struct guest;
 
-struct guest_orders {
+struct fault_options {
 	uint32_t window_pages;       /* 0: adaptive; else a power of two: mapped per fault */
 	uint32_t write_window_pages; /* 0: adaptive; else opened per write fault */
 	uint32_t spin_ns;            /* look for the next fault this long before sleeping, while it pays */
@@ -29,7 +29,7 @@ struct guest_orders {
 
 /* Starts answering the faults of uffd, which covers the regions where the account has been placed.  pidfd (or -1) is
  * who gets SIGBUS under QUOTA_KILL.  Descriptors are borrowed until guest_stop. */
-int guest_start(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
+int guest_start(struct account *account, int uffd, int pidfd, const struct fault_options *options,
                 struct guest **guest_out);
 /* Stops and joins the thread; afterwards nobody uses the descriptors or the account on its behalf. */
 int guest_stop(struct guest *guest);
@@ -45,7 +45,7 @@ void guest_resume(struct guest *guest);
 int guest_freeze(struct guest *guest);
 /* Whoever waits asks again. */
 void guest_thaw(struct guest *guest);
-int guest_set_orders(struct guest *guest, const struct guest_orders *orders);
+int guest_set_options(struct guest *guest, const struct fault_options *options);
 /* The features a guest's userfaultfd must have been made with. */
 uint64_t guest_uffd_features(void);
 /* cdef-end */
@@ -110,7 +110,7 @@ struct guest {
 uint64_t clock_now_ns(void);
 
 /* guest_start for a kind. */
-int guest_start_kind(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
+int guest_start_kind(struct account *account, int uffd, int pidfd, const struct fault_options *options,
                      const struct guest_kind *kind, struct supply *supply, struct guest **guest_out);
 
 /* write.c.  Under write_lock: takes up to nr_wanted pages from the quota, having looked for charges to return first. */

@@ -495,7 +495,7 @@ static void note_supplied(struct guest *guest)
 	}
 }
 
-int supply_start(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
+int supply_start(struct account *account, int uffd, int pidfd, const struct fault_options *options,
                  const struct supply_terms *terms, struct guest **guest_out)
 {
 	const struct image *image = account->image;
@@ -526,7 +526,7 @@ int supply_start(struct account *account, int uffd, int pidfd, const struct gues
 		supply->nr_order = terms->nr_order;
 		account->supplied = true;
 		atomic_store(&account->header->supplied, 1);
-		err = guest_start_kind(account, uffd, pidfd, orders, &supplied, supply, guest_out);
+		err = guest_start_kind(account, uffd, pidfd, options, &supplied, supply, guest_out);
 	}
 	if (err) { /* nothing runs */
 		pthread_mutex_init(&none.answer_lock, NULL);

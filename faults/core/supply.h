@@ -50,7 +50,7 @@ struct share_allowance {
 /* As guest_start; the account has been placed at the regions' memory.  One that was adopted goes on: what is private in
  * it is there, or faults and is copied again, which overwrites nothing; what it was told of is lent again (-ENOSPC if
  * the allowance has become too small). */
-int supply_start(struct account *account, int uffd, int pidfd, const struct guest_orders *orders,
+int supply_start(struct account *account, int uffd, int pidfd, const struct fault_options *options,
                  const struct supply_terms *terms, struct guest **guest_out);
 /* Borrowed eventfd of a shared guest: extents wait to be told of.  -1: it has none. */
 int supply_share_fd(const struct guest *guest);

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import CowshedError, Image, PageStore
-from cowshed.faults import Orders
+from cowshed.faults import FaultOptions
 from cowshed.service.guests.guests import GuestTable, Mapping, Peer, Terms
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore, kind_of
@@ -130,7 +130,7 @@ class GuestRecords:
             fds = [group_fds["uffd"], group_fds["pagemap"], group_fds["mem"], group_fds["record"]]
             mapping = guests.attach_again(
                 guest,
-                terms.orders,
+                terms.options,
                 peer,
                 os.dup(group_fds["ledger"]),
                 fds,
@@ -165,8 +165,8 @@ def describe_terms(terms: Terms) -> dict[str, Any]:
         "length_bytes": terms.length_bytes,
         "quota_bytes": terms.quota_bytes,
         "policy": int(terms.policy),
-        "window_bytes": terms.orders.window_bytes,
-        "write_window_bytes": terms.orders.write_window_bytes,
+        "window_bytes": terms.options.window_bytes,
+        "write_window_bytes": terms.options.write_window_bytes,
         "carries": terms.carries,
     }
 
@@ -187,7 +187,7 @@ def terms_of(record: dict[str, Any], store: PageStore) -> Terms | None:
         image=image,
         quota_bytes=record["quota_bytes"],
         policy=QuotaPolicy(record["policy"]),
-        orders=Orders(record["window_bytes"], record["write_window_bytes"]),
+        options=FaultOptions(record["window_bytes"], record["write_window_bytes"]),
         token=record["token"],
         offset_bytes=record["offset_bytes"],
         length_bytes=record["length_bytes"],

@@ -28,7 +28,7 @@ from cowshed.accounting import (
     add_statuses,
 )
 from cowshed.cache import Image, UsageError
-from cowshed.faults import FaultHandler, Orders, SupplyHandler, SupplyTerms
+from cowshed.faults import FaultHandler, FaultOptions, SupplyHandler, SupplyTerms
 from cowshed.service.settings.names import find_for_operator
 from cowshed.transport.no_room import taking_in
 
@@ -57,7 +57,7 @@ class Terms:
     image: Image
     quota_bytes: int | None
     policy: QuotaPolicy
-    orders: Orders
+    options: FaultOptions
     token: str | None = None
     offset_bytes: int = 0
     length_bytes: int = 0
@@ -317,7 +317,7 @@ class GuestTable:
     def attach(
         self,
         guest: Guest,
-        orders: Orders,
+        options: FaultOptions,
         peer: Peer,
         regions: Sequence[Region],
         fds: list[int],
@@ -343,7 +343,7 @@ class GuestTable:
             account.place(fds[0], fds[1] if len(fds) > 1 else -1, regions)
             if seeds is not None:
                 account.seed(*seeds)
-            terms = (account.cdata, fds[0], peer.pidfd, orders)
+            terms = (account.cdata, fds[0], peer.pidfd, options)
             if hold is not None:
                 hold(account)
             handler = FaultHandler(*terms) if supply is None else SupplyHandler(*terms, supply)
@@ -360,7 +360,7 @@ class GuestTable:
     def attach_again(
         self,
         guest: Guest,
-        orders: Orders,
+        options: FaultOptions,
         peer: Peer,
         ledger_fd: int,
         fds: list[int],
@@ -383,7 +383,7 @@ class GuestTable:
             account.place(fds[0], fds[1] if len(fds) > 1 else -1, account.regions())
             if seeds_fd >= 0:
                 account.adopt_seeds(seeds_fd)
-            terms = (account.cdata, fds[0], peer.pidfd, orders)
+            terms = (account.cdata, fds[0], peer.pidfd, options)
             handler = FaultHandler(*terms) if supply is None else SupplyHandler(*terms, supply)
             stack.pop_all()
         handler.resume()

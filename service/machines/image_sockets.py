@@ -24,7 +24,7 @@ from typing import Final, Protocol
 from cowshed.accounting import Account, QuotaPolicy
 from cowshed.accounting import Region as PlacedRegion
 from cowshed.cache import CowshedError, Image, PeerError, UsageError
-from cowshed.faults import Orders, SupplyHandler
+from cowshed.faults import FaultOptions, SupplyHandler
 from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
 from cowshed.service.guests.turned_away import what_failed
@@ -279,7 +279,7 @@ class ImageSockets:
             image=image,
             quota_bytes=config.default_quota_bytes,
             policy=QuotaPolicy[config.default_on_quota.upper()],
-            orders=Orders(),
+            options=FaultOptions(),
         )
         fds = [uffd]
         pagemap = open_pagemap(peer.pid, peer.pidfd)
@@ -300,7 +300,7 @@ class ImageSockets:
         try:
             mapping = host.guests.attach(
                 guest,
-                terms.orders,
+                terms.options,
                 who,
                 shown,
                 fds,

@@ -153,7 +153,7 @@ class MachineRecords:
         try:
             mapping = guests.attach_again(
                 guest,
-                terms.orders,
+                terms.options,
                 who,
                 os.dup(group_fds["ledger"]),
                 fds,

@@ -26,7 +26,7 @@ from cowshed.cache import (
     PeerError,
     UsageError,
 )
-from cowshed.faults import Orders, uffd_features
+from cowshed.faults import FaultOptions, uffd_features
 from cowshed.service.guests.guest_records import GuestRecords, RestoredGuest
 from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
 from cowshed.service.guests.userfaultfd import check_guest_files, check_uffd
@@ -388,7 +388,7 @@ class Session:
             length_bytes=length_bytes,
             quota_bytes=quota_bytes,
             policy=QuotaPolicy[policy.upper()],
-            orders=Orders(
+            options=FaultOptions(
                 window_bytes=take_optional_number(body, "window_bytes") or 0,
                 write_window_bytes=take_optional_number(body, "write_window_bytes") or 0,
             ),
@@ -434,7 +434,7 @@ class Session:
         inherited = take_flag(message.body, "inherited")
         self.mapping = self._host.guests.attach(
             guest,
-            terms.orders,
+            terms.options,
             self._peer(),
             [Region(address, terms.offset_bytes, terms.length_bytes)],
             list(message.fds),

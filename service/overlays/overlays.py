@@ -27,7 +27,7 @@ from cowshed.accounting import (
 from cowshed.cache import Image
 from cowshed.cache.errors import CowshedError, UsageError
 from cowshed.cache.images import PAGE_BYTES
-from cowshed.faults import Orders
+from cowshed.faults import FaultOptions
 from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import GuestTable, Terms
 from cowshed.service.overlays.claims import Claim, check_may_enter, is_of
@@ -221,7 +221,7 @@ class OverlayTable:
                 check_may_enter(guest, image, claim)
             else:
                 self._waiting.check(image, name)
-                self._guests.check_free(Terms(name, image, None, QuotaPolicy.STOP, Orders()))
+                self._guests.check_free(Terms(name, image, None, QuotaPolicy.STOP, FaultOptions()))
 
     @taking_in()
     def enter(
@@ -508,7 +508,7 @@ class OverlayTable:
         is_staged: bool = False,
     ) -> OverlayGuest:
         policy = QuotaPolicy[record.policy.upper()]
-        terms = Terms(record.guest, image, record.quota_bytes, policy, Orders())
+        terms = Terms(record.guest, image, record.quota_bytes, policy, FaultOptions())
         with contextlib.ExitStack() as undo:
             self._guests.reserve_name(terms)
             undo.callback(self._guests.release_name, terms)

@@ -13,7 +13,7 @@ from typing import Final
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import Image
 from cowshed.cache.errors import UsageError
-from cowshed.faults import Orders
+from cowshed.faults import FaultOptions
 from cowshed.service.guests.guests import GuestTable, Terms
 from cowshed.service.overlays.files import OverlayRecord
 from cowshed.service.runtime.logs import EventLog
@@ -45,7 +45,7 @@ class WaitingOverlays:
     def add(self, image: Image, record: OverlayRecord, staged: str) -> None:
         """Have an overlay wait for the image's digest; UsageError if its name is taken."""
         policy = QuotaPolicy[record.policy.upper()]
-        terms = Terms(record.guest, image, record.quota_bytes, policy, Orders())
+        terms = Terms(record.guest, image, record.quota_bytes, policy, FaultOptions())
         self._guests.reserve_name(terms)
         self._waiting[terms.key] = Waiting(record, staged, terms)
         _log.notice(

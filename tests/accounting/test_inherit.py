@@ -8,7 +8,7 @@ from stage import EXTENT_PAGES, PAGE, Stage, content, private_pages, until
 
 from cowshed.accounting import Account
 from cowshed.cache._core import lib
-from cowshed.faults import FaultHandler, Orders
+from cowshed.faults import FaultHandler, FaultOptions
 
 
 def test_what_a_mapping_brings_along_is_charged_past_the_quota_and_the_rest_is_guarded(
@@ -28,8 +28,8 @@ def test_what_a_mapping_brings_along_is_charged_past_the_quota_and_the_rest_is_g
     guest.quota = stage.quota(2)
     guest.account = Account(stage.image, guest.quota)
     guest.account.place(guest.fds[0], guest.fds[1], regions)
-    orders = Orders(0, PAGE, 0)
-    guest.handler = FaultHandler(guest.account.cdata, guest.fds[0], guest.pidfd, orders)
+    options = FaultOptions(0, PAGE, 0)
+    guest.handler = FaultHandler(guest.account.cdata, guest.fds[0], guest.pidfd, options)
     assert guest.account.adopt_private() == 4
     assert guest.account.adopt_private() == 0
     assert (private_pages(guest), guest.quota.status().used_pages) == (4, 4)

@@ -19,7 +19,7 @@ from stage import (
 
 from cowshed.cache import ExtentState, UsageError
 from cowshed.cache._core import lib
-from cowshed.faults import FaultHandler, Orders
+from cowshed.faults import FaultHandler, FaultOptions
 
 ABSENT, SHARED = lib.PAGE_LOOK_ABSENT, lib.PAGE_LOOK_SHARED
 
@@ -193,10 +193,10 @@ def test_impossible_windows_are_refused(stage: Stage) -> None:
     guest = stage.guest()
     for window in (1, 4095, 3 * PAGE, 32 << 20):
         with pytest.raises(UsageError, match="power of two"):
-            Orders(window_bytes=window)
+            FaultOptions(window_bytes=window)
         with pytest.raises(UsageError, match="power of two"):
-            Orders(write_window_bytes=window)
-    guest.handler.set_orders(Orders(window_bytes=PAGE))
+            FaultOptions(write_window_bytes=window)
+    guest.handler.set_options(FaultOptions(window_bytes=PAGE))
     guest.read(0)
     handler = guest.handler
     assert isinstance(handler, FaultHandler)

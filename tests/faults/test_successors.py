@@ -19,7 +19,7 @@ from stage import EXTENT_PAGES, PAGE, MappedGuest, content, until
 from cowshed.accounting import Account, Quota, audit
 from cowshed.cache import FileSource, InheritedImage, InvariantError, PageStore
 from cowshed.cache._core import lib
-from cowshed.faults import FaultHandler, Orders, uffd_features
+from cowshed.faults import FaultHandler, FaultOptions, uffd_features
 
 SCRIPT = Path(__file__).parents[1] / "support" / "doomed_backend.py"
 NR_EXTENTS = 8
@@ -84,7 +84,7 @@ class Succession:
         self.account = Account(self.image, self.quota, ledger)
         self.account.place(self.guest.fds[0], self.guest.fds[1], self.account.regions())
         self.handler = FaultHandler(
-            self.account.cdata, self.guest.fds[0], self.guest.pidfd, Orders(0, PAGE, 0)
+            self.account.cdata, self.guest.fds[0], self.guest.pidfd, FaultOptions(0, PAGE, 0)
         )
         self.handler.resume()
         closers = (self.handler.stop, self.account.close, self.quota.close, self.store.close)

@@ -19,7 +19,7 @@ from pathlib import Path
 from cowshed.accounting import Account, Quota, QuotaPolicy, Region, evict
 from cowshed.cache import FileSource, PageStore
 from cowshed.cache._core import lib
-from cowshed.faults import FaultHandler, Orders
+from cowshed.faults import FaultHandler, FaultOptions
 
 
 def nr_answered(account: Account) -> int:
@@ -37,7 +37,7 @@ socket.send_fds(link, [b"{}"], left)
 packet, (uffd, pagemap), _, _ = socket.recv_fds(link, 4096, 2)
 told = json.loads(packet)
 account.place(uffd, pagemap, [Region(told["base"], 0, image.map_bytes)])
-handler = FaultHandler(account.cdata, uffd, os.pidfd_open(told["pid"]), Orders(0, 4096, 0))
+handler = FaultHandler(account.cdata, uffd, os.pidfd_open(told["pid"]), FaultOptions(0, 4096, 0))
 link.send(b"{}")
 while packet := link.recv(4096):
     order = json.loads(packet)

@@ -28,7 +28,7 @@ from cowshed.cache import ExtentState, FileSource, Image, PageStore
 from cowshed.cache._core import lib
 from cowshed.faults import (
     FaultHandler,
-    Orders,
+    FaultOptions,
     SupplyHandler,
     SupplyRegion,
     SupplyTerms,
@@ -212,8 +212,8 @@ class Stage:
         guest.account.place(guest.fds[0], guest.fds[1], [region])
         if seeds:
             guest.account.seed(*seeds)
-        orders = Orders(window * PAGE, write_window * PAGE, spin_ns)
-        guest.handler = FaultHandler(guest.account.cdata, guest.fds[0], guest.pidfd, orders)
+        options = FaultOptions(window * PAGE, write_window * PAGE, spin_ns)
+        guest.handler = FaultHandler(guest.account.cdata, guest.fds[0], guest.pidfd, options)
         return guest
 
     def machine(
@@ -234,8 +234,10 @@ class Stage:
         guest.account.place(guest.fds[0], guest.fds[1], [Region(guest.base, 0, length)])
         region = SupplyRegion(guest.base, 0, length, PAGE)
         terms = SupplyTerms((region,), zero_discarded=zero_discarded)
-        orders = Orders(window * PAGE, 0, 0)
-        guest.handler = SupplyHandler(guest.account.cdata, guest.fds[0], guest.pidfd, orders, terms)
+        options = FaultOptions(window * PAGE, 0, 0)
+        guest.handler = SupplyHandler(
+            guest.account.cdata, guest.fds[0], guest.pidfd, options, terms
+        )
         return guest
 
     def quota(self, nr_pages: int | None = None, policy: QuotaPolicy = QuotaPolicy.STOP) -> Quota:
