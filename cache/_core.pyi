@@ -185,23 +185,23 @@ class StructFaultOptions(CData):
     write_window_pages: int
     spin_ns: int
 
-class StructSupplyRegion(CData):
+class StructPopulateRegion(CData):
     address: int
     first_page: int
     nr_pages: int
     page_bytes: int
 
-class StructSupplyTerms(CData):
-    regions: StructSupplyRegion
+class StructPopulateOptions(CData):
+    regions: StructPopulateRegion
     nr_regions: int
     zero_discarded: int
     order: Pointer[int]
     nr_order: int
-    allowance: StructShareAllowance
+    allowance: StructZerocopyAllowance
     max_pinned_extents: int
-    share_resident: int
+    zerocopy_resident: int
 
-class StructShareAllowance(CData):
+class StructZerocopyAllowance(CData):
     left_extents: int
 
 class StructElf(CData):
@@ -831,18 +831,18 @@ class _Lib:
         /,
     ) -> int: ...
     def guest_uffd_features(self) -> int: ...
-    def supply_start(
+    def populate_start(
         self,
         account: StructAccount | Array[StructAccount],
         uffd: int,
         pidfd: int,
         options: StructFaultOptions | Array[StructFaultOptions],
-        terms: StructSupplyTerms | Array[StructSupplyTerms],
+        terms: StructPopulateOptions | Array[StructPopulateOptions],
         guest_out: Pointer[StructGuest],
         /,
     ) -> int: ...
-    def supply_share_fd(self, guest: StructGuest | Array[StructGuest], /) -> int: ...
-    def supply_take_shared(
+    def zerocopy_fd(self, guest: StructGuest | Array[StructGuest], /) -> int: ...
+    def zerocopy_take(
         self,
         guest: StructGuest | Array[StructGuest],
         firsts_out: Pointer[int],
@@ -1193,40 +1193,40 @@ class _Ffi:
     ) -> Array[StructFaultOptions]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct supply_region **"], init: Any = ..., /
-    ) -> Pointer[StructSupplyRegion]: ...
+        self, cdecl: Literal["struct populate_region **"], init: Any = ..., /
+    ) -> Pointer[StructPopulateRegion]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct supply_region *"], init: Any = ..., /
-    ) -> StructSupplyRegion: ...
+        self, cdecl: Literal["struct populate_region *"], init: Any = ..., /
+    ) -> StructPopulateRegion: ...
     @overload
     def new(
-        self, cdecl: Literal["struct supply_region[]"], init: Any = ..., /
-    ) -> Array[StructSupplyRegion]: ...
+        self, cdecl: Literal["struct populate_region[]"], init: Any = ..., /
+    ) -> Array[StructPopulateRegion]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct supply_terms **"], init: Any = ..., /
-    ) -> Pointer[StructSupplyTerms]: ...
+        self, cdecl: Literal["struct populate_options **"], init: Any = ..., /
+    ) -> Pointer[StructPopulateOptions]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct supply_terms *"], init: Any = ..., /
-    ) -> StructSupplyTerms: ...
+        self, cdecl: Literal["struct populate_options *"], init: Any = ..., /
+    ) -> StructPopulateOptions: ...
     @overload
     def new(
-        self, cdecl: Literal["struct supply_terms[]"], init: Any = ..., /
-    ) -> Array[StructSupplyTerms]: ...
+        self, cdecl: Literal["struct populate_options[]"], init: Any = ..., /
+    ) -> Array[StructPopulateOptions]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct share_allowance **"], init: Any = ..., /
-    ) -> Pointer[StructShareAllowance]: ...
+        self, cdecl: Literal["struct zerocopy_allowance **"], init: Any = ..., /
+    ) -> Pointer[StructZerocopyAllowance]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct share_allowance *"], init: Any = ..., /
-    ) -> StructShareAllowance: ...
+        self, cdecl: Literal["struct zerocopy_allowance *"], init: Any = ..., /
+    ) -> StructZerocopyAllowance: ...
     @overload
     def new(
-        self, cdecl: Literal["struct share_allowance[]"], init: Any = ..., /
-    ) -> Array[StructShareAllowance]: ...
+        self, cdecl: Literal["struct zerocopy_allowance[]"], init: Any = ..., /
+    ) -> Array[StructZerocopyAllowance]: ...
     @overload
     def new(self, cdecl: Literal["struct elf **"], init: Any = ..., /) -> Pointer[StructElf]: ...
     @overload

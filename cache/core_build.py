@@ -44,7 +44,7 @@ HEADERS = (
     "accounting/core/overlay_late.h",
     "faults/core/window.h",
     "faults/core/guest.h",
-    "faults/core/supply.h",
+    "faults/core/populate.h",
     "transport/core/elf.h",
     "transport/core/region.h",
     "transport/core/follow.h",

@@ -271,7 +271,7 @@ _USERS: Final = Row(
         ),
         graph(
             "Mappings by transport",
-            "Connections with memory mapped or supplied; a guest may have several. Guests over "
+            "Connections with memory mapped or populated; a guest may have several. Guests over "
             "NBD and networks have none.",
             "short",
             {"{{transport}}": total("cowshed_mappings", BACKEND, "transport")},

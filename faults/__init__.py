@@ -2,14 +2,19 @@
 """The userfaultfd handler: answers faults from the store and supplies private copies."""
 
 from cowshed.faults.handler import FaultHandler, FaultOptions, uffd_features
-from cowshed.faults.supply import ShareAllowance, SupplyHandler, SupplyRegion, SupplyTerms
+from cowshed.faults.populate import (
+    PopulateHandler,
+    PopulateOptions,
+    PopulateRegion,
+    ZerocopyAllowance,
+)
 
 __all__ = [
     "FaultHandler",
     "FaultOptions",
-    "ShareAllowance",
-    "SupplyHandler",
-    "SupplyRegion",
-    "SupplyTerms",
+    "PopulateHandler",
+    "PopulateOptions",
+    "PopulateRegion",
+    "ZerocopyAllowance",
     "uffd_features",
 ]

@@ -92,7 +92,7 @@ class FaultHandler:
         """Begin to follow what is written to private pages, or end that; nothing twice.
 
         At first all private pages are dirty; Account.take_dirty takes them. UsageError if the
-        guest's memory is supplied to it; PeerError if its memory cannot be had any more.
+        guest's memory is populated by copy; PeerError if its memory cannot be had any more.
         """
         _check_tracked(lib.account_track(self._account, int(on)), "following private pages")
 
@@ -101,7 +101,7 @@ class FaultHandler:
 
         From its return on, writes are not answered and discards (madvise) wait; reads are answered,
         unless a discard waits. Nothing is lost: thaw() has all ask again. UsageError if its memory
-        is supplied to it; PeerError, and nothing is frozen, if it cannot be stopped within a
+        is populated by copy; PeerError, and nothing is frozen, if it cannot be stopped within a
         second, or is gone. Milliseconds for a guest whose dirty pages were just taken.
         """
         _check_tracked(lib.guest_freeze(self._guest), "freezing a guest")
@@ -117,7 +117,7 @@ class FaultHandler:
 
 def _check_tracked(result: int, what: str) -> None:
     if result == -errno.EOPNOTSUPP:
-        raise UsageError(f"{what}: its memory is supplied, and cannot be protected page by page")
+        raise UsageError(f"{what}: its memory is populated, and cannot be protected page by page")
     if result < 0 and -result != errno.ENOMEM:
         raise PeerError(f"{what}: {os.strerror(-result)}")
     checked(result, what)

@@ -39,7 +39,7 @@ from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.machines.image_folders import image_folders
 from cowshed.service.machines.image_sockets import ImageSockets
 from cowshed.service.machines.machine_records import MachineRecords
-from cowshed.service.machines.supplier import Supplier
+from cowshed.service.machines.populator import Populator
 from cowshed.service.metrics.service_counters import DROP_COUNTS, ServiceCounters
 from cowshed.service.native.carried import CarriedOver
 from cowshed.service.native.door import GuestDoor
@@ -206,9 +206,9 @@ class Daemon:
             access,
             warming,
         )
-        supplier = Supplier(config, evictor.max_pinned_extents, self.recorded)
+        populator = Populator(config, evictor.max_pinned_extents, self.recorded)
         machine_records = MachineRecords(self._fd_store)
-        restored_machines = machine_records.adopt(inherited, store, self.guests, supplier)
+        restored_machines = machine_records.adopt(inherited, store, self.guests, populator)
         callers = machine_records.adopt_callers(inherited, store, restored_machines)
         evictor.start()
         stack.callback(evictor.stop)
@@ -246,7 +246,7 @@ class Daemon:
             self,
             self._counters,
             self._loop,
-            supplier,
+            populator,
             self._listeners,
             machine_records,
         )

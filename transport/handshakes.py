@@ -4,7 +4,7 @@
 Two dialects share an image's socket, and what arrives says which it is:
 
 - Firecracker's (docs/snapshotting/handling-page-faults-on-snapshot-resume.md there): one bare JSON
-  array of memory regions and one userfaultfd. Nothing is answered; pages are supplied by copy.
+  array of memory regions and one userfaultfd. Nothing is answered; pages are populated by copy.
 - Nydus's typed v1 (docs/nydus-uffd.md there): objects with a "type". 0 is a handshake (regions, a
   policy, enable_prefault, and one userfaultfd), 2 asks for the device's size; 3 answers that, and
   1 tells where the pages of some ranges lie in a file that comes along, one descriptor a range.
@@ -68,7 +68,7 @@ class Policy(enum.IntEnum):
 class Region(NamedTuple):
     """Memory of the client's, and which part of the image it shows; all in bytes.
 
-    page_bytes is the unit in which it is supplied: that of the memory itself for Firecracker, of a
+    page_bytes is the unit in which it is populated: that of the memory itself for Firecracker, of a
     Nydus client's choice.
     """
 

@@ -133,7 +133,7 @@ static void mend_pages(struct account *account)
 		seeded &= private;
 		if (unsettled != (private & ~seeded))
 			atomic_store(&account->unsettled[i], private & ~seeded);
-		if (private & ~seeded && !atomic_load(&header->supplied))
+		if (private & ~seeded && !atomic_load(&header->populated))
 			atomic_fetch_or(&account->discarded[i], private & ~seeded);
 		nr_private += (uint64_t)__builtin_popcountll(private);
 		nr_seeded += (uint64_t)__builtin_popcountll(seeded);
@@ -192,7 +192,7 @@ int account_adopt(struct image *image, struct quota *quota, int ledger_fd, struc
 		return err;
 	}
 	account->ledger_fd = ledger_fd;
-	account->supplied = atomic_load(&account->header->supplied);
+	account->populated = atomic_load(&account->header->populated);
 	account_mend(account);
 	account_add(account);
 	*account_out = account;

@@ -146,7 +146,7 @@ struct ledger_header {
 	_Atomic uint64_t latency_sum_ns[LATENCY_NR];
 	_Atomic uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
 	_Atomic uint64_t served[LEDGER_SERVED_WORDS]; /* transport's: what was done for the clients of an overlay */
-	_Atomic uint32_t supplied; /* its pages are copied into it, and discarded is what became zero, not a doubt */
+	_Atomic uint32_t populated; /* its pages are copied into it, and discarded is what became zero, not a doubt */
 	uint32_t spare;
 	/* faults': messages are read to here, and an event stays until it is seen to: no death loses one.  See guest.c.
 	 */
@@ -181,7 +181,7 @@ struct account {
 	struct ledger_header *header;
 	size_t ledger_bytes;
 	int ledger_fd, uffd, pagemap_fd;
-	bool supplied; /* its pages are copied into it, not mapped */
+	bool populated; /* its pages are copied into it, not mapped */
 	bits_word *granted, *private, *unsettled, *discarded, *unmapped, *poisoned, *seeded;
 	bits_word *dirty; /* NULL: private pages are not followed */
 	bool thaw_ends_tracking;

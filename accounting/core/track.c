@@ -55,7 +55,7 @@ static int begin(struct account *account)
 {
 	uint64_t nr_words = nr_words_of(account);
 
-	if (account->supplied)
+	if (account->populated)
 		return -EOPNOTSUPP;
 	if (account->dirty)
 		return 0;

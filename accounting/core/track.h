@@ -25,7 +25,7 @@
 /* cdef-begin */
 /* Begins to follow the private pages, all of which are dirty at first; or ends that and opens them all, -errno if that
  * can't be done (they are opened as they are written, then).  Nothing to do is no error.  -EOPNOTSUPP: the memory is
- * supplied (no page of it can be protected). */
+ * populated (no page of it can be protected). */
 int account_track(struct account *account, int on);
 /* Takes the dirty pages, (nr_pages + 63) / 64 words, and protects them; how many. -errno leaves all of them dirty;
  * -EINVAL: they are not followed. Cost: 0.05 us for each, with write_lock held for a batch at a time. */

@@ -377,7 +377,7 @@ void answer_repair(struct image *image, uint64_t extent)
 	pthread_rwlock_rdlock(&image->accounts_lock);
 	for (struct account *account = image->accounts; account; account = account->next)
 		for (uint64_t page = first;
-		     !account->supplied && (page = bits_next(account->poisoned, page, end)) < end; page++) {
+		     !account->populated && (page = bits_next(account->poisoned, page, end)) < end; page++) {
 			uint64_t mapped, address = account_address(account, page);
 
 			if (!address)

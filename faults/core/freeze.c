@@ -119,7 +119,7 @@ int guest_freeze(struct guest *guest)
 {
 	uint64_t until_ns = clock_now_ns() + FREEZE_WITHIN_NS;
 	struct timespec until = {(time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u)};
-	int err = guest->account->supplied ? -EOPNOTSUPP : -EAGAIN;
+	int err = guest->account->populated ? -EOPNOTSUPP : -EAGAIN;
 
 	while (err == -EAGAIN && clock_now_ns() < until_ns) {
 		ask_thread(guest, true);

@@ -357,7 +357,7 @@ int guest_start(struct account *account, int uffd, int pidfd, const struct fault
 }
 
 int guest_start_kind(struct account *account, int uffd, int pidfd, const struct fault_options *options,
-                     const struct guest_kind *kind, struct supply *supply, struct guest **guest_out)
+                     const struct guest_kind *kind, struct populate *populate, struct guest **guest_out)
 {
 	struct guest *guest = calloc(1, sizeof *guest);
 	int flags = fcntl(uffd, F_GETFL);
@@ -366,7 +366,7 @@ int guest_start_kind(struct account *account, int uffd, int pidfd, const struct 
 		return -ENOMEM;
 	guest->wanted_pages = 1;
 	guest->kind = kind;
-	guest->supply = supply;
+	guest->populate = populate;
 	guest->account = account;
 	guest->image = account->image;
 	guest->uffd = uffd;

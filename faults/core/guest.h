@@ -40,7 +40,7 @@ int guest_poison_absent(struct guest *guest);
 void guest_resume(struct guest *guest);
 /* From its return until guest_thaw nothing is written to a private page: writes are not answered, and a discard waits
  * in its guest.  Reads are answered, but while a discard waits those only that need no answer.  -EOPNOTSUPP: the memory
- * is supplied; -ETIMEDOUT: the guest's fault thread, or a change to its memory, does not come to an end.  Cost: as
+ * is populated; -ETIMEDOUT: the guest's fault thread, or a change to its memory, does not come to an end.  Cost: as
  * account_freeze, and a thread's wake-up. */
 int guest_freeze(struct guest *guest);
 /* Whoever waits asks again. */
@@ -51,8 +51,8 @@ uint64_t guest_uffd_features(void);
 /* cdef-end */
 
 /*
- * What a guest's memory is decides how it is answered: mapped (of the frames) or supplied (supply.h).  All are called
- * by the guest's thread, but end: after that has been joined and no loader answers any more.
+ * What a guest's memory is decides how it is answered: mapped (of the frames) or populated (populate.h).  All are
+ * called by the guest's thread, but end: after that has been joined and no loader answers any more.
  */
 struct guest_kind {
 	void (*fault)(struct guest *guest, uint64_t address, uint64_t flags, uint64_t read_ns);
@@ -63,7 +63,7 @@ struct guest_kind {
 	void (*end)(struct guest *guest);  /* NULL: nothing is to be done */
 };
 
-struct supply;
+struct populate;
 struct uffd_msg;
 
 #define MESSAGES_MAX 16 /* answered in one pass: a flood cannot starve the idle work */
@@ -74,7 +74,7 @@ struct uffd_msg;
  */
 struct guest {
 	const struct guest_kind *kind;
-	struct supply *supply; /* of a supplied guest */
+	struct populate *populate; /* of a populated guest */
 	struct account *account;
 	struct image *image;
 	int uffd, pidfd, kick_fd;
@@ -111,7 +111,7 @@ uint64_t clock_now_ns(void);
 
 /* guest_start for a kind. */
 int guest_start_kind(struct account *account, int uffd, int pidfd, const struct fault_options *options,
-                     const struct guest_kind *kind, struct supply *supply, struct guest **guest_out);
+                     const struct guest_kind *kind, struct populate *populate, struct guest **guest_out);
 
 /* write.c.  Under write_lock: takes up to nr_wanted pages from the quota, having looked for charges to return first. */
 uint64_t account_take_pages(struct account *account, uint64_t nr_wanted);

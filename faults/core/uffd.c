@@ -95,7 +95,7 @@ int uffd_copy_page(int uffd, uint64_t address, const void *from)
 }
 
 /* One call: 0, or -errno with *done_out set by what the kernel did before it stopped. */
-static int supply_once(int uffd, uint64_t address, const char *from, uint64_t length, uint64_t *done_out)
+static int populate_once(int uffd, uint64_t address, const char *from, uint64_t length, uint64_t *done_out)
 {
 	int64_t done;
 	int err;
@@ -115,13 +115,14 @@ static int supply_once(int uffd, uint64_t address, const char *from, uint64_t le
 	return err;
 }
 
-int uffd_supply(int uffd, uint64_t address, const void *from, uint64_t length, uint64_t page_bytes, uint64_t *done_out)
+int uffd_install(int uffd, uint64_t address, const void *from, uint64_t length, uint64_t page_bytes, uint64_t *done_out)
 {
 	uint64_t done = 0, step;
 	int err = 0;
 
 	while (done < length && !err) {
-		err = supply_once(uffd, address + done, from ? (const char *)from + done : NULL, length - done, &step);
+		err = populate_once(uffd, address + done, from ? (const char *)from + done : NULL, length - done,
+		                    &step);
 		if (err == -EEXIST && !step) {
 			/* EEXIST wakes nobody, and a thread may wait for just this page. */
 			err = uffd_wake(uffd, address + done, page_bytes);

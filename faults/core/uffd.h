@@ -24,7 +24,8 @@ int uffd_copy_page(int uffd, uint64_t address, const void *from);
  * place of copies, which huge pages have not got.  Pages (of page_bytes) that are there already are woken and passed
  * over. *done_out is how far it got, on failure too; errors are those of uffd_continue.
  */
-int uffd_supply(int uffd, uint64_t address, const void *from, uint64_t length, uint64_t page_bytes, uint64_t *done_out);
+int uffd_install(int uffd, uint64_t address, const void *from, uint64_t length, uint64_t page_bytes,
+                 uint64_t *done_out);
 /* SIGBUS for whoever touches [address, address + length), which nobody mapped, and wakes it. */
 int uffd_poison_range(int uffd, uint64_t address, uint64_t length);
 

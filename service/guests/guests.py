@@ -28,7 +28,7 @@ from cowshed.accounting import (
     add_statuses,
 )
 from cowshed.cache import Image, UsageError
-from cowshed.faults import FaultHandler, FaultOptions, SupplyHandler, SupplyTerms
+from cowshed.faults import FaultHandler, FaultOptions, PopulateHandler, PopulateOptions
 from cowshed.service.settings.names import find_for_operator
 from cowshed.transport.no_room import taking_in
 
@@ -324,7 +324,7 @@ class GuestTable:
         *,
         inherited: bool = False,
         transport: str = "unix",
-        supply: SupplyTerms | None = None,
+        populate: PopulateOptions | None = None,
         seeds: tuple[int, bytes] | None = None,
         hold: Callable[[Account], None] | None = None,
     ) -> Mapping:
@@ -332,7 +332,7 @@ class GuestTable:
 
         inherited memory came over fork: what is private in it is charged. On failure nothing is
         left of the mapping. seeds are private pages that it begins with: a file that has them, and
-        their bitmap (Account.seed). With supply its pages are copied into memory of its own; fds
+        their bitmap (Account.seed). With populate its pages are copied into memory of its own; fds
         may then be [uffd] alone. hold is called before anything is answered: an event that is read
         is in the account alone. Raises UsageError for regions that make no sense (Account.place),
         CapacityError if there is no descriptor, thread or memory for it.
@@ -346,7 +346,9 @@ class GuestTable:
             terms = (account.cdata, fds[0], peer.pidfd, options)
             if hold is not None:
                 hold(account)
-            handler = FaultHandler(*terms) if supply is None else SupplyHandler(*terms, supply)
+            handler = (
+                FaultHandler(*terms) if populate is None else PopulateHandler(*terms, populate)
+            )
             stack.callback(handler.stop)
             if inherited:
                 account.adopt_private()
@@ -366,7 +368,7 @@ class GuestTable:
         fds: list[int],
         transport: str = "unix",
         seeds_fd: int = -1,
-        supply: SupplyTerms | None = None,
+        populate: PopulateOptions | None = None,
     ) -> Mapping:
         """Answer a mapping that another process answered; whoever waits there asks again.
 
@@ -384,7 +386,9 @@ class GuestTable:
             if seeds_fd >= 0:
                 account.adopt_seeds(seeds_fd)
             terms = (account.cdata, fds[0], peer.pidfd, options)
-            handler = FaultHandler(*terms) if supply is None else SupplyHandler(*terms, supply)
+            handler = (
+                FaultHandler(*terms) if populate is None else PopulateHandler(*terms, populate)
+            )
             stack.pop_all()
         handler.resume()
         mapping = Mapping(guest, peer, transport, account, handler, fds)

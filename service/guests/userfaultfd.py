@@ -16,7 +16,7 @@ from cowshed.transport.foreign_fds import close_foreign, device_and_inode
 
 __all__ = [
     "check_guest_files",
-    "check_supplied_uffd",
+    "check_populated_uffd",
     "check_uffd",
     "has_ended",
     "memory_lives",
@@ -88,7 +88,7 @@ def check_uffd(fd: int) -> None:
         )
 
 
-def check_supplied_uffd(fd: int) -> None:
+def check_populated_uffd(fd: int) -> None:
     """Raise PeerError unless fd is a userfaultfd whose faults can be answered by copy.
 
     What a guest chose is its own business, but for what would put descriptors into this process.

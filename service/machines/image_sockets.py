@@ -2,7 +2,7 @@
 """Each image's own socket, where machine monitors hand their memory over: RUN_DIR/images/NAME.sock.
 
 A connection that sent a handshake is a guest until it closes or its process ends. Firecracker's
-memory is supplied by copy and says nothing more. A Nydus client's is, too, under its policy Copy;
+memory is populated by copy and says nothing more. A Nydus client's is, too, under its policy Copy;
 under Zerocopy it is told of extents, which stay pinned for as long as it is connected, and of what
 is beyond the allowance for that it gets copies.
 """
@@ -24,15 +24,15 @@ from typing import Final, Protocol
 from cowshed.accounting import Account, QuotaPolicy
 from cowshed.accounting import Region as PlacedRegion
 from cowshed.cache import CowshedError, Image, PeerError, UsageError
-from cowshed.faults import FaultOptions, SupplyHandler
+from cowshed.faults import FaultOptions, PopulateHandler
 from cowshed.service.guests.door import Door
 from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
 from cowshed.service.guests.turned_away import what_failed
-from cowshed.service.guests.userfaultfd import check_supplied_uffd, open_pagemap
+from cowshed.service.guests.userfaultfd import check_populated_uffd, open_pagemap
 from cowshed.service.machines.handshake_peer import HandshakePeer
 from cowshed.service.machines.image_folders import make_image_folders
 from cowshed.service.machines.machine_records import Caller, MachineRecords, RestoredMachine
-from cowshed.service.machines.supplier import Supplier, check_regions, is_shared
+from cowshed.service.machines.populator import Populator, check_regions, is_zerocopy
 from cowshed.service.metrics.service_counters import ServiceCounters
 from cowshed.service.operators.control import Control
 from cowshed.service.reports.guest_states import say_state
@@ -92,9 +92,9 @@ class _Client:
     deadline: float | None
     group: str = ""
     mapping: Mapping | None = None
-    handler: SupplyHandler | None = None
+    handler: PopulateHandler | None = None
     regions: tuple[Region, ...] = ()
-    share_fd: int = -1
+    zerocopy_fd: int = -1
 
 
 class ImageSockets:
@@ -107,7 +107,7 @@ class ImageSockets:
         host: ImageSocketsHost,
         counters: ServiceCounters,
         loop: Loop,
-        supplier: Supplier,
+        populator: Populator,
         listeners: Listeners,
         records: MachineRecords,
     ) -> None:
@@ -115,7 +115,7 @@ class ImageSockets:
         self._host = host
         self._counters = counters
         self._loop = loop
-        self._supplier = supplier
+        self._populator = populator
         self._records = records
         self._clients: dict[int, _Client] = {}
         self._opener = listeners
@@ -202,7 +202,7 @@ class ImageSockets:
         for machine in restored:
             self._door.readmit(machine.peer.uid)
             client = self._begin(Caller(machine.peer, machine.mapping.image, machine.group))
-            self._begin_supply(client, machine.mapping, machine.request)
+            self._begin_populate(client, machine.mapping, machine.request)
         for caller in callers:
             self._door.readmit(caller.peer.uid)
             self._begin(caller)
@@ -270,9 +270,9 @@ class ImageSockets:
         """Make the connection's guest; the descriptor is the guest's on success only."""
         host, peer, image = self._host, client.peer, client.image
         host.control.check_open()  # it may have connected before the drain
-        check_supplied_uffd(uffd)
+        check_populated_uffd(uffd)
         check_regions(request, image.map_bytes)
-        supply = self._supplier.terms(request, image)
+        populate = self._populator.terms(request, image)
         config = host.config
         terms = Terms(
             name=f"{'fc' if request.protocol == 'firecracker' else 'nydus'}-{peer.pid}",
@@ -289,7 +289,7 @@ class ImageSockets:
         guest = self._reserve(terms, who)
         shown = [
             PlacedRegion(one.address, one.offset, min(one.length, image.map_bytes - one.offset))
-            for one in supply.regions
+            for one in populate.regions
         ]
         caller = client.group
 
@@ -307,7 +307,7 @@ class ImageSockets:
                 # What is there already is the guest's own, too.
                 inherited=pagemap is not None,
                 transport=request.protocol,
-                supply=supply,
+                populate=populate,
                 hold=hold,
             )
         except BaseException:
@@ -321,7 +321,7 @@ class ImageSockets:
         reach("MACHINE_ATTACHED")
         self._records.release(caller)
         peer.close_record()
-        self._begin_supply(client, mapping, request)
+        self._begin_populate(client, mapping, request)
         _log.info(
             "attached",
             guest=guest.name,
@@ -338,14 +338,14 @@ class ImageSockets:
                 guest=guest.name,
             )
 
-    def _begin_supply(self, client: _Client, mapping: Mapping, request: Handshake) -> None:
+    def _begin_populate(self, client: _Client, mapping: Mapping, request: Handshake) -> None:
         """The connection is a guest's from now on."""
         client.mapping, client.regions, client.deadline = mapping, request.regions, None
-        assert isinstance(mapping.handler, SupplyHandler)
+        assert isinstance(mapping.handler, PopulateHandler)
         client.handler = mapping.handler
-        if is_shared(request):
-            client.share_fd = client.handler.share_fd
-            self._loop.watch(client.share_fd, READ, lambda *_: self._on_shared(client))
+        if is_zerocopy(request):
+            client.zerocopy_fd = client.handler.zerocopy_fd
+            self._loop.watch(client.zerocopy_fd, READ, lambda *_: self._on_zerocopy(client))
         if client.peer.pidfd is not None:
             self._loop.watch(client.peer.pidfd, READ, lambda *_: self._end(client))
 
@@ -359,9 +359,9 @@ class ImageSockets:
                 terms = dataclasses.replace(terms, name=f"{name}-{no}")
         raise AssertionError("there is always another number")
 
-    def _on_shared(self, client: _Client) -> None:
+    def _on_zerocopy(self, client: _Client) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.read(client.share_fd, 8)
+            os.read(client.zerocopy_fd, 8)
         try:
             self._send(client)
         except PeerError as error:
@@ -370,8 +370,8 @@ class ImageSockets:
     def _send(self, client: _Client) -> None:
         """Send what waits, and tell of extents while the peer reads: the rest stays marked."""
         done = client.peer.flush()
-        while done and client.handler is not None and client.share_fd >= 0:
-            runs = client.handler.take_shared()
+        while done and client.handler is not None and client.zerocopy_fd >= 0:
+            runs = client.handler.take_zerocopy()
             if not runs:
                 break
             frames = client.image.guest_fd
@@ -400,8 +400,8 @@ class ImageSockets:
         self._loop.forget(peer.fileno())
         self._records.release(client.group)
         if mapping is not None:
-            if client.share_fd >= 0:
-                self._loop.forget(client.share_fd)
+            if client.zerocopy_fd >= 0:
+                self._loop.forget(client.zerocopy_fd)
             if peer.pidfd is not None:
                 self._loop.forget(peer.pidfd)
             self._host.guests.detach(mapping)

@@ -28,7 +28,7 @@ from cowshed.service.guests.guest_records import (
 )
 from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
 from cowshed.service.machines.handshake_peer import HandshakePeer
-from cowshed.service.machines.supplier import Supplier
+from cowshed.service.machines.populator import Populator
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
 from cowshed.service.survival.inherited import InheritedFds, record_make, record_read
@@ -39,7 +39,7 @@ __all__ = ["Caller", "MachineRecords", "RestoredMachine"]
 _log = EventLog("cowshed.images")
 
 _CALLER: Final = "caller/"
-_SUPPLIED: Final = "supplied/"
+_POPULATED: Final = "supplied/"
 _KINDS: Final = {"record", "ledger", "quota", "uffd", "socket"}
 
 
@@ -54,7 +54,7 @@ class Caller:
 
 @dataclass(frozen=True)
 class RestoredMachine:
-    """A guest that is supplied on: who has its connection, what it had sent, and its group."""
+    """A restored guest: its connection, its handshake, and the group that it is held as."""
 
     peer: HandshakePeer
     mapping: Mapping
@@ -82,14 +82,14 @@ class MachineRecords:
         peer: HandshakePeer,
         request: Handshake,
     ) -> str:
-        """Have a guest that is to be supplied outlive us; the group's name.
+        """Have a guest that is to be populated outlive us; the group's name.
 
         A record is added to fds, its mapping's. As long as the connection's own group is held too,
         a successor charges what was in the memory before.
         """
         fds.append(record_make(_describe(guest.terms, request)))
         held = [*fds, account.fd, guest.quota.fd, peer.fileno()]
-        return self._hold(_SUPPLIED, held, guest.terms.image, guest.name)
+        return self._hold(_POPULATED, held, guest.terms.image, guest.name)
 
     def _hold(self, prefix: str, fds: list[int], image: Image, guest: str) -> str:
         group = f"{prefix}{secrets.token_hex(8)}"
@@ -102,14 +102,15 @@ class MachineRecords:
             self._fd_store.release(group)
 
     def adopt(
-        self, inherited: InheritedFds, store: PageStore, guests: GuestTable, supplier: Supplier
+        self, inherited: InheritedFds, store: PageStore, guests: GuestTable, populator: Populator
     ) -> list[RestoredMachine]:
-        """Supply on all that our predecessor supplied. Before anything may be evicted: what was
-        lent is lent again here.
+        """Restore the guests that the last backend populated.
+
+        Must precede any eviction: it pins the extents that were lent to them again.
         """
         restored = []
-        for group, group_fds in inherited.take_all(_SUPPLIED):
-            machine = self._adopt(group, group_fds, store, guests, supplier)
+        for group, group_fds in inherited.take_all(_POPULATED):
+            machine = self._adopt(group, group_fds, store, guests, populator)
             if machine is None:
                 self._fd_store.release(group)
                 for fd in group_fds.values():
@@ -132,7 +133,7 @@ class MachineRecords:
         group_fds: dict[str, int],
         store: PageStore,
         guests: GuestTable,
-        supplier: Supplier,
+        populator: Populator,
     ) -> RestoredMachine | None:
         """Adopt one guest, its descriptors with it; None, and none taken, if it cannot be."""
         if group_fds.keys() - {"pagemap"} != _KINDS:
@@ -158,7 +159,7 @@ class MachineRecords:
                 os.dup(group_fds["ledger"]),
                 fds,
                 transport=request.protocol,
-                supply=supplier.terms(request, image),
+                populate=populator.terms(request, image),
             )
         except (CowshedError, OSError) as error:
             _log.warning("guest-left", str(error), guest=terms.name, image=image.label)

@@ -20,7 +20,7 @@ Kind = Literal["info", "gauge", "counter", "histogram"]
 
 REFS: Final = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32+")
 STATES: Final = ("running", "stopped-quota", "frozen", "parked", "detached", "away")
-# The first are of guests that have memory mapped or supplied, the others of those without.
+# The first are of guests that have memory mapped or populated, the others of those without.
 MAPPING_TRANSPORTS: Final = ("unix", "firecracker", "nydus")
 TRANSPORTS: Final = (*MAPPING_TRANSPORTS, "nbd", "tcp", "tls", "vsock")
 NBD_COMMANDS: Final = ("read", "write", "trim", "zero", "flush", "cache", "status")
@@ -208,7 +208,7 @@ _IMAGES: Final = (
     _image(
         "mappings",
         "gauge",
-        "Connections that have memory of the image mapped or supplied: a guest may have several.",
+        "Connections that have memory of the image mapped or populated: a guest may have several.",
         transport=MAPPING_TRANSPORTS,
     ),
     _image("source_changed", "gauge", "1 if the source changed while it is served, else 0."),

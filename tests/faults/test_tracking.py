@@ -75,7 +75,7 @@ def test_pages_that_are_not_followed_are_not_taken(stage: Stage) -> None:
 def test_supplied_memory_cannot_be_followed_nor_frozen(stage: Stage) -> None:
     machine = stage.machine()
     for order in (lambda: machine.handler.track(True), machine.handler.freeze):
-        with pytest.raises(UsageError, match="is supplied"):
+        with pytest.raises(UsageError, match="is populated"):
             order()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from certificates import Authority
 from domains import Daemon, StartGuest, in_thread, until
-from supplied import new_machine
+from machine_guests import new_machine
 from two_hosts import PAGE, SIZE, Host, is_stopped
 
 from cowshed.transport import connect

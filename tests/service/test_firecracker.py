@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines restored as Firecracker does it: memory that is theirs, supplied page by page."""
+"""Machines restored as Firecracker does it: memory that is theirs, populated page by page."""
 
 import os
 import signal
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from domains import NOBODY, Daemon, MakeImage, StartDaemon, StartGuest, until
+from machine_guests import MIB, PAGE, new_machine, restore, socket_of, status_of
 from siege import still_serves
-from supplied import MIB, PAGE, new_machine, restore, socket_of, status_of
 
 SIZE = 8 * MIB
 SIZES = [3 * MIB, 5 * MIB]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from domains import Daemon, MakeImage, StartDaemon, StartGuest, until
-from supplied import MIB, PAGE, restore, status_of
+from machine_guests import MIB, PAGE, restore, status_of
 
 HUGE = 2 * MIB
 SIZE = 8 * MIB

@@ -19,7 +19,7 @@ from urllib.parse import urlencode
 import pytest
 from certificates import Authority
 from domains import Daemon, MakeImage, StartDaemon, StartGuest, cowshed, until
-from supplied import new_machine
+from machine_guests import new_machine
 
 from cowshed.cache import CapacityError, PeerError, UsageError
 from cowshed.transport import connect

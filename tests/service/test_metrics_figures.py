@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from domains import Daemon, MakeImage, StartDaemon, StartGuest, until
+from machine_guests import restore
 from nbd_site import Site
 from scraping import ANY_PORT, Samples, scrape, value
-from supplied import restore
 from swarms import Swarm
 
 from cowshed.transport import connect

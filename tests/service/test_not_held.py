@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from domains import Daemon, MakeImage, StartDaemon, StartGuest, kill_backend, until
+from machine_guests import restore, status_of
 from nbd_site import Site
-from supplied import restore, status_of
 
 pytestmark = pytest.mark.slow
 

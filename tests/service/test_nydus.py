@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from domains import Daemon, MakeImage, StartDaemon, StartGuest, until
-from supplied import MIB, PAGE, new_machine, status_of
+from machine_guests import MIB, PAGE, new_machine, status_of
 
 SIZE = 8 * MIB
 HUGE = 2 * MIB

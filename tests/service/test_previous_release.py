@@ -25,8 +25,8 @@ from domains import (
     kill_backend,
     until,
 )
+from machine_guests import new_machine, restore
 from releases import ROOT, Installation, previous_release
-from supplied import new_machine, restore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

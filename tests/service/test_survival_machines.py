@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from domains import Daemon, Guest, MakeImage, StartDaemon, StartGuest, until
-from supplied import new_machine, restore, status_of
+from machine_guests import new_machine, restore, status_of
 
 pytestmark = pytest.mark.slow
 

@@ -29,9 +29,9 @@ from cowshed.cache._core import lib
 from cowshed.faults import (
     FaultHandler,
     FaultOptions,
-    SupplyHandler,
-    SupplyRegion,
-    SupplyTerms,
+    PopulateHandler,
+    PopulateOptions,
+    PopulateRegion,
     uffd_features,
 )
 
@@ -224,7 +224,7 @@ class Stage:
         window: int = 0,
         zero_discarded: bool = True,
     ) -> MappedGuest:
-        """Start and attach a guest whose own memory is supplied: windows in pages, 0 adaptive."""
+        """Start and attach a guest whose own memory is populated: windows in pages, 0 adaptive."""
         guest = MappedGuest()
         self.guests.append(guest)
         length = self.image.map_bytes
@@ -232,10 +232,10 @@ class Stage:
         guest.quota = self.quota(quota, policy)
         guest.account = Account(self.image, guest.quota)
         guest.account.place(guest.fds[0], guest.fds[1], [Region(guest.base, 0, length)])
-        region = SupplyRegion(guest.base, 0, length, PAGE)
-        terms = SupplyTerms((region,), zero_discarded=zero_discarded)
+        region = PopulateRegion(guest.base, 0, length, PAGE)
+        terms = PopulateOptions((region,), zero_discarded=zero_discarded)
         options = FaultOptions(window * PAGE, 0, 0)
-        guest.handler = SupplyHandler(
+        guest.handler = PopulateHandler(
             guest.account.cdata, guest.fds[0], guest.pidfd, options, terms
         )
         return guest

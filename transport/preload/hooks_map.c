@@ -219,7 +219,7 @@ EXPORTED int mprotect(void *address, size_t length, int prot)
 	for (unsigned i = 0; (prot & PROT_WRITE) && i < table_nr_ranges; i++) {
 		const struct range *range = &table_ranges[i];
 
-		if (!range->is_shared || start >= range->end || end <= range->start)
+		if (!range->is_zerocopy || start >= range->end || end <= range->start)
 			continue;
 		lock_release(&signals);
 		say("writing is refused to a mapping of the image that was made MAP_SHARED: its pages are "

@@ -104,7 +104,7 @@ static int cut_off(uintptr_t start, uintptr_t end)
 /* Pages of the image from an offset on, as those of a range, at a place that is free or reserved. */
 static intptr_t map_as(const struct range *range, uint64_t offset_bytes, uintptr_t at, size_t length, int how)
 {
-	int type = range->is_shared ? MAP_SHARED : MAP_PRIVATE;
+	int type = range->is_zerocopy ? MAP_SHARED : MAP_PRIVATE;
 	struct range tail = *range;
 	void *mapped;
 	int fd;
@@ -162,7 +162,7 @@ static intptr_t map_again(const struct wanted *wanted)
 {
 	struct range range = *table_find(wanted->start, wanted->start + 1);
 
-	if (!range.is_shared)
+	if (!range.is_zerocopy)
 		return -EINVAL;
 	if (!(wanted->flags & MREMAP_MAYMOVE))
 		return -ENOMEM;

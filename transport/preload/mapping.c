@@ -140,7 +140,7 @@ intptr_t mapping_make(uintptr_t address, size_t length, int prot, int flags, uin
 		.offset_bytes = offset_bytes,
 		.prot = prot,
 		.link_no = table_add_link(leave.connection_fd, leave.uffd),
-		.is_shared = (flags & MAP_TYPE) != MAP_PRIVATE,
+		.is_zerocopy = (flags & MAP_TYPE) != MAP_PRIVATE,
 		.frames = leave.frames,
 	};
 	table_add(range);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What supplied guests get their pages by: charge first, install, and give back what was not. */
+/* What populated guests get their pages by: charge first, install, and give back what was not. */
 #define _GNU_SOURCE
-#include "faults/core/supply.h"
+#include "faults/core/populate.h"
 
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
@@ -10,14 +10,14 @@
 
 #include <unistd.h>
 
-uint64_t supply_address(const struct supply_region *region, uint64_t page)
+uint64_t populate_address(const struct populate_region *region, uint64_t page)
 {
 	return region->address + ((page - region->first_page) << PAGE_SHIFT);
 }
 
-bool supply_is_zero(const struct guest *guest, uint64_t page)
+bool populate_is_zero(const struct guest *guest, uint64_t page)
 {
-	return guest->supply->zero_discarded && bits_test(guest->account->discarded, page);
+	return guest->populate->zero_discarded && bits_test(guest->account->discarded, page);
 }
 
 int frames_read(const struct image *image, uint64_t first, uint64_t nr, char *to)
@@ -27,11 +27,11 @@ int frames_read(const struct image *image, uint64_t first, uint64_t nr, char *to
 	return pread(image->frames_fd, to, (size_t)length, (off_t)(first << PAGE_SHIFT)) == length ? 0 : -EFAULT;
 }
 
-int supply_poison(struct guest *guest, const struct supply_region *region, uint64_t page)
+int populate_poison(struct guest *guest, const struct populate_region *region, uint64_t page)
 {
 	struct account *account = guest->account;
 	uint64_t first = page - (page - region->first_page) % (region->page_bytes / PAGE_BYTES);
-	int err = uffd_poison_range(guest->uffd, supply_address(region, first), region->page_bytes);
+	int err = uffd_poison_range(guest->uffd, populate_address(region, first), region->page_bytes);
 
 	if (!err && bits_set(account->poisoned, first)) {
 		atomic_fetch_add(&guest->image->nr_poisoned, 1);
@@ -40,7 +40,7 @@ int supply_poison(struct guest *guest, const struct supply_region *region, uint6
 	return err;
 }
 
-void supply_refuse(struct guest *guest, const struct supply_region *region, uint64_t page)
+void populate_refuse(struct guest *guest, const struct populate_region *region, uint64_t page)
 {
 	struct account *account = guest->account;
 	int err = -EPERM;
@@ -48,7 +48,7 @@ void supply_refuse(struct guest *guest, const struct supply_region *region, uint
 	guest->wanted_pages = region->page_bytes / PAGE_BYTES;
 	if (quota_policy_of(account->quota) == QUOTA_KILL) {
 		pthread_mutex_lock(&account->write_lock);
-		err = supply_poison(guest, region, page);
+		err = populate_poison(guest, region, page);
 		pthread_mutex_unlock(&account->write_lock);
 	}
 	if (err < 0)
@@ -58,7 +58,7 @@ void supply_refuse(struct guest *guest, const struct supply_region *region, uint
 }
 
 /* Under write_lock: up to nr pages, but all of a huge one. */
-static uint64_t take_pages(struct account *account, const struct supply_region *region, uint64_t nr)
+static uint64_t take_pages(struct account *account, const struct populate_region *region, uint64_t nr)
 {
 	uint64_t nr_taken = account_take_pages(account, nr);
 
@@ -69,8 +69,8 @@ static uint64_t take_pages(struct account *account, const struct supply_region *
 	return nr_taken;
 }
 
-int64_t supply_install(struct guest *guest, const struct supply_region *region, uint64_t first, uint64_t nr,
-                       const char *from)
+int64_t populate_install(struct guest *guest, const struct populate_region *region, uint64_t first, uint64_t nr,
+                         const char *from)
 {
 	struct account *account = guest->account;
 	uint64_t done_bytes = 0, nr_charged;
@@ -89,7 +89,7 @@ int64_t supply_install(struct guest *guest, const struct supply_region *region, 
 	/* The last huge page of an image may reach past its end. */
 	uint64_t length = (nr_charged << PAGE_SHIFT) + region->page_bytes - 1;
 	length -= length % region->page_bytes;
-	err = uffd_supply(guest->uffd, supply_address(region, first), from, length, region->page_bytes, &done_bytes);
+	err = uffd_install(guest->uffd, populate_address(region, first), from, length, region->page_bytes, &done_bytes);
 	uint64_t nr_done = done_bytes >> PAGE_SHIFT < nr_charged ? done_bytes >> PAGE_SHIFT : nr_charged;
 	for (uint64_t i = nr_done; i < nr_charged; i++) {
 		account_uncharge(account, first + i);
@@ -107,10 +107,10 @@ int64_t supply_install(struct guest *guest, const struct supply_region *region, 
 }
 
 /* The report is old, or a late zap took the page. */
-int supply_again(struct guest *guest, const struct supply_region *region, uint64_t first, const char *from)
+int populate_again(struct guest *guest, const struct populate_region *region, uint64_t first, const char *from)
 {
 	uint64_t done_bytes;
 
-	return uffd_supply(guest->uffd, supply_address(region, first), from, region->page_bytes, region->page_bytes,
-	                   &done_bytes);
+	return uffd_install(guest->uffd, populate_address(region, first), from, region->page_bytes, region->page_bytes,
+	                    &done_bytes);
 }

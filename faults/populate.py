@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fault thread of a guest whose memory is supplied by copy, or that is told what to map."""
+"""The fault thread of a guest whose memory is populated by copy, or that is told what to map."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from cowshed.faults.handler import FaultHandler, FaultOptions, to_struct
 if TYPE_CHECKING:
     from cowshed.cache._core import StructAccount
 
-__all__ = ["ShareAllowance", "SupplyHandler", "SupplyRegion", "SupplyTerms"]
+__all__ = ["PopulateHandler", "PopulateOptions", "PopulateRegion", "ZerocopyAllowance"]
 
 _RUNS_AT_ONCE: Final = 256
 
 
 @dataclass(frozen=True)
-class SupplyRegion:
+class PopulateRegion:
     """Memory of a guest's and the part of the image that it shows, in bytes.
 
     It may reach past the image's end, where it is zero. page_bytes: 4096 or 2 MiB; the others are
@@ -35,11 +35,11 @@ class SupplyRegion:
     page_bytes: int
 
 
-class ShareAllowance:
-    """How many extents all shared guests together may keep pinned; to be kept while they are."""
+class ZerocopyAllowance:
+    """How many extents all zerocopy guests may keep pinned; must outlive those guests."""
 
     def __init__(self, nr_extents: int) -> None:
-        self.cdata = ffi.new("struct share_allowance *", [nr_extents])
+        self.cdata = ffi.new("struct zerocopy_allowance *", [nr_extents])
 
     @property
     def left_extents(self) -> int:
@@ -48,25 +48,25 @@ class ShareAllowance:
 
 
 @dataclass(frozen=True)
-class SupplyTerms:
-    """What is supplied, and how.
+class PopulateOptions:
+    """What is populated, and how.
 
     zero_discarded: memory that the guest gave back is zero from then on (a machine's memory), and
-    not the image's again (a disk). order: extents to supply in idle time. allowance: extents are
-    shared by it, of max_pinned_extents pinned in the store at most; all that are resident, without
-    being asked, if share_resident.
+    not the image's again (a disk). order: extents to populate in idle time. allowance: extents are
+    lent by it, of max_pinned_extents pinned in the store at most; all that are resident, without
+    being asked, if zerocopy_resident.
     """
 
-    regions: tuple[SupplyRegion, ...]
+    regions: tuple[PopulateRegion, ...]
     zero_discarded: bool
     order: Sequence[int] = ()
-    allowance: ShareAllowance | None = None
+    allowance: ZerocopyAllowance | None = None
     max_pinned_extents: int = 0
-    share_resident: bool = False
+    zerocopy_resident: bool = False
 
 
-class SupplyHandler(FaultHandler):
-    """Answers one supplied guest's faults until stop(). The descriptors are borrowed until then."""
+class PopulateHandler(FaultHandler):
+    """Answers one populated guest's faults until stop(), and borrows its descriptors until then."""
 
     def __init__(
         self,
@@ -74,9 +74,9 @@ class SupplyHandler(FaultHandler):
         uffd: int,
         pidfd: int,
         options: FaultOptions,
-        terms: SupplyTerms,
+        terms: PopulateOptions,
     ) -> None:
-        regions = ffi.new("struct supply_region[]", len(terms.regions))
+        regions = ffi.new("struct populate_region[]", len(terms.regions))
         for place, region in zip(regions, terms.regions, strict=True):
             place.address = region.address
             place.first_page = region.offset // PAGE_BYTES
@@ -84,7 +84,7 @@ class SupplyHandler(FaultHandler):
             place.page_bytes = region.page_bytes
         order = array("I", terms.order)
         cterms = ffi.new(
-            "struct supply_terms *",
+            "struct populate_options *",
             {
                 "regions": regions,
                 "nr_regions": len(terms.regions),
@@ -93,24 +93,24 @@ class SupplyHandler(FaultHandler):
                 "nr_order": len(order),
                 "allowance": ffi.NULL if terms.allowance is None else terms.allowance.cdata,
                 "max_pinned_extents": terms.max_pinned_extents,
-                "share_resident": terms.share_resident,
+                "zerocopy_resident": terms.zerocopy_resident,
             },
         )
         guest = ffi.new("struct guest **")
         checked(
-            lib.supply_start(account, uffd, pidfd, to_struct(options), cterms, guest),
-            "starting to supply a guest",
+            lib.populate_start(account, uffd, pidfd, to_struct(options), cterms, guest),
+            "starting to populate a guest",
         )
         self._guest = guest[0]
         self._account = account
         self._allowance = terms.allowance  # the thread uses it
 
     @property
-    def share_fd(self) -> int:
+    def zerocopy_fd(self) -> int:
         """An eventfd that is raised when extents wait to be told of, or -1; the handler's own."""
-        return lib.supply_share_fd(self._guest)
+        return lib.zerocopy_fd(self._guest)
 
-    def take_shared(self) -> list[tuple[int, int]]:
+    def take_zerocopy(self) -> list[tuple[int, int]]:
         """Take runs that wait to be told of, in order: offset and length in bytes; not too many.
 
         More wait if it is not empty.
@@ -118,7 +118,7 @@ class SupplyHandler(FaultHandler):
         firsts = ffi.new("uint64_t[]", _RUNS_AT_ONCE)
         numbers = ffi.new("uint64_t[]", _RUNS_AT_ONCE)
         nr = checked(
-            lib.supply_take_shared(self._guest, firsts, numbers, _RUNS_AT_ONCE),
-            "taking shared extents",
+            lib.zerocopy_take(self._guest, firsts, numbers, _RUNS_AT_ONCE),
+            "taking lent extents",
         )
         return [(firsts[no] * PAGE_BYTES, numbers[no] * PAGE_BYTES) for no in range(nr)]

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
-#include "faults/core/supply.h"
+#include "faults/core/populate.h"
 
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
@@ -25,39 +25,39 @@ static uint64_t least(uint64_t a, uint64_t b)
 	return a < b ? a : b;
 }
 
-static const struct supply_region *region_at(const struct supply *supply, uint64_t address)
+static const struct populate_region *region_at(const struct populate *populate, uint64_t address)
 {
-	for (uint32_t i = 0; i < supply->nr_regions; i++)
-		if (address - supply->regions[i].address < supply->regions[i].nr_pages << PAGE_SHIFT)
-			return &supply->regions[i];
+	for (uint32_t i = 0; i < populate->nr_regions; i++)
+		if (address - populate->regions[i].address < populate->regions[i].nr_pages << PAGE_SHIFT)
+			return &populate->regions[i];
 	return NULL;
 }
 
-static const struct supply_region *region_of(const struct supply *supply, uint64_t page)
+static const struct populate_region *region_of(const struct populate *populate, uint64_t page)
 {
-	for (uint32_t i = 0; i < supply->nr_regions; i++)
-		if (page - supply->regions[i].first_page < supply->regions[i].nr_pages)
-			return &supply->regions[i];
+	for (uint32_t i = 0; i < populate->nr_regions; i++)
+		if (page - populate->regions[i].first_page < populate->regions[i].nr_pages)
+			return &populate->regions[i];
 	return NULL;
 }
 
-/* Supplies those of [page, end) that are empty, from frames that the caller holds; 0, or -errno of what stopped it. */
-static int copy_empty(struct guest *guest, const struct supply_region *region, uint64_t page, uint64_t end)
+/* Populates those of [page, end) that are empty, from frames that the caller holds; 0, or -errno of what stopped it. */
+static int copy_empty(struct guest *guest, const struct populate_region *region, uint64_t page, uint64_t end)
 {
-	struct supply *supply = guest->supply;
+	struct populate *populate = guest->populate;
 	const struct account *account = guest->account;
 
 	while (page < end) {
 		uint64_t nr = least(bits_next(account->private, page, end) - page, COPY_PAGES);
 
-		if (supply->zero_discarded)
+		if (populate->zero_discarded)
 			nr = least(nr, bits_next(account->discarded, page, end) - page);
 		if (nr == 0) {
 			page++;
 			continue;
 		}
-		int err = frames_read(guest->image, page, nr, supply->buffer);
-		int64_t nr_done = err ? err : supply_install(guest, region, page, nr, supply->buffer);
+		int err = frames_read(guest->image, page, nr, populate->buffer);
+		int64_t nr_done = err ? err : populate_install(guest, region, page, nr, populate->buffer);
 
 		if (nr_done < 0)
 			return (int)nr_done;
@@ -68,30 +68,30 @@ static int copy_empty(struct guest *guest, const struct supply_region *region, u
 	return 0;
 }
 
-/* Supplies page first and then the rest of [first, end), all of one extent that the caller holds. */
-static int copy_held(struct guest *guest, const struct supply_region *region, uint64_t page, uint64_t first,
+/* Populates page first and then the rest of [first, end), all of one extent that the caller holds. */
+static int copy_held(struct guest *guest, const struct populate_region *region, uint64_t page, uint64_t first,
                      uint64_t end)
 {
 	struct account *account = guest->account;
 	int err = 0;
 
 	if (bits_test(account->private, page)) {
-		err = frames_read(guest->image, page, 1, guest->supply->buffer);
+		err = frames_read(guest->image, page, 1, guest->populate->buffer);
 		if (!err)
-			err = supply_again(guest, region, page, guest->supply->buffer);
+			err = populate_again(guest, region, page, guest->populate->buffer);
 	}
 	if (!err)
 		err = copy_empty(guest, region, page, end);
 	if (err == -EDQUOT && !bits_test(account->private, page))
-		supply_refuse(guest, region, page);
+		populate_refuse(guest, region, page);
 	else if (!err)
 		err = copy_empty(guest, region, first, page);
-	bits_set(guest->supply->supplied, page / guest->image->shape.extent_pages);
+	bits_set(guest->populate->populated, page / guest->image->shape.extent_pages);
 	return err;
 }
 
 /* The part of an extent that lies in a region and in the image; false: none. */
-static bool extent_in(const struct guest *guest, const struct supply_region *region, uint64_t extent,
+static bool extent_in(const struct guest *guest, const struct populate_region *region, uint64_t extent,
                       uint64_t *first_out, uint64_t *end_out)
 {
 	uint64_t first = extent * guest->image->shape.extent_pages;
@@ -108,8 +108,8 @@ static bool may_copy_ahead(const struct guest *guest)
 	return quota_has_room(guest->account->quota, atomic_load(&guest->account->quota->header->used_pages));
 }
 
-/* Supplies an extent that nobody asked for; whether it is resident. */
-static bool copy_ahead(struct guest *guest, const struct supply_region *region, uint64_t extent)
+/* Populates an extent that nobody asked for; whether it is resident. */
+static bool copy_ahead(struct guest *guest, const struct populate_region *region, uint64_t extent)
 {
 	uint64_t first, end;
 
@@ -118,16 +118,16 @@ static bool copy_ahead(struct guest *guest, const struct supply_region *region, 
 	if (region->page_bytes == PAGE_BYTES && extent_in(guest, region, extent, &first, &end) &&
 	    may_copy_ahead(guest)) {
 		answer_failed(guest, copy_empty(guest, region, first, end));
-		bits_set(guest->supply->supplied, extent);
+		bits_set(guest->populate->populated, extent);
 	}
 	extent_release(&guest->image->states[extent]);
 	return true;
 }
 
 /* In a loader thread: hands the extent to the guest's own thread, held. */
-static void answer_supplied(struct load_waiter *waiter, int status)
+static void answer_populated(struct load_waiter *waiter, int status)
 {
-	struct supply_miss *miss = (struct supply_miss *)waiter;
+	struct populate_miss *miss = (struct populate_miss *)waiter;
 	struct guest *guest = miss->guest;
 
 	pthread_mutex_lock(&guest->answer_lock);
@@ -138,8 +138,8 @@ static void answer_supplied(struct load_waiter *waiter, int status)
 		assert(held);
 		(void)held;
 		miss->status = status;
-		miss->next = guest->supply->done;
-		guest->supply->done = miss;
+		miss->next = guest->populate->done;
+		guest->populate->done = miss;
 		store_raise_at(POINT_WAKE_GUEST, guest->kick_fd);
 	}
 	pthread_mutex_unlock(&guest->answer_lock);
@@ -149,17 +149,17 @@ static void answer_supplied(struct load_waiter *waiter, int status)
 	}
 }
 
-int supply_want(struct guest *guest, uint64_t extent, uint64_t page, uint64_t read_ns)
+int populate_want(struct guest *guest, uint64_t extent, uint64_t page, uint64_t read_ns)
 {
 	struct ledger_header *header = guest->account->header;
 	int resident = -ENOMEM;
 
 	if (!bits_set(guest->waiting, extent))
 		return 0;
-	struct supply_miss *miss = malloc(sizeof *miss);
+	struct populate_miss *miss = malloc(sizeof *miss);
 	if (miss) {
-		*miss = (struct supply_miss){
-			.waiter = {.answer = answer_supplied},
+		*miss = (struct populate_miss){
+			.waiter = {.answer = answer_populated},
 			.guest = guest,
 			.page = page,
 			.read_ns = read_ns,
@@ -180,20 +180,20 @@ int supply_want(struct guest *guest, uint64_t extent, uint64_t page, uint64_t re
 }
 
 /* An extent that was waited for is there, and held, or failed. */
-static void answer_done(struct guest *guest, struct supply_miss *miss)
+static void answer_done(struct guest *guest, struct populate_miss *miss)
 {
 	struct account *account = guest->account;
 	uint64_t extent = miss->waiter.extent;
 	uint64_t first, end;
 
 	bits_clear(guest->waiting, extent);
-	for (uint32_t i = 0; i < guest->supply->nr_regions; i++) {
-		const struct supply_region *region = &guest->supply->regions[i];
+	for (uint32_t i = 0; i < guest->populate->nr_regions; i++) {
+		const struct populate_region *region = &guest->populate->regions[i];
 		bool here = miss->page - region->first_page < region->nr_pages;
 
 		if (!extent_in(guest, region, extent, &first, &end))
 			continue;
-		if (share_loaded(guest, extent))
+		if (zerocopy_loaded(guest, extent))
 			continue;
 		if (region->page_bytes > PAGE_BYTES) {
 			huge_loaded(guest, region, extent, miss->status);
@@ -203,11 +203,11 @@ static void answer_done(struct guest *guest, struct supply_miss *miss)
 			answer_failed(guest, copy_held(guest, region, here ? miss->page : first, first, end));
 		} else if (here) {
 			pthread_mutex_lock(&account->write_lock);
-			supply_poison(guest, region, miss->page);
+			populate_poison(guest, region, miss->page);
 			pthread_mutex_unlock(&account->write_lock);
 		}
 		/* Whoever waits for another page of the extent, or met an error above, asks again. */
-		uffd_wake(guest->uffd, supply_address(region, first), (end - first) << PAGE_SHIFT);
+		uffd_wake(guest->uffd, populate_address(region, first), (end - first) << PAGE_SHIFT);
 	}
 	if (miss->status == 0)
 		extent_release(&guest->image->states[extent]);
@@ -215,18 +215,18 @@ static void answer_done(struct guest *guest, struct supply_miss *miss)
 	account_note_latency(account, LATENCY_MISS, clock_now_ns() - miss->read_ns);
 }
 
-static struct supply_miss *take_done(struct guest *guest)
+static struct populate_miss *take_done(struct guest *guest)
 {
 	pthread_mutex_lock(&guest->answer_lock);
-	struct supply_miss *done = guest->supply->done;
-	guest->supply->done = NULL;
+	struct populate_miss *done = guest->populate->done;
+	guest->populate->done = NULL;
 	pthread_mutex_unlock(&guest->answer_lock);
 	return done;
 }
 
 static bool answer_all_done(struct guest *guest)
 {
-	struct supply_miss *next, *miss = take_done(guest);
+	struct populate_miss *next, *miss = take_done(guest);
 	bool any = miss != NULL;
 
 	for (; miss; miss = next) {
@@ -239,24 +239,24 @@ static bool answer_all_done(struct guest *guest)
 }
 
 /* A page that reads as zeros, and those behind it that do. */
-static int zero_run(struct guest *guest, const struct supply_region *region, uint64_t page)
+static int zero_run(struct guest *guest, const struct populate_region *region, uint64_t page)
 {
 	const struct account *account = guest->account;
 	uint64_t end = least(page + ZERO_PAGES, region->first_page + region->nr_pages);
 
 	if (bits_test(account->private, page))
-		return supply_again(guest, region, page, NULL);
+		return populate_again(guest, region, page, NULL);
 	end = least(end, guest->image->shape.nr_pages);
 	end = least(bits_next_clear(account->discarded, page, end), bits_next(account->private, page, end));
-	int64_t nr = supply_install(guest, region, page, end - page, NULL);
+	int64_t nr = populate_install(guest, region, page, end - page, NULL);
 
 	if (nr == -EDQUOT)
-		supply_refuse(guest, region, page);
+		populate_refuse(guest, region, page);
 	return nr < 0 ? (int)nr : 0;
 }
 
 /* The window of a fault: what is resident of it, page and what is behind it first. */
-static int copy_window(struct guest *guest, const struct supply_region *region, uint64_t page,
+static int copy_window(struct guest *guest, const struct populate_region *region, uint64_t page,
                        const struct window_plan *plan)
 {
 	uint64_t extent = page / guest->image->shape.extent_pages;
@@ -273,9 +273,9 @@ static int copy_window(struct guest *guest, const struct supply_region *region, 
 	return err;
 }
 
-static void fault_small(struct guest *guest, const struct supply_region *region, uint64_t page, uint64_t read_ns)
+static void fault_small(struct guest *guest, const struct populate_region *region, uint64_t page, uint64_t read_ns)
 {
-	struct supply *supply = guest->supply;
+	struct populate *populate = guest->populate;
 	struct image *image = guest->image;
 	struct account *account = guest->account;
 	uint64_t extent = page / image->shape.extent_pages;
@@ -287,11 +287,11 @@ static void fault_small(struct guest *guest, const struct supply_region *region,
 	};
 	struct window_plan plan;
 
-	window_plan_fault(&guest->windows, &shape, (const uint64_t *)supply->supplied, page, &plan);
+	window_plan_fault(&guest->windows, &shape, (const uint64_t *)populate->populated, page, &plan);
 	image_touch(image, extent);
 	image_note_first_touch(image, extent);
 	bool held = extent_hold(&image->states[extent]);
-	while (!held && supply_want(guest, extent, page, read_ns))
+	while (!held && populate_want(guest, extent, page, read_ns))
 		held = extent_hold(&image->states[extent]);
 	if (held) {
 		point_reach(POINT_FAULT_HELD);
@@ -311,9 +311,9 @@ static void fault_small(struct guest *guest, const struct supply_region *region,
 	}
 }
 
-static void supply_fault(struct guest *guest, uint64_t address, uint64_t flags, uint64_t read_ns)
+static void populate_fault(struct guest *guest, uint64_t address, uint64_t flags, uint64_t read_ns)
 {
-	const struct supply_region *region = region_at(guest->supply, address);
+	const struct populate_region *region = region_at(guest->populate, address);
 	uint64_t done_bytes;
 
 	answer_all_done(guest);
@@ -325,23 +325,23 @@ static void supply_fault(struct guest *guest, uint64_t address, uint64_t flags, 
 	count_add(COUNTER(guest->account->header, faults_missing), 1);
 	if (page < guest->image->shape.nr_pages && bits_test(guest->account->unmapped, page))
 		bits_clear(guest->account->unmapped, page); /* it mapped and registered memory there again */
-	if (page < guest->image->shape.nr_pages && share_fault(guest, region, page, read_ns))
+	if (page < guest->image->shape.nr_pages && zerocopy_fault(guest, region, page, read_ns))
 		return;
 	if (region->page_bytes > PAGE_BYTES)
 		huge_fault(guest, region, page, read_ns);
 	else if (page >= guest->image->shape.nr_pages) /* less than 2 MiB a region: not charged */
-		answer_failed(guest, uffd_supply(guest->uffd, supply_address(region, page), NULL, PAGE_BYTES,
-		                                 PAGE_BYTES, &done_bytes));
-	else if (supply_is_zero(guest, page))
+		answer_failed(guest, uffd_install(guest->uffd, populate_address(region, page), NULL, PAGE_BYTES,
+		                                  PAGE_BYTES, &done_bytes));
+	else if (populate_is_zero(guest, page))
 		answer_failed(guest, zero_run(guest, region, page));
 	else
 		fault_small(guest, region, page, read_ns);
 }
 
-static void supply_discard(struct guest *guest, uint64_t start, uint64_t end, bool unmapped)
+static void populate_discard(struct guest *guest, uint64_t start, uint64_t end, bool unmapped)
 {
-	for (uint32_t i = 0; i < guest->supply->nr_regions; i++) {
-		const struct supply_region *region = &guest->supply->regions[i];
+	for (uint32_t i = 0; i < guest->populate->nr_regions; i++) {
+		const struct populate_region *region = &guest->populate->regions[i];
 		uint64_t limit = region->address + (region->nr_pages << PAGE_SHIFT);
 		uint64_t low = start > region->address ? start : region->address;
 		uint64_t high = least(end, limit);
@@ -362,105 +362,106 @@ static void supply_discard(struct guest *guest, uint64_t start, uint64_t end, bo
 /* The recorded working set, one extent a call; whether there was anything to do now. */
 static bool order_ahead(struct guest *guest)
 {
-	struct supply *supply = guest->supply;
+	struct populate *populate = guest->populate;
 	struct image *image = guest->image;
 
-	while (supply->order_at < supply->nr_order) {
-		uint64_t extent = supply->order[supply->order_at];
-		const struct supply_region *region = region_of(supply, extent * image->shape.extent_pages);
+	while (populate->order_at < populate->nr_order) {
+		uint64_t extent = populate->order[populate->order_at];
+		const struct populate_region *region = region_of(populate, extent * image->shape.extent_pages);
 
 		if (!may_copy_ahead(guest)) {
-			supply->order_at = supply->nr_order;
+			populate->order_at = populate->nr_order;
 			return false;
 		}
-		if (!region || region->page_bytes > PAGE_BYTES || bits_test(supply->supplied, extent)) {
-			supply->order_at++;
-			supply->nr_order_looks = 0;
+		if (!region || region->page_bytes > PAGE_BYTES || bits_test(populate->populated, extent)) {
+			populate->order_at++;
+			populate->nr_order_looks = 0;
 			continue;
 		}
-		if (copy_ahead(guest, region, extent) || ++supply->nr_order_looks > ORDER_LOOKS) {
-			supply->order_at++;
-			supply->nr_order_looks = 0;
+		if (copy_ahead(guest, region, extent) || ++populate->nr_order_looks > ORDER_LOOKS) {
+			populate->order_at++;
+			populate->nr_order_looks = 0;
 			return true;
 		}
-		for (uint64_t i = supply->order_at; i < supply->nr_order && i < supply->order_at + ORDER_LOADS; i++)
-			store_prefetch(image, supply->order[i], 1);
+		for (uint64_t i = populate->order_at; i < populate->nr_order && i < populate->order_at + ORDER_LOADS;
+		     i++)
+			store_prefetch(image, populate->order[i], 1);
 		guest->idle_at_ns = clock_now_ns() + ORDER_LOOK_NS;
 		return false;
 	}
 	return false;
 }
 
-static bool supply_idle(struct guest *guest)
+static bool populate_idle(struct guest *guest)
 {
 	if (answer_all_done(guest))
 		return true;
 	if (guest->nr_ahead) {
 		uint64_t extent = guest->ahead_extent++;
-		const struct supply_region *region =
-			region_of(guest->supply, extent * guest->image->shape.extent_pages);
+		const struct populate_region *region =
+			region_of(guest->populate, extent * guest->image->shape.extent_pages);
 
 		guest->nr_ahead--;
-		if (region && !guest->supply->allowance)
+		if (region && !guest->populate->allowance)
 			copy_ahead(guest, region, extent);
 		return true;
 	}
-	return share_ahead(guest) || order_ahead(guest);
+	return zerocopy_ahead(guest) || order_ahead(guest);
 }
 
-static void supply_end(struct guest *guest)
+static void populate_end(struct guest *guest)
 {
-	struct supply *supply = guest->supply;
+	struct populate *populate = guest->populate;
 
-	for (struct supply_miss *next, *miss = take_done(guest); miss; miss = next) {
+	for (struct populate_miss *next, *miss = take_done(guest); miss; miss = next) {
 		next = miss->next;
 		if (miss->status == 0)
 			extent_release(&guest->image->states[miss->waiter.extent]);
 		free(miss);
 		guest_put(guest);
 	}
-	share_end(guest);
-	free(supply->assembly.buffer);
-	free(supply->buffer);
-	free(supply->supplied);
-	free(supply->shared);
-	free(supply->to_tell);
-	free(supply->order);
-	if (supply->share_fd >= 0)
-		close(supply->share_fd);
-	free(supply);
-	guest->supply = NULL;
+	zerocopy_end(guest);
+	free(populate->assembly.buffer);
+	free(populate->buffer);
+	free(populate->populated);
+	free(populate->lent);
+	free(populate->to_tell);
+	free(populate->order);
+	if (populate->zerocopy_fd >= 0)
+		close(populate->zerocopy_fd);
+	free(populate);
+	guest->populate = NULL;
 }
 
-static void supply_wake(struct guest *guest)
+static void populate_wake(struct guest *guest)
 {
-	for (uint32_t i = 0; i < guest->supply->nr_regions; i++)
-		uffd_wake(guest->uffd, guest->supply->regions[i].address,
-		          guest->supply->regions[i].nr_pages << PAGE_SHIFT);
+	for (uint32_t i = 0; i < guest->populate->nr_regions; i++)
+		uffd_wake(guest->uffd, guest->populate->regions[i].address,
+		          guest->populate->regions[i].nr_pages << PAGE_SHIFT);
 }
 
-/* Where a machine's memory is, it stays: what moved can be supplied no more. */
-static void supply_move(struct guest *guest, uint64_t from, uint64_t to, uint64_t length)
+/* Where a machine's memory is, it stays: what moved can be populated no more. */
+static void populate_move(struct guest *guest, uint64_t from, uint64_t to, uint64_t length)
 {
 	(void)from, (void)to, (void)length;
 	answer_failed(guest, -EXDEV);
 }
 
-static const struct guest_kind supplied = {
-	.fault = supply_fault,
-	.discard = supply_discard,
-	.move = supply_move,
-	.idle = supply_idle,
-	.wake = supply_wake,
-	.end = supply_end,
+static const struct guest_kind populated = {
+	.fault = populate_fault,
+	.discard = populate_discard,
+	.move = populate_move,
+	.idle = populate_idle,
+	.wake = populate_wake,
+	.end = populate_end,
 };
 
-static int terms_take(struct supply *supply, const struct image *image, const struct supply_terms *terms)
+static int terms_take(struct populate *populate, const struct image *image, const struct populate_options *terms)
 {
-	if (!terms->nr_regions || terms->nr_regions > SUPPLY_REGIONS_MAX)
+	if (!terms->nr_regions || terms->nr_regions > POPULATE_REGIONS_MAX)
 		return -EINVAL;
 	for (uint32_t i = 0; i < terms->nr_regions; i++) {
-		const struct supply_region *region = &terms->regions[i];
+		const struct populate_region *region = &terms->regions[i];
 		uint64_t step = region->page_bytes / PAGE_BYTES;
 
 		if (region->page_bytes != PAGE_BYTES && region->page_bytes != HUGE_BYTES)
@@ -469,68 +470,68 @@ static int terms_take(struct supply *supply, const struct image *image, const st
 			return -EINVAL;
 		if (!region->nr_pages || region->first_page >= image->shape.nr_pages)
 			return -ERANGE;
-		supply->regions[i] = *region;
+		populate->regions[i] = *region;
 	}
 	for (uint64_t i = 0; i < terms->nr_order; i++)
 		if (terms->order[i] >= image->shape.nr_extents)
 			return -ERANGE;
-	supply->nr_regions = terms->nr_regions;
-	supply->zero_discarded = terms->zero_discarded;
-	supply->allowance = terms->allowance;
-	supply->max_pinned_extents = terms->max_pinned_extents;
-	supply->share_at = terms->allowance && terms->share_resident ? 0 : image->shape.nr_extents;
+	populate->nr_regions = terms->nr_regions;
+	populate->zero_discarded = terms->zero_discarded;
+	populate->allowance = terms->allowance;
+	populate->max_pinned_extents = terms->max_pinned_extents;
+	populate->zerocopy_at = terms->allowance && terms->zerocopy_resident ? 0 : image->shape.nr_extents;
 	return 0;
 }
 
 /* What a predecessor of ours copied. */
-static void note_supplied(struct guest *guest)
+static void note_populated(struct guest *guest)
 {
 	const struct image_shape *shape = &guest->image->shape;
 	uint64_t extent;
 
 	for (uint64_t page = 0; (page = bits_next(guest->account->private, page, shape->nr_pages)) < shape->nr_pages;) {
 		extent = page / shape->extent_pages;
-		bits_set(guest->supply->supplied, extent);
+		bits_set(guest->populate->populated, extent);
 		page = (extent + 1) * shape->extent_pages;
 	}
 }
 
-int supply_start(struct account *account, int uffd, int pidfd, const struct fault_options *options,
-                 const struct supply_terms *terms, struct guest **guest_out)
+int populate_start(struct account *account, int uffd, int pidfd, const struct fault_options *options,
+                   const struct populate_options *terms, struct guest **guest_out)
 {
 	const struct image *image = account->image;
-	struct supply *supply = calloc(1, sizeof *supply);
+	struct populate *populate = calloc(1, sizeof *populate);
 
-	if (!supply)
+	if (!populate)
 		return -ENOMEM;
-	supply->share_fd = -1;
-	int err = terms_take(supply, image, terms);
-	supply->supplied = calloc(1, bits_bytes(image->shape.nr_extents));
-	supply->shared = calloc(1, bits_bytes(image->shape.nr_extents));
-	supply->to_tell = calloc(1, bits_bytes(image->shape.nr_extents));
-	supply->order = malloc((terms->nr_order + 1) * sizeof *supply->order);
-	if (!err && (!supply->supplied || !supply->shared || !supply->to_tell || !supply->order))
+	populate->zerocopy_fd = -1;
+	int err = terms_take(populate, image, terms);
+	populate->populated = calloc(1, bits_bytes(image->shape.nr_extents));
+	populate->lent = calloc(1, bits_bytes(image->shape.nr_extents));
+	populate->to_tell = calloc(1, bits_bytes(image->shape.nr_extents));
+	populate->order = malloc((terms->nr_order + 1) * sizeof *populate->order);
+	if (!err && (!populate->populated || !populate->lent || !populate->to_tell || !populate->order))
 		err = -ENOMEM;
-	if (!err && posix_memalign((void **)&supply->buffer, PAGE_BYTES, COPY_PAGES * PAGE_BYTES))
+	if (!err && posix_memalign((void **)&populate->buffer, PAGE_BYTES, COPY_PAGES * PAGE_BYTES))
 		err = -ENOMEM;
-	if (!err && terms->allowance && (supply->share_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0)
+	if (!err && terms->allowance && (populate->zerocopy_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0)
 		err = -errno;
-	struct guest none = {.account = account, .image = account->image, .supply = supply};
+	struct guest none = {.account = account, .image = account->image, .populate = populate};
 
 	if (!err) {
-		note_supplied(&none);
-		err = share_adopt(&none);
+		note_populated(&none);
+		err = zerocopy_adopt(&none);
 	}
 	if (!err) {
-		memcpy(supply->order, terms->order, terms->nr_order * sizeof *supply->order);
-		supply->nr_order = terms->nr_order;
-		account->supplied = true;
-		atomic_store(&account->header->supplied, 1);
-		err = guest_start_kind(account, uffd, pidfd, options, &supplied, supply, guest_out);
+		memcpy(populate->order, terms->order, terms->nr_order * sizeof *populate->order);
+		populate->nr_order = terms->nr_order;
+		account->populated = true;
+		atomic_store(&account->header->populated, 1);
+		err = guest_start_kind(account, uffd, pidfd, options, &populated, populate, guest_out);
 	}
 	if (err) { /* nothing runs */
 		pthread_mutex_init(&none.answer_lock, NULL);
-		supply_end(&none);
+		populate_end(&none);
 		pthread_mutex_destroy(&none.answer_lock);
 	}
 	return err;

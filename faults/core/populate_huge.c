@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Huge pages of a supplied guest: installed whole, from a buffer that extents are read into as they become resident.
+ * Huge pages of a populated guest: installed whole, from a buffer that extents are read into as they become resident.
  *
  * One is put together at a time.  Who faults in another one meanwhile is dropped, its extents are prefetched, and all
  * are woken to ask again when the one is done.
  */
-#include "faults/core/supply.h"
+#include "faults/core/populate.h"
 
 #include "cache/core/abi.h"
 #include "cache/core/store.h"
@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static uint64_t huge_first(const struct supply_region *region, uint64_t page)
+static uint64_t huge_first(const struct populate_region *region, uint64_t page)
 {
 	return page - (page - region->first_page) % HUGE_PAGES;
 }
@@ -36,30 +36,31 @@ static void huge_extents(const struct image *image, uint64_t first, uint64_t *ex
 
 static void end_assembly(struct guest *guest)
 {
-	struct supply *supply = guest->supply;
+	struct populate *populate = guest->populate;
 
-	supply->assembly.active = false;
-	if (!supply->huge_waiting)
+	populate->assembly.active = false;
+	if (!populate->huge_waiting)
 		return;
-	supply->huge_waiting = false;
-	for (uint32_t i = 0; i < supply->nr_regions; i++)
-		if (supply->regions[i].page_bytes > PAGE_BYTES)
-			uffd_wake(guest->uffd, supply->regions[i].address, supply->regions[i].nr_pages << PAGE_SHIFT);
+	populate->huge_waiting = false;
+	for (uint32_t i = 0; i < populate->nr_regions; i++)
+		if (populate->regions[i].page_bytes > PAGE_BYTES)
+			uffd_wake(guest->uffd, populate->regions[i].address,
+			          populate->regions[i].nr_pages << PAGE_SHIFT);
 }
 
 static void install(struct guest *guest)
 {
-	struct assembly *assembly = &guest->supply->assembly;
+	struct assembly *assembly = &guest->populate->assembly;
 	struct account *account = guest->account;
 	int64_t err;
 
 	if (bits_test(account->private, assembly->first_page))
-		err = supply_again(guest, assembly->region, assembly->first_page, assembly->buffer);
+		err = populate_again(guest, assembly->region, assembly->first_page, assembly->buffer);
 	else
-		err = supply_install(guest, assembly->region, assembly->first_page, assembly->nr_pages,
-		                     assembly->buffer);
+		err = populate_install(guest, assembly->region, assembly->first_page, assembly->nr_pages,
+		                       assembly->buffer);
 	if (err == -EDQUOT)
-		supply_refuse(guest, assembly->region, assembly->first_page);
+		populate_refuse(guest, assembly->region, assembly->first_page);
 	else if (err < 0)
 		answer_failed(guest, (int)err);
 	else if (!assembly->loaded) {
@@ -72,7 +73,7 @@ static void install(struct guest *guest)
 /* Reads an extent's part, which the caller holds. */
 static int take_extent(struct guest *guest, uint64_t extent)
 {
-	struct assembly *assembly = &guest->supply->assembly;
+	struct assembly *assembly = &guest->populate->assembly;
 	uint64_t first = extent * guest->image->shape.extent_pages;
 	uint64_t end = first + image_extent_pages(guest->image, extent);
 	uint64_t limit = assembly->first_page + assembly->nr_pages;
@@ -86,9 +87,9 @@ static int take_extent(struct guest *guest, uint64_t extent)
 	return err;
 }
 
-static bool begin_assembly(struct guest *guest, const struct supply_region *region, uint64_t first, uint64_t read_ns)
+static bool begin_assembly(struct guest *guest, const struct populate_region *region, uint64_t first, uint64_t read_ns)
 {
-	struct assembly *assembly = &guest->supply->assembly;
+	struct assembly *assembly = &guest->populate->assembly;
 	uint64_t nr_pages = huge_pages(guest->image, first);
 
 	if (!assembly->buffer && posix_memalign((void **)&assembly->buffer, PAGE_BYTES, HUGE_BYTES)) {
@@ -109,7 +110,7 @@ static bool begin_assembly(struct guest *guest, const struct supply_region *regi
 /* Reads what is resident and asks for the rest; whether all is there. */
 static bool gather(struct guest *guest)
 {
-	struct assembly *assembly = &guest->supply->assembly;
+	struct assembly *assembly = &guest->populate->assembly;
 	struct image *image = guest->image;
 	uint64_t extent, nr, nr_missing = 0;
 
@@ -124,7 +125,7 @@ static bool gather(struct guest *guest)
 	for (uint64_t i = 0; i < nr; i++) {
 		bool held = extent_hold(&image->states[extent + i]);
 
-		while (!held && supply_want(guest, extent + i, assembly->first_page, assembly->read_ns))
+		while (!held && populate_want(guest, extent + i, assembly->first_page, assembly->read_ns))
 			held = extent_hold(&image->states[extent + i]);
 		if (held) {
 			take_extent(guest, extent + i);
@@ -135,32 +136,32 @@ static bool gather(struct guest *guest)
 	return nr_missing == 0;
 }
 
-void huge_fault(struct guest *guest, const struct supply_region *region, uint64_t page, uint64_t read_ns)
+void huge_fault(struct guest *guest, const struct populate_region *region, uint64_t page, uint64_t read_ns)
 {
-	struct assembly *assembly = &guest->supply->assembly;
+	struct assembly *assembly = &guest->populate->assembly;
 	uint64_t first = huge_first(region, page);
 	uint64_t extent, nr;
 
 	if (assembly->active) {
 		if (assembly->first_page == first)
 			return; /* the answer is on its way, and covers it */
-		guest->supply->huge_waiting = true;
+		guest->populate->huge_waiting = true;
 		huge_extents(guest->image, first, &extent, &nr);
 		store_prefetch(guest->image, extent, nr);
 		return;
 	}
 	if (!begin_assembly(guest, region, first, read_ns))
 		return;
-	if (supply_is_zero(guest, first))
+	if (populate_is_zero(guest, first))
 		memset(assembly->buffer, 0, assembly->nr_pages << PAGE_SHIFT);
 	else if (!gather(guest))
 		return;
 	install(guest);
 }
 
-void huge_loaded(struct guest *guest, const struct supply_region *region, uint64_t extent, int status)
+void huge_loaded(struct guest *guest, const struct populate_region *region, uint64_t extent, int status)
 {
-	struct assembly *assembly = &guest->supply->assembly;
+	struct assembly *assembly = &guest->populate->assembly;
 	struct account *account = guest->account;
 	uint64_t first, nr;
 
@@ -174,7 +175,7 @@ void huge_loaded(struct guest *guest, const struct supply_region *region, uint64
 		status = take_extent(guest, extent);
 	if (status) {
 		pthread_mutex_lock(&account->write_lock);
-		supply_poison(guest, region, assembly->first_page);
+		populate_poison(guest, region, assembly->first_page);
 		pthread_mutex_unlock(&account->write_lock);
 		end_assembly(guest);
 	} else if (bits_next(assembly->missing, 0, nr) == nr) {
@@ -184,13 +185,13 @@ void huge_loaded(struct guest *guest, const struct supply_region *region, uint64
 
 void huge_discard(struct guest *guest, uint64_t first, uint64_t nr)
 {
-	const struct assembly *assembly = &guest->supply->assembly;
+	const struct assembly *assembly = &guest->populate->assembly;
 
 	if (!assembly->active || first >= assembly->first_page + assembly->nr_pages ||
 	    assembly->first_page >= first + nr)
 		return;
 	/* It is zeros now: who waits for it asks again. */
-	uint64_t address = supply_address(assembly->region, assembly->first_page);
+	uint64_t address = populate_address(assembly->region, assembly->first_page);
 
 	end_assembly(guest);
 	uffd_wake(guest->uffd, address, HUGE_BYTES);

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Shared guests: extents pinned for them and told of, so that they map the frames themselves.
+ * Zerocopy guests: extents pinned for them and told of, so that they map the frames themselves.
  *
  * Nothing guards such a mapping: an extent punched under it would read as zeros, silently.  So an extent is told of
  * only while it is resident and pinned, and the pin is given back when the guest was stopped.  An extent that was
- * copied in part is never shared.
+ * copied in part is never lent.
  */
-#include "faults/core/supply.h"
+#include "faults/core/populate.h"
 
 #include "cache/core/abi.h"
 #include "cache/core/store.h"
@@ -23,11 +23,11 @@ struct unit {
 static struct unit unit_of(const struct guest *guest, uint64_t extent)
 {
 	const struct image_shape *shape = &guest->image->shape;
-	const struct supply *supply = guest->supply;
+	const struct populate *populate = guest->populate;
 	uint64_t page = extent * shape->extent_pages;
 
-	for (uint32_t i = 0; i < supply->nr_regions; i++) {
-		const struct supply_region *region = &supply->regions[i];
+	for (uint32_t i = 0; i < populate->nr_regions; i++) {
+		const struct populate_region *region = &populate->regions[i];
 
 		if (region->page_bytes == PAGE_BYTES || page - region->first_page >= region->nr_pages)
 			continue;
@@ -40,7 +40,7 @@ static struct unit unit_of(const struct guest *guest, uint64_t extent)
 	return (struct unit){.extent = extent, .nr = 1};
 }
 
-static bool allowance_take(struct share_allowance *allowance, uint64_t nr)
+static bool allowance_take(struct zerocopy_allowance *allowance, uint64_t nr)
 {
 	_Atomic uint64_t *left = (_Atomic uint64_t *)&allowance->left_extents;
 	uint64_t seen = atomic_load(left);
@@ -51,7 +51,7 @@ static bool allowance_take(struct share_allowance *allowance, uint64_t nr)
 	return false;
 }
 
-static void allowance_give(struct share_allowance *allowance, uint64_t nr)
+static void allowance_give(struct zerocopy_allowance *allowance, uint64_t nr)
 {
 	atomic_fetch_add((_Atomic uint64_t *)&allowance->left_extents, nr);
 }
@@ -59,24 +59,24 @@ static void allowance_give(struct share_allowance *allowance, uint64_t nr)
 /* Pins the unit, if none of it was copied and there is room for it. */
 static bool unit_pin(struct guest *guest, struct unit unit)
 {
-	struct supply *supply = guest->supply;
+	struct populate *populate = guest->populate;
 	const struct image_shape *shape = &guest->image->shape;
 	uint64_t end = unit.extent + unit.nr;
 	uint64_t first_page = unit.extent * shape->extent_pages, end_page = end * shape->extent_pages;
 
-	if (bits_test(supply->shared, unit.extent))
+	if (bits_test(populate->lent, unit.extent))
 		return true;
 	end_page = end_page < shape->nr_pages ? end_page : shape->nr_pages;
 	if (bits_next(guest->account->private, first_page, end_page) < end_page)
 		return false;
-	if (!allowance_take(supply->allowance, unit.nr))
+	if (!allowance_take(populate->allowance, unit.nr))
 		return false;
-	if (store_lend(guest->image, unit.extent, unit.nr, supply->max_pinned_extents) < 0) {
-		allowance_give(supply->allowance, unit.nr);
+	if (store_lend(guest->image, unit.extent, unit.nr, populate->max_pinned_extents) < 0) {
+		allowance_give(populate->allowance, unit.nr);
 		return false;
 	}
 	for (uint64_t extent = unit.extent; extent < end; extent++)
-		bits_set(supply->shared, extent);
+		bits_set(populate->lent, extent);
 	return true;
 }
 
@@ -91,20 +91,20 @@ static bool unit_tell(struct guest *guest, struct unit unit)
 			return false;
 	for (uint64_t extent = unit.extent; extent < end; extent++) {
 		account_grant(guest->account, extent);
-		bits_set(guest->supply->to_tell, extent);
+		bits_set(guest->populate->to_tell, extent);
 	}
-	store_raise(guest->supply->share_fd);
+	store_raise(guest->populate->zerocopy_fd);
 	return true;
 }
 
-bool share_fault(struct guest *guest, const struct supply_region *region, uint64_t page, uint64_t read_ns)
+bool zerocopy_fault(struct guest *guest, const struct populate_region *region, uint64_t page, uint64_t read_ns)
 {
 	struct account *account = guest->account;
 	struct image *image = guest->image;
 	struct unit unit;
 
 	(void)region;
-	if (!guest->supply->allowance)
+	if (!guest->populate->allowance)
 		return false;
 	unit = unit_of(guest, page / image->shape.extent_pages);
 	if (!unit_pin(guest, unit))
@@ -118,14 +118,14 @@ bool share_fault(struct guest *guest, const struct supply_region *region, uint64
 	store_prefetch(image, unit.extent, unit.nr);
 	for (uint64_t extent = unit.extent; extent < unit.extent + unit.nr; extent++)
 		if (extent_state(&image->states[extent]) != EXTENT_RESIDENT)
-			supply_want(guest, extent, page, read_ns);
+			populate_want(guest, extent, page, read_ns);
 	unit_tell(guest, unit);
 	return true;
 }
 
-bool share_loaded(struct guest *guest, uint64_t extent)
+bool zerocopy_loaded(struct guest *guest, uint64_t extent)
 {
-	if (!guest->supply->allowance || !bits_test(guest->supply->shared, extent))
+	if (!guest->populate->allowance || !bits_test(guest->populate->lent, extent))
 		return false;
 	if (extent_state(&guest->image->states[extent]) != EXTENT_RESIDENT)
 		return false;
@@ -133,27 +133,27 @@ bool share_loaded(struct guest *guest, uint64_t extent)
 	return true;
 }
 
-int share_adopt(struct guest *guest)
+int zerocopy_adopt(struct guest *guest)
 {
-	struct supply *supply = guest->supply;
+	struct populate *populate = guest->populate;
 	uint64_t nr_extents = guest->image->shape.nr_extents;
 
-	if (!supply->allowance)
+	if (!populate->allowance)
 		return 0;
 	/* What is granted was told of, or was about to be, with the rest of its unit. */
 	for (uint64_t e = 0; (e = bits_next(guest->account->granted, e, nr_extents)) < nr_extents; e++) {
 		struct unit unit = unit_of(guest, e);
 
 		for (uint64_t extent = unit.extent; extent < unit.extent + unit.nr; extent++) {
-			if (bits_test(supply->shared, extent))
+			if (bits_test(populate->lent, extent))
 				continue;
-			if (!allowance_take(supply->allowance, 1))
+			if (!allowance_take(populate->allowance, 1))
 				return -ENOSPC;
 			if (store_lend(guest->image, extent, 1, UINT64_MAX) < 0) {
-				allowance_give(supply->allowance, 1);
+				allowance_give(populate->allowance, 1);
 				return -ENOSPC;
 			}
-			bits_set(supply->shared, extent);
+			bits_set(populate->lent, extent);
 		}
 	}
 	return 0;
@@ -167,33 +167,33 @@ static bool unit_resident(const struct guest *guest, struct unit unit)
 	return true;
 }
 
-bool share_ahead(struct guest *guest)
+bool zerocopy_ahead(struct guest *guest)
 {
-	struct supply *supply = guest->supply;
+	struct populate *populate = guest->populate;
 	uint64_t nr_extents = guest->image->shape.nr_extents;
 
-	if (supply->share_at >= nr_extents)
+	if (populate->zerocopy_at >= nr_extents)
 		return false;
-	for (int i = 0; i < LOOKS_AT_ONCE && supply->share_at < nr_extents; i++) {
-		struct unit unit = unit_of(guest, supply->share_at);
+	for (int i = 0; i < LOOKS_AT_ONCE && populate->zerocopy_at < nr_extents; i++) {
+		struct unit unit = unit_of(guest, populate->zerocopy_at);
 
-		supply->share_at = unit.extent + unit.nr;
+		populate->zerocopy_at = unit.extent + unit.nr;
 		/* It may go between the look and the pin: then it is told of when it is asked for. */
-		if (unit_resident(guest, unit) && !bits_test(supply->shared, unit.extent) && unit_pin(guest, unit))
+		if (unit_resident(guest, unit) && !bits_test(populate->lent, unit.extent) && unit_pin(guest, unit))
 			unit_tell(guest, unit);
 	}
 	return true;
 }
 
-int supply_share_fd(const struct guest *guest)
+int zerocopy_fd(const struct guest *guest)
 {
-	return guest->supply->share_fd;
+	return guest->populate->zerocopy_fd;
 }
 
-int64_t supply_take_shared(struct guest *guest, uint64_t *firsts_out, uint64_t *nrs_out, uint64_t nr_max)
+int64_t zerocopy_take(struct guest *guest, uint64_t *firsts_out, uint64_t *nrs_out, uint64_t nr_max)
 {
 	const struct image_shape *shape = &guest->image->shape;
-	bits_word *to_tell = guest->supply->to_tell;
+	bits_word *to_tell = guest->populate->to_tell;
 	uint64_t nr = 0;
 
 	for (uint64_t e = 0; nr < nr_max && (e = bits_next(to_tell, e, shape->nr_extents)) < shape->nr_extents;) {
@@ -212,15 +212,15 @@ int64_t supply_take_shared(struct guest *guest, uint64_t *firsts_out, uint64_t *
 	return (int64_t)nr;
 }
 
-void share_end(struct guest *guest)
+void zerocopy_end(struct guest *guest)
 {
-	struct supply *supply = guest->supply;
+	struct populate *populate = guest->populate;
 	uint64_t nr_extents = guest->image->shape.nr_extents;
 
-	if (!supply->allowance)
+	if (!populate->allowance)
 		return;
-	for (uint64_t e = 0; (e = bits_next(supply->shared, e, nr_extents)) < nr_extents; e++) {
+	for (uint64_t e = 0; (e = bits_next(populate->lent, e, nr_extents)) < nr_extents; e++) {
 		store_end_loan(guest->image, e, 1);
-		allowance_give(supply->allowance, 1);
+		allowance_give(populate->allowance, 1);
 	}
 }

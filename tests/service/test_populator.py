@@ -8,7 +8,7 @@ import contextlib
 import pytest
 
 from cowshed.cache import PeerError
-from cowshed.service.machines.supplier import check_regions
+from cowshed.service.machines.populator import check_regions
 from cowshed.transport.handshakes import HUGE_PAGE_BYTES, Handshake, Policy, Region
 
 PAGE = 4096

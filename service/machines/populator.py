@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a machine's memory is supplied: by what its handshake said and what the backend allows."""
+"""How a machine's memory is populated: by what its handshake said and what the backend allows."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable
 from typing import Final
 
 from cowshed.cache import Image, PeerError
-from cowshed.faults import ShareAllowance, SupplyRegion, SupplyTerms
+from cowshed.faults import PopulateOptions, PopulateRegion, ZerocopyAllowance
 from cowshed.service.settings.config import Config
 from cowshed.transport.handshakes import HUGE_PAGE_BYTES, Handshake, Policy
 
-__all__ = ["Supplier", "check_regions", "is_shared"]
+__all__ = ["Populator", "check_regions", "is_zerocopy"]
 
 # Of the capacity, pinned for guests that map frames themselves.
-_SHARED_PART: Final = 4
+_ZEROCOPY_PART: Final = 4
 
 
-class Supplier:
+class Populator:
     """Gives the terms of each handshake; all that share frames share one allowance.
 
     recorded gives the extents that earlier guests of an image touched, in order.
@@ -27,24 +27,24 @@ class Supplier:
         self, config: Config, max_pinned_extents: int, recorded: Callable[[Image], list[int]]
     ) -> None:
         self._max_pinned_extents: Final = max(0, max_pinned_extents)
-        nr_shared = config.capacity_bytes // config.extent_bytes // _SHARED_PART
-        self._allowance: Final = ShareAllowance(min(nr_shared, self._max_pinned_extents))
+        nr_zerocopy = config.capacity_bytes // config.extent_bytes // _ZEROCOPY_PART
+        self._allowance: Final = ZerocopyAllowance(min(nr_zerocopy, self._max_pinned_extents))
         self._recorded = recorded
 
-    def terms(self, request: Handshake, image: Image) -> SupplyTerms:
+    def terms(self, request: Handshake, image: Image) -> PopulateOptions:
         """Give the terms for an image that the regions fit (check_regions)."""
-        shares = is_shared(request)
-        return SupplyTerms(
-            regions=_supply_regions(request),
+        shares = is_zerocopy(request)
+        return PopulateOptions(
+            regions=_populate_regions(request),
             zero_discarded=request.protocol == "firecracker",
             order=() if shares else self._recorded(image),
             allowance=self._allowance if shares else None,
             max_pinned_extents=self._max_pinned_extents,
-            share_resident=request.prefault,
+            zerocopy_resident=request.prefault,
         )
 
 
-def is_shared(request: Handshake) -> bool:
+def is_zerocopy(request: Handshake) -> bool:
     """Whether frames are to be mapped by the client itself."""
     return request.protocol == "nydus" and request.policy is Policy.ZEROCOPY
 
@@ -68,8 +68,8 @@ def check_regions(request: Handshake, map_bytes: int) -> None:
             )
 
 
-def _supply_regions(request: Handshake) -> tuple[SupplyRegion, ...]:
+def _populate_regions(request: Handshake) -> tuple[PopulateRegion, ...]:
     return tuple(
-        SupplyRegion(one.address, one.offset_bytes, one.length_bytes, one.page_bytes)
+        PopulateRegion(one.address, one.offset_bytes, one.length_bytes, one.page_bytes)
         for one in request.regions
     )
