@@ -65,7 +65,7 @@ class LatePages:
     @property
     def nr_left(self) -> int:
         """How many pages are late."""
-        return self._overlay.account.status().seeded_pages
+        return self._overlay.account.status().preloaded_pages
 
     def lose(self, first_page: int, nr_pages: int) -> int:
         """Nobody has these pages any more, those that are late; how many were not lost before."""

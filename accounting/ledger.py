@@ -105,8 +105,8 @@ class AccountStatus:
 
     stopped_since_ns is CLOCK_MONOTONIC, 0 while the guest runs. broken is 0, or -errno once its
     memory can no longer be served. frozen: writes are not answered until it is thawed. Of the
-    private pages, seeded_pages are not in its memory yet. account_no is of no other account of this
-    process.
+    private pages, preloaded_pages are not in its memory yet. No other account of this process ever
+    has its account_no.
     """
 
     granted_extents: int
@@ -116,7 +116,7 @@ class AccountStatus:
     policy: QuotaPolicy
     broken: int
     frozen: bool
-    seeded_pages: int
+    preloaded_pages: int
     account_no: int
     counters: AccountCounters
 
@@ -131,7 +131,7 @@ class AccountStatus:
             policy=QuotaPolicy(status.policy),
             broken=status.broken,
             frozen=bool(status.frozen),
-            seeded_pages=status.seeded_pages,
+            preloaded_pages=status.preloaded_pages,
             account_no=status.account_no,
             counters=AccountCounters.of(status.counters),
         )
@@ -275,7 +275,7 @@ class Account:
         checked(result, "taking dirty pages")
         return bytes(words)
 
-    def seed(self, source_fd: int, bitmap: bytes) -> int:
+    def preload(self, source_fd: int, bitmap: bytes) -> int:
         """Make pages private whose bytes are in a file, at their place in the image; how many.
 
         They are charged at once, past the quota too, and copied into the guest's memory as it
@@ -286,27 +286,29 @@ class Account:
         nr_words = (self.image.nr_pages + 63) // 64
         words = bytearray(bitmap.ljust(8 * nr_words, b"\0"))
         return checked(
-            lib.account_seed(
+            lib.account_preload(
                 self.cdata, source_fd, ffi.from_buffer("uint64_t[]", words), len(words) // 8
             ),
-            f"seeding an account with {self.image.label!r}",
+            f"preloading an account with {self.image.label!r}",
         )
 
-    def adopt_seeds(self, source_fd: int) -> None:
-        """Say where the seeds of an adopted account are, before its faults are answered."""
-        checked(lib.account_adopt_seeds(self.cdata, source_fd), "adopting seeds")
+    def adopt_preloaded(self, source_fd: int) -> None:
+        """Give an adopted account its preload file, before its faults are answered."""
+        checked(lib.account_adopt_preloaded(self.cdata, source_fd), "adopting preloaded pages")
 
     @property
-    def seeds_fd(self) -> int:
-        """The file with the seeds that are not in the guest's memory yet, or -1. Borrowed."""
-        return lib.account_seeds_fd(self.cdata)
+    def preload_fd(self) -> int:
+        """The file of preloaded pages not in the guest's memory yet, or -1. Borrowed."""
+        return lib.account_preload_fd(self.cdata)
 
-    def seeded_bitmap(self) -> bytes:
-        """Copy the bitmap of private pages that are in the seeds' file only."""
+    def preloaded_bitmap(self) -> bytes:
+        """Copy the bitmap of private pages that are in the preload file only."""
         words = bytearray(8 * ((self.image.nr_pages + 63) // 64))
         checked(
-            lib.account_seeded(self.cdata, ffi.from_buffer("uint64_t[]", words), len(words) // 8),
-            "reading seeds",
+            lib.account_preloaded(
+                self.cdata, ffi.from_buffer("uint64_t[]", words), len(words) // 8
+            ),
+            "reading preloaded pages",
         )
         return bytes(words)
 

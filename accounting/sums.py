@@ -152,7 +152,7 @@ def add_statuses(statuses: Sequence[AccountStatus]) -> AccountStatus:
         policy=first.policy,
         broken=first.broken if all(status.broken for status in statuses) else 0,
         frozen=any(status.frozen for status in statuses),
-        seeded_pages=sum(status.seeded_pages for status in statuses),
+        preloaded_pages=sum(status.preloaded_pages for status in statuses),
         account_no=first.account_no,
         counters=functools.reduce(operator.add, (status.counters for status in statuses)),
     )

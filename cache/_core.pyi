@@ -132,7 +132,7 @@ class StructAccountStatus(CData):
     broken: int
     frozen: int
     spare: int
-    seeded_pages: int
+    preloaded_pages: int
     account_no: int
     counters: StructAccountCounters
 
@@ -291,7 +291,7 @@ class _Lib:
     POINT_WRITE_CHARGED: int
     POINT_SETTLE_PROTECTED: int
     POINT_TRACK_CLEARED: int
-    POINT_SEED_PUSH: int
+    POINT_PRELOAD_PUSH: int
     POINT_OVERLAY_OPEN: int
     POINT_OVERLAY_TAKEN: int
     POINT_OVERLAY_WRITTEN: int
@@ -634,7 +634,7 @@ class _Lib:
     def account_find_present(
         self, account: StructAccount | Array[StructAccount], nr_max: int, page_io: Pointer[int], /
     ) -> int: ...
-    def account_seed(
+    def account_preload(
         self,
         account: StructAccount | Array[StructAccount],
         source_fd: int,
@@ -642,11 +642,11 @@ class _Lib:
         nr_words: int,
         /,
     ) -> int: ...
-    def account_adopt_seeds(
+    def account_adopt_preloaded(
         self, account: StructAccount | Array[StructAccount], source_fd: int, /
     ) -> int: ...
-    def account_seeds_fd(self, account: StructAccount | Array[StructAccount], /) -> int: ...
-    def account_seeded(
+    def account_preload_fd(self, account: StructAccount | Array[StructAccount], /) -> int: ...
+    def account_preloaded(
         self,
         account: StructAccount | Array[StructAccount],
         words_out: Pointer[int],

@@ -36,7 +36,7 @@ HEADERS = (
     "accounting/core/ledger.h",
     "accounting/core/settle.h",
     "accounting/core/presence.h",
-    "accounting/core/seed.h",
+    "accounting/core/preload.h",
     "accounting/core/track.h",
     "accounting/core/evict.h",
     "accounting/core/overlay.h",

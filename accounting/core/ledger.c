@@ -2,7 +2,7 @@
 #define _GNU_SOURCE
 #include "accounting/core/ledger.h"
 
-#include "accounting/core/seed.h"
+#include "accounting/core/preload.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -35,7 +35,7 @@ static int ledger_map(struct account *account, int ledger_fd)
 	account->discarded = (bits_word *)(bits + by_extent + 2 * by_page);
 	account->unmapped = (bits_word *)(bits + by_extent + 3 * by_page);
 	account->poisoned = (bits_word *)(bits + by_extent + 4 * by_page);
-	account->seeded = (bits_word *)(bits + by_extent + 5 * by_page);
+	account->preloaded = (bits_word *)(bits + by_extent + 5 * by_page);
 	return 0;
 }
 
@@ -58,7 +58,7 @@ static int ledger_create(struct account *account)
 
 static void account_free(struct account *account)
 {
-	account_drop_seeds(account);
+	account_drop_preloaded(account);
 	free(account->dirty);
 	if (account->header)
 		munmap(account->header, account->ledger_bytes);
@@ -78,7 +78,7 @@ static struct account *account_new(struct image *image, struct quota *quota)
 	account->image = image;
 	account->quota = quota;
 	quota_join(quota);
-	account->ledger_fd = account->uffd = account->pagemap_fd = account->seeds_fd = -1;
+	account->ledger_fd = account->uffd = account->pagemap_fd = account->preload_fd = -1;
 	pthread_mutex_init(&account->write_lock, NULL);
 	return account;
 }
@@ -118,29 +118,29 @@ int account_open(struct image *image, struct quota *quota, struct account **acco
 static void mend_pages(struct account *account)
 {
 	struct ledger_header *header = account->header;
-	uint64_t nr_private = 0, nr_seeded = 0, nr_poisoned = 0;
+	uint64_t nr_private = 0, nr_preloaded = 0, nr_poisoned = 0;
 
 	for (uint64_t i = 0; i < bits_bytes(header->nr_pages) / sizeof(bits_word); i++) {
 		uint64_t private = atomic_load_explicit(&account->private[i], memory_order_relaxed);
-		uint64_t seeded = atomic_load_explicit(&account->seeded[i], memory_order_relaxed);
+		uint64_t preloaded = atomic_load_explicit(&account->preloaded[i], memory_order_relaxed);
 		uint64_t unsettled = atomic_load_explicit(&account->unsettled[i], memory_order_relaxed);
 		uint64_t poisoned = atomic_load_explicit(&account->poisoned[i], memory_order_relaxed);
 
-		if (!(private | seeded | unsettled | poisoned))
+		if (!(private | preloaded | unsettled | poisoned))
 			continue;
-		if (seeded & ~private)
-			atomic_store(&account->seeded[i], seeded & private);
-		seeded &= private;
-		if (unsettled != (private & ~seeded))
-			atomic_store(&account->unsettled[i], private & ~seeded);
-		if (private & ~seeded && !atomic_load(&header->populated))
-			atomic_fetch_or(&account->discarded[i], private & ~seeded);
+		if (preloaded & ~private)
+			atomic_store(&account->preloaded[i], preloaded & private);
+		preloaded &= private;
+		if (unsettled != (private & ~preloaded))
+			atomic_store(&account->unsettled[i], private & ~preloaded);
+		if (private & ~preloaded && !atomic_load(&header->populated))
+			atomic_fetch_or(&account->discarded[i], private & ~preloaded);
 		nr_private += (uint64_t)__builtin_popcountll(private);
-		nr_seeded += (uint64_t)__builtin_popcountll(seeded);
+		nr_preloaded += (uint64_t)__builtin_popcountll(preloaded);
 		nr_poisoned += (uint64_t)__builtin_popcountll(poisoned);
 	}
 	atomic_store(&header->private_pages, nr_private);
-	atomic_store(&header->seeded_pages, nr_seeded);
+	atomic_store(&header->preloaded_pages, nr_preloaded);
 	atomic_fetch_add(&account->image->nr_poisoned, nr_poisoned);
 	quota_take_anyway(account->quota, nr_private);
 }
@@ -295,8 +295,8 @@ void account_uncharge(struct account *account, uint64_t page)
 	assert(was);
 	(void)was;
 	bits_clear(account->unsettled, page);
-	if (bits_clear(account->seeded, page))
-		atomic_fetch_sub(&account->header->seeded_pages, 1);
+	if (bits_clear(account->preloaded, page))
+		atomic_fetch_sub(&account->header->preloaded_pages, 1);
 	account_mark_dirty(account, page, 1);
 	atomic_fetch_sub(&account->header->private_pages, 1);
 	quota_give(account->quota, 1);

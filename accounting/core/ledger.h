@@ -13,7 +13,7 @@
  *                         such a page is never taken as settled for good
  *   unmapped   by page    the guest unmapped it (munmap): what is at its address now is none of ours
  *   poisoned   by page    SIGBUS for the guest, because the source failed
- *   seeded     by page    private, and still in the seeds' source: the guest's memory has it not yet (seed.h)
+ *   preloaded     by page    private, and still only in the preload file, not in the guest's memory yet (preload.h)
  *
  * While private pages are followed (track.h) there is a bitmap besides, which is the process's own:
  *
@@ -63,8 +63,8 @@ struct account_status {
 	int32_t broken;  /* -errno once its memory can't be served any more */
 	uint32_t frozen; /* 1: nothing of it is written until it is thawed */
 	uint32_t spare;
-	uint64_t seeded_pages; /* of the private ones, those that its memory has not got yet */
-	uint64_t account_no;   /* of no other account of this process, ever */
+	uint64_t preloaded_pages; /* of the private ones, those that its memory has not got yet */
+	uint64_t account_no;      /* of no other account of this process, ever */
 	struct account_counters counters;
 };
 
@@ -138,7 +138,7 @@ struct ledger_header {
 	uint32_t layout;
 	_Atomic int32_t broken;
 	uint64_t nr_pages, nr_extents;
-	_Atomic uint64_t granted_extents, private_pages, stopped_since_ns, seeded_pages;
+	_Atomic uint64_t granted_extents, private_pages, stopped_since_ns, preloaded_pages;
 	_Atomic uint32_t frozen;    /* see account_freeze; whoever adopts the account has it frozen */
 	_Atomic uint32_t protected; /* private pages may be write-protected: see account_track */
 	struct shared_regions regions;
@@ -169,9 +169,9 @@ _Static_assert(sizeof(struct account_past) <= 8 * IMAGE_PAST_WORDS, "an image ha
 /*
  * Invariants: (1) granted_extents is the number of granted bits, each counted in the image's refs;
  * (2) private_pages is the number of private bits, each taken from the quota; (3) unsettled is a subset of private.
- * (4) seeded is a subset of private, and disjoint from unsettled; (5) while dirty is not NULL, every private page that
- * the guest can write without a fault is dirty.  (2) to (5) change only under write_lock; so do the regions, and only
- * in the guest's fault thread.
+ * (4) preloaded is a subset of private, and disjoint from unsettled; (5) while dirty is not NULL, every private page
+ * that the guest can write without a fault is dirty.  (2) to (5) change only under write_lock; so do the regions, and
+ * only in the guest's fault thread.
  */
 struct account {
 	struct account *next; /* in image->accounts */
@@ -182,11 +182,12 @@ struct account {
 	size_t ledger_bytes;
 	int ledger_fd, uffd, pagemap_fd;
 	bool populated; /* its pages are copied into it, not mapped */
-	bits_word *granted, *private, *unsettled, *discarded, *unmapped, *poisoned, *seeded;
+	bits_word *granted, *private, *unsettled, *discarded, *unmapped, *poisoned, *preloaded;
 	bits_word *dirty; /* NULL: private pages are not followed */
 	bool thaw_ends_tracking;
-	const char *seeds; /* the seeds' source, mapped as long as there are any */
-	int seeds_fd;
+	const char
+		*preloaded_bytes; /* the preload file, mapped as long as it has pages that the guest's memory has not */
+	int preload_fd;
 	pthread_mutex_t write_lock; /* within image->accounts_lock, outside store->lock */
 };
 

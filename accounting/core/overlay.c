@@ -363,7 +363,7 @@ static uint64_t run_end(const struct overlay *overlay, uint64_t offset, uint64_t
 	uint64_t found = private ? bits_next_clear(bits, page, stop) : bits_next(bits, page, stop);
 
 	if (private && overlay_has_late(overlay))
-		found = bits_next(overlay->account->seeded, page, found);
+		found = bits_next(overlay->account->preloaded, page, found);
 	return found << PAGE_SHIFT < end ? found << PAGE_SHIFT : end;
 }
 
@@ -422,7 +422,7 @@ uint64_t overlay_status_run(struct overlay *overlay, uint64_t offset, uint64_t l
 	if (!private || !want_zero)
 		return end - offset;
 	if (overlay_has_late(overlay)) { /* of which nothing is known */
-		const bits_word *late = overlay->account->seeded;
+		const bits_word *late = overlay->account->preloaded;
 		bool is_late = bits_test(late, page);
 		uint64_t next = is_late ? bits_next_clear(late, page, nr_pages_of(end))
 		                        : bits_next(late, page, nr_pages_of(end));

@@ -124,7 +124,7 @@ static void slot_copy(struct overlay_disk *disk, uint64_t block, struct map_slot
 
 	*slot = (struct map_slot){.generation = disk->generations[block] + 1, .block_no = block};
 	for (uint64_t i = 0; i < SLOT_WORDS && base + i < nr_words; i++) {
-		uint64_t late = atomic_load_explicit(&account->seeded[base + i], memory_order_acquire);
+		uint64_t late = atomic_load_explicit(&account->preloaded[base + i], memory_order_acquire);
 		uint64_t private = atomic_load_explicit(&account->private[base + i], memory_order_acquire);
 
 		slot->words[i] = block < disk->nr_blocks ? private & ~late : private & late;
@@ -397,7 +397,7 @@ static int map_load(struct overlay_disk *disk, bool is_left)
 			bool is_new = bits_set(account->private, page);
 			nr_private += is_new;
 			if (is_late && is_new)
-				nr_late += bits_set(account->seeded, page);
+				nr_late += bits_set(account->preloaded, page);
 			else if (is_late) /* it had just come */
 				atomic_store(&disk->dirty[block], 1);
 		}
@@ -405,7 +405,7 @@ static int map_load(struct overlay_disk *disk, bool is_left)
 	quota_take_anyway(account->quota, nr_private);
 	count_add(&account->header->private_pages, nr_private);
 	count_add(COUNTER(account->header, charged_pages), nr_private);
-	count_add(&account->header->seeded_pages, nr_late);
+	count_add(&account->header->preloaded_pages, nr_late);
 	return 0;
 }
 

@@ -80,7 +80,7 @@ int overlay_expect(struct overlay *overlay, uint64_t first, uint64_t nr)
 		pthread_rwlock_wrlock(stripe);
 		/* Private first, as a late page that is not private is none. */
 		bits_set(account->private, page);
-		bits_set(account->seeded, page);
+		bits_set(account->preloaded, page);
 		if (overlay->disk)
 			disk_late_changed(overlay->disk, page);
 		pthread_rwlock_unlock(stripe);
@@ -90,7 +90,7 @@ int overlay_expect(struct overlay *overlay, uint64_t first, uint64_t nr)
 	count_add(&account->header->private_pages, nr);
 	count_add(COUNTER(account->header, charged_pages), nr);
 	pthread_mutex_unlock(&overlay->quota_lock);
-	count_add(&account->header->seeded_pages, nr);
+	count_add(&account->header->preloaded_pages, nr);
 	return overlay_late_init(overlay);
 }
 
@@ -103,7 +103,7 @@ static int state_of(struct overlay *overlay, uint64_t first, uint64_t end)
 
 	if (!overlay_has_late(overlay))
 		return 0;
-	for (uint64_t page = first; (page = bits_next(overlay->account->seeded, page, end)) < end; page++) {
+	for (uint64_t page = first; (page = bits_next(overlay->account->preloaded, page, end)) < end; page++) {
 		if (bits_test(overlay->late->lost, page))
 			return -EIO;
 		state = -EINPROGRESS;
@@ -126,7 +126,7 @@ int overlay_await(struct overlay *overlay, struct overlay_wait *wait)
 	pthread_mutex_lock(&late->lock);
 	int state = state_of(overlay, wait->first, wait->end);
 	if (state == -EINPROGRESS) {
-		const bits_word *bits = overlay->account->seeded;
+		const bits_word *bits = overlay->account->preloaded;
 
 		for (uint64_t page = wait->first; (page = bits_next(bits, page, wait->end)) < wait->end; page++)
 			is_new |= bits_set(late->wanted, page);
@@ -182,10 +182,10 @@ void overlay_come(struct overlay *overlay, uint64_t first, uint64_t nr)
 	if (!overlay_has_late(overlay))
 		return;
 	for (uint64_t page = first; page < first + nr; page++)
-		nr_come += bits_clear(account->seeded, page);
+		nr_come += bits_clear(account->preloaded, page);
 	if (!nr_come)
 		return;
-	if (atomic_fetch_sub(&account->header->seeded_pages, nr_come) == nr_come)
+	if (atomic_fetch_sub(&account->header->preloaded_pages, nr_come) == nr_come)
 		eventfd_write(overlay->late->event_fd, 1);
 	if (overlay->disk)
 		disk_late_changed(overlay->disk, first);
@@ -201,7 +201,7 @@ void overlay_come(struct overlay *overlay, uint64_t first, uint64_t nr)
 int64_t overlay_arrive(struct overlay *overlay, uint64_t first, uint64_t nr, const uint8_t *bytes)
 {
 	int err = check_range(overlay, first, nr);
-	const bits_word *late = overlay->account->seeded;
+	const bits_word *late = overlay->account->preloaded;
 	int64_t nr_come = 0;
 
 	for (uint64_t page = first, end = first + nr; !err && (page = bits_next(late, page, end)) < end;) {
@@ -234,7 +234,7 @@ int64_t overlay_late(struct overlay *overlay, uint64_t *words_out, uint64_t nr_w
 	if (nr_words != by_page(overlay) / 8)
 		return -ERANGE;
 	for (uint64_t i = 0; i < nr_words; i++) {
-		words_out[i] = atomic_load(&overlay->account->seeded[i]);
+		words_out[i] = atomic_load(&overlay->account->preloaded[i]);
 		nr += __builtin_popcountll(words_out[i]);
 	}
 	return nr;
@@ -251,7 +251,7 @@ int64_t overlay_take_wanted(struct overlay *overlay, uint64_t *words_out, uint64
 		eventfd_read(overlay->late->event_fd, &count);
 	for (uint64_t i = 0; i < nr_words; i++) {
 		words_out[i] = overlay->late ? atomic_exchange(&overlay->late->wanted[i], 0) : 0;
-		words_out[i] &= atomic_load(&overlay->account->seeded[i]);
+		words_out[i] &= atomic_load(&overlay->account->preloaded[i]);
 		nr += __builtin_popcountll(words_out[i]);
 	}
 	return nr;
@@ -270,7 +270,8 @@ int64_t overlay_lose(struct overlay *overlay, uint64_t first, uint64_t nr)
 	if (err || !overlay->late)
 		return err;
 	pthread_mutex_lock(&overlay->late->lock);
-	for (uint64_t page = first; (page = bits_next(overlay->account->seeded, page, first + nr)) < first + nr; page++)
+	for (uint64_t page = first; (page = bits_next(overlay->account->preloaded, page, first + nr)) < first + nr;
+	     page++)
 		nr_lost += bits_set(overlay->late->lost, page);
 	wake(overlay, first, first + nr);
 	pthread_mutex_unlock(&overlay->late->lock);
@@ -284,7 +285,7 @@ int64_t overlay_nr_lost(struct overlay *overlay)
 
 	for (uint64_t i = 0; overlay->late && i < nr_words; i++)
 		nr += __builtin_popcountll(atomic_load(&overlay->late->lost[i]) &
-		                           atomic_load(&overlay->account->seeded[i]));
+		                           atomic_load(&overlay->account->preloaded[i]));
 	return nr;
 }
 

@@ -3,10 +3,10 @@
  * Pages of an overlay that are late: private and charged, but their bytes are still with the backend that the guest
  * came from (a handoff by post-copy).
  *
- * Which they are is the account's bitmap "seeded" (ledger.h: private, and not in the guest's memory yet; an overlay is
- * that memory), which outlives the process, and counted in its seeded_pages; files say so too (overlay_disk.c).  Pages
- * are made late while nobody uses the overlay yet. After that a late page only ever ceases to be so: its bytes arrive,
- * the guest writes the whole of it, or gives it back; what arrives after that is dropped.
+ * Which they are is the account's bitmap "preloaded" (ledger.h: private, and not in the guest's memory yet; an overlay
+ * is that memory), which outlives the process, and counted in its preloaded_pages; files say so too (overlay_disk.c).
+ * Pages are made late while nobody uses the overlay yet. After that a late page only ever ceases to be so: its bytes
+ * arrive, the guest writes the whole of it, or gives it back; what arrives after that is dropped.
  *
  * Who needs the bytes of a late page waits: nobody is shown zeros or the image in its place. What is waited for is
  * *wanted*, and is to be fetched first.  A page can be lost, if there is nobody to fetch it from: then who needs it
@@ -62,12 +62,12 @@ struct overlay_late {
 
 static inline bool overlay_has_late(const struct overlay *overlay)
 {
-	return atomic_load_explicit(&overlay->account->header->seeded_pages, memory_order_acquire) != 0;
+	return atomic_load_explicit(&overlay->account->header->preloaded_pages, memory_order_acquire) != 0;
 }
 
 static inline bool overlay_is_late(const struct overlay *overlay, uint64_t page)
 {
-	return overlay_has_late(overlay) && bits_test(overlay->account->seeded, page);
+	return overlay_has_late(overlay) && bits_test(overlay->account->preloaded, page);
 }
 
 /* 0: no page of the range is late; -EIO: one is lost; -EINPROGRESS: it has to be waited for. */

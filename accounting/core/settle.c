@@ -106,7 +106,7 @@ int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *
 	for (uint64_t i = 0; i < nr && !err; i++) {
 		if (looks_out[i] == LOOK_DOUBTFUL)
 			looks_out[i] = bits_test(account->unsettled, first + i) ? PAGE_LOOK_ABSENT : PAGE_LOOK_PRIVATE;
-		else if (looks_out[i] == PAGE_LOOK_ABSENT && bits_test(account->seeded, first + i))
+		else if (looks_out[i] == PAGE_LOOK_ABSENT && bits_test(account->preloaded, first + i))
 			looks_out[i] = PAGE_LOOK_PRIVATE;
 	}
 	return err;

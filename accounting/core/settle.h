@@ -21,8 +21,8 @@ int64_t account_settle(struct account *account);
  * what is shared.  How many pages were charged, or -errno of an ioctl.  The fault thread is running. */
 int64_t account_adopt_private(struct account *account);
 
-/* What the kernel says of nr pages from first: a byte each, PAGE_LOOK_ABSENT .. PAGE_LOOK_PRIVATE.  A seeded page
- * (seed.h) that it has not got yet is private too. */
+/* What the kernel says of nr pages from first: a byte each, PAGE_LOOK_ABSENT .. PAGE_LOOK_PRIVATE.  A preloaded page
+ * (preload.h) that it has not got yet is private too. */
 enum page_look { PAGE_LOOK_ABSENT, PAGE_LOOK_SHARED, PAGE_LOOK_OPEN, PAGE_LOOK_PRIVATE };
 int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *looks_out);
 /* cdef-end */

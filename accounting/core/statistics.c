@@ -97,7 +97,7 @@ void account_read(const struct account *account, struct account_status *status_o
 		.policy = quota_policy_of(account->quota),
 		.broken = header->broken,
 		.frozen = atomic_load(&header->frozen),
-		.seeded_pages = atomic_load(&header->seeded_pages),
+		.preloaded_pages = atomic_load(&header->preloaded_pages),
 		.account_no = account->account_no,
 	};
 

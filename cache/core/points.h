@@ -26,7 +26,7 @@ enum point {
 	POINT_WRITE_CHARGED,    /* pages charged, still write-protected */
 	POINT_SETTLE_PROTECTED, /* pages protected again, not yet looked at */
 	POINT_TRACK_CLEARED,    /* dirty bits taken, their pages not protected yet; under write_lock */
-	POINT_SEED_PUSH,     /* the fault thread is about to copy seeds nobody asked for; an error keeps it from that */
+	POINT_PRELOAD_PUSH,  /* the fault thread is about to copy seeds nobody asked for; an error keeps it from that */
 	POINT_OVERLAY_OPEN,  /* the files of an overlay are open, and are about to be read */
 	POINT_OVERLAY_TAKEN, /* quota is taken for a request, no byte is changed */
 	POINT_OVERLAY_WRITTEN, /* an overlay has a page's bytes, and does not say so yet */

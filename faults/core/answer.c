@@ -62,16 +62,16 @@ static int map_span(struct guest *guest, const struct account_span *span, uint64
 	return err;
 }
 
-/* What is seeded is never mapped from the image: such a span is cut off where the first seeded page is, or moved behind
- * it; false if nothing is left. */
-static bool pass_seeds(const struct account *account, struct account_span *span)
+/* What is preloaded is never mapped from the image: such a span is cut off where the first preloaded page is, or moved
+ * behind it; false if nothing is left. */
+static bool pass_preloaded(const struct account *account, struct account_span *span)
 {
 	uint64_t end = span->page + span->nr_pages;
-	uint64_t first = bits_next_clear(account->seeded, span->page, end);
+	uint64_t first = bits_next_clear(account->preloaded, span->page, end);
 
 	span->address += (first - span->page) << PAGE_SHIFT;
 	span->page = first;
-	span->nr_pages = bits_next(account->seeded, first, end) - first;
+	span->nr_pages = bits_next(account->preloaded, first, end) - first;
 	return first < end;
 }
 
@@ -84,7 +84,7 @@ static int map_run(struct guest *guest, uint64_t first, uint64_t nr, uint64_t fa
 	int err = 0;
 
 	for (; account_span(guest->account, first, end, &span); first = span.page + span.nr_pages) {
-		if (atomic_load(&guest->account->header->seeded_pages) && !pass_seeds(guest->account, &span))
+		if (atomic_load(&guest->account->header->preloaded_pages) && !pass_preloaded(guest->account, &span))
 			continue;
 		int span_err = map_span(guest, &span, fault_page, max_skips);
 
@@ -338,7 +338,7 @@ void answer_access(struct guest *guest, uint64_t page, uint64_t flags, uint64_t 
 	struct account_region region;
 	struct window_plan plan;
 
-	if (answer_seeded(guest, page, read_ns) || answer_private(guest, page))
+	if (answer_preloaded(guest, page, read_ns) || answer_private(guest, page))
 		return;
 	window_plan_fault(&guest->windows, &shape, (const uint64_t *)account->granted, page, &plan);
 	if (account_region_of(account, page, &region) && region.nr_pages != shape.nr_pages)

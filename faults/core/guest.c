@@ -77,7 +77,7 @@ static void mapped_fault(struct guest *guest, uint64_t address, uint64_t flags, 
 
 static bool mapped_idle(struct guest *guest)
 {
-	return answer_ahead(guest) || seeds_push(guest);
+	return answer_ahead(guest) || preload_push(guest);
 }
 
 static void mapped_wake(struct guest *guest)

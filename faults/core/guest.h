@@ -95,8 +95,8 @@ struct guest {
 	uint64_t idle_at_ns;   /* 0: else there may be idle work then */
 	uint64_t drop_at_ns;   /* 0: served; else it is dropped then, see remap.c */
 	uint64_t drop_address;
-	uint64_t seed_page; /* where to go on copying seeds that nobody asked for */
-	struct guest_hold { /* freeze.c */
+	uint64_t preload_page; /* where to go on copying preloaded pages that nobody asked for */
+	struct guest_hold {    /* freeze.c */
 		_Atomic bool wanted;
 		bool on;          /* under lock: the thread has left no event half answered, and reads none */
 		bool events_wait; /* the thread's: nothing but an event is there to be read */
@@ -143,10 +143,10 @@ void answer_unmap(struct guest *guest, uint64_t start, uint64_t end, bool unmapp
 void answer_unknown_address(struct guest *guest, uint64_t address);
 /* It is time to drop a guest that moved its memory in too many pieces. */
 void answer_drop(struct guest *guest);
-/* seeds.c.  A fault on a page; true if it was a seeded one's, and is seen to. */
-bool answer_seeded(struct guest *guest, uint64_t page, uint64_t read_ns);
-/* Copies some seeds that nobody asked for yet; whether there were any. */
-bool seeds_push(struct guest *guest);
+/* preload.c.  A fault on a page; true if it was a preloaded one's, and is seen to. */
+bool answer_preloaded(struct guest *guest, uint64_t page, uint64_t read_ns);
+/* Copies some preloaded pages that nobody asked for yet; whether there were any. */
+bool preload_push(struct guest *guest);
 
 /* freeze.c, the thread's part.  Between two batches of messages: whether discards are held back. */
 bool hold_turn(struct guest *guest);

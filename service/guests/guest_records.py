@@ -35,7 +35,7 @@ _log = EventLog("cowshed.guests")
 _PREFIX: Final = "mapping/"
 _KINDS: Final = {"record", "ledger", "quota", "uffd", "pagemap", "mem", "socket"}
 # Where pages are that the guest brought along, and has not touched yet: memory, or a file.
-_SEEDS: Final = frozenset({"overlay", "pages"})
+_PRELOADED: Final = frozenset({"overlay", "pages"})
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class RestoredGuest:
 class GuestRecords:
     """Has the supervisor hold mappings, and adopts those it held. In the loop's thread.
 
-    Invariant: _seeds has, by group, our own descriptor of the seeds that are held with it. The
-    account closes its own once they are all in the guest's memory, and numbers are used again,
-    while another supervisor may have to be given the group at any time.
+    Invariant: _preloaded has, by group, a descriptor of our own of the preload file that is held
+    with it. The account closes its own once the guest's memory has all pages, and numbers are used
+    again, while another supervisor may have to be given the group at any time.
     """
 
     def __init__(self, fd_store: FdStore) -> None:
         self._fd_store = fd_store
-        self._seeds: dict[str, int] = {}
+        self._preloaded: dict[str, int] = {}
 
     def hold(self, mapping: Mapping, connection: Connection, terms: Terms, tag: int) -> str:
         """Have a mapping outlive us; the group's name.
@@ -74,9 +74,9 @@ class GuestRecords:
         record = record_make({**describe_terms(terms), "tag": tag})
         mapping.fds.append(record)
         fds = [*mapping.fds, mapping.account.fd, mapping.guest.quota.fd, connection.fileno()]
-        if (seeds_fd := mapping.account.seeds_fd) >= 0 and kind_of(seeds_fd) in _SEEDS:
-            self._seeds[group] = os.dup(seeds_fd)
-            fds.append(self._seeds[group])
+        if (preload_fd := mapping.account.preload_fd) >= 0 and kind_of(preload_fd) in _PRELOADED:
+            self._preloaded[group] = os.dup(preload_fd)
+            fds.append(self._preloaded[group])
         self._fd_store.hold(group, fds, guest=mapping.name, image=mapping.image.label)
         return group
 
@@ -84,12 +84,12 @@ class GuestRecords:
         """Have a mapping held no more; before its descriptors are closed."""
         if group:
             self._fd_store.release(group)
-            self._close_seeds(group)
+            self._close_preloaded(group)
 
-    def _close_seeds(self, group: str) -> None:
-        seeds_fd = self._seeds.pop(group, -1)
-        if seeds_fd >= 0:
-            os.close(seeds_fd)
+    def _close_preloaded(self, group: str) -> None:
+        preload_fd = self._preloaded.pop(group, -1)
+        if preload_fd >= 0:
+            os.close(preload_fd)
 
     def adopt(
         self, inherited: InheritedFds, store: PageStore, guests: GuestTable
@@ -111,9 +111,9 @@ class GuestRecords:
         self, group: str, group_fds: dict[str, int], store: PageStore, guests: GuestTable
     ) -> RestoredGuest | None:
         """Adopt one mapping, its descriptors with it; None, and none taken, if it cannot be."""
-        if group_fds.keys() - _SEEDS != _KINDS:
+        if group_fds.keys() - _PRELOADED != _KINDS:
             return None
-        seeds_kind = next(iter(group_fds.keys() & _SEEDS), "")
+        preload_kind = next(iter(group_fds.keys() & _PRELOADED), "")
         record = record_read(group_fds["record"])
         terms = terms_of(record, store)
         if terms is None:
@@ -134,7 +134,7 @@ class GuestRecords:
                 peer,
                 os.dup(group_fds["ledger"]),
                 fds,
-                seeds_fd=group_fds.get(seeds_kind, -1),
+                preload_fd=group_fds.get(preload_kind, -1),
             )
         except CowshedError as error:
             # Its account was closed already when the backend died, or it is broken beyond use.
@@ -145,8 +145,8 @@ class GuestRecords:
         mapping.carries = terms.carries
         for name in ("ledger", "quota", "socket"):
             os.close(group_fds[name])
-        if seeds_kind:
-            self._seeds[group] = group_fds[seeds_kind]
+        if preload_kind:
+            self._preloaded[group] = group_fds[preload_kind]
         group_fds.update(
             ledger=mapping.account.fd, quota=guest.quota.fd, socket=connection.fileno()
         )

@@ -325,24 +325,24 @@ class GuestTable:
         inherited: bool = False,
         transport: str = "unix",
         populate: PopulateOptions | None = None,
-        seeds: tuple[int, bytes] | None = None,
+        preload: tuple[int, bytes] | None = None,
         hold: Callable[[Account], None] | None = None,
     ) -> Mapping:
         """Start answering a mapping; fds are [uffd, pagemap, mem], its own on success only.
 
         inherited memory came over fork: what is private in it is charged. On failure nothing is
-        left of the mapping. seeds are private pages that it begins with: a file that has them, and
-        their bitmap (Account.seed). With populate its pages are copied into memory of its own; fds
-        may then be [uffd] alone. hold is called before anything is answered: an event that is read
-        is in the account alone. Raises UsageError for regions that make no sense (Account.place),
-        CapacityError if there is no descriptor, thread or memory for it.
+        left of the mapping. preload is the private pages that it begins with: a file that has them,
+        and their bitmap (Account.preload). With populate its pages are copied into memory of its
+        own; fds may then be [uffd] alone. hold is called before anything is answered: an event
+        that is read is in the account alone. Raises UsageError for regions that make no sense
+        (Account.place), CapacityError if there is no descriptor, thread or memory for it.
         """
         with contextlib.ExitStack() as stack:
             account = Account(guest.image, guest.quota)
             stack.callback(account.close)
             account.place(fds[0], fds[1] if len(fds) > 1 else -1, regions)
-            if seeds is not None:
-                account.seed(*seeds)
+            if preload is not None:
+                account.preload(*preload)
             terms = (account.cdata, fds[0], peer.pidfd, options)
             if hold is not None:
                 hold(account)
@@ -367,7 +367,7 @@ class GuestTable:
         ledger_fd: int,
         fds: list[int],
         transport: str = "unix",
-        seeds_fd: int = -1,
+        preload_fd: int = -1,
         populate: PopulateOptions | None = None,
     ) -> Mapping:
         """Answer a mapping that another process answered; whoever waits there asks again.
@@ -383,8 +383,8 @@ class GuestTable:
                 raise
             stack.callback(account.close)
             account.place(fds[0], fds[1] if len(fds) > 1 else -1, account.regions())
-            if seeds_fd >= 0:
-                account.adopt_seeds(seeds_fd)
+            if preload_fd >= 0:
+                account.adopt_preloaded(preload_fd)
             terms = (account.cdata, fds[0], peer.pidfd, options)
             handler = (
                 FaultHandler(*terms) if populate is None else PopulateHandler(*terms, populate)

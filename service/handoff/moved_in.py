@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guests that moved here and come to map: their private pages are waiting for them in an overlay.
 
-Who opens under the name of such an overlay, and knows its token, takes the name over; when its
-mapping is there the pages are its seeds, and the overlay is given up. Who leaves before that leaves
-the overlay as it was.
+A guest that opens under the name of such an overlay, and knows its token, takes the name over. When
+its mapping is there, the overlay's pages are preloaded into it and the overlay is given up. A guest
+that leaves before that leaves the overlay as it was.
 
 A program that brings its pages along itself (carriers.py) finds its name and its quota in an
 overlay without pages. The first of its mappings gives that up; the others join the guest.
@@ -32,7 +32,7 @@ class MovedIn:
     carries: bool = False
 
     @property
-    def seeds(self) -> tuple[int, bytes] | None:
+    def preload(self) -> tuple[int, bytes] | None:
         """The file with its pages, and which those are; None if it brings them along."""
         if self.carries:
             return None

@@ -439,7 +439,7 @@ class Session:
             [Region(address, terms.offset_bytes, terms.length_bytes)],
             list(message.fds),
             inherited=inherited,
-            seeds=None if self._moved is None else self._moved.seeds,
+            preload=None if self._moved is None else self._moved.preload,
         )
         self.mapping.carries = terms.carries
         message.fds.clear()

@@ -123,7 +123,7 @@ def test_a_mapping_that_follows_finds_its_pages_wherever_the_target_is_killed(
     pid = b.the_daemon.status()["pid"]
     b.the_daemon.request("point", name=point)
     # Until then its pages stay where they came, but for those that it asks for.
-    b.the_daemon.request("point", name="SEED_PUSH", action="fail", errno=5, times=1 << 30)
+    b.the_daemon.request("point", name="PRELOAD_PUSH", action="fail", errno=5, times=1 << 30)
     a.drain("--to", b.unix)
     until(lambda: guest.call("where") == [b.unix, True, ""])
     assert b.the_daemon.status()["pid"] != pid
@@ -161,7 +161,7 @@ def test_a_mapped_guest_that_came_outlives_the_targets_keeper_and_then_the_targe
     guest.call("open", image="d", guest="g", token="secret")
     guest.call("fill", offset=7 * PAGE, length=9 * PAGE, byte=5)
     model[7 * PAGE : 16 * PAGE] = bytes([5]) * 9 * PAGE
-    b.the_daemon.request("point", name="SEED_PUSH", action="fail", errno=11, times=0)
+    b.the_daemon.request("point", name="PRELOAD_PUSH", action="fail", errno=11, times=0)
     a.drain("--to", b.unix)
     # It has its pages once it has read them.
     until(lambda: b.guests() == {"g"} and b.the_daemon.guest_status("g")["state"] == "running")

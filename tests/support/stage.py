@@ -186,12 +186,12 @@ class Stage:
         lock_all: bool = False,
         spin_ns: int = 0,
         part: tuple[int, int] | None = None,
-        seeds: tuple[int, bytes] | None = None,
+        preload: tuple[int, bytes] | None = None,
     ) -> MappedGuest:
         """Start and attach a guest: windows in pages, 0 adaptive; quota in pages, or one to share.
 
         part is the first page and the number of pages that it maps, if not all. A quota given is
-        another guest's, to be shared. seeds are a file and the bitmap of its private pages in it.
+        another guest's, to be shared. preload is a file and the bitmap of its private pages in it.
         """
         first, nr_pages = part or (0, self.image.nr_pages)
         guest = MappedGuest(uid)
@@ -210,8 +210,8 @@ class Stage:
         guest.account = Account(self.image, guest.quota)
         region = Region(guest.base, first * PAGE, nr_pages * PAGE)
         guest.account.place(guest.fds[0], guest.fds[1], [region])
-        if seeds:
-            guest.account.seed(*seeds)
+        if preload:
+            guest.account.preload(*preload)
         options = FaultOptions(window * PAGE, write_window * PAGE, spin_ns)
         guest.handler = FaultHandler(guest.account.cdata, guest.fds[0], guest.pidfd, options)
         return guest

@@ -3,7 +3,7 @@
  * Private pages that a guest brings with it.
  *
  * A guest that was handed over by another backend, and maps its image here, has private pages already: in an overlay's
- * memfd.  They are *seeded*: charged at once, and copied into its memory when it touches them, or in its
+ * memfd.  They are *preloaded*: charged at once, and copied into its memory when it touches them, or in its
  * fault thread's idle time.  Until then such a page is private, in no page table, and nothing of the image is ever
  * mapped in its place.  Bits are set before the fault thread starts, and only ever cleared after: once
  * the page is there (the guest can have it so only by our copy) or was given back by the guest.
@@ -11,8 +11,8 @@
  * A successor of a killed process finds the bits in the ledger.  A page that was copied and still has its bit is not
  * copied again: the kernel says that it is there.
  */
-#ifndef COWSHED_SEED_H
-#define COWSHED_SEED_H
+#ifndef COWSHED_PRELOAD_H
+#define COWSHED_PRELOAD_H
 
 #include "accounting/core/ledger.h"
 
@@ -20,20 +20,20 @@
 /* The pages of words ((nr_pages + 63) / 64) that the account's regions have, and that are not private yet, are private
  * from now on, past the quota too; their bytes are in source_fd at their place in the image.  The account has been
  * placed, and has no fault thread yet.  Takes its own copy of the descriptor.  How many pages, or -errno;
- * -EINVAL: source_fd is too short; -EBUSY: it has seeds already. */
-int64_t account_seed(struct account *account, int source_fd, const uint64_t *words, uint64_t nr_words);
-/* For an adopted account that has seeds left (account_status.seeded_pages): where they are. Seeds without a source are
- * SIGBUS for their guest. */
-int account_adopt_seeds(struct account *account, int source_fd);
-/* The seeds' source, the account's own; -1: there are none left. */
-int account_seeds_fd(const struct account *account);
-/* A copy of the bitmap of seeded pages: (nr_pages + 63) / 64 words. */
-int account_seeded(const struct account *account, uint64_t *words_out, uint64_t nr_words);
+ * -EINVAL: source_fd is too short; -EBUSY: it has preloaded pages already. */
+int64_t account_preload(struct account *account, int source_fd, const uint64_t *words, uint64_t nr_words);
+/* For an adopted account that has preloaded pages left (account_status.preloaded_pages): where they are. Preloaded
+ * pages without a source are SIGBUS for their guest. */
+int account_adopt_preloaded(struct account *account, int source_fd);
+/* The preload file, the account's own; -1: the guest's memory has all pages. */
+int account_preload_fd(const struct account *account);
+/* A copy of the bitmap of preloaded pages: (nr_pages + 63) / 64 words. */
+int account_preloaded(const struct account *account, uint64_t *words_out, uint64_t nr_words);
 /* cdef-end */
 
-/* Under write_lock: seeded pages are in the guest's memory. */
-void account_seeds_installed(struct account *account, uint64_t first, uint64_t nr);
+/* Under write_lock: preloaded pages are in the guest's memory. */
+void account_preload_installed(struct account *account, uint64_t first, uint64_t nr);
 /* Gives up the source. */
-void account_drop_seeds(struct account *account);
+void account_drop_preloaded(struct account *account);
 
 #endif

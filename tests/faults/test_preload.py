@@ -22,7 +22,7 @@ def bitmap_of(pages: Iterable[int]) -> bytes:
 @pytest.fixture
 def source(stage: Stage) -> Iterator[int]:
     """What an overlay would hold: every page, recognisably."""
-    fd = os.memfd_create("seeds")
+    fd = os.memfd_create("preload")
     os.ftruncate(fd, stage.image.map_bytes)
     for page in range(stage.image.nr_pages):
         os.pwrite(fd, own(page), page * PAGE)
@@ -30,16 +30,21 @@ def source(stage: Stage) -> Iterator[int]:
     os.close(fd)
 
 
-def seeded(guest: MappedGuest) -> int:
-    return guest.account.status().seeded_pages
+def preloaded(guest: MappedGuest) -> int:
+    return guest.account.status().preloaded_pages
 
 
-def test_seeds_are_charged_at_once_and_pushed_in_idle_time(stage: Stage, source: int) -> None:
+def test_preloaded_pages_are_charged_at_once_and_pushed_in_idle_time(
+    stage: Stage, source: int
+) -> None:
     pages = [0, 1, 2, 17, 40, 127]
-    guest = stage.guest(quota=3, seeds=(source, bitmap_of(pages)))
+    guest = stage.guest(quota=3, preload=(source, bitmap_of(pages)))
     assert guest.account.status().private_pages == len(pages)
-    until(lambda: guest.account.seeds_fd == -1, "the seeds are pushed and their source is closed")
-    assert seeded(guest) == 0
+    until(
+        lambda: guest.account.preload_fd == -1,
+        "all are pushed and their file is closed",
+    )
+    assert preloaded(guest) == 0
     stage.load()
     for page in range(stage.image.nr_pages):
         assert guest.read(page) == (own(page) if page in pages else content(page))
@@ -49,24 +54,24 @@ def test_seeds_are_charged_at_once_and_pushed_in_idle_time(stage: Stage, source:
 
 @pytest.fixture
 def unpushed() -> Iterator[None]:
-    """Seeds wait for a fault, until they are let go."""
-    fail_at(lib.POINT_SEED_PUSH, 11)
+    """Preloaded pages wait for a fault, until they are let go."""
+    fail_at(lib.POINT_PRELOAD_PUSH, 11)
     yield
-    let_go(lib.POINT_SEED_PUSH)
+    let_go(lib.POINT_PRELOAD_PUSH)
 
 
 @pytest.mark.usefixtures("unpushed")
-def test_a_fault_on_a_seeded_page_is_answered_from_the_source(stage: Stage, source: int) -> None:
-    guest = stage.guest(seeds=(source, bitmap_of([3, 5, 20])), window=16)
+def test_a_fault_on_a_preloaded_page_is_answered_from_the_source(stage: Stage, source: int) -> None:
+    guest = stage.guest(preload=(source, bitmap_of([3, 5, 20])), window=16)
     stage.load()
     assert guest.read(4) == content(4)  # maps the window round it, and neither 3 nor 5
     assert guest.read(3) == own(3)
     guest.call("write", offset=5 * PAGE, given_hex="07")
     assert guest.read(5) == b"\7" + own(5)[1:]
-    assert seeded(guest) == 1
+    assert preloaded(guest) == 1
     assert stage.audit().mismatches == []
     guest.call("discard", page=20, nr_pages=1)
     assert guest.read(20) == content(20)
-    assert seeded(guest) == 0
+    assert preloaded(guest) == 0
     assert private_pages(guest) == 2
     assert stage.audit().mismatches == []

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
-#include "accounting/core/seed.h"
+#include "accounting/core/preload.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -28,22 +28,22 @@ static int open_source(struct account *account, int source_fd)
 		close(fd);
 		return err;
 	}
-	account->seeds = at;
-	account->seeds_fd = fd;
+	account->preloaded_bytes = at;
+	account->preload_fd = fd;
 	return 0;
 }
 
-void account_drop_seeds(struct account *account)
+void account_drop_preloaded(struct account *account)
 {
-	if (!account->seeds)
+	if (!account->preloaded_bytes)
 		return;
-	munmap((void *)(uintptr_t)account->seeds, account->image->shape.map_bytes);
-	close(account->seeds_fd);
-	account->seeds = NULL;
-	account->seeds_fd = -1;
+	munmap((void *)(uintptr_t)account->preloaded_bytes, account->image->shape.map_bytes);
+	close(account->preload_fd);
+	account->preloaded_bytes = NULL;
+	account->preload_fd = -1;
 }
 
-static uint64_t seed_word(struct account *account, uint64_t word_no, uint64_t word)
+static uint64_t preload_word(struct account *account, uint64_t word_no, uint64_t word)
 {
 	uint64_t nr = 0;
 
@@ -56,61 +56,61 @@ static uint64_t seed_word(struct account *account, uint64_t word_no, uint64_t wo
 		quota_take_anyway(account->quota, 1);
 		account_charge(account, page);
 		/* Before it is settled: no moment at which a killed process leaves a charge of nothing. */
-		bits_set(account->seeded, page);
+		bits_set(account->preloaded, page);
 		bits_clear(account->unsettled, page);
 		nr++;
 	}
 	return nr;
 }
 
-int64_t account_seed(struct account *account, int source_fd, const uint64_t *words, uint64_t nr_words)
+int64_t account_preload(struct account *account, int source_fd, const uint64_t *words, uint64_t nr_words)
 {
 	uint64_t nr = 0;
 
 	if (nr_words != bits_bytes(account->image->shape.nr_pages) / sizeof(bits_word))
 		return -ERANGE;
-	if (account->seeds)
+	if (account->preloaded_bytes)
 		return -EBUSY;
 	int err = open_source(account, source_fd);
 	if (err)
 		return err;
 	pthread_mutex_lock(&account->write_lock);
 	for (uint64_t i = 0; i < nr_words; i++)
-		nr += seed_word(account, i, words[i]);
-	atomic_store(&account->header->seeded_pages, nr);
+		nr += preload_word(account, i, words[i]);
+	atomic_store(&account->header->preloaded_pages, nr);
 	if (!nr)
-		account_drop_seeds(account);
+		account_drop_preloaded(account);
 	pthread_mutex_unlock(&account->write_lock);
 	return (int64_t)nr;
 }
 
-int account_adopt_seeds(struct account *account, int source_fd)
+int account_adopt_preloaded(struct account *account, int source_fd)
 {
-	if (account->seeds)
+	if (account->preloaded_bytes)
 		return -EBUSY;
-	return atomic_load(&account->header->seeded_pages) ? open_source(account, source_fd) : 0;
+	return atomic_load(&account->header->preloaded_pages) ? open_source(account, source_fd) : 0;
 }
 
-int account_seeds_fd(const struct account *account)
+int account_preload_fd(const struct account *account)
 {
-	return account->seeds_fd;
+	return account->preload_fd;
 }
 
-int account_seeded(const struct account *account, uint64_t *words_out, uint64_t nr_words)
+int account_preloaded(const struct account *account, uint64_t *words_out, uint64_t nr_words)
 {
 	if (nr_words != bits_bytes(account->image->shape.nr_pages) / sizeof(bits_word))
 		return -ERANGE;
 	for (uint64_t i = 0; i < nr_words; i++)
-		words_out[i] = account->seeded[i];
+		words_out[i] = account->preloaded[i];
 	return 0;
 }
 
-void account_seeds_installed(struct account *account, uint64_t first, uint64_t nr)
+void account_preload_installed(struct account *account, uint64_t first, uint64_t nr)
 {
 	uint64_t nr_gone = 0;
 
 	for (uint64_t page = first; page < first + nr; page++)
-		nr_gone += bits_clear(account->seeded, page);
-	if (nr_gone && atomic_fetch_sub(&account->header->seeded_pages, nr_gone) == nr_gone)
-		account_drop_seeds(account);
+		nr_gone += bits_clear(account->preloaded, page);
+	if (nr_gone && atomic_fetch_sub(&account->header->preloaded_pages, nr_gone) == nr_gone)
+		account_drop_preloaded(account);
 }

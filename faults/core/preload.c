@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Seeds: private pages that a guest brought with it (accounting/core/seed.h), copied into its memory.
+ * Preloaded pages: private pages that a guest brought with it (accounting/core/preload.h), copied into its memory.
  *
  * A fault on one is answered by UFFDIO_COPY from the source, with those that follow it; the rest is copied in the
  * thread's idle time, once from the first page to the last.  While the private pages are followed, copies come
@@ -8,17 +8,17 @@
  */
 #include "faults/core/guest.h"
 
-#include "accounting/core/seed.h"
+#include "accounting/core/preload.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 #include "faults/core/uffd.h"
 
 #include <errno.h>
 
-#define SEEDS_AT_ONCE 16 /* for a fault */
-#define SEEDS_PUSHED 64  /* between two looks at the faults */
+#define PRELOAD_AT_ONCE 16 /* for a fault */
+#define PRELOAD_PUSHED 64  /* between two looks at the faults */
 
-/* Under write_lock: copies the run of seeded pages that begins with page, nr_max at most.  *nr_out is how many are
+/* Under write_lock: copies the run of preloaded pages that begins with page, nr_max at most.  *nr_out is how many are
  * there. */
 static int copy_run(struct guest *guest, uint64_t page, uint64_t nr_max, uint64_t *nr_out)
 {
@@ -29,32 +29,32 @@ static int copy_run(struct guest *guest, uint64_t page, uint64_t nr_max, uint64_
 	uint64_t done = 0;
 
 	*nr_out = 0;
-	if (!account->seeds)
+	if (!account->preloaded_bytes)
 		return -EFAULT;
-	if (!account_span(account, page, bits_next_clear(account->seeded, page, end), &span) || span.page != page)
+	if (!account_span(account, page, bits_next_clear(account->preloaded, page, end), &span) || span.page != page)
 		return -ENOENT;
 	bool protect = account->dirty || account_is_frozen(account);
-	int err = uffd_copy(guest->uffd, span.address, account->seeds + (page << PAGE_SHIFT),
+	int err = uffd_copy(guest->uffd, span.address, account->preloaded_bytes + (page << PAGE_SHIFT),
 	                    span.nr_pages << PAGE_SHIFT, protect, &done);
 	*nr_out = done >> PAGE_SHIFT;
 	count_add(COUNTER(account->header, mapped_pages), *nr_out);
-	account_seeds_installed(account, page, *nr_out);
+	account_preload_installed(account, page, *nr_out);
 	return err;
 }
 
-bool answer_seeded(struct guest *guest, uint64_t page, uint64_t read_ns)
+bool answer_preloaded(struct guest *guest, uint64_t page, uint64_t read_ns)
 {
 	struct account *account = guest->account;
 	uint64_t nr = 0;
 	int err = 0;
 
-	if (!atomic_load_explicit(&account->header->seeded_pages, memory_order_acquire) ||
-	    !bits_test(account->seeded, page))
+	if (!atomic_load_explicit(&account->header->preloaded_pages, memory_order_acquire) ||
+	    !bits_test(account->preloaded, page))
 		return false;
 	pthread_mutex_lock(&account->write_lock);
-	bool seeded = bits_test(account->seeded, page);
-	if (seeded)
-		err = copy_run(guest, page, SEEDS_AT_ONCE, &nr);
+	bool preloaded = bits_test(account->preloaded, page);
+	if (preloaded)
+		err = copy_run(guest, page, PRELOAD_AT_ONCE, &nr);
 	if (nr)
 		err = 0;
 	if (err == -EFAULT) { /* its bytes cannot be had */
@@ -67,26 +67,26 @@ bool answer_seeded(struct guest *guest, uint64_t page, uint64_t read_ns)
 		count_access(account->header, false, FAULT_HIT);
 		account_note_latency(account, LATENCY_HIT, clock_now_ns() - read_ns);
 	}
-	return seeded;
+	return preloaded;
 }
 
-bool seeds_push(struct guest *guest)
+bool preload_push(struct guest *guest)
 {
 	struct account *account = guest->account;
 	uint64_t nr_pages = account->image->shape.nr_pages, nr = 0;
 
-	if (!atomic_load_explicit(&account->header->seeded_pages, memory_order_relaxed) ||
-	    guest->seed_page >= nr_pages || point_reach(POINT_SEED_PUSH) < 0)
+	if (!atomic_load_explicit(&account->header->preloaded_pages, memory_order_relaxed) ||
+	    guest->preload_page >= nr_pages || point_reach(POINT_PRELOAD_PUSH) < 0)
 		return false;
 	pthread_mutex_lock(&account->write_lock);
-	guest->seed_page = bits_next(account->seeded, guest->seed_page, nr_pages);
-	int err = guest->seed_page < nr_pages ? copy_run(guest, guest->seed_page, SEEDS_PUSHED, &nr) : 0;
+	guest->preload_page = bits_next(account->preloaded, guest->preload_page, nr_pages);
+	int err = guest->preload_page < nr_pages ? copy_run(guest, guest->preload_page, PRELOAD_PUSHED, &nr) : 0;
 	pthread_mutex_unlock(&account->write_lock);
 	if (err == -EAGAIN && !nr) { /* its memory is changing: there is an event to be read first */
 		guest->idle_at_ns = clock_now_ns() + 1000000;
 		return false;
 	}
 	/* What cannot be copied now is for a fault to find out about. */
-	guest->seed_page += err && !nr ? 1 : nr;
+	guest->preload_page += err && !nr ? 1 : nr;
 	return true;
 }
