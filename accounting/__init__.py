@@ -3,7 +3,6 @@
 
 from cowshed.accounting.audit import AuditReport, Mismatch, audit
 from cowshed.accounting.eviction import EvictionPolicy, ExtentKey, Heat
-from cowshed.accounting.late_pages import LatePages
 from cowshed.accounting.ledger import (
     MAX_REGIONS,
     Account,
@@ -15,6 +14,7 @@ from cowshed.accounting.ledger import (
     Region,
     evict,
 )
+from cowshed.accounting.missing_pages import MissingPages
 from cowshed.accounting.overlay import Overlay, OverlaySums
 from cowshed.accounting.quota import NO_QUOTA_BYTES, Quota, QuotaPolicy, QuotaStatus
 from cowshed.accounting.sums import (
@@ -48,10 +48,10 @@ __all__ = [
     "ExtentKey",
     "FirstTouches",
     "Heat",
-    "LatePages",
     "Latency",
     "LatencyKind",
     "Mismatch",
+    "MissingPages",
     "Overlay",
     "OverlaySums",
     "Quota",

@@ -762,7 +762,7 @@ class _Lib:
         bytes: bytes | Pointer[bytes] | Pointer[int],
         /,
     ) -> int: ...
-    def overlay_late(
+    def overlay_missing(
         self,
         overlay: StructOverlay | Array[StructOverlay],
         words_out: Pointer[int],
@@ -776,7 +776,7 @@ class _Lib:
         nr_words: int,
         /,
     ) -> int: ...
-    def overlay_late_fd(self, overlay: StructOverlay | Array[StructOverlay], /) -> int: ...
+    def overlay_missing_fd(self, overlay: StructOverlay | Array[StructOverlay], /) -> int: ...
     def overlay_lose(
         self, overlay: StructOverlay | Array[StructOverlay], first: int, nr: int, /
     ) -> int: ...

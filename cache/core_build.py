@@ -41,7 +41,7 @@ HEADERS = (
     "accounting/core/evict.h",
     "accounting/core/overlay.h",
     "accounting/core/overlay_move.h",
-    "accounting/core/overlay_late.h",
+    "accounting/core/overlay_missing.h",
     "faults/core/window.h",
     "faults/core/guest.h",
     "faults/core/populate.h",

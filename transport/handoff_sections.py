@@ -266,7 +266,7 @@ class StateReader:
         self.whole: set[int] = set()
         self.ended = False
         self._in_state = False
-        self._late_sizes: list[int] | None = None
+        self._missing_sizes: list[int] | None = None
 
     @property
     def offset(self) -> int:
@@ -292,9 +292,9 @@ class StateReader:
                 self._frames.refuse(f"section {frame.kind.name}: {error}")
             yield section
 
-    def expect_late(self, sizes_bytes: Sequence[int]) -> None:
+    def expect_missing(self, sizes_bytes: Sequence[int]) -> None:
         """From now on PAGES may come of guests by number, with images of these sizes."""
-        self._late_sizes = list(sizes_bytes)
+        self._missing_sizes = list(sizes_bytes)
 
     def end(self) -> None:
         """The bytes end here; DamagedError if they should not."""
@@ -334,8 +334,8 @@ class StateReader:
             if not self._words:
                 raise ValueError("it is for two backends, not for a file")
             return
-        if self._late_sizes is not None and isinstance(section, Pages):
-            size_bytes = self._of(self._late_sizes, section.guest, "guest")
+        if self._missing_sizes is not None and isinstance(section, Pages):
+            size_bytes = self._of(self._missing_sizes, section.guest, "guest")
             check_runs(section.runs, size_bytes, section.content)
             return
         if isinstance(section, Late) and not self._words:

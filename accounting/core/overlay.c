@@ -3,7 +3,7 @@
 #include "accounting/core/overlay.h"
 
 #include "accounting/core/overlay_disk.h"
-#include "accounting/core/overlay_late.h"
+#include "accounting/core/overlay_missing.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 
@@ -42,7 +42,7 @@ void overlay_deinit(struct overlay *overlay)
 	for (int i = 0; i < OVERLAY_STRIPES; i++)
 		pthread_rwlock_destroy(&overlay->stripes[i]);
 	pthread_mutex_destroy(&overlay->held_lock);
-	overlay_late_deinit(overlay);
+	overlay_missing_deinit(overlay);
 	free(overlay->dirty);
 	pthread_mutex_destroy(&overlay->quota_lock);
 	free(overlay);
@@ -287,8 +287,8 @@ int overlay_patch(struct overlay *overlay, uint64_t offset, uint32_t length, con
 	assert(in_page + length <= PAGE_BYTES);
 	bytes = bytes ? bytes : zeros;
 	pthread_rwlock_wrlock(overlay_stripe(overlay, page));
-	if (overlay_is_late(overlay, page)) {
-		err = overlay_look_late(overlay, page, 1);
+	if (overlay_is_missing(overlay, page)) {
+		err = overlay_look_missing(overlay, page, 1);
 	} else if (bits_test(overlay->account->private, page)) {
 		err = begin_change(overlay, page, 1, 0, reserved);
 		if (!err)
@@ -362,7 +362,7 @@ static uint64_t run_end(const struct overlay *overlay, uint64_t offset, uint64_t
 	uint64_t page = offset >> PAGE_SHIFT, stop = nr_pages_of(end);
 	uint64_t found = private ? bits_next_clear(bits, page, stop) : bits_next(bits, page, stop);
 
-	if (private && overlay_has_late(overlay))
+	if (private && overlay_has_missing(overlay))
 		found = bits_next(overlay->account->preloaded, page, found);
 	return found << PAGE_SHIFT < end ? found << PAGE_SHIFT : end;
 }
@@ -374,7 +374,7 @@ int64_t overlay_read_run(struct overlay *overlay, uint64_t offset, uint64_t leng
 
 	if (bits_test(overlay->account->private, page)) {
 		pthread_rwlock_rdlock(overlay_stripe(overlay, page));
-		if (overlay_is_late(overlay, page)) {
+		if (overlay_is_missing(overlay, page)) {
 			pthread_rwlock_unlock(overlay_stripe(overlay, page));
 			return -EIO; /* nobody asks for it: see overlay_await */
 		}
@@ -421,15 +421,15 @@ uint64_t overlay_status_run(struct overlay *overlay, uint64_t offset, uint64_t l
 	*zero_out = false;
 	if (!private || !want_zero)
 		return end - offset;
-	if (overlay_has_late(overlay)) { /* of which nothing is known */
-		const bits_word *late = overlay->account->preloaded;
-		bool is_late = bits_test(late, page);
-		uint64_t next = is_late ? bits_next_clear(late, page, nr_pages_of(end))
-		                        : bits_next(late, page, nr_pages_of(end));
+	if (overlay_has_missing(overlay)) { /* of which nothing is known */
+		const bits_word *missing = overlay->account->preloaded;
+		bool is_missing = bits_test(missing, page);
+		uint64_t next = is_missing ? bits_next_clear(missing, page, nr_pages_of(end))
+		                           : bits_next(missing, page, nr_pages_of(end));
 
 		if (next > page && next << PAGE_SHIFT < end)
 			end = next << PAGE_SHIFT;
-		if (is_late)
+		if (is_missing)
 			return end - offset;
 	}
 	off_t data = lseek(overlay->data_fd, (off_t)(page << PAGE_SHIFT), SEEK_DATA);

@@ -20,7 +20,7 @@
  * those in hand, which overlay_sums sees all at one moment.
  *
  * overlay.c is the pages, overlay_disk.c what a file needs besides, overlay_track.c who follows and freezes,
- * overlay_check.c what an audit looks at, overlay_late.c pages whose bytes are still elsewhere.
+ * overlay_check.c what an audit looks at, overlay_missing.c pages whose bytes are still elsewhere.
  */
 #ifndef COWSHED_OVERLAY_H
 #define COWSHED_OVERLAY_H
@@ -83,7 +83,7 @@ void overlay_sums(struct overlay *overlay, struct overlay_sums *sums_out);
 #define OVERLAY_STRIPES 64
 
 struct overlay_disk;
-struct overlay_late;
+struct overlay_missing;
 
 /* Asked to be told when all that was written is durable; done is called from the flusher's thread. */
 struct overlay_sync {
@@ -102,8 +102,8 @@ struct overlay {
 	struct account *account;
 	struct image *image;
 	int data_fd;
-	struct overlay_disk *disk; /* NULL: in memory */
-	struct overlay_late *late; /* NULL: no page was ever late (overlay_late.h) */
+	struct overlay_disk *disk;       /* NULL: in memory */
+	struct overlay_missing *missing; /* NULL: no page was ever missing (overlay_missing.h) */
 	pthread_rwlock_t stripes[OVERLAY_STRIPES];
 	_Atomic(bits_word *) dirty; /* NULL: not followed; its words change under their stripes' locks */
 	pthread_mutex_t held_lock;  /* innermost but for who is told by go */
@@ -134,7 +134,7 @@ void overlay_take_anyway(struct overlay *overlay, uint64_t nr);
 void overlay_give(struct overlay *overlay, uint64_t nr);
 
 /* The run at offset, at most length bytes, that is all private or all not. Private bytes are copied to `to`.  Its
- * length, or -errno; none of it may be late. */
+ * length, or -errno; none of it may be missing. */
 int64_t overlay_read_run(struct overlay *overlay, uint64_t offset, uint64_t length, void *to, bool *private_out);
 /* The same, without reading: and whether private pages are known to be zeros, if that is wanted. */
 uint64_t overlay_status_run(struct overlay *overlay, uint64_t offset, uint64_t length, bool want_zero,
@@ -144,7 +144,7 @@ int overlay_write(struct overlay *overlay, uint64_t offset, uint64_t length, con
 /* The same of zeros (and, allocated, of stored ones). */
 int overlay_zero(struct overlay *overlay, uint64_t offset, uint64_t length, bool allocated, uint64_t *reserved);
 /* Writes part of one page; bytes NULL: zeros. -EAGAIN if the page is not private and frame, which is what the
- * image has there (held), is NULL; -EINPROGRESS: it is late; -EIO: it is lost. */
+ * image has there (held), is NULL; -EINPROGRESS: it is missing; -EIO: it is lost. */
 int overlay_patch(struct overlay *overlay, uint64_t offset, uint32_t length, const uint8_t *bytes, const uint8_t *frame,
                   uint64_t *reserved);
 /* Gives pages back to the image. */

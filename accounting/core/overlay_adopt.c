@@ -8,12 +8,12 @@
  * zeros, which makes a page private and stores nothing, would show them.  Private pages with some of a request's bytes
  * and some of those before it: whole pages are one or the other, and nobody was told that the request is done.
  *
- * A page whose private bit is set, and that is not late, has its bytes, since the bit comes after them; so nobody is
+ * A page whose private bit is set, and that is not missing, has its bytes, since the bit comes after them; so nobody is
  * shown zeros for what he wrote, and what was acknowledged is there.
  */
 #define _GNU_SOURCE
 #include "accounting/core/overlay_disk.h"
-#include "accounting/core/overlay_late.h"
+#include "accounting/core/overlay_missing.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -57,7 +57,7 @@ int overlay_adopt(struct account *account, int data_fd, struct overlay **overlay
 	if (err)
 		return err;
 	settle_all(account);
-	err = overlay_late_init(overlay);
+	err = overlay_missing_init(overlay);
 	if (!err)
 		err = overlay_drop_leftovers(overlay);
 	if (err)

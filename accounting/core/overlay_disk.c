@@ -11,10 +11,10 @@
  *   the copies go to the older slots, and become durable  from here on a crash finds the new bits
  *   pages that were trimmed before the copy are punched   not sooner: the old bits still promised them
  *
- * Pages whose bytes are still elsewhere (overlay_late.h) have a bit in blocks of their own, which come after the others
- * and are there once a page was late; in the blocks of private pages they have none.  When such a page comes, its bit
- * there becomes durable before the late one is cleared: if both are set, it is here.  So late blocks are copied
- * before the blocks of private pages, which are always copied with them, and written after those.
+ * Pages whose bytes are still elsewhere (overlay_missing.h) have a bit in blocks of their own, which come after the
+ * others and are there once a page was missing; in the blocks of private pages they have none.  When such a page comes,
+ * its bit there becomes durable before the missing one is cleared: if both are set, it is here.  So missing blocks are
+ * copied before the blocks of private pages, which are always copied with them, and written after those.
  *
  * Blocks need not change together: each page stands for itself, and what was not flushed may be there or not.  Files
  * that an open finds with bytes in pages that are not private (a crash before the punch) are punched then.
@@ -25,7 +25,7 @@
 #define _GNU_SOURCE
 #include "accounting/core/overlay_disk.h"
 
-#include "accounting/core/overlay_late.h"
+#include "accounting/core/overlay_missing.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 
@@ -68,8 +68,8 @@ _Static_assert(sizeof(struct map_slot) == BLOCK_BYTES, "a slot is a block");
 struct overlay_disk {
 	struct overlay *overlay;
 	int map_fd;
-	uint64_t nr_blocks;     /* of private pages; as many of late ones follow, if has_late */
-	bool has_late;          /* set before any page is late */
+	uint64_t nr_blocks;     /* of private pages; as many of missing ones follow, if has_missing */
+	bool has_missing;       /* set before any page is missing */
 	uint64_t *generations;  /* by block, of the newer slot; the flusher's */
 	_Atomic uint8_t *dirty; /* by block: bits changed since they were copied */
 	bits_word *dropped;     /* by page: trimmed, bytes still there */
@@ -124,10 +124,10 @@ static void slot_copy(struct overlay_disk *disk, uint64_t block, struct map_slot
 
 	*slot = (struct map_slot){.generation = disk->generations[block] + 1, .block_no = block};
 	for (uint64_t i = 0; i < SLOT_WORDS && base + i < nr_words; i++) {
-		uint64_t late = atomic_load_explicit(&account->preloaded[base + i], memory_order_acquire);
+		uint64_t missing = atomic_load_explicit(&account->preloaded[base + i], memory_order_acquire);
 		uint64_t private = atomic_load_explicit(&account->private[base + i], memory_order_acquire);
 
-		slot->words[i] = block < disk->nr_blocks ? private & ~late : private & late;
+		slot->words[i] = block < disk->nr_blocks ? private & ~missing : private & missing;
 	}
 	slot->checksum = checksum(slot, offsetof(struct map_slot, checksum));
 }
@@ -163,8 +163,8 @@ static int slots_write(struct overlay_disk *disk, const struct map_slot *slots, 
 	return err;
 }
 
-/* The first nr_late slots are of late pages. */
-static int flush_slots(struct overlay_disk *disk, struct map_slot *slots, uint64_t nr_late, uint64_t nr)
+/* The first nr_missing slots are of missing pages. */
+static int flush_slots(struct overlay_disk *disk, struct map_slot *slots, uint64_t nr_missing, uint64_t nr)
 {
 	int err = point_reach(POINT_OVERLAY_FLUSH);
 
@@ -174,11 +174,11 @@ static int flush_slots(struct overlay_disk *disk, struct map_slot *slots, uint64
 		return disk->failed = -errno;
 	err = point_reach(POINT_OVERLAY_SYNCED);
 	if (!err)
-		err = slots_write(disk, slots + nr_late, nr - nr_late);
-	if (!err && nr_late && fdatasync(disk->map_fd) < 0)
+		err = slots_write(disk, slots + nr_missing, nr - nr_missing);
+	if (!err && nr_missing && fdatasync(disk->map_fd) < 0)
 		return disk->failed = -errno;
 	if (!err)
-		err = slots_write(disk, slots, nr_late);
+		err = slots_write(disk, slots, nr_missing);
 	if (!err)
 		err = point_reach(POINT_OVERLAY_MAPPED);
 	if (err || !nr)
@@ -187,7 +187,7 @@ static int flush_slots(struct overlay_disk *disk, struct map_slot *slots, uint64
 		return disk->failed = -errno;
 	for (uint64_t i = 0; i < nr; i++) {
 		disk->generations[slots[i].block_no] = slots[i].generation;
-		if (i >= nr_late)
+		if (i >= nr_missing)
 			slot_punch(disk, &slots[i]);
 	}
 	return 0;
@@ -195,23 +195,23 @@ static int flush_slots(struct overlay_disk *disk, struct map_slot *slots, uint64
 
 static int flush_all(struct overlay_disk *disk)
 {
-	uint64_t nr_dirty = 0, nr_late = 0, nr = 0;
+	uint64_t nr_dirty = 0, nr_missing = 0, nr = 0;
 
 	if (disk->failed)
 		return disk->failed;
 	for (uint64_t block = 0; block < disk->nr_blocks; block++) {
-		nr_late += atomic_load(&disk->dirty[disk->nr_blocks + block]) != 0;
+		nr_missing += atomic_load(&disk->dirty[disk->nr_blocks + block]) != 0;
 		nr_dirty += atomic_load(&disk->dirty[block]) != 0;
 	}
-	uint64_t room = 2 * nr_late + nr_dirty;
+	uint64_t room = 2 * nr_missing + nr_dirty;
 	struct map_slot *slots = malloc((room + 1) * sizeof *slots);
 	if (!slots)
 		return -ENOMEM;
-	for (uint64_t block = 0; block < disk->nr_blocks && nr < nr_late; block++)
+	for (uint64_t block = 0; block < disk->nr_blocks && nr < nr_missing; block++)
 		if (atomic_exchange(&disk->dirty[disk->nr_blocks + block], 0))
 			slot_copy(disk, disk->nr_blocks + block, &slots[nr++]);
-	nr_late = nr;
-	for (uint64_t i = 0; i < nr_late; i++) {
+	nr_missing = nr;
+	for (uint64_t i = 0; i < nr_missing; i++) {
 		uint64_t block = slots[i].block_no - disk->nr_blocks;
 
 		atomic_store(&disk->dirty[block], 0);
@@ -220,7 +220,7 @@ static int flush_all(struct overlay_disk *disk)
 	for (uint64_t block = 0; block < disk->nr_blocks && nr < room; block++)
 		if (atomic_exchange(&disk->dirty[block], 0))
 			slot_copy(disk, block, &slots[nr++]);
-	int err = flush_slots(disk, slots, nr_late, nr);
+	int err = flush_slots(disk, slots, nr_missing, nr);
 	for (uint64_t i = 0; i < nr && err; i++)
 		atomic_store(&disk->dirty[slots[i].block_no], 1);
 	free(slots);
@@ -273,7 +273,7 @@ void disk_changed(struct overlay_disk *disk, uint64_t page)
 	atomic_store(&disk->dirty[page / SLOT_PAGES], 1);
 }
 
-void disk_late_changed(struct overlay_disk *disk, uint64_t page)
+void disk_missing_changed(struct overlay_disk *disk, uint64_t page)
 {
 	disk_changed(disk, page);
 	atomic_store(&disk->dirty[disk->nr_blocks + page / SLOT_PAGES], 1);
@@ -333,11 +333,11 @@ static int slots_create(struct overlay_disk *disk, uint64_t first_block)
 	return 0;
 }
 
-int disk_late_begin(struct overlay_disk *disk)
+int disk_missing_begin(struct overlay_disk *disk)
 {
-	int err = disk->has_late ? 0 : slots_create(disk, disk->nr_blocks);
+	int err = disk->has_missing ? 0 : slots_create(disk, disk->nr_blocks);
 
-	disk->has_late |= !err;
+	disk->has_missing |= !err;
 	return err;
 }
 
@@ -369,13 +369,14 @@ static bool slot_read(struct overlay_disk *disk, uint64_t block, uint64_t genera
 	       (slot->generation & 1) == generation;
 }
 
-/* Takes the private and late bits over from the newer of each two slots; or its number alone, if they are known better.
+/* Takes the private and missing bits over from the newer of each two slots; or its number alone, if they are known
+ * better.
  */
 static int map_load(struct overlay_disk *disk, bool is_left)
 {
 	struct account *account = disk->overlay->account;
-	uint64_t nr_pages = disk->overlay->image->shape.nr_pages, nr_private = 0, nr_late = 0;
-	uint64_t nr_blocks = disk->has_late ? 2 * disk->nr_blocks : disk->nr_blocks;
+	uint64_t nr_pages = disk->overlay->image->shape.nr_pages, nr_private = 0, nr_missing = 0;
+	uint64_t nr_blocks = disk->has_missing ? 2 * disk->nr_blocks : disk->nr_blocks;
 	struct map_slot slots[2];
 
 	for (uint64_t block = 0; block < nr_blocks; block++) {
@@ -388,7 +389,7 @@ static int map_load(struct overlay_disk *disk, bool is_left)
 		disk->generations[block] = slot->generation;
 		for (uint64_t i = 0; i < SLOT_PAGES && !is_left; i++) {
 			uint64_t page = block % disk->nr_blocks * SLOT_PAGES + i;
-			bool is_late = block >= disk->nr_blocks;
+			bool is_missing = block >= disk->nr_blocks;
 
 			if (!(slot->words[i / 64] >> i % 64 & 1))
 				continue;
@@ -396,16 +397,16 @@ static int map_load(struct overlay_disk *disk, bool is_left)
 				return -EBADMSG;
 			bool is_new = bits_set(account->private, page);
 			nr_private += is_new;
-			if (is_late && is_new)
-				nr_late += bits_set(account->preloaded, page);
-			else if (is_late) /* it had just come */
+			if (is_missing && is_new)
+				nr_missing += bits_set(account->preloaded, page);
+			else if (is_missing) /* it had just come */
 				atomic_store(&disk->dirty[block], 1);
 		}
 	}
 	quota_take_anyway(account->quota, nr_private);
 	count_add(&account->header->private_pages, nr_private);
 	count_add(COUNTER(account->header, charged_pages), nr_private);
-	count_add(&account->header->preloaded_pages, nr_late);
+	count_add(&account->header->preloaded_pages, nr_missing);
 	return 0;
 }
 
@@ -422,7 +423,7 @@ static int map_catch_up(struct overlay_disk *disk)
 		if (stored[page / 64] >> page % 64 & 1 && !bits_test(overlay->account->private, page) &&
 		    bits_set(disk->dropped, page))
 			atomic_fetch_add(&disk->nr_dropped, 1);
-	for (uint64_t block = 0; block < (disk->has_late ? 2 : 1) * disk->nr_blocks; block++)
+	for (uint64_t block = 0; block < (disk->has_missing ? 2 : 1) * disk->nr_blocks; block++)
 		atomic_store(&disk->dirty[block], 1);
 	free(stored);
 	return err;
@@ -449,14 +450,14 @@ static int map_open(struct overlay_disk *disk, const uint8_t *identity, bool is_
 		return -EBADMSG;
 	if (fstat(disk->map_fd, &about) < 0)
 		return -errno;
-	disk->has_late = about.st_size > slot_offset(disk->nr_blocks, 0);
+	disk->has_missing = about.st_size > slot_offset(disk->nr_blocks, 0);
 	int err = map_load(disk, is_left);
 	if (err)
 		return err;
 	err = is_left ? map_catch_up(disk) : overlay_drop_leftovers(disk->overlay);
 	if (!err)
-		err = overlay_late_init(disk->overlay);
-	/* A late bit of a page that is here would have it fetched again after the next crash. */
+		err = overlay_missing_init(disk->overlay);
+	/* A missing bit of a page that is here would have it fetched again after the next crash. */
 	return err || is_left ? err : flush_all(disk);
 }
 

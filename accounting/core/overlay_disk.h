@@ -11,7 +11,8 @@
 /* overlay.c */
 int overlay_init(struct account *account, int data_fd, struct overlay **overlay_out);
 void overlay_deinit(struct overlay *overlay); /* leaves data_fd open */
-/* Under the stripe's lock: stores the bytes of pages of one group; they are made private, or not late, after that. */
+/* Under the stripe's lock: stores the bytes of pages of one group; they are made private, or not missing, after that.
+ */
 int overlay_put(struct overlay *overlay, uint64_t first, uint64_t nr, const uint8_t *bytes);
 pthread_rwlock_t *overlay_stripe(struct overlay *overlay, uint64_t page);
 /* Drops the bytes of pages; under their stripe's lock, or nobody else there. */
@@ -26,9 +27,9 @@ int overlay_place_files(struct account *account, int data_fd, int map_fd, const 
                         struct overlay **overlay_out);
 /* Under the stripe's lock: the private bits of the group of a page changed. */
 void disk_changed(struct overlay_disk *disk, uint64_t page);
-/* The same of the late bits; the map has room for them once late_begin was called. */
-void disk_late_changed(struct overlay_disk *disk, uint64_t page);
-int disk_late_begin(struct overlay_disk *disk);
+/* The same of the missing bits; the map has room for them once missing_begin was called. */
+void disk_missing_changed(struct overlay_disk *disk, uint64_t page);
+int disk_missing_begin(struct overlay_disk *disk);
 /* The same, and the bytes of these pages are to be dropped once the map says so durably. */
 void disk_trimmed(struct overlay_disk *disk, uint64_t first, uint64_t nr);
 /* sync NULL: soon, and nobody is told. */

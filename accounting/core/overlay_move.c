@@ -3,7 +3,7 @@
 #include "accounting/core/overlay_move.h"
 
 #include "accounting/core/overlay_disk.h"
-#include "accounting/core/overlay_late.h"
+#include "accounting/core/overlay_missing.h"
 #include "cache/core/abi.h"
 
 #include <errno.h>
@@ -26,7 +26,7 @@ int overlay_load(struct overlay *overlay, uint64_t first, uint64_t nr, uint8_t *
 		size_t got = 0;
 
 		pthread_rwlock_rdlock(overlay_stripe(overlay, page));
-		if (overlay_is_late(overlay, page))
+		if (overlay_is_missing(overlay, page))
 			err = -EIO;
 		while (!err && got < PAGE_BYTES && bits_test(overlay->account->private, page)) {
 			off_t at = (off_t)((page << PAGE_SHIFT) + got);

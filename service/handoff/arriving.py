@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from cowshed.accounting import LatePages
+from cowshed.accounting import MissingPages
 from cowshed.accounting.page_runs import count_pages
 from cowshed.cache import PeerError, SourceError
 from cowshed.cache.images import PAGE_BYTES
@@ -42,7 +42,7 @@ class Lacking:
     """What is lacking of one guest."""
 
     guest: OverlayGuest
-    late_pages: int
+    missing_pages: int
     lost_pages: int
 
 
@@ -96,14 +96,14 @@ class Arrival:
         return [("", "") if guest is None else guest.terms.key for guest in self._guests]
 
     @contextmanager
-    def _of(self, no: int) -> Iterator[tuple[OverlayGuest, LatePages] | None]:
+    def _of(self, no: int) -> Iterator[tuple[OverlayGuest, MissingPages] | None]:
         """Give a guest that is still here, for as long as the block lasts; else None."""
         guest = self._guests[no] if no < len(self._guests) else None
         if self._closed or guest is None:
             yield None
             return
         with self._overlays.using(guest) as is_here:
-            yield (guest, LatePages(guest.overlay)) if is_here else None
+            yield (guest, MissingPages(guest.overlay)) if is_here else None
 
     def _event_fds(self) -> dict[int, int]:
         """Our own descriptors of what tells that pages are wanted, and the guests' numbers."""
@@ -138,7 +138,7 @@ class Arrival:
                 "late-pages-waited-for",
                 f"their source is gone; it has {self._wait_seconds:g} s to come again",
                 overlay=each.guest.label,
-                pages=each.late_pages,
+                pages=each.missing_pages,
             )
         os.eventfd_write(self._wake, 1)
 
@@ -170,16 +170,16 @@ class Arrival:
         with self._of(no) as found:
             if found is None:
                 return
-            guest, late = found
+            guest, missing = found
             nr_pages = guest.image.nr_pages
             if any(first + nr > nr_pages for first, nr in runs):
                 raise PeerError(f"pages of guest {guest.name!r} are gone that are not of its image")
-            nr = sum(late.lose(*run) for run in runs)
+            nr = sum(missing.lose(*run) for run in runs)
         if nr:
             _say_lost(guest, nr, "the source has them no more")
 
     @property
-    def nr_late(self) -> int:
+    def nr_missing(self) -> int:
         """How many pages are lacking."""
         nr = 0
         for no in range(len(self._guests)):
@@ -190,13 +190,13 @@ class Arrival:
     @property
     def is_filled(self) -> bool:
         """Whether nothing is lacking; False once it was closed, when nothing can be said."""
-        return not self.nr_late and not self._closed
+        return not self.nr_missing and not self._closed
 
     @property
     def is_hopeless(self) -> bool:
         """Whether all that is lacking is lost."""
         lacking = self.lacking()
-        return bool(lacking) and all(each.late_pages == each.lost_pages for each in lacking)
+        return bool(lacking) and all(each.missing_pages == each.lost_pages for each in lacking)
 
     def lacking(self) -> list[Lacking]:
         """What is lacking, of the guests that lack something."""

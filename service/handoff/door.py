@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from cowshed.accounting import LatePages
+from cowshed.accounting import MissingPages
 from cowshed.accounting.handoff import Action, Event, Handoff, Phase, Role
 from cowshed.cache import CapacityError, CowshedError, PageStore, PeerError
 from cowshed.service.handoff.arriving import Arrival
@@ -386,7 +386,7 @@ class _Reception:
             self._say("filled")
             return
         self.handoff = handoff
-        self._reader.expect_late(self._arrival.sizes_bytes)
+        self._reader.expect_missing(self._arrival.sizes_bytes)
         _log.notice("handoff-resumed", whose=self._whose, handoff=handoff)
         self._door.on(self, Event.RESUMED)
 
@@ -396,21 +396,21 @@ class _Reception:
         if self._arrival.is_filled or self._door.is_filled(self.handoff):
             self._door.on(self, Event.FILLED)
         elif self._arrival.is_hopeless:
-            self._say("filled", lost=self._arrival.nr_late)
+            self._say("filled", lost=self._arrival.nr_missing)
 
     def _own(self) -> None:
         """Record that the guests are ours."""
         guests = self._receiver.guests()
-        lack = any(LatePages(guest.overlay).nr_left for guest in guests)
+        lack = any(MissingPages(guest.overlay).nr_left for guest in guests)
         self._door.own(self.handoff, [guest.terms.key for guest in guests] if lack else [])
 
     def _admit(self) -> None:
         guests = self._receiver.guests()
-        lack = any(LatePages(guest.overlay).nr_left for guest in guests)
+        lack = any(MissingPages(guest.overlay).nr_left for guest in guests)
         names = self._receiver.admit(is_owned=True)
         reach("HANDOFF_ADMITTED")
         if lack:
-            self._reader.expect_late([guest.image.size_bytes for guest in guests])
+            self._reader.expect_missing([guest.image.size_bytes for guest in guests])
             self._arrival = self._door.arrive(self.handoff, guests)
             self._arrival.connect(self._say_word)
         _log.notice("handoff-received", whose=self._whose, guests=len(names))

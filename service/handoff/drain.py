@@ -423,7 +423,7 @@ class Drain:
         if self.post_copy:
             for moving in self._movings:
                 moving.flush()
-            self._pusher = Pusher(self._numbered, self._the_sender.send_late())
+            self._pusher = Pusher(self._numbered, self._the_sender.send_missing())
         else:
             self._the_sender.send_last()
         if isinstance(self._file, FileLink):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cowshed.accounting import LatePages
+from cowshed.accounting import MissingPages
 from cowshed.cache import UsageError
 from cowshed.service.guests.guests import Guest, GuestTable, Peer, Terms
 from cowshed.service.handoff.carriers import carrier_of_token
@@ -57,14 +57,14 @@ class MovedInTable:
             left = self._overlays.get(*terms.key)
             if left is None or left.owner != owner_of_token(terms.token):
                 return False
-            late = LatePages(left.overlay)
-            if late.nr_lost:
+            missing = MissingPages(left.overlay)
+            if missing.nr_lost:
                 raise UsageError(
-                    f"{late.nr_lost} private pages of guest {terms.name!r} were lost with the "
+                    f"{missing.nr_lost} private pages of guest {terms.name!r} were lost with the "
                     "backend it came from, and cannot be mapped: open it by bytes, and write "
                     "them anew"
                 )
-            return late.nr_left > 0
+            return missing.nr_left > 0
 
     def enter(self, terms: Terms, peer: Peer) -> tuple[MovedIn, Terms] | None:
         """Take over what waits under that name for who knows the token; None if nothing does.

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Final, Protocol
 
-from cowshed.accounting import AccountStatus, LatePages, Region
+from cowshed.accounting import AccountStatus, MissingPages, Region
 from cowshed.cache import Image, PeerError
 from cowshed.cache.images import PAGE_BYTES
 from cowshed.service.guests.guests import Guest, GuestTable
@@ -114,13 +114,13 @@ class OverlayMoving:
         """Bytes that are still at the backend it came from, or are lost with that."""
         if self.guest.owner.startswith(CARRIER):
             return ["its program has not come yet from the backend it was at; wait until it has"]
-        late = LatePages(self.guest.overlay)
-        if late.nr_lost:
+        missing = MissingPages(self.guest.overlay)
+        if missing.nr_lost:
             why = "were lost with the backend it came from; let it write them anew, or discard it"
-            return [f"{late.nr_lost} of its private pages {why}"]
-        if late.nr_left:
+            return [f"{missing.nr_lost} of its private pages {why}"]
+        if missing.nr_left:
             why = "have not come yet from the backend it came from; wait until they have"
-            return [f"{late.nr_left} of its private pages {why}"]
+            return [f"{missing.nr_left} of its private pages {why}"]
         return []
 
     def section(self, image_no: int) -> GuestSection:

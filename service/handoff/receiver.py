@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
-from cowshed.accounting import LatePages, QuotaPolicy
+from cowshed.accounting import MissingPages, QuotaPolicy
 from cowshed.accounting.page_runs import count_pages
 from cowshed.cache import (
     CowshedError,
@@ -208,9 +208,9 @@ class Receiver:
                 at += nr * PAGE_BYTES
             self.total_bytes += at
         elif isinstance(section, Late):
-            late = LatePages(self._staged(section.guest).overlay)
+            missing = MissingPages(self._staged(section.guest).overlay)
             for run in section.runs:
-                late.expect(*run)
+                missing.expect(*run)
         elif isinstance(section, Dropped):
             for first, nr in section.runs:
                 self._staged(section.guest).overlay.drop(first, nr)

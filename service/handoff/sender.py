@@ -250,23 +250,23 @@ class Sender:
         self.progress.sent_bytes = self._writer.nr_bytes
         self.progress.done_bytes = self.progress.total_bytes
 
-    def send_late(self) -> list[int]:
+    def send_missing(self) -> list[int]:
         """Say which pages guests have that are frozen, and END; give which, to be pushed."""
-        late = []
+        missing = []
         for no, moving in enumerate(self._moving):
             private = moving.private()
             runs = [run for part in split_runs(private, 1 << 44) for run in part]
             for at in range(0, len(runs), _RUNS_AT_ONCE):
                 self._put(Late(no, tuple(runs[at : at + _RUNS_AT_ONCE])))
             self._put(Totals(no, count_pages(private), moving.counters()))
-            late.append(private)
+            missing.append(private)
         self._link.send(self._writer.end())
         self.progress.sent_bytes = self._writer.nr_bytes
-        self.progress.total_bytes = PAGE_BYTES * sum(map(count_pages, late))
-        return late
+        self.progress.total_bytes = PAGE_BYTES * sum(map(count_pages, missing))
+        return missing
 
     def push(self, no: int, runs: Sequence[tuple[int, int]], content: bytes) -> None:
-        """Send late pages of a guest, at most MAX_PAGES."""
+        """Send missing pages of a guest, at most MAX_PAGES."""
         self._put(Pages(no, tuple(runs), content))
 
     def _send_pages(self, no: int, pages: int) -> None:

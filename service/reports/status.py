@@ -18,7 +18,7 @@ from cowshed.accounting import (
     AccountStatus,
     Latency,
     LatencyKind,
-    LatePages,
+    MissingPages,
     read_latency,
     sum_accounts,
 )
@@ -159,12 +159,12 @@ def _overlay_status(guest: OverlayGuest) -> dict[str, Any]:
     """Of a guest that maps nothing: it has no faults, and hits and misses are of its requests."""
     counters = guest.export.counters()
     status = guest.account.status()
-    late = LatePages(guest.overlay)
+    missing = MissingPages(guest.overlay)
     return {
         **_guest_status(guest, status),
         # Of the private bytes: those not here yet, and of these, those that nobody has any more.
-        "late_bytes": late.nr_left * _PAGE_BYTES,
-        "lost_bytes": late.nr_lost * _PAGE_BYTES,
+        "late_bytes": missing.nr_left * _PAGE_BYTES,
+        "lost_bytes": missing.nr_lost * _PAGE_BYTES,
         "state": "frozen" if status.frozen else guest.state,
         "clients": guest.nr_clients,
         "hits": counters.hits,

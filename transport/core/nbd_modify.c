@@ -77,7 +77,7 @@ static bool patch(struct nbd_turn *turn, struct nbd_op *op, uint64_t offset, uin
 	turn->counts.misses++;
 	op->missed = true;
 	if (err == -EINPROGRESS)
-		piece_want_late(piece);
+		piece_want_missing(piece);
 	else
 		want_frame(piece);
 	piece_wanted_all(piece);
@@ -115,7 +115,7 @@ bool patch_settle(struct nbd_piece *piece)
 			patch_hold_back(piece);
 			return false;
 		}
-		if (err == -EAGAIN) { /* it was late, and given back to the image meanwhile */
+		if (err == -EAGAIN) { /* it was missing, and given back to the image meanwhile */
 			atomic_store(&piece->nr_missing, 1);
 			want_frame(piece);
 			piece_wanted_all(piece);

@@ -132,7 +132,7 @@ void piece_end(struct nbd_turn *turn, struct nbd_piece *piece)
 	if (status && !op->err)
 		op->err = status;
 	if (piece->kind == PIECE_LATE)
-		op->late = false;
+		op->missing = false;
 	if (--op->nr_pieces == 0) {
 		nbd_export_unpark(turn->connection->export);
 		if (op->begun)

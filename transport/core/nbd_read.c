@@ -203,10 +203,10 @@ void read_begin(struct nbd_turn *turn, const struct nbd_request *request)
 		return;
 	}
 	note_stream(connection, request->offset, request->length);
-	int late = late_look(connection, request->offset, request->length);
-	if (late == -EIO)
-		err = late;
-	else if (!late && request->length <= PIECE_BYTES)
+	int missing = missing_look(connection, request->offset, request->length);
+	if (missing == -EIO)
+		err = missing;
+	else if (!missing && request->length <= PIECE_BYTES)
 		err = read_resident(turn, request, request->offset, request->length, true);
 	read_ahead(turn, err == -EAGAIN);
 	if (err != -EAGAIN) {
@@ -221,9 +221,9 @@ void read_begin(struct nbd_turn *turn, const struct nbd_request *request)
 	if (!op)
 		return;
 	op->chunked = split && request->length > PIECE_BYTES;
-	if (op->chunked || late) {
-		if (late)
-			late_park(turn, op, op->at, op->end - op->at);
+	if (op->chunked || missing) {
+		if (missing)
+			missing_park(turn, op, op->at, op->end - op->at);
 		nbd_op_queue(turn, op);
 		return;
 	}
@@ -237,11 +237,11 @@ enum nbd_step read_step(struct nbd_turn *turn, struct nbd_op *op)
 {
 	uint64_t length = PIECE_BYTES - op->at % PIECE_BYTES;
 
-	if (op->late)
+	if (op->missing)
 		return STEP_WAIT;
 	if (op->err)
 		return STEP_DONE;
-	if (!op->chunked) { /* its pages were late */
+	if (!op->chunked) { /* its pages were missing */
 		op->err = read_park(turn, op, op->at, op->end - op->at);
 		op->at = op->end;
 		return STEP_DONE;

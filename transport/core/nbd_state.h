@@ -17,7 +17,7 @@
 #ifndef COWSHED_NBD_STATE_H
 #define COWSHED_NBD_STATE_H
 
-#include "accounting/core/overlay_late.h"
+#include "accounting/core/overlay_missing.h"
 #include "cache/core/loader.h"
 #include "cache/core/store.h"
 #include "transport/core/nbd.h"
@@ -87,7 +87,7 @@ struct nbd_piece {
 	struct nbd_connection *connection;
 	struct nbd_op *op;
 	struct overlay_sync sync;
-	struct overlay_wait late;
+	struct overlay_wait missing;
 	enum piece_kind kind;
 	uint64_t offset;
 	uint32_t length;
@@ -109,8 +109,8 @@ struct nbd_op {
 	int err;
 	bool begun; /* nothing more will be begun: it ends with its last piece */
 	bool missed, chunked, replied, synced;
-	bool zeroes; /* WRITE_ZEROES, or a trim that is to read as zeros */
-	bool late;   /* waits for pages that are not here yet, and goes on then */
+	bool zeroes;  /* WRITE_ZEROES, or a trim that is to read as zeros */
+	bool missing; /* waits for pages that are not here yet, and goes on then */
 };
 
 /* Bytes that the socket would not take. */
@@ -251,15 +251,15 @@ void pieces_finish(struct nbd_turn *turn);
 /* The piece has been used: counts it off its op, which may end. */
 void piece_end(struct nbd_turn *turn, struct nbd_piece *piece);
 
-/* nbd_late.c */
+/* nbd_missing.c */
 /* Has a piece wait for pages that are not here yet. */
-void piece_want_late(struct nbd_piece *piece);
-/* 0: all of a range is here; -EIO: some is lost; -EINPROGRESS: some is late. */
-int late_look(const struct nbd_connection *connection, uint64_t offset, uint64_t length);
+void piece_want_missing(struct nbd_piece *piece);
+/* 0: all of a range is here; -EIO: some is lost; -EINPROGRESS: some is missing. */
+int missing_look(const struct nbd_connection *connection, uint64_t offset, uint64_t length);
 /* Has an op wait for them. */
-void late_park(struct nbd_turn *turn, struct nbd_op *op, uint64_t offset, uint64_t length);
+void missing_park(struct nbd_turn *turn, struct nbd_op *op, uint64_t offset, uint64_t length);
 /* Nobody waits for them any more: the client is gone. */
-void late_abandon(struct nbd_connection *connection);
+void missing_abandon(struct nbd_connection *connection);
 
 enum nbd_step { STEP_MORE, STEP_WAIT, STEP_DONE };
 

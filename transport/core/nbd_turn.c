@@ -298,7 +298,7 @@ static void abandon(struct nbd_turn *turn)
 
 	if (connection->payload)
 		write_cancel(turn);
-	late_abandon(connection);
+	missing_abandon(connection);
 	for (struct nbd_segment *segment; (segment = connection->backlog);) {
 		connection->backlog = segment->next;
 		if (segment->owner) {

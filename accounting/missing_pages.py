@@ -13,13 +13,13 @@ from cowshed.cache.calls import checked
 from cowshed.cache.errors import UsageError
 from cowshed.cache.images import PAGE_BYTES
 
-__all__ = ["LatePages"]
+__all__ = ["MissingPages"]
 
 
-class LatePages:
-    """The late pages of one overlay; any number of these may be made, the state is the overlay's.
+class MissingPages:
+    """The missing pages of one overlay. The overlay has the state: any number of these may be made.
 
-    Bitmaps are numbers: bit i is page i. A page is late from expect() until it arrives, or the
+    Bitmaps are numbers: bit i is page i. A page is missing from expect() until it arrives, or the
     guest writes the whole of it or gives it back; who needs it meanwhile waits, and what it waits
     for is wanted. Who needs a page that is lost gets an input/output error.
     """
@@ -28,7 +28,7 @@ class LatePages:
         self._overlay: Final = overlay
 
     def expect(self, first_page: int, nr_pages: int) -> None:
-        """Make pages private and late, past the quota too; nobody may use the overlay yet.
+        """Make pages private and missing, past the quota too; nobody may use the overlay yet.
 
         UsageError if one is private already.
         """
@@ -38,7 +38,7 @@ class LatePages:
         checked(err, f"expecting pages of {self._label}")
 
     def arrive(self, first_page: int, pages: bytes | memoryview) -> int:
-        """Take bytes of pages, as far as these are late; how many were. OSError without room."""
+        """Take bytes of pages, as far as these are missing; how many were. OSError without room."""
         nr = lib.overlay_arrive(
             self._overlay.cdata, first_page, len(pages) // PAGE_BYTES, ffi.from_buffer(pages)
         )
@@ -47,28 +47,28 @@ class LatePages:
         return int(nr)
 
     def bitmap(self) -> int:
-        """The late pages."""
-        return self._bitmap(lib.overlay_late)
+        """The missing pages."""
+        return self._bitmap(lib.overlay_missing)
 
     def take_wanted(self) -> int:
-        """The late pages that somebody came to wait for since the last call."""
+        """The missing pages that somebody came to wait for since the last call."""
         return self._bitmap(lib.overlay_take_wanted)
 
     @property
     def fd(self) -> int:
-        """An eventfd, borrowed; -1 if no page was ever late.
+        """An eventfd, borrowed; -1 if no page was ever missing.
 
-        Readable when pages are wanted, or none is late any more; take_wanted() makes it silent.
+        Readable when pages are wanted, or none is missing any more; take_wanted() makes it silent.
         """
-        return max(-1, lib.overlay_late_fd(self._overlay.cdata))
+        return max(-1, lib.overlay_missing_fd(self._overlay.cdata))
 
     @property
     def nr_left(self) -> int:
-        """How many pages are late."""
+        """How many pages are missing."""
         return self._overlay.account.status().preloaded_pages
 
     def lose(self, first_page: int, nr_pages: int) -> int:
-        """Nobody has these pages any more, those that are late; how many were not lost before."""
+        """Give up those of these pages that are missing; return how many were not lost before."""
         return checked(
             lib.overlay_lose(self._overlay.cdata, first_page, nr_pages),
             f"giving up pages of {self._label}",
@@ -80,7 +80,7 @@ class LatePages:
 
     @property
     def nr_lost(self) -> int:
-        """How many late pages are lost."""
+        """How many missing pages are lost."""
         return lib.overlay_nr_lost(self._overlay.cdata)
 
     @property
@@ -91,6 +91,6 @@ class LatePages:
         words = bytearray(8 * ((self._overlay.account.image.nr_pages + 63) // 64))
         checked(
             read(self._overlay.cdata, ffi.from_buffer("uint64_t[]", words), len(words) // 8),
-            f"looking at late pages of {self._label}",
+            f"looking at missing pages of {self._label}",
         )
         return int.from_bytes(words, "little")

@@ -13,7 +13,7 @@ from nbd_client import DF, READ, TRIM, WRITE, ZEROES, Client
 from nbd_stage import TERMS, NbdStage
 from stage import PAGE, MakeStage
 
-from cowshed.accounting import LatePages, Overlay
+from cowshed.accounting import MissingPages, Overlay
 from cowshed.cache import UsageError
 
 LATE = [(2, 6), (64, 3), (100, 60), (256, 1)]  # the last page is half a page
@@ -24,9 +24,9 @@ def page(no: int) -> bytes:
 
 
 @pytest.fixture
-def late(nbd: NbdStage) -> tuple[NbdStage, Overlay, LatePages]:
+def missing(nbd: NbdStage) -> tuple[NbdStage, Overlay, MissingPages]:
     overlay = nbd.overlay(quota=1000)
-    pages = LatePages(overlay)
+    pages = MissingPages(overlay)
     for run in LATE:
         pages.expect(*run)
     return nbd, overlay, pages
@@ -36,7 +36,7 @@ def runs(bitmap: int) -> list[int]:
     return [no for no in range(bitmap.bit_length()) if bitmap >> no & 1]
 
 
-def all_late() -> list[int]:
+def all_missing() -> list[int]:
     return [no for first, nr in LATE for no in range(first, first + nr)]
 
 
@@ -46,10 +46,10 @@ def is_silent(*clients: Client) -> bool:
 
 @pytest.mark.parametrize("terms", list(TERMS))
 def test_a_read_waits_for_its_pages_alone_and_nobody_waits_with_it(
-    late: tuple[NbdStage, Overlay, LatePages], terms: str
+    missing: tuple[NbdStage, Overlay, MissingPages], terms: str
 ) -> None:
-    nbd, _, pages = late
-    export = nbd.export(late[1])
+    nbd, _, pages = missing
+    export = nbd.export(missing[1])
     client, other = nbd.client(export, terms), nbd.client(export, terms)
     cookie = client.start(READ, PAGE, 4 * PAGE)
     assert other.read(10 * PAGE, PAGE) == nbd.bytes[10 * PAGE : 11 * PAGE]
@@ -62,23 +62,23 @@ def test_a_read_waits_for_its_pages_alone_and_nobody_waits_with_it(
     assert pages.arrive(3, page(9) + page(4)) == 1
     want = nbd.bytes[PAGE : 2 * PAGE] + page(2) + page(3) + page(4)
     assert client.finish(cookie).data == want
-    assert pages.nr_left == len(all_late()) - 3
+    assert pages.nr_left == len(all_missing()) - 3
 
 
-def test_pages_are_charged_from_the_start(late: tuple[NbdStage, Overlay, LatePages]) -> None:
-    _, overlay, pages = late
-    assert runs(int.from_bytes(overlay.account.private_bitmap(), "little")) == all_late()
-    assert runs(pages.bitmap()) == all_late()
+def test_pages_are_charged_from_the_start(missing: tuple[NbdStage, Overlay, MissingPages]) -> None:
+    _, overlay, pages = missing
+    assert runs(int.from_bytes(overlay.account.private_bitmap(), "little")) == all_missing()
+    assert runs(pages.bitmap()) == all_missing()
     sums = overlay.sums()
-    assert (sums.counted, sums.private, sums.used, sums.in_hand) == (len(all_late()),) * 3 + (0,)
+    assert (sums.counted, sums.private, sums.used, sums.in_hand) == (len(all_missing()),) * 3 + (0,)
     with pytest.raises(UsageError, match="private already"):
         pages.expect(1, 2)
 
 
 def test_what_replaces_whole_pages_waits_for_nothing_and_what_comes_late_is_dropped(
-    late: tuple[NbdStage, Overlay, LatePages],
+    missing: tuple[NbdStage, Overlay, MissingPages],
 ) -> None:
-    nbd, overlay, pages = late
+    nbd, overlay, pages = missing
     client = nbd.client(nbd.export(overlay))
     assert client.write(2 * PAGE, b"w" * PAGE) == 0
     assert client.call(ZEROES, 3 * PAGE, PAGE).error == 0
@@ -92,14 +92,14 @@ def test_what_replaces_whole_pages_waits_for_nothing_and_what_comes_late_is_drop
     )
     assert client.read(256 * PAGE, PAGE // 2) == b"e" * (PAGE // 2)
     sums = overlay.sums()
-    assert sums.counted == sums.private == sums.used == len(all_late()) - 1
+    assert sums.counted == sums.private == sums.used == len(all_missing()) - 1
     assert overlay.stray_bitmap().strip(b"\0") == b""
 
 
 def test_a_write_of_a_part_waits_and_then_has_the_page_around_it(
-    late: tuple[NbdStage, Overlay, LatePages],
+    missing: tuple[NbdStage, Overlay, MissingPages],
 ) -> None:
-    nbd, overlay, pages = late
+    nbd, overlay, pages = missing
     export = nbd.export(overlay)
     client, other = nbd.client(export), nbd.client(export)
     parts = [client.start(WRITE, 2 * PAGE + 5, payload=b"p" * (PAGE + 10))]
@@ -118,9 +118,9 @@ def test_a_write_of_a_part_waits_and_then_has_the_page_around_it(
 
 
 def test_a_part_that_waits_for_a_page_that_is_trimmed_meanwhile_is_of_the_image(
-    late: tuple[NbdStage, Overlay, LatePages],
+    missing: tuple[NbdStage, Overlay, MissingPages],
 ) -> None:
-    nbd, overlay, _ = late
+    nbd, overlay, _ = missing
     export = nbd.export(overlay)
     client, other = nbd.client(export), nbd.client(export)
     cookie = client.start(WRITE, 64 * PAGE + 5, payload=b"p")
@@ -134,9 +134,9 @@ def test_a_part_that_waits_for_a_page_that_is_trimmed_meanwhile_is_of_the_image(
 
 @pytest.mark.parametrize("terms", list(TERMS))
 def test_a_lost_page_is_an_error_until_it_is_written_or_arrives(
-    late: tuple[NbdStage, Overlay, LatePages], terms: str
+    missing: tuple[NbdStage, Overlay, MissingPages], terms: str
 ) -> None:
-    nbd, overlay, pages = late
+    nbd, overlay, pages = missing
     client = nbd.client(nbd.export(overlay), terms)
     waiting = [
         client.start(READ, 3 * PAGE, PAGE),
@@ -161,8 +161,8 @@ def test_a_lost_page_is_an_error_until_it_is_written_or_arrives(
     assert client.finish(cookie).data == page(4)
 
 
-def test_long_reads_wait_too(late: tuple[NbdStage, Overlay, LatePages]) -> None:
-    nbd, overlay, pages = late
+def test_long_reads_wait_too(missing: tuple[NbdStage, Overlay, MissingPages]) -> None:
+    nbd, overlay, pages = missing
     export = nbd.export(overlay)
     readers = [nbd.client(export, terms) for terms in TERMS]
     cookies = [reader.start(READ, 0, nbd.size_bytes) for reader in readers]
@@ -178,8 +178,8 @@ def test_long_reads_wait_too(late: tuple[NbdStage, Overlay, LatePages]) -> None:
     assert pages.nr_left == 0
 
 
-def test_a_client_that_waits_can_be_ended(late: tuple[NbdStage, Overlay, LatePages]) -> None:
-    nbd, overlay, _ = late
+def test_a_client_that_waits_can_be_ended(missing: tuple[NbdStage, Overlay, MissingPages]) -> None:
+    nbd, overlay, _ = missing
     client = nbd.client(nbd.export(overlay))
     client.start(READ, 2 * PAGE, PAGE)
     client.start(WRITE, 4 * PAGE + 1, payload=b"x")
@@ -187,10 +187,10 @@ def test_a_client_that_waits_can_be_ended(late: tuple[NbdStage, Overlay, LatePag
     nbd.disconnect()
 
 
-def test_nothing_is_said_of_zeros_in_late_pages(
-    late: tuple[NbdStage, Overlay, LatePages],
+def test_nothing_is_said_of_zeros_in_missing_pages(
+    missing: tuple[NbdStage, Overlay, MissingPages],
 ) -> None:
-    nbd, overlay, pages = late
+    nbd, overlay, pages = missing
     client = nbd.client(nbd.export(overlay))
     pages.arrive(2, page(2))
     client.call(ZEROES, 3 * PAGE, PAGE)
@@ -203,13 +203,13 @@ def test_nothing_is_said_of_zeros_in_late_pages(
 
 
 @pytest.mark.parametrize("how", ["closed", "left"])
-def test_files_know_which_pages_are_late_and_which_came(
+def test_files_know_which_pages_are_missing_and_which_came(
     how: str, tmp_path: Path, make_stage: MakeStage
 ) -> None:
     nbd = NbdStage(make_stage(nr_pages=257))
     try:
         overlay = nbd.overlay(files=tmp_path)
-        pages = LatePages(overlay)
+        pages = MissingPages(overlay)
         pages.expect(5, 100)
         overlay.flush()
         client = nbd.client(nbd.export(overlay))
@@ -228,7 +228,7 @@ def test_files_know_which_pages_are_late_and_which_came(
                 (folder / name).write_bytes((tmp_path / name).read_bytes())
             tmp_path = folder
         overlay = nbd.overlay(files=tmp_path)
-        pages = LatePages(overlay)
+        pages = MissingPages(overlay)
         assert runs(pages.bitmap()) == list(range(9, 105))
         assert runs(int.from_bytes(overlay.account.private_bitmap(), "little")) == [
             5, 6, 7, *range(9, 105)
@@ -245,19 +245,19 @@ def test_files_know_which_pages_are_late_and_which_came(
 
 
 def test_whatever_clients_do_while_pages_arrive_every_byte_is_right(
-    late: tuple[NbdStage, Overlay, LatePages],
+    missing: tuple[NbdStage, Overlay, MissingPages],
 ) -> None:
-    nbd, overlay, pages = late
+    nbd, overlay, pages = missing
     seed = random.randrange(1 << 30)
     print("seed", seed)
     rng = random.Random(seed)
     client = nbd.client(nbd.export(overlay))
     model = bytearray(nbd.bytes)
-    for no in all_late():
+    for no in all_missing():
         model[no * PAGE : (no + 1) * PAGE] = page(no)
     size = nbd.size_bytes
     model = model[:size]
-    to_come = all_late()
+    to_come = all_missing()
     rng.shuffle(to_come)
     waiting: dict[int, tuple[int, int, bytes]] = {}
     while to_come:
