@@ -21,14 +21,14 @@ from cowshed.service.guests.door import Door
 from cowshed.service.guests.guest_records import GuestRecords
 from cowshed.service.guests.guests import GuestTable, Terms
 from cowshed.service.guests.userfaultfd import open_device
-from cowshed.service.handoff.moved_in import MovedInTable
+from cowshed.service.handoff.incoming import IncomingGuests
 from cowshed.service.handoff.record import HandoffRecord
 from cowshed.service.handoffs import HandoffService
 from cowshed.service.images.access import Access
-from cowshed.service.images.arrivals import ImageFolder
 from cowshed.service.images.autowarm import Autowarm
 from cowshed.service.images.digests import DigestThread
 from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.incoming_images import ImageFolder
 from cowshed.service.images.loading import load
 from cowshed.service.images.opening import HeldImages, is_held, open_store
 from cowshed.service.images.reopening import Reopener
@@ -187,7 +187,7 @@ class Daemon:
         )
         overlays.adopt(list(store), inherited, record.owned)
         self._history.note_adopted()
-        self.moved_in: Final = MovedInTable(overlays, self.guests)
+        self.incoming: Final = IncomingGuests(overlays, self.guests)
         evictor = self._evictor = Evictor(store)
         self._working_sets = WorkingSets(config.state_dir)
         access = self._access = Access(config.domains, specs)

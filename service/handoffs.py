@@ -11,18 +11,18 @@ from typing import Any, Final
 from cowshed.accounting.handoff import Phase
 from cowshed.cache import CapacityError, Image, PageStore, UsageError
 from cowshed.service.guests.guests import GuestTable
-from cowshed.service.handoff.carriers import CarriedMoving, may_carry
+from cowshed.service.handoff.carriers import MigratingCarrier, may_carry
 from cowshed.service.handoff.dial import REPLY_SECONDS, dial_target
 from cowshed.service.handoff.door import HandoffDoor
 from cowshed.service.handoff.drain import Drain
 from cowshed.service.handoff.file import export_state, import_state
 from cowshed.service.handoff.image_intake import Publish
 from cowshed.service.handoff.link import Link, SocketLink, open_link
-from cowshed.service.handoff.moving import MappedMoving, Moving, OverlayMoving
+from cowshed.service.handoff.migrating import MigratingGuest, MigratingMapping, MigratingOverlay
 from cowshed.service.handoff.record import HandoffRecord
 from cowshed.service.images.access import Access
-from cowshed.service.images.arrivals import ImageFolder
 from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.incoming_images import ImageFolder
 from cowshed.service.images.loading import load
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.metrics.service_counters import DrainStatistics, ServiceCounters
@@ -109,13 +109,13 @@ class HandoffService:
         self.door.resume()
         if self.record.source is None:
             # Accounts stay frozen over a restart; nothing was asked for, so nothing is unsure.
-            for moving in self.movings():
-                moving.thaw()
-                moving.track(False)
+            for each in self.migrating():
+                each.thaw()
+                each.track(False)
             return
         self._drain = Drain.resume(self)
         if self._drain.phase is Phase.MOVED:
-            self.tell_moved(self._drain.movings, self._drain.uri)
+            self.tell_moved(self._drain.migrating, self._drain.uri)
         self._drain.start()
         _log.notice("drain-resumed", phase=str(self._drain.phase), to=self._drain.uri)
 
@@ -143,17 +143,19 @@ class HandoffService:
         """Who of its domain may use an image; None is everybody there."""
         return self._access.allowed(image)
 
-    def movings(self, carry_to: str = "", carried: Container[tuple[str, str]] = ()) -> list[Moving]:
+    def migrating(
+        self, carry_to: str = "", carried: Container[tuple[str, str]] = ()
+    ) -> list[MigratingGuest]:
         """Every guest there is; those carried, or that can go to carry_to so, take their pages."""
         with self._guests.lock:
             mapped = [
-                CarriedMoving(guest, self._guests)
+                MigratingCarrier(guest, self._guests)
                 if (guest.domain, guest.name) in carried or may_carry(guest, carry_to)
-                else MappedMoving(guest, self._guests)
+                else MigratingMapping(guest, self._guests)
                 for guest in self._guests
             ]
         with self._overlays.lock:
-            return [*mapped, *(OverlayMoving(guest) for guest in self._overlays)]
+            return [*mapped, *(MigratingOverlay(guest) for guest in self._overlays)]
 
     def close_door(self, uri: str | None) -> None:
         """Send who comes to uri; None: let them in again."""
@@ -175,29 +177,29 @@ class HandoffService:
         """Reach the target."""
         return dial_target(uri, look, reply_seconds)
 
-    def send_on(self, movings: list[Moving], uri: str) -> None:
+    def send_on(self, migrating: list[MigratingGuest], uri: str) -> None:
         """End the connections of overlays' clients."""
-        self._loop.call(lambda: self._disconnect_all(movings, uri))
+        self._loop.call(lambda: self._disconnect_all(migrating, uri))
 
-    def _disconnect_all(self, movings: list[Moving], uri: str) -> None:
-        for moving in movings:
-            if isinstance(moving, OverlayMoving) and moving.guest.nr_clients:
-                _log.notice("disconnected", f"it is at {uri} now", overlay=moving.guest.label)
-                self._disconnect(moving.guest)
+    def _disconnect_all(self, migrating: list[MigratingGuest], uri: str) -> None:
+        for each in migrating:
+            if isinstance(each, MigratingOverlay) and each.guest.nr_clients:
+                _log.notice("disconnected", f"it is at {uri} now", overlay=each.guest.label)
+                self._disconnect(each.guest)
 
-    def tell_moved(self, movings: list[Moving], uri: str) -> None:
+    def tell_moved(self, migrating: list[MigratingGuest], uri: str) -> None:
         """Have guests that map told, and connections ended of those that do not."""
-        self._loop.call(lambda: self._tell(movings, uri))
+        self._loop.call(lambda: self._tell(migrating, uri))
 
-    def _tell(self, movings: list[Moving], uri: str) -> None:
-        for moving in movings:
-            if isinstance(moving, MappedMoving):
-                event: Body = {"event": "moved", "uri": uri, "token": moving.token}
-                if isinstance(moving, CarriedMoving):
-                    event |= {"carries": True, "digest": moving.image.digest}
-                self._guest_door.tell(moving.guest, event)
-            elif isinstance(moving, OverlayMoving):
-                self._retire(moving.guest, uri)
+    def _tell(self, migrating: list[MigratingGuest], uri: str) -> None:
+        for each in migrating:
+            if isinstance(each, MigratingMapping):
+                event: Body = {"event": "moved", "uri": uri, "token": each.token}
+                if isinstance(each, MigratingCarrier):
+                    event |= {"carries": True, "digest": each.image.digest}
+                self._guest_door.tell(each.guest, event)
+            elif isinstance(each, MigratingOverlay):
+                self._retire(each.guest, uri)
 
     def _retire(self, guest: OverlayGuest, uri: str) -> None:
         """Forget an overlay that is elsewhere, once its clients' connections have ended."""

@@ -15,11 +15,11 @@ from dataclasses import replace
 from typing import Final
 
 from cowshed.service.guests.guests import Guest
-from cowshed.service.handoff.moving import MappedMoving, Runs, counters_of, owner_of_token
+from cowshed.service.handoff.migrating import MigratingMapping, Runs, counters_of, owner_of_token
 from cowshed.service.overlays.claims import CARRIER
 from cowshed.transport.handoff_sections import GuestSection
 
-__all__ = ["CarriedMoving", "carrier_of_token", "may_carry"]
+__all__ = ["MigratingCarrier", "carrier_of_token", "may_carry"]
 
 _UNIX: Final = "unix://"
 
@@ -48,7 +48,7 @@ def may_carry(guest: Guest, uri: str) -> bool:
     return all(os.path.samestat(ours, status) for status in theirs)
 
 
-class CarriedMoving(MappedMoving):
+class MigratingCarrier(MigratingMapping):
     """A guest that takes its pages along. Nothing of it is sent but who it is."""
 
     def blockers(self) -> list[str]:

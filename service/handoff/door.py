@@ -16,14 +16,14 @@ from typing import Any, Final
 from cowshed.accounting import MissingPages
 from cowshed.accounting.handoff import Action, Event, Handoff, Phase, Role
 from cowshed.cache import CapacityError, CowshedError, PageStore, PeerError
-from cowshed.service.handoff.arriving import Arrival
 from cowshed.service.handoff.image_intake import ImageIntake, Publish
 from cowshed.service.handoff.link import Link
-from cowshed.service.handoff.pushing import take_runs
+from cowshed.service.handoff.postcopy_source import take_runs
+from cowshed.service.handoff.postcopy_target import PostcopyTarget
 from cowshed.service.handoff.receiver import Load, Receiver
 from cowshed.service.handoff.record import HandoffRecord
-from cowshed.service.images.arrivals import ImageFolder
 from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.incoming_images import ImageFolder
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.stops import stop_at
@@ -82,7 +82,7 @@ class HandoffDoor:
         image_folder keeps images that come; publish is as in ImageIntake.
         """
         self._late_wait_seconds = late_wait_seconds
-        self._arrivals: dict[str, Arrival] = {}
+        self._postcopy_targets: dict[str, PostcopyTarget] = {}
         self._store = store
         self._evictor = evictor
         self._overlays = overlays
@@ -120,60 +120,60 @@ class HandoffDoor:
         with self._lock:
             for reception in list(self._machines.values()):
                 reception.lose()
-            for arrival in self._arrivals.values():
-                arrival.close()
+            for postcopy in self._postcopy_targets.values():
+                postcopy.close()
 
     def resume(self) -> None:
         """Go on with guests whose pages are not all here, after a restart."""
         for handoff, keys in list(self._record.arriving.items()):
             guests = [self._overlays.get(domain, name) for domain, name in keys]
-            self.arrive(handoff, guests)
+            self.begin_postcopy(handoff, guests)
 
     # Post-copy.
 
-    def arrivals(self) -> list[Arrival]:
+    def postcopy_targets(self) -> list[PostcopyTarget]:
         """Give the handoffs whose pages are not all here."""
         with self._lock:
-            return list(self._arrivals.values())
+            return list(self._postcopy_targets.values())
 
-    def arrive(self, handoff: str, guests: Sequence[OverlayGuest | None]) -> Arrival:
+    def begin_postcopy(self, handoff: str, guests: Sequence[OverlayGuest | None]) -> PostcopyTarget:
         """Have guests that are ours wait for what they lack."""
-        arrival = Arrival(
+        postcopy = PostcopyTarget(
             handoff, guests, self._overlays, self._late_wait_seconds, self._filled_itself
         )
         with self._lock:
-            self._arrivals[handoff] = arrival
-        arrival.start()
-        return arrival
+            self._postcopy_targets[handoff] = postcopy
+        postcopy.start()
+        return postcopy
 
-    def arrival(self, handoff: str) -> Arrival | None:
+    def postcopy_target(self, handoff: str) -> PostcopyTarget | None:
         """Give what is under way of a handoff; None if nothing is. PeerError if it is not ours."""
         with self._lock:
             if handoff not in self._record.owned:
                 raise PeerError(f"handoff {handoff} is not known here")
-            return self._arrivals.get(handoff)
+            return self._postcopy_targets.get(handoff)
 
     def is_filled(self, handoff: str) -> bool:
         """Whether it is recorded that the pages of a handoff of ours are all here."""
         return handoff not in self._record.arriving
 
-    def record_filled(self, arrival: Arrival) -> None:
+    def record_filled(self, postcopy: PostcopyTarget) -> None:
         """Record that a handoff's pages are all here, and outlive us; nothing twice."""
         with self._lock:
-            if self.is_filled(arrival.handoff):
+            if self.is_filled(postcopy.handoff):
                 return
-            arrival.flush()
-            self._record.set_filled(arrival.handoff)
-            self._arrivals.pop(arrival.handoff, None)
-        arrival.close()
-        _log.notice("pages-arrived", handoff=arrival.handoff, guests=len(arrival.keys))
+            postcopy.flush()
+            self._record.set_filled(postcopy.handoff)
+            self._postcopy_targets.pop(postcopy.handoff, None)
+        postcopy.close()
+        _log.notice("pages-arrived", handoff=postcopy.handoff, guests=len(postcopy.keys))
 
-    def _filled_itself(self, arrival: Arrival) -> None:
-        """The guests wrote all that was lacking, or are gone."""
+    def _filled_itself(self, postcopy: PostcopyTarget) -> None:
+        """The guests wrote all that was missing, or are gone."""
         try:
-            self.record_filled(arrival)
+            self.record_filled(postcopy)
         except CowshedError as error:
-            _log.error("not-recorded", str(error), handoff=arrival.handoff)
+            _log.error("not-recorded", str(error), handoff=postcopy.handoff)
 
     @property
     def stopping(self) -> bool:
@@ -257,7 +257,7 @@ class _Reception:
         self._blockers: list[dict[str, str]] = []
         self._extents: list[WorkingSetSection] = []
         self._gone = False
-        self._arrival: Arrival | None = None
+        self._postcopy: PostcopyTarget | None = None
         self._saying = threading.Lock()
         # Held while guests are staged or discarded; never while waiting for the door's lock.
         self._staging = threading.Lock()
@@ -303,8 +303,8 @@ class _Reception:
     def lose(self) -> None:
         """The source is gone."""
         self._gone = True
-        if self._arrival is not None:
-            self._arrival.disconnect(self._say_word)
+        if self._postcopy is not None:
+            self._postcopy.disconnect(self._say_word)
         if self.machine.allows(Event.LOST):
             self._door.on(self, Event.LOST)
 
@@ -317,8 +317,8 @@ class _Reception:
             self._take_word(section)
         elif isinstance(section, WorkingSetSection):
             self._extents.append(section)
-        elif isinstance(section, Pages) and self._arrival is not None:
-            self._arrival.take(section)
+        elif isinstance(section, Pages) and self._postcopy is not None:
+            self._postcopy.take(section)
             self._look_filled()
         elif isinstance(section, ImageWhole):
             self._open_image(section.image)
@@ -371,32 +371,32 @@ class _Reception:
             self._say("features", has=list(_FEATURES))
         elif word.say == "resume":
             self._resume(take_text(word.body, "handoff", max_length=64))
-        elif word.say == "gone" and self._arrival is not None:
+        elif word.say == "gone" and self._postcopy is not None:
             guest = take_number(word.body, "guest")
-            self._arrival.lose(guest, take_runs(word))
+            self._postcopy.lose(guest, take_runs(word))
             self._look_filled()
         else:
             raise PeerError(f"no word {word.say!r} is known here")
 
     def _resume(self, handoff: str) -> None:
         """A source comes again that has pages of guests that are ours."""
-        self._arrival = self._door.arrival(handoff)
+        self._postcopy = self._door.postcopy_target(handoff)
         self.machine = Handoff.restarted(Role.TARGET, Phase.OWNER)
-        if self._arrival is None:
+        if self._postcopy is None:
             self._say("filled")
             return
         self.handoff = handoff
-        self._reader.expect_missing(self._arrival.sizes_bytes)
+        self._reader.expect_missing(self._postcopy.sizes_bytes)
         _log.notice("handoff-resumed", whose=self._whose, handoff=handoff)
         self._door.on(self, Event.RESUMED)
 
     def _look_filled(self) -> None:
         """Say so if the source has nothing more to give."""
-        assert self._arrival is not None
-        if self._arrival.is_filled or self._door.is_filled(self.handoff):
+        assert self._postcopy is not None
+        if self._postcopy.is_filled or self._door.is_filled(self.handoff):
             self._door.on(self, Event.FILLED)
-        elif self._arrival.is_hopeless:
-            self._say("filled", lost=self._arrival.nr_missing)
+        elif self._postcopy.is_hopeless:
+            self._say("filled", lost=self._postcopy.nr_missing)
 
     def _own(self) -> None:
         """Record that the guests are ours."""
@@ -411,8 +411,8 @@ class _Reception:
         reach("HANDOFF_ADMITTED")
         if lack:
             self._reader.expect_missing([guest.image.size_bytes for guest in guests])
-            self._arrival = self._door.arrive(self.handoff, guests)
-            self._arrival.connect(self._say_word)
+            self._postcopy = self._door.begin_postcopy(self.handoff, guests)
+            self._postcopy.connect(self._say_word)
         _log.notice("handoff-received", whose=self._whose, guests=len(names))
         self._door.admitted(names)
 
@@ -461,14 +461,14 @@ class _Reception:
         elif action is Action.ADMIT:
             self._admit()
         elif action is Action.SEND_LACKING:
-            assert self._arrival is not None
-            for word in self._arrival.lacking_words():
+            assert self._postcopy is not None
+            for word in self._postcopy.missing_words():
                 self._say_word(word)
-            self._arrival.connect(self._say_word)
+            self._postcopy.connect(self._say_word)
             self._look_filled()
         elif action is Action.RECORD_FILLED:
-            assert self._arrival is not None
-            self._door.record_filled(self._arrival)
+            assert self._postcopy is not None
+            self._door.record_filled(self._postcopy)
         elif action is Action.SEND_FILLED:
             self._say("filled")
         elif action is Action.DISCARD:

@@ -24,11 +24,11 @@ from typing import Any, Final, Protocol
 
 from cowshed.accounting.handoff import Action, Event, Handoff, Phase, Role
 from cowshed.cache import CowshedError, Image, PeerError, SourceError, UsageError
-from cowshed.service.handoff.carriers import CarriedMoving
+from cowshed.service.handoff.carriers import MigratingCarrier
 from cowshed.service.handoff.dial import REPLY_SECONDS
 from cowshed.service.handoff.link import FileLink, Link, SocketLink
-from cowshed.service.handoff.moving import MappedMoving, Moving
-from cowshed.service.handoff.pushing import Pusher, bitmap_of_runs, take_runs
+from cowshed.service.handoff.migrating import MigratingGuest, MigratingMapping
+from cowshed.service.handoff.postcopy_source import PostcopySource, bitmap_of_runs, take_runs
 from cowshed.service.handoff.receiver import Blocker, wait_for_digests
 from cowshed.service.handoff.record import HandoffRecord
 from cowshed.service.handoff.sender import Progress, Sender
@@ -78,24 +78,26 @@ class DrainHost(Protocol):
     def allowed(self, image: Image) -> DomainMembers | None:
         """Who of its domain may use an image; None is everybody there."""
 
-    def movings(self, carry_to: str = "", carried: Container[tuple[str, str]] = ()) -> list[Moving]:
+    def migrating(
+        self, carry_to: str = "", carried: Container[tuple[str, str]] = ()
+    ) -> list[MigratingGuest]:
         """Every guest that there is now; see carriers.py for those that take their pages along."""
 
     def close_door(self, uri: str | None) -> None:
         """Send who comes to uri; None: let them in again."""
 
     def wait_door(self) -> None:
-        """Wait until who came in before the door was closed is in, for movings() to tell of it."""
+        """Wait until the guests that came before the door was closed are in migrating()."""
 
     def connect(
         self, uri: str, look: Callable[[], None], reply_seconds: float = REPLY_SECONDS
     ) -> Link:
         """Reach the target, ready for the first section."""
 
-    def send_on(self, movings: list[Moving], uri: str) -> None:
+    def send_on(self, migrating: list[MigratingGuest], uri: str) -> None:
         """End the connections of guests whose pages are ours; they are needed here a while yet."""
 
-    def tell_moved(self, movings: list[Moving], uri: str) -> None:
+    def tell_moved(self, migrating: list[MigratingGuest], uri: str) -> None:
         """Have guests told where they are now, and end connections that cannot be told."""
 
 
@@ -119,8 +121,8 @@ class Drain:
         with_images: bytes of images are sent, to a target that does not serve them.
         """
         self.post_copy: Final = post_copy
-        self._pusher: Pusher | None = None
-        self._numbered: list[Moving | None] = []
+        self._postcopy: PostcopySource | None = None
+        self._numbered: list[MigratingGuest | None] = []
         self._host = host
         # What guests and operators are told is where it is, not by which key we come.
         self.uri: Final = uri if uri.startswith(_FILE) else uri.partition("?")[0]
@@ -141,7 +143,7 @@ class Drain:
         self._sender: Sender | None = None
         self._reader = StateReader(words=True)
         self._words: list[Word] = []
-        self._movings: list[Moving] = []
+        self._migrating: list[MigratingGuest] = []
         self._waits_for = ""
         self._blockers: list[Blocker] = []
         self._error: CowshedError | None = None
@@ -156,14 +158,14 @@ class Drain:
         assert record is not None
         drain = cls(host, record["uri"], handoff=record["handoff"], post_copy=record["post_copy"])
         drain._machine = Handoff.restarted(Role.SOURCE, record["phase"])
-        movings = host.movings(carried=record["carried"])
-        drain._movings = [each for each in movings if each.name in record["guests"]]
-        here = {(each.image.domain, each.name): each for each in drain._movings}
+        migrating = host.migrating(carried=record["carried"])
+        drain._migrating = [each for each in migrating if each.name in record["guests"]]
+        here = {(each.image.domain, each.name): each for each in drain._migrating}
         keys = zip(record["domains"], record["guests"], strict=False)
-        drain._numbered = [here.get(key) for key in keys] or list(drain._movings)
+        drain._numbered = [here.get(key) for key in keys] or list(drain._migrating)
         host.close_door(drain.uri)
         drain._door_closed = True
-        drain._sender = Sender(Link(lambda: None), drain._movings, [], drain._progress)
+        drain._sender = Sender(Link(lambda: None), drain._migrating, [], drain._progress)
         drain._sender.track()
         drain._sender.freeze()
         return drain
@@ -205,9 +207,9 @@ class Drain:
             "dry_run": self.dry_run,
             "post_copy": self.post_copy,
             "waits_for": self._waits_for,
-            "guests": len(self._movings),
+            "guests": len(self._migrating),
             "guests_here": sum(
-                isinstance(each, MappedMoving) and each.is_here for each in self._movings
+                isinstance(each, MigratingMapping) and each.is_here for each in self._migrating
             ),
             "images": [self._images[no].label for no in self._wanted],
             "blockers": list(self._blockers),
@@ -216,9 +218,9 @@ class Drain:
         }
 
     @property
-    def movings(self) -> list[Moving]:
+    def migrating(self) -> list[MigratingGuest]:
         """The guests that move."""
-        return self._movings
+        return self._migrating
 
     @property
     def blockers(self) -> list[Blocker]:
@@ -327,25 +329,25 @@ class Drain:
     def _offer(self) -> Event:
         self._wait_name("the digests of images")
         images = self._host.images()
-        self._movings = self._host.movings(carry_to="" if self._file is not None else self.uri)
+        self._migrating = self._host.migrating(carry_to="" if self._file is not None else self.uri)
         assert self._link is not None
         self._sender = Sender(self._link, [], [], self._progress)
-        if any(isinstance(each, CarriedMoving) for each in self._movings):
+        if any(isinstance(each, MigratingCarrier) for each in self._migrating):
             self._have_carried()
-        used = [each.image for each in self._movings]
+        used = [each.image for each in self._migrating]
         awaited = [each for each in images if self._with_images or each in used]
         self._blockers = wait_for_digests(awaited, self._look)
         self._blockers += [
             {"guest": each.name, "reason": reason}
-            for each in self._movings
+            for each in self._migrating
             for reason in each.blockers()
         ]
         images = [image for image in images if image.digest]
         if self._blockers:
             raise StoppedError(say_blockers("drain", self._blockers))
-        self._numbered = list(self._movings)
+        self._numbered = list(self._migrating)
         self._images = images
-        self._sender = self._sender.of(self._movings, images)
+        self._sender = self._sender.of(self._migrating, images)
         if self.post_copy:
             self._check_knows_post_copy()
         self._sender.offer(self.handoff, with_images=self._with_images, allowed=self._host.allowed)
@@ -382,8 +384,8 @@ class Drain:
         self._the_sender.send_working_sets(self._host.working_sets)
         if self.post_copy:
             self._have_warmed()
-            for moving in self._movings:
-                moving.flush()  # so that little is left to be, once they are frozen
+            for each in self._migrating:
+                each.flush()  # so that little is left to be, once they are frozen
             return Event.POSTPONED
         return Event.SENT
 
@@ -421,9 +423,9 @@ class Drain:
     def _send_last(self) -> Event:
         self._wait_name("the last pages to be sent")
         if self.post_copy:
-            for moving in self._movings:
-                moving.flush()
-            self._pusher = Pusher(self._numbered, self._the_sender.send_missing())
+            for each in self._migrating:
+                each.flush()
+            self._postcopy = PostcopySource(self._numbered, self._the_sender.send_missing())
         else:
             self._the_sender.send_last()
         if isinstance(self._file, FileLink):
@@ -446,7 +448,7 @@ class Drain:
         self._wait_name(f"{self.uri} to say whether it has the guests")
         if self._link is not None:
             self._link.close()
-        self._pusher = None
+        self._postcopy = None
         try:
             self._link = self._host.connect(self._address, lambda: None)
             self._reader, self._words = StateReader(words=True), []
@@ -490,7 +492,7 @@ class Drain:
             ) from error
         if not knows:
             _log.warning("cannot-follow", "the target does not know how", to=self.uri)
-            self._movings = self._host.movings()
+            self._migrating = self._host.migrating()
 
     # Post-copy.
 
@@ -505,28 +507,28 @@ class Drain:
                 f"{self.uri} does not know post-copy{why}; upgrade it, or drain without --post-copy"
             )
 
-    def _record_pushing(self) -> None:
+    def _record_postcopy(self) -> None:
         self._record(Phase.PUSH)
         if self._sender is not None:
             self._sender.end_frozen()
         self._error = None
 
     def _send_on(self) -> None:
-        _log.notice("drained-by-post-copy", to=self.uri, guests=len(self._movings))
-        self._host.send_on(self._movings, self.uri)
+        _log.notice("drained-by-post-copy", to=self.uri, guests=len(self._migrating))
+        self._host.send_on(self._migrating, self.uri)
 
     def _push(self) -> Event | None:
         """Push what is left, until the target has all; PeerError once it is gone."""
-        if self._pusher is None:  # it was only asked what became of the handoff
+        if self._postcopy is None:  # it was only asked what became of the handoff
             return self._resume()
         self._wait_name("pages to be pushed")
-        word = self._pusher.run(self._the_sender, self._hear_pushing)
+        word = self._postcopy.run(self._the_sender, self._hear_postcopy)
         lost = word.body.get("lost")
         if isinstance(lost, int) and lost:
             _log.error("pages-lost-there", "the target lacks them for good", pages=lost)
         return Event.FILLED
 
-    def _hear_pushing(self, wait: bool) -> Word | None:
+    def _hear_postcopy(self, wait: bool) -> Word | None:
         link = self._link
         assert link is not None
         if not wait and not self._words and not link.has_come():
@@ -534,14 +536,14 @@ class Drain:
         return self._hear("the target to have all pages")
 
     def _resume(self) -> Event:
-        """Connect again and hear what is lacking; PeerError if the target cannot be reached."""
+        """Connect again and hear what is missing; PeerError if the target cannot be reached."""
         self._wait_name(f"{self.uri} to say which pages it lacks")
         if self._link is not None:
             self._link.close()
-        self._pusher = None
+        self._postcopy = None
         self._link = self._host.connect(self._address, self._look)
         self._reader, self._words = StateReader(words=True), []
-        self._sender = Sender(self._link, self._movings, [], self._progress)
+        self._sender = Sender(self._link, self._migrating, [], self._progress)
         self._sender.say("resume", handoff=self.handoff)
         left = [0] * len(self._numbered)
         while (word := self._hear(self._waits_for)).say == "lacking":
@@ -549,8 +551,8 @@ class Drain:
             if runs := take_runs(word):
                 left[guest] |= bitmap_of_runs(runs)
             if word.body.get("more") is not True:
-                self._pusher = Pusher(self._numbered, left)
-                self._progress.expect(self._pusher.nr_pages)
+                self._postcopy = PostcopySource(self._numbered, left)
+                self._progress.expect(self._postcopy.nr_pages)
                 return Event.LACKING
         if word.say == "filled":
             return Event.FILLED
@@ -585,8 +587,8 @@ class Drain:
         self._error = None
 
     def _tell_guests(self) -> None:
-        _log.notice("drained", to=self.uri, guests=len(self._movings))
-        self._host.tell_moved(self._movings, "" if self.uri.startswith(_FILE) else self.uri)
+        _log.notice("drained", to=self.uri, guests=len(self._migrating))
+        self._host.tell_moved(self._migrating, "" if self.uri.startswith(_FILE) else self.uri)
 
     def _forget_record(self) -> None:
         try:
@@ -606,8 +608,8 @@ class Drain:
                 "post_copy": self.post_copy,
                 "carried": [
                     (each.image.domain, each.name)
-                    for each in self._movings
-                    if isinstance(each, CarriedMoving)
+                    for each in self._migrating
+                    if isinstance(each, MigratingCarrier)
                 ],
             }
         )
@@ -705,7 +707,7 @@ _ACTIONS: Final[dict[Action, Callable[[Drain], Event | None]]] = {
     Action.RECORD_COMMITTING: Drain._record_committing,
     Action.SEND_COMMIT: Drain._send_commit,
     Action.ASK: Drain._ask,
-    Action.RECORD_PUSHING: Drain._record_pushing,
+    Action.RECORD_PUSHING: Drain._record_postcopy,
     Action.SEND_ON: Drain._send_on,
     Action.PUSH: Drain._push,
     Action.RESUME: Drain._resume,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from cowshed.cache import Image, PeerError, UsageError
 from cowshed.service.handoff.drain import say_blockers
 from cowshed.service.handoff.link import FileLink, Link, SocketLink, open_link
-from cowshed.service.handoff.moving import Moving
+from cowshed.service.handoff.migrating import MigratingGuest
 from cowshed.service.handoff.receiver import Receiver, wait_for_digests
 from cowshed.service.handoff.resumption import Prefix, read_prefix
 from cowshed.service.handoff.sender import Progress, Sender
@@ -50,7 +50,7 @@ class ExportHost(Protocol):
     def allowed(self, image: Image) -> DomainMembers | None:
         """Who of its domain may use an image; None is everybody there."""
 
-    def movings(self) -> list[Moving]:
+    def migrating(self) -> list[MigratingGuest]:
         """Every guest that there is now."""
 
 
@@ -76,7 +76,7 @@ def export_state(
         export = _Export(fd, link, host, progress, look)
         yield from _watched(lambda: export.write(with_images, resume), progress.as_json, stopping)
         yield {
-            "guests": len(export.moving),
+            "guests": len(export.migrating),
             "images": len(export.images),
             "kept_bytes": export.kept_bytes,
             "frozen_seconds": round(progress.frozen_seconds, 6),
@@ -103,32 +103,34 @@ class _Export:
         self._host = host
         self._progress = progress
         self._look = look
-        self.moving: list[Moving] = []
+        self.migrating: list[MigratingGuest] = []
         self.images: list[Image] = []
         self.kept_bytes = 0
 
     def write(self, with_images: bool, resume: bool) -> None:
         """Write all of it."""
         host = self._host
-        images, moving = host.images(), host.movings()
-        used = [each.image for each in moving]
+        images, migrating = host.images(), host.migrating()
+        used = [each.image for each in migrating]
         awaited = [each for each in images if with_images or resume or each in used]
         blockers = wait_for_digests(awaited, self._look)
         blockers += [
-            {"guest": each.name, "reason": reason} for each in moving for reason in each.blockers()
+            {"guest": each.name, "reason": reason}
+            for each in migrating
+            for reason in each.blockers()
         ]
         if blockers:
             raise UsageError(say_blockers("export", blockers))
         prefix = read_prefix(self._fd, self._look) if resume else None
         if prefix is None:
             self.images = [image for image in images if image.digest]
-            self.moving = moving
+            self.migrating = migrating
         else:
-            self.images, self.moving = prefix.find_images(images), prefix.find_guests(moving)
+            self.images, self.migrating = prefix.find_images(images), prefix.find_guests(migrating)
             self.kept_bytes = prefix.mark.offset
         if isinstance(self._link, FileLink) and resume:
             self._link.cut(self.kept_bytes)
-        sender = Sender(self._link, self.moving, self.images, self._progress, prefix)
+        sender = Sender(self._link, self.migrating, self.images, self._progress, prefix)
         if prefix is None:
             sender.offer(secrets.token_hex(16), with_images=with_images, allowed=host.allowed)
             self._send(sender, range(len(self.images)) if with_images else (), None)

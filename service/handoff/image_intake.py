@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Final
 
 from cowshed.cache import FileSource, Image, PageStore, PeerError
-from cowshed.service.images.arrivals import Arrival, ImageFolder
 from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.incoming_images import ImageFolder, IncomingImage
 from cowshed.service.settings.images import ImageSpec
 from cowshed.transport.handoff_sections import PAGE_BYTES, ImageBytes, ImageSection
 
@@ -24,7 +24,7 @@ Publish = Callable[[Image, ImageSpec], None]
 class ImageIntake:
     """Takes in the images of one handoff; admit() or discard() once, at the end.
 
-    Invariant: each of arrivals is admitted or discarded by then, and each of _opened closed or
+    Invariant: each of incoming is admitted or discarded by then, and each of _opened closed or
     listed; the keys are images' numbers in the handoff.
     """
 
@@ -40,7 +40,7 @@ class ImageIntake:
         self._evictor = evictor
         self._folder = folder
         self._publish = publish
-        self.arrivals: Final[dict[int, Arrival]] = {}
+        self.incoming: Final[dict[int, IncomingImage]] = {}
         self._opened: dict[int, Image] = {}
         self.total_bytes = 0
 
@@ -70,18 +70,18 @@ class ImageIntake:
         allowed = None
         if section.allowed is not None:
             allowed = {key: list(names) for key, names in section.allowed.items()}
-        self.arrivals[no] = self._folder.begin(
+        self.incoming[no] = self._folder.begin(
             section.domain, section.name, section.size_bytes, section.digest, allowed, handoff
         )
 
     def take(self, section: ImageBytes) -> None:
         """Take bytes of an image that was expected; others are passed over. Raises SourceError."""
-        arrival = self.arrivals.get(section.image)
-        if arrival is None:
+        image = self.incoming.get(section.image)
+        if image is None:
             return
         content, at = memoryview(section.content), 0
         for first, nr in section.runs:
-            arrival.write(first, content[at : at + nr * PAGE_BYTES])
+            image.write(first, content[at : at + nr * PAGE_BYTES])
             at += nr * PAGE_BYTES
         self.total_bytes += at
 
@@ -90,26 +90,26 @@ class ImageIntake:
 
         Raises SourceError, and what look() does. The source is the caller's.
         """
-        arrival = self.arrivals.get(no)
-        return None if arrival is None else arrival.seal(look)
+        image = self.incoming.get(no)
+        return None if image is None else image.seal(look)
 
     def open(self, no: int, source: FileSource) -> Image:
         """Open what was sealed; the source is taken over, or closed. Raises CowshedError."""
-        spec = self.arrivals[no].spec
+        spec = self.incoming[no].spec
         try:
             image = self._store.open_image(spec.name, source, spec.domain, listed=False)
         except BaseException:
             source.close()
             raise
-        image.digest = self.arrivals[no].digest
+        image.digest = self.incoming[no].digest
         self._opened[no] = image
         return image
 
     def check(self) -> None:
         """Raise PeerError unless every image that was expected came."""
-        for no, arrival in self.arrivals.items():
+        for no, postcopy in self.incoming.items():
             if no not in self._opened:
-                raise PeerError(f"the bytes of image {arrival.spec.label!r} did not all come")
+                raise PeerError(f"the bytes of image {postcopy.spec.label!r} did not all come")
 
     def admit(self, *, is_owned: bool) -> list[str]:
         """Have every image served, from now on; their labels.
@@ -118,12 +118,12 @@ class ImageIntake:
         could not be recorded with the image.
         """
         for no, image in list(self._opened.items()):
-            arrival = self.arrivals[no]
-            arrival.admit(is_owned=is_owned)
-            self._publish(image, arrival.spec)
+            postcopy = self.incoming[no]
+            postcopy.admit(is_owned=is_owned)
+            self._publish(image, postcopy.spec)
         labels = [image.label for image in self._opened.values()]
         self._opened.clear()
-        self.arrivals.clear()
+        self.incoming.clear()
         return labels
 
     def discard(self) -> None:
@@ -131,6 +131,6 @@ class ImageIntake:
         for image in self._opened.values():
             self._evictor.close_image(image)
         self._opened.clear()
-        for arrival in self.arrivals.values():
-            arrival.discard()
-        self.arrivals.clear()
+        for postcopy in self.incoming.values():
+            postcopy.discard()
+        self.incoming.clear()

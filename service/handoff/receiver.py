@@ -129,7 +129,7 @@ class Receiver:
     @property
     def wanted(self) -> list[int]:
         """The images, by number, whose bytes are to come."""
-        return sorted(self._intake.arrivals)
+        return sorted(self._intake.incoming)
 
     @property
     def image_bytes(self) -> int:

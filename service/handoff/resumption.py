@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from cowshed.cache import Image, SourceError, UsageError
-from cowshed.service.handoff.moving import Moving
+from cowshed.service.handoff.migrating import MigratingGuest
 from cowshed.transport.handoff_frames import DamagedError, Mark
 from cowshed.transport.handoff_sections import (
     PAGE_BYTES,
@@ -78,21 +78,21 @@ class Prefix:
                 return image
         raise _stale(f"image {section.name!r} is not served as it was")
 
-    def find_guests(self, there: Sequence[Moving]) -> list[Moving]:
+    def find_guests(self, there: Sequence[MigratingGuest]) -> list[MigratingGuest]:
         """Give the guests that the file's are; UsageError if they are not the same as then."""
-        by_key = {(moving.image.domain, moving.name): moving for moving in there}
+        by_key = {(each.image.domain, each.name): each for each in there}
         found = []
         for section in self.guests:
-            moving = by_key.pop((self.images[section.image].domain, section.name), None)
-            if moving is None:
+            each = by_key.pop((self.images[section.image].domain, section.name), None)
+            if each is None:
                 raise _stale(f"guest {section.name!r} is gone")
-            moving.keep_token(section.token)
-            now = moving.section(section.image)
+            each.keep_token(section.token)
+            now = each.section(section.image)
             label = self.images[section.image].name
             same = replace(now, transport=section.transport, counters=section.counters)
-            if moving.image.name != label or same != section:
+            if each.image.name != label or same != section:
                 raise _stale(f"guest {section.name!r} has another quota, owner or image")
-            found.append(moving)
+            found.append(each)
         if by_key:
             raise _stale(f"guest {next(iter(by_key))[1]!r} came")
         return found

@@ -14,7 +14,7 @@ from cowshed.accounting.page_runs import count_pages, page_bitmap, split_runs
 from cowshed.cache import ExtentState, Image
 from cowshed.service.handoff.image_source import bytes_to_send, check_source, image_sections
 from cowshed.service.handoff.link import Link
-from cowshed.service.handoff.moving import Moving
+from cowshed.service.handoff.migrating import MigratingGuest
 from cowshed.service.handoff.resumption import Prefix, page_digest
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.settings.domains import DomainMembers
@@ -91,46 +91,46 @@ class Sender:
     def __init__(
         self,
         link: Link,
-        moving: Sequence[Moving],
+        migrating: Sequence[MigratingGuest],
         images: Sequence[Image],
         progress: Progress,
         prefix: Prefix | None = None,
     ) -> None:
-        """moving and images are those of the prefix, in its order, if there is one."""
+        """migrating and images are those of the prefix, in its order, if there is one."""
         self._link = link
-        self._moving: Final = moving
+        self._migrating: Final = migrating
         self._images: Final = images
         self._writer = StateWriter(prefix.mark if prefix else None)
         self.progress: Final = progress
-        self._known = prefix.pages if prefix else [{} for _ in moving]
+        self._known = prefix.pages if prefix else [{} for _ in migrating]
         self._sent = [page_bitmap(known) for known in self._known]
         self._tracked = False
         self._frozen_at: float | None = None
 
-    def of(self, moving: Sequence[Moving], images: Sequence[Image]) -> Sender:
+    def of(self, migrating: Sequence[MigratingGuest], images: Sequence[Image]) -> Sender:
         """Give a sender of these that goes on where this one is, of nothing yet."""
-        sender = Sender(self._link, moving, images, self.progress)
+        sender = Sender(self._link, migrating, images, self.progress)
         sender._writer = self._writer
         return sender
 
     def track(self) -> None:
         """Begin to note what guests write; thaw() ends it."""
         self._tracked = True
-        for moving in self._moving:
-            moving.track(True)
+        for each in self._migrating:
+            each.track(True)
 
     def freeze(self) -> None:
         """Hold every guest's writes."""
         self._frozen_at = time.monotonic()
-        for moving in self._moving:
-            moving.freeze()
+        for each in self._migrating:
+            each.freeze()
 
     def thaw(self) -> None:
         """Let guests go on here, as before track(); nothing if there was none."""
         if self._tracked:
-            for moving in self._moving:
-                moving.thaw()
-                moving.track(False)
+            for each in self._migrating:
+                each.thaw()
+                each.track(False)
         self._tracked = False
         self.end_frozen()
 
@@ -169,8 +169,8 @@ class Sender:
                     _lists(allowed(image)),
                 )
             )
-        for moving in self._moving:
-            self._put(moving.section(numbers[moving.image]))
+        for each in self._migrating:
+            self._put(each.section(numbers[each.image]))
 
     def send_image(
         self, no: int, hot: Sequence[int], look: Callable[[], None], kept: bytearray | None = None
@@ -215,11 +215,11 @@ class Sender:
     def send_dirty(self) -> int:
         """Send what was written since the last round; give how many pages that were."""
         self.progress.nr_round += 1
-        dirty = [moving.take_dirty() for moving in self._moving]
+        dirty = [each.take_dirty() for each in self._migrating]
         nr = sum(map(count_pages, dirty))
         self.progress.total_bytes += PAGE_BYTES * nr
         for no, pages in enumerate(dirty):
-            self._send_pages(no, pages & self._moving[no].private())
+            self._send_pages(no, pages & self._migrating[no].private())
         self.progress.done_bytes = self.progress.total_bytes
         return nr
 
@@ -239,13 +239,13 @@ class Sender:
 
     def send_last(self) -> None:
         """Send what is left of guests that are frozen, and what each has in the end; then END."""
-        for no, moving in enumerate(self._moving):
-            dirty, private = moving.take_dirty(), moving.private()
+        for no, each in enumerate(self._migrating):
+            dirty, private = each.take_dirty(), each.private()
             self._send_pages(no, (dirty | ~self._sent[no]) & private)
             for runs in split_runs(self._sent[no] & ~private, 1 << 40):
                 self._put(Dropped(no, tuple(runs)))
             self._sent[no] = private
-            self._put(Totals(no, count_pages(private), moving.counters()))
+            self._put(Totals(no, count_pages(private), each.counters()))
         self._link.send(self._writer.end())
         self.progress.sent_bytes = self._writer.nr_bytes
         self.progress.done_bytes = self.progress.total_bytes
@@ -253,12 +253,12 @@ class Sender:
     def send_missing(self) -> list[int]:
         """Say which pages guests have that are frozen, and END; give which, to be pushed."""
         missing = []
-        for no, moving in enumerate(self._moving):
-            private = moving.private()
+        for no, each in enumerate(self._migrating):
+            private = each.private()
             runs = [run for part in split_runs(private, 1 << 44) for run in part]
             for at in range(0, len(runs), _RUNS_AT_ONCE):
                 self._put(Late(no, tuple(runs[at : at + _RUNS_AT_ONCE])))
-            self._put(Totals(no, count_pages(private), moving.counters()))
+            self._put(Totals(no, count_pages(private), each.counters()))
             missing.append(private)
         self._link.send(self._writer.end())
         self.progress.sent_bytes = self._writer.nr_bytes
@@ -270,9 +270,9 @@ class Sender:
         self._put(Pages(no, tuple(runs), content))
 
     def _send_pages(self, no: int, pages: int) -> None:
-        moving = self._moving[no]
+        each = self._migrating[no]
         for runs in split_runs(pages, MAX_PAGES):
-            content = moving.load(runs)
+            content = each.load(runs)
             self.progress.done_bytes += len(content)
             if self._known[no]:
                 runs, content = self._news(no, runs, content)

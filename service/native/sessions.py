@@ -30,7 +30,7 @@ from cowshed.faults import FaultOptions, uffd_features
 from cowshed.service.guests.guest_records import GuestRecords, RestoredGuest
 from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
 from cowshed.service.guests.userfaultfd import check_guest_files, check_uffd
-from cowshed.service.handoff.moved_in import MovedIn, MovedInTable
+from cowshed.service.handoff.incoming import IncomingGuest, IncomingGuests
 from cowshed.service.images.generations import image_generation
 from cowshed.service.images.reopening import Reopened, Reopener
 from cowshed.service.native.parking import Parking
@@ -106,7 +106,7 @@ class SessionHost(Protocol):
         """What is to outlive us."""
 
     @property
-    def moved_in(self) -> MovedInTable:
+    def incoming(self) -> IncomingGuests:
         """Guests that moved here, and come to map."""
 
     @property
@@ -145,7 +145,7 @@ class Session:
         self._host = host
         self._state = State.NEW
         self._opened: tuple[Guest, Terms] | None = None
-        self._moved: MovedIn | None = None
+        self._moved: IncomingGuest | None = None
         self._held_as = ""
         self._nr_working = 0
         self._is_told = True
@@ -219,7 +219,7 @@ class Session:
             self._host.guests.release(opened[0])
         moved, self._moved = self._moved, None
         if moved is not None:
-            self._host.moved_in.leave(moved)
+            self._host.incoming.leave(moved)
         self.connection.close()
 
     def note_sent(self) -> None:
@@ -300,7 +300,7 @@ class Session:
 
     def _comes_too_early(self, message: Received) -> bool:
         """Whether its pages are still on their way: then it is answered later (open_again)."""
-        if not self._host.moved_in.lacks(self._read_terms(message.body)):
+        if not self._host.incoming.lacks(self._read_terms(message.body)):
             return False
         if self._early is None:
             _log.notice("open-waits", "for pages on their way", pid=self.connection.peer.pid)
@@ -322,7 +322,7 @@ class Session:
 
     def _on_open(self, message: Received) -> None:
         terms = self._read_terms(message.body)
-        if (found := self._host.moved_in.enter(terms, self._peer())) is not None:
+        if (found := self._host.incoming.enter(terms, self._peer())) is not None:
             self._moved, terms = found
             self._opened = self._moved.guest, terms
         elif take_flag(message.body, "moved") and not self._carries_on(terms):
@@ -449,7 +449,7 @@ class Session:
         )
         if self._moved is not None:
             moved, self._moved = self._moved, None
-            self._host.moved_in.settle(moved)
+            self._host.incoming.settle(moved)
         reach("REGION_HELD")
         self._is_told = not self._held_as
         peer = self.connection.peer

@@ -13,14 +13,14 @@ from typing import Any, Final
 
 from cowshed.accounting.page_runs import count_pages, split_runs
 from cowshed.cache import PeerError
-from cowshed.service.handoff.moving import MappedMoving, Moving
+from cowshed.service.handoff.migrating import MigratingGuest, MigratingMapping
 from cowshed.service.handoff.sender import Sender
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.stops import stop_at
 from cowshed.transport.handoff_sections import PAGE_BYTES, Word
 from cowshed.transport.messages import take_number
 
-__all__ = ["MAX_WORD_RUNS", "Pusher", "bitmap_of_runs", "take_runs", "words_of"]
+__all__ = ["MAX_WORD_RUNS", "PostcopySource", "bitmap_of_runs", "take_runs", "words_of"]
 
 _log = EventLog("cowshed.drain")
 
@@ -52,19 +52,19 @@ def take_runs(word: Word) -> list[tuple[int, int]]:
     return runs
 
 
-class Pusher:
+class PostcopySource:
     """Pushes pages that are named by guest's number; a guest that is not here any more is None.
 
     Invariant: _left has, by guest, the bits of the pages that are still to be pushed.
     """
 
-    def __init__(self, movings: Sequence[Moving | None], left: Sequence[int]) -> None:
+    def __init__(self, migrating: Sequence[MigratingGuest | None], left: Sequence[int]) -> None:
         self.nr_pages: Final = sum(map(count_pages, left))
-        self._movings: Final = movings
+        self._migrating: Final = migrating
         self._left = [_bytes(bitmap) for bitmap in left]
         self._here = [
-            _bytes(0 if moving is None else bitmap & moving.private())
-            for moving, bitmap in zip(movings, left, strict=True)
+            _bytes(0 if each is None else bitmap & each.private())
+            for each, bitmap in zip(migrating, left, strict=True)
         ]
         self._asked: deque[tuple[int, list[int]]] = deque()
         self._in_order = (
@@ -93,7 +93,7 @@ class Pusher:
     def _take(self, word: Word) -> None:
         if word.say != "want":
             raise PeerError(f"the target says {word.say!r} while pages are pushed")
-        guest = take_number(word.body, "guest", maximum=len(self._movings) - 1)
+        guest = take_number(word.body, "guest", maximum=len(self._migrating) - 1)
         limit = 8 * len(self._left[guest])
         for first, nr in take_runs(word):
             for at in range(first, min(first + nr, limit), _BATCH_PAGES):
@@ -112,9 +112,9 @@ class Pusher:
         return None
 
     def _send(self, sender: Sender, guest: int, pages: list[int]) -> None:
-        moving = self._movings[guest]
+        each = self._migrating[guest]
         runs = _runs([page for page in pages if _has(self._here[guest], page)])
-        content = _load(moving, runs) if moving is not None and runs else None
+        content = _load(each, runs) if each is not None and runs else None
         if content is not None:
             sender.push(guest, runs, content)
         gone = [page for page in pages if content is None or not _has(self._here[guest], page)]
@@ -122,7 +122,7 @@ class Pusher:
             _log.error(
                 "pages-gone",
                 "they left with their guest, or with a backend that died",
-                guest="?" if moving is None else moving.name,
+                guest="?" if each is None else each.name,
                 pages=len(gone),
             )
             sender.say("gone", guest=guest, runs=[list(run) for run in _runs(gone)])
@@ -150,15 +150,15 @@ def _runs(pages: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _load(moving: Moving, runs: list[tuple[int, int]]) -> bytes | None:
+def _load(each: MigratingGuest, runs: list[tuple[int, int]]) -> bytes | None:
     """Copy pages; None if they are gone."""
     try:
-        content = moving.load(runs)
+        content = each.load(runs)
     except PeerError as error:
-        _log.info("pages-unreadable", str(error), guest=moving.name)
+        _log.info("pages-unreadable", str(error), guest=each.name)
         return None
     # A guest that left while it was read may have left zeros.
-    if isinstance(moving, MappedMoving) and not moving.is_here:
+    if isinstance(each, MigratingMapping) and not each.is_here:
         return None
     return content
 

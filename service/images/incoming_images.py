@@ -27,7 +27,7 @@ from cowshed.service.runtime.logs import EventLog
 from cowshed.service.settings.domains import DomainMembers
 from cowshed.service.settings.images import ImageSpec, image_spec
 
-__all__ = ["Arrival", "ImageFolder"]
+__all__ = ["ImageFolder", "IncomingImage"]
 
 _log = EventLog("cowshed.images")
 
@@ -128,8 +128,8 @@ class ImageFolder:
         digest: str,
         allowed: dict[str, list[int | str]] | None,
         handoff: str,
-    ) -> Arrival:
-        """Make room for the bytes of an image: Arrival.admit() or discard() it.
+    ) -> IncomingImage:
+        """Make room for the bytes of an image: IncomingImage.admit() or discard() it.
 
         UsageError if it is arriving already or is there, SourceError if it cannot be made.
         """
@@ -159,7 +159,7 @@ class ImageFolder:
             raise UsageError(
                 f"image {name!r} is arriving by another handoff; wait for its end"
             ) from error
-        return Arrival(spec, table, places, fd)
+        return IncomingImage(spec, table, places, fd)
 
     def _places(self, domain: str, name: str) -> _Places:
         folder = self.folder / domain
@@ -168,7 +168,7 @@ class ImageFolder:
         )
 
 
-class Arrival:
+class IncomingImage:
     """One image that is arriving. In one thread; discard() undoes all, until admit()."""
 
     def __init__(self, spec: ImageSpec, table: dict[str, Any], places: _Places, fd: int) -> None:

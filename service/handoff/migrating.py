@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest that is to move, whatever it is here: what is asked of it, and what keeps it from moving.
+"""A guest that is to move, whatever it is here: what is asked of it, and what keeps it from each.
 
 A guest that maps has its private pages in its own memory, where they are read through the
 descriptor of /proc/PID/mem that it gave us. One that maps nothing has them in its overlay.
@@ -23,7 +23,14 @@ from cowshed.service.overlays.claims import CARRIER
 from cowshed.service.overlays.overlays import OverlayGuest
 from cowshed.transport.handoff_sections import GuestSection
 
-__all__ = ["MappedMoving", "Moving", "OverlayMoving", "Runs", "counters_of", "owner_of_token"]
+__all__ = [
+    "MigratingGuest",
+    "MigratingMapping",
+    "MigratingOverlay",
+    "Runs",
+    "counters_of",
+    "owner_of_token",
+]
 
 # Each a first page and a number of pages, in order.
 Runs = Sequence[tuple[int, int]]
@@ -34,7 +41,7 @@ def owner_of_token(token: str) -> str:
     return f"token {hashlib.sha256(token.encode()).hexdigest()[:32]}"
 
 
-class Moving(Protocol):
+class MigratingGuest(Protocol):
     """One guest that is to move. Bitmaps are numbers: bit i is page i."""
 
     token: str
@@ -90,7 +97,7 @@ def counters_of(status: AccountStatus) -> dict[str, int]:
     return {**asdict(status.counters), "private_pages": status.private_pages}
 
 
-class OverlayMoving:
+class MigratingOverlay:
     """A guest whose private pages the backend keeps."""
 
     def __init__(self, guest: OverlayGuest) -> None:
@@ -171,7 +178,7 @@ class OverlayMoving:
         return counters_of(self.guest.account.status())
 
 
-class MappedMoving:
+class MigratingMapping:
     """A guest that maps the image. It may leave at any time; it has moved without pages then.
 
     Until it is frozen it may discard a page between our seeing it and our reading it. Such a page

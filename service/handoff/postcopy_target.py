@@ -2,7 +2,7 @@
 """Guests that are here, and some of whose pages are not: the target's side of post-copy.
 
 Pages come as the source pushes them; what a client waits for is asked for at once, by a thread of
-its own. A source that is lost is waited for: it comes again, and is told what is lacking. After
+its own. A source that is lost is waited for: it comes again, and is told what is missing. After
 wait_seconds without it the pages that are lacking are lost: who needs one gets an error, until the
 source comes after all or the guest writes the page anew. What came stays.
 
@@ -25,12 +25,12 @@ from cowshed.accounting import MissingPages
 from cowshed.accounting.page_runs import count_pages
 from cowshed.cache import PeerError, SourceError
 from cowshed.cache.images import PAGE_BYTES
-from cowshed.service.handoff.pushing import words_of
+from cowshed.service.handoff.postcopy_source import words_of
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.logs import EventLog
 from cowshed.transport.handoff_sections import Pages, Word
 
-__all__ = ["Arrival", "Lacking"]
+__all__ = ["MissingOf", "PostcopyTarget"]
 
 _log = EventLog("cowshed.handoff")
 
@@ -38,7 +38,7 @@ Say = Callable[[Word], None]
 
 
 @dataclass(frozen=True)
-class Lacking:
+class MissingOf:
     """What is lacking of one guest."""
 
     guest: OverlayGuest
@@ -46,7 +46,7 @@ class Lacking:
     lost_pages: int
 
 
-class Arrival:
+class PostcopyTarget:
     """The guests of one handoff, by number; None is one that is here no more. close() it.
 
     Invariant: _say is how the source is spoken to, while it is connected; else, while _deadline is
@@ -59,9 +59,9 @@ class Arrival:
         guests: Sequence[OverlayGuest | None],
         overlays: OverlayTable,
         wait_seconds: float,
-        on_filled: Callable[[Arrival], None],
+        on_filled: Callable[[PostcopyTarget], None],
     ) -> None:
-        """on_filled(arrival) is called, in our thread, once nothing is lacking."""
+        """on_filled(postcopy) is called, in our thread, once nothing is missing."""
         self.handoff: Final = handoff
         self._guests = list(guests)
         self._overlays = overlays
@@ -133,7 +133,7 @@ class Arrival:
                 return
             self._say = None
             self._deadline = time.monotonic() + self._wait_seconds
-        for each in self.lacking():
+        for each in self.missing():
             _log.warning(
                 "late-pages-waited-for",
                 f"their source is gone; it has {self._wait_seconds:g} s to come again",
@@ -142,8 +142,8 @@ class Arrival:
             )
         os.eventfd_write(self._wake, 1)
 
-    def lacking_words(self) -> list[Word]:
-        """Say to the source what is lacking; the last word says so."""
+    def missing_words(self) -> list[Word]:
+        """Say to the source what is missing; the last word says so."""
         words = []
         for no in range(len(self._guests)):
             with self._of(no) as found:
@@ -189,22 +189,22 @@ class Arrival:
 
     @property
     def is_filled(self) -> bool:
-        """Whether nothing is lacking; False once it was closed, when nothing can be said."""
+        """Whether nothing is missing; False once it was closed, when nothing can be said."""
         return not self.nr_missing and not self._closed
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether all that is lacking is lost."""
-        lacking = self.lacking()
+        """Whether all that is missing is lost."""
+        lacking = self.missing()
         return bool(lacking) and all(each.missing_pages == each.lost_pages for each in lacking)
 
-    def lacking(self) -> list[Lacking]:
+    def missing(self) -> list[MissingOf]:
         """What is lacking, of the guests that lack something."""
         result = []
         for no in range(len(self._guests)):
             with self._of(no) as found:
                 if found is not None and found[1].nr_left:
-                    result.append(Lacking(found[0], found[1].nr_left, found[1].nr_lost))
+                    result.append(MissingOf(found[0], found[1].nr_left, found[1].nr_lost))
         return result
 
     def flush(self) -> None:
@@ -268,12 +268,12 @@ class Arrival:
                 return
 
     def _look_at_clock(self) -> None:
-        """Give up what is lacking if the source is not there in time."""
+        """Give up what is missing if the source is not there in time."""
         with self._lock:
             if self._deadline is None or time.monotonic() < self._deadline:
                 return
             self._deadline = None
-        for each in self.lacking():
+        for each in self.missing():
             no = self._guests.index(each.guest)
             with self._of(no) as found:
                 nr = 0 if found is None else found[1].lose(0, each.guest.image.nr_pages)

@@ -17,14 +17,14 @@ from cowshed.accounting import MissingPages
 from cowshed.cache import UsageError
 from cowshed.service.guests.guests import Guest, GuestTable, Peer, Terms
 from cowshed.service.handoff.carriers import carrier_of_token
-from cowshed.service.handoff.moving import owner_of_token
+from cowshed.service.handoff.migrating import owner_of_token
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 
-__all__ = ["MovedIn", "MovedInTable"]
+__all__ = ["IncomingGuest", "IncomingGuests"]
 
 
 @dataclass
-class MovedIn:
+class IncomingGuest:
     """One guest that is coming to map: guest has the name now, left its pages."""
 
     guest: Guest
@@ -39,7 +39,7 @@ class MovedIn:
         return self.left.overlay.fd, self.left.account.private_bitmap()
 
 
-class MovedInTable:
+class IncomingGuests:
     """Finds guests that moved here; in the loop."""
 
     def __init__(self, overlays: OverlayTable, guests: GuestTable) -> None:
@@ -66,7 +66,7 @@ class MovedInTable:
                 )
             return missing.nr_left > 0
 
-    def enter(self, terms: Terms, peer: Peer) -> tuple[MovedIn, Terms] | None:
+    def enter(self, terms: Terms, peer: Peer) -> tuple[IncomingGuest, Terms] | None:
         """Take over what waits under that name for who knows the token; None if nothing does.
 
         The terms given are those it had. UsageError for a part of the image: it had the whole.
@@ -87,14 +87,14 @@ class MovedInTable:
             policy = left.quota.status().policy
             terms = replace(terms, quota_bytes=left.quota_bytes, policy=policy)
             self._guests.release_name(left.terms)
-            return MovedIn(self._guests.reserve(terms, peer), left, terms.carries), terms
+            return IncomingGuest(self._guests.reserve(terms, peer), left, terms.carries), terms
 
-    def settle(self, moved: MovedIn) -> None:
+    def settle(self, moved: IncomingGuest) -> None:
         """It has its pages: the overlay is not needed any more."""
         self._overlays.leave(moved.left)
         self._overlays.withdraw(moved.left)
 
-    def leave(self, moved: MovedIn) -> None:
+    def leave(self, moved: IncomingGuest) -> None:
         """It left without a mapping, and its name was released: its pages wait on."""
         if moved.carries and self._guests.has(moved.left.terms.key):
             self.settle(moved)  # other mappings of it have come meanwhile
