@@ -93,7 +93,7 @@ class Event(StrEnum):
 class Action(StrEnum):
     """What is to be done now, in the order given."""
 
-    CLOSE_DOOR = "close the door"  # admit nobody new
+    CLOSE_ADMISSION = "stop admitting"  # admit nobody new
     CONNECT = "connect"
     OFFER = "offer"
     SEND_WORKING_SET = "send the working set"
@@ -113,7 +113,7 @@ class Action(StrEnum):
     SEND_ABORT = "send abort"
     FORGET_RECORD = "forget what was recorded"
     THAW = "thaw"
-    OPEN_DOOR = "open the door"
+    OPEN_ADMISSION = "admit again"
     CHECK = "check the offer"
     SEND_ACCEPTED = "send accepted"
     SEND_REFUSED = "send refused"
@@ -137,7 +137,7 @@ class IllegalTransitionError(UsageError):
 
 Table = Mapping[tuple[Phase, Event], tuple[Phase, tuple[Action, ...]]]
 
-_ROLLBACK: Final = (Action.THAW, Action.OPEN_DOOR)
+_ROLLBACK: Final = (Action.THAW, Action.OPEN_ADMISSION)
 _BEFORE_COMMIT: Final = (
     Phase.CONNECT,
     Phase.PREPARE,
@@ -150,7 +150,7 @@ _STAGING: Final = (Phase.CHECK, Phase.RECEIVE, Phase.READY)
 _DENY: Final = (Phase.FORGOTTEN, (Action.SEND_DENIED,))
 
 _SOURCE: Final[Table] = {
-    (Phase.IDLE, Event.BEGIN): (Phase.CONNECT, (Action.CLOSE_DOOR, Action.CONNECT)),
+    (Phase.IDLE, Event.BEGIN): (Phase.CONNECT, (Action.CLOSE_ADMISSION, Action.CONNECT)),
     (Phase.CONNECT, Event.CONNECTED): (Phase.PREPARE, (Action.OFFER,)),
     (Phase.PREPARE, Event.ACCEPTED): (Phase.WARM, (Action.SEND_WORKING_SET,)),
     (Phase.PREPARE, Event.REFUSED): (Phase.ABORTED, _ROLLBACK),

@@ -17,7 +17,7 @@ from typing import Final, NoReturn
 
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import FileSource, Image
-from cowshed.service.guests.door import Door
+from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guest_records import GuestRecords
 from cowshed.service.guests.guests import GuestTable, Terms
 from cowshed.service.guests.userfaultfd import open_device
@@ -42,10 +42,10 @@ from cowshed.service.machines.machine_records import MachineRecords
 from cowshed.service.machines.populator import Populator
 from cowshed.service.metrics.service_counters import DROP_COUNTS, ServiceCounters
 from cowshed.service.native.carried import CarriedOver
-from cowshed.service.native.door import GuestDoor
 from cowshed.service.native.sessions import Session
+from cowshed.service.native.unix_server import UnixServer
 from cowshed.service.nbd.server import NbdService
-from cowshed.service.network.door import NetworkDoor
+from cowshed.service.network.network_server import NetworkServer
 from cowshed.service.operators.control import Control
 from cowshed.service.operators.takeover import TakeoverDesk
 from cowshed.service.overlays.entrance import Entrance
@@ -150,7 +150,7 @@ class Daemon:
         stack.callback(inherited.close)
         self._listeners = Listeners(self._fd_store, inherited)
         stack.callback(self._listeners.close)
-        door = Door(raise_file_limit())
+        admission = Admission(raise_file_limit())
         stack.enter_context(run_dir_locked(config.run_dir))
         record = HandoffRecord(config.state_dir)
         image_folder, arrived = _find_arrived(config, record, inherited)
@@ -183,7 +183,7 @@ class Daemon:
         stack.callback(core.close)
         overlay_records = OverlayRecords(self._fd_store)
         overlays = self._overlays = _keep_overlays(
-            config, core, self.guests, door, stack, overlay_records
+            config, core, self.guests, admission, stack, overlay_records
         )
         overlays.adopt(list(store), inherited, record.owned)
         self._history.note_adopted()
@@ -233,16 +233,16 @@ class Daemon:
         watch = KeeperWatch(self._fd_store, self._loop, config.text)
         stack.callback(watch.close)
         self._keeper = self._history.watch = watch
-        self._guest_door = GuestDoor(listener, door, self, self._counters, self._loop)
+        self._unix_server = UnixServer(listener, admission, self, self._counters, self._loop)
         for restored in restored_guests:
-            self._guest_door.adopt(Session.of_restored(restored, self))
+            self._unix_server.adopt(Session.of_restored(restored, self))
         self._carried = CarriedOver(self._fd_store)
         for connection, is_greeted in self._carried.take(inherited):
-            self._guest_door.adopt(Session.carried(connection, self, is_greeted=is_greeted))
-        stack.callback(self._guest_door.close)
+            self._unix_server.adopt(Session.carried(connection, self, is_greeted=is_greeted))
+        stack.callback(self._unix_server.close)
         self._image_sockets = ImageSockets(
             list(store),
-            door,
+            admission,
             self,
             self._counters,
             self._loop,
@@ -262,7 +262,7 @@ class Daemon:
             access,
             overlays,
             entrance,
-            door,
+            admission,
             self._counters,
             self._loop,
             self._listeners,
@@ -270,14 +270,14 @@ class Daemon:
         )
         stack.callback(self._nbd.close)
         stack.callback(store.cancel_loads)  # or a request that waits for one would keep it open
-        network = NetworkDoor(
+        network = NetworkServer(
             config.listen,
             store,
             access,
             overlays,
             entrance,
             self._nbd,
-            door,
+            admission,
             self._counters,
             self._loop,
             self._listeners,
@@ -295,7 +295,7 @@ class Daemon:
             self._counters,
             record,
             self._loop,
-            self._guest_door,
+            self._unix_server,
             network.disconnect,
             config.late_wait,
             image_folder,
@@ -309,7 +309,7 @@ class Daemon:
         self._departure = Departure(
             self._loop,
             self._listeners.fds,
-            (self._guest_door, self._image_sockets, self._nbd, network, self._saving),
+            (self._unix_server, self._image_sockets, self._nbd, network, self._saving),
         )
         self._takeovers = TakeoverDesk(
             self.control,
@@ -323,12 +323,12 @@ class Daemon:
         )
         status.drain = handoff.state
         handoff.resume()
-        network.take_handoffs(handoff.door, config.handoff_rules)
+        network.take_handoffs(handoff.target, config.handoff_rules)
         stack.callback(handoff.stop)
         if config.metrics is not None:
             self._serve_metrics(config.metrics, stack)
         self._let_go(inherited)
-        door.set_aside(len(os.listdir("/proc/self/fd")))
+        admission.set_aside(len(os.listdir("/proc/self/fd")))
 
     def _listen(self) -> AnyListener:
         path = socket_path(self.config.run_dir)
@@ -404,7 +404,7 @@ class Daemon:
 
     def end_parked(self, terms: Terms) -> bool:
         """End what is parked under a name and has nothing mapped any more; whether any was."""
-        return self._guest_door.end_parked(terms)
+        return self._unix_server.end_parked(terms)
 
     def shut_down(self) -> None:
         """End the loop, once it has sent what is queued."""
@@ -463,7 +463,7 @@ class Daemon:
         """
         self._saving.begin(lambda: self._working_sets.save(self._store))
         if self._departure.prepare():
-            self._guest_door.give(self._carried)
+            self._unix_server.give(self._carried)
             if self._is_held(cause) and self._takeovers.hand_over():
                 self._end_now("takeover" if self._takeovers.is_leaving else "reload")
             self._carried.take_back()
@@ -501,7 +501,7 @@ class Daemon:
 
     def _on_notice(self, fd: int, _: int) -> None:
         os.read(fd, 8)
-        self._guest_door.say_states()
+        self._unix_server.say_states()
         self._image_sockets.say_states()
 
 
@@ -526,7 +526,7 @@ def _keep_overlays(
     config: Config,
     core: NbdServer,
     guests: GuestTable,
-    door: Door,
+    admission: Admission,
     stack: contextlib.ExitStack,
     overlay_records: OverlayRecords,
 ) -> OverlayTable:
@@ -539,7 +539,7 @@ def _keep_overlays(
         QuotaPolicy[config.default_on_quota.upper()],
         config.network_quota_bytes,
     )
-    overlays = OverlayTable(core, guests, door, terms, files, overlay_records)
+    overlays = OverlayTable(core, guests, admission, terms, files, overlay_records)
     stack.callback(overlays.close)
     return overlays
 

@@ -13,9 +13,9 @@ from cowshed.cache import CapacityError, Image, PageStore, UsageError
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.handoff.carriers import MigratingCarrier, may_carry
 from cowshed.service.handoff.dial import REPLY_SECONDS, dial_target
-from cowshed.service.handoff.door import HandoffDoor
 from cowshed.service.handoff.drain import Drain
 from cowshed.service.handoff.file import export_state, import_state
+from cowshed.service.handoff.handoff_target import HandoffTarget
 from cowshed.service.handoff.image_intake import Publish
 from cowshed.service.handoff.link import Link, SocketLink, open_link
 from cowshed.service.handoff.migrating import MigratingGuest, MigratingMapping, MigratingOverlay
@@ -26,7 +26,7 @@ from cowshed.service.images.incoming_images import ImageFolder
 from cowshed.service.images.loading import load
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.metrics.service_counters import DrainStatistics, ServiceCounters
-from cowshed.service.native.door import GuestDoor
+from cowshed.service.native.unix_server import UnixServer
 from cowshed.service.operators.control import Control
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.logs import EventLog
@@ -64,7 +64,7 @@ class HandoffService:
         counters: ServiceCounters,
         record: HandoffRecord,
         loop: Loop,
-        guest_door: GuestDoor,
+        unix_server: UnixServer,
         disconnect: Disconnect,
         late_wait_seconds: float,
         image_folder: ImageFolder | None,
@@ -82,10 +82,10 @@ class HandoffService:
         self._overlays = overlays
         self._access = access
         self._loop = loop
-        self._guest_door = guest_door
+        self._unix_server = unix_server
         self._disconnect = disconnect
         self._drain: Drain | None = None
-        self.door: Final = HandoffDoor(
+        self.target: Final = HandoffTarget(
             store,
             evictor,
             overlays,
@@ -106,7 +106,7 @@ class HandoffService:
 
     def resume(self) -> None:
         """Go on as was recorded before a restart; before any guest is answered."""
-        self.door.resume()
+        self.target.resume()
         if self.record.source is None:
             # Accounts stay frozen over a restart; nothing was asked for, so nothing is unsure.
             for each in self.migrating():
@@ -121,7 +121,7 @@ class HandoffService:
 
     def stop(self) -> None:
         """End what is under way, the daemon being stopped; a drained one will begin anew."""
-        self.door.stop()
+        self.target.stop()
         drain = self._drain
         if drain is not None and not drain.over.is_set() and drain.phase is not Phase.COMMIT:
             try:
@@ -157,16 +157,16 @@ class HandoffService:
         with self._overlays.lock:
             return [*mapped, *(MigratingOverlay(guest) for guest in self._overlays)]
 
-    def close_door(self, uri: str | None) -> None:
+    def close_admission(self, uri: str | None) -> None:
         """Send who comes to uri; None: let them in again."""
         self._access.moved_to = uri
 
-    def wait_door(self) -> None:
+    def wait_admitted(self) -> None:
         """Wait until the loop has ended what it was about: it is the loop that lets people in.
 
         Handoffs that were being admitted are, too; those that come later are denied.
         """
-        self.door.wait_admitted()
+        self.target.wait_admitted()
         turned = threading.Event()
         self._loop.call(turned.set)
         turned.wait(_TURN_SECONDS)
@@ -197,7 +197,7 @@ class HandoffService:
                 event: Body = {"event": "moved", "uri": uri, "token": each.token}
                 if isinstance(each, MigratingCarrier):
                     event |= {"carries": True, "digest": each.image.digest}
-                self._guest_door.tell(each.guest, event)
+                self._unix_server.tell(each.guest, event)
             elif isinstance(each, MigratingOverlay):
                 self._retire(each.guest, uri)
 
@@ -230,7 +230,7 @@ class HandoffService:
         if self._drain is not None and self._drain.phase is Phase.MOVED:
             self.record.set_source(None)
             self._drain = None
-            self.close_door(None)
+            self.close_admission(None)
             self.counters.drain = DrainStatistics()
             _log.notice("serves-again", guests=len(names))
 
@@ -305,7 +305,7 @@ class HandoffService:
     def _do_import(self, _: Body, fds: list[int]) -> Iterator[Body]:
         if why := self._why_no_guests():
             raise UsageError(why)
-        for reply in import_state(_only(fds), self.door.receiver()):
+        for reply in import_state(_only(fds), self.target.receiver()):
             if "progress" not in reply:
                 self._on_owner(reply["guests"])
             yield reply
@@ -315,7 +315,7 @@ class HandoffService:
         if not isinstance(link, SocketLink):
             link.close()
             raise UsageError("a handoff comes over a stream socket; send one")
-        self.door.begin(link, f"an operator, daemon {os.getpid()}")
+        self.target.begin(link, f"an operator, daemon {os.getpid()}")
         yield {}
 
 

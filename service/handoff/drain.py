@@ -83,11 +83,11 @@ class DrainHost(Protocol):
     ) -> list[MigratingGuest]:
         """Every guest that there is now; see carriers.py for those that take their pages along."""
 
-    def close_door(self, uri: str | None) -> None:
+    def close_admission(self, uri: str | None) -> None:
         """Send who comes to uri; None: let them in again."""
 
-    def wait_door(self) -> None:
-        """Wait until the guests that came before the door was closed are in migrating()."""
+    def wait_admitted(self) -> None:
+        """Wait until the guests that came before admission ended are in migrating()."""
 
     def connect(
         self, uri: str, look: Callable[[], None], reply_seconds: float = REPLY_SECONDS
@@ -147,7 +147,7 @@ class Drain:
         self._waits_for = ""
         self._blockers: list[Blocker] = []
         self._error: CowshedError | None = None
-        self._door_closed = False
+        self._admission_closed = False
         self.would_move = False
         self.over = threading.Event()
 
@@ -163,8 +163,8 @@ class Drain:
         here = {(each.image.domain, each.name): each for each in drain._migrating}
         keys = zip(record["domains"], record["guests"], strict=False)
         drain._numbered = [here.get(key) for key in keys] or list(drain._migrating)
-        host.close_door(drain.uri)
-        drain._door_closed = True
+        host.close_admission(drain.uri)
+        drain._admission_closed = True
         drain._sender = Sender(Link(lambda: None), drain._migrating, [], drain._progress)
         drain._sender.track()
         drain._sender.freeze()
@@ -303,15 +303,15 @@ class Drain:
 
     # Actions.
 
-    def _close_door(self) -> None:
+    def _close_admission(self) -> None:
         if not self.dry_run:
-            self._host.close_door(self.uri)
-            self._door_closed = True
-            self._host.wait_door()
+            self._host.close_admission(self.uri)
+            self._admission_closed = True
+            self._host.wait_admitted()
 
-    def _open_door(self) -> None:
-        if self._door_closed:
-            self._host.close_door(None)
+    def _open_admission(self) -> None:
+        if self._admission_closed:
+            self._host.close_admission(None)
 
     def _connect(self) -> Event:
         self._wait_name(f"a connection to {self.uri}")
@@ -696,7 +696,7 @@ def say_blockers(what: str, blockers: list[Blocker]) -> str:
 
 
 _ACTIONS: Final[dict[Action, Callable[[Drain], Event | None]]] = {
-    Action.CLOSE_DOOR: Drain._close_door,
+    Action.CLOSE_ADMISSION: Drain._close_admission,
     Action.CONNECT: Drain._connect,
     Action.OFFER: Drain._offer,
     Action.SEND_WORKING_SET: Drain._send_working_set,
@@ -716,5 +716,5 @@ _ACTIONS: Final[dict[Action, Callable[[Drain], Event | None]]] = {
     Action.FORGET_RECORD: Drain._forget_record,
     Action.SEND_ABORT: Drain._send_abort,
     Action.THAW: Drain._thaw,
-    Action.OPEN_DOOR: Drain._open_door,
+    Action.OPEN_ADMISSION: Drain._open_admission,
 }

@@ -7,7 +7,7 @@ wait_seconds without it the pages that are lacking are lost: who needs one gets 
 source comes after all or the guest writes the page anew. What came stays.
 
 Overlays may be discarded meanwhile, so each is touched only while its table says that it is used,
-and if it is still there. Lock order: the handoff door's, then the overlays' table's; ours alone.
+and if it is still there. Lock order: the handoff target's, then the overlays' table's; ours alone.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from cowshed.accounting import Account, QuotaPolicy
 from cowshed.accounting import Region as PlacedRegion
 from cowshed.cache import CowshedError, Image, PeerError, UsageError
 from cowshed.faults import FaultOptions, PopulateHandler
-from cowshed.service.guests.door import Door
+from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
 from cowshed.service.guests.turned_away import what_failed
 from cowshed.service.guests.userfaultfd import check_populated_uffd, open_pagemap
@@ -103,7 +103,7 @@ class ImageSockets:
     def __init__(
         self,
         images: Iterable[Image],
-        door: Door,
+        admission: Admission,
         host: ImageSocketsHost,
         counters: ServiceCounters,
         loop: Loop,
@@ -111,7 +111,7 @@ class ImageSockets:
         listeners: Listeners,
         records: MachineRecords,
     ) -> None:
-        self._door = door
+        self._admission = admission
         self._host = host
         self._counters = counters
         self._loop = loop
@@ -177,13 +177,13 @@ class ImageSockets:
         if why := self._refusal(peer, image):
             self._turn_away(peer, image, "handshake", why)
             return
-        if refusal := self._door.enter(peer.uid):
+        if refusal := self._admission.enter(peer.uid):
             self._turn_away(peer, image, "limit", refusal)
             return
         try:
             group = self._records.hold_caller(peer, image)
         except OSError as error:  # no descriptor is left for its record
-            self._door.leave(peer.uid)
+            self._admission.leave(peer.uid)
             self._turn_away(peer, image, "limit", what_failed(error)[1])
             return
         self._begin(Caller(peer, image, group))
@@ -200,11 +200,11 @@ class ImageSockets:
     def adopt(self, restored: Iterable[RestoredMachine], callers: Iterable[Caller]) -> None:
         """Go on with connections that our predecessor had."""
         for machine in restored:
-            self._door.readmit(machine.peer.uid)
+            self._admission.readmit(machine.peer.uid)
             client = self._begin(Caller(machine.peer, machine.mapping.image, machine.group))
             self._begin_populate(client, machine.mapping, machine.request)
         for caller in callers:
-            self._door.readmit(caller.peer.uid)
+            self._admission.readmit(caller.peer.uid)
             self._begin(caller)
 
     def _refusal(self, peer: HandshakePeer, image: Image) -> str:
@@ -409,7 +409,7 @@ class ImageSockets:
             _log.info(
                 "detached", guest=mapping.name, image=client.image.label, pid=peer.pid, uid=peer.uid
             )
-        self._door.leave(peer.uid)
+        self._admission.leave(peer.uid)
         peer.close()
 
     def _look_after(self) -> None:

@@ -4,7 +4,7 @@
 A program can close its end of a connection by accident: a loop of bare close(2) calls ends it, and
 the program's own userfaultfd with it. Were the mapping let go then, the last userfaultfd would go
 too, and every page that is not there would read as zeros, silently. So who leaves without "close"
-is served on until its process has ended (which is the door's to notice), has executed another
+is served on until its process has ended (which the server notices), has executed another
 program, or has nothing of the mapping left.
 """
 

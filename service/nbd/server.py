@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NBD's way in: RUN_DIR/nbd.sock and perhaps HOST:PORT, from accepting a client until it has ended.
 
-    accept --Door--> NbdSession (handshake, in the loop) --chosen--> the C core's threads --> ended
+    accept --admitted--> NbdSession (handshake, in the loop) --chosen--> C core's threads --> ended
 
 A client that breaks a rule, falls silent in its handshake or finds no place costs itself its
 connection and nobody else anything.
@@ -20,7 +20,7 @@ from typing import Final
 
 from cowshed.cache import Image, PageStore
 from cowshed.cache.errors import CowshedError
-from cowshed.service.guests.door import Door
+from cowshed.service.guests.admission import Admission
 from cowshed.service.images.access import Access
 from cowshed.service.metrics.service_counters import ServiceCounters
 from cowshed.service.nbd.exports import HeldExport, NbdDirectory
@@ -70,7 +70,7 @@ class NbdService:
     What cannot be opened is left to unserved, as are the certificates, without which tls is None:
     then local clients are offered no TLS, and HOST:PORT is not served.
 
-    Invariant: each connection is in _sessions or in _clients, and in the Door once.
+    Invariant: each connection is in _sessions or in _clients, and admitted once.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class NbdService:
         access: Access,
         overlays: OverlayTable,
         entrance: Entrance,
-        door: Door,
+        admission: Admission,
         counters: ServiceCounters,
         loop: Loop,
         listeners: Listeners,
@@ -94,7 +94,7 @@ class NbdService:
         self._access = access
         self._overlays = overlays
         self._entrance = entrance
-        self._door = door
+        self._admission = admission
         self._counters = counters
         self._loop = loop
         self._sessions: set[NbdSession] = set()
@@ -187,7 +187,7 @@ class NbdService:
         except OSError:
             sock.close()
             return
-        refusal = refusal or self._door.enter(peer.counted_as, self._nr_files)
+        refusal = refusal or self._admission.enter(peer.counted_as, self._nr_files)
         if refusal:
             self._counters.note_dropped("limit")
             _log.warning("turned-away", refusal, **_who(peer))
@@ -243,7 +243,7 @@ class NbdService:
         if session.refusal:
             self._acceptor.refill()
         else:
-            self._door.leave(session.peer.counted_as, self._nr_files)
+            self._admission.leave(session.peer.counted_as, self._nr_files)
 
     def _export(self, held: HeldExport) -> NbdExport:
         if held.overlay is not None:
@@ -297,7 +297,7 @@ class NbdService:
             return
         client = self._clients.pop(ended.connection_no)
         peer = client.peer
-        self._door.leave(peer.counted_as, client.nr_files)
+        self._admission.leave(peer.counted_as, client.nr_files)
         self._let_go(client.export)
         if reason := _REASONS.get(ended.reason):
             why = {

@@ -3,7 +3,7 @@
 
     NEW --hello--> IDLE --open--> OPENED --data--> GIVEN (the C core's threads have the socket)
                    IDLE: describe             any but GIVEN: --close--> CLOSED
-                   IDLE --handoff--> GIVEN (a thread of service/handoff/door.py has it)
+                   IDLE --handoff--> GIVEN (a thread of service/handoff/handoff_target.py has it)
 
 As in sessions.py, what makes no sense costs the peer its connection, and what cannot be met is
 refused. Operators' requests are for the unix socket, where the kernel says who asks.
@@ -78,7 +78,7 @@ class Entered:
 
 
 class NetworkHost(Protocol):
-    """What a session needs of the door."""
+    """What a session needs of its server."""
 
     def find_image(self, name: str, identity: Identity) -> Image:
         """The image that a guest means; UsageError naming those it may use."""

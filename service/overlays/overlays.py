@@ -28,7 +28,7 @@ from cowshed.cache import Image
 from cowshed.cache.errors import CowshedError, UsageError
 from cowshed.cache.images import PAGE_BYTES
 from cowshed.faults import FaultOptions
-from cowshed.service.guests.door import Door
+from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guests import GuestTable, Terms
 from cowshed.service.overlays.claims import Claim, check_may_enter, is_of
 from cowshed.service.overlays.files import OverlayFiles, OverlayRecord
@@ -53,14 +53,14 @@ _FDS_PER_OVERLAY: Final = 5
 class OverlayTable:
     """All overlays, by domain and guest name.
 
-    Invariant: each has its name reserved in the guests' table, and a place in the Door.
+    Invariant: each has its name reserved in the guests' table, and a place in the Admission.
     """
 
     def __init__(
         self,
         core: NbdServer,
         guests: GuestTable,
-        door: Door,
+        admission: Admission,
         terms: OverlayTerms,
         files: OverlayFiles | None = None,
         records: OverlayRecords | None = None,
@@ -69,7 +69,7 @@ class OverlayTable:
         self.lock: Final = threading.RLock()
         self._core = core
         self._guests = guests
-        self._door = door
+        self._admission = admission
         self._terms = terms
         self._files = files
         self._records = records or OverlayRecords(FdStore(None))
@@ -512,9 +512,9 @@ class OverlayTable:
         with contextlib.ExitStack() as undo:
             self._guests.reserve_name(terms)
             undo.callback(self._guests.release_name, terms)
-            if refusal := self._door.enter(record.counted_as, _FDS_PER_OVERLAY):
+            if refusal := self._admission.enter(record.counted_as, _FDS_PER_OVERLAY):
                 raise UsageError(f"overlay {record.label!r} cannot be made: {refusal}")
-            undo.callback(self._door.leave, record.counted_as, _FDS_PER_OVERLAY)
+            undo.callback(self._admission.leave, record.counted_as, _FDS_PER_OVERLAY)
             if is_staged and self._files is not None:
                 self._files.clear(record)  # nobody else makes any of that name now
             limit_bytes = NO_QUOTA_BYTES if record.quota_bytes is None else record.quota_bytes
@@ -572,7 +572,7 @@ class OverlayTable:
         guest.account.close()
         guest.quota.close()
         self._guests.release_name(guest.terms)
-        self._door.leave(guest.counted_as, _FDS_PER_OVERLAY)
+        self._admission.leave(guest.counted_as, _FDS_PER_OVERLAY)
 
     def _record(self, guest: OverlayGuest) -> OverlayRecord:
         return OverlayRecord(

@@ -57,10 +57,12 @@ class Saving:
 class Departure:
     """Makes everybody ready for our end; take_back() makes it as it was."""
 
-    def __init__(self, loop: Loop, listening_fds: Iterable[int], doors: Sequence[Visited]) -> None:
+    def __init__(
+        self, loop: Loop, listening_fds: Iterable[int], servers: Sequence[Visited]
+    ) -> None:
         self._loop = loop
         self._listening_fds = listening_fds
-        self._doors = doors
+        self._servers = servers
         self._deadline = 0.0
 
     def prepare(self) -> bool:
@@ -79,7 +81,10 @@ class Departure:
         self._loop.unmute_all()
 
     def _look(self) -> None:
-        if any(door.nr_unfinished() for door in self._doors) and time.monotonic() < self._deadline:
+        if (
+            any(server.nr_unfinished() for server in self._servers)
+            and time.monotonic() < self._deadline
+        ):
             self._loop.once(_LOOK_SECONDS, self._look)
         else:
             self._loop.leave()

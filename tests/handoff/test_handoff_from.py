@@ -47,7 +47,7 @@ def authority(tmp_path: Path) -> Authority:
 
 
 @pytest.fixture
-def doors(image: Path, authority: Authority, tmp_path: Path) -> Iterator[tuple[Host, TlsHost]]:
+def hosts(image: Path, authority: Authority, tmp_path: Path) -> Iterator[tuple[Host, TlsHost]]:
     """A source, and a target that asks for certificates."""
     with new_run_dir() as one, new_run_dir() as two:
         a, b = Host("a", one, image), TlsHost("b", two, image)
@@ -61,9 +61,9 @@ def doors(image: Path, authority: Authority, tmp_path: Path) -> Iterator[tuple[H
 
 
 def test_a_drain_by_tls_needs_a_certificate_that_is_named_there(
-    doors: tuple[Host, TlsHost], authority: Authority, image: Path, tmp_path: Path
+    hosts: tuple[Host, TlsHost], authority: Authority, image: Path, tmp_path: Path
 ) -> None:
-    a, b = doors
+    a, b = hosts
     model = Model(image, 1)
     with a.open("g") as disk:
         model.write(disk)
@@ -117,11 +117,11 @@ def test_plain_tcp_is_no_way_in_unless_the_target_says_so(image: Path) -> None:
 
 
 def test_pages_are_pushed_on_by_tls_to_a_target_that_died_meanwhile(
-    doors: tuple[Host, TlsHost], authority: Authority, image: Path
+    hosts: tuple[Host, TlsHost], authority: Authority, image: Path
 ) -> None:
     """Whoever is asked again is asked with the certificate that it was asked with at first."""
-    a, b = doors
-    for host in doors:
+    a, b = hosts
+    for host in hosts:
         host.end()
     a.start(before=("env", "COWSHED_TEST_STOP_AT=source-push"))
     b.start(kept=True)

@@ -9,7 +9,7 @@ from domains import MakeImage, in_thread
 
 from cowshed.cache import CapacityError, ExtentState, FileSource, Image, PageStore, SourceError
 from cowshed.cache._core import lib
-from cowshed.service.guests.door import Door
+from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.images import loading
 from cowshed.service.images.access import Access
@@ -44,7 +44,7 @@ def control(store: PageStore, run_dir: Path) -> Iterator[Control]:
     evictor, guests = Evictor(store), GuestTable()
     evictor.start()
     core = NbdServer(1)
-    overlays = OverlayTable(core, guests, Door(1024), OverlayTerms())
+    overlays = OverlayTable(core, guests, Admission(1024), OverlayTerms())
     access, warming, sets = Access(Domains(), []), Warming(), WorkingSets(run_dir)
     status = StatusReader(store, evictor, guests, overlays, run_dir, warming)
     yield Control(

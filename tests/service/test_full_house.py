@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One more than there is room for is told why, at every door; and nobody else notices."""
+"""One more than there is room for is told why, at every server; and nobody else notices."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _no_descriptors(pid: int, nr_left: int = 0) -> Iterator[None]:
 
 
 class House:
-    """A daemon with every door, and how one comes in at each."""
+    """A daemon with every server, and how one comes in at each."""
 
     def __init__(self, daemon: Daemon, client: dict[str, str]) -> None:
         self.daemon = daemon
@@ -58,7 +58,7 @@ class House:
         self.metrics = next(uri for uri in found if uri.startswith("http:"))
 
     def refusals(self) -> dict[str, str]:
-        """What is said at each door where a guest, or an operator, comes in."""
+        """What is said at each server where a guest, or an operator, comes in."""
         said = {}
         for name, uri in (("unix", self.daemon.uri), ("tcp", self.tcp), ("tls", self.tls)):
             with pytest.raises(CapacityError) as caught:
@@ -120,7 +120,7 @@ def _check_open(house: House) -> None:
     assert house.daemon.mismatches() == []
 
 
-def test_where_there_are_as_many_connections_as_fit_every_door_says_so(house: House) -> None:
+def test_where_there_are_as_many_connections_as_fit_every_server_says_so(house: House) -> None:
     crowd: list[socket.socket] = []
 
     def come(path: str, kind: int) -> None:
@@ -131,17 +131,17 @@ def test_where_there_are_as_many_connections_as_fit_every_door_says_so(house: Ho
         come("cowshed.sock", socket.SOCK_SEQPACKET)
     for _ in range(12):  # less than one of those takes, each one descriptor
         come("nbd.sock", socket.SOCK_STREAM)
-    for door, said in house.refusals().items():
-        assert NO_ROOM in said, door
-        assert "connections are open, and the backend's limit of open files (400)" in said, door
-        assert "is the backend running" not in said, door
+    for server, said in house.refusals().items():
+        assert NO_ROOM in said, server
+        assert "connections are open, and the backend's limit of open files (400)" in said, server
+        assert "is the backend running" not in said, server
     for sock in crowd:
         sock.close()
     until(lambda: cowshed("status", "--run-dir", house.daemon.run_dir).returncode == 0)
     _check_open(house)
 
 
-def test_where_there_are_no_descriptors_left_every_door_says_so(
+def test_where_there_are_no_descriptors_left_every_server_says_so(
     house: House, start_guest: StartGuest
 ) -> None:
     daemon = house.daemon
@@ -153,8 +153,8 @@ def test_where_there_are_no_descriptors_left_every_door_says_so(
         with pytest.raises(CapacityError, match=NO_MORE_FILES):
             before.open("d", guest="g", timeout=3600)
         for _ in range(3):  # the reserve is full again each time
-            for door, said in house.refusals().items():
-                assert f"{NO_ROOM}{NO_MORE_FILES}" in said, door
+            for server, said in house.refusals().items():
+                assert f"{NO_ROOM}{NO_MORE_FILES}" in said, server
         # These protocols have no words for it.
         machine.call("connect")
         assert machine.call("wait_dropped") == 0
@@ -247,9 +247,9 @@ def test_a_region_whose_descriptors_find_no_room_is_refused_with_the_reason(hous
     _check_open(house)
 
 
-def _come_and_go(house: House, door: str) -> None:
-    """Be a guest at a door, from the first connection to the last; CapacityError if it cannot."""
-    if door == "nbd":
+def _come_and_go(house: House, server: str) -> None:
+    """Be a guest at a server, from the first connection to the last; CapacityError if it cannot."""
+    if server == "nbd":
         uri = f"nbd+unix:///d@g?socket={house.daemon.run_dir}/nbd.sock"
         command = ["nbdinfo", "--size", uri]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -260,14 +260,14 @@ def _come_and_go(house: House, door: str) -> None:
         "unix": (house.daemon.uri, {}),
         "tcp": (house.tcp, {"timeout": 0.5}),  # it asks again for so long
         "tls": (house.tls, {"timeout": 0.5}),
-    }[door]
+    }[server]
     with connect(uri) as backend, backend.open("d", guest="g", **how) as disk:
         disk.write(0, b"mine")
         assert disk.read(0, 4) == b"mine"
 
 
-@pytest.mark.parametrize("door", ["unix", "tcp", "tls", "nbd"])
-def test_however_few_descriptors_are_left_nothing_of_a_guest_is(house: House, door: str) -> None:
+@pytest.mark.parametrize("server", ["unix", "tcp", "tls", "nbd"])
+def test_however_few_descriptors_are_left_nothing_of_a_guest_is(house: House, server: str) -> None:
     def nr_fds() -> int:
         # A guest that is kept until it is discarded, or until it comes again.
         until(lambda: all(each["state"] == "away" for each in house.daemon.status()["guests"]))
@@ -276,16 +276,16 @@ def test_however_few_descriptors_are_left_nothing_of_a_guest_is(house: House, do
         until(lambda: house.daemon.status()["guests"] == [])
         return house.daemon.nr_fds()
 
-    _come_and_go(house, door)
+    _come_and_go(house, server)
     before = nr_fds()
     for nr_left in range(14):
         with (
             _no_descriptors(house.daemon.pid, nr_left),
             contextlib.suppress(CapacityError, PeerError),
         ):
-            _come_and_go(house, door)
+            _come_and_go(house, server)
         assert nr_fds() == before, nr_left
-    _come_and_go(house, door)
+    _come_and_go(house, server)
     _check_open(house)
 
 

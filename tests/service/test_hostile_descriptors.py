@@ -15,7 +15,7 @@ from domains import Daemon, MakeImage, StartDaemon, until
 
 from cowshed.cache import PeerError
 from cowshed.faults import uffd_features
-from cowshed.service.guests.door import Door
+from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.userfaultfd import open_device
 from cowshed.service.machines.handshake_peer import HandshakePeer
 from cowshed.transport import foreign_fds
@@ -151,10 +151,10 @@ def test_a_peer_that_sends_descriptors_while_many_wait_is_hung_up_on(
                 theirs[0].recv(timeout=20)
             other.send({"op": "hello"})
             assert theirs[1].recv(timeout=20)[0] == {"op": "hello"}
-            door = Door(4096)
-            assert "wait to be closed" in door.enter(1000)
-            assert door.enter(0) == ""
-        assert Door(4096).enter(1000) == ""
+            admission = Admission(4096)
+            assert "wait to be closed" in admission.enter(1000)
+            assert admission.enter(0) == ""
+        assert Admission(4096).enter(1000) == ""
         for each in theirs:
             each.close()
 

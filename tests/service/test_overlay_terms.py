@@ -10,7 +10,7 @@ from domains import MakeImage, StartDaemon
 
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import FileSource, Image, PageStore, UsageError
-from cowshed.service.guests.door import Door
+from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.overlays.claims import Claim
 from cowshed.service.overlays.files import OverlayFiles
@@ -72,7 +72,7 @@ def test_a_quota_for_an_overlay_that_was_discarded_meanwhile_changes_nothing(
 ) -> None:
     core = NbdServer(1)
     files = OverlayFiles(tmp_path / "overlays")
-    table = OverlayTable(core, GuestTable(), Door(1024), OverlayTerms(), files)
+    table = OverlayTable(core, GuestTable(), Admission(1024), OverlayTerms(), files)
     guest = table.enter(image, "g", Claim(("me",), 0, False, "nbd"))
     table.leave(guest)
     table.set_quota(guest, MIB)

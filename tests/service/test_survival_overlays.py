@@ -169,7 +169,7 @@ def test_a_far_guest_never_notices(kept: Daemon, image: Path) -> None:
     until(lambda: kept.status()["guests"] == [])
 
 
-def test_nobody_who_connects_is_refused_at_any_door(kept: Daemon, image: Path) -> None:
+def test_nobody_who_connects_is_refused_at_any_server(kept: Daemon, image: Path) -> None:
     def unix(path: Path, kind: int = socket.SOCK_STREAM) -> Callable[[], None]:
         def call() -> None:
             with socket.socket(socket.AF_UNIX, kind) as sock:
@@ -187,7 +187,7 @@ def test_nobody_who_connects_is_refused_at_any_door(kept: Daemon, image: Path) -
 
         return call
 
-    doors = [
+    servers = [
         unix(kept.run_dir / "cowshed.sock", socket.SOCK_SEQPACKET),
         unix(kept.run_dir / "nbd.sock"),
         unix(kept.run_dir / "images" / "d.sock"),
@@ -196,18 +196,18 @@ def test_nobody_who_connects_is_refused_at_any_door(kept: Daemon, image: Path) -
         tcp(r"event=metrics url=http://([0-9.]+):(\d+)"),
     ]
     refused: list[tuple[int, OSError]] = []
-    counts = [0] * len(doors)
+    counts = [0] * len(servers)
     is_over = threading.Event()
 
     def knock(no: int) -> None:
         while not is_over.wait(0.002):
             try:
-                doors[no]()
+                servers[no]()
                 counts[no] += 1
             except OSError as error:
                 refused.append((no, error))
 
-    threads = [threading.Thread(target=knock, args=(no,)) for no in range(len(doors))]
+    threads = [threading.Thread(target=knock, args=(no,)) for no in range(len(servers))]
     for thread in threads:
         thread.start()
     for number in (signal.SIGKILL, signal.SIGHUP, signal.SIGKILL, signal.SIGHUP):

@@ -14,7 +14,7 @@ import pytest
 from domains import MakeImage
 
 from cowshed.cache import FileSource, Image, PageStore, UsageError
-from cowshed.service.guests.door import Door
+from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.images.digests import digest_of
 from cowshed.service.overlays.claims import Claim
@@ -39,7 +39,7 @@ def served(path: Path, folder: Path) -> Iterator[tuple[OverlayTable, Image]]:
         stack.callback(core.close)
         files = OverlayFiles(folder)
         stack.callback(files.close)
-        table = OverlayTable(core, GuestTable(), Door(1024), OverlayTerms(), files)
+        table = OverlayTable(core, GuestTable(), Admission(1024), OverlayTerms(), files)
         stack.callback(table.close)
         table.adopt([image])
         yield table, image

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where guests come in over a network: each --listen URI, from accepting one until it has ended.
 
-    accept --Door--> NetworkSession (in the loop) --data--> the C core's threads --> ended
+    accept --Admission--> NetworkSession (in the loop) --data--> the C core's threads --> ended
 
 A guest whose connection breaks keeps its private pages: its state is "away" until it comes back by
 the same token. A guest that closes is gone with them, unless it asked to have them kept. One that
@@ -19,9 +19,9 @@ from typing import Final
 
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import CapacityError, CowshedError, Image, PageStore, PeerError, UsageError
-from cowshed.service.guests.door import Door
+from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.turned_away import TurnedAway, what_failed
-from cowshed.service.handoff.door import HandoffDoor
+from cowshed.service.handoff.handoff_target import HandoffTarget
 from cowshed.service.handoff.link import SocketLink
 from cowshed.service.images.access import Access
 from cowshed.service.metrics.service_counters import ServiceCounters
@@ -45,7 +45,7 @@ from cowshed.transport.no_room import no_room
 from cowshed.transport.relay import Relay
 from cowshed.transport.stream_ends import StreamListener, listen
 
-__all__ = ["NetworkDoor"]
+__all__ = ["NetworkServer"]
 
 _log = EventLog("cowshed.network")
 
@@ -53,12 +53,12 @@ _LOOK_SECONDS: Final = 1.0
 _FDS: Final = {"tcp": 1, "vsock": 1, "tls": 3}  # with TLS, two ends of a pair come with it
 
 
-class NetworkDoor:
+class NetworkServer:
     """Listens from the time it is made until close(); all in the loop.
 
     What cannot be opened is left to unserved, which raises UsageError at a first start.
 
-    Invariant: each connection is in _sessions, or its number in _numbers, and in the Door once.
+    Invariant: each connection is in _sessions, or its number in _numbers, and admitted once.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class NetworkDoor:
         overlays: OverlayTable,
         entrance: Entrance,
         nbd: NbdService,
-        door: Door,
+        admission: Admission,
         counters: ServiceCounters,
         loop: Loop,
         listeners: Listeners,
@@ -80,12 +80,12 @@ class NetworkDoor:
         self._overlays = overlays
         self._entrance = entrance
         self._nbd = nbd
-        self._door = door
+        self._admission = admission
         self._counters = counters
         self._loop = loop
         self._sessions: dict[int, NetworkSession] = {}
         self._numbers: dict[OverlayGuest, int] = {}
-        self._handoffs: HandoffDoor | None = None
+        self._handoffs: HandoffTarget | None = None
         self._handoff_rules = HandoffRules()
         self._listeners: dict[int, StreamListener] = {}
         self._turned_away: dict[int, TurnedAway] = {}
@@ -112,9 +112,9 @@ class NetworkDoor:
                 uri=listener.uri,
             )
 
-    def take_handoffs(self, door: HandoffDoor, rules: HandoffRules) -> None:
+    def take_handoffs(self, target: HandoffTarget, rules: HandoffRules) -> None:
         """From now on backends that the rules allow may hand their guests over."""
-        self._handoffs, self._handoff_rules = door, rules
+        self._handoffs, self._handoff_rules = target, rules
 
     def close(self) -> None:
         """Stop listening and end conversations; those whose bytes flow end with the C core."""
@@ -221,7 +221,7 @@ class NetworkDoor:
         if connection.no_room:
             refusal = no_room(connection.no_room)
         else:
-            refusal = self._door.enter(who, _FDS[listener.scheme])
+            refusal = self._admission.enter(who, _FDS[listener.scheme])
         if refusal:
             self._counters.note_dropped("limit")
             _log.warning("turned-away", refusal, address=connection.where)
@@ -285,7 +285,7 @@ class NetworkDoor:
             try:
                 relay = Relay(sock, tls, handshake_seconds=0)
             except OSError as error:
-                self._door.leave(address, _FDS[session.scheme])
+                self._admission.leave(address, _FDS[session.scheme])
                 self.leave(entered, said_so=False)
                 self._say_no_room(error, who)
                 return
@@ -294,7 +294,7 @@ class NetworkDoor:
 
         def on_ended(ended: Ended) -> None:
             del self._numbers[entered.guest]
-            self._door.leave(address, nr_fds)
+            self._admission.leave(address, nr_fds)
             how = ended.reason.name.lower()
             _log.info("detached", guest=entered.guest.name, end=how, **who)
             if ended.reason in (NbdEnd.PROTOCOL, NbdEnd.MEMORY):
@@ -306,7 +306,7 @@ class NetworkDoor:
             self._numbers[entered.guest] = self._nbd.serve(entered.guest.export, sock, on_ended)
         except CowshedError as error:
             sock.close()
-            self._door.leave(address, nr_fds)
+            self._admission.leave(address, nr_fds)
             self.leave(entered, said_so=False)
             self._say_no_room(error, who)
             return
@@ -320,7 +320,7 @@ class NetworkDoor:
         del self._sessions[fd]
         self._loop.forget(fd)
         address, nr_fds = address_of(session.connection), _FDS[session.scheme]
-        leave = functools.partial(self._door.leave, address, nr_fds)
+        leave = functools.partial(self._admission.leave, address, nr_fds)
         assert self._handoffs is not None
         try:
             if tls is not None:
@@ -352,7 +352,7 @@ class NetworkDoor:
     def _end(self, fd: int) -> None:
         session = self._sessions.pop(fd)
         self._loop.forget(fd)
-        self._door.leave(address_of(session.connection), _FDS[session.scheme])
+        self._admission.leave(address_of(session.connection), _FDS[session.scheme])
         session.end()
 
     def _look_after(self) -> None:

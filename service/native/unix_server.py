@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from cowshed.cache import CapacityError, PeerError
 from cowshed.cache.errors import PeerGoneError
-from cowshed.service.guests.door import Door
+from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guests import Guest, Terms
 from cowshed.service.guests.turned_away import TurnedAway, what_failed
 from cowshed.service.metrics.service_counters import ServiceCounters
@@ -24,7 +24,7 @@ from cowshed.transport import EOF, AnyListener
 from cowshed.transport.messages import error_reply
 from cowshed.transport.no_room import no_room
 
-__all__ = ["GuestDoor"]
+__all__ = ["UnixServer"]
 
 _log = EventLog("cowshed")
 
@@ -32,24 +32,24 @@ _LOOK_SECONDS: Final = 1.0
 _EARLY_SECONDS: Final = 0.05
 
 
-class GuestDoor:
+class UnixServer:
     """Accepts connections, runs their sessions, and ends those that broke, died or stay silent.
 
     Everything happens in the loop. The listener is borrowed. A session whose connection has ended
-    is parked while its guest's memory is there still (parking.py): it keeps its place at the door,
-    and its socket, which our successor is to find as it is.
+    is parked while its guest's memory is there still (parking.py): it keeps its place, and its
+    socket, which a successor is to find as it is.
     """
 
     def __init__(
         self,
         listener: AnyListener,
-        door: Door,
+        admission: Admission,
         host: SessionHost,
         counters: ServiceCounters,
         loop: Loop,
     ) -> None:
         self._listener = listener
-        self._door = door
+        self._admission = admission
         self._host = host
         self._counters = counters
         self._loop = loop
@@ -103,7 +103,7 @@ class GuestDoor:
 
     def adopt(self, session: Session) -> None:
         """Go on with a conversation that our predecessor had."""
-        self._door.readmit(session.connection.peer.uid)
+        self._admission.readmit(session.connection.peer.uid)
         fd = session.connection.fileno()
         self._sessions[fd] = session
         self._loop.watch(fd, READ, self._on_session)
@@ -138,7 +138,7 @@ class GuestDoor:
         if connection.no_room:
             refusal = no_room(connection.no_room)
         else:
-            refusal = self._door.enter(peer.uid)
+            refusal = self._admission.enter(peer.uid)
         if refusal:
             self._counters.note_dropped("limit")
             _log.warning("turned-away", refusal, pid=peer.pid, uid=peer.uid)
@@ -238,7 +238,7 @@ class GuestDoor:
             self._loop.forget(fd)
         if session.watched_fd >= 0:
             self._loop.forget(session.watched_fd)
-        self._door.leave(session.connection.peer.uid)
+        self._admission.leave(session.connection.peer.uid)
         session.end()
 
     def _look_after(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whoever comes to a backend that is drained is told where its guests are, at every door."""
+"""Whoever comes to a backend that is drained is told where its guests are, at every server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _where(daemon: Daemon, scheme: str) -> str:
     return where.partition("uri=")[2].split()[0].strip('"')
 
 
-def test_every_door_of_a_drained_backend_tells_the_targets_address(
+def test_every_server_of_a_drained_backend_tells_the_targets_address(
     hosts: Pair, start_guest: StartGuest, tmp_path: Path
 ) -> None:
     a, b = hosts
@@ -68,7 +68,7 @@ def test_every_door_of_a_drained_backend_tells_the_targets_address(
     assert a.guests() == set()
 
 
-def test_who_was_at_the_door_when_the_drain_began_is_sent_on(
+def test_who_was_waiting_when_the_drain_began_is_sent_on(
     hosts: Pair, start_guest: StartGuest
 ) -> None:
     a, b = hosts

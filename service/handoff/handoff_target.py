@@ -2,7 +2,7 @@
 """The target's role in handoffs: one thread for each, from its first byte until it is over.
 
 Operators hand over at the unix socket, with a descriptor of a stream socket for the bytes; backends
-elsewhere at the network door, whose connection then carries them. What became of a handoff is
+elsewhere at the network target, whose connection then carries them. What became of a handoff is
 decided under one lock, so that a source that asks over a second connection hears the truth.
 """
 
@@ -44,7 +44,7 @@ from cowshed.transport.handoff_sections import (
 from cowshed.transport.messages import take_number, take_text
 from cowshed.transport.no_room import start_thread
 
-__all__ = ["HandoffDoor"]
+__all__ = ["HandoffTarget"]
 
 _log = EventLog("cowshed.handoff")
 
@@ -55,7 +55,7 @@ _CHECKING_SECONDS: Final = 1.0
 _HEAR_OUT_SECONDS: Final = 10.0
 
 
-class HandoffDoor:
+class HandoffTarget:
     """Receives handoffs; begin() for each connection.
 
     Invariant: a handoff that is being received is in _machines; _lock is held while an event and
@@ -244,22 +244,22 @@ class HandoffDoor:
 class _Reception:
     """One connection over which a handoff comes, or is asked about."""
 
-    def __init__(self, door: HandoffDoor, link: Link, whose: str) -> None:
+    def __init__(self, target: HandoffTarget, link: Link, whose: str) -> None:
         self.machine = Handoff(Role.TARGET)
         self.handoff = ""
         self.denied_for = ""
-        self._door = door
+        self._target = target
         self._link = link
         self._whose = whose
         self._reader = StateReader(words=True)
         self._writer = StateWriter()
-        self._receiver = door.receiver()
+        self._receiver = target.receiver()
         self._blockers: list[dict[str, str]] = []
         self._extents: list[WorkingSetSection] = []
         self._gone = False
         self._postcopy: PostcopyTarget | None = None
         self._saying = threading.Lock()
-        # Held while guests are staged or discarded; never while waiting for the door's lock.
+        # Held while guests are staged or discarded; never while waiting for the target's lock.
         self._staging = threading.Lock()
 
     def run(self) -> None:
@@ -297,7 +297,7 @@ class _Reception:
 
     def look(self) -> None:
         """End a wait if the daemon ends, or the source asked elsewhere."""
-        if self._gone or self._door.stopping:
+        if self._gone or self._target.stopping:
             raise PeerError("the handoff was given up")
 
     def lose(self) -> None:
@@ -306,11 +306,11 @@ class _Reception:
         if self._postcopy is not None:
             self._postcopy.disconnect(self._say_word)
         if self.machine.allows(Event.LOST):
-            self._door.on(self, Event.LOST)
+            self._target.on(self, Event.LOST)
 
     def _take(self, section: Section) -> None:
         if isinstance(section, Header):
-            self._door.open(self, section.handoff)
+            self._target.open(self, section.handoff)
         elif isinstance(section, ImageSection | GuestSection):
             pass  # the reader has them
         elif isinstance(section, Word):
@@ -331,7 +331,7 @@ class _Reception:
                 else:
                     self._receiver.take(section)
             if isinstance(section, End):
-                self._door.on(self, Event.COMPLETE)
+                self._target.on(self, Event.COMPLETE)
 
     def _open_image(self, no: int) -> None:
         """Check what came of an image, telling the source now and then that we do, and open it."""
@@ -361,12 +361,12 @@ class _Reception:
             self._warm()
             self._say("warmed")
         elif word.say == "commit":
-            self._door.commit(self)
+            self._target.commit(self)
         elif word.say == "abort":
             if self.machine.allows(Event.ABORT):
-                self._door.on(self, Event.ABORT)
+                self._target.on(self, Event.ABORT)
         elif word.say == "ask":
-            self._say(self._door.verdict(take_text(word.body, "handoff", max_length=64)))
+            self._say(self._target.verdict(take_text(word.body, "handoff", max_length=64)))
         elif word.say == "features":
             self._say("features", has=list(_FEATURES))
         elif word.say == "resume":
@@ -380,7 +380,7 @@ class _Reception:
 
     def _resume(self, handoff: str) -> None:
         """A source comes again that has pages of guests that are ours."""
-        self._postcopy = self._door.postcopy_target(handoff)
+        self._postcopy = self._target.postcopy_target(handoff)
         self.machine = Handoff.restarted(Role.TARGET, Phase.OWNER)
         if self._postcopy is None:
             self._say("filled")
@@ -388,13 +388,13 @@ class _Reception:
         self.handoff = handoff
         self._reader.expect_missing(self._postcopy.sizes_bytes)
         _log.notice("handoff-resumed", whose=self._whose, handoff=handoff)
-        self._door.on(self, Event.RESUMED)
+        self._target.on(self, Event.RESUMED)
 
     def _look_filled(self) -> None:
         """Say so if the source has nothing more to give."""
         assert self._postcopy is not None
-        if self._postcopy.is_filled or self._door.is_filled(self.handoff):
-            self._door.on(self, Event.FILLED)
+        if self._postcopy.is_filled or self._target.is_filled(self.handoff):
+            self._target.on(self, Event.FILLED)
         elif self._postcopy.is_hopeless:
             self._say("filled", lost=self._postcopy.nr_missing)
 
@@ -402,7 +402,7 @@ class _Reception:
         """Record that the guests are ours."""
         guests = self._receiver.guests()
         lack = any(MissingPages(guest.overlay).nr_left for guest in guests)
-        self._door.own(self.handoff, [guest.terms.key for guest in guests] if lack else [])
+        self._target.own(self.handoff, [guest.terms.key for guest in guests] if lack else [])
 
     def _admit(self) -> None:
         guests = self._receiver.guests()
@@ -411,28 +411,28 @@ class _Reception:
         reach("HANDOFF_ADMITTED")
         if lack:
             self._reader.expect_missing([guest.image.size_bytes for guest in guests])
-            self._postcopy = self._door.begin_postcopy(self.handoff, guests)
+            self._postcopy = self._target.begin_postcopy(self.handoff, guests)
             self._postcopy.connect(self._say_word)
         _log.notice("handoff-received", whose=self._whose, guests=len(names))
-        self._door.admitted(names)
+        self._target.admitted(names)
 
     def _check(self, *, is_dry: bool) -> None:
         if not self.handoff:
             raise PeerError("an offer begins with a header")
-        self._door.on(self, Event.OFFERED)
+        self._target.on(self, Event.OFFERED)
         with self._staging:
-            if why := self._door.why_not():
+            if why := self._target.why_not():
                 self._blockers = [{"reason": f"at the target: {why}"}]
             else:
                 self._blockers = self._receiver.check(self._reader, self.look)
             if self.machine.phase is not Phase.CHECK:
                 self._receiver.discard()  # it was asked about meanwhile, and denied
         if self._blockers:
-            self._door.on(self, Event.REFUSED)
+            self._target.on(self, Event.REFUSED)
             return
         if not is_dry:
             _log.notice("handoff-begins", whose=self._whose, guests=len(self._reader.guests))
-        self._door.on(self, Event.ACCEPTED)
+        self._target.on(self, Event.ACCEPTED)
 
     def _warm(self) -> None:
         """Load the working sets; the time is bounded, since guests can do without."""
@@ -468,7 +468,7 @@ class _Reception:
             self._look_filled()
         elif action is Action.RECORD_FILLED:
             assert self._postcopy is not None
-            self._door.record_filled(self._postcopy)
+            self._target.record_filled(self._postcopy)
         elif action is Action.SEND_FILLED:
             self._say("filled")
         elif action is Action.DISCARD:

@@ -15,7 +15,7 @@ from typing import Final
 from cowshed.transport.foreign_fds import is_full
 from cowshed.transport.no_room import no_room
 
-__all__ = ["Door"]
+__all__ = ["Admission"]
 
 # A guest takes socket, userfaultfd, two of /proc, pidfd, eventfd, ledger, quota and record; and one
 # to spare.
@@ -27,7 +27,7 @@ _FDS_TO_COME: Final = 64
 _RESERVED: Final = 16
 
 
-class Door:
+class Admission:
     """Counts who is in, by user or, where no kernel vouches for one, by address.
 
     Invariant: readmit(), or enter() that returned "", is followed by one leave() of the same who
