@@ -41,13 +41,13 @@ from cowshed.service.machines.image_sockets import ImageSockets
 from cowshed.service.machines.machine_records import MachineRecords
 from cowshed.service.machines.populator import Populator
 from cowshed.service.metrics.service_counters import DROP_COUNTS, ServiceCounters
-from cowshed.service.native.carried import CarriedOver
+from cowshed.service.native.handed_over import HandedOver
 from cowshed.service.native.sessions import Session
 from cowshed.service.native.unix_server import UnixServer
 from cowshed.service.nbd.server import NbdService
 from cowshed.service.network.network_server import NetworkServer
 from cowshed.service.operators.control import Control
-from cowshed.service.operators.takeover import TakeoverDesk
+from cowshed.service.operators.takeover import TakeoverHandler
 from cowshed.service.overlays.entrance import Entrance
 from cowshed.service.overlays.files import OverlayFiles
 from cowshed.service.overlays.overlay_records import OverlayRecords
@@ -71,8 +71,8 @@ from cowshed.service.runtime.workers import Workers
 from cowshed.service.settings.config import Config, socket_path
 from cowshed.service.settings.endpoint import Endpoint
 from cowshed.service.settings.images import ImageSpec
-from cowshed.service.survival.departure import Departure, Saving
 from cowshed.service.survival.fd_store import FdStore, take_inherited, take_supervisor
+from cowshed.service.survival.graceful_shutdown import GracefulShutdown, Saving
 from cowshed.service.survival.history import HISTORY_COUNTS, RestartHistory
 from cowshed.service.survival.inherited import InheritedFds
 from cowshed.service.survival.keeper_watch import KeeperWatch
@@ -236,9 +236,9 @@ class Daemon:
         self._unix_server = UnixServer(listener, admission, self, self._counters, self._loop)
         for restored in restored_guests:
             self._unix_server.adopt(Session.of_restored(restored, self))
-        self._carried = CarriedOver(self._fd_store)
-        for connection, is_greeted in self._carried.take(inherited):
-            self._unix_server.adopt(Session.carried(connection, self, is_greeted=is_greeted))
+        self._handed_over = HandedOver(self._fd_store)
+        for connection, is_greeted in self._handed_over.take(inherited):
+            self._unix_server.adopt(Session.handed_over(connection, self, is_greeted=is_greeted))
         stack.callback(self._unix_server.close)
         self._image_sockets = ImageSockets(
             list(store),
@@ -306,12 +306,12 @@ class Daemon:
             warm.start()
             stack.callback(warm.stop)
         self._saving = Saving(self.workers)
-        self._departure = Departure(
+        self._shutdown = GracefulShutdown(
             self._loop,
             self._listeners.fds,
             (self._unix_server, self._image_sockets, self._nbd, network, self._saving),
         )
-        self._takeovers = TakeoverDesk(
+        self._takeovers = TakeoverHandler(
             self.control,
             store,
             self.guests,
@@ -462,13 +462,13 @@ class Daemon:
         guests like any other.
         """
         self._saving.begin(lambda: self._working_sets.save(self._store))
-        if self._departure.prepare():
-            self._unix_server.give(self._carried)
+        if self._shutdown.prepare():
+            self._unix_server.give(self._handed_over)
             if self._is_held(cause) and self._takeovers.hand_over():
                 self._end_now("takeover" if self._takeovers.is_leaving else "reload")
-            self._carried.take_back()
+            self._handed_over.take_back()
             self._loop.begin_again()
-        self._departure.take_back()
+        self._shutdown.take_back()
 
     def _is_held(self, cause: signal.Signals) -> bool:
         """Whether our successor would have everything. One who is ended by systemd goes anyway."""

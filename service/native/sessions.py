@@ -171,7 +171,7 @@ class Session:
         return None if self._opened is None else self._opened[1].key
 
     @classmethod
-    def carried(cls, connection: Connection, host: SessionHost, *, is_greeted: bool) -> Session:
+    def handed_over(cls, connection: Connection, host: SessionHost, *, is_greeted: bool) -> Session:
         """Go on with a conversation that our predecessor had, and which was at rest."""
         session = cls(connection, host)
         if is_greeted:

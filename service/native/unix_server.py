@@ -14,7 +14,7 @@ from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guests import Guest, Terms
 from cowshed.service.guests.turned_away import TurnedAway, what_failed
 from cowshed.service.metrics.service_counters import ServiceCounters
-from cowshed.service.native.carried import CarriedOver
+from cowshed.service.native.handed_over import HandedOver
 from cowshed.service.native.sessions import Session, SessionHost
 from cowshed.service.reports.guest_states import say_state
 from cowshed.service.runtime.logs import EventLog
@@ -123,11 +123,11 @@ class UnixServer:
                 self._loop.mute(fd)
         return nr_unfinished
 
-    def give(self, carried: CarriedOver) -> None:
+    def give(self, handed_over: HandedOver) -> None:
         """Carry over what is not held anyway and is at rest."""
         for session in self._sessions.values():
             if session.mapping is None and session.is_at_rest:
-                carried.give(session.connection, is_greeted=session.is_greeted)
+                handed_over.give(session.connection, is_greeted=session.is_greeted)
 
     def _on_connect(self, *_: int) -> None:
         connection = self._listener.accept_any()

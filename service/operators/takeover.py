@@ -31,7 +31,7 @@ from cowshed.service.survival.layouts import LAYOUTS
 from cowshed.service.survival.notice import FOLLOWER, LEFT
 from cowshed.transport.messages import take_choice, take_number, take_text
 
-__all__ = ["TakeoverDesk", "described"]
+__all__ = ["TakeoverHandler", "described"]
 
 _log = EventLog("cowshed.takeover")
 
@@ -40,7 +40,7 @@ Body = dict[str, Any]
 _PATIENCE_SECONDS: Final = 1.0
 
 
-class TakeoverDesk:
+class TakeoverHandler:
     """Answers who wants to take over; one at a time. leave() has the loop end, for us to leave.
 
     Invariant: _pidfd is that of the follower that holds a copy of everything, or -1.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations that have no mapping, carried over to our successor when we leave on purpose.
+"""Connections without a mapping, handed over to the successor at a graceful shutdown.
 
-Each is a group of its own, of a record and the socket, from shortly before our end until the
-successor has it. What its peer said and we have not read is in the socket still.
+Each is a group of its own, a record and the socket, from shortly before the end of this process
+until the successor has it. What its peer sent and nobody has read is in the socket still.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cowshed.service.survival.fd_store import FdStore
 from cowshed.service.survival.inherited import InheritedFds, record_make, record_read
 from cowshed.transport import Connection, adopt_connection
 
-__all__ = ["CarriedOver"]
+__all__ = ["HandedOver"]
 
 _log = EventLog("cowshed.sessions")
 
@@ -24,17 +24,18 @@ _PREFIX: Final = "session/"
 _KINDS: Final = {"record", "socket"}
 
 
-class CarriedOver:
-    """Gives conversations to our successor, and has those of our predecessor."""
+class HandedOver:
+    """Hands connections over to the successor, and takes those that the last backend left."""
 
     def __init__(self, fd_store: FdStore) -> None:
         self._fd_store = fd_store
         self._records: dict[str, int] = {}
 
     def give(self, connection: Connection, *, is_greeted: bool) -> None:
-        """Have a conversation outlive us; if nobody holds it by our end, it ends with us.
+        """Have a connection held for the successor.
 
-        So does one whose record there is no descriptor for.
+        It ends with this process if the keeper does not hold it by then, or if there is no
+        descriptor for its record.
         """
         try:
             record = record_make({"greeted": is_greeted})
@@ -46,14 +47,14 @@ class CarriedOver:
         self._fd_store.hold(group, [record, connection.fileno()], pid=connection.peer.pid)
 
     def take_back(self) -> None:
-        """We stay: the conversations are ours again."""
+        """Have no connection held any more: this process goes on."""
         for group, record in self._records.items():
             self._fd_store.release(group)
             os.close(record)
         self._records.clear()
 
     def take(self, inherited: InheritedFds) -> list[tuple[Connection, bool]]:
-        """The conversations of our predecessor, the caller's, and whether each was greeted."""
+        """Return the connections handed over, now the caller's, and whether each was greeted."""
         taken = []
         for group, left in inherited.take_all(_PREFIX):
             self._fd_store.release(group)

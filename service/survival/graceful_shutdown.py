@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leaving on purpose, so that nobody who came to us is turned away by it.
+"""A graceful shutdown: this process ends for a successor, and no peer is turned away by it.
 
-Who comes from now on waits in the queues of the listening sockets, which our successor has too. Who
-is in the middle of something with us gets its answer first, for as long as patience lasts: faults
-are answered all the while. Only then do we go.
+Peers that connect from then on wait in the queues of the listening sockets, which the successor has
+too. Handshakes and requests under way are answered first, for a bounded time; faults are answered
+all the while. Only then does the process end.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from cowshed.service.runtime.loop import LEAVE, Loop
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.runtime.workers import Workers
 
-__all__ = ["Departure", "Saving", "Visited"]
+__all__ = ["Drainable", "GracefulShutdown", "Saving"]
 
 _LOOK_SECONDS: Final = 0.002
-# Who does not get on in this time is no guest that waits for us: it hangs up, or comes again.
+# A peer that takes longer does not wait for this process: it hangs up, or connects again.
 _PATIENCE_SECONDS: Final = 1.0
 
 
-class Visited(Protocol):
-    """What accepts connections, in the loop."""
+class Drainable(Protocol):
+    """A server that accepts connections in the loop."""
 
     def nr_unfinished(self) -> int:
-        """How many would lose something if we ended now; those at rest need not be read again."""
+        """Return how many would lose something if the process ended now."""
 
 
 class Saving:
-    """What is to be written before we go, in a thread: a disk that hangs keeps us only so long."""
+    """Files to be written before the end, in a thread: a disk that hangs delays it only so long."""
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
         self._nr_begun = self._nr_done = 0
 
     def begin(self, save: Callable[[], None]) -> None:
-        """Do something before we go."""
+        """Have save() called; the shutdown waits for it."""
         self._nr_begun += 1
 
         def work() -> None:
@@ -50,15 +50,15 @@ class Saving:
         self._workers.run(work)
 
     def nr_unfinished(self) -> int:
-        """How much of it is under way still."""
+        """Return how many calls have not ended."""
         return self._nr_begun - self._nr_done
 
 
-class Departure:
-    """Makes everybody ready for our end; take_back() makes it as it was."""
+class GracefulShutdown:
+    """Brings every server to rest before the end; take_back() has them go on."""
 
     def __init__(
-        self, loop: Loop, listening_fds: Iterable[int], servers: Sequence[Visited]
+        self, loop: Loop, listening_fds: Iterable[int], servers: Sequence[Drainable]
     ) -> None:
         self._loop = loop
         self._listening_fds = listening_fds
