@@ -234,7 +234,7 @@ class StructFollower(CData): ...
 class StructNbdServer(CData): ...
 class StructNbdExport(CData): ...
 
-class StructNbdTerms(CData):
+class StructNbdNegotiated(CData):
     structured: int
     extended: int
     read_only: int
@@ -941,7 +941,7 @@ class _Lib:
         server: StructNbdServer | Array[StructNbdServer],
         export: StructNbdExport | Array[StructNbdExport],
         fd: int,
-        terms: StructNbdTerms | Array[StructNbdTerms],
+        negotiated: StructNbdNegotiated | Array[StructNbdNegotiated],
         early: bytes | Pointer[bytes] | Pointer[int],
         nr_early: int,
         connection_no_out: Pointer[int],
@@ -1267,14 +1267,16 @@ class _Ffi:
     ) -> Pointer[StructNbdExport]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct nbd_terms **"], init: Any = ..., /
-    ) -> Pointer[StructNbdTerms]: ...
-    @overload
-    def new(self, cdecl: Literal["struct nbd_terms *"], init: Any = ..., /) -> StructNbdTerms: ...
+        self, cdecl: Literal["struct nbd_negotiated **"], init: Any = ..., /
+    ) -> Pointer[StructNbdNegotiated]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct nbd_terms[]"], init: Any = ..., /
-    ) -> Array[StructNbdTerms]: ...
+        self, cdecl: Literal["struct nbd_negotiated *"], init: Any = ..., /
+    ) -> StructNbdNegotiated: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct nbd_negotiated[]"], init: Any = ..., /
+    ) -> Array[StructNbdNegotiated]: ...
     @overload
     def new(
         self, cdecl: Literal["struct nbd_counters **"], init: Any = ..., /

@@ -74,36 +74,36 @@ class PopulateHandler(FaultHandler):
         uffd: int,
         pidfd: int,
         options: FaultOptions,
-        terms: PopulateOptions,
+        populate: PopulateOptions,
     ) -> None:
-        regions = ffi.new("struct populate_region[]", len(terms.regions))
-        for place, region in zip(regions, terms.regions, strict=True):
+        regions = ffi.new("struct populate_region[]", len(populate.regions))
+        for place, region in zip(regions, populate.regions, strict=True):
             place.address = region.address
             place.first_page = region.offset // PAGE_BYTES
             place.nr_pages = region.length // PAGE_BYTES
             place.page_bytes = region.page_bytes
-        order = array("I", terms.order)
-        cterms = ffi.new(
+        order = array("I", populate.order)
+        struct = ffi.new(
             "struct populate_options *",
             {
                 "regions": regions,
-                "nr_regions": len(terms.regions),
-                "zero_discarded": terms.zero_discarded,
+                "nr_regions": len(populate.regions),
+                "zero_discarded": populate.zero_discarded,
                 "order": ffi.from_buffer("uint32_t[]", order),
                 "nr_order": len(order),
-                "allowance": ffi.NULL if terms.allowance is None else terms.allowance.cdata,
-                "max_pinned_extents": terms.max_pinned_extents,
-                "zerocopy_resident": terms.zerocopy_resident,
+                "allowance": ffi.NULL if populate.allowance is None else populate.allowance.cdata,
+                "max_pinned_extents": populate.max_pinned_extents,
+                "zerocopy_resident": populate.zerocopy_resident,
             },
         )
         guest = ffi.new("struct guest **")
         checked(
-            lib.populate_start(account, uffd, pidfd, to_struct(options), cterms, guest),
+            lib.populate_start(account, uffd, pidfd, to_struct(options), struct, guest),
             "starting to populate a guest",
         )
         self._guest = guest[0]
         self._account = account
-        self._allowance = terms.allowance  # the thread uses it
+        self._allowance = populate.allowance  # the thread uses it
 
     @property
     def zerocopy_fd(self) -> int:

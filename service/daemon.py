@@ -19,7 +19,7 @@ from cowshed.accounting import QuotaPolicy
 from cowshed.cache import FileSource, Image
 from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guest_records import GuestRecords
-from cowshed.service.guests.guests import GuestTable, Terms
+from cowshed.service.guests.guests import GuestTable, OpenRequest
 from cowshed.service.guests.userfaultfd import open_device
 from cowshed.service.handoff.incoming import IncomingGuests
 from cowshed.service.handoff.record import HandoffRecord
@@ -50,9 +50,9 @@ from cowshed.service.operators.control import Control
 from cowshed.service.operators.takeover import TakeoverHandler
 from cowshed.service.overlays.entrance import Entrance
 from cowshed.service.overlays.files import OverlayFiles
+from cowshed.service.overlays.limits import OverlayLimits
 from cowshed.service.overlays.overlay_records import OverlayRecords
 from cowshed.service.overlays.overlays import OverlayTable
-from cowshed.service.overlays.terms import OverlayTerms
 from cowshed.service.reports.status import StatusReader
 from cowshed.service.runtime.file_limit import raise_file_limit
 from cowshed.service.runtime.logs import (
@@ -402,9 +402,9 @@ class Daemon:
         prepare = functools.partial(self._listeners.open, held_as, port.bind)
         self._unserved_listeners.serve(f"http://{endpoint}/metrics", prepare, port.serve, held_as)
 
-    def end_parked(self, terms: Terms) -> bool:
+    def end_parked(self, request: OpenRequest) -> bool:
         """End what is parked under a name and has nothing mapped any more; whether any was."""
-        return self._unix_server.end_parked(terms)
+        return self._unix_server.end_parked(request)
 
     def shut_down(self) -> None:
         """End the loop, once it has sent what is queued."""
@@ -534,12 +534,12 @@ def _keep_overlays(
     if config.overlay_dir is not None:
         files = OverlayFiles(config.overlay_dir)
         stack.callback(files.close)
-    terms = OverlayTerms(
+    limits = OverlayLimits(
         config.default_quota_bytes,
         QuotaPolicy[config.default_on_quota.upper()],
         config.network_quota_bytes,
     )
-    overlays = OverlayTable(core, guests, admission, terms, files, overlay_records)
+    overlays = OverlayTable(core, guests, admission, limits, files, overlay_records)
     stack.callback(overlays.close)
     return overlays
 

@@ -120,8 +120,8 @@ class NbdServer:
         trim_zeroes: what is trimmed reads as zeros, and not as the image does.
         early: what was received behind the negotiation. On an error fd is the caller's still.
         """
-        terms = ffi.new(
-            "struct nbd_terms *",
+        negotiated = ffi.new(
+            "struct nbd_negotiated *",
             {
                 "structured": structured,
                 "extended": extended,
@@ -133,7 +133,7 @@ class NbdServer:
         )
         number = ffi.new("uint64_t *")
         checked(
-            lib.nbd_attach(self.cdata, export.cdata, fd, terms, early, len(early), number),
+            lib.nbd_attach(self.cdata, export.cdata, fd, negotiated, early, len(early), number),
             f"serving a client of {export.image.name!r}",
         )
         return int(number[0])

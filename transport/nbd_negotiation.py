@@ -54,7 +54,7 @@ __all__ = [
     "ExportPending",
     "ExportRefused",
     "Handshake",
-    "Terms",
+    "Negotiated",
     "WantsExport",
     "WantsTls",
 ]
@@ -109,7 +109,7 @@ class Directory(Protocol):
 
 
 @dataclass(frozen=True)
-class Terms:
+class Negotiated:
     """How data will flow. context_ids are by place in CONTEXTS; 0 is one not asked for."""
 
     structured: bool
@@ -123,7 +123,7 @@ class Chosen:
     """The handshake is over and the client is in an export, which its Directory holds."""
 
     export: Export
-    terms: Terms
+    negotiated: Negotiated
 
 
 @dataclass(frozen=True)
@@ -373,8 +373,8 @@ class Handshake:
     def _choose(self, export: Export, asked_name: str) -> None:
         """Contexts count only if they were set for this export, by the name it is entered by."""
         ids = self._context_ids if self._contexts_of == asked_name else [0] * len(CONTEXTS)
-        terms = Terms(self._structured, self._extended, export.read_only, tuple(ids))
-        self.outcome = Chosen(export, terms)
+        negotiated = Negotiated(self._structured, self._extended, export.read_only, tuple(ids))
+        self.outcome = Chosen(export, negotiated)
 
     def _flags(self, export: Export) -> ExportFlag:
         flags = (

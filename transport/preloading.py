@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the preloaded library of `cowshed attach` needs to be told, and the questions asked before.
 
-The library is transport/preload/*.c; the environment variable's form is in its terms.h.
+The library is transport/preload/*.c; the environment variable's form is in its config.h.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def environment(
     request: Body,
     populate: bool = False,
 ) -> dict[str, str]:
-    """The program's environment: outer, and what has the library loaded and tells it the terms.
+    """The program's environment: outer, and what has the library loaded and configured.
 
     source was described for request's image; path is what stands for it in the program's words;
     populate has each mapping be as with MAP_POPULATE.

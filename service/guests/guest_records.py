@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What attached guests need to be served on after our death, and taking it over after another's.
 
-Each mapping is a group of its own: a record of its terms, the ledger, the guest's quota, its
+Each mapping is a group of its own: a record of its request, the ledger, the guest's quota, its
 userfaultfd, /proc files and socket. The socket is held because its end would tell the guest that
 the backend is gone; who only asks for something, or has not finished its handshake, does without
 and comes again.
@@ -17,7 +17,7 @@ from typing import Any, Final
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import CowshedError, Image, PageStore
 from cowshed.faults import FaultOptions
-from cowshed.service.guests.guests import GuestTable, Mapping, Peer, Terms
+from cowshed.service.guests.guests import GuestTable, Mapping, OpenRequest, Peer
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore, kind_of
 from cowshed.service.survival.inherited import (
@@ -28,7 +28,7 @@ from cowshed.service.survival.inherited import (
 )
 from cowshed.transport import Connection, adopt_connection
 
-__all__ = ["GuestRecords", "RestoredGuest", "describe_terms", "image_of_record", "terms_of"]
+__all__ = ["GuestRecords", "RestoredGuest", "describe_request", "image_of_record", "request_of"]
 
 _log = EventLog("cowshed.guests")
 
@@ -47,7 +47,7 @@ class RestoredGuest:
 
     mapping: Mapping
     connection: Connection
-    terms: Terms
+    request: OpenRequest
     group: str
     tag: int | None
 
@@ -64,14 +64,14 @@ class GuestRecords:
         self._fd_store = fd_store
         self._preloaded: dict[str, int] = {}
 
-    def hold(self, mapping: Mapping, connection: Connection, terms: Terms, tag: int) -> str:
+    def hold(self, mapping: Mapping, connection: Connection, request: OpenRequest, tag: int) -> str:
         """Have a mapping outlive us; the group's name.
 
         The record becomes one of the mapping's descriptors, the last. Once the request of that tag
         is answered, record_close() it: our successor cannot know what the guest was told.
         """
         group = f"{_PREFIX}{secrets.token_hex(8)}"
-        record = record_make({**describe_terms(terms), "tag": tag})
+        record = record_make({**describe_request(request), "tag": tag})
         mapping.fds.append(record)
         fds = [*mapping.fds, mapping.account.fd, mapping.guest.quota.fd, connection.fileno()]
         if (preload_fd := mapping.account.preload_fd) >= 0 and kind_of(preload_fd) in _PRELOADED:
@@ -115,22 +115,22 @@ class GuestRecords:
             return None
         preload_kind = next(iter(group_fds.keys() & _PRELOADED), "")
         record = record_read(group_fds["record"])
-        terms = terms_of(record, store)
-        if terms is None:
+        request = request_of(record, store)
+        if request is None:
             return None
-        image = terms.image
+        image = request.image
         connection = adopt_connection(os.dup(group_fds["socket"]))
         peer = Peer(
             connection.peer.pid,
             connection.peer.uid,
             -1 if connection.peer.pidfd is None else connection.peer.pidfd,
         )
-        guest = guests.adopt(terms, peer, os.dup(group_fds["quota"]))
+        guest = guests.adopt(request, peer, os.dup(group_fds["quota"]))
         try:
             fds = [group_fds["uffd"], group_fds["pagemap"], group_fds["mem"], group_fds["record"]]
             mapping = guests.attach_again(
                 guest,
-                terms.options,
+                request.options,
                 peer,
                 os.dup(group_fds["ledger"]),
                 fds,
@@ -138,11 +138,11 @@ class GuestRecords:
             )
         except CowshedError as error:
             # Its account was closed already when the backend died, or it is broken beyond use.
-            _log.info("guest-left", str(error), guest=terms.name, image=image.label)
+            _log.info("guest-left", str(error), guest=request.name, image=image.label)
             guests.release(guest)
             connection.close()
             return None
-        mapping.carries = terms.carries
+        mapping.carries = request.carries
         for name in ("ledger", "quota", "socket"):
             os.close(group_fds[name])
         if preload_kind:
@@ -151,28 +151,30 @@ class GuestRecords:
             ledger=mapping.account.fd, quota=guest.quota.fd, socket=connection.fileno()
         )
         is_open = record_is_open(group_fds["record"])
-        return RestoredGuest(mapping, connection, terms, group, record["tag"] if is_open else None)
+        return RestoredGuest(
+            mapping, connection, request, group, record["tag"] if is_open else None
+        )
 
 
-def describe_terms(terms: Terms) -> dict[str, Any]:
-    """What a record says of terms."""
+def describe_request(request: OpenRequest) -> dict[str, Any]:
+    """Return what a record says of a request."""
     return {
-        "guest": terms.name,
-        "domain": terms.image.domain,
-        "image": terms.image.name,
-        "token": terms.token,
-        "offset_bytes": terms.offset_bytes,
-        "length_bytes": terms.length_bytes,
-        "quota_bytes": terms.quota_bytes,
-        "policy": int(terms.policy),
-        "window_bytes": terms.options.window_bytes,
-        "write_window_bytes": terms.options.write_window_bytes,
-        "carries": terms.carries,
+        "guest": request.name,
+        "domain": request.image.domain,
+        "image": request.image.name,
+        "token": request.token,
+        "offset_bytes": request.offset_bytes,
+        "length_bytes": request.length_bytes,
+        "quota_bytes": request.quota_bytes,
+        "policy": int(request.policy),
+        "window_bytes": request.options.window_bytes,
+        "write_window_bytes": request.options.write_window_bytes,
+        "carries": request.carries,
     }
 
 
-def terms_of(record: dict[str, Any], store: PageStore) -> Terms | None:
-    """The terms again; None, which is in the log, if their image is not served any more."""
+def request_of(record: dict[str, Any], store: PageStore) -> OpenRequest | None:
+    """Return the recorded request; None, which is logged, if its image is not served any more."""
     image = image_of_record(record, store)
     if image is None:
         _log.error(
@@ -182,7 +184,7 @@ def terms_of(record: dict[str, Any], store: PageStore) -> Terms | None:
             image=record["image"],
         )
         return None
-    return Terms(
+    return OpenRequest(
         name=record["guest"],
         image=image,
         quota_bytes=record["quota_bytes"],

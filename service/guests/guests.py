@@ -32,7 +32,7 @@ from cowshed.faults import FaultHandler, FaultOptions, PopulateHandler, Populate
 from cowshed.service.settings.names import find_for_operator
 from cowshed.transport.no_room import taking_in
 
-__all__ = ["Guest", "GuestTable", "Mapping", "Peer", "Terms"]
+__all__ = ["Guest", "GuestTable", "Mapping", "OpenRequest", "Peer"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Terms:
+class OpenRequest:
     """What a connection asked for, checked: quota_bytes None is no quota.
 
     With a token, other connections that know it, of the same user and image, join the guest; the
@@ -75,8 +75,8 @@ class Guest:
     Changed by the table alone. nr_holders counts the connections that hold the name.
     """
 
-    def __init__(self, terms: Terms, owner: Peer, quota: Quota) -> None:
-        self.terms: Final = terms
+    def __init__(self, request: OpenRequest, owner: Peer, quota: Quota) -> None:
+        self.request: Final = request
         self.owner: Final = owner
         self.quota: Final = quota
         self.mappings: list[Mapping] = []
@@ -85,17 +85,17 @@ class Guest:
     @property
     def name(self) -> str:
         """The guest's name, unique among those of its domain."""
-        return self.terms.name
+        return self.request.name
 
     @property
     def domain(self) -> str:
         """The sharing domain it is in: its image's."""
-        return self.terms.image.domain
+        return self.request.image.domain
 
     @property
     def image(self) -> Image:
         """The image it uses."""
-        return self.terms.image
+        return self.request.image
 
     @property
     def uid(self) -> int:
@@ -127,20 +127,20 @@ class Guest:
         """Whether nobody speaks for it any more, and yet it has something mapped."""
         return bool(self.mappings) and all(mapping.is_parked for mapping in self.mappings)
 
-    def admits(self, terms: Terms, peer: Peer) -> bool:
+    def admits(self, request: OpenRequest, peer: Peer) -> bool:
         """Whether a connection may join: it knows the token, and is of the same user and image."""
-        ours, theirs = self.terms.token, terms.token
+        ours, theirs = self.request.token, request.token
         return (
             ours is not None
             and theirs is not None
             and hmac.compare_digest(ours.encode(), theirs.encode())
-            and (peer.uid, terms.image) == (self.owner.uid, self.image)
+            and (peer.uid, request.image) == (self.owner.uid, self.image)
         )
 
     def set_quota(self, quota_bytes: int | None) -> None:
         """Change the quota, None being none, and have who is stopped at it ask again."""
         self.quota.set_quota(
-            NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, self.terms.policy
+            NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, self.request.policy
         )
         self.resume()
 
@@ -176,7 +176,7 @@ class Mapping:
     """What one connection has mapped. Owns the descriptors in fds; all lives until detach.
 
     is_parked: the connection has ended without a word, and the memory is there still. carries: as
-    in Terms.
+    in OpenRequest.
     """
 
     guest: Guest
@@ -241,39 +241,39 @@ class GuestTable:
         return find_for_operator(self, text, "guest")
 
     @taking_in()
-    def reserve(self, terms: Terms, peer: Peer) -> Guest:
+    def reserve(self, request: OpenRequest, peer: Peer) -> Guest:
         """Make a guest for a connection that is about to attach, or let it join the one there is.
 
         UsageError if the name is taken; whose it is only root is told. CapacityError if there is
         no room for it. release() it once.
         """
         with self.lock:
-            guest = self._guests.get(terms.key)
+            guest = self._guests.get(request.key)
             if guest is None:
-                self.check_free(terms)
-                quota_bytes = NO_QUOTA_BYTES if terms.quota_bytes is None else terms.quota_bytes
-                guest = Guest(terms, peer, Quota(quota_bytes, terms.policy))
-                self._guests[terms.key] = guest
+                self.check_free(request)
+                quota_bytes = NO_QUOTA_BYTES if request.quota_bytes is None else request.quota_bytes
+                guest = Guest(request, peer, Quota(quota_bytes, request.policy))
+                self._guests[request.key] = guest
                 return guest
-            if not guest.admits(terms, peer):
+            if not guest.admits(request, peer):
                 by = f" by uid {guest.uid}, process {guest.pid}" if peer.uid == 0 else ""
-                raise UsageError(f"guest name {terms.name!r} is taken{by}{_cure(guest)}")
+                raise UsageError(f"guest name {request.name!r} is taken{by}{_cure(guest)}")
             guest.nr_holders += 1
             return guest
 
-    def adopt(self, terms: Terms, peer: Peer, quota_fd: int) -> Guest:
+    def adopt(self, request: OpenRequest, peer: Peer, quota_fd: int) -> Guest:
         """Have a guest again that a connection held before our time; release() it once.
 
         Takes the memfd of its quota over, which the guest's other connections may have brought too.
         """
         with self.lock:
-            guest = self._guests.get(terms.key)
+            guest = self._guests.get(request.key)
             if guest is not None:
                 os.close(quota_fd)
                 guest.nr_holders += 1
                 return guest
-            guest = Guest(terms, peer, Quota.adopt(quota_fd))
-            self._guests[terms.key] = guest
+            guest = Guest(request, peer, Quota.adopt(quota_fd))
+            self._guests[request.key] = guest
             return guest
 
     def release(self, guest: Guest) -> None:
@@ -281,37 +281,37 @@ class GuestTable:
         with self.lock:
             guest.nr_holders -= 1
             if guest.nr_holders == 0:
-                del self._guests[guest.terms.key]
+                del self._guests[guest.request.key]
                 guest.quota.close()
 
     def has(self, key: tuple[str, str]) -> bool:
         """Whether a connection holds the name."""
         return key in self._guests
 
-    def has_joined(self, terms: Terms, peer: Peer) -> bool:
+    def has_joined(self, request: OpenRequest, peer: Peer) -> bool:
         """Whether there is a guest that reserve() would have a connection join."""
-        guest = self._guests.get(terms.key)
-        return guest is not None and guest.admits(terms, peer)
+        guest = self._guests.get(request.key)
+        return guest is not None and guest.admits(request, peer)
 
-    def check_free(self, terms: Terms) -> None:
+    def check_free(self, request: OpenRequest) -> None:
         """Raise UsageError if a name is taken."""
-        self.check_name(*terms.key)
+        self.check_name(*request.key)
 
     def check_name(self, domain: str, name: str) -> None:
         """The same, for a guest of whose image no more is known than its domain."""
         if (domain, name) in self._guests or (domain, name) in self._kept_names:
             raise UsageError(f"guest name {name!r} is taken; choose another, or detach that guest")
 
-    def reserve_name(self, terms: Terms) -> None:
+    def reserve_name(self, request: OpenRequest) -> None:
         """Take a name for a guest that is not in this table; UsageError if it is taken."""
         with self.lock:
-            self.check_free(terms)
-            self._kept_names.add(terms.key)
+            self.check_free(request)
+            self._kept_names.add(request.key)
 
-    def release_name(self, terms: Terms) -> None:
+    def release_name(self, request: OpenRequest) -> None:
         """Give such a name back."""
         with self.lock:
-            self._kept_names.discard(terms.key)
+            self._kept_names.discard(request.key)
 
     @taking_in()
     def attach(
@@ -343,11 +343,13 @@ class GuestTable:
             account.place(fds[0], fds[1] if len(fds) > 1 else -1, regions)
             if preload is not None:
                 account.preload(*preload)
-            terms = (account.cdata, fds[0], peer.pidfd, options)
+            arguments = (account.cdata, fds[0], peer.pidfd, options)
             if hold is not None:
                 hold(account)
             handler = (
-                FaultHandler(*terms) if populate is None else PopulateHandler(*terms, populate)
+                FaultHandler(*arguments)
+                if populate is None
+                else PopulateHandler(*arguments, populate)
             )
             stack.callback(handler.stop)
             if inherited:
@@ -385,9 +387,11 @@ class GuestTable:
             account.place(fds[0], fds[1] if len(fds) > 1 else -1, account.regions())
             if preload_fd >= 0:
                 account.adopt_preloaded(preload_fd)
-            terms = (account.cdata, fds[0], peer.pidfd, options)
+            arguments = (account.cdata, fds[0], peer.pidfd, options)
             handler = (
-                FaultHandler(*terms) if populate is None else PopulateHandler(*terms, populate)
+                FaultHandler(*arguments)
+                if populate is None
+                else PopulateHandler(*arguments, populate)
             )
             stack.pop_all()
         handler.resume()

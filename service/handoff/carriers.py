@@ -35,7 +35,7 @@ def may_carry(guest: Guest, uri: str) -> bool:
     That is so if each said that it would, has its connection, and finds the target's socket, where
     this process finds it, at the same path. With the table's lock.
     """
-    if not uri.startswith(f"{_UNIX}/") or guest.terms.token is None:
+    if not uri.startswith(f"{_UNIX}/") or guest.request.token is None:
         return False
     if not all(each.carries and not each.is_parked for each in guest.mappings):
         return False

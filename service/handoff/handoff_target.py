@@ -402,7 +402,7 @@ class _Reception:
         """Record that the guests are ours."""
         guests = self._receiver.guests()
         lack = any(MissingPages(guest.overlay).nr_left for guest in guests)
-        self._target.own(self.handoff, [guest.terms.key for guest in guests] if lack else [])
+        self._target.own(self.handoff, [guest.request.key for guest in guests] if lack else [])
 
     def _admit(self) -> None:
         guests = self._receiver.guests()

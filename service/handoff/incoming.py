@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from cowshed.accounting import MissingPages
 from cowshed.cache import UsageError
-from cowshed.service.guests.guests import Guest, GuestTable, Peer, Terms
+from cowshed.service.guests.guests import Guest, GuestTable, OpenRequest, Peer
 from cowshed.service.handoff.carriers import carrier_of_token
 from cowshed.service.handoff.migrating import owner_of_token
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
@@ -46,48 +46,51 @@ class IncomingGuests:
         self._overlays = overlays
         self._guests = guests
 
-    def lacks(self, terms: Terms) -> bool:
+    def lacks(self, request: OpenRequest) -> bool:
         """Whether pages are still on their way of who is to enter, which must wait for them.
 
         UsageError if some of them are lost.
         """
-        if terms.token is None:
+        if request.token is None:
             return False
         with self._overlays.lock:
-            left = self._overlays.get(*terms.key)
-            if left is None or left.owner != owner_of_token(terms.token):
+            left = self._overlays.get(*request.key)
+            if left is None or left.owner != owner_of_token(request.token):
                 return False
             missing = MissingPages(left.overlay)
             if missing.nr_lost:
                 raise UsageError(
-                    f"{missing.nr_lost} private pages of guest {terms.name!r} were lost with the "
+                    f"{missing.nr_lost} private pages of guest {request.name!r} were lost with the "
                     "backend it came from, and cannot be mapped: open it by bytes, and write "
                     "them anew"
                 )
             return missing.nr_left > 0
 
-    def enter(self, terms: Terms, peer: Peer) -> tuple[IncomingGuest, Terms] | None:
-        """Take over what waits under that name for who knows the token; None if nothing does.
+    def enter(self, request: OpenRequest, peer: Peer) -> tuple[IncomingGuest, OpenRequest] | None:
+        """Take over the overlay that waits under that name and token; None if there is none.
 
-        The terms given are those it had. UsageError for a part of the image: it had the whole.
+        The request returned has the overlay's quota and policy. UsageError for a part of the image:
+        the guest had the whole.
         """
-        if terms.token is None:
+        if request.token is None:
             return None
         with self._overlays.lock, self._guests.lock:
-            owner = (carrier_of_token if terms.carries else owner_of_token)(terms.token)
-            left = self._overlays.claim(terms.key, terms.image, owner)
+            owner = (carrier_of_token if request.carries else owner_of_token)(request.token)
+            left = self._overlays.claim(request.key, request.image, owner)
             if left is None:
                 return None
-            if not terms.carries and terms.length_bytes != terms.image.map_bytes:
+            if not request.carries and request.length_bytes != request.image.map_bytes:
                 self._overlays.leave(left)
                 raise UsageError(
-                    f"guest {terms.name!r} has private pages all over {terms.image.label!r}: "
+                    f"guest {request.name!r} has private pages all over {request.image.label!r}: "
                     "open the whole image"
                 )
             policy = left.quota.status().policy
-            terms = replace(terms, quota_bytes=left.quota_bytes, policy=policy)
-            self._guests.release_name(left.terms)
-            return IncomingGuest(self._guests.reserve(terms, peer), left, terms.carries), terms
+            request = replace(request, quota_bytes=left.quota_bytes, policy=policy)
+            self._guests.release_name(left.request)
+            return IncomingGuest(
+                self._guests.reserve(request, peer), left, request.carries
+            ), request
 
     def settle(self, moved: IncomingGuest) -> None:
         """It has its pages: the overlay is not needed any more."""
@@ -96,8 +99,8 @@ class IncomingGuests:
 
     def leave(self, moved: IncomingGuest) -> None:
         """It left without a mapping, and its name was released: its pages wait on."""
-        if moved.carries and self._guests.has(moved.left.terms.key):
+        if moved.carries and self._guests.has(moved.left.request.key):
             self.settle(moved)  # other mappings of it have come meanwhile
             return
-        self._guests.reserve_name(moved.left.terms)
+        self._guests.reserve_name(moved.left.request)
         self._overlays.leave(moved.left)

@@ -189,7 +189,7 @@ class MigratingMapping:
         self.guest: Final = guest
         self._guests = guests
         self._mapping = guest.mappings[0]
-        self.token = guest.terms.token or secrets.token_hex(16)
+        self.token = guest.request.token or secrets.token_hex(16)
         self._frozen = False
         self._unread = 0  # pages, as bits
 
@@ -205,7 +205,7 @@ class MigratingMapping:
 
     def keep_token(self, token: str) -> None:
         """Take it, unless it named one."""
-        if self.guest.terms.token is None:
+        if self.guest.request.token is None:
             self.token = token
 
     @property

@@ -93,7 +93,7 @@ class PostcopyTarget:
     @property
     def keys(self) -> list[tuple[str, str]]:
         """Domains and names, by number."""
-        return [("", "") if guest is None else guest.terms.key for guest in self._guests]
+        return [("", "") if guest is None else guest.request.key for guest in self._guests]
 
     @contextmanager
     def _of(self, no: int) -> Iterator[tuple[OverlayGuest, MissingPages] | None]:

@@ -26,7 +26,7 @@ from cowshed.accounting import Region as PlacedRegion
 from cowshed.cache import CowshedError, Image, PeerError, UsageError
 from cowshed.faults import FaultOptions, PopulateHandler
 from cowshed.service.guests.admission import Admission
-from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
+from cowshed.service.guests.guests import Guest, GuestTable, Mapping, OpenRequest, Peer
 from cowshed.service.guests.turned_away import what_failed
 from cowshed.service.guests.userfaultfd import check_populated_uffd, open_pagemap
 from cowshed.service.machines.handshake_peer import HandshakePeer
@@ -202,7 +202,7 @@ class ImageSockets:
         for machine in restored:
             self._admission.readmit(machine.peer.uid)
             client = self._begin(Caller(machine.peer, machine.mapping.image, machine.group))
-            self._begin_populate(client, machine.mapping, machine.request)
+            self._begin_populate(client, machine.mapping, machine.handshake)
         for caller in callers:
             self._admission.readmit(caller.peer.uid)
             self._begin(caller)
@@ -234,9 +234,9 @@ class ImageSockets:
                 if incoming is None:
                     self._end(client)
                     return
-                for no, (request, uffd) in enumerate(incoming):
+                for no, (handshake, uffd) in enumerate(incoming):
                     try:
-                        self._handle(client, request, uffd)
+                        self._handle(client, handshake, uffd)
                     except BaseException:
                         close_foreign([later.fd for later in incoming[no + 1 :] if later.fd >= 0])
                         raise
@@ -248,34 +248,34 @@ class ImageSockets:
             of_ours, why = what_failed(error)
             self._drop(client, "limit" if of_ours else "protocol", why)
 
-    def _handle(self, client: _Client, request: object, uffd: int) -> None:
-        if isinstance(request, StatRequest):
+    def _handle(self, client: _Client, message: object, uffd: int) -> None:
+        if isinstance(message, StatRequest):
             client.peer.queue(stat_reply(client.image.map_bytes))
             if client.mapping is None:
                 client.deadline = time.monotonic() + _IDLE_SECONDS
-        elif isinstance(request, Handshake):
+        elif isinstance(message, Handshake):
             if client.mapping is not None:
                 close_foreign([uffd])
                 _log.warning("ignored", "a second handshake", guest=client.mapping.name)
                 return
             try:
-                self._attach(client, request, uffd)
+                self._attach(client, message, uffd)
             except BaseException:
                 close_foreign([uffd])
                 raise
         else:
-            _log.warning("ignored", f"{request} is not for servers", pid=client.peer.pid)
+            _log.warning("ignored", f"{message} is not for servers", pid=client.peer.pid)
 
-    def _attach(self, client: _Client, request: Handshake, uffd: int) -> None:
+    def _attach(self, client: _Client, handshake: Handshake, uffd: int) -> None:
         """Make the connection's guest; the descriptor is the guest's on success only."""
         host, peer, image = self._host, client.peer, client.image
         host.control.check_open()  # it may have connected before the drain
         check_populated_uffd(uffd)
-        check_regions(request, image.map_bytes)
-        populate = self._populator.terms(request, image)
+        check_regions(handshake, image.map_bytes)
+        populate = self._populator.options(handshake, image)
         config = host.config
-        terms = Terms(
-            name=f"{'fc' if request.protocol == 'firecracker' else 'nydus'}-{peer.pid}",
+        request = OpenRequest(
+            name=f"{'fc' if handshake.protocol == 'firecracker' else 'nydus'}-{peer.pid}",
             image=image,
             quota_bytes=config.default_quota_bytes,
             policy=QuotaPolicy[config.default_on_quota.upper()],
@@ -286,7 +286,7 @@ class ImageSockets:
         if pagemap is not None:
             fds.append(pagemap)
         who = Peer(peer.pid, peer.uid, -1 if peer.pidfd is None else peer.pidfd)
-        guest = self._reserve(terms, who)
+        guest = self._reserve(request, who)
         shown = [
             PlacedRegion(one.address, one.offset, min(one.length, image.map_bytes - one.offset))
             for one in populate.regions
@@ -294,19 +294,19 @@ class ImageSockets:
         caller = client.group
 
         def hold(account: Account) -> None:
-            client.group = self._records.hold(guest, account, fds, peer, request)
+            client.group = self._records.hold(guest, account, fds, peer, handshake)
             reach("MACHINE_HELD")
 
         try:
             mapping = host.guests.attach(
                 guest,
-                terms.options,
+                request.options,
                 who,
                 shown,
                 fds,
                 # What is there already is the guest's own, too.
                 inherited=pagemap is not None,
-                transport=request.protocol,
+                transport=handshake.protocol,
                 populate=populate,
                 hold=hold,
             )
@@ -321,12 +321,12 @@ class ImageSockets:
         reach("MACHINE_ATTACHED")
         self._records.release(caller)
         peer.close_record()
-        self._begin_populate(client, mapping, request)
+        self._begin_populate(client, mapping, handshake)
         _log.info(
             "attached",
             guest=guest.name,
             image=image.label,
-            transport=request.protocol,
+            transport=handshake.protocol,
             pid=peer.pid,
             uid=peer.uid,
         )
@@ -338,25 +338,25 @@ class ImageSockets:
                 guest=guest.name,
             )
 
-    def _begin_populate(self, client: _Client, mapping: Mapping, request: Handshake) -> None:
+    def _begin_populate(self, client: _Client, mapping: Mapping, handshake: Handshake) -> None:
         """The connection is a guest's from now on."""
-        client.mapping, client.regions, client.deadline = mapping, request.regions, None
+        client.mapping, client.regions, client.deadline = mapping, handshake.regions, None
         assert isinstance(mapping.handler, PopulateHandler)
         client.handler = mapping.handler
-        if is_zerocopy(request):
+        if is_zerocopy(handshake):
             client.zerocopy_fd = client.handler.zerocopy_fd
             self._loop.watch(client.zerocopy_fd, READ, lambda *_: self._on_zerocopy(client))
         if client.peer.pidfd is not None:
             self._loop.watch(client.peer.pidfd, READ, lambda *_: self._end(client))
 
-    def _reserve(self, terms: Terms, peer: Peer) -> Guest:
+    def _reserve(self, request: OpenRequest, peer: Peer) -> Guest:
         """Take the name, or one made from it: a process may have several connections."""
-        name = terms.name
+        name = request.name
         for no in itertools.count(2):
             try:
-                return self._host.guests.reserve(terms, peer)
+                return self._host.guests.reserve(request, peer)
             except UsageError:
-                terms = dataclasses.replace(terms, name=f"{name}-{no}")
+                request = dataclasses.replace(request, name=f"{name}-{no}")
         raise AssertionError("there is always another number")
 
     def _on_zerocopy(self, client: _Client) -> None:

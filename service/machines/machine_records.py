@@ -22,11 +22,11 @@ from typing import Any, Final
 from cowshed.accounting import Account
 from cowshed.cache import CowshedError, Image, PageStore
 from cowshed.service.guests.guest_records import (
-    describe_terms,
+    describe_request,
     image_of_record,
-    terms_of,
+    request_of,
 )
-from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
+from cowshed.service.guests.guests import Guest, GuestTable, Mapping, OpenRequest, Peer
 from cowshed.service.machines.handshake_peer import HandshakePeer
 from cowshed.service.machines.populator import Populator
 from cowshed.service.runtime.logs import EventLog
@@ -58,7 +58,7 @@ class RestoredMachine:
 
     peer: HandshakePeer
     mapping: Mapping
-    request: Handshake
+    handshake: Handshake
     group: str
     has_pagemap: bool
 
@@ -80,16 +80,16 @@ class MachineRecords:
         account: Account,
         fds: list[int],
         peer: HandshakePeer,
-        request: Handshake,
+        handshake: Handshake,
     ) -> str:
         """Have a guest that is to be populated outlive us; the group's name.
 
         A record is added to fds, its mapping's. As long as the connection's own group is held too,
         a successor charges what was in the memory before.
         """
-        fds.append(record_make(_describe(guest.terms, request)))
+        fds.append(record_make(_describe(guest.request, handshake)))
         held = [*fds, account.fd, guest.quota.fd, peer.fileno()]
-        return self._hold(_POPULATED, held, guest.terms.image, guest.name)
+        return self._hold(_POPULATED, held, guest.request.image, guest.name)
 
     def _hold(self, prefix: str, fds: list[int], image: Image, guest: str) -> str:
         group = f"{prefix}{secrets.token_hex(8)}"
@@ -139,37 +139,37 @@ class MachineRecords:
         if group_fds.keys() - {"pagemap"} != _KINDS:
             return None
         record = record_read(group_fds["record"])
-        terms = terms_of(record, store)
-        if terms is None:
+        request = request_of(record, store)
+        if request is None:
             return None
-        image, request = terms.image, _request(record)
+        image, handshake = request.image, _handshake(record)
         peer = HandshakePeer(socket.socket(fileno=os.dup(group_fds["socket"])))
         if peer.pidfd is None:
             peer.close()
-            _log.info("guest-left", "its process has ended", guest=terms.name, image=image.label)
+            _log.info("guest-left", "its process has ended", guest=request.name, image=image.label)
             return None
         who = Peer(peer.pid, peer.uid, peer.pidfd)
-        guest = guests.adopt(terms, who, os.dup(group_fds["quota"]))
+        guest = guests.adopt(request, who, os.dup(group_fds["quota"]))
         fds = [group_fds["uffd"], *([group_fds["pagemap"]] if "pagemap" in group_fds else [])]
         try:
             mapping = guests.attach_again(
                 guest,
-                terms.options,
+                request.options,
                 who,
                 os.dup(group_fds["ledger"]),
                 fds,
-                transport=request.protocol,
-                populate=populator.terms(request, image),
+                transport=handshake.protocol,
+                populate=populator.options(handshake, image),
             )
         except (CowshedError, OSError) as error:
-            _log.warning("guest-left", str(error), guest=terms.name, image=image.label)
+            _log.warning("guest-left", str(error), guest=request.name, image=image.label)
             guests.release(guest)
             peer.close()
             return None
         mapping.fds.append(group_fds["record"])
         for name in ("ledger", "quota", "socket"):
             os.close(group_fds[name])
-        return RestoredMachine(peer, mapping, request, group, "pagemap" in group_fds)
+        return RestoredMachine(peer, mapping, handshake, group, "pagemap" in group_fds)
 
     def adopt_callers(
         self, inherited: InheritedFds, store: PageStore, restored: Iterable[RestoredMachine]
@@ -204,17 +204,17 @@ def _look_at_memory(mapping: Mapping) -> None:
         _log.warning("unseen-memory", str(error), guest=mapping.guest.name)
 
 
-def _describe(terms: Terms, request: Handshake) -> dict[str, Any]:
+def _describe(request: OpenRequest, handshake: Handshake) -> dict[str, Any]:
     return {
-        **describe_terms(terms),
-        "protocol": request.protocol,
-        "regions": [list(region) for region in request.regions],
-        "sharing": int(request.policy),
-        "prefault": request.prefault,
+        **describe_request(request),
+        "protocol": handshake.protocol,
+        "regions": [list(region) for region in handshake.regions],
+        "sharing": int(handshake.policy),
+        "prefault": handshake.prefault,
     }
 
 
-def _request(record: dict[str, Any]) -> Handshake:
+def _handshake(record: dict[str, Any]) -> Handshake:
     return Handshake(
         protocol=record["protocol"],
         regions=tuple(Region(*region) for region in record["regions"]),

@@ -18,7 +18,7 @@ _ZEROCOPY_PART: Final = 4
 
 
 class Populator:
-    """Gives the terms of each handshake; all that share frames share one allowance.
+    """Makes the options for each handshake; all that share frames share one allowance.
 
     recorded gives the extents that earlier guests of an image touched, in order.
     """
@@ -31,33 +31,33 @@ class Populator:
         self._allowance: Final = ZerocopyAllowance(min(nr_zerocopy, self._max_pinned_extents))
         self._recorded = recorded
 
-    def terms(self, request: Handshake, image: Image) -> PopulateOptions:
-        """Give the terms for an image that the regions fit (check_regions)."""
-        shares = is_zerocopy(request)
+    def options(self, handshake: Handshake, image: Image) -> PopulateOptions:
+        """Return the options for an image that the regions fit (check_regions)."""
+        shares = is_zerocopy(handshake)
         return PopulateOptions(
-            regions=_populate_regions(request),
-            zero_discarded=request.protocol == "firecracker",
+            regions=_populate_regions(handshake),
+            zero_discarded=handshake.protocol == "firecracker",
             order=() if shares else self._recorded(image),
             allowance=self._allowance if shares else None,
             max_pinned_extents=self._max_pinned_extents,
-            zerocopy_resident=request.prefault,
+            zerocopy_resident=handshake.prefault,
         )
 
 
-def is_zerocopy(request: Handshake) -> bool:
+def is_zerocopy(handshake: Handshake) -> bool:
     """Whether frames are to be mapped by the client itself."""
-    return request.protocol == "nydus" and request.policy is Policy.ZEROCOPY
+    return handshake.protocol == "nydus" and handshake.policy is Policy.ZEROCOPY
 
 
-def check_regions(request: Handshake, map_bytes: int) -> None:
+def check_regions(handshake: Handshake, map_bytes: int) -> None:
     """Raise PeerError unless the regions of a handshake lie within an image of so many bytes.
 
     A machine's memory does, but for the rest of a huge page that its end is in: what a snapshot
     lacks is memory that was lost, and not zeros. A disk is mapped to the next 2 MiB by those who
     need that alignment, and is zero there.
     """
-    for region in request.regions:
-        is_memory = request.protocol == "firecracker"
+    for region in handshake.regions:
+        is_memory = handshake.protocol == "firecracker"
         unit_bytes = region.page_bytes if is_memory else HUGE_PAGE_BYTES
         end = region.offset_bytes + region.length_bytes
         if region.offset_bytes >= map_bytes or end > -(-map_bytes // unit_bytes) * unit_bytes:
@@ -68,8 +68,8 @@ def check_regions(request: Handshake, map_bytes: int) -> None:
             )
 
 
-def _populate_regions(request: Handshake) -> tuple[PopulateRegion, ...]:
+def _populate_regions(handshake: Handshake) -> tuple[PopulateRegion, ...]:
     return tuple(
         PopulateRegion(one.address, one.offset_bytes, one.length_bytes, one.page_bytes)
-        for one in request.regions
+        for one in handshake.regions
     )

@@ -28,7 +28,7 @@ from cowshed.cache import (
 )
 from cowshed.faults import FaultOptions, uffd_features
 from cowshed.service.guests.guest_records import GuestRecords, RestoredGuest
-from cowshed.service.guests.guests import Guest, GuestTable, Mapping, Peer, Terms
+from cowshed.service.guests.guests import Guest, GuestTable, Mapping, OpenRequest, Peer
 from cowshed.service.guests.userfaultfd import check_guest_files, check_uffd
 from cowshed.service.handoff.incoming import IncomingGuest, IncomingGuests
 from cowshed.service.images.generations import image_generation
@@ -121,7 +121,7 @@ class SessionHost(Protocol):
     def workers(self) -> Workers:
         """Threads for what takes long."""
 
-    def end_parked(self, terms: Terms) -> bool:
+    def end_parked(self, request: OpenRequest) -> bool:
         """End what is parked under a name and has nothing mapped any more; whether any was."""
 
     def shut_down(self) -> None:
@@ -144,7 +144,7 @@ class Session:
         self.parking: Parking | None = None
         self._host = host
         self._state = State.NEW
-        self._opened: tuple[Guest, Terms] | None = None
+        self._opened: tuple[Guest, OpenRequest] | None = None
         self._moved: IncomingGuest | None = None
         self._held_as = ""
         self._nr_working = 0
@@ -158,11 +158,11 @@ class Session:
         session.mapping = restored.mapping
         session.deadline = None
         session._state = State.ATTACHED
-        session._opened = restored.mapping.guest, restored.terms
+        session._opened = restored.mapping.guest, restored.request
         session._held_as = restored.group
         if restored.tag is not None:
             session._is_told = False
-            session._reply(restored.tag, {"ok": True, "guest": restored.terms.name})
+            session._reply(restored.tag, {"ok": True, "guest": restored.request.name})
         return session
 
     @property
@@ -300,7 +300,7 @@ class Session:
 
     def _comes_too_early(self, message: Received) -> bool:
         """Whether its pages are still on their way: then it is answered later (open_again)."""
-        if not self._host.incoming.lacks(self._read_terms(message.body)):
+        if not self._host.incoming.lacks(self._read_request(message.body)):
             return False
         if self._early is None:
             _log.notice("open-waits", "for pages on their way", pid=self.connection.peer.pid)
@@ -321,19 +321,19 @@ class Session:
         self.handle(message)
 
     def _on_open(self, message: Received) -> None:
-        terms = self._read_terms(message.body)
-        if (found := self._host.incoming.enter(terms, self._peer())) is not None:
-            self._moved, terms = found
-            self._opened = self._moved.guest, terms
-        elif take_flag(message.body, "moved") and not self._carries_on(terms):
+        request = self._read_request(message.body)
+        if (found := self._host.incoming.enter(request, self._peer())) is not None:
+            self._moved, request = found
+            self._opened = self._moved.guest, request
+        elif take_flag(message.body, "moved") and not self._carries_on(request):
             # Its private pages, which it counts on, are here or the guest is not.
             raise UsageError(
-                f"guest {terms.name!r} moved here, and its private pages are not to be had: they "
+                f"guest {request.name!r} moved here, and its private pages are not to be had: they "
                 "are in use, or lost; see this backend's log"
             )
         else:
-            self._opened = self._reserve(terms), terms
-        image = terms.image
+            self._opened = self._reserve(request), request
+        image = request.image
         device = self._host.uffd_device
         fds = [image.guest_fd] if device is None else [image.guest_fd, device]
         self._reply(
@@ -346,25 +346,25 @@ class Session:
                 "uffd_features": uffd_features(),
                 "digest": image.digest or None,
                 "generation": image_generation(image),
-                "guest": terms.name,
+                "guest": request.name,
             },
             fds,
         )
 
-    def _carries_on(self, terms: Terms) -> bool:
+    def _carries_on(self, request: OpenRequest) -> bool:
         """Whether a mapping of the guest's came before, and this one brings its own pages too."""
-        return terms.carries and self._host.guests.has_joined(terms, self._peer())
+        return request.carries and self._host.guests.has_joined(request, self._peer())
 
-    def _reserve(self, terms: Terms) -> Guest:
+    def _reserve(self, request: OpenRequest) -> Guest:
         try:
-            return self._host.guests.reserve(terms, self._peer())
+            return self._host.guests.reserve(request, self._peer())
         except UsageError:
             # It may be the same program that comes again, having left without a word.
-            if not self._host.end_parked(terms):
+            if not self._host.end_parked(request):
                 raise
-        return self._host.guests.reserve(terms, self._peer())
+        return self._host.guests.reserve(request, self._peer())
 
-    def _read_terms(self, body: Body) -> Terms:
+    def _read_request(self, body: Body) -> OpenRequest:
         config = self._host.config
         quota_bytes = take_optional_number(body, "quota_bytes")
         if quota_bytes is None:
@@ -380,7 +380,7 @@ class Session:
         if length_bytes is None:
             length_bytes = max(0, image.map_bytes - offset_bytes)
         check_part(image, offset_bytes, length_bytes)
-        return Terms(
+        return OpenRequest(
             name=take_optional_text(body, "guest", max_length=64) or self._new_name(),
             image=image,
             token=take_optional_text(body, "token", max_length=64),
@@ -411,16 +411,16 @@ class Session:
     def _check_region(self, message: Received) -> int:
         """Give the address of a region that can be attached. Raises CowshedError if it cannot."""
         assert self._opened is not None
-        terms = self._opened[1]
+        request = self._opened[1]
         self._host.control.check_open()  # it may have opened before the drain
         if len(message.fds) != 3:
             raise PeerError(f"a region comes with 3 descriptors, not {len(message.fds)}")
         address = take_number(message.body, "address", minimum=4096, maximum=1 << 56)
         length = take_number(message.body, "length", minimum=4096, maximum=1 << 48)
-        if address % 4096 or length != terms.length_bytes:
+        if address % 4096 or length != request.length_bytes:
             raise PeerError(
                 f"a region of {length} bytes at {address:#x} is no mapping of what was opened of "
-                f"{terms.image.label!r}, which takes {terms.length_bytes}"
+                f"{request.image.label!r}, which takes {request.length_bytes}"
             )
         peer = self.connection.peer
         check_uffd(message.fds[0])
@@ -430,22 +430,22 @@ class Session:
     def _on_region(self, message: Received) -> None:
         address = self._check_region(message)
         assert self._opened is not None
-        guest, terms = self._opened
+        guest, request = self._opened
         inherited = take_flag(message.body, "inherited")
         self.mapping = self._host.guests.attach(
             guest,
-            terms.options,
+            request.options,
             self._peer(),
-            [Region(address, terms.offset_bytes, terms.length_bytes)],
+            [Region(address, request.offset_bytes, request.length_bytes)],
             list(message.fds),
             inherited=inherited,
             preload=None if self._moved is None else self._moved.preload,
         )
-        self.mapping.carries = terms.carries
+        self.mapping.carries = request.carries
         message.fds.clear()
         reach("REGION_ATTACHED")
         self._held_as = self._host.guest_records.hold(
-            self.mapping, self.connection, terms, message.tag
+            self.mapping, self.connection, request, message.tag
         )
         if self._moved is not None:
             moved, self._moved = self._moved, None
@@ -453,8 +453,10 @@ class Session:
         reach("REGION_HELD")
         self._is_told = not self._held_as
         peer = self.connection.peer
-        _log.info("attached", guest=terms.name, image=terms.image.label, pid=peer.pid, uid=peer.uid)
-        self._reply(message.tag, {"ok": True, "guest": terms.name})
+        _log.info(
+            "attached", guest=request.name, image=request.image.label, pid=peer.pid, uid=peer.uid
+        )
+        self._reply(message.tag, {"ok": True, "guest": request.name})
 
     def _on_close(self, message: Received) -> None:
         self._detach()

@@ -11,7 +11,7 @@ from typing import Any, Final
 from cowshed.cache import CapacityError, PeerError
 from cowshed.cache.errors import PeerGoneError
 from cowshed.service.guests.admission import Admission
-from cowshed.service.guests.guests import Guest, Terms
+from cowshed.service.guests.guests import Guest, OpenRequest
 from cowshed.service.guests.turned_away import TurnedAway, what_failed
 from cowshed.service.metrics.service_counters import ServiceCounters
 from cowshed.service.native.handed_over import HandedOver
@@ -92,12 +92,12 @@ class UnixServer:
                 self._say_dropped(session, "broken", why)
                 self._end(fd)
 
-    def end_parked(self, terms: Terms) -> bool:
+    def end_parked(self, request: OpenRequest) -> bool:
         """End what is parked under a name and has nothing mapped any more; whether any was."""
         nr_before = len(self._sessions)
         for fd, session in list(self._sessions.items()):
             parking = session.parking
-            if parking and session.key == terms.key and parking.is_over():
+            if parking and session.key == request.key and parking.is_over():
                 self._end(fd)
         return len(self._sessions) < nr_before
 

@@ -217,11 +217,11 @@ class NbdService:
             connection_no = self._core.attach(
                 self._export(export),
                 session.sock.fileno(),
-                structured=chosen.terms.structured,
-                extended=chosen.terms.extended,
-                read_only=chosen.terms.read_only,
+                structured=chosen.negotiated.structured,
+                extended=chosen.negotiated.extended,
+                read_only=chosen.negotiated.read_only,
                 trim_zeroes=self._config.trims_to_zeros(export.image.domain, export.image.name),
-                context_ids=chosen.terms.context_ids,
+                context_ids=chosen.negotiated.context_ids,
                 max_payload_bytes=MAX_PAYLOAD_BYTES,
             )
         except CowshedError as error:

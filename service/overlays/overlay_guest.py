@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from cowshed.accounting import Account, AccountStatus, Overlay, Quota
 from cowshed.cache import Image
-from cowshed.service.guests.guests import Terms
+from cowshed.service.guests.guests import OpenRequest
 from cowshed.transport.nbd_core import NbdExport
 
 __all__ = ["OverlayGuest"]
@@ -23,7 +23,7 @@ class OverlayGuest:
     anew with them, for then what was not flushed may be lost, and only the guest knows what it is.
     """
 
-    terms: Terms
+    request: OpenRequest
     owner: str
     counted_as: int | str
     transport: str
@@ -48,17 +48,17 @@ class OverlayGuest:
     @property
     def name(self) -> str:
         """The guest's name, unique in its domain."""
-        return self.terms.name
+        return self.request.name
 
     @property
     def domain(self) -> str:
         """The sharing domain it is in: its image's."""
-        return self.terms.image.domain
+        return self.request.image.domain
 
     @property
     def image(self) -> Image:
         """The image it is a copy of."""
-        return self.terms.image
+        return self.request.image
 
     @property
     def label(self) -> str:

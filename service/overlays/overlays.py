@@ -29,12 +29,12 @@ from cowshed.cache.errors import CowshedError, UsageError
 from cowshed.cache.images import PAGE_BYTES
 from cowshed.faults import FaultOptions
 from cowshed.service.guests.admission import Admission
-from cowshed.service.guests.guests import GuestTable, Terms
+from cowshed.service.guests.guests import GuestTable, OpenRequest
 from cowshed.service.overlays.claims import Claim, check_may_enter, is_of
 from cowshed.service.overlays.files import OverlayFiles, OverlayRecord
+from cowshed.service.overlays.limits import OverlayLimits
 from cowshed.service.overlays.overlay_guest import OverlayGuest
 from cowshed.service.overlays.overlay_records import InheritedOverlay, OverlayRecords
-from cowshed.service.overlays.terms import OverlayTerms
 from cowshed.service.overlays.waiting import WaitingOverlays
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.survival.fd_store import FdStore
@@ -61,16 +61,16 @@ class OverlayTable:
         core: NbdServer,
         guests: GuestTable,
         admission: Admission,
-        terms: OverlayTerms,
+        limits: OverlayLimits,
         files: OverlayFiles | None = None,
         records: OverlayRecords | None = None,
     ) -> None:
-        """terms are what those get who come without a mapping."""
+        """limits are for the guests that map nothing."""
         self.lock: Final = threading.RLock()
         self._core = core
         self._guests = guests
         self._admission = admission
-        self._terms = terms
+        self._limits = limits
         self._files = files
         self._records = records or OverlayRecords(FdStore(None))
         self._overlays: dict[tuple[str, str], OverlayGuest] = {}
@@ -221,7 +221,9 @@ class OverlayTable:
                 check_may_enter(guest, image, claim)
             else:
                 self._waiting.check(image, name)
-                self._guests.check_free(Terms(name, image, None, QuotaPolicy.STOP, FaultOptions()))
+                self._guests.check_free(
+                    OpenRequest(name, image, None, QuotaPolicy.STOP, FaultOptions())
+                )
 
     @taking_in()
     def enter(
@@ -236,8 +238,8 @@ class OverlayTable:
         """Give the guest's overlay to one more client, made if there is none; leave() undoes it.
 
         The quota and policy named count when it is made. Raises NotYoursError, UsageError for a
-        name that is taken or terms that nobody may have, CapacityError or SourceError if it cannot
-        be made.
+        name that is taken or a quota that nobody may have, CapacityError or SourceError if it
+        cannot be made.
         """
         with self.lock:
             guest = self._overlays.get((image.domain, name))
@@ -263,13 +265,13 @@ class OverlayTable:
         quota_bytes: int | None,
         policy: QuotaPolicy | None,
     ) -> OverlayRecord:
-        """Say what a client's overlay is to be; UsageError for terms that nobody may have.
+        """Say what a client's overlay is to be; UsageError for a quota that nobody may have.
 
         And for one that waits for its image's digest.
         """
         with self.lock:
             self._waiting.check(image, name)
-        quota_bytes, policy = self._terms.agree(quota_bytes, policy)
+        quota_bytes, policy = self._limits.agree(quota_bytes, policy)
         return OverlayRecord(
             image=image.label,
             guest=name,
@@ -298,15 +300,15 @@ class OverlayTable:
     def place(self, guest: OverlayGuest) -> None:
         """From now on its owner may enter an overlay that was made."""
         with self.lock:
-            self._overlays[guest.terms.key] = guest
+            self._overlays[guest.request.key] = guest
         _log.info("overlay-made", overlay=guest.label, owner=guest.owner)
 
     def withdraw_unused(self, guest: OverlayGuest) -> bool:
         """Take an overlay out that nobody is in, to be unstaged; False if somebody is."""
         with self.lock:
-            if guest.nr_clients or self._overlays.get(guest.terms.key) is not guest:
+            if guest.nr_clients or self._overlays.get(guest.request.key) is not guest:
                 return False
-            del self._overlays[guest.terms.key]
+            del self._overlays[guest.request.key]
             return True
 
     def leave(self, guest: OverlayGuest) -> None:
@@ -336,7 +338,7 @@ class OverlayTable:
             if guest.nr_clients:
                 clients = "1 client" if guest.nr_clients == 1 else f"{guest.nr_clients} clients"
                 raise UsageError(f"overlay {guest.label!r} has {clients}: disconnect first")
-            del self._overlays[guest.terms.key]
+            del self._overlays[guest.request.key]
         # Its name stays reserved until it is closed; nobody waits for the disk meanwhile.
         self._wait_unused(guest)  # or its record would be written again
         nr_bytes = guest.account.status().private_pages * PAGE_BYTES
@@ -399,7 +401,7 @@ class OverlayTable:
                 self._records.admit(guest.group)
             else:
                 self._hold(guest)
-            self._overlays[guest.terms.key] = guest
+            self._overlays[guest.request.key] = guest
         _log.info("overlay-admitted", overlay=guest.label, owner=guest.owner)
 
     def claim(self, key: tuple[str, str], image: Image, owner: str) -> OverlayGuest | None:
@@ -422,7 +424,7 @@ class OverlayTable:
     def using(self, guest: OverlayGuest) -> Iterator[bool]:
         """Keep an overlay from being closed inside `with`, in any thread; False: it is gone."""
         with self.lock:
-            is_here = self._overlays.get(guest.terms.key) is guest
+            is_here = self._overlays.get(guest.request.key) is guest
             guest.nr_users += is_here
         try:
             yield is_here
@@ -441,7 +443,7 @@ class OverlayTable:
     def withdraw(self, guest: OverlayGuest) -> None:
         """Forget an overlay whose pages are elsewhere now; nobody is connected to it any more."""
         with self.lock:
-            if self._overlays.pop(guest.terms.key, None) is None:
+            if self._overlays.pop(guest.request.key, None) is None:
                 return
         self._wait_unused(guest)
         if self._files is not None:
@@ -480,7 +482,7 @@ class OverlayTable:
             self._close(guest)
             raise
         with self.lock:
-            self._overlays[guest.terms.key] = guest
+            self._overlays[guest.request.key] = guest
         return guest
 
     def _hold(
@@ -508,10 +510,10 @@ class OverlayTable:
         is_staged: bool = False,
     ) -> OverlayGuest:
         policy = QuotaPolicy[record.policy.upper()]
-        terms = Terms(record.guest, image, record.quota_bytes, policy, FaultOptions())
+        request = OpenRequest(record.guest, image, record.quota_bytes, policy, FaultOptions())
         with contextlib.ExitStack() as undo:
-            self._guests.reserve_name(terms)
-            undo.callback(self._guests.release_name, terms)
+            self._guests.reserve_name(request)
+            undo.callback(self._guests.release_name, request)
             if refusal := self._admission.enter(record.counted_as, _FDS_PER_OVERLAY):
                 raise UsageError(f"overlay {record.label!r} cannot be made: {refusal}")
             undo.callback(self._admission.leave, record.counted_as, _FDS_PER_OVERLAY)
@@ -538,7 +540,7 @@ class OverlayTable:
             export = NbdExport(self._core, image, overlay.cdata)
             undo.pop_all()
         return OverlayGuest(
-            terms=terms,
+            request=request,
             owner=record.owner,
             counted_as=record.counted_as,
             transport=record.transport,
@@ -571,7 +573,7 @@ class OverlayTable:
             self._records.release(guest.group)
         guest.account.close()
         guest.quota.close()
-        self._guests.release_name(guest.terms)
+        self._guests.release_name(guest.request)
         self._admission.leave(guest.counted_as, _FDS_PER_OVERLAY)
 
     def _record(self, guest: OverlayGuest) -> OverlayRecord:
@@ -583,5 +585,5 @@ class OverlayTable:
             transport=guest.transport,
             uid=guest.uid,
             quota_bytes=guest.quota_bytes,
-            policy=guest.terms.policy.name.lower(),
+            policy=guest.request.policy.name.lower(),
         )

@@ -14,7 +14,7 @@ from cowshed.accounting import QuotaPolicy
 from cowshed.cache import Image
 from cowshed.cache.errors import UsageError
 from cowshed.faults import FaultOptions
-from cowshed.service.guests.guests import GuestTable, Terms
+from cowshed.service.guests.guests import GuestTable, OpenRequest
 from cowshed.service.overlays.files import OverlayRecord
 from cowshed.service.runtime.logs import EventLog
 
@@ -29,7 +29,7 @@ class Waiting:
 
     record: OverlayRecord
     staged: str
-    terms: Terms
+    request: OpenRequest
 
 
 class WaitingOverlays:
@@ -45,9 +45,9 @@ class WaitingOverlays:
     def add(self, image: Image, record: OverlayRecord, staged: str) -> None:
         """Have an overlay wait for the image's digest; UsageError if its name is taken."""
         policy = QuotaPolicy[record.policy.upper()]
-        terms = Terms(record.guest, image, record.quota_bytes, policy, FaultOptions())
-        self._guests.reserve_name(terms)
-        self._waiting[terms.key] = Waiting(record, staged, terms)
+        request = OpenRequest(record.guest, image, record.quota_bytes, policy, FaultOptions())
+        self._guests.reserve_name(request)
+        self._waiting[request.key] = Waiting(record, staged, request)
         _log.notice(
             "overlay-waits",
             "the time of its image's source changed: it is used if the bytes are the same",
@@ -56,10 +56,10 @@ class WaitingOverlays:
 
     def take(self, image: Image) -> list[Waiting]:
         """Give those of an image, which wait no more; their names are free."""
-        taken = [each for each in self._waiting.values() if each.terms.image is image]
+        taken = [each for each in self._waiting.values() if each.request.image is image]
         for each in taken:
-            del self._waiting[each.terms.key]
-            self._guests.release_name(each.terms)
+            del self._waiting[each.request.key]
+            self._guests.release_name(each.request)
         return taken
 
     def check(self, image: Image, name: str) -> None:

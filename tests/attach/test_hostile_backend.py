@@ -111,7 +111,7 @@ def backend(run_dir: Path) -> Iterator[Backend]:
     backend.close()
 
 
-def terms_for(path: Path, source: Path) -> dict[str, str]:
+def config_for(path: Path, source: Path) -> dict[str, str]:
     return preloading.environment(
         plain_environment(),
         preloading.library_path(),
@@ -125,7 +125,7 @@ def terms_for(path: Path, source: Path) -> dict[str, str]:
 def run(path: Path, source: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["python3", "-Wignore", "-c", PROGRAM, source, source],
-        env=terms_for(path, source),
+        env=config_for(path, source),
         capture_output=True,
         text=True,
         timeout=ANSWER_SECONDS,
@@ -280,7 +280,7 @@ def test_nobody_sees_pages_that_the_backend_has_let_go_of(
     ]
     ended = subprocess.run(
         ["python3", "-c", LATE_READER, source],
-        env=terms_for(backend.path, source),
+        env=config_for(backend.path, source),
         stdin=woken,
         capture_output=True,
         timeout=ANSWER_SECONDS,

@@ -18,8 +18,8 @@ from cowshed.service.images.warming import Warming
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.metrics.service_counters import ServiceCounters
 from cowshed.service.operators.control import Control
+from cowshed.service.overlays.limits import OverlayLimits
 from cowshed.service.overlays.overlays import OverlayTable
-from cowshed.service.overlays.terms import OverlayTerms
 from cowshed.service.reports.status import StatusReader
 from cowshed.service.settings.domains import Domains
 from cowshed.transport.nbd_core import NbdServer
@@ -44,7 +44,7 @@ def control(store: PageStore, run_dir: Path) -> Iterator[Control]:
     evictor, guests = Evictor(store), GuestTable()
     evictor.start()
     core = NbdServer(1)
-    overlays = OverlayTable(core, guests, Admission(1024), OverlayTerms())
+    overlays = OverlayTable(core, guests, Admission(1024), OverlayLimits())
     access, warming, sets = Access(Domains(), []), Warming(), WorkingSets(run_dir)
     status = StatusReader(store, evictor, guests, overlays, run_dir, warming)
     yield Control(

@@ -20,8 +20,8 @@ from cowshed.service.images.digests import digest_of
 from cowshed.service.overlays.claims import Claim
 from cowshed.service.overlays.entrance import Entering, Entrance, NotYetError
 from cowshed.service.overlays.files import OverlayFiles
+from cowshed.service.overlays.limits import OverlayLimits
 from cowshed.service.overlays.overlays import OverlayTable
-from cowshed.service.overlays.terms import OverlayTerms
 from cowshed.service.runtime.side_threads import SideThreads
 from cowshed.transport.nbd_core import NbdServer
 
@@ -39,7 +39,7 @@ def served(path: Path, folder: Path) -> Iterator[tuple[OverlayTable, Image]]:
         stack.callback(core.close)
         files = OverlayFiles(folder)
         stack.callback(files.close)
-        table = OverlayTable(core, GuestTable(), Admission(1024), OverlayTerms(), files)
+        table = OverlayTable(core, GuestTable(), Admission(1024), OverlayLimits(), files)
         stack.callback(table.close)
         table.adopt([image])
         yield table, image

@@ -22,7 +22,7 @@ from cowshed.transport.nbd_negotiation import (
     Export,
     ExportRefused,
     Handshake,
-    Terms,
+    Negotiated,
     WantsTls,
 )
 from cowshed.transport.nbd_wire import OPTION_MAGIC, ExportFlag, Option, Reply
@@ -117,7 +117,7 @@ def test_info_tells_and_stays_and_go_enters() -> None:
         answers = ask(handshake, kind, info_body("debian", 3, 2, 1, 1, 77))
         assert [(reply, body) for _, reply, body in answers] == expected
         assert all(option == kind for option, _, _ in answers)
-    assert handshake.outcome == Chosen(DEBIAN, Terms(False, False, True, (0, 0, 0)))
+    assert handshake.outcome == Chosen(DEBIAN, Negotiated(False, False, True, (0, 0, 0)))
     assert isinstance(handshake._directory, Shelf)
     assert handshake._directory.entered == ["debian"]
 
@@ -205,7 +205,7 @@ def test_contexts_are_chosen_by_name(extended: bool) -> None:
         (Reply.ACK, b""),
     ]
     ask(handshake, Option.GO, info_body("debian@g"))
-    assert handshake.outcome == Chosen(OVERLAY, Terms(True, extended, False, (1, 0, 3)))
+    assert handshake.outcome == Chosen(OVERLAY, Negotiated(True, extended, False, (1, 0, 3)))
 
 
 def test_contexts_of_another_export_do_not_count() -> None:
@@ -213,7 +213,7 @@ def test_contexts_of_another_export_do_not_count() -> None:
     ask(handshake, Option.STRUCTURED_REPLY)
     ask(handshake, Option.SET_META_CONTEXT, context_body("debian@g", "base:allocation"))
     ask(handshake, Option.GO, info_body("debian"))
-    assert handshake.outcome == Chosen(DEBIAN, Terms(True, False, True, (0, 0, 0)))
+    assert handshake.outcome == Chosen(DEBIAN, Negotiated(True, False, True, (0, 0, 0)))
 
 
 @pytest.mark.parametrize("again", [context_body("absent", "base:allocation"), b"\xff"])
@@ -223,7 +223,7 @@ def test_a_failed_choice_of_contexts_undoes_the_one_before(again: bytes) -> None
     ask(handshake, Option.SET_META_CONTEXT, context_body("debian", "base:allocation"))
     ask(handshake, Option.SET_META_CONTEXT, again)
     ask(handshake, Option.GO, info_body("debian"))
-    assert handshake.outcome == Chosen(DEBIAN, Terms(True, False, True, (0, 0, 0)))
+    assert handshake.outcome == Chosen(DEBIAN, Negotiated(True, False, True, (0, 0, 0)))
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_tls_forgets_what_was_said_before_it() -> None:
     handshake.secured(Shelf())
     assert kinds(ask(handshake, Option.STARTTLS)) == [Reply.ERR_INVALID]
     ask(handshake, Option.GO, info_body("debian"))
-    assert handshake.outcome == Chosen(DEBIAN, Terms(False, False, True, (0, 0, 0)))
+    assert handshake.outcome == Chosen(DEBIAN, Negotiated(False, False, True, (0, 0, 0)))
 
 
 @pytest.mark.parametrize("kind", [Option.STARTTLS, Option.ABORT])

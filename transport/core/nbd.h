@@ -2,7 +2,7 @@
 /*
  * NBD's transmission phase: what a client may do once it has negotiated, straight from the store.
  *
- * Who negotiates hands a connected stream socket over with the terms agreed on; from then on the threads of the
+ * Who negotiates hands a connected stream socket over with the parameters agreed on; from then on the threads of the
  * server read requests from it and answer them, and nobody else touches it.  A connection that ends, for whatever
  * reason, is closed and reported once (nbd_event_fd, nbd_take_ended).
  *
@@ -27,7 +27,7 @@ struct nbd_export;
 enum nbd_context { NBD_CONTEXT_ALLOCATION, NBD_CONTEXT_RESIDENT, NBD_CONTEXT_PRIVATE, NBD_CONTEXTS };
 
 /* What was negotiated.  structured and extended: which replies (extended implies the 32-byte headers both ways). */
-struct nbd_terms {
+struct nbd_negotiated {
 	uint32_t structured;
 	uint32_t extended;
 	uint32_t read_only;         /* of an export without an overlay every connection is */
@@ -82,8 +82,9 @@ void nbd_image_count(struct nbd_server *server, const struct image *image, struc
 int nbd_export_latency(const struct nbd_export *export, int kind, uint64_t *counts_out, uint64_t *sum_ns_out);
 
 /* Serves a connected stream socket, which is taken over on success only.  early: bytes that came after the
- * negotiation and were read with it.  -EINVAL for terms that contradict themselves, -EMFILE past 65,536 connections. */
-int nbd_attach(struct nbd_server *server, struct nbd_export *export, int fd, const struct nbd_terms *terms,
+ * negotiation and were read with it.  -EINVAL for parameters that contradict themselves, -EMFILE past 65,536
+ * connections. */
+int nbd_attach(struct nbd_server *server, struct nbd_export *export, int fd, const struct nbd_negotiated *negotiated,
                const uint8_t *early, uint64_t nr_early, uint64_t *connection_no_out);
 /* Ends a connection; it is gone when nbd_take_ended says so.  -ENOENT if it has ended already. */
 int nbd_detach(struct nbd_server *server, uint64_t connection_no);

@@ -6,9 +6,9 @@
  * time: a write of 32 MiB needs no buffer. The parts of pages at its two ends need what the image has there, and
  * wait for it as pieces if it is not resident.
  *
- * A trim gives the whole pages inside its range back to the image, or, by a connection's terms, is zeroes. Zeroes are
- * private pages that hold nothing; with NO_HOLE they are stored.  FAST_ZERO is refused where it could be as slow as a
- * write: if zeros have to be stored, or a page of the image has to be read first.
+ * A trim gives the whole pages inside its range back to the image, or, by a connection's negotiated, is zeroes. Zeroes
+ * are private pages that hold nothing; with NO_HOLE they are stored.  FAST_ZERO is refused where it could be as slow as
+ * a write: if zeros have to be stored, or a page of the image has to be read first.
  */
 #include "transport/core/nbd_state.h"
 
@@ -225,7 +225,7 @@ void clear_begin(struct nbd_turn *turn, const struct nbd_request *request)
 
 	if (!op)
 		return;
-	op->zeroes = request->type == NBD_CMD_WRITE_ZEROES || turn->connection->terms.trim_zeroes;
+	op->zeroes = request->type == NBD_CMD_WRITE_ZEROES || turn->connection->negotiated.trim_zeroes;
 	if (op->zeroes) {
 		uint64_t first = op->at >> 12;
 		bool parts = op->at % 4096 || (op->end % 4096 && op->end != export->size_bytes);

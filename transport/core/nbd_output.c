@@ -179,7 +179,7 @@ bool out_send_backlog(struct nbd_turn *turn)
 
 void reply_chunk(struct nbd_turn *turn, const struct nbd_request *request, uint16_t type, uint64_t length, bool done)
 {
-	bool extended = turn->connection->terms.extended;
+	bool extended = turn->connection->negotiated.extended;
 	uint8_t *to = out_reserve(turn, extended ? NBD_EXTENDED_CHUNK_BYTES : NBD_CHUNK_BYTES);
 
 	to = wire_put32(to, extended ? NBD_EXTENDED_REPLY_MAGIC : NBD_STRUCTURED_REPLY_MAGIC);
@@ -194,15 +194,15 @@ void reply_chunk(struct nbd_turn *turn, const struct nbd_request *request, uint1
 
 void reply_status(struct nbd_turn *turn, const struct nbd_request *request, int err)
 {
-	const struct nbd_terms *terms = &turn->connection->terms;
+	const struct nbd_negotiated *negotiated = &turn->connection->negotiated;
 
 	if (turn->connection->broken)
 		return;
 	turn->counts.errors += err != 0;
-	if (err && (terms->structured || terms->extended)) {
+	if (err && (negotiated->structured || negotiated->extended)) {
 		reply_chunk(turn, request, NBD_REPLY_TYPE_ERROR, 6, true);
 		wire_put16(wire_put32(out_reserve(turn, 6), wire_error(err)), 0);
-	} else if (terms->extended || (terms->structured && request->type == NBD_CMD_READ)) {
+	} else if (negotiated->extended || (negotiated->structured && request->type == NBD_CMD_READ)) {
 		reply_chunk(turn, request, NBD_REPLY_TYPE_NONE, 0, true);
 	} else {
 		uint8_t *to = out_reserve(turn, NBD_SIMPLE_REPLY_BYTES);
@@ -214,7 +214,7 @@ void reply_status(struct nbd_turn *turn, const struct nbd_request *request, int 
 
 void reply_data(struct nbd_turn *turn, const struct nbd_request *request, uint64_t offset, uint32_t length, bool done)
 {
-	if (turn->connection->terms.structured || turn->connection->terms.extended) {
+	if (turn->connection->negotiated.structured || turn->connection->negotiated.extended) {
 		reply_chunk(turn, request, NBD_REPLY_TYPE_OFFSET_DATA, (uint64_t)length + 8, done);
 		wire_put64(out_reserve(turn, 8), offset);
 	} else {

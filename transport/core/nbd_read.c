@@ -194,7 +194,7 @@ static int read_park(struct nbd_turn *turn, struct nbd_op *op, uint64_t offset, 
 void read_begin(struct nbd_turn *turn, const struct nbd_request *request)
 {
 	struct nbd_connection *connection = turn->connection;
-	bool split = connection->terms.structured || connection->terms.extended;
+	bool split = connection->negotiated.structured || connection->negotiated.extended;
 	int err = -EAGAIN;
 
 	if (request->length > PIECE_BYTES && request->flags & NBD_CMD_FLAG_DF) {

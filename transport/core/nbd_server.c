@@ -438,21 +438,21 @@ static void socket_prepare(int fd)
 		setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
 }
 
-static bool terms_ok(const struct nbd_terms *terms)
+static bool negotiated_ok(const struct nbd_negotiated *negotiated)
 {
-	const uint32_t *ids = terms->context_ids;
+	const uint32_t *ids = negotiated->context_ids;
 
-	return terms->max_payload_bytes >= 4096 && terms->max_payload_bytes <= NBD_PAYLOAD_MAX &&
-	       (!(ids[0] | ids[1] | ids[2]) || terms->structured || terms->extended);
+	return negotiated->max_payload_bytes >= 4096 && negotiated->max_payload_bytes <= NBD_PAYLOAD_MAX &&
+	       (!(ids[0] | ids[1] | ids[2]) || negotiated->structured || negotiated->extended);
 }
 
-int nbd_attach(struct nbd_server *server, struct nbd_export *export, int fd, const struct nbd_terms *terms,
+int nbd_attach(struct nbd_server *server, struct nbd_export *export, int fd, const struct nbd_negotiated *negotiated,
                const uint8_t *early, uint64_t nr_early, uint64_t *connection_no_out)
 {
 	struct epoll_event event = {.events = EPOLLONESHOT};
 	uint32_t slot;
 
-	if (!terms_ok(terms) || nr_early > IN_BYTES / 2)
+	if (!negotiated_ok(negotiated) || nr_early > IN_BYTES / 2)
 		return -EINVAL;
 	struct nbd_connection *connection = calloc(1, sizeof *connection);
 	if (!connection)
@@ -460,8 +460,8 @@ int nbd_attach(struct nbd_server *server, struct nbd_export *export, int fd, con
 	pthread_mutex_init(&connection->lock, NULL);
 	connection->server = server;
 	connection->export = export;
-	connection->terms = *terms;
-	connection->terms.read_only |= !export->overlay;
+	connection->negotiated = *negotiated;
+	connection->negotiated.read_only |= !export->overlay;
 	connection->fd = fd;
 	connection->hold.go = connection_go;
 	connection->ready_tail = &connection->ready;

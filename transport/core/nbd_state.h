@@ -134,7 +134,7 @@ struct nbd_connection {
 	uint64_t connection_no;
 	struct nbd_server *server;
 	struct nbd_export *export;
-	struct nbd_terms terms;
+	struct nbd_negotiated negotiated;
 	int fd;
 	/* ---- */
 	bool closing, broken; /* no more requests; nor replies */

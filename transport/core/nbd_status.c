@@ -39,7 +39,7 @@ static uint32_t status_run(const struct nbd_export *export, enum nbd_context con
 static void status_chunk(struct nbd_turn *turn, const struct nbd_request *request, enum nbd_context context, bool done)
 {
 	const struct nbd_connection *connection = turn->connection;
-	bool extended = connection->terms.extended;
+	bool extended = connection->negotiated.extended;
 	uint32_t nr = 0, nr_max = request->flags & NBD_CMD_FLAG_REQ_ONE ? 1 : DESCRIPTORS_MAX;
 	uint64_t lengths[DESCRIPTORS_MAX];
 	uint32_t statuses[DESCRIPTORS_MAX];
@@ -60,7 +60,7 @@ static void status_chunk(struct nbd_turn *turn, const struct nbd_request *reques
 	reply_chunk(turn, request, extended ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT : NBD_REPLY_TYPE_BLOCK_STATUS,
 	            extended ? 8 + 16 * (uint64_t)nr : 4 + 8 * (uint64_t)nr, done);
 	uint8_t *to = out_reserve(turn, extended ? 8 + 16 * nr : 4 + 8 * nr);
-	to = wire_put32(to, connection->terms.context_ids[context]);
+	to = wire_put32(to, connection->negotiated.context_ids[context]);
 	if (extended)
 		to = wire_put32(to, nr);
 	for (uint32_t i = 0; i < nr; i++) {
@@ -71,13 +71,13 @@ static void status_chunk(struct nbd_turn *turn, const struct nbd_request *reques
 
 void status_begin(struct nbd_turn *turn, const struct nbd_request *request)
 {
-	const struct nbd_terms *terms = &turn->connection->terms;
+	const struct nbd_negotiated *negotiated = &turn->connection->negotiated;
 	uint32_t nr_left = 0;
 
 	turn->counts.block_statuses++;
 	for (int context = 0; context < NBD_CONTEXTS; context++)
-		nr_left += terms->context_ids[context] != 0;
+		nr_left += negotiated->context_ids[context] != 0;
 	for (int context = 0; context < NBD_CONTEXTS; context++)
-		if (terms->context_ids[context])
+		if (negotiated->context_ids[context])
 			status_chunk(turn, request, context, --nr_left == 0);
 }

@@ -125,17 +125,17 @@ static bool is_write(const struct nbd_request *request)
 /* What the protocol says to answer a request with; 0: do it. */
 static int request_check(const struct nbd_connection *connection, const struct nbd_request *request)
 {
-	const struct nbd_terms *terms = &connection->terms;
+	const struct nbd_negotiated *negotiated = &connection->negotiated;
 	uint64_t size_bytes = connection->export->size_bytes;
 	uint32_t flags = NBD_CMD_FLAG_FUA;
 
 	switch (request->type) {
 	case NBD_CMD_READ:
-		flags |= terms->structured || terms->extended ? NBD_CMD_FLAG_DF : 0;
+		flags |= negotiated->structured || negotiated->extended ? NBD_CMD_FLAG_DF : 0;
 		break;
 	case NBD_CMD_WRITE:
-		flags |= terms->extended ? NBD_CMD_FLAG_PAYLOAD_LEN : 0;
-		if (terms->extended && !(request->flags & NBD_CMD_FLAG_PAYLOAD_LEN))
+		flags |= negotiated->extended ? NBD_CMD_FLAG_PAYLOAD_LEN : 0;
+		if (negotiated->extended && !(request->flags & NBD_CMD_FLAG_PAYLOAD_LEN))
 			return -EINVAL;
 		break;
 	case NBD_CMD_WRITE_ZEROES:
@@ -143,7 +143,7 @@ static int request_check(const struct nbd_connection *connection, const struct n
 		break;
 	case NBD_CMD_BLOCK_STATUS:
 		flags |= NBD_CMD_FLAG_REQ_ONE;
-		if (!(terms->context_ids[0] | terms->context_ids[1] | terms->context_ids[2]))
+		if (!(negotiated->context_ids[0] | negotiated->context_ids[1] | negotiated->context_ids[2]))
 			return -EINVAL;
 		break;
 	case NBD_CMD_FLUSH:
@@ -156,13 +156,13 @@ static int request_check(const struct nbd_connection *connection, const struct n
 	}
 	if (request->flags & ~flags)
 		return -EINVAL;
-	if (is_write(request) && terms->read_only)
+	if (is_write(request) && negotiated->read_only)
 		return -EPERM;
 	if (request->offset > size_bytes || request->length > size_bytes - request->offset)
 		return is_write(request) && request->type != NBD_CMD_TRIM ? -ENOSPC : -EINVAL;
-	if (request->length > terms->max_payload_bytes) {
+	if (request->length > negotiated->max_payload_bytes) {
 		if (request->type == NBD_CMD_READ)
-			return terms->structured || terms->extended ? -EOVERFLOW : -EINVAL;
+			return negotiated->structured || negotiated->extended ? -EOVERFLOW : -EINVAL;
 		if (request->type == NBD_CMD_WRITE)
 			return -EINVAL;
 	}
@@ -172,8 +172,9 @@ static int request_check(const struct nbd_connection *connection, const struct n
 static void dispatch(struct nbd_turn *turn, const struct nbd_request *request)
 {
 	struct nbd_connection *connection = turn->connection;
-	const struct nbd_terms *terms = &connection->terms;
-	bool has_payload = terms->extended ? request->flags & NBD_CMD_FLAG_PAYLOAD_LEN : request->type == NBD_CMD_WRITE;
+	const struct nbd_negotiated *negotiated = &connection->negotiated;
+	bool has_payload =
+		negotiated->extended ? request->flags & NBD_CMD_FLAG_PAYLOAD_LEN : request->type == NBD_CMD_WRITE;
 
 	if (request->type == NBD_CMD_DISC) {
 		connection->closing = true;
@@ -222,7 +223,7 @@ static bool parse(struct nbd_turn *turn)
 {
 	struct nbd_connection *connection = turn->connection;
 	uint32_t nr_extents = PIECE_BYTES / (uint32_t)connection->export->extent_bytes + 2;
-	size_t header_bytes = connection->terms.extended ? NBD_EXTENDED_REQUEST_BYTES : NBD_REQUEST_BYTES;
+	size_t header_bytes = connection->negotiated.extended ? NBD_EXTENDED_REQUEST_BYTES : NBD_REQUEST_BYTES;
 	struct nbd_request request;
 
 	while (may_parse(connection)) {
@@ -240,7 +241,7 @@ static bool parse(struct nbd_turn *turn)
 		}
 		if (turn->in_end - turn->in_at < header_bytes)
 			return true;
-		if (!wire_get_request(turn->in + turn->in_at, connection->terms.extended != 0, &request)) {
+		if (!wire_get_request(turn->in + turn->in_at, connection->negotiated.extended != 0, &request)) {
 			nbd_turn_break(turn, NBD_END_PROTOCOL, 0);
 			return false;
 		}

@@ -30,7 +30,7 @@
 
 #include "transport/preload/hooks_change.h"
 #include "transport/preload/real.h"
-#include "transport/preload/terms.h"
+#include "transport/preload/config.h"
 
 #ifndef FS_IOC_ENABLE_VERITY
 #define FS_IOC_ENABLE_VERITY _IOW('f', 133, char[128])
@@ -43,10 +43,10 @@ static bool is_refused(const char *call, int folder, const char *path, int flags
 	int saved = errno;
 	bool is_image;
 
-	if (!terms.active || lock_is_inside() || !path)
+	if (!config.active || lock_is_inside() || !path)
 		return false;
 	is_image = real_fstatat(folder, path, &status, flags & (AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH)) == 0 &&
-	           terms_is_image(&status);
+	           config_is_image(&status);
 	errno = saved;
 	if (is_image) {
 		say("%s of the image's source is refused: others read it", call);

@@ -11,11 +11,11 @@
 #include "transport/preload/process.h"
 #include "transport/preload/real.h"
 #include "transport/preload/table.h"
-#include "transport/preload/terms.h"
+#include "transport/preload/config.h"
 
 static bool is_none_of_ours(unsigned first, unsigned last)
 {
-	return !terms.active || lock_is_inside() || !table_may_own(first, last);
+	return !config.active || lock_is_inside() || !table_may_own(first, last);
 }
 
 /* Where the table is another's its lock is not ours to take: an end of this process would leave it locked. */

@@ -22,7 +22,7 @@
 
 #include "transport/preload/programs.h"
 #include "transport/preload/real.h"
-#include "transport/preload/terms.h"
+#include "transport/preload/config.h"
 
 #define VARIABLE "LD_PRELOAD="
 

@@ -14,7 +14,7 @@
 
 #include "transport/preload/lent.h"
 #include "transport/preload/real.h"
-#include "transport/preload/terms.h"
+#include "transport/preload/config.h"
 
 /* What programs call that were built before glibc 2.33, and what _FORTIFY_SOURCE makes of calls. */
 int __xstat64(int version, const char *path, struct stat *status);
@@ -41,7 +41,7 @@ LOOKS(FOUND)
 
 static bool is_lent(void)
 {
-	return terms.is_lent && !lock_is_inside();
+	return config.is_lent && !lock_is_inside();
 }
 
 /* Keeps errno. */
@@ -52,7 +52,7 @@ static bool leads_to_image(int folder, const char *path, int flags)
 	bool is_image;
 
 	is_image = real_fstatat(folder, path, &status, flags & (AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH)) == 0 &&
-	           terms_is_image(&status);
+	           config_is_image(&status);
 	errno = saved;
 	return is_image;
 }
@@ -63,9 +63,9 @@ EXPORTED int faccessat(int folder, const char *path, int mode, int flags)
 
 	if (is_lent())
 		is_image = lent_leads(folder, path);
-	else if (terms.active && !lock_is_inside() && (mode & W_OK))
+	else if (config.active && !lock_is_inside() && (mode & W_OK))
 		is_image = leads_to_image(folder, path, flags);
-	if (!is_image || (!terms.is_lent && !(mode & W_OK)))
+	if (!is_image || (!config.is_lent && !(mode & W_OK)))
 		return NEXT(faccessat)(folder, path, mode, flags);
 	if (!(mode & (W_OK | X_OK)))
 		return 0;
@@ -93,7 +93,7 @@ static int look(int folder, const char *path, struct stat *status_out, int flags
 	if (lent_is_name(folder, path))
 		flags &= ~AT_SYMLINK_NOFOLLOW;
 	result = real_fstatat(folder, path, status_out, flags);
-	if (!lent_is_image(path) || (result == 0 && terms_is_image(status_out)))
+	if (!lent_is_image(path) || (result == 0 && config_is_image(status_out)))
 		return result;
 	/* Its descriptor was closed, or is another file's. */
 	fd = lent_open(O_CLOEXEC);
@@ -174,10 +174,10 @@ EXPORTED ssize_t readlinkat(int folder, const char *path, char *target, size_t l
 		return -1;
 	}
 	/* Another descriptor of the image: where it leads this user finds nothing. */
-	name_bytes = strlen(terms.image_path);
+	name_bytes = strlen(config.image_path);
 	if (length > name_bytes)
 		length = name_bytes;
-	memcpy(target, terms.image_path, length);
+	memcpy(target, config.image_path, length);
 	return (ssize_t)length;
 }
 
@@ -202,7 +202,7 @@ EXPORTED char *realpath(const char *path, char *resolved)
 {
 	if (!is_lent() || !lent_leads(AT_FDCWD, path))
 		return NEXT(realpath)(path, resolved);
-	return resolved ? strcpy(resolved, terms.image_path) : strdup(terms.image_path);
+	return resolved ? strcpy(resolved, config.image_path) : strdup(config.image_path);
 }
 
 EXPORTED char *__realpath_chk(const char *path, char *resolved, size_t room)

@@ -12,7 +12,7 @@
 #include "transport/preload/process.h"
 #include "transport/preload/real.h"
 #include "transport/preload/table.h"
-#include "transport/preload/terms.h"
+#include "transport/preload/config.h"
 
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
@@ -41,7 +41,7 @@ static bool is_elsewhere(const void *address, size_t length)
 {
 	uintptr_t start = (uintptr_t)address, end = page_up(start + length);
 
-	if (!terms.active || lock_is_inside() || start + length < start || !table_may_touch(start, end))
+	if (!config.active || lock_is_inside() || start + length < start || !table_may_touch(start, end))
 		return true;
 	if (process_kind() == PROCESS_IN_MEMORY_OF_ANOTHER)
 		return !table_touches(start, end);
@@ -134,7 +134,7 @@ static void *map_image(void *address, size_t length, int prot, int flags, off_t 
 	lock_release(&signals);
 	if (at < 0)
 		return mapping_failed(at);
-	if (terms.populate || ((flags & MAP_POPULATE) && !(flags & MAP_NONBLOCK)))
+	if (config.populate || ((flags & MAP_POPULATE) && !(flags & MAP_NONBLOCK)))
 		populate((uintptr_t)at, covered);
 	if (flags & MAP_LOCKED)
 		mlock((void *)at, covered);
@@ -147,11 +147,11 @@ EXPORTED void *mmap64(void *address, size_t length, int prot, int flags, int fd,
 	sigset_t signals;
 	void *mapped;
 
-	if (!terms.active || lock_is_inside())
+	if (!config.active || lock_is_inside())
 		return real_mmap(address, length, prot, flags, fd, offset);
 	/* What begins past the image's end is SIGBUS all over, in the source too. */
-	if (!(flags & MAP_ANONYMOUS) && fd >= 0 && fstat(fd, &status) == 0 && terms_is_image(&status) &&
-	    (uint64_t)offset < terms.map_bytes && process_kind() == PROCESS_OWN)
+	if (!(flags & MAP_ANONYMOUS) && fd >= 0 && fstat(fd, &status) == 0 && config_is_image(&status) &&
+	    (uint64_t)offset < config.map_bytes && process_kind() == PROCESS_OWN)
 		return map_image(address, length, prot, flags, offset);
 	if (!(flags & MAP_FIXED) || is_elsewhere(address, length))
 		return real_mmap(address, length, prot, flags, fd, offset);

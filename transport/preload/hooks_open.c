@@ -14,7 +14,7 @@
 
 #include "transport/preload/lent.h"
 #include "transport/preload/real.h"
-#include "transport/preload/terms.h"
+#include "transport/preload/config.h"
 
 /* As fcntl.h decides whether there is a mode. */
 #define HAS_MODE(flags) (((flags) & O_CREAT) != 0 || ((flags) & O_TMPFILE) == O_TMPFILE)
@@ -62,10 +62,10 @@ static int open_any(int folder, const char *path, int flags, mode_t mode)
 	bool is_name;
 	int fd;
 
-	if (!terms.active || lock_is_inside())
+	if (!config.active || lock_is_inside())
 		return real_openat(folder, path, flags, mode);
 	is_name = lent_is_name(folder, path);
-	if (is_for_writing && (is_name || (real_fstatat(folder, path, &status, 0) == 0 && terms_is_image(&status))))
+	if (is_for_writing && (is_name || (real_fstatat(folder, path, &status, 0) == 0 && config_is_image(&status))))
 		flags = readable_flags(flags);
 	if (flags < 0)
 		return -1;
@@ -137,10 +137,10 @@ static bool is_ours_to_open(const char *path, const char *mode)
 {
 	struct stat status;
 
-	if (!terms.active || lock_is_inside())
+	if (!config.active || lock_is_inside())
 		return false;
 	return lent_leads(AT_FDCWD, path) ||
-	       (strpbrk(mode, "wa+") && real_fstatat(AT_FDCWD, path, &status, 0) == 0 && terms_is_image(&status));
+	       (strpbrk(mode, "wa+") && real_fstatat(AT_FDCWD, path, &status, 0) == 0 && config_is_image(&status));
 }
 
 /* Opened as fopen(3) would; a descriptor for reading, -1 with errno if that is refused. */
@@ -208,11 +208,11 @@ EXPORTED int open_by_handle_at(int mount_fd, struct file_handle *handle, int fla
 	struct stat status;
 	int fd;
 
-	if (terms.active && !lock_is_inside() && is_for_writing && !(flags & O_PATH)) {
+	if (config.active && !lock_is_inside() && is_for_writing && !(flags & O_PATH)) {
 		fd = real_open_by_handle_at(mount_fd, handle, O_PATH | O_CLOEXEC);
 		if (fd < 0)
 			return -1;
-		if (fstat(fd, &status) == 0 && terms_is_image(&status))
+		if (fstat(fd, &status) == 0 && config_is_image(&status))
 			flags = readable_flags(flags);
 		real_close(fd);
 		if (flags < 0)

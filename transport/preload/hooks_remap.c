@@ -14,7 +14,7 @@
 #include "transport/preload/process.h"
 #include "transport/preload/real.h"
 #include "transport/preload/table.h"
-#include "transport/preload/terms.h"
+#include "transport/preload/config.h"
 
 struct wanted {
 	uintptr_t start;
@@ -251,7 +251,7 @@ EXPORTED void *mremap(void *address, size_t old_length, size_t new_length, int f
 	}
 	if (flags & MREMAP_FIXED)
 		wanted.target = (uintptr_t)new_address;
-	if (!terms.active || lock_is_inside() ||
+	if (!config.active || lock_is_inside() ||
 	    (!touches(address, wanted.old_length ? wanted.old_length : 1) &&
 	     !((flags & MREMAP_FIXED) && touches(new_address, wanted.new_length))))
 		return real_mremap(address, old_length, new_length, flags, new_address);

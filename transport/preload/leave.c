@@ -12,7 +12,7 @@
 #include "cache/core/abi.h"
 #include "transport/core/guard.h"
 #include "transport/preload/real.h"
-#include "transport/preload/terms.h"
+#include "transport/preload/config.h"
 #include "transport/preload/wire.h"
 
 #define PAUSE_NS 50000000
@@ -41,11 +41,12 @@ static int leave_take(struct leave *leave, struct packet *reply)
 
 	json_text(reply->json, "digest", digest, sizeof(digest));
 	if (digest[0] && leave_digest[0] && strcmp(digest, leave_digest) != 0) {
-		say("no mapping of the image: the backend at %s serves another one under that name", terms.socket_path);
+		say("no mapping of the image: the backend at %s serves another one under that name",
+		    config.socket_path);
 		return -EACCES;
 	}
 	if (!json_number(reply->json, "map_bytes", &map_bytes) ||
-	    !json_number(reply->json, "uffd_features", &features) || map_bytes != terms.map_bytes ||
+	    !json_number(reply->json, "uffd_features", &features) || map_bytes != config.map_bytes ||
 	    reply->nr_fds < 1 || reply->nr_fds > 2 || fstat(reply->fds[0], &status) < 0 ||
 	    (uint64_t)status.st_size < map_bytes) {
 		say("no mapping of the image: the backend's answer makes no sense; is it of another version?");
@@ -73,7 +74,7 @@ static int leave_take(struct leave *leave, struct packet *reply)
 
 int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, const char *more)
 {
-	static char request[sizeof(terms.open_request) + 150]; /* threads may have small stacks */
+	static char request[sizeof(config.open_request) + 150]; /* threads may have small stacks */
 	struct leave leave = {.connection_fd = -1, .memfd = -1, .uffd = -1};
 	struct packet reply;
 	int err = wire_connect();
@@ -83,8 +84,8 @@ int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_by
 	leave.connection_fd = err;
 	/* "carries": in a move this library brings the private pages along (moves.c). */
 	snprintf(request, sizeof(request),
-	         "%s,\"offset_bytes\":%" PRIu64 ",\"length_bytes\":%" PRIu64 ",\"carries\":true%s}", terms.open_request,
-	         offset_bytes, length_bytes, more);
+	         "%s,\"offset_bytes\":%" PRIu64 ",\"length_bytes\":%" PRIu64 ",\"carries\":true%s}",
+	         config.open_request, offset_bytes, length_bytes, more);
 	err = wire_ask(leave.connection_fd, request, NULL, 0, &reply);
 	if (err == 0) {
 		err = leave_take(&leave, &reply);
@@ -102,19 +103,19 @@ int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_by
    is where this program asks. */
 static int ask_there(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes)
 {
-	char before[sizeof(terms.socket_path)];
+	char before[sizeof(config.socket_path)];
 	int err = -EREMCHG;
 
-	_Static_assert(sizeof(terms.socket_path) == sizeof(wire_moved_to), "one is copied to the other");
-	memcpy(before, terms.socket_path, sizeof(before));
+	_Static_assert(sizeof(config.socket_path) == sizeof(wire_moved_to), "one is copied to the other");
+	memcpy(before, config.socket_path, sizeof(before));
 	say_keep(true);
 	for (int i = 0; i < MAX_SENT_ON && err == -EREMCHG; i++) {
-		memcpy(terms.socket_path, wire_moved_to, sizeof(wire_moved_to));
+		memcpy(config.socket_path, wire_moved_to, sizeof(wire_moved_to));
 		err = leave_ask(leave_out, offset_bytes, length_bytes, ",\"moved\":true");
 	}
 	say_keep(false);
 	if (err < 0)
-		memcpy(terms.socket_path, before, sizeof(before));
+		memcpy(config.socket_path, before, sizeof(before));
 	return err;
 }
 

@@ -19,7 +19,7 @@ struct leave {
 	uint64_t features; /* of the userfaultfd */
 };
 
-/* Asks the backend at terms.socket_path, once; more is "" or further fields of the request, after a comma.  0, or
+/* Asks the backend at config.socket_path, once; more is "" or further fields of the request, after a comma.  0, or
    -errno as wire_ask gives it, having said why; -EREMCHG: see wire.h. */
 int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, const char *more);
 /* Has the backend answer for a registered range from now on; what is private in one that is inherited stays. */

@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "transport/preload/real.h"
-#include "transport/preload/terms.h"
+#include "transport/preload/config.h"
 #include "transport/preload/wire.h"
 
 static bool looks_so(int folder, const char *path, int flags, struct stat *status_out)
@@ -21,7 +21,7 @@ static bool looks_so(int folder, const char *path, int flags, struct stat *statu
 /* /proc/PID/fd/N of a process that has ended: what a helper of a script, such as `readlink -f`, made of it. */
 static bool is_of_the_dead(const char *path)
 {
-	const char *number = strrchr(terms.image_path, '/');
+	const char *number = strrchr(config.image_path, '/');
 	size_t nr_digits = strncmp(path, "/proc/", 6) == 0 ? strspn(path + 6, "0123456789") : 0;
 	char process[32];
 	struct stat status;
@@ -36,15 +36,15 @@ static bool is_of_the_dead(const char *path)
 
 bool lent_is_image(const char *path)
 {
-	return terms.is_lent && path && (strcmp(path, terms.image_path) == 0 || is_of_the_dead(path));
+	return config.is_lent && path && (strcmp(path, config.image_path) == 0 || is_of_the_dead(path));
 }
 
 bool lent_leads(int folder, const char *path)
 {
 	struct stat status;
 
-	return terms.is_lent &&
-	       (lent_is_image(path) || (looks_so(folder, path, 0, &status) && terms_is_image(&status)));
+	return config.is_lent &&
+	       (lent_is_image(path) || (looks_so(folder, path, 0, &status) && config_is_image(&status)));
 }
 
 bool lent_is_magic(int folder, const char *path)
@@ -61,11 +61,11 @@ bool lent_is_name(int folder, const char *path)
 {
 	const char *last;
 
-	if (!terms.is_lent || !path)
+	if (!config.is_lent || !path)
 		return false;
 	last = strrchr(path, '/');
 	/* Before anything is asked of the system: most paths end in other words than its number. */
-	return strcmp(last ? last + 1 : path, strrchr(terms.image_path, '/') + 1) == 0 && lent_is_magic(folder, path);
+	return strcmp(last ? last + 1 : path, strrchr(config.image_path, '/') + 1) == 0 && lent_is_magic(folder, path);
 }
 
 int lent_open(int flags)

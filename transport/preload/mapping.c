@@ -26,14 +26,14 @@
 #include "transport/preload/carry.h"
 #include "transport/preload/leave.h"
 #include "transport/preload/real.h"
-#include "transport/preload/terms.h"
+#include "transport/preload/config.h"
 #include "transport/preload/wire.h"
 
 #define KEPT_FLAGS (MAP_FIXED | MAP_FIXED_NOREPLACE | MAP_32BIT)
 
 uint64_t mapping_covered(uint64_t offset_bytes, size_t length)
 {
-	uint64_t left = offset_bytes < terms.map_bytes ? terms.map_bytes - offset_bytes : 0;
+	uint64_t left = offset_bytes < config.map_bytes ? config.map_bytes - offset_bytes : 0;
 
 	return length < left ? length : left;
 }

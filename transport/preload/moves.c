@@ -34,7 +34,7 @@
 #include "transport/preload/mapping.h"
 #include "transport/preload/orphans.h"
 #include "transport/preload/real.h"
-#include "transport/preload/terms.h"
+#include "transport/preload/config.h"
 #include "transport/preload/wire.h"
 
 #define MAX_PARTS 64
@@ -49,7 +49,7 @@ struct part {
 };
 
 /* Where to; of the thread alone. */
-static char target_path[sizeof(terms.socket_path)];
+static char target_path[sizeof(config.socket_path)];
 static char target_digest[sizeof(leave_digest)];
 
 static struct part parts[MAX_PARTS];
@@ -319,14 +319,14 @@ const char *moves_target(void)
 
 int moves_take(unsigned link_no, bool was_left)
 {
-	char home[sizeof(terms.socket_path)];
+	char home[sizeof(config.socket_path)];
 	int err = find_parts(link_no);
 
 	if (err < 0)
 		return err;
-	memcpy(home, terms.socket_path, sizeof(home));
+	memcpy(home, config.socket_path, sizeof(home));
 	memcpy(leave_digest, target_digest, sizeof(leave_digest));
-	memcpy(terms.socket_path, target_path, sizeof(terms.socket_path));
+	memcpy(config.socket_path, target_path, sizeof(config.socket_path));
 	err = carry_check();
 	if (err == 0)
 		err = open_parts();
@@ -336,7 +336,7 @@ int moves_take(unsigned link_no, bool was_left)
 		orphans_leave(link_no);
 		err = take_parts(link_no);
 	} else {
-		memcpy(terms.socket_path, home, sizeof(home));
+		memcpy(config.socket_path, home, sizeof(home));
 	}
 	if (err < 0 && !say_kept()[0])
 		say("%s", strerrordesc_np(-err));

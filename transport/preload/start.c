@@ -6,7 +6,7 @@
 #include "transport/preload/hooks_look.h"
 #include "transport/preload/process.h"
 #include "transport/preload/real.h"
-#include "transport/preload/terms.h"
+#include "transport/preload/config.h"
 
 __attribute__((constructor)) static void start(void)
 {
@@ -15,8 +15,8 @@ __attribute__((constructor)) static void start(void)
 	change_find();
 	look_find();
 	exec_find();
-	terms_read();
-	if (!terms.active)
+	config_read();
+	if (!config.active)
 		return;
 	process_begin();
 	forks_watch();

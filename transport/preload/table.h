@@ -31,7 +31,7 @@ struct range {
 	uint64_t offset_bytes; /* of start, in the image */
 	int prot;              /* what the whole of it was last given */
 	uint16_t link_no;      /* or TABLE_NO_LINK */
-	bool is_zerocopy;        /* asked for as MAP_SHARED: never to be written */
+	bool is_zerocopy;      /* asked for as MAP_SHARED: never to be written */
 	bool no_fork;          /* the program wants children without it */
 	struct frames frames;
 };

@@ -9,7 +9,7 @@
 #include <sys/un.h>
 
 #include "transport/preload/real.h"
-#include "transport/preload/terms.h"
+#include "transport/preload/config.h"
 
 /* One request at a time is under way, and each takes the same tag, but for the last of a connection: a successor of the
    backend's may answer again what had been answered. Events, which nobody asked for, have none. */
@@ -88,7 +88,7 @@ static void say_failure(int err)
 		    "or close some");
 		return;
 	}
-	say("no mapping of the image: the backend at %s: %s; see 'cowshed status' and its log", terms.socket_path,
+	say("no mapping of the image: the backend at %s: %s; see 'cowshed status' and its log", config.socket_path,
 	    strerrordesc_np(-err));
 }
 
@@ -169,8 +169,8 @@ int wire_connect(void)
 	struct packet reply;
 	int fd, err;
 
-	_Static_assert(sizeof(address.sun_path) == sizeof(terms.socket_path), "the path fits, with its end");
-	memcpy(address.sun_path, terms.socket_path, sizeof(terms.socket_path));
+	_Static_assert(sizeof(address.sun_path) == sizeof(config.socket_path), "the path fits, with its end");
+	memcpy(address.sun_path, config.socket_path, sizeof(config.socket_path));
 	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 	if (fd < 0) {
 		err = -errno;
@@ -202,7 +202,7 @@ static int open_source(void)
 	for (int i = 0; i < WIRE_TRIES && wire_is_gone(err); i++) {
 		int fd = wire_connect();
 
-		err = fd < 0 ? fd : wire_ask(fd, terms.describe_request, NULL, 0, &reply);
+		err = fd < 0 ? fd : wire_ask(fd, config.describe_request, NULL, 0, &reply);
 		if (fd >= 0)
 			real_close(fd);
 	}

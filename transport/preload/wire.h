@@ -18,7 +18,7 @@
 /* How often to come again to a backend that died before it had said yes: its successor is at the same socket. */
 #define WIRE_TRIES 5
 
-/* Connects to terms.socket_path and greets; the descriptor is the caller's.  Fails as wire_ask does. */
+/* Connects to config.socket_path and greets; the descriptor is the caller's.  Fails as wire_ask does. */
 int wire_connect(void);
 
 /* Whether an error is that the backend went away, or (-EREMCHG) sends us on to wire_moved_to. wire_ask says nothing of
@@ -28,7 +28,7 @@ static inline bool wire_is_gone(int err)
 	return err == -EPIPE || err == -ECONNRESET || err == -EREMCHG;
 }
 
-/* The path of a socket, as long as terms.socket_path; of the last refusal that was -EREMCHG. */
+/* The path of a socket, as long as config.socket_path; of the last refusal that was -EREMCHG. */
 extern char wire_moved_to[108];
 
 /* Takes such a path out of what came: false if it names no socket of this host. */

@@ -6,8 +6,8 @@
  * `describe` request, and the beginning of the `open` request, which lacks the part that is wanted and the
  * closing brace.
  */
-#ifndef COWSHED_PRELOAD_TERMS_H
-#define COWSHED_PRELOAD_TERMS_H
+#ifndef COWSHED_PRELOAD_CONFIG_H
+#define COWSHED_PRELOAD_CONFIG_H
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -15,7 +15,7 @@
 
 #include "transport/preload/say.h"
 
-struct terms {
+struct config {
 	bool active;            /* false: the library does nothing at all */
 	bool is_lent;           /* image_path is a descriptor of the backend's: this user may not open the source */
 	uint64_t device, inode; /* of the source: what is mapped of it, we map from the cache */
@@ -28,12 +28,12 @@ struct terms {
 	char open_request[4096];
 };
 
-extern struct terms terms;
+extern struct config config;
 
 /* Reads the variable; without one, or with a wrong one (said on stderr), stays inactive. */
-void terms_read(void);
+void config_read(void);
 
 /* Whether this is the image's source, by whatever name; of a block device, by whatever node. */
-bool terms_is_image(const struct stat *status);
+bool config_is_image(const struct stat *status);
 
 #endif

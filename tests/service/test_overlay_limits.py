@@ -14,8 +14,8 @@ from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.overlays.claims import Claim
 from cowshed.service.overlays.files import OverlayFiles
+from cowshed.service.overlays.limits import OverlayLimits
 from cowshed.service.overlays.overlays import OverlayTable
-from cowshed.service.overlays.terms import OverlayTerms
 from cowshed.transport import connect
 from cowshed.transport.nbd_core import NbdServer
 
@@ -26,16 +26,16 @@ STOP, KILL, ALLOW = QuotaPolicy.STOP, QuotaPolicy.KILL, QuotaPolicy.ALLOW
 @pytest.mark.parametrize(
     ("terms", "asked", "given"),
     [
-        (OverlayTerms(), (None, None), (None, STOP)),
-        (OverlayTerms(), (MIB, KILL), (MIB, KILL)),
-        (OverlayTerms(MIB, STOP, 2 * MIB), (None, None), (MIB, STOP)),
-        (OverlayTerms(MIB, STOP, 2 * MIB), (2 * MIB, None), (2 * MIB, STOP)),
-        (OverlayTerms(None, STOP, MIB), (None, None), (MIB, STOP)),
-        (OverlayTerms(2 * MIB, ALLOW, MIB), (None, ALLOW), (MIB, ALLOW)),
+        (OverlayLimits(), (None, None), (None, STOP)),
+        (OverlayLimits(), (MIB, KILL), (MIB, KILL)),
+        (OverlayLimits(MIB, STOP, 2 * MIB), (None, None), (MIB, STOP)),
+        (OverlayLimits(MIB, STOP, 2 * MIB), (2 * MIB, None), (2 * MIB, STOP)),
+        (OverlayLimits(None, STOP, MIB), (None, None), (MIB, STOP)),
+        (OverlayLimits(2 * MIB, ALLOW, MIB), (None, ALLOW), (MIB, ALLOW)),
     ],
 )
 def test_a_guest_gets_what_it_asks_for_within_the_terms(
-    terms: OverlayTerms, asked: tuple[int | None, QuotaPolicy | None], given: tuple[object, object]
+    terms: OverlayLimits, asked: tuple[int | None, QuotaPolicy | None], given: tuple[object, object]
 ) -> None:
     assert terms.agree(*asked) == given
 
@@ -72,7 +72,7 @@ def test_a_quota_for_an_overlay_that_was_discarded_meanwhile_changes_nothing(
 ) -> None:
     core = NbdServer(1)
     files = OverlayFiles(tmp_path / "overlays")
-    table = OverlayTable(core, GuestTable(), Admission(1024), OverlayTerms(), files)
+    table = OverlayTable(core, GuestTable(), Admission(1024), OverlayLimits(), files)
     guest = table.enter(image, "g", Claim(("me",), 0, False, "nbd"))
     table.leave(guest)
     table.set_quota(guest, MIB)

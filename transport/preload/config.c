@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
-#include "transport/preload/terms.h"
+#include "transport/preload/config.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -10,7 +10,7 @@
 #include "cache/core/abi.h"
 #include "transport/preload/real.h"
 
-struct terms terms;
+struct config config;
 
 /* Copies a line without its end; gives where the next starts, NULL if it is too long or has no end. */
 static const char *take_line(const char *text, char *to, size_t capacity_bytes, bool is_last)
@@ -24,9 +24,9 @@ static const char *take_line(const char *text, char *to, size_t capacity_bytes, 
 	return text + length + !is_last;
 }
 
-void terms_read(void)
+void config_read(void)
 {
-	static struct terms new;
+	static struct config new;
 	const char *text = getenv("COWSHED_ATTACH");
 	char numbers[100];
 	struct stat status;
@@ -56,14 +56,14 @@ void terms_read(void)
 		new.block_device = status.st_rdev;
 	new.is_lent = strncmp(new.image_path, "/proc/self/fd/", 14) == 0;
 	new.active = true;
-	terms = new;
+	config = new;
 }
 
-bool terms_is_image(const struct stat *status)
+bool config_is_image(const struct stat *status)
 {
-	if (!terms.active)
+	if (!config.active)
 		return false;
-	if (terms.block_device && S_ISBLK(status->st_mode))
-		return status->st_rdev == terms.block_device;
-	return status->st_ino == terms.inode && status->st_dev == terms.device;
+	if (config.block_device && S_ISBLK(status->st_mode))
+		return status->st_rdev == config.block_device;
+	return status->st_ino == config.inode && status->st_dev == config.device;
 }

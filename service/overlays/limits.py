@@ -9,11 +9,11 @@ from cowshed.accounting import QuotaPolicy
 from cowshed.cache.errors import UsageError
 from cowshed.service.runtime.sizes import format_bytes
 
-__all__ = ["OverlayTerms"]
+__all__ = ["OverlayLimits"]
 
 
 @dataclass(frozen=True)
-class OverlayTerms:
+class OverlayLimits:
     """The default quota and policy, and the most that anybody may ask for; None is no limit.
 
     The pages are in the backend's memory, or on its disk: a guest must not choose how many.
