@@ -92,7 +92,7 @@ class IncomingGuests:
                 self._guests.reserve(request, peer), left, request.carries
             ), request
 
-    def settle(self, moved: IncomingGuest) -> None:
+    def complete(self, moved: IncomingGuest) -> None:
         """It has its pages: the overlay is not needed any more."""
         self._overlays.leave(moved.left)
         self._overlays.withdraw(moved.left)
@@ -100,7 +100,7 @@ class IncomingGuests:
     def leave(self, moved: IncomingGuest) -> None:
         """It left without a mapping, and its name was released: its pages wait on."""
         if moved.carries and self._guests.has(moved.left.request.key):
-            self.settle(moved)  # other mappings of it have come meanwhile
+            self.complete(moved)  # other mappings of it have come meanwhile
             return
         self._guests.reserve_name(moved.left.request)
         self._overlays.leave(moved.left)

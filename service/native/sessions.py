@@ -449,7 +449,7 @@ class Session:
         )
         if self._moved is not None:
             moved, self._moved = self._moved, None
-            self._host.incoming.settle(moved)
+            self._host.incoming.complete(moved)
         reach("REGION_HELD")
         self._is_told = not self._held_as
         peer = self.connection.peer

@@ -97,7 +97,7 @@ static void patch_hold_back(struct nbd_piece *piece)
 	pthread_mutex_unlock(&connection->lock);
 }
 
-bool patch_settle(struct nbd_piece *piece)
+bool patch_complete(struct nbd_piece *piece)
 {
 	struct nbd_export *export = piece->connection->export;
 	int err = atomic_load(&piece->status);

@@ -4,7 +4,7 @@
  *
  * A loader answers with the extent held. It copies a read's bytes there and then: a piece that kept its extents until
  * the last of them came could need more than the store has room for.  A patch has one extent, takes a hold of its own
- * and is made in the next turn of its connection (settled), whether or not the client reads. So no hold lasts longer
+ * and is made in the next turn of its connection (completed), whether or not the client reads. So no hold lasts longer
  * than a turn takes to come, however slow a client is.
  */
 #include "transport/core/nbd_state.h"
@@ -100,7 +100,7 @@ void piece_wanted_all(struct nbd_piece *piece)
 		nbd_piece_ready(piece);
 }
 
-void pieces_settle(struct nbd_turn *turn)
+void pieces_complete(struct nbd_turn *turn)
 {
 	struct nbd_connection *connection = turn->connection;
 	struct image *image = connection->export->image;
@@ -113,14 +113,14 @@ void pieces_settle(struct nbd_turn *turn)
 	for (struct nbd_piece *piece; (piece = ready);) {
 		ready = piece->next;
 		if (piece->kind == PIECE_PATCH) {
-			if (!patch_settle(piece))
+			if (!patch_complete(piece))
 				continue;
 			if (piece->nr_waits && piece->waits[0].held)
 				extent_release(&image->states[piece->waits[0].waiter.extent]);
 		}
 		piece->next = NULL;
-		*connection->settled_tail = piece;
-		connection->settled_tail = &piece->next;
+		*connection->completed_tail = piece;
+		connection->completed_tail = &piece->next;
 	}
 }
 
@@ -144,14 +144,14 @@ void pieces_finish(struct nbd_turn *turn)
 {
 	struct nbd_connection *connection = turn->connection;
 
-	for (struct nbd_piece *piece; !connection->backlog && (piece = connection->settled);) {
+	for (struct nbd_piece *piece; !connection->backlog && (piece = connection->completed);) {
 		if (!out_has_room(turn, 0, 1)) {
 			out_send(turn);
 			continue;
 		}
-		connection->settled = piece->next;
+		connection->completed = piece->next;
 		if (!piece->next)
-			connection->settled_tail = &connection->settled;
+			connection->completed_tail = &connection->completed;
 		if (piece->kind == PIECE_READ)
 			read_finish(turn, piece);
 		piece_end(turn, piece);

@@ -466,7 +466,7 @@ int nbd_attach(struct nbd_server *server, struct nbd_export *export, int fd, con
 	connection->hold.go = connection_go;
 	connection->ready_tail = &connection->ready;
 	connection->longs_tail = &connection->longs;
-	connection->settled_tail = &connection->settled;
+	connection->completed_tail = &connection->completed;
 	connection->backlog_tail = &connection->backlog;
 	if (nr_early && !(connection->carry = malloc(nr_early))) {
 		connection_free(connection);

@@ -146,7 +146,7 @@ struct nbd_connection {
 	uint64_t payload_left;
 	struct nbd_op *longs, **longs_tail;
 	struct nbd_segment *backlog, **backlog_tail;
-	struct nbd_piece *settled, **settled_tail; /* done, and holding nothing; not answered yet */
+	struct nbd_piece *completed, **completed_tail; /* done, and holding nothing; not answered yet */
 	uint32_t nr_ops, nr_pieces;
 	uint64_t buffered_bytes;
 	uint64_t stream_offset, stream_bytes; /* where the last read ended, and how long it has gone on so */
@@ -245,8 +245,8 @@ void piece_free(struct nbd_piece *piece);
 bool piece_want(struct nbd_piece *piece, uint64_t offset, uint32_t length);
 void piece_wanted_all(struct nbd_piece *piece);
 /* Takes what is done off the ready list, makes its patches and lets go of what they hold. */
-void pieces_settle(struct nbd_turn *turn);
-/* Answers what is settled, as far as the socket goes. */
+void pieces_complete(struct nbd_turn *turn);
+/* Sends completed replies until the socket would block. */
 void pieces_finish(struct nbd_turn *turn);
 /* The piece has been used: counts it off its op, which may end. */
 void piece_end(struct nbd_turn *turn, struct nbd_piece *piece);
@@ -275,7 +275,7 @@ void write_begin(struct nbd_turn *turn, const struct nbd_request *request, int e
 size_t write_take(struct nbd_turn *turn, const uint8_t *bytes, size_t nr_bytes);
 void write_cancel(struct nbd_turn *turn);
 /* false: not now; the piece will be ready again. */
-bool patch_settle(struct nbd_piece *piece);
+bool patch_complete(struct nbd_piece *piece);
 void clear_begin(struct nbd_turn *turn, const struct nbd_request *request);
 enum nbd_step clear_step(struct nbd_turn *turn, struct nbd_op *op);
 void flush_begin(struct nbd_turn *turn, const struct nbd_request *request);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * One turn of a connection: settle what came, send what is owed, receive, parse, dispatch.
+ * One turn of a connection: complete what came, send what is owed, receive, parse, dispatch.
  *
  * What was received and not used (part of a header, part of a page, requests beyond a limit) is carried to the next
  * turn in a buffer that exists only while there is something in it: an idle connection costs its struct.
@@ -421,7 +421,7 @@ static uint32_t turn_round(struct nbd_turn *turn, bool *more_out)
 	if (detached)
 		nbd_turn_break(turn, NBD_END_DETACHED, 0);
 	connection->held = false;
-	pieces_settle(turn);
+	pieces_complete(turn);
 	*more_out = false;
 	if (!connection->broken && out_send_backlog(turn) && !connection->broken) {
 		pieces_finish(turn);
@@ -430,10 +430,10 @@ static uint32_t turn_round(struct nbd_turn *turn, bool *more_out)
 			*more_out = step_longs(turn);
 		out_send(turn);
 		count_turn(turn);
-		if (!connection->broken && !connection->backlog && !connection->settled && starved &&
+		if (!connection->broken && !connection->backlog && !connection->completed && starved &&
 		    !connection->closing)
 			return TURN_AGAIN;
-		if (!connection->broken && !connection->backlog && connection->settled)
+		if (!connection->broken && !connection->backlog && connection->completed)
 			*more_out = true;
 	}
 	if (connection->broken)

@@ -173,7 +173,7 @@ static void touch_written(const struct region *r, uint64_t offset, uint64_t leng
 }
 
 /* Waits until no other mapping is taking this one's place. */
-static uint32_t settled_epoch(const struct region *r)
+static uint32_t stable_epoch(const struct region *r)
 {
 	uint32_t epoch;
 
@@ -191,7 +191,7 @@ static ssize_t write_heard(const struct region *r, uint64_t offset, const struct
 	uint32_t epoch;
 
 	do {
-		epoch = settled_epoch(r);
+		epoch = stable_epoch(r);
 		copied = process_vm_writev(getpid(), local, 1, remote, 1, 0);
 		if (copied > 0)
 			touch_written(r, offset, (uint64_t)copied);
@@ -252,7 +252,7 @@ int region_discard(struct region *r, uint64_t offset, uint64_t length)
 	if (length == 0)
 		return 0;
 	do {
-		epoch = settled_epoch(r);
+		epoch = stable_epoch(r);
 		if (madvise((char *)r->address + offset, length, MADV_DONTNEED) < 0)
 			return -errno;
 	} while (__atomic_load_n(&r->epoch, __ATOMIC_ACQUIRE) != epoch);
