@@ -76,7 +76,7 @@ class Event(StrEnum):
     POSTPONED = "postponed"  # pages are to be sent after the commit
     ARRIVED_READY = "ready"
     COMMITTED = "committed"
-    COMMITTED_LATE = "committed, pages to follow"
+    COMMITTED_MISSING = "committed, pages to follow"
     LACKING = "lacking"  # the target said which pages it has not
     FILLED = "filled"  # the target has all pages
     DENIED = "denied"
@@ -124,9 +124,9 @@ class Action(StrEnum):
     ADMIT = "admit guests"
     SEND_COMMITTED = "send committed"
     SEND_DENIED = "send denied"
-    TAKE_LATE = "take pages that were lacking"
-    SEND_LACKING = "send what is lacking"
-    RECORD_FILLED = "record that nothing is lacking"
+    TAKE_MISSING = "take pages that were missing"
+    SEND_MISSING = "send what is missing"
+    RECORD_FILLED = "record that no page is missing"
     SEND_FILLED = "send filled"
     DISCARD = "discard what is staged"
 
@@ -167,7 +167,7 @@ _SOURCE: Final[Table] = {
     ),
     # Guests wait for the word, and after a death between the two the target is asked once more.
     (Phase.COMMIT, Event.COMMITTED): (Phase.MOVED, (Action.TELL_GUESTS, Action.RECORD_MOVED)),
-    (Phase.COMMIT, Event.COMMITTED_LATE): (
+    (Phase.COMMIT, Event.COMMITTED_MISSING): (
         Phase.PUSH,
         (Action.RECORD_PUSHING, Action.SEND_ON, Action.PUSH),
     ),
@@ -187,10 +187,10 @@ _SOURCE: Final[Table] = {
         (phase, event): (phase, ())
         for phase, event in (
             (Phase.MOVED, Event.COMMITTED),
-            (Phase.MOVED, Event.COMMITTED_LATE),
+            (Phase.MOVED, Event.COMMITTED_MISSING),
             (Phase.MOVED, Event.LACKING),
             (Phase.MOVED, Event.FILLED),
-            (Phase.PUSH, Event.COMMITTED_LATE),
+            (Phase.PUSH, Event.COMMITTED_MISSING),
             (Phase.MOVED, Event.LOST),
             (Phase.ABORTED, Event.DENIED),
             (Phase.ABORTED, Event.LOST),
@@ -222,8 +222,8 @@ _TARGET: Final[Table] = {
     (Phase.OWNER, Event.COMMIT): (Phase.OWNER, (Action.SEND_COMMITTED,)),
     (Phase.OWNER, Event.ASKED): (Phase.OWNER, (Action.SEND_COMMITTED,)),
     (Phase.OWNER, Event.LOST): (Phase.OWNER, ()),
-    (Phase.OWNER, Event.PIECE): (Phase.OWNER, (Action.TAKE_LATE,)),
-    (Phase.OWNER, Event.RESUMED): (Phase.OWNER, (Action.SEND_LACKING,)),
+    (Phase.OWNER, Event.PIECE): (Phase.OWNER, (Action.TAKE_MISSING,)),
+    (Phase.OWNER, Event.RESUMED): (Phase.OWNER, (Action.SEND_MISSING,)),
     (Phase.OWNER, Event.FILLED): (Phase.OWNER, (Action.RECORD_FILLED, Action.SEND_FILLED)),
     (Phase.IDLE, Event.COMMIT): _DENY,
     (Phase.IDLE, Event.ASKED): _DENY,

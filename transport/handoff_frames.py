@@ -65,8 +65,8 @@ class FrameKind(IntEnum):
     DROPPED = 6
     TOTALS = 7
     END = 8
-    WORD = 9  # of the two ends to each other; never in a file
-    LATE = 10  # of post-copy; the same
+    MESSAGE = 9  # of one end to the other; never in a file
+    MISSING = 10  # of post-copy; the same
     IMAGE_BYTES = 16
     IMAGE_WHOLE = 17
 

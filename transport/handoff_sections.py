@@ -6,7 +6,7 @@
 
 Images and guests are numbered from 0 in the order they come. PAGES of a page that came before take
 its place; DROPPED says that pages are no longer private. TOTALS says, for each guest, once and
-last, what it must have in the end. Between two backends, WORDs may stand anywhere.
+last, what it must have in the end. Between two backends, control messages may stand anywhere.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from cowshed.transport.protocol import parse_body
 __all__ = [
     "MAX_PAGES",
     "PAGE_BYTES",
+    "ControlMessage",
     "Dropped",
     "End",
     "GuestSection",
@@ -52,13 +53,12 @@ __all__ = [
     "ImageBytes",
     "ImageSection",
     "ImageWhole",
-    "Late",
+    "Missing",
     "Pages",
     "Section",
     "StateReader",
     "StateWriter",
     "Totals",
-    "Word",
     "WorkingSetSection",
 ]
 
@@ -140,7 +140,7 @@ class Dropped:
 
 
 @dataclass(frozen=True)
-class Late:
+class Missing:
     """Private pages of a guest whose bytes come after the commit; between two backends only."""
 
     guest: int
@@ -157,14 +157,14 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Word:
-    """What one end says to the other; "say" is what."""
+class ControlMessage:
+    """A control message of one end to the other; its "say" names its kind."""
 
     body: Mapping[str, Any]
 
     @property
-    def say(self) -> str:
-        """What it is about."""
+    def kind(self) -> str:
+        """What kind it is of, "" if it does not say."""
         said = self.body.get("say")
         return said if isinstance(said, str) else ""
 
@@ -186,9 +186,9 @@ Section = (
     | WorkingSetSection
     | Pages
     | Dropped
-    | Late
+    | Missing
     | Totals
-    | Word
+    | ControlMessage
     | End
 )
 
@@ -235,10 +235,10 @@ def _encode(section: Section) -> tuple[FrameKind, bytes]:
         return FrameKind.IMAGE_BYTES, encode_runs(section.image, section.runs) + section.content
     if isinstance(section, Dropped):
         return FrameKind.DROPPED, encode_runs(section.guest, section.runs)
-    if isinstance(section, Late):
-        return FrameKind.LATE, encode_runs(section.guest, section.runs)
-    if isinstance(section, Word):
-        return FrameKind.WORD, _json(section.body)
+    if isinstance(section, Missing):
+        return FrameKind.MISSING, encode_runs(section.guest, section.runs)
+    if isinstance(section, ControlMessage):
+        return FrameKind.MESSAGE, _json(section.body)
     if isinstance(section, End):
         return FrameKind.END, _json(asdict(section))
     return _JSON_KINDS[type(section)], _json(asdict(section))
@@ -255,10 +255,10 @@ class StateReader:
     which an IMAGE_WHOLE came.
     """
 
-    def __init__(self, *, words: bool = False) -> None:
-        """words: whether a peer is at the other end, which says WORDs; a file says none."""
+    def __init__(self, *, messages: bool = False) -> None:
+        """messages: whether a peer is at the other end, which sends control messages."""
         self._frames = FrameDecoder()
-        self._words = words
+        self._messages = messages
         self.header: Header | None = None
         self.images: list[ImageSection] = []
         self.guests: list[GuestSection] = []
@@ -309,7 +309,7 @@ class StateReader:
             if len(payload) != _WHOSE.size + 4 * nr:
                 raise ValueError(f"{len(payload)} bytes for {nr} extents")
             return WorkingSetSection(image, tuple(array("I", payload[_WHOSE.size :])))
-        if kind in (FrameKind.PAGES, FrameKind.IMAGE_BYTES, FrameKind.DROPPED, FrameKind.LATE):
+        if kind in (FrameKind.PAGES, FrameKind.IMAGE_BYTES, FrameKind.DROPPED, FrameKind.MISSING):
             whose, runs, start = decode_runs(payload)
             if kind is FrameKind.PAGES:
                 return Pages(whose, runs, payload[start:])
@@ -317,10 +317,10 @@ class StateReader:
                 return ImageBytes(whose, runs, payload[start:])
             if start != len(payload):
                 raise ValueError("bytes are left over")
-            return (Late if kind is FrameKind.LATE else Dropped)(whose, runs)
+            return (Missing if kind is FrameKind.MISSING else Dropped)(whose, runs)
         body = parse_body(payload)
-        if kind is FrameKind.WORD:
-            return Word(body)
+        if kind is FrameKind.MESSAGE:
+            return ControlMessage(body)
         if kind is FrameKind.END:
             nr_frames, sha256 = take_number(body, "nr_frames"), take_text(body, "sha256")
             if (nr_frames, sha256) != (frame.number, self._frames.digest()):
@@ -330,15 +330,15 @@ class StateReader:
 
     def _check(self, section: Section) -> None:
         """Whether a section fits those before; and take it in."""
-        if isinstance(section, Word):
-            if not self._words:
+        if isinstance(section, ControlMessage):
+            if not self._messages:
                 raise ValueError("it is for two backends, not for a file")
             return
         if self._missing_sizes is not None and isinstance(section, Pages):
             size_bytes = self._of(self._missing_sizes, section.guest, "guest")
             check_runs(section.runs, size_bytes, section.content)
             return
-        if isinstance(section, Late) and not self._words:
+        if isinstance(section, Missing) and not self._messages:
             raise ValueError("it is for two backends, not for a file")
         if self.ended or (self.header is None) != isinstance(section, Header):
             raise ValueError("it is out of place")
@@ -365,7 +365,7 @@ class StateReader:
         | ImageWhole
         | Pages
         | Dropped
-        | Late
+        | Missing
         | Totals
         | End,
     ) -> None:
@@ -373,7 +373,7 @@ class StateReader:
             if len(self.totals) != len(self.guests):
                 raise ValueError(f"{len(self.totals)} totals for {len(self.guests)} guests")
             for no, image in enumerate(self.images):
-                if not self._words and image.has_bytes and no not in self.whole:
+                if not self._messages and image.has_bytes and no not in self.whole:
                     raise ValueError(f"the bytes of image {image.name!r} are not whole")
             self.ended = True
         elif isinstance(section, WorkingSetSection):

@@ -37,7 +37,7 @@ from cowshed.service.metrics.service_counters import DrainStatistics, ServiceCou
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.settings.domains import DomainMembers
-from cowshed.transport.handoff_sections import StateReader, Word
+from cowshed.transport.handoff_sections import ControlMessage, StateReader
 from cowshed.transport.messages import take_number
 from cowshed.transport.no_room import start_thread
 
@@ -141,8 +141,8 @@ class Drain:
         self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
         self._progress = Progress()
         self._sender: Sender | None = None
-        self._reader = StateReader(words=True)
-        self._words: list[Word] = []
+        self._reader = StateReader(messages=True)
+        self._messages: list[ControlMessage] = []
         self._migrating: list[MigratingGuest] = []
         self._waits_for = ""
         self._blockers: list[Blocker] = []
@@ -355,9 +355,9 @@ class Drain:
             self._wanted = list(range(len(images))) if self._with_images else []
             return self._accepted()
         self._sender.say("dry-run" if self.dry_run else "offer")
-        word = self._hear("the target's check of the offer")
-        if word.say == "refused":
-            found = word.body.get("blockers")
+        message = self._hear("the target's check of the offer")
+        if message.kind == "refused":
+            found = message.body.get("blockers")
             self._blockers = [
                 {str(key): str(value) for key, value in each.items()}
                 for each in (found if isinstance(found, list) else [])
@@ -365,8 +365,8 @@ class Drain:
             ]
             self._error = UsageError(say_blockers("drain", self._blockers))
             return Event.REFUSED
-        self._expect(word, "accepted")
-        wanted = word.body.get("images")
+        self._expect(message, "accepted")
+        wanted = message.body.get("images")
         if self._with_images and isinstance(wanted, list):
             self._wanted = [no for no in range(len(images)) if no in wanted]
         return self._accepted()
@@ -396,9 +396,9 @@ class Drain:
         self._the_sender.send_image(no, hot, self._look_and_listen)
         if self._file is None:
             waits_for = f"the target to check what came of image {image.label!r}"
-            while (word := self._hear(waits_for)).say == "checking":
+            while (message := self._hear(waits_for)).kind == "checking":
                 pass
-            self._expect(word, "imaged")
+            self._expect(message, "imaged")
 
     def _track(self) -> None:
         self._the_sender.track()
@@ -451,7 +451,7 @@ class Drain:
         self._postcopy = None
         try:
             self._link = self._host.connect(self._address, lambda: None)
-            self._reader, self._words = StateReader(words=True), []
+            self._reader, self._messages = StateReader(messages=True), []
             sender = Sender(self._link, [], [], Progress())
             sender.say("ask", handoff=self.handoff)
             return self._outcome(self._hear(self._waits_for))
@@ -522,16 +522,16 @@ class Drain:
         if self._postcopy is None:  # it was only asked what became of the handoff
             return self._resume()
         self._wait_name("pages to be pushed")
-        word = self._postcopy.run(self._the_sender, self._hear_postcopy)
-        lost = word.body.get("lost")
+        message = self._postcopy.run(self._the_sender, self._hear_postcopy)
+        lost = message.body.get("lost")
         if isinstance(lost, int) and lost:
             _log.error("pages-lost-there", "the target lacks them for good", pages=lost)
         return Event.FILLED
 
-    def _hear_postcopy(self, wait: bool) -> Word | None:
+    def _hear_postcopy(self, wait: bool) -> ControlMessage | None:
         link = self._link
         assert link is not None
-        if not wait and not self._words and not link.has_come():
+        if not wait and not self._messages and not link.has_come():
             return None
         return self._hear("the target to have all pages")
 
@@ -542,21 +542,21 @@ class Drain:
             self._link.close()
         self._postcopy = None
         self._link = self._host.connect(self._address, self._look)
-        self._reader, self._words = StateReader(words=True), []
+        self._reader, self._messages = StateReader(messages=True), []
         self._sender = Sender(self._link, self._migrating, [], self._progress)
         self._sender.say("resume", handoff=self.handoff)
         left = [0] * len(self._numbered)
-        while (word := self._hear(self._waits_for)).say == "lacking":
-            guest = take_number(word.body, "guest", maximum=max(0, len(left) - 1))
-            if runs := take_runs(word):
+        while (message := self._hear(self._waits_for)).kind == "lacking":
+            guest = take_number(message.body, "guest", maximum=max(0, len(left) - 1))
+            if runs := take_runs(message):
                 left[guest] |= bitmap_of_runs(runs)
-            if word.body.get("more") is not True:
+            if message.body.get("more") is not True:
                 self._postcopy = PostcopySource(self._numbered, left)
                 self._progress.expect(self._postcopy.nr_pages)
                 return Event.LACKING
-        if word.say == "filled":
+        if message.kind == "filled":
             return Event.FILLED
-        raise _LostError(f"{self.uri} says {word.say!r} of guests that it had")
+        raise _LostError(f"{self.uri} says {message.kind!r} of guests that it had")
 
     def _push_again(self) -> None:
         """Until the target has all."""
@@ -568,17 +568,17 @@ class Drain:
                 self._note()
                 time.sleep(_ASK_SECONDS)
 
-    def _outcome(self, word: Word) -> Event:
-        if word.say == "committed":
-            return Event.COMMITTED_LATE if self.post_copy else Event.COMMITTED
-        if word.say == "denied":
-            why = word.body.get("why")
+    def _outcome(self, message: ControlMessage) -> Event:
+        if message.kind == "committed":
+            return Event.COMMITTED_MISSING if self.post_copy else Event.COMMITTED
+        if message.kind == "denied":
+            why = message.body.get("why")
             did = f"denied it ({why[:500]})" if isinstance(why, str) else "lost it before its end"
             self._error = self._error or PeerError(
                 f"handoff to {self.uri}: the target {did}; every guest is as it was"
             )
             return Event.DENIED
-        raise _LostError(f"the target says {word.say!r} where its verdict is due")
+        raise _LostError(f"the target says {message.kind!r} where its verdict is due")
 
     def _record_moved(self) -> None:
         self._record(Phase.MOVED)
@@ -625,46 +625,46 @@ class Drain:
         if self._sender is not None:
             self._sender.thaw()
 
-    # The target's words.
+    # The target's messages.
 
     @property
     def _the_sender(self) -> Sender:
         assert self._sender is not None
         return self._sender
 
-    def _hear(self, waits_for: str) -> Word:
-        """Wait for the target's next word."""
+    def _hear(self, waits_for: str) -> ControlMessage:
+        """Wait for the target's next message."""
         self._wait_name(waits_for)
         link = self._link
         assert link is not None
-        while not self._words:
+        while not self._messages:
             raw = link.receive()
             if not raw:
                 raise _LostError(f"{self.uri} hung up while it was waited for {waits_for}")
-            self._take_words(raw)
-        return self._words.pop(0)
+            self._take_messages(raw)
+        return self._messages.pop(0)
 
-    def _take_words(self, raw: bytes) -> None:
+    def _take_messages(self, raw: bytes) -> None:
         """Take what the target says; _LostError if that is why it failed."""
         for section in self._reader.feed(raw):
-            if isinstance(section, Word):
-                if section.say == "failed":
+            if isinstance(section, ControlMessage):
+                if section.kind == "failed":
                     raise _LostError(f"{self.uri}: {str(section.body.get('why'))[:500]}")
-                self._words.append(section)
+                self._messages.append(section)
 
     def _listen(self) -> None:
         """Hear, without waiting, whether the target failed. PeerError."""
         if isinstance(self._link, SocketLink):
             while raw := self._link.receive_now():
-                self._take_words(raw)
+                self._take_messages(raw)
 
     def _look_and_listen(self) -> None:
         self._look()
         self._listen()
 
-    def _expect(self, word: Word, what: str) -> None:
-        if word.say != what:
-            raise _LostError(f"{self.uri} says {word.say!r} instead of {what!r}")
+    def _expect(self, message: ControlMessage, what: str) -> None:
+        if message.kind != what:
+            raise _LostError(f"{self.uri} says {message.kind!r} instead of {what!r}")
 
     # What is shown.
 

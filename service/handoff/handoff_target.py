@@ -29,6 +29,7 @@ from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.runtime.test_points import reach
 from cowshed.transport.handoff_sections import (
+    ControlMessage,
     End,
     GuestSection,
     Header,
@@ -38,7 +39,6 @@ from cowshed.transport.handoff_sections import (
     Section,
     StateReader,
     StateWriter,
-    Word,
     WorkingSetSection,
 )
 from cowshed.transport.messages import take_number, take_text
@@ -251,7 +251,7 @@ class _Reception:
         self._target = target
         self._link = link
         self._whose = whose
-        self._reader = StateReader(words=True)
+        self._reader = StateReader(messages=True)
         self._writer = StateWriter()
         self._receiver = target.receiver()
         self._blockers: list[dict[str, str]] = []
@@ -304,7 +304,7 @@ class _Reception:
         """The source is gone."""
         self._gone = True
         if self._postcopy is not None:
-            self._postcopy.disconnect(self._say_word)
+            self._postcopy.disconnect(self._send_message)
         if self.machine.allows(Event.LOST):
             self._target.on(self, Event.LOST)
 
@@ -313,8 +313,8 @@ class _Reception:
             self._target.open(self, section.handoff)
         elif isinstance(section, ImageSection | GuestSection):
             pass  # the reader has them
-        elif isinstance(section, Word):
-            self._take_word(section)
+        elif isinstance(section, ControlMessage):
+            self._take_message(section)
         elif isinstance(section, WorkingSetSection):
             self._extents.append(section)
         elif isinstance(section, Pages) and self._postcopy is not None:
@@ -354,29 +354,29 @@ class _Reception:
             self._receiver.open(no, source)
         self._say("imaged")
 
-    def _take_word(self, word: Word) -> None:
-        if word.say in ("offer", "dry-run"):
-            self._check(is_dry=word.say == "dry-run")
-        elif word.say == "warm":
+    def _take_message(self, message: ControlMessage) -> None:
+        if message.kind in ("offer", "dry-run"):
+            self._check(is_dry=message.kind == "dry-run")
+        elif message.kind == "warm":
             self._warm()
             self._say("warmed")
-        elif word.say == "commit":
+        elif message.kind == "commit":
             self._target.commit(self)
-        elif word.say == "abort":
+        elif message.kind == "abort":
             if self.machine.allows(Event.ABORT):
                 self._target.on(self, Event.ABORT)
-        elif word.say == "ask":
-            self._say(self._target.verdict(take_text(word.body, "handoff", max_length=64)))
-        elif word.say == "features":
+        elif message.kind == "ask":
+            self._say(self._target.verdict(take_text(message.body, "handoff", max_length=64)))
+        elif message.kind == "features":
             self._say("features", has=list(_FEATURES))
-        elif word.say == "resume":
-            self._resume(take_text(word.body, "handoff", max_length=64))
-        elif word.say == "gone" and self._postcopy is not None:
-            guest = take_number(word.body, "guest")
-            self._postcopy.lose(guest, take_runs(word))
+        elif message.kind == "resume":
+            self._resume(take_text(message.body, "handoff", max_length=64))
+        elif message.kind == "gone" and self._postcopy is not None:
+            guest = take_number(message.body, "guest")
+            self._postcopy.lose(guest, take_runs(message))
             self._look_filled()
         else:
-            raise PeerError(f"no word {word.say!r} is known here")
+            raise PeerError(f"no message {message.kind!r} is known here")
 
     def _resume(self, handoff: str) -> None:
         """A source comes again that has pages of guests that are ours."""
@@ -412,7 +412,7 @@ class _Reception:
         if lack:
             self._reader.expect_missing([guest.image.size_bytes for guest in guests])
             self._postcopy = self._target.begin_postcopy(self.handoff, guests)
-            self._postcopy.connect(self._say_word)
+            self._postcopy.connect(self._send_message)
         _log.notice("handoff-received", whose=self._whose, guests=len(names))
         self._target.admitted(names)
 
@@ -460,11 +460,11 @@ class _Reception:
             reach("HANDOFF_OWNED")
         elif action is Action.ADMIT:
             self._admit()
-        elif action is Action.SEND_LACKING:
+        elif action is Action.SEND_MISSING:
             assert self._postcopy is not None
-            for word in self._postcopy.missing_words():
-                self._say_word(word)
-            self._postcopy.connect(self._say_word)
+            for message in self._postcopy.missing_messages():
+                self._send_message(message)
+            self._postcopy.connect(self._send_message)
             self._look_filled()
         elif action is Action.RECORD_FILLED:
             assert self._postcopy is not None
@@ -479,12 +479,12 @@ class _Reception:
             reach("HANDOFF_KEPT")
 
     def _say(self, what: str, **fields: Any) -> None:
-        self._say_word(Word({"say": what, **fields}))
+        self._send_message(ControlMessage({"say": what, **fields}))
 
-    def _say_word(self, word: Word) -> None:
+    def _send_message(self, message: ControlMessage) -> None:
         """From any thread."""
         with self._saying:
-            self._link.send(self._writer.write(word))
+            self._link.send(self._writer.write(message))
 
     def _say_failed(self, why: str) -> None:
         try:

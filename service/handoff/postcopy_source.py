@@ -17,15 +17,15 @@ from cowshed.service.handoff.migrating import MigratingGuest, MigratingMapping
 from cowshed.service.handoff.sender import Sender
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.stops import stop_at
-from cowshed.transport.handoff_sections import PAGE_BYTES, Word
+from cowshed.transport.handoff_sections import PAGE_BYTES, ControlMessage
 from cowshed.transport.messages import take_number
 
-__all__ = ["MAX_WORD_RUNS", "PostcopySource", "bitmap_of_runs", "take_runs", "words_of"]
+__all__ = ["MAX_MESSAGE_RUNS", "PostcopySource", "bitmap_of_runs", "messages_of", "take_runs"]
 
 _log = EventLog("cowshed.drain")
 
 _BATCH_PAGES: Final = 64  # so that what is asked for does not wait for much
-MAX_WORD_RUNS: Final = 4096
+MAX_MESSAGE_RUNS: Final = 4096
 
 
 def bitmap_of_runs(runs: Sequence[tuple[int, int]]) -> int:
@@ -36,18 +36,20 @@ def bitmap_of_runs(runs: Sequence[tuple[int, int]]) -> int:
     return bitmap
 
 
-def take_runs(word: Word) -> list[tuple[int, int]]:
-    """Read a word's runs of pages; PeerError if these are none. Not compared with any image."""
-    found = word.body.get("runs")
-    if not isinstance(found, list) or len(found) > MAX_WORD_RUNS:
-        raise PeerError(f"word {word.say!r} has no list of runs of pages")
+def take_runs(message: ControlMessage) -> list[tuple[int, int]]:
+    """Read a message's runs of pages; PeerError if these are none. Not compared with any image."""
+    found = message.body.get("runs")
+    if not isinstance(found, list) or len(found) > MAX_MESSAGE_RUNS:
+        raise PeerError(f"control message {message.kind!r} has no list of runs of pages")
     runs = []
     for run in found:
         if not (isinstance(run, list) and len(run) == 2 and all(type(no) is int for no in run)):
-            raise PeerError(f"word {word.say!r} has {run!r}"[:100] + " for a run of pages")
+            raise PeerError(
+                f"control message {message.kind!r} has {run!r}"[:100] + " for a run of pages"
+            )
         first, nr = run
         if not (0 <= first < 1 << 44 and 0 < nr < 1 << 44):
-            raise PeerError(f"word {word.say!r} has {nr} pages from {first}")
+            raise PeerError(f"control message {message.kind!r} has {nr} pages from {first}")
         runs.append((first, nr))
     return runs
 
@@ -73,29 +75,29 @@ class PostcopySource:
             for runs in split_runs(bitmap, _BATCH_PAGES)
         )
 
-    def run(self, sender: Sender, hear: Callable[[bool], Word | None]) -> Word:
-        """Push until the target says that it is filled; that word.
+    def run(self, sender: Sender, hear: Callable[[bool], ControlMessage | None]) -> ControlMessage:
+        """Push until the target says that it is filled; returns that message.
 
-        hear(wait) gives its next word, None if it has said none yet and is not waited for. Raises
+        hear(wait) returns its next message; None if none has come and it is not to wait. Raises
         PeerError once the target is gone.
         """
         while True:
             batch = self._next_batch()
-            while (word := hear(batch is None)) is not None:
-                if word.say == "filled":
-                    return word
-                self._take(word)
+            while (message := hear(batch is None)) is not None:
+                if message.kind == "filled":
+                    return message
+                self._take(message)
                 batch = batch or self._next_batch()
             if batch is not None:
                 self._send(sender, *batch)
                 stop_at("source-pushed")
 
-    def _take(self, word: Word) -> None:
-        if word.say != "want":
-            raise PeerError(f"the target says {word.say!r} while pages are pushed")
-        guest = take_number(word.body, "guest", maximum=len(self._migrating) - 1)
+    def _take(self, message: ControlMessage) -> None:
+        if message.kind != "want":
+            raise PeerError(f"the target says {message.kind!r} while pages are pushed")
+        guest = take_number(message.body, "guest", maximum=len(self._migrating) - 1)
         limit = 8 * len(self._left[guest])
-        for first, nr in take_runs(word):
+        for first, nr in take_runs(message):
             for at in range(first, min(first + nr, limit), _BATCH_PAGES):
                 pages = range(at, min(at + _BATCH_PAGES, first + nr, limit))
                 self._asked.append((guest, list(pages)))
@@ -163,10 +165,12 @@ def _load(each: MigratingGuest, runs: list[tuple[int, int]]) -> bytes | None:
     return content
 
 
-def words_of(say: str, guest: int, bitmap: int, **fields: Any) -> list[Word]:
-    """Give words that name pages of a guest; at least one."""
+def messages_of(kind: str, guest: int, bitmap: int, **fields: Any) -> list[ControlMessage]:
+    """Return messages that name pages of a guest; at least one."""
     runs = [list(run) for part in split_runs(bitmap, 1 << 44) for run in part]
     return [
-        Word({"say": say, "guest": guest, "runs": runs[at : at + MAX_WORD_RUNS], **fields})
-        for at in range(0, max(1, len(runs)), MAX_WORD_RUNS)
+        ControlMessage(
+            {"say": kind, "guest": guest, "runs": runs[at : at + MAX_MESSAGE_RUNS], **fields}
+        )
+        for at in range(0, max(1, len(runs)), MAX_MESSAGE_RUNS)
     ]

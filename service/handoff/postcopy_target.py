@@ -25,16 +25,16 @@ from cowshed.accounting import MissingPages
 from cowshed.accounting.page_runs import count_pages
 from cowshed.cache import PeerError, SourceError
 from cowshed.cache.images import PAGE_BYTES
-from cowshed.service.handoff.postcopy_source import words_of
+from cowshed.service.handoff.postcopy_source import messages_of
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.logs import EventLog
-from cowshed.transport.handoff_sections import Pages, Word
+from cowshed.transport.handoff_sections import ControlMessage, Pages
 
 __all__ = ["MissingOf", "PostcopyTarget"]
 
 _log = EventLog("cowshed.handoff")
 
-Say = Callable[[Word], None]
+Say = Callable[[ControlMessage], None]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class PostcopyTarget:
     # The source.
 
     def connect(self, say: Say) -> None:
-        """Have the source asked by say(word), which may raise PeerError."""
+        """Have the source asked by say(message), which may raise PeerError."""
         for no in range(len(self._guests)):
             with self._of(no) as found:
                 if found is not None:
@@ -142,15 +142,16 @@ class PostcopyTarget:
             )
         os.eventfd_write(self._wake, 1)
 
-    def missing_words(self) -> list[Word]:
-        """Say to the source what is missing; the last word says so."""
-        words = []
+    def missing_messages(self) -> list[ControlMessage]:
+        """Return the messages that name the missing pages; the last says that it is the last."""
+        messages = []
         for no in range(len(self._guests)):
             with self._of(no) as found:
                 bitmap = 0 if found is None else found[1].bitmap()
             if bitmap:
-                words += words_of("lacking", no, bitmap, more=True)
-        return [*words, Word({"say": "lacking", "guest": 0, "runs": [], "more": False})]
+                messages += messages_of("lacking", no, bitmap, more=True)
+        last = {"say": "lacking", "guest": 0, "runs": [], "more": False}
+        return [*messages, ControlMessage(last)]
 
     def take(self, section: Pages) -> None:
         """Take what was pushed. Raises SourceError if there is no room for it."""
@@ -260,8 +261,8 @@ class PostcopyTarget:
                 continue
             self._wanted[no] = 0
             try:
-                for word in words_of("want", no, wanted):
-                    say(word)
+                for message in messages_of("want", no, wanted):
+                    say(message)
             except PeerError as error:
                 self._wanted[no] = wanted
                 _log.info("late-pages-unasked", str(error), pages=count_pages(wanted))

@@ -33,7 +33,7 @@ from cowshed.transport.handoff_sections import (
     GuestSection,
     ImageBytes,
     ImageSection,
-    Late,
+    Missing,
     Pages,
     Section,
     StateReader,
@@ -207,7 +207,7 @@ class Receiver:
                     raise SourceError(f"no room for private pages: {error.strerror}") from error
                 at += nr * PAGE_BYTES
             self.total_bytes += at
-        elif isinstance(section, Late):
+        elif isinstance(section, Missing):
             missing = MissingPages(self._staged(section.guest).overlay)
             for run in section.runs:
                 missing.expect(*run)

@@ -21,16 +21,16 @@ from cowshed.service.settings.domains import DomainMembers
 from cowshed.transport.handoff_sections import (
     MAX_PAGES,
     PAGE_BYTES,
+    ControlMessage,
     Dropped,
     Header,
     ImageSection,
     ImageWhole,
-    Late,
+    Missing,
     Pages,
     Section,
     StateWriter,
     Totals,
-    Word,
     WorkingSetSection,
 )
 
@@ -141,8 +141,8 @@ class Sender:
             self._frozen_at = None
 
     def say(self, what: str, **fields: Any) -> None:
-        """Say a word to the other end."""
-        self._put(Word({"say": what, **fields}))
+        """Say a message to the other end."""
+        self._put(ControlMessage({"say": what, **fields}))
 
     def offer(
         self,
@@ -257,7 +257,7 @@ class Sender:
             private = each.private()
             runs = [run for part in split_runs(private, 1 << 44) for run in part]
             for at in range(0, len(runs), _RUNS_AT_ONCE):
-                self._put(Late(no, tuple(runs[at : at + _RUNS_AT_ONCE])))
+                self._put(Missing(no, tuple(runs[at : at + _RUNS_AT_ONCE])))
             self._put(Totals(no, count_pages(private), each.counters()))
             missing.append(private)
         self._link.send(self._writer.end())

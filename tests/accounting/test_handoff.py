@@ -65,7 +65,7 @@ class End:
     def hear(self, event: Event) -> None:
         assert not self.todo
         if event is Event.COMMITTED and self.post_copy:
-            event = Event.COMMITTED_LATE
+            event = Event.COMMITTED_MISSING
         if self.machine.allows(event):
             self.todo = list(self.machine.on(event))
 
@@ -80,12 +80,12 @@ class End:
             self.is_frozen = False
         elif action is Action.ADMIT:
             self.is_admitted = True
-        elif action is Action.TAKE_LATE:
+        elif action is Action.TAKE_MISSING:
             self.lacks = False
             self.todo += self.machine.on(Event.FILLED)
         elif action is Action.RECORD_FILLED:
             self.has_kept = True
-        elif action is Action.SEND_LACKING:
+        elif action is Action.SEND_MISSING:
             if self.lacks:
                 self.sent.append(Event.LACKING)
             else:

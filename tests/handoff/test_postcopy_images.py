@@ -15,7 +15,7 @@ import pytest
 from domains import in_thread, kill_backend, until
 from two_hosts import PAGE, SIZE, Host, Model, is_stopped
 
-from cowshed.transport.handoff_sections import StateReader, StateWriter, Word
+from cowshed.transport.handoff_sections import ControlMessage, StateReader, StateWriter
 from cowshed.transport.stream_ends import listen
 
 pytestmark = pytest.mark.slow
@@ -138,14 +138,14 @@ def _old_target(answer: dict[str, Any] | None) -> Iterator[tuple[str, list[str]]
                 sock, _ = connection.take_stream()
                 with sock:
                     sock.settimeout(30)
-                    reader, writer = StateReader(words=True), StateWriter()
+                    reader, writer = StateReader(messages=True), StateWriter()
                     while raw := sock.recv(1 << 16):
                         for section in reader.feed(raw):
-                            assert isinstance(section, Word)
-                            heard.append(section.say)
-                            why = f"no word {section.say!r} is known here"
+                            assert isinstance(section, ControlMessage)
+                            heard.append(section.kind)
+                            why = f"no message {section.kind!r} is known here"
                             said = answer or {"say": "failed", "why": why}
-                            sock.sendall(writer.write(Word(said)))
+                            sock.sendall(writer.write(ControlMessage(said)))
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
@@ -171,7 +171,7 @@ def test_a_target_that_does_not_know_post_copy_is_said_and_the_guests_go_on(
     assert f"{uri} does not know post-copy" in done.stderr
     assert "upgrade it, or drain without --post-copy" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert ("no word 'features' is known here" in done.stderr) == (answer is None)
+    assert ("no message 'features' is known here" in done.stderr) == (answer is None)
     # Nothing of the guests was told to it, and they are as they were.
     assert heard == ["features"]
     assert (_state(a)["phase"], a.guests()) == ("aborted", {"g"})

@@ -18,6 +18,7 @@ from cowshed.transport.handoff_frames import (
     FrameKind,
 )
 from cowshed.transport.handoff_sections import (
+    ControlMessage,
     Header,
     ImageBytes,
     ImageWhole,
@@ -26,7 +27,6 @@ from cowshed.transport.handoff_sections import (
     StateReader,
     StateWriter,
     Totals,
-    Word,
     WorkingSetSection,
 )
 
@@ -99,7 +99,7 @@ def test_a_frame_left_out_or_twice_is_refused() -> None:
         ([Header("h"), IMAGE, GUEST, Pages(1, (), b"")], "no guest 1"),
         ([Header("h"), IMAGE, GUEST, Totals(0, 0), Pages(0, (), b"")], "totals were there"),
         ([Header("h"), IMAGE, GUEST], "0 totals for 1 guests"),
-        ([Header("h"), Word({"say": "commit"})], "not for a file"),
+        ([Header("h"), ControlMessage({"say": "commit"})], "not for a file"),
         ([Header("h"), IMAGE, ImageBytes(0, ((1, 1),), b"x" * PAGE)], "no more bytes"),
         ([Header("h"), WITH_BYTES], "are not whole"),
         ([Header("h"), WITH_BYTES, ImageWhole(1)], "no image 1"),
@@ -154,11 +154,11 @@ def _refusal(reader: StateReader, raw: bytes) -> str:
     st.booleans(),
 )
 def test_any_well_framed_nonsense_is_refused_in_one_line(
-    frames: list[tuple[FrameKind, bytes]], words: bool
+    frames: list[tuple[FrameKind, bytes]], messages: bool
 ) -> None:
     encoder = FrameEncoder()
     raw = encoder.preamble() + b"".join(encoder.frame(*frame) for frame in frames)
-    reader = StateReader(words=words)
+    reader = StateReader(messages=messages)
     assert "\n" not in _refusal(reader, raw)
 
 
