@@ -35,7 +35,7 @@ export PYTHON
 # daemon takes to start and end.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo demo-vm test test-quick check dashboards stubs format bench fuzz sanitize wheel clean links
+.PHONY: help setup demo demo-vm test test-quick check dashboards files stubs format bench fuzz sanitize wheel clean links
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -95,6 +95,9 @@ links:
 
 dashboards: setup ## write dashboards/generated/ from dashboards/*.py
 	@$(BIN)/python -m dashboards.build
+
+files: setup ## list the source files, with what each owns
+	@$(BIN)/python tools/files.py
 
 stubs: setup ## write the C extensions' typed stubs from their headers
 	@$(BIN)/python tools/core_stub.py

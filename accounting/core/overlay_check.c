@@ -1,4 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Checks an overlay against itself, for an audit, while its guest writes.
+ *
+ * The sums are read with every stripe's lock held for reading, and then the quota's: no page is becoming private or
+ * shared meanwhile, nor taken or given back.  Writes wait as long, microseconds for each GiB of the image; reads do
+ * not. Where bytes are stored is asked without them, as it takes as long as there are holes.  Whatever that makes look
+ * wrong is looked at again by itself, under the lock of its stripe.
+ */
 #define _GNU_SOURCE
 #include "accounting/core/overlay.h"
 
@@ -9,15 +17,6 @@
 #include <string.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
-
-/*
- * An overlay against itself, while its guest writes.
- *
- * The sums are read with every stripe's lock held for reading, and then the quota's: no page is becoming private or
- * shared meanwhile, nor taken or given back.  Writes wait as long, microseconds for each GiB of the image; reads do
- * not. Where bytes are stored is asked without them, as it takes as long as there are holes.  Whatever that makes look
- * wrong is looked at again by itself, under the lock of its stripe.
- */
 
 static void all_lock(struct overlay *overlay)
 {
