@@ -163,7 +163,7 @@ class Account:
         else:
             err = lib.account_adopt(image.cdata, quota.cdata, adopt_fd, account)
         if err == -errno.EBADMSG:
-            raise InvariantError(f"what was left is no account of image {image.label!r}")
+            raise InvariantError(f"the ledger held is no account of image {image.label!r}")
         checked(err, f"opening an account with {image.label!r}")
         self.image: Final = image
         self.quota: Final = quota
@@ -192,7 +192,7 @@ class Account:
             if min(region.address, region.offset, region.length) < 0 or (
                 max(region.address, region.offset, region.length) >> 63
             ):
-                raise UsageError(f"{region} is nowhere in an address space")
+                raise UsageError(f"{region} is out of the range of addresses")
             place.address = region.address
             place.first_page = region.offset // PAGE_BYTES
             place.nr_pages = region.length // PAGE_BYTES
@@ -271,7 +271,7 @@ class Account:
         if result == -errno.EINVAL:
             raise UsageError("its private pages are not followed; have its handler track() them")
         if -result in (errno.ESRCH, errno.ENOENT, errno.EAGAIN):
-            raise PeerError(f"protecting what was written: {os.strerror(-result)}")
+            raise PeerError(f"protecting written pages: {os.strerror(-result)}")
         checked(result, "taking dirty pages")
         return bytes(words)
 

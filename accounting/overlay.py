@@ -67,7 +67,7 @@ class Overlay:
         overlay = ffi.new("struct overlay **")
         err = lib.overlay_adopt(account.cdata, fd, overlay)
         if err == -errno.EBADMSG:
-            raise InvariantError(f"what was left is no overlay of {account.image.label!r}")
+            raise InvariantError(f"the overlay held is none of {account.image.label!r}")
         checked(err, f"adopting an overlay over {account.image.name!r}")
         return cls(account, overlay[0])
 

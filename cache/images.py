@@ -72,7 +72,7 @@ class ImageCounters(Counters):
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """What an image's extents come to, in bytes; read at no one instant. Meanings: image.h.
+    """What an image's extents come to, in bytes; not a consistent snapshot. Meanings: image.h.
 
     resident_by_refs counts RESIDENT extents with 0, 1, 2-3, 4-7, 8-15, 16-31 and more references.
     """
@@ -165,7 +165,7 @@ class Image:
         return lib.image_generation(self.cdata)
 
     def counters(self) -> ImageCounters:
-        """Read the counters, at no one instant."""
+        """Read the counters; not a consistent snapshot."""
         counters = ffi.new("struct image_counters *")
         lib.image_count(self.cdata, counters)
         return ImageCounters.of(counters)

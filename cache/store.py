@@ -168,7 +168,7 @@ class PageStore:
         )
         if err == -errno.EBADMSG:
             raise UsageError(
-                f"what is left of image {label!r} is not of {source.size_bytes} bytes in extents "
+                f"the inherited image {label!r} does not have {source.size_bytes} bytes in extents "
                 f"of {self.extent_bytes}; serve it as before, or detach its guests first"
             )
         checked(err, f"adopting image {label!r}")

@@ -98,7 +98,7 @@ def cli() -> None:
     help="Keep images there whose bytes come in handoffs; they are served from then on.",
 )
 @click.option(
-    "--no-keeper", is_flag=True, help="Let the backend's death be final, but under systemd."
+    "--no-keeper", is_flag=True, help="Do not restart a dead backend (systemd still will)."
 )
 @click.option("--check", is_flag=True, help="Say whether the configuration is right, and end.")
 @click.option(

@@ -452,7 +452,7 @@ def _allowed(body: dict[str, Any]) -> dict[str, tuple[int | str, ...]] | None:
     if allowed is None:
         return None
     if not isinstance(allowed, dict) or not allowed.keys() <= {"uids", "gids", "clients"}:
-        raise ValueError("it does not say who may use it by uids, gids and clients")
+        raise ValueError("it must list uids, gids and clients that may use the image")
     for key, names in allowed.items():
         kind = str if key == "clients" else int
         if not isinstance(names, list) or not all(type(name) is kind for name in names):

@@ -196,7 +196,7 @@ class NbdExport:
             self.cdata = CLOSED
 
     def counters(self) -> NbdCounters:
-        """What its clients did, at no one instant; an overlay's are adopted with its account."""
+        """Read what its clients did; no consistent snapshot. An overlay's outlive this process."""
         counters = ffi.new("struct nbd_counters *")
         lib.nbd_export_count(self.cdata, counters)
         return NbdCounters.of(counters)

@@ -8,7 +8,7 @@
  *
  * Each run of 64 pages (a word of the bitmap) belongs to one of OVERLAY_STRIPES locks: readers of private pages share
  * it, writers have it alone. So a page is never seen half written by two writers of different parts, and a read of one
- * page is of one moment.  Of shared pages nothing needs a lock.
+ * page is of one moment.  Reading shared pages takes no lock.
  *
  * The quota is taken before a byte changes, for the whole request; at the quota a request is refused with -ENOSPC and
  * nothing of it was done (unless somebody else trimmed pages of its range meanwhile).

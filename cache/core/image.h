@@ -92,7 +92,7 @@ int image_states(const struct image *image, uint64_t first, uint64_t nr, uint8_t
 int image_refs(const struct image *image, uint64_t first, uint64_t nr, uint32_t *refs_out);
 int image_pins(const struct image *image, uint64_t first, uint64_t nr, uint32_t *pins_out);
 int image_holds(const struct image *image, uint64_t first, uint64_t nr, uint32_t *holds_out);
-/* O(extents), about 1 ns each; at no one instant. */
+/* O(extents), about 1 ns each; not a consistent snapshot. */
 void image_measure(const struct image *image, struct image_statistics *statistics_out);
 /* The same of touches: faults since image_take_touches, at most TOUCHES_MAX. */
 int image_touches(const struct image *image, uint64_t first, uint64_t nr, uint8_t *touches_out);

@@ -62,8 +62,8 @@ static int map_span(struct guest *guest, const struct account_span *span, uint64
 	return err;
 }
 
-/* What is preloaded is never mapped from the image: such a span is cut off where the first preloaded page is, or moved
- * behind it; false if nothing is left. */
+/* Skips preloaded pages, which are never mapped from the image: cuts the span off before the first one, or moves it
+ * behind them; false if no page is left to map. */
 static bool pass_preloaded(const struct account *account, struct account_span *span)
 {
 	uint64_t end = span->page + span->nr_pages;

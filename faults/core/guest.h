@@ -43,7 +43,7 @@ void guest_resume(struct guest *guest);
  * is populated; -ETIMEDOUT: the guest's fault thread, or a change to its memory, does not come to an end.  Cost: as
  * account_freeze, and a thread's wake-up. */
 int guest_freeze(struct guest *guest);
-/* Whoever waits asks again. */
+/* Ends the freeze and wakes blocked faults. */
 void guest_thaw(struct guest *guest);
 int guest_set_options(struct guest *guest, const struct fault_options *options);
 /* The features a guest's userfaultfd must have been made with. */

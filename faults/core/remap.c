@@ -37,7 +37,7 @@ void answer_remap(struct guest *guest, uint64_t from, uint64_t to, uint64_t leng
 	pthread_mutex_lock(&account->write_lock);
 	account_set_regions(account, &table);
 	pthread_mutex_unlock(&account->write_lock);
-	/* Who waits at the old place waits for something that is not there. */
+	/* Wake faults at the old address; nothing is mapped there now. */
 	uffd_wake(guest->uffd, from, length);
 }
 

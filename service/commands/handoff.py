@@ -127,7 +127,7 @@ def export_command(
     """
     if resume and (with_images or file == "-"):
         raise WrongUsage(
-            "--resume goes on with what is in FILE.part as that was begun: "
+            "--resume continues FILE.part as it was begun: "
             "name the file, and leave --with-images out"
         )
     fields = {"with_images": with_images, "resume": resume}

@@ -395,7 +395,7 @@ class Drain:
         hot = self._host.working_sets.recorded(image)
         self._the_sender.send_image(no, hot, self._look_and_listen)
         if self._file is None:
-            waits_for = f"the target to check what came of image {image.label!r}"
+            waits_for = f"the target to check the bytes of image {image.label!r}"
             while (message := self._hear(waits_for)).kind == "checking":
                 pass
             self._expect(message, "imaged")
@@ -475,7 +475,7 @@ class Drain:
     def _target_has(self, feature: str) -> bool:
         """Ask whether the target knows something; PeerError if it does not know the question."""
         self._the_sender.say("features")
-        has = self._hear("the target to say what it knows").body.get("has")
+        has = self._hear("the target's list of features").body.get("has")
         return isinstance(has, list) and feature in has
 
     def _have_carried(self) -> None:

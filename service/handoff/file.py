@@ -68,7 +68,7 @@ def export_state(
 
     def look() -> None:
         if stopping.is_set():
-            raise PeerError("who asked for the export is gone")
+            raise PeerError("export cancelled: the client that asked for it disconnected")
 
     link = open_link(fd, look)
     progress = Progress()
@@ -195,7 +195,7 @@ def import_state(fd: int, receiver: Receiver) -> Iterator[Body]:
 
     def look() -> None:
         if stopping.is_set():
-            raise PeerError("who asked for the import is gone")
+            raise PeerError("import cancelled: the client that asked for it disconnected")
 
     link = open_link(fd, look)
     size_bytes = os.fstat(fd).st_size if stat.S_ISREG(os.fstat(fd).st_mode) else None

@@ -147,7 +147,7 @@ class HandoffTarget:
         return postcopy
 
     def postcopy_target(self, handoff: str) -> PostcopyTarget | None:
-        """Give what is under way of a handoff; None if nothing is. PeerError if it is not ours."""
+        """Return the post-copy of a handoff in progress, or None. PeerError if it is not ours."""
         with self._lock:
             if handoff not in self._record.owned:
                 raise PeerError(f"handoff {handoff} is not known here")
@@ -346,7 +346,7 @@ class _Reception:
 
         source = self._receiver.seal(no, look)
         if source is None:
-            raise PeerError(f"image {no} comes, which was not asked for")
+            raise PeerError(f"peer sent image {no}, which was not requested")
         with self._staging:
             if self.machine.phase is not Phase.RECEIVE:
                 source.close()

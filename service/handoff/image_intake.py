@@ -59,9 +59,7 @@ class ImageIntake:
             also = "" if section.has_bytes else ", and give --with-images here"
             return f"{missing}, or with --image-dir DIR to keep the bytes that are sent{also}"
         if not section.has_bytes:
-            return (
-                f"{missing}, or give --with-images: it keeps what is sent in {self._folder.folder}"
-            )
+            return f"{missing}, or give --with-images: the bytes go to {self._folder.folder}"
         return self._folder.obstacle(section.domain, section.name) or ""
 
     def expect(self, no: int, section: ImageSection, handoff: str) -> None:

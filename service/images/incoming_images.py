@@ -209,8 +209,8 @@ class IncomingImage:
                 ) from error
         if digest != self.digest:
             raise SourceError(
-                f"what came of image {self.spec.label!r} has digest {digest[:30]}, not "
-                f"{self.digest[:30]} as was said: its source changed, or it was damaged on the way"
+                f"the bytes received of image {self.spec.label!r} have digest {digest[:30]}, not "
+                f"{self.digest[:30]} as announced: its source changed, or they were damaged"
             )
         with self._no_room():
             _write_record(self._places.record, self._table)

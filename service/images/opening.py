@@ -226,8 +226,8 @@ def _same_source(spec: ImageSpec, identity: SourceIdentity, openings: _Openings)
     if not found.is_same_file(identity) or found.size_bytes != identity.size_bytes:
         source.close()
         raise SourceError(
-            f"{spec.source!r} is not the file that image {spec.label!r} was served from: what is "
-            "left of the image cannot be gone on with; it is served anew from what is there now"
+            f"{spec.source!r} is not the file that image {spec.label!r} was served from: the "
+            "image's frames cannot be restored; it is served anew from the file that is there now"
         )
     # Written to since, perhaps: whoever looks at the source finds out.
     return FileSource(source.path, identity, source.fd, source.direct_fd)

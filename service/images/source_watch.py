@@ -96,7 +96,7 @@ class SourceWatch:
             _log.error(
                 "source-lost",
                 f"its file system has ended or fails ({error.strerror}): guests get errors for "
-                "what is not in memory",
+                "pages that are not in memory",
                 image=image.label,
                 source=image.source.path,
             )

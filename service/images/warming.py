@@ -63,7 +63,7 @@ class Warming:
                 self._warms.remove(warm)
 
     def of(self, image: Image) -> list[Warm]:
-        """Those of an image."""
+        """Return the warm-ups running for an image."""
         with self._lock:
             return [warm for warm in self._warms if warm.image is image]
 

@@ -101,7 +101,7 @@ def _let_in(folder: Path, members: DomainMembers) -> bool:
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:
             raise UsageError(
-                f"cannot say who may enter {str(folder)!r}: {error.strerror}: "
+                f"cannot set the access list of {str(folder)!r}: {error.strerror}: "
                 "name another --run-dir"
             ) from error
         folder.chmod(0o711)

@@ -5,9 +5,9 @@ A connection is held from its first moment (a "caller": socket, and a record tha
 image), because whoever restores a machine hands its memory over once and never comes again. What a
 caller sends is looked at before it is taken (handshake_peer.py), so a handshake that nobody had
 attached is still there to be read by our successor. Once attached it is a group of another kind:
-record, ledger, quota, userfaultfd and socket, and its page tables if we may see them. Of its
-conversation no more is carried: what it asked and was not answered is asked in vain, and what it
-was to be told of extents it is told when it faults there again.
+record, ledger, quota, userfaultfd and socket, and its page tables if we may see them. Unanswered
+requests are dropped, and extents that the client was to be told of are announced again when it
+faults there.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ _BACKEND: Final = (
     _one(
         "restarts_total",
         "counter",
-        "Backends that went on with what another had left, by what had ended that one. crash: it "
+        "Backends that succeeded another, by what ended that one. crash: it "
         "died; reload: SIGHUP, or systemd; takeover: cowshed serve --takeover.",
         how=HOWS,
     ),
@@ -105,7 +105,7 @@ _BACKEND: Final = (
     _one(
         "reserved_bytes",
         "gauge",
-        "Of the capacity, what is taken: by extents that are resident, being loaded or evicted.",
+        "The part of the capacity taken by extents that are resident, being loaded or evicted.",
     ),
     _one("pinnable_bytes", "gauge", "The most that pins of all images may take together."),
     _one("waiting_loaders", "gauge", "Loader threads that have work and no room for it."),
@@ -181,7 +181,7 @@ _IMAGES: Final = (
         "gauge",
         "Extents that any guest was ever granted since the daemon began.",
     ),
-    _image("working_set_resident_bytes", "gauge", "Of the working set, what is resident."),
+    _image("working_set_resident_bytes", "gauge", "The resident part of the working set."),
     _image(
         "warming_bytes",
         "gauge",

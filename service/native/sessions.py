@@ -419,8 +419,8 @@ class Session:
         length = take_number(message.body, "length", minimum=4096, maximum=1 << 48)
         if address % 4096 or length != request.length_bytes:
             raise PeerError(
-                f"a region of {length} bytes at {address:#x} is no mapping of what was opened of "
-                f"{request.image.label!r}, which takes {request.length_bytes}"
+                f"a region of {length} bytes at {address:#x} does not match the part opened of "
+                f"{request.image.label!r}, which takes {request.length_bytes} bytes"
             )
         peer = self.connection.peer
         check_uffd(message.fds[0])

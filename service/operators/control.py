@@ -205,7 +205,7 @@ class Control:
         warms = self._warming.abort(image)
         if not warms:
             raise UsageError(
-                f"nothing of {image.label!r} is being warmed; 'cowshed status' shows what is"
+                f"image {image.label!r} is not being warmed; 'cowshed status' shows which are"
             )
         yield {
             "done_bytes": sum(warm.done_bytes for warm in warms),

@@ -68,7 +68,7 @@ _MAX_FDS: Final = 253
 _PASSED_ON: Final = (signal.SIGTERM, signal.SIGINT)
 _KEPT_PID: Final = "COWSHED_KEPT_PID"
 _NOTIFY_GROUP: Final = "keeper/notify"
-# Deaths in quick succession are made up for ever more slowly; guests wait, and none is given up.
+# Restarts after deaths in quick succession back off; guests wait, and none is given up.
 _QUICK_SECONDS: Final = 5.0
 _MAX_DELAY_SECONDS: Final = 10.0
 _TELL_AGAIN_SECONDS: Final = 1.0
@@ -358,7 +358,7 @@ class Keeper:
             if self._follower_pidfd in ready:
                 _log.error(
                     "takeover-failed",
-                    "what was to take over ended before it served; this program goes on",
+                    "the successor ended before it served; this program goes on",
                     pid=self._follower_pid,
                 )
                 self._expect(0)

@@ -68,7 +68,7 @@ class KeptCounts:
         lib.shared_count_add(self._cdata, self._places[name], nr)
 
     def read(self) -> dict[str, int]:
-        """Every counter, by name; at no one instant."""
+        """Return every counter by name; not a consistent snapshot."""
         return {name: self._view[place] for name, place in self._places.items()}
 
 
@@ -79,7 +79,7 @@ def keep_counts(
     left = inherited.take(group) or {}
     try:
         if left.keys() - {"counters"}:
-            raise InvariantError(f"what was left has {', '.join(sorted(left))}")
+            raise InvariantError(f"the group has {', '.join(sorted(left))}")
         counts = KeptCounts(names, left.get("counters"))
     except InvariantError as error:
         _log.warning("counters-begin-again", f"{error}; they start at 0", group=group)

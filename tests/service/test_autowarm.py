@@ -54,7 +54,7 @@ def test_what_guests_touched_is_resident_again_after_a_restart(
     assert daemon.status()["resident_bytes"] == 0
     assert "autowarm" not in daemon.log()
     assert cowshed("warm", "--run-dir", str(daemon.run_dir), "--abort", "d").stderr == (
-        "cowshed: nothing of 'd' is being warmed; 'cowshed status' shows what is\n"
+        "cowshed: image 'd' is not being warmed; 'cowshed status' shows which are\n"
     )
     refused = cowshed("warm", "--run-dir", str(daemon.run_dir), "--abort", "d", "0", "4096")
     assert "give no OFFSET and LENGTH" in refused.stderr

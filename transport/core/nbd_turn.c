@@ -190,7 +190,7 @@ static void dispatch(struct nbd_turn *turn, const struct nbd_request *request)
 		write_begin(turn, request, err);
 		return;
 	}
-	if (err || !(request->length || request->type == NBD_CMD_FLUSH)) { /* nothing is done to no bytes, and well */
+	if (err || !(request->length || request->type == NBD_CMD_FLUSH)) { /* zero-length requests succeed */
 		reply_status(turn, request, err);
 		return;
 	}

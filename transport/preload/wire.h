@@ -22,7 +22,7 @@
 int wire_connect(void);
 
 /* Whether an error is that the backend went away, or (-EREMCHG) sends us on to wire_moved_to. wire_ask says nothing of
-   it: who does not try again does so. */
+   it: callers that give up must report it. */
 static inline bool wire_is_gone(int err)
 {
 	return err == -EPIPE || err == -ECONNRESET || err == -EREMCHG;
