@@ -176,7 +176,7 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_is(
     # So little that nothing is lost: it begins anew.
     part.write_bytes(whole[:40])
     assert a.run("export", "--resume", str(file)).returncode == 0
-    assert "--resume goes on" in a.run("export", "--resume", "-").stderr
+    assert "--resume continues" in a.run("export", "--resume", "-").stderr
 
 
 def test_a_full_disk_ends_an_export_and_more_room_lets_it_go_on(

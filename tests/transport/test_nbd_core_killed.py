@@ -91,7 +91,7 @@ def test_each_page_is_as_before_or_after_a_request_that_was_cut_short(
         account = Account(nbd.stage.image, quota, ledger_fd)
         if kind == "files":
             os.close(pages_fd)
-            overlay = Overlay.files(account, files, "x", b"i" * 32, is_left=True)
+            overlay = Overlay.files(account, files, "x", b"i" * 32, is_adopted=True)
         else:
             overlay = Overlay.adopt(account, pages_fd)
         nbd.overlays.append(overlay)
@@ -147,7 +147,7 @@ def test_acknowledged_writes_in_files_are_durable_after_the_successors_flush(
         quota = Quota.adopt(quota_fd)
         account = Account(nbd.stage.image, quota, ledger_fd)
         quota.close()
-        overlay = Overlay.files(account, files, "x", b"i" * 32, is_left=True)
+        overlay = Overlay.files(account, files, "x", b"i" * 32, is_adopted=True)
         overlay.close()  # flushes
         account.close()
         # Another machine's daemon has nothing but the files.
@@ -167,7 +167,7 @@ def test_what_is_no_overlay_is_refused(tmp_path: Path, make_stage: MakeStage) ->
     quota = Quota.adopt(quota_fd)
     account = Account(stage.image, quota, ledger_fd)
     quota.close()
-    with pytest.raises(InvariantError, match="no overlay"):
+    with pytest.raises(InvariantError, match="none of"):
         Overlay.adopt(account, os.memfd_create("other"))
     Overlay.adopt(account, pages_fd).close()
     account.close()
