@@ -102,8 +102,8 @@ def test_an_account_says_where_it_is_and_why_it_cannot_be_there(stage: Stage) ->
         assert account.regions() == two
         for regions, words in (
             ([Region(0x10001, 0, PAGE)], "whole pages"),
-            ([Region(-PAGE, 0, PAGE)], "nowhere"),
-            ([Region(1 << 63, 0, PAGE)], "nowhere"),
+            ([Region(-PAGE, 0, PAGE)], "out of the range"),
+            ([Region(1 << 63, 0, PAGE)], "out of the range"),
             ([Region(0x10000, 0, stage.image.map_bytes + PAGE)], "reach beyond"),
             ([Region(0x10000, 0, PAGE), Region(0x10000, PAGE, PAGE)], "overlap"),
             ([Region(0x10000 + i * 2 * PAGE, i * PAGE, PAGE) for i in range(33)], "32 at most"),
