@@ -5,7 +5,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := accounting cache faults service transport
-CORES := $(addsuffix /core,cache accounting faults transport) transport/preload
+CORES := $(addsuffix /core,cache accounting faults transport) accounting/core/overlay faults/core/populate \
+	transport/preload
 C_SOURCES := $(wildcard $(addsuffix /*.c,$(CORES)))
 C_HEADERS := $(wildcard $(addsuffix /*.h,$(CORES)))
 CORE := cache/_core.abi3.so

@@ -2,7 +2,6 @@
 """What the backend knows and decides about its pages: who holds them, and which to give up."""
 
 from cowshed.accounting.audit import AuditReport, Mismatch, audit
-from cowshed.accounting.eviction import EvictionPolicy, ExtentKey, Heat
 from cowshed.accounting.ledger import (
     MAX_REGIONS,
     Account,
@@ -16,6 +15,14 @@ from cowshed.accounting.ledger import (
 )
 from cowshed.accounting.missing_pages import MissingPages
 from cowshed.accounting.overlay import Overlay, OverlaySums
+from cowshed.accounting.policy.eviction import EvictionPolicy, ExtentKey, Heat
+from cowshed.accounting.policy.watermarks import Watermarks
+from cowshed.accounting.policy.workingset import (
+    FirstTouches,
+    WorkingSet,
+    read_working_set,
+    write_working_set,
+)
 from cowshed.accounting.quota import NO_QUOTA_BYTES, Quota, QuotaPolicy, QuotaStatus
 from cowshed.accounting.sums import (
     AccountSums,
@@ -25,13 +32,6 @@ from cowshed.accounting.sums import (
     read_latency,
     read_states,
     sum_accounts,
-)
-from cowshed.accounting.watermarks import Watermarks
-from cowshed.accounting.workingset import (
-    FirstTouches,
-    WorkingSet,
-    read_working_set,
-    write_working_set,
 )
 
 __all__ = [

@@ -23,7 +23,14 @@ from pathlib import Path
 from cffi import FFI
 
 MODULE = "cowshed.cache._core"
-CORES = ("cache/core", "accounting/core", "faults/core", "transport/core")
+CORES = (
+    "cache/core",
+    "accounting/core",
+    "accounting/core/overlay",
+    "faults/core",
+    "faults/core/populate",
+    "transport/core",
+)
 HEADERS = (
     "cache/core/points.h",
     "cache/core/extent.h",
@@ -39,12 +46,12 @@ HEADERS = (
     "accounting/core/preload.h",
     "accounting/core/track.h",
     "accounting/core/evict.h",
-    "accounting/core/overlay.h",
-    "accounting/core/overlay_move.h",
-    "accounting/core/overlay_missing.h",
+    "accounting/core/overlay/overlay.h",
+    "accounting/core/overlay/move.h",
+    "accounting/core/overlay/missing.h",
     "faults/core/window.h",
     "faults/core/guest.h",
-    "faults/core/populate.h",
+    "faults/core/populate/populate.h",
     "transport/core/elf.h",
     "transport/core/region.h",
     "transport/core/follow.h",

@@ -158,8 +158,8 @@ def serve(
     except UsageError as error:
         raise WrongUsage(str(error)) from error
     if check:
-        from cowshed.service.survival.layouts import LAYOUTS
-        from cowshed.service.survival.reload_check import answer_check
+        from cowshed.service.supervise.layouts import LAYOUTS
+        from cowshed.service.supervise.reload_check import answer_check
 
         answer_check(LAYOUTS, config.text)
         say("the configuration is right")

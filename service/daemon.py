@@ -17,12 +17,19 @@ from typing import Final, NoReturn
 
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import FileSource, Image
+from cowshed.service.frontends.nbd.server import NbdService
+from cowshed.service.frontends.network.network_server import NetworkServer
+from cowshed.service.frontends.unix.handed_over import HandedOver
+from cowshed.service.frontends.unix.sessions import Session
+from cowshed.service.frontends.unix.unix_server import UnixServer
+from cowshed.service.frontends.vmm.image_folders import image_folders
+from cowshed.service.frontends.vmm.image_sockets import ImageSockets
+from cowshed.service.frontends.vmm.machine_records import MachineRecords
+from cowshed.service.frontends.vmm.populator import Populator
 from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guest_records import GuestRecords
 from cowshed.service.guests.guests import GuestTable, OpenRequest
 from cowshed.service.guests.userfaultfd import open_device
-from cowshed.service.handoff.incoming import IncomingGuests
-from cowshed.service.handoff.record import HandoffRecord
 from cowshed.service.handoffs import HandoffService
 from cowshed.service.images.access import Access
 from cowshed.service.images.autowarm import Autowarm
@@ -36,16 +43,9 @@ from cowshed.service.images.source_watch import SourceWatch
 from cowshed.service.images.unserved import UnservedImages
 from cowshed.service.images.warming import Warming
 from cowshed.service.images.working_sets import WorkingSets
-from cowshed.service.machines.image_folders import image_folders
-from cowshed.service.machines.image_sockets import ImageSockets
-from cowshed.service.machines.machine_records import MachineRecords
-from cowshed.service.machines.populator import Populator
 from cowshed.service.metrics.service_counters import DROP_COUNTS, ServiceCounters
-from cowshed.service.native.handed_over import HandedOver
-from cowshed.service.native.sessions import Session
-from cowshed.service.native.unix_server import UnixServer
-from cowshed.service.nbd.server import NbdService
-from cowshed.service.network.network_server import NetworkServer
+from cowshed.service.migration.incoming import IncomingGuests
+from cowshed.service.migration.record import HandoffRecord
 from cowshed.service.operators.control import Control
 from cowshed.service.operators.takeover import TakeoverHandler
 from cowshed.service.overlays.entrance import Entrance
@@ -53,6 +53,11 @@ from cowshed.service.overlays.files import OverlayFiles
 from cowshed.service.overlays.limits import OverlayLimits
 from cowshed.service.overlays.overlay_records import OverlayRecords
 from cowshed.service.overlays.overlays import OverlayTable
+from cowshed.service.persist.fd_store import FdStore, take_inherited, take_supervisor
+from cowshed.service.persist.inherited import InheritedFds
+from cowshed.service.persist.kept_counts import LOG_COUNTS, LOG_GROUP, keep_counts
+from cowshed.service.persist.listeners import Listeners
+from cowshed.service.persist.notice import Groups
 from cowshed.service.reports.status import StatusReader
 from cowshed.service.runtime.file_limit import raise_file_limit
 from cowshed.service.runtime.logs import (
@@ -71,20 +76,15 @@ from cowshed.service.runtime.workers import Workers
 from cowshed.service.settings.config import Config, socket_path
 from cowshed.service.settings.endpoint import Endpoint
 from cowshed.service.settings.images import ImageSpec
-from cowshed.service.survival.fd_store import FdStore, take_inherited, take_supervisor
-from cowshed.service.survival.graceful_shutdown import GracefulShutdown, Saving
-from cowshed.service.survival.history import HISTORY_COUNTS, RestartHistory
-from cowshed.service.survival.inherited import InheritedFds
-from cowshed.service.survival.keeper_watch import KeeperWatch
-from cowshed.service.survival.kept_counts import LOG_COUNTS, LOG_GROUP, keep_counts
-from cowshed.service.survival.listeners import Listeners
-from cowshed.service.survival.notice import Groups
-from cowshed.service.survival.run_lock import run_dir_locked
-from cowshed.service.survival.supervised_reload import SupervisedReload
-from cowshed.service.survival.unserved_listeners import UnservedListeners
+from cowshed.service.supervise.graceful_shutdown import GracefulShutdown, Saving
+from cowshed.service.supervise.history import HISTORY_COUNTS, RestartHistory
+from cowshed.service.supervise.keeper_watch import KeeperWatch
+from cowshed.service.supervise.run_lock import run_dir_locked
+from cowshed.service.supervise.supervised_reload import SupervisedReload
+from cowshed.service.supervise.unserved_listeners import UnservedListeners
 from cowshed.transport import AnyListener, adopt_listener
-from cowshed.transport.nbd_core import NbdServer
-from cowshed.transport.unix import listen_socket
+from cowshed.transport.links.unix import listen_socket
+from cowshed.transport.nbd.serving import NbdServer
 
 __all__ = ["Daemon", "import_for", "run"]
 

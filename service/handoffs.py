@@ -8,31 +8,31 @@ import threading
 from collections.abc import Callable, Container, Iterator
 from typing import Any, Final
 
-from cowshed.accounting.handoff import Phase
 from cowshed.cache import CapacityError, Image, PageStore, UsageError
+from cowshed.service.frontends.unix.unix_server import UnixServer
 from cowshed.service.guests.guests import GuestTable
-from cowshed.service.handoff.carriers import MigratingCarrier, may_carry
-from cowshed.service.handoff.dial import REPLY_SECONDS, dial_target
-from cowshed.service.handoff.drain import Drain
-from cowshed.service.handoff.file import export_state, import_state
-from cowshed.service.handoff.handoff_target import HandoffTarget
-from cowshed.service.handoff.image_intake import Publish
-from cowshed.service.handoff.link import Link, SocketLink, open_link
-from cowshed.service.handoff.migrating import MigratingGuest, MigratingMapping, MigratingOverlay
-from cowshed.service.handoff.record import HandoffRecord
 from cowshed.service.images.access import Access
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.incoming_images import ImageFolder
 from cowshed.service.images.loading import load
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.metrics.service_counters import DrainStatistics, ServiceCounters
-from cowshed.service.native.unix_server import UnixServer
+from cowshed.service.migration.carriers import MigratingCarrier, may_carry
+from cowshed.service.migration.dial import REPLY_SECONDS, dial_target
+from cowshed.service.migration.drain import Drain
+from cowshed.service.migration.file import export_state, import_state
+from cowshed.service.migration.handoff_target import HandoffTarget
+from cowshed.service.migration.image_intake import Publish
+from cowshed.service.migration.link import Link, SocketLink, open_link
+from cowshed.service.migration.migrating import MigratingGuest, MigratingMapping, MigratingOverlay
+from cowshed.service.migration.record import HandoffRecord
+from cowshed.service.migration.state import Phase
 from cowshed.service.operators.control import Control
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import Loop
 from cowshed.service.settings.domains import DomainMembers
-from cowshed.transport.messages import take_optional_number, take_text
+from cowshed.transport.messages.fields import take_optional_number, take_text
 
 __all__ = ["HandoffService"]
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Listen, connect, send and receive; and the library a guest uses an image with."""
 
-from cowshed.transport.client import Backend, ByteDisk, Disk, connect
-from cowshed.transport.connection import EOF, Connection, Peer, Received
-from cowshed.transport.page_refs import PageRef, Resolver
-from cowshed.transport.schemes import AnyListener, listen
-from cowshed.transport.unix import Listener, adopt_connection, adopt_listener
+from cowshed.transport.guest.client import Backend, ByteDisk, Disk, connect
+from cowshed.transport.guest.page_refs import PageRef, Resolver
+from cowshed.transport.links.connection import EOF, Connection, Peer, Received
+from cowshed.transport.links.schemes import AnyListener, listen
+from cowshed.transport.links.unix import Listener, adopt_connection, adopt_listener
 
 __all__ = [
     "EOF",

@@ -24,7 +24,7 @@ from cowshed.service.commands.programs import check_preloadable, find_program
 from cowshed.service.commands.shield import make_read_only
 from cowshed.service.operators.control_client import ControlClient
 from cowshed.service.settings.config import parse_quota, socket_path
-from cowshed.transport import preloading
+from cowshed.transport.guest import preloading
 
 __all__ = ["IMAGE_WORD", "AttachOrder", "become"]
 

@@ -7,14 +7,14 @@ import os
 
 from cowshed.cache.errors import CowshedError, UsageError
 from cowshed.service.commands.shell import EXIT_FAILED
+from cowshed.service.persist.fd_store import has_supervisor, take_inherited
 from cowshed.service.runtime.log_sink import LogSink
 from cowshed.service.runtime.logs import logging_begin, logging_end
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.runtime.text import one_line
 from cowshed.service.settings.config import Config, socket_path
-from cowshed.service.survival.fd_store import has_supervisor, take_inherited
-from cowshed.service.survival.keeper import Keeper, kept_before
-from cowshed.service.survival.run_lock import EXIT_TAKEN, TakenError
+from cowshed.service.supervise.keeper import Keeper, kept_before
+from cowshed.service.supervise.run_lock import EXIT_TAKEN, TakenError
 
 __all__ = ["run_keeper_of", "run_kept", "run_taking_over"]
 

@@ -25,8 +25,8 @@ from cowshed.service.operators.takeover import described
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.settings.config import Config
 from cowshed.service.settings.images import ImageSpec
-from cowshed.service.survival.keeper import Keeper
-from cowshed.service.survival.layouts import LAYOUTS
+from cowshed.service.supervise.keeper import Keeper
+from cowshed.service.supervise.layouts import LAYOUTS
 
 __all__ = ["take_over"]
 

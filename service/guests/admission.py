@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Hashable
 from typing import Final
 
-from cowshed.transport.foreign_fds import is_full
-from cowshed.transport.no_room import no_room
+from cowshed.transport.links.foreign_fds import is_full
+from cowshed.transport.links.no_room import no_room
 
 __all__ = ["Admission"]
 

@@ -18,14 +18,14 @@ from cowshed.accounting import QuotaPolicy
 from cowshed.cache import CowshedError, Image, PageStore
 from cowshed.faults import FaultOptions
 from cowshed.service.guests.guests import GuestTable, Mapping, OpenRequest, Peer
-from cowshed.service.runtime.logs import EventLog
-from cowshed.service.survival.fd_store import FdStore, kind_of
-from cowshed.service.survival.inherited import (
+from cowshed.service.persist.fd_store import FdStore, kind_of
+from cowshed.service.persist.inherited import (
     InheritedFds,
     record_is_open,
     record_make,
     record_read,
 )
+from cowshed.service.runtime.logs import EventLog
 from cowshed.transport import Connection, adopt_connection
 
 __all__ = ["GuestRecords", "RestoredGuest", "describe_request", "image_of_record", "request_of"]

@@ -30,7 +30,7 @@ from cowshed.accounting import (
 from cowshed.cache import Image, UsageError
 from cowshed.faults import FaultHandler, FaultOptions, PopulateHandler, PopulateOptions
 from cowshed.service.settings.names import find_for_operator
-from cowshed.transport.no_room import taking_in
+from cowshed.transport.links.no_room import taking_in
 
 __all__ = ["Guest", "GuestTable", "Mapping", "OpenRequest", "Peer"]
 

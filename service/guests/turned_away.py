@@ -16,9 +16,9 @@ from typing import Final
 from cowshed.cache import CapacityError, CowshedError
 from cowshed.service.runtime.loop import READ, WRITE, Loop
 from cowshed.transport import EOF, Connection
-from cowshed.transport.acceptor import NO_ROOM, NR_SPARE
-from cowshed.transport.messages import error_reply
-from cowshed.transport.no_room import no_room
+from cowshed.transport.links.acceptor import NO_ROOM, NR_SPARE
+from cowshed.transport.links.no_room import no_room
+from cowshed.transport.messages.fields import error_reply
 
 __all__ = ["TurnedAway", "what_failed"]
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from cowshed.cache import PeerError, UsageError
 from cowshed.faults import uffd_features
-from cowshed.transport.foreign_fds import close_foreign, device_and_inode
+from cowshed.transport.links.foreign_fds import close_foreign, device_and_inode
 
 __all__ = [
     "check_guest_files",

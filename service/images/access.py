@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 from cowshed.service.settings.domains import DomainMembers, Domains, Identity, is_operator
 from cowshed.service.settings.images import ImageSpec
 from cowshed.service.settings.names import Named, find_for_guest
-from cowshed.transport.messages import MovedError
+from cowshed.transport.messages.fields import MovedError
 
 __all__ = ["Access"]
 

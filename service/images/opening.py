@@ -29,13 +29,13 @@ from cowshed.cache import (
     SourceIdentity,
 )
 from cowshed.service.images.unserved import Unserved
+from cowshed.service.persist.fd_store import FdStore, kind_of
+from cowshed.service.persist.inherited import InheritedFds, Kinds, record_make, record_read
 from cowshed.service.runtime.side_threads import InTime
 from cowshed.service.settings.config import Config
 from cowshed.service.settings.images import ImageSpec
 from cowshed.service.settings.names import Named
-from cowshed.service.survival.fd_store import FdStore, kind_of
-from cowshed.service.survival.inherited import InheritedFds, Kinds, record_make, record_read
-from cowshed.transport.foreign_fds import device_and_inode
+from cowshed.transport.links.foreign_fds import device_and_inode
 
 __all__ = ["HeldImages", "is_held", "open_store"]
 

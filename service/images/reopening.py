@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cowshed.cache import CapacityError, CowshedError, Image, SourceError
-from cowshed.transport.no_room import start_thread
+from cowshed.transport.links.no_room import start_thread
 
 __all__ = ["Reopened", "Reopener"]
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from cowshed.service.survival.history import HOWS, KEEPERS
-from cowshed.service.survival.kept_counts import LOG_COUNTS
+from cowshed.service.persist.kept_counts import LOG_COUNTS
+from cowshed.service.supervise.history import HOWS, KEEPERS
 
 __all__ = ["CATALOG", "LIBRARY", "Metric"]
 

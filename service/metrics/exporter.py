@@ -53,11 +53,11 @@ from cowshed.service.metrics.catalog import (
 )
 from cowshed.service.metrics.service_counters import ServiceCounters
 from cowshed.service.overlays.overlays import OverlayGuest
+from cowshed.service.persist.kept_counts import LOG_COUNTS, KeptCounts
 from cowshed.service.runtime.version import VERSION
-from cowshed.service.survival.history import KEEPERS, RestartHistory
-from cowshed.service.survival.kept_counts import LOG_COUNTS, KeptCounts
+from cowshed.service.supervise.history import KEEPERS, RestartHistory
 from cowshed.service.web.http_messages import Answer, Request
-from cowshed.transport.nbd_core import NbdCounters
+from cowshed.transport.nbd.serving import NbdCounters
 
 __all__ = ["Exporter", "MetricsSources"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cowshed.service.metrics.catalog import CHECKS, DROP_REASONS
-from cowshed.service.survival.kept_counts import KeptCounts
+from cowshed.service.persist.kept_counts import KeptCounts
 
 __all__ = ["DROP_COUNTS", "DrainStatistics", "ServiceCounters"]
 

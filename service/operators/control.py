@@ -28,7 +28,7 @@ from cowshed.service.runtime.sizes import format_bytes
 from cowshed.service.settings.config import check_quota
 from cowshed.service.settings.domains import Identity
 from cowshed.service.settings.names import find_for_operator
-from cowshed.transport.messages import take_optional_number, take_text
+from cowshed.transport.messages.fields import take_optional_number, take_text
 
 __all__ = ["Control"]
 

@@ -22,14 +22,14 @@ from cowshed.cache import Image, PageStore, UsageError
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.operators.control import Control
 from cowshed.service.overlays.overlays import OverlayTable
+from cowshed.service.persist.fd_store import FdStore
+from cowshed.service.persist.notice import FOLLOWER, LEFT
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, Loop
 from cowshed.service.runtime.stops import stop_at
-from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.keeper_watch import KeeperWatch
-from cowshed.service.survival.layouts import LAYOUTS
-from cowshed.service.survival.notice import FOLLOWER, LEFT
-from cowshed.transport.messages import take_choice, take_number, take_text
+from cowshed.service.supervise.keeper_watch import KeeperWatch
+from cowshed.service.supervise.layouts import LAYOUTS
+from cowshed.transport.messages.fields import take_choice, take_number, take_text
 
 __all__ = ["TakeoverHandler", "described"]
 

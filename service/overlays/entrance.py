@@ -21,7 +21,7 @@ from cowshed.service.overlays.claims import Claim, check_may_enter
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.side_threads import SideThreads
-from cowshed.transport.no_room import no_room
+from cowshed.transport.links.no_room import no_room
 
 __all__ = ["Entering", "Entrance", "NotYetError"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from cowshed.accounting import Account, AccountStatus, Overlay, Quota
 from cowshed.cache import Image
 from cowshed.service.guests.guests import OpenRequest
-from cowshed.transport.nbd_core import NbdExport
+from cowshed.transport.nbd.serving import NbdExport
 
 __all__ = ["OverlayGuest"]
 

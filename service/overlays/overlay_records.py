@@ -16,15 +16,15 @@ from typing import Final
 from cowshed.accounting import Account, Overlay
 from cowshed.cache import CowshedError
 from cowshed.service.overlays.files import OverlayRecord, overlay_record
-from cowshed.service.runtime.logs import EventLog
-from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.inherited import (
+from cowshed.service.persist.fd_store import FdStore
+from cowshed.service.persist.inherited import (
     InheritedFds,
     record_close,
     record_is_open,
     record_make,
     record_read,
 )
+from cowshed.service.runtime.logs import EventLog
 
 __all__ = ["InheritedOverlay", "OverlayRecords"]
 

@@ -36,11 +36,11 @@ from cowshed.service.overlays.limits import OverlayLimits
 from cowshed.service.overlays.overlay_guest import OverlayGuest
 from cowshed.service.overlays.overlay_records import InheritedOverlay, OverlayRecords
 from cowshed.service.overlays.waiting import WaitingOverlays
+from cowshed.service.persist.fd_store import FdStore
+from cowshed.service.persist.inherited import InheritedFds
 from cowshed.service.runtime.logs import EventLog
-from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.inherited import InheritedFds
-from cowshed.transport.nbd_core import NbdExport, NbdServer
-from cowshed.transport.no_room import taking_in
+from cowshed.transport.links.no_room import taking_in
+from cowshed.transport.nbd.serving import NbdExport, NbdServer
 
 __all__ = ["OverlayGuest", "OverlayTable"]
 

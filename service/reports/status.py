@@ -29,7 +29,7 @@ from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.warming import Warm, Warming
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.version import VERSION
-from cowshed.service.survival.history import RestartHistory
+from cowshed.service.supervise.history import RestartHistory
 
 __all__ = ["StatusReader", "broken_why", "guest_state"]
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from cowshed.cache._core import lib
 from cowshed.cache.calls import checked
 from cowshed.cache.errors import UsageError
-from cowshed.transport.messages import take_choice, take_optional_number, take_text
+from cowshed.transport.messages.fields import take_choice, take_optional_number, take_text
 
 __all__ = ["ENABLED", "arm", "reach"]
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Final
 
 from cowshed.service.runtime.logs import EventLog
-from cowshed.transport.messages import error_reply
+from cowshed.transport.messages.fields import error_reply
 
 __all__ = ["Workers"]
 

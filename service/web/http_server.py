@@ -38,8 +38,8 @@ from cowshed.service.web.http_messages import (
     parse_request,
     text_answer,
 )
-from cowshed.transport.acceptor import Acceptor
-from cowshed.transport.no_room import no_room
+from cowshed.transport.links.acceptor import Acceptor
+from cowshed.transport.links.no_room import no_room
 
 __all__ = ["HttpServer", "bind"]
 

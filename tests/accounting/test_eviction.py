@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cowshed.accounting.eviction import PATIENCE, EvictionPolicy, ExtentKey
+from cowshed.accounting.policy.eviction import PATIENCE, EvictionPolicy, ExtentKey
 from cowshed.cache.errors import CapacityError, InvariantError, UsageError
 
 

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cowshed.accounting.eviction import EvictionPolicy, ExtentKey
+from cowshed.accounting.policy.eviction import EvictionPolicy, ExtentKey
 from cowshed.cache.errors import CapacityError
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from cowshed.accounting.eviction import PATIENCE, EvictionPolicy, ExtentKey
+from cowshed.accounting.policy.eviction import PATIENCE, EvictionPolicy, ExtentKey
 
 pytestmark = pytest.mark.slow
 

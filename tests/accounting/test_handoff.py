@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cowshed.accounting.handoff import (
+from cowshed.service.migration.state import (
     Action,
     Event,
     Handoff,

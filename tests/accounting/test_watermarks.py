@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cowshed.accounting.watermarks import MOST_EXTENTS, Watermarks
+from cowshed.accounting.policy.watermarks import MOST_EXTENTS, Watermarks
 from cowshed.cache.errors import InvariantError, UsageError
 
 capacities = st.integers(2, 1 << 24)

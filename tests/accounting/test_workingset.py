@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cowshed.accounting import workingset
-from cowshed.accounting.workingset import (
+from cowshed.accounting.policy import workingset
+from cowshed.accounting.policy.workingset import (
     FirstTouches,
     WorkingSet,
     decode_working_set,

@@ -20,8 +20,8 @@ import pytest
 from domains import ANSWER_SECONDS, plain_environment
 
 from cowshed.faults import uffd_features
-from cowshed.transport import preloading
-from cowshed.transport.protocol import HEADER, MAGIC
+from cowshed.transport.guest import preloading
+from cowshed.transport.messages.protocol import HEADER, MAGIC
 
 PAGE = 4096
 MAX_FDS = 4

@@ -9,15 +9,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from cowshed.cache.errors import PeerError, UsageError
-from cowshed.transport.addresses import parse_stream_uri
-from cowshed.transport.block_link import BlockLink, BlockOp, Kind
-from cowshed.transport.dialogue import Asked, Dialogue
-from cowshed.transport.handshakes import HandshakeDecoder
-from cowshed.transport.nbd_negotiation import Export, ExportRefused, Handshake, WantsTls
-from cowshed.transport.nbd_wire import Reply
-from cowshed.transport.page_refs import PageRef
-from cowshed.transport.protocol import MAX_REQUEST_BYTES, Decoder, parse_body
-from cowshed.transport.stream_decoder import StreamDecoder
+from cowshed.transport.guest.page_refs import PageRef
+from cowshed.transport.links.addresses import parse_stream_uri
+from cowshed.transport.messages.dialogue import Asked, Dialogue
+from cowshed.transport.messages.protocol import MAX_REQUEST_BYTES, Decoder, parse_body
+from cowshed.transport.messages.stream_decoder import StreamDecoder
+from cowshed.transport.nbd.block_link import BlockLink, BlockOp, Kind
+from cowshed.transport.nbd.negotiation import Export, ExportRefused, Handshake, WantsTls
+from cowshed.transport.nbd.wire import Reply
+from cowshed.transport.vmm.handshakes import HandshakeDecoder
 
 MAX_HELD_BYTES = 1 << 20
 

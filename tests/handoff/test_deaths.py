@@ -14,7 +14,7 @@ from domains import StartGuest, until
 from two_hosts import PAGE, SIZE, Host, Model
 
 from cowshed.transport import connect
-from cowshed.transport.messages import MovedError
+from cowshed.transport.messages.fields import MovedError
 
 pytestmark = pytest.mark.slow
 

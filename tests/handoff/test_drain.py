@@ -12,7 +12,7 @@ from domains import in_thread, until
 from two_hosts import Host, Model, is_stopped
 
 from cowshed.transport import connect
-from cowshed.transport.messages import MovedError
+from cowshed.transport.messages.fields import MovedError
 
 pytestmark = pytest.mark.slow
 

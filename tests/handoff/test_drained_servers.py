@@ -15,8 +15,8 @@ from machine_guests import new_machine
 from two_hosts import PAGE, SIZE, Host, is_stopped
 
 from cowshed.transport import connect
-from cowshed.transport.exchange import ask, ask_for_fds, close_all, greet
-from cowshed.transport.messages import MovedError
+from cowshed.transport.channels.exchange import ask, ask_for_fds, close_all, greet
+from cowshed.transport.messages.fields import MovedError
 
 Pair = tuple[Host, Host]
 

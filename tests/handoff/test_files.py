@@ -10,7 +10,7 @@ import pytest
 from domains import command, until
 from two_hosts import Host, Model
 
-from cowshed.transport.handoff_sections import StateReader
+from cowshed.transport.handoff.sections import StateReader
 
 pytestmark = pytest.mark.slow
 

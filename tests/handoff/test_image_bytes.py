@@ -13,7 +13,7 @@ from domains import in_thread, kill_backend, new_run_dir, until
 from two_hosts import SIZE, Host, Model, is_stopped
 
 from cowshed.transport import connect
-from cowshed.transport.handoff_sections import ImageBytes, ImageWhole, StateReader
+from cowshed.transport.handoff.sections import ImageBytes, ImageWhole, StateReader
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cowshed.cache import FileSource, PageStore, SourceError
-from cowshed.service.handoff.image_source import check_source
 from cowshed.service.images.digests import digest_of
+from cowshed.service.migration.image_source import check_source
 
 MIB = 1 << 20
 

@@ -15,8 +15,8 @@ import pytest
 from domains import in_thread, kill_backend, until
 from two_hosts import PAGE, SIZE, Host, Model, is_stopped
 
-from cowshed.transport.handoff_sections import ControlMessage, StateReader, StateWriter
-from cowshed.transport.stream_ends import listen
+from cowshed.transport.handoff.sections import ControlMessage, StateReader, StateWriter
+from cowshed.transport.links.stream_ends import listen
 
 pytestmark = pytest.mark.slow
 

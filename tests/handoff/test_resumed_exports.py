@@ -12,7 +12,7 @@ from domains import StartGuest, command, until
 from two_hosts import PAGE, SIZE, Host, Model
 
 from cowshed.cache import UsageError
-from cowshed.transport.handoff_sections import ImageBytes, Pages, StateReader, Totals
+from cowshed.transport.handoff.sections import ImageBytes, Pages, StateReader, Totals
 
 pytestmark = pytest.mark.slow
 

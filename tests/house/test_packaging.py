@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cowshed.cache import core_build
-from cowshed.transport import preloading
+from cowshed.transport.guest import preloading
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

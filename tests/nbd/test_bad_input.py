@@ -17,7 +17,7 @@ import pytest
 from domains import until
 from nbd_site import MIB, SIZE, Site, run
 
-from cowshed.transport.nbd_wire import OPTION_HEADER, OPTION_MAGIC, Option
+from cowshed.transport.nbd.wire import OPTION_HEADER, OPTION_MAGIC, Option
 
 REQUEST = struct.Struct(">IHHQQI")
 REQUEST_MAGIC = 0x25609513

@@ -13,8 +13,8 @@ from certificates import Authority
 from domains import until
 from nbd_site import SIZE, Site, run
 
-from cowshed.transport.nbd_options import reply
-from cowshed.transport.nbd_wire import OPTION_HEADER, OPTION_MAGIC, Option, Reply
+from cowshed.transport.nbd.options import reply
+from cowshed.transport.nbd.wire import OPTION_HEADER, OPTION_MAGIC, Option, Reply
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.loading import load
 from cowshed.service.images.warming import Warming
 from cowshed.service.images.working_sets import WorkingSets
-from cowshed.transport.nbd_core import NbdExport, NbdServer
+from cowshed.transport.nbd.serving import NbdExport, NbdServer
 
 EXTENT = 65536
 NR_EXTENTS = 128

@@ -22,7 +22,7 @@ from cowshed.service.overlays.limits import OverlayLimits
 from cowshed.service.overlays.overlays import OverlayTable
 from cowshed.service.reports.status import StatusReader
 from cowshed.service.settings.domains import Domains
-from cowshed.transport.nbd_core import NbdServer
+from cowshed.transport.nbd.serving import NbdServer
 
 EXTENT_BYTES = 4096
 WAIT_MS = 60_000

@@ -28,7 +28,7 @@ from domains import (
     until,
 )
 
-from cowshed.transport.client import connect
+from cowshed.transport.guest.client import connect
 
 # Some start several backends, one after the other.
 pytestmark = pytest.mark.timeout(180)

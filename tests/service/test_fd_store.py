@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from cowshed.cache import InvariantError, UsageError
-from cowshed.service.survival.fd_store import (
+from cowshed.service.persist.fd_store import (
     FdStore,
     kind_of,
     listen_environment,
     take_inherited,
 )
-from cowshed.service.survival.inherited import InheritedFds, record_make, record_read
-from cowshed.service.survival.notice import Notice
+from cowshed.service.persist.inherited import InheritedFds, record_make, record_read
+from cowshed.service.persist.notice import Notice
 
 
 def heard(supervisor: socket.socket) -> tuple[dict[str, str], int]:

@@ -23,8 +23,8 @@ from machine_guests import new_machine
 
 from cowshed.cache import CapacityError, PeerError, UsageError
 from cowshed.transport import connect
-from cowshed.transport.acceptor import NR_SPARE
-from cowshed.transport.exchange import ask, ask_for_fds, close_all, greet
+from cowshed.transport.channels.exchange import ask, ask_for_fds, close_all, greet
+from cowshed.transport.links.acceptor import NR_SPARE
 
 pytestmark = pytest.mark.slow
 
@@ -328,7 +328,7 @@ STARVED = """
 import resource, threading
 from cowshed.cache import CapacityError
 from cowshed.service.runtime.workers import Workers
-from cowshed.transport.no_room import start_thread
+from cowshed.transport.links.no_room import start_thread
 came = threading.Semaphore(0)
 workers = Workers(lambda call: came.release())
 threading.stack_size(256 << 20)

@@ -17,7 +17,7 @@ from swarms import Swarm
 
 from cowshed.cache import PeerError
 from cowshed.transport import Connection
-from cowshed.transport.exchange import ask_for_fds, close_all, greet
+from cowshed.transport.channels.exchange import ask_for_fds, close_all, greet
 
 pytestmark = pytest.mark.slow
 

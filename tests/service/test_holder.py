@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from domains import ANSWER_SECONDS
 
+from cowshed.service.persist.fd_store import FdStore
+from cowshed.service.persist.notice import NOT_HELD, Notice
 from cowshed.service.runtime.loop import READ, Loop
-from cowshed.service.survival.fd_store import FdStore
-from cowshed.service.survival.keeper_watch import KeeperWatch
-from cowshed.service.survival.notice import NOT_HELD, Notice
+from cowshed.service.supervise.keeper_watch import KeeperWatch
 
 
 def listening(path: Path) -> socket.socket:

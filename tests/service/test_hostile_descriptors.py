@@ -15,12 +15,12 @@ from domains import Daemon, MakeImage, StartDaemon, until
 
 from cowshed.cache import PeerError
 from cowshed.faults import uffd_features
+from cowshed.service.frontends.vmm.handshake_peer import HandshakePeer
 from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.userfaultfd import open_device
-from cowshed.service.machines.handshake_peer import HandshakePeer
-from cowshed.transport import foreign_fds
-from cowshed.transport.foreign_fds import close_foreign, device_and_inode
-from cowshed.transport.unix import connect, listen
+from cowshed.transport.links import foreign_fds
+from cowshed.transport.links.foreign_fds import close_foreign, device_and_inode
+from cowshed.transport.links.unix import connect, listen
 
 MIB = 1 << 20
 LINGER_SECONDS = 3600

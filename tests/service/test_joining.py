@@ -10,7 +10,7 @@ from domains import NOBODY, Daemon, MakeImage, StartDaemon, StartGuest, until
 from siege import MIB, still_serves
 
 from cowshed.cache import CowshedError
-from cowshed.transport.exchange import ask, ask_for_fds, close_all, greet
+from cowshed.transport.channels.exchange import ask, ask_for_fds, close_all, greet
 
 pytestmark = pytest.mark.slow
 

@@ -289,7 +289,7 @@ def test_another_keeper_needs_no_configuration_that_can_be_read(
 _OTHER_LAYOUT = """
 import sys
 if "--check" in sys.argv:
-    from cowshed.service.survival import layouts
+    from cowshed.service.supervise import layouts
     layouts.LAYOUTS = "9.9.9"
 """
 

@@ -13,7 +13,7 @@ from domains import Daemon, MakeImage, StartDaemon, until
 from two_hosts import is_stopped
 
 from cowshed.transport import connect
-from cowshed.transport.unix import connect as connect_raw
+from cowshed.transport.links.unix import connect as connect_raw
 
 pytestmark = pytest.mark.slow
 

@@ -39,7 +39,7 @@ def run(script: str) -> list[str]:
 
 RENUMBER = """
 import os, random, resource, sys
-from cowshed.service.survival.keeper import _number_from
+from cowshed.service.supervise.keeper import _number_from
 seed = int(sys.argv[1]) if sys.argv[1:] else random.randrange(1 << 32)
 names = [f"m{no}" for no in range(40)]
 fds = [os.memfd_create(name) for name in names]
@@ -90,7 +90,7 @@ def test_guests_outlive_a_backend_whose_limit_is_low(
 CHECK = """
 import os, resource
 from cowshed.cache.errors import UsageError
-from cowshed.service.survival.reload_check import ReloadCheck
+from cowshed.service.supervise.reload_check import ReloadCheck
 def open_now():
     return {name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
 before, lowest = open_now(), os.open("/dev/null", os.O_RDONLY)

@@ -24,9 +24,9 @@ from domains import (
 
 from cowshed.cache.errors import CowshedError, PeerError, UsageError
 from cowshed.transport import ByteDisk, connect
-from cowshed.transport.exchange import ask, greet
-from cowshed.transport.protocol import HEADER, encode
-from cowshed.transport.stream import StreamConnection
+from cowshed.transport.channels.exchange import ask, greet
+from cowshed.transport.links.stream import StreamConnection
+from cowshed.transport.messages.protocol import HEADER, encode
 
 SIZE = 1 << 20
 PAGE = 4096

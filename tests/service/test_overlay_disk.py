@@ -18,7 +18,7 @@ from switches import BEFORE, switch
 
 from cowshed.cache.errors import SourceError
 from cowshed.transport import connect
-from cowshed.transport.exchange import greet
+from cowshed.transport.channels.exchange import greet
 
 MIB = 1 << 20
 STOP_SECONDS = 20

@@ -17,7 +17,7 @@ from cowshed.service.overlays.files import OverlayFiles
 from cowshed.service.overlays.limits import OverlayLimits
 from cowshed.service.overlays.overlays import OverlayTable
 from cowshed.transport import connect
-from cowshed.transport.nbd_core import NbdServer
+from cowshed.transport.nbd.serving import NbdServer
 
 MIB = 1 << 20
 STOP, KILL, ALLOW = QuotaPolicy.STOP, QuotaPolicy.KILL, QuotaPolicy.ALLOW

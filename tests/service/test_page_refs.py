@@ -12,7 +12,7 @@ from domains import Daemon, new_run_dir, write_image
 
 from cowshed.cache.errors import PeerError, SourceError, UsageError
 from cowshed.transport import Disk, PageRef, Resolver, channel, connect
-from cowshed.transport.channel import Channel
+from cowshed.transport.channels.channel import Channel
 
 SIZE = 20 << 20
 PAGE = 4096

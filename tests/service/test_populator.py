@@ -8,8 +8,8 @@ import contextlib
 import pytest
 
 from cowshed.cache import PeerError
-from cowshed.service.machines.populator import check_regions
-from cowshed.transport.handshakes import HUGE_PAGE_BYTES, Handshake, Policy, Region
+from cowshed.service.frontends.vmm.populator import check_regions
+from cowshed.transport.vmm.handshakes import HUGE_PAGE_BYTES, Handshake, Policy, Region
 
 PAGE = 4096
 IMAGE = 3 * HUGE_PAGE_BYTES - 5 * PAGE

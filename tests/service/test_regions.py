@@ -15,7 +15,7 @@ from swarms import Swarm
 from cowshed.cache import PeerError
 from cowshed.cache._core import ffi, lib
 from cowshed.transport import Connection
-from cowshed.transport.exchange import ask, ask_for_fds, close_all, greet
+from cowshed.transport.channels.exchange import ask, ask_for_fds, close_all, greet
 
 pytestmark = pytest.mark.slow
 

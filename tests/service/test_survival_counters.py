@@ -13,9 +13,9 @@ from nbd_site import Site
 from scraping import ANY_PORT, Samples, families, samples_of, value
 
 from cowshed.cache import InvariantError
-from cowshed.service.survival.fd_store import FdStore, kind_of
-from cowshed.service.survival.inherited import InheritedFds
-from cowshed.service.survival.kept_counts import KeptCounts, keep_counts
+from cowshed.service.persist.fd_store import FdStore, kind_of
+from cowshed.service.persist.inherited import InheritedFds
+from cowshed.service.persist.kept_counts import KeptCounts, keep_counts
 
 pytestmark = pytest.mark.slow
 

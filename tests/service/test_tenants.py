@@ -17,7 +17,7 @@ import pytest
 from domains import NOBODY, Daemon, Guest, MakeImage, StartDaemon, StartGuest, cowshed, until
 from scraping import ANY_PORT, scrape, value
 
-from cowshed.service.machines.image_folders import make_image_folders
+from cowshed.service.frontends.vmm.image_folders import make_image_folders
 from cowshed.service.settings.domains import DomainMembers, Domains
 from cowshed.service.settings.images import ImageSpec
 

@@ -12,8 +12,8 @@ from cowshed.cache import CapacityError
 from cowshed.service.guests.turned_away import TurnedAway
 from cowshed.service.runtime.loop import Loop
 from cowshed.transport import Connection
-from cowshed.transport.acceptor import NR_SPARE
-from cowshed.transport.exchange import ask
+from cowshed.transport.channels.exchange import ask
+from cowshed.transport.links.acceptor import NR_SPARE
 
 WHY = "no room for another guest: the house is full"
 NR_PLACES = NR_SPARE - 1

@@ -23,7 +23,7 @@ from cowshed.service.overlays.files import OverlayFiles
 from cowshed.service.overlays.limits import OverlayLimits
 from cowshed.service.overlays.overlays import OverlayTable
 from cowshed.service.runtime.side_threads import SideThreads
-from cowshed.transport.nbd_core import NbdServer
+from cowshed.transport.nbd.serving import NbdServer
 
 MIB = 1 << 20
 CLAIM = Claim(("me",), 0, False, "nbd")

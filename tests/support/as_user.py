@@ -14,7 +14,7 @@ import cowshed.service.daemon
 import cowshed.service.metrics.port
 import cowshed.service.reports.render
 import cowshed.service.top.command
-import cowshed.transport.tls
+import cowshed.transport.links.tls
 from cowshed.service import cli
 
 if __name__ == "__main__":
@@ -24,6 +24,6 @@ if __name__ == "__main__":
     assert cowshed.service.metrics.port.MetricsPort
     assert cowshed.service.reports.render.status_view
     assert cowshed.service.top.command.watch
-    assert cowshed.transport.tls.TlsSession
+    assert cowshed.transport.links.tls.TlsSession
     become(int(sys.argv.pop(1)))
     cli.main()

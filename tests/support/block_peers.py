@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cowshed.transport.byte_disk import Dialled
+from cowshed.transport.guest.byte_disk import Dialled
 
 _OPTION = struct.Struct(">8sII")
 _REPLY = struct.Struct(">QIII")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from cowshed.transport.handoff_sections import (
+from cowshed.transport.handoff.sections import (
     Dropped,
     GuestSection,
     Header,

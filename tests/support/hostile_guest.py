@@ -14,7 +14,7 @@ from told import PAGE_BYTES, main
 
 from cowshed.cache._core import ffi, lib
 from cowshed.transport import connect
-from cowshed.transport.exchange import ask_for_fds, close_all, greet
+from cowshed.transport.channels.exchange import ask_for_fds, close_all, greet
 
 UFFDIO_UNREGISTER = 0x8010AA01
 UFFDIO_WRITEPROTECT = 0xC018AA06

@@ -13,7 +13,7 @@ from stage import PAGE, MakeStage, Stage, content
 
 from cowshed.accounting import NO_QUOTA_BYTES, Account, Overlay, Quota, QuotaPolicy
 from cowshed.cache._core import lib
-from cowshed.transport.nbd_core import NbdExport, NbdServer
+from cowshed.transport.nbd.serving import NbdExport, NbdServer
 
 TERMS = {
     "simple": {"structured": False, "extended": False},

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cowshed.service.survival.notice import Notice
+from cowshed.service.persist.notice import Notice
 
 
 class Supervisor:

@@ -22,8 +22,8 @@ from typing import Any
 
 from cowshed.cache._core import ffi, lib
 from cowshed.transport import Backend, Disk, connect
-from cowshed.transport.attach import attach
-from cowshed.transport.exchange import ask_for_fds, close_all, greet
+from cowshed.transport.channels.exchange import ask_for_fds, close_all, greet
+from cowshed.transport.guest.attach import attach
 
 PAGE = 4096
 uri = ""

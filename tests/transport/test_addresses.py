@@ -4,8 +4,8 @@
 import pytest
 
 from cowshed.cache.errors import UsageError
-from cowshed.transport.addresses import parse_stream_uri
-from cowshed.transport.schemes import connect_raw, listen
+from cowshed.transport.links.addresses import parse_stream_uri
+from cowshed.transport.links.schemes import connect_raw, listen
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 from places import SCHEMES, Place, make_place
 
 from cowshed.cache.errors import PeerError, UsageError
-from cowshed.transport import aio, channel
-from cowshed.transport.aio import AsyncChannel
+from cowshed.transport.channels import aio, channel
+from cowshed.transport.channels.aio import AsyncChannel
 
 SECONDS = 60.0
 

@@ -17,9 +17,9 @@ import pytest
 from block_peers import nbd_dial, nbdkit
 
 from cowshed.cache.errors import PeerError, UsageError
-from cowshed.transport.block_link import BlockOp, Kind
-from cowshed.transport.block_pump import BlockPump
-from cowshed.transport.byte_disk import ByteDisk, Dialled
+from cowshed.transport.guest.byte_disk import ByteDisk, Dialled
+from cowshed.transport.nbd.block_link import BlockOp, Kind
+from cowshed.transport.nbd.block_pump import BlockPump
 
 SIZE = 8 << 20
 

@@ -16,9 +16,9 @@ import pytest
 from places import SCHEMES, STREAMS, Place, make_place, vsock_works
 
 from cowshed.cache.errors import CapacityError, PeerError, SourceError, UsageError
-from cowshed.transport import channel
-from cowshed.transport.channel import Channel, Liveness, Request
-from cowshed.transport.protocol import HEADER, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, encode
+from cowshed.transport.channels import channel
+from cowshed.transport.channels.channel import Channel, Liveness, Request
+from cowshed.transport.messages.protocol import HEADER, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, encode
 
 SECONDS = 60.0
 
@@ -187,7 +187,7 @@ def test_closing_is_noticed_by_who_waits(pair: tuple[Channel, Channel]) -> None:
 
 PEER = """
 import sys
-from cowshed.transport import channel
+from cowshed.transport.channels import channel
 peer = channel.connect(sys.argv[1])
 pending = peer.send("x")
 print("sent", flush=True)

@@ -21,14 +21,14 @@ import pytest
 import zstandard
 from handoff_state import GUEST, IMAGE, PAGE, SECTIONS
 
-from cowshed.transport.handoff_frames import (
+from cowshed.transport.handoff.frames import (
     MAX_RAW_BYTES,
     DamagedError,
     FrameDecoder,
     FrameEncoder,
     FrameKind,
 )
-from cowshed.transport.handoff_sections import Header, StateReader, StateWriter, Totals
+from cowshed.transport.handoff.sections import Header, StateReader, StateWriter, Totals
 
 _HEADER = struct.Struct("<HHIIII")
 

@@ -10,14 +10,14 @@ from handoff_state import GUEST, IMAGE, PAGE, SECTIONS, WITH_BYTES, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cowshed.transport.handoff_frames import (
+from cowshed.transport.handoff.frames import (
     MAX_RAW_BYTES,
     DamagedError,
     FrameDecoder,
     FrameEncoder,
     FrameKind,
 )
-from cowshed.transport.handoff_sections import (
+from cowshed.transport.handoff.sections import (
     ControlMessage,
     Header,
     ImageBytes,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cowshed.cache.errors import PeerError
-from cowshed.transport.handshakes import (
+from cowshed.transport.vmm.handshakes import (
     HUGE_PAGE_BYTES,
     MAX_REGIONS,
     Handshake,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cowshed.cache.errors import PeerError
-from cowshed.transport.json_stream import MAX_DEPTH, MAX_TEXT_BYTES, JsonStream
+from cowshed.transport.vmm.json_stream import MAX_DEPTH, MAX_TEXT_BYTES, JsonStream
 
 leaves = st.none() | st.booleans() | st.integers() | st.text(max_size=12)
 values = st.recursive(

@@ -14,7 +14,7 @@ from cowshed.cache.errors import (
     SourceError,
     UsageError,
 )
-from cowshed.transport.messages import (
+from cowshed.transport.messages.fields import (
     MAX_NUMBER,
     check_reply,
     error_reply,

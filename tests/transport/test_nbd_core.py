@@ -25,7 +25,7 @@ from nbd_stage import TERMS, NbdStage
 from stage import PAGE, fail_at, let_go, stop_at, until, wait_at
 
 from cowshed.cache._core import lib
-from cowshed.transport.nbd_core import NbdEnd
+from cowshed.transport.nbd.serving import NbdEnd
 
 EXTENT = 16 * PAGE
 every_reply = pytest.mark.parametrize("terms", list(TERMS))

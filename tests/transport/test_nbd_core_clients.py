@@ -11,7 +11,7 @@ from nbd_client import DISC, READ, WRITE
 from nbd_stage import TERMS, NbdStage
 from stage import PAGE, MakeStage, until
 
-from cowshed.transport.nbd_core import NbdEnd
+from cowshed.transport.nbd.serving import NbdEnd
 
 EXTENT = 16 * PAGE
 

@@ -17,7 +17,7 @@ from stage import PAGE, MakeStage, until
 from cowshed.accounting import Account, Overlay, Quota
 from cowshed.cache import FileSource, InheritedImage, InvariantError, PageStore
 from cowshed.cache._core import lib
-from cowshed.transport.nbd_core import NbdCounters, NbdExport, NbdServer
+from cowshed.transport.nbd.serving import NbdCounters, NbdExport, NbdServer
 
 CHILD = Path(__file__).with_name("doomed_overlay.py")
 SUPPORT = Path(__file__).parent.parent / "support"

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cowshed.cache.errors import PeerError
-from cowshed.transport.nbd_negotiation import (
+from cowshed.transport.nbd.negotiation import (
     MAX_HANDSHAKE_BYTES,
     MAX_OPTION_BYTES,
     MAX_OPTIONS,
@@ -25,7 +25,7 @@ from cowshed.transport.nbd_negotiation import (
     Negotiated,
     WantsTls,
 )
-from cowshed.transport.nbd_wire import OPTION_MAGIC, ExportFlag, Option, Reply
+from cowshed.transport.nbd.wire import OPTION_MAGIC, ExportFlag, Option, Reply
 
 DEBIAN = Export("debian", "a read-only image", 5 << 20, True, 65536)
 OVERLAY = Export("debian@g", "a private copy", 5 << 20, False, 65536)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cowshed.cache.errors import PeerError, UsageError
-from cowshed.transport.protocol import (
+from cowshed.transport.messages.protocol import (
     FLAG_MORE,
     HEADER,
     MAGIC,

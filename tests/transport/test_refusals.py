@@ -15,8 +15,8 @@ import pytest
 from cowshed.cache import CapacityError
 from cowshed.cache.errors import PeerError, PeerGoneError
 from cowshed.transport import connect
-from cowshed.transport.messages import error_reply
-from cowshed.transport.protocol import encode
+from cowshed.transport.messages.fields import error_reply
+from cowshed.transport.messages.protocol import encode
 
 FULL = error_reply("capacity", "no room for another guest: so it is")
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from certificates import Authority
 
-from cowshed.transport.relay import Relay
-from cowshed.transport.tls import TlsSession, server_context
+from cowshed.transport.links.relay import Relay
+from cowshed.transport.links.tls import TlsSession, server_context
 
 SECONDS = 60.0
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cowshed.cache.errors import PeerError
-from cowshed.transport.protocol import (
+from cowshed.transport.messages.protocol import (
     HEADER,
     MAGIC,
     MAX_PIECE_BYTES,
@@ -18,7 +18,7 @@ from cowshed.transport.protocol import (
     VERSION,
     encode,
 )
-from cowshed.transport.stream_decoder import StreamDecoder
+from cowshed.transport.messages.stream_decoder import StreamDecoder
 
 BODIES = st.dictionaries(st.text(max_size=8), st.text(max_size=60) | st.integers(), max_size=4)
 

@@ -19,15 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cowshed.cache.errors import CapacityError, PeerError, UsageError
-from cowshed.transport.connection import EOF, MAX_PACKETS_AT_ONCE, MAX_QUEUED_FDS, Connection
-from cowshed.transport.protocol import (
+from cowshed.transport.links.connection import EOF, MAX_PACKETS_AT_ONCE, MAX_QUEUED_FDS, Connection
+from cowshed.transport.links.unix import Listener, connect, listen, parse_uri
+from cowshed.transport.messages.protocol import (
     MAX_FDS,
     MAX_PACKET_BYTES,
     MAX_PIECE_BYTES,
     MAX_REQUEST_BYTES,
     encode,
 )
-from cowshed.transport.unix import Listener, connect, listen, parse_uri
 
 
 def nr_fds() -> int:

@@ -18,8 +18,8 @@ from collections import Counter
 from typing import Any
 
 from cowshed.cache.errors import CowshedError
-from cowshed.transport.messages import error_reply
-from cowshed.transport.unix import EOF, Connection, Received, listen
+from cowshed.transport.links.unix import EOF, Connection, Received, listen
+from cowshed.transport.messages.fields import error_reply
 
 PAGE_BYTES = 4096
 NR_PAGES = 4096

@@ -15,7 +15,7 @@
 #ifndef COWSHED_NBD_H
 #define COWSHED_NBD_H
 
-#include "accounting/core/overlay.h"
+#include "accounting/core/overlay/overlay.h"
 #include "cache/core/image.h"
 
 /* cdef-begin */

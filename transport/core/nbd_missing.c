@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Requests for pages that are missing: still with the backend that the guest came from
- * (accounting/core/overlay_missing.h).
+ * (accounting/core/overlay/missing.h).
  *
  * A read waits, as one piece, until nothing of its range is missing, and then goes on as any other: pages are never
  * late again. A write of a part of a page waits as it does for the image's page.  Whole pages that are written, zeroed

@@ -17,7 +17,7 @@
 #ifndef COWSHED_NBD_STATE_H
 #define COWSHED_NBD_STATE_H
 
-#include "accounting/core/overlay_missing.h"
+#include "accounting/core/overlay/missing.h"
 #include "cache/core/loader.h"
 #include "cache/core/store.h"
 #include "transport/core/nbd.h"

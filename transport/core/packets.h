@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Packets of transport/protocol.py over a Unix sequenced-packet socket, for a guest's half of the protocol: what a
- * guest says and is told fits into one packet each.  Used by the library (follow.c) and by the preload library.
+ * Packets of transport/messages/protocol.py over a Unix sequenced-packet socket, for a guest's half of the protocol:
+ * what a guest says and is told fits into one packet each.  Used by the library (follow.c) and by the preload library.
  *
  * Functions return 0 or -errno.
  */

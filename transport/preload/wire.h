@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The guest's half of the protocol of transport/protocol.py over a Unix sequenced-packet socket, as much
+ * The guest's half of the protocol of transport/messages/protocol.py over a Unix sequenced-packet socket, as much
  * of it as a mapping needs.  One buffer for replies: only for whoever holds the lock.
  *
  * Functions return >= 0 or -errno; whatever the backend refuses or says wrongly is told to stderr here.  -EINTR is not

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NBD's way in: RUN_DIR/nbd.sock and perhaps HOST:PORT, from accepting a client until it has ended.
+
+    accept --admitted--> NbdSession (handshake, in the loop) --chosen--> C core's threads --> ended
+
+A client that breaks a rule, falls silent in its handshake or finds no place costs itself its
+connection and nobody else anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from cowshed.cache import Image, PageStore
+from cowshed.cache.errors import CowshedError
+from cowshed.service.frontends.nbd.exports import HeldExport, NbdDirectory
+from cowshed.service.frontends.nbd.peers import NbdPeer, listen_path, listen_tcp, peer_of, tune
+from cowshed.service.frontends.nbd.session import NbdSession
+from cowshed.service.guests.admission import Admission
+from cowshed.service.images.access import Access
+from cowshed.service.metrics.service_counters import ServiceCounters
+from cowshed.service.overlays.entrance import Entering, Entrance
+from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.service.persist.listeners import Listeners
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.loop import READ, Loop
+from cowshed.service.runtime.test_points import reach
+from cowshed.service.settings.config import Config
+from cowshed.service.settings.tls_context import make_context
+from cowshed.service.supervise.unserved_listeners import UnservedListeners
+from cowshed.transport.links.acceptor import NR_SPARE, Acceptor
+from cowshed.transport.links.no_room import no_room
+from cowshed.transport.links.relay import Relay
+from cowshed.transport.nbd.negotiation import MAX_PAYLOAD_BYTES, Chosen
+from cowshed.transport.nbd.serving import Ended, NbdCounters, NbdEnd, NbdExport, NbdServer
+
+__all__ = ["NBD_SOCKET_NAME", "NbdService"]
+
+_log = EventLog("cowshed.nbd")
+
+NBD_SOCKET_NAME: Final = "nbd.sock"
+_MAX_THREADS: Final = 8
+_LOOK_SECONDS: Final = 1.0
+# A plain connection is one socket; with TLS, two ends of a pair come with it.
+_FDS_PLAIN: Final = 1
+_FDS_TLS: Final = 3
+_REASONS: Final = {NbdEnd.PROTOCOL: "protocol", NbdEnd.MEMORY: "limit"}
+
+
+@dataclass
+class _Client:
+    """A connection that the core's threads serve."""
+
+    peer: NbdPeer
+    export: HeldExport
+    nr_files: int
+    relay: Relay | None
+
+
+class NbdService:
+    """Listens from the time it is made until close(); all in the loop.
+
+    What cannot be opened is left to unserved, as are the certificates, without which tls is None:
+    then local clients are offered no TLS, and HOST:PORT is not served.
+
+    Invariant: each connection is in _sessions or in _clients, and admitted once.
+    """
+
+    def __init__(
+        self,
+        core: NbdServer,
+        config: Config,
+        store: PageStore,
+        access: Access,
+        overlays: OverlayTable,
+        entrance: Entrance,
+        admission: Admission,
+        counters: ServiceCounters,
+        loop: Loop,
+        listeners: Listeners,
+        unserved: UnservedListeners,
+    ) -> None:
+        self.tls: ssl.SSLContext | None = None
+        self._nr_files: Final = _FDS_PLAIN if config.tls is None else _FDS_TLS
+        self._config = config
+        self._store = store
+        self._access = access
+        self._overlays = overlays
+        self._entrance = entrance
+        self._admission = admission
+        self._counters = counters
+        self._loop = loop
+        self._sessions: set[NbdSession] = set()
+        self._clients: dict[int, _Client] = {}
+        self._others: dict[int, Callable[[Ended], None]] = {}
+        self._images: dict[Image, NbdExport] = {}
+        self._acceptor: Final = Acceptor()
+        self._path: Final = config.run_dir / NBD_SOCKET_NAME
+        self._core: Final = core
+        self._listeners: list[socket.socket] = []
+        self._listen(listeners.open("nbd", lambda: listen_path(self._path), self._path))
+        if config.tls is not None:
+            address = f"nbds+unix:///?socket={self._path}"
+            unserved.serve(address, self.load_tls, self._offer_tls, held_as=address)
+        if (endpoint := config.nbd) is not None:
+            held_as = f"nbd/{endpoint}"
+
+            def prepare() -> tuple[socket.socket, ssl.SSLContext | None]:
+                tls = self.load_tls()
+                return listeners.open(held_as, lambda: listen_tcp(endpoint)), tls
+
+            scheme = "nbd" if config.tls is None else "nbds"
+            unserved.serve(f"{scheme}://{endpoint}", prepare, self._listen_tcp, held_as)
+        loop.watch(self._core.event_fd, READ, self._on_ended)
+        loop.every(_LOOK_SECONDS, self._look_after)
+
+    def load_tls(self) -> ssl.SSLContext | None:
+        """Give the context of [tls], read anew unless it is in use; None if there is no [tls].
+
+        UsageError, one line, if its files cannot be used. For any thread; may wait for a disk.
+        """
+        return self.tls or (make_context(self._config.tls) if self._config.tls else None)
+
+    def _offer_tls(self, tls: ssl.SSLContext | None) -> None:
+        self.tls = self.tls or tls
+
+    def _listen(self, listener: socket.socket) -> None:
+        self._listeners.append(listener)
+        self._loop.watch(listener.fileno(), READ, lambda *_: self._on_peer(listener))
+
+    def _listen_tcp(self, prepared: tuple[socket.socket, ssl.SSLContext | None]) -> None:
+        listener, tls = prepared
+        self._offer_tls(tls)
+        self._listen(listener)
+        host, port = listener.getsockname()[:2]
+        _log.notice("nbd", url=f"{'nbd' if self.tls is None else 'nbds'}://{host}:{port}")
+        if self.tls is None and not host.startswith(("127.", "::1")):
+            _log.warning(
+                "nbd-open",
+                "NBD without TLS lets anybody who reaches it read every image of the default "
+                "domain: give [tls], or an address of this host alone",
+                address=f"{host}:{port}",
+            )
+
+    def counters(self) -> Iterator[tuple[Image, NbdCounters]]:
+        """What clients did, of each image: its own export and those of its overlays."""
+        for image in self._store:
+            yield image, self._core.counters(image)
+
+    def close(self) -> None:
+        """End every connection and give everything back; the loop has stopped."""
+        for listener in self._listeners:
+            listener.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+        for session in list(self._sessions):
+            session.close()
+        self._core.drain()
+        for ended in self._core.take_ended():
+            self._end(ended)
+        for export in self._images.values():
+            export.close()
+        self._acceptor.close()
+
+    def nr_unfinished(self) -> int:
+        """How many are in the middle of a handshake."""
+        return sum(not session.refusal for session in self._sessions)
+
+    # Coming in.
+
+    def _on_peer(self, listener: socket.socket) -> None:
+        if (taken := self._acceptor.accept_any(listener)) is not None:
+            reach("NBD_CAME")
+            tune(taken[0])
+            self._admit(taken[0], no_room(taken[2]) if taken[2] else "")
+
+    def _admit(self, sock: socket.socket, refusal: str) -> None:
+        try:
+            peer = peer_of(sock)
+        except OSError:
+            sock.close()
+            return
+        refusal = refusal or self._admission.enter(peer.counted_as, self._nr_files)
+        if refusal:
+            self._counters.note_dropped("limit")
+            _log.warning("turned-away", refusal, **_who(peer))
+            turned_away = [each for each in self._sessions if each.refusal]
+            if len(turned_away) >= NR_SPARE - 1:
+                self.over(min(turned_away, key=lambda each: each.deadline), "", "")
+        session = NbdSession(sock, peer, self, self._loop, refusal)
+        self._sessions.add(session)
+        session.begin()
+
+    # What sessions need.
+
+    def directory(self, peer: NbdPeer, client: Entering) -> NbdDirectory:
+        """The exports that a client may see."""
+        return NbdDirectory(self._store, self._access, self._overlays, self._entrance, peer, client)
+
+    def named(self, peer: NbdPeer, names: list[str]) -> NbdPeer:
+        """The client, by the names in its certificate; UsageError if they contradict."""
+        return peer.named(self._access.domains.client_name(names))
+
+    def chosen(self, session: NbdSession, chosen: Chosen) -> None:
+        """Give the connection to the core's threads."""
+        export = chosen.export
+        assert isinstance(export, HeldExport)
+        assert export.image is not None
+        try:
+            connection_no = self._core.attach(
+                self._export(export),
+                session.sock.fileno(),
+                structured=chosen.negotiated.structured,
+                extended=chosen.negotiated.extended,
+                read_only=chosen.negotiated.read_only,
+                trim_zeroes=self._config.trims_to_zeros(export.image.domain, export.image.name),
+                context_ids=chosen.negotiated.context_ids,
+                max_payload_bytes=MAX_PAYLOAD_BYTES,
+            )
+        except CowshedError as error:
+            self._let_go(export)
+            self.over(session, "limit", str(error))
+            return
+        session.sock.detach()
+        self._sessions.discard(session)
+        self._clients[connection_no] = _Client(session.peer, export, self._nr_files, session.relay)
+        _log.info("nbd-attached", export=export.name, **_who(session.peer))
+
+    def over(self, session: NbdSession, reason: str, why: str) -> None:
+        """The session ended before data flowed."""
+        if reason:
+            self._counters.note_dropped(reason)
+            _log.warning("dropped", why, **_who(session.peer))
+        self._sessions.discard(session)
+        session.close()
+        if session.refusal:
+            self._acceptor.refill()
+        else:
+            self._admission.leave(session.peer.counted_as, self._nr_files)
+
+    def _export(self, held: HeldExport) -> NbdExport:
+        if held.overlay is not None:
+            return held.overlay.export
+        assert held.image is not None
+        if held.image not in self._images:
+            self._images[held.image] = NbdExport(self._core, held.image)
+        return self._images[held.image]
+
+    def _let_go(self, export: HeldExport) -> None:
+        if export.overlay is not None:
+            self._overlays.leave(export.overlay)
+
+    # Connections that came in elsewhere and speak the same from here on.
+
+    def serve(
+        self, export: NbdExport, sock: socket.socket, on_ended: Callable[[Ended], None]
+    ) -> int:
+        """Have the core's threads serve a connection, whose number is given; sock is theirs then.
+
+        on_ended is called once, in the loop or by close(). CapacityError leaves sock the caller's.
+        """
+        number = self._core.attach(export, sock.fileno(), structured=True)
+        sock.detach()
+        self._others[number] = on_ended
+        return number
+
+    def disconnect(self, guest: OverlayGuest) -> None:
+        """Begin the end of all of an overlay's clients that came in here."""
+        for number, client in list(self._clients.items()):
+            if client.export.overlay is guest:
+                self._core.detach(number)
+
+    def detach(self, connection_no: int) -> None:
+        """Begin the end of a connection."""
+        self._core.detach(connection_no)
+
+    # Going.
+
+    def look_ended(self) -> None:
+        """Let go of what has ended by now."""
+        self._on_ended()
+
+    def _on_ended(self, *_: int) -> None:
+        for ended in self._core.take_ended():
+            self._end(ended)
+
+    def _end(self, ended: Ended) -> None:
+        if (on_ended := self._others.pop(ended.connection_no, None)) is not None:
+            on_ended(ended)
+            return
+        client = self._clients.pop(ended.connection_no)
+        peer = client.peer
+        self._admission.leave(peer.counted_as, client.nr_files)
+        self._let_go(client.export)
+        if reason := _REASONS.get(ended.reason):
+            why = {
+                "protocol": "it broke the NBD protocol",
+                "limit": "there was no memory for its requests",
+            }[reason]
+            self._counters.note_dropped(reason)
+            _log.warning("dropped", why, export=client.export.name, **_who(peer))
+        else:
+            how = os.strerror(ended.err) if ended.err else ended.reason.name.lower()
+            _log.info("nbd-detached", export=client.export.name, end=how, **_who(peer))
+
+    def _look_after(self) -> None:
+        self._on_ended()  # whether or not we were told
+        now = time.monotonic()
+        for session in list(self._sessions):
+            if now > session.deadline:
+                reason = "" if session.refusal else "handshake"
+                self.over(session, reason, "it did not finish its handshake in time")
+
+
+def _who(peer: NbdPeer) -> dict[str, object]:
+    identity = peer.identity
+    who: dict[str, object] = {}
+    if identity.client_name:
+        who["client"] = identity.client_name
+    if identity.uid is not None:
+        return {**who, "pid": peer.pid, "uid": identity.uid}
+    return {**who, "address": peer.address.removeprefix("address ")}

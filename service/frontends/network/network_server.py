@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where guests come in over a network: each --listen URI, from accepting one until it has ended.
+
+    accept --Admission--> NetworkSession (in the loop) --data--> the C core's threads --> ended
+
+A guest whose connection breaks keeps its private pages: its state is "away" until it comes back by
+the same token. A guest that closes is gone with them, unless it asked to have them kept. One that
+comes back while its old connection seems to be there takes its place, once that has ended: else
+what it sent before could overtake what it sends now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from cowshed.accounting import QuotaPolicy
+from cowshed.cache import CapacityError, CowshedError, Image, PageStore, PeerError, UsageError
+from cowshed.service.frontends.nbd.server import NbdService
+from cowshed.service.frontends.network.session import Entered, NetworkSession, address_of
+from cowshed.service.guests.admission import Admission
+from cowshed.service.guests.turned_away import TurnedAway, what_failed
+from cowshed.service.images.access import Access
+from cowshed.service.metrics.service_counters import ServiceCounters
+from cowshed.service.migration.handoff_target import HandoffTarget
+from cowshed.service.migration.link import SocketLink
+from cowshed.service.overlays.claims import Claim
+from cowshed.service.overlays.entrance import Entering, Entrance
+from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.service.persist.listeners import Listeners
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.loop import READ, WRITE, Loop
+from cowshed.service.runtime.test_points import reach
+from cowshed.service.settings.domains import Identity
+from cowshed.service.settings.handoff_rules import HandoffRules
+from cowshed.service.supervise.unserved_listeners import UnservedListeners
+from cowshed.transport import EOF
+from cowshed.transport.links.addresses import parse_stream_uri, scheme_of
+from cowshed.transport.links.no_room import no_room
+from cowshed.transport.links.relay import Relay
+from cowshed.transport.links.stream_ends import StreamListener, listen
+from cowshed.transport.messages.fields import error_reply
+from cowshed.transport.nbd.serving import Ended, NbdEnd
+
+__all__ = ["NetworkServer"]
+
+_log = EventLog("cowshed.network")
+
+_LOOK_SECONDS: Final = 1.0
+_FDS: Final = {"tcp": 1, "vsock": 1, "tls": 3}  # with TLS, two ends of a pair come with it
+
+
+class NetworkServer:
+    """Listens from the time it is made until close(); all in the loop.
+
+    What cannot be opened is left to unserved, which raises UsageError at a first start.
+
+    Invariant: each connection is in _sessions, or its number in _numbers, and admitted once.
+    """
+
+    def __init__(
+        self,
+        uris: Sequence[str],
+        store: PageStore,
+        access: Access,
+        overlays: OverlayTable,
+        entrance: Entrance,
+        nbd: NbdService,
+        admission: Admission,
+        counters: ServiceCounters,
+        loop: Loop,
+        listeners: Listeners,
+        unserved: UnservedListeners,
+    ) -> None:
+        self._store = store
+        self._access = access
+        self._overlays = overlays
+        self._entrance = entrance
+        self._nbd = nbd
+        self._admission = admission
+        self._counters = counters
+        self._loop = loop
+        self._sessions: dict[int, NetworkSession] = {}
+        self._numbers: dict[OverlayGuest, int] = {}
+        self._handoffs: HandoffTarget | None = None
+        self._handoff_rules = HandoffRules()
+        self._listeners: dict[int, StreamListener] = {}
+        self._turned_away: dict[int, TurnedAway] = {}
+        try:
+            for uri in uris:
+                held_as = uri.partition("?")[0]
+                prepare = functools.partial(_prepare, uri, held_as, nbd, listeners)
+                unserved.serve(held_as, prepare, self._open, held_as)
+        except BaseException:
+            self.close()
+            raise
+        loop.every(_LOOK_SECONDS, self._look_after)
+
+    def _open(self, listener: StreamListener) -> None:
+        self._listeners[listener.fileno()] = listener
+        self._turned_away[listener.fileno()] = TurnedAway(self._loop, listener.refill)
+        self._loop.watch(listener.fileno(), READ, self._on_connect)
+        _log.notice("listening", uri=listener.uri)
+        if listener.scheme == "tcp" and not listener.is_local:
+            _log.warning(
+                "listening-open",
+                "tcp without TLS lets anybody who reaches it read every image of the default "
+                "domain: use tls://, or an address of this host alone",
+                uri=listener.uri,
+            )
+
+    def take_handoffs(self, target: HandoffTarget, rules: HandoffRules) -> None:
+        """From now on backends that the rules allow may hand their guests over."""
+        self._handoffs, self._handoff_rules = target, rules
+
+    def close(self) -> None:
+        """Stop listening and end conversations; those whose bytes flow end with the C core."""
+        for fd, listener in self._listeners.items():
+            self._loop.forget(fd)
+            self._turned_away[fd].close()
+            listener.close()
+        self._listeners.clear()
+        for fd in list(self._sessions):
+            self._end(fd)
+
+    def nr_unfinished(self) -> int:
+        """How many are in the middle of a handshake."""
+        return len(self._sessions)
+
+    # What sessions need.
+
+    def find_image(self, name: str, identity: Identity) -> Image:
+        """The image that a guest means; UsageError naming those it may use."""
+        return self._access.find(self._store, name, identity)
+
+    def identity(self, names: list[str]) -> Identity:
+        """Who has these names in its certificate; UsageError if they contradict."""
+        return Identity(client_name=self._access.domains.client_name(names))
+
+    def enter(
+        self,
+        client: Entering,
+        image: Image,
+        name: str,
+        claim: Claim,
+        quota_bytes: int | None,
+        policy: QuotaPolicy | None,
+    ) -> OverlayGuest:
+        """Hold a guest's overlay for one client; CapacityError while its last one is ending."""
+        # Its last connection may have ended just now, and its name be free again.
+        self._nbd.look_ended()
+        guest = self._entrance.enter(
+            client, image, name, claim, quota_bytes=quota_bytes, policy=policy
+        )
+        if guest.nr_clients > 1:
+            self._overlays.leave(guest)
+            if guest in self._numbers:
+                self._nbd.detach(self._numbers[guest])
+                raise CapacityError(f"guest {name!r} has a connection that is being ended; retry")
+            raise CapacityError(f"guest {name!r} is connected already; disconnect it first")
+        return guest
+
+    def check_pages(self, image: Image, name: str, overlay_id: str) -> None:
+        """Refuse a guest whose private pages are not here: CapacityError, and none are made."""
+        guest = self._overlays.get(image.domain, name)
+        if guest is None or guest.pages_id != overlay_id:
+            raise CapacityError(
+                f"the private pages of guest {name!r} are not here; ask the backend that sent it"
+            )
+
+    def overlay_id(self, guest: OverlayGuest) -> str:
+        """Name these private pages."""
+        return guest.pages_id
+
+    def check_handoff(self, client_name: str | None, scheme: str) -> None:
+        """Refuse who may not give us guests: UsageError."""
+        if self._handoffs is None or not self._handoff_rules.allows(client_name, scheme):
+            who = repr(client_name) if client_name else f"a backend that comes by {scheme}"
+            _log.warning("handoff-refused", f"handoffs of {who} are not taken here")
+            raise UsageError(
+                f"handoffs of {who} are not taken here; name its certificate in handoff_from, or, "
+                "for tcp without TLS, serve with --accept-handoff"
+            )
+
+    def leave(self, entered: Entered, *, said_so: bool) -> None:
+        """Let go of a guest; its overlay goes too if it said good-bye and wanted none kept."""
+        guest = entered.guest
+        self._overlays.leave(guest)
+        if said_so and not entered.keep and not guest.nr_clients:
+            try:
+                self._entrance.begin(
+                    f"discard overlay {guest.label}", lambda: self._discard(guest.label)
+                )
+            except CowshedError as error:
+                _log.warning("not-discarded", str(error), overlay=guest.label)
+
+    def _discard(self, label: str) -> None:
+        try:
+            self._overlays.discard(label, guest_asked=True)
+        except CowshedError as error:
+            _log.warning("not-discarded", str(error), overlay=label)
+
+    def disconnect(self, guest: OverlayGuest) -> None:
+        """Begin the end of a guest's connection, wherever it came in."""
+        self._nbd.disconnect(guest)
+        if guest in self._numbers:
+            self._nbd.detach(self._numbers[guest])
+
+    # Coming in.
+
+    def _on_connect(self, listening_fd: int, _: int) -> None:
+        listener = self._listeners[listening_fd]
+        connection = listener.accept_any()
+        if connection is None:
+            return
+        reach("NETWORK_CAME")
+        who = address_of(connection)
+        if connection.no_room:
+            refusal = no_room(connection.no_room)
+        else:
+            refusal = self._admission.enter(who, _FDS[listener.scheme])
+        if refusal:
+            self._counters.note_dropped("limit")
+            _log.warning("turned-away", refusal, address=connection.where)
+            self._turned_away[listening_fd].add(connection, refusal)
+            return
+        fd = connection.fileno()
+        self._sessions[fd] = NetworkSession(
+            connection, listener.scheme, self, lambda: self._attempt(fd, go_on=True)
+        )
+        self._loop.watch(fd, READ, self._on_session)
+
+    def _on_session(self, fd: int, events: int) -> None:
+        self._attempt(fd, reads=bool(events & READ))
+
+    def _attempt(self, fd: int, *, reads: bool = False, go_on: bool = False) -> None:
+        """Do what a session asked, and send what is to be sent."""
+        session = self._sessions[fd]
+        tag = 0
+        try:
+            if go_on:
+                session.go_on()
+            if reads and not session.closing and not session.given:
+                messages = session.connection.recv_ready()
+                if messages is EOF:
+                    self._end(fd)
+                    return
+                for message in messages:
+                    tag = message.tag
+                    session.handle(message)
+            session.connection.flush()
+            if not session.connection.wants_write and (session.closing or session.given):
+                self._give(fd) if session.given else self._end(fd)
+                return
+            self._watch(fd, session)
+        except (PeerError, CapacityError, OSError) as error:
+            of_ours, why = what_failed(error)
+            self._drop(fd, "limit" if of_ours else "protocol", why, tag)
+
+    def _watch(self, fd: int, session: NetworkSession) -> None:
+        events = 0 if session.has_more else READ
+        if session.connection.wants_write:
+            events |= WRITE
+        self._loop.change(fd, events)
+
+    def _give(self, fd: int) -> None:
+        """Give the connection to the core's threads: the reply to "data" is out."""
+        reach("NETWORK_GIVEN")
+        session = self._sessions[fd]
+        if session.brings_handoff:
+            self._give_handoff(fd)
+            return
+        entered = session.entered
+        assert entered is not None
+        address, who = address_of(session.connection), session.who
+        sock, tls = session.connection.take_stream()
+        del self._sessions[fd]
+        self._loop.forget(fd)
+        relay = None
+        session.entered = None
+        if tls is not None:
+            try:
+                relay = Relay(sock, tls, handshake_seconds=0)
+            except OSError as error:
+                self._admission.leave(address, _FDS[session.scheme])
+                self.leave(entered, said_so=False)
+                self._say_no_room(error, who)
+                return
+            sock = relay.inner
+        nr_fds = _FDS[session.scheme]
+
+        def on_ended(ended: Ended) -> None:
+            del self._numbers[entered.guest]
+            self._admission.leave(address, nr_fds)
+            how = ended.reason.name.lower()
+            _log.info("detached", guest=entered.guest.name, end=how, **who)
+            if ended.reason in (NbdEnd.PROTOCOL, NbdEnd.MEMORY):
+                self._counters.note_dropped("protocol")
+                _log.warning("dropped", "it broke the NBD protocol", **who)
+            self.leave(entered, said_so=ended.reason is NbdEnd.DISC)
+
+        try:
+            self._numbers[entered.guest] = self._nbd.serve(entered.guest.export, sock, on_ended)
+        except CowshedError as error:
+            sock.close()
+            self._admission.leave(address, nr_fds)
+            self.leave(entered, said_so=False)
+            self._say_no_room(error, who)
+            return
+        image = entered.guest.image.label
+        _log.info("attached", guest=entered.guest.name, image=image, **who)
+
+    def _give_handoff(self, fd: int) -> None:
+        """Give the connection to a thread of its own: a handoff comes over it."""
+        session = self._sessions[fd]
+        sock, tls = session.connection.take_stream()
+        del self._sessions[fd]
+        self._loop.forget(fd)
+        address, nr_fds = address_of(session.connection), _FDS[session.scheme]
+        leave = functools.partial(self._admission.leave, address, nr_fds)
+        assert self._handoffs is not None
+        try:
+            if tls is not None:
+                sock = Relay(sock, tls, handshake_seconds=0).inner
+        except OSError as error:
+            leave()
+            self._say_no_room(error, session.who)
+            return
+        try:
+            link = SocketLink(sock, with_it=lambda: self._loop.call(leave))
+            self._handoffs.begin(link, session.connection.peer_name)
+        except CapacityError as error:
+            self._say_no_room(error, session.who)
+
+    def _say_no_room(self, error: CowshedError | OSError, who: dict[str, object]) -> None:
+        self._counters.note_dropped("limit")
+        _log.warning("dropped", what_failed(error)[1], **who)
+
+    def _drop(self, fd: int, reason: str, why: str, tag: int = 0) -> None:
+        session = self._sessions[fd]
+        self._counters.note_dropped(reason)
+        _log.warning("dropped", why, **session.who)
+        with contextlib.suppress(PeerError):
+            kind = "capacity" if reason == "limit" else "peer"
+            session.connection.queue(error_reply(kind, why), (), tag)
+            session.connection.flush()
+        self._end(fd)
+
+    def _end(self, fd: int) -> None:
+        session = self._sessions.pop(fd)
+        self._loop.forget(fd)
+        self._admission.leave(address_of(session.connection), _FDS[session.scheme])
+        session.end()
+
+    def _look_after(self) -> None:
+        now = time.monotonic()
+        for fd, session in list(self._sessions.items()):
+            if now > session.deadline:
+                self._drop(fd, "handshake", "it did not finish its handshake in time")
+
+
+def _prepare(uri: str, held_as: str, nbd: NbdService, listeners: Listeners) -> StreamListener:
+    """Listen at uri; UsageError if that cannot be. For any thread; may wait for a disk."""
+    scheme = scheme_of(uri)
+    if scheme not in _FDS:
+        raise UsageError(
+            f"cannot listen at {uri!r}: guests from elsewhere come by tcp://, tls:// or vsock://"
+        )
+    needs_tls = scheme == "tls" and not parse_stream_uri(uri).options
+    context = nbd.load_tls() if needs_tls else None
+    return listen(uri, context=context, opened_by=functools.partial(listeners.open, held_as))

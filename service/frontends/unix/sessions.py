@@ -1,0 +1,538 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection's conversation: what it may say when, and what is done about it.
+
+    NEW --hello--> IDLE --open--> OPENED --region--> ATTACHED --close--> CLOSED
+                   IDLE: describe; operators' requests, if the peer is root or our own user
+
+A request out of turn, or fields that make no sense, is the peer's error: it costs the peer its
+connection. A request that is understood and cannot be met gets a refusal, and the conversation goes
+on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any, Final, Protocol
+
+from cowshed.accounting import QuotaPolicy, Region
+from cowshed.cache import (
+    CowshedError,
+    Image,
+    PeerError,
+    UsageError,
+)
+from cowshed.faults import FaultOptions, uffd_features
+from cowshed.service.frontends.unix.parking import Parking
+from cowshed.service.guests.guest_records import GuestRecords, RestoredGuest
+from cowshed.service.guests.guests import Guest, GuestTable, Mapping, OpenRequest, Peer
+from cowshed.service.guests.userfaultfd import check_guest_files, check_uffd
+from cowshed.service.images.generations import image_generation
+from cowshed.service.images.reopening import Reopened, Reopener
+from cowshed.service.migration.incoming import IncomingGuest, IncomingGuests
+from cowshed.service.operators.control import Control
+from cowshed.service.persist.inherited import record_close
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.test_points import reach
+from cowshed.service.runtime.workers import Workers
+from cowshed.service.settings.config import Config, check_quota
+from cowshed.service.settings.domains import Identity, is_operator
+from cowshed.transport import Connection, Received
+from cowshed.transport.messages.fields import (
+    error_reply,
+    refusal,
+    take_choice,
+    take_flag,
+    take_number,
+    take_optional_number,
+    take_optional_text,
+    take_text,
+)
+
+__all__ = ["Session", "SessionHost"]
+
+_log = EventLog("cowshed.sessions")
+
+Body = dict[str, Any]
+
+_VERSION: Final = 1
+PAGE_BYTES: Final = 4096
+_HANDSHAKE_SECONDS: Final = 10.0
+
+
+class State(enum.Enum):
+    """Where a conversation is; see the module's picture."""
+
+    NEW = enum.auto()
+    IDLE = enum.auto()
+    EARLY = enum.auto()  # asked to open, and its private pages are still on their way here
+    OPENED = enum.auto()
+    ATTACHED = enum.auto()
+    CLOSED = enum.auto()
+
+
+_NEXT: Final = {
+    (State.NEW, "hello"): State.IDLE,
+    (State.IDLE, "describe"): State.IDLE,
+    (State.IDLE, "open"): State.OPENED,
+    (State.OPENED, "region"): State.ATTACHED,
+    (State.OPENED, "close"): State.CLOSED,
+    (State.IDLE, "close"): State.CLOSED,
+    (State.ATTACHED, "close"): State.CLOSED,
+}
+
+
+class SessionHost(Protocol):
+    """What a session needs of the daemon."""
+
+    @property
+    def config(self) -> Config:
+        """What the daemon was told."""
+
+    @property
+    def control(self) -> Control:
+        """What operators may ask."""
+
+    @property
+    def guests(self) -> GuestTable:
+        """Who is attached."""
+
+    @property
+    def guest_records(self) -> GuestRecords:
+        """What is to outlive us."""
+
+    @property
+    def incoming(self) -> IncomingGuests:
+        """Guests that moved here, and come to map."""
+
+    @property
+    def uffd_device(self) -> int | None:
+        """An open /dev/userfaultfd to lend, or None."""
+
+    @property
+    def reopener(self) -> Reopener:
+        """Who opens sources for guests."""
+
+    @property
+    def workers(self) -> Workers:
+        """Threads for what takes long."""
+
+    def end_parked(self, request: OpenRequest) -> bool:
+        """End what is parked under a name and has nothing mapped any more; whether any was."""
+
+    def shut_down(self) -> None:
+        """End the daemon once the replies are out."""
+
+
+class Session:
+    """The backend's half of one connection; end() gives back whatever it holds.
+
+    deadline is when a handshake must have got further (time.monotonic()), or None. watched_fd is
+    the guest's pidfd once the loop watches it, else -1. parking is there once the connection has
+    ended before its mapping.
+    """
+
+    def __init__(self, connection: Connection, host: SessionHost) -> None:
+        self.connection: Final = connection
+        self.mapping: Mapping | None = None
+        self.deadline: float | None = time.monotonic() + _HANDSHAKE_SECONDS
+        self.watched_fd = -1
+        self.parking: Parking | None = None
+        self._host = host
+        self._state = State.NEW
+        self._opened: tuple[Guest, OpenRequest] | None = None
+        self._moved: IncomingGuest | None = None
+        self._held_as = ""
+        self._nr_working = 0
+        self._is_told = True
+        self._early: tuple[State, Received] | None = None
+
+    @classmethod
+    def of_restored(cls, restored: RestoredGuest, host: SessionHost) -> Session:
+        """Go on with the conversation of a mapping that was adopted."""
+        session = cls(restored.connection, host)
+        session.mapping = restored.mapping
+        session.deadline = None
+        session._state = State.ATTACHED
+        session._opened = restored.mapping.guest, restored.request
+        session._held_as = restored.group
+        if restored.tag is not None:
+            session._is_told = False
+            session._reply(restored.tag, {"ok": True, "guest": restored.request.name})
+        return session
+
+    @property
+    def key(self) -> tuple[str, str] | None:
+        """Of the guest whose name it holds, if it does."""
+        return None if self._opened is None else self._opened[1].key
+
+    @classmethod
+    def handed_over(cls, connection: Connection, host: SessionHost, *, is_greeted: bool) -> Session:
+        """Go on with a conversation that our predecessor had, and which was at rest."""
+        session = cls(connection, host)
+        if is_greeted:
+            session._state = State.IDLE
+            session.deadline = None
+        return session
+
+    @property
+    def is_greeted(self) -> bool:
+        """Whether hello was said."""
+        return self._state is not State.NEW
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether our end would be noticed by nobody here, if the socket does not end with us."""
+        if self.mapping is not None:
+            return True  # it is held, with what it may not have been told
+        return (
+            self._state in (State.NEW, State.IDLE)
+            and not self._nr_working
+            and not self.connection.wants_write
+        )
+
+    @property
+    def closing(self) -> bool:
+        """Whether the conversation is over and only replies are left to send."""
+        return self._state is State.CLOSED
+
+    def park(self) -> bool:
+        """The connection has ended: go on without it if its guest has not said that it is done."""
+        if self.mapping is None or self._state is not State.ATTACHED:
+            return False
+        parking = Parking(self.mapping)
+        if parking.is_over():
+            return False
+        self.parking = parking
+        return True
+
+    def end(self) -> None:
+        """Detach the guest, if there is one, and close the connection; nothing twice."""
+        self._state = State.CLOSED
+        self._detach()
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            self._host.guests.release(opened[0])
+        moved, self._moved = self._moved, None
+        if moved is not None:
+            self._host.incoming.leave(moved)
+        self.connection.close()
+
+    def note_sent(self) -> None:
+        """All that was queued has been sent."""
+        if self._state is State.OPENED:
+            reach("OPEN_TOLD")
+        if not self._is_told and self.mapping is not None:
+            reach("REGION_TOLD")
+            self._is_told = True
+            record_close(self.mapping.fds[-1])
+
+    def handle(self, message: Received) -> None:
+        """Do what one message asks and queue the reply; PeerError ends the connection."""
+        try:
+            self._dispatch(message)
+        except PeerError:
+            raise
+        except CowshedError as error:
+            self._refuse(message.tag, error)
+        finally:
+            message.close_fds()
+
+    def _dispatch(self, message: Received) -> None:
+        op = take_text(message.body, "op", max_length=32)
+        following = _NEXT.get((self._state, op))
+        if op == "open" and following is not None and self._comes_too_early(message):
+            return
+        if following is not None and op == "region" and take_flag(message.body, "rehearse"):
+            self._check_region(message)
+            self._reply(message.tag, {"ok": True})
+        elif following is not None:
+            getattr(self, f"_on_{op}")(message)
+            self._state = following
+            self.deadline = (
+                time.monotonic() + _HANDSHAKE_SECONDS if following is State.OPENED else None
+            )
+        elif self._state is State.IDLE and (op == "shutdown" or self._host.control.knows(op)):
+            self._on_control(op, message)
+        elif self._state is State.NEW:
+            raise PeerError(f"the first request must be 'hello', not {op!r}")
+        elif any(op == known for _, known in _NEXT):
+            raise PeerError(f"request {op!r} does not fit here ({self._state.name.lower()})")
+        else:
+            self._reply(message.tag, error_reply("unknown", f"no request {op!r} is known here"))
+
+    def _on_hello(self, message: Received) -> None:
+        take_number(message.body, "version", minimum=1)
+        self._reply(
+            message.tag,
+            {"ok": True, "version": _VERSION, "features": ["map"], "pid": os.getpid()},
+        )
+
+    def _on_describe(self, message: Received) -> None:
+        image, tag = self._find_image(take_text(message.body, "image")), message.tag
+        self._nr_working += 1
+        self._host.reopener.reopen(image, lambda got: self._describe(tag, image, got))
+
+    def _describe(self, tag: int, image: Image, got: Reopened | CowshedError) -> None:
+        self._nr_working -= 1
+        if isinstance(got, CowshedError):
+            self._late_reply(tag, refusal(got))
+            return
+        description = {
+            "ok": True,
+            "size_bytes": image.size_bytes,
+            "map_bytes": image.map_bytes,
+            "extent_bytes": image.extent_bytes,
+            "digest": image.digest or None,
+            "source_device": got.device,
+            "source_inode": got.inode,
+        }
+        try:
+            self._late_reply(tag, description, [got.fd])
+        except CowshedError as error:  # no descriptors are left
+            self._refuse(tag, error)
+        finally:
+            os.close(got.fd)
+
+    def _comes_too_early(self, message: Received) -> bool:
+        """Whether its pages are still on their way: then it is answered later (open_again)."""
+        if not self._host.incoming.lacks(self._read_request(message.body)):
+            return False
+        if self._early is None:
+            _log.notice("open-waits", "for pages on their way", pid=self.connection.peer.pid)
+        self._early = self._state, message
+        self._state = State.EARLY
+        self.deadline = None
+        return True
+
+    @property
+    def is_early(self) -> bool:
+        """Whether its open waits for pages; open_again() now and then."""
+        return self._state is State.EARLY and self._early is not None
+
+    def open_again(self) -> None:
+        """Answer an open that waits, if its pages are here."""
+        assert self._early is not None
+        self._state, message = self._early
+        self.handle(message)
+
+    def _on_open(self, message: Received) -> None:
+        request = self._read_request(message.body)
+        if (found := self._host.incoming.enter(request, self._peer())) is not None:
+            self._moved, request = found
+            self._opened = self._moved.guest, request
+        elif take_flag(message.body, "moved") and not self._carries_on(request):
+            # Its private pages, which it counts on, are here or the guest is not.
+            raise UsageError(
+                f"guest {request.name!r} moved here, and its private pages are not to be had: they "
+                "are in use, or lost; see this backend's log"
+            )
+        else:
+            self._opened = self._reserve(request), request
+        image = request.image
+        device = self._host.uffd_device
+        fds = [image.guest_fd] if device is None else [image.guest_fd, device]
+        self._reply(
+            message.tag,
+            {
+                "ok": True,
+                "size_bytes": image.size_bytes,
+                "map_bytes": image.map_bytes,
+                "extent_bytes": image.extent_bytes,
+                "uffd_features": uffd_features(),
+                "digest": image.digest or None,
+                "generation": image_generation(image),
+                "guest": request.name,
+            },
+            fds,
+        )
+
+    def _carries_on(self, request: OpenRequest) -> bool:
+        """Whether a mapping of the guest's came before, and this one brings its own pages too."""
+        return request.carries and self._host.guests.has_joined(request, self._peer())
+
+    def _reserve(self, request: OpenRequest) -> Guest:
+        try:
+            return self._host.guests.reserve(request, self._peer())
+        except UsageError:
+            # It may be the same program that comes again, having left without a word.
+            if not self._host.end_parked(request):
+                raise
+        return self._host.guests.reserve(request, self._peer())
+
+    def _read_request(self, body: Body) -> OpenRequest:
+        config = self._host.config
+        quota_bytes = take_optional_number(body, "quota_bytes")
+        if quota_bytes is None:
+            quota_bytes = config.default_quota_bytes
+        else:
+            check_quota(quota_bytes)
+        policy = take_choice(
+            body, "on_quota", ("stop", "kill", "allow"), default=config.default_on_quota
+        )
+        image = self._find_image(take_text(body, "image"))
+        offset_bytes = take_optional_number(body, "offset_bytes") or 0
+        length_bytes = take_optional_number(body, "length_bytes")
+        if length_bytes is None:
+            length_bytes = max(0, image.map_bytes - offset_bytes)
+        check_part(image, offset_bytes, length_bytes)
+        return OpenRequest(
+            name=take_optional_text(body, "guest", max_length=64) or self._new_name(),
+            image=image,
+            token=take_optional_text(body, "token", max_length=64),
+            offset_bytes=offset_bytes,
+            length_bytes=length_bytes,
+            quota_bytes=quota_bytes,
+            policy=QuotaPolicy[policy.upper()],
+            options=FaultOptions(
+                window_bytes=take_optional_number(body, "window_bytes") or 0,
+                write_window_bytes=take_optional_number(body, "write_window_bytes") or 0,
+            ),
+            carries=take_flag(body, "carries"),
+        )
+
+    def _find_image(self, name: str) -> Image:
+        """The image of that name in the peer's domain."""
+        peer = self.connection.peer
+        return self._host.control.find_guest_image(name, Identity(peer.uid, peer.gid))
+
+    def _new_name(self) -> str:
+        """A name for a guest that gave none, which nobody else has and nobody can foresee."""
+        return f"pid-{self.connection.peer.pid}-{secrets.token_hex(4)}"
+
+    def _peer(self) -> Peer:
+        peer = self.connection.peer
+        return Peer(peer.pid, peer.uid, -1 if peer.pidfd is None else peer.pidfd)
+
+    def _check_region(self, message: Received) -> int:
+        """Give the address of a region that can be attached. Raises CowshedError if it cannot."""
+        assert self._opened is not None
+        request = self._opened[1]
+        self._host.control.check_open()  # it may have opened before the drain
+        if len(message.fds) != 3:
+            raise PeerError(f"a region comes with 3 descriptors, not {len(message.fds)}")
+        address = take_number(message.body, "address", minimum=4096, maximum=1 << 56)
+        length = take_number(message.body, "length", minimum=4096, maximum=1 << 48)
+        if address % 4096 or length != request.length_bytes:
+            raise PeerError(
+                f"a region of {length} bytes at {address:#x} does not match the part opened of "
+                f"{request.image.label!r}, which takes {request.length_bytes} bytes"
+            )
+        peer = self.connection.peer
+        check_uffd(message.fds[0])
+        check_guest_files(peer.pid, peer.pidfd, message.fds)
+        return address
+
+    def _on_region(self, message: Received) -> None:
+        address = self._check_region(message)
+        assert self._opened is not None
+        guest, request = self._opened
+        inherited = take_flag(message.body, "inherited")
+        self.mapping = self._host.guests.attach(
+            guest,
+            request.options,
+            self._peer(),
+            [Region(address, request.offset_bytes, request.length_bytes)],
+            list(message.fds),
+            inherited=inherited,
+            preload=None if self._moved is None else self._moved.preload,
+        )
+        self.mapping.carries = request.carries
+        message.fds.clear()
+        reach("REGION_ATTACHED")
+        self._held_as = self._host.guest_records.hold(
+            self.mapping, self.connection, request, message.tag
+        )
+        if self._moved is not None:
+            moved, self._moved = self._moved, None
+            self._host.incoming.complete(moved)
+        reach("REGION_HELD")
+        self._is_told = not self._held_as
+        peer = self.connection.peer
+        _log.info(
+            "attached", guest=request.name, image=request.image.label, pid=peer.pid, uid=peer.uid
+        )
+        self._reply(message.tag, {"ok": True, "guest": request.name})
+
+    def _on_close(self, message: Received) -> None:
+        self._detach()
+        self._reply(message.tag, {"ok": True})
+
+    def _detach(self) -> None:
+        mapping, self.mapping = self.mapping, None
+        if mapping is not None:
+            self._host.guest_records.release(self._held_as)
+            self._host.guests.detach(mapping)
+            _log.info(
+                "detached",
+                guest=mapping.name,
+                image=mapping.image.label,
+                pid=mapping.pid,
+                uid=mapping.uid,
+            )
+
+    def _on_control(self, op: str, message: Received) -> None:
+        uid = self.connection.peer.uid
+        if not is_operator(uid):
+            denied = f"{op!r} is for root and the daemon's user, not for uid {uid}"
+            self._reply(message.tag, error_reply("denied", denied))
+            return
+        if op == "shutdown":
+            self._reply(message.tag, {"ok": True})
+            self._host.shut_down()
+            return
+        tag, body = message.tag, message.body
+        fds = list(message.fds)
+        message.fds.clear()
+
+        def work() -> Iterator[Body]:
+            try:
+                for reply in self._host.control.perform(op, body, fds):
+                    yield reply
+                    if self.closing:
+                        return  # nobody waits for the rest
+            except CowshedError as error:
+                yield refusal(error)
+
+        self._nr_working += 1
+        self._host.workers.submit(
+            work,
+            lambda reply: self._late_reply(tag, reply),
+            self._note_done,
+            is_quick=self._host.control.is_quick(op, body),
+        )
+
+    def _note_done(self) -> None:
+        self._nr_working -= 1
+
+    def _late_reply(self, tag: int, reply: Body, fds: list[int] | None = None) -> None:
+        if self._state is not State.CLOSED:
+            # A peer that has gone, or reads nothing, is noticed by the loop.
+            with contextlib.suppress(PeerError):
+                try:
+                    self._reply(tag, reply, fds)
+                except UsageError as error:  # too long to send
+                    self._refuse(tag, error)
+
+    def _refuse(self, tag: int, error: CowshedError) -> None:
+        self._reply(tag, refusal(error))
+
+    def _reply(self, tag: int, body: Body, fds: list[int] | None = None) -> None:
+        self.connection.queue(body, fds or (), tag)
+
+
+def check_part(image: Image, offset_bytes: int, length_bytes: int) -> None:
+    """Raise UsageError unless these are whole pages of an image, at least one."""
+    if (
+        (offset_bytes | length_bytes) % PAGE_BYTES
+        or length_bytes == 0
+        or offset_bytes + length_bytes > image.map_bytes
+    ):
+        raise UsageError(
+            f"{length_bytes} bytes at {offset_bytes} are no part of {image.label!r} to be mapped; "
+            f"give whole pages of {PAGE_BYTES} bytes within its {image.map_bytes}"
+        )

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where guests and operators come in: RUN_DIR/cowshed.sock, and a session for each connection."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+from cowshed.cache import CapacityError, PeerError
+from cowshed.cache.errors import PeerGoneError
+from cowshed.service.frontends.unix.handed_over import HandedOver
+from cowshed.service.frontends.unix.sessions import Session, SessionHost
+from cowshed.service.guests.admission import Admission
+from cowshed.service.guests.guests import Guest, OpenRequest
+from cowshed.service.guests.turned_away import TurnedAway, what_failed
+from cowshed.service.metrics.service_counters import ServiceCounters
+from cowshed.service.reports.guest_states import say_state
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.loop import READ, WRITE, Loop
+from cowshed.service.runtime.test_points import reach
+from cowshed.transport import EOF, AnyListener
+from cowshed.transport.links.no_room import no_room
+from cowshed.transport.messages.fields import error_reply
+
+__all__ = ["UnixServer"]
+
+_log = EventLog("cowshed")
+
+_LOOK_SECONDS: Final = 1.0
+_EARLY_SECONDS: Final = 0.05
+
+
+class UnixServer:
+    """Accepts connections, runs their sessions, and ends those that broke, died or stay silent.
+
+    Everything happens in the loop. The listener is borrowed. A session whose connection has ended
+    is parked while its guest's memory is there still (parking.py): it keeps its place, and its
+    socket, which a successor is to find as it is.
+    """
+
+    def __init__(
+        self,
+        listener: AnyListener,
+        admission: Admission,
+        host: SessionHost,
+        counters: ServiceCounters,
+        loop: Loop,
+    ) -> None:
+        self._listener = listener
+        self._admission = admission
+        self._host = host
+        self._counters = counters
+        self._loop = loop
+        self._sessions: dict[int, Session] = {}
+        self._turned_away = TurnedAway(loop, listener.refill)
+        loop.watch(listener.fileno(), READ, self._on_connect)
+        loop.after_calls(self._send_all)
+        loop.every(_LOOK_SECONDS, self._look_after)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._sessions.values()))
+
+    def close(self) -> None:
+        """End every session; the loop has stopped. Who is parked finds SIGBUS, and no zeros."""
+        for session in self._sessions.values():
+            if session.mapping is not None and session.mapping.is_parked:
+                session.mapping.handler.poison_absent()
+            session.end()
+        self._sessions.clear()
+        self._turned_away.close()
+
+    def tell(self, guest: Guest, event: dict[str, Any]) -> None:
+        """Send a guest something it did not ask for, on each of its connections."""
+        for fd, session in list(self._sessions.items()):
+            mapping = session.mapping
+            if mapping is not None and mapping.guest is guest and not mapping.is_parked:
+                try:
+                    session.connection.queue(event, tag=0)
+                    self._send(fd, session)
+                except PeerError as error:
+                    self._lose(fd, error)
+
+    def say_states(self) -> None:
+        """Log, once each, guests that stopped, went on or broke; drop those that broke."""
+        for fd, session in list(self._sessions.items()):
+            mapping = session.mapping
+            if mapping is None:
+                continue
+            if why := say_state(mapping):
+                self._say_dropped(session, "broken", why)
+                self._end(fd)
+
+    def end_parked(self, request: OpenRequest) -> bool:
+        """End what is parked under a name and has nothing mapped any more; whether any was."""
+        nr_before = len(self._sessions)
+        for fd, session in list(self._sessions.items()):
+            parking = session.parking
+            if parking and session.key == request.key and parking.is_over():
+                self._end(fd)
+        return len(self._sessions) < nr_before
+
+    def adopt(self, session: Session) -> None:
+        """Go on with a conversation that our predecessor had."""
+        self._admission.readmit(session.connection.peer.uid)
+        fd = session.connection.fileno()
+        self._sessions[fd] = session
+        self._loop.watch(fd, READ, self._on_session)
+        self._watch_death(session)
+        try:
+            self._send(fd, session)
+        except PeerError as error:
+            self._lose(fd, error)
+
+    def nr_unfinished(self) -> int:
+        """How many conversations are not at rest; those that are, are read no further."""
+        nr_unfinished = 0
+        for fd, session in self._sessions.items():
+            if not session.is_at_rest:
+                nr_unfinished += 1
+            elif session.mapping is None:
+                self._loop.mute(fd)
+        return nr_unfinished
+
+    def give(self, handed_over: HandedOver) -> None:
+        """Carry over what is not held anyway and is at rest."""
+        for session in self._sessions.values():
+            if session.mapping is None and session.is_at_rest:
+                handed_over.give(session.connection, is_greeted=session.is_greeted)
+
+    def _on_connect(self, *_: int) -> None:
+        connection = self._listener.accept_any()
+        if connection is None:
+            return
+        reach("GUEST_CAME")
+        peer = connection.peer
+        if connection.no_room:
+            refusal = no_room(connection.no_room)
+        else:
+            refusal = self._admission.enter(peer.uid)
+        if refusal:
+            self._counters.note_dropped("limit")
+            _log.warning("turned-away", refusal, pid=peer.pid, uid=peer.uid)
+            self._turned_away.add(connection, refusal)
+            return
+        session = Session(connection, self._host)
+        fd = connection.fileno()
+        self._sessions[fd] = session
+        self._loop.watch(fd, READ, self._on_session)
+
+    def _on_session(self, fd: int, events: int) -> None:
+        session = self._sessions[fd]
+        tag = 0
+        try:
+            if events & READ and not session.closing:
+                messages = session.connection.recv_ready()
+                if messages is EOF:
+                    self._lose(fd)
+                    return
+                for no, message in enumerate(messages):
+                    tag = message.tag
+                    try:
+                        session.handle(message)
+                    except BaseException:
+                        for rest in messages[no + 1 :]:
+                            rest.close_fds()
+                        raise
+            self._watch_death(session)
+            self._send(fd, session)
+            if session.is_early:
+                self._loop.once(_EARLY_SECONDS, lambda: self._open_again(fd, session))
+        except PeerGoneError as error:
+            self._lose(fd, error)
+        except (PeerError, CapacityError, OSError) as error:
+            # No descriptors left, say. Whoever asked for them pays, not the daemon.
+            of_ours, why = what_failed(error)
+            self._say_dropped(session, "limit" if of_ours else "protocol", why)
+            self._say_goodbye(session, error_reply("capacity" if of_ours else "peer", why), tag)
+            self._end(fd)
+
+    def _open_again(self, fd: int, session: Session) -> None:
+        """See whether the pages have come that an open waits for."""
+        if self._sessions.get(fd) is not session or not session.is_early:
+            return
+        try:
+            session.open_again()
+            self._send(fd, session)
+        except PeerError as error:
+            self._lose(fd, error)
+            return
+        if session.is_early:
+            self._loop.once(_EARLY_SECONDS, lambda: self._open_again(fd, session))
+
+    def _watch_death(self, session: Session) -> None:
+        """Notice a guest's death even if another process holds its end of the connection open."""
+        pidfd = session.connection.peer.pidfd if session.mapping else None
+        if pidfd is None or session.watched_fd >= 0:
+            return
+        session.watched_fd = pidfd
+        self._loop.watch(pidfd, READ, lambda *_: self._end(session.connection.fileno()))
+
+    def _send_all(self) -> None:
+        for fd, session in list(self._sessions.items()):
+            if session.connection.wants_write and session.parking is None:
+                try:
+                    self._send(fd, session)
+                except PeerError as error:
+                    self._lose(fd, error)
+
+    def _send(self, fd: int, session: Session) -> None:
+        done = session.connection.flush()
+        if done and session.closing:
+            self._end(fd)
+            return
+        if done:
+            session.note_sent()
+        self._loop.change(fd, READ if done else READ | WRITE)
+
+    def _say_goodbye(self, session: Session, reply: dict[str, Any], tag: int) -> None:
+        with contextlib.suppress(PeerError):
+            session.connection.queue(reply, tag=tag)
+            session.connection.flush()
+
+    def _lose(self, fd: int, error: PeerError | None = None) -> None:
+        """A connection has ended, or is of no use: so does its session, unless it is parked."""
+        session = self._sessions[fd]
+        if isinstance(error, PeerGoneError | None) and session.park():
+            self._loop.forget(fd)
+            return
+        if isinstance(error, PeerGoneError) and session.mapping is None:
+            self._say_dropped(session, "protocol", str(error))
+        self._end(fd)
+
+    def _end(self, fd: int) -> None:
+        session = self._sessions.pop(fd)
+        if session.parking is None:
+            self._loop.forget(fd)
+        if session.watched_fd >= 0:
+            self._loop.forget(session.watched_fd)
+        self._admission.leave(session.connection.peer.uid)
+        session.end()
+
+    def _look_after(self) -> None:
+        self.say_states()
+        now = time.monotonic()
+        for fd, session in list(self._sessions.items()):
+            if session.parking is not None and session.parking.is_over():
+                self._end(fd)
+            elif session.deadline is not None and now > session.deadline:
+                self._say_dropped(session, "handshake", "it did not finish its handshake in time")
+                self._end(fd)
+
+    def _say_dropped(self, session: Session, reason: str, why: str) -> None:
+        self._counters.note_dropped(reason)
+        mapping, peer = session.mapping, session.connection.peer
+        _log.warning(
+            "dropped",
+            why,
+            guest=mapping and mapping.name,
+            image=mapping and mapping.image.label,
+            pid=peer.pid,
+            uid=peer.uid,
+        )

@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each image's own socket, where machine monitors hand their memory over: RUN_DIR/images/NAME.sock.
+
+A connection that sent a handshake is a guest until it closes or its process ends. Firecracker's
+memory is populated by copy and says nothing more. A Nydus client's is, too, under its policy Copy;
+under Zerocopy it is told of extents, which stay pinned for as long as it is connected, and of what
+is beyond the allowance for that it gets copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from cowshed.accounting import Account, QuotaPolicy
+from cowshed.accounting import Region as PlacedRegion
+from cowshed.cache import CowshedError, Image, PeerError, UsageError
+from cowshed.faults import FaultOptions, PopulateHandler
+from cowshed.service.frontends.vmm.handshake_peer import HandshakePeer
+from cowshed.service.frontends.vmm.image_folders import make_image_folders
+from cowshed.service.frontends.vmm.machine_records import Caller, MachineRecords, RestoredMachine
+from cowshed.service.frontends.vmm.populator import Populator, check_regions, is_zerocopy
+from cowshed.service.guests.admission import Admission
+from cowshed.service.guests.guests import Guest, GuestTable, Mapping, OpenRequest, Peer
+from cowshed.service.guests.turned_away import what_failed
+from cowshed.service.guests.userfaultfd import check_populated_uffd, open_pagemap
+from cowshed.service.metrics.service_counters import ServiceCounters
+from cowshed.service.operators.control import Control
+from cowshed.service.persist.listeners import Listeners
+from cowshed.service.reports.guest_states import say_state
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.loop import READ, WRITE, Loop
+from cowshed.service.runtime.test_points import reach
+from cowshed.service.settings.config import SOCKET_PATH_MAX_BYTES, Config
+from cowshed.service.settings.domains import Identity
+from cowshed.service.settings.names import image_socket_path
+from cowshed.transport.links.acceptor import Acceptor
+from cowshed.transport.links.foreign_fds import close_foreign
+from cowshed.transport.links.no_room import no_room
+from cowshed.transport.messages.fields import MovedError
+from cowshed.transport.vmm.handshakes import (
+    Handshake,
+    Range,
+    Region,
+    StatRequest,
+    range_replies,
+    stat_reply,
+)
+
+__all__ = ["ImageSockets", "shown_ranges"]
+
+_log = EventLog("cowshed.images")
+
+_HANDSHAKE_SECONDS: Final = 10.0
+_LOOK_SECONDS: Final = 1.0
+_BACKLOG: Final = 128
+# Of a client that asked for the size, until it hands its memory over.
+_IDLE_SECONDS: Final = 600.0
+
+
+class ImageSocketsHost(Protocol):
+    """What the sockets need of the daemon."""
+
+    @property
+    def config(self) -> Config:
+        """What the daemon was told."""
+
+    @property
+    def control(self) -> Control:
+        """Which images there are, and for whom."""
+
+    @property
+    def guests(self) -> GuestTable:
+        """Who is attached."""
+
+
+@dataclass
+class _Client:
+    """A connection, and its guest once it has sent a handshake. group is what it is held as."""
+
+    peer: HandshakePeer
+    image: Image
+    deadline: float | None
+    group: str = ""
+    mapping: Mapping | None = None
+    handler: PopulateHandler | None = None
+    regions: tuple[Region, ...] = ()
+    zerocopy_fd: int = -1
+
+
+class ImageSockets:
+    """Listens for every image, in the loop; close() ends every connection and guest of theirs."""
+
+    def __init__(
+        self,
+        images: Iterable[Image],
+        admission: Admission,
+        host: ImageSocketsHost,
+        counters: ServiceCounters,
+        loop: Loop,
+        populator: Populator,
+        listeners: Listeners,
+        records: MachineRecords,
+    ) -> None:
+        self._admission = admission
+        self._host = host
+        self._counters = counters
+        self._loop = loop
+        self._populator = populator
+        self._records = records
+        self._clients: dict[int, _Client] = {}
+        self._opener = listeners
+        self._acceptor: Final = Acceptor()
+        self._listeners: dict[Path, socket.socket] = {}
+        for image in images:
+            self._listen(image, image_socket_path(host.config.run_dir, image))
+        loop.every(_LOOK_SECONDS, self._look_after)
+
+    def close(self) -> None:
+        """End all connections, detach their guests, remove the sockets; the loop has stopped."""
+        for client in list(self._clients.values()):
+            self._end(client)
+        for path, listener in self._listeners.items():
+            listener.close()
+            with contextlib.suppress(OSError):
+                path.unlink()
+        self._listeners.clear()
+        self._acceptor.close()
+
+    def nr_unfinished(self) -> int:
+        """How many are in the middle of a message; whatever else is under way is held."""
+        return sum(client.peer.is_busy for client in self._clients.values())
+
+    def add(self, image: Image) -> None:
+        """Listen for an image that came later; a failure is logged."""
+        config = self._host.config
+        try:
+            make_image_folders(config.run_dir, [image], config.domains)
+            self._listen(image, image_socket_path(config.run_dir, image))
+        except (CowshedError, OSError) as error:
+            _log.warning("no-image-socket", str(error), image=image.label)
+
+    def _listen(self, image: Image, path: Path) -> None:
+        if len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
+            _log.warning(
+                "no-image-socket",
+                f"socket path {str(path)!r} is over {SOCKET_PATH_MAX_BYTES} bytes: "
+                "choose a shorter --run-dir",
+                image=image.label,
+            )
+            return
+        what = f"image/{image.domain}/{image.name}"
+        listener = self._opener.open(what, lambda: _listening(path), path)
+        self._listeners[path] = listener
+        self._loop.watch(listener.fileno(), READ, lambda *_: self._on_connect(listener, image))
+
+    def _on_connect(self, listener: socket.socket, image: Image) -> None:
+        taken = self._acceptor.accept_any(listener)
+        if taken is None:
+            return
+        reach("MACHINE_ACCEPTED")
+        peer = HandshakePeer(taken[0])
+        if number := taken[2] or peer.no_room:
+            # Neither protocol has words for it: the log alone says why.
+            self._turn_away(peer, image, "limit", no_room(number))
+            return
+        # Before anything is told: its size too is for those alone who may use the image.
+        if why := self._refusal(peer, image):
+            self._turn_away(peer, image, "handshake", why)
+            return
+        if refusal := self._admission.enter(peer.uid):
+            self._turn_away(peer, image, "limit", refusal)
+            return
+        try:
+            group = self._records.hold_caller(peer, image)
+        except OSError as error:  # no descriptor is left for its record
+            self._admission.leave(peer.uid)
+            self._turn_away(peer, image, "limit", what_failed(error)[1])
+            return
+        self._begin(Caller(peer, image, group))
+        reach("MACHINE_CAME")
+
+    def _begin(self, caller: Caller) -> _Client:
+        peer = caller.peer
+        deadline = time.monotonic() + _HANDSHAKE_SECONDS
+        client = _Client(peer, caller.image, deadline, caller.group)
+        self._clients[peer.fileno()] = client
+        self._loop.watch(peer.fileno(), READ, self._on_ready)
+        return client
+
+    def adopt(self, restored: Iterable[RestoredMachine], callers: Iterable[Caller]) -> None:
+        """Go on with connections that our predecessor had."""
+        for machine in restored:
+            self._admission.readmit(machine.peer.uid)
+            client = self._begin(Caller(machine.peer, machine.mapping.image, machine.group))
+            self._begin_populate(client, machine.mapping, machine.handshake)
+        for caller in callers:
+            self._admission.readmit(caller.peer.uid)
+            self._begin(caller)
+
+    def _refusal(self, peer: HandshakePeer, image: Image) -> str:
+        """Why a peer may not use the image; "" if it may."""
+        identity = Identity(peer.uid, peer.gid)
+        try:
+            if self._host.control.find_guest_image(_full_name(image), identity) is image:
+                return ""
+        except MovedError as error:
+            return str(error)
+        except UsageError:  # it sees no such image
+            pass
+        return "it may not use this image"
+
+    def _turn_away(self, peer: HandshakePeer, image: Image, reason: str, why: str) -> None:
+        peer.close()
+        # Before the log: a reader of it may take the descriptor that the reserve lacks.
+        self._acceptor.refill()
+        self._counters.note_dropped(reason)
+        _log.warning("turned-away", why, image=image.label, pid=peer.pid, uid=peer.uid)
+
+    def _on_ready(self, fd: int, events: int) -> None:
+        client = self._clients[fd]
+        try:
+            if events & READ:
+                incoming = client.peer.receive()
+                if incoming is None:
+                    self._end(client)
+                    return
+                for no, (handshake, uffd) in enumerate(incoming):
+                    try:
+                        self._handle(client, handshake, uffd)
+                    except BaseException:
+                        close_foreign([later.fd for later in incoming[no + 1 :] if later.fd >= 0])
+                        raise
+                self._send(client)
+                client.peer.take_seen()
+            else:
+                self._send(client)
+        except (CowshedError, OSError) as error:
+            of_ours, why = what_failed(error)
+            self._drop(client, "limit" if of_ours else "protocol", why)
+
+    def _handle(self, client: _Client, message: object, uffd: int) -> None:
+        if isinstance(message, StatRequest):
+            client.peer.queue(stat_reply(client.image.map_bytes))
+            if client.mapping is None:
+                client.deadline = time.monotonic() + _IDLE_SECONDS
+        elif isinstance(message, Handshake):
+            if client.mapping is not None:
+                close_foreign([uffd])
+                _log.warning("ignored", "a second handshake", guest=client.mapping.name)
+                return
+            try:
+                self._attach(client, message, uffd)
+            except BaseException:
+                close_foreign([uffd])
+                raise
+        else:
+            _log.warning("ignored", f"{message} is not for servers", pid=client.peer.pid)
+
+    def _attach(self, client: _Client, handshake: Handshake, uffd: int) -> None:
+        """Make the connection's guest; the descriptor is the guest's on success only."""
+        host, peer, image = self._host, client.peer, client.image
+        host.control.check_open()  # it may have connected before the drain
+        check_populated_uffd(uffd)
+        check_regions(handshake, image.map_bytes)
+        populate = self._populator.options(handshake, image)
+        config = host.config
+        request = OpenRequest(
+            name=f"{'fc' if handshake.protocol == 'firecracker' else 'nydus'}-{peer.pid}",
+            image=image,
+            quota_bytes=config.default_quota_bytes,
+            policy=QuotaPolicy[config.default_on_quota.upper()],
+            options=FaultOptions(),
+        )
+        fds = [uffd]
+        pagemap = open_pagemap(peer.pid, peer.pidfd)
+        if pagemap is not None:
+            fds.append(pagemap)
+        who = Peer(peer.pid, peer.uid, -1 if peer.pidfd is None else peer.pidfd)
+        guest = self._reserve(request, who)
+        shown = [
+            PlacedRegion(one.address, one.offset, min(one.length, image.map_bytes - one.offset))
+            for one in populate.regions
+        ]
+        caller = client.group
+
+        def hold(account: Account) -> None:
+            client.group = self._records.hold(guest, account, fds, peer, handshake)
+            reach("MACHINE_HELD")
+
+        try:
+            mapping = host.guests.attach(
+                guest,
+                request.options,
+                who,
+                shown,
+                fds,
+                # What is there already is the guest's own, too.
+                inherited=pagemap is not None,
+                transport=handshake.protocol,
+                populate=populate,
+                hold=hold,
+            )
+        except BaseException:
+            if client.group != caller:
+                self._records.release(client.group)
+                client.group = caller
+            for fd in fds[1:]:
+                os.close(fd)
+            host.guests.release(guest)
+            raise
+        reach("MACHINE_ATTACHED")
+        self._records.release(caller)
+        peer.close_record()
+        self._begin_populate(client, mapping, handshake)
+        _log.info(
+            "attached",
+            guest=guest.name,
+            image=image.label,
+            transport=handshake.protocol,
+            pid=peer.pid,
+            uid=peer.uid,
+        )
+        if pagemap is None:
+            _log.notice(
+                "unseen-memory",
+                f"/proc/{peer.pid}/pagemap cannot be read, so audits say nothing of this guest: "
+                "run the daemon as root, or as its user",
+                guest=guest.name,
+            )
+
+    def _begin_populate(self, client: _Client, mapping: Mapping, handshake: Handshake) -> None:
+        """The connection is a guest's from now on."""
+        client.mapping, client.regions, client.deadline = mapping, handshake.regions, None
+        assert isinstance(mapping.handler, PopulateHandler)
+        client.handler = mapping.handler
+        if is_zerocopy(handshake):
+            client.zerocopy_fd = client.handler.zerocopy_fd
+            self._loop.watch(client.zerocopy_fd, READ, lambda *_: self._on_zerocopy(client))
+        if client.peer.pidfd is not None:
+            self._loop.watch(client.peer.pidfd, READ, lambda *_: self._end(client))
+
+    def _reserve(self, request: OpenRequest, peer: Peer) -> Guest:
+        """Take the name, or one made from it: a process may have several connections."""
+        name = request.name
+        for no in itertools.count(2):
+            try:
+                return self._host.guests.reserve(request, peer)
+            except UsageError:
+                request = dataclasses.replace(request, name=f"{name}-{no}")
+        raise AssertionError("there is always another number")
+
+    def _on_zerocopy(self, client: _Client) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(client.zerocopy_fd, 8)
+        try:
+            self._send(client)
+        except PeerError as error:
+            self._drop(client, "protocol", str(error))
+
+    def _send(self, client: _Client) -> None:
+        """Send what waits, and tell of extents while the peer reads: the rest stays marked."""
+        done = client.peer.flush()
+        while done and client.handler is not None and client.zerocopy_fd >= 0:
+            runs = client.handler.take_zerocopy()
+            if not runs:
+                break
+            frames = client.image.guest_fd
+            for text, nr_fds in range_replies(shown_ranges(runs, client.regions)):
+                client.peer.queue(text, [frames] * nr_fds)
+            done = client.peer.flush()
+        self._loop.change(client.peer.fileno(), READ if done else READ | WRITE)
+
+    def _drop(self, client: _Client, reason: str, why: str) -> None:
+        self._counters.note_dropped(reason)
+        mapping, peer = client.mapping, client.peer
+        _log.warning(
+            "dropped",
+            why,
+            guest=mapping and mapping.name,
+            image=client.image.label,
+            pid=peer.pid,
+            uid=peer.uid,
+        )
+        self._end(client)
+
+    def _end(self, client: _Client) -> None:
+        peer, mapping = client.peer, client.mapping
+        if self._clients.pop(peer.fileno(), None) is None:
+            return
+        self._loop.forget(peer.fileno())
+        self._records.release(client.group)
+        if mapping is not None:
+            if client.zerocopy_fd >= 0:
+                self._loop.forget(client.zerocopy_fd)
+            if peer.pidfd is not None:
+                self._loop.forget(peer.pidfd)
+            self._host.guests.detach(mapping)
+            self._host.guests.release(mapping.guest)
+            _log.info(
+                "detached", guest=mapping.name, image=client.image.label, pid=peer.pid, uid=peer.uid
+            )
+        self._admission.leave(peer.uid)
+        peer.close()
+
+    def _look_after(self) -> None:
+        now = time.monotonic()
+        for client in list(self._clients.values()):
+            if client.deadline is not None and now > client.deadline:
+                self._drop(client, "handshake", "it sent no handshake in time")
+        self.say_states()
+
+    def say_states(self) -> None:
+        """Log, once each, guests that stopped or went on; drop those that broke."""
+        for client in list(self._clients.values()):
+            if client.mapping is not None and (why := say_state(client.mapping)):
+                self._drop(client, "broken", why)
+
+
+def shown_ranges(runs: Iterable[tuple[int, int]], regions: Iterable[Region]) -> list[Range]:
+    """Cut runs of the image (offset and length) down to what a client's regions show."""
+    regions = list(regions)
+    ranges = []
+    for offset, length in runs:
+        for region in regions:
+            start = max(offset, region.offset_bytes)
+            end = min(offset + length, region.offset_bytes + region.length_bytes)
+            if start < end:
+                ranges.append(Range(start, end - start))
+    return ranges
+
+
+def _full_name(image: Image) -> str:
+    return f"{image.domain}/{image.name}"
+
+
+def _listening(path: Path) -> socket.socket:
+    """Listen at a path for anybody; the run-dir's lock says that nobody alive does already."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
+                raise UsageError(f"cannot listen at {path}: it is there and is no socket; move it")
+            path.unlink()
+        os.fchmod(sock.fileno(), 0o600)
+        sock.bind(str(path))
+        path.chmod(0o666)
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise UsageError(f"cannot listen at {path}: {error.strerror}") from error
+    except UsageError:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What machines' connections need to be served on after our death, and taking it over.
+
+A connection is held from its first moment (a "caller": socket, and a record that says of which
+image), because whoever restores a machine hands its memory over once and never comes again. What a
+caller sends is looked at before it is taken (handshake_peer.py), so a handshake that nobody had
+attached is still there to be read by our successor. Once attached it is a group of another kind:
+record, ledger, quota, userfaultfd and socket, and its page tables if we may see them. Unanswered
+requests are dropped, and extents that the client was to be told of are announced again when it
+faults there.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cowshed.accounting import Account
+from cowshed.cache import CowshedError, Image, PageStore
+from cowshed.service.frontends.vmm.handshake_peer import HandshakePeer
+from cowshed.service.frontends.vmm.populator import Populator
+from cowshed.service.guests.guest_records import (
+    describe_request,
+    image_of_record,
+    request_of,
+)
+from cowshed.service.guests.guests import Guest, GuestTable, Mapping, OpenRequest, Peer
+from cowshed.service.persist.fd_store import FdStore
+from cowshed.service.persist.inherited import InheritedFds, record_make, record_read
+from cowshed.service.runtime.logs import EventLog
+from cowshed.transport.vmm.handshakes import Handshake, Policy, Region
+
+__all__ = ["Caller", "MachineRecords", "RestoredMachine"]
+
+_log = EventLog("cowshed.images")
+
+_CALLER: Final = "caller/"
+_POPULATED: Final = "supplied/"
+_KINDS: Final = {"record", "ledger", "quota", "uffd", "socket"}
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A connection to an image's socket that has not handed anything over, and its group."""
+
+    peer: HandshakePeer
+    image: Image
+    group: str
+
+
+@dataclass(frozen=True)
+class RestoredMachine:
+    """A restored guest: its connection, its handshake, and the group that it is held as."""
+
+    peer: HandshakePeer
+    mapping: Mapping
+    handshake: Handshake
+    group: str
+    has_pagemap: bool
+
+
+class MachineRecords:
+    """Has the supervisor hold connections and what they handed over. In the loop's thread."""
+
+    def __init__(self, fd_store: FdStore) -> None:
+        self._fd_store = fd_store
+
+    def hold_caller(self, peer: HandshakePeer, image: Image) -> str:
+        """Have a connection outlive us; the group's name."""
+        peer.record = record_make({"domain": image.domain, "image": image.name})
+        return self._hold(_CALLER, [peer.record, peer.fileno()], image, "")
+
+    def hold(
+        self,
+        guest: Guest,
+        account: Account,
+        fds: list[int],
+        peer: HandshakePeer,
+        handshake: Handshake,
+    ) -> str:
+        """Have a guest that is to be populated outlive us; the group's name.
+
+        A record is added to fds, its mapping's. As long as the connection's own group is held too,
+        a successor charges what was in the memory before.
+        """
+        fds.append(record_make(_describe(guest.request, handshake)))
+        held = [*fds, account.fd, guest.quota.fd, peer.fileno()]
+        return self._hold(_POPULATED, held, guest.request.image, guest.name)
+
+    def _hold(self, prefix: str, fds: list[int], image: Image, guest: str) -> str:
+        group = f"{prefix}{secrets.token_hex(8)}"
+        self._fd_store.hold(group, fds, guest=guest or None, image=image.label)
+        return group
+
+    def release(self, group: str) -> None:
+        """Have something held no more; before its descriptors are closed."""
+        if group:
+            self._fd_store.release(group)
+
+    def adopt(
+        self, inherited: InheritedFds, store: PageStore, guests: GuestTable, populator: Populator
+    ) -> list[RestoredMachine]:
+        """Restore the guests that the last backend populated.
+
+        Must precede any eviction: it pins the extents that were lent to them again.
+        """
+        restored = []
+        for group, group_fds in inherited.take_all(_POPULATED):
+            machine = self._adopt(group, group_fds, store, guests, populator)
+            if machine is None:
+                self._fd_store.release(group)
+                for fd in group_fds.values():
+                    os.close(fd)
+            else:
+                restored.append(machine)
+                mapping = machine.mapping
+                fds = [
+                    *mapping.fds,
+                    mapping.account.fd,
+                    mapping.guest.quota.fd,
+                    machine.peer.fileno(),
+                ]
+                self._fd_store.hold(group, fds)
+        return restored
+
+    def _adopt(
+        self,
+        group: str,
+        group_fds: dict[str, int],
+        store: PageStore,
+        guests: GuestTable,
+        populator: Populator,
+    ) -> RestoredMachine | None:
+        """Adopt one guest, its descriptors with it; None, and none taken, if it cannot be."""
+        if group_fds.keys() - {"pagemap"} != _KINDS:
+            return None
+        record = record_read(group_fds["record"])
+        request = request_of(record, store)
+        if request is None:
+            return None
+        image, handshake = request.image, _handshake(record)
+        peer = HandshakePeer(socket.socket(fileno=os.dup(group_fds["socket"])))
+        if peer.pidfd is None:
+            peer.close()
+            _log.info("guest-left", "its process has ended", guest=request.name, image=image.label)
+            return None
+        who = Peer(peer.pid, peer.uid, peer.pidfd)
+        guest = guests.adopt(request, who, os.dup(group_fds["quota"]))
+        fds = [group_fds["uffd"], *([group_fds["pagemap"]] if "pagemap" in group_fds else [])]
+        try:
+            mapping = guests.attach_again(
+                guest,
+                request.options,
+                who,
+                os.dup(group_fds["ledger"]),
+                fds,
+                transport=handshake.protocol,
+                populate=populator.options(handshake, image),
+            )
+        except (CowshedError, OSError) as error:
+            _log.warning("guest-left", str(error), guest=request.name, image=image.label)
+            guests.release(guest)
+            peer.close()
+            return None
+        mapping.fds.append(group_fds["record"])
+        for name in ("ledger", "quota", "socket"):
+            os.close(group_fds[name])
+        return RestoredMachine(peer, mapping, handshake, group, "pagemap" in group_fds)
+
+    def adopt_callers(
+        self, inherited: InheritedFds, store: PageStore, restored: Iterable[RestoredMachine]
+    ) -> list[Caller]:
+        """Go on with connections that had handed nothing over yet, but for those of restored."""
+        attached = {os.fstat(machine.peer.fileno()).st_ino: machine for machine in restored}
+        callers = []
+        for group, group_fds in inherited.take_all(_CALLER):
+            image = None
+            if group_fds.keys() == {"record", "socket"}:
+                image = image_of_record(record_read(group_fds["record"]), store)
+                if machine := attached.get(os.fstat(group_fds["socket"]).st_ino):
+                    image = None
+                    if machine.has_pagemap:
+                        _look_at_memory(machine.mapping)
+            if image is None:
+                self._fd_store.release(group)
+                for fd in group_fds.values():
+                    os.close(fd)
+                continue
+            peer = HandshakePeer(socket.socket(fileno=group_fds["socket"]))
+            peer.record = group_fds["record"]
+            callers.append(Caller(peer, image, group))
+        return callers
+
+
+def _look_at_memory(mapping: Mapping) -> None:
+    """Charge what a machine's memory had before: its backend may have died before it did."""
+    try:
+        mapping.account.adopt_private()
+    except OSError as error:
+        _log.warning("unseen-memory", str(error), guest=mapping.guest.name)
+
+
+def _describe(request: OpenRequest, handshake: Handshake) -> dict[str, Any]:
+    return {
+        **describe_request(request),
+        "protocol": handshake.protocol,
+        "regions": [list(region) for region in handshake.regions],
+        "sharing": int(handshake.policy),
+        "prefault": handshake.prefault,
+    }
+
+
+def _handshake(record: dict[str, Any]) -> Handshake:
+    return Handshake(
+        protocol=record["protocol"],
+        regions=tuple(Region(*region) for region in record["regions"]),
+        policy=Policy(record["sharing"]),
+        prefault=record["prefault"],
+    )

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a backend as a file: written while guests go on, read back whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+from cowshed.cache import Image, PeerError, UsageError
+from cowshed.service.images.working_sets import WorkingSets
+from cowshed.service.migration.drain import say_blockers
+from cowshed.service.migration.link import FileLink, Link, SocketLink, open_link
+from cowshed.service.migration.migrating import MigratingGuest
+from cowshed.service.migration.receiver import Receiver, wait_for_digests
+from cowshed.service.migration.resumption import Prefix, read_prefix
+from cowshed.service.migration.sender import Progress, Sender
+from cowshed.service.settings.domains import DomainMembers
+from cowshed.transport.handoff.sections import (
+    End,
+    GuestSection,
+    Header,
+    ImageSection,
+    ImageWhole,
+    StateReader,
+    WorkingSetSection,
+)
+from cowshed.transport.links.no_room import start_thread
+
+__all__ = ["export_state", "import_state"]
+
+Body = dict[str, Any]
+
+_REPORT_SECONDS = 0.2
+
+
+class ExportHost(Protocol):
+    """What an export needs of the daemon; the same as a drain does."""
+
+    @property
+    def working_sets(self) -> WorkingSets:
+        """Which extents are hot."""
+
+    def images(self) -> list[Image]:
+        """What is served."""
+
+    def allowed(self, image: Image) -> DomainMembers | None:
+        """Who of its domain may use an image; None is everybody there."""
+
+    def migrating(self) -> list[MigratingGuest]:
+        """Every guest that there is now."""
+
+
+def export_state(
+    fd: int, host: ExportHost, *, with_images: bool = False, resume: bool = False
+) -> Iterator[Body]:
+    """Write every guest to fd, which is taken over; gives progress, then what was written.
+
+    Guests go on meanwhile, but for the last pages: all are as of one moment, the freeze.
+    with_images: the bytes of images are in the file, too. resume: go on with what is in the file
+    that an earlier export left, which says whether images' bytes are in it. Raises
+    UsageError naming who cannot be exported; nothing but bytes in the file is left behind then.
+    """
+    stopping = threading.Event()
+
+    def look() -> None:
+        if stopping.is_set():
+            raise PeerError("export cancelled: the client that asked for it disconnected")
+
+    link = open_link(fd, look)
+    progress = Progress()
+    try:
+        export = _Export(fd, link, host, progress, look)
+        yield from _watched(lambda: export.write(with_images, resume), progress.as_json, stopping)
+        yield {
+            "guests": len(export.migrating),
+            "images": len(export.images),
+            "kept_bytes": export.kept_bytes,
+            "frozen_seconds": round(progress.frozen_seconds, 6),
+            **progress.as_json(),
+        }
+    finally:
+        link.close()
+
+
+class _Export:
+    """One export, in a thread."""
+
+    def __init__(
+        self,
+        fd: int,
+        link: SocketLink | FileLink,
+        host: ExportHost,
+        progress: Progress,
+        look: Callable[[], None],
+    ) -> None:
+        """fd is the link's."""
+        self._fd = fd
+        self._link = link
+        self._host = host
+        self._progress = progress
+        self._look = look
+        self.migrating: list[MigratingGuest] = []
+        self.images: list[Image] = []
+        self.kept_bytes = 0
+
+    def write(self, with_images: bool, resume: bool) -> None:
+        """Write all of it."""
+        host = self._host
+        images, migrating = host.images(), host.migrating()
+        used = [each.image for each in migrating]
+        awaited = [each for each in images if with_images or resume or each in used]
+        blockers = wait_for_digests(awaited, self._look)
+        blockers += [
+            {"guest": each.name, "reason": reason}
+            for each in migrating
+            for reason in each.blockers()
+        ]
+        if blockers:
+            raise UsageError(say_blockers("export", blockers))
+        prefix = read_prefix(self._fd, self._look) if resume else None
+        if prefix is None:
+            self.images = [image for image in images if image.digest]
+            self.migrating = migrating
+        else:
+            self.images, self.migrating = prefix.find_images(images), prefix.find_guests(migrating)
+            self.kept_bytes = prefix.mark.offset
+        if isinstance(self._link, FileLink) and resume:
+            self._link.cut(self.kept_bytes)
+        sender = Sender(self._link, self.migrating, self.images, self._progress, prefix)
+        if prefix is None:
+            sender.offer(secrets.token_hex(16), with_images=with_images, allowed=host.allowed)
+            self._send(sender, range(len(self.images)) if with_images else (), None)
+        else:
+            left = [no for no, image in enumerate(prefix.images) if image.has_bytes]
+            self._send(sender, [no for no in left if no not in prefix.whole], prefix)
+
+    def _send(self, sender: Sender, with_bytes: Iterable[int], prefix: Prefix | None) -> None:
+        working_sets = self._host.working_sets
+        for no in with_bytes:
+            hot = working_sets.recorded(self.images[no])
+            sender.send_image(no, hot, self._look, prefix.image_pages[no] if prefix else None)
+        sender.send_working_sets(working_sets, prefix.working_sets if prefix else ())
+        try:
+            sender.track()
+            sender.send_private()
+            sender.send_until_few()
+            sender.freeze()
+            sender.send_last()
+        finally:
+            sender.thaw()
+        if isinstance(self._link, FileLink):
+            self._link.make_durable()
+
+
+def _watched(
+    call: Callable[[], None], report: Callable[[], Body], stopping: threading.Event
+) -> Iterator[Body]:
+    """Run call in a thread and tell how far it is, the last time at its end; raises what it does.
+
+    Who is not interested any more closes this: stopping is set then, and the call awaited.
+    """
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="export", daemon=True)
+    start_thread(thread)
+    try:
+        is_over = False
+        while not is_over:
+            thread.join(_REPORT_SECONDS)
+            is_over = not thread.is_alive()
+            yield {"progress": report()}
+    finally:
+        stopping.set()
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+def import_state(fd: int, receiver: Receiver) -> Iterator[Body]:
+    """Read guests from fd, which is taken over, and admit them all once all are here and right.
+
+    Raises DamagedError with the place, UsageError for what cannot be here: nothing is left then.
+    """
+    stopping = threading.Event()
+
+    def look() -> None:
+        if stopping.is_set():
+            raise PeerError("import cancelled: the client that asked for it disconnected")
+
+    link = open_link(fd, look)
+    size_bytes = os.fstat(fd).st_size if stat.S_ISREG(os.fstat(fd).st_mode) else None
+    extents: list[WorkingSetSection] = []
+    reader = StateReader()
+    try:
+        yield from _watched(
+            lambda: _read(link, reader, receiver, extents, look),
+            lambda: {"done_bytes": reader.offset, "total_bytes": size_bytes},
+            stopping,
+        )
+        names = receiver.admit(is_owned=False)
+    except BaseException:
+        receiver.discard()
+        raise
+    finally:
+        link.close()
+    for section in extents:
+        for _ in receiver.warm(section):
+            yield {"progress": {"done_bytes": reader.offset, "total_bytes": size_bytes}}
+    yield {
+        "guests": names,
+        "images": len(reader.images),
+        "private_bytes": receiver.total_bytes,
+        "image_bytes": receiver.image_bytes,
+    }
+
+
+def _read(
+    link: Link,
+    reader: StateReader,
+    receiver: Receiver,
+    extents: list[WorkingSetSection],
+    look: Callable[[], None],
+) -> None:
+    checked = False
+    while raw := link.receive():
+        for section in reader.feed(raw):
+            if isinstance(section, Header | ImageSection | GuestSection):
+                continue
+            if not checked:
+                checked = True
+                if blockers := receiver.check(reader, look):
+                    raise UsageError(say_blockers("import", blockers))
+            if isinstance(section, WorkingSetSection):
+                extents.append(section)
+            elif isinstance(section, ImageWhole):
+                if (source := receiver.seal(section.image, look)) is not None:
+                    receiver.open(section.image, source)
+            elif isinstance(section, End):
+                receiver.finish(reader)
+            else:
+                receiver.take(section)
+    reader.end()

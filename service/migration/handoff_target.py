@@ -1,0 +1,493 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target's role in handoffs: one thread for each, from its first byte until it is over.
+
+Operators hand over at the unix socket, with a descriptor of a stream socket for the bytes; backends
+elsewhere at the network target, whose connection then carries them. What became of a handoff is
+decided under one lock, so that a source that asks over a second connection hears the truth.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from cowshed.accounting import MissingPages
+from cowshed.cache import CapacityError, CowshedError, PageStore, PeerError
+from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.incoming_images import ImageFolder
+from cowshed.service.migration.image_intake import ImageIntake, Publish
+from cowshed.service.migration.link import Link
+from cowshed.service.migration.postcopy_source import take_runs
+from cowshed.service.migration.postcopy_target import PostcopyTarget
+from cowshed.service.migration.receiver import Load, Receiver
+from cowshed.service.migration.record import HandoffRecord
+from cowshed.service.migration.state import Action, Event, Handoff, Phase, Role
+from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.stops import stop_at
+from cowshed.service.runtime.test_points import reach
+from cowshed.transport.handoff.sections import (
+    ControlMessage,
+    End,
+    GuestSection,
+    Header,
+    ImageSection,
+    ImageWhole,
+    Pages,
+    Section,
+    StateReader,
+    StateWriter,
+    WorkingSetSection,
+)
+from cowshed.transport.links.no_room import start_thread
+from cowshed.transport.messages.fields import take_number, take_text
+
+__all__ = ["HandoffTarget"]
+
+_log = EventLog("cowshed.handoff")
+
+_FEATURES: Final = ("post-copy", "carried")
+_WARM_SECONDS: Final = 60.0
+_MAX_FORGOTTEN: Final = 1000
+_CHECKING_SECONDS: Final = 1.0
+_HEAR_OUT_SECONDS: Final = 10.0
+
+
+class HandoffTarget:
+    """Receives handoffs; begin() for each connection.
+
+    Invariant: a handoff that is being received is in _machines; _lock is held while an event and
+    what it asks for are done that others may not see half of.
+    """
+
+    def __init__(
+        self,
+        store: PageStore,
+        evictor: Evictor,
+        overlays: OverlayTable,
+        record: HandoffRecord,
+        load: Load,
+        on_owner: Callable[[list[str]], None],
+        late_wait_seconds: float,
+        image_folder: ImageFolder | None,
+        publish: Publish,
+        why_not: Callable[[], str],
+    ) -> None:
+        """on_owner(names) is told of guests that were admitted, in a handoff's thread.
+
+        why_not() says why no guests can be taken now, "" if they can; asked at an offer and once
+        more at its commit. late_wait_seconds is how long a source is waited for that has pages yet.
+        image_folder keeps images that come; publish is as in ImageIntake.
+        """
+        self._late_wait_seconds = late_wait_seconds
+        self._postcopy_targets: dict[str, PostcopyTarget] = {}
+        self._store = store
+        self._evictor = evictor
+        self._overlays = overlays
+        self._record = record
+        self._load = load
+        self._on_owner = on_owner
+        self._image_folder = image_folder
+        self._publish = publish
+        self._why_not = why_not
+        self._lock = threading.RLock()
+        self._machines: dict[str, _Reception] = {}
+        self._forgotten: dict[str, None] = {}
+        self._stopping = False
+
+    def receiver(self) -> Receiver:
+        """Give what stages guests."""
+        intake = ImageIntake(self._store, self._evictor, self._image_folder, self._publish)
+        return Receiver(self._store, self._evictor, self._overlays, self._load, intake)
+
+    def begin(self, link: Link, whose: str) -> None:
+        """Receive in a thread what comes over a link, now its own; whose is for the log.
+
+        CapacityError, and the link is closed, if there is no thread for it.
+        """
+        reception = _Reception(self, link, whose)
+        try:
+            start_thread(threading.Thread(target=reception.run, name="handoff", daemon=True))
+        except CapacityError:
+            link.close()
+            raise
+
+    def stop(self) -> None:
+        """Let go of everything that is not ours yet."""
+        self._stopping = True
+        with self._lock:
+            for reception in list(self._machines.values()):
+                reception.lose()
+            for postcopy in self._postcopy_targets.values():
+                postcopy.close()
+
+    def resume(self) -> None:
+        """Go on with guests whose pages are not all here, after a restart."""
+        for handoff, keys in list(self._record.arriving.items()):
+            guests = [self._overlays.get(domain, name) for domain, name in keys]
+            self.begin_postcopy(handoff, guests)
+
+    # Post-copy.
+
+    def postcopy_targets(self) -> list[PostcopyTarget]:
+        """Give the handoffs whose pages are not all here."""
+        with self._lock:
+            return list(self._postcopy_targets.values())
+
+    def begin_postcopy(self, handoff: str, guests: Sequence[OverlayGuest | None]) -> PostcopyTarget:
+        """Have guests that are ours wait for what they lack."""
+        postcopy = PostcopyTarget(
+            handoff, guests, self._overlays, self._late_wait_seconds, self._filled_itself
+        )
+        with self._lock:
+            self._postcopy_targets[handoff] = postcopy
+        postcopy.start()
+        return postcopy
+
+    def postcopy_target(self, handoff: str) -> PostcopyTarget | None:
+        """Return the post-copy of a handoff in progress, or None. PeerError if it is not ours."""
+        with self._lock:
+            if handoff not in self._record.owned:
+                raise PeerError(f"handoff {handoff} is not known here")
+            return self._postcopy_targets.get(handoff)
+
+    def is_filled(self, handoff: str) -> bool:
+        """Whether it is recorded that the pages of a handoff of ours are all here."""
+        return handoff not in self._record.arriving
+
+    def record_filled(self, postcopy: PostcopyTarget) -> None:
+        """Record that a handoff's pages are all here, and outlive us; nothing twice."""
+        with self._lock:
+            if self.is_filled(postcopy.handoff):
+                return
+            postcopy.flush()
+            self._record.set_filled(postcopy.handoff)
+            self._postcopy_targets.pop(postcopy.handoff, None)
+        postcopy.close()
+        _log.notice("pages-arrived", handoff=postcopy.handoff, guests=len(postcopy.keys))
+
+    def _filled_itself(self, postcopy: PostcopyTarget) -> None:
+        """The guests wrote all that was missing, or are gone."""
+        try:
+            self.record_filled(postcopy)
+        except CowshedError as error:
+            _log.error("not-recorded", str(error), handoff=postcopy.handoff)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether receptions are to end."""
+        return self._stopping
+
+    def on(self, reception: _Reception, event: Event) -> None:
+        """Take an event and do what it asks for."""
+        with self._lock:
+            actions = reception.machine.on(event)
+            stop_at(f"target-{reception.machine.phase}")
+            for action in actions:
+                reception.do(action)
+            if reception.machine.is_over and self._machines.get(reception.handoff) is reception:
+                del self._machines[reception.handoff]
+                if reception.machine.phase is Phase.FORGOTTEN:
+                    self._forget(reception.handoff)
+
+    def wait_admitted(self) -> None:
+        """Wait until no handoff is between its commit and its guests' admission."""
+        with self._lock:
+            pass
+
+    def why_not(self) -> str:
+        """Why no guests can be taken now; "" if they can."""
+        return self._why_not()
+
+    def commit(self, reception: _Reception) -> None:
+        """A source asks for the commit: it is granted, or denied if guests cannot come any more."""
+        with self._lock:
+            reception.denied_for = self.why_not() if reception.machine.phase is Phase.READY else ""
+            self.on(reception, Event.ASKED if reception.denied_for else Event.COMMIT)
+
+    def open(self, reception: _Reception, handoff: str) -> None:
+        """A source offers a handoff."""
+        with self._lock:
+            if handoff in self._machines or handoff in self._forgotten:
+                raise PeerError(f"handoff {handoff} was offered before")
+            if handoff in self._record.owned:
+                raise PeerError(f"handoff {handoff} is over")
+            reception.handoff = handoff
+            self._machines[handoff] = reception
+
+    def verdict(self, handoff: str) -> str:
+        """What became of a handoff: "committed", or "denied", which it is from now on."""
+        with self._lock:
+            if handoff in self._record.owned:
+                return "committed"
+            if (reception := self._machines.get(handoff)) is not None:
+                self.on(reception, Event.ASKED)
+            self._forget(handoff)
+            return "denied"
+
+    def own(self, handoff: str, arriving: Sequence[tuple[str, str]] = ()) -> None:
+        """Record that a handoff's guests are ours, and which they are if they lack pages."""
+        self._record.add_owned(handoff, arriving)
+
+    def admitted(self, names: list[str]) -> None:
+        """Guests were admitted."""
+        self._on_owner(names)
+
+    def _forget(self, handoff: str) -> None:
+        self._forgotten[handoff] = None
+        while len(self._forgotten) > _MAX_FORGOTTEN:
+            del self._forgotten[next(iter(self._forgotten))]
+
+
+class _Reception:
+    """One connection over which a handoff comes, or is asked about."""
+
+    def __init__(self, target: HandoffTarget, link: Link, whose: str) -> None:
+        self.machine = Handoff(Role.TARGET)
+        self.handoff = ""
+        self.denied_for = ""
+        self._target = target
+        self._link = link
+        self._whose = whose
+        self._reader = StateReader(messages=True)
+        self._writer = StateWriter()
+        self._receiver = target.receiver()
+        self._blockers: list[dict[str, str]] = []
+        self._extents: list[WorkingSetSection] = []
+        self._gone = False
+        self._postcopy: PostcopyTarget | None = None
+        self._saying = threading.Lock()
+        # Held while guests are staged or discarded; never while waiting for the target's lock.
+        self._staging = threading.Lock()
+
+    def run(self) -> None:
+        """Receive until it is over."""
+        why = ""
+        try:
+            while raw := self._link.receive():
+                for section in self._reader.feed(raw):
+                    self._take(section)
+            why = "its source hung up"
+        except CowshedError as error:
+            why = str(error)
+            self._say_failed(why)
+        except Exception:
+            _log.crash("handoff-failed", "a defect of cowshed: please report it")
+            why = "a defect of the target"
+            self._say_failed(why)
+        finally:
+            if not self.machine.is_over and self.handoff:
+                _log.warning("handoff-broken-off", why, whose=self._whose, handoff=self.handoff)
+            self.lose()
+            if why:
+                self._hear_out()
+            self._link.close()
+
+    def _hear_out(self) -> None:
+        """Read until the source has closed: what it was told is lost where bytes stay unread."""
+        self._gone = False
+        deadline = time.monotonic() + _HEAR_OUT_SECONDS
+        try:
+            while time.monotonic() < deadline and self._link.receive():
+                pass
+        except CowshedError as error:
+            _log.info("handoff-unheard", str(error), whose=self._whose)
+
+    def look(self) -> None:
+        """End a wait if the daemon ends, or the source asked elsewhere."""
+        if self._gone or self._target.stopping:
+            raise PeerError("the handoff was given up")
+
+    def lose(self) -> None:
+        """The source is gone."""
+        self._gone = True
+        if self._postcopy is not None:
+            self._postcopy.disconnect(self._send_message)
+        if self.machine.allows(Event.LOST):
+            self._target.on(self, Event.LOST)
+
+    def _take(self, section: Section) -> None:
+        if isinstance(section, Header):
+            self._target.open(self, section.handoff)
+        elif isinstance(section, ImageSection | GuestSection):
+            pass  # the reader has them
+        elif isinstance(section, ControlMessage):
+            self._take_message(section)
+        elif isinstance(section, WorkingSetSection):
+            self._extents.append(section)
+        elif isinstance(section, Pages) and self._postcopy is not None:
+            self._postcopy.take(section)
+            self._look_filled()
+        elif isinstance(section, ImageWhole):
+            self._open_image(section.image)
+        else:
+            with self._staging:
+                if self.machine.phase is not Phase.RECEIVE:
+                    raise PeerError("pages come when no offer is accepted")
+                if isinstance(section, End):
+                    self._receiver.finish(self._reader)
+                else:
+                    self._receiver.take(section)
+            if isinstance(section, End):
+                self._target.on(self, Event.COMPLETE)
+
+    def _open_image(self, no: int) -> None:
+        """Check what came of an image, telling the source now and then that we do, and open it."""
+        said = time.monotonic()
+
+        def look() -> None:
+            nonlocal said
+            self.look()
+            if time.monotonic() > said + _CHECKING_SECONDS:
+                said = time.monotonic()
+                self._say("checking")
+
+        source = self._receiver.seal(no, look)
+        if source is None:
+            raise PeerError(f"peer sent image {no}, which was not requested")
+        with self._staging:
+            if self.machine.phase is not Phase.RECEIVE:
+                source.close()
+                raise PeerError("the handoff was given up")
+            self._receiver.open(no, source)
+        self._say("imaged")
+
+    def _take_message(self, message: ControlMessage) -> None:
+        if message.kind in ("offer", "dry-run"):
+            self._check(is_dry=message.kind == "dry-run")
+        elif message.kind == "warm":
+            self._warm()
+            self._say("warmed")
+        elif message.kind == "commit":
+            self._target.commit(self)
+        elif message.kind == "abort":
+            if self.machine.allows(Event.ABORT):
+                self._target.on(self, Event.ABORT)
+        elif message.kind == "ask":
+            self._say(self._target.verdict(take_text(message.body, "handoff", max_length=64)))
+        elif message.kind == "features":
+            self._say("features", has=list(_FEATURES))
+        elif message.kind == "resume":
+            self._resume(take_text(message.body, "handoff", max_length=64))
+        elif message.kind == "gone" and self._postcopy is not None:
+            guest = take_number(message.body, "guest")
+            self._postcopy.lose(guest, take_runs(message))
+            self._look_filled()
+        else:
+            raise PeerError(f"no message {message.kind!r} is known here")
+
+    def _resume(self, handoff: str) -> None:
+        """A source comes again that has pages of guests that are ours."""
+        self._postcopy = self._target.postcopy_target(handoff)
+        self.machine = Handoff.restarted(Role.TARGET, Phase.OWNER)
+        if self._postcopy is None:
+            self._say("filled")
+            return
+        self.handoff = handoff
+        self._reader.expect_missing(self._postcopy.sizes_bytes)
+        _log.notice("handoff-resumed", whose=self._whose, handoff=handoff)
+        self._target.on(self, Event.RESUMED)
+
+    def _look_filled(self) -> None:
+        """Say so if the source has nothing more to give."""
+        assert self._postcopy is not None
+        if self._postcopy.is_filled or self._target.is_filled(self.handoff):
+            self._target.on(self, Event.FILLED)
+        elif self._postcopy.is_hopeless:
+            self._say("filled", lost=self._postcopy.nr_missing)
+
+    def _own(self) -> None:
+        """Record that the guests are ours."""
+        guests = self._receiver.guests()
+        lack = any(MissingPages(guest.overlay).nr_left for guest in guests)
+        self._target.own(self.handoff, [guest.request.key for guest in guests] if lack else [])
+
+    def _admit(self) -> None:
+        guests = self._receiver.guests()
+        lack = any(MissingPages(guest.overlay).nr_left for guest in guests)
+        names = self._receiver.admit(is_owned=True)
+        reach("HANDOFF_ADMITTED")
+        if lack:
+            self._reader.expect_missing([guest.image.size_bytes for guest in guests])
+            self._postcopy = self._target.begin_postcopy(self.handoff, guests)
+            self._postcopy.connect(self._send_message)
+        _log.notice("handoff-received", whose=self._whose, guests=len(names))
+        self._target.admitted(names)
+
+    def _check(self, *, is_dry: bool) -> None:
+        if not self.handoff:
+            raise PeerError("an offer begins with a header")
+        self._target.on(self, Event.OFFERED)
+        with self._staging:
+            if why := self._target.why_not():
+                self._blockers = [{"reason": f"at the target: {why}"}]
+            else:
+                self._blockers = self._receiver.check(self._reader, self.look)
+            if self.machine.phase is not Phase.CHECK:
+                self._receiver.discard()  # it was asked about meanwhile, and denied
+        if self._blockers:
+            self._target.on(self, Event.REFUSED)
+            return
+        if not is_dry:
+            _log.notice("handoff-begins", whose=self._whose, guests=len(self._reader.guests))
+        self._target.on(self, Event.ACCEPTED)
+
+    def _warm(self) -> None:
+        """Load the working sets; the time is bounded, since guests can do without."""
+        deadline = time.monotonic() + _WARM_SECONDS
+        for section in self._extents:
+            for _ in self._receiver.warm(section):
+                self.look()
+                if time.monotonic() > deadline:
+                    return
+
+    def do(self, action: Action) -> None:
+        """Do what the machine asks for."""
+        if action is Action.SEND_ACCEPTED:
+            self._say("accepted", images=self._receiver.wanted)
+        elif action is Action.SEND_REFUSED:
+            self._say("refused", blockers=self._blockers)
+        elif action is Action.SEND_READY:
+            self._say("ready")
+        elif action is Action.SEND_COMMITTED:
+            self._say("committed")
+        elif action is Action.SEND_DENIED:
+            self._say("denied", **({"why": self.denied_for} if self.denied_for else {}))
+        elif action is Action.RECORD_OWNER:
+            self._own()
+            reach("HANDOFF_OWNED")
+        elif action is Action.ADMIT:
+            self._admit()
+        elif action is Action.SEND_MISSING:
+            assert self._postcopy is not None
+            for message in self._postcopy.missing_messages():
+                self._send_message(message)
+            self._postcopy.connect(self._send_message)
+            self._look_filled()
+        elif action is Action.RECORD_FILLED:
+            assert self._postcopy is not None
+            self._target.record_filled(self._postcopy)
+        elif action is Action.SEND_FILLED:
+            self._say("filled")
+        elif action is Action.DISCARD:
+            with self._staging:
+                self._receiver.discard()
+        elif action is Action.KEEP:
+            self._receiver.keep(self.handoff)
+            reach("HANDOFF_KEPT")
+
+    def _say(self, what: str, **fields: Any) -> None:
+        self._send_message(ControlMessage({"say": what, **fields}))
+
+    def _send_message(self, message: ControlMessage) -> None:
+        """From any thread."""
+        with self._saying:
+            self._link.send(self._writer.write(message))
+
+    def _say_failed(self, why: str) -> None:
+        try:
+            self._say("failed", why=why)
+        except CowshedError as error:
+            _log.info("handoff-unsaid", str(error), whose=self._whose)

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the target of a handoff makes of what comes: guests that nobody sees until admitted.
+
+Each guest that comes is staged: an overlay under its name, which nobody can enter. Admitting them
+is a matter of a table; discarding them leaves nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+from cowshed.accounting import MissingPages, QuotaPolicy
+from cowshed.accounting.page_runs import count_pages
+from cowshed.cache import (
+    CowshedError,
+    FileSource,
+    Image,
+    PageStore,
+    PeerError,
+    SourceError,
+    UsageError,
+)
+from cowshed.service.images.evictor import Evictor
+from cowshed.service.migration.image_intake import ImageIntake
+from cowshed.service.overlays.files import OverlayRecord
+from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.service.runtime.logs import EventLog
+from cowshed.transport.handoff.sections import (
+    PAGE_BYTES,
+    Dropped,
+    GuestSection,
+    ImageBytes,
+    ImageSection,
+    Missing,
+    Pages,
+    Section,
+    StateReader,
+    WorkingSetSection,
+)
+
+__all__ = ["Blocker", "Receiver", "wait_for_digests"]
+
+_log = EventLog("cowshed.handoff")
+
+_DIGEST_SECONDS: Final = 60.0
+_LOOK_SECONDS: Final = 0.05
+
+Blocker = dict[str, str]
+Load = Callable[[Image, Iterable[int]], Iterator[object]]
+
+
+def wait_for_digests(images: list[Image], look: Callable[[], None]) -> list[Blocker]:
+    """Wait until it is known which images these are; give those of which it is not, as blockers."""
+    deadline = time.monotonic() + _DIGEST_SECONDS
+    while not all(image.digest for image in images) and time.monotonic() < deadline:
+        look()
+        time.sleep(_LOOK_SECONDS)
+    return [
+        {"image": image.label, "reason": "its digest is not known yet; wait until status shows it"}
+        for image in images
+        if not image.digest
+    ]
+
+
+class Receiver:
+    """Stages what a StateReader gave; admit() or discard() once, at the end.
+
+    Invariant: staged has the guests that came, by number, until then.
+    """
+
+    def __init__(
+        self,
+        store: PageStore,
+        evictor: Evictor,
+        overlays: OverlayTable,
+        load: Load,
+        intake: ImageIntake,
+    ) -> None:
+        """load(image, extents) loads them, giving now and then while it does."""
+        self._store = store
+        self._load = load
+        self._evictor = evictor
+        self._overlays = overlays
+        self._intake = intake
+        self._images: list[Image | None] = []
+        self._sections: list[ImageSection] = []
+        self._guests: list[GuestSection] = []
+        self.staged: dict[int, OverlayGuest] = {}
+        self.total_bytes = 0
+
+    def check(self, reader: StateReader, look: Callable[[], None]) -> list[Blocker]:
+        """Stage the guests that are offered; or say, and stage nothing, what keeps them away.
+
+        Guests of images whose bytes are to come are staged once these have come.
+        """
+        assert reader.header is not None
+        blockers = wait_for_digests(list(self._store), look)
+        self._sections, self._guests = list(reader.images), list(reader.guests)
+        self._images = [self._find(section) for section in reader.images]
+        wanted = []
+        used = {guest.image for guest in reader.guests}
+        for no, section in enumerate(reader.images):
+            if self._images[no] is None:
+                reason = self._intake.refusal(section)
+                if not reason:
+                    wanted.append(no)
+                elif no in used:
+                    blockers.append({"image": f"{section.domain}/{section.name}", "reason": reason})
+        needed = sum(guest.counters.get("private_pages", 0) for guest in reader.guests)
+        room = _available_bytes()
+        if needed * PAGE_BYTES > room:
+            blockers.append(
+                {
+                    "reason": f"private pages take {needed * PAGE_BYTES} bytes and the target has "
+                    f"{room} of memory left; free some"
+                }
+            )
+        if not blockers:
+            blockers = self._expect(wanted, reader.header.handoff)
+        for no, image in enumerate(self._images):
+            if not blockers and image is not None:
+                blockers = self._stage(no, image)
+        if blockers:
+            self.discard()
+        return blockers
+
+    @property
+    def wanted(self) -> list[int]:
+        """The images, by number, whose bytes are to come."""
+        return sorted(self._intake.incoming)
+
+    @property
+    def image_bytes(self) -> int:
+        """How many bytes of images came."""
+        return self._intake.total_bytes
+
+    def _expect(self, wanted: list[int], handoff: str) -> list[Blocker]:
+        blockers: list[Blocker] = []
+        for no in wanted:
+            section = self._sections[no]
+            try:
+                self._intake.expect(no, section, handoff)
+            except CowshedError as error:
+                label = f"{section.domain}/{section.name}"
+                blockers.append({"image": label, "reason": f"at the target: {error}"})
+        for guest in self._guests:
+            if guest.image in wanted:
+                try:
+                    self._overlays.check_name(self._sections[guest.image].domain, guest.name)
+                except UsageError as error:
+                    blockers.append({"guest": guest.name, "reason": f"at the target: {error}"})
+        return blockers
+
+    def _stage(self, image_no: int, image: Image) -> list[Blocker]:
+        """Stage the guests of one image; those that cannot be, and why."""
+        blockers: list[Blocker] = []
+        for no, section in enumerate(self._guests):
+            if section.image != image_no:
+                continue
+            record = OverlayRecord(
+                image=image.label,
+                guest=section.name,
+                owner=section.owner,
+                counted_as=section.uid,
+                transport=section.transport,
+                uid=section.uid,
+                quota_bytes=section.quota_bytes,
+                policy=QuotaPolicy[section.policy.upper()].name.lower(),
+            )
+            try:
+                self.staged[no] = self._overlays.stage(image, record, section.token)
+            except (CowshedError, OSError) as error:
+                blockers.append({"guest": section.name, "reason": f"at the target: {error}"})
+        return blockers
+
+    def seal(self, no: int, look: Callable[[], None]) -> FileSource | None:
+        """Check an image of which all came, as ImageIntake.seal(); slow: hold no lock."""
+        return self._intake.seal(no, look)
+
+    def open(self, no: int, source: FileSource) -> None:
+        """Open an image that was sealed, and stage its guests. Raises CowshedError."""
+        image = self._images[no] = self._intake.open(no, source)
+        if blockers := self._stage(no, image):
+            raise UsageError(f"guest {blockers[0]['guest']!r}: {blockers[0]['reason']}")
+
+    def _find(self, section: ImageSection) -> Image | None:
+        """The image that a guest will have: by its digest, of its domain, under its name rather."""
+        same = [
+            image
+            for image in self._store
+            if (image.digest, image.domain, image.size_bytes)
+            == (section.digest, section.domain, section.size_bytes)
+        ]
+        return min(same, key=lambda image: image.name != section.name, default=None)
+
+    def take(self, section: Section) -> None:
+        """Take what came after the offer. Raises SourceError if there is no room for it."""
+        if isinstance(section, Pages):
+            guest, at = self._staged(section.guest), 0
+            content = memoryview(section.content)
+            for first, nr in section.runs:
+                try:
+                    guest.overlay.store(first, content[at : at + nr * PAGE_BYTES])
+                except OSError as error:
+                    raise SourceError(f"no room for private pages: {error.strerror}") from error
+                at += nr * PAGE_BYTES
+            self.total_bytes += at
+        elif isinstance(section, Missing):
+            missing = MissingPages(self._staged(section.guest).overlay)
+            for run in section.runs:
+                missing.expect(*run)
+        elif isinstance(section, Dropped):
+            for first, nr in section.runs:
+                self._staged(section.guest).overlay.drop(first, nr)
+        elif isinstance(section, ImageBytes):
+            self._intake.take(section)
+
+    def _staged(self, no: int) -> OverlayGuest:
+        guest = self.staged.get(no)
+        if guest is None:
+            raise PeerError(f"pages of guest {no} come before the bytes of its image")
+        return guest
+
+    def warm(self, section: WorkingSetSection) -> Iterator[object]:
+        """Load extents behind what guests here ask for, no more than there is room for."""
+        image = self._images[section.image]
+        if image is None:
+            return
+        room = self._evictor.watermarks.capacity_extents - self._evictor.watermarks.high_free
+        room -= self._store.counters().reserved_extents
+        scale = self._sections[section.image].extent_bytes / image.extent_bytes
+        wanted = dict.fromkeys(int(extent * scale) for extent in section.extents)
+        inside = [extent for extent in wanted if extent < image.nr_extents]
+        yield from self._load(image, inside[: max(0, room)])
+
+    def keep(self, handoff: str) -> None:
+        """Have what is staged outlive this process: a successor admits it if that handoff is ours.
+
+        Raises SourceError.
+        """
+        for guest in self.staged.values():
+            self._overlays.keep_staged(guest, handoff)
+
+    def finish(self, reader: StateReader) -> None:
+        """All came: SourceError unless each guest has what its totals say."""
+        self._intake.check()
+        for no, guest in self.staged.items():
+            private = int.from_bytes(guest.account.private_bitmap(), "little")
+            if count_pages(private) != reader.totals[no].private_pages:
+                raise SourceError(
+                    f"guest {guest.name!r} has {count_pages(private)} private pages here, not "
+                    f"{reader.totals[no].private_pages} as at the source"
+                )
+
+    def guests(self) -> list[OverlayGuest]:
+        """Those that are staged, by number."""
+        return [self.staged[no] for no in sorted(self.staged)]
+
+    def admit(self, *, is_owned: bool) -> list[str]:
+        """Let the guests' owners enter; their names. is_owned: as ImageIntake.admit()."""
+        for label in self._intake.admit(is_owned=is_owned):
+            _log.notice("image-arrived", image=label)
+        names = [guest.name for guest in self.guests()]
+        for guest in self.staged.values():
+            self._overlays.admit(guest)
+        self.staged.clear()
+        return names
+
+    def discard(self) -> None:
+        """Forget all that came; nothing twice."""
+        for guest in self.staged.values():
+            self._overlays.unstage(guest)
+        self.staged.clear()
+        self._intake.discard()
+
+
+def _available_bytes() -> int:
+    with open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 1 << 60

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backend must know of handoffs after its death: STATE_DIR/handoff.json.
+
+A file, and not a memfd that the keeper holds: it outlives the keeper and the host too, and a
+handoff writes it three times. It is replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from cowshed.cache.errors import SourceError, UsageError
+from cowshed.service.migration.state import Phase
+
+__all__ = ["HandoffRecord", "SourceRecord"]
+
+_VERSION: Final = 1
+# Handoffs that were received; more than a source could ever ask about again.
+_MAX_OWNED: Final = 1000
+
+SourceRecord = dict[str, Any]
+
+
+class HandoffRecord:
+    """Reads and writes it; for any thread.
+
+    source is None, or {"handoff", "uri", "phase", "guests", "domains", "post_copy", "carried"},
+    guests and domains in the handoff's order, carried the (domain, name) of each guest that takes
+    its pages along; owned are the handoffs received, arriving those whose pages are not all here,
+    with the (domain, name) of each guest in that order.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        """Raises UsageError for a file that is no record of ours."""
+        self._path: Final = state_dir / "handoff.json"
+        self._lock = threading.Lock()
+        self.source: SourceRecord | None = None
+        self.owned: list[str] = []
+        self.arriving: dict[str, list[tuple[str, str]]] = {}
+        try:
+            text = self._path.read_text()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise UsageError(f"cannot read {self._path}: {error.strerror}; allow it") from error
+        try:
+            table = json.loads(text)
+            if table["version"] != _VERSION:
+                raise ValueError(f"version {table['version']!r}")
+            self.owned = [str(each) for each in table["owned"]]
+            self.arriving = {
+                str(handoff): [(str(domain), str(name)) for domain, name in keys]
+                for handoff, keys in table.get("arriving", {}).items()
+            }
+            if table["source"] is not None:
+                self.source = {
+                    "handoff": str(table["source"]["handoff"]),
+                    "uri": str(table["source"]["uri"]),
+                    "phase": Phase(table["source"]["phase"]),
+                    "guests": list(table["source"]["guests"]),
+                    "domains": list(table["source"].get("domains", [])),
+                    "post_copy": table["source"].get("post_copy") is True,
+                    "carried": [
+                        (str(domain), str(name))
+                        for domain, name in table["source"].get("carried", [])
+                    ],
+                }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"{self._path} is no record of a handoff ({error}); "
+                "see which backend has the guests, and move it away"
+            ) from error
+
+    def set_source(self, source: SourceRecord | None) -> None:
+        """Record where a handoff of ours is, durably, before this returns. Raises SourceError."""
+        with self._lock:
+            self._write(source, self.owned, self.arriving)
+            self.source = source
+
+    def add_owned(self, handoff: str, arriving: Sequence[tuple[str, str]] = ()) -> None:
+        """Record that a handoff's guests are ours, and which they are if they lack pages.
+
+        A handoff of ours that is over is forgotten by the same write: guests are here again, and
+        a death afterwards must not have them sent to where they were.
+        """
+        with self._lock:
+            is_over = self.source is not None and self.source["phase"] is Phase.MOVED
+            source = None if is_over else self.source
+            owned = [*self.owned, handoff][-_MAX_OWNED:]
+            table = {**self.arriving, handoff: list(arriving)} if arriving else self.arriving
+            self._write(source, owned, table)
+            self.source, self.owned, self.arriving = source, owned, table
+
+    def set_filled(self, handoff: str) -> None:
+        """Record that no pages of a handoff's guests are lacking any more; the same."""
+        with self._lock:
+            table = {key: keys for key, keys in self.arriving.items() if key != handoff}
+            self._write(self.source, self.owned, table)
+            self.arriving = table
+
+    def _write(
+        self,
+        source: SourceRecord | None,
+        owned: list[str],
+        arriving: dict[str, list[tuple[str, str]]],
+    ) -> None:
+        temporary = self._path.with_suffix(".new")
+        table = {"version": _VERSION, "source": source, "owned": owned, "arriving": arriving}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "w", opener=_opener) as file:
+                json.dump(table, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self._path)
+            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise SourceError(
+                f"cannot write {self._path}: {error.strerror}; make room, or allow it"
+            ) from error
+
+
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the source of a handoff writes, in order, to a file or to the target."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from cowshed.accounting.page_runs import count_pages, page_bitmap, split_runs
+from cowshed.cache import ExtentState, Image
+from cowshed.service.images.working_sets import WorkingSets
+from cowshed.service.migration.image_source import bytes_to_send, check_source, image_sections
+from cowshed.service.migration.link import Link
+from cowshed.service.migration.migrating import MigratingGuest
+from cowshed.service.migration.resumption import Prefix, page_digest
+from cowshed.service.settings.domains import DomainMembers
+from cowshed.transport.handoff.sections import (
+    MAX_PAGES,
+    PAGE_BYTES,
+    ControlMessage,
+    Dropped,
+    Header,
+    ImageSection,
+    ImageWhole,
+    Missing,
+    Pages,
+    Section,
+    StateWriter,
+    Totals,
+    WorkingSetSection,
+)
+
+__all__ = ["Progress", "Sender"]
+
+# A round that finds no more than this to send again is the last before the freeze; so is the last
+# of several that found not much less than the one before them.
+_FEW_PAGES: Final = 64
+_MAX_ROUNDS: Final = 30
+_MAX_IDLE_ROUNDS: Final = 3
+_EXTENTS_AT_ONCE: Final = 1 << 16
+_RUNS_AT_ONCE: Final = 1 << 16
+
+
+@dataclass
+class Progress:
+    """How far it is; total_bytes grows with what guests write meanwhile. Rates are the reader's.
+
+    image_bytes are those of images, of the done_bytes.
+    """
+
+    total_bytes: int = 0
+    done_bytes: int = 0
+    nr_round: int = 0
+    sent_bytes: int = 0
+    started: float = field(default_factory=time.monotonic)
+    frozen_seconds: float = 0.0
+    image_bytes: int = 0
+
+    def expect(self, nr_pages: int) -> None:
+        """So many pages are left to be sent."""
+        self.done_bytes = max(0, self.total_bytes - nr_pages * PAGE_BYTES)
+        self.total_bytes = self.done_bytes + nr_pages * PAGE_BYTES
+
+    def as_json(self) -> dict[str, Any]:
+        """For the command and for status."""
+        seconds = time.monotonic() - self.started
+        rate = self.done_bytes / seconds if seconds > 0 else 0.0
+        left = max(0, self.total_bytes - self.done_bytes)
+        return {
+            "done_bytes": self.done_bytes,
+            "total_bytes": self.total_bytes,
+            "image_bytes": self.image_bytes,
+            "round": self.nr_round,
+            "sent_bytes": self.sent_bytes,
+            "rate_bytes_per_second": round(rate),
+            "seconds_left": round(left / rate, 1) if rate else None,
+        }
+
+
+class Sender:
+    """Writes a handoff's sections. Everything may wait for the link, and raise as it does.
+
+    Invariant: _sent holds, for each guest, the pages that the other end has, right or outdated;
+    _known the digests of those that it has from before a broken-off export was gone on with.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        migrating: Sequence[MigratingGuest],
+        images: Sequence[Image],
+        progress: Progress,
+        prefix: Prefix | None = None,
+    ) -> None:
+        """migrating and images are those of the prefix, in its order, if there is one."""
+        self._link = link
+        self._migrating: Final = migrating
+        self._images: Final = images
+        self._writer = StateWriter(prefix.mark if prefix else None)
+        self.progress: Final = progress
+        self._known = prefix.pages if prefix else [{} for _ in migrating]
+        self._sent = [page_bitmap(known) for known in self._known]
+        self._tracked = False
+        self._frozen_at: float | None = None
+
+    def of(self, migrating: Sequence[MigratingGuest], images: Sequence[Image]) -> Sender:
+        """Give a sender of these that goes on where this one is, of nothing yet."""
+        sender = Sender(self._link, migrating, images, self.progress)
+        sender._writer = self._writer
+        return sender
+
+    def track(self) -> None:
+        """Begin to note what guests write; thaw() ends it."""
+        self._tracked = True
+        for each in self._migrating:
+            each.track(True)
+
+    def freeze(self) -> None:
+        """Hold every guest's writes."""
+        self._frozen_at = time.monotonic()
+        for each in self._migrating:
+            each.freeze()
+
+    def thaw(self) -> None:
+        """Let guests go on here, as before track(); nothing if there was none."""
+        if self._tracked:
+            for each in self._migrating:
+                each.thaw()
+                each.track(False)
+        self._tracked = False
+        self.end_frozen()
+
+    def end_frozen(self) -> None:
+        """Note how long writes were held: guests go on, here or there."""
+        if self._frozen_at is not None:
+            self.progress.frozen_seconds = time.monotonic() - self._frozen_at
+            self._frozen_at = None
+
+    def say(self, what: str, **fields: Any) -> None:
+        """Say a message to the other end."""
+        self._put(ControlMessage({"say": what, **fields}))
+
+    def offer(
+        self,
+        handoff: str,
+        *,
+        with_images: bool = False,
+        allowed: Callable[[Image], DomainMembers | None] = lambda _: None,
+    ) -> None:
+        """Say what there is: images and guests. with_images: bytes of images will be sent, too."""
+        self._put(Header(handoff, f"{socket.gethostname()}:{os.getpid()}", int(time.time())))
+        numbers = {}
+        for no, image in enumerate(self._images):
+            numbers[image] = no
+            source = os.fsencode(image.source.path).decode("ascii", "backslashreplace")
+            self._put(
+                ImageSection(
+                    image.name,
+                    image.domain,
+                    image.size_bytes,
+                    image.extent_bytes,
+                    image.digest,
+                    source,
+                    with_images,
+                    _lists(allowed(image)),
+                )
+            )
+        for each in self._migrating:
+            self._put(each.section(numbers[each.image]))
+
+    def send_image(
+        self, no: int, hot: Sequence[int], look: Callable[[], None], kept: bytearray | None = None
+    ) -> None:
+        """Send the bytes of an image, hot extents first; look() is called now and then.
+
+        kept are the pages that the other end has already. Raises SourceError.
+        """
+        image, progress = self._images[no], self.progress
+        check_source(image)
+        before = progress.image_bytes
+        expected = bytes_to_send(image)
+        progress.total_bytes += expected
+        for nr_bytes, section in image_sections(no, image, hot, kept):
+            look()
+            if section is not None:
+                self._put(section)
+            progress.image_bytes += nr_bytes
+            progress.done_bytes += nr_bytes
+        progress.total_bytes += progress.image_bytes - before - expected
+        check_source(image)
+        self._put(ImageWhole(no))
+
+    def send_working_sets(self, working_sets: WorkingSets, but: Container[int] = ()) -> None:
+        """Say which extents are hot, in order: those recorded, then whatever else is resident.
+
+        What was warmed or read ahead and not touched yet would be a hit here, and so it is there.
+        but are the numbers of images of which it was said.
+        """
+        for no, image in enumerate(self._images):
+            if no in but:
+                continue
+            extents = list(dict.fromkeys([*working_sets.recorded(image), *_resident(image)]))
+            for first in range(0, len(extents), _EXTENTS_AT_ONCE):
+                some = extents[first : first + _EXTENTS_AT_ONCE]
+                self._put(WorkingSetSection(no, tuple(some)))
+
+    def send_private(self) -> None:
+        """Send every private page there is, all being dirty at first."""
+        self.send_dirty()
+
+    def send_dirty(self) -> int:
+        """Send what was written since the last round; give how many pages that were."""
+        self.progress.nr_round += 1
+        dirty = [each.take_dirty() for each in self._migrating]
+        nr = sum(map(count_pages, dirty))
+        self.progress.total_bytes += PAGE_BYTES * nr
+        for no, pages in enumerate(dirty):
+            self._send_pages(no, pages & self._migrating[no].private())
+        self.progress.done_bytes = self.progress.total_bytes
+        return nr
+
+    def send_until_few(self) -> None:
+        """Rounds, until one finds little to send or several do not gain on the writers.
+
+        What the last one leaves is sent while guests are frozen; one slow round says nothing.
+        """
+        fewest, nr_idle = 0, 0
+        for _ in range(_MAX_ROUNDS):
+            nr = self.send_dirty()
+            if nr <= _FEW_PAGES or nr_idle == _MAX_IDLE_ROUNDS:
+                return
+            nr_idle += 1
+            if not fewest or nr < fewest * 3 // 4:
+                fewest, nr_idle = nr, 0
+
+    def send_last(self) -> None:
+        """Send what is left of guests that are frozen, and what each has in the end; then END."""
+        for no, each in enumerate(self._migrating):
+            dirty, private = each.take_dirty(), each.private()
+            self._send_pages(no, (dirty | ~self._sent[no]) & private)
+            for runs in split_runs(self._sent[no] & ~private, 1 << 40):
+                self._put(Dropped(no, tuple(runs)))
+            self._sent[no] = private
+            self._put(Totals(no, count_pages(private), each.counters()))
+        self._link.send(self._writer.end())
+        self.progress.sent_bytes = self._writer.nr_bytes
+        self.progress.done_bytes = self.progress.total_bytes
+
+    def send_missing(self) -> list[int]:
+        """Say which pages guests have that are frozen, and END; give which, to be pushed."""
+        missing = []
+        for no, each in enumerate(self._migrating):
+            private = each.private()
+            runs = [run for part in split_runs(private, 1 << 44) for run in part]
+            for at in range(0, len(runs), _RUNS_AT_ONCE):
+                self._put(Missing(no, tuple(runs[at : at + _RUNS_AT_ONCE])))
+            self._put(Totals(no, count_pages(private), each.counters()))
+            missing.append(private)
+        self._link.send(self._writer.end())
+        self.progress.sent_bytes = self._writer.nr_bytes
+        self.progress.total_bytes = PAGE_BYTES * sum(map(count_pages, missing))
+        return missing
+
+    def push(self, no: int, runs: Sequence[tuple[int, int]], content: bytes) -> None:
+        """Send missing pages of a guest, at most MAX_PAGES."""
+        self._put(Pages(no, tuple(runs), content))
+
+    def _send_pages(self, no: int, pages: int) -> None:
+        each = self._migrating[no]
+        for runs in split_runs(pages, MAX_PAGES):
+            content = each.load(runs)
+            self.progress.done_bytes += len(content)
+            if self._known[no]:
+                runs, content = self._news(no, runs, content)
+            if runs:
+                self._put(Pages(no, tuple(runs), content))
+        self._sent[no] |= pages
+
+    def _news(
+        self, no: int, runs: list[tuple[int, int]], content: bytes
+    ) -> tuple[list[tuple[int, int]], bytes]:
+        """Leave out the pages that the other end has as they are."""
+        known = self._known[no]
+        news: list[tuple[int, int]] = []
+        kept: list[bytes] = []
+        at = 0
+        for first, nr in runs:
+            for page in range(first, first + nr):
+                bytes_of_page = content[at : at + PAGE_BYTES]
+                at += PAGE_BYTES
+                if known.get(page) != page_digest(bytes_of_page):
+                    known.pop(page, None)
+                    kept.append(bytes_of_page)
+                    if news and sum(news[-1]) == page:
+                        news[-1] = news[-1][0], news[-1][1] + 1
+                    else:
+                        news.append((page, 1))
+        return news, b"".join(kept)
+
+    def _put(self, section: Section) -> None:
+        self._link.send(self._writer.write(section))
+        self.progress.sent_bytes = self._writer.nr_bytes
+
+
+def _resident(image: Image) -> Iterator[int]:
+    states, mark = image.states(), bytes([ExtentState.RESIDENT])
+    at = states.find(mark)
+    while at >= 0:
+        yield at
+        at = states.find(mark, at + 1)
+
+
+def _lists(members: DomainMembers | None) -> dict[str, tuple[int | str, ...]] | None:
+    if members is None:
+        return None
+    return {
+        "uids": tuple(sorted(members.uids)),
+        "gids": tuple(sorted(members.gids)),
+        "clients": tuple(sorted(members.clients)),
+    }

@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The guests' own socket, and the conversation on it."""

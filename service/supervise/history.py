@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend in a row this one is: how often another began, and why; who starts the next."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+from cowshed.service.persist.kept_counts import KeptCounts
+from cowshed.service.supervise.keeper_watch import KeeperWatch
+
+__all__ = ["HISTORY_COUNTS", "HOWS", "KEEPERS", "RestartHistory"]
+
+# Why a backend began after another; a restart by systemd is a reload too.
+HOWS: Final = ("crash", "reload", "takeover")
+KEEPERS: Final = ("own", "systemd", "none")
+# What is counted: a backend that goes on purpose says so, and its successor looks for that.
+HISTORY_COUNTS: Final = ("starts", *HOWS, "left-reload", "left-takeover")
+
+
+class RestartHistory:
+    """Counts on what our predecessors counted. watch is our keeper, once there is one.
+
+    adoption_seconds is how long it took from our start until all was answered that was left, 0.0 if
+    nothing was.
+    """
+
+    def __init__(self, counts: KeptCounts | None = None) -> None:
+        self._counts = counts or KeptCounts(HISTORY_COUNTS)
+        self._began = time.monotonic()
+        self.adoption_seconds = 0.0
+        self.watch: KeeperWatch | None = None
+        before = self._counts.read()
+        self._is_first = not before["starts"]
+        if not self._is_first:
+            planned = (how for how in HOWS[1:] if before[f"left-{how}"] > before[how])
+            self._counts.add(next(planned, "crash"))
+        self._counts.add("starts")
+
+    def close(self) -> None:
+        """Let go of the counts."""
+        self._counts.close()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether there was no backend before us."""
+        return self._is_first
+
+    def note_adopted(self) -> None:
+        """All that our predecessor served is served."""
+        if not self._is_first:
+            self.adoption_seconds = time.monotonic() - self._began
+
+    def note_leaving(self, how: str) -> None:
+        """We go now, for one of HOWS but a crash."""
+        counts = self._counts.read()
+        self._counts.add(f"left-{how}", max(0, counts[how] + 1 - counts[f"left-{how}"]))
+
+    @property
+    def restarts(self) -> dict[str, int]:
+        """How often a backend began after another, by HOWS."""
+        counts = self._counts.read()
+        return {how: counts[how] for how in HOWS}
+
+    @property
+    def keeper(self) -> str:
+        """Who holds everything for our successor and starts it: one of KEEPERS."""
+        return "none" if self.watch is None else self.watch.kind
+
+    @property
+    def nr_not_held(self) -> int:
+        """How many groups of descriptors a successor would lack, had we to die now."""
+        return 0 if self.watch is None else self.watch.nr_not_held
+
+    def status(self) -> dict[str, Any]:
+        """The part of the status that tells of it."""
+        restarts = self.restarts
+        return {
+            "generation": 1 + sum(restarts.values()),
+            "restarts": restarts,
+            "keeper": self.keeper,
+            "not_held": self.nr_not_held,
+            "adoption_seconds": self.adoption_seconds,
+        }

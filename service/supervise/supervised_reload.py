@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A reload of a backend that systemd supervises: it leaves only for a program that could go on.
+
+A keeper of ours has its program checked before it asks us to leave. systemd asks us alone, and
+starts whatever is installed once we have gone; so the check is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cowshed.cache.errors import UsageError
+from cowshed.service.runtime.logs import EventLog
+from cowshed.service.runtime.loop import READ, Loop
+from cowshed.service.supervise.layouts import LAYOUTS
+from cowshed.service.supervise.reload_check import ReloadCheck
+
+__all__ = ["SupervisedReload"]
+
+_log = EventLog("cowshed")
+
+
+class SupervisedReload:
+    """Checks, in the loop, and calls on_right if the program as it is installed now could go on."""
+
+    def __init__(self, loop: Loop, on_right: Callable[[], None]) -> None:
+        self._loop = loop
+        self._on_right = on_right
+        self._check: ReloadCheck | None = None
+
+    def begin(self) -> None:
+        """Begin a check; one that is under way ends unheard."""
+        self.close()
+        try:
+            self._check = ReloadCheck()
+        except UsageError as error:
+            self._refuse(error)
+            return
+        self._loop.watch(self._check.fd, READ, self._on_end)
+        self._loop.once(self._check.seconds_left, self._on_time)
+
+    def close(self) -> None:
+        """End a check that is under way."""
+        if self._check is not None:
+            self._loop.forget(self._check.fd)
+            self._check.cancel()
+            self._check = None
+
+    def _on_time(self) -> None:
+        if self._check is not None and self._check.is_late():
+            self._on_end()
+
+    def _on_end(self, *_: int) -> None:
+        check, self._check = self._check, None
+        assert check is not None
+        self._loop.forget(check.fd)
+        try:
+            check.end(LAYOUTS)
+        except UsageError as error:
+            self._refuse(error)
+        else:
+            self._on_right()
+
+    def _refuse(self, why: UsageError) -> None:
+        _log.error("reload-refused", f"{why}; everything stays as it is")

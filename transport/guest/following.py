@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mapping that follows its guest to another backend; the thread that does so is in C (follow.c).
+
+By its backend's word {"event": "moved"} it opens at the target and puts the target's frames in the
+place of the old ones. Where nothing can be mapped, the memory is given up, and the disk goes on by
+bytes. The same thread notices that the backend is gone and none comes after it: from then on pages
+that are not there are SIGBUS, and nobody waits for them (orphan.c).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from cowshed.cache._core import ffi, lib
+from cowshed.cache.errors import PeerError, UsageError
+from cowshed.transport.guest.byte_disk import REQUEST_SECONDS, ByteDisk
+from cowshed.transport.guest.network_disk import open_by_bytes
+from cowshed.transport.messages.fields import MovedError
+
+if TYPE_CHECKING:
+    from cowshed.cache._core import StructFollower
+    from cowshed.transport.guest.attach import Attached
+    from cowshed.transport.messages.protocol import Body
+
+__all__ = ["Following"]
+
+_MAX_MOVES: Final = 4
+_PAUSE_SECONDS: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the guest is now, or goes."""
+
+    uri: str
+    token: str
+    generation: str
+    extent_bytes: int
+    nr_moves: int
+    why: str
+
+
+class Following:
+    """Follows from start to stop() or forget(). For any thread.
+
+    Invariant: while _follower is there the region and the connection's descriptor are.
+    """
+
+    def __init__(
+        self, attached: Attached, connection_fd: int, request: Body, *, follows: bool = True
+    ) -> None:
+        """Both are borrowed; request is what opened the image. UsageError if no thread can be.
+
+        Unless it follows, it only notices that the backend is gone for good.
+        """
+        self._image: Final[str] = request["image"]
+        self._guest: Final = attached.guest
+        self._lock = threading.RLock()
+        self._far: ByteDisk | None = None
+        fields = {
+            "op": "open",
+            "image": self._image,
+            "guest": self._guest,
+            "moved": True,  # its pages are there, or it is not
+            "window_bytes": request.get("window_bytes"),
+            "write_window_bytes": request.get("write_window_bytes"),
+        }
+        opening = json.dumps(fields).removesuffix("}").encode()
+        follower = ffi.new("struct follower **")
+        err = lib.follower_start(
+            attached.region,
+            connection_fd,
+            follows,
+            self._guest.encode(),
+            opening,
+            attached.digest.encode(),
+            follower,
+        )
+        if err < 0:
+            raise UsageError(
+                f"cannot start a thread to listen to the backend of guest {self._guest!r} "
+                f"({os.strerror(-err)}); allow more (ulimit -u)"
+            )
+        self._follower: StructFollower | None = follower[0]
+
+    def stop(self) -> None:
+        """Follow no more; the region is left as it is. Does nothing twice."""
+        with self._lock:
+            follower, self._follower = self._follower, None
+            if follower is not None:
+                lib.follower_stop(follower)
+            far, self._far = self._far, None
+        if far is not None:
+            far.close()
+
+    def forget(self) -> None:
+        """In a forked child, where its thread is not."""
+        self._lock = threading.RLock()
+        follower, self._follower = self._follower, None
+        if follower is not None:
+            lib.follower_forget(follower)
+
+    @property
+    def goes_by_bytes(self) -> bool:
+        """Whether the guest is where nothing can be mapped."""
+        follower = self._follower
+        return follower is not None and lib.follower_state(follower) == lib.FOLLOW_BYTES
+
+    @property
+    def place(self) -> _Place | None:
+        """Where the guest is, if it has moved; where it goes, if it is on its way."""
+        told = ffi.new("struct follow_told *")
+        with self._lock:
+            if self._follower is None:
+                return None
+            lib.follower_tell(self._follower, told)
+        uri = ffi.string(told.uri).decode()
+        if not uri:
+            return None
+        token = ffi.string(told.token).decode()
+        return _Place(
+            uri=uri,
+            token=json.loads(token),
+            generation=ffi.string(told.generation).decode(),
+            extent_bytes=told.extent_bytes,
+            nr_moves=told.nr_moves,
+            why=ffi.string(told.why).decode(errors="replace"),
+        )
+
+    @property
+    def moving(self) -> str:
+        """What a move under way waits for, in words; "" if none is."""
+        follower, place = self._follower, self.place
+        if follower is None or place is None or lib.follower_state(follower) != lib.FOLLOW_MOVES:
+            return ""
+        return f"moving to {place.uri}" + (f": {place.why}" if place.why else "")
+
+    def hold(self) -> None:
+        """Somebody is about to look at the memory. UsageError if it was given up."""
+        with self._lock:
+            if self._follower is not None and lib.follower_hold(self._follower) < 0:
+                place = self.place
+                where = place.uri if place else "another backend"
+                raise UsageError(
+                    f"disk {self._image!r} has no view any more: guest {self._guest!r} moved to "
+                    f"{where}, where pages cannot be mapped; use read and write"
+                )
+
+    def let_go(self) -> None:
+        """Nobody looks any more."""
+        with self._lock:
+            if self._follower is not None:
+                lib.follower_let_go(self._follower)
+
+    def far(self) -> ByteDisk:
+        """The disk by bytes, where the guest is. Raises as Backend.open does."""
+        with self._lock:
+            if self._far is None:
+                place = self.place
+                if place is None:
+                    raise UsageError(f"disk {self._image!r} is closed; open it again")
+                self._far = self._open(place.uri, place.token)
+            return self._far
+
+    def _open(self, uri: str, token: str) -> ByteDisk:
+        """Open where the guest is. That may be dying or coming up: we were told to go there.
+
+        Tried for as long as an operation of an open disk is.
+        """
+        deadline = time.monotonic() + REQUEST_SECONDS
+        while True:
+            try:
+                return self._open_once(uri, token)
+            except PeerError:
+                if time.monotonic() + _PAUSE_SECONDS > deadline:
+                    raise
+            time.sleep(_PAUSE_SECONDS)
+
+    def _open_once(self, uri: str, token: str) -> ByteDisk:
+        request = {"image": self._image, "guest": self._guest, "token": token}
+        for _ in range(_MAX_MOVES):
+            try:
+                return open_by_bytes(uri, request)
+            except MovedError as error:
+                if not error.uri:
+                    raise
+                uri = error.uri
+        return open_by_bytes(uri, request)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest's handshake where nothing can be mapped: hello, open, data; then blocks by request.
+
+    hello, open {image, guest, token, ...} -> {mapped: false, size_bytes, overlay, ...}
+    data -> the connection is in NBD's transmission phase, structured replies, on this guest's bytes
+
+A guest that was sent on names the pages it had (open's overlay): a backend without them refuses,
+and makes none in their place. The token is what a connection made anew proves with that it is the
+same guest; whoever has it has the guest's private pages.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+from typing import Any, Final
+
+from cowshed.cache.errors import CapacityError, UsageError
+from cowshed.transport.channels.exchange import again_if_gone, ask, greet
+from cowshed.transport.guest.byte_disk import READAHEAD_BYTES, REQUEST_SECONDS, ByteDisk, Dialled
+from cowshed.transport.links.relay import Relay
+from cowshed.transport.links.schemes import scheme
+from cowshed.transport.links.stream import StreamConnection
+from cowshed.transport.messages.fields import MovedError, take_number, take_text
+from cowshed.transport.messages.protocol import Body
+
+__all__ = ["open_by_bytes"]
+
+_HANDSHAKE_SECONDS: Final = 10.0
+_PAUSE_SECONDS: Final = 0.05
+_MOVES_AT_ONCE: Final = 4
+
+
+class _FullError(CapacityError):
+    """The backend has no room for another connection."""
+
+
+def open_by_bytes(
+    uri: str,
+    request: Body,
+    timeout: float = REQUEST_SECONDS,
+    readahead_bytes: int = READAHEAD_BYTES,
+) -> ByteDisk:
+    """Open an image as request says, over connections of the disk's own, one at a time.
+
+    Raises UsageError, CapacityError or SourceError as the backend refuses, PeerError if it is gone.
+    """
+    fields = {name: value for name, value in request.items() if value is not None}
+    fields |= {"token": request.get("token") or os.urandom(16).hex()}
+    fields |= {"keep": request.get("token") is not None}
+
+    here, is_open, overlay = uri, False, ""
+
+    def dial(timeout: float) -> Dialled:
+        nonlocal here, is_open, overlay
+        began = time.monotonic()
+        deadline = began + timeout
+        nr_moves = 0
+        sender = ""
+        while True:
+            # A backend that died in a drain sends the guest on before it knows whether the guest's
+            # pages are there. Ask for these pages, or be sent to and fro until it knows.
+            is_sure = not (sender and overlay) or time.monotonic() - began > timeout / 2
+            wanted = {} if is_sure else {"overlay": overlay}
+            try:
+                # One that dies in the middle of it has a successor, which is asked at once.
+                dialled = again_if_gone(partial(_dial, here, fields | wanted, deadline))
+                is_open, overlay = True, dialled.overlay
+                return dialled
+            except MovedError as error:
+                # The first time it is for the caller to follow; later the guest moved under us.
+                if not is_open or not error.uri or scheme(error.uri).maps:
+                    raise
+                sender, here = here, error.uri
+                nr_moves += 1
+                # The guest is there already; but two may send it on to each other for ever.
+                if nr_moves <= _MOVES_AT_ONCE:
+                    continue
+            except CapacityError as error:
+                # Our last connection is not quite gone there; or who is open waits for room.
+                if isinstance(error, _FullError) and not is_open:
+                    raise
+                if time.monotonic() + _PAUSE_SECONDS > deadline:
+                    raise
+                if wanted:
+                    sender, here = "", sender
+            time.sleep(_PAUSE_SECONDS)
+
+    return ByteDisk(
+        dial,
+        request["image"],
+        request["guest"],
+        origin=uri.partition("?")[0],
+        timeout=timeout,
+        readahead_bytes=readahead_bytes,
+    )
+
+
+def _dial(uri: str, fields: Body, deadline: float) -> Dialled:
+    try:
+        connection = greet(uri, _left(deadline))
+    except CapacityError as error:
+        raise _FullError(str(error)) from error
+    try:
+        reply = ask(connection, "open", fields, timeout=_left(deadline))
+        dialled: dict[str, Any] = {
+            "size_bytes": take_number(reply, "size_bytes", minimum=1),
+            "extent_bytes": take_number(reply, "extent_bytes", minimum=512),
+            "digest": take_text(reply, "digest", default=""),
+            "generation": take_text(reply, "generation", default=""),
+            "overlay": take_text(reply, "overlay", default=""),
+        }
+        if reply.get("mapped") is not False or not isinstance(connection, StreamConnection):
+            raise UsageError(f"the backend at {connection.peer_name} serves no bytes here")
+        ask(connection, "data", {}, timeout=_left(deadline))
+        sock, tls = connection.take_stream()
+    finally:
+        connection.close()
+    if tls is not None:
+        sock = Relay(sock, tls, handshake_seconds=_HANDSHAKE_SECONDS).inner
+    return Dialled(sock=sock, **dialled)
+
+
+def _left(deadline: float) -> float:
+    return max(0.05, deadline - time.monotonic())

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""References to an image's pages, which travel in messages instead of the pages.
+
+    ref = PageRef.of(disk, offset, length)              # any program that has the image open
+    peer.request("look", pages=ref.to_body())           # in any field of any message
+
+    ref = PageRef.from_body(asked.body["pages"])        # the receiver; or whoever it forwards it to
+    ref.resolve(resolver)                               # the bytes, at the point of use
+
+A reference names pages of an image, not of a guest: what some guest wrote privately is not in them.
+It is resolved in the cheapest way that the place it is used in has: by *map*, if that program has
+the image mapped (no copy, the shared frames themselves); by *copy*, over a channel to somebody who
+can resolve it; by the *network*, from the backend that its origin names. It carries no right: who
+resolves it needs access to the image by itself, or a peer that has it and is willing.
+
+An image that was replaced has another generation, and a reference to the old one is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
+
+from cowshed.cache.errors import PeerError, SourceError, UsageError
+from cowshed.transport.channels.channel import Channel, Request
+from cowshed.transport.guest.client import connect
+from cowshed.transport.messages.fields import take_choice, take_number, take_text
+from cowshed.transport.messages.protocol import MAX_REPLY_BYTES, Body
+
+__all__ = ["PAGES_OP", "PageRef", "Resolver", "Way"]
+
+PAGES_OP: Final = "pages"
+MAX_COPY_BYTES: Final = MAX_REPLY_BYTES // 2  # in one message, as base64
+MAX_URI_LENGTH: Final = 1024
+
+Way = Literal["map", "copy", "network"]
+
+
+class OpenImage(Protocol):
+    """What a reference can be made of and resolved from: a Disk, mapped or not."""
+
+    image: str
+    generation: str
+    size_bytes: int
+
+    @property
+    def mapped(self) -> bool:
+        """Whether it has a view."""
+
+    @property
+    def origin(self) -> str:
+        """The URI of its backend."""
+
+    @property
+    def view(self) -> memoryview:
+        """The image as memory."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Give bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageRef:
+    """length bytes at offset of an image of that generation, served at origin.
+
+    mode "r" is for reading; "c" gives who resolves it a copy of its own to write to.
+    """
+
+    image: str
+    generation: str
+    offset: int
+    length: int
+    mode: str
+    origin: str
+
+    @classmethod
+    def of(cls, disk: OpenImage, offset: int, length: int, mode: str = "r") -> PageRef:
+        """Refer to a range of an open image; UsageError if it is not within the image."""
+        if offset < 0 or length < 0 or offset + length > disk.size_bytes:
+            raise UsageError(
+                f"{length} bytes at {offset} are outside image {disk.image!r}; "
+                f"stay within its {disk.size_bytes} bytes"
+            )
+        if mode not in ("r", "c"):
+            raise UsageError(f"mode {mode!r} of a page reference is neither 'r' nor 'c'")
+        return cls(disk.image, disk.generation, offset, length, mode, disk.origin)
+
+    def to_body(self) -> Body:
+        """Give the JSON object that stands for it in a message."""
+        return {
+            "image": self.image,
+            "generation": self.generation,
+            "offset": self.offset,
+            "length": self.length,
+            "mode": self.mode,
+            "origin": self.origin,
+        }
+
+    @classmethod
+    def from_body(cls, body: object) -> PageRef:
+        """Read one out of a message; PeerError for what is none."""
+        if not isinstance(body, dict):
+            raise PeerError(f"a page reference is an object, not {type(body).__name__}")
+        return cls(
+            take_text(body, "image"),
+            take_text(body, "generation", max_length=128),
+            take_number(body, "offset"),
+            take_number(body, "length", maximum=1 << 48),
+            take_choice(body, "mode", ("r", "c")),
+            take_text(body, "origin", max_length=MAX_URI_LENGTH),
+        )
+
+    def resolve(self, resolver: Resolver) -> memoryview:
+        """Give the bytes: read-only memory, or on mode "c" writable memory of the caller's own.
+
+        Raises SourceError if the image was replaced, PeerError if those who have it are gone,
+        UsageError if this resolver knows no way to it.
+        """
+        return resolver.resolve(self)
+
+
+class Resolver:
+    """Knows the ways to pages from where it is. For one thread at a time.
+
+    images are open ones that nobody here writes to; copies_from is a channel whose other end
+    answers PAGES_OP; origins are the URIs it may connect to: a reference may come from anybody, and
+    name anything. ways counts how often each way was taken.
+    """
+
+    def __init__(
+        self,
+        images: Mapping[str, OpenImage] | None = None,
+        copies_from: Channel | None = None,
+        origins: Container[str] = (),
+        timeout: float = 60.0,
+    ) -> None:
+        self._images = dict(images or {})
+        self._opened: dict[tuple[str, str], Any] = {}
+        self._copies_from = copies_from
+        self._origins = origins
+        self._timeout = timeout
+        self.ways: dict[Way, int] = {"map": 0, "copy": 0, "network": 0}
+
+    def __enter__(self) -> Resolver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close what was opened to resolve; memory that was given by map must be released first."""
+        while self._opened:
+            _, disk = self._opened.popitem()
+            disk.close()
+
+    def resolve(self, ref: PageRef) -> memoryview:
+        """See PageRef.resolve."""
+        image = self._images.get(ref.image)
+        if image is not None and image.mapped and image.generation == ref.generation:
+            self.ways["map"] += 1
+            return _as_asked(ref, _part(ref, image.view))
+        if self._copies_from is not None:
+            copied = self._copy(ref, self._copies_from)
+            self.ways["copy"] += 1
+            return _as_asked(ref, memoryview(copied))
+        disk = self._origin(ref)
+        if disk.generation != ref.generation:
+            raise SourceError(
+                f"image {ref.image!r} at {ref.origin} was replaced since the reference to it was "
+                "made; ask for a new one"
+            )
+        if disk.mapped:
+            self.ways["map"] += 1
+            return _as_asked(ref, _part(ref, disk.view))
+        self.ways["network"] += 1
+        return _as_asked(ref, memoryview(disk.read(ref.offset, ref.length)))
+
+    def answer(self, request: Request) -> None:
+        """Answer a peer's PAGES_OP by resolving here: the other end of way "copy"."""
+        try:
+            ref = PageRef.from_body(request.body.get("ref"))
+            if ref.length > MAX_COPY_BYTES:
+                raise UsageError(f"{ref.length} bytes; {MAX_COPY_BYTES} at most are copied at once")
+            with self.resolve(ref) as memory:
+                text = base64.b64encode(memory).decode("ascii")
+        except (UsageError, SourceError) as error:
+            request.refuse(error)
+            return
+        request.reply({"bytes": text})
+
+    def _copy(self, ref: PageRef, channel: Channel) -> bytes:
+        pieces = []
+        for start in range(ref.offset, ref.offset + ref.length, MAX_COPY_BYTES):
+            length = min(MAX_COPY_BYTES, ref.offset + ref.length - start)
+            part = {**ref.to_body(), "offset": start, "length": length}
+            pieces.append((length, channel.send(PAGES_OP, ref=part)))
+        copied = bytearray()
+        for length, pending in pieces:
+            text = pending.result(self._timeout).get("bytes")
+            try:
+                piece = base64.b64decode(text if isinstance(text, str) else "!", validate=True)
+            except (binascii.Error, ValueError) as error:
+                raise PeerError(f"the peer's copy of {ref.image!r} is no base64") from error
+            if len(piece) != length:
+                raise PeerError(f"the peer's copy has {len(piece)} bytes instead of {length}")
+            copied += piece
+        return bytes(copied)
+
+    def _origin(self, ref: PageRef) -> Any:
+        key = ref.origin, ref.image
+        if key not in self._opened:
+            if ref.origin not in self._origins:
+                raise UsageError(
+                    f"image {ref.image!r} is not mapped here, nobody here copies it, and this "
+                    f"program may not connect to {ref.origin}; give that in origins"
+                )
+            with connect(ref.origin) as backend:
+                self._opened[key] = backend.open(ref.image)
+        return self._opened[key]
+
+
+def _part(ref: PageRef, view: memoryview) -> memoryview:
+    if ref.offset + ref.length > len(view):
+        view.release()
+        raise UsageError(f"{ref.length} bytes at {ref.offset} are outside image {ref.image!r}")
+    part = view[ref.offset : ref.offset + ref.length]
+    view.release()
+    return part
+
+
+def _as_asked(ref: PageRef, memory: memoryview) -> memoryview:
+    given = memoryview(bytearray(memory)) if ref.mode == "c" else memory.toreadonly()
+    memory.release()
+    return given

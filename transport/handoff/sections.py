@@ -1,0 +1,470 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a handoff's frames hold, typed and checked: the same sections in a file and on a wire.
+
+    HEADER, IMAGE*, GUEST*, then IMAGE_BYTES, IMAGE_WHOLE, WORKING_SET, PAGES, DROPPED, TOTALS in
+    any order, END
+
+Images and guests are numbered from 0 in the order they come. PAGES of a page that came before take
+its place; DROPPED says that pages are no longer private. TOTALS says, for each guest, once and
+last, what it must have in the end. Between two backends, control messages may stand anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from cowshed.cache.errors import CowshedError
+from cowshed.transport.handoff.frames import (
+    MAX_RAW_BYTES,
+    DamagedError,
+    Frame,
+    FrameDecoder,
+    FrameEncoder,
+    FrameKind,
+    Mark,
+)
+from cowshed.transport.handoff.image_sections import (
+    PAGE_BYTES,
+    RUN_BYTES,
+    WHOSE_BYTES,
+    ImageBytes,
+    ImageWhole,
+    Runs,
+    check_runs,
+    decode_runs,
+    encode_runs,
+)
+from cowshed.transport.messages.fields import take_number, take_optional_number, take_text
+from cowshed.transport.messages.protocol import parse_body
+
+__all__ = [
+    "MAX_PAGES",
+    "PAGE_BYTES",
+    "ControlMessage",
+    "Dropped",
+    "End",
+    "GuestSection",
+    "Header",
+    "ImageBytes",
+    "ImageSection",
+    "ImageWhole",
+    "Missing",
+    "Pages",
+    "Section",
+    "StateReader",
+    "StateWriter",
+    "Totals",
+    "WorkingSetSection",
+]
+
+MAX_PAGES: Final = 512
+_MAX_IMAGES: Final = 4096
+_MAX_GUESTS: Final = 65536
+_POLICIES: Final = ("stop", "kill", "allow")
+_WHOSE: Final = struct.Struct("<II")
+
+
+@dataclass(frozen=True)
+class Header:
+    """Which handoff it is, and whose."""
+
+    handoff: str
+    backend: str = ""
+    created: int = 0
+
+
+@dataclass(frozen=True)
+class ImageSection:
+    """An image of the catalogue; its digest says which it is.
+
+    has_bytes: its bytes are in the file, or can be sent. allowed is who of the domain may use it,
+    by uids, gids and clients; None is everybody.
+    """
+
+    name: str
+    domain: str
+    size_bytes: int
+    extent_bytes: int
+    digest: str
+    source: str
+    has_bytes: bool = False
+    allowed: Mapping[str, Sequence[int | str]] | None = None
+
+
+@dataclass(frozen=True)
+class GuestSection:
+    """A guest to be: owner is who may come back to its private pages, token what it proves it by.
+
+    quota_bytes None is no quota.
+    """
+
+    name: str
+    image: int
+    uid: int
+    quota_bytes: int | None
+    policy: str
+    token: str
+    owner: str
+    transport: str
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WorkingSetSection:
+    """Extents of an image, to be loaded in this order."""
+
+    image: int
+    extents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Private pages of a guest: runs of (first page, number of pages), and their bytes."""
+
+    guest: int
+    runs: Runs
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Pages of a guest that are not private any more."""
+
+    guest: int
+    runs: Runs
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Private pages of a guest whose bytes come after the commit; between two backends only."""
+
+    guest: int
+    runs: Runs
+
+
+@dataclass(frozen=True)
+class Totals:
+    """How many private pages a guest has in the end, and its counters by then."""
+
+    guest: int
+    private_pages: int
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ControlMessage:
+    """A control message of one end to the other; its "say" names its kind."""
+
+    body: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """What kind it is of, "" if it does not say."""
+        said = self.body.get("say")
+        return said if isinstance(said, str) else ""
+
+
+@dataclass(frozen=True)
+class End:
+    """All is here."""
+
+    nr_frames: int
+    sha256: str
+
+
+Section = (
+    Header
+    | ImageSection
+    | GuestSection
+    | ImageBytes
+    | ImageWhole
+    | WorkingSetSection
+    | Pages
+    | Dropped
+    | Missing
+    | Totals
+    | ControlMessage
+    | End
+)
+
+_JSON_KINDS: Final[dict[type, FrameKind]] = {
+    Header: FrameKind.HEADER,
+    ImageSection: FrameKind.IMAGE,
+    GuestSection: FrameKind.GUEST,
+    Totals: FrameKind.TOTALS,
+    ImageWhole: FrameKind.IMAGE_WHOLE,
+}
+
+
+class StateWriter:
+    """Gives the bytes of sections; the caller sends them, in order."""
+
+    def __init__(self, mark: Mark | None = None) -> None:
+        """mark is where a StateReader found the end of what is good: to go on with that."""
+        self._frames = FrameEncoder(mark)
+        self._began = mark is not None
+
+    @property
+    def nr_bytes(self) -> int:
+        """How much was given."""
+        return self._frames.nr_bytes
+
+    def write(self, section: Section) -> bytes:
+        """Give a section's bytes, the preamble before the first."""
+        start = b"" if self._began else self._frames.preamble()
+        self._began = True
+        return start + self._frames.frame(*_encode(section))
+
+    def end(self) -> bytes:
+        """Give the last section's bytes."""
+        return self.write(End(self._frames.nr_frames, self._frames.digest()))
+
+
+def _encode(section: Section) -> tuple[FrameKind, bytes]:
+    if isinstance(section, WorkingSetSection):
+        numbers = array("I", section.extents)
+        return FrameKind.WORKING_SET, _WHOSE.pack(section.image, len(numbers)) + numbers.tobytes()
+    if isinstance(section, Pages):
+        return FrameKind.PAGES, encode_runs(section.guest, section.runs) + section.content
+    if isinstance(section, ImageBytes):
+        return FrameKind.IMAGE_BYTES, encode_runs(section.image, section.runs) + section.content
+    if isinstance(section, Dropped):
+        return FrameKind.DROPPED, encode_runs(section.guest, section.runs)
+    if isinstance(section, Missing):
+        return FrameKind.MISSING, encode_runs(section.guest, section.runs)
+    if isinstance(section, ControlMessage):
+        return FrameKind.MESSAGE, _json(section.body)
+    if isinstance(section, End):
+        return FrameKind.END, _json(asdict(section))
+    return _JSON_KINDS[type(section)], _json(asdict(section))
+
+
+def _json(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+class StateReader:
+    """Takes bytes and gives sections that make sense after those before; DamagedError with a place.
+
+    Invariant: images, guests and totals are those that came, by number; whole are the images of
+    which an IMAGE_WHOLE came.
+    """
+
+    def __init__(self, *, messages: bool = False) -> None:
+        """messages: whether a peer is at the other end, which sends control messages."""
+        self._frames = FrameDecoder()
+        self._messages = messages
+        self.header: Header | None = None
+        self.images: list[ImageSection] = []
+        self.guests: list[GuestSection] = []
+        self.totals: dict[int, Totals] = {}
+        self.whole: set[int] = set()
+        self.ended = False
+        self._in_state = False
+        self._missing_sizes: list[int] | None = None
+
+    @property
+    def offset(self) -> int:
+        """The bytes that were taken and found good."""
+        return self._frames.offset
+
+    def mark(self) -> Mark:
+        """Give the place before the section that was given last, or after all of them."""
+        return self._frames.mark()
+
+    def feed(self, raw: bytes | bytearray | memoryview) -> Iterator[Section]:
+        """Take bytes as they come; give the sections that they end, one by one.
+
+        One by one, since a few bytes can be very many sections.
+        """
+        for frame in self._frames.feed(raw):
+            try:
+                section = self._decode(frame)
+                self._check(section)
+            except DamagedError:
+                raise
+            except (CowshedError, struct.error, ValueError, TypeError, OverflowError) as error:
+                self._frames.refuse(f"section {frame.kind.name}: {error}")
+            yield section
+
+    def expect_missing(self, sizes_bytes: Sequence[int]) -> None:
+        """From now on PAGES may come of guests by number, with images of these sizes."""
+        self._missing_sizes = list(sizes_bytes)
+
+    def end(self) -> None:
+        """The bytes end here; DamagedError if they should not."""
+        if not self.ended:
+            self._frames.end()
+        self._frames.check_empty()
+
+    def _decode(self, frame: Frame) -> Section:
+        payload, kind = frame.payload, frame.kind
+        if kind is FrameKind.WORKING_SET:
+            image, nr = _WHOSE.unpack_from(payload)
+            if len(payload) != _WHOSE.size + 4 * nr:
+                raise ValueError(f"{len(payload)} bytes for {nr} extents")
+            return WorkingSetSection(image, tuple(array("I", payload[_WHOSE.size :])))
+        if kind in (FrameKind.PAGES, FrameKind.IMAGE_BYTES, FrameKind.DROPPED, FrameKind.MISSING):
+            whose, runs, start = decode_runs(payload)
+            if kind is FrameKind.PAGES:
+                return Pages(whose, runs, payload[start:])
+            if kind is FrameKind.IMAGE_BYTES:
+                return ImageBytes(whose, runs, payload[start:])
+            if start != len(payload):
+                raise ValueError("bytes are left over")
+            return (Missing if kind is FrameKind.MISSING else Dropped)(whose, runs)
+        body = parse_body(payload)
+        if kind is FrameKind.MESSAGE:
+            return ControlMessage(body)
+        if kind is FrameKind.END:
+            nr_frames, sha256 = take_number(body, "nr_frames"), take_text(body, "sha256")
+            if (nr_frames, sha256) != (frame.number, self._frames.digest()):
+                raise ValueError("the digest of all before it is another")
+            return End(nr_frames, sha256)
+        return _decode_body(kind, body)
+
+    def _check(self, section: Section) -> None:
+        """Whether a section fits those before; and take it in."""
+        if isinstance(section, ControlMessage):
+            if not self._messages:
+                raise ValueError("it is for two backends, not for a file")
+            return
+        if self._missing_sizes is not None and isinstance(section, Pages):
+            size_bytes = self._of(self._missing_sizes, section.guest, "guest")
+            check_runs(section.runs, size_bytes, section.content)
+            return
+        if isinstance(section, Missing) and not self._messages:
+            raise ValueError("it is for two backends, not for a file")
+        if self.ended or (self.header is None) != isinstance(section, Header):
+            raise ValueError("it is out of place")
+        if isinstance(section, Header):
+            self.header = section
+        elif isinstance(section, ImageSection | GuestSection):
+            if self._in_state or (isinstance(section, ImageSection) and self.guests):
+                raise ValueError("it is out of place")
+            if isinstance(section, ImageSection):
+                self.images.append(section)
+            else:
+                self._of(self.images, section.image, "image")
+                self.guests.append(section)
+            if len(self.images) > _MAX_IMAGES or len(self.guests) > _MAX_GUESTS:
+                raise ValueError("there are too many")
+        else:
+            self._in_state = True
+            self._check_state(section)
+
+    def _check_state(
+        self,
+        section: WorkingSetSection
+        | ImageBytes
+        | ImageWhole
+        | Pages
+        | Dropped
+        | Missing
+        | Totals
+        | End,
+    ) -> None:
+        if isinstance(section, End):
+            if len(self.totals) != len(self.guests):
+                raise ValueError(f"{len(self.totals)} totals for {len(self.guests)} guests")
+            for no, image in enumerate(self.images):
+                if not self._messages and image.has_bytes and no not in self.whole:
+                    raise ValueError(f"the bytes of image {image.name!r} are not whole")
+            self.ended = True
+        elif isinstance(section, WorkingSetSection):
+            image = self._of(self.images, section.image, "image")
+            nr_extents = -(-image.size_bytes // image.extent_bytes)
+            if max(section.extents, default=0) >= nr_extents:
+                raise ValueError(f"an extent is outside of the image's {nr_extents}")
+        elif isinstance(section, ImageBytes | ImageWhole):
+            image = self._of(self.images, section.image, "image")
+            if not image.has_bytes or section.image in self.whole:
+                raise ValueError(f"image {image.name!r} was to have no more bytes")
+            if isinstance(section, ImageBytes):
+                check_runs(section.runs, image.size_bytes, section.content)
+            else:
+                self.whole.add(section.image)
+        else:
+            guest = self._of(self.guests, section.guest, "guest")
+            if section.guest in self.totals:
+                raise ValueError("the guest's totals were there already")
+            if isinstance(section, Totals):
+                self.totals[section.guest] = section
+                return
+            content = section.content if isinstance(section, Pages) else None
+            check_runs(section.runs, self.images[guest.image].size_bytes, content)
+
+    @staticmethod
+    def _of(things: list[Any], number: int, what: str) -> Any:
+        if number >= len(things):
+            raise ValueError(f"there is no {what} {number}")
+        return things[number]
+
+
+def _decode_body(kind: FrameKind, body: dict[str, Any]) -> Section:
+    if kind is FrameKind.HEADER:
+        return Header(
+            take_text(body, "handoff", max_length=64),
+            (body.get("backend") and take_text(body, "backend")) or "",
+            take_number(body, "created", default=0),
+        )
+    if kind is FrameKind.IMAGE:
+        extent_bytes = take_number(body, "extent_bytes", 4096, 2 << 20)
+        return ImageSection(
+            take_text(body, "name"),
+            take_text(body, "domain"),
+            take_number(body, "size_bytes", 1, 1 << 56),
+            extent_bytes,
+            take_text(body, "digest", max_length=256),
+            take_text(body, "source", max_length=4096, default="?"),
+            body.get("has_bytes") is True,
+            _allowed(body),
+        )
+    if kind is FrameKind.IMAGE_WHOLE:
+        return ImageWhole(take_number(body, "image"))
+    if kind is FrameKind.TOTALS:
+        return Totals(
+            take_number(body, "guest"), take_number(body, "private_pages"), _counters(body)
+        )
+    policy = take_text(body, "policy")
+    if policy not in _POLICIES:
+        raise ValueError(f"policy {policy!r} is not known")
+    return GuestSection(
+        name=take_text(body, "name", max_length=64),
+        image=take_number(body, "image"),
+        uid=take_number(body, "uid", minimum=-1, maximum=(1 << 32) - 1),
+        quota_bytes=take_optional_number(body, "quota_bytes", minimum=PAGE_BYTES),
+        policy=policy,
+        token=take_text(body, "token", max_length=64),
+        owner=take_text(body, "owner"),
+        transport=take_text(body, "transport", max_length=32),
+        counters=_counters(body),
+    )
+
+
+def _allowed(body: dict[str, Any]) -> dict[str, tuple[int | str, ...]] | None:
+    allowed = body.get("allowed")
+    if allowed is None:
+        return None
+    if not isinstance(allowed, dict) or not allowed.keys() <= {"uids", "gids", "clients"}:
+        raise ValueError("it must list uids, gids and clients that may use the image")
+    for key, names in allowed.items():
+        kind = str if key == "clients" else int
+        if not isinstance(names, list) or not all(type(name) is kind for name in names):
+            raise ValueError(f"its {key} are {names!r}"[:200])
+    return {key: tuple(names) for key, names in allowed.items()}
+
+
+def _counters(body: dict[str, Any]) -> dict[str, int]:
+    counters = body.get("counters") or {}
+    if not isinstance(counters, dict) or len(counters) > 256:
+        raise ValueError("its counters are no table of numbers")
+    return {name: take_number(counters, name) for name in counters}
+
+
+assert MAX_PAGES * (PAGE_BYTES + RUN_BYTES) + WHOSE_BYTES <= MAX_RAW_BYTES
