@@ -301,17 +301,6 @@ class Account:
         """The file of preloaded pages not in the guest's memory yet, or -1. Borrowed."""
         return lib.account_preload_fd(self.cdata)
 
-    def preloaded_bitmap(self) -> bytes:
-        """Copy the bitmap of private pages that are in the preload file only."""
-        words = bytearray(8 * ((self.image.nr_pages + 63) // 64))
-        checked(
-            lib.account_preloaded(
-                self.cdata, ffi.from_buffer("uint64_t[]", words), len(words) // 8
-            ),
-            "reading preloaded pages",
-        )
-        return bytes(words)
-
     def count_quota(self) -> tuple[int, int]:
         """Count what the accounts of its quota are charged for, and what the quota says is used.
 

@@ -110,10 +110,6 @@ class FaultHandler:
         """Have whoever waits ask again. Nothing to do is no error."""
         lib.guest_thaw(self._guest)
 
-    def set_options(self, options: FaultOptions) -> None:
-        """Change the options, from the next fault on."""
-        checked(lib.guest_set_options(self._guest, to_struct(options)), "changing fault options")
-
 
 def _check_tracked(result: int, what: str) -> None:
     if result == -errno.EOPNOTSUPP:

@@ -13,6 +13,7 @@ import gc
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, NoReturn
 
 from cowshed.accounting import QuotaPolicy
@@ -24,13 +25,14 @@ from cowshed.service.frontends.unix.sessions import Session
 from cowshed.service.frontends.unix.unix_server import UnixServer
 from cowshed.service.frontends.vmm.image_folders import image_folders
 from cowshed.service.frontends.vmm.image_sockets import ImageSockets
-from cowshed.service.frontends.vmm.machine_records import MachineRecords
+from cowshed.service.frontends.vmm.machine_records import Caller, MachineRecords, RestoredMachine
 from cowshed.service.frontends.vmm.populator import Populator
 from cowshed.service.guests.admission import Admission
-from cowshed.service.guests.guest_records import GuestRecords
+from cowshed.service.guests.guest_records import GuestRecords, RestoredGuest
 from cowshed.service.guests.guests import GuestTable, OpenRequest
 from cowshed.service.guests.userfaultfd import open_device
 from cowshed.service.handoffs import HandoffService
+from cowshed.service.host import Host
 from cowshed.service.images.access import Access
 from cowshed.service.images.autowarm import Autowarm
 from cowshed.service.images.digests import DigestThread
@@ -55,7 +57,7 @@ from cowshed.service.overlays.overlay_records import OverlayRecords
 from cowshed.service.overlays.overlays import OverlayTable
 from cowshed.service.persist.fd_store import FdStore, take_inherited, take_supervisor
 from cowshed.service.persist.inherited import InheritedFds
-from cowshed.service.persist.kept_counts import LOG_COUNTS, LOG_GROUP, keep_counts
+from cowshed.service.persist.kept_counts import LOG_COUNTS, LOG_GROUP, KeptCounts, keep_counts
 from cowshed.service.persist.listeners import Listeners
 from cowshed.service.persist.notice import Groups
 from cowshed.service.reports.status import StatusReader
@@ -82,7 +84,7 @@ from cowshed.service.supervise.keeper_watch import KeeperWatch
 from cowshed.service.supervise.run_lock import run_dir_locked
 from cowshed.service.supervise.supervised_reload import SupervisedReload
 from cowshed.service.supervise.unserved_listeners import UnservedListeners
-from cowshed.transport import AnyListener, adopt_listener
+from cowshed.transport import AnyListener, Connection, adopt_listener
 from cowshed.transport.links.unix import listen_socket
 from cowshed.transport.nbd.serving import NbdServer
 
@@ -131,10 +133,21 @@ def run(
     return 0
 
 
+@dataclass(frozen=True)
+class _Restored:
+    """What the last backend had connections with: guests, machines, and peers without a mapping."""
+
+    guests: list[RestoredGuest]
+    machines: list[RestoredMachine]
+    callers: list[Caller]
+    handed_over: list[tuple[Connection, bool]]
+
+
 class Daemon:
     """Everything that serves one configuration; the stack it is given closes what it opens.
 
-    fd_store holds what a successor is to have; inherited is what the last backend left.
+    fd_store holds what a successor is to have; inherited is what the last backend left. It is made
+    in four steps, each of which relies on those before it.
     """
 
     def __init__(
@@ -145,206 +158,199 @@ class Daemon:
         inherited: InheritedFds | None = None,
     ) -> None:
         self.config: Final = config
-        self._fd_store = fd_store or stack.enter_context(contextlib.closing(FdStore(None)))
+        self._stack: Final = stack
+        fd_store = fd_store or stack.enter_context(contextlib.closing(FdStore(None)))
         inherited = inherited or InheritedFds({})
         stack.callback(inherited.close)
-        self._listeners = Listeners(self._fd_store, inherited)
-        stack.callback(self._listeners.close)
+        self._host: Final = self._open_storage(fd_store, inherited)
+        restored = self._restore_guests(inherited)
+        self._start_background()
+        self._open_frontends(restored)
+        self._let_go(inherited)
+        self._host.admission.set_aside(len(os.listdir("/proc/self/fd")))
+
+    def _open_storage(self, fd_store: FdStore, inherited: InheritedFds) -> Host:
+        # The run-dir is locked before anything in it is touched. Images are opened, inherited ones
+        # first, before there is a guest of them.
+        config, stack = self.config, self._stack
+        listeners = Listeners(fd_store, inherited)
+        stack.callback(listeners.close)
         admission = Admission(raise_file_limit())
         stack.enter_context(run_dir_locked(config.run_dir))
-        record = HandoffRecord(config.state_dir)
-        image_folder, arrived = _find_arrived(config, record, inherited)
+        self._record = HandoffRecord(config.state_dir)
+        self._image_folder, arrived = _find_arrived(config, self._record, inherited)
         specs = (*config.images, *arrived)
         stack.enter_context(image_folders(config.run_dir, specs, config.domains))
-        counts = keep_counts("tallies", DROP_COUNTS, self._fd_store, inherited)
-        self._counters = ServiceCounters(counts)
-        stack.callback(self._counters.close)
-        log_counts = self._log_counts = keep_counts(
-            LOG_GROUP, LOG_COUNTS, self._fd_store, inherited
-        )
-        stack.callback(log_counts.close)
-        logging_count_lost(lambda nr: log_counts.add("backend", nr))
-        stack.callback(lambda: logging_count_lost(None))
-        # The group keeps the name by which other releases hold it.
-        counts = keep_counts("lineage", HISTORY_COUNTS, self._fd_store, inherited)
-        self._history = RestartHistory(counts)
-        stack.callback(self._history.close)
-        self.uffd_device: Final = _lend_device(stack)
-        self._held = stack.enter_context(contextlib.closing(HeldImages(self._fd_store)))
-        is_first = self._history.is_first
-        store, unserved = stack.enter_context(
-            open_store(config, arrived, self._held, inherited, is_first=is_first)
-        )
-        self._store = store
-        self.guests: Final = GuestTable()
-        self.guest_records: Final = GuestRecords(self._fd_store)
-        restored_guests = self.guest_records.adopt(inherited, store, self.guests)
-        core = NbdServer(min(2 * (os.cpu_count() or 1) + 1, _MAX_NBD_THREADS))
-        stack.callback(core.close)
-        overlay_records = OverlayRecords(self._fd_store)
-        overlays = self._overlays = _keep_overlays(
-            config, core, self.guests, admission, stack, overlay_records
-        )
-        overlays.adopt(list(store), inherited, record.owned)
-        self._history.note_adopted()
-        self.incoming: Final = IncomingGuests(overlays, self.guests)
-        evictor = self._evictor = Evictor(store)
-        self._working_sets = WorkingSets(config.state_dir)
-        access = self._access = Access(config.domains, specs)
-        warming = self._warming = Warming()
-        status = StatusReader(
-            store, evictor, self.guests, overlays, config.run_dir, warming, self._history
-        )
-        self.control: Final = Control(
-            store,
-            evictor,
-            self.guests,
-            overlays,
-            status,
-            self._working_sets,
-            self._counters,
-            access,
-            warming,
-        )
-        populator = Populator(config, evictor.max_pinned_extents, self.recorded)
-        machine_records = MachineRecords(self._fd_store)
-        restored_machines = machine_records.adopt(inherited, store, self.guests, populator)
-        callers = machine_records.adopt_callers(inherited, store, restored_machines)
-        evictor.start()
-        stack.callback(evictor.stop)
-        self._side = SideThreads()
-        self._unserved = UnservedImages(unserved, self._side, self._serve_late)
-        status.unserved = self._unserved.status
-        self._sources = SourceWatch(store, self._side)
-        stack.callback(self._sources.stop)
-        status.source_wait_seconds = self._sources.waiting_seconds
-        digests = self._digests = DigestThread(store, self._on_digest)
-        digests.start()
-        stack.callback(digests.stop)
-        self._loop = stack.enter_context(Loop())
-        unserved_listeners = self._unserved_listeners = UnservedListeners(
-            self._listeners, self._loop, self._side, is_first=is_first
-        )
-        status.unserved_listeners = unserved_listeners.status
-        self.workers: Final = Workers(self._loop.call)
-        self.control.is_stopping = lambda: self.workers.is_stopping
-        self.reopener: Final = Reopener(self._loop.call)
-        listener = stack.enter_context(self._listen())
-        watch = KeeperWatch(self._fd_store, self._loop, config.text)
+        counters = ServiceCounters(keep_counts("tallies", DROP_COUNTS, fd_store, inherited))
+        stack.callback(counters.close)
+        self._log_counts = _count_lost_lines(fd_store, inherited, stack)
+        loop = stack.enter_context(Loop())
+        watch = KeeperWatch(fd_store, loop, config.text)
         stack.callback(watch.close)
-        self._keeper = self._history.watch = watch
-        self._unix_server = UnixServer(listener, admission, self, self._counters, self._loop)
-        for restored in restored_guests:
-            self._unix_server.adopt(Session.of_restored(restored, self))
-        self._handed_over = HandedOver(self._fd_store)
-        for connection, is_greeted in self._handed_over.take(inherited):
+        # The group keeps the name by which other releases hold it.
+        counts = keep_counts("lineage", HISTORY_COUNTS, fd_store, inherited)
+        history = RestartHistory(counts, watch)
+        stack.callback(history.close)
+        self.uffd_device = _lend_device(stack)
+        held = stack.enter_context(contextlib.closing(HeldImages(fd_store)))
+        store, self._unopened = stack.enter_context(
+            open_store(config, arrived, held, inherited, is_first=history.is_first)
+        )
+        guests = GuestTable()
+        self._core = NbdServer(min(2 * (os.cpu_count() or 1) + 1, _MAX_NBD_THREADS))
+        stack.callback(self._core.close)
+        records = OverlayRecords(fd_store)
+        return Host(
+            config=config,
+            fd_store=fd_store,
+            listeners=listeners,
+            admission=admission,
+            loop=loop,
+            watch=watch,
+            side=SideThreads(),
+            counters=counters,
+            history=history,
+            store=store,
+            held=held,
+            guests=guests,
+            overlays=_keep_overlays(config, self._core, guests, admission, stack, records),
+            evictor=Evictor(store),
+            working_sets=WorkingSets(config.state_dir),
+            access=Access(config.domains, specs),
+            warming=Warming(),
+        )
+
+    def _restore_guests(self, inherited: InheritedFds) -> _Restored:
+        # Before anything may be evicted: what guests have is charged here, and extents that were
+        # lent to zerocopy guests are pinned again.
+        host = self._host
+        self.guest_records = GuestRecords(host.fd_store)
+        guests = self.guest_records.adopt(inherited, host.store, host.guests)
+        host.overlays.adopt(list(host.store), inherited, self._record.owned)
+        self._populator = Populator(self.config, host.evictor.max_pinned_extents, self.recorded)
+        self._machine_records = MachineRecords(host.fd_store)
+        machines = self._machine_records.adopt(inherited, host.store, host.guests, self._populator)
+        callers = self._machine_records.adopt_callers(inherited, host.store, machines)
+        self._handed_over = HandedOver(host.fd_store)
+        restored = _Restored(guests, machines, callers, self._handed_over.take(inherited))
+        host.history.note_adopted()
+        return restored
+
+    def _start_background(self) -> None:
+        # All that was restored is charged and pinned: from here on extents are evicted, and sources
+        # are read. Nobody connects yet.
+        host, stack = self._host, self._stack
+        host.evictor.start()
+        stack.callback(host.evictor.stop)
+        self._unserved = UnservedImages(self._unopened, host.side, self._serve_late)
+        self._sources = SourceWatch(host.store, host.side)
+        stack.callback(self._sources.stop)
+        self._digests = DigestThread(host.store, self._on_digest)
+        self._digests.start()
+        stack.callback(self._digests.stop)
+        self._unserved_listeners = UnservedListeners(
+            host.listeners, host.loop, host.side, is_first=host.history.is_first
+        )
+        self.workers = Workers(host.loop.call)
+        self.reopener = Reopener(host.loop.call)
+        status = StatusReader(
+            host.store,
+            host.evictor,
+            host.guests,
+            host.overlays,
+            self.config.run_dir,
+            host.warming,
+            host.history,
+            drain=lambda: self._handoffs.state(),
+            unserved=self._unserved.status,
+            unserved_listeners=self._unserved_listeners.status,
+            source_wait_seconds=self._sources.waiting_seconds,
+        )
+        self.control = Control(
+            host.store,
+            host.evictor,
+            host.guests,
+            host.overlays,
+            status,
+            host.working_sets,
+            host.counters,
+            host.access,
+            host.warming,
+            lambda: self.workers.is_stopping,
+        )
+        self.incoming = IncomingGuests(host.overlays, host.guests)
+
+    def _open_frontends(self, restored: _Restored) -> None:
+        # Last of all, and restored guests before new ones: whoever connects finds the rest there.
+        host, stack = self._host, self._stack
+        listener = stack.enter_context(self._listen())
+        self._unix_server = UnixServer(listener, host, self)
+        for guest in restored.guests:
+            self._unix_server.adopt(Session.of_restored(guest, self))
+        for connection, is_greeted in restored.handed_over:
             self._unix_server.adopt(Session.handed_over(connection, self, is_greeted=is_greeted))
         stack.callback(self._unix_server.close)
         self._image_sockets = ImageSockets(
-            list(store),
-            admission,
-            self,
-            self._counters,
-            self._loop,
-            populator,
-            self._listeners,
-            machine_records,
+            host, self.control, self._populator, self._machine_records
         )
-        self._image_sockets.adopt(restored_machines, callers)
+        self._image_sockets.adopt(restored.machines, restored.callers)
         stack.callback(self._image_sockets.close)
         stack.callback(self.workers.stop)
-        entrance = Entrance(overlays, self._side, self._loop.call)
-        stack.callback(lambda: None if entrance.close() else store.leave())
-        self._nbd = NbdService(
-            core,
-            config,
-            store,
-            access,
-            overlays,
-            entrance,
-            admission,
-            self._counters,
-            self._loop,
-            self._listeners,
-            unserved_listeners,
-        )
+        entrance = Entrance(host.overlays, host.side, host.loop.call)
+        stack.callback(lambda: None if entrance.close() else host.store.leave())
+        self._nbd = NbdService(host, self._core, entrance, self._unserved_listeners)
         stack.callback(self._nbd.close)
-        stack.callback(store.cancel_loads)  # or a request that waits for one would keep it open
-        network = NetworkServer(
-            config.listen,
-            store,
-            access,
-            overlays,
-            entrance,
-            self._nbd,
-            admission,
-            self._counters,
-            self._loop,
-            self._listeners,
-            unserved_listeners,
-        )
-        stack.callback(network.close)
-        handoff = HandoffService(
-            store,
-            evictor,
-            self.guests,
-            overlays,
-            access,
+        # Or a request that waits for a load would keep it open.
+        stack.callback(host.store.cancel_loads)
+        self._handoffs = HandoffService(
+            host,
             self.control,
-            self._working_sets,
-            self._counters,
-            record,
-            self._loop,
+            self._record,
             self._unix_server,
-            network.disconnect,
-            config.late_wait,
-            image_folder,
+            lambda guest: self._network.disconnect(guest),
+            self._image_folder,
             self._publish,
         )
-        if config.autowarm:
-            warm = Autowarm(store, evictor, self._working_sets, load, warming)
+        self._network = NetworkServer(
+            host, entrance, self._nbd, self._handoffs.target, self._unserved_listeners
+        )
+        stack.callback(self._network.close)
+        if self.config.autowarm:
+            warm = Autowarm(host.store, host.evictor, host.working_sets, load, host.warming)
             warm.start()
             stack.callback(warm.stop)
         self._saving = Saving(self.workers)
         self._shutdown = GracefulShutdown(
-            self._loop,
-            self._listeners.fds,
-            (self._unix_server, self._image_sockets, self._nbd, network, self._saving),
+            host.loop,
+            host.listeners.fds,
+            (self._unix_server, self._image_sockets, self._nbd, self._network, self._saving),
         )
-        self._takeovers = TakeoverHandler(
-            self.control,
-            store,
-            self.guests,
-            overlays,
-            self._fd_store,
-            watch,
-            self._loop,
-            self._loop.leave,
-        )
-        status.drain = handoff.state
-        handoff.resume()
-        network.take_handoffs(handoff.target, config.handoff_rules)
-        stack.callback(handoff.stop)
-        if config.metrics is not None:
-            self._serve_metrics(config.metrics, stack)
-        self._let_go(inherited)
-        admission.set_aside(len(os.listdir("/proc/self/fd")))
+        self._takeovers = TakeoverHandler(host, self.control)
+        self._handoffs.resume()
+        stack.callback(self._handoffs.stop)
+        if self.config.metrics is not None:
+            self._serve_metrics(self.config.metrics)
+
+    @property
+    def guests(self) -> GuestTable:
+        """The table of guests that map."""
+        return self._host.guests
 
     def _listen(self) -> AnyListener:
         path = socket_path(self.config.run_dir)
         uri = f"unix://{path}"
-        sock = self._listeners.open("guests", lambda: listen_socket(uri), path)
+        sock = self._host.listeners.open("guests", lambda: listen_socket(uri), path)
         return adopt_listener(uri, sock.detach())
 
     def _publish(self, image: Image, spec: ImageSpec) -> None:
         """Serve an image that came in a handoff; from its thread."""
-        self._held.hold(image)
+        self._host.held.hold(image)
         self._list(image, spec)
 
     def _list(self, image: Image, spec: ImageSpec) -> None:
-        self._access.allow(image, spec.allowed)
-        self._store.list_image(image)
-        self._loop.call(lambda: self._image_sockets.add(image))
+        self._host.access.allow(image, spec.allowed)
+        self._host.store.list_image(image)
+        self._host.loop.call(lambda: self._image_sockets.add(image))
 
     def _serve_late(self, spec: ImageSpec, source: FileSource) -> None:
         """Serve an image whose source could not be opened before; from a side thread.
@@ -352,54 +358,55 @@ class Daemon:
         Takes the source over. On failure nothing of the image is left, so it may be tried again.
         """
         try:
-            image = self._store.open_image(spec.name, source, spec.domain, listed=False)
+            image = self._host.store.open_image(spec.name, source, spec.domain, listed=False)
         except BaseException:
             source.close()
             raise
         try:
-            self._held.hold(image)
+            self._host.held.hold(image)
         except BaseException:
-            self._evictor.close_image(image)  # which closes the source
+            self._host.evictor.close_image(image)  # which closes the source
             raise
-        self._overlays.adopt_late(image)
+        self._host.overlays.adopt_late(image)
         self._list(image, spec)
         self._digests.add(image)
 
     def _on_digest(self, image: Image) -> None:
         """An image's digest is known; from some thread."""
         _log.info("digest", image=image.label, digest=image.digest)
-        self._overlays.note_digest(image)
+        self._host.overlays.note_digest(image)
 
     def _let_go(self, inherited: InheritedFds) -> None:
         """Whatever our predecessor had that we have no use for."""
         for name in inherited:
             if not name.startswith("source/"):  # said of its image
                 _log.warning("left-over", "nothing served now is made of it", group=name)
-            self._fd_store.release(name)
+            self._host.fd_store.release(name)
         inherited.close()
 
-    def _serve_metrics(self, endpoint: Endpoint, stack: contextlib.ExitStack) -> None:
+    def _serve_metrics(self, endpoint: Endpoint) -> None:
         # Not at the top: import_for says when it is imported.
         from cowshed.service.metrics.port import MetricsPort, MetricsSources
 
+        host = self._host
         sources = MetricsSources(
-            self._store,
-            self._evictor,
-            self.guests,
-            self._counters,
+            host.store,
+            host.evictor,
+            host.guests,
+            host.counters,
             self.config.guest_metrics,
-            self._overlays,
+            host.overlays,
             self._nbd.counters,
-            self._warming,
-            self._history,
+            host.warming,
+            host.history,
             self._log_counts,
             self._sources.waiting_seconds,
             self._unserved.labels,
         )
         port = MetricsPort(endpoint, sources, self.control.status)
-        stack.callback(port.close)
+        self._stack.callback(port.close)
         held_as = f"metrics/{endpoint}"
-        prepare = functools.partial(self._listeners.open, held_as, port.bind)
+        prepare = functools.partial(self._host.listeners.open, held_as, port.bind)
         self._unserved_listeners.serve(f"http://{endpoint}/metrics", prepare, port.serve, held_as)
 
     def end_parked(self, request: OpenRequest) -> bool:
@@ -408,19 +415,19 @@ class Daemon:
 
     def shut_down(self) -> None:
         """End the loop, once it has sent what is queued."""
-        self._loop.stop()
+        self._host.loop.stop()
 
     def recorded(self, image: Image) -> list[int]:
         """The extents that guests of an image touched, this run's and earlier ones', in order."""
-        return self._working_sets.recorded(image)
+        return self._host.working_sets.recorded(image)
 
     def serve(self, on_serving: Callable[[], None] | None = None) -> None:
         """Answer until a signal or shut_down ends it."""
-        loop = self._loop
-        is_supervised = self._keeper.kind == "systemd"
+        loop = self._host.loop
+        is_supervised = self._host.watch.kind == "systemd"
         loop.stop_on_signals(reload=is_supervised)
         reload = SupervisedReload(loop, loop.leave)
-        loop.watch(self._store.notice_fd, READ, self._on_notice)
+        loop.watch(self._host.store.notice_fd, READ, self._on_notice)
         loop.every(_LOOK_SECONDS, logging_tell_lost)
         loop.every(_LOOK_SECONDS, self._sources.look)
         loop.every(_LOOK_SECONDS, self._unserved.look)
@@ -433,11 +440,11 @@ class Daemon:
             run_dir=self.config.run_dir,
             capacity=format_bytes(self.config.capacity_bytes),
             images=", ".join(
-                f"{image.label} ({format_bytes(image.size_bytes)})" for image in self._store
+                f"{image.label} ({format_bytes(image.size_bytes)})" for image in self._host.store
             ),
         )
         stop_at("takeover-adopted")
-        self._fd_store.tell(READY="1")
+        self._host.fd_store.tell(READY="1")
         if on_serving is not None:
             on_serving()
         loop.run()
@@ -449,8 +456,8 @@ class Daemon:
                 self._leave(loop.ended_by)
             loop.run()
         reload.close()
-        self._fd_store.tell(STOPPING="1")
-        self._fd_store.reconcile(_PATIENCE_SECONDS)
+        self._host.fd_store.tell(STOPPING="1")
+        self._host.fd_store.reconcile(_PATIENCE_SECONDS)
         self._save_at_end()
         _log.notice("stopping", pid=os.getpid())
 
@@ -461,43 +468,43 @@ class Daemon:
         its own ways to end us for good, and closes what it holds then; its restart must look to
         guests like any other.
         """
-        self._saving.begin(lambda: self._working_sets.save(self._store))
+        self._saving.begin(lambda: self._host.working_sets.save(self._host.store))
         if self._shutdown.prepare():
             self._unix_server.give(self._handed_over)
             if self._is_held(cause) and self._takeovers.hand_over():
                 self._end_now("takeover" if self._takeovers.is_leaving else "reload")
             self._handed_over.take_back()
-            self._loop.begin_again()
+            self._host.loop.begin_again()
         self._shutdown.take_back()
 
     def _is_held(self, cause: signal.Signals) -> bool:
         """Whether our successor would have everything. One who is ended by systemd goes anyway."""
-        if self._fd_store.reconcile(_PATIENCE_SECONDS) or self._takeovers.is_leaving:
+        if self._host.fd_store.reconcile(_PATIENCE_SECONDS) or self._takeovers.is_leaving:
             return True
         if cause in (LEAVE, RELOAD):
             _log.error(
                 "reload-refused",
-                f"{self._fd_store.nr_not_held} groups of descriptors are not held for a successor; "
-                "everything stays as it is: try again once cowshed status shows none",
+                f"{self._host.watch.nr_not_held} groups of descriptors are not held for a "
+                "successor; everything stays as it is: try again once cowshed status shows none",
             )
             return False
         return True
 
     def _end_now(self, how: str) -> NoReturn:
-        self._history.note_leaving(how)
+        self._host.history.note_leaving(how)
         _log.notice("leaving", pid=os.getpid())
         os._exit(0)
 
     def _look_at_sockets(self) -> None:
-        self._side.run("sockets", self._listeners.look)
+        self._host.side.run("sockets", self._host.listeners.look)
 
     def _save(self) -> None:
-        self._side.run("working sets", lambda: self._working_sets.save(self._store))
+        self._host.side.run("working sets", lambda: self._host.working_sets.save(self._host.store))
         logging_tell_suppressed()
 
     def _save_at_end(self) -> None:
         """Keep what guests touched, unless the state directory does not answer."""
-        InTime(lambda: self._working_sets.save(self._store)).wait(_SAVE_AT_END_SECONDS)
+        InTime(lambda: self._host.working_sets.save(self._host.store)).wait(_SAVE_AT_END_SECONDS)
 
     def _on_notice(self, fd: int, _: int) -> None:
         os.read(fd, 8)
@@ -542,6 +549,17 @@ def _keep_overlays(
     overlays = OverlayTable(core, guests, admission, limits, files, overlay_records)
     stack.callback(overlays.close)
     return overlays
+
+
+def _count_lost_lines(
+    fd_store: FdStore, inherited: InheritedFds, stack: contextlib.ExitStack
+) -> KeptCounts:
+    """Have lines of the log that nobody took counted, by this backend and its successors."""
+    counts = keep_counts(LOG_GROUP, LOG_COUNTS, fd_store, inherited)
+    stack.callback(counts.close)
+    logging_count_lost(lambda nr: counts.add("backend", nr))
+    stack.callback(lambda: logging_count_lost(None))
+    return counts
 
 
 def _lend_device(stack: contextlib.ExitStack) -> int | None:

@@ -8,15 +8,12 @@ import threading
 from collections.abc import Callable, Container, Iterator
 from typing import Any, Final
 
-from cowshed.cache import CapacityError, Image, PageStore, UsageError
+from cowshed.cache import CapacityError, Image, UsageError
 from cowshed.service.frontends.unix.unix_server import UnixServer
-from cowshed.service.guests.guests import GuestTable
-from cowshed.service.images.access import Access
-from cowshed.service.images.evictor import Evictor
+from cowshed.service.host import Host
 from cowshed.service.images.incoming_images import ImageFolder
 from cowshed.service.images.loading import load
-from cowshed.service.images.working_sets import WorkingSets
-from cowshed.service.metrics.service_counters import DrainStatistics, ServiceCounters
+from cowshed.service.metrics.service_counters import DrainStatistics
 from cowshed.service.migration.carriers import MigratingCarrier, may_carry
 from cowshed.service.migration.dial import REPLY_SECONDS, dial_target
 from cowshed.service.migration.drain import Drain
@@ -28,9 +25,8 @@ from cowshed.service.migration.migrating import MigratingGuest, MigratingMapping
 from cowshed.service.migration.record import HandoffRecord
 from cowshed.service.migration.state import Phase
 from cowshed.service.operators.control import Control
-from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.service.overlays.overlays import OverlayGuest
 from cowshed.service.runtime.logs import EventLog
-from cowshed.service.runtime.loop import Loop
 from cowshed.service.settings.domains import DomainMembers
 from cowshed.transport.messages.fields import take_optional_number, take_text
 
@@ -54,19 +50,11 @@ class HandoffService:
 
     def __init__(
         self,
-        store: PageStore,
-        evictor: Evictor,
-        guests: GuestTable,
-        overlays: OverlayTable,
-        access: Access,
+        host: Host,
         control: Control,
-        working_sets: WorkingSets,
-        counters: ServiceCounters,
         record: HandoffRecord,
-        loop: Loop,
         unix_server: UnixServer,
         disconnect: Disconnect,
-        late_wait_seconds: float,
         image_folder: ImageFolder | None,
         publish: Publish,
     ) -> None:
@@ -75,24 +63,24 @@ class HandoffService:
         image_folder keeps images that come; publish(image, spec) has them served, from any thread.
         """
         self.record: Final = record
-        self.counters: Final = counters
-        self.working_sets: Final = working_sets
-        self._store = store
-        self._guests = guests
-        self._overlays = overlays
-        self._access = access
-        self._loop = loop
+        self.counters: Final = host.counters
+        self.working_sets: Final = host.working_sets
+        self._store = host.store
+        self._guests = host.guests
+        self._overlays = host.overlays
+        self._access = host.access
+        self._loop = host.loop
         self._unix_server = unix_server
         self._disconnect = disconnect
         self._drain: Drain | None = None
         self.target: Final = HandoffTarget(
-            store,
-            evictor,
-            overlays,
+            host.store,
+            host.evictor,
+            host.overlays,
             record,
             load,
             self._on_owner,
-            late_wait_seconds,
+            host.config.late_wait,
             image_folder,
             publish,
             self._why_no_guests,

@@ -96,15 +96,6 @@ int account_preload_fd(const struct account *account)
 	return account->preload_fd;
 }
 
-int account_preloaded(const struct account *account, uint64_t *words_out, uint64_t nr_words)
-{
-	if (nr_words != bits_bytes(account->image->shape.nr_pages) / sizeof(bits_word))
-		return -ERANGE;
-	for (uint64_t i = 0; i < nr_words; i++)
-		words_out[i] = account->preloaded[i];
-	return 0;
-}
-
 void account_preload_installed(struct account *account, uint64_t first, uint64_t nr)
 {
 	uint64_t nr_gone = 0;

@@ -27,8 +27,6 @@ int64_t account_preload(struct account *account, int source_fd, const uint64_t *
 int account_adopt_preloaded(struct account *account, int source_fd);
 /* The preload file, the account's own; -1: the guest's memory has all pages. */
 int account_preload_fd(const struct account *account);
-/* A copy of the bitmap of preloaded pages: (nr_pages + 63) / 64 words. */
-int account_preloaded(const struct account *account, uint64_t *words_out, uint64_t nr_words);
 /* cdef-end */
 
 /* Under write_lock: preloaded pages are in the guest's memory. */

@@ -324,7 +324,7 @@ static void *guest_main(void *arg)
 	return NULL;
 }
 
-int guest_set_options(struct guest *guest, const struct fault_options *options)
+static int set_options(struct guest *guest, const struct fault_options *options)
 {
 	if (options->window_pages & (options->window_pages - 1) || options->window_pages > WINDOW_MAX_PAGES)
 		return -EINVAL;
@@ -379,7 +379,7 @@ int guest_start_kind(struct account *account, int uffd, int pidfd, const struct 
 	pthread_cond_init(&guest->hold.changed, NULL);
 	atomic_store(&guest->hold.wanted, account_is_frozen(account)); /* adopted so */
 	guest->waiting = calloc(1, bits_bytes(guest->image->shape.nr_extents));
-	int err = guest->waiting ? guest_set_options(guest, options) : -ENOMEM;
+	int err = guest->waiting ? set_options(guest, options) : -ENOMEM;
 	if (!err && (flags < 0 || fcntl(uffd, F_SETFL, flags | O_NONBLOCK) < 0))
 		err = -errno;
 	if (!err && (guest->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0)

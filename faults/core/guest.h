@@ -45,7 +45,6 @@ void guest_resume(struct guest *guest);
 int guest_freeze(struct guest *guest);
 /* Ends the freeze and wakes blocked faults. */
 void guest_thaw(struct guest *guest);
-int guest_set_options(struct guest *guest, const struct fault_options *options);
 /* The features a guest's userfaultfd must have been made with. */
 uint64_t guest_uffd_features(void);
 /* cdef-end */

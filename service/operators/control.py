@@ -52,7 +52,9 @@ class Control:
         counters: ServiceCounters,
         access: Access,
         warming: Warming,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
+        """is_stopping() says whether all that takes long is to end."""
         self._store = store
         self._access = access
         self._evictor = evictor
@@ -62,8 +64,7 @@ class Control:
         self._working_sets = working_sets
         self._counters = counters
         self._warming = warming
-        # Whether all that takes long is to end.
-        self.is_stopping: Callable[[], bool] = lambda: False
+        self.is_stopping: Final = is_stopping
         self._quick = {"status", "quota", "warm-abort"}
         self._with_fds: dict[str, Callable[[Body, list[int]], Iterable[Body]]] = {}
         self._ops: dict[str, Callable[[Body], Iterable[Body]]] = {

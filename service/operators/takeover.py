@@ -15,19 +15,16 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
-from cowshed.cache import Image, PageStore, UsageError
-from cowshed.service.guests.guests import GuestTable
+from cowshed.cache import Image, UsageError
+from cowshed.service.host import Host
 from cowshed.service.operators.control import Control
-from cowshed.service.overlays.overlays import OverlayTable
-from cowshed.service.persist.fd_store import FdStore
 from cowshed.service.persist.notice import FOLLOWER, LEFT
 from cowshed.service.runtime.logs import EventLog
-from cowshed.service.runtime.loop import READ, Loop
+from cowshed.service.runtime.loop import READ
 from cowshed.service.runtime.stops import stop_at
-from cowshed.service.supervise.keeper_watch import KeeperWatch
 from cowshed.service.supervise.layouts import LAYOUTS
 from cowshed.transport.messages.fields import take_choice, take_number, take_text
 
@@ -41,29 +38,19 @@ _PATIENCE_SECONDS: Final = 1.0
 
 
 class TakeoverHandler:
-    """Answers who wants to take over; one at a time. leave() has the loop end, for us to leave.
+    """Answers who wants to take over; one at a time.
 
     Invariant: _pidfd is that of the follower that holds a copy of everything, or -1.
     """
 
-    def __init__(
-        self,
-        control: Control,
-        store: PageStore,
-        guests: GuestTable,
-        overlays: OverlayTable,
-        fd_store: FdStore,
-        keeper: KeeperWatch,
-        loop: Loop,
-        leave: Callable[[], None],
-    ) -> None:
-        self._store = store
-        self._guests = guests
-        self._overlays = overlays
-        self._fd_store = fd_store
-        self._keeper = keeper
-        self._loop = loop
-        self._leave = leave
+    def __init__(self, host: Host, control: Control) -> None:
+        self._store = host.store
+        self._guests = host.guests
+        self._overlays = host.overlays
+        self._fd_store = host.fd_store
+        self._keeper = host.watch
+        self._loop = host.loop
+        self._leave = host.loop.leave
         self._lock = threading.Lock()
         self._pid = 0
         self._pidfd = -1

@@ -48,21 +48,28 @@ class StatusReader:
         run_dir: Path,
         warming: Warming,
         history: RestartHistory | None = None,
+        *,
+        drain: Callable[[], dict[str, Any] | None] = lambda: None,
+        unserved: Callable[[], list[dict[str, Any]]] = list,
+        unserved_listeners: Callable[[], list[dict[str, Any]]] = list,
+        source_wait_seconds: Callable[[Image], float] = lambda _: 0.0,
     ) -> None:
+        """drain() is the drain under way, or the last one; None: there was none.
+
+        unserved() and unserved_listeners() are images and listeners of the configuration that
+        cannot be served, and why. source_wait_seconds(image) is for how long its source has left
+        something unanswered.
+        """
         self._store = store
         self._evictor = evictor
         self._guests = guests
         self._overlays = overlays
         self._run_dir = run_dir
         self._warming = warming
-        # How the drain is that is under way, or was; None: there was none.
-        self.drain: Callable[[], dict[str, Any] | None] = lambda: None
-        # Images of the configuration that cannot be served, and why.
-        self.unserved: Callable[[], list[dict[str, Any]]] = list
-        # Listeners of the configuration that cannot be opened, and why.
-        self.unserved_listeners: Callable[[], list[dict[str, Any]]] = list
-        # For how long an image's source has left something unanswered.
-        self.source_wait_seconds: Callable[[Image], float] = lambda _: 0.0
+        self._drain = drain
+        self._unserved = unserved
+        self._unserved_listeners = unserved_listeners
+        self._source_wait_seconds = source_wait_seconds
         self._history = history or RestartHistory()
         self._started_ns = time.monotonic_ns()
 
@@ -93,7 +100,7 @@ class StatusReader:
         images = [
             {
                 **_image_status(image),
-                "source_wait_seconds": self.source_wait_seconds(image),
+                "source_wait_seconds": self._source_wait_seconds(image),
                 "warming": _warming_status(self._warming.of(image)),
             }
             for image in self._store
@@ -129,10 +136,10 @@ class StatusReader:
             "latency_us": {
                 kind.name.lower(): _latency_us(latency) for kind, latency in latencies.items()
             },
-            "drain": self.drain(),
+            "drain": self._drain(),
             "images": images,
-            "unserved_images": self.unserved(),
-            "unserved_listeners": self.unserved_listeners(),
+            "unserved_images": self._unserved(),
+            "unserved_listeners": self._unserved_listeners(),
             "guests": guests,
         }
 

@@ -19,17 +19,17 @@ HISTORY_COUNTS: Final = ("starts", *HOWS, "left-reload", "left-takeover")
 
 
 class RestartHistory:
-    """Counts on what our predecessors counted. watch is our keeper, once there is one.
+    """Counts on what earlier backends counted. watch is the keeper's; None: there is no keeper.
 
     adoption_seconds is how long it took from our start until all was answered that was left, 0.0 if
     nothing was.
     """
 
-    def __init__(self, counts: KeptCounts | None = None) -> None:
+    def __init__(self, counts: KeptCounts | None = None, watch: KeeperWatch | None = None) -> None:
         self._counts = counts or KeptCounts(HISTORY_COUNTS)
         self._began = time.monotonic()
         self.adoption_seconds = 0.0
-        self.watch: KeeperWatch | None = None
+        self._watch: Final = watch
         before = self._counts.read()
         self._is_first = not before["starts"]
         if not self._is_first:
@@ -65,12 +65,12 @@ class RestartHistory:
     @property
     def keeper(self) -> str:
         """Who holds everything for our successor and starts it: one of KEEPERS."""
-        return "none" if self.watch is None else self.watch.kind
+        return "none" if self._watch is None else self._watch.kind
 
     @property
     def nr_not_held(self) -> int:
         """How many groups of descriptors a successor would lack, had we to die now."""
-        return 0 if self.watch is None else self.watch.nr_not_held
+        return 0 if self._watch is None else self._watch.nr_not_held
 
     def status(self) -> dict[str, Any]:
         """The part of the status that tells of it."""

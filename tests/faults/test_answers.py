@@ -196,7 +196,6 @@ def test_impossible_windows_are_refused(stage: Stage) -> None:
             FaultOptions(window_bytes=window)
         with pytest.raises(UsageError, match="power of two"):
             FaultOptions(write_window_bytes=window)
-    guest.handler.set_options(FaultOptions(window_bytes=PAGE))
     guest.read(0)
     handler = guest.handler
     assert isinstance(handler, FaultHandler)

@@ -92,16 +92,6 @@ class Dialogue:
     _theirs: set[int] = field(default_factory=set)
     _last_tag: int = 0
 
-    @property
-    def nr_outstanding(self) -> int:
-        """How many requests of ours have no last answer yet."""
-        return len(self._ours)
-
-    @property
-    def nr_owed(self) -> int:
-        """How many requests of the peer's have no last answer yet."""
-        return len(self._theirs)
-
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold."""
         assert len(self._ours) <= max(1, self.their_limit)

@@ -18,21 +18,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from cowshed.cache import Image, PageStore
+from cowshed.cache import Image
 from cowshed.cache.errors import CowshedError
 from cowshed.service.frontends.nbd.exports import HeldExport, NbdDirectory
 from cowshed.service.frontends.nbd.peers import NbdPeer, listen_path, listen_tcp, peer_of, tune
 from cowshed.service.frontends.nbd.session import NbdSession
-from cowshed.service.guests.admission import Admission
-from cowshed.service.images.access import Access
-from cowshed.service.metrics.service_counters import ServiceCounters
+from cowshed.service.host import Host
 from cowshed.service.overlays.entrance import Entering, Entrance
-from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
-from cowshed.service.persist.listeners import Listeners
+from cowshed.service.overlays.overlays import OverlayGuest
 from cowshed.service.runtime.logs import EventLog
-from cowshed.service.runtime.loop import READ, Loop
+from cowshed.service.runtime.loop import READ
 from cowshed.service.runtime.test_points import reach
-from cowshed.service.settings.config import Config
 from cowshed.service.settings.tls_context import make_context
 from cowshed.service.supervise.unserved_listeners import UnservedListeners
 from cowshed.transport.links.acceptor import NR_SPARE, Acceptor
@@ -74,28 +70,18 @@ class NbdService:
     """
 
     def __init__(
-        self,
-        core: NbdServer,
-        config: Config,
-        store: PageStore,
-        access: Access,
-        overlays: OverlayTable,
-        entrance: Entrance,
-        admission: Admission,
-        counters: ServiceCounters,
-        loop: Loop,
-        listeners: Listeners,
-        unserved: UnservedListeners,
+        self, host: Host, core: NbdServer, entrance: Entrance, unserved: UnservedListeners
     ) -> None:
+        config, listeners, loop = host.config, host.listeners, host.loop
         self.tls: ssl.SSLContext | None = None
         self._nr_files: Final = _FDS_PLAIN if config.tls is None else _FDS_TLS
         self._config = config
-        self._store = store
-        self._access = access
-        self._overlays = overlays
+        self._store = host.store
+        self._access = host.access
+        self._overlays = host.overlays
         self._entrance = entrance
-        self._admission = admission
-        self._counters = counters
+        self._admission = host.admission
+        self._counters = host.counters
         self._loop = loop
         self._sessions: set[NbdSession] = set()
         self._clients: dict[int, _Client] = {}

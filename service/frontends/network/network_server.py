@@ -14,28 +14,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Sequence
 from typing import Final
 
 from cowshed.accounting import QuotaPolicy
-from cowshed.cache import CapacityError, CowshedError, Image, PageStore, PeerError, UsageError
+from cowshed.cache import CapacityError, CowshedError, Image, PeerError, UsageError
 from cowshed.service.frontends.nbd.server import NbdService
 from cowshed.service.frontends.network.session import Entered, NetworkSession, address_of
-from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.turned_away import TurnedAway, what_failed
-from cowshed.service.images.access import Access
-from cowshed.service.metrics.service_counters import ServiceCounters
+from cowshed.service.host import Host
 from cowshed.service.migration.handoff_target import HandoffTarget
 from cowshed.service.migration.link import SocketLink
 from cowshed.service.overlays.claims import Claim
 from cowshed.service.overlays.entrance import Entering, Entrance
-from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.service.overlays.overlays import OverlayGuest
 from cowshed.service.persist.listeners import Listeners
 from cowshed.service.runtime.logs import EventLog
-from cowshed.service.runtime.loop import READ, WRITE, Loop
+from cowshed.service.runtime.loop import READ, WRITE
 from cowshed.service.runtime.test_points import reach
 from cowshed.service.settings.domains import Identity
-from cowshed.service.settings.handoff_rules import HandoffRules
 from cowshed.service.supervise.unserved_listeners import UnservedListeners
 from cowshed.transport import EOF
 from cowshed.transport.links.addresses import parse_stream_uri, scheme_of
@@ -63,34 +59,30 @@ class NetworkServer:
 
     def __init__(
         self,
-        uris: Sequence[str],
-        store: PageStore,
-        access: Access,
-        overlays: OverlayTable,
+        host: Host,
         entrance: Entrance,
         nbd: NbdService,
-        admission: Admission,
-        counters: ServiceCounters,
-        loop: Loop,
-        listeners: Listeners,
+        handoffs: HandoffTarget,
         unserved: UnservedListeners,
     ) -> None:
-        self._store = store
-        self._access = access
-        self._overlays = overlays
+        """handoffs takes guests that other backends give, from those that the rules allow."""
+        listeners, loop = host.listeners, host.loop
+        self._store = host.store
+        self._access = host.access
+        self._overlays = host.overlays
         self._entrance = entrance
         self._nbd = nbd
-        self._admission = admission
-        self._counters = counters
+        self._admission = host.admission
+        self._counters = host.counters
         self._loop = loop
         self._sessions: dict[int, NetworkSession] = {}
         self._numbers: dict[OverlayGuest, int] = {}
-        self._handoffs: HandoffTarget | None = None
-        self._handoff_rules = HandoffRules()
+        self._handoffs: Final = handoffs
+        self._handoff_rules: Final = host.config.handoff_rules
         self._listeners: dict[int, StreamListener] = {}
         self._turned_away: dict[int, TurnedAway] = {}
         try:
-            for uri in uris:
+            for uri in host.config.listen:
                 held_as = uri.partition("?")[0]
                 prepare = functools.partial(_prepare, uri, held_as, nbd, listeners)
                 unserved.serve(held_as, prepare, self._open, held_as)
@@ -111,10 +103,6 @@ class NetworkServer:
                 "domain: use tls://, or an address of this host alone",
                 uri=listener.uri,
             )
-
-    def take_handoffs(self, target: HandoffTarget, rules: HandoffRules) -> None:
-        """From now on backends that the rules allow may hand their guests over."""
-        self._handoffs, self._handoff_rules = target, rules
 
     def close(self) -> None:
         """Stop listening and end conversations; those whose bytes flow end with the C core."""
@@ -321,7 +309,6 @@ class NetworkServer:
         self._loop.forget(fd)
         address, nr_fds = address_of(session.connection), _FDS[session.scheme]
         leave = functools.partial(self._admission.leave, address, nr_fds)
-        assert self._handoffs is not None
         try:
             if tls is not None:
                 sock = Relay(sock, tls, handshake_seconds=0).inner

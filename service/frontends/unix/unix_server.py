@@ -12,13 +12,12 @@ from cowshed.cache import CapacityError, PeerError
 from cowshed.cache.errors import PeerGoneError
 from cowshed.service.frontends.unix.handed_over import HandedOver
 from cowshed.service.frontends.unix.sessions import Session, SessionHost
-from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guests import Guest, OpenRequest
 from cowshed.service.guests.turned_away import TurnedAway, what_failed
-from cowshed.service.metrics.service_counters import ServiceCounters
+from cowshed.service.host import Host
 from cowshed.service.reports.guest_states import say_state
 from cowshed.service.runtime.logs import EventLog
-from cowshed.service.runtime.loop import READ, WRITE, Loop
+from cowshed.service.runtime.loop import READ, WRITE
 from cowshed.service.runtime.test_points import reach
 from cowshed.transport import EOF, AnyListener
 from cowshed.transport.links.no_room import no_room
@@ -40,19 +39,12 @@ class UnixServer:
     socket, which a successor is to find as it is.
     """
 
-    def __init__(
-        self,
-        listener: AnyListener,
-        admission: Admission,
-        host: SessionHost,
-        counters: ServiceCounters,
-        loop: Loop,
-    ) -> None:
+    def __init__(self, listener: AnyListener, host: Host, session_host: SessionHost) -> None:
         self._listener = listener
-        self._admission = admission
-        self._host = host
-        self._counters = counters
-        self._loop = loop
+        self._admission = host.admission
+        self._host = session_host
+        self._counters = host.counters
+        loop = self._loop = host.loop
         self._sessions: dict[int, Session] = {}
         self._turned_away = TurnedAway(loop, listener.refill)
         loop.watch(listener.fileno(), READ, self._on_connect)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from cowshed.accounting import Account, QuotaPolicy
 from cowshed.accounting import Region as PlacedRegion
@@ -29,18 +29,16 @@ from cowshed.service.frontends.vmm.handshake_peer import HandshakePeer
 from cowshed.service.frontends.vmm.image_folders import make_image_folders
 from cowshed.service.frontends.vmm.machine_records import Caller, MachineRecords, RestoredMachine
 from cowshed.service.frontends.vmm.populator import Populator, check_regions, is_zerocopy
-from cowshed.service.guests.admission import Admission
-from cowshed.service.guests.guests import Guest, GuestTable, Mapping, OpenRequest, Peer
+from cowshed.service.guests.guests import Guest, Mapping, OpenRequest, Peer
 from cowshed.service.guests.turned_away import what_failed
 from cowshed.service.guests.userfaultfd import check_populated_uffd, open_pagemap
-from cowshed.service.metrics.service_counters import ServiceCounters
+from cowshed.service.host import Host
 from cowshed.service.operators.control import Control
-from cowshed.service.persist.listeners import Listeners
 from cowshed.service.reports.guest_states import say_state
 from cowshed.service.runtime.logs import EventLog
-from cowshed.service.runtime.loop import READ, WRITE, Loop
+from cowshed.service.runtime.loop import READ, WRITE
 from cowshed.service.runtime.test_points import reach
-from cowshed.service.settings.config import SOCKET_PATH_MAX_BYTES, Config
+from cowshed.service.settings.config import SOCKET_PATH_MAX_BYTES
 from cowshed.service.settings.domains import Identity
 from cowshed.service.settings.names import image_socket_path
 from cowshed.transport.links.acceptor import Acceptor
@@ -67,22 +65,6 @@ _BACKLOG: Final = 128
 _IDLE_SECONDS: Final = 600.0
 
 
-class ImageSocketsHost(Protocol):
-    """What the sockets need of the daemon."""
-
-    @property
-    def config(self) -> Config:
-        """What the daemon was told."""
-
-    @property
-    def control(self) -> Control:
-        """Which images there are, and for whom."""
-
-    @property
-    def guests(self) -> GuestTable:
-        """Who is attached."""
-
-
 @dataclass
 class _Client:
     """A connection, and its guest once it has sent a handshake. group is what it is held as."""
@@ -102,26 +84,25 @@ class ImageSockets:
 
     def __init__(
         self,
-        images: Iterable[Image],
-        admission: Admission,
-        host: ImageSocketsHost,
-        counters: ServiceCounters,
-        loop: Loop,
+        host: Host,
+        control: Control,
         populator: Populator,
-        listeners: Listeners,
         records: MachineRecords,
     ) -> None:
-        self._admission = admission
-        self._host = host
-        self._counters = counters
-        self._loop = loop
+        """control says whether guests may come in."""
+        self._config: Final = host.config
+        self._guests: Final = host.guests
+        self._control = control
+        self._admission = host.admission
+        self._counters = host.counters
+        loop = self._loop = host.loop
         self._populator = populator
         self._records = records
         self._clients: dict[int, _Client] = {}
-        self._opener = listeners
+        self._opener = host.listeners
         self._acceptor: Final = Acceptor()
         self._listeners: dict[Path, socket.socket] = {}
-        for image in images:
+        for image in host.store:
             self._listen(image, image_socket_path(host.config.run_dir, image))
         loop.every(_LOOK_SECONDS, self._look_after)
 
@@ -142,7 +123,7 @@ class ImageSockets:
 
     def add(self, image: Image) -> None:
         """Listen for an image that came later; a failure is logged."""
-        config = self._host.config
+        config = self._config
         try:
             make_image_folders(config.run_dir, [image], config.domains)
             self._listen(image, image_socket_path(config.run_dir, image))
@@ -211,7 +192,7 @@ class ImageSockets:
         """Why a peer may not use the image; "" if it may."""
         identity = Identity(peer.uid, peer.gid)
         try:
-            if self._host.control.find_guest_image(_full_name(image), identity) is image:
+            if self._control.find_guest_image(_full_name(image), identity) is image:
                 return ""
         except MovedError as error:
             return str(error)
@@ -268,12 +249,12 @@ class ImageSockets:
 
     def _attach(self, client: _Client, handshake: Handshake, uffd: int) -> None:
         """Make the connection's guest; the descriptor is the guest's on success only."""
-        host, peer, image = self._host, client.peer, client.image
-        host.control.check_open()  # it may have connected before the drain
+        peer, image = client.peer, client.image
+        self._control.check_open()  # it may have connected before the drain
         check_populated_uffd(uffd)
         check_regions(handshake, image.map_bytes)
         populate = self._populator.options(handshake, image)
-        config = host.config
+        config = self._config
         request = OpenRequest(
             name=f"{'fc' if handshake.protocol == 'firecracker' else 'nydus'}-{peer.pid}",
             image=image,
@@ -298,7 +279,7 @@ class ImageSockets:
             reach("MACHINE_HELD")
 
         try:
-            mapping = host.guests.attach(
+            mapping = self._guests.attach(
                 guest,
                 request.options,
                 who,
@@ -316,7 +297,7 @@ class ImageSockets:
                 client.group = caller
             for fd in fds[1:]:
                 os.close(fd)
-            host.guests.release(guest)
+            self._guests.release(guest)
             raise
         reach("MACHINE_ATTACHED")
         self._records.release(caller)
@@ -354,7 +335,7 @@ class ImageSockets:
         name = request.name
         for no in itertools.count(2):
             try:
-                return self._host.guests.reserve(request, peer)
+                return self._guests.reserve(request, peer)
             except UsageError:
                 request = dataclasses.replace(request, name=f"{name}-{no}")
         raise AssertionError("there is always another number")
@@ -404,8 +385,8 @@ class ImageSockets:
                 self._loop.forget(client.zerocopy_fd)
             if peer.pidfd is not None:
                 self._loop.forget(peer.pidfd)
-            self._host.guests.detach(mapping)
-            self._host.guests.release(mapping.guest)
+            self._guests.detach(mapping)
+            self._guests.release(mapping.guest)
             _log.info(
                 "detached", guest=mapping.name, image=client.image.label, pid=peer.pid, uid=peer.uid
             )
