@@ -161,11 +161,9 @@ static void inbox_go_on(struct guest *guest)
 	}
 }
 
-/* Never waits, not even after its guest made the description blocking (Linux 6.10; before, such a guest holds up
- * its own thread). */
 /*
- * What else happened goes before the faults: once a discard has been read, its pages may be gone and mapped anew, and a
- * write window must not open one on the strength of the charge that the discard is about to give back.
+ * Handles other events before faults: once a discard has been read, its pages may be gone and mapped anew, and a write
+ * window must not open one on the strength of the charge that the discard is about to give back.
  */
 static void handle_messages(struct guest *guest, struct uffd_msg *messages, ssize_t nr)
 {
@@ -181,6 +179,8 @@ static void handle_messages(struct guest *guest, struct uffd_msg *messages, ssiz
 			handle_message(guest, &messages[i], read_ns);
 }
 
+/* Reads without waiting, not even after its guest made the description blocking (Linux 6.10; before that, such a guest
+ * holds up its own thread). */
 ssize_t read_messages(const struct guest *guest, struct uffd_msg *messages, size_t nr_max)
 {
 	struct iovec room = {.iov_base = messages, .iov_len = nr_max * sizeof *messages};
