@@ -16,6 +16,7 @@ from cowshed.cache.errors import CowshedError, UsageError
 from cowshed.service.commands.attach_command import attach
 from cowshed.service.commands.handoff import add_commands
 from cowshed.service.commands.progress import progress_bar
+from cowshed.service.commands.setting_options import setting_options
 from cowshed.service.commands.shell import (
     EXIT_MISMATCHES,
     OneLineGroup,
@@ -31,7 +32,7 @@ from cowshed.service.operators.control_client import ControlClient
 from cowshed.service.runtime.sizes import format_bytes
 from cowshed.service.runtime.stdio import occupy_stdio
 from cowshed.service.runtime.version import VERSION
-from cowshed.service.settings.config import RUN_DIR_DEFAULT, config_load
+from cowshed.service.settings.config import config_load
 
 
 @click.group(
@@ -64,46 +65,11 @@ def cli() -> None:
     help="Serve SOURCE, a path or file: URL, as NAME, in frames of its own for each domain; "
     "trim=zeros or image as --trim. Repeatable.",
 )
-@click.option("--capacity", metavar="SIZE", help="Memory for all images together [default: 1G].")
-@click.option(
-    "--run-dir",
-    envvar="COWSHED_RUN_DIR",
-    metavar="DIR",
-    help=f"Where to put the socket; also $COWSHED_RUN_DIR [default: {RUN_DIR_DEFAULT}].",
-)
-@click.option(
-    "--metrics", metavar="HOST:PORT", help="Serve metrics to Prometheus there [default: nowhere]."
-)
-@click.option(
-    "--listen",
-    multiple=True,
-    metavar="URI",
-    help="Let guests in at tcp://, tls:// or vsock:// too; plain tcp is for "
-    "networks where everybody may read every image. Repeatable.",
-)
-@click.option(
-    "--nbd", metavar="HOST:PORT", help="Speak NBD there too, not only at the run-dir's nbd.sock."
-)
-@click.option(
-    "--trim",
-    type=click.Choice(["image", "zeros"]),
-    help="What a range reads as that an NBD client trimmed [default: image].",
-)
-@click.option(
-    "--overlay-dir", metavar="DIR", help="Keep NBD guests' writes there [default: in memory]."
-)
-@click.option(
-    "--image-dir",
-    metavar="DIR",
-    help="Keep images there whose bytes come in handoffs; they are served from then on.",
-)
+@setting_options
 @click.option(
     "--no-keeper", is_flag=True, help="Do not restart a dead backend (systemd still will)."
 )
 @click.option("--check", is_flag=True, help="Say whether the configuration is right, and end.")
-@click.option(
-    "--accept-handoff", is_flag=True, help="Let any backend hand its guests over by plain tcp."
-)
 @click.option(
     "--takeover",
     is_flag=True,
@@ -114,46 +80,25 @@ def cli() -> None:
 def serve(
     config_file: Path | None,
     images: tuple[str, ...],
-    capacity: str | None,
-    run_dir: str | None,
-    metrics: str | None,
-    listen: tuple[str, ...],
-    accept_handoff: bool,
-    nbd: str | None,
-    trim: str | None,
-    overlay_dir: str | None,
-    image_dir: str | None,
     no_keeper: bool,
     check: bool,
     takeover: bool,
     keeper_of: int | None,
     verbose: bool,
+    **given: Any,
 ) -> int:
     """Run the daemon in the foreground, serving images to guests.
 
-    The TOML file of --config may set capacity, run_dir, state_dir, extent, loaders, keeper,
-    quota, on_quota ("stop", "kill" or "allow"), metrics, guest_metrics, listen, nbd,
-    trim ("image" or "zeros"), handoff_from, accept_handoff, late_wait, autowarm,
-    overlay_dir, image_dir, log ("logfmt" or "json"), log_level ("debug" to "error") and, in
-    a table [images], NAME = "SOURCE"; [[image]] has name, source, domain and trim; a table
-    [domains.NAME] lists its members by uids, gids and clients; a table [tls] has cert, key and ca,
-    and turns TLS on.
+    The TOML file of --config has a key for each of these options, and more settings besides:
+    docs/configuration.md lists them all.
     """
     try:
         config = config_load(
             config_file=config_file,
             images=images,
-            capacity=capacity,
-            run_dir=run_dir,
-            metrics=metrics,
-            listen=listen,
-            accept_handoff=accept_handoff,
-            nbd=nbd,
-            trim=trim,
-            overlay_dir=overlay_dir,
-            image_dir=image_dir,
             no_keeper=no_keeper,
             verbose=verbose,
+            **given,
         )
     except UsageError as error:
         raise WrongUsage(str(error)) from error

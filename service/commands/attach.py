@@ -23,7 +23,8 @@ from cowshed.cache.errors import UsageError
 from cowshed.service.commands.programs import check_preloadable, find_program
 from cowshed.service.commands.shield import make_read_only
 from cowshed.service.operators.control_client import ControlClient
-from cowshed.service.settings.config import parse_quota, socket_path
+from cowshed.service.settings.config import socket_path
+from cowshed.service.settings.quotas import parse_quota
 from cowshed.transport.guest import preloading
 
 __all__ = ["IMAGE_WORD", "AttachOrder", "become"]

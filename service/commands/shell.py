@@ -18,7 +18,8 @@ from cowshed.cache.errors import CowshedError, PeerError, UsageError
 from cowshed.service.runtime.sizes import parse_size
 from cowshed.service.runtime.stdio import flush_stdout, silence_stdout
 from cowshed.service.runtime.text import one_line, printable
-from cowshed.service.settings.config import RUN_DIR_DEFAULT, parse_quota
+from cowshed.service.settings.options import RUN_DIR_DEFAULT
+from cowshed.service.settings.quotas import parse_quota
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

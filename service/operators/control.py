@@ -25,9 +25,9 @@ from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.reports.status import StatusReader
 from cowshed.service.runtime import test_points
 from cowshed.service.runtime.sizes import format_bytes
-from cowshed.service.settings.config import check_quota
 from cowshed.service.settings.domains import Identity
 from cowshed.service.settings.names import find_for_operator
+from cowshed.service.settings.quotas import check_quota
 from cowshed.transport.messages.fields import take_optional_number, take_text
 
 __all__ = ["Control"]

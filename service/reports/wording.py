@@ -13,7 +13,7 @@ from typing import Any
 from cowshed.cache.images import DEFAULT_DOMAIN, image_label
 from cowshed.service.runtime.sizes import format_bytes
 from cowshed.service.runtime.text import format_count, format_share, printable
-from cowshed.service.settings.config import RUN_DIR_DEFAULT
+from cowshed.service.settings.options import RUN_DIR_DEFAULT
 
 Answer = Mapping[str, Any]
 

@@ -1,64 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `cowshed serve` is told: by a TOML file, the environment, options; the last word wins.
 
-A file has this shape; every key is optional, and an unknown one is an error::
-
-    capacity = "2G"                 # memory for all images together
-    run_dir  = "/run/cowshed"       # sockets
-    state_dir = "/var/lib/cowshed"  # recorded working sets; RUN_DIR/state unless given
-    extent   = "64K"                # unit of load and eviction: a power of two, 4K to 2M
-    loaders  = 4                    # threads that load extents
-    handoff_from = ["b.example"]    # backends, by certificate, that may drain to us
-    accept_handoff = false          # whether any backend may, by tcp without TLS
-    late_wait = 60                  # seconds that a lost source has to come again (post-copy)
-    autowarm = true                 # load what guests touched in earlier runs, behind their demand
-    keeper   = true                 # a process that starts the backend again if it dies
-    quota    = "64M"                # private bytes of guests that name no quota; or "none"
-    on_quota = "stop"               # at the limit: stop the writer, kill it, or allow (count)
-    network_quota = "64M"           # the most that guests from networks may ask for; as quota
-    metrics  = "localhost:9432"     # where Prometheus may ask; nowhere unless given
-    guest_metrics = 0               # how many guests may have metrics of their own
-    listen   = ["tls://0.0.0.0:7000"] # guests from elsewhere: tcp://, tls://, vsock://; nowhere
-    nbd      = "localhost:10809"    # NBD over TCP there too; only RUN_DIR/nbd.sock unless given
-    trim     = "image"              # what NBD clients' trimmed ranges read as: image, or zeros
-    overlay_dir = "/var/lib/cowshed/overlays"  # NBD guests' private pages; in memory unless given
-    log      = "logfmt"             # or "json"
-    log_level = "notice"            # debug, info (guests come and go), notice, warning or error
-
-    [images]
-    debian = "/srv/images/debian.raw"     # a relative path starts at this file's directory
-    alpine = "file:///srv/images/alpine.raw"
-
-    [[image]]                       # the same, with room for a sharing domain; repeatable
-    name = "debian"
-    source = "/srv/images/debian.raw"
-    domain = "tenant-a"             # "default" unless given
-    trim = "zeros"                  # as above, for this image
-    uids = [1001, "alice"]          # who may use it, all of its domain unless given; also gids
-    clients = ["vm7.example"]       # the same, by the name in a TLS client's certificate
-
-    [tls]                           # for what listens on networks; see tls_config.py
-    cert = "server.pem"
-    key = "server.key"
-    ca = "ca.pem"
-
-    [domains.tenant-a]              # who its guests are; see domains.py
-    uids = [1001, "alice"]
-
-Everything is checked here, before anything is opened, except whether sources can be read: that is
-the image's to say. Each error is one UsageError naming the thing, the value and the cure.
+options.py has the table of settings, docs/configuration.md the reference that is made from it.
+Besides, a file has tables: [images] and [[image]], [domains] (domains.py) and [tls]
+(tls_config.py). Everything is checked here, before anything is opened, except whether sources can
+be read: that is the image's to say. Each error is one UsageError naming the thing, the value and
+the cure.
 """
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from cowshed.cache.errors import UsageError
 from cowshed.cache.images import DEFAULT_DOMAIN
-from cowshed.service.runtime.logs import LEVELS, LOG_FORMATS, LogFormat, LogLevel
-from cowshed.service.runtime.sizes import format_bytes, parse_size
+from cowshed.service.runtime.logs import LogFormat, LogLevel
+from cowshed.service.runtime.sizes import format_bytes
 from cowshed.service.settings.config_text import config_text_read
 from cowshed.service.settings.domains import (
     DomainMembers,
@@ -67,61 +26,30 @@ from cowshed.service.settings.domains import (
     parse_domains,
     parse_members,
 )
-from cowshed.service.settings.endpoint import Endpoint, parse_endpoint
+from cowshed.service.settings.endpoint import Endpoint
 from cowshed.service.settings.handoff_rules import HandoffRules
 from cowshed.service.settings.images import (
     ImageSpec,
     absolute,
-    check_trim,
     image_spec,
     parse_image,
 )
+from cowshed.service.settings.options import OPTIONS, RUN_DIR_DEFAULT, TABLES, text_of
+from cowshed.service.settings.quotas import check_quota
 from cowshed.service.settings.tls_config import TlsConfig, parse_tls
 
 OnQuota = Literal["stop", "kill", "allow"]
 
-RUN_DIR_DEFAULT = "/run/cowshed"
 SOCKET_NAME = "cowshed.sock"
-PAGE_BYTES = 4096
 CAPACITY_DEFAULT_BYTES = 1 << 30
 CAPACITY_MIN_EXTENTS = 2  # one stays while the next is loaded
 EXTENT_DEFAULT_BYTES = 64 << 10
 EXTENT_MIN_BYTES = 4 << 10
 EXTENT_MAX_BYTES = 2 << 20
 LOADERS_DEFAULT = 4
-LOADERS_MAX = 64
-GUEST_METRICS_MAX = 100_000
-LATE_WAIT_MAX = 86400
 SOCKET_PATH_MAX_BYTES = 107  # sun_path less its NUL, unix(7)
 
-_KEYS = (
-    "capacity",
-    "run_dir",
-    "state_dir",
-    "extent",
-    "loaders",
-    "keeper",
-    "quota",
-    "on_quota",
-    "network_quota",
-    "metrics",
-    "guest_metrics",
-    "nbd",
-    "trim",
-    "listen",
-    "handoff_from",
-    "accept_handoff",
-    "late_wait",
-    "autowarm",
-    "overlay_dir",
-    "image_dir",
-    "tls",
-    "log",
-    "log_level",
-    "images",
-    "image",
-    "domains",
-)
+_KEYS = (*(option.key for option in OPTIONS), *TABLES)
 _MEMBER_KEYS = ("uids", "gids", "clients")
 _IMAGE_KEYS = ("name", "source", "domain", "trim", *_MEMBER_KEYS)
 
@@ -178,29 +106,11 @@ class Config:
                 f"capacity of {self.capacity_bytes} bytes is less than {CAPACITY_MIN_EXTENTS} "
                 f"extents of {format_bytes(extent)}: give {format_bytes(least_bytes)} or more"
             )
-        if not 1 <= self.loaders <= LOADERS_MAX:
-            raise UsageError(f"loaders is {self.loaders}: use 1 to {LOADERS_MAX} threads")
-        if not 0 <= self.guest_metrics <= GUEST_METRICS_MAX:
-            raise UsageError(
-                f"guest_metrics is {self.guest_metrics}: use 0 (none) to {GUEST_METRICS_MAX} guests"
-            )
-        if not 0 <= self.late_wait <= LATE_WAIT_MAX:
-            raise UsageError(f"late_wait is {self.late_wait}: use 0 to {LATE_WAIT_MAX} seconds")
-        check_trim(self.trim)
+        for option in OPTIONS:
+            if option.bounds is not None or option.choices:
+                option.check(getattr(self, option.name))
         if self.default_quota_bytes is not None:
             check_quota(self.default_quota_bytes)
-        if self.default_on_quota not in get_args(OnQuota):
-            raise UsageError(
-                f"on_quota {self.default_on_quota!r} is not stop, kill or allow: use one"
-            )
-        for key, value, choices in (
-            ("log", self.log_format, LOG_FORMATS),
-            ("log_level", self.log_level, tuple(LEVELS)),
-        ):
-            if value not in choices:
-                raise UsageError(
-                    f"{key} {value!r} is not {', '.join(choices[:-1])} or {choices[-1]}: use one"
-                )
         if not self.images and self.image_dir is None:
             raise UsageError(
                 "no image to serve: give --image NAME=SOURCE or [images] in --config, or "
@@ -226,46 +136,21 @@ def socket_path(run_dir: Path) -> Path:
     return path
 
 
-def check_quota(quota_bytes: int) -> None:
-    """Raise UsageError for a quota that holds no page: its guest would stop at its first write."""
-    if quota_bytes < PAGE_BYTES:
-        raise UsageError(
-            f"quota of {quota_bytes} bytes is less than a page: "
-            "give 4K or more, or 'none' for no limit"
-        )
-
-
-def parse_quota(text: str) -> int | None:
-    """A quota as people write it: a size, or ``none`` for no limit. Raises UsageError."""
-    if text.strip().lower() == "none":
-        return None
-    quota_bytes = parse_size(text, "quota")
-    check_quota(quota_bytes)
-    return quota_bytes
-
-
 def config_load(
     *,
     config_file: Path | None = None,
     images: Sequence[str] = (),
-    capacity: str | None = None,
-    run_dir: str | None = None,
-    metrics: str | None = None,
-    nbd: str | None = None,
-    trim: str | None = None,
-    listen: Sequence[str] = (),
-    accept_handoff: bool = False,
-    overlay_dir: str | None = None,
-    image_dir: str | None = None,
     no_keeper: bool = False,
     verbose: bool = False,
+    **given: Any,
 ) -> Config:
     """The configuration of `config_file` (None: none) overridden by options that are given.
 
     `images` are NAME=SOURCE[,domain=DOMAIN][,trim=WHAT]; one of the same name and domain as an
-    image of the file takes its place. `run_dir` is --run-dir or $COWSHED_RUN_DIR; `verbose` is a
-    log_level of info, at least. Reads the file, looks up users and groups that it names, and
-    nothing else. Raises UsageError, one line.
+    image of the file takes its place. `given` are options by their key, as the command line has
+    them: None, () and False are as not given. `verbose` is a log_level of info, at least. Reads
+    the file, looks up users and groups that it names, and nothing else. Raises UsageError, one
+    line.
     """
     table: Mapping[str, Any] = {}
     file_text = None
@@ -279,12 +164,8 @@ def config_load(
             if spec.label in specs:
                 raise _given_twice(spec)
             specs[spec.label] = spec
-        settings = _settings_of(table)
-        paths = {
-            key: file_dir / _text_of(table, key)
-            for key in ("run_dir", "state_dir", "overlay_dir", "image_dir")
-            if key in table
-        }
+        settings = _settings_of(table, file_dir)
+        settings["domains"] = parse_domains(table.get("domains", {}))
         if "tls" in table:
             settings["tls"] = parse_tls(table["tls"], file_dir)
     except UsageError as error:
@@ -299,41 +180,33 @@ def config_load(
         named.add(spec.label)
         specs[spec.label] = spec
 
-    if capacity is not None:
-        settings["capacity_bytes"] = parse_size(capacity, "capacity")
-    if metrics is not None:
-        settings["metrics"] = parse_endpoint(metrics, "metrics")
-    if accept_handoff:
-        known = settings.get("handoff_rules", HandoffRules())
-        settings["handoff_rules"] = HandoffRules(known.clients, plain=True)
-    if listen:
-        settings["listen"] = tuple(listen)
-    if trim is not None:
-        settings["trim"] = trim
-    if nbd is not None:
-        settings["nbd"] = parse_endpoint(nbd, "nbd")
-    if run_dir:
-        paths["run_dir"] = Path(run_dir)
-    if overlay_dir is not None:
-        paths["overlay_dir"] = Path(_text_of({"overlay_dir": overlay_dir}, "overlay_dir"))
-    if image_dir is not None:
-        paths["image_dir"] = Path(_text_of({"image_dir": image_dir}, "image_dir"))
-    for key in ("overlay_dir", "image_dir"):
-        if key in paths:
-            settings[key] = absolute(paths[key])
+    for key in given:
+        check_key(key, _KEYS, "")
+    if given.get("run_dir") == "":  # an empty variable is as none
+        del given["run_dir"]
+    not_given = (None, (), False)
+    settings |= _settings_of({k: v for k, v in given.items() if v not in not_given}, Path.cwd())
+    settings.setdefault("network_quota_bytes", settings.get("default_quota_bytes"))
+    settings["handoff_rules"] = HandoffRules(
+        settings.pop("handoff_from", ()), settings.pop("accept_handoff", False)
+    )
     if no_keeper:
         settings["keeper"] = False
     if verbose and settings.get("log_level") != "debug":
         settings["log_level"] = "info"
-    run_dir_path = absolute(paths.get("run_dir", Path(RUN_DIR_DEFAULT)))
-    state_dir_path = absolute(paths.get("state_dir", run_dir_path / "state"))
-    return Config(
-        images=tuple(specs.values()),
-        run_dir=run_dir_path,
-        state_dir=state_dir_path,
-        text=file_text,
-        **settings,
-    )
+    settings.setdefault("run_dir", Path(RUN_DIR_DEFAULT))
+    settings.setdefault("state_dir", settings["run_dir"] / "state")
+    return Config(images=tuple(specs.values()), text=file_text, **settings)
+
+
+def _settings_of(table: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """Config's fields for the settings that a table has; paths are relative to base."""
+    settings = {}
+    for option in OPTIONS:
+        if option.key in table:
+            value = option.read(option.key, table[option.key])
+            settings[option.name] = absolute(base / value) if option.is_path else value
+    return settings
 
 
 def _read_table(config_file: Path) -> tuple[Mapping[str, Any], str]:
@@ -378,12 +251,12 @@ def _images_of(table: Mapping[str, Any], file_dir: Path) -> Iterator[ImageSpec]:
             if key not in each:
                 raise UsageError(f'an [[image]] has no {key}: write {key} = "..." below it')
         yield image_spec(
-            _text_of(each, "name"),
-            _text_of(each, "source"),
+            text_of("name", each["name"]),
+            text_of("source", each["source"]),
             file_dir,
-            _text_of(each, "domain") if "domain" in each else DEFAULT_DOMAIN,
+            text_of("domain", each["domain"]) if "domain" in each else DEFAULT_DOMAIN,
             _allowed_of(each),
-            _text_of(each, "trim") if "trim" in each else None,
+            text_of("trim", each["trim"]) if "trim" in each else None,
         )
 
 
@@ -391,78 +264,3 @@ def _allowed_of(each: Mapping[str, Any]) -> DomainMembers | None:
     """Who may use an [[image]]; None is all of its domain."""
     lists = {key: each[key] for key in _MEMBER_KEYS if key in each}
     return parse_members(f"image {each['name']!r}", lists) if lists else None
-
-
-def _settings_of(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Config's fields (images and paths apart) for the keys that the file holds."""
-    settings: dict[str, Any] = {"domains": parse_domains(table.get("domains", {}))}
-    for key, into in (("capacity", "capacity_bytes"), ("extent", "extent_bytes")):
-        if key in table:
-            settings[into] = parse_size(_size_text(table, key), key)
-    if "quota" in table:
-        settings["default_quota_bytes"] = parse_quota(_size_text(table, "quota"))
-    settings["network_quota_bytes"] = settings.get("default_quota_bytes")
-    if "network_quota" in table:
-        settings["network_quota_bytes"] = parse_quota(_size_text(table, "network_quota"))
-    if "on_quota" in table:
-        settings["default_on_quota"] = _text_of(table, "on_quota")
-    for key, into in (("log", "log_format"), ("log_level", "log_level"), ("trim", "trim")):
-        if key in table:
-            settings[into] = _text_of(table, key)
-    for key in ("metrics", "nbd"):
-        if key in table:
-            settings[key] = parse_endpoint(_text_of(table, key), key)
-    for key, what in (
-        ("loaders", "threads"),
-        ("guest_metrics", "guests"),
-        ("late_wait", "seconds"),
-    ):
-        if key in table:
-            value = table[key]
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise UsageError(f"{key} is {value!r}: give a whole number of {what}")
-            settings[key] = value
-    if "listen" in table:
-        uris = table["listen"]
-        if not isinstance(uris, list) or not all(isinstance(uri, str) and uri for uri in uris):
-            raise UsageError(f'listen is {uris!r}: give a list of URIs, as ["tls://0.0.0.0:7000"]')
-        settings["listen"] = tuple(uris)
-    for key in ("keeper", "autowarm"):
-        if key in table:
-            settings[key] = _flag_of(table, key)
-    if "handoff_from" in table or "accept_handoff" in table:
-        settings["handoff_rules"] = _handoff_rules_of(table)
-    return settings
-
-
-def _flag_of(table: Mapping[str, Any], key: str) -> bool:
-    value = table[key]
-    if not isinstance(value, bool):
-        raise UsageError(f"{key} is {value!r}: give true or false")
-    return value
-
-
-def _handoff_rules_of(table: Mapping[str, Any]) -> HandoffRules:
-    names = table.get("handoff_from", [])
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UsageError(f'handoff_from is {names!r}: give a list of names, as ["b.example"]')
-    return HandoffRules(
-        tuple(names), "accept_handoff" in table and _flag_of(table, "accept_handoff")
-    )
-
-
-def _text_of(table: Mapping[str, Any], key: str) -> str:
-    value = table[key]
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise UsageError(f"{key} is {value!r}: give text in quotes")
-    return value
-
-
-def _size_text(table: Mapping[str, Any], key: str) -> str:
-    """A size in the file as text: a string, or a whole number of bytes (but not true or false)."""
-    value = table[key]
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value) if value.bit_length() < 64 else hex(value)  # which parse_size refuses
-    raise UsageError(f'{key} is {value!r}: give a size such as "64M", in quotes')

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration from a file and from options: who wins, and what is refused."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from cowshed.cache.errors import UsageError
-from cowshed.service.settings.config import Config, config_load, parse_quota, socket_path
+from cowshed.service.runtime.sizes import format_bytes
+from cowshed.service.settings.config import Config, config_load, socket_path
 from cowshed.service.settings.images import ImageSpec, image_spec
+from cowshed.service.settings.options import OPTIONS, RUN_DIR_DEFAULT
+from cowshed.service.settings.quotas import parse_quota
 
 WHOLE_FILE = """
 capacity = "2G"
@@ -257,6 +262,35 @@ def test_run_dir_must_leave_room_for_a_socket_name() -> None:
     assert len(str(socket_path(Path(longest)))) == 107
     with pytest.raises(UsageError, match="shorter --run-dir"):
         config_load(images=["a=/a"], run_dir=longest + "d")
+
+
+def test_the_reference_is_made_from_the_table() -> None:
+    script = Path(__file__).resolve().parents[2] / "tools/config_doc.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_option_is_a_field_with_the_default_that_is_told() -> None:
+    made = config_load(images=["a=/a"])
+    for option in OPTIONS:
+        if option.key in ("handoff_from", "accept_handoff"):
+            continue
+        value = getattr(made, option.name)
+        told = option.default.replace("RUN_DIR", RUN_DIR_DEFAULT)
+        match value:
+            case bool():
+                assert told == str(value).lower(), option.key
+            case int() if option.kind == "size":
+                assert told == format_bytes(value), option.key
+            case int() | str() | Path():
+                assert told == str(value), option.key
+            case _:
+                assert not value, option.key
+
+
+def test_a_setting_that_is_none_is_refused_by_its_name() -> None:
+    with pytest.raises(UsageError, match="did you mean 'capacity'"):
+        config_load(images=["a=/a"], capacty="1G")
 
 
 def test_quota_is_a_size_or_none() -> None:

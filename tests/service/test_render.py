@@ -18,7 +18,7 @@ from cowshed.service.runtime.text import (
     one_line,
     printable,
 )
-from cowshed.service.settings.config import parse_quota
+from cowshed.service.settings.quotas import parse_quota
 
 Body = dict[str, Any]
 

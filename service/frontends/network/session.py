@@ -27,8 +27,8 @@ from cowshed.service.overlays.claims import Claim
 from cowshed.service.overlays.entrance import Entering, NotYetError
 from cowshed.service.overlays.overlays import OverlayGuest
 from cowshed.service.runtime.test_points import reach
-from cowshed.service.settings.config import check_quota
 from cowshed.service.settings.domains import Identity
+from cowshed.service.settings.quotas import check_quota
 from cowshed.transport import Received
 from cowshed.transport.links.stream import StreamConnection
 from cowshed.transport.messages.fields import (

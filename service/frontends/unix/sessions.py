@@ -39,8 +39,9 @@ from cowshed.service.persist.inherited import record_close
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.test_points import reach
 from cowshed.service.runtime.workers import Workers
-from cowshed.service.settings.config import Config, check_quota
+from cowshed.service.settings.config import Config
 from cowshed.service.settings.domains import Identity, is_operator
+from cowshed.service.settings.quotas import check_quota
 from cowshed.transport import Connection, Received
 from cowshed.transport.messages.fields import (
     error_reply,

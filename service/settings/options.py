@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of `cowshed serve`, each once: key, option, how it is read, bounds, default, help.
+
+The TOML file, the command line, its help, the checks of Config and docs/configuration.md are made
+from this table. A setting is added here and as a field of Config, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cowshed.cache.errors import UsageError
+from cowshed.service.runtime.logs import LEVELS, LOG_FORMATS
+from cowshed.service.runtime.sizes import parse_size
+from cowshed.service.settings.endpoint import Endpoint, parse_endpoint
+from cowshed.service.settings.images import TRIMS
+from cowshed.service.settings.quotas import parse_quota
+
+__all__ = ["OPTIONS", "RUN_DIR_DEFAULT", "TABLES", "Option", "flag_of", "text_of"]
+
+RUN_DIR_DEFAULT: Final = "/run/cowshed"
+# Tables of the file that are no single setting.
+TABLES: Final = ("images", "image", "domains", "tls")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting.
+
+    read(key, value) makes Config's value of what TOML or the command line gives; it raises
+    UsageError, one line. kind and default are what people read; about is a sentence for the help,
+    and more what the reference adds. field is Config's, the key unless given; flag is the option,
+    "" if there is none. A path is relative to the file's directory, or to the current one.
+    """
+
+    key: str
+    read: Callable[[str, object], Any]
+    kind: str
+    default: str
+    about: str
+    more: str = ""
+    field: str = ""
+    flag: str = ""
+    envvar: str = ""
+    is_path: bool = False
+    is_repeatable: bool = False
+    choices: tuple[str, ...] = ()
+    bounds: tuple[int, int] | None = None
+    unit: str = ""
+
+    @property
+    def name(self) -> str:
+        """Config's field."""
+        return self.field or self.key
+
+    def check(self, value: Any) -> None:
+        """Raise UsageError for a value of Config that is out of bounds or none of the choices."""
+        if self.bounds is not None and not self.bounds[0] <= value <= self.bounds[1]:
+            least = f"{self.bounds[0]} (none)" if self.unit == "guests" else self.bounds[0]
+            raise UsageError(f"{self.key} is {value}: use {least} to {self.bounds[1]} {self.unit}")
+        if self.choices and value not in self.choices:
+            some = ", ".join(self.choices[:-1])
+            raise UsageError(f"{self.key} {value!r} is not {some} or {self.choices[-1]}: use one")
+
+
+def text_of(key: str, value: object) -> str:
+    """A text that is not empty."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise UsageError(f"{key} is {value!r}: give text in quotes")
+    return value
+
+
+def flag_of(key: str, value: object) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{key} is {value!r}: give true or false")
+    return value
+
+
+def _size_text(key: str, value: object) -> str:
+    """A size as text: a string, or a whole number of bytes (but not true or false)."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value) if value.bit_length() < 64 else hex(value)  # which parse_size refuses
+    raise UsageError(f'{key} is {value!r}: give a size such as "64M", in quotes')
+
+
+def _size(key: str, value: object) -> int:
+    return parse_size(_size_text(key, value), key)
+
+
+def _quota(key: str, value: object) -> int | None:
+    return parse_quota(_size_text(key, value))
+
+
+def _endpoint(key: str, value: object) -> Endpoint:
+    return parse_endpoint(text_of(key, value), key)
+
+
+def _number_of(what: str) -> Callable[[str, object], int]:
+    def read(key: str, value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UsageError(f"{key} is {value!r}: give a whole number of {what}")
+        return value
+
+    return read
+
+
+def _texts_of(what: str, example: str) -> Callable[[str, object], tuple[str, ...]]:
+    def read(key: str, value: object) -> tuple[str, ...]:
+        if not isinstance(value, (list, tuple)) or not all(
+            isinstance(each, str) and each for each in value
+        ):
+            raise UsageError(f'{key} is {value!r}: give a list of {what}, as ["{example}"]')
+        return tuple(value)
+
+    return read
+
+
+OPTIONS: Final = (
+    Option(
+        "capacity",
+        _size,
+        "size",
+        "1G",
+        "Memory for all images together.",
+        "It is never exceeded: a load waits until another extent is evicted. At least two extents.",
+        field="capacity_bytes",
+        flag="--capacity",
+    ),
+    Option(
+        "extent",
+        _size,
+        "size",
+        "64K",
+        "The unit of load, map and eviction.",
+        "A power of two, 4K to 2M.",
+        field="extent_bytes",
+    ),
+    Option(
+        "loaders",
+        _number_of("threads"),
+        "number",
+        "4",
+        "Threads that load extents.",
+        bounds=(1, 64),
+        unit="threads",
+    ),
+    Option(
+        "autowarm",
+        flag_of,
+        "true or false",
+        "true",
+        "Load what guests touched in earlier runs, behind their demand.",
+    ),
+    Option(
+        "run_dir",
+        text_of,
+        "directory",
+        RUN_DIR_DEFAULT,
+        "Where to put the sockets.",
+        flag="--run-dir",
+        envvar="COWSHED_RUN_DIR",
+        is_path=True,
+    ),
+    Option(
+        "state_dir",
+        text_of,
+        "directory",
+        "RUN_DIR/state",
+        "Where recorded working sets and the record of handoffs are kept.",
+        is_path=True,
+    ),
+    Option(
+        "quota",
+        _quota,
+        'size, or "none"',
+        "none",
+        "Private bytes of guests that name no quota.",
+        field="default_quota_bytes",
+    ),
+    Option(
+        "on_quota",
+        text_of,
+        "stop, kill or allow",
+        "stop",
+        "What a guest meets at its quota: the writer waits, gets SIGBUS, or is only counted.",
+        field="default_on_quota",
+        choices=("stop", "kill", "allow"),
+    ),
+    Option(
+        "network_quota",
+        _quota,
+        'size, or "none"',
+        "as quota",
+        "The most that guests whose pages the backend keeps may ask for.",
+        field="network_quota_bytes",
+    ),
+    Option(
+        "listen",
+        _texts_of("URIs", "tls://0.0.0.0:7000"),
+        "list of URIs",
+        "nowhere",
+        "Let guests in at tcp://, tls:// or vsock:// too.",
+        "Plain tcp is for networks where everybody may read every image of the default domain.",
+        flag="--listen",
+        is_repeatable=True,
+    ),
+    Option(
+        "nbd",
+        _endpoint,
+        "HOST:PORT",
+        "RUN_DIR/nbd.sock only",
+        "Speak NBD there too.",
+        flag="--nbd",
+    ),
+    Option(
+        "trim",
+        text_of,
+        "image or zeros",
+        "image",
+        "What a range reads as that an NBD client trimmed.",
+        flag="--trim",
+        choices=TRIMS,
+    ),
+    Option(
+        "overlay_dir",
+        text_of,
+        "directory",
+        "in memory",
+        "Keep the private pages of guests that map nothing in files there.",
+        flag="--overlay-dir",
+        is_path=True,
+    ),
+    Option(
+        "image_dir",
+        text_of,
+        "directory",
+        "none are kept",
+        "Keep images there whose bytes come in handoffs; they are served from then on.",
+        flag="--image-dir",
+        is_path=True,
+    ),
+    Option(
+        "handoff_from",
+        _texts_of("names", "b.example"),
+        "list of names",
+        "none",
+        "Backends, by the name in their certificate, that may drain to this one by tls.",
+    ),
+    Option(
+        "accept_handoff",
+        flag_of,
+        "true or false",
+        "false",
+        "Let any backend hand its guests over by plain tcp.",
+        flag="--accept-handoff",
+    ),
+    Option(
+        "late_wait",
+        _number_of("seconds"),
+        "seconds",
+        "60",
+        "How long a source that is lost in post-copy has to come again.",
+        bounds=(0, 86400),
+        unit="seconds",
+    ),
+    Option(
+        "keeper",
+        flag_of,
+        "true or false",
+        "true",
+        "Have a process hold everything for the next backend, and start it if this one dies.",
+        "Under systemd, systemd does that whatever this says.",
+    ),
+    Option(
+        "metrics",
+        _endpoint,
+        "HOST:PORT",
+        "nowhere",
+        "Serve metrics to Prometheus there, and a page to browsers.",
+        flag="--metrics",
+    ),
+    Option(
+        "guest_metrics",
+        _number_of("guests"),
+        "number",
+        "0",
+        "How many guests may have metrics of their own.",
+        bounds=(0, 100_000),
+        unit="guests",
+    ),
+    Option(
+        "log",
+        text_of,
+        "logfmt or json",
+        "logfmt",
+        "The form of the log's lines.",
+        field="log_format",
+        choices=tuple(LOG_FORMATS),
+    ),
+    Option(
+        "log_level",
+        text_of,
+        ", ".join(LEVELS),
+        "notice",
+        "The least level that is logged; info tells of guests that come and go.",
+        choices=tuple(LEVELS),
+    ),
+)
