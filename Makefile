@@ -36,7 +36,7 @@ export PYTHON
 # daemon takes to start and end.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo demo-vm test test-quick check dashboards files stubs format bench fuzz sanitize wheel clean links
+.PHONY: help setup demo demo-vm test test-quick check dashboards man files stubs format bench fuzz sanitize wheel clean links
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -96,6 +96,9 @@ links:
 
 dashboards: setup ## write dashboards/generated/ from dashboards/*.py
 	@$(BIN)/python -m dashboards.build
+
+man: setup ## write the man pages into build/man
+	@$(BIN)/python tools/man.py build/man
 
 files: setup ## list the source files, with what each owns
 	@$(BIN)/python tools/files.py

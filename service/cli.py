@@ -14,6 +14,7 @@ import click
 
 from cowshed.cache.errors import CowshedError, UsageError
 from cowshed.service.commands.attach_command import attach
+from cowshed.service.commands.completion import completion
 from cowshed.service.commands.handoff import add_commands
 from cowshed.service.commands.progress import progress_bar
 from cowshed.service.commands.setting_options import setting_options
@@ -292,6 +293,7 @@ def discard(overlay: str, run_dir: Path) -> None:
 
 
 cli.add_command(attach)
+cli.add_command(completion)
 
 
 add_commands(cli)

@@ -30,13 +30,13 @@ apt_install() {
 }
 
 # PROGRAM:PACKAGE pairs. A C compiler is needed to build; file systems and machines, by demos and tests; systemd,
-# which is not started, to check the unit.
+# which is not started, to check the unit; groff, the man pages.
 missing=
 for pair in gcc:gcc gcc:libc6-dev mkfs.ext4:e2fsprogs mksquashfs:squashfs-tools mkfs.erofs:erofs-utils \
     qemu-system-x86_64:qemu-system-x86 busybox:busybox-static \
     nbdkit:nbdkit nbdinfo:libnbd-bin nbdsh:python3-libnbd nbd-client:nbd-client \
     qemu-img:qemu-utils fio:fio openssl:openssl ip:iproute2 sqlite3:sqlite3 nc:netcat-openbsd \
-    systemd-analyze:systemd musl-gcc:musl-tools; do
+    systemd-analyze:systemd musl-gcc:musl-tools groff:groff-base; do
     command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
 done
 # shellcheck disable=SC2086 # a list of package names

@@ -11,7 +11,8 @@ import pytest
 from domains import Daemon, new_run_dir, write_image
 
 from cowshed.cache.errors import PeerError, SourceError, UsageError
-from cowshed.transport import Disk, PageRef, Resolver, channel, connect
+from cowshed.transport import Disk, PageRef, Resolver, connect
+from cowshed.transport.channels import channel
 from cowshed.transport.channels.channel import Channel
 
 SIZE = 20 << 20
