@@ -221,7 +221,7 @@ class StructRegion(CData):
     mem_fd: int
     epoch: int
 
-class StructFollowTold(CData):
+class StructFollowStatus(CData):
     state: int
     nr_moves: int
     extent_bytes: int
@@ -882,10 +882,10 @@ class _Lib:
     def follower_stop(self, follower: StructFollower | Array[StructFollower], /) -> None: ...
     def follower_forget(self, follower: StructFollower | Array[StructFollower], /) -> None: ...
     def follower_state(self, follower: StructFollower | Array[StructFollower], /) -> int: ...
-    def follower_tell(
+    def follower_read(
         self,
         follower: StructFollower | Array[StructFollower],
-        told_out: StructFollowTold | Array[StructFollowTold],
+        status_out: StructFollowStatus | Array[StructFollowStatus],
         /,
     ) -> None: ...
     def follower_hold(self, follower: StructFollower | Array[StructFollower], /) -> int: ...
@@ -1230,16 +1230,16 @@ class _Ffi:
     def new(self, cdecl: Literal["struct region[]"], init: Any = ..., /) -> Array[StructRegion]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct follow_told **"], init: Any = ..., /
-    ) -> Pointer[StructFollowTold]: ...
+        self, cdecl: Literal["struct follow_status **"], init: Any = ..., /
+    ) -> Pointer[StructFollowStatus]: ...
     @overload
     def new(
-        self, cdecl: Literal["struct follow_told *"], init: Any = ..., /
-    ) -> StructFollowTold: ...
+        self, cdecl: Literal["struct follow_status *"], init: Any = ..., /
+    ) -> StructFollowStatus: ...
     @overload
     def new(
-        self, cdecl: Literal["struct follow_told[]"], init: Any = ..., /
-    ) -> Array[StructFollowTold]: ...
+        self, cdecl: Literal["struct follow_status[]"], init: Any = ..., /
+    ) -> Array[StructFollowStatus]: ...
     @overload
     def new(
         self, cdecl: Literal["struct follower **"], init: Any = ..., /

@@ -23,10 +23,10 @@ from cowshed.service.commands.shell import (
     OneLineGroup,
     WrongUsage,
     extent_arguments,
+    print_line,
     quota_argument,
     run_dir_option,
     same_version,
-    say,
     show,
 )
 from cowshed.service.operators.control_client import ControlClient
@@ -108,7 +108,7 @@ def serve(
         from cowshed.service.supervise.reload_check import answer_check
 
         answer_check(LAYOUTS, config.text)
-        say("the configuration is right")
+        print_line("the configuration is right")
         return 0
     # Not at the top: this is all of the daemon, which the other commands do without.
     from cowshed.service.commands.keeping import run_keeper_of, run_kept, run_taking_over
@@ -195,7 +195,7 @@ def pin(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
     with ControlClient(run_dir) as client:
         reply = client.request("pin", image=image, **extent)
     with same_version():
-        say(f"{image}: {format_bytes(reply['pinned_bytes'])} pinned")
+        print_line(f"{image}: {format_bytes(reply['pinned_bytes'])} pinned")
 
 
 @cli.command()
@@ -206,7 +206,7 @@ def unpin(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
     with ControlClient(run_dir) as client:
         reply = client.request("unpin", image=image, **extent)
     with same_version():
-        say(f"{image}: {format_bytes(reply['pinned_bytes'])} still pinned")
+        print_line(f"{image}: {format_bytes(reply['pinned_bytes'])} still pinned")
 
 
 @cli.command()
@@ -214,7 +214,7 @@ def unpin(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
 @click.option("--abort", is_flag=True, help="End what warms IMAGE now: autowarm, and other warms.")
 @run_dir_option
 def warm(image: str, extent: dict[str, int | None], abort: bool, run_dir: Path) -> None:
-    """Load IMAGE, or LENGTH bytes of it from OFFSET, before guests ask."""
+    """Load IMAGE, or LENGTH bytes from OFFSET, before guests ask."""
     if abort:
         _abort_warming(image, extent, run_dir)
         return
@@ -230,7 +230,7 @@ def warm(image: str, extent: dict[str, int | None], abort: bool, run_dir: Path) 
             line += (
                 f", {format_bytes(reply['left_out_bytes'])} left out: more than the capacity holds"
             )
-    say(line)
+    print_line(line)
 
 
 def _abort_warming(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
@@ -241,7 +241,7 @@ def _abort_warming(image: str, extent: dict[str, int | None], run_dir: Path) -> 
     with same_version():
         done, total = format_bytes(reply["done_bytes"]), format_bytes(reply["total_bytes"])
         line = f"{image}: warming ends, with {done} of {total} done"
-    say(line)
+    print_line(line)
 
 
 @cli.command()
@@ -258,7 +258,7 @@ def evict(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
         line = f"{image}: {format_bytes(reply['evicted_bytes'])} evicted"
         if reply["kept_bytes"]:
             line += f", {format_bytes(reply['kept_bytes'])} kept ({reply['kept_why']})"
-    say(line)
+    print_line(line)
 
 
 @cli.command()
@@ -275,7 +275,7 @@ def quota(guest: str, quota_bytes: int | None, run_dir: Path) -> None:
     with same_version():
         granted_bytes = reply["quota_bytes"]
     limit = "no quota" if granted_bytes is None else f"quota {format_bytes(granted_bytes)}"
-    say(f"{guest}: {limit}")
+    print_line(f"{guest}: {limit}")
 
 
 @cli.command()
@@ -289,7 +289,7 @@ def discard(overlay: str, run_dir: Path) -> None:
     with ControlClient(run_dir) as client:
         reply = client.request("discard", overlay=overlay)
     with same_version():
-        say(f"{overlay}: {format_bytes(reply['private_bytes'])} discarded")
+        print_line(f"{overlay}: {format_bytes(reply['private_bytes'])} discarded")
 
 
 cli.add_command(attach)

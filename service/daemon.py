@@ -67,8 +67,8 @@ from cowshed.service.runtime.logs import (
     logging_begin,
     logging_count_lost,
     logging_end,
-    logging_tell_lost,
-    logging_tell_suppressed,
+    logging_report_lost,
+    logging_report_suppressed,
 )
 from cowshed.service.runtime.loop import LEAVE, READ, RELOAD, Loop, ignore_stop_signals
 from cowshed.service.runtime.side_threads import InTime, SideThreads
@@ -162,12 +162,12 @@ class Daemon:
         fd_store = fd_store or stack.enter_context(contextlib.closing(FdStore(None)))
         inherited = inherited or InheritedFds({})
         stack.callback(inherited.close)
-        self._host: Final = self._open_storage(fd_store, inherited)
+        self.host: Final = self._open_storage(fd_store, inherited)
         restored = self._restore_guests(inherited)
         self._start_background()
         self._open_frontends(restored)
         self._let_go(inherited)
-        self._host.admission.set_aside(len(os.listdir("/proc/self/fd")))
+        self.host.admission.set_aside(len(os.listdir("/proc/self/fd")))
 
     def _open_storage(self, fd_store: FdStore, inherited: InheritedFds) -> Host:
         # The run-dir is locked before anything in it is touched. Images are opened, inherited ones
@@ -223,7 +223,7 @@ class Daemon:
     def _restore_guests(self, inherited: InheritedFds) -> _Restored:
         # Before anything may be evicted: what guests have is charged here, and extents that were
         # lent to zerocopy guests are pinned again.
-        host = self._host
+        host = self.host
         self.guest_records = GuestRecords(host.fd_store)
         guests = self.guest_records.adopt(inherited, host.store, host.guests)
         host.overlays.adopt(list(host.store), inherited, self._record.owned)
@@ -239,7 +239,7 @@ class Daemon:
     def _start_background(self) -> None:
         # All that was restored is charged and pinned: from here on extents are evicted, and sources
         # are read. Nobody connects yet.
-        host, stack = self._host, self._stack
+        host, stack = self.host, self._stack
         host.evictor.start()
         stack.callback(host.evictor.stop)
         self._unserved = UnservedImages(self._unopened, host.side, self._serve_late)
@@ -282,7 +282,7 @@ class Daemon:
 
     def _open_frontends(self, restored: _Restored) -> None:
         # Last of all, and restored guests before new ones: whoever connects finds the rest there.
-        host, stack = self._host, self._stack
+        host, stack = self.host, self._stack
         listener = stack.enter_context(self._listen())
         self._unix_server = UnixServer(listener, host, self)
         for guest in restored.guests:
@@ -334,23 +334,23 @@ class Daemon:
     @property
     def guests(self) -> GuestTable:
         """The table of guests that map."""
-        return self._host.guests
+        return self.host.guests
 
     def _listen(self) -> AnyListener:
         path = socket_path(self.config.run_dir)
         uri = f"unix://{path}"
-        sock = self._host.listeners.open("guests", lambda: listen_socket(uri), path)
+        sock = self.host.listeners.open("guests", lambda: listen_socket(uri), path)
         return adopt_listener(uri, sock.detach())
 
     def _publish(self, image: Image, spec: ImageSpec) -> None:
         """Serve an image that came in a handoff; from its thread."""
-        self._host.held.hold(image)
+        self.host.held.hold(image)
         self._list(image, spec)
 
     def _list(self, image: Image, spec: ImageSpec) -> None:
-        self._host.access.allow(image, spec.allowed)
-        self._host.store.list_image(image)
-        self._host.loop.call(lambda: self._image_sockets.add(image))
+        self.host.access.allow(image, spec.allowed)
+        self.host.store.list_image(image)
+        self.host.loop.call(lambda: self._image_sockets.add(image))
 
     def _serve_late(self, spec: ImageSpec, source: FileSource) -> None:
         """Serve an image whose source could not be opened before; from a side thread.
@@ -358,37 +358,37 @@ class Daemon:
         Takes the source over. On failure nothing of the image is left, so it may be tried again.
         """
         try:
-            image = self._host.store.open_image(spec.name, source, spec.domain, listed=False)
+            image = self.host.store.open_image(spec.name, source, spec.domain, listed=False)
         except BaseException:
             source.close()
             raise
         try:
-            self._host.held.hold(image)
+            self.host.held.hold(image)
         except BaseException:
-            self._host.evictor.close_image(image)  # which closes the source
+            self.host.evictor.close_image(image)  # which closes the source
             raise
-        self._host.overlays.adopt_late(image)
+        self.host.overlays.adopt_late(image)
         self._list(image, spec)
         self._digests.add(image)
 
     def _on_digest(self, image: Image) -> None:
         """An image's digest is known; from some thread."""
         _log.info("digest", image=image.label, digest=image.digest)
-        self._host.overlays.note_digest(image)
+        self.host.overlays.note_digest(image)
 
     def _let_go(self, inherited: InheritedFds) -> None:
         """Whatever our predecessor had that we have no use for."""
         for name in inherited:
             if not name.startswith("source/"):  # said of its image
                 _log.warning("left-over", "nothing served now is made of it", group=name)
-            self._host.fd_store.release(name)
+            self.host.fd_store.release(name)
         inherited.close()
 
     def _serve_metrics(self, endpoint: Endpoint) -> None:
         # Not at the top: import_for says when it is imported.
         from cowshed.service.metrics.port import MetricsPort, MetricsSources
 
-        host = self._host
+        host = self.host
         sources = MetricsSources(
             host.store,
             host.evictor,
@@ -406,7 +406,7 @@ class Daemon:
         port = MetricsPort(endpoint, sources, self.control.status)
         self._stack.callback(port.close)
         held_as = f"metrics/{endpoint}"
-        prepare = functools.partial(self._host.listeners.open, held_as, port.bind)
+        prepare = functools.partial(self.host.listeners.open, held_as, port.bind)
         self._unserved_listeners.serve(f"http://{endpoint}/metrics", prepare, port.serve, held_as)
 
     def end_parked(self, request: OpenRequest) -> bool:
@@ -415,20 +415,20 @@ class Daemon:
 
     def shut_down(self) -> None:
         """End the loop, once it has sent what is queued."""
-        self._host.loop.stop()
+        self.host.loop.stop()
 
     def recorded(self, image: Image) -> list[int]:
         """The extents that guests of an image touched, this run's and earlier ones', in order."""
-        return self._host.working_sets.recorded(image)
+        return self.host.working_sets.recorded(image)
 
     def serve(self, on_serving: Callable[[], None] | None = None) -> None:
         """Answer until a signal or shut_down ends it."""
-        loop = self._host.loop
-        is_supervised = self._host.watch.kind == "systemd"
+        loop = self.host.loop
+        is_supervised = self.host.watch.kind == "systemd"
         loop.stop_on_signals(reload=is_supervised)
         reload = SupervisedReload(loop, loop.leave)
-        loop.watch(self._host.store.notice_fd, READ, self._on_notice)
-        loop.every(_LOOK_SECONDS, logging_tell_lost)
+        loop.watch(self.host.store.notice_fd, READ, self._on_notice)
+        loop.every(_LOOK_SECONDS, logging_report_lost)
         loop.every(_LOOK_SECONDS, self._sources.look)
         loop.every(_LOOK_SECONDS, self._unserved.look)
         loop.every(_LOOK_SECONDS, self._unserved_listeners.look)
@@ -440,11 +440,11 @@ class Daemon:
             run_dir=self.config.run_dir,
             capacity=format_bytes(self.config.capacity_bytes),
             images=", ".join(
-                f"{image.label} ({format_bytes(image.size_bytes)})" for image in self._host.store
+                f"{image.label} ({format_bytes(image.size_bytes)})" for image in self.host.store
             ),
         )
         stop_at("takeover-adopted")
-        self._host.fd_store.tell(READY="1")
+        self.host.fd_store.notify(READY="1")
         if on_serving is not None:
             on_serving()
         loop.run()
@@ -456,8 +456,8 @@ class Daemon:
                 self._leave(loop.ended_by)
             loop.run()
         reload.close()
-        self._host.fd_store.tell(STOPPING="1")
-        self._host.fd_store.reconcile(_PATIENCE_SECONDS)
+        self.host.fd_store.notify(STOPPING="1")
+        self.host.fd_store.reconcile(_PATIENCE_SECONDS)
         self._save_at_end()
         _log.notice("stopping", pid=os.getpid())
 
@@ -468,48 +468,48 @@ class Daemon:
         its own ways to end us for good, and closes what it holds then; its restart must look to
         guests like any other.
         """
-        self._saving.begin(lambda: self._host.working_sets.save(self._host.store))
+        self._saving.begin(lambda: self.host.working_sets.save(self.host.store))
         if self._shutdown.prepare():
             self._unix_server.give(self._handed_over)
             if self._is_held(cause) and self._takeovers.hand_over():
                 self._end_now("takeover" if self._takeovers.is_leaving else "reload")
             self._handed_over.take_back()
-            self._host.loop.begin_again()
+            self.host.loop.begin_again()
         self._shutdown.take_back()
 
     def _is_held(self, cause: signal.Signals) -> bool:
         """Whether our successor would have everything. One who is ended by systemd goes anyway."""
-        if self._host.fd_store.reconcile(_PATIENCE_SECONDS) or self._takeovers.is_leaving:
+        if self.host.fd_store.reconcile(_PATIENCE_SECONDS) or self._takeovers.is_leaving:
             return True
         if cause in (LEAVE, RELOAD):
             _log.error(
                 "reload-refused",
-                f"{self._host.watch.nr_not_held} groups of descriptors are not held for a "
+                f"{self.host.watch.nr_not_held} groups of descriptors are not held for a "
                 "successor; everything stays as it is: try again once cowshed status shows none",
             )
             return False
         return True
 
     def _end_now(self, how: str) -> NoReturn:
-        self._host.history.note_leaving(how)
+        self.host.history.note_leaving(how)
         _log.notice("leaving", pid=os.getpid())
         os._exit(0)
 
     def _look_at_sockets(self) -> None:
-        self._host.side.run("sockets", self._host.listeners.look)
+        self.host.side.run("sockets", self.host.listeners.look)
 
     def _save(self) -> None:
-        self._host.side.run("working sets", lambda: self._host.working_sets.save(self._host.store))
-        logging_tell_suppressed()
+        self.host.side.run("working sets", lambda: self.host.working_sets.save(self.host.store))
+        logging_report_suppressed()
 
     def _save_at_end(self) -> None:
         """Keep what guests touched, unless the state directory does not answer."""
-        InTime(lambda: self._host.working_sets.save(self._host.store)).wait(_SAVE_AT_END_SECONDS)
+        InTime(lambda: self.host.working_sets.save(self.host.store)).wait(_SAVE_AT_END_SECONDS)
 
     def _on_notice(self, fd: int, _: int) -> None:
         os.read(fd, 8)
-        self._unix_server.say_states()
-        self._image_sockets.say_states()
+        self._unix_server.log_states()
+        self._image_sockets.log_states()
 
 
 def _find_arrived(

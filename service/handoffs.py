@@ -103,7 +103,7 @@ class HandoffService:
             return
         self._drain = Drain.resume(self)
         if self._drain.phase is Phase.MOVED:
-            self.tell_moved(self._drain.migrating, self._drain.uri)
+            self.notify_moved(self._drain.migrating, self._drain.uri)
         self._drain.start()
         _log.notice("drain-resumed", phase=str(self._drain.phase), to=self._drain.uri)
 
@@ -175,17 +175,17 @@ class HandoffService:
                 _log.notice("disconnected", f"it is at {uri} now", overlay=each.guest.label)
                 self._disconnect(each.guest)
 
-    def tell_moved(self, migrating: list[MigratingGuest], uri: str) -> None:
+    def notify_moved(self, migrating: list[MigratingGuest], uri: str) -> None:
         """Have guests that map told, and connections ended of those that do not."""
-        self._loop.call(lambda: self._tell(migrating, uri))
+        self._loop.call(lambda: self._notify(migrating, uri))
 
-    def _tell(self, migrating: list[MigratingGuest], uri: str) -> None:
+    def _notify(self, migrating: list[MigratingGuest], uri: str) -> None:
         for each in migrating:
             if isinstance(each, MigratingMapping):
                 event: Body = {"event": "moved", "uri": uri, "token": each.token}
                 if isinstance(each, MigratingCarrier):
                     event |= {"carries": True, "digest": each.image.digest}
-                self._unix_server.tell(each.guest, event)
+                self._unix_server.notify(each.guest, event)
             elif isinstance(each, MigratingOverlay):
                 self._retire(each.guest, uri)
 

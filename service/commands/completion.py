@@ -13,7 +13,7 @@ __all__ = ["completion"]
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print the script by which SHELL completes cowshed's commands and options."""
+    """Print the script by which SHELL completes commands."""
     made = get_completion_class(shell)
     assert made is not None
     root = ctx.find_root()

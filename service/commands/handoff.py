@@ -23,7 +23,7 @@ from cowshed.service.commands.handoff_files import (
     reopened,
 )
 from cowshed.service.commands.progress import progress_bar
-from cowshed.service.commands.shell import WrongUsage, run_dir_option, same_version, say
+from cowshed.service.commands.shell import WrongUsage, print_line, run_dir_option, same_version
 from cowshed.service.operators.control_client import ControlClient
 from cowshed.service.runtime.sizes import format_bytes
 
@@ -226,12 +226,12 @@ def _print_dry(reply: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(reply, indent=2))
     else:
-        say(f"{reply['guests']} guests would move to {reply['to']}")
+        print_line(f"{reply['guests']} guests would move to {reply['to']}")
         for image in reply["images"]:
-            say(f"the bytes of image {image} would be sent")
+            print_line(f"the bytes of image {image} would be sent")
         for blocker in blockers:
             who = blocker.get("guest") or blocker.get("image") or "the target"
-            say(f"blocked by {who}: {blocker['reason']}")
+            print_line(f"blocked by {who}: {blocker['reason']}")
     if blockers:
         raise UsageError(f"the drain would not begin: {len(blockers)} blockers")
 
@@ -242,4 +242,4 @@ def _print(reply: dict[str, Any], as_json: bool, line: str, *, err: bool = False
     elif err:
         click.echo(line, err=True)
     else:
-        say(line)
+        print_line(line)

@@ -57,10 +57,10 @@ def run_taking_over(config: Config) -> int:
         keeper, predecessor = take_over(config, lambda: _run(config))
         if config.keeper and not has_supervisor(os.environ):
             return keeper.succeed(predecessor)
-        groups, say_goodbye = keeper.give(predecessor)
+        groups, send_goodbye = keeper.give(predecessor)
 
         def on_serving() -> None:
-            say_goodbye()
+            send_goodbye()
             keeper.close()
 
         return run(config, groups, on_serving)

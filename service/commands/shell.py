@@ -100,7 +100,7 @@ def quota_argument(command: Command) -> Command:
     return click.argument("quota_bytes", metavar="SIZE", callback=_parse_quota)(command)
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print one line of result; a name in it may be a guest's."""
     click.echo(printable(line))
 

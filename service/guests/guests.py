@@ -186,7 +186,7 @@ class Mapping:
     handler: FaultHandler
     fds: list[int]
     attached_ns: int = field(default_factory=time.monotonic_ns)
-    said_state: str = "running"
+    logged_state: str = "running"
     is_parked: bool = False
     carries: bool = False
     account_no: int = field(init=False)

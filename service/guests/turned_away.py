@@ -53,7 +53,7 @@ class TurnedAway:
     def add(self, connection: Connection, why: str) -> None:
         """Tell a peer, in one line, why it is turned away, and hang up."""
         if len(self._waiting) == _PLACES:
-            self._tell(next(iter(self._waiting)), _FIRST_TAG)
+            self._refuse(next(iter(self._waiting)), _FIRST_TAG)
         fd = connection.fileno()
         self._waiting[fd] = connection, why, time.monotonic() + _WAIT_SECONDS
         self._loop.watch(fd, READ, self._on_ready)
@@ -77,14 +77,14 @@ class TurnedAway:
                     tag = tag or message.tag
                     message.close_fds()
             if tag:
-                self._tell(fd, tag)
+                self._refuse(fd, tag)
                 return
             connection.flush()  # of a tls handshake
             self._loop.change(fd, READ | (WRITE if connection.wants_write else 0))
         except (CowshedError, OSError):
             self._end(fd)
 
-    def _tell(self, fd: int, tag: int) -> None:
+    def _refuse(self, fd: int, tag: int) -> None:
         connection, why, _ = self._waiting[fd]
         with contextlib.suppress(CowshedError, OSError):
             connection.queue(error_reply("capacity", why), tag=tag)
@@ -101,4 +101,4 @@ class TurnedAway:
         now = time.monotonic()
         for fd, (_, _, deadline) in list(self._waiting.items()):
             if now > deadline:
-                self._tell(fd, _FIRST_TAG)
+                self._refuse(fd, _FIRST_TAG)

@@ -41,7 +41,7 @@ from cowshed.transport.handoff.sections import ControlMessage, StateReader
 from cowshed.transport.links.no_room import start_thread
 from cowshed.transport.messages.fields import take_number
 
-__all__ = ["Drain", "DrainHost", "StoppedError", "say_blockers"]
+__all__ = ["Drain", "DrainHost", "StoppedError", "print_blockers"]
 
 _log = EventLog("cowshed.drain")
 
@@ -97,7 +97,7 @@ class DrainHost(Protocol):
     def send_on(self, migrating: list[MigratingGuest], uri: str) -> None:
         """End the connections of guests whose pages are ours; they are needed here a while yet."""
 
-    def tell_moved(self, migrating: list[MigratingGuest], uri: str) -> None:
+    def notify_moved(self, migrating: list[MigratingGuest], uri: str) -> None:
         """Have guests told where they are now, and end connections that cannot be told."""
 
 
@@ -344,7 +344,7 @@ class Drain:
         ]
         images = [image for image in images if image.digest]
         if self._blockers:
-            raise StoppedError(say_blockers("drain", self._blockers))
+            raise StoppedError(print_blockers("drain", self._blockers))
         self._numbered = list(self._migrating)
         self._images = images
         self._sender = self._sender.of(self._migrating, images)
@@ -354,7 +354,7 @@ class Drain:
         if self._file is not None:
             self._wanted = list(range(len(images))) if self._with_images else []
             return self._accepted()
-        self._sender.say("dry-run" if self.dry_run else "offer")
+        self._sender.send("dry-run" if self.dry_run else "offer")
         message = self._hear("the target's check of the offer")
         if message.kind == "refused":
             found = message.body.get("blockers")
@@ -363,7 +363,7 @@ class Drain:
                 for each in (found if isinstance(found, list) else [])
                 if isinstance(each, dict)
             ]
-            self._error = UsageError(say_blockers("drain", self._blockers))
+            self._error = UsageError(print_blockers("drain", self._blockers))
             return Event.REFUSED
         self._expect(message, "accepted")
         wanted = message.body.get("images")
@@ -414,7 +414,7 @@ class Drain:
         return Event.CONVERGED
 
     def _have_warmed(self) -> None:
-        self._the_sender.say("warm")
+        self._the_sender.send("warm")
         self._expect(self._hear("the target to load the working sets"), "warmed")
 
     def _freeze(self) -> None:
@@ -440,7 +440,7 @@ class Drain:
     def _send_commit(self) -> Event:
         if self._file is not None:
             return Event.COMMITTED
-        self._the_sender.say("commit", handoff=self.handoff)
+        self._the_sender.send("commit", handoff=self.handoff)
         return self._outcome(self._hear("the target's commit"))
 
     def _ask(self) -> Event | None:
@@ -453,7 +453,7 @@ class Drain:
             self._link = self._host.connect(self._address, lambda: None)
             self._reader, self._messages = StateReader(messages=True), []
             sender = Sender(self._link, [], [], Progress())
-            sender.say("ask", handoff=self.handoff)
+            sender.send("ask", handoff=self.handoff)
             return self._outcome(self._hear(self._waits_for))
         except (CowshedError, OSError) as error:
             _log.warning("drain-unsure", f"{error}; guests wait", to=self.uri)
@@ -474,7 +474,7 @@ class Drain:
 
     def _target_has(self, feature: str) -> bool:
         """Ask whether the target knows something; PeerError if it does not know the question."""
-        self._the_sender.say("features")
+        self._the_sender.send("features")
         has = self._hear("the target's list of features").body.get("has")
         return isinstance(has, list) and feature in has
 
@@ -544,7 +544,7 @@ class Drain:
         self._link = self._host.connect(self._address, self._look)
         self._reader, self._messages = StateReader(messages=True), []
         self._sender = Sender(self._link, self._migrating, [], self._progress)
-        self._sender.say("resume", handoff=self.handoff)
+        self._sender.send("resume", handoff=self.handoff)
         left = [0] * len(self._numbered)
         while (message := self._hear(self._waits_for)).kind == "lacking":
             guest = take_number(message.body, "guest", maximum=max(0, len(left) - 1))
@@ -586,9 +586,9 @@ class Drain:
             self._sender.end_frozen()
         self._error = None
 
-    def _tell_guests(self) -> None:
+    def _notify_guests(self) -> None:
         _log.notice("drained", to=self.uri, guests=len(self._migrating))
-        self._host.tell_moved(self._migrating, "" if self.uri.startswith(_FILE) else self.uri)
+        self._host.notify_moved(self._migrating, "" if self.uri.startswith(_FILE) else self.uri)
 
     def _forget_record(self) -> None:
         try:
@@ -617,7 +617,7 @@ class Drain:
     def _send_abort(self) -> None:
         if self._sender is not None and self._file is None:
             try:
-                self._sender.say("abort")
+                self._sender.send("abort")
             except CowshedError as error:
                 _log.info("drain-abort-unsaid", str(error), to=self.uri)
 
@@ -684,7 +684,7 @@ class Drain:
         self._host.counters.drain = statistics
 
 
-def say_blockers(what: str, blockers: list[Blocker]) -> str:
+def print_blockers(what: str, blockers: list[Blocker]) -> str:
     """One line for all that keeps us from doing something."""
     said = []
     for blocker in blockers[:5]:
@@ -712,7 +712,7 @@ _ACTIONS: Final[dict[Action, Callable[[Drain], Event | None]]] = {
     Action.PUSH: Drain._push,
     Action.RESUME: Drain._resume,
     Action.RECORD_MOVED: Drain._record_moved,
-    Action.TELL_GUESTS: Drain._tell_guests,
+    Action.NOTIFY_GUESTS: Drain._notify_guests,
     Action.FORGET_RECORD: Drain._forget_record,
     Action.SEND_ABORT: Drain._send_abort,
     Action.THAW: Drain._thaw,

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from cowshed.cache import Image, PeerError, UsageError
 from cowshed.service.images.working_sets import WorkingSets
-from cowshed.service.migration.drain import say_blockers
+from cowshed.service.migration.drain import print_blockers
 from cowshed.service.migration.link import FileLink, Link, SocketLink, open_link
 from cowshed.service.migration.migrating import MigratingGuest
 from cowshed.service.migration.receiver import Receiver, wait_for_digests
@@ -120,7 +120,7 @@ class _Export:
             for reason in each.blockers()
         ]
         if blockers:
-            raise UsageError(say_blockers("export", blockers))
+            raise UsageError(print_blockers("export", blockers))
         prefix = read_prefix(self._fd, self._look) if resume else None
         if prefix is None:
             self.images = [image for image in images if image.digest]
@@ -239,7 +239,7 @@ def _read(
             if not checked:
                 checked = True
                 if blockers := receiver.check(reader, look):
-                    raise UsageError(say_blockers("import", blockers))
+                    raise UsageError(print_blockers("import", blockers))
             if isinstance(section, WorkingSetSection):
                 extents.append(section)
             elif isinstance(section, ImageWhole):

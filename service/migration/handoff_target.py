@@ -272,11 +272,11 @@ class _Reception:
             why = "its source hung up"
         except CowshedError as error:
             why = str(error)
-            self._say_failed(why)
+            self._log_failed(why)
         except Exception:
             _log.crash("handoff-failed", "a defect of cowshed: please report it")
             why = "a defect of the target"
-            self._say_failed(why)
+            self._log_failed(why)
         finally:
             if not self.machine.is_over and self.handoff:
                 _log.warning("handoff-broken-off", why, whose=self._whose, handoff=self.handoff)
@@ -342,7 +342,7 @@ class _Reception:
             self.look()
             if time.monotonic() > said + _CHECKING_SECONDS:
                 said = time.monotonic()
-                self._say("checking")
+                self._send("checking")
 
         source = self._receiver.seal(no, look)
         if source is None:
@@ -352,23 +352,23 @@ class _Reception:
                 source.close()
                 raise PeerError("the handoff was given up")
             self._receiver.open(no, source)
-        self._say("imaged")
+        self._send("imaged")
 
     def _take_message(self, message: ControlMessage) -> None:
         if message.kind in ("offer", "dry-run"):
             self._check(is_dry=message.kind == "dry-run")
         elif message.kind == "warm":
             self._warm()
-            self._say("warmed")
+            self._send("warmed")
         elif message.kind == "commit":
             self._target.commit(self)
         elif message.kind == "abort":
             if self.machine.allows(Event.ABORT):
                 self._target.on(self, Event.ABORT)
         elif message.kind == "ask":
-            self._say(self._target.verdict(take_text(message.body, "handoff", max_length=64)))
+            self._send(self._target.verdict(take_text(message.body, "handoff", max_length=64)))
         elif message.kind == "features":
-            self._say("features", has=list(_FEATURES))
+            self._send("features", has=list(_FEATURES))
         elif message.kind == "resume":
             self._resume(take_text(message.body, "handoff", max_length=64))
         elif message.kind == "gone" and self._postcopy is not None:
@@ -383,7 +383,7 @@ class _Reception:
         self._postcopy = self._target.postcopy_target(handoff)
         self.machine = Handoff.restarted(Role.TARGET, Phase.OWNER)
         if self._postcopy is None:
-            self._say("filled")
+            self._send("filled")
             return
         self.handoff = handoff
         self._reader.expect_missing(self._postcopy.sizes_bytes)
@@ -396,7 +396,7 @@ class _Reception:
         if self._postcopy.is_filled or self._target.is_filled(self.handoff):
             self._target.on(self, Event.FILLED)
         elif self._postcopy.is_hopeless:
-            self._say("filled", lost=self._postcopy.nr_missing)
+            self._send("filled", lost=self._postcopy.nr_missing)
 
     def _own(self) -> None:
         """Record that the guests are ours."""
@@ -446,15 +446,15 @@ class _Reception:
     def do(self, action: Action) -> None:
         """Do what the machine asks for."""
         if action is Action.SEND_ACCEPTED:
-            self._say("accepted", images=self._receiver.wanted)
+            self._send("accepted", images=self._receiver.wanted)
         elif action is Action.SEND_REFUSED:
-            self._say("refused", blockers=self._blockers)
+            self._send("refused", blockers=self._blockers)
         elif action is Action.SEND_READY:
-            self._say("ready")
+            self._send("ready")
         elif action is Action.SEND_COMMITTED:
-            self._say("committed")
+            self._send("committed")
         elif action is Action.SEND_DENIED:
-            self._say("denied", **({"why": self.denied_for} if self.denied_for else {}))
+            self._send("denied", **({"why": self.denied_for} if self.denied_for else {}))
         elif action is Action.RECORD_OWNER:
             self._own()
             reach("HANDOFF_OWNED")
@@ -470,7 +470,7 @@ class _Reception:
             assert self._postcopy is not None
             self._target.record_filled(self._postcopy)
         elif action is Action.SEND_FILLED:
-            self._say("filled")
+            self._send("filled")
         elif action is Action.DISCARD:
             with self._staging:
                 self._receiver.discard()
@@ -478,16 +478,16 @@ class _Reception:
             self._receiver.keep(self.handoff)
             reach("HANDOFF_KEPT")
 
-    def _say(self, what: str, **fields: Any) -> None:
-        self._send_message(ControlMessage({"say": what, **fields}))
+    def _send(self, kind: str, **fields: Any) -> None:
+        self._send_message(ControlMessage({"say": kind, **fields}))
 
     def _send_message(self, message: ControlMessage) -> None:
         """From any thread."""
         with self._saying:
             self._link.send(self._writer.write(message))
 
-    def _say_failed(self, why: str) -> None:
+    def _log_failed(self, why: str) -> None:
         try:
-            self._say("failed", why=why)
+            self._send("failed", why=why)
         except CowshedError as error:
             _log.info("handoff-unsaid", str(error), whose=self._whose)

@@ -127,7 +127,7 @@ class PostcopySource:
                 guest="?" if each is None else each.name,
                 pages=len(gone),
             )
-            sender.say("gone", guest=guest, runs=[list(run) for run in _runs(gone)])
+            sender.send("gone", guest=guest, runs=[list(run) for run in _runs(gone)])
         sender.progress.done_bytes += len(pages) * PAGE_BYTES
         for page in pages:
             self._left[guest][page // 8] &= ~(1 << page % 8)

@@ -34,7 +34,7 @@ __all__ = ["MissingOf", "PostcopyTarget"]
 
 _log = EventLog("cowshed.handoff")
 
-Say = Callable[[ControlMessage], None]
+Send = Callable[[ControlMessage], None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class MissingOf:
 class PostcopyTarget:
     """The guests of one handoff, by number; None is one that is here no more. close() it.
 
-    Invariant: _say is how the source is spoken to, while it is connected; else, while _deadline is
+    Invariant: _send is how the source is spoken to, while it is connected; else, while _deadline is
     not None, it is waited for until then. Both are under _lock.
     """
 
@@ -68,7 +68,7 @@ class PostcopyTarget:
         self._wait_seconds = wait_seconds
         self._on_filled = on_filled
         self._lock = threading.Lock()
-        self._say: Say | None = None
+        self._send: Send | None = None
         self._deadline: float | None = time.monotonic() + wait_seconds
         self._wanted = [0] * len(guests)
         self._closed = False
@@ -116,22 +116,22 @@ class PostcopyTarget:
 
     # The source.
 
-    def connect(self, say: Say) -> None:
-        """Have the source asked by say(message), which may raise PeerError."""
+    def connect(self, send: Send) -> None:
+        """Have the source asked by send(message), which may raise PeerError."""
         for no in range(len(self._guests)):
             with self._of(no) as found:
                 if found is not None:
                     found[1].find()
         with self._lock:
-            self._say, self._deadline = say, None
+            self._send, self._deadline = send, None
         os.eventfd_write(self._wake, 1)
 
-    def disconnect(self, say: Say) -> None:
+    def disconnect(self, send: Send) -> None:
         """The source is gone; nothing if it has come again since."""
         with self._lock:
-            if self._say != say:
+            if self._send != send:
                 return
-            self._say = None
+            self._send = None
             self._deadline = time.monotonic() + self._wait_seconds
         for each in self.missing():
             _log.warning(
@@ -177,7 +177,7 @@ class PostcopyTarget:
                 raise PeerError(f"pages of guest {guest.name!r} are gone that are not of its image")
             nr = sum(missing.lose(*run) for run in runs)
         if nr:
-            _say_lost(guest, nr, "the source has them no more")
+            _log_lost(guest, nr, "the source has them no more")
 
     @property
     def nr_missing(self) -> int:
@@ -253,8 +253,8 @@ class PostcopyTarget:
     def _ask(self) -> None:
         """Ask for what is waited for, if the source is there; else it will be asked when it is."""
         with self._lock:
-            say = self._say
-        if say is None:
+            send = self._send
+        if send is None:
             return
         for no, wanted in enumerate(self._wanted):
             if not wanted:
@@ -262,7 +262,7 @@ class PostcopyTarget:
             self._wanted[no] = 0
             try:
                 for message in messages_of("want", no, wanted):
-                    say(message)
+                    send(message)
             except PeerError as error:
                 self._wanted[no] = wanted
                 _log.info("late-pages-unasked", str(error), pages=count_pages(wanted))
@@ -279,10 +279,10 @@ class PostcopyTarget:
             with self._of(no) as found:
                 nr = 0 if found is None else found[1].lose(0, each.guest.image.nr_pages)
             if nr:
-                _say_lost(each.guest, nr, f"their source is gone for {self._wait_seconds:g} s")
+                _log_lost(each.guest, nr, f"their source is gone for {self._wait_seconds:g} s")
 
 
-def _say_lost(guest: OverlayGuest, nr_pages: int, why: str) -> None:
+def _log_lost(guest: OverlayGuest, nr_pages: int, why: str) -> None:
     _log.error(
         "pages-lost",
         f"{why}: reads of them fail until the guest writes them anew, or the source comes again",

@@ -140,9 +140,9 @@ class Sender:
             self.progress.frozen_seconds = time.monotonic() - self._frozen_at
             self._frozen_at = None
 
-    def say(self, what: str, **fields: Any) -> None:
+    def send(self, kind: str, **fields: Any) -> None:
         """Say a message to the other end."""
-        self._put(ControlMessage({"say": what, **fields}))
+        self._put(ControlMessage({"say": kind, **fields}))
 
     def offer(
         self,

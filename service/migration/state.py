@@ -109,7 +109,7 @@ class Action(StrEnum):
     PUSH = "push pages"
     RESUME = "offer pages again"
     RECORD_MOVED = "record that it moved"
-    TELL_GUESTS = "tell guests"
+    NOTIFY_GUESTS = "tell guests"
     SEND_ABORT = "send abort"
     FORGET_RECORD = "delete the record"
     THAW = "thaw"
@@ -166,14 +166,14 @@ _SOURCE: Final[Table] = {
         (Action.RECORD_COMMITTING, Action.SEND_COMMIT),
     ),
     # Guests wait for the word, and after a death between the two the target is asked once more.
-    (Phase.COMMIT, Event.COMMITTED): (Phase.MOVED, (Action.TELL_GUESTS, Action.RECORD_MOVED)),
+    (Phase.COMMIT, Event.COMMITTED): (Phase.MOVED, (Action.NOTIFY_GUESTS, Action.RECORD_MOVED)),
     (Phase.COMMIT, Event.COMMITTED_MISSING): (
         Phase.PUSH,
         (Action.RECORD_PUSHING, Action.SEND_ON, Action.PUSH),
     ),
     (Phase.PUSH, Event.LOST): (Phase.PUSH, (Action.RESUME,)),
     (Phase.PUSH, Event.LACKING): (Phase.PUSH, (Action.PUSH,)),
-    (Phase.PUSH, Event.FILLED): (Phase.MOVED, (Action.RECORD_MOVED, Action.TELL_GUESTS)),
+    (Phase.PUSH, Event.FILLED): (Phase.MOVED, (Action.RECORD_MOVED, Action.NOTIFY_GUESTS)),
     (Phase.COMMIT, Event.DENIED): (Phase.ABORTED, (Action.FORGET_RECORD, *_ROLLBACK)),
     (Phase.COMMIT, Event.LOST): (Phase.COMMIT, (Action.ASK,)),
     **{(phase, Event.LOST): (Phase.ABORTED, _ROLLBACK) for phase in _BEFORE_COMMIT},

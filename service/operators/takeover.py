@@ -70,15 +70,15 @@ class TakeoverHandler:
         if not self._is_leaving:
             return True
         stop_at("takeover-leaving")
-        self._fd_store.tell(**{FOLLOWER: str(self._pid)})  # we may have no keeper just now
+        self._fd_store.notify(**{FOLLOWER: str(self._pid)})  # we may have no keeper just now
         self._fd_store.reconcile(_PATIENCE_SECONDS)
         stop_at("takeover-told")
         try:
             if select.select([self._pidfd], [], [], 0)[0]:
                 raise ProcessLookupError(f"process {self._pid} is gone")
-            self._fd_store.tell_copy(**{LEFT: "1"})
+            self._fd_store.notify_copy(**{LEFT: "1"})
         except OSError as error:
-            self._fd_store.tell(**{FOLLOWER: "0"})
+            self._fd_store.notify(**{FOLLOWER: "0"})
             self._forget(str(error))
             return False
         stop_at("takeover-left")

@@ -182,7 +182,7 @@ class FdStore:
             if copy is not None:
                 copy.close()
 
-    def tell_copy(self, **fields: str) -> None:
+    def notify_copy(self, **fields: str) -> None:
         """Tell that other how we are. OSError if it does not listen, or is told no more."""
         with self._lock:
             if self._copy is None:
@@ -232,8 +232,8 @@ class FdStore:
         if not is_all_sent:
             self.on_unsent()
 
-    def tell(self, **fields: str) -> bool:
-        """Tell the supervisor how we are: tell(READY="1"); whether it was by now, and by all that
+    def notify(self, **fields: str) -> bool:
+        """Tell the supervisor how we are: notify(READY="1"); whether it was by now, and by all that
         is held before it. If not, it is told as soon as it can be.
         """
         with self._lock:

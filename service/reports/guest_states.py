@@ -8,18 +8,18 @@ from cowshed.service.reports.status import broken_why, guest_state
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.sizes import format_bytes
 
-__all__ = ["say_state"]
+__all__ = ["log_state"]
 
 _log = EventLog("cowshed")
 
 
-def say_state(mapping: Mapping) -> str:
+def log_state(mapping: Mapping) -> str:
     """Log how a mapping is if that changed; give why it has to be dropped, or an empty string."""
     status = mapping.account.status()
     state = guest_state(status)
-    if state in (mapping.said_state, "frozen"):  # who froze it has said so
+    if state in (mapping.logged_state, "frozen"):  # who froze it has said so
         return ""
-    mapping.said_state = state
+    mapping.logged_state = state
     if state == "detached":
         return broken_why(status)
     _say_quota(mapping, state)

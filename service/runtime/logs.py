@@ -43,8 +43,8 @@ __all__ = [
     "logging_begin",
     "logging_count_lost",
     "logging_end",
-    "logging_tell_lost",
-    "logging_tell_suppressed",
+    "logging_report_lost",
+    "logging_report_suppressed",
 ]
 
 LogFormat = Literal["logfmt", "json"]
@@ -82,27 +82,27 @@ class EventLog:
 
     def debug(self, event: str, message: str = "", /, **fields: Any) -> None:
         """What only somebody looking into cowshed itself wants."""
-        self._say(logging.DEBUG, event, message, fields)
+        self._log(logging.DEBUG, event, message, fields)
 
     def info(self, event: str, message: str = "", /, **fields: Any) -> None:
         """What happens all the time when all is well."""
-        self._say(logging.INFO, event, message, fields)
+        self._log(logging.INFO, event, message, fields)
 
     def notice(self, event: str, message: str = "", /, **fields: Any) -> None:
         """What a quiet log needs to be understood."""
-        self._say(NOTICE, event, message, fields)
+        self._log(NOTICE, event, message, fields)
 
     def warning(self, event: str, message: str = "", /, **fields: Any) -> None:
         """What somebody should look at, while the daemon goes on as it was."""
-        self._say(logging.WARNING, event, message, fields)
+        self._log(logging.WARNING, event, message, fields)
 
     def error(self, event: str, message: str = "", /, **fields: Any) -> None:
         """What somebody has to act on."""
-        self._say(logging.ERROR, event, message, fields)
+        self._log(logging.ERROR, event, message, fields)
 
     def crash(self, event: str, message: str = "", /, **fields: Any) -> None:
         """An error of ours, with the traceback of the exception being handled."""
-        self._say(logging.ERROR, event, message, fields, with_traceback=True)
+        self._log(logging.ERROR, event, message, fields, with_traceback=True)
 
     def record(self, event: str, message: str = "", /, **fields: Any) -> logging.LogRecord:
         """A warning that is not logged, for who writes the log."""
@@ -110,7 +110,7 @@ class EventLog:
         name, level = self._logger.name, logging.WARNING
         return self._logger.makeRecord(name, level, "", 0, "%s", (message,), None, extra=extra)
 
-    def _say(
+    def _log(
         self,
         level: int,
         event: str,
@@ -256,7 +256,7 @@ class _Handler(logging.Handler):
         except Exception:
             self.handleError(record)
             return
-        if self.tell_lost():
+        if self.report_lost():
             self._write(line)
         else:
             self._note_lost(1)
@@ -272,7 +272,7 @@ class _Handler(logging.Handler):
             self._count_lost = count
             self._note_lost(0)
 
-    def tell_lost(self) -> bool:
+    def report_lost(self) -> bool:
         """Say how many lines were lost, if any and if it can be said; False if it cannot."""
         with self.lock or contextlib.nullcontext():
             nr_lost = self._nr_untold
@@ -297,7 +297,7 @@ class _Handler(logging.Handler):
             self._count_lost(self._nr_uncounted)
             self._nr_uncounted = 0
 
-    def tell_suppressed(self) -> None:
+    def report_suppressed(self) -> None:
         """Say how much was counted and not said."""
         with self._limit_lock:
             untold = self._limit.take_suppressed()
@@ -313,11 +313,11 @@ def logging_begin(log_format: LogFormat, log_level: LogLevel, fd: int = 2) -> No
     root.setLevel(LEVELS[log_level])
 
 
-def logging_tell_suppressed() -> None:
+def logging_report_suppressed() -> None:
     """Say how many lines were left out, as far as no later line has; for every minute or so."""
     for handler in _handlers():
-        handler.tell_suppressed()
-        handler.tell_lost()
+        handler.report_suppressed()
+        handler.report_lost()
 
 
 def logging_count_lost(count: Callable[[int], None] | None) -> None:
@@ -329,15 +329,15 @@ def logging_count_lost(count: Callable[[int], None] | None) -> None:
         handler.count_lost(count)
 
 
-def logging_tell_lost() -> bool:
+def logging_report_lost() -> bool:
     """Say how many lines were lost, as far as no later line has; False if that is lost too."""
-    return sum(not handler.tell_lost() for handler in _handlers()) == 0
+    return sum(not handler.report_lost() for handler in _handlers()) == 0
 
 
 def logging_end() -> None:
     """Say what was left out, and log no more."""
     for handler in _handlers():
-        handler.tell_suppressed()
+        handler.report_suppressed()
     logging_abandon()
 
 

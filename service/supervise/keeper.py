@@ -47,7 +47,7 @@ from cowshed.service.runtime.logs import (
     EventLog,
     logging_abandon,
     logging_count_lost,
-    logging_tell_lost,
+    logging_report_lost,
 )
 from cowshed.service.runtime.loop import LEAVE, ignore_stop_signals
 from cowshed.service.settings.config_text import CONFIG_FD, config_text_make
@@ -184,7 +184,7 @@ class Keeper:
         """
         self._end_copy(predecessor)
         groups, self._groups = self._groups, {}
-        return groups, self._say_goodbye
+        return groups, self._send_goodbye
 
     def close(self) -> None:
         """End as if we never were; what is held is closed."""
@@ -202,7 +202,7 @@ class Keeper:
         self._predecessor = predecessor
         self._ready = False
 
-    def _say_goodbye(self) -> None:
+    def _send_goodbye(self) -> None:
         """Tell the keeper before us, if there is one, that our backend serves."""
         if self._predecessor:
             try:
@@ -285,8 +285,8 @@ class Keeper:
         for fd in (*fds, self._socket.fileno(), self._wake_reader):
             poll.register(fd, select.POLLIN)
         if self._ready:
-            self._say_goodbye()
-        is_all_told = logging_tell_lost() and not (self._ready and self._predecessor)
+            self._send_goodbye()
+        is_all_told = logging_report_lost() and not (self._ready and self._predecessor)
         seconds = None if is_all_told else _TELL_AGAIN_SECONDS
         if self._check is not None:
             poll.register(self._check.fd, select.POLLIN)

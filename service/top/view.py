@@ -263,12 +263,12 @@ class Frame:
         if not rows:
             return [Text(), Text()]
         one = rows[self.state.row(self.state.focus, [key_of(row) for row in rows])]
-        tell = _tell_image if self.state.focus == "images" else self._tell_guest
+        tell = _describe_image if self.state.focus == "images" else self._describe_guest
         name, *lines = tell(one)
         first = Text.assemble((name, "bold"), ": ", lines[0])
         return [self._one_line(first), self._one_line(Text(lines[1]))]
 
-    def _tell_guest(self, guest: Answer) -> list[str]:
+    def _describe_guest(self, guest: Answer) -> list[str]:
         who = f"pid {guest['pid']}, uid {guest['uid']}, via {format_via(guest)}, "
         who += f"{format_bytes(guest['granted_bytes'])} of "
         who += f"{label_of(guest, 'image')} granted, at its quota: {guest['policy']}"
@@ -353,7 +353,7 @@ def _guests_of(image: Answer, status: Answer) -> list[Answer]:
     return [each for each in status["guests"] if (each["domain"], each["image"]) == whose]
 
 
-def _tell_image(image: Answer) -> list[str]:
+def _describe_image(image: Answer) -> list[str]:
     digest = str(image["digest"] or "digest not known yet")
     changed = "CHANGED after it was opened: restore it, or restart the daemon. "
     return [

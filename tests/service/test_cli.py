@@ -81,7 +81,18 @@ def test_help_names_every_command_there_is_and_no_other() -> None:
     result = run("--help")
     assert result.exit_code == 0
     listed = result.stdout.partition("Commands:\n")[2].splitlines()
-    there = ("attach", "audit", "discard", "drain", "evict", "export", "import", "pin", "quota")
+    there = (
+        "attach",
+        "audit",
+        "completion",
+        "discard",
+        "drain",
+        "evict",
+        "export",
+        "import",
+        "pin",
+        "quota",
+    )
     assert [line.split()[0] for line in listed] == [
         *there,
         *("serve", "status", "top", "unpin", "warm"),

@@ -179,12 +179,12 @@ def test_a_copy_is_complete_or_is_none(fd: int, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         store.copy_to(str(tmp_path / "b"))
     with pytest.raises(ConnectionRefusedError):
-        store.tell_copy(LEFT="1")
+        store.notify_copy(LEFT="1")
     with listening(tmp_path / "b") as copy:
         assert store.copy_to(str(tmp_path / "b")) == 3
         store.hold("late", [fd])
         store.release("g1")
-        store.tell_copy(LEFT="1")
+        store.notify_copy(LEFT="1")
         assert take_all(copy) == [
             *stored("g0", "g1", "g2", "late"),
             ("FDSTOREREMOVE", "g1"),

@@ -20,7 +20,7 @@ from cowshed.service.runtime.logs import (
     logging_begin,
     logging_count_lost,
     logging_end,
-    logging_tell_lost,
+    logging_report_lost,
 )
 from cowshed.transport import connect
 
@@ -101,7 +101,7 @@ def test_how_many_lines_were_lost_is_counted_and_told_before_the_next(log_format
     try:
         fill(writer)
         log.notice("one")
-        assert not logging_tell_lost()
+        assert not logging_report_lost()
         logging_count_lost(counted.append)
         log.notice("two")
         assert counted == [1, 1]
@@ -111,7 +111,7 @@ def test_how_many_lines_were_lost_is_counted_and_told_before_the_next(log_format
         assert "log-lost" in lost
         assert "lines=2" in lost or '"lines": 2' in lost
         assert "three" in three
-        assert logging_tell_lost()
+        assert logging_report_lost()
         assert read_all(reader) == b""
     finally:
         logging_end()

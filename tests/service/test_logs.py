@@ -22,7 +22,7 @@ from cowshed.service.runtime.logs import (
     format_event,
     logging_begin,
     logging_end,
-    logging_tell_suppressed,
+    logging_report_suppressed,
 )
 
 MIB = 1 << 20
@@ -137,8 +137,8 @@ def test_what_was_left_out_is_counted_in_the_next_line_or_told_by_itself(lines: 
             log.warning("dropped", uid=uid)
     by_uid = [fields_of(line)["uid"] for line in lines()]
     assert by_uid == ["1000"] * 20 + ["1001"] * 15
-    logging_tell_suppressed()
-    logging_tell_suppressed()
+    logging_report_suppressed()
+    logging_report_suppressed()
     *_, last = lines()
     assert len(lines()) == 36
     said = fields_of(last)

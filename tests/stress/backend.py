@@ -39,7 +39,7 @@ class Sampler:
     """
 
     def __init__(self, daemon: product.Daemon) -> None:
-        self._store = daemon._store
+        self._store = daemon.host.store
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
         self.nr_samples = 0
@@ -80,8 +80,8 @@ class Channel:
     def __init__(self, daemon: product.Daemon, sampler: Sampler) -> None:
         self._daemon = daemon
         self._sampler = sampler
-        self._store = daemon._store
-        self._evictor = daemon.control._evictor
+        self._store = daemon.host.store
+        self._evictor = daemon.host.evictor
 
     def run(self) -> None:
         for line in sys.stdin:

@@ -65,8 +65,8 @@ struct follower {
 	_Atomic bool stop;
 	_Atomic int nr_views; /* or TAKEN_AWAY */
 	pthread_t thread;
-	pthread_mutex_t lock; /* for told */
-	struct follow_told told;
+	pthread_mutex_t lock; /* for status */
+	struct follow_status status;
 	bool follows;
 	char guest[72];
 	char digest[136];
@@ -75,22 +75,22 @@ struct follower {
 	char *room;    /* ROOM_BYTES */
 };
 
-static void say_why(struct follower *f, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static void note_why(struct follower *f, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-static void say_why(struct follower *f, const char *format, ...)
+static void note_why(struct follower *f, const char *format, ...)
 {
 	va_list arguments;
 
 	pthread_mutex_lock(&f->lock);
 	va_start(arguments, format);
-	vsnprintf(f->told.why, sizeof(f->told.why), format, arguments);
+	vsnprintf(f->status.why, sizeof(f->status.why), format, arguments);
 	va_end(arguments);
 	pthread_mutex_unlock(&f->lock);
 }
 
 static void set_state(struct follower *f, enum follow_state state)
 {
-	__atomic_store_n(&f->told.state, (int)state, __ATOMIC_RELEASE);
+	__atomic_store_n(&f->status.state, (int)state, __ATOMIC_RELEASE);
 }
 
 /* Waits for a descriptor (-1: for nothing), or a kick: 1 ready, 0 time is up or kicked, -ECANCELED to stop. */
@@ -139,19 +139,19 @@ static int ask(struct follower *f, int fd, uint32_t tag, const char *request, co
 static bool note_place(struct follower *f, struct json json, bool with_token)
 {
 	struct json raw;
-	char uri[sizeof(f->told.uri)];
+	char uri[sizeof(f->status.uri)];
 	bool is_good = json_text(json, "uri", uri, sizeof(uri)) && uri[0];
 
 	if (is_good && with_token)
-		is_good = json_raw(json, "token", &raw) && raw.length < sizeof(f->told.token) && raw.length >= 2 &&
+		is_good = json_raw(json, "token", &raw) && raw.length < sizeof(f->status.token) && raw.length >= 2 &&
 		          raw.text[0] == '"';
 	if (!is_good)
 		return false;
 	pthread_mutex_lock(&f->lock);
-	memcpy(f->told.uri, uri, sizeof(uri));
+	memcpy(f->status.uri, uri, sizeof(uri));
 	if (with_token) {
-		memcpy(f->told.token, raw.text, raw.length);
-		f->told.token[raw.length] = '\0';
+		memcpy(f->status.token, raw.text, raw.length);
+		f->status.token[raw.length] = '\0';
 	}
 	pthread_mutex_unlock(&f->lock);
 	set_state(f, FOLLOW_MOVES);
@@ -171,7 +171,7 @@ static int check_reply(struct follower *f, const struct packet *reply)
 		return -EPROTO;
 	if (strcmp(kind, "moved") == 0 && note_place(f, error, false))
 		return -EREMCHG;
-	say_why(f, "%s refuses it: %s", f->told.uri, message);
+	note_why(f, "%s refuses it: %s", f->status.uri, message);
 	return -EACCES;
 }
 
@@ -191,7 +191,7 @@ static int ask_target(struct follower *f, uint32_t tag, const int *fds, unsigned
 static int dial(struct follower *f)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
-	const char *path = f->told.uri + strlen("unix://");
+	const char *path = f->status.uri + strlen("unix://");
 	struct packet reply;
 	int err = 0;
 
@@ -222,7 +222,7 @@ static int map_reply(struct follower *f, const struct packet *reply)
 		return -EPROTO;
 	json_text(reply->json, "digest", digest, sizeof(digest));
 	if (map_bytes != f->region->map_bytes || (digest[0] && f->digest[0] && strcmp(digest, f->digest) != 0)) {
-		say_why(f, "%s serves another image under that name", f->told.uri);
+		note_why(f, "%s serves another image under that name", f->status.uri);
 		return -EACCES;
 	}
 	/* Without this a mapping that is moved loses its guard. */
@@ -231,7 +231,7 @@ static int map_reply(struct follower *f, const struct packet *reply)
 	err = region_init(&f->fresh, reply->fds[0], map_bytes, reply->nr_fds > 1 ? reply->fds[1] : -1, features,
 	                  &stage);
 	if (err < 0) {
-		say_why(f, "cannot map the image of %s (step %d): %s", f->told.uri, stage, strerror(-err));
+		note_why(f, "cannot map the image of %s (step %d): %s", f->status.uri, stage, strerror(-err));
 		return -EACCES;
 	}
 	return 0;
@@ -242,7 +242,7 @@ static int open_there(struct follower *f)
 	struct packet reply;
 	int err;
 
-	err = snprintf(f->request, REQUEST_BYTES, "%s,\"token\":%s}", f->open_request, f->told.token);
+	err = snprintf(f->request, REQUEST_BYTES, "%s,\"token\":%s}", f->open_request, f->status.token);
 	if (err < 0 || (unsigned)err >= REQUEST_BYTES)
 		return -EMSGSIZE;
 	err = ask_target(f, TAG_OPEN, NULL, 0, REPLY_MS, &reply);
@@ -251,8 +251,8 @@ static int open_there(struct follower *f)
 	err = map_reply(f, &reply);
 	if (err == 0) {
 		pthread_mutex_lock(&f->lock);
-		json_text(reply.json, "generation", f->told.generation, sizeof(f->told.generation));
-		json_number(reply.json, "extent_bytes", &f->told.extent_bytes);
+		json_text(reply.json, "generation", f->status.generation, sizeof(f->status.generation));
+		json_number(reply.json, "extent_bytes", &f->status.extent_bytes);
 		pthread_mutex_unlock(&f->lock);
 	}
 	packet_close_fds(&reply);
@@ -333,8 +333,8 @@ static int move_once(struct follower *f)
 		return err;
 	f->old_let_go = false;
 	pthread_mutex_lock(&f->lock);
-	f->told.nr_moves++;
-	f->told.why[0] = '\0';
+	f->status.nr_moves++;
+	f->status.why[0] = '\0';
 	pthread_mutex_unlock(&f->lock);
 	set_state(f, FOLLOW_LISTENS);
 	end_swap(f->region);
@@ -347,7 +347,8 @@ static int take_away(struct follower *f)
 	int nobody = 0, err;
 
 	if (!atomic_compare_exchange_strong(&f->nr_views, &nobody, TAKEN_AWAY)) {
-		say_why(f, "its memory is in use: release every view, so that it goes on by bytes at %s", f->told.uri);
+		note_why(f, "its memory is in use: release every view, so that it goes on by bytes at %s",
+		         f->status.uri);
 		return -EBUSY;
 	}
 	err = leave_old(f);
@@ -357,7 +358,7 @@ static int take_away(struct follower *f)
 	/* Before anybody is woken: who then fails is to find out why. */
 	set_state(f, FOLLOW_BYTES);
 	while ((err = region_revoke(f->region)) < 0 && wait_for(f, -1, 0, PAUSE_MS) >= 0)
-		say_why(f, "cannot give up its memory: %s", strerror(-err));
+		note_why(f, "cannot give up its memory: %s", strerror(-err));
 	end_swap(f->region);
 	return err;
 }
@@ -369,7 +370,7 @@ static int follow_to(struct follower *f)
 	int err;
 
 	for (;;) {
-		bool maps = strncmp(f->told.uri, "unix://", strlen("unix://")) == 0;
+		bool maps = strncmp(f->status.uri, "unix://", strlen("unix://")) == 0;
 
 		err = maps ? move_once(f) : take_away(f);
 		drop_tries(f);
@@ -378,7 +379,7 @@ static int follow_to(struct follower *f)
 		if (err == -EREMCHG && nr_sent_on++ < MAX_SENT_ON)
 			continue;
 		if (err != -EACCES && err != -EBUSY && err != -EREMCHG)
-			say_why(f, "%s: %s; trying again", f->told.uri, strerror(-err));
+			note_why(f, "%s: %s; trying again", f->status.uri, strerror(-err));
 		nr_sent_on = 0;
 		if (wait_for(f, -1, 0, err == -EBUSY ? -1 : PAUSE_MS) < 0)
 			return -ECANCELED;
@@ -389,7 +390,7 @@ static int follow_to(struct follower *f)
 static void answer_as_orphan(struct follower *f)
 {
 	orphan_wake(f->region->uffd);
-	orphan_say(
+	orphan_report(
 		"guest %s lost its backend, and none comes after it: pages that are not in memory are SIGBUS from now "
 		"on; see the backend's log, and start this program again",
 		f->guest);
@@ -414,7 +415,7 @@ static void *follower_run(void *argument)
 	char what[16];
 	int err = f->follows ? 0 : await_end(f);
 
-	while (err == 0 && f->told.state == FOLLOW_LISTENS) {
+	while (err == 0 && f->status.state == FOLLOW_LISTENS) {
 		err = packet_receive(f->connection_fd, f->room, ROOM_BYTES, &event);
 		if (err == -EAGAIN) {
 			err = wait_for(f, f->connection_fd, POLLIN, -1) < 0 ? -ECANCELED : 0;
@@ -427,7 +428,7 @@ static void *follower_run(void *argument)
 		    note_place(f, event.json, true))
 			err = follow_to(f);
 	}
-	if (err != -ECANCELED && f->told.state == FOLLOW_LISTENS)
+	if (err != -ECANCELED && f->status.state == FOLLOW_LISTENS)
 		set_state(f, FOLLOW_ENDED);
 	if (err != -ECANCELED && follower_state(f) == FOLLOW_ENDED && orphan_is(f->connection_fd))
 		answer_as_orphan(f);
@@ -516,13 +517,13 @@ void follower_forget(struct follower *f)
 
 int follower_state(const struct follower *f)
 {
-	return __atomic_load_n(&f->told.state, __ATOMIC_ACQUIRE);
+	return __atomic_load_n(&f->status.state, __ATOMIC_ACQUIRE);
 }
 
-void follower_tell(struct follower *f, struct follow_told *told_out)
+void follower_read(struct follower *f, struct follow_status *status_out)
 {
 	pthread_mutex_lock(&f->lock);
-	*told_out = f->told;
+	*status_out = f->status;
 	pthread_mutex_unlock(&f->lock);
 }
 

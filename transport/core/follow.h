@@ -19,7 +19,7 @@ enum follow_state {
 	FOLLOW_ENDED = 3,   /* the backend is gone, without a word, and no other comes: pages not there are SIGBUS */
 };
 
-struct follow_told {
+struct follow_status {
 	int state;
 	uint32_t nr_moves;
 	uint64_t extent_bytes; /* these three once it has moved: of where it is now */
@@ -47,7 +47,7 @@ void follower_forget(struct follower *follower);
 /* enum follow_state; costs nothing. */
 int follower_state(const struct follower *follower);
 
-void follower_tell(struct follower *follower, struct follow_told *told_out);
+void follower_read(struct follower *follower, struct follow_status *status_out);
 
 /* Somebody looks at the region's memory: then it is not taken away.  -EXDEV if it was (FOLLOW_BYTES). */
 int follower_hold(struct follower *follower);

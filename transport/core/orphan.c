@@ -77,7 +77,7 @@ int orphan_answer(int uffd)
 	return nr_bytes < 0 && errno != EAGAIN && errno != EINTR ? -errno : 0;
 }
 
-void orphan_say(const char *format, ...)
+void orphan_report(const char *format, ...)
 {
 	char line[700] = "cowshed: ";
 	size_t length = strlen(line);

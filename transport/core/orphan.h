@@ -21,6 +21,6 @@ void orphan_wake(int uffd);
 int orphan_answer(int uffd);
 
 /* Writes one line to stderr without waiting; a full pipe loses it. */
-void orphan_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
+void orphan_report(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 #endif

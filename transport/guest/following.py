@@ -114,11 +114,11 @@ class Following:
     @property
     def place(self) -> _Place | None:
         """Where the guest is, if it has moved; where it goes, if it is on its way."""
-        told = ffi.new("struct follow_told *")
+        told = ffi.new("struct follow_status *")
         with self._lock:
             if self._follower is None:
                 return None
-            lib.follower_tell(self._follower, told)
+            lib.follower_read(self._follower, told)
         uri = ffi.string(told.uri).decode()
         if not uri:
             return None

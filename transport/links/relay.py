@@ -83,7 +83,7 @@ class Relay:
         self._deadline: float | None = time.monotonic() + handshake_seconds
         self._on_ready = on_ready
         self._on_end = on_end
-        self._told_ready = False
+        self._was_ready = False
         self._peer_ended = False
         self._plain_ended = False
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
@@ -159,8 +159,8 @@ class Relay:
         return max(0, int((self._deadline - time.monotonic()) * 1000))
 
     def _look_ready(self) -> None:
-        if self._session.ready and not self._told_ready:
-            self._told_ready = True
+        if self._session.ready and not self._was_ready:
+            self._was_ready = True
             self._deadline = None
             self._on_ready()
 

@@ -78,7 +78,7 @@ class BlockPump:
         with self._lock:
             if politely and self._error is None and not self._pumping:
                 with contextlib.suppress(OSError, PeerError):
-                    self._say_goodbye(time.monotonic() + _GOODBYE_SECONDS)
+                    self._send_goodbye(time.monotonic() + _GOODBYE_SECONDS)
             self._fail(LinkLostError("the connection was closed"))
 
     def abandon(self) -> None:
@@ -212,7 +212,7 @@ class BlockPump:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake_fd)
 
-    def _say_goodbye(self, deadline: float) -> None:
+    def _send_goodbye(self, deadline: float) -> None:
         """When the peer has closed, it has let go of the guest, whose name is free again."""
         self._queued.clear()
         self._outgoing += self._link.start(BlockOp(Kind.DISCONNECT))

@@ -48,8 +48,8 @@ void config_read(void)
 	if (text)
 		text = take_line(text, new.open_request, sizeof(new.open_request), true);
 	if (!text) {
-		say("COWSHED_ATTACH makes no sense, so nothing is mapped from the cache; "
-		    "start the program by 'cowshed attach'");
+		report("COWSHED_ATTACH makes no sense, so nothing is mapped from the cache; "
+		       "start the program by 'cowshed attach'");
 		return;
 	}
 	if (real_fstatat(AT_FDCWD, new.image_path, &status, 0) == 0 && S_ISBLK(status.st_mode))

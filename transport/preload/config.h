@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <sys/stat.h>
 
-#include "transport/preload/say.h"
+#include "transport/preload/report.h"
 
 struct config {
 	bool active;            /* false: the library does nothing at all */

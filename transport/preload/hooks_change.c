@@ -49,7 +49,7 @@ static bool is_refused(const char *call, int folder, const char *path, int flags
 	           config_is_image(&status);
 	errno = saved;
 	if (is_image) {
-		say("%s of the image's source is refused: others read it", call);
+		report("%s of the image's source is refused: others read it", call);
 		errno = EROFS;
 	}
 	return is_image;

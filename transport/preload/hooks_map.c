@@ -88,14 +88,14 @@ static int check_wanted(int prot, int flags)
 	if (type != MAP_PRIVATE && type != MAP_SHARED && type != MAP_SHARED_VALIDATE)
 		return -EINVAL;
 	if (type != MAP_PRIVATE && (prot & PROT_WRITE)) {
-		say("a shared, writable mapping of the image is refused: its pages are everybody's; map it "
-		    "MAP_PRIVATE (QEMU: share=off), or read-only");
+		report("a shared, writable mapping of the image is refused: its pages are everybody's; map it "
+		       "MAP_PRIVATE (QEMU: share=off), or read-only");
 		return -EACCES;
 	}
 	if (flags & ~SERVED_FLAGS) {
-		say("a mapping of the image with flags %#x is refused: %#x cannot be served (such as "
-		    "MAP_HUGETLB, MAP_SYNC, MAP_GROWSDOWN); leave them out",
-		    (unsigned)flags, (unsigned)(flags & ~SERVED_FLAGS));
+		report("a mapping of the image with flags %#x is refused: %#x cannot be served (such as "
+		       "MAP_HUGETLB, MAP_SYNC, MAP_GROWSDOWN); leave them out",
+		       (unsigned)flags, (unsigned)(flags & ~SERVED_FLAGS));
 		return -EOPNOTSUPP;
 	}
 	return 0;
@@ -222,8 +222,8 @@ EXPORTED int mprotect(void *address, size_t length, int prot)
 		if (!range->is_zerocopy || start >= range->end || end <= range->start)
 			continue;
 		lock_release(&signals);
-		say("writing is refused to a mapping of the image that was made MAP_SHARED: its pages are "
-		    "everybody's; map it MAP_PRIVATE");
+		report("writing is refused to a mapping of the image that was made MAP_SHARED: its pages are "
+		       "everybody's; map it MAP_PRIVATE");
 		return failed(-EACCES);
 	}
 	result = real_mprotect(address, length, prot);

@@ -29,7 +29,7 @@ int __openat64_2(int folder, const char *path, int flags);
 static int readable_flags(int flags)
 {
 	if ((flags & O_ACCMODE) == O_WRONLY || (flags & O_TRUNC)) {
-		say("writing over the image's source is refused: others read it");
+		report("writing over the image's source is refused: others read it");
 		errno = EROFS;
 		return -1;
 	}

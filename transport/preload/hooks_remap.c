@@ -177,7 +177,7 @@ static intptr_t remap(const struct wanted *wanted)
 	int err;
 
 	if (wanted->flags & MREMAP_DONTUNMAP)
-		say("mremap of the image with MREMAP_DONTUNMAP is refused; leave it out, or map the image again");
+		report("mremap of the image with MREMAP_DONTUNMAP is refused; leave it out, or map the image again");
 	if (wanted->new_length == 0 || wanted->start % PAGE_BYTES != 0 || wanted->target % PAGE_BYTES != 0 ||
 	    (wanted->flags & ~(MREMAP_MAYMOVE | MREMAP_FIXED)) != 0 ||
 	    ((wanted->flags & MREMAP_FIXED) &&

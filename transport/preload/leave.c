@@ -41,28 +41,28 @@ static int leave_take(struct leave *leave, struct packet *reply)
 
 	json_text(reply->json, "digest", digest, sizeof(digest));
 	if (digest[0] && leave_digest[0] && strcmp(digest, leave_digest) != 0) {
-		say("no mapping of the image: the backend at %s serves another one under that name",
-		    config.socket_path);
+		report("no mapping of the image: the backend at %s serves another one under that name",
+		       config.socket_path);
 		return -EACCES;
 	}
 	if (!json_number(reply->json, "map_bytes", &map_bytes) ||
 	    !json_number(reply->json, "uffd_features", &features) || map_bytes != config.map_bytes ||
 	    reply->nr_fds < 1 || reply->nr_fds > 2 || fstat(reply->fds[0], &status) < 0 ||
 	    (uint64_t)status.st_size < map_bytes) {
-		say("no mapping of the image: the backend's answer makes no sense; is it of another version?");
+		report("no mapping of the image: the backend's answer makes no sense; is it of another version?");
 		return -EPROTO;
 	}
 	leave->uffd = guard_open(reply->nr_fds > 1 ? reply->fds[1] : -1);
 	if (leave->uffd < 0) {
-		say("no mapping of the image: cannot have a userfaultfd that serves system calls too (%s); "
-		    "run the backend as root so that it can lend /dev/userfaultfd, or give this user access "
-		    "to that device, or set sysctl vm.unprivileged_userfaultfd=1",
-		    strerrordesc_np(-leave->uffd));
+		report("no mapping of the image: cannot have a userfaultfd that serves system calls too (%s); "
+		       "run the backend as root so that it can lend /dev/userfaultfd, or give this user access "
+		       "to that device, or set sysctl vm.unprivileged_userfaultfd=1",
+		       strerrordesc_np(-leave->uffd));
 		return leave->uffd;
 	}
 	err = guard_agree(leave->uffd, features);
 	if (err < 0) {
-		say("no mapping of the image: the kernel's userfaultfd lacks features; use Linux 6.7 or newer");
+		report("no mapping of the image: the kernel's userfaultfd lacks features; use Linux 6.7 or newer");
 		return err;
 	}
 	leave->features = features;
@@ -108,12 +108,12 @@ static int ask_there(struct leave *leave_out, uint64_t offset_bytes, uint64_t le
 
 	_Static_assert(sizeof(config.socket_path) == sizeof(wire_moved_to), "one is copied to the other");
 	memcpy(before, config.socket_path, sizeof(before));
-	say_keep(true);
+	report_keep(true);
 	for (int i = 0; i < MAX_SENT_ON && err == -EREMCHG; i++) {
 		memcpy(config.socket_path, wire_moved_to, sizeof(wire_moved_to));
 		err = leave_ask(leave_out, offset_bytes, length_bytes, ",\"moved\":true");
 	}
-	say_keep(false);
+	report_keep(false);
 	if (err < 0)
 		memcpy(config.socket_path, before, sizeof(before));
 	return err;
@@ -135,8 +135,8 @@ int leave_find(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_b
 		waited = !waits || atomic_load(&leave_is_nowhere) || err == -EMFILE ? -ETIMEDOUT
 		                                                                    : lock_wait(WAIT_SECONDS);
 		if (waited == -ETIMEDOUT)
-			say("no mapping of the image: this program's guest is at %s now, which does not take it: %s",
-			    wire_moved_to, say_kept());
+			report("no mapping of the image: this program's guest is at %s now, which does not take it: %s",
+			       wire_moved_to, report_kept());
 		if (waited < 0)
 			return waited == -ETIMEDOUT ? -EACCES : waited;
 		nanosleep(&(struct timespec){.tv_nsec = PAUSE_NS}, NULL);
@@ -154,9 +154,9 @@ int leave_use(const struct leave *leave, uintptr_t address, uint64_t nr_bytes, b
 	fds[2] = real_openat(AT_FDCWD, "/proc/self/mem", O_RDONLY | O_CLOEXEC, 0);
 	if (fds[1] < 0 || fds[2] < 0) {
 		err = -errno;
-		say("no mapping of the image: cannot open /proc/self/pagemap and /proc/self/mem (%s); mount "
-		    "/proc, and exec after changing user ids",
-		    strerrordesc_np(-err));
+		report("no mapping of the image: cannot open /proc/self/pagemap and /proc/self/mem (%s); mount "
+		       "/proc, and exec after changing user ids",
+		       strerrordesc_np(-err));
 	} else {
 		snprintf(request, sizeof(request),
 		         "{\"op\":\"region\",\"address\":%" PRIuPTR ",\"length\":%" PRIu64 "%s}", address, nr_bytes,

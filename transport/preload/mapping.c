@@ -86,9 +86,9 @@ static intptr_t map_guarded(const struct leave *leave, uintptr_t address, size_t
 	if (err == 0)
 		err = guard_range(leave->uffd, mapped, guarded_bytes);
 	if (err < 0)
-		say("no mapping of the image: the kernel does not guard it by userfaultfd (%s); use Linux 6.7 "
-		    "or newer",
-		    strerrordesc_np(-err));
+		report("no mapping of the image: the kernel does not guard it by userfaultfd (%s); use Linux 6.7 "
+		       "or newer",
+		       strerrordesc_np(-err));
 	if (err == 0)
 		err = leave_use(leave, at, guarded_bytes, false);
 	if (err == 0 && real_mprotect(mapped, length, prot) < 0)
@@ -123,14 +123,14 @@ intptr_t mapping_make(uintptr_t address, size_t length, int prot, int flags, uin
 	intptr_t at = table_reserve(3, 1);
 
 	if (at < 0) {
-		say("no mapping of the image: this process has %u already; unmap some", TABLE_MAX_LINKS);
+		report("no mapping of the image: this process has %u already; unmap some", TABLE_MAX_LINKS);
 		return at;
 	}
 	at = -EPIPE;
 	for (int i = 0; i < WIRE_TRIES && wire_is_gone((int)at); i++)
 		at = make_once(&leave, address, length, prot, flags, offset_bytes);
 	if (at < 0 && at > -4096) {
-		wire_say_gone((int)at);
+		wire_report_gone((int)at);
 		return at;
 	}
 	real_close(leave.memfd);
@@ -258,10 +258,10 @@ void mapping_inherit(struct range range)
 	for (int i = 1; i < WIRE_TRIES && wire_is_gone(err); i++)
 		err = inherit_once(&leave, &range);
 	if (err < 0) {
-		wire_say_gone(err);
+		wire_report_gone(err);
 		mapping_invalidate(&range);
-		say("forked process %d is without the image that its parent mapped (%s): touching it is SIGBUS",
-		    getpid(), strerrordesc_np(-err));
+		report("forked process %d is without the image that its parent mapped (%s): touching it is SIGBUS",
+		       getpid(), strerrordesc_np(-err));
 		return;
 	}
 	real_close(leave.memfd);

@@ -70,9 +70,9 @@ bool moves_hear(struct json event)
 	json_text(event, "uri", uri, sizeof(uri));
 	if (atomic_exchange(&leave_is_nowhere, true))
 		return false;
-	say("this program's guest is at %s now, where this program cannot follow: what it has of the image can be read, and "
-	    "writes wait; end it, and start it again there",
-	    uri[0] ? uri : "another backend, or in a file,");
+	report("this program's guest is at %s now, where this program cannot follow: what it has of the image can be read, and "
+	       "writes wait; end it, and start it again there",
+	       uri[0] ? uri : "another backend, or in a file,");
 	return false;
 }
 
@@ -115,7 +115,7 @@ static int find_parts(unsigned link_no)
 	if (err == 0)
 		err = table_reserve(2 * nr_areas, nr_parts);
 	if (err < 0)
-		say("its mappings are too many, or in too many pieces (%s)", strerrordesc_np(-err));
+		report("its mappings are too many, or in too many pieces (%s)", strerrordesc_np(-err));
 	return err;
 }
 
@@ -169,7 +169,7 @@ static int open_parts(void)
 	/* It was drained in its turn before we came. */
 	if (err == -EREMCHG)
 		memcpy(target_path, wire_moved_to, sizeof(target_path));
-	wire_say_gone(err);
+	wire_report_gone(err);
 	return err;
 }
 
@@ -180,7 +180,7 @@ static int open_again(struct part *part)
 	int err = leave_ask(&fresh, part->range.offset_bytes, part->range.end - part->range.start, "");
 
 	if (err < 0) {
-		wire_say_gone(err);
+		wire_report_gone(err);
 		return err;
 	}
 	if (fresh.frames.inode == part->leave.frames.inode && fresh.frames.device == part->leave.frames.device) {
@@ -265,7 +265,7 @@ static int take_part(struct part *part, unsigned old_link_no)
 	lock_be_patient(true);
 	err = leave_use(&used, part->range.start, part->range.end - part->range.start, true);
 	lock_be_patient(false);
-	wire_say_gone(err);
+	wire_report_gone(err);
 	if (err == 0)
 		orphans_take_on(link_no);
 	return err;
@@ -338,8 +338,8 @@ int moves_take(unsigned link_no, bool was_left)
 	} else {
 		memcpy(config.socket_path, home, sizeof(home));
 	}
-	if (err < 0 && !say_kept()[0])
-		say("%s", strerrordesc_np(-err));
+	if (err < 0 && !report_kept()[0])
+		report("%s", strerrordesc_np(-err));
 	close_parts();
 	return err;
 }

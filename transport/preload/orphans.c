@@ -29,7 +29,7 @@
 #include "transport/core/packets.h"
 #include "transport/preload/moves.h"
 #include "transport/preload/real.h"
-#include "transport/preload/say.h"
+#include "transport/preload/report.h"
 #include "transport/preload/table.h"
 
 #define STACK_BYTES (128u << 10)
@@ -129,8 +129,8 @@ static void find_orphans(void)
 			orphan_wake(list[i].uffd);
 	if (!is_news)
 		return;
-	say("this program lost its backend, and none comes after it: pages that are not in memory are SIGBUS from now on; "
-	    "see the backend's log, and start this program again");
+	report("this program lost its backend, and none comes after it: pages that are not in memory are SIGBUS from now on; "
+	       "see the backend's log, and start this program again");
 }
 
 static void answer_orphans(void)
@@ -214,15 +214,15 @@ static void try_moves(void)
 
 	if (!is_any_moved() || (nr_looks_left > 0 && nr_looks_left-- > 0) || !lock_try(&signals))
 		return;
-	say_keep(true);
+	report_keep(true);
 	err = take_moved();
-	say_keep(false);
-	snprintf(why, sizeof(why), "%s", say_kept());
+	report_keep(false);
+	snprintf(why, sizeof(why), "%s", report_kept());
 	lock_release(&signals);
 	nr_looks_left = err < 0 ? NR_LOOKS_BETWEEN : 0;
 	if (err < 0 && !is_told_why)
-		say("this program's guest is at %s now, where this program cannot go yet, and it tries again: %s",
-		    moves_target(), why);
+		report("this program's guest is at %s now, where this program cannot go yet, and it tries again: %s",
+		       moves_target(), why);
 	is_told_why = err < 0;
 }
 

@@ -11,7 +11,7 @@
 __attribute__((constructor)) static void start(void)
 {
 	real_find();
-	say_begin();
+	report_begin();
 	change_find();
 	look_find();
 	exec_find();

@@ -84,12 +84,12 @@ static void say_failure(int err)
 	if (err == -EACCES || err == -EINTR)
 		return; /* said where it was refused; not over */
 	if (err == -EMFILE) {
-		say("no mapping of the image: this process has too many descriptors; raise its limit (ulimit -n), "
-		    "or close some");
+		report("no mapping of the image: this process has too many descriptors; raise its limit (ulimit -n), "
+		       "or close some");
 		return;
 	}
-	say("no mapping of the image: the backend at %s: %s; see 'cowshed status' and its log", config.socket_path,
-	    strerrordesc_np(-err));
+	report("no mapping of the image: the backend at %s: %s; see 'cowshed status' and its log", config.socket_path,
+	       strerrordesc_np(-err));
 }
 
 bool wire_take_path(struct json json, char path_out[static sizeof(wire_moved_to)])
@@ -116,7 +116,7 @@ static int refused(struct json reply)
 	json_text(error, "kind", kind, sizeof(kind));
 	if (strcmp(kind, "moved") == 0 && wire_take_path(error, wire_moved_to))
 		return -EREMCHG;
-	say("no mapping of the image: the backend refused it: %s", why);
+	report("no mapping of the image: the backend refused it: %s", why);
 	return -EACCES;
 }
 
@@ -146,7 +146,7 @@ int wire_ask(int connection_fd, const char *request, const int *fds, unsigned nr
 	return 0;
 }
 
-void wire_say_gone(int err)
+void wire_report_gone(int err)
 {
 	if (wire_is_gone(err))
 		say_failure(err);
@@ -206,7 +206,7 @@ static int open_source(void)
 		if (fd >= 0)
 			real_close(fd);
 	}
-	wire_say_gone(err);
+	wire_report_gone(err);
 	if (err < 0)
 		return err;
 	if (reply.nr_fds != 1) {

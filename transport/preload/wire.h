@@ -33,7 +33,7 @@ extern char wire_moved_to[108];
 
 /* Takes such a path out of what came: false if it names no socket of this host. */
 bool wire_take_path(struct json json, char path_out[static sizeof(wire_moved_to)]);
-void wire_say_gone(int err);
+void wire_report_gone(int err);
 
 /* Sends a request with descriptors and takes its reply, whose text is good until the next call. -EPROTO for a reply
    that makes no sense, -EACCES for a refusal, -EPIPE when the backend is gone, and what lock_wait says. */

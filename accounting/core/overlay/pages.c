@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* An overlay's pages: made in memory, read, written, trimmed and discarded, under their stripes' locks and the quota. */
+/* An overlay's pages: made in memory, read, written, trimmed and discarded, under their stripes' locks and the quota.
+ */
 #define _GNU_SOURCE
 #include "accounting/core/overlay/overlay.h"
 

@@ -426,7 +426,7 @@ static void populate_end(struct guest *guest)
 	free(populate->buffer);
 	free(populate->populated);
 	free(populate->lent);
-	free(populate->to_tell);
+	free(populate->to_announce);
 	free(populate->order);
 	if (populate->zerocopy_fd >= 0)
 		close(populate->zerocopy_fd);
@@ -509,9 +509,9 @@ int populate_start(struct account *account, int uffd, int pidfd, const struct fa
 	int err = terms_take(populate, image, terms);
 	populate->populated = calloc(1, bits_bytes(image->shape.nr_extents));
 	populate->lent = calloc(1, bits_bytes(image->shape.nr_extents));
-	populate->to_tell = calloc(1, bits_bytes(image->shape.nr_extents));
+	populate->to_announce = calloc(1, bits_bytes(image->shape.nr_extents));
 	populate->order = malloc((terms->nr_order + 1) * sizeof *populate->order);
-	if (!err && (!populate->populated || !populate->lent || !populate->to_tell || !populate->order))
+	if (!err && (!populate->populated || !populate->lent || !populate->to_announce || !populate->order))
 		err = -ENOMEM;
 	if (!err && posix_memalign((void **)&populate->buffer, PAGE_BYTES, COPY_PAGES * PAGE_BYTES))
 		err = -ENOMEM;

@@ -92,7 +92,7 @@ struct populate {
 
 	struct zerocopy_allowance *allowance;
 	uint64_t max_pinned_extents, zerocopy_at;
-	bits_word *lent, *to_tell; /* by extent */
+	bits_word *lent, *to_announce; /* by extent */
 	int zerocopy_fd;
 };
 

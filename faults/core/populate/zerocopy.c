@@ -81,7 +81,7 @@ static bool unit_pin(struct guest *guest, struct unit unit)
 }
 
 /* Tells of a pinned unit if all of it is resident, which it then stays; whether it did. */
-static bool unit_tell(struct guest *guest, struct unit unit)
+static bool unit_announce(struct guest *guest, struct unit unit)
 {
 	struct image *image = guest->image;
 	uint64_t end = unit.extent + unit.nr;
@@ -91,7 +91,7 @@ static bool unit_tell(struct guest *guest, struct unit unit)
 			return false;
 	for (uint64_t extent = unit.extent; extent < end; extent++) {
 		account_grant(guest->account, extent);
-		bits_set(guest->populate->to_tell, extent);
+		bits_set(guest->populate->to_announce, extent);
 	}
 	store_raise(guest->populate->zerocopy_fd);
 	return true;
@@ -110,7 +110,7 @@ bool zerocopy_fault(struct guest *guest, const struct populate_region *region, u
 	if (!unit_pin(guest, unit))
 		return false;
 	image_touch(image, page / image->shape.extent_pages);
-	if (unit_tell(guest, unit)) {
+	if (unit_announce(guest, unit)) {
 		count_access(account->header, false, FAULT_HIT);
 		account_note_latency(account, LATENCY_HIT, clock_now_ns() - read_ns);
 		return true;
@@ -119,7 +119,7 @@ bool zerocopy_fault(struct guest *guest, const struct populate_region *region, u
 	for (uint64_t extent = unit.extent; extent < unit.extent + unit.nr; extent++)
 		if (extent_state(&image->states[extent]) != EXTENT_RESIDENT)
 			populate_want(guest, extent, page, read_ns);
-	unit_tell(guest, unit);
+	unit_announce(guest, unit);
 	return true;
 }
 
@@ -129,7 +129,7 @@ bool zerocopy_loaded(struct guest *guest, uint64_t extent)
 		return false;
 	if (extent_state(&guest->image->states[extent]) != EXTENT_RESIDENT)
 		return false;
-	unit_tell(guest, unit_of(guest, extent));
+	unit_announce(guest, unit_of(guest, extent));
 	return true;
 }
 
@@ -180,7 +180,7 @@ bool zerocopy_ahead(struct guest *guest)
 		populate->zerocopy_at = unit.extent + unit.nr;
 		/* It may go between the look and the pin: then it is told of when it is asked for. */
 		if (unit_resident(guest, unit) && !bits_test(populate->lent, unit.extent) && unit_pin(guest, unit))
-			unit_tell(guest, unit);
+			unit_announce(guest, unit);
 	}
 	return true;
 }
@@ -193,13 +193,13 @@ int zerocopy_fd(const struct guest *guest)
 int64_t zerocopy_take(struct guest *guest, uint64_t *firsts_out, uint64_t *nrs_out, uint64_t nr_max)
 {
 	const struct image_shape *shape = &guest->image->shape;
-	bits_word *to_tell = guest->populate->to_tell;
+	bits_word *to_announce = guest->populate->to_announce;
 	uint64_t nr = 0;
 
-	for (uint64_t e = 0; nr < nr_max && (e = bits_next(to_tell, e, shape->nr_extents)) < shape->nr_extents;) {
+	for (uint64_t e = 0; nr < nr_max && (e = bits_next(to_announce, e, shape->nr_extents)) < shape->nr_extents;) {
 		uint64_t first = e;
 
-		while (e < shape->nr_extents && bits_clear(to_tell, e))
+		while (e < shape->nr_extents && bits_clear(to_announce, e))
 			e++;
 		if (e == first) /* taken by nobody else: there is one taker */
 			break;

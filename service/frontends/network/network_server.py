@@ -173,11 +173,11 @@ class NetworkServer:
                 "for tcp without TLS, serve with --accept-handoff"
             )
 
-    def leave(self, entered: Entered, *, said_so: bool) -> None:
+    def leave(self, entered: Entered, *, was_orderly: bool) -> None:
         """Let go of a guest; its overlay goes too if it said good-bye and wanted none kept."""
         guest = entered.guest
         self._overlays.leave(guest)
-        if said_so and not entered.keep and not guest.nr_clients:
+        if was_orderly and not entered.keep and not guest.nr_clients:
             try:
                 self._entrance.begin(
                     f"discard overlay {guest.label}", lambda: self._discard(guest.label)
@@ -274,8 +274,8 @@ class NetworkServer:
                 relay = Relay(sock, tls, handshake_seconds=0)
             except OSError as error:
                 self._admission.leave(address, _FDS[session.scheme])
-                self.leave(entered, said_so=False)
-                self._say_no_room(error, who)
+                self.leave(entered, was_orderly=False)
+                self._log_no_room(error, who)
                 return
             sock = relay.inner
         nr_fds = _FDS[session.scheme]
@@ -288,15 +288,15 @@ class NetworkServer:
             if ended.reason in (NbdEnd.PROTOCOL, NbdEnd.MEMORY):
                 self._counters.note_dropped("protocol")
                 _log.warning("dropped", "it broke the NBD protocol", **who)
-            self.leave(entered, said_so=ended.reason is NbdEnd.DISC)
+            self.leave(entered, was_orderly=ended.reason is NbdEnd.DISC)
 
         try:
             self._numbers[entered.guest] = self._nbd.serve(entered.guest.export, sock, on_ended)
         except CowshedError as error:
             sock.close()
             self._admission.leave(address, nr_fds)
-            self.leave(entered, said_so=False)
-            self._say_no_room(error, who)
+            self.leave(entered, was_orderly=False)
+            self._log_no_room(error, who)
             return
         image = entered.guest.image.label
         _log.info("attached", guest=entered.guest.name, image=image, **who)
@@ -314,15 +314,15 @@ class NetworkServer:
                 sock = Relay(sock, tls, handshake_seconds=0).inner
         except OSError as error:
             leave()
-            self._say_no_room(error, session.who)
+            self._log_no_room(error, session.who)
             return
         try:
             link = SocketLink(sock, with_it=lambda: self._loop.call(leave))
             self._handoffs.begin(link, session.connection.peer_name)
         except CapacityError as error:
-            self._say_no_room(error, session.who)
+            self._log_no_room(error, session.who)
 
-    def _say_no_room(self, error: CowshedError | OSError, who: dict[str, object]) -> None:
+    def _log_no_room(self, error: CowshedError | OSError, who: dict[str, object]) -> None:
         self._counters.note_dropped("limit")
         _log.warning("dropped", what_failed(error)[1], **who)
 

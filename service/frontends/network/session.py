@@ -109,8 +109,8 @@ class NetworkHost(Protocol):
     def check_handoff(self, client_name: str | None, scheme: str) -> None:
         """Refuse who may not give us guests: UsageError."""
 
-    def leave(self, entered: Entered, *, said_so: bool) -> None:
-        """Let go of what was entered; said_so: the guest said good-bye, and wants it no more."""
+    def leave(self, entered: Entered, *, was_orderly: bool) -> None:
+        """Let go of what was entered. was_orderly: the guest said good-bye, and is done with it."""
 
 
 class NetworkSession:
@@ -201,7 +201,7 @@ class NetworkSession:
         if entered is not None:
             # Who opened and never asked for data has nothing here, unless it was here before.
             empty = entered.guest.account.status().private_pages == 0
-            self._host.leave(entered, said_so=self.closing or empty)
+            self._host.leave(entered, was_orderly=self.closing or empty)
         self.connection.close()
 
     def _on_hello(self, body: Body) -> Body:

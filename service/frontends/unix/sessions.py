@@ -149,7 +149,7 @@ class Session:
         self._moved: IncomingGuest | None = None
         self._held_as = ""
         self._nr_working = 0
-        self._is_told = True
+        self._is_answered = True
         self._early: tuple[State, Received] | None = None
 
     @classmethod
@@ -162,7 +162,7 @@ class Session:
         session._opened = restored.mapping.guest, restored.request
         session._held_as = restored.group
         if restored.tag is not None:
-            session._is_told = False
+            session._is_answered = False
             session._reply(restored.tag, {"ok": True, "guest": restored.request.name})
         return session
 
@@ -227,9 +227,9 @@ class Session:
         """All that was queued has been sent."""
         if self._state is State.OPENED:
             reach("OPEN_TOLD")
-        if not self._is_told and self.mapping is not None:
+        if not self._is_answered and self.mapping is not None:
             reach("REGION_TOLD")
-            self._is_told = True
+            self._is_answered = True
             record_close(self.mapping.fds[-1])
 
     def handle(self, message: Received) -> None:
@@ -452,7 +452,7 @@ class Session:
             moved, self._moved = self._moved, None
             self._host.incoming.complete(moved)
         reach("REGION_HELD")
-        self._is_told = not self._held_as
+        self._is_answered = not self._held_as
         peer = self.connection.peer
         _log.info(
             "attached", guest=request.name, image=request.image.label, pid=peer.pid, uid=peer.uid

@@ -15,7 +15,7 @@ from cowshed.service.frontends.unix.sessions import Session, SessionHost
 from cowshed.service.guests.guests import Guest, OpenRequest
 from cowshed.service.guests.turned_away import TurnedAway, what_failed
 from cowshed.service.host import Host
-from cowshed.service.reports.guest_states import say_state
+from cowshed.service.reports.guest_states import log_state
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, WRITE
 from cowshed.service.runtime.test_points import reach
@@ -63,7 +63,7 @@ class UnixServer:
         self._sessions.clear()
         self._turned_away.close()
 
-    def tell(self, guest: Guest, event: dict[str, Any]) -> None:
+    def notify(self, guest: Guest, event: dict[str, Any]) -> None:
         """Send a guest something it did not ask for, on each of its connections."""
         for fd, session in list(self._sessions.items()):
             mapping = session.mapping
@@ -74,14 +74,14 @@ class UnixServer:
                 except PeerError as error:
                     self._lose(fd, error)
 
-    def say_states(self) -> None:
+    def log_states(self) -> None:
         """Log, once each, guests that stopped, went on or broke; drop those that broke."""
         for fd, session in list(self._sessions.items()):
             mapping = session.mapping
             if mapping is None:
                 continue
-            if why := say_state(mapping):
-                self._say_dropped(session, "broken", why)
+            if why := log_state(mapping):
+                self._log_dropped(session, "broken", why)
                 self._end(fd)
 
     def end_parked(self, request: OpenRequest) -> bool:
@@ -167,8 +167,8 @@ class UnixServer:
         except (PeerError, CapacityError, OSError) as error:
             # No descriptors left, say. Whoever asked for them pays, not the daemon.
             of_ours, why = what_failed(error)
-            self._say_dropped(session, "limit" if of_ours else "protocol", why)
-            self._say_goodbye(session, error_reply("capacity" if of_ours else "peer", why), tag)
+            self._log_dropped(session, "limit" if of_ours else "protocol", why)
+            self._send_goodbye(session, error_reply("capacity" if of_ours else "peer", why), tag)
             self._end(fd)
 
     def _open_again(self, fd: int, session: Session) -> None:
@@ -209,7 +209,7 @@ class UnixServer:
             session.note_sent()
         self._loop.change(fd, READ if done else READ | WRITE)
 
-    def _say_goodbye(self, session: Session, reply: dict[str, Any], tag: int) -> None:
+    def _send_goodbye(self, session: Session, reply: dict[str, Any], tag: int) -> None:
         with contextlib.suppress(PeerError):
             session.connection.queue(reply, tag=tag)
             session.connection.flush()
@@ -221,7 +221,7 @@ class UnixServer:
             self._loop.forget(fd)
             return
         if isinstance(error, PeerGoneError) and session.mapping is None:
-            self._say_dropped(session, "protocol", str(error))
+            self._log_dropped(session, "protocol", str(error))
         self._end(fd)
 
     def _end(self, fd: int) -> None:
@@ -234,16 +234,16 @@ class UnixServer:
         session.end()
 
     def _look_after(self) -> None:
-        self.say_states()
+        self.log_states()
         now = time.monotonic()
         for fd, session in list(self._sessions.items()):
             if session.parking is not None and session.parking.is_over():
                 self._end(fd)
             elif session.deadline is not None and now > session.deadline:
-                self._say_dropped(session, "handshake", "it did not finish its handshake in time")
+                self._log_dropped(session, "handshake", "it did not finish its handshake in time")
                 self._end(fd)
 
-    def _say_dropped(self, session: Session, reason: str, why: str) -> None:
+    def _log_dropped(self, session: Session, reason: str, why: str) -> None:
         self._counters.note_dropped(reason)
         mapping, peer = session.mapping, session.connection.peer
         _log.warning(

@@ -34,7 +34,7 @@ from cowshed.service.guests.turned_away import what_failed
 from cowshed.service.guests.userfaultfd import check_populated_uffd, open_pagemap
 from cowshed.service.host import Host
 from cowshed.service.operators.control import Control
-from cowshed.service.reports.guest_states import say_state
+from cowshed.service.reports.guest_states import log_state
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, WRITE
 from cowshed.service.runtime.test_points import reach
@@ -398,12 +398,12 @@ class ImageSockets:
         for client in list(self._clients.values()):
             if client.deadline is not None and now > client.deadline:
                 self._drop(client, "handshake", "it sent no handshake in time")
-        self.say_states()
+        self.log_states()
 
-    def say_states(self) -> None:
+    def log_states(self) -> None:
         """Log, once each, guests that stopped or went on; drop those that broke."""
         for client in list(self._clients.values()):
-            if client.mapping is not None and (why := say_state(client.mapping)):
+            if client.mapping is not None and (why := log_state(client.mapping)):
                 self._drop(client, "broken", why)
 
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bare system calls, where the C library's are cancellation points: these may be called outside the lock. */
 #define _GNU_SOURCE
-#include "transport/preload/say.h"
+#include "transport/preload/report.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -55,7 +55,7 @@ static bool identify(int fd, struct identity *identity_out)
 	return true;
 }
 
-void say_begin(void)
+void report_begin(void)
 {
 	has_stderr = identify(STDERR_FILENO, &stderr_at_start);
 }
@@ -82,7 +82,7 @@ static void write_without_sigpipe(int fd, const char *line, size_t length)
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-void say(const char *format, ...)
+void report(const char *format, ...)
 {
 	char line[1200] = "cowshed: attach: ";
 	size_t length = strlen(line);
@@ -109,14 +109,14 @@ void say(const char *format, ...)
 	errno = saved;
 }
 
-void say_keep(bool on)
+void report_keep(bool on)
 {
 	is_kept = on;
 	if (on)
 		kept[0] = '\0';
 }
 
-const char *say_kept(void)
+const char *report_kept(void)
 {
 	return kept;
 }
