@@ -17,7 +17,7 @@ from typing import Any, Final
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import CowshedError, Image, PageStore
 from cowshed.faults import FaultOptions
-from cowshed.service.guests.guests import GuestTable, Mapping, OpenRequest, Peer
+from cowshed.service.guests.guests import GuestProcess, GuestTable, Mapping, OpenRequest
 from cowshed.service.persist.fd_store import FdStore, kind_of
 from cowshed.service.persist.inherited import (
     InheritedFds,
@@ -120,7 +120,7 @@ class GuestRecords:
             return None
         image = request.image
         connection = adopt_connection(os.dup(group_fds["socket"]))
-        peer = Peer(
+        peer = GuestProcess(
             connection.peer.pid,
             connection.peer.uid,
             -1 if connection.peer.pidfd is None else connection.peer.pidfd,

@@ -32,11 +32,11 @@ from cowshed.faults import FaultHandler, FaultOptions, PopulateHandler, Populate
 from cowshed.service.settings.names import find_for_operator
 from cowshed.transport.links.no_room import taking_in
 
-__all__ = ["Guest", "GuestTable", "Mapping", "OpenRequest", "Peer"]
+__all__ = ["Guest", "GuestProcess", "GuestTable", "Mapping", "OpenRequest"]
 
 
 @dataclass(frozen=True)
-class Peer:
+class GuestProcess:
     """The process at the other end of a connection; pidfd -1 if it cannot be had."""
 
     pid: int
@@ -75,7 +75,7 @@ class Guest:
     Changed by the table alone. nr_holders counts the connections that hold the name.
     """
 
-    def __init__(self, request: OpenRequest, owner: Peer, quota: Quota) -> None:
+    def __init__(self, request: OpenRequest, owner: GuestProcess, quota: Quota) -> None:
         self.request: Final = request
         self.owner: Final = owner
         self.quota: Final = quota
@@ -127,7 +127,7 @@ class Guest:
         """Whether nobody speaks for it any more, and yet it has something mapped."""
         return bool(self.mappings) and all(mapping.is_parked for mapping in self.mappings)
 
-    def admits(self, request: OpenRequest, peer: Peer) -> bool:
+    def admits(self, request: OpenRequest, peer: GuestProcess) -> bool:
         """Whether a connection may join: it knows the token, and is of the same user and image."""
         ours, theirs = self.request.token, request.token
         return (
@@ -180,7 +180,7 @@ class Mapping:
     """
 
     guest: Guest
-    peer: Peer
+    peer: GuestProcess
     transport: str
     account: Account
     handler: FaultHandler
@@ -241,7 +241,7 @@ class GuestTable:
         return find_for_operator(self, text, "guest")
 
     @taking_in()
-    def reserve(self, request: OpenRequest, peer: Peer) -> Guest:
+    def reserve(self, request: OpenRequest, peer: GuestProcess) -> Guest:
         """Make a guest for a connection that is about to attach, or let it join the one there is.
 
         UsageError if the name is taken; whose it is only root is told. CapacityError if there is
@@ -261,7 +261,7 @@ class GuestTable:
             guest.nr_holders += 1
             return guest
 
-    def adopt(self, request: OpenRequest, peer: Peer, quota_fd: int) -> Guest:
+    def adopt(self, request: OpenRequest, peer: GuestProcess, quota_fd: int) -> Guest:
         """Have a guest again that a connection held before our time; release() it once.
 
         Takes the memfd of its quota over, which the guest's other connections may have brought too.
@@ -288,7 +288,7 @@ class GuestTable:
         """Whether a connection holds the name."""
         return key in self._guests
 
-    def has_joined(self, request: OpenRequest, peer: Peer) -> bool:
+    def has_joined(self, request: OpenRequest, peer: GuestProcess) -> bool:
         """Whether there is a guest that reserve() would have a connection join."""
         guest = self._guests.get(request.key)
         return guest is not None and guest.admits(request, peer)
@@ -318,7 +318,7 @@ class GuestTable:
         self,
         guest: Guest,
         options: FaultOptions,
-        peer: Peer,
+        peer: GuestProcess,
         regions: Sequence[Region],
         fds: list[int],
         *,
@@ -365,7 +365,7 @@ class GuestTable:
         self,
         guest: Guest,
         options: FaultOptions,
-        peer: Peer,
+        peer: GuestProcess,
         ledger_fd: int,
         fds: list[int],
         transport: str = "unix",

@@ -56,7 +56,7 @@ from cowshed.service.overlays.overlays import OverlayGuest
 from cowshed.service.persist.kept_counts import LOG_COUNTS, KeptCounts
 from cowshed.service.runtime.version import VERSION
 from cowshed.service.supervise.history import KEEPERS, RestartHistory
-from cowshed.service.web.http_messages import Answer, Request
+from cowshed.service.web.http_messages import Answer, HttpRequest
 from cowshed.transport.nbd.serving import NbdCounters
 
 __all__ = ["Exporter", "MetricsSources"]
@@ -106,7 +106,7 @@ class Exporter(Collector):
         GCCollector(registry=self._registry)
         self._registry.register(self)
 
-    def serve(self, request: Request) -> Answer:
+    def serve(self, request: HttpRequest) -> Answer:
         """Answer a request for the metrics in the format it prefers."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         text = encode(self._registry)

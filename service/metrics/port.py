@@ -17,7 +17,7 @@ from cowshed.service.runtime.logs import EventLog
 from cowshed.service.settings.endpoint import Endpoint
 from cowshed.service.web.http_server import HttpServer, bind
 from cowshed.service.web.pages import web_routes
-from cowshed.service.web.state import StateReader
+from cowshed.service.web.state import PageStateReader
 
 __all__ = ["MetricsPort", "MetricsSources"]
 
@@ -32,7 +32,7 @@ class MetricsPort:
     ) -> None:
         self._endpoint: Final = endpoint
         self._settler = Settler(sources.guests)
-        state = StateReader(lambda: list(sources.store), status)
+        state = PageStateReader(lambda: list(sources.store), status)
         self._routes = {
             "/metrics": Exporter(sources, self._settler.ask).serve,
             **web_routes(state.read),

@@ -553,7 +553,7 @@ class Drain:
             if message.body.get("more") is not True:
                 self._postcopy = PostcopySource(self._numbered, left)
                 self._progress.expect(self._postcopy.nr_pages)
-                return Event.LACKING
+                return Event.MISSING
         if message.kind == "filled":
             return Event.FILLED
         raise _LostError(f"{self.uri} says {message.kind!r} of guests that it had")

@@ -125,7 +125,7 @@ class HandoffTarget:
 
     def resume(self) -> None:
         """Go on with guests whose pages are not all here, after a restart."""
-        for handoff, keys in list(self._record.arriving.items()):
+        for handoff, keys in list(self._record.incomplete.items()):
             guests = [self._overlays.get(domain, name) for domain, name in keys]
             self.begin_postcopy(handoff, guests)
 
@@ -155,7 +155,7 @@ class HandoffTarget:
 
     def is_filled(self, handoff: str) -> bool:
         """Whether it is recorded that the pages of a handoff of ours are all here."""
-        return handoff not in self._record.arriving
+        return handoff not in self._record.incomplete
 
     def record_filled(self, postcopy: PostcopyTarget) -> None:
         """Record that a handoff's pages are all here, and outlive us; nothing twice."""
@@ -227,9 +227,9 @@ class HandoffTarget:
             self._forget(handoff)
             return "denied"
 
-    def own(self, handoff: str, arriving: Sequence[tuple[str, str]] = ()) -> None:
+    def own(self, handoff: str, incomplete: Sequence[tuple[str, str]] = ()) -> None:
         """Record that a handoff's guests are ours, and which they are if they lack pages."""
-        self._record.add_owned(handoff, arriving)
+        self._record.add_owned(handoff, incomplete)
 
     def admitted(self, names: list[str]) -> None:
         """Guests were admitted."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from cowshed.accounting import MissingPages
 from cowshed.cache import UsageError
-from cowshed.service.guests.guests import Guest, GuestTable, OpenRequest, Peer
+from cowshed.service.guests.guests import Guest, GuestProcess, GuestTable, OpenRequest
 from cowshed.service.migration.carriers import carrier_of_token
 from cowshed.service.migration.migrating import owner_of_token
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
@@ -66,7 +66,9 @@ class IncomingGuests:
                 )
             return missing.nr_left > 0
 
-    def enter(self, request: OpenRequest, peer: Peer) -> tuple[IncomingGuest, OpenRequest] | None:
+    def enter(
+        self, request: OpenRequest, peer: GuestProcess
+    ) -> tuple[IncomingGuest, OpenRequest] | None:
         """Take over the overlay that waits under that name and token; None if there is none.
 
         The request returned has the overlay's quota and policy. UsageError for a part of the image:

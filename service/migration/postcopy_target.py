@@ -3,7 +3,7 @@
 
 Pages come as the source pushes them; what a client waits for is asked for at once, by a thread of
 its own. A source that is lost is waited for: it comes again, and is told what is missing. After
-wait_seconds without it the pages that are lacking are lost: who needs one gets an error, until the
+wait_seconds without it the missing pages are lost: who needs one gets an error, until the
 source comes after all or the guest writes the page anew. What came stays.
 
 Overlays may be discarded meanwhile, so each is touched only while its table says that it is used,
@@ -30,7 +30,7 @@ from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.logs import EventLog
 from cowshed.transport.handoff.sections import ControlMessage, Pages
 
-__all__ = ["MissingOf", "PostcopyTarget"]
+__all__ = ["GuestMissing", "PostcopyTarget"]
 
 _log = EventLog("cowshed.handoff")
 
@@ -38,8 +38,8 @@ Send = Callable[[ControlMessage], None]
 
 
 @dataclass(frozen=True)
-class MissingOf:
-    """What is lacking of one guest."""
+class GuestMissing:
+    """The missing pages of one guest."""
 
     guest: OverlayGuest
     missing_pages: int
@@ -181,7 +181,7 @@ class PostcopyTarget:
 
     @property
     def nr_missing(self) -> int:
-        """How many pages are lacking."""
+        """How many pages are missing."""
         nr = 0
         for no in range(len(self._guests)):
             with self._of(no) as found:
@@ -196,16 +196,16 @@ class PostcopyTarget:
     @property
     def is_hopeless(self) -> bool:
         """Whether all that is missing is lost."""
-        lacking = self.missing()
-        return bool(lacking) and all(each.missing_pages == each.lost_pages for each in lacking)
+        missing = self.missing()
+        return bool(missing) and all(each.missing_pages == each.lost_pages for each in missing)
 
-    def missing(self) -> list[MissingOf]:
-        """What is lacking, of the guests that lack something."""
+    def missing(self) -> list[GuestMissing]:
+        """Return the missing pages of each guest that misses some."""
         result = []
         for no in range(len(self._guests)):
             with self._of(no) as found:
                 if found is not None and found[1].nr_left:
-                    result.append(MissingOf(found[0], found[1].nr_left, found[1].nr_lost))
+                    result.append(GuestMissing(found[0], found[1].nr_left, found[1].nr_lost))
         return result
 
     def flush(self) -> None:

@@ -32,7 +32,7 @@ class HandoffRecord:
 
     source is None, or {"handoff", "uri", "phase", "guests", "domains", "post_copy", "carried"},
     guests and domains in the handoff's order, carried the (domain, name) of each guest that takes
-    its pages along; owned are the handoffs received, arriving those whose pages are not all here,
+    its pages along; owned are the handoffs received, incomplete those whose pages are not all here,
     with the (domain, name) of each guest in that order.
     """
 
@@ -42,7 +42,7 @@ class HandoffRecord:
         self._lock = threading.Lock()
         self.source: SourceRecord | None = None
         self.owned: list[str] = []
-        self.arriving: dict[str, list[tuple[str, str]]] = {}
+        self.incomplete: dict[str, list[tuple[str, str]]] = {}
         try:
             text = self._path.read_text()
         except (FileNotFoundError, NotADirectoryError):
@@ -54,7 +54,7 @@ class HandoffRecord:
             if table["version"] != _VERSION:
                 raise ValueError(f"version {table['version']!r}")
             self.owned = [str(each) for each in table["owned"]]
-            self.arriving = {
+            self.incomplete = {
                 str(handoff): [(str(domain), str(name)) for domain, name in keys]
                 for handoff, keys in table.get("arriving", {}).items()
             }
@@ -80,10 +80,10 @@ class HandoffRecord:
     def set_source(self, source: SourceRecord | None) -> None:
         """Record where a handoff of ours is, durably, before this returns. Raises SourceError."""
         with self._lock:
-            self._write(source, self.owned, self.arriving)
+            self._write(source, self.owned, self.incomplete)
             self.source = source
 
-    def add_owned(self, handoff: str, arriving: Sequence[tuple[str, str]] = ()) -> None:
+    def add_owned(self, handoff: str, incomplete: Sequence[tuple[str, str]] = ()) -> None:
         """Record that a handoff's guests are ours, and which they are if they lack pages.
 
         A handoff of ours that is over is forgotten by the same write: guests are here again, and
@@ -93,25 +93,27 @@ class HandoffRecord:
             is_over = self.source is not None and self.source["phase"] is Phase.MOVED
             source = None if is_over else self.source
             owned = [*self.owned, handoff][-_MAX_OWNED:]
-            table = {**self.arriving, handoff: list(arriving)} if arriving else self.arriving
+            table = (
+                {**self.incomplete, handoff: list(incomplete)} if incomplete else self.incomplete
+            )
             self._write(source, owned, table)
-            self.source, self.owned, self.arriving = source, owned, table
+            self.source, self.owned, self.incomplete = source, owned, table
 
     def set_filled(self, handoff: str) -> None:
-        """Record that no pages of a handoff's guests are lacking any more; the same."""
+        """Record that no pages of a handoff's guests are missing any more; the same."""
         with self._lock:
-            table = {key: keys for key, keys in self.arriving.items() if key != handoff}
+            table = {key: keys for key, keys in self.incomplete.items() if key != handoff}
             self._write(self.source, self.owned, table)
-            self.arriving = table
+            self.incomplete = table
 
     def _write(
         self,
         source: SourceRecord | None,
         owned: list[str],
-        arriving: dict[str, list[tuple[str, str]]],
+        incomplete: dict[str, list[tuple[str, str]]],
     ) -> None:
         temporary = self._path.with_suffix(".new")
-        table = {"version": _VERSION, "source": source, "owned": owned, "arriving": arriving}
+        table = {"version": _VERSION, "source": source, "owned": owned, "arriving": incomplete}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "w", opener=_opener) as file:

@@ -12,7 +12,7 @@ where ownership changes hands. What follows from it:
 * Who restarts knows what was recorded, and nothing else.
 
 By post-copy the pages come after the commit: the target owns, and lacks them. The source is at PUSH
-then, which it records; it keeps its frozen pages until the target says that nothing is lacking,
+then, which it records; it keeps its frozen pages until the target says that nothing is missing,
 which that says once what came outlives it.
 
 Actions are to be done in the order given. A death between two of them is a restart from what was
@@ -77,7 +77,7 @@ class Event(StrEnum):
     ARRIVED_READY = "ready"
     COMMITTED = "committed"
     COMMITTED_MISSING = "committed, pages to follow"
-    LACKING = "lacking"  # the target said which pages it has not
+    MISSING = "missing"  # the target said which pages it has not
     FILLED = "filled"  # the target has all pages
     DENIED = "denied"
     LOST = "lost"
@@ -87,7 +87,7 @@ class Event(StrEnum):
     COMPLETE = "complete"
     COMMIT = "commit"
     ASKED = "asked"
-    RESUMED = "resumed"  # the source has pages, and asks which are lacking
+    RESUMED = "resumed"  # the source has pages, and asks which are missing
 
 
 class Action(StrEnum):
@@ -172,7 +172,7 @@ _SOURCE: Final[Table] = {
         (Action.RECORD_PUSHING, Action.SEND_ON, Action.PUSH),
     ),
     (Phase.PUSH, Event.LOST): (Phase.PUSH, (Action.RESUME,)),
-    (Phase.PUSH, Event.LACKING): (Phase.PUSH, (Action.PUSH,)),
+    (Phase.PUSH, Event.MISSING): (Phase.PUSH, (Action.PUSH,)),
     (Phase.PUSH, Event.FILLED): (Phase.MOVED, (Action.RECORD_MOVED, Action.NOTIFY_GUESTS)),
     (Phase.COMMIT, Event.DENIED): (Phase.ABORTED, (Action.FORGET_RECORD, *_ROLLBACK)),
     (Phase.COMMIT, Event.LOST): (Phase.COMMIT, (Action.ASK,)),
@@ -188,7 +188,7 @@ _SOURCE: Final[Table] = {
         for phase, event in (
             (Phase.MOVED, Event.COMMITTED),
             (Phase.MOVED, Event.COMMITTED_MISSING),
-            (Phase.MOVED, Event.LACKING),
+            (Phase.MOVED, Event.MISSING),
             (Phase.MOVED, Event.FILLED),
             (Phase.PUSH, Event.COMMITTED_MISSING),
             (Phase.MOVED, Event.LOST),

@@ -14,7 +14,7 @@ from cowshed.service.reports.wording import Answer, key_of
 from cowshed.service.top.history import History
 from cowshed.service.top.screen import Screen
 from cowshed.service.top.state import TopState
-from cowshed.service.top.view import Frame, rows_of
+from cowshed.service.top.view import ScreenFrame, rows_of
 
 REFRESH_NS = 1_000_000_000
 
@@ -34,7 +34,7 @@ def watch(take_status: TakeStatus, console: Console) -> None:
             while not state.quitting and time.monotonic_ns() < deadline_ns:
                 columns, lines = screen.size
                 blocks = console.encoding.startswith("utf")
-                screen.draw(Frame(status, history, state, columns, lines, blocks).view())
+                screen.draw(ScreenFrame(status, history, state, columns, lines, blocks).view())
                 for key in screen.wait(deadline_ns):
                     rows = rows_of(state.focus, status, history, state)
                     state.press(key, [key_of(row) for row in rows])
@@ -51,4 +51,4 @@ def one_frame(take_status: TakeStatus, console: Console) -> RenderableType:
         if wait:
             time.sleep(REFRESH_NS / 1e9)
     blocks = console.encoding.startswith("utf")
-    return Frame(status, history, TopState(), console.width, None, blocks).view()
+    return ScreenFrame(status, history, TopState(), console.width, None, blocks).view()

@@ -38,7 +38,7 @@ from cowshed.service.runtime.text import (
 from cowshed.service.top.history import History
 from cowshed.service.top.state import KEYS, Focus, TopState
 
-__all__ = ["Frame", "rows_of", "sparkline"]
+__all__ = ["ScreenFrame", "rows_of", "sparkline"]
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ _LINES_OF_SECTION = 3  # a blank, title and headers
 
 
 @dataclass(frozen=True)
-class Frame:
+class ScreenFrame:
     """One frame: `columns` x `lines` at most; all rows, none cut off, where lines is None.
 
     `blocks` False keeps to ASCII, for terminals that know nothing else.

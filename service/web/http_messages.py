@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """HTTP requests and answers as bytes: as much of HTTP/1.1 as pages without bodies need. Pure.
 
-An answer is (status, content type, body); a handler makes one of a Request.
+An answer is (status, content type, body); a handler makes one of a HttpRequest.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Final
 __all__ = [
     "Answer",
     "Handler",
+    "HttpRequest",
     "NotHttpError",
-    "Request",
     "answer_bytes",
     "head_ends",
     "parse_request",
@@ -37,7 +37,7 @@ class NotHttpError(Exception):
 
 
 @dataclass(frozen=True)
-class Request:
+class HttpRequest:
     """A request without its body. query has the first value of each name, headers lower-case names.
 
     path is percent-decoded.
@@ -50,7 +50,7 @@ class Request:
 
 
 Answer = tuple[int, str, bytes]
-Handler = Callable[[Request], Answer]
+Handler = Callable[[HttpRequest], Answer]
 
 
 def text_answer(status: int, text: str) -> Answer:
@@ -63,7 +63,7 @@ def head_ends(received: bytes | bytearray) -> bool:
     return b"\r\n\r\n" in received or b"\n\n" in received
 
 
-def parse_request(received: bytes) -> Request:
+def parse_request(received: bytes) -> HttpRequest:
     """Read a head; what follows it is ignored. Raises NotHttpError."""
     head = received.replace(b"\r\n", b"\n").partition(b"\n\n")[0].decode("latin-1")
     first, *lines = head.split("\n")
@@ -84,7 +84,7 @@ def parse_request(received: bytes) -> Request:
         if not colon or not name or name != name.strip():
             raise NotHttpError("a header line is not NAME: VALUE")
         headers.setdefault(name.lower(), value.strip())
-    return Request(method, urllib.parse.unquote(parts.path), dict(reversed(query)), headers)
+    return HttpRequest(method, urllib.parse.unquote(parts.path), dict(reversed(query)), headers)
 
 
 def answer_bytes(answer: Answer, method: str = "GET") -> bytes:

@@ -31,8 +31,8 @@ from cowshed.service.settings.endpoint import Endpoint
 from cowshed.service.web.http_messages import (
     Answer,
     Handler,
+    HttpRequest,
     NotHttpError,
-    Request,
     answer_bytes,
     head_ends,
     parse_request,
@@ -65,7 +65,7 @@ class _State(enum.IntEnum):
     WORKING = enum.auto()
 
 
-class _Client:
+class _HttpClient:
     """One connection. request is set while WORKING, left_to_send while SENDING.
 
     refusal is why it is answered nothing else; "" if it is answered.
@@ -78,7 +78,7 @@ class _Client:
         self.deadline = deadline
         self.received = bytearray()
         self.left_to_send = memoryview(b"")
-        self.request: Request | None = None
+        self.request: HttpRequest | None = None
 
 
 class HttpServer:
@@ -100,10 +100,10 @@ class HttpServer:
         self._routes: Final = dict(routes)
         self._listener = listener or bind(endpoint)
         self.endpoint: Final = Endpoint(endpoint.host, self._listener.getsockname()[1])
-        self._clients: dict[int, _Client] = {}
+        self._clients: dict[int, _HttpClient] = {}
         self._acceptor: Final = Acceptor()
-        self._to_do: queue.SimpleQueue[_Client | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[tuple[_Client, bytes]] = queue.SimpleQueue()
+        self._to_do: queue.SimpleQueue[_HttpClient | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[_HttpClient, bytes]] = queue.SimpleQueue()
         self._stopping = False
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._selector = selectors.DefaultSelector()
@@ -155,7 +155,7 @@ class HttpServer:
             self._done.put((client, answer_bytes(self._answer(request), request.method)))
             self._wake()
 
-    def _answer(self, request: Request) -> Answer:
+    def _answer(self, request: HttpRequest) -> Answer:
         if request.method not in ("GET", "HEAD"):
             return text_answer(405, "only GET and HEAD are answered here")
         handler = self._routes.get(request.path)
@@ -215,7 +215,7 @@ class HttpServer:
             why = no_room(f"{len(self._clients)} are being answered; ask again later", "request")
         sock.setblocking(False)
         deadline = time.monotonic() + (_REFUSAL_SECONDS if why else self._read_seconds)
-        self._clients[sock.fileno()] = _Client(sock, deadline, why)
+        self._clients[sock.fileno()] = _HttpClient(sock, deadline, why)
         self._selector.register(sock, selectors.EVENT_READ)
 
     def _make_room(self) -> bool:
@@ -226,7 +226,7 @@ class HttpServer:
         self._drop(client)
         return True
 
-    def _drop(self, client: _Client) -> None:
+    def _drop(self, client: _HttpClient) -> None:
         if self._clients.pop(client.sock.fileno(), None) is None:
             return
         if client.state is not _State.WORKING:
@@ -234,7 +234,7 @@ class HttpServer:
         client.sock.close()
         self._acceptor.refill()
 
-    def _serve(self, client: _Client) -> None:
+    def _serve(self, client: _HttpClient) -> None:
         try:
             if client.state is _State.SENDING:
                 self._send(client)
@@ -245,7 +245,7 @@ class HttpServer:
         except OSError:  # the client has gone
             self._drop(client)
 
-    def _receive(self, client: _Client) -> None:
+    def _receive(self, client: _HttpClient) -> None:
         piece = client.sock.recv(_HEAD_MAX_BYTES)
         if not piece:
             self._drop(client)
@@ -281,14 +281,14 @@ class HttpServer:
             self._selector.register(client.sock, selectors.EVENT_READ)
             self._begin_sending(client, answer)
 
-    def _begin_sending(self, client: _Client, answer: bytes) -> None:
+    def _begin_sending(self, client: _HttpClient, answer: bytes) -> None:
         client.state = _State.SENDING
         client.deadline = time.monotonic() + _SEND_SECONDS
         client.left_to_send = memoryview(answer)
         self._selector.modify(client.sock, selectors.EVENT_WRITE)
         self._serve(client)
 
-    def _send(self, client: _Client) -> None:
+    def _send(self, client: _HttpClient) -> None:
         nr_sent = client.sock.send(client.left_to_send)
         client.left_to_send = client.left_to_send[nr_sent:]
         if client.left_to_send:

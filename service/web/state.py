@@ -27,7 +27,7 @@ from typing import Any, Final
 from cowshed.cache import ExtentState, Image
 from cowshed.service.reports.wording import STOPPED, format_drain, key_of, quota_command
 
-__all__ = ["MOST_CELLS", "StateReader", "image_map", "run_lengths"]
+__all__ = ["MOST_CELLS", "PageStateReader", "image_map", "run_lengths"]
 
 MOST_CELLS: Final = 4096  # of one image
 _MOST_CELLS_OF_ALL: Final = 4 * MOST_CELLS
@@ -37,7 +37,7 @@ _KEPT_NS: Final = 500_000_000
 _HEAT_STEPS: Final = 3
 
 
-class StateReader:
+class PageStateReader:
     """Gives /state.json; from any thread, and the images' order is that of the status.
 
     images() are the open images, status() is the object of `cowshed status --json`.

@@ -15,7 +15,7 @@ from cowshed.transport.messages.dialogue import Asked, Dialogue
 from cowshed.transport.messages.protocol import MAX_REQUEST_BYTES, Decoder, parse_body
 from cowshed.transport.messages.stream_decoder import StreamDecoder
 from cowshed.transport.nbd.block_link import BlockLink, BlockOp, Kind
-from cowshed.transport.nbd.negotiation import Export, ExportRefused, Handshake, WantsTls
+from cowshed.transport.nbd.negotiation import Export, ExportRefused, NbdHandshake, WantsTls
 from cowshed.transport.nbd.wire import Reply
 from cowshed.transport.vmm.handshakes import HandshakeDecoder
 
@@ -79,7 +79,7 @@ class _Directory:
 
 def negotiation(said: bytes) -> None:
     """NBD's options, as its server; STARTTLS goes on in plain text here."""
-    handshake = Handshake(_Directory(), tls_offered=bool(said[:1] < b"\x80"), tls_required=False)
+    handshake = NbdHandshake(_Directory(), tls_offered=bool(said[:1] < b"\x80"), tls_required=False)
     handshake.greeting()
     for piece in pieces(said):
         if isinstance(handshake.outcome, WantsTls):

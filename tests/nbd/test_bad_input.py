@@ -17,7 +17,7 @@ import pytest
 from domains import until
 from nbd_site import MIB, SIZE, Site, run
 
-from cowshed.transport.nbd.wire import OPTION_HEADER, OPTION_MAGIC, Option
+from cowshed.transport.nbd.wire import OPTION_HEADER, OPTION_MAGIC, NbdOption
 
 REQUEST = struct.Struct(">IHHQQI")
 REQUEST_MAGIC = 0x25609513
@@ -44,7 +44,7 @@ class Client:
     def go(self, export: str = "d") -> Client:
         self.greet()
         name = export.encode()
-        self.sock.sendall(OPTION_HEADER.pack(OPTION_MAGIC, Option.EXPORT_NAME, len(name)) + name)
+        self.sock.sendall(OPTION_HEADER.pack(OPTION_MAGIC, NbdOption.EXPORT_NAME, len(name)) + name)
         assert struct.unpack(">QH", self.receive(10))[0] == SIZE
         return self
 
@@ -98,9 +98,9 @@ def test_broken_handshakes_end_and_are_counted(site: Site, neighbour: Client) ->
     for opening in (
         b"\xff\xff\xff\xff",
         b"\0\0\0\3" + b"GET / HTTP/1.1\r\n\r\n",
-        b"\0\0\0\3" + OPTION_HEADER.pack(OPTION_MAGIC, Option.EXPORT_NAME, 0xFFFFFFFF),
-        b"\0\0\0\3" + OPTION_HEADER.pack(OPTION_MAGIC, Option.EXPORT_NAME, 6) + b"absent",
-        b"\0\0\0\2" + OPTION_HEADER.pack(OPTION_MAGIC, Option.LIST, 0),
+        b"\0\0\0\3" + OPTION_HEADER.pack(OPTION_MAGIC, NbdOption.EXPORT_NAME, 0xFFFFFFFF),
+        b"\0\0\0\3" + OPTION_HEADER.pack(OPTION_MAGIC, NbdOption.EXPORT_NAME, 6) + b"absent",
+        b"\0\0\0\2" + OPTION_HEADER.pack(OPTION_MAGIC, NbdOption.LIST, 0),
     ):
         with Client(site) as client:
             client.receive(18)
@@ -244,7 +244,7 @@ def test_half_open_clients_leave_nothing_behind(site: Site, neighbour: Client) -
                 if stage:
                     client.greet()
                 if stage == 2:
-                    client.sock.sendall(OPTION_HEADER.pack(OPTION_MAGIC, Option.GO, 100)[:10])
+                    client.sock.sendall(OPTION_HEADER.pack(OPTION_MAGIC, NbdOption.GO, 100)[:10])
                 # A reset instead of an orderly end.
                 client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sockets = Path(f"/proc/{site.daemon.pid}/fd")

@@ -14,7 +14,7 @@ from domains import until
 from nbd_site import SIZE, Site, run
 
 from cowshed.transport.nbd.options import reply
-from cowshed.transport.nbd.wire import OPTION_HEADER, OPTION_MAGIC, Option, Reply
+from cowshed.transport.nbd.wire import OPTION_HEADER, OPTION_MAGIC, NbdOption, Reply
 
 pytestmark = pytest.mark.slow
 
@@ -118,12 +118,12 @@ def test_a_client_without_a_certificate_may_be_let_in(
     site = tls_site('clients = "optional"')
     context = ssl.create_default_context(cafile=authority.ca)
     with socket.create_connection(site.address) as plain:
-        plain.sendall(b"\0\0\0\3" + OPTION_HEADER.pack(OPTION_MAGIC, Option.STARTTLS, 0))
+        plain.sendall(b"\0\0\0\3" + OPTION_HEADER.pack(OPTION_MAGIC, NbdOption.STARTTLS, 0))
         assert receive(plain, 18) == b"NBDMAGICIHAVEOPT\0\3"
-        assert receive(plain, 20) == reply(Option.STARTTLS, Reply.ACK)
+        assert receive(plain, 20) == reply(NbdOption.STARTTLS, Reply.ACK)
         with context.wrap_socket(plain, server_hostname="localhost") as client:
-            client.sendall(OPTION_HEADER.pack(OPTION_MAGIC, Option.ABORT, 0))
-            assert receive(client, 20) == reply(Option.ABORT, Reply.ACK)
+            client.sendall(OPTION_HEADER.pack(OPTION_MAGIC, NbdOption.ABORT, 0))
+            assert receive(client, 20) == reply(NbdOption.ABORT, Reply.ACK)
             assert client.recv(1) == b""
 
 

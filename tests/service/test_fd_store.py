@@ -53,7 +53,7 @@ def test_a_group_is_sent_once_and_released_by_its_name(supervisor: socket.socket
     store.release("guest/7")
     assert heard(supervisor) == ({"FDSTOREREMOVE": "1", "FDNAME": "guest/7"}, 0)
     store.release("guest/7")
-    store.tell(READY="1")
+    store.notify(READY="1")
     assert heard(supervisor) == ({"READY": "1"}, 0)
     store.close()
     os.close(reader)

@@ -92,7 +92,7 @@ def test_what_a_full_keeper_did_not_take_it_gets_once_it_reads(
         nr_taken = fill(store, fd)
         assert nr_taken > 0
         assert not store.hold("last", [fd])
-        store.tell(READY="1")
+        store.notify(READY="1")
         assert store.nr_not_held == 2
         assert store.is_keeper_full
         assert not store.needs_time  # keeper_fd() says when

@@ -15,7 +15,7 @@ from domains import Daemon, MakeImage, StartDaemon, cowshed, until
 from scraping import ANY_PORT, fetch, metrics_url
 
 from cowshed.service.settings.endpoint import Endpoint
-from cowshed.service.web.http_messages import Answer, Request
+from cowshed.service.web.http_messages import Answer, HttpRequest
 from cowshed.service.web.http_server import HttpServer
 
 MIB = 1 << 20
@@ -29,18 +29,18 @@ class Pages:
         self.asked = threading.Event()
         self.go = threading.Event()
 
-    def echo(self, request: Request) -> Answer:
+    def echo(self, request: HttpRequest) -> Answer:
         return 200, "text/plain", f"{request.path} {dict(request.query)}".encode()
 
-    def wait(self, _: Request) -> Answer:
+    def wait(self, _: HttpRequest) -> Answer:
         self.asked.set()
         assert self.go.wait(30)
         return 200, "text/plain", b"waited"
 
-    def fail(self, _: Request) -> Answer:
+    def fail(self, _: HttpRequest) -> Answer:
         raise ValueError("on purpose")
 
-    def long(self, _: Request) -> Answer:
+    def long(self, _: HttpRequest) -> Answer:
         return 200, "text/plain", LONG
 
 

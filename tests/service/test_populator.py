@@ -9,7 +9,7 @@ import pytest
 
 from cowshed.cache import PeerError
 from cowshed.service.frontends.vmm.populator import check_regions
-from cowshed.transport.vmm.handshakes import HUGE_PAGE_BYTES, Handshake, Policy, Region
+from cowshed.transport.vmm.handshakes import HUGE_PAGE_BYTES, MemoryRegion, Policy, VmmHandshake
 
 PAGE = 4096
 IMAGE = 3 * HUGE_PAGE_BYTES - 5 * PAGE
@@ -34,8 +34,8 @@ END = 3 * HUGE_PAGE_BYTES
 def test_a_region_is_of_the_image_and_a_disks_may_be_rounded_up(
     protocol: str, page_bytes: int, start: int, end: int, fits: bool
 ) -> None:
-    region = Region(1 << 30, end - start, start, page_bytes)
-    request = Handshake(protocol, (region,), Policy.COPY, prefault=False)
+    region = MemoryRegion(1 << 30, end - start, start, page_bytes)
+    request = VmmHandshake(protocol, (region,), Policy.COPY, prefault=False)
     refused = pytest.raises(PeerError, match=rf"{IMAGE} bytes; is it the right image's socket")
     with contextlib.nullcontext() if fits else refused:
         check_regions(request, IMAGE)

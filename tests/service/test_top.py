@@ -21,7 +21,7 @@ from cowshed.service.reports.wording import key_of
 from cowshed.service.top.history import NR_SAMPLES, History
 from cowshed.service.top.screen import Screen, keys_of
 from cowshed.service.top.state import ORDERS, TopState
-from cowshed.service.top.view import Frame, rows_of, sparkline
+from cowshed.service.top.view import ScreenFrame, rows_of, sparkline
 
 Body = dict[str, Any]
 COMMAND = [sys.executable, "-m", "cowshed.service.cli"]
@@ -42,7 +42,7 @@ def frame(status: Body, history: History | None = None, **how: Any) -> list[str]
         history.observe(status, 0)
     how.setdefault("state", TopState())
     width = how.get("columns", 80)
-    return text_of(Frame(status, history, **how).view(), width).splitlines()
+    return text_of(ScreenFrame(status, history, **how).view(), width).splitlines()
 
 
 def line_with(lines: list[str], words: str) -> str:

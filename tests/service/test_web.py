@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cowshed.cache import FileSource, Image, PageStore
-from cowshed.service.web.state import MOST_CELLS, StateReader, image_map, run_lengths
+from cowshed.service.web.state import MOST_CELLS, PageStateReader, image_map, run_lengths
 
 pytestmark = pytest.mark.slow
 
@@ -106,7 +106,7 @@ def test_the_state_is_bounded_whatever_there_is(store: PageStore, tmp_path: Path
         for no in range(2000)
     ]
     guests[1777].update(state="stopped-quota", quota_bytes=4096)
-    reader = StateReader(lambda: images, lambda: status_of(names, guests))
+    reader = PageStateReader(lambda: images, lambda: status_of(names, guests))
     body = reader.read()
     assert len(body) < 300_000
     state = json.loads(body)
@@ -124,7 +124,7 @@ def test_browsers_that_ask_at_once_cost_one_look(store: PageStore) -> None:
         asked.append(1)
         return status_of([], [])
 
-    reader = StateReader(list, status)
+    reader = PageStateReader(list, status)
     first = reader.read()
     assert all(reader.read() is first for _ in range(100))
     assert len(asked) == 1

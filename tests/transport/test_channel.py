@@ -17,7 +17,7 @@ from places import SCHEMES, STREAMS, Place, make_place, vsock_works
 
 from cowshed.cache.errors import CapacityError, PeerError, SourceError, UsageError
 from cowshed.transport.channels import channel
-from cowshed.transport.channels.channel import Channel, Liveness, Request
+from cowshed.transport.channels.channel import Channel, ChannelRequest, Liveness
 from cowshed.transport.messages.protocol import HEADER, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, encode
 
 SECONDS = 60.0
@@ -281,7 +281,7 @@ def test_descriptors_travel_where_they_can(pair: tuple[Channel, Channel]) -> Non
                 ours.send("take", [writer])
             return
         ours.send("take", [writer])
-        asked: Request = theirs.recv(SECONDS)
+        asked: ChannelRequest = theirs.recv(SECONDS)
         os.write(asked.fds[0], b"hi")
         asked.close_fds()
         assert os.read(reader, 2) == b"hi"

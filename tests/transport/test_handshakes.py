@@ -13,13 +13,13 @@ from cowshed.cache.errors import PeerError
 from cowshed.transport.vmm.handshakes import (
     HUGE_PAGE_BYTES,
     MAX_REGIONS,
-    Handshake,
     HandshakeDecoder,
+    MemoryRegion,
     Policy,
     Range,
-    Region,
     StatRequest,
     Unexpected,
+    VmmHandshake,
     range_replies,
     stat_reply,
 )
@@ -43,9 +43,12 @@ def decode(body: object, nr_fds: int = 1) -> Any:
 def test_firecracker_sends_a_bare_array() -> None:
     first = region(page_size_kib=PAGE)
     second = region(base_host_virt_addr=BASE + (1 << 30), offset=64 * PAGE)
-    assert decode([first, second]) == Handshake(
+    assert decode([first, second]) == VmmHandshake(
         "firecracker",
-        (Region(BASE, 64 * PAGE, 0, PAGE), Region(BASE + (1 << 30), 64 * PAGE, 64 * PAGE, PAGE)),
+        (
+            MemoryRegion(BASE, 64 * PAGE, 0, PAGE),
+            MemoryRegion(BASE + (1 << 30), 64 * PAGE, 64 * PAGE, PAGE),
+        ),
         Policy.COPY,
         prefault=False,
     )
@@ -70,8 +73,8 @@ def test_older_names_of_the_page_size_are_understood(fields: Any, page_bytes: in
 
 def test_nydus_sends_typed_objects() -> None:
     body = {"type": 0, "regions": [region(prot=1, flags=18)], "policy": 1, "enable_prefault": True}
-    assert decode(body) == Handshake(
-        "nydus", (Region(BASE, 64 * PAGE, 0, PAGE),), Policy.COPY, prefault=True
+    assert decode(body) == VmmHandshake(
+        "nydus", (MemoryRegion(BASE, 64 * PAGE, 0, PAGE),), Policy.COPY, prefault=True
     )
     assert decode({"regions": [region()]}).policy is Policy.ZEROCOPY
     assert decode({"type": 2}, 0) == StatRequest()
@@ -179,7 +182,7 @@ def test_requests_may_arrive_together_or_byte_by_byte() -> None:
     for no in range(len(stream)):
         alone += decoder.feed(stream[no : no + 1], 1 if no == 20 else 0)
     assert alone == together
-    assert [type(one) for one in alone] == [StatRequest, Handshake]
+    assert [type(one) for one in alone] == [StatRequest, VmmHandshake]
 
 
 json_values = st.recursive(
@@ -218,7 +221,7 @@ def test_whatever_is_let_through_holds_what_is_promised(body: Any, nr_fds: int) 
     except PeerError:
         return
     for request in requests:
-        if isinstance(request, Handshake):
+        if isinstance(request, VmmHandshake):
             assert 1 <= len(request.regions) <= MAX_REGIONS
             for one in request.regions:
                 assert one.page_bytes in (PAGE, HUGE_PAGE_BYTES)

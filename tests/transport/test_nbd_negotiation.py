@@ -21,11 +21,11 @@ from cowshed.transport.nbd.negotiation import (
     Chosen,
     Export,
     ExportRefused,
-    Handshake,
+    NbdHandshake,
     Negotiated,
     WantsTls,
 )
-from cowshed.transport.nbd.wire import OPTION_MAGIC, ExportFlag, Option, Reply
+from cowshed.transport.nbd.wire import OPTION_MAGIC, ExportFlag, NbdOption, Reply
 
 DEBIAN = Export("debian", "a read-only image", 5 << 20, True, 65536)
 OVERLAY = Export("debian@g", "a private copy", 5 << 20, False, 65536)
@@ -83,14 +83,14 @@ def replies(sent: bytes) -> list[Answer]:
     return answers
 
 
-def begun(flags: int = 3, *, tls_offered: bool = False, tls_required: bool = False) -> Handshake:
-    handshake = Handshake(Shelf(), tls_offered=tls_offered, tls_required=tls_required)
+def begun(flags: int = 3, *, tls_offered: bool = False, tls_required: bool = False) -> NbdHandshake:
+    handshake = NbdHandshake(Shelf(), tls_offered=tls_offered, tls_required=tls_required)
     assert handshake.greeting() == b"NBDMAGICIHAVEOPT\x00\x03"
     assert handshake.feed(struct.pack(">I", flags)) == b""
     return handshake
 
 
-def ask(handshake: Handshake, kind: int, body: bytes = b"") -> list[Answer]:
+def ask(handshake: NbdHandshake, kind: int, body: bytes = b"") -> list[Answer]:
     return replies(handshake.feed(option(kind, body)))
 
 
@@ -99,9 +99,9 @@ def kinds(answers: list[Answer]) -> list[int]:
 
 
 def test_list_names_every_export() -> None:
-    *exports, last = ask(begun(), Option.LIST)
+    *exports, last = ask(begun(), NbdOption.LIST)
     assert [body[4 : 4 + body[3]] for _, _, body in exports] == [b"debian", b"debian@g"]
-    assert last == (Option.LIST, Reply.ACK, b"")
+    assert last == (NbdOption.LIST, Reply.ACK, b"")
 
 
 def test_info_tells_and_stays_and_go_enters() -> None:
@@ -113,7 +113,7 @@ def test_info_tells_and_stays_and_go_enters() -> None:
         (Reply.INFO, struct.pack(">HIII", 3, 1, 65536, 32 << 20)),
         (Reply.ACK, b""),
     ]
-    for kind in (Option.INFO, Option.GO):
+    for kind in (NbdOption.INFO, NbdOption.GO):
         answers = ask(handshake, kind, info_body("debian", 3, 2, 1, 1, 77))
         assert [(reply, body) for _, reply, body in answers] == expected
         assert all(option == kind for option, _, _ in answers)
@@ -125,17 +125,17 @@ def test_info_tells_and_stays_and_go_enters() -> None:
 @pytest.mark.parametrize(("flags", "nr_zeroes"), [(3, 0), (1, 124), (0, 124), (2, 0)])
 def test_export_name_is_padded_unless_the_client_wants_it_not(flags: int, nr_zeroes: int) -> None:
     handshake = begun(flags)
-    sent = handshake.feed(option(Option.EXPORT_NAME, b"debian@g"))
+    sent = handshake.feed(option(NbdOption.EXPORT_NAME, b"debian@g"))
     assert sent == struct.pack(">QH", 5 << 20, 0xD6D) + bytes(nr_zeroes)
     assert isinstance(handshake.outcome, Chosen)
 
 
 def test_a_writable_export_may_be_trimmed_and_zeroed_and_a_read_only_one_not() -> None:
     handshake = begun()
-    handshake.feed(option(Option.STRUCTURED_REPLY))
+    handshake.feed(option(NbdOption.STRUCTURED_REPLY))
     flags = {}
     for name in ("debian", "debian@g"):
-        body = ask(handshake, Option.INFO, info_body(name))[0][2]
+        body = ask(handshake, NbdOption.INFO, info_body(name))[0][2]
         flags[name] = ExportFlag(struct.unpack(">HQH", body)[2])
     assert ExportFlag.READ_ONLY in flags["debian"]
     assert flags["debian@g"] & ~flags["debian"] == (
@@ -145,7 +145,11 @@ def test_a_writable_export_may_be_trimmed_and_zeroed_and_a_read_only_one_not() -
 
 
 def test_the_empty_name_is_the_default_export() -> None:
-    assert kinds(ask(begun(), Option.INFO, info_body("", 1))) == [Reply.INFO, Reply.INFO, Reply.ACK]
+    assert kinds(ask(begun(), NbdOption.INFO, info_body("", 1))) == [
+        Reply.INFO,
+        Reply.INFO,
+        Reply.ACK,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -154,28 +158,28 @@ def test_the_empty_name_is_the_default_export() -> None:
         (4, b"", Reply.ERR_UNSUP),
         (12, b"x" * 100, Reply.ERR_UNSUP),
         (0xFFFFFFFF, b"", Reply.ERR_UNSUP),
-        (Option.LIST, b"x", Reply.ERR_INVALID),
-        (Option.STARTTLS, b"", Reply.ERR_POLICY),
-        (Option.STARTTLS, b"x", Reply.ERR_INVALID),
-        (Option.STRUCTURED_REPLY, b"x", Reply.ERR_INVALID),
-        (Option.EXTENDED_HEADERS, b"x", Reply.ERR_INVALID),
-        (Option.INFO, b"", Reply.ERR_INVALID),
-        (Option.INFO, info_body("absent"), Reply.ERR_UNKNOWN),
-        (Option.GO, info_body("full"), Reply.ERR_POLICY),
-        (Option.GO, info_body("debian") + b"x", Reply.ERR_INVALID),
-        (Option.GO, info_body("debian")[:-1], Reply.ERR_INVALID),
-        (Option.GO, b"\xff\xff\xff\xff", Reply.ERR_INVALID),
-        (Option.GO, string(b"\xff\xfe") + b"\0\0", Reply.ERR_INVALID),
-        (Option.GO, string("a\0b") + b"\0\0", Reply.ERR_INVALID),
-        (Option.GO, info_body("x" * 4097), Reply.ERR_TOO_BIG),
-        (Option.GO, string("debian") + b"\xff\xff", Reply.ERR_INVALID),
-        (Option.LIST_META_CONTEXT, context_body("absent"), Reply.ERR_UNKNOWN),
-        (Option.SET_META_CONTEXT, context_body("debian", "base:x"), Reply.ERR_INVALID),
-        (Option.LIST_META_CONTEXT, context_body("debian", "base"), Reply.ERR_INVALID),
-        (Option.LIST_META_CONTEXT, context_body("debian", *["a:"] * 65), Reply.ERR_TOO_BIG),
-        (Option.LIST_META_CONTEXT, string("debian") + b"\xff" * 4, Reply.ERR_TOO_BIG),
+        (NbdOption.LIST, b"x", Reply.ERR_INVALID),
+        (NbdOption.STARTTLS, b"", Reply.ERR_POLICY),
+        (NbdOption.STARTTLS, b"x", Reply.ERR_INVALID),
+        (NbdOption.STRUCTURED_REPLY, b"x", Reply.ERR_INVALID),
+        (NbdOption.EXTENDED_HEADERS, b"x", Reply.ERR_INVALID),
+        (NbdOption.INFO, b"", Reply.ERR_INVALID),
+        (NbdOption.INFO, info_body("absent"), Reply.ERR_UNKNOWN),
+        (NbdOption.GO, info_body("full"), Reply.ERR_POLICY),
+        (NbdOption.GO, info_body("debian") + b"x", Reply.ERR_INVALID),
+        (NbdOption.GO, info_body("debian")[:-1], Reply.ERR_INVALID),
+        (NbdOption.GO, b"\xff\xff\xff\xff", Reply.ERR_INVALID),
+        (NbdOption.GO, string(b"\xff\xfe") + b"\0\0", Reply.ERR_INVALID),
+        (NbdOption.GO, string("a\0b") + b"\0\0", Reply.ERR_INVALID),
+        (NbdOption.GO, info_body("x" * 4097), Reply.ERR_TOO_BIG),
+        (NbdOption.GO, string("debian") + b"\xff\xff", Reply.ERR_INVALID),
+        (NbdOption.LIST_META_CONTEXT, context_body("absent"), Reply.ERR_UNKNOWN),
+        (NbdOption.SET_META_CONTEXT, context_body("debian", "base:x"), Reply.ERR_INVALID),
+        (NbdOption.LIST_META_CONTEXT, context_body("debian", "base"), Reply.ERR_INVALID),
+        (NbdOption.LIST_META_CONTEXT, context_body("debian", *["a:"] * 65), Reply.ERR_TOO_BIG),
+        (NbdOption.LIST_META_CONTEXT, string("debian") + b"\xff" * 4, Reply.ERR_TOO_BIG),
         (77, b"x" * (MAX_OPTION_BYTES + 1), Reply.ERR_TOO_BIG),
-        (Option.GO, b"x" * (MAX_OPTION_BYTES + 5), Reply.ERR_TOO_BIG),
+        (NbdOption.GO, b"x" * (MAX_OPTION_BYTES + 5), Reply.ERR_TOO_BIG),
     ],
 )
 def test_a_refused_option_leaves_the_ends_in_step(kind: int, body: bytes, reply: Reply) -> None:
@@ -184,45 +188,45 @@ def test_a_refused_option_leaves_the_ends_in_step(kind: int, body: bytes, reply:
     assert (option, got) == (kind, reply)
     assert text.decode()
     assert "\n" not in text.decode()
-    assert kinds(ask(handshake, Option.LIST)) == [Reply.SERVER, Reply.SERVER, Reply.ACK]
+    assert kinds(ask(handshake, NbdOption.LIST)) == [Reply.SERVER, Reply.SERVER, Reply.ACK]
 
 
 def test_abort_is_acknowledged_and_ends() -> None:
     handshake = begun()
-    assert kinds(ask(handshake, Option.ABORT, b"whatever")) == [Reply.ACK]
+    assert kinds(ask(handshake, NbdOption.ABORT, b"whatever")) == [Reply.ACK]
     assert isinstance(handshake.outcome, Aborted)
 
 
 @pytest.mark.parametrize("extended", [False, True])
 def test_contexts_are_chosen_by_name(extended: bool) -> None:
     handshake = begun()
-    ask(handshake, Option.EXTENDED_HEADERS if extended else Option.STRUCTURED_REPLY)
+    ask(handshake, NbdOption.EXTENDED_HEADERS if extended else NbdOption.STRUCTURED_REPLY)
     names = ("cowshed:private", "base:allocation", "qemu:dirty-bitmap:x", "base:allocation")
-    answers = ask(handshake, Option.SET_META_CONTEXT, context_body("debian@g", *names))
+    answers = ask(handshake, NbdOption.SET_META_CONTEXT, context_body("debian@g", *names))
     assert [(reply, body) for _, reply, body in answers] == [
         (Reply.META_CONTEXT, b"\0\0\0\x01base:allocation"),
         (Reply.META_CONTEXT, b"\0\0\0\x03cowshed:private"),
         (Reply.ACK, b""),
     ]
-    ask(handshake, Option.GO, info_body("debian@g"))
+    ask(handshake, NbdOption.GO, info_body("debian@g"))
     assert handshake.outcome == Chosen(OVERLAY, Negotiated(True, extended, False, (1, 0, 3)))
 
 
 def test_contexts_of_another_export_do_not_count() -> None:
     handshake = begun()
-    ask(handshake, Option.STRUCTURED_REPLY)
-    ask(handshake, Option.SET_META_CONTEXT, context_body("debian@g", "base:allocation"))
-    ask(handshake, Option.GO, info_body("debian"))
+    ask(handshake, NbdOption.STRUCTURED_REPLY)
+    ask(handshake, NbdOption.SET_META_CONTEXT, context_body("debian@g", "base:allocation"))
+    ask(handshake, NbdOption.GO, info_body("debian"))
     assert handshake.outcome == Chosen(DEBIAN, Negotiated(True, False, True, (0, 0, 0)))
 
 
 @pytest.mark.parametrize("again", [context_body("absent", "base:allocation"), b"\xff"])
 def test_a_failed_choice_of_contexts_undoes_the_one_before(again: bytes) -> None:
     handshake = begun()
-    ask(handshake, Option.STRUCTURED_REPLY)
-    ask(handshake, Option.SET_META_CONTEXT, context_body("debian", "base:allocation"))
-    ask(handshake, Option.SET_META_CONTEXT, again)
-    ask(handshake, Option.GO, info_body("debian"))
+    ask(handshake, NbdOption.STRUCTURED_REPLY)
+    ask(handshake, NbdOption.SET_META_CONTEXT, context_body("debian", "base:allocation"))
+    ask(handshake, NbdOption.SET_META_CONTEXT, again)
+    ask(handshake, NbdOption.GO, info_body("debian"))
     assert handshake.outcome == Chosen(DEBIAN, Negotiated(True, False, True, (0, 0, 0)))
 
 
@@ -237,54 +241,54 @@ def test_a_failed_choice_of_contexts_undoes_the_one_before(again: bytes) -> None
     ],
 )
 def test_contexts_are_listed_by_query(queries: list[str], names: list[bytes]) -> None:
-    answers = ask(begun(), Option.LIST_META_CONTEXT, context_body("debian@g", *queries))
+    answers = ask(begun(), NbdOption.LIST_META_CONTEXT, context_body("debian@g", *queries))
     assert [body[4:] for _, reply, body in answers if reply == Reply.META_CONTEXT] == names
     assert kinds(answers)[-1] == Reply.ACK
 
 
 def test_what_is_private_is_no_question_for_an_image() -> None:
-    answers = ask(begun(), Option.LIST_META_CONTEXT, context_body("debian"))
+    answers = ask(begun(), NbdOption.LIST_META_CONTEXT, context_body("debian"))
     assert b"cowshed:private" not in b"".join(body for _, _, body in answers)
 
 
 def test_structured_replies_after_extended_headers_are_refused() -> None:
     handshake = begun()
-    ask(handshake, Option.EXTENDED_HEADERS)
-    assert kinds(ask(handshake, Option.STRUCTURED_REPLY)) == [Reply.ERR_EXT_HEADER_REQD]
+    ask(handshake, NbdOption.EXTENDED_HEADERS)
+    assert kinds(ask(handshake, NbdOption.STRUCTURED_REPLY)) == [Reply.ERR_EXT_HEADER_REQD]
 
 
 def test_nothing_but_tls_is_answered_where_tls_is_required() -> None:
     handshake = begun(tls_required=True)
     for kind, body in (
-        (Option.LIST, b""),
-        (Option.INFO, info_body("debian")),
-        (Option.GO, info_body("debian")),
-        (Option.STRUCTURED_REPLY, b""),
+        (NbdOption.LIST, b""),
+        (NbdOption.INFO, info_body("debian")),
+        (NbdOption.GO, info_body("debian")),
+        (NbdOption.STRUCTURED_REPLY, b""),
         (99, b"x" * (MAX_OPTION_BYTES + 1)),
     ):
         assert kinds(ask(handshake, kind, body)) == [Reply.ERR_TLS_REQD]
-    assert kinds(ask(handshake, Option.STARTTLS)) == [Reply.ACK]
+    assert kinds(ask(handshake, NbdOption.STARTTLS)) == [Reply.ACK]
     assert isinstance(handshake.outcome, WantsTls)
     with pytest.raises(PeerError, match="TLS only"):
-        begun(tls_required=True).feed(option(Option.EXPORT_NAME, b"debian"))
+        begun(tls_required=True).feed(option(NbdOption.EXPORT_NAME, b"debian"))
 
 
 def test_tls_forgets_what_was_said_before_it() -> None:
     handshake = begun(tls_offered=True)
-    ask(handshake, Option.STRUCTURED_REPLY)
-    ask(handshake, Option.SET_META_CONTEXT, context_body("debian", "base:allocation"))
-    ask(handshake, Option.STARTTLS)
+    ask(handshake, NbdOption.STRUCTURED_REPLY)
+    ask(handshake, NbdOption.SET_META_CONTEXT, context_body("debian", "base:allocation"))
+    ask(handshake, NbdOption.STARTTLS)
     handshake.secured(Shelf())
-    assert kinds(ask(handshake, Option.STARTTLS)) == [Reply.ERR_INVALID]
-    ask(handshake, Option.GO, info_body("debian"))
+    assert kinds(ask(handshake, NbdOption.STARTTLS)) == [Reply.ERR_INVALID]
+    ask(handshake, NbdOption.GO, info_body("debian"))
     assert handshake.outcome == Chosen(DEBIAN, Negotiated(False, False, True, (0, 0, 0)))
 
 
-@pytest.mark.parametrize("kind", [Option.STARTTLS, Option.ABORT])
-def test_bytes_behind_the_last_option_are_refused(kind: Option) -> None:
+@pytest.mark.parametrize("kind", [NbdOption.STARTTLS, NbdOption.ABORT])
+def test_bytes_behind_the_last_option_are_refused(kind: NbdOption) -> None:
     # Behind STARTTLS they would be plain text that counts as said in private.
     with pytest.raises(PeerError, match="behind an option"):
-        begun(tls_offered=True).feed(option(kind) + option(Option.LIST))
+        begun(tls_offered=True).feed(option(kind) + option(NbdOption.LIST))
 
 
 @pytest.mark.parametrize(
@@ -293,16 +297,16 @@ def test_bytes_behind_the_last_option_are_refused(kind: Option) -> None:
         (4, b"", "client flags 0x4"),
         (1 << 31, b"", "client flags"),
         (3, b"x" * 16, "begins with 0x7878787878787878"),
-        (2, option(Option.LIST), "without fixed newstyle"),
-        (3, option(Option.EXPORT_NAME, b"absent"), "knows no error replies: no export 'absent'"),
-        (3, option(Option.EXPORT_NAME, b"\xff"), "not UTF-8"),
-        (3, option(Option.EXPORT_NAME, length=4097), "name of 4097 bytes"),
-        (3, option(Option.LIST) * (MAX_OPTIONS + 1), "more than 1024 options"),
+        (2, option(NbdOption.LIST), "without fixed newstyle"),
+        (3, option(NbdOption.EXPORT_NAME, b"absent"), "knows no error replies: no export 'absent'"),
+        (3, option(NbdOption.EXPORT_NAME, b"\xff"), "not UTF-8"),
+        (3, option(NbdOption.EXPORT_NAME, length=4097), "name of 4097 bytes"),
+        (3, option(NbdOption.LIST) * (MAX_OPTIONS + 1), "more than 1024 options"),
         (3, option(99, b"x" * MAX_HANDSHAKE_BYTES, length=0xFFFFFFFF), "handshake of over"),
     ],
 )
 def test_what_no_reply_can_mend_ends_the_connection(flags: int, rest: bytes, words: str) -> None:
-    handshake = Handshake(Shelf(), tls_offered=False, tls_required=False)
+    handshake = NbdHandshake(Shelf(), tls_offered=False, tls_required=False)
     with pytest.raises(PeerError, match=words) as caught:
         handshake.feed(struct.pack(">I", flags) + rest)
     assert "\n" not in str(caught.value)
@@ -334,7 +338,7 @@ OPTIONS = st.builds(
 def test_any_bytes_in_any_pieces_are_answered_or_refused(
     flags: int, parts: list[bytes], piece_sizes: list[int], offered: bool, required: bool
 ) -> None:
-    handshake = Handshake(Shelf(), tls_offered=offered, tls_required=required)
+    handshake = NbdHandshake(Shelf(), tls_offered=offered, tls_required=required)
     arriving = struct.pack(">I", flags) + b"".join(parts)
     if len(arriving) > 5000:
         piece_sizes = [size * 1000 for size in piece_sizes]
@@ -360,7 +364,7 @@ def test_how_bytes_are_cut_makes_no_difference(parts: list[bytes], piece_bytes: 
     arriving = struct.pack(">I", 3) + b"".join(parts)
     outcomes = []
     for size in (len(arriving), max(piece_bytes, len(arriving) // 500)):
-        handshake = Handshake(Shelf(), tls_offered=False, tls_required=False)
+        handshake = NbdHandshake(Shelf(), tls_offered=False, tls_required=False)
         sent = b""
         end: object = None
         try:
@@ -397,7 +401,7 @@ def test_names_are_told_as_they_are_called_and_not_as_they_were_asked_for() -> N
         def find(self, name: str) -> Export:
             return replace(DEBIAN, name="default/debian")
 
-    handshake = Handshake(Renamed(), tls_offered=False, tls_required=False)
+    handshake = NbdHandshake(Renamed(), tls_offered=False, tls_required=False)
     handshake.feed(struct.pack(">I", 3))
-    body = ask(handshake, Option.INFO, info_body("debian", 1))[1][2]
+    body = ask(handshake, NbdOption.INFO, info_body("debian", 1))[1][2]
     assert body == b"\x00\x01default/debian"

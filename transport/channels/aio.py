@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from cowshed.cache.errors import PeerError
-from cowshed.transport.channels.channel import WAIT_SECONDS, Channel, Pending, Request
+from cowshed.transport.channels.channel import WAIT_SECONDS, Channel, ChannelRequest, Pending
 from cowshed.transport.links.connection import EOF
 from cowshed.transport.links.schemes import AnyListener, connect_raw
 from cowshed.transport.links.schemes import listen as listen_raw
-from cowshed.transport.messages.dialogue import MAX_OUTSTANDING, Phase
+from cowshed.transport.messages.dialogue import MAX_OUTSTANDING, DialoguePhase
 from cowshed.transport.messages.fields import check_reply
 from cowshed.transport.messages.protocol import Body
 
@@ -87,7 +87,7 @@ class AsyncChannel:
         assert pending._answer is not None
         return check_reply(pending._answer)
 
-    async def recv(self, timeout: float = WAIT_SECONDS) -> Request:
+    async def recv(self, timeout: float = WAIT_SECONDS) -> ChannelRequest:
         """Wait for something that the peer asks."""
         await self._until(lambda: bool(self._channel._asked), timeout, "request")
         return self._channel._asked.popleft()
@@ -164,7 +164,7 @@ class AsyncChannel:
 
     async def _hello(self, timeout: float) -> None:
         dialogue = self._channel._dialogue
-        await self._until(lambda: dialogue.phase is Phase.OPEN, timeout, "hello")
+        await self._until(lambda: dialogue.phase is DialoguePhase.OPEN, timeout, "hello")
 
 
 class AsyncListener:

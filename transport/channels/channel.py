@@ -35,8 +35,8 @@ from cowshed.transport.messages.dialogue import (
     Answer,
     Asked,
     Dialogue,
+    DialoguePhase,
     Greeted,
-    Phase,
 )
 from cowshed.transport.messages.fields import check_reply, error_reply, kind_of
 from cowshed.transport.messages.protocol import MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Body
@@ -44,10 +44,10 @@ from cowshed.transport.messages.protocol import MAX_REPLY_BYTES, MAX_REQUEST_BYT
 __all__ = [
     "Channel",
     "ChannelListener",
+    "ChannelRequest",
     "Line",
     "Liveness",
     "Pending",
-    "Request",
     "connect",
     "listen",
 ]
@@ -64,7 +64,7 @@ class Liveness(enum.Enum):
 
 
 @dataclass(eq=False)
-class Request:
+class ChannelRequest:
     """What the peer asks; fds are ours to keep (take them out) or closed with close_fds()."""
 
     channel: Channel
@@ -131,7 +131,7 @@ class Channel:
         # Ours is for what is received; what the peer takes, its hello says.
         connection.limit(max_message_bytes, MAX_REQUEST_BYTES)
         self._pending: dict[int, Pending] = {}
-        self._asked: deque[Request] = deque()
+        self._asked: deque[ChannelRequest] = deque()
         self._batching = 0
 
     def __enter__(self) -> Channel:
@@ -153,9 +153,9 @@ class Channel:
     @property
     def state(self) -> Liveness:
         """OPEN while the peer holds its end; NOT_YET before its hello; then GONE for good."""
-        if self._dialogue.phase is Phase.GONE or not self.connection.alive:
+        if self._dialogue.phase is DialoguePhase.GONE or not self.connection.alive:
             return Liveness.GONE
-        return Liveness.OPEN if self._dialogue.phase is Phase.OPEN else Liveness.NOT_YET
+        return Liveness.OPEN if self._dialogue.phase is DialoguePhase.OPEN else Liveness.NOT_YET
 
     def close(self) -> None:
         """End the conversation: whoever waits at the other end is told. Does nothing twice."""
@@ -173,7 +173,7 @@ class Channel:
 
     def await_hello(self, timeout: float = WAIT_SECONDS) -> None:
         """Wait until both have said hello; PeerError if the peer does not."""
-        self._pump_until(lambda: self._dialogue.phase is Phase.OPEN, timeout, "hello")
+        self._pump_until(lambda: self._dialogue.phase is DialoguePhase.OPEN, timeout, "hello")
 
     def send(self, op: str, fds: Sequence[int] = (), **fields: Any) -> Pending:
         """Ask for something without waiting. fds stay the caller's.
@@ -193,7 +193,7 @@ class Channel:
         """Ask for something and wait for the answer."""
         return self.send(op, **fields).result(timeout)
 
-    def recv(self, timeout: float = WAIT_SECONDS) -> Request:
+    def recv(self, timeout: float = WAIT_SECONDS) -> ChannelRequest:
         """Wait for something that the peer asks."""
         self._pump_until(lambda: bool(self._asked), timeout, "request")
         return self._asked.popleft()
@@ -209,7 +209,7 @@ class Channel:
             if not self._batching:
                 self._flush()
 
-    def _answer(self, request: Request, body: Body, fds: Sequence[int]) -> None:
+    def _answer(self, request: ChannelRequest, body: Body, fds: Sequence[int]) -> None:
         self._dialogue.answer(request.tag, body)
         self._queue(request.tag, body, fds)
 
@@ -237,7 +237,7 @@ class Channel:
     def _pump_until(self, done: Callable[[], bool], timeout: float, what: str) -> None:
         deadline = time.monotonic() + timeout
         while not done():
-            if self._dialogue.phase is Phase.GONE:
+            if self._dialogue.phase is DialoguePhase.GONE:
                 raise PeerError(f"the peer is gone, and no {what} will come; connect again")
             try:
                 self.connection.flush()
@@ -280,7 +280,7 @@ class Channel:
                 if reply is not None:
                     self._queue(tag, reply, ())
             case Asked(tag, body):
-                self._asked.append(Request(self, tag, body["op"], body, message.fds))
+                self._asked.append(ChannelRequest(self, tag, body["op"], body, message.fds))
             case Answer(tag, body, last):
                 # A request whose Pending nobody holds is still answered.
                 pending = self._pending[tag]

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
 from cowshed.cache.errors import PeerError, SourceError, UsageError
-from cowshed.transport.channels.channel import Channel, Request
+from cowshed.transport.channels.channel import Channel, ChannelRequest
 from cowshed.transport.guest.client import connect
 from cowshed.transport.messages.fields import take_choice, take_number, take_text
 from cowshed.transport.messages.protocol import MAX_REPLY_BYTES, Body
@@ -178,7 +178,7 @@ class Resolver:
         self.ways["network"] += 1
         return _as_asked(ref, memoryview(disk.read(ref.offset, ref.length)))
 
-    def answer(self, request: Request) -> None:
+    def answer(self, request: ChannelRequest) -> None:
         """Answer a peer's PAGES_OP by resolving here: the other end of way "copy"."""
         try:
             ref = PageRef.from_body(request.body.get("ref"))

@@ -30,14 +30,14 @@ from cowshed.transport.messages.protocol import (
     Body,
 )
 
-__all__ = ["MAX_OUTSTANDING", "Answer", "Asked", "Dialogue", "Greeted", "Phase"]
+__all__ = ["MAX_OUTSTANDING", "Answer", "Asked", "Dialogue", "DialoguePhase", "Greeted"]
 
 MAX_OUTSTANDING: Final = 64
 MIN_MESSAGE_BYTES: Final = 4096
 _MAX_FEATURES: Final = 64
 
 
-class Phase(enum.Enum):
+class DialoguePhase(enum.Enum):
     """Where a conversation is; see the module's picture."""
 
     NEW = enum.auto()
@@ -87,7 +87,7 @@ class Dialogue:
     their_message_bytes: int = MAX_REQUEST_BYTES
     version: int = VERSION
     features: frozenset[str] = frozenset()
-    phase: Phase = Phase.NEW
+    phase: DialoguePhase = DialoguePhase.NEW
     _ours: set[int] = field(default_factory=set)
     _theirs: set[int] = field(default_factory=set)
     _last_tag: int = 0
@@ -96,20 +96,22 @@ class Dialogue:
         """Raise AssertionError if an invariant does not hold."""
         assert len(self._ours) <= max(1, self.their_limit)
         assert len(self._theirs) <= self.our_limit
-        assert self.phase is Phase.OPEN or not self._theirs
-        assert self.phase is Phase.OPEN or len(self._ours) == (self.phase is Phase.GREETING)
+        assert self.phase is DialoguePhase.OPEN or not self._theirs
+        assert self.phase is DialoguePhase.OPEN or len(self._ours) == (
+            self.phase is DialoguePhase.GREETING
+        )
 
     def hello(self) -> tuple[int, Body]:
         """Give the first message of the one who connected, and its tag."""
-        if self.phase is not Phase.NEW:
+        if self.phase is not DialoguePhase.NEW:
             raise UsageError("hello has been said")
         tag = self._new_tag()
-        self.phase = Phase.GREETING
+        self.phase = DialoguePhase.GREETING
         return tag, {"op": "hello", **self._introduction()}
 
     def ask(self) -> int:
         """Give the tag for a request of ours; UsageError before hello and after the end."""
-        if self.phase is not Phase.OPEN:
+        if self.phase is not DialoguePhase.OPEN:
             raise UsageError(
                 f"no request can be made: the conversation is {self.phase.name.lower()}"
             )
@@ -133,7 +135,7 @@ class Dialogue:
 
     def end(self) -> None:
         """The connection has ended; nothing waits any more."""
-        self.phase = Phase.GONE
+        self.phase = DialoguePhase.GONE
         self._ours.clear()
         self._theirs.clear()
 
@@ -143,10 +145,10 @@ class Dialogue:
             return self._take_request(tag, body)
         if tag not in self._ours:
             raise PeerError(f"an answer with tag {tag} came, and no request waits for it")
-        if self.phase is Phase.GREETING:
+        if self.phase is DialoguePhase.GREETING:
             self._take_introduction(check_reply(body))
             self._ours.remove(tag)
-            self.phase = Phase.OPEN
+            self.phase = DialoguePhase.OPEN
             return Greeted(tag, None)
         last = "progress" not in body
         if last:
@@ -155,11 +157,11 @@ class Dialogue:
 
     def _take_request(self, tag: int, body: Body) -> Greeted | Asked:
         op = take_text(body, "op", max_length=64)
-        if self.phase is Phase.NEW and op == "hello":
+        if self.phase is DialoguePhase.NEW and op == "hello":
             self._take_introduction(body)
-            self.phase = Phase.OPEN
+            self.phase = DialoguePhase.OPEN
             return Greeted(tag, {"ok": True, **self._introduction()})
-        if self.phase is not Phase.OPEN or op == "hello":
+        if self.phase is not DialoguePhase.OPEN or op == "hello":
             raise PeerError(f"request {op!r} does not fit here ({self.phase.name.lower()})")
         if tag in self._theirs:
             raise PeerError(f"request {op!r} has tag {tag}, which waits for an answer already")

@@ -40,7 +40,7 @@ from cowshed.transport.nbd.wire import (
     ClientFlag,
     ExportFlag,
     Info,
-    Option,
+    NbdOption,
     Reply,
 )
 
@@ -53,7 +53,7 @@ __all__ = [
     "Export",
     "ExportPending",
     "ExportRefused",
-    "Handshake",
+    "NbdHandshake",
     "Negotiated",
     "WantsExport",
     "WantsTls",
@@ -89,7 +89,7 @@ class ExportRefused(Exception):  # noqa: N818  (an answer, not a failure)
 
 
 class ExportPending(Exception):  # noqa: N818  (no failure either)
-    """An export cannot be entered just now: it is asked for again after Handshake.entered()."""
+    """An export cannot be entered just now: it is asked for again after NbdHandshake.entered()."""
 
 
 class Directory(Protocol):
@@ -141,7 +141,7 @@ class Aborted:
     """The client wants no more; close when what is queued has been sent."""
 
 
-class Handshake:
+class NbdHandshake:
     """One client's negotiation; begins with a greeting() to send.
 
     Invariants: (1) _skip_bytes > 0 only between an option's header and its next, with _refusal to
@@ -260,7 +260,7 @@ class Handshake:
         self._nr_options += 1
         if self._nr_options > MAX_OPTIONS:
             raise PeerError(f"more than {MAX_OPTIONS} options in an NBD handshake")
-        if option == Option.EXPORT_NAME:
+        if option == NbdOption.EXPORT_NAME:
             if length > MAX_STRING_BYTES:
                 raise PeerError(f"an NBD export name of {length} bytes: {MAX_STRING_BYTES} at most")
         elif ClientFlag.FIXED_NEWSTYLE not in (self._client_flags or ClientFlag(0)):
@@ -291,40 +291,40 @@ class Handshake:
             return self._refuse(option, error.kind, str(error))
 
     def _refuse(self, option: int, kind: Reply, why: str) -> bytes:
-        if option == Option.EXPORT_NAME:
+        if option == NbdOption.EXPORT_NAME:
             raise PeerError(f"NBD_OPT_EXPORT_NAME knows no error replies: {why}")
         return reply(option, kind, why.encode()[:MAX_STRING_BYTES])
 
     def _dispatch(self, option: int, body: bytes) -> bytes:
-        if option == Option.ABORT:
+        if option == NbdOption.ABORT:
             self.outcome = Aborted()
             return reply(option, Reply.ACK)
-        if option == Option.STARTTLS:
+        if option == NbdOption.STARTTLS:
             return self._on_starttls(body)
         if self._tls_required and not self.secure:
             raise ExportRefused(Reply.ERR_TLS_REQD, "this server speaks TLS only: use nbds")
         match option:
-            case Option.EXPORT_NAME:
+            case NbdOption.EXPORT_NAME:
                 return self._on_export_name(body)
-            case Option.LIST:
+            case NbdOption.LIST:
                 _without_body(body)
                 return self._list()
-            case Option.INFO | Option.GO:
+            case NbdOption.INFO | NbdOption.GO:
                 return self._on_info(option, body)
-            case Option.STRUCTURED_REPLY:
+            case NbdOption.STRUCTURED_REPLY:
                 _without_body(body)
                 if self._extended:
                     why = "extended headers are on, and include structured replies"
                     raise ExportRefused(Reply.ERR_EXT_HEADER_REQD, why)
                 self._structured = True
                 return reply(option, Reply.ACK)
-            case Option.EXTENDED_HEADERS:
+            case NbdOption.EXTENDED_HEADERS:
                 _without_body(body)
                 self._structured = self._extended = True
                 return reply(option, Reply.ACK)
-            case Option.LIST_META_CONTEXT:
+            case NbdOption.LIST_META_CONTEXT:
                 return self._on_list_contexts(body)
-            case Option.SET_META_CONTEXT:
+            case NbdOption.SET_META_CONTEXT:
                 return self._on_set_contexts(body)
         raise ExportRefused(Reply.ERR_UNSUP, f"option {option} is not known here")
 
@@ -335,19 +335,19 @@ class Handshake:
         if not self._tls_offered:
             raise ExportRefused(Reply.ERR_POLICY, "this server has no certificate: use nbd")
         self.outcome = WantsTls()
-        return reply(Option.STARTTLS, Reply.ACK)
+        return reply(NbdOption.STARTTLS, Reply.ACK)
 
     def _list(self) -> bytes:
         replies = []
         for export in self._directory.exports():
             name = export.name.encode()
             payload = len(name).to_bytes(4, "big") + name + export.description.encode()
-            replies.append(reply(Option.LIST, Reply.SERVER, payload))
-        return b"".join([*replies, reply(Option.LIST, Reply.ACK)])
+            replies.append(reply(NbdOption.LIST, Reply.SERVER, payload))
+        return b"".join([*replies, reply(NbdOption.LIST, Reply.ACK)])
 
     def _on_info(self, option: int, body: bytes) -> bytes:
         request = parse_info_request(body)
-        look = self._directory.enter if option == Option.GO else self._directory.find
+        look = self._directory.enter if option == NbdOption.GO else self._directory.find
         export = look(request.name)
         answers = [
             info_reply(option, Info.EXPORT, "QH", (export.size_bytes, self._flags(export))),
@@ -359,7 +359,7 @@ class Handshake:
         if Info.BLOCK_SIZE in request.wanted:
             sizes = (1, export.preferred_bytes, MAX_PAYLOAD_BYTES)
             answers.append(info_reply(option, Info.BLOCK_SIZE, "III", sizes))
-        if option == Option.GO:
+        if option == NbdOption.GO:
             self._choose(export, request.name)
         return b"".join([*answers, reply(option, Reply.ACK)])
 
@@ -405,7 +405,7 @@ class Handshake:
             or context in query.queries
             or context[: context.index(":") + 1] in query.queries
         ]
-        option = Option.LIST_META_CONTEXT
+        option = NbdOption.LIST_META_CONTEXT
         return _context_replies(option, [(0, context) for context in matching])
 
     def _on_set_contexts(self, body: bytes) -> bytes:
@@ -423,7 +423,7 @@ class Handshake:
         for context_id, _ in chosen:
             self._context_ids[context_id - 1] = context_id
         self._contexts_of = query.name
-        return _context_replies(Option.SET_META_CONTEXT, chosen)
+        return _context_replies(NbdOption.SET_META_CONTEXT, chosen)
 
 
 def _contexts(export: Export) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ __all__ = [
     "ClientFlag",
     "ExportFlag",
     "Info",
-    "Option",
+    "NbdOption",
     "Reply",
 ]
 
@@ -49,7 +49,7 @@ class ClientFlag(enum.IntFlag):
     NO_ZEROES = 2
 
 
-class Option(enum.IntEnum):
+class NbdOption(enum.IntEnum):
     """What a client may ask for before data flows."""
 
     EXPORT_NAME = 1

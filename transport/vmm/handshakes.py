@@ -32,13 +32,13 @@ from cowshed.transport.vmm.json_stream import JsonStream
 __all__ = [
     "HUGE_PAGE_BYTES",
     "MAX_REGIONS",
-    "Handshake",
     "HandshakeDecoder",
+    "MemoryRegion",
     "Policy",
     "Range",
-    "Region",
     "StatRequest",
     "Unexpected",
+    "VmmHandshake",
     "range_replies",
     "stat_reply",
 ]
@@ -65,7 +65,7 @@ class Policy(enum.IntEnum):
     COPY = 1
 
 
-class Region(NamedTuple):
+class MemoryRegion(NamedTuple):
     """Memory of the client's, and which part of the image it shows; all in bytes.
 
     page_bytes is the unit in which it is populated: that of the memory itself for Firecracker, of a
@@ -79,14 +79,14 @@ class Region(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Handshake:
+class VmmHandshake:
     """A request to serve the faults of regions; one userfaultfd came with it.
 
     Regions are 1 to MAX_REGIONS, each of whole pages, disjoint in addresses and in the image.
     """
 
     protocol: str
-    regions: tuple[Region, ...]
+    regions: tuple[MemoryRegion, ...]
     policy: Policy
     prefault: bool
 
@@ -103,7 +103,7 @@ class Unexpected:
     type_no: int
 
 
-Request = Handshake | StatRequest | Unexpected
+Request = VmmHandshake | StatRequest | Unexpected
 
 
 class HandshakeDecoder:
@@ -146,7 +146,7 @@ class HandshakeDecoder:
         policy = Policy(take_number(body, "policy", maximum=max(Policy), default=Policy.ZEROCOPY))
         return self._handshake("nydus", body, policy)
 
-    def _handshake(self, protocol: str, body: Mapping[str, Any], policy: Policy) -> Handshake:
+    def _handshake(self, protocol: str, body: Mapping[str, Any], policy: Policy) -> VmmHandshake:
         if self.nr_fds != 1:
             raise PeerError(
                 f"a handshake comes with one userfaultfd, not {self.nr_fds} descriptors"
@@ -156,10 +156,10 @@ class HandshakeDecoder:
         if not isinstance(prefault, bool | None):
             raise PeerError("field 'enable_prefault' is neither true nor false")
         regions = _take_regions(body.get("regions"), strict=protocol == "firecracker")
-        return Handshake(protocol, regions, policy, bool(prefault))
+        return VmmHandshake(protocol, regions, policy, bool(prefault))
 
 
-def _take_regions(entries: object, *, strict: bool) -> tuple[Region, ...]:
+def _take_regions(entries: object, *, strict: bool) -> tuple[MemoryRegion, ...]:
     if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_REGIONS:
         raise PeerError(f"a handshake needs a list of 1 to {MAX_REGIONS} regions")
     regions = tuple(_take_region(entry, strict=strict) for entry in entries)
@@ -175,7 +175,7 @@ def _take_regions(entries: object, *, strict: bool) -> tuple[Region, ...]:
     return regions
 
 
-def _take_region(entry: object, *, strict: bool) -> Region:
+def _take_region(entry: object, *, strict: bool) -> MemoryRegion:
     if not isinstance(entry, dict):
         raise PeerError("a region is no JSON object")
     page_bytes = _take_page_size(entry)
@@ -197,7 +197,7 @@ def _take_region(entry: object, *, strict: bool) -> Region:
             f"a region of {length_bytes} bytes at {address:#x}, of the image at {offset_bytes}, "
             f"is not of whole pages of {page_bytes} bytes"
         )
-    return Region(address, length_bytes, offset_bytes, page_bytes)
+    return MemoryRegion(address, length_bytes, offset_bytes, page_bytes)
 
 
 def _take_page_size(entry: Mapping[str, Any]) -> int:

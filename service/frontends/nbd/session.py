@@ -29,7 +29,7 @@ from cowshed.transport.nbd.negotiation import (
     Directory,
     Export,
     ExportRefused,
-    Handshake,
+    NbdHandshake,
     WantsExport,
     WantsTls,
 )
@@ -102,7 +102,7 @@ class NbdSession:
         self._loop = loop
         self._watched = False
         self._entering: Final = Entering(lambda: self._attempt(self._on_entered))
-        self._handshake = Handshake(
+        self._handshake = NbdHandshake(
             self._directory(),
             tls_offered=owner.tls is not None,
             tls_required=owner.tls is not None and not peer.is_local,

@@ -47,7 +47,7 @@ __all__ = ["Entered", "NetworkHost", "NetworkSession"]
 _HANDSHAKE_SECONDS: Final = 30.0
 
 
-class State(enum.Enum):
+class NetworkState(enum.Enum):
     """Where a conversation is; see the module's picture."""
 
     NEW = enum.auto()
@@ -58,13 +58,13 @@ class State(enum.Enum):
 
 
 _NEXT: Final = {
-    (State.NEW, "hello"): State.IDLE,
-    (State.IDLE, "describe"): State.IDLE,
-    (State.IDLE, "open"): State.OPENED,
-    (State.OPENED, "data"): State.GIVEN,
-    (State.IDLE, "handoff"): State.GIVEN,
-    (State.IDLE, "close"): State.CLOSED,
-    (State.OPENED, "close"): State.CLOSED,
+    (NetworkState.NEW, "hello"): NetworkState.IDLE,
+    (NetworkState.IDLE, "describe"): NetworkState.IDLE,
+    (NetworkState.IDLE, "open"): NetworkState.OPENED,
+    (NetworkState.OPENED, "data"): NetworkState.GIVEN,
+    (NetworkState.IDLE, "handoff"): NetworkState.GIVEN,
+    (NetworkState.IDLE, "close"): NetworkState.CLOSED,
+    (NetworkState.OPENED, "close"): NetworkState.CLOSED,
 }
 _OPS: Final = frozenset(op for _, op in _NEXT)
 
@@ -129,7 +129,7 @@ class NetworkSession:
         self.entered: Entered | None = None
         self.brings_handoff = False
         self._host = host
-        self._state = State.NEW
+        self._state = NetworkState.NEW
         self._identity = Identity()
         self._entering: Final = Entering(on_made)
         self._unanswered: deque[Received] = deque()  # the first of them waits for its overlay
@@ -137,12 +137,12 @@ class NetworkSession:
     @property
     def closing(self) -> bool:
         """Whether only replies are left to send."""
-        return self._state is State.CLOSED
+        return self._state is NetworkState.CLOSED
 
     @property
     def given(self) -> bool:
         """Whether the guest's bytes are to flow once the reply is out."""
-        return self._state is State.GIVEN
+        return self._state is NetworkState.GIVEN
 
     @property
     def has_more(self) -> bool:
@@ -177,7 +177,7 @@ class NetworkSession:
         op = take_text(message.body, "op", max_length=32)
         following = _NEXT.get((self._state, op))
         if following is None:
-            if self._state is State.NEW:
+            if self._state is NetworkState.NEW:
                 raise PeerError(f"the first request must be 'hello', not {op!r}")
             if op in _OPS:
                 raise PeerError(f"request {op!r} does not fit here ({self._state.name.lower()})")

@@ -29,7 +29,7 @@ from cowshed.cache import (
 from cowshed.faults import FaultOptions, uffd_features
 from cowshed.service.frontends.unix.parking import Parking
 from cowshed.service.guests.guest_records import GuestRecords, RestoredGuest
-from cowshed.service.guests.guests import Guest, GuestTable, Mapping, OpenRequest, Peer
+from cowshed.service.guests.guests import Guest, GuestProcess, GuestTable, Mapping, OpenRequest
 from cowshed.service.guests.userfaultfd import check_guest_files, check_uffd
 from cowshed.service.images.generations import image_generation
 from cowshed.service.images.reopening import Reopened, Reopener
@@ -65,7 +65,7 @@ PAGE_BYTES: Final = 4096
 _HANDSHAKE_SECONDS: Final = 10.0
 
 
-class State(enum.Enum):
+class SessionState(enum.Enum):
     """Where a conversation is; see the module's picture."""
 
     NEW = enum.auto()
@@ -77,13 +77,13 @@ class State(enum.Enum):
 
 
 _NEXT: Final = {
-    (State.NEW, "hello"): State.IDLE,
-    (State.IDLE, "describe"): State.IDLE,
-    (State.IDLE, "open"): State.OPENED,
-    (State.OPENED, "region"): State.ATTACHED,
-    (State.OPENED, "close"): State.CLOSED,
-    (State.IDLE, "close"): State.CLOSED,
-    (State.ATTACHED, "close"): State.CLOSED,
+    (SessionState.NEW, "hello"): SessionState.IDLE,
+    (SessionState.IDLE, "describe"): SessionState.IDLE,
+    (SessionState.IDLE, "open"): SessionState.OPENED,
+    (SessionState.OPENED, "region"): SessionState.ATTACHED,
+    (SessionState.OPENED, "close"): SessionState.CLOSED,
+    (SessionState.IDLE, "close"): SessionState.CLOSED,
+    (SessionState.ATTACHED, "close"): SessionState.CLOSED,
 }
 
 
@@ -144,13 +144,13 @@ class Session:
         self.watched_fd = -1
         self.parking: Parking | None = None
         self._host = host
-        self._state = State.NEW
+        self._state = SessionState.NEW
         self._opened: tuple[Guest, OpenRequest] | None = None
         self._moved: IncomingGuest | None = None
         self._held_as = ""
         self._nr_working = 0
         self._is_answered = True
-        self._early: tuple[State, Received] | None = None
+        self._early: tuple[SessionState, Received] | None = None
 
     @classmethod
     def of_restored(cls, restored: RestoredGuest, host: SessionHost) -> Session:
@@ -158,7 +158,7 @@ class Session:
         session = cls(restored.connection, host)
         session.mapping = restored.mapping
         session.deadline = None
-        session._state = State.ATTACHED
+        session._state = SessionState.ATTACHED
         session._opened = restored.mapping.guest, restored.request
         session._held_as = restored.group
         if restored.tag is not None:
@@ -176,14 +176,14 @@ class Session:
         """Go on with a conversation that our predecessor had, and which was at rest."""
         session = cls(connection, host)
         if is_greeted:
-            session._state = State.IDLE
+            session._state = SessionState.IDLE
             session.deadline = None
         return session
 
     @property
     def is_greeted(self) -> bool:
         """Whether hello was said."""
-        return self._state is not State.NEW
+        return self._state is not SessionState.NEW
 
     @property
     def is_at_rest(self) -> bool:
@@ -191,7 +191,7 @@ class Session:
         if self.mapping is not None:
             return True  # it is held, with what it may not have been told
         return (
-            self._state in (State.NEW, State.IDLE)
+            self._state in (SessionState.NEW, SessionState.IDLE)
             and not self._nr_working
             and not self.connection.wants_write
         )
@@ -199,11 +199,11 @@ class Session:
     @property
     def closing(self) -> bool:
         """Whether the conversation is over and only replies are left to send."""
-        return self._state is State.CLOSED
+        return self._state is SessionState.CLOSED
 
     def park(self) -> bool:
         """The connection has ended: go on without it if its guest has not said that it is done."""
-        if self.mapping is None or self._state is not State.ATTACHED:
+        if self.mapping is None or self._state is not SessionState.ATTACHED:
             return False
         parking = Parking(self.mapping)
         if parking.is_over():
@@ -213,7 +213,7 @@ class Session:
 
     def end(self) -> None:
         """Detach the guest, if there is one, and close the connection; nothing twice."""
-        self._state = State.CLOSED
+        self._state = SessionState.CLOSED
         self._detach()
         opened, self._opened = self._opened, None
         if opened is not None:
@@ -225,7 +225,7 @@ class Session:
 
     def note_sent(self) -> None:
         """All that was queued has been sent."""
-        if self._state is State.OPENED:
+        if self._state is SessionState.OPENED:
             reach("OPEN_TOLD")
         if not self._is_answered and self.mapping is not None:
             reach("REGION_TOLD")
@@ -255,11 +255,13 @@ class Session:
             getattr(self, f"_on_{op}")(message)
             self._state = following
             self.deadline = (
-                time.monotonic() + _HANDSHAKE_SECONDS if following is State.OPENED else None
+                time.monotonic() + _HANDSHAKE_SECONDS if following is SessionState.OPENED else None
             )
-        elif self._state is State.IDLE and (op == "shutdown" or self._host.control.knows(op)):
+        elif self._state is SessionState.IDLE and (
+            op == "shutdown" or self._host.control.knows(op)
+        ):
             self._on_control(op, message)
-        elif self._state is State.NEW:
+        elif self._state is SessionState.NEW:
             raise PeerError(f"the first request must be 'hello', not {op!r}")
         elif any(op == known for _, known in _NEXT):
             raise PeerError(f"request {op!r} does not fit here ({self._state.name.lower()})")
@@ -306,14 +308,14 @@ class Session:
         if self._early is None:
             _log.notice("open-waits", "for pages on their way", pid=self.connection.peer.pid)
         self._early = self._state, message
-        self._state = State.EARLY
+        self._state = SessionState.EARLY
         self.deadline = None
         return True
 
     @property
     def is_early(self) -> bool:
         """Whether its open waits for pages; open_again() now and then."""
-        return self._state is State.EARLY and self._early is not None
+        return self._state is SessionState.EARLY and self._early is not None
 
     def open_again(self) -> None:
         """Answer an open that waits, if its pages are here."""
@@ -405,9 +407,9 @@ class Session:
         """A name for a guest that gave none, which nobody else has and nobody can foresee."""
         return f"pid-{self.connection.peer.pid}-{secrets.token_hex(4)}"
 
-    def _peer(self) -> Peer:
+    def _peer(self) -> GuestProcess:
         peer = self.connection.peer
-        return Peer(peer.pid, peer.uid, -1 if peer.pidfd is None else peer.pidfd)
+        return GuestProcess(peer.pid, peer.uid, -1 if peer.pidfd is None else peer.pidfd)
 
     def _check_region(self, message: Received) -> int:
         """Give the address of a region that can be attached. Raises CowshedError if it cannot."""
@@ -511,7 +513,7 @@ class Session:
         self._nr_working -= 1
 
     def _late_reply(self, tag: int, reply: Body, fds: list[int] | None = None) -> None:
-        if self._state is not State.CLOSED:
+        if self._state is not SessionState.CLOSED:
             # A peer that has gone, or reads nothing, is noticed by the loop.
             with contextlib.suppress(PeerError):
                 try:

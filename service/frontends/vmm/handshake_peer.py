@@ -15,7 +15,7 @@ from cowshed.cache import CapacityError, PeerError
 from cowshed.transport.links.acceptor import NO_ROOM
 from cowshed.transport.links.foreign_fds import SCM_MAX_FDS, close_foreign, is_full
 from cowshed.transport.links.no_room import no_room
-from cowshed.transport.vmm.handshakes import Handshake, HandshakeDecoder, Request
+from cowshed.transport.vmm.handshakes import HandshakeDecoder, Request, VmmHandshake
 
 __all__ = ["HandshakePeer", "Incoming"]
 
@@ -116,7 +116,7 @@ class HandshakePeer:
             return None
         incoming = []
         for request in self._decoder.feed(piece, len(fds)):
-            fd = self._arrived.pop(0) if isinstance(request, Handshake) else -1
+            fd = self._arrived.pop(0) if isinstance(request, VmmHandshake) else -1
             incoming.append(Incoming(request, fd))
         return incoming
 
@@ -131,7 +131,7 @@ class HandshakePeer:
             if not requests or decoder.unfinished:
                 return None
             incoming = [
-                Incoming(each, fds.pop(0) if isinstance(each, Handshake) else -1)
+                Incoming(each, fds.pop(0) if isinstance(each, VmmHandshake) else -1)
                 for each in requests
             ]
             self._nr_seen = len(piece)

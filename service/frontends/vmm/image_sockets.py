@@ -29,7 +29,7 @@ from cowshed.service.frontends.vmm.handshake_peer import HandshakePeer
 from cowshed.service.frontends.vmm.image_folders import make_image_folders
 from cowshed.service.frontends.vmm.machine_records import Caller, MachineRecords, RestoredMachine
 from cowshed.service.frontends.vmm.populator import Populator, check_regions, is_zerocopy
-from cowshed.service.guests.guests import Guest, Mapping, OpenRequest, Peer
+from cowshed.service.guests.guests import Guest, GuestProcess, Mapping, OpenRequest
 from cowshed.service.guests.turned_away import what_failed
 from cowshed.service.guests.userfaultfd import check_populated_uffd, open_pagemap
 from cowshed.service.host import Host
@@ -46,10 +46,10 @@ from cowshed.transport.links.foreign_fds import close_foreign
 from cowshed.transport.links.no_room import no_room
 from cowshed.transport.messages.fields import MovedError
 from cowshed.transport.vmm.handshakes import (
-    Handshake,
+    MemoryRegion,
     Range,
-    Region,
     StatRequest,
+    VmmHandshake,
     range_replies,
     stat_reply,
 )
@@ -66,7 +66,7 @@ _IDLE_SECONDS: Final = 600.0
 
 
 @dataclass
-class _Client:
+class _Machine:
     """A connection, and its guest once it has sent a handshake. group is what it is held as."""
 
     peer: HandshakePeer
@@ -75,7 +75,7 @@ class _Client:
     group: str = ""
     mapping: Mapping | None = None
     handler: PopulateHandler | None = None
-    regions: tuple[Region, ...] = ()
+    regions: tuple[MemoryRegion, ...] = ()
     zerocopy_fd: int = -1
 
 
@@ -98,7 +98,7 @@ class ImageSockets:
         loop = self._loop = host.loop
         self._populator = populator
         self._records = records
-        self._clients: dict[int, _Client] = {}
+        self._clients: dict[int, _Machine] = {}
         self._opener = host.listeners
         self._acceptor: Final = Acceptor()
         self._listeners: dict[Path, socket.socket] = {}
@@ -170,10 +170,10 @@ class ImageSockets:
         self._begin(Caller(peer, image, group))
         reach("MACHINE_CAME")
 
-    def _begin(self, caller: Caller) -> _Client:
+    def _begin(self, caller: Caller) -> _Machine:
         peer = caller.peer
         deadline = time.monotonic() + _HANDSHAKE_SECONDS
-        client = _Client(peer, caller.image, deadline, caller.group)
+        client = _Machine(peer, caller.image, deadline, caller.group)
         self._clients[peer.fileno()] = client
         self._loop.watch(peer.fileno(), READ, self._on_ready)
         return client
@@ -229,12 +229,12 @@ class ImageSockets:
             of_ours, why = what_failed(error)
             self._drop(client, "limit" if of_ours else "protocol", why)
 
-    def _handle(self, client: _Client, message: object, uffd: int) -> None:
+    def _handle(self, client: _Machine, message: object, uffd: int) -> None:
         if isinstance(message, StatRequest):
             client.peer.queue(stat_reply(client.image.map_bytes))
             if client.mapping is None:
                 client.deadline = time.monotonic() + _IDLE_SECONDS
-        elif isinstance(message, Handshake):
+        elif isinstance(message, VmmHandshake):
             if client.mapping is not None:
                 close_foreign([uffd])
                 _log.warning("ignored", "a second handshake", guest=client.mapping.name)
@@ -247,7 +247,7 @@ class ImageSockets:
         else:
             _log.warning("ignored", f"{message} is not for servers", pid=client.peer.pid)
 
-    def _attach(self, client: _Client, handshake: Handshake, uffd: int) -> None:
+    def _attach(self, client: _Machine, handshake: VmmHandshake, uffd: int) -> None:
         """Make the connection's guest; the descriptor is the guest's on success only."""
         peer, image = client.peer, client.image
         self._control.check_open()  # it may have connected before the drain
@@ -266,7 +266,7 @@ class ImageSockets:
         pagemap = open_pagemap(peer.pid, peer.pidfd)
         if pagemap is not None:
             fds.append(pagemap)
-        who = Peer(peer.pid, peer.uid, -1 if peer.pidfd is None else peer.pidfd)
+        who = GuestProcess(peer.pid, peer.uid, -1 if peer.pidfd is None else peer.pidfd)
         guest = self._reserve(request, who)
         shown = [
             PlacedRegion(one.address, one.offset, min(one.length, image.map_bytes - one.offset))
@@ -319,7 +319,7 @@ class ImageSockets:
                 guest=guest.name,
             )
 
-    def _begin_populate(self, client: _Client, mapping: Mapping, handshake: Handshake) -> None:
+    def _begin_populate(self, client: _Machine, mapping: Mapping, handshake: VmmHandshake) -> None:
         """The connection is a guest's from now on."""
         client.mapping, client.regions, client.deadline = mapping, handshake.regions, None
         assert isinstance(mapping.handler, PopulateHandler)
@@ -330,7 +330,7 @@ class ImageSockets:
         if client.peer.pidfd is not None:
             self._loop.watch(client.peer.pidfd, READ, lambda *_: self._end(client))
 
-    def _reserve(self, request: OpenRequest, peer: Peer) -> Guest:
+    def _reserve(self, request: OpenRequest, peer: GuestProcess) -> Guest:
         """Take the name, or one made from it: a process may have several connections."""
         name = request.name
         for no in itertools.count(2):
@@ -340,7 +340,7 @@ class ImageSockets:
                 request = dataclasses.replace(request, name=f"{name}-{no}")
         raise AssertionError("there is always another number")
 
-    def _on_zerocopy(self, client: _Client) -> None:
+    def _on_zerocopy(self, client: _Machine) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(client.zerocopy_fd, 8)
         try:
@@ -348,7 +348,7 @@ class ImageSockets:
         except PeerError as error:
             self._drop(client, "protocol", str(error))
 
-    def _send(self, client: _Client) -> None:
+    def _send(self, client: _Machine) -> None:
         """Send what waits, and tell of extents while the peer reads: the rest stays marked."""
         done = client.peer.flush()
         while done and client.handler is not None and client.zerocopy_fd >= 0:
@@ -361,7 +361,7 @@ class ImageSockets:
             done = client.peer.flush()
         self._loop.change(client.peer.fileno(), READ if done else READ | WRITE)
 
-    def _drop(self, client: _Client, reason: str, why: str) -> None:
+    def _drop(self, client: _Machine, reason: str, why: str) -> None:
         self._counters.note_dropped(reason)
         mapping, peer = client.mapping, client.peer
         _log.warning(
@@ -374,7 +374,7 @@ class ImageSockets:
         )
         self._end(client)
 
-    def _end(self, client: _Client) -> None:
+    def _end(self, client: _Machine) -> None:
         peer, mapping = client.peer, client.mapping
         if self._clients.pop(peer.fileno(), None) is None:
             return
@@ -407,7 +407,7 @@ class ImageSockets:
                 self._drop(client, "broken", why)
 
 
-def shown_ranges(runs: Iterable[tuple[int, int]], regions: Iterable[Region]) -> list[Range]:
+def shown_ranges(runs: Iterable[tuple[int, int]], regions: Iterable[MemoryRegion]) -> list[Range]:
     """Cut runs of the image (offset and length) down to what a client's regions show."""
     regions = list(regions)
     ranges = []

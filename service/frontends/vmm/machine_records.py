@@ -28,11 +28,11 @@ from cowshed.service.guests.guest_records import (
     image_of_record,
     request_of,
 )
-from cowshed.service.guests.guests import Guest, GuestTable, Mapping, OpenRequest, Peer
+from cowshed.service.guests.guests import Guest, GuestProcess, GuestTable, Mapping, OpenRequest
 from cowshed.service.persist.fd_store import FdStore
 from cowshed.service.persist.inherited import InheritedFds, record_make, record_read
 from cowshed.service.runtime.logs import EventLog
-from cowshed.transport.vmm.handshakes import Handshake, Policy, Region
+from cowshed.transport.vmm.handshakes import MemoryRegion, Policy, VmmHandshake
 
 __all__ = ["Caller", "MachineRecords", "RestoredMachine"]
 
@@ -58,7 +58,7 @@ class RestoredMachine:
 
     peer: HandshakePeer
     mapping: Mapping
-    handshake: Handshake
+    handshake: VmmHandshake
     group: str
     has_pagemap: bool
 
@@ -80,7 +80,7 @@ class MachineRecords:
         account: Account,
         fds: list[int],
         peer: HandshakePeer,
-        handshake: Handshake,
+        handshake: VmmHandshake,
     ) -> str:
         """Have a guest that is to be populated outlive us; the group's name.
 
@@ -148,7 +148,7 @@ class MachineRecords:
             peer.close()
             _log.info("guest-left", "its process has ended", guest=request.name, image=image.label)
             return None
-        who = Peer(peer.pid, peer.uid, peer.pidfd)
+        who = GuestProcess(peer.pid, peer.uid, peer.pidfd)
         guest = guests.adopt(request, who, os.dup(group_fds["quota"]))
         fds = [group_fds["uffd"], *([group_fds["pagemap"]] if "pagemap" in group_fds else [])]
         try:
@@ -204,7 +204,7 @@ def _look_at_memory(mapping: Mapping) -> None:
         _log.warning("unseen-memory", str(error), guest=mapping.guest.name)
 
 
-def _describe(request: OpenRequest, handshake: Handshake) -> dict[str, Any]:
+def _describe(request: OpenRequest, handshake: VmmHandshake) -> dict[str, Any]:
     return {
         **describe_request(request),
         "protocol": handshake.protocol,
@@ -214,10 +214,10 @@ def _describe(request: OpenRequest, handshake: Handshake) -> dict[str, Any]:
     }
 
 
-def _handshake(record: dict[str, Any]) -> Handshake:
-    return Handshake(
+def _handshake(record: dict[str, Any]) -> VmmHandshake:
+    return VmmHandshake(
         protocol=record["protocol"],
-        regions=tuple(Region(*region) for region in record["regions"]),
+        regions=tuple(MemoryRegion(*region) for region in record["regions"]),
         policy=Policy(record["sharing"]),
         prefault=record["prefault"],
     )

@@ -9,7 +9,7 @@ from typing import Final
 from cowshed.cache import Image, PeerError
 from cowshed.faults import PopulateOptions, PopulateRegion, ZerocopyAllowance
 from cowshed.service.settings.config import Config
-from cowshed.transport.vmm.handshakes import HUGE_PAGE_BYTES, Handshake, Policy
+from cowshed.transport.vmm.handshakes import HUGE_PAGE_BYTES, Policy, VmmHandshake
 
 __all__ = ["Populator", "check_regions", "is_zerocopy"]
 
@@ -31,7 +31,7 @@ class Populator:
         self._allowance: Final = ZerocopyAllowance(min(nr_zerocopy, self._max_pinned_extents))
         self._recorded = recorded
 
-    def options(self, handshake: Handshake, image: Image) -> PopulateOptions:
+    def options(self, handshake: VmmHandshake, image: Image) -> PopulateOptions:
         """Return the options for an image that the regions fit (check_regions)."""
         shares = is_zerocopy(handshake)
         return PopulateOptions(
@@ -44,12 +44,12 @@ class Populator:
         )
 
 
-def is_zerocopy(handshake: Handshake) -> bool:
+def is_zerocopy(handshake: VmmHandshake) -> bool:
     """Whether frames are to be mapped by the client itself."""
     return handshake.protocol == "nydus" and handshake.policy is Policy.ZEROCOPY
 
 
-def check_regions(handshake: Handshake, map_bytes: int) -> None:
+def check_regions(handshake: VmmHandshake, map_bytes: int) -> None:
     """Raise PeerError unless the regions of a handshake lie within an image of so many bytes.
 
     A machine's memory does, but for the rest of a huge page that its end is in: what a snapshot
@@ -68,7 +68,7 @@ def check_regions(handshake: Handshake, map_bytes: int) -> None:
             )
 
 
-def _populate_regions(handshake: Handshake) -> tuple[PopulateRegion, ...]:
+def _populate_regions(handshake: VmmHandshake) -> tuple[PopulateRegion, ...]:
     return tuple(
         PopulateRegion(one.address, one.offset_bytes, one.length_bytes, one.page_bytes)
         for one in handshake.regions

@@ -87,7 +87,7 @@ class End:
             self.has_kept = True
         elif action is Action.SEND_MISSING:
             if self.lacks:
-                self.sent.append(Event.LACKING)
+                self.sent.append(Event.MISSING)
             else:
                 self.todo += self.machine.on(Event.FILLED)
         elif action is Action.CONNECT:
