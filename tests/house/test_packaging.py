@@ -15,7 +15,7 @@ from cowshed.transport.guest import preloading
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
-NOT_PACKAGES = {"bench", "build", "dist", "docs", "dashboards", "tests", "tools"}
+NOT_PACKAGES = {"bench", "build", "dashboards", "dist", "docs", "examples", "tests", "tools"}
 
 
 def package_directories() -> set[str]:
