@@ -45,6 +45,7 @@ def test_every_source_names_its_licence() -> None:
         "bench",
         "cache",
         "dashboards",
+        "examples",
         "faults",
         "service",
         "tests",
