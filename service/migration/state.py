@@ -16,7 +16,7 @@ then, which it records; it keeps its frozen pages until the target says that not
 which that says once what came outlives it.
 
 Actions are to be done in the order given. A death between two of them is a restart from what was
-recorded until then; tests/accounting/test_handoff.py tries all of them.
+recorded until then; tests/handoff/test_state.py tries all of them.
 """
 
 from __future__ import annotations
