@@ -3,6 +3,7 @@
 
 import os
 import random
+import signal
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,12 @@ def stopped(guest: MappedGuest) -> bool:
 
 def used(guest: MappedGuest) -> int:
     return guest.quota.status().used_pages
+
+
+def raise_by_one(guest: MappedGuest) -> None:
+    """Let a stopped guest go on, with a page more for all that share its quota."""
+    guest.quota.set_quota((guest.quota.status().used_pages + 1) * PAGE, QuotaPolicy.STOP)
+    guest.handler.resume()
 
 
 def test_a_quota_lives_in_a_file_that_says_what_it_is(stage: Stage) -> None:
@@ -92,6 +99,7 @@ def test_charges_of_nothing_in_another_account_are_room_for_who_is_at_the_quota(
 def test_two_accounts_that_ask_for_the_last_page_at_once_get_it_once(
     stage: Stage,
 ) -> None:
+    """Either may: a charge that is no copy yet is given to another who asks."""
     stage.load()
     one = stage.guest(quota=3)
     two = stage.guest(quota=one.quota)
@@ -105,14 +113,39 @@ def test_two_accounts_that_ask_for_the_last_page_at_once_get_it_once(
     two.wait_stuck(second)
     assert (used(one), one.account.status().private_pages) == (3, 2)
     let_go(lib.POINT_WRITE_TAKEN)
+    until(lambda: one.answered(first) or two.answered(second), "one of them gets it")
+    (loser, left), had = ((two, second), (3, 0)) if one.answered(first) else ((one, first), (2, 1))
+    until(lambda: stopped(loser), "the other finds none left")
+    assert (private_pages(one), private_pages(two), used(one)) == (*had, 3)
+    assert not loser.answered(left)
+    raise_by_one(loser)
     one.finish(first)
-    until(lambda: stopped(two), "the other finds none left")
-    assert (private_pages(one), private_pages(two), used(one)) == (3, 0, 3)
-    assert not two.answered(second)
-    one.quota.set_quota(4 * PAGE, QuotaPolicy.STOP)
-    two.handler.resume()
     two.finish(second)
     assert used(one) == 4
+    assert stage.audit().mismatches == []
+
+
+def test_a_charge_whose_copy_is_late_is_given_to_another_account_that_asks(stage: Stage) -> None:
+    stage.load()
+    one = stage.guest(quota=3)
+    two = stage.guest(quota=one.quota)
+    one.call("fill", page=0, nr_pages=2, byte=1)
+    two.read(0)
+    one.read(32)
+    stop_at(lib.POINT_WRITE_TAKEN, 0)
+    first = one.start("poke", page=32, byte=1)
+    wait_at(lib.POINT_WRITE_TAKEN)
+    os.kill(one.pid, signal.SIGSTOP)  # a store makes no copy then when its page is opened
+    let_go(lib.POINT_WRITE_TAKEN)
+    until(lambda: one.account.status().private_pages == 3, "the page is charged")
+    two.call("write", offset=0, given_hex="02")
+    assert (private_pages(two), used(one)) == (1, 3)
+    os.kill(one.pid, signal.SIGCONT)
+    until(lambda: stopped(one), "its write is tried again, and nothing is left")
+    assert (private_pages(one), not one.answered(first)) == (2, True)
+    raise_by_one(one)
+    one.finish(first)
+    assert (private_pages(one), used(one)) == (3, 4)
     assert stage.audit().mismatches == []
 
 
