@@ -296,10 +296,13 @@ class Account:
         """Give an adopted account its preload file, before its faults are answered."""
         checked(lib.account_adopt_preloaded(self.cdata, source_fd), "adopting preloaded pages")
 
-    @property
-    def preload_fd(self) -> int:
-        """The file of preloaded pages not in the guest's memory yet, or -1. Borrowed."""
-        return lib.account_preload_fd(self.cdata)
+    def copy_preload_fd(self) -> int:
+        """Copy the descriptor of the file that has preloaded pages; -1 if none are left in it.
+
+        The caller closes the copy. Raises CapacityError if no descriptor is left.
+        """
+        fd = lib.account_copy_preload_fd(self.cdata)
+        return -1 if fd == -errno.ENOENT else checked(fd, "copying a preload file's descriptor")
 
     def count_quota(self) -> tuple[int, int]:
         """Count what the accounts of its quota are charged for, and what the quota says is used.

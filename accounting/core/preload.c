@@ -91,9 +91,18 @@ int account_adopt_preloaded(struct account *account, int source_fd)
 	return atomic_load(&account->header->preloaded_pages) ? open_source(account, source_fd) : 0;
 }
 
-int account_preload_fd(const struct account *account)
+int account_copy_preload_fd(struct account *account)
 {
-	return account->preload_fd;
+	int fd = -ENOENT;
+
+	pthread_mutex_lock(&account->write_lock);
+	if (account->preload_fd >= 0) {
+		fd = fcntl(account->preload_fd, F_DUPFD_CLOEXEC, 0);
+		if (fd < 0)
+			fd = -errno;
+	}
+	pthread_mutex_unlock(&account->write_lock);
+	return fd;
 }
 
 void account_preload_installed(struct account *account, uint64_t first, uint64_t nr)

@@ -25,8 +25,9 @@ int64_t account_preload(struct account *account, int source_fd, const uint64_t *
 /* For an adopted account that has preloaded pages left (account_status.preloaded_pages): where they are. Preloaded
  * pages without a source are SIGBUS for their guest. */
 int account_adopt_preloaded(struct account *account, int source_fd);
-/* The preload file, the account's own; -1: the guest's memory has all pages. */
-int account_preload_fd(const struct account *account);
+/* A new descriptor of the preload file, or -errno; -ENOENT: the guest's memory has all pages.  Takes write_lock: the
+ * account's own descriptor is closed by the fault thread at any time. */
+int account_copy_preload_fd(struct account *account);
 /* cdef-end */
 
 /* Under write_lock: preloaded pages are in the guest's memory. */

@@ -74,9 +74,12 @@ class GuestRecords:
         record = record_make({**describe_request(request), "tag": tag})
         mapping.fds.append(record)
         fds = [*mapping.fds, mapping.account.fd, mapping.guest.quota.fd, connection.fileno()]
-        if (preload_fd := mapping.account.preload_fd) >= 0 and kind_of(preload_fd) in _PRELOADED:
-            self._preloaded[group] = os.dup(preload_fd)
-            fds.append(self._preloaded[group])
+        if (preload_fd := mapping.account.copy_preload_fd()) >= 0:
+            if kind_of(preload_fd) in _PRELOADED:
+                self._preloaded[group] = preload_fd
+                fds.append(preload_fd)
+            else:
+                os.close(preload_fd)
         self._fd_store.hold(group, fds, guest=mapping.name, image=mapping.image.label)
         return group
 

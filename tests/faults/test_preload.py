@@ -40,11 +40,8 @@ def test_preloaded_pages_are_charged_at_once_and_pushed_in_idle_time(
     pages = [0, 1, 2, 17, 40, 127]
     guest = stage.guest(quota=3, preload=(source, bitmap_of(pages)))
     assert guest.account.status().private_pages == len(pages)
-    until(
-        lambda: guest.account.preload_fd == -1,
-        "all are pushed and their file is closed",
-    )
-    assert preloaded(guest) == 0
+    until(lambda: preloaded(guest) == 0, "all are pushed")
+    assert guest.account.copy_preload_fd() == -1
     stage.load()
     for page in range(stage.image.nr_pages):
         assert guest.read(page) == (own(page) if page in pages else content(page))
@@ -58,6 +55,20 @@ def unpushed() -> Iterator[None]:
     fail_at(lib.POINT_PRELOAD_PUSH, 11)
     yield
     let_go(lib.POINT_PRELOAD_PUSH)
+
+
+def test_a_copy_of_the_preload_descriptor_outlives_the_accounts_own(
+    stage: Stage, source: int
+) -> None:
+    """Whoever has the pages held for a successor copies it while the fault thread may close it."""
+    fail_at(lib.POINT_PRELOAD_PUSH, 11)
+    guest = stage.guest(preload=(source, bitmap_of([3])))
+    copy = guest.account.copy_preload_fd()
+    let_go(lib.POINT_PRELOAD_PUSH)
+    until(lambda: preloaded(guest) == 0, "it is pushed")
+    assert guest.account.copy_preload_fd() == -1
+    assert os.pread(copy, PAGE, 3 * PAGE) == own(3)
+    os.close(copy)
 
 
 @pytest.mark.usefixtures("unpushed")
