@@ -3,14 +3,13 @@
 
 import os
 import random
-import signal
 import struct
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from domains import paused
 from stage import (
     NO_QUOTA,
     PAGE,
@@ -42,12 +41,6 @@ def charges(guests: Sequence[MappedGuest]) -> list[tuple[int, int]]:
     """Of each account its private pages, and how many it was ever charged for."""
     seen = [guest.account.status() for guest in guests]
     return [(status.private_pages, status.counters.charged_pages) for status in seen]
-
-
-def states(guest: MappedGuest) -> set[str]:
-    """The states of its threads, by proc(5)'s letter."""
-    tasks = Path(f"/proc/{guest.pid}/task").iterdir()
-    return {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks}
 
 
 def raise_by_one(guest: MappedGuest) -> None:
@@ -149,13 +142,11 @@ def test_a_charge_whose_copy_is_late_is_given_to_another_account_that_asks(stage
     stop_at(lib.POINT_WRITE_TAKEN, 0)
     first = one.start("poke", page=32, byte=1)
     wait_at(lib.POINT_WRITE_TAKEN)
-    os.kill(one.pid, signal.SIGSTOP)  # a store makes no copy then when its page is opened
-    until(lambda: states(one) == {"T"}, "each of its threads has stopped")
-    let_go(lib.POINT_WRITE_TAKEN)
-    until(lambda: one.account.status().private_pages == 3, "the page is charged")
-    two.call("write", offset=0, given_hex="02")
-    assert (private_pages(two), used(one)) == (1, 3)
-    os.kill(one.pid, signal.SIGCONT)
+    with paused(one.pid):  # a store makes no copy then when its page is opened
+        let_go(lib.POINT_WRITE_TAKEN)
+        until(lambda: one.account.status().private_pages == 3, "the page is charged")
+        two.call("write", offset=0, given_hex="02")
+        assert (private_pages(two), used(one)) == (1, 3)
     until(lambda: stopped(one), "its write is tried again, and nothing is left")
     assert (private_pages(one), not one.answered(first)) == (2, True)
     raise_by_one(one)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from domains import Daemon, MakeImage, StartDaemon, until
+from domains import Daemon, MakeImage, StartDaemon, paused, until
 
 from cowshed.cache import PeerError
 from cowshed.faults import uffd_features
@@ -57,8 +57,9 @@ def test_a_descriptor_whose_close_waits_holds_up_nobody(
     daemon: Daemon, lingering: socket.socket
 ) -> None:
     with connect(daemon.uri) as connection:
-        connection.send({"op": "hello", "version": 1}, [lingering.fileno()])
-        lingering.close()
+        with paused(daemon.pid):  # so that the last close is the daemon's
+            connection.send({"op": "hello", "version": 1}, [lingering.fileno()])
+            lingering.close()
         assert connection.recv(timeout=60)[0]["ok"]
     assert daemon.status()["guests"] == []
 
@@ -68,8 +69,9 @@ def test_a_descriptor_whose_close_waits_holds_up_no_images_socket(
 ) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(str(daemon.run_dir / "images" / "d.sock"))
-        socket.send_fds(sock, [b"{}"], [lingering.fileno()])
-        lingering.close()
+        with paused(daemon.pid):  # so that the last close is the daemon's
+            socket.send_fds(sock, [b"{}"], [lingering.fileno()])
+            lingering.close()
         assert sock.recv(1) == b""
     assert daemon.status()["guests"] == []
 

@@ -58,6 +58,27 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         select.select([], [], [], 0.01)
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether each thread of a process is: a signal stops them one by one."""
+    with contextlib.suppress(OSError):
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        return {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks} == {
+            "T"
+        }
+    return False
+
+
+@contextlib.contextmanager
+def paused(pid: int) -> Iterator[None]:
+    """Have a process do nothing meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        until(lambda: is_stopped(pid))
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 class Daemon:
     """A `cowshed serve` of ours, as uid, run by the command before. Its log is at log_path.
 
