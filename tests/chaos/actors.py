@@ -25,6 +25,8 @@ from chaos_machine import FIRECRACKER, HUNG_UP, ZEROCOPY
 from domains import SUPPORT, command, plain_environment
 from page_model import PAGE, PageModel
 
+from cowshed.cache.errors import PeerError
+
 if TYPE_CHECKING:
     from world import World
 from two_hosts import Host
@@ -97,6 +99,11 @@ class Actor(threading.Thread):
     def pid(self) -> int:
         process = self._process
         return process.pid if process else 0
+
+    @property
+    def is_to_end(self) -> bool:
+        """Whether it was killed, and has not come again yet."""
+        return bool(self._expected_end)
 
     @property
     def state(self) -> str:
@@ -342,14 +349,15 @@ class FarActor(Actor):
 
     def _wait_until_away(self, host: Host) -> None:
         """A request of a process that was killed is done, or never will be."""
-        self.world.wait(
-            lambda: all(
-                guest["state"] == "away"
-                for guest in self.world.status(host)["guests"]
-                if guest["name"] == self.name
-            ),
-            f"{self.name} counts as away",
-        )
+
+        def is_away() -> bool:
+            try:
+                guests = self.world.status(host)["guests"]
+            except PeerError:
+                return False  # the backend died over it: its successor is to say
+            return all(guest["state"] == "away" for guest in guests if guest["name"] == self.name)
+
+        self.world.wait(is_away, f"{self.name} counts as away")
 
     def _recover(self, error: RefusedError, began: float) -> None:
         kinds = ("PeerError", "PeerGoneError", "MovedError", "UsageError")

@@ -48,7 +48,7 @@ class ChaosHost:
             uri.partition(":")[0]: uri.partition("?")[0]
             for uri in re.findall(r"event=listening uri=\"?([^\"\s]+)", self.daemon.log())
         }
-        self._held_at_first = self.held()
+        self._held_at_first = _kinds(self.backend_pid)
 
     @property
     def unix(self) -> str:
@@ -131,6 +131,15 @@ class ChaosHost:
         for taker in self._takers:
             taker.kill()
             taker.wait()
+        until(lambda: not self._kill_left())
+
+    def _kill_left(self) -> list[int]:
+        """A keeper or a backend may just have begun another; who was killed."""
+        left = self.processes()
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return left
 
     def request(self, op: str, **fields: Any) -> dict[str, Any]:
         with connect(self.unix) as backend:
@@ -145,17 +154,14 @@ class ChaosHost:
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         return cowshed(words[0], "--run-dir", str(self.run_dir), *words[1:])
 
-    def held(self) -> dict[str, Counter[str]]:
-        """What backend and keeper hold that guests and images are made of, by kind."""
-        return {
-            who: _kinds(pid)
-            for who, pid in (("backend", self.backend_pid), ("keeper", self.keeper_pid))
-        }
-
     def leaked(self) -> str:
-        """What is held beyond what was before any guest came; "" if nothing is."""
-        now = self.held()
-        more = {who: +(now[who] - self._held_at_first[who]) for who in now}
+        """What guests and images are made of, by kind, that is too much; "" if nothing is.
+
+        That is what the backend has beyond what it had before any guest came, and what the keeper
+        has beyond the backend: it has what it was sent once it has read that.
+        """
+        backend, keeper = _kinds(self.backend_pid), _kinds(self.keeper_pid)
+        more = {"backend": +(backend - self._held_at_first), "keeper": +(keeper - backend)}
         return "" if not any(more.values()) else f"{self.name}: {more}"
 
     def stop(self) -> None:

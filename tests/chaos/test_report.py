@@ -57,4 +57,4 @@ def test_a_report_tells_of_events_actors_and_logs_even_if_a_backend_is_gone(
         finally:
             world.guest_log.close()
             for host in world.hosts:
-                host.daemon.end()
+                host.end()

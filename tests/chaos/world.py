@@ -186,8 +186,9 @@ class World:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Inside `with`, every guest is open and none has an order under way."""
-        self._is_paused = True
-        self.wait(lambda: all(a in self._waiting or a.is_stopped for a in self.actors), "all rest")
+        with self._changed:
+            self._is_paused = True
+        self.wait(self._all_rest, "all rest")
         try:
             yield
         finally:
@@ -195,12 +196,18 @@ class World:
                 self._is_paused = False
                 self._changed.notify_all()
 
+    def _all_rest(self) -> bool:
+        with self._changed:  # or one that just passes the gate would count
+            return all(actor in self._waiting or actor.is_stopped for actor in self.actors)
+
     def wait_progress(self, *but: Actor) -> None:
-        """Wait until every guest has done something more: nobody hangs."""
+        """Wait until every guest has done something more: nobody hangs, or is yet to come again."""
         before = {actor: actor.nr_done for actor in self.actors if actor not in but}
         for actor, nr in before.items():
             self.wait(
-                lambda a=actor, n=nr: a.nr_done > n or a.is_stopped,  # type: ignore[misc]
+                lambda a=actor, n=nr: (  # type: ignore[misc]
+                    (a.nr_done > n and not a.is_to_end) or a.is_stopped
+                ),
                 f"{actor.name} goes on (it is at: {actor.doing})",
             )
 
@@ -230,7 +237,7 @@ class World:
             host.request("discard", overlay=f"{IMAGE}@{guest['name']}")
         assert host.request("audit")["mismatches"] == []
         try:
-            self.wait(lambda: not host.leaked(), "nothing is leaked; see the log", 20)
+            self.wait(lambda: not host.leaked(), "nothing is leaked; see the log")
         except AssertionError as error:
             raise AssertionError(f"{error}: {host.leaked()}") from error
         bad = re.findall(
