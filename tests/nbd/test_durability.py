@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from domains import StartDaemon, command, until
-from nbd_site import MIB, SIZE, Site, run
+from nbd_site import MIB, SECONDS, SIZE, Site, run
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +63,7 @@ h.flush()
     assert again.daemon.stop() == 0
     third = Site(start_daemon("--image", f"d={site.path}", *arguments), site.path)
     assert "True" in third.nbdsh("print(h.pread(4, 0) == b'more')", "d@g")
+    until(lambda: third.daemon.guest_status("g")["state"] == "away")
     third.cowshed("discard", "d@g")
     assert [path.name for path in overlays.iterdir()] == ["lock"]
     assert third.map("cowshed:private", "d@g") == [(0, SIZE, 0)]
@@ -163,7 +164,11 @@ def test_one_folder_is_for_one_daemon(make_site: Callable[..., Site], tmp_path: 
     second.mkdir()
     words = command("serve", "--run-dir", str(second), "--image", f"d={site.path}")
     done = subprocess.run(
-        [*words, "--overlay-dir", overlays], capture_output=True, text=True, check=False, timeout=30
+        [*words, "--overlay-dir", overlays],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
     )
     assert done.returncode != 0
     assert "is in use by another daemon" in done.stderr

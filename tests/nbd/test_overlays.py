@@ -43,18 +43,26 @@ print(b"".join(h.pread({MIB}, at) for at in range(0, {SIZE}, {MIB})) == mine)
     assert "identical" in run("qemu-img", "compare", str(site.path), site.uri())
 
 
+def until_away(site: Site, name: str = "g") -> None:
+    """Wait until the daemon has seen the end of a client, which comes after the client's own."""
+    until(lambda: site.daemon.guest_status(name)["state"] == "away")
+
+
 def test_a_guest_finds_its_pages_again_until_they_are_discarded(site: Site) -> None:
     site.nbdsh("h.pwrite(b'mine' * 1024, 8192)", "d@g")
-    assert site.daemon.guest_status("g") | {
+    until_away(site)
+    status = site.daemon.guest_status("g")
+    assert status == status | {
         "state": "away",
         "transport": "nbd",
         "private_bytes": 4096,
         "clients": 0,
         "pid": 0,
-    } == site.daemon.guest_status("g")
+    }
     site.cowshed("evict", "d")
     assert "True" in site.nbdsh("print(h.pread(4096, 8192) == b'mine' * 1024)", "d@g")
     assert "d@g" in run("nbdinfo", "--list", site.uri(""))
+    until_away(site)
     assert site.cowshed("discard", "d@g") == "d@g: 4K discarded\n"
     assert "no overlay 'd@g'; there is none" in site.cowshed("discard", "d@g", status=1)
     assert site.map("cowshed:private", "d@g") == [(0, SIZE, 0)]
@@ -78,7 +86,7 @@ print(cowshed("discard", "d@g"))
     )
     assert told.startswith("True")
     assert "has 1 client: disconnect" in told
-    until(lambda: site.daemon.guest_status("g")["state"] == "away")
+    until_away(site)
     assert "4K discarded" in site.cowshed("discard", "d@g")
 
 
@@ -131,6 +139,7 @@ def test_a_name_belongs_to_one_guest_of_whatever_transport(site: Site) -> None:
 def test_metrics_count_requests_and_guests(make_site: Callable[..., Site]) -> None:
     site = make_site(*ANY_PORT)
     site.nbdsh("h.pwrite(b'x' * 8192, 0); h.trim(4096, 0); h.flush(); h.pread(512, 0)", "d@g")
+    until_away(site)
     samples = scrape(site.daemon)
     for name, labels, expected in (
         ("nbd_requests_total", {"command": "write"}, 1),
