@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The client that reads and writes by bytes, against nbdkit: a server that nobody here wrote."""
 
+import contextlib
 import errno
-import itertools
 import os
 import random
 import re
 import socket
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from block_peers import nbd_dial, nbdkit
+from domains import until
 
 from cowshed.cache.errors import PeerError, UsageError
 from cowshed.transport.guest.byte_disk import ByteDisk, Dialled
@@ -22,6 +22,9 @@ from cowshed.transport.nbd.block_link import BlockOp, Kind
 from cowshed.transport.nbd.block_pump import BlockPump
 
 SIZE = 8 << 20
+SECONDS = 60.0
+# Of one call that is to fail for it, and of nothing that a slow server is to answer.
+SHORT_SECONDS = 0.3
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def open_disk(path: Path, **options: float) -> ByteDisk:
         lambda timeout: _dial(path, timeout, structured),
         "disk",
         "g",
-        timeout=options.pop("timeout", 10.0),
+        timeout=options.pop("timeout", SECONDS),
         readahead_bytes=int(options.pop("readahead_bytes", 4 << 20)),
     )
 
@@ -135,12 +138,25 @@ def test_threads_share_one_connection(
 
 def test_pieces_are_kept_in_flight(path: Path, file: Path, content: bytes) -> None:
     log = path.parent / "log"
-    slow = ("--filter=log", "--filter=delay", "file", str(file), "delay-read=200ms")
-    with nbdkit(path, *slow, f"logfile={log}"), open_disk(path) as disk:
-        assert disk.read(0, SIZE) == content
-    begun_or_ended = re.findall(r" (\.\.\.)?Read ", log.read_text())
-    under_way = itertools.accumulate(-1 if ended else 1 for ended in begun_or_ended)
-    assert max(under_way) >= SIZE // (512 << 10) // 2
+    paused = ("--filter=log", "--filter=pause", "file", str(file))
+    options = (f"logfile={log}", f"pause-control={path}.ctl")
+    got: list[bytes] = []
+    with (
+        nbdkit(path, *paused, *options),
+        open_disk(path) as disk,
+        socket.socket(socket.AF_UNIX) as control,
+    ):
+        control.connect(f"{path}.ctl")
+        control.sendall(b"p")
+        assert control.recv(1) == b"P"
+        reader = threading.Thread(target=lambda: got.append(disk.read(0, SIZE)))
+        reader.start()
+        # None is answered, so whatever was begun is under way.
+        until(lambda: log.read_text().count(" Read ") >= SIZE // (512 << 10) // 2)
+        control.sendall(b"r")
+        assert control.recv(1) == b"R"
+        reader.join()
+    assert got == [content]
 
 
 def test_sequential_reads_are_asked_for_ahead(path: Path, file: Path, content: bytes) -> None:
@@ -221,9 +237,9 @@ def test_a_server_that_comes_back_is_found_again(
 
 def test_a_server_that_stays_away_is_an_error_in_time(path: Path, file: Path) -> None:
     with nbdkit(path, "file", str(file)):
-        disk = open_disk(path, timeout=0.3)
+        disk = open_disk(path)
     with disk:
-        with pytest.raises(PeerError, match=r"is gone .*tried for 0\.3 s"):
+        with short_of_time(disk), pytest.raises(PeerError, match=r"is gone .*tried for 0\.3 s"):
             disk.read(0, 10)
         assert not disk.alive
         with nbdkit(path, "file", str(file)):
@@ -233,17 +249,25 @@ def test_a_server_that_stays_away_is_an_error_in_time(path: Path, file: Path) ->
 def test_a_server_that_falls_silent_is_an_error_in_time(path: Path, file: Path) -> None:
     with (
         nbdkit(path, "--filter=pause", "file", str(file), f"pause-control={path}.ctl"),
-        open_disk(path, timeout=0.3) as disk,
+        open_disk(path) as disk,
         socket.socket(socket.AF_UNIX) as control,
     ):
         control.connect(f"{path}.ctl")
         control.sendall(b"p")
         assert control.recv(1) == b"P"
-        with pytest.raises(PeerError, match=r"no answer in 0\.3 s"):
+        with short_of_time(disk), pytest.raises(PeerError, match=r"no answer in 0\.3 s"):
             disk.read(0, 10)
         control.sendall(b"r")
         assert control.recv(1) == b"R"
         assert len(disk.read(0, 10)) == 10
+
+
+@contextlib.contextmanager
+def short_of_time(disk: ByteDisk) -> Iterator[None]:
+    """Have calls inside `with` give up soon."""
+    disk._timeout = SHORT_SECONDS
+    yield
+    disk._timeout = SECONDS
 
 
 def test_a_changed_image_or_lost_writes_are_never_taken_up(path: Path, file: Path) -> None:
@@ -258,7 +282,7 @@ def test_a_changed_image_or_lost_writes_are_never_taken_up(path: Path, file: Pat
         disk._pump.close()
 
     with nbdkit(path, "file", str(file)):
-        with ByteDisk(dial, "disk", "g", timeout=5) as disk:
+        with ByteDisk(dial, "disk", "g", timeout=SECONDS) as disk:
             overlay = "second"
             lose_connection(disk)
             assert len(disk.read(0, 10)) == 10  # nothing was written: nothing is lost
@@ -268,7 +292,7 @@ def test_a_changed_image_or_lost_writes_are_never_taken_up(path: Path, file: Pat
             for _ in range(2):
                 with pytest.raises(PeerError, match="lost what guest 'g' wrote"):
                     disk.read(0, 10)
-        with ByteDisk(dial, "disk", "g", timeout=5) as disk:
+        with ByteDisk(dial, "disk", "g", timeout=SECONDS) as disk:
             generation = "2"
             lose_connection(disk)
             with pytest.raises(PeerError, match="was replaced"):
@@ -289,7 +313,7 @@ def test_a_forked_child_refuses_and_the_parent_goes_on(path: Path, file: Path) -
 
 
 def test_closing_ends_the_calls_of_other_threads(path: Path, file: Path) -> None:
-    with nbdkit(path, "--filter=delay", "file", str(file), "delay-read=20"):
+    with nbdkit(path, "--filter=delay", "file", str(file), "delay-read=600"):
         disk = open_disk(path)
         caught: list[BaseException] = []
 
@@ -303,8 +327,7 @@ def test_closing_ends_the_calls_of_other_threads(path: Path, file: Path) -> None
         thread.start()
         pump = disk._pump
         assert pump is not None
-        while not pump._link.nr_flying:
-            time.sleep(0.001)
+        until(lambda: pump._link.nr_flying > 0)
         disk.close()
         thread.join()
         assert isinstance(caught[0], UsageError)
@@ -312,12 +335,12 @@ def test_closing_ends_the_calls_of_other_threads(path: Path, file: Path) -> None
 
 def test_a_pump_bounds_what_flies(path: Path, file: Path) -> None:
     with nbdkit(path, "file", str(file)):
-        pump = BlockPump(nbd_dial(path, 10).sock)
+        pump = BlockPump(nbd_dial(path, SECONDS).sock)
         ops = [
             BlockOp(Kind.READ, 0, SIZE // 2, memoryview(bytearray(SIZE // 2))) for _ in range(20)
         ]
         pump.queue(ops)
         assert pump._flying_bytes <= 16 << 20
-        pump.run(ops, 10)
+        pump.run(ops, SECONDS)
         assert (pump._flying_bytes, pump._link.nr_flying) == (0, 0)
         pump.close(politely=True)
