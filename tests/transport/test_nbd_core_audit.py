@@ -17,7 +17,7 @@ from nbd_client import TRIM, WRITE, ZEROES, Client
 from nbd_stage import NbdStage
 from stage import PAGE, let_go, stop_at, until, wait_at
 
-from cowshed.accounting import Account, AuditReport, Overlay, OverlaySums, audit
+from cowshed.accounting import Account, AuditReport, Overlay, OverlaySums, Quota, QuotaPolicy, audit
 from cowshed.cache import Image
 from cowshed.cache._core import lib
 
@@ -45,13 +45,6 @@ def found(report: AuditReport) -> list[tuple[str, str, str, int, int, int]]:
         (one.check, one.guest, one.place, one.place_no, one.expected, one.found)
         for one in report.mismatches
     ]
-
-
-def newest(name: str) -> int:
-    """The descriptor of the memfd of this process that was made last."""
-    links = [fd for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
-    ours = [int(fd.name) for fd in links if name in os.readlink(fd)]
-    return max(ours, key=lambda fd: os.fstat(fd).st_ino)  # numbers of descriptors are used again
 
 
 @pytest.mark.parametrize("in_files", [False, True], ids=["in-memory", "in-files"])
@@ -85,9 +78,9 @@ def test_an_audit_under_writes_finds_nothing(
     for thread in threads:
         thread.start()
     try:
+        until(lambda: min(done) > 0, "every writer writes")
         reports = [audited(nbd, g=overlay) for _ in range(NR_AUDITS)]
         looks = [(overlay.sums(), overlay.stray_bitmap()) for _ in range(NR_LOOKS)]
-        least = min(done)
     finally:
         stop.set()
         for thread in threads:
@@ -97,7 +90,6 @@ def test_an_audit_under_writes_finds_nothing(
     assert all(one.counted == one.private for one, _ in looks)
     assert all(one.used == one.private + one.in_hand for one, _ in looks)
     assert not any(any(strays) for _, strays in looks)
-    assert least > 0
     last = audited(nbd, g=overlay)
     assert last.checked["overlays"] == 1
     assert last.checked["private_pages"] == overlay.account.status().private_pages
@@ -154,15 +146,18 @@ def test_bytes_of_a_page_that_is_not_private_are_reported(nbd: NbdStage) -> None
     overlay = nbd.overlay()
     client = nbd.client(nbd.export(overlay))
     assert client.write(0, bytes(PAGE)) == 0
-    os.pwrite(newest("cowshed-overlay"), b"stray", 9 * PAGE)
+    os.pwrite(overlay.fd, b"stray", 9 * PAGE)
     assert found(audited(nbd, g=overlay)) == [("private", "g", "page", 9, 0, 1)]
 
 
 def test_a_quota_that_paid_for_too_much_is_reported(nbd: NbdStage) -> None:
-    overlay = nbd.overlay(quota=8)
+    quota = Quota(8 * PAGE, QuotaPolicy.STOP)
+    overlay = Overlay(Account(nbd.stage.image, quota))
+    nbd.overlays.append(overlay)
     client = nbd.client(nbd.export(overlay))
     assert client.write(0, bytes(3 * PAGE)) == 0
-    with mmap.mmap(newest("cowshed-purse"), 32) as quota:
-        struct.pack_into("Q", quota, USED_OFFSET, 5)
+    with mmap.mmap(quota.fd, 32) as header:
+        struct.pack_into("Q", header, USED_OFFSET, 5)
         assert found(audited(nbd, g=overlay)) == [("private", "g", "purse", 0, 3, 5)]
-        struct.pack_into("Q", quota, USED_OFFSET, 3)
+        struct.pack_into("Q", header, USED_OFFSET, 3)
+    quota.close()
