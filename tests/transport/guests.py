@@ -229,7 +229,7 @@ def waiting_read_never_gives_zeros(backend: Backend) -> None:
 def wait_for(fd: int, event: int) -> None:
     poll = select.poll()
     poll.register(fd, event)
-    assert poll.poll(10_000)
+    assert poll.poll(50_000)
 
 
 def is_mapped(address: int) -> bool:

@@ -3,6 +3,7 @@
 
 import array
 import contextlib
+import gc
 import os
 import resource
 import select
@@ -29,6 +30,8 @@ from cowshed.transport.messages.protocol import (
     encode,
 )
 
+SECONDS = 60
+
 
 def nr_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
@@ -36,6 +39,7 @@ def nr_fds() -> int:
 
 @pytest.fixture(autouse=True)
 def every_descriptor_is_closed() -> Iterator[None]:
+    gc.collect()  # what other tests left must not go meanwhile
     before = nr_fds()
     yield
     assert nr_fds() == before
@@ -306,7 +310,7 @@ def test_arbitrary_packets_with_descriptors_leave_none_behind(
 
 
 def accept(listener: Listener) -> Connection:
-    select.select([listener], [], [], 5)
+    select.select([listener], [], [], SECONDS)
     connection = listener.accept()
     assert connection is not None
     return connection
@@ -330,7 +334,7 @@ s.connect({str(socket_path)!r}); sys.stdin.read()
         poll.register(peer.pidfd, select.POLLIN)
         assert not poll.poll(0)
         process.communicate()
-        assert poll.poll(5000)  # it hangs up when the process ends
+        assert poll.poll(1000 * SECONDS)  # it hangs up when the process ends
         connection.close()
         assert connection.peer._replace(pidfd=None) == connection.peer
         with pytest.raises(OSError, match="Bad file"):
