@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where to listen and how to connect there, by each transport: what tests are repeated over."""
 
+import contextlib
 import itertools
+import os
 import socket
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlencode
@@ -52,8 +55,21 @@ class Place:
             case "tls":
                 return f"tls://127.0.0.1:0?{urlencode(self._server)}"
             case "vsock":
-                return f"vsock://any:{6_000_000 + next(_numbers)}"
+                # Every process that runs tests has ports of its own.
+                return f"vsock://any:{6_000_000 + 1000 * os.getpid() + next(_numbers)}"
         return "tcp://127.0.0.1:0"
+
+    @contextlib.contextmanager
+    def free_uri(self) -> Iterator[str]:
+        """Where to listen, and to connect in vain until then: nobody else gets it inside `with`."""
+        uri = self.listen_uri
+        with contextlib.ExitStack() as stack:
+            if self.scheme in ("tcp", "tls"):
+                keeper = stack.enter_context(socket.socket())
+                keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                keeper.bind(("127.0.0.1", 0))
+                uri = uri.replace(":0", f":{keeper.getsockname()[1]}")
+            yield uri
 
     def connect_uri(self, listening: str) -> str:
         match self.scheme:
