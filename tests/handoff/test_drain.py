@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from domains import in_thread, until
-from two_hosts import Host, Model, is_stopped
+from two_hosts import Host, Model, is_stopped, stop
 
 from cowshed.transport import connect
 from cowshed.transport.messages.fields import MovedError
@@ -117,7 +117,7 @@ def test_a_target_that_does_not_answer_is_named_and_the_timeout_rolls_back(
     model = Model(image, 1)
     with a.open("g") as disk:
         model.write(disk)
-    os.kill(b.the_daemon.pid, signal.SIGSTOP)
+    stop(b.the_daemon.pid)
     try:
         done = a.run("drain", "--timeout", "0.5", "--to", b.unix)
     finally:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from domains import Daemon, Guest, MakeImage, StartDaemon, StartGuest, until
 from machine_guests import new_machine, restore, status_of
+from two_hosts import stop
 
 pytestmark = pytest.mark.slow
 
@@ -173,7 +174,7 @@ def test_what_was_lent_is_lent_again_and_what_nobody_has_is_not(
     machine.call("begin_touch", pages=[0, 500])
     machine.call("end_compare")
     assert pinned_bytes(kept) == 4 * 65536
-    os.kill(kept.pid, signal.SIGSTOP)  # the keeper sees both deaths at once
+    stop(kept.pid)  # the keeper sees both deaths at once
     pid = backend_of(kept)
     os.kill(pid, signal.SIGKILL)
     doomed.kill()

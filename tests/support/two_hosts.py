@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +109,13 @@ def is_stopped(pid: int) -> bool:
         text = Path(f"/proc/{pid}/stat").read_text()
         return text.rpartition(")")[2].split()[0] == "T"
     return False
+
+
+def stop(pid: int) -> None:
+    """Stop a process; every thread of it has stopped on return, which kill() does not wait for."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    until(lambda: all(is_stopped(int(tid)) for tid in os.listdir(tasks)))
 
 
 class Model:
