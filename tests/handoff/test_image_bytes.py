@@ -209,6 +209,7 @@ def test_an_image_comes_with_its_guests_or_not_at_all_wherever_one_end_is_killed
     if owner is a:
         until(lambda: _files(arrived) == set())
         assert b.the_daemon.status()["images"] == []
+        a.wait_movable("--with-images", "--to", b.unix)
         a.drain("--with-images", "--to", b.unix)
     with b.open("g") as disk:
         model.check(disk)

@@ -103,6 +103,10 @@ class Host:
         assert done.returncode == 0, f"{done.stderr}\n{self.the_daemon.log()}"
         return dict(json.loads(done.stdout))
 
+    def wait_movable(self, *arguments: str) -> None:
+        """Wait until the target takes its guests: one that was left lets go of them by and by."""
+        until(lambda: self.run("drain", "--dry-run", *arguments).returncode == 0)
+
     def guests(self) -> set[str]:
         return {guest["name"] for guest in self.the_daemon.status()["guests"]}
 
