@@ -98,7 +98,7 @@ def test_writes_that_were_withheld_are_done_at_the_target_whoever_holds_the_lock
     _check(guests["poking"], poked)
     _check(guests["writing"], written)
     assert b.guests() == set(names)
-    assert b.the_daemon.mismatches() == []
+    until(lambda: b.the_daemon.mismatches() == [])
     until(lambda: a.guests() == set())
 
 
