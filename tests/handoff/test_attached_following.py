@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from domains import NOBODY, Guest, command, in_thread, plain_environment, until
 from switches import BEFORE, switch
-from two_hosts import PAGE, SIZE, Host, is_stopped
+from two_hosts import PAGE, SIZE, Host, is_stopped, stop
 
 from cowshed.cache.errors import UsageError
 
@@ -270,7 +270,7 @@ def test_a_target_that_dies_before_it_has_come_is_tried_again(hosts: Pair, start
     program = start(a)
     no = program.call("map", writable=True)
     program.call("write", no=no, page=3, nr_pages=4, byte=9)
-    os.kill(program.pid, signal.SIGSTOP)
+    stop(program.pid)
     a.drain("--to", b.unix)
     b.kill()
     os.kill(program.pid, signal.SIGCONT)
@@ -374,7 +374,7 @@ def test_a_source_killed_before_its_program_has_gone_tells_it_again(
     program.call("map", writable=True)
     program.call("write", no=no, page=3, nr_pages=40, byte=9)
     a.the_daemon.request("quota", guest="g", quota_bytes=3 << 20)
-    os.kill(program.pid, signal.SIGSTOP)
+    stop(program.pid)
     a.drain("--post-copy", "--to", b.unix)
     before = a.the_daemon.status()["pid"]
     os.kill(before, signal.SIGKILL)
@@ -394,7 +394,7 @@ def test_nobody_else_gets_the_place_of_a_program_on_its_way(pair: Pair, start: S
     program = start(a)
     no = program.call("map", writable=True)
     program.call("write", no=no, page=3, nr_pages=40, byte=9)
-    os.kill(program.pid, signal.SIGSTOP)
+    stop(program.pid)
     a.drain("--to", b.unix)
     with pytest.raises(UsageError, match="taken"), b.open("g"):
         pass
@@ -413,7 +413,7 @@ def test_a_place_whose_program_has_ended_on_its_way_can_be_given_up(
     a, b = pair
     program = start(a)
     program.call("map")
-    os.kill(program.pid, signal.SIGSTOP)
+    stop(program.pid)
     a.drain("--to", b.unix)
     program.kill()
     assert b.guests() == {"g"}

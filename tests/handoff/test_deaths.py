@@ -68,6 +68,7 @@ def test_guests_that_came_are_at_the_successor_of_a_target_killed_around_the_com
         model.check(disk)
         model.write(disk)
     if owner is a:
+        a.wait_movable("--to", b.unix)
         a.drain("--to", b.unix)
         until(lambda: b.guests() == {"g"})
     _kill_backend(b)

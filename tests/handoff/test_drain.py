@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from domains import in_thread, until
-from two_hosts import Host, Model, is_stopped
+from two_hosts import Host, Model, is_stopped, stop
 
 from cowshed.transport import connect
 from cowshed.transport.messages.fields import MovedError
@@ -117,13 +117,13 @@ def test_a_target_that_does_not_answer_is_named_and_the_timeout_rolls_back(
     model = Model(image, 1)
     with a.open("g") as disk:
         model.write(disk)
-    os.kill(b.the_daemon.pid, signal.SIGSTOP)
+    stop(b.the_daemon.pid)
     try:
-        done = a.run("drain", "--timeout", "0.5", "--to", b.unix)
+        done = a.run("drain", "--timeout", "3", "--to", b.unix)
     finally:
         os.kill(b.the_daemon.pid, signal.SIGCONT)
     assert done.returncode == 1
-    waited = f"did not end in 0.5 s, while it waited for a connection to {b.unix}"
+    waited = f"did not end in 3 s, while it waited for a connection to {b.unix}"
     assert waited in done.stderr
     with a.open("g") as disk:
         model.check(disk)
@@ -203,6 +203,7 @@ def test_one_owner_is_left_wherever_one_end_is_killed(
     if phase == "source-moved":
         assert owner is b
     if owner is a:
+        a.wait_movable("--to", b.unix)
         a.drain("--to", b.unix)
     with b.open("g") as disk:
         model.check(disk)

@@ -94,7 +94,8 @@ def test_a_damaged_file_is_refused_with_the_place_and_nothing_is_half_applied(
             list(backend.stream("import", fds=[source.fileno()]))
         assert "\n" not in str(caught.value), what
         assert b.guests() == set(), what
-    until(lambda: b.the_daemon.nr_fds() == nr_fds)
+    # Fewer: it may have had a file open for a moment when they were counted.
+    until(lambda: b.the_daemon.nr_fds() <= nr_fds)
     done = b.run("import", str(file))
     assert done.returncode == 1
     assert done.stderr.startswith("cowshed: ")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from domains import SUPPORT, StartGuest, in_thread, until
-from two_hosts import PAGE, SIZE, Host, is_stopped
+from two_hosts import PAGE, SIZE, Host, is_stopped, stop
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +98,7 @@ def test_writes_that_were_withheld_are_done_at_the_target_whoever_holds_the_lock
     _check(guests["poking"], poked)
     _check(guests["writing"], written)
     assert b.guests() == set(names)
-    assert b.the_daemon.mismatches() == []
+    until(lambda: b.the_daemon.mismatches() == [])
     until(lambda: a.guests() == set())
 
 
@@ -193,7 +193,7 @@ def test_it_is_no_new_guest_without_a_page_where_its_pages_are_lost(
     guest = start_guest(a.unix, script=MOVING)
     guest.call("open", image="d", guest="g")
     _fill(guest, 7, 5, 4, model)
-    os.kill(guest.pid, signal.SIGSTOP)
+    stop(guest.pid)
     a.drain("--to", b.unix)
     b.kill()
     b.start()

@@ -62,7 +62,7 @@ def test_a_tls_guest_that_is_told_a_tcp_address_hears_that_its_certificate_is_wa
     model = Model(image, 1)
     with (
         connect(a.tls(alice)) as backend,
-        backend.open("d", guest="g", token="secret", timeout=5) as disk,
+        backend.open("d", guest="g", token="secret", timeout=20) as disk,
     ):
         assert isinstance(disk, ByteDisk)
         model.write(disk)

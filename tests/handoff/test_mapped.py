@@ -9,7 +9,7 @@ import signal
 
 import pytest
 from domains import StartGuest, in_thread, until
-from two_hosts import PAGE, SIZE, Host, is_stopped
+from two_hosts import PAGE, SIZE, Host, is_stopped, stop
 
 from cowshed.transport import connect
 
@@ -115,7 +115,7 @@ def test_pages_that_a_guest_discards_before_they_are_read_do_not_end_the_drain(
         model[offset : offset + len(data)] = data
     drain = in_thread(lambda: a.run("drain", "--to", b.unix))
     until(lambda: is_stopped(a.the_daemon.pid))
-    os.kill(b.the_daemon.pid, signal.SIGSTOP)
+    stop(b.the_daemon.pid)
     os.kill(a.the_daemon.pid, signal.SIGCONT)
     # The source has seen what is private, and waits to send the first half of it.
     until(lambda: a.the_daemon.request("drain-state")["drain"]["total_bytes"] == SIZE)

@@ -245,6 +245,7 @@ def test_wherever_one_end_is_killed_every_byte_comes_to_one_owner(
         model.check(disk)
         model.write(disk)
     if owner is a:
+        a.wait_movable("--to", b.unix)
         a.drain("--post-copy", "--to", b.unix)
     with b.open("g") as disk:
         model.check(disk)

@@ -110,6 +110,8 @@ def test_wherever_one_end_is_killed_the_image_and_every_byte_come_to_one_owner(
         disk.flush()
     if owner is a:
         until(lambda: b.the_daemon.status()["images"] == [])
+        until(lambda: os.listdir(arrived) == [])
+        a.wait_movable("--with-images", "--to", b.unix)
         a.drain("--post-copy", "--with-images", "--to", b.unix)
     with b.open("g") as disk:
         model.check(disk)

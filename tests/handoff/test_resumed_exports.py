@@ -170,6 +170,7 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_is(
     a.the_daemon.request("quota", guest="one", quota_bytes=None)
     with a.open("three"):
         resumed("guest 'three' came")
+    until(lambda: a.the_daemon.guest_status("three")["state"] == "away")
     a.the_daemon.request("discard", overlay="d@three")
     a.the_daemon.request("discard", overlay="d@two")
     resumed("guest 'two' is gone")
@@ -235,7 +236,8 @@ def test_an_export_ends_with_who_asked_for_it(pair: Pair, image: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    until(lambda: a.the_daemon.nr_fds() == nr_fds)
+    # Fewer: it may have had a file open for a moment when they were counted.
+    until(lambda: a.the_daemon.nr_fds() <= nr_fds)
     with a.open("g") as disk:
         model.write(disk)
         model.check(disk)

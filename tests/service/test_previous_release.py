@@ -84,7 +84,8 @@ class Cast:
 
     def go_on(self) -> None:
         """Have the guest that waits at its quota go on."""
-        assert self.daemon.guest_status("stopped")["state"] == "stopped-quota"
+        # The successor woke it, and it stops again.
+        until(lambda: self.daemon.guest_status("stopped")["state"] == "stopped-quota")
         assert not self.readers["stopped"].answered()
         self.daemon.request("quota", guest="stopped", quota_bytes=MIB)
         self.readers["stopped"].finish()

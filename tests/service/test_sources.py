@@ -61,6 +61,7 @@ def test_a_guest_goes_on_with_the_file_that_it_began_with(
     assert read(guest, 0) == content[:MIB]
     replace(image, bytes(SIZE))
     until(lambda: image_status(kept)["source_at_path"] == "other")
+    kept.wait_logged("event=source-replaced", 1)
     kill_backend(kept, end)
     for offset in range(0, SIZE, MIB):
         assert read(guest, offset) == content[offset : offset + MIB]
@@ -68,14 +69,16 @@ def test_a_guest_goes_on_with_the_file_that_it_began_with(
     newcomer.call("open", image="d", guest="h")
     assert read(newcomer, 3 * MIB) == content[3 * MIB :]
     until(lambda: image_status(kept)["source_at_path"] == "other")
+    kept.wait_logged("event=source-replaced", 2)  # once by each backend that saw it
     assert not image_status(kept)["source_changed"]
     image.unlink()
     until(lambda: image_status(kept)["source_at_path"] == "gone")
+    kept.wait_logged("event=source-gone", 1)
     kill_backend(kept, end)
     kept.request("evict", image="d")
     assert read(guest, 2 * MIB) == content[2 * MIB : 3 * MIB]
-    until(lambda: kept.log().count("event=source-gone") == 2)
-    kept.wait_logged("event=source-replaced", 2)  # once by each backend that saw it
+    kept.wait_logged("event=source-gone", 2)
+    kept.wait_logged("event=source-replaced", 2)
 
 
 def read(guest: Guest, offset: int, length: int = MIB) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from domains import Daemon, Guest, MakeImage, StartDaemon, StartGuest, kill_backend, until
+from two_hosts import stop
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +74,7 @@ def test_a_guest_that_died_with_the_backend_is_let_go(
     other.call("open", image="d", guest="o")
     guest.call("write", offset=0, hex="aa")
     other.call("write", offset=0, hex="bb")
-    os.kill(kept.pid, signal.SIGSTOP)  # the keeper sees both deaths at once
+    stop(kept.pid)  # the keeper sees both deaths at once
     pid = int((kept.run_dir / "lock").read_text())
     os.kill(pid, signal.SIGKILL)
     guest.kill()

@@ -78,6 +78,7 @@ def test_no_counter_falls_over_a_restart_of_the_backend(
     site = Site(kept, run_dir / "image")
     site.nbdsh("h.pwrite(b'x' * 8192, 0)", "d@keeps")
     site.nbdsh("h.pwrite(b'x' * 8192, 0)", "d@gone")
+    until(lambda: kept.guest_status("gone")["state"] == "away")
     site.cowshed("discard", "d@gone")
     before = counted(kept)
     for turn, number in enumerate((signal.SIGKILL, signal.SIGHUP, signal.SIGKILL)):
@@ -91,6 +92,7 @@ def test_no_counter_falls_over_a_restart_of_the_backend(
         site.nbdsh("h.pread(65536, 1 << 20)")
         rude_connection(kept)
         until(lambda nr=turn: _dropped(kept) > nr)
+        until(lambda: len(kept.status()["guests"]) == 2)  # who left takes its series along
         last = counted(kept)
         assert fallen(before, last) == {}
         kill_backend(kept, number)

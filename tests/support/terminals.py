@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import codecs
-import errno
 import fcntl
 import os
 import pty
@@ -19,6 +18,7 @@ from typing import Any
 
 ANSWER_SECONDS = 60
 _SIZES = ("COLUMNS", "LINES")
+_LAST = "\x1e"  # which no command draws
 _CSI = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")
 
 
@@ -37,6 +37,7 @@ class Terminal:
         self, *words: str, columns: int = 80, lines: int = 24, env: Mapping[str, str] | None = None
     ) -> None:
         self.drawn = ""
+        self._is_all_read = False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._keys, self._theirs = pty.openpty()
         self.resize(columns, lines)
@@ -108,12 +109,14 @@ class Terminal:
                 column += 1
         return ["".join(each).rstrip() for each in rows]
 
+    def read_more(self) -> None:
+        """Read what it draws next."""
+        assert self._read(), f"ended with {self.screen()}"
+
     def end(self) -> int:
         """Read until the command has ended, and give its exit status."""
-        while not select.select([self.pidfd], [], [], 0)[0]:
-            self._read()
-        while select.select([self._keys], [], [], 0)[0]:
-            self._read()
+        while self._read():
+            pass
         return self.process.wait(timeout=ANSWER_SECONDS)
 
     def close(self) -> None:
@@ -123,15 +126,26 @@ class Terminal:
             os.close(fd)
 
     def _read(self) -> bool:
+        """Read on; False if it has ended and all that it drew was read."""
         readable, _, _ = select.select([self._keys, self.pidfd], [], [], ANSWER_SECONDS)
         assert readable, f"silent for {ANSWER_SECONDS} s after {self.drawn!r}"
         if self._keys not in readable:
+            return self._read_rest()
+        self.drawn += self._decoder.decode(os.read(self._keys, 65536))
+        return True
+
+    def _read_rest(self) -> bool:
+        """Read what is on its way from a command that has ended; whether there was anything.
+
+        A thread of the kernel's carries what is written to a terminal to its other end, in order.
+        """
+        if self._is_all_read:
             return False
-        try:
-            got = os.read(self._keys, 65536)
-        except OSError as error:
-            if error.errno == errno.EIO:  # how a terminal says that nobody has it open
-                return False
-            raise
-        self.drawn += self._decoder.decode(got)
-        return bool(got)
+        self._is_all_read = True
+        nr_drawn = len(self.drawn)
+        os.write(self._theirs, _LAST.encode())
+        while _LAST not in self.drawn[nr_drawn:]:
+            assert select.select([self._keys], [], [], ANSWER_SECONDS)[0], "no end of what it drew"
+            self.drawn += self._decoder.decode(os.read(self._keys, 65536))
+        self.drawn = self.drawn.replace(_LAST, "")
+        return len(self.drawn) > nr_drawn

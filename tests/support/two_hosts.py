@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
+import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,11 +33,13 @@ class Host:
         self.extra: list[str] = []
         self.daemon: Daemon | None = None
         self.port = 0
+        self._place: socket.socket | None = None
         self.takes_handoffs = True
 
     def start(self, *extra: str, before: tuple[str, ...] = (), **how: Any) -> Host:
         """Serve; what is given stays so at the next start."""
         self.extra = list(extra) or self.extra
+        self._hold_port()
         arguments = [
             *self.serves(),
             "--capacity=32M",
@@ -43,12 +48,16 @@ class Host:
         ]
         self.daemon = Daemon(self.run_dir, arguments, before=before, **how)
         self.daemon.wait_ready()
-        lines = [x for x in self.daemon.log().splitlines() if "event=listening " in x]
-        # Others come with what a test adds.
-        where = min(lines, key=lambda line: "tcp://" not in line)
-        self.port = int(where.partition("uri=")[2].split()[0].strip('"').rpartition(":")[2])
         until(lambda: all(image["digest"] for image in self.the_daemon.status()["images"]))
         return self
+
+    def _hold_port(self) -> None:
+        """Have a port that nobody else is given while this backend is away; it may listen there."""
+        if self._place is None:
+            self._place = socket.socket()
+            self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._place.bind(("127.0.0.1", self.port))
+            self.port = self._place.getsockname()[1]
 
     def options(self) -> list[str]:
         """The options that say where it listens, and to whom."""
@@ -81,6 +90,9 @@ class Host:
         """Leave nothing of it."""
         if self.daemon is not None:
             self.daemon.end()
+        if self._place is not None:
+            self._place.close()
+            self._place = None
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return cowshed(arguments[0], "--run-dir", str(self.run_dir), *arguments[1:])
@@ -90,6 +102,10 @@ class Host:
         done = self.run("drain", "--json", *arguments)
         assert done.returncode == 0, f"{done.stderr}\n{self.the_daemon.log()}"
         return dict(json.loads(done.stdout))
+
+    def wait_movable(self, *arguments: str) -> None:
+        """Wait until the target takes its guests: one that was left lets go of them by and by."""
+        until(lambda: self.run("drain", "--dry-run", *arguments).returncode == 0)
 
     def guests(self) -> set[str]:
         return {guest["name"] for guest in self.the_daemon.status()["guests"]}
@@ -107,6 +123,13 @@ def is_stopped(pid: int) -> bool:
         text = Path(f"/proc/{pid}/stat").read_text()
         return text.rpartition(")")[2].split()[0] == "T"
     return False
+
+
+def stop(pid: int) -> None:
+    """Stop a process; every thread of it has stopped on return, which kill() does not wait for."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    until(lambda: all(is_stopped(int(tid)) for tid in os.listdir(tasks)))
 
 
 class Model:
