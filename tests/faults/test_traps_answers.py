@@ -268,14 +268,15 @@ def test_trap_15_a_slow_load_stands_in_nobodys_way(stage: Stage) -> None:
 
 def test_trap_15_readahead_leaves_a_loader_free_for_who_waits(stage: Stage) -> None:
     guest = stage.guest(window=1)
-    stop_at(lib.POINT_LOAD_READ, nr_times=3)
+    # Not in the read: after a second of it, others would take the loaders' place.
+    stop_at(lib.POINT_LOAD_FILL, nr_times=3)
     for nr, extent in enumerate((0, 2, 4), start=1):
         assert stage.image.prefetch(extent, 1) == 1
-        wait_at(lib.POINT_LOAD_READ, nr)
+        wait_at(lib.POINT_LOAD_FILL, nr)
     assert stage.image.prefetch(6, 1) == 1
     assert guest.read(16) == content(16)
     assert stage.store.counters().queued_loads == 1
-    let_go(lib.POINT_LOAD_READ)
+    let_go(lib.POINT_LOAD_FILL)
 
 
 ROOT = Path(__file__).resolve().parents[2]
