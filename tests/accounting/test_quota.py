@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from stage import (
+    ANSWER_SECONDS,
     NO_QUOTA,
     PAGE,
     MakeStage,
@@ -206,10 +207,10 @@ def test_accounts_that_write_at_random_never_take_more_than_there_is(
         watching = pool.submit(watch)
         try:
             for each in [pool.submit(write, guest, rng.randrange(1 << 30)) for guest in guests]:
-                each.result(40)
+                each.result(ANSWER_SECONDS)
         finally:
             done.set()
-        watching.result(20)
+        watching.result(ANSWER_SECONDS)
     if policy is QuotaPolicy.STOP:
         assert most <= quota
     assert stage.audit().mismatches == []
