@@ -252,19 +252,15 @@ def test_a_program_interrupted_while_it_asks_maps_nevertheless(
     attached: Attached, start_reader: StartReader
 ) -> None:
     reader = start_reader()
-    proc = Path(f"/proc/{reader.pid}")
-    os.kill(attached.daemon.pid, signal.SIGSTOP)
-    try:
+    with stopped(attached):
         reader.start("map")
         for _ in range(3):
             until(lambda: is_waiting(reader.pid))
             # A receive with a time limit ends with EINTR after this, handler or not.
             os.kill(reader.pid, signal.SIGSTOP)
-            until(lambda: "State:\tT" in (proc / "status").read_text())
+            until(lambda: is_stopped(reader.pid))
             os.kill(reader.pid, signal.SIGCONT)
         until(lambda: is_waiting(reader.pid))
-    finally:
-        os.kill(attached.daemon.pid, signal.SIGCONT)
     reader.finish()
     assert reader.call("check") == []
 
@@ -274,10 +270,19 @@ def stopped(attached: Attached) -> Iterator[None]:
     """Have a backend that does not answer."""
     os.kill(attached.daemon.pid, signal.SIGSTOP)
     try:
-        until(lambda: "State:\tT" in Path(f"/proc/{attached.daemon.pid}/status").read_text())
+        until(lambda: is_stopped(attached.daemon.pid))
         yield
     finally:
         os.kill(attached.daemon.pid, signal.SIGCONT)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether each of its threads is: SIGSTOP comes to one after another, and later than kill."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            if "State:\tT" not in (task / "status").read_text():
+                return False
+    return True
 
 
 def is_waiting(pid: int) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from attached import Attached, StartReader
-from domains import NOBODY, StartDaemon, command, cowshed, plain_environment
+from domains import ANSWER_SECONDS, NOBODY, StartDaemon, command, cowshed, plain_environment, until
 
 SHOW = """
 import mmap, sys
@@ -51,6 +51,8 @@ def test_a_signal_reaches_the_program(shared: Attached) -> None:
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
+        # A shell looks for signals between commands: one that comes just before it reads waits.
+        until(lambda: "pipe_read" in Path(f"/proc/{process.pid}/wchan").read_text())
         process.send_signal(signal.SIGUSR1)  # one that nobody has ignored before
         assert process.stdout.read() == b"caught\n"
     assert process.returncode == 9
@@ -76,7 +78,7 @@ def test_the_terminal_is_the_programs(shared: Attached) -> None:
         words = shared.words("sh", "-c", "test -t 0 && test -t 1 && echo yes; tty", "{image}")
         assert subprocess.run(words, stdin=theirs, stdout=theirs, check=True).returncode == 0
         shown = b""
-        while shown.count(b"\n") < 2 and select.select([ours], [], [], 5)[0]:
+        while shown.count(b"\n") < 2 and select.select([ours], [], [], ANSWER_SECONDS)[0]:
             shown += os.read(ours, 1000)
         assert shown.split() == [b"yes", os.ttyname(theirs).encode()]
     finally:

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 from attached import Attached
-from domains import StartDaemon, plain_environment
+from domains import StartDaemon, plain_environment, until
 
 from cowshed.cache.errors import UsageError
 
@@ -72,8 +72,8 @@ def test_a_daemon_that_does_not_see_the_programs_pid_namespace_is_told_before_it
         assert "--pid=host" in refusal(run(hidden, *outside))
     with hidden.daemon.connect() as backend, pytest.raises(UsageError, match="--pid=host"):
         backend.open("disk")
+    until(lambda: hidden.daemon.status()["guests"] == [])
     assert "event=dropped" not in hidden.daemon.log()
-    assert hidden.daemon.status()["guests"] == []
 
 
 def test_a_daemon_that_may_not_look_into_the_programs_proc_is_told_before_it_runs(

@@ -113,10 +113,11 @@ def test_one_load_answers_every_thread_of_a_guest(stage: Stage) -> None:
 
 def test_waiters_of_a_queued_prefetch_are_not_kept_waiting_behind_it(stage: Stage) -> None:
     guest = stage.guest(window=1)
-    stop_at(lib.POINT_LOAD_READ, nr_times=3)
+    # Not in the read: after a second of it, others would take the loaders' place.
+    stop_at(lib.POINT_LOAD_FILL, nr_times=3)
     for nr, extent in enumerate((0, 2, 4), start=1):
         stage.image.prefetch(extent, 1)
-        wait_at(lib.POINT_LOAD_READ, nr)
+        wait_at(lib.POINT_LOAD_FILL, nr)
     assert stage.image.prefetch(6, 1) == 1  # queued behind the three that stand
     assert guest.read(6 * 16) == content(6 * 16)
     assert stage.image.counters().loads == 1

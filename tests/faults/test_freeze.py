@@ -4,8 +4,9 @@
 import random
 from concurrent.futures import ThreadPoolExecutor
 
-from followed import dirty, memory, private
+from followed import dirty, freeze, memory, private
 from stage import (
+    ANSWER_SECONDS,
     PAGE,
     MappedGuest,
     Stage,
@@ -28,7 +29,7 @@ def picture(guest: MappedGuest) -> dict[int, bytes | None]:
 def test_frozen_writes_and_discards_wait_and_reads_do_not(stage: Stage) -> None:
     guest = stage.guest()
     guest.call("fill", page=1, nr_pages=1, byte=1)
-    guest.handler.freeze()
+    freeze(guest)
     assert guest.account.status().frozen
     write = guest.start("write", offset=PAGE, given_hex="07")
     first = guest.start("write", offset=20 * PAGE, given_hex="07")
@@ -55,9 +56,9 @@ def test_a_write_being_answered_is_before_the_freeze_or_waits(stage: Stage) -> N
     write = guest.start("write", offset=0, given_hex="07")
     wait_at(lib.POINT_WRITE_CHARGED)
     with ThreadPoolExecutor() as pool:
-        freezing = pool.submit(guest.handler.freeze)
+        freezing = pool.submit(freeze, guest)
         let_go(lib.POINT_WRITE_CHARGED)
-        freezing.result(20)
+        freezing.result(ANSWER_SECONDS)
     before = picture(guest)
     assert private_pages(guest) == len(before) == stage.looks(guest, 0, 16).count(3)
     guest.handler.thaw()
@@ -71,12 +72,12 @@ def test_a_discard_that_was_read_ends_before_the_freeze_does(stage: Stage) -> No
     stop_at(lib.POINT_FAULT_READ)
     discard = guest.start("discard", page=1, nr_pages=1)
     wait_at(lib.POINT_FAULT_READ)
+    guest.finish(discard)  # read is as good as done, for the kernel
     with ThreadPoolExecutor() as pool:
-        freezing = pool.submit(guest.handler.freeze)
-        guest.finish(discard)  # read is as good as done, for the kernel
+        freezing = pool.submit(freeze, guest)
         assert not freezing.done()
         let_go(lib.POINT_FAULT_READ)
-        freezing.result(20)
+        freezing.result(ANSWER_SECONDS)
     assert private(guest) == {2}
     assert stage.audit().mismatches == []
 
@@ -84,8 +85,8 @@ def test_a_discard_that_was_read_ends_before_the_freeze_does(stage: Stage) -> No
 def test_what_was_not_followed_is_open_again_after_the_thaw(stage: Stage) -> None:
     guest = stage.guest()
     guest.call("fill", page=1, nr_pages=4, byte=1)
-    guest.handler.freeze()
-    guest.handler.freeze()
+    freeze(guest)
+    freeze(guest)
     guest.handler.thaw()
     guest.handler.thaw()
     faults = write_faults(guest)
@@ -97,7 +98,7 @@ def test_no_longer_following_waits_for_the_thaw(stage: Stage) -> None:
     guest = stage.guest()
     guest.call("fill", page=1, nr_pages=1, byte=1)
     guest.handler.track(True)
-    guest.handler.freeze()
+    freeze(guest)
     guest.handler.track(False)
     write = guest.start("write", offset=PAGE, given_hex="07")
     guest.wait_stuck(write)
@@ -117,7 +118,7 @@ def dirty_is_refused(guest: MappedGuest) -> bool:
 def test_a_frozen_guest_may_leave(stage: Stage) -> None:
     guest = stage.guest()
     guest.call("fill", page=1, nr_pages=1, byte=1)
-    guest.handler.freeze()
+    freeze(guest)
     guest.start("write", offset=PAGE, given_hex="07")
     stage.detach(guest)
 
@@ -131,7 +132,7 @@ def test_nothing_changes_under_guests_that_never_rest(stage: Stage, rng: random.
     ]
     for _ in range(6):
         for guest in guests:
-            guest.handler.freeze()
+            freeze(guest)
         before = [picture(guest) for guest in guests]
         stage.evict(*range(8), at_once=True)
         for guest in guests:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 
 import pytest
+from followed import freeze
 from stage import (
     EXTENT_PAGES,
     PAGE,
@@ -90,7 +91,7 @@ def test_a_point_comes_by_chance_as_its_seed_has_it(stage: Stage) -> None:
         failed = []
         for extent in range(stage.image.nr_extents):
             stage.image.prefetch(extent, 1)
-            assert stage.image.wait_loaded(extent, 1, 10_000)
+            assert stage.image.wait_loaded(extent, 1, 60_000)
             failed.append(stage.image.states(extent, 1)[0] == 0)
         let_go(lib.POINT_LOAD_PUBLISH)
         return failed
@@ -129,7 +130,7 @@ def test_a_wake_up_that_is_lost_does_not_keep_a_supplied_guest_from_what_was_loa
 def test_a_wake_up_that_is_lost_does_not_keep_a_guest_frozen(stage: Stage) -> None:
     guest = stage.guest()
     guest.call("fill", page=0, nr_pages=1, byte=1)
-    guest.handler.freeze()
+    freeze(guest)
     ticket = guest.start("fill", page=0, nr_pages=1, byte=2)
     guest.wait_stuck(ticket)
     fail_at(lib.POINT_WAKE_GUEST, errno.EAGAIN)

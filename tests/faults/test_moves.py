@@ -6,7 +6,7 @@ import random
 import select
 
 import pytest
-from stage import PAGE, MakeStage, MappedGuest, Stage, content, private_pages, until
+from stage import ANSWER_SECONDS, PAGE, MakeStage, MappedGuest, Stage, content, private_pages, until
 
 from cowshed.accounting import Region
 from cowshed.cache._core import lib
@@ -131,7 +131,7 @@ def test_a_guest_in_too_many_pieces_is_dropped_and_waits_in_no_mremap(stage: Sta
     assert guest.read(1) == content(1)
     last = guest.start("move_part", page=40, nr_pages=1)
     until(lambda: guest.account.status().broken == -errno.EXDEV, "the guest counts as broken")
-    assert select.select([stage.store.notice_fd], [], [], 20)[0]
+    assert select.select([stage.store.notice_fd], [], [], ANSWER_SECONDS)[0]
     guest.finish(last)
     assert other.read(0) == content(0)
     assert lib.PAGE_LOOK_SHARED in stage.looks(other, 0)

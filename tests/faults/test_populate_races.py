@@ -110,7 +110,7 @@ def test_a_machine_that_leaves_while_it_waits_leaves_nothing(stage: Stage, statu
     if status == "failed":
         os.truncate(stage.path, PAGE)
     let_go(lib.POINT_LOAD_READ)
-    assert stage.image.wait_loaded(0, 1, 10_000)
+    assert stage.image.wait_loaded(0, 1, 60_000)
     assert stage.evict(0) == ([0] if status == "loaded" else [])
     assert stage.audit().mismatches == []
 
@@ -177,5 +177,5 @@ def test_a_machine_killed_at_its_quota_dies_alone(make_stage: MakeStage) -> None
     other = stage.machine()
     assert machine.call("touch", page=0) == content(0)[0]
     machine.start("touch", page=100)
-    assert machine.process.wait(20) == -7
+    assert machine.ended() == -7
     assert other.call("touch", page=100) == content(100)[0]

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from stage import (
+    ANSWER_SECONDS,
     PAGE,
     MappedGuest,
     Stage,
@@ -61,7 +62,7 @@ def test_a_fault_on_an_extent_that_is_going_waits_and_loads_it_anew(
     until(lambda: misses(fresh) == 1 and misses(before) == 1, "both wait for the extent")
     assert stage.state(0) is ExtentState.EVICTING
     let_go(point)
-    assert going.result(20) == [0]
+    assert going.result(ANSWER_SECONDS) == [0]
     assert bytes.fromhex(fresh.finish(read)) == content(4)[:8]
     before.finish(write)
     assert before.read(5) == b"\7" + content(5)[1:]
@@ -79,7 +80,7 @@ def test_a_reader_of_mapped_pages_goes_on_until_the_punch(
     going = evict_to(stage, pool, lib.POINT_EVICT_PUNCH, 0)
     assert guest.read(0, 16) == content(0, 16)
     let_go(lib.POINT_EVICT_PUNCH)
-    going.result(20)
+    going.result(ANSWER_SECONDS)
     assert guest.read(0, 16) == content(0, 16)
 
 
@@ -91,7 +92,7 @@ def test_a_write_in_the_middle_of_an_eviction_keeps_its_copy_and_its_charge(
     going = evict_to(stage, pool, lib.POINT_EVICT_PUNCH, 0)
     guest.call("poke", page=2, byte=9)  # mapped: the event needs no extent
     let_go(lib.POINT_EVICT_PUNCH)
-    going.result(20)
+    going.result(ANSWER_SECONDS)
     assert guest.read(2) == b"\x09" + content(2)[1:]
     assert private_pages(guest) == 1
     assert stage.audit().mismatches == []
@@ -108,7 +109,7 @@ def test_an_eviction_between_charge_and_copy_leaves_no_charge_for_nothing(stage:
         going = pool.submit(stage.evict, 0)
         until(lambda: stage.state(0) is ExtentState.EVICTING, "the eviction is on its way")
         let_go(lib.POINT_WRITE_CHARGED)
-        assert going.result(20) == [0]
+        assert going.result(ANSWER_SECONDS) == [0]
     guest.finish(write)
     assert guest.read(0) == b"\7" + content(0)[1:]
     looks = stage.looks(guest, 0, 16)
@@ -129,7 +130,7 @@ def test_a_copy_made_while_its_page_is_being_settled_stays_charged_and_writable(
     write = guest.start("write", offset=PAGE, given_hex="02")  # protected again: it must ask
     guest.wait_stuck(write)
     let_go(lib.POINT_SETTLE_PROTECTED)
-    settling.result(20)
+    settling.result(ANSWER_SECONDS)
     guest.finish(write)
     assert guest.read(1) == b"\2" + content(1)[1:]
     assert private_pages(guest) == stage.looks(guest, 0, 16).count(PRIVATE) == 2
@@ -156,7 +157,7 @@ def test_a_copy_made_between_look_and_protection_is_charged_and_opened_again(
     guest.call("poke", page=1, byte=5)
     protect(guest, 1, True)
     let_go(lib.POINT_SETTLE_PROTECTED)
-    settling.result(20)
+    settling.result(ANSWER_SECONDS)
     assert guest.account.status().private_pages == 2
     faults = write_faults(guest)
     guest.call("poke", page=1, byte=7)
@@ -252,6 +253,6 @@ def test_a_guest_detached_while_its_extent_is_held_leaves_no_hold(
     leaving = pool.submit(stage.detach, guest)
     assert stage.evict(0, at_once=True) == []
     let_go(lib.POINT_FAULT_HELD)
-    leaving.result(20)
+    leaving.result(ANSWER_SECONDS)
     assert stage.evict(0) == [0]
     assert list(stage.image.refs()) == [0] * 8

@@ -5,8 +5,9 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from followed import Copy, dirty, memory
+from followed import Copy, dirty, freeze, memory
 from stage import (
+    ANSWER_SECONDS,
     PAGE,
     MakeStage,
     Stage,
@@ -89,7 +90,7 @@ def test_a_write_between_clearing_and_protecting_is_in_the_bytes_read_after(stag
         wait_at(lib.POINT_TRACK_CLEARED)
         guest.call("poke", page=1, byte=2)  # it is open: nobody is asked
         let_go(lib.POINT_TRACK_CLEARED)
-        assert taking.result(20) == [1]
+        assert taking.result(ANSWER_SECONDS) == [1]
     assert memory(guest, 1) == b"\2" + b"\1" * (PAGE - 1)
 
 
@@ -107,7 +108,7 @@ def test_a_write_that_waits_while_pages_are_taken_is_dirty_afterwards(stage: Sta
         write = guest.start("write", offset=PAGE, given_hex="09")
         guest.wait_stuck(write)
         let_go(lib.POINT_TRACK_CLEARED)
-        assert taking.result(20) == [2]
+        assert taking.result(ANSWER_SECONDS) == [2]
     guest.finish(write)
     assert dirty(guest) == [1]
 
@@ -135,7 +136,7 @@ def test_followed_pages_survive_evictions_and_moves(stage: Stage) -> None:
     guest.base = guest.call("move")
     guest.call("fill", page=3, nr_pages=1, byte=2)
     assert 3 in copy.update(guest)
-    guest.handler.freeze()
+    freeze(guest)
     copy.update(guest)
     assert copy.differs(guest) == []
     assert stage.audit().mismatches == []
@@ -160,7 +161,7 @@ def test_what_was_taken_is_the_guests_memory_once_it_is_frozen(
                 stage.evict(*range(16), at_once=True)
             if rng.random() < 0.2:
                 guest.account.settle()
-        guest.handler.freeze()
+        freeze(guest)
         copy.update(guest)
         assert copy.differs(guest) == []
         assert dirty(guest) == []
@@ -192,6 +193,6 @@ def test_a_write_that_waits_for_a_later_page_is_not_missed_on_the_pages_before_i
     let_go(lib.POINT_LOAD_READ)
     guest.finish(ticket)
     copy.update(guest)
-    guest.handler.freeze()
+    freeze(guest)
     assert copy.differs(guest) == []
     guest.handler.thaw()

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from domains import NOBODY, MakeImage, StartDaemon, StartGuest, in_thread
 from stage import (
+    ANSWER_SECONDS,
     PAGE,
     MappedGuest,
     Stage,
@@ -51,7 +52,7 @@ def test_trap_04_a_guest_that_makes_it_blocking_breaks_only_itself(stage: Stage)
     hostile.finish(ticket)  # the handler is about to look for more, and there is no more
     assert other.read(40) == content(40)
     leaving = in_thread(lambda: stage.detach(hostile))
-    leaving.join(20)
+    leaving.join(ANSWER_SECONDS)
     assert not leaving.is_alive(), "the fault thread waits for the guest in read()"
     assert other.read(60) == content(60)
 
@@ -97,7 +98,8 @@ def test_trap_06_an_answer_that_meets_an_unread_event_is_given_again(stage: Stag
     read = guest.start("read", offset=5 * PAGE, length=1)
     wait_at(lib.POINT_FAULT_HELD)
     discard = guest.start("discard", page=30, nr_pages=1)
-    assert select.select([guest.fds[0]], [], [], 20)[0]  # its REMOVE is queued: mapping is EAGAIN
+    # Its REMOVE is queued: mapping is EAGAIN.
+    assert select.select([guest.fds[0]], [], [], ANSWER_SECONDS)[0]
     let_go(lib.POINT_FAULT_HELD)
     assert bytes.fromhex(guest.finish(read)) == content(5)[:1]
     guest.finish(discard)
@@ -198,7 +200,7 @@ def test_trap_12_a_loader_does_not_touch_descriptors_of_a_guest_that_left(stage:
     recycled = leaver.fds[0]
     os.dup2(other.fds[0], recycled)  # the number is somebody else's userfaultfd from here on
     let_go(lib.POINT_LOAD_PUBLISH)
-    assert stage.image.wait_loaded(0, 1, 10_000)
+    assert stage.image.wait_loaded(0, 1, 60_000)
     assert other.read(40) == content(40)
     stage.load(0, 1)
     until(lambda: stage.evict(0), "nobody holds the extent any more")
@@ -218,7 +220,7 @@ def test_trap_12_a_guest_that_died_is_found_gone_when_it_is_answered(stage: Stag
     let_go(lib.POINT_FAULT_HELD)
     until(lambda: guest.account.status().broken, "the guest counts as broken")
     assert guest.account.status().broken == -errno.ESRCH
-    assert select.select([stage.store.notice_fd], [], [], 20)[0]
+    assert select.select([stage.store.notice_fd], [], [], ANSWER_SECONDS)[0]
 
 
 def test_trap_12_a_killed_guest_returns_its_grants_and_charges(
@@ -268,14 +270,15 @@ def test_trap_15_a_slow_load_stands_in_nobodys_way(stage: Stage) -> None:
 
 def test_trap_15_readahead_leaves_a_loader_free_for_who_waits(stage: Stage) -> None:
     guest = stage.guest(window=1)
-    stop_at(lib.POINT_LOAD_READ, nr_times=3)
+    # Not in the read: after a second of it, others would take the loaders' place.
+    stop_at(lib.POINT_LOAD_FILL, nr_times=3)
     for nr, extent in enumerate((0, 2, 4), start=1):
         assert stage.image.prefetch(extent, 1) == 1
-        wait_at(lib.POINT_LOAD_READ, nr)
+        wait_at(lib.POINT_LOAD_FILL, nr)
     assert stage.image.prefetch(6, 1) == 1
     assert guest.read(16) == content(16)
     assert stage.store.counters().queued_loads == 1
-    let_go(lib.POINT_LOAD_READ)
+    let_go(lib.POINT_LOAD_FILL)
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 from stage import (
+    ANSWER_SECONDS,
     PAGE,
     SIGBUS_DEATH,
     Stage,
@@ -52,7 +53,7 @@ def test_a_write_to_an_absent_extent_loads_it_first(stage: Stage) -> None:
 def test_at_its_quota_a_writer_stops_and_a_raise_lets_it_go_on(stage: Stage) -> None:
     guest = stage.guest(quota=3)
     ticket = guest.start("fill", page=0, nr_pages=8, byte=5)
-    assert select.select([stage.store.notice_fd], [], [], 20)[0]
+    assert select.select([stage.store.notice_fd], [], [], ANSWER_SECONDS)[0]
     guest.wait_stuck(ticket)
     status = guest.account.status()
     assert status.stopped_since_ns > 0

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 from backend_process import BackendProcess, StressError
 from rounds import KIB, Round
@@ -38,6 +39,9 @@ _ERRORS = (
     ("LOAD_FILL", errno.ENOSPC, 4),
     ("LOAD_PUBLISH", errno.EIO, 2),
 )
+
+# How long a guest whose quota was raised may take to notice, on a busy machine.
+_GOES_ON_SECONDS = 60.0
 
 
 class Operator(threading.Thread):
@@ -164,6 +168,11 @@ class Commands:
         self._backend.close()
 
 
+def _has_room(guest: dict[str, Any]) -> bool:
+    """Whether the quota of a guest, as status has it, has room for more than any window."""
+    return bool(guest["private_bytes"] < guest["quota_bytes"] - 512 * KIB)
+
+
 class Quotas:
     """Watches guests come to a stop at their quota, raises it, and holds every guest to it."""
 
@@ -185,12 +194,24 @@ class Quotas:
                 raise StressError(f"guest {name} has more than its quota ever was, {most}: {guest}")
             if guest["state"] == "stopped-quota":
                 self.nr_stops += 1
-                if guest["private_bytes"] < quota - 512 * KIB:
-                    raise StressError(f"guest {name} is stopped below its quota: {guest}")
+                if _has_room(guest):
+                    self._wait_goes_on(name)
                 if self.always_raise or self._rng.random() < 0.5:
                     self._set(name, quota + self._rng.randint(1, 128) * 4 * KIB)
             elif self._rng.random() < 0.05 and not self.always_raise:
                 self._set(name, max(4 * KIB, quota + self._rng.randint(-32, 32) * 4 * KIB))
+
+    def _wait_goes_on(self, name: str) -> None:
+        """Wait until a guest with room is not stopped: raised a moment ago, it may not have run."""
+        deadline = time.monotonic() + _GOES_ON_SECONDS
+        while True:
+            guests = self._backend.request("status")["status"]["guests"]
+            held = [g for g in guests if g["name"] == name and g["state"] == "stopped-quota"]
+            if not any(map(_has_room, held)):
+                return
+            if time.monotonic() > deadline:
+                raise StressError(f"guest {name} stays stopped below its quota: {held}")
+            time.sleep(0.01)
 
     def stopped(self) -> set[str]:
         """Names of the processes whose guest is stopped at this moment."""

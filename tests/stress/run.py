@@ -53,7 +53,7 @@ def main() -> int:
             Path(folder).chmod(0o755)
             started = time.monotonic()
             run = RoundRun(
-                random.Random(f"{seed}:{no}"), no, Path(folder), env, 20 * arguments.slowness
+                random.Random(f"{seed}:{no}"), no, Path(folder), env, 60 * arguments.slowness
             )
             print(f"stress: {run.round}", flush=True)
             summary = run.run(arguments.seconds / nr_rounds)

@@ -22,7 +22,7 @@ ROUND = Round(
     errors=False,
     sizes={"disk": 1000 * KIB},
 )
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 60.0
 
 
 @pytest.fixture

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
-from stage import PAGE, MappedGuest
+from stage import PAGE, MappedGuest, until
+
+from cowshed.cache import PeerError
 
 
 def pages_of(bitmap: bytes) -> list[int]:
@@ -31,6 +34,17 @@ def memory(guest: MappedGuest, page: int) -> bytes | None:
         return os.pread(guest.fds[2], PAGE, guest.base + page * PAGE)
     except OSError:
         return None
+
+
+def freeze(guest: MappedGuest) -> None:
+    """Freeze it. One freeze gives up after a second, which a busy machine may let pass."""
+
+    def is_frozen() -> bool:
+        with contextlib.suppress(PeerError):
+            guest.handler.freeze()
+        return guest.account.status().frozen
+
+    until(is_frozen, "the guest is frozen")
 
 
 class Copy:

@@ -258,22 +258,28 @@ class Stage:
         end = first + (self.image.nr_extents - first if nr is None else nr)
         while todo := [e for e in range(first, end) if self.state(e) is ExtentState.ABSENT]:
             self.image.prefetch(todo[0], end - todo[0])
-            assert self.image.wait_loaded(first, end - first, 10_000)
+            assert self.image.wait_loaded(first, end - first, int(ANSWER_SECONDS * 1000))
 
     def evict(self, *extents: int, at_once: bool = False) -> list[int]:
-        """Evict what may go, once no fault thread holds it any more; or, at_once, as things are."""
+        """Evict what may go, once nobody holds it any more; or, at_once, as things are.
 
-        def let_go_of(extent: int) -> bool:
-            return (
-                self.state(extent) is not ExtentState.RESIDENT
-                or self.image.pins()[extent] > 0
-                or bool(lib.image_extent_idle(self.image.cdata, extent))
-            )
-
+        A fault thread that maps ahead may take a hold at any moment: then it is tried again.
+        """
+        if at_once:
+            return sorted(evict(self.image, list(extents)))
         inside = [extent for extent in extents if extent < self.image.nr_extents]
-        if not at_once:
-            until(lambda: all(map(let_go_of, inside)), "nobody holds the extents")
-        return sorted(evict(self.image, list(extents)))
+        gone: set[int] = set()
+
+        def are_gone() -> bool:
+            staying = [e for e in inside if e not in gone and self._may_go(e)]
+            gone.update(evict(self.image, staying))
+            return gone.issuperset(staying)
+
+        until(are_gone, "nobody holds the extents")
+        return sorted(gone)
+
+    def _may_go(self, extent: int) -> bool:
+        return self.state(extent) is ExtentState.RESIDENT and not self.image.pins()[extent]
 
     def evict_all(self) -> list[int]:
         return self.evict(*range(self.image.nr_extents))
