@@ -147,18 +147,13 @@ class ImageFolder:
         }
         spec = _spec(domain, name, places.raw, allowed)
         try:
-            places.part.parent.mkdir(mode=0o700, exist_ok=True)
-            fd = os.open(places.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise SourceError(f"cannot make {str(places.part)!r}: {error.strerror}") from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(fd, 0)
-        except OSError as error:
-            os.close(fd)
+            fd = _lock_part(places.part)
+        except BlockingIOError as error:
             raise UsageError(
                 f"image {name!r} is arriving by another handoff; wait for its end"
             ) from error
+        except OSError as error:
+            raise SourceError(f"cannot make {str(places.part)!r}: {error.strerror}") from error
         return IncomingImage(spec, table, places, fd)
 
     def _places(self, domain: str, name: str) -> _Places:
@@ -254,6 +249,30 @@ class IncomingImage:
                 f"image {self.spec.label!r} cannot be kept in {str(self._places.raw.parent)!r}: "
                 f"{error.strerror}; make room there, or serve with another --image-dir"
             ) from error
+
+
+def _lock_part(part: Path) -> int:
+    """Open an empty file for the bytes of an image, and lock it. Raises OSError.
+
+    A handoff that ends meanwhile may remove the file, or the folder, which it leaves empty.
+    """
+    while True:
+        part.parent.mkdir(mode=0o700, exist_ok=True)
+        try:
+            fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.stat(part), os.fstat(fd)):
+                os.ftruncate(fd, 0)
+                return fd
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
@@ -13,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from attached import ROOM, Attached, StartReader, serve_one
-from domains import ANSWER_SECONDS, plain_environment, until
-from switches import switch
+from domains import ANSWER_SECONDS, paused, plain_environment, until
 
 pytestmark = pytest.mark.slow
 
@@ -252,37 +250,16 @@ def test_a_program_interrupted_while_it_asks_maps_nevertheless(
     attached: Attached, start_reader: StartReader
 ) -> None:
     reader = start_reader()
-    with stopped(attached):
+    with paused(attached.daemon.pid):
         reader.start("map")
         for _ in range(3):
             until(lambda: is_waiting(reader.pid))
             # A receive with a time limit ends with EINTR after this, handler or not.
-            os.kill(reader.pid, signal.SIGSTOP)
-            until(lambda: is_stopped(reader.pid))
-            os.kill(reader.pid, signal.SIGCONT)
+            with paused(reader.pid):
+                pass
         until(lambda: is_waiting(reader.pid))
     reader.finish()
     assert reader.call("check") == []
-
-
-@contextlib.contextmanager
-def stopped(attached: Attached) -> Iterator[None]:
-    """Have a backend that does not answer."""
-    os.kill(attached.daemon.pid, signal.SIGSTOP)
-    try:
-        until(lambda: is_stopped(attached.daemon.pid))
-        yield
-    finally:
-        os.kill(attached.daemon.pid, signal.SIGCONT)
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether each of its threads is: SIGSTOP comes to one after another, and later than kill."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-            if "State:\tT" not in (task / "status").read_text():
-                return False
-    return True
 
 
 def is_waiting(pid: int) -> bool:
@@ -356,7 +333,7 @@ def test_a_signal_ends_a_program_whose_backend_does_not_answer(
     attached: Attached, start_waiter: Callable[[str], subprocess.Popen[bytes]], what: str
 ) -> None:
     process = start_waiter(what)
-    with stopped(attached):
+    with paused(attached.daemon.pid):
         go_on(process)
         if what == "fork":  # its child waits, and it for that
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -379,7 +356,7 @@ def test_handlers_run_while_the_backend_does_not_answer(
 ) -> None:
     process = start_waiter(what)
     assert process.stdout is not None
-    with stopped(attached):
+    with paused(attached.daemon.pid):
         go_on(process)
         for _ in range(3):
             until(lambda: is_waiting(process.pid))

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from domains import NOBODY, Guest, command, in_thread, plain_environment, until
+from domains import NOBODY, Guest, command, in_thread, is_stopped, plain_environment, stop, until
 from switches import BEFORE, switch
-from two_hosts import PAGE, SIZE, Host, is_stopped, stop
+from two_hosts import PAGE, SIZE, Host
 
 from cowshed.cache.errors import UsageError
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from domains import in_thread, until
-from two_hosts import Host, Model, is_stopped
+from domains import in_thread, is_stopped, until
+from two_hosts import Host, Model
 
 pytestmark = pytest.mark.slow
 

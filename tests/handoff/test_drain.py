@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from domains import in_thread, until
-from two_hosts import Host, Model, is_stopped, stop
+from domains import in_thread, is_stopped, stop, until
+from two_hosts import Host, Model
 
 from cowshed.transport import connect
 from cowshed.transport.messages.fields import MovedError

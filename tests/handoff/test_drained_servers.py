@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from certificates import Authority
-from domains import Daemon, StartGuest, in_thread, until
+from domains import Daemon, StartGuest, in_thread, is_stopped, until
 from machine_guests import new_machine
-from two_hosts import PAGE, SIZE, Host, is_stopped
+from two_hosts import PAGE, SIZE, Host
 
 from cowshed.transport import connect
 from cowshed.transport.channels.exchange import ask, ask_for_fds, close_all, greet

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from domains import SUPPORT, StartGuest, in_thread, until
-from two_hosts import PAGE, SIZE, Host, is_stopped, stop
+from domains import SUPPORT, StartGuest, in_thread, is_stopped, stop, until
+from two_hosts import PAGE, SIZE, Host
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from certificates import Authority
-from domains import in_thread, kill_backend, new_run_dir, until
-from two_hosts import Host, Model, is_stopped
+from domains import in_thread, is_stopped, kill_backend, new_run_dir, until
+from two_hosts import Host, Model
 
 from cowshed.transport import connect
 from cowshed.transport.messages.fields import MovedError

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from domains import in_thread, kill_backend, new_run_dir, until
-from two_hosts import SIZE, Host, Model, is_stopped
+from domains import in_thread, is_stopped, kill_backend, new_run_dir, until
+from two_hosts import SIZE, Host, Model
 
 from cowshed.transport import connect
 from cowshed.transport.handoff.sections import ImageBytes, ImageWhole, StateReader

@@ -8,8 +8,8 @@ import random
 import signal
 
 import pytest
-from domains import StartGuest, in_thread, until
-from two_hosts import PAGE, SIZE, Host, is_stopped, stop
+from domains import StartGuest, in_thread, is_stopped, stop, until
+from two_hosts import PAGE, SIZE, Host
 
 from cowshed.transport import connect
 

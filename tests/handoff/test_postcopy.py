@@ -11,8 +11,8 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from domains import in_thread, kill_backend, until
-from two_hosts import PAGE, SIZE, Host, Model, is_stopped
+from domains import in_thread, is_stopped, kill_backend, until
+from two_hosts import PAGE, SIZE, Host, Model
 
 from cowshed.transport import connect
 

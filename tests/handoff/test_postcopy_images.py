@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from domains import in_thread, kill_backend, until
-from two_hosts import PAGE, SIZE, Host, Model, is_stopped
+from domains import in_thread, is_stopped, kill_backend, until
+from two_hosts import PAGE, SIZE, Host, Model
 
 from cowshed.transport.handoff.sections import ControlMessage, StateReader, StateWriter
 from cowshed.transport.links.stream_ends import listen

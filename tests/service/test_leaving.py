@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from domains import Daemon, MakeImage, StartDaemon, until
-from two_hosts import is_stopped
+from domains import Daemon, MakeImage, StartDaemon, is_stopped, until
 
 from cowshed.transport import connect
 from cowshed.transport.links.unix import connect as connect_raw

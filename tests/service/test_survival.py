@@ -7,8 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from domains import Daemon, Guest, MakeImage, StartDaemon, StartGuest, kill_backend, until
-from two_hosts import stop
+from domains import Daemon, Guest, MakeImage, StartDaemon, StartGuest, kill_backend, stop, until
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from domains import Daemon, Guest, MakeImage, StartDaemon, StartGuest, until
+from domains import Daemon, Guest, MakeImage, StartDaemon, StartGuest, stop, until
 from machine_guests import new_machine, restore, status_of
-from two_hosts import stop
 
 pytestmark = pytest.mark.slow
 

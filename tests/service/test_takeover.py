@@ -19,10 +19,10 @@ from domains import (
     StartDaemon,
     StartGuest,
     command,
+    is_stopped,
     until,
 )
 from supervisor import Supervisor
-from two_hosts import is_stopped
 
 # Each starts several daemons, one after the other.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

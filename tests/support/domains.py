@@ -59,7 +59,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether each thread of a process is: a signal stops them one by one."""
+    """Whether each thread of a process has stopped: a signal stops them one by one."""
     with contextlib.suppress(OSError):
         tasks = Path(f"/proc/{pid}/task").iterdir()
         return {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks} == {
@@ -68,12 +68,17 @@ def is_stopped(pid: int) -> bool:
     return False
 
 
+def stop(pid: int) -> None:
+    """Stop a process; on return each thread of it has stopped, which os.kill does not wait for."""
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: is_stopped(pid))
+
+
 @contextlib.contextmanager
 def paused(pid: int) -> Iterator[None]:
     """Have a process do nothing meanwhile."""
-    os.kill(pid, signal.SIGSTOP)
     try:
-        until(lambda: is_stopped(pid))
+        stop(pid)
         yield
     finally:
         os.kill(pid, signal.SIGCONT)

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
-import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -116,20 +114,6 @@ class Host:
         with connect(self.tcp) as backend, backend.open("d", guest=guest, token=token) as disk:
             assert isinstance(disk, ByteDisk)
             yield disk
-
-
-def is_stopped(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        text = Path(f"/proc/{pid}/stat").read_text()
-        return text.rpartition(")")[2].split()[0] == "T"
-    return False
-
-
-def stop(pid: int) -> None:
-    """Stop a process; every thread of it has stopped on return, which kill() does not wait for."""
-    os.kill(pid, signal.SIGSTOP)
-    tasks = Path(f"/proc/{pid}/task")
-    until(lambda: all(is_stopped(int(tid)) for tid in os.listdir(tasks)))
 
 
 class Model:
