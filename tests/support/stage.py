@@ -258,7 +258,7 @@ class Stage:
         end = first + (self.image.nr_extents - first if nr is None else nr)
         while todo := [e for e in range(first, end) if self.state(e) is ExtentState.ABSENT]:
             self.image.prefetch(todo[0], end - todo[0])
-            assert self.image.wait_loaded(first, end - first, 10_000)
+            assert self.image.wait_loaded(first, end - first, int(ANSWER_SECONDS * 1000))
 
     def evict(self, *extents: int, at_once: bool = False) -> list[int]:
         """Evict what may go, once no fault thread holds it any more; or, at_once, as things are."""
