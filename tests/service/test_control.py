@@ -96,7 +96,8 @@ def test_status_does_not_wait_for_a_warm(held_up: Daemon) -> None:
 
 def test_a_warm_that_nobody_waits_for_ends(held_up: Daemon) -> None:
     backend = held_up.connect()
-    assert "progress" in next(backend.stream("warm", image="d"))
+    replies = backend.stream("warm", image="d")  # who drops it has closed the connection
+    assert "progress" in next(replies)
     assert is_warming(held_up)
     backend.close()
     until(lambda: not is_warming(held_up))
