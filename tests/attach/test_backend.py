@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from attached import ROOM, Attached, StartReader, serve_one
 from domains import ANSWER_SECONDS, paused, plain_environment, until
+from switches import switch
 
 pytestmark = pytest.mark.slow
 

@@ -89,7 +89,7 @@ def test_resident_extents_pins_and_totals_outlive_their_process(source: Path) ->
         assert sorted(image.store.take_inserted() or []) == [(0, no) for no in resident(image)]
         for no in (4, 7):
             image.prefetch(no, 1)
-            assert image.wait_loaded(no, 1, 20_000)
+            assert image.wait_loaded(no, 1, 60_000)
         assert resident(image) == list(range(NR_EXTENTS))
         check_whole(image, source)
         assert image.counters().loads == 9

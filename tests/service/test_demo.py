@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import select
@@ -41,11 +42,13 @@ SMALL = ["--guests", "4", "--size", "32M", "--capacity", "12M"]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it runs guests as nobody")
 
 
-def start_demo(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start_demo(
+    folder: Path, *arguments: str, stdout: int = subprocess.PIPE
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(BENCH / "demo.py"), *arguments],
         env={**os.environ, "TMPDIR": str(folder)},
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -64,15 +67,20 @@ def test_a_small_demo_finds_no_wrong_byte_and_leaves_nothing_behind(run_dir: Pat
 
 @needs_root
 def test_an_interrupted_demo_leaves_no_file_and_no_process(run_dir: Path) -> None:
-    with start_demo(run_dir, *SMALL) as demo:
-        assert demo.stdout is not None
+    # A pipe with room for one write: the demo waits in its next line but one for its reader.
+    reader, writer = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+    with (
+        start_demo(run_dir, *SMALL, stdout=writer) as demo,
+        os.fdopen(reader, closefd=True) as lines,
+    ):
+        os.close(writer)
         pid = next(
-            int(line.split("process ")[1].split(",")[0])
-            for line in demo.stdout
-            if "-> process" in line
+            int(line.split("process ")[1].split(",")[0]) for line in lines if "-> process" in line
         )
         backend = os.pidfd_open(pid)
         demo.send_signal(signal.SIGINT)
+        lines.read()
         _, errors = demo.communicate()
     assert demo.returncode == 128 + signal.SIGINT
     assert errors == "demo: interrupted; what it made is removed\n"

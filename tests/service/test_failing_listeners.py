@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ from domains import (
     kill_backend,
     until,
 )
+from places import take_port
 
 from cowshed.transport.guest.client import connect
 
@@ -46,7 +48,7 @@ def image(make_image: MakeImage) -> Path:
 @pytest.fixture
 def taken() -> Iterator[socket.socket]:
     """A port of this host at which somebody else listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with take_port() as listener:
         yield listener
 
 
@@ -265,8 +267,14 @@ def test_a_certificate_on_a_disk_that_hangs_holds_up_its_listener_alone(
     Path(files["ca"]).rename(hangs)
     with socket.create_connection(("127.0.0.1", port), ANSWER_SECONDS) as client:
         put_back(files, had)
-        hangs.write_bytes(b"")  # those who wait get an error, and try again
-        until(lambda: addresses(kept) == [])
+
+        def is_served() -> bool:
+            # Who waits there, or comes only now, gets an error and tries again; nobody may.
+            with contextlib.suppress(OSError):
+                os.close(os.open(hangs, os.O_WRONLY | os.O_NONBLOCK))
+            return addresses(kept) == []
+
+        until(is_served)
         with trust.wrap_socket(client, server_hostname="localhost") as secured:
             assert secured.version()
     assert still_served(kept, guest, image)

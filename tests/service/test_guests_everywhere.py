@@ -11,8 +11,8 @@ from urllib.parse import urlencode
 
 import pytest
 from certificates import Authority
-from domains import Daemon, new_run_dir, until, write_image
-from places import SCHEMES
+from domains import ANSWER_SECONDS, Daemon, new_run_dir, until, write_image
+from places import SCHEMES, take_port
 
 from cowshed.cache.errors import PeerError, UsageError
 from cowshed.transport import ByteDisk, Disk, connect
@@ -35,18 +35,20 @@ class Site:
         self.images = [f"--image=disk={image}", f"--image=other={image}"]
         self._client = ""
         self.listen: list[str] = []
-        if scheme in ("tcp", "vsock"):
-            self.listen = [f"--listen={'tcp://127.0.0.1' if scheme == 'tcp' else 'vsock://any'}:0"]
+        with take_port() as taken:  # where it must be able to listen a second time
+            port = taken.getsockname()[1]
+        if scheme == "tcp":
+            self.listen = [f"--listen=tcp://127.0.0.1:{port}"]
         if authority is not None:
             server = authority.issue("server", "IP:127.0.0.1")
-            self.listen = [f"--listen=tls://127.0.0.1:0?{urlencode(server)}"]
+            self.listen = [f"--listen=tls://127.0.0.1:{port}?{urlencode(server)}"]
             self._client = f"?{urlencode(authority.issue('alice', 'DNS:alice.example'))}"
         if scheme == "vsock":
             self.listen = ["--listen=vsock://any:6012345"]
         self.daemon = self.start()
 
     def start(self) -> Daemon:
-        """Start the backend, at the port it had if it was there before."""
+        """Start the backend, each time at the same port."""
         self.daemon = Daemon(
             self.run_dir, [*self.images, *self.listen, "--capacity=4M", "--no-keeper", "--verbose"]
         )
@@ -56,8 +58,6 @@ class Site:
             return self.daemon
         (where,) = [line for line in self.daemon.log().splitlines() if "event=listening " in line]
         listening = where.partition("uri=")[2].split()[0].strip('"')
-        port = listening.rpartition(":")[2]
-        self.listen = [self.listen[0].replace(":0", f":{port}")]
         self.uri = listening.replace("any", "1") + self._client
         return self.daemon
 
@@ -197,11 +197,11 @@ def test_a_quota_holds_and_a_raised_one_lets_writes_go_on(site: Site) -> None:
         if disk.mapped:
             until(lambda: site.daemon.guest_status("q")["state"] == "stopped-quota")
         else:
-            assert refused.wait(20)
+            assert refused.wait(ANSWER_SECONDS)
             assert failed[0].errno == 28
         assert site.daemon.guest_status("q")["private_bytes"] == 4 * PAGE
         site.daemon.request("quota", guest="q", quota_bytes=8 * PAGE)
-        assert done.wait(20)
+        assert done.wait(ANSWER_SECONDS)
         thread.join()
         assert disk.read(4 * PAGE, 1) == b"x"
 

@@ -11,7 +11,7 @@ import struct
 from typing import Any
 
 import pytest
-from domains import Daemon, StartGuest, until
+from domains import ANSWER_SECONDS, Daemon, StartGuest, until
 from siege import MIB, guests_are, still_serves
 from swarms import Swarm
 
@@ -127,8 +127,8 @@ def test_silence_ends_with_the_handshakes_deadline(
         _, fds = ask_for_fds(opened, "open", {"image": "d", "guest": "slow"})
         close_all(fds)
         with pytest.raises(PeerError, match=r"closed|answered"):
-            opened.recv(20)
-        assert select.select([silent], [], [], 20)[0]
+            opened.recv(ANSWER_SECONDS)
+        assert select.select([silent], [], [], ANSWER_SECONDS)[0]
         assert silent.recv(10) == b""
         assert idle.alive
         # The name is free again.

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -18,13 +17,14 @@ from typing import Any
 import yaml
 from board_files import DASHBOARDS
 from domains import until
+from places import take_port
 
 SCRAPES_APART = "250ms"
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on at this moment."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    """A loopback port that nobody listens on, and that nobody is given."""
+    with take_port() as server:
         return int(server.getsockname()[1])
 
 

@@ -4,6 +4,7 @@
 import contextlib
 import itertools
 import os
+import random
 import socket
 from collections.abc import Iterator
 from functools import cache
@@ -34,6 +35,18 @@ def vsock_works() -> bool:
 # Tests are not repeated over what is not there; test_channel.py has one that skips instead.
 STREAMS = ["tcp", "tls"] + (["vsock"] if vsock_works() else [])
 SCHEMES = ["unix", *STREAMS]
+
+
+def take_port() -> socket.socket:
+    """Listen at a loopback port that stays free once this is closed, for who is told of it.
+
+    The kernel gives ports of its own choice to listeners and to clients, but none below a range.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        with contextlib.suppress(OSError):  # somebody listens there
+            port = random.SystemRandom().randrange(lowest // 2, lowest)
+            return socket.create_server(("127.0.0.1", port))
 
 
 class Place:

@@ -92,6 +92,10 @@ class Script:
         fd = self.opened()._connection.fileno()
         return subprocess.Popen(["sleep", "600"], pass_fds=[fd]).pid
 
+    def do_give_up_after(self, seconds: float) -> None:
+        """Have later calls wait so long for the backend; for a disk that a network leads to."""
+        self.opened()._timeout = seconds
+
     def do_pid(self) -> int:
         return os.getpid()
 
