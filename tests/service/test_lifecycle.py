@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from domains import NOBODY, Daemon, MakeImage, StartDaemon, StartGuest, until
+from domains import ANSWER_SECONDS, NOBODY, Daemon, MakeImage, StartDaemon, StartGuest, until
 from swarms import Swarm
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,7 @@ def test_64_guests_read_all_of_one_image_at_once(
         assert audit["mismatches"] == []
         assert (audit["checked"]["guests"], audit["checked"]["refs"]) == (64, 64 * 128)
         swarm.end()
-        swarm.process.wait(30)
+        swarm.process.wait(ANSWER_SECONDS)
     until(lambda: daemon.status()["guests"] == [])
     assert daemon.status()["images"][0]["refs"] == 0
     assert daemon.mismatches() == []
@@ -55,12 +55,18 @@ def test_10000_comings_and_goings_leave_nothing_behind(
         return daemon.nr_fds(), daemon.nr_threads(), daemon.resident_set_bytes()
 
     fds, threads, bytes_before = come_and_go(250)
-    fds_after, _, bytes_after = come_and_go(2250)
-    assert fds_after == fds
+    _, _, bytes_after = come_and_go(2250)
+    until(lambda: daemon.nr_fds() <= fds)
     daemon.until_threads_end(threads)
     assert bytes_after < bytes_before + 4 * MIB
-    assert daemon.request("evict", image="d")["kept_bytes"] == 0
-    assert os.stat(daemon.frames_path()).st_blocks == 0
+    frames = daemon.frames_path()
+
+    def is_empty() -> bool:
+        """Once evicted: what the last guests' readahead asked for may come late."""
+        kept = daemon.request("evict", image="d")["kept_bytes"]
+        return (kept, os.stat(frames).st_blocks) == (0, 0)
+
+    until(is_empty)
     assert daemon.stop() == 0
 
 
@@ -139,7 +145,7 @@ def test_shutdown_on_request_answers_before_it_ends(
 ) -> None:
     daemon = start_daemon("--image", f"d={make_image(MIB)}")
     assert daemon.request("shutdown") == {"ok": True}
-    assert daemon.process.wait(20) == 0
+    assert daemon.process.wait(ANSWER_SECONDS) == 0
 
 
 def test_a_daemon_at_once_after_another_serves_the_same_run_dir(
