@@ -36,12 +36,16 @@ _armed: set[str] = set()
 def arm(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Arm the point of that name: action "stop", "fail" (errno), "delay" (ms), "kill", "off".
 
-    times, 1 unless given, 0 for ever; permille of those that come by, as seed has it.
+    times, 1 unless given, 0 for ever; permille of those that come by, as seed has it. "look" says
+    whether a thread has come to a point of the core since it was armed.
     """
     name = take_text(request, "name")
     action = take_choice(
-        request, "action", ("off", "stop", "fail", "delay", "kill"), default="kill"
+        request, "action", ("off", "stop", "fail", "delay", "kill", "look"), default="kill"
     )
+    if action == "look":
+        yield {"reached": lib.point_wait(_number(name), 1, 0) == 0}
+        return
     if name in _OURS:
         (_armed.discard if action == "off" else _armed.add)(name)
     elif action == "off":

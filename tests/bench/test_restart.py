@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The case restart in its smallest form: it measures all it promises, and leaves nothing behind."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from domains import until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,6 +33,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "bench.json").read_text())
+    # What it has killed may take a while to be gone.
+    with contextlib.suppress(AssertionError):
+        until(lambda: not processes_that_name(temporary))
     report["left"] = [*temporary.iterdir(), *processes_that_name(temporary)]
     report["text"] = done.stdout
     return report

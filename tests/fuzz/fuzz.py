@@ -31,7 +31,8 @@ def main(name: str, seconds: str, found: str | None = None) -> None:
         seeds.mkdir(exist_ok=True)
         for seed in (CORPUS / name).glob("*.hex"):
             (seeds / seed.stem).write_bytes(bytes.fromhex(seed.read_text()))
-        options = [f"-max_total_time={seconds}", "-timeout=5", "-rss_limit_mb=2048"]
+        # On a busy machine an input takes seconds because others run.
+        options = [f"-max_total_time={seconds}", "-timeout=60", "-rss_limit_mb=2048"]
         options += ["-max_len=4096", "-print_final_stats=0", "-verbosity=0"]
         atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={folder}/", str(seeds)], one)
         atheris.Fuzz()

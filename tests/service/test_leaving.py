@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from domains import Daemon, MakeImage, StartDaemon, is_stopped, until
+from domains import ANSWER_SECONDS, Daemon, MakeImage, StartDaemon, is_stopped, until
 
 from cowshed.transport import connect
 from cowshed.transport.links.unix import connect as connect_raw
@@ -72,8 +72,8 @@ def test_who_is_promised_an_answer_gets_it_from_whoever_serves(kept: Daemon) -> 
         newcomer = threading.Thread(target=lambda: answers.append(kept.status()["pid"]))
         newcomer.start()
         go(pid)
-        asking.join(30)
-        newcomer.join(30)
+        asking.join(ANSWER_SECONDS)
+        newcomer.join(ANSWER_SECONDS)
     # Who was in may still be answered by the one that leaves; nobody is turned away.
     after = kept.status()["pid"]
     assert sorted(answers) in (sorted([pid, after]), [after, after])

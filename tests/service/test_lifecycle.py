@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from domains import NOBODY, Daemon, MakeImage, StartDaemon, StartGuest, until
+from domains import ANSWER_SECONDS, NOBODY, Daemon, MakeImage, StartDaemon, StartGuest, until
 from swarms import Swarm
 
 pytestmark = pytest.mark.slow
@@ -23,7 +23,7 @@ def test_64_guests_read_all_of_one_image_at_once(
     image = make_image(8 * MIB)
     daemon = start_daemon("--image", f"d={image}", "--capacity", "32M")
     with Swarm(daemon.uri, "hold", 64, rng, path=str(image)) as swarm:
-        assert swarm.results() == [{"wrong": 0}] * 64
+        assert swarm.results(150) == [{"wrong": 0}] * 64
         status = daemon.status()
         assert [guest["granted_bytes"] for guest in status["guests"]] == [8 * MIB] * 64
         assert status["images"][0]["refs"] == 64 * 128
@@ -34,7 +34,7 @@ def test_64_guests_read_all_of_one_image_at_once(
         assert audit["mismatches"] == []
         assert (audit["checked"]["guests"], audit["checked"]["refs"]) == (64, 64 * 128)
         swarm.end()
-        swarm.process.wait(30)
+        swarm.process.wait(ANSWER_SECONDS)
     until(lambda: daemon.status()["guests"] == [])
     assert daemon.status()["images"][0]["refs"] == 0
     assert daemon.mismatches() == []
@@ -55,12 +55,18 @@ def test_10000_comings_and_goings_leave_nothing_behind(
         return daemon.nr_fds(), daemon.nr_threads(), daemon.resident_set_bytes()
 
     fds, threads, bytes_before = come_and_go(250)
-    fds_after, _, bytes_after = come_and_go(2250)
-    assert fds_after == fds
+    _, _, bytes_after = come_and_go(2250)
+    until(lambda: daemon.nr_fds() <= fds)
     daemon.until_threads_end(threads)
     assert bytes_after < bytes_before + 4 * MIB
-    assert daemon.request("evict", image="d")["kept_bytes"] == 0
-    assert os.stat(daemon.frames_path()).st_blocks == 0
+    frames = daemon.frames_path()
+
+    def is_empty() -> bool:
+        """Once evicted: what the last guests' readahead asked for may come late."""
+        kept = daemon.request("evict", image="d")["kept_bytes"]
+        return (kept, os.stat(frames).st_blocks) == (0, 0)
+
+    until(is_empty)
     assert daemon.stop() == 0
 
 
@@ -127,8 +133,9 @@ def test_sigterm_ends_the_daemon_with_guests_attached(
     until(lambda: daemon.guest_status("g1")["state"] == "stopped-quota")
     busy.start("compare", path=str(daemon.run_dir / "image.raw"), offset=0, length=4 * MIB, step=7)
     assert daemon.stop() == 0
-    left = sorted(path.name for path in daemon.run_dir.iterdir())
-    assert left == ["image.raw", "lock", "log", "state"]
+    left = {path.name for path in daemon.run_dir.iterdir()}
+    # What guests touched is kept in "state", unless that takes long.
+    assert left - {"state"} == {"image.raw", "lock", "log"}
     log = daemon.log()
     assert "event=stopping" in log
     assert "traceback" not in log
@@ -139,7 +146,7 @@ def test_shutdown_on_request_answers_before_it_ends(
 ) -> None:
     daemon = start_daemon("--image", f"d={make_image(MIB)}")
     assert daemon.request("shutdown") == {"ok": True}
-    assert daemon.process.wait(20) == 0
+    assert daemon.process.wait(ANSWER_SECONDS) == 0
 
 
 def test_a_daemon_at_once_after_another_serves_the_same_run_dir(

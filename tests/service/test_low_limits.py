@@ -31,7 +31,7 @@ def limit_files(pid: int, nr_free: int) -> tuple[int, int]:
 
 def run(script: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -212,7 +212,7 @@ with PageStore(1 << 20) as store:
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
     came.clear()
     reopener.reopen(image, got.append)
-    assert came.wait(30)
+    assert came.wait(60)
     for call in posted:
         call()
     print(*(type(each).__name__ for each in got))

@@ -46,6 +46,8 @@ def test_faults_loads_and_durations_agree_with_each_other(
         guest.call("open", image="d")
         guest.call("hash", offset=0, length=4 * MIB)
     guests[0].call("fill", offset=0, length=10 * PAGE, byte=7)
+    for guest in guests:
+        guest.call("close")  # a fault is counted after its guest has gone on
     samples, status = scrape(daemon), daemon.status()
     hits, requests = of_image(samples, "hits_total"), of_image(samples, "requests_total")
     assert (hits, requests - hits) == (status["hits"], status["misses"])
@@ -62,8 +64,6 @@ def test_faults_loads_and_durations_agree_with_each_other(
     assert of_image(samples, "loads_total", reason="demand") >= 1
     assert of_image(samples, "load_bytes_total", source="file") == 4 * MIB
     assert of_image(samples, "mapped_pages_total") >= 3 * 1024
-    for guest in guests:
-        guest.call("close")
 
 
 def test_gauges_say_who_has_what(daemon: Daemon, start_guest: StartGuest) -> None:
@@ -87,7 +87,8 @@ def test_gauges_say_who_has_what(daemon: Daemon, start_guest: StartGuest) -> Non
     # What was charged and not written is gone a scrape later.
     until(lambda: of_image(scrape(daemon), "private_bytes") == 10 * PAGE)
     assert of_image(scrape(daemon), "cow_pages_total") >= 10
-    daemon.request("evict", image="d")
+    # All but what is pinned; an extent that a fault thread still maps is kept.
+    until(lambda: daemon.request("evict", image="d")["kept_bytes"] == 3 * EXTENT)
     samples = scrape(daemon)
     assert of_image(samples, "resident_bytes") == 3 * EXTENT
     assert of_image(samples, "working_set_resident_bytes") == 3 * EXTENT
@@ -131,9 +132,10 @@ def test_time_at_the_quota_grows_while_a_guest_is_stopped(
     guest = start_guest(daemon.uri)
     guest.call("open", image="d", guest="g", quota_bytes=2 * PAGE)
     guest.start("poke", pages=[100, 300, 500], byte=1)
-    until(lambda: of_image(scrape(daemon), "quota_stops_total") == 1)
+    stopped = {"transport": "unix", "state": "stopped-quota"}
+    until(lambda: of_image(scrape(daemon), "guests", **stopped) == 1)
     samples = scrape(daemon)
-    assert of_image(samples, "guests", transport="unix", state="stopped-quota") == 1
+    assert of_image(samples, "quota_stops_total") == 1
     assert of_image(samples, "guests", transport="unix", state="running") == 0
     assert outcomes(samples, "write/refused") >= 1
     before = of_image(samples, "quota_stopped_seconds_total")
@@ -191,16 +193,17 @@ def test_no_counter_falls_while_guests_come_and_go(
     daemon = start_daemon("--image", f"d={image}", "--capacity", "1M", *ANY_PORT)
     before: Samples = {}
     nr_scrapes = 0
-    with Swarm(daemon.uri, "rounds", 3, rng, nr_rounds=200) as swarm:
-        while swarm.running:
-            now = scrape(daemon)
-            for key, seen in before.items():
-                if key[0].endswith(("_total", "_bucket", "_count", "_sum")):
-                    assert now[key] >= seen, (key, seen, now[key])
-            before = now
-            nr_scrapes += 1
-        swarm.results()
-    assert nr_scrapes > 5
+    while nr_scrapes <= 5:  # however much faster than we the guests are
+        with Swarm(daemon.uri, "rounds", 3, rng, nr_rounds=200) as swarm:
+            while swarm.running:
+                now = scrape(daemon)
+                for key, seen in before.items():
+                    if key[0].endswith(("_total", "_bucket", "_count", "_sum")):
+                        assert now[key] >= seen, (key, seen, now[key])
+                before = now
+                nr_scrapes += 1
+            swarm.results()
+    until(lambda: daemon.status()["guests"] == [])
     samples, status = scrape(daemon), daemon.status()
     assert of_image(samples, "hits_total") == status["hits"] > 0
     assert of_image(samples, "guest_attaches_total") > 100
@@ -255,13 +258,15 @@ def test_a_dead_guests_series_are_gone_and_its_past_stays(
     guest = start_guest(with_guests.uri)
     guest.call("open", image="d", guest="short-lived")
     guest.call("read", offset=0, length=MIB)
+    # A fault is counted after its guest has gone on.
+    until(lambda: of_image(scrape(with_guests), "requests_total") > 0)
     requests = of_image(scrape(with_guests), "requests_total")
     assert value(scrape(with_guests), "guest_quota_bytes", guest="short-lived", image="d") == float(
         "inf"
     )
     guest.kill()
     until(lambda: not [key for key in scrape(with_guests) if ("guest", "short-lived") in key[1]])
-    assert of_image(scrape(with_guests), "requests_total") == requests > 0
+    assert of_image(scrape(with_guests), "requests_total") >= requests
 
 
 def test_guests_over_the_cap_have_no_series_and_are_counted(

@@ -15,11 +15,13 @@ from domains import Daemon, MakeImage, StartDaemon, cowshed, until
 from scraping import ANY_PORT, fetch, metrics_url
 
 from cowshed.service.settings.endpoint import Endpoint
+from cowshed.service.web import http_server
 from cowshed.service.web.http_messages import Answer, HttpRequest
 from cowshed.service.web.http_server import HttpServer
 
 MIB = 1 << 20
 LONG = b"x" * (8 * MIB)
+PATIENCE_SECONDS = 600.0
 
 
 class Pages:
@@ -34,7 +36,7 @@ class Pages:
 
     def wait(self, _: HttpRequest) -> Answer:
         self.asked.set()
-        assert self.go.wait(30)
+        assert self.go.wait(60)
         return 200, "text/plain", b"waited"
 
     def fail(self, _: HttpRequest) -> Answer:
@@ -50,9 +52,12 @@ def pages() -> Pages:
 
 
 @pytest.fixture
-def server(pages: Pages) -> Iterator[HttpServer]:
+def server(pages: Pages, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpServer]:
+    """One that gives up no client that is only slow, as any is on a busy machine."""
     routes = {"/": pages.echo, "/wait": pages.wait, "/fail": pages.fail, "/long": pages.long}
-    server = HttpServer(Endpoint("127.0.0.1", 0), routes, read_seconds=0.5)
+    for name in ("_SEND_SECONDS", "_LINGER_SECONDS", "_STOP_SECONDS"):
+        monkeypatch.setattr(http_server, name, PATIENCE_SECONDS)
+    server = HttpServer(Endpoint("127.0.0.1", 0), routes, read_seconds=PATIENCE_SECONDS)
     server.start()
     yield server
     pages.go.set()
@@ -116,7 +121,7 @@ def test_what_cannot_be_answered_gets_a_status_that_says_why(
 
 
 def test_silent_connections_make_room_for_who_asks(pages: Pages) -> None:
-    server = HttpServer(Endpoint("127.0.0.1", 0), {"/": pages.echo}, read_seconds=30)
+    server = HttpServer(Endpoint("127.0.0.1", 0), {"/": pages.echo}, read_seconds=PATIENCE_SECONDS)
     server.start()
     with contextlib.ExitStack() as stack:
         stack.callback(server.stop)
@@ -131,11 +136,24 @@ def test_silent_connections_make_room_for_who_asks(pages: Pages) -> None:
         assert status(read_all(silent[-1])) == 200
 
 
-def test_a_request_that_comes_in_drips_is_out_of_time(server: HttpServer) -> None:
+def test_a_request_that_comes_in_drips_holds_nobody_up(server: HttpServer) -> None:
     with socket.create_connection(("127.0.0.1", server.endpoint.port), timeout=60) as sock:
         sock.send(b"GET / HT")
         assert status(ask(server, "GET / HTTP/1.1\r\n\r\n")) == 200
-        assert sock.recv(1) == b""
+        sock.send(b"TP/1.1\r\n\r\n")
+        assert status(read_all(sock)) == 200
+
+
+def test_a_request_that_comes_in_drips_is_out_of_time(pages: Pages) -> None:
+    server = HttpServer(Endpoint("127.0.0.1", 0), {"/": pages.echo}, read_seconds=0.5)
+    server.start()
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.stop)
+        address = ("127.0.0.1", server.endpoint.port)
+        sock = stack.enter_context(socket.create_connection(address, timeout=60))
+        with contextlib.suppress(ConnectionError):  # it may be out of time before this is there
+            sock.send(b"GET / HT")
+            assert sock.recv(1) == b""
 
 
 def test_slow_answers_do_not_hold_up_the_loop_and_slow_readers_get_all(
@@ -167,8 +185,8 @@ def test_stopping_finishes_the_answer_under_way_and_refuses_what_comes_then(
         until(lambda: is_refused(address))
         pages.go.set()
         assert read_all(sock).endswith(b"waited")
-        stopping.join(30)
-    assert is_refused(address)
+    stopping.join(60)  # it has lingered until we closed
+    assert not stopping.is_alive()
 
 
 # The daemon's.
@@ -268,10 +286,10 @@ def test_a_scrape_during_the_shutdown_is_answered_in_full_or_not_at_all(daemon: 
     threads = [threading.Thread(target=thread) for _ in range(4)]
     for one in threads:
         one.start()
-    assert enough.wait(30)
+    assert enough.wait(60)
     daemon.process.send_signal(signal.SIGTERM)
     for one in threads:
-        one.join(30)
+        one.join(60)
         assert not one.is_alive()
     assert daemon.stop() == 0
     assert errors == []

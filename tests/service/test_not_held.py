@@ -13,6 +13,7 @@ import pytest
 from domains import Daemon, MakeImage, StartDaemon, StartGuest, kill_backend, until
 from machine_guests import restore, status_of
 from nbd_site import Site
+from two_hosts import is_stopped
 
 pytestmark = pytest.mark.slow
 
@@ -122,15 +123,20 @@ def test_a_keeper_without_room_says_so_and_holds_once_it_has(
     kept: Daemon, image: Path, start_guest: StartGuest
 ) -> None:
     pid = kept.pid
+    # It reads what it is sent in order: once it holds the first guest, it holds all before it.
+    start_guest(kept.uri).call("open", image="d", guest="first")
+    until(lambda: nr_held_guests(pid) == 1)
     _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     nr_fds = max(map(int, os.listdir(f"/proc/{pid}/fd"))) + 1
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (nr_fds + 3, hard))
     guest = start_guest(kept.uri)
     guest.call("open", image="d", guest="g")
     until(lambda: "no room for more descriptors" in kept.log())
-    assert not_held(kept) == 1
+    until(lambda: not_held(kept) == 1)  # it is sent again now and then, and refused again
     assert len(os.listdir(f"/proc/{pid}/fd")) <= nr_fds + 3  # and none of a part of it
+    assert nr_held_guests(pid) == 1
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+    until(lambda: nr_held_guests(pid) == 2)
     until(lambda: not_held(kept) == 0)
     kept.wait_logged("event=held groups=")
     kill_backend(kept)
@@ -149,6 +155,15 @@ def test_a_keeper_started_with_a_low_limit_raises_it_for_what_it_holds(
     kill_backend(kept)
     for guest in guests:
         assert guest.call("compare", path=str(image), offset=0, length=MIB) == 0
+
+
+def nr_held_guests(keeper: int) -> int:
+    """Of how many guests that map a keeper holds the descriptors."""
+    links = []
+    for fd in Path(f"/proc/{keeper}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(fd))
+    return links.count("anon_inode:[userfaultfd]")
 
 
 def leave_no_room(kept: Daemon) -> None:
@@ -173,6 +188,7 @@ def test_a_keeper_that_reads_nothing_holds_nobody_up_and_gets_all_in_the_end(
     guests = [start_guest(kept.uri) for _ in range(4)]
     os.kill(kept.pid, signal.SIGSTOP)
     try:
+        until(lambda: is_stopped(kept.pid))
         leave_no_room(kept)
         for guest in guests:
             guest.call("open", image="d", guest=f"g{guest.pid}")

@@ -172,8 +172,9 @@ class Daemon:
         """Its first image's frames: os.stat() of this says what they take."""
         fds = Path(f"/proc/{self.pid}/fd")
         for fd in sorted(os.listdir(fds), key=int):
-            if os.readlink(fds / fd).startswith("/memfd:cowshed-image"):
-                return fds / fd
+            with contextlib.suppress(FileNotFoundError):
+                if os.readlink(fds / fd).startswith("/memfd:cowshed-image"):
+                    return fds / fd
         raise AssertionError("the daemon has no image open")
 
     def connect(self) -> Backend:
@@ -217,6 +218,9 @@ class Daemon:
 
 def kill_backend(kept: Daemon, number: signal.Signals = signal.SIGKILL) -> None:
     """Have its successor serve, and nobody else."""
+    # It says in the log that it serves, and then tells its keeper: one that dies between the two
+    # has no successor. Whoever answers has told it.
+    kept.connect().close()
     pid = int((kept.run_dir / "lock").read_text())
     os.kill(pid if number == signal.SIGKILL else kept.pid, number)
     try:

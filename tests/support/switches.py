@@ -13,3 +13,8 @@ BEFORE = ("env", "COWSHED_TEST_POINTS=1")
 def switch(daemon: Daemon, point: str, action: str, **how: Any) -> None:
     """Arm a point: action off, stop, fail (errno), delay (ms) or kill; times, permille, seed."""
     daemon.request("point", name=point, action=action, **how)
+
+
+def is_reached(daemon: Daemon, point: str) -> bool:
+    """Whether a thread has come to a point of the core since it was armed."""
+    return bool(daemon.request("point", name=point, action="look")["reached"])

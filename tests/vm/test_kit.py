@@ -142,7 +142,7 @@ def test_no_machine_is_left_when_whoever_started_it_is_killed(kit: Kit, tmp_path
         assert starter.stdout is not None
         qemu = os.pidfd_open(int(starter.stdout.readline()))
         starter.kill()
-    assert select.select([qemu], [], [], 10)[0], "QEMU outlived it"
+    assert select.select([qemu], [], [], 60)[0], "QEMU outlived it"
     os.close(qemu)
 
 
@@ -153,7 +153,7 @@ def test_a_closed_machine_leaves_no_process_and_no_file(kit: Kit) -> None:
         qemu = os.pidfd_open(int(child))
         files = machine.folder
         assert files.exists()
-    assert select.select([qemu], [], [], 10)[0], "QEMU outlived its machine"
+    assert select.select([qemu], [], [], 60)[0], "QEMU outlived its machine"
     os.close(qemu)
     assert not files.exists()
 
