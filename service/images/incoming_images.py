@@ -257,7 +257,8 @@ def _lock_part(part: Path) -> int:
     A handoff that ends meanwhile may remove the file, or the folder, which it leaves empty.
     """
     while True:
-        part.parent.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(part.parent, 0o700)
         try:
             fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:

@@ -19,8 +19,10 @@ from cowshed.service.runtime.workers import Workers
 __all__ = ["Drainable", "GracefulShutdown", "Saving"]
 
 _LOOK_SECONDS: Final = 0.002
-# A peer that takes longer does not wait for this process: it hangs up, or connects again.
+# A peer that takes longer does not wait for this process: it hangs up, or connects again. On a busy
+# machine the time may go by before this process runs at all, so it also looks so many times.
 _PATIENCE_SECONDS: Final = 1.0
+_PATIENCE_LOOKS: Final = 50
 
 
 class Drainable(Protocol):
@@ -64,6 +66,7 @@ class GracefulShutdown:
         self._listening_fds = listening_fds
         self._servers = servers
         self._deadline = 0.0
+        self._nr_looks = 0
 
     def prepare(self) -> bool:
         """Run the loop until all are ready, or patience ends; False if we are to stop for good."""
@@ -71,6 +74,7 @@ class GracefulShutdown:
             self._loop.mute(fd)
         stop_at("departing")
         self._deadline = time.monotonic() + _PATIENCE_SECONDS
+        self._nr_looks = 0
         self._loop.begin_again()
         self._look()
         self._loop.run()
@@ -81,10 +85,9 @@ class GracefulShutdown:
         self._loop.unmute_all()
 
     def _look(self) -> None:
-        if (
-            any(server.nr_unfinished() for server in self._servers)
-            and time.monotonic() < self._deadline
-        ):
+        self._nr_looks += 1
+        is_patient = self._nr_looks < _PATIENCE_LOOKS or time.monotonic() < self._deadline
+        if is_patient and any(server.nr_unfinished() for server in self._servers):
             self._loop.once(_LOOK_SECONDS, self._look)
         else:
             self._loop.leave()

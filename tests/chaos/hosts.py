@@ -131,15 +131,6 @@ class ChaosHost:
         for taker in self._takers:
             taker.kill()
             taker.wait()
-        until(lambda: not self._kill_left())
-
-    def _kill_left(self) -> list[int]:
-        """A keeper or a backend may just have begun another; who was killed."""
-        left = self.processes()
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return left
 
     def request(self, op: str, **fields: Any) -> dict[str, Any]:
         with connect(self.unix) as backend:
@@ -172,19 +163,6 @@ class ChaosHost:
         os.close(backend)
         assert ended, f"{self.name}: the backend does not end"
         self.daemon.process.wait(60)
-
-    def processes(self) -> list[int]:
-        """Whatever runs with our run-dir among its words."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal() and int(entry.name) != os.getpid():
-                try:
-                    words = (entry / "cmdline").read_bytes()
-                except OSError:
-                    continue
-                if b"serve\0--run-dir\0" + os.fsencode(self.run_dir) + b"\0" in words:
-                    found.append(int(entry.name))
-        return found
 
 
 def _kinds(pid: int) -> Counter[str]:

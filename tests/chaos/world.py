@@ -27,7 +27,7 @@ from actors import (
 )
 from certificates import Authority
 from chaos_machine import FIRECRACKER, NYDUS_COPY, ZEROCOPY
-from domains import write_image
+from domains import serving, write_image
 from hosts import ChaosHost
 from page_model import PAGE
 
@@ -245,7 +245,7 @@ class World:
         )
         assert not bad, bad
         host.stop()
-        self.wait(lambda: not host.processes(), f"no process of {host.name} is left")
+        self.wait(lambda: not serving(host.run_dir), f"no process of {host.name} is left")
 
     def audit(self) -> None:
         for host in self.hosts:

@@ -19,6 +19,7 @@ from domains import (
     StartGuest,
     cowshed,
     kill_backend,
+    stop,
     until,
 )
 from nbd_site import Site
@@ -175,12 +176,6 @@ def test_something_in_the_place_of_a_socket_does_not_end_the_service(
     assert kept.guest_status("g")["state"] == "running"
 
 
-def states(pid: int) -> set[str]:
-    """The states of a process's threads, by proc(5)'s letter."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks}
-
-
 @pytest.fixture
 def stopped_server(image: Path, run_dir: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     """A file of a file system in user space, and its server, to be stopped."""
@@ -214,8 +209,7 @@ def test_a_file_system_that_hangs_holds_up_no_other_image(
     daemon = start_daemon(f"--image=far={far}", f"--image=other={other}")
     waiting = start_guest(daemon.uri)
     waiting.call("open", image="far")
-    server.send_signal(signal.SIGSTOP)
-    until(lambda: states(server.pid) == {"T"})  # a thread that still runs would answer
+    stop(server.pid)  # a thread that still runs would answer
     waiting.start("read", offset=0, length=1)
     until(lambda: image_status(daemon, "far")["source_wait_seconds"] > 3)
     guest = start_guest(daemon.uri)

@@ -5,14 +5,13 @@ import contextlib
 import os
 import random
 import resource
-import signal
 import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from domains import NOBODY, Daemon, Guest, MakeImage, StartDaemon, StartGuest, until
+from domains import NOBODY, Daemon, Guest, MakeImage, StartDaemon, StartGuest, stop, until
 from siege import MIB, SIZE, guests_are, still_serves
 from swarms import Swarm
 
@@ -249,7 +248,7 @@ def test_a_stopped_guest_holds_up_nobody(
 ) -> None:
     hostile.call("open", image="d", guest="bad")
     hostile.call("touch_all")
-    os.kill(hostile.pid, signal.SIGSTOP)
+    stop(hostile.pid)
     assert still_serves(daemon, start_guest)
     assert daemon.status()["pid"] == daemon.pid
     hostile.kill()

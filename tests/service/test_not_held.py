@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from domains import Daemon, MakeImage, StartDaemon, StartGuest, kill_backend, until
+from domains import Daemon, MakeImage, StartDaemon, StartGuest, kill_backend, paused, until
 from machine_guests import restore, status_of
 from nbd_site import Site
-from two_hosts import is_stopped
 
 pytestmark = pytest.mark.slow
 
@@ -186,15 +185,11 @@ def test_a_keeper_that_reads_nothing_holds_nobody_up_and_gets_all_in_the_end(
     kept: Daemon, image: Path, start_guest: StartGuest
 ) -> None:
     guests = [start_guest(kept.uri) for _ in range(4)]
-    os.kill(kept.pid, signal.SIGSTOP)
-    try:
-        until(lambda: is_stopped(kept.pid))
+    with paused(kept.pid):
         leave_no_room(kept)
         for guest in guests:
             guest.call("open", image="d", guest=f"g{guest.pid}")
         assert not_held(kept) == 4
-    finally:
-        os.kill(kept.pid, signal.SIGCONT)
     until(lambda: not_held(kept) == 0)
     kept.wait_logged("event=held ")
     kill_backend(kept)

@@ -84,6 +84,18 @@ def paused(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
+def serving(run_dir: Path) -> list[int]:
+    """The processes of `cowshed serve` with that run-dir, keepers and backends."""
+    words = b"serve\0--run-dir\0" + os.fsencode(run_dir) + b"\0"
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                if words in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
 class Daemon:
     """A `cowshed serve` of ours, as uid, run by the command before. Its log is at log_path.
 
@@ -214,6 +226,16 @@ class Daemon:
                 select.select([backend], [], [], ANSWER_SECONDS)
                 os.close(backend)
         self.kill()
+        if self._kept:
+            until(lambda: not self._kill_left())
+
+    def _kill_left(self) -> list[int]:
+        """A keeper or a backend may just have begun another; who was killed."""
+        left = serving(self.run_dir)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return left
 
 
 def kill_backend(kept: Daemon, number: signal.Signals = signal.SIGKILL) -> None:
