@@ -6,12 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := accounting cache faults service transport
 CORES := $(addsuffix /core,cache accounting faults transport) accounting/core/overlay faults/core/populate \
-	transport/preload
+	transport/core/blocks transport/core/nbd transport/preload
 C_SOURCES := $(wildcard $(addsuffix /*.c,$(CORES)))
 C_HEADERS := $(wildcard $(addsuffix /*.h,$(CORES)))
 CORE := cache/_core.abi3.so
 PRELOAD := transport/_preload.abi3.so
-FORMATTED_C := $(wildcard $(addsuffix /*.[ch],$(CORES) bench/core tests/*))
+FORMATTED_C := $(wildcard $(addsuffix /*.[ch],$(CORES) bench/core tests/* tests/*/*))
 PIP := $(BIN)/pip install -qq --disable-pip-version-check
 
 # tools/bootstrap.sh puts it there if the system has none.

@@ -38,7 +38,7 @@ def load_steady(build_dir: Path) -> Any:
 
 def nbd_limit(build_dir: Path) -> Path:
     """Give nbd_limit.c as a program. Raises CalledProcessError if it does not compile."""
-    return _compiled(build_dir, ["nbd_limit.c", "../../transport/core/nbd_wire.h"], "bin", [])
+    return _compiled(build_dir, ["nbd_limit.c", "../../transport/core/nbd/wire.h"], "bin", [])
 
 
 def _compiled(build_dir: Path, sources: list[str], suffix: str, flags: list[str]) -> Path:

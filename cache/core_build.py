@@ -30,6 +30,8 @@ CORES = (
     "faults/core",
     "faults/core/populate",
     "transport/core",
+    "transport/core/blocks",
+    "transport/core/nbd",
 )
 HEADERS = (
     "cache/core/points.h",
@@ -55,7 +57,7 @@ HEADERS = (
     "transport/core/elf.h",
     "transport/core/region.h",
     "transport/core/follow.h",
-    "transport/core/nbd.h",
+    "transport/core/nbd/nbd.h",
 )
 BEGIN = "/* cdef-begin */"
 END = "/* cdef-end */"

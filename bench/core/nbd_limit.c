@@ -7,7 +7,7 @@
  *     nbd_limit SOCKET SIZE_BYTES      listens, prints a line, serves until it is killed
  */
 #define _GNU_SOURCE
-#include "transport/core/nbd_wire.h"
+#include "transport/core/nbd/wire.h"
 
 #include <pthread.h>
 #include <stdbool.h>

@@ -46,6 +46,16 @@ def test_includes_point_down() -> None:
     assert list(ROOT.glob("*/core/*.c"))
 
 
+def test_the_request_engine_knows_no_frontend() -> None:
+    engine = ROOT / "transport/core/blocks"
+    includes = [
+        each for path in engine.glob("*.[ch]") for each in INCLUDE.findall(path.read_text())
+    ]
+    ours = [each for each in includes if each.startswith("transport/")]
+    assert ours
+    assert [each for each in ours if not each.startswith("transport/core/blocks/")] == []
+
+
 @pytest.mark.parametrize(
     ("room", "included", "fault"),
     [

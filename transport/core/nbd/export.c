@@ -1,47 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Exports: an image and perhaps an overlay, the frames they are sent from, and what was done with them. */
-#define _GNU_SOURCE
-#include "transport/core/nbd_state.h"
+#include "transport/core/nbd/server.h"
 
 #include <errno.h>
 #include <stdlib.h>
-#include <sys/mman.h>
-
-/* Maps the frames for reading; never touched where the ledger does not say RESIDENT, and held. */
-static struct nbd_frames *frames_take(struct nbd_server *server, struct image *image)
-{
-	struct nbd_frames *frames = server->frames;
-
-	while (frames && frames->image != image)
-		frames = frames->next;
-	if (!frames) {
-		frames = calloc(1, sizeof *frames);
-		if (!frames)
-			return NULL;
-		void *base = mmap(NULL, image->shape.map_bytes, PROT_READ, MAP_SHARED, image->guest_fd, 0);
-		if (base == MAP_FAILED) {
-			free(frames);
-			return NULL;
-		}
-		madvise(base, image->shape.map_bytes, MADV_DONTFORK);
-		*frames = (struct nbd_frames){.next = server->frames, .image = image, .base = base};
-		server->frames = frames;
-	}
-	frames->nr_exports++;
-	return frames;
-}
-
-static void frames_return(struct nbd_server *server, struct nbd_frames *frames)
-{
-	if (--frames->nr_exports)
-		return;
-	struct nbd_frames **at = &server->frames;
-	while (*at != frames)
-		at = &(*at)->next;
-	*at = frames->next;
-	munmap((void *)(uintptr_t)frames->base, frames->image->shape.map_bytes);
-	free(frames);
-}
 
 int nbd_export_init(struct nbd_server *server, struct image *image, struct overlay *overlay,
                     struct nbd_export **export_out)
@@ -51,20 +12,16 @@ int nbd_export_init(struct nbd_server *server, struct image *image, struct overl
 	if (!export)
 		return -ENOMEM;
 	export->server = server;
-	export->image = image;
-	export->overlay = overlay;
-	export->size_bytes = image->shape.size_bytes;
-	export->extent_bytes = (uint64_t)image->shape.extent_pages << 12;
 	export->counts = overlay ? overlay->account->header->served : export->here;
 	export->image_counts = image->served;
 	pthread_mutex_lock(&server->lock);
-	export->frames = frames_take(server, image);
-	if (export->frames)
+	int err = blk_device_init(&export->device, &server->frames, image, overlay);
+	if (!err)
 		server->nr_exports++;
 	pthread_mutex_unlock(&server->lock);
-	if (!export->frames) {
+	if (err) {
 		free(export);
-		return -ENOMEM;
+		return err;
 	}
 	*export_out = export;
 	return 0;
@@ -77,7 +34,7 @@ int nbd_export_deinit(struct nbd_export *export)
 	pthread_mutex_lock(&server->lock);
 	bool busy = export->nr_connections != 0;
 	if (!busy) {
-		frames_return(server, export->frames);
+		blk_device_deinit(&export->device, &server->frames);
 		server->nr_exports--;
 	}
 	pthread_mutex_unlock(&server->lock);
@@ -93,16 +50,10 @@ void nbd_export_add(struct nbd_export *export, size_t count_no, uint64_t nr)
 	count_add(&export->image_counts[count_no], nr);
 }
 
-void nbd_export_park(struct nbd_export *export)
+void nbd_export_time(struct nbd_export *export, enum nbd_latency kind, uint64_t duration_ns, uint64_t nr)
 {
-	count_add(&export->nr_parked, 1);
-	count_add(&export->frames->nr_parked, 1);
-}
-
-void nbd_export_unpark(struct nbd_export *export)
-{
-	atomic_fetch_sub_explicit(&export->nr_parked, 1, memory_order_relaxed);
-	atomic_fetch_sub_explicit(&export->frames->nr_parked, 1, memory_order_relaxed);
+	count_add(&export->latency[kind][bucket_of(duration_ns)], nr);
+	count_add(&export->latency_sum_ns[kind], duration_ns * nr);
 }
 
 static void read_counts(const _Atomic uint64_t *counts, struct nbd_counters *counters_out)
@@ -116,7 +67,7 @@ static void read_counts(const _Atomic uint64_t *counts, struct nbd_counters *cou
 void nbd_export_count(const struct nbd_export *export, struct nbd_counters *counters_out)
 {
 	read_counts(export->counts, counters_out);
-	counters_out->parked = atomic_load_explicit(&export->nr_parked, memory_order_relaxed);
+	counters_out->parked = atomic_load_explicit(&export->device.nr_waiting, memory_order_relaxed);
 }
 
 void nbd_image_count(struct nbd_server *server, const struct image *image, struct nbd_counters *counters_out)
@@ -124,9 +75,9 @@ void nbd_image_count(struct nbd_server *server, const struct image *image, struc
 	read_counts(image->served, counters_out);
 	counters_out->parked = 0;
 	pthread_mutex_lock(&server->lock);
-	for (struct nbd_frames *frames = server->frames; frames; frames = frames->next)
+	for (struct blk_frames *frames = server->frames; frames; frames = frames->next)
 		if (frames->image == image)
-			counters_out->parked = atomic_load_explicit(&frames->nr_parked, memory_order_relaxed);
+			counters_out->parked = atomic_load_explicit(&frames->nr_waiting, memory_order_relaxed);
 	pthread_mutex_unlock(&server->lock);
 }
 

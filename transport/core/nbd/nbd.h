@@ -6,9 +6,11 @@
  * server read requests from it and answer them, and nobody else touches it.  A connection that ends, for whatever
  * reason, is closed and reported once (nbd_event_fd, nbd_take_ended).
  *
- *   nbd_server.c   threads, connections, exports        nbd_read.c    READ, CACHE
- *   nbd_turn.c     one turn: receive, parse, dispatch   nbd_modify.c  WRITE, TRIM, WRITE_ZEROES, FLUSH
- *   nbd_output.c   replies, and what a socket would not take   nbd_status.c  BLOCK_STATUS
+ *   server.c   workers                  parse.c   requests are checked and submitted     output.c   what is sent
+ *   connections.c, ready.c              sink.c    the engine's data and completions      status.c   BLOCK_STATUS
+ *   export.c   devices and counters     slice.c   one worker serves one connection
+ *
+ * Reads and changes themselves are the block request engine's (transport/core/blocks/).
  *
  * Protocol: NetworkBlockDevice/nbd, doc/proto.md (with the extended headers of its extension-ext-header branch).
  */
