@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 from cowshed.cache import Image, PeerError, UsageError
 from cowshed.service.images.working_sets import WorkingSets
-from cowshed.service.migration.drain import print_blockers
+from cowshed.service.migration.blockers import print_blockers, wait_for_digests
 from cowshed.service.migration.link import FileLink, Link, SocketLink, open_link
 from cowshed.service.migration.migrating import MigratingGuest
-from cowshed.service.migration.receiver import Receiver, wait_for_digests
+from cowshed.service.migration.receiver import Receiver
 from cowshed.service.migration.resumption import Prefix, read_prefix
 from cowshed.service.migration.sender import Progress, Sender
 from cowshed.service.settings.domains import DomainMembers

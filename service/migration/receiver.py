@@ -7,9 +7,7 @@ is a matter of a table; discarding them leaves nothing.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final
 
 from cowshed.accounting import MissingPages, QuotaPolicy
 from cowshed.accounting.page_runs import count_pages
@@ -23,6 +21,7 @@ from cowshed.cache import (
     UsageError,
 )
 from cowshed.service.images.evictor import Evictor
+from cowshed.service.migration.blockers import Blocker, wait_for_digests
 from cowshed.service.migration.image_intake import ImageIntake
 from cowshed.service.overlays.files import OverlayRecord
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
@@ -40,28 +39,11 @@ from cowshed.transport.handoff.sections import (
     WorkingSetSection,
 )
 
-__all__ = ["Blocker", "Receiver", "wait_for_digests"]
+__all__ = ["Receiver"]
 
 _log = EventLog("cowshed.handoff")
 
-_DIGEST_SECONDS: Final = 60.0
-_LOOK_SECONDS: Final = 0.05
-
-Blocker = dict[str, str]
 Load = Callable[[Image, Iterable[int]], Iterator[object]]
-
-
-def wait_for_digests(images: list[Image], look: Callable[[], None]) -> list[Blocker]:
-    """Wait until it is known which images these are; give those of which it is not, as blockers."""
-    deadline = time.monotonic() + _DIGEST_SECONDS
-    while not all(image.digest for image in images) and time.monotonic() < deadline:
-        look()
-        time.sleep(_LOOK_SECONDS)
-    return [
-        {"image": image.label, "reason": "its digest is not known yet; wait until status shows it"}
-        for image in images
-        if not image.digest
-    ]
 
 
 class Receiver:
