@@ -54,6 +54,7 @@ from cowshed.service.overlays.entrance import Entrance
 from cowshed.service.overlays.files import OverlayFiles
 from cowshed.service.overlays.limits import OverlayLimits
 from cowshed.service.overlays.overlay_records import OverlayRecords
+from cowshed.service.overlays.overlay_restorer import OverlayRestorer
 from cowshed.service.overlays.overlays import OverlayTable
 from cowshed.service.persist.fd_store import FdStore, take_inherited, take_supervisor
 from cowshed.service.persist.inherited import InheritedFds
@@ -226,7 +227,8 @@ class Daemon:
         host = self.host
         self.guest_records = GuestRecords(host.fd_store)
         guests = self.guest_records.adopt(inherited, host.store, host.guests)
-        host.overlays.adopt(list(host.store), inherited, self._record.owned)
+        self._overlay_restorer = OverlayRestorer(host.overlays)
+        self._overlay_restorer.restore(list(host.store), inherited, self._record.owned)
         self._populator = Populator(self.config, host.evictor.max_pinned_extents, self.recorded)
         self._machine_records = MachineRecords(host.fd_store)
         machines = self._machine_records.adopt(inherited, host.store, host.guests, self._populator)
@@ -367,14 +369,14 @@ class Daemon:
         except BaseException:
             self.host.evictor.close_image(image)  # which closes the source
             raise
-        self.host.overlays.adopt_late(image)
+        self._overlay_restorer.restore_late(image)
         self._list(image, spec)
         self._digests.add(image)
 
     def _on_digest(self, image: Image) -> None:
         """An image's digest is known; from some thread."""
         _log.info("digest", image=image.label, digest=image.digest)
-        self.host.overlays.note_digest(image)
+        self._overlay_restorer.note_digest(image)
 
     def _let_go(self, inherited: InheritedFds) -> None:
         """Whatever our predecessor had that we have no use for."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from cowshed.accounting import Account, AccountStatus, Overlay, Quota
 from cowshed.cache import Image
 from cowshed.service.guests.guests import OpenRequest
+from cowshed.service.overlays.files import OverlayRecord
 from cowshed.transport.nbd.serving import NbdExport
 
 __all__ = ["OverlayGuest"]
@@ -73,3 +74,16 @@ class OverlayGuest:
     def granted_bytes(self, _: AccountStatus) -> int:
         """None: it maps nothing."""
         return 0
+
+    def record(self) -> OverlayRecord:
+        """Say what it is, for whoever goes on with it."""
+        return OverlayRecord(
+            image=self.image.label,
+            guest=self.name,
+            owner=self.owner,
+            counted_as=self.counted_as,
+            transport=self.transport,
+            uid=self.uid,
+            quota_bytes=self.quota_bytes,
+            policy=self.request.policy.name.lower(),
+        )

@@ -12,16 +12,13 @@ table's, then the guests'. Nothing waits for a disk under either: entrance.py ha
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from cowshed.accounting import (
     NO_QUOTA_BYTES,
-    Account,
     Overlay,
-    Quota,
     QuotaPolicy,
 )
 from cowshed.cache import Image
@@ -34,13 +31,13 @@ from cowshed.service.overlays.claims import Claim, check_may_enter, is_of
 from cowshed.service.overlays.files import OverlayFiles, OverlayRecord
 from cowshed.service.overlays.limits import OverlayLimits
 from cowshed.service.overlays.overlay_guest import OverlayGuest
-from cowshed.service.overlays.overlay_records import InheritedOverlay, OverlayRecords
+from cowshed.service.overlays.overlay_maker import OverlayMaker
+from cowshed.service.overlays.overlay_records import OverlayRecords
 from cowshed.service.overlays.waiting import WaitingOverlays
 from cowshed.service.persist.fd_store import FdStore
-from cowshed.service.persist.inherited import InheritedFds
 from cowshed.service.runtime.logs import EventLog
 from cowshed.transport.links.no_room import taking_in
-from cowshed.transport.nbd.serving import NbdExport, NbdServer
+from cowshed.transport.nbd.serving import NbdServer
 
 __all__ = ["OverlayGuest", "OverlayTable"]
 
@@ -67,128 +64,17 @@ class OverlayTable:
     ) -> None:
         """limits are for the guests that map nothing."""
         self.lock: Final = threading.RLock()
-        self._core = core
-        self._guests = guests
-        self._admission = admission
+        self.guests: Final = guests
         self._limits = limits
         self._files = files
         self._records = records or OverlayRecords(FdStore(None))
+        self.maker: Final = OverlayMaker(core, guests, admission, files, self._records)
         self._overlays: dict[tuple[str, str], OverlayGuest] = {}
-        self._waiting = WaitingOverlays(guests)
+        self.waiting: Final = WaitingOverlays(guests)  # under the lock
         self._unused = threading.Condition(self.lock)
 
     def __iter__(self) -> Iterator[OverlayGuest]:
         return iter(list(self._overlays.values()))
-
-    def adopt(
-        self,
-        images: list[Image],
-        inherited_fds: InheritedFds | None = None,
-        owned: Container[str] = (),
-    ) -> None:
-        """Go on with what our predecessor left, and with what is in --overlay-dir.
-
-        Of the images that are served now; of what handoffs had staged, that of those that are ours.
-        """
-        by_label = {image.label: image for image in images}
-        all_inherited = self._records.take(inherited_fds or InheritedFds({}))
-        self._adopt_files(by_label, all_inherited, owned)
-        for inherited in all_inherited.values():
-            image = by_label.get(inherited.record.image)
-            if (inherited.staged and inherited.staged not in owned) or self._is_mapped(
-                image, inherited.record
-            ):
-                _log.info("overlay-forgotten", overlay=inherited.record.label)
-                self._records.let_go(inherited)
-                continue
-            try:
-                if image is None or self._files is not None or not inherited.has_pages:
-                    raise UsageError("nothing served now is made of it")
-                self._open(image, inherited.record, inherited)
-            except (CowshedError, OSError) as error:
-                _log.error("overlay-lost", str(error), overlay=inherited.record.label)
-                self._records.let_go(inherited)
-            else:
-                _log.info("overlay-adopted", overlay=inherited.record.label)
-
-    def adopt_late(self, image: Image) -> None:
-        """Go on with what is in --overlay-dir of an image that is served only from now on."""
-        self._adopt_files({image.label: image}, {}, (), is_late=True)
-
-    def _is_mapped(self, image: Image | None, record: OverlayRecord) -> bool:
-        """Whether its guest maps by now: the death came before the overlay could be given up."""
-        return image is not None and self._guests.has((image.domain, record.guest))
-
-    def _adopt_files(
-        self,
-        by_label: dict[str, Image],
-        all_inherited: dict[str, InheritedOverlay],
-        owned: Container[str],
-        *,
-        is_late: bool = False,
-    ) -> None:
-        if self._files is None:
-            return
-        for record in self._files.records():
-            image = by_label.get(record.image)
-            if is_late and image is None:
-                continue  # seen to at the start
-            staged = self._files.staged(record)
-            if (staged and staged not in owned) or self._is_mapped(image, record):
-                _log.info("overlay-forgotten", overlay=record.label)
-                self._files.remove(record.image, record.guest)
-                continue
-            if image is None:
-                _log.notice(
-                    "overlay-left",
-                    "its image is not served",
-                    overlay=record.label,
-                    file=record.stem,
-                )
-                continue
-            self._adopt_file(image, record, staged, all_inherited)
-
-    def _adopt_file(
-        self,
-        image: Image,
-        record: OverlayRecord,
-        staged: str,
-        all_inherited: dict[str, InheritedOverlay],
-    ) -> None:
-        assert self._files is not None
-        try:
-            inherited = all_inherited.get(record.label)
-            if not self._files.check(record, image):
-                with self.lock:
-                    self._waiting.add(image, record, staged)
-                return
-            if inherited is not None and inherited.files is not None:
-                self._files.check_same(record, inherited.files)
-            guest = self._open(image, record, inherited)
-            all_inherited.pop(record.label, None)
-            if staged:
-                self._files.write(record, image)
-        except (CowshedError, OSError) as error:
-            _log.error("overlay-unusable", str(error), overlay=record.label, file=record.stem)
-        else:
-            self._refresh(guest)
-            _log.info("overlay-adopted", overlay=record.label)
-
-    def note_digest(self, image: Image) -> None:
-        """An image's digest is known: go on with the overlays that waited for it, or refuse them.
-
-        From a thread that may wait for a disk. It is kept with the image's overlays, too.
-        """
-        if self._files is None:
-            return
-        self._files.note_digest(image)
-        with self.lock:
-            waited = self._waiting.take(image)
-            guests = [guest for guest in self if guest.image is image]
-        for each in waited:
-            self._adopt_file(image, each.record, each.staged, {})
-        for guest in guests:
-            self.keep_digest(guest)
 
     def knows_digest(self, image: Image) -> bool:
         """Whether overlays that are made from now on are kept with their image's digest."""
@@ -203,7 +89,7 @@ class OverlayTable:
     def _refresh(self, guest: OverlayGuest) -> None:
         assert self._files is not None
         try:
-            self._files.refresh(self._record(guest), guest.image)
+            self._files.refresh(guest.record(), guest.image)
         except CowshedError as error:
             _log.warning("overlay-source-not-kept", str(error), overlay=guest.label)
 
@@ -220,8 +106,8 @@ class OverlayTable:
             if guest is not None:
                 check_may_enter(guest, image, claim)
             else:
-                self._waiting.check(image, name)
-                self._guests.check_free(
+                self.waiting.check(image, name)
+                self.guests.check_free(
                     OpenRequest(name, image, None, QuotaPolicy.STOP, FaultOptions())
                 )
 
@@ -270,7 +156,7 @@ class OverlayTable:
         And for one that waits for its image's digest.
         """
         with self.lock:
-            self._waiting.check(image, name)
+            self.waiting.check(image, name)
         quota_bytes, policy = self._limits.agree(quota_bytes, policy)
         return OverlayRecord(
             image=image.label,
@@ -289,18 +175,22 @@ class OverlayTable:
 
         Raises as enter() does. It may wait for a disk, and takes no lock of the table for that.
         """
-        guest = self._make(image, record, keep_record=True)
+        guest = self.maker.make(image, record, keep_record=True)
         try:
-            self._hold(guest)
+            self.maker.hold(guest)
         except BaseException:  # no descriptor is left for its record
             self.unstage(guest)
             raise
         return guest
 
-    def place(self, guest: OverlayGuest) -> None:
-        """From now on its owner may enter an overlay that was made."""
+    def insert(self, guest: OverlayGuest) -> None:
+        """From now on its owner may enter it."""
         with self.lock:
             self._overlays[guest.request.key] = guest
+
+    def place(self, guest: OverlayGuest) -> None:
+        """Insert an overlay that was made."""
+        self.insert(guest)
         _log.info("overlay-made", overlay=guest.label, owner=guest.owner)
 
     def withdraw_unused(self, guest: OverlayGuest) -> bool:
@@ -364,7 +254,7 @@ class OverlayTable:
             guest.quota.set_quota(NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, policy)
             guest.quota_bytes = quota_bytes
             if self._files is not None:
-                self._files.write(self._record(guest), guest.image)
+                self._files.write(guest.record(), guest.image)
 
     # Handoffs.
 
@@ -373,7 +263,7 @@ class OverlayTable:
 
         pages_id is what its pages were called where they come from. Raises as enter() does.
         """
-        guest = self._make(image, record, keep_record=False, is_staged=True)
+        guest = self.maker.make(image, record, keep_record=False, is_staged=True)
         guest.pages_id = pages_id
         return guest
 
@@ -384,23 +274,23 @@ class OverlayTable:
         """
         if self._files is not None:
             guest.overlay.flush()
-            self._files.write(self._record(guest), guest.image, handoff)
-        self._hold(guest, staged=handoff)
+            self._files.write(guest.record(), guest.image, handoff)
+        self.maker.hold(guest, staged=handoff)
 
     def check_name(self, domain: str, name: str) -> None:
         """Raise UsageError if a name is taken: nothing could be staged under it."""
         with self.lock:
-            self._guests.check_name(domain, name)
+            self.guests.check_name(domain, name)
 
     def admit(self, guest: OverlayGuest) -> None:
         """From now on the owner of a staged overlay may enter it. Raises SourceError."""
         if self._files is not None:
-            self._files.write(self._record(guest), guest.image)
+            self._files.write(guest.record(), guest.image)
         with self.lock:
             if guest.group:
                 self._records.admit(guest.group)
             else:
-                self._hold(guest)
+                self.maker.hold(guest)
             self._overlays[guest.request.key] = guest
         _log.info("overlay-admitted", overlay=guest.label, owner=guest.owner)
 
@@ -464,95 +354,6 @@ class OverlayTable:
             self._close(guest)
         self._overlays.clear()
 
-    # Making and closing.
-
-    def _open(
-        self,
-        image: Image,
-        record: OverlayRecord,
-        inherited: InheritedOverlay | None = None,
-    ) -> OverlayGuest:
-        """Go on with an overlay; what was left of it is taken over on success only."""
-        guest = self._make(image, record, keep_record=False, inherited=inherited)
-        if inherited is not None:
-            guest.pages_id = inherited.pages_id
-        try:
-            self._hold(guest, inherited)
-        except BaseException:
-            self._close(guest)
-            raise
-        with self.lock:
-            self._overlays[guest.request.key] = guest
-        return guest
-
-    def _hold(
-        self, guest: OverlayGuest, inherited: InheritedOverlay | None = None, *, staged: str = ""
-    ) -> None:
-        fds = [guest.account.fd, guest.quota.fd]
-        record = self._record(guest)
-        if self._files is None:
-            fds.append(guest.overlay.fd)
-        files = None
-        if self._files is not None:
-            with contextlib.suppress(OSError):
-                files = self._files.identity(record)
-        guest.group = self._records.hold(record, guest.pages_id, fds, inherited, staged, files)
-        if inherited is not None:
-            self._records.admit(guest.group)
-
-    def _make(
-        self,
-        image: Image,
-        record: OverlayRecord,
-        *,
-        keep_record: bool,
-        inherited: InheritedOverlay | None = None,
-        is_staged: bool = False,
-    ) -> OverlayGuest:
-        policy = QuotaPolicy[record.policy.upper()]
-        request = OpenRequest(record.guest, image, record.quota_bytes, policy, FaultOptions())
-        with contextlib.ExitStack() as undo:
-            self._guests.reserve_name(request)
-            undo.callback(self._guests.release_name, request)
-            if refusal := self._admission.enter(record.counted_as, _FDS_PER_OVERLAY):
-                raise UsageError(f"overlay {record.label!r} cannot be made: {refusal}")
-            undo.callback(self._admission.leave, record.counted_as, _FDS_PER_OVERLAY)
-            if is_staged and self._files is not None:
-                self._files.clear(record)  # nobody else makes any of that name now
-            limit_bytes = NO_QUOTA_BYTES if record.quota_bytes is None else record.quota_bytes
-            quota = (
-                Quota(limit_bytes, policy)
-                if inherited is None
-                else Quota.adopt(os.dup(inherited.quota))
-            )
-            undo.callback(quota.close)
-            account = Account(image, quota, None if inherited is None else os.dup(inherited.ledger))
-            undo.callback(account.close)
-            if self._files is None:
-                overlay = Overlay(account) if inherited is None else inherited.open_pages(account)
-            else:
-                if keep_record:
-                    self._files.check_free(record)
-                    self._files.write(record, image)
-                    undo.callback(self._files.remove, image.label, record.guest)
-                overlay = self._files.open(record, account, is_adopted=inherited is not None)
-            undo.callback(overlay.close)
-            export = NbdExport(self._core, image, overlay.cdata)
-            undo.pop_all()
-        return OverlayGuest(
-            request=request,
-            owner=record.owner,
-            counted_as=record.counted_as,
-            transport=record.transport,
-            uid=record.uid,
-            pid=0,
-            quota=quota,
-            account=account,
-            overlay=overlay,
-            export=export,
-            quota_bytes=quota.limit_bytes,
-        )
-
     def _wait_unused(self, guest: OverlayGuest) -> None:
         with self.lock:
             while guest.nr_users:
@@ -560,30 +361,4 @@ class OverlayTable:
 
     def _close(self, guest: OverlayGuest) -> None:
         self._wait_unused(guest)
-        guest.export.close()
-        # Held no more before a descriptor of it is closed, and after what it is held for is done:
-        # of one in files the ledger knows what is not flushed.
-        if self._files is None:
-            self._records.release(guest.group)
-        try:
-            guest.overlay.close()
-        except (CowshedError, OSError) as error:
-            _log.error("overlay-not-flushed", str(error), overlay=guest.label)
-        if self._files is not None:
-            self._records.release(guest.group)
-        guest.account.close()
-        guest.quota.close()
-        self._guests.release_name(guest.request)
-        self._admission.leave(guest.counted_as, _FDS_PER_OVERLAY)
-
-    def _record(self, guest: OverlayGuest) -> OverlayRecord:
-        return OverlayRecord(
-            image=guest.image.label,
-            guest=guest.name,
-            owner=guest.owner,
-            counted_as=guest.counted_as,
-            transport=guest.transport,
-            uid=guest.uid,
-            quota_bytes=guest.quota_bytes,
-            policy=guest.request.policy.name.lower(),
-        )
+        self.maker.close(guest)

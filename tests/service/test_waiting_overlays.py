@@ -21,6 +21,7 @@ from cowshed.service.overlays.claims import Claim
 from cowshed.service.overlays.entrance import Entering, Entrance, NotYetError
 from cowshed.service.overlays.files import OverlayFiles
 from cowshed.service.overlays.limits import OverlayLimits
+from cowshed.service.overlays.overlay_restorer import OverlayRestorer
 from cowshed.service.overlays.overlays import OverlayTable
 from cowshed.service.runtime.side_threads import SideThreads
 from cowshed.transport.nbd.serving import NbdServer
@@ -41,13 +42,13 @@ def served(path: Path, folder: Path) -> Iterator[tuple[OverlayTable, Image]]:
         stack.callback(files.close)
         table = OverlayTable(core, GuestTable(), Admission(1024), OverlayLimits(), files)
         stack.callback(table.close)
-        table.adopt([image])
+        OverlayRestorer(table).restore([image])
         yield table, image
 
 
 def find_digest(table: OverlayTable, image: Image) -> None:
     image.digest = digest_of(image.source)
-    table.note_digest(image)
+    OverlayRestorer(table).note_digest(image)
 
 
 @pytest.fixture
