@@ -14,54 +14,46 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
-import secrets
 import time
 from collections.abc import Iterator
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from cowshed.accounting import QuotaPolicy, Region
+from cowshed.accounting import Region
 from cowshed.cache import (
     CowshedError,
     Image,
     PeerError,
     UsageError,
 )
-from cowshed.faults import FaultOptions, uffd_features
+from cowshed.faults import uffd_features
+from cowshed.service.frontends.unix.open_requests import check_region, read_open_request
 from cowshed.service.frontends.unix.parking import Parking
-from cowshed.service.guests.guest_records import GuestRecords, RestoredGuest
-from cowshed.service.guests.guests import Guest, GuestProcess, GuestTable, Mapping, OpenRequest
-from cowshed.service.guests.userfaultfd import check_guest_files, check_uffd
+from cowshed.service.frontends.unix.session_host import SessionHost
+from cowshed.service.guests.guest_records import RestoredGuest
+from cowshed.service.guests.guests import Guest, GuestProcess, Mapping, OpenRequest
 from cowshed.service.images.generations import image_generation
-from cowshed.service.images.reopening import Reopened, Reopener
-from cowshed.service.migration.incoming import IncomingGuest, IncomingGuests
-from cowshed.service.operators.control import Control
+from cowshed.service.images.reopening import Reopened
+from cowshed.service.migration.incoming import IncomingGuest
 from cowshed.service.persist.inherited import record_close
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.test_points import reach
-from cowshed.service.runtime.workers import Workers
-from cowshed.service.settings.config import Config
 from cowshed.service.settings.domains import Identity, is_operator
-from cowshed.service.settings.quotas import check_quota
 from cowshed.transport import Connection, Received
 from cowshed.transport.messages.fields import (
     error_reply,
     refusal,
-    take_choice,
     take_flag,
     take_number,
-    take_optional_number,
-    take_optional_text,
     take_text,
 )
 
-__all__ = ["Session", "SessionHost"]
+__all__ = ["Session"]
 
 _log = EventLog("cowshed.sessions")
 
 Body = dict[str, Any]
 
 _VERSION: Final = 1
-PAGE_BYTES: Final = 4096
 _HANDSHAKE_SECONDS: Final = 10.0
 
 
@@ -85,48 +77,6 @@ _NEXT: Final = {
     (SessionState.IDLE, "close"): SessionState.CLOSED,
     (SessionState.ATTACHED, "close"): SessionState.CLOSED,
 }
-
-
-class SessionHost(Protocol):
-    """What a session needs of the daemon."""
-
-    @property
-    def config(self) -> Config:
-        """What the daemon was told."""
-
-    @property
-    def control(self) -> Control:
-        """What operators may ask."""
-
-    @property
-    def guests(self) -> GuestTable:
-        """Who is attached."""
-
-    @property
-    def guest_records(self) -> GuestRecords:
-        """What is to outlive us."""
-
-    @property
-    def incoming(self) -> IncomingGuests:
-        """Guests that moved here, and come to map."""
-
-    @property
-    def uffd_device(self) -> int | None:
-        """An open /dev/userfaultfd to lend, or None."""
-
-    @property
-    def reopener(self) -> Reopener:
-        """Who opens sources for guests."""
-
-    @property
-    def workers(self) -> Workers:
-        """Threads for what takes long."""
-
-    def end_parked(self, request: OpenRequest) -> bool:
-        """End what is parked under a name and has nothing mapped any more; whether any was."""
-
-    def shut_down(self) -> None:
-        """End the daemon once the replies are out."""
 
 
 class Session:
@@ -303,7 +253,7 @@ class Session:
 
     def _comes_too_early(self, message: Received) -> bool:
         """Whether its pages are still on their way: then it is answered later (open_again)."""
-        if not self._host.incoming.lacks(self._read_request(message.body)):
+        if not self._host.incoming.lacks(self._read_open(message)):
             return False
         if self._early is None:
             _log.notice("open-waits", "for pages on their way", pid=self.connection.peer.pid)
@@ -324,7 +274,7 @@ class Session:
         self.handle(message)
 
     def _on_open(self, message: Received) -> None:
-        request = self._read_request(message.body)
+        request = self._read_open(message)
         if (found := self._host.incoming.enter(request, self._peer())) is not None:
             self._moved, request = found
             self._opened = self._moved.guest, request
@@ -367,68 +317,23 @@ class Session:
                 raise
         return self._host.guests.reserve(request, self._peer())
 
-    def _read_request(self, body: Body) -> OpenRequest:
-        config = self._host.config
-        quota_bytes = take_optional_number(body, "quota_bytes")
-        if quota_bytes is None:
-            quota_bytes = config.default_quota_bytes
-        else:
-            check_quota(quota_bytes)
-        policy = take_choice(
-            body, "on_quota", ("stop", "kill", "allow"), default=config.default_on_quota
-        )
-        image = self._find_image(take_text(body, "image"))
-        offset_bytes = take_optional_number(body, "offset_bytes") or 0
-        length_bytes = take_optional_number(body, "length_bytes")
-        if length_bytes is None:
-            length_bytes = max(0, image.map_bytes - offset_bytes)
-        check_part(image, offset_bytes, length_bytes)
-        return OpenRequest(
-            name=take_optional_text(body, "guest", max_length=64) or self._new_name(),
-            image=image,
-            token=take_optional_text(body, "token", max_length=64),
-            offset_bytes=offset_bytes,
-            length_bytes=length_bytes,
-            quota_bytes=quota_bytes,
-            policy=QuotaPolicy[policy.upper()],
-            options=FaultOptions(
-                window_bytes=take_optional_number(body, "window_bytes") or 0,
-                write_window_bytes=take_optional_number(body, "write_window_bytes") or 0,
-            ),
-            carries=take_flag(body, "carries"),
-        )
+    def _read_open(self, message: Received) -> OpenRequest:
+        pid = self.connection.peer.pid
+        return read_open_request(message.body, self._host.config, self._find_image, pid)
 
     def _find_image(self, name: str) -> Image:
         """The image of that name in the peer's domain."""
         peer = self.connection.peer
         return self._host.control.find_guest_image(name, Identity(peer.uid, peer.gid))
 
-    def _new_name(self) -> str:
-        """A name for a guest that gave none, which nobody else has and nobody can foresee."""
-        return f"pid-{self.connection.peer.pid}-{secrets.token_hex(4)}"
-
     def _peer(self) -> GuestProcess:
         peer = self.connection.peer
         return GuestProcess(peer.pid, peer.uid, -1 if peer.pidfd is None else peer.pidfd)
 
     def _check_region(self, message: Received) -> int:
-        """Give the address of a region that can be attached. Raises CowshedError if it cannot."""
         assert self._opened is not None
-        request = self._opened[1]
         self._host.control.check_open()  # it may have opened before the drain
-        if len(message.fds) != 3:
-            raise PeerError(f"a region comes with 3 descriptors, not {len(message.fds)}")
-        address = take_number(message.body, "address", minimum=4096, maximum=1 << 56)
-        length = take_number(message.body, "length", minimum=4096, maximum=1 << 48)
-        if address % 4096 or length != request.length_bytes:
-            raise PeerError(
-                f"a region of {length} bytes at {address:#x} does not match the part opened of "
-                f"{request.image.label!r}, which takes {request.length_bytes} bytes"
-            )
-        peer = self.connection.peer
-        check_uffd(message.fds[0])
-        check_guest_files(peer.pid, peer.pidfd, message.fds)
-        return address
+        return check_region(message, self._opened[1], self.connection.peer)
 
     def _on_region(self, message: Received) -> None:
         address = self._check_region(message)
@@ -526,16 +431,3 @@ class Session:
 
     def _reply(self, tag: int, body: Body, fds: list[int] | None = None) -> None:
         self.connection.queue(body, fds or (), tag)
-
-
-def check_part(image: Image, offset_bytes: int, length_bytes: int) -> None:
-    """Raise UsageError unless these are whole pages of an image, at least one."""
-    if (
-        (offset_bytes | length_bytes) % PAGE_BYTES
-        or length_bytes == 0
-        or offset_bytes + length_bytes > image.map_bytes
-    ):
-        raise UsageError(
-            f"{length_bytes} bytes at {offset_bytes} are no part of {image.label!r} to be mapped; "
-            f"give whole pages of {PAGE_BYTES} bytes within its {image.map_bytes}"
-        )

@@ -11,7 +11,8 @@ from typing import Any, Final
 from cowshed.cache import CapacityError, PeerError
 from cowshed.cache.errors import PeerGoneError
 from cowshed.service.frontends.unix.handed_over import HandedOver
-from cowshed.service.frontends.unix.sessions import Session, SessionHost
+from cowshed.service.frontends.unix.session_host import SessionHost
+from cowshed.service.frontends.unix.sessions import Session
 from cowshed.service.guests.guests import Guest, OpenRequest
 from cowshed.service.guests.turned_away import TurnedAway, what_failed
 from cowshed.service.host import Host
