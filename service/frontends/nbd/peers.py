@@ -64,6 +64,17 @@ class NbdPeer:
             pid=self.pid,
         )
 
+    @property
+    def who(self) -> dict[str, object]:
+        """It, as a line of the log names it."""
+        identity = self.identity
+        who: dict[str, object] = {}
+        if identity.client_name:
+            who["client"] = identity.client_name
+        if identity.uid is not None:
+            return {**who, "pid": self.pid, "uid": identity.uid}
+        return {**who, "address": self.address.removeprefix("address ")}
+
     def named(self, client_name: str | None) -> NbdPeer:
         """The same, once a certificate has told its name."""
         return replace(self, identity=replace(self.identity, client_name=client_name))

@@ -13,13 +13,13 @@ import contextlib
 import os
 import socket
 import ssl
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from cowshed.cache import Image
 from cowshed.cache.errors import CowshedError
+from cowshed.service.frontends.frontend_server import FrontendServer
 from cowshed.service.frontends.nbd.exports import HeldExport, NbdDirectory
 from cowshed.service.frontends.nbd.peers import NbdPeer, listen_path, listen_tcp, peer_of, tune
 from cowshed.service.frontends.nbd.session import NbdSession
@@ -32,7 +32,6 @@ from cowshed.service.runtime.test_points import reach
 from cowshed.service.settings.tls_context import make_context
 from cowshed.service.supervise.unserved_listeners import UnservedListeners
 from cowshed.transport.links.acceptor import NR_SPARE, Acceptor
-from cowshed.transport.links.no_room import no_room
 from cowshed.transport.links.relay import Relay
 from cowshed.transport.nbd.negotiation import MAX_PAYLOAD_BYTES, Chosen
 from cowshed.transport.nbd.serving import Ended, NbdCounters, NbdEnd, NbdExport, NbdServer
@@ -43,7 +42,6 @@ _log = EventLog("cowshed.nbd")
 
 NBD_SOCKET_NAME: Final = "nbd.sock"
 _MAX_THREADS: Final = 8
-_LOOK_SECONDS: Final = 1.0
 # A plain connection is one socket; with TLS, two ends of a pair come with it.
 _FDS_PLAIN: Final = 1
 _FDS_TLS: Final = 3
@@ -60,7 +58,7 @@ class _Client:
     relay: Relay | None
 
 
-class NbdService:
+class NbdService(FrontendServer[NbdSession]):
     """Listens from the time it is made until close(); all in the loop.
 
     What cannot be opened is left to unserved, as are the certificates, without which tls is None:
@@ -72,6 +70,7 @@ class NbdService:
     def __init__(
         self, host: Host, core: NbdServer, entrance: Entrance, unserved: UnservedListeners
     ) -> None:
+        super().__init__(host, _log)
         config, listeners, loop = host.config, host.listeners, host.loop
         self.tls: ssl.SSLContext | None = None
         self._nr_files: Final = _FDS_PLAIN if config.tls is None else _FDS_TLS
@@ -80,10 +79,6 @@ class NbdService:
         self._access = host.access
         self._overlays = host.overlays
         self._entrance = entrance
-        self._admission = host.admission
-        self._counters = host.counters
-        self._loop = loop
-        self._sessions: set[NbdSession] = set()
         self._clients: dict[int, _Client] = {}
         self._others: dict[int, Callable[[Ended], None]] = {}
         self._images: dict[Image, NbdExport] = {}
@@ -105,7 +100,6 @@ class NbdService:
             scheme = "nbd" if config.tls is None else "nbds"
             unserved.serve(f"{scheme}://{endpoint}", prepare, self._listen_tcp, held_as)
         loop.watch(self._core.event_fd, READ, self._on_ended)
-        loop.every(_LOOK_SECONDS, self._look_after)
 
     def load_tls(self) -> ssl.SSLContext | None:
         """Give the context of [tls], read anew unless it is in use; None if there is no [tls].
@@ -146,18 +140,18 @@ class NbdService:
             listener.close()
         with contextlib.suppress(OSError):
             self._path.unlink()
-        for session in list(self._sessions):
+        for session in list(self._sessions.values()):
             session.close()
         self._core.drain()
         for ended in self._core.take_ended():
-            self._end(ended)
+            self._end_client(ended)
         for export in self._images.values():
             export.close()
         self._acceptor.close()
 
     def nr_unfinished(self) -> int:
         """How many are in the middle of a handshake."""
-        return sum(not session.refusal for session in self._sessions)
+        return sum(not session.refusal for session in self._sessions.values())
 
     # Coming in.
 
@@ -165,23 +159,21 @@ class NbdService:
         if (taken := self._acceptor.accept_any(listener)) is not None:
             reach("NBD_CAME")
             tune(taken[0])
-            self._admit(taken[0], no_room(taken[2]) if taken[2] else "")
+            self._admit(taken[0], taken[2])
 
-    def _admit(self, sock: socket.socket, refusal: str) -> None:
+    def _admit(self, sock: socket.socket, errno: int) -> None:
         try:
             peer = peer_of(sock)
         except OSError:
             sock.close()
             return
-        refusal = refusal or self._admission.enter(peer.counted_as, self._nr_files)
-        if refusal:
-            self._counters.note_dropped("limit")
-            _log.warning("turned-away", refusal, **_who(peer))
-            turned_away = [each for each in self._sessions if each.refusal]
+        if refusal := self._refusal(errno, peer.counted_as, self._nr_files):
+            self._note_turned_away(refusal, peer.who)
+            turned_away = [each for each in self._sessions.values() if each.refusal]
             if len(turned_away) >= NR_SPARE - 1:
                 self.over(min(turned_away, key=lambda each: each.deadline), "", "")
         session = NbdSession(sock, peer, self, self._loop, refusal)
-        self._sessions.add(session)
+        self._sessions[id(session)] = session
         session.begin()
 
     # What sessions need.
@@ -215,16 +207,25 @@ class NbdService:
             self.over(session, "limit", str(error))
             return
         session.sock.detach()
-        self._sessions.discard(session)
+        del self._sessions[id(session)]
         self._clients[connection_no] = _Client(session.peer, export, self._nr_files, session.relay)
-        _log.info("nbd-attached", export=export.name, **_who(session.peer))
+        _log.info("nbd-attached", export=export.name, **session.who)
 
     def over(self, session: NbdSession, reason: str, why: str) -> None:
         """The session ended before data flowed."""
         if reason:
-            self._counters.note_dropped(reason)
-            _log.warning("dropped", why, **_who(session.peer))
-        self._sessions.discard(session)
+            self._drop(session, reason, why)
+        else:
+            self._end(session)
+
+    def _drop(self, session: NbdSession, reason: str, why: str) -> None:
+        if session.refusal and reason == "handshake":
+            self._end(session)  # it was counted when it was turned away
+        else:
+            super()._drop(session, reason, why)
+
+    def _end(self, session: NbdSession) -> None:
+        self._sessions.pop(id(session), None)
         session.close()
         if session.refusal:
             self._acceptor.refill()
@@ -275,9 +276,9 @@ class NbdService:
 
     def _on_ended(self, *_: int) -> None:
         for ended in self._core.take_ended():
-            self._end(ended)
+            self._end_client(ended)
 
-    def _end(self, ended: Ended) -> None:
+    def _end_client(self, ended: Ended) -> None:
         if (on_ended := self._others.pop(ended.connection_no, None)) is not None:
             on_ended(ended)
             return
@@ -290,26 +291,11 @@ class NbdService:
                 "protocol": "it broke the NBD protocol",
                 "limit": "there was no memory for its requests",
             }[reason]
-            self._counters.note_dropped(reason)
-            _log.warning("dropped", why, export=client.export.name, **_who(peer))
+            self._note_dropped(reason, why, {"export": client.export.name, **peer.who})
         else:
             how = os.strerror(ended.err) if ended.err else ended.reason.name.lower()
-            _log.info("nbd-detached", export=client.export.name, end=how, **_who(peer))
+            _log.info("nbd-detached", export=client.export.name, end=how, **peer.who)
 
     def _look_after(self) -> None:
         self._on_ended()  # whether or not we were told
-        now = time.monotonic()
-        for session in list(self._sessions):
-            if now > session.deadline:
-                reason = "" if session.refusal else "handshake"
-                self.over(session, reason, "it did not finish its handshake in time")
-
-
-def _who(peer: NbdPeer) -> dict[str, object]:
-    identity = peer.identity
-    who: dict[str, object] = {}
-    if identity.client_name:
-        who["client"] = identity.client_name
-    if identity.uid is not None:
-        return {**who, "pid": peer.pid, "uid": identity.uid}
-    return {**who, "address": peer.address.removeprefix("address ")}
+        super()._look_after()

@@ -116,6 +116,11 @@ class NbdSession:
             else self._owner.directory(self.peer, self._entering)
         )
 
+    @property
+    def who(self) -> dict[str, object]:
+        """The client."""
+        return self.peer.who
+
     def begin(self) -> None:
         """Greet, and go on as the client answers."""
         self._watch(READ)

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from typing import Final
 
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import CapacityError, CowshedError, Image, PeerError, UsageError
+from cowshed.service.frontends.frontend_server import FrontendServer
 from cowshed.service.frontends.nbd.server import NbdService
 from cowshed.service.frontends.network.session import Entered, NetworkSession, address_of
 from cowshed.service.guests.turned_away import TurnedAway, what_failed
@@ -35,7 +35,6 @@ from cowshed.service.settings.domains import Identity
 from cowshed.service.supervise.unserved_listeners import UnservedListeners
 from cowshed.transport import EOF
 from cowshed.transport.links.addresses import parse_stream_uri, scheme_of
-from cowshed.transport.links.no_room import no_room
 from cowshed.transport.links.relay import Relay
 from cowshed.transport.links.stream_ends import StreamListener, listen
 from cowshed.transport.messages.fields import error_reply
@@ -45,11 +44,10 @@ __all__ = ["NetworkServer"]
 
 _log = EventLog("cowshed.network")
 
-_LOOK_SECONDS: Final = 1.0
 _FDS: Final = {"tcp": 1, "vsock": 1, "tls": 3}  # with TLS, two ends of a pair come with it
 
 
-class NetworkServer:
+class NetworkServer(FrontendServer[NetworkSession]):
     """Listens from the time it is made until close(); all in the loop.
 
     What cannot be opened is left to unserved, which raises UsageError at a first start.
@@ -66,16 +64,13 @@ class NetworkServer:
         unserved: UnservedListeners,
     ) -> None:
         """handoffs takes guests that other backends give, from those that the rules allow."""
-        listeners, loop = host.listeners, host.loop
+        super().__init__(host, _log)
+        listeners = host.listeners
         self._store = host.store
         self._access = host.access
         self._overlays = host.overlays
         self._entrance = entrance
         self._nbd = nbd
-        self._admission = host.admission
-        self._counters = host.counters
-        self._loop = loop
-        self._sessions: dict[int, NetworkSession] = {}
         self._numbers: dict[OverlayGuest, int] = {}
         self._handoffs: Final = handoffs
         self._handoff_rules: Final = host.config.handoff_rules
@@ -89,7 +84,6 @@ class NetworkServer:
         except BaseException:
             self.close()
             raise
-        loop.every(_LOOK_SECONDS, self._look_after)
 
     def _open(self, listener: StreamListener) -> None:
         self._listeners[listener.fileno()] = listener
@@ -111,8 +105,8 @@ class NetworkServer:
             self._turned_away[fd].close()
             listener.close()
         self._listeners.clear()
-        for fd in list(self._sessions):
-            self._end(fd)
+        for session in list(self._sessions.values()):
+            self._end(session)
 
     def nr_unfinished(self) -> int:
         """How many are in the middle of a handshake."""
@@ -206,13 +200,8 @@ class NetworkServer:
             return
         reach("NETWORK_CAME")
         who = address_of(connection)
-        if connection.no_room:
-            refusal = no_room(connection.no_room)
-        else:
-            refusal = self._admission.enter(who, _FDS[listener.scheme])
-        if refusal:
-            self._counters.note_dropped("limit")
-            _log.warning("turned-away", refusal, address=connection.where)
+        if refusal := self._refusal(connection.no_room, who, _FDS[listener.scheme]):
+            self._note_turned_away(refusal, {"address": connection.where})
             self._turned_away[listening_fd].add(connection, refusal)
             return
         fd = connection.fileno()
@@ -234,19 +223,19 @@ class NetworkServer:
             if reads and not session.closing and not session.given:
                 messages = session.connection.recv_ready()
                 if messages is EOF:
-                    self._end(fd)
+                    self._end(session)
                     return
                 for message in messages:
                     tag = message.tag
                     session.handle(message)
             session.connection.flush()
             if not session.connection.wants_write and (session.closing or session.given):
-                self._give(fd) if session.given else self._end(fd)
+                self._give(fd) if session.given else self._end(session)
                 return
             self._watch(fd, session)
         except (PeerError, CapacityError, OSError) as error:
             of_ours, why = what_failed(error)
-            self._drop(fd, "limit" if of_ours else "protocol", why, tag)
+            self._drop(session, "limit" if of_ours else "protocol", why, tag)
 
     def _watch(self, fd: int, session: NetworkSession) -> None:
         events = 0 if session.has_more else READ
@@ -286,8 +275,7 @@ class NetworkServer:
             how = ended.reason.name.lower()
             _log.info("detached", guest=entered.guest.name, end=how, **who)
             if ended.reason in (NbdEnd.PROTOCOL, NbdEnd.MEMORY):
-                self._counters.note_dropped("protocol")
-                _log.warning("dropped", "it broke the NBD protocol", **who)
+                self._note_dropped("protocol", "it broke the NBD protocol", who)
             self.leave(entered, was_orderly=ended.reason is NbdEnd.DISC)
 
         try:
@@ -323,30 +311,22 @@ class NetworkServer:
             self._log_no_room(error, session.who)
 
     def _log_no_room(self, error: CowshedError | OSError, who: dict[str, object]) -> None:
-        self._counters.note_dropped("limit")
-        _log.warning("dropped", what_failed(error)[1], **who)
+        self._note_dropped("limit", what_failed(error)[1], who)
 
-    def _drop(self, fd: int, reason: str, why: str, tag: int = 0) -> None:
-        session = self._sessions[fd]
-        self._counters.note_dropped(reason)
-        _log.warning("dropped", why, **session.who)
+    def _drop(self, session: NetworkSession, reason: str, why: str, tag: int = 0) -> None:
+        self._note_dropped(reason, why, session.who)
         with contextlib.suppress(PeerError):
             kind = "capacity" if reason == "limit" else "peer"
             session.connection.queue(error_reply(kind, why), (), tag)
             session.connection.flush()
-        self._end(fd)
+        self._end(session)
 
-    def _end(self, fd: int) -> None:
-        session = self._sessions.pop(fd)
+    def _end(self, session: NetworkSession) -> None:
+        fd = session.connection.fileno()
+        del self._sessions[fd]
         self._loop.forget(fd)
         self._admission.leave(address_of(session.connection), _FDS[session.scheme])
         session.end()
-
-    def _look_after(self) -> None:
-        now = time.monotonic()
-        for fd, session in list(self._sessions.items()):
-            if now > session.deadline:
-                self._drop(fd, "handshake", "it did not finish its handshake in time")
 
 
 def _prepare(uri: str, held_as: str, nbd: NbdService, listeners: Listeners) -> StreamListener:

@@ -131,6 +131,17 @@ class Session:
         return session
 
     @property
+    def who(self) -> dict[str, object]:
+        """The peer, and its guest if there is one."""
+        mapping, peer = self.mapping, self.connection.peer
+        return {
+            "guest": mapping and mapping.name,
+            "image": mapping and mapping.image.label,
+            "pid": peer.pid,
+            "uid": peer.uid,
+        }
+
+    @property
     def is_greeted(self) -> bool:
         """Whether hello was said."""
         return self._state is not SessionState.NEW

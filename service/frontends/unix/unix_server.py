@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from typing import Any, Final
 
 from cowshed.cache import CapacityError, PeerError
 from cowshed.cache.errors import PeerGoneError
+from cowshed.service.frontends.frontend_server import FrontendServer
 from cowshed.service.frontends.unix.handed_over import HandedOver
 from cowshed.service.frontends.unix.session_host import SessionHost
 from cowshed.service.frontends.unix.sessions import Session
@@ -21,18 +21,16 @@ from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, WRITE
 from cowshed.service.runtime.test_points import reach
 from cowshed.transport import EOF, AnyListener
-from cowshed.transport.links.no_room import no_room
 from cowshed.transport.messages.fields import error_reply
 
 __all__ = ["UnixServer"]
 
 _log = EventLog("cowshed")
 
-_LOOK_SECONDS: Final = 1.0
 _EARLY_SECONDS: Final = 0.05
 
 
-class UnixServer:
+class UnixServer(FrontendServer[Session]):
     """Accepts connections, runs their sessions, and ends those that broke, died or stay silent.
 
     Everything happens in the loop. The listener is borrowed. A session whose connection has ended
@@ -41,16 +39,12 @@ class UnixServer:
     """
 
     def __init__(self, listener: AnyListener, host: Host, session_host: SessionHost) -> None:
+        super().__init__(host, _log)
         self._listener = listener
-        self._admission = host.admission
         self._host = session_host
-        self._counters = host.counters
-        loop = self._loop = host.loop
-        self._sessions: dict[int, Session] = {}
-        self._turned_away = TurnedAway(loop, listener.refill)
-        loop.watch(listener.fileno(), READ, self._on_connect)
-        loop.after_calls(self._send_all)
-        loop.every(_LOOK_SECONDS, self._look_after)
+        self._turned_away = TurnedAway(host.loop, listener.refill)
+        host.loop.watch(listener.fileno(), READ, self._on_connect)
+        host.loop.after_calls(self._send_all)
 
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._sessions.values()))
@@ -77,21 +71,20 @@ class UnixServer:
 
     def log_states(self) -> None:
         """Log, once each, guests that stopped, went on or broke; drop those that broke."""
-        for fd, session in list(self._sessions.items()):
+        for session in list(self._sessions.values()):
             mapping = session.mapping
             if mapping is None:
                 continue
             if why := log_state(mapping):
-                self._log_dropped(session, "broken", why)
-                self._end(fd)
+                self._drop(session, "broken", why)
 
     def end_parked(self, request: OpenRequest) -> bool:
         """End what is parked under a name and has nothing mapped any more; whether any was."""
         nr_before = len(self._sessions)
-        for fd, session in list(self._sessions.items()):
+        for session in list(self._sessions.values()):
             parking = session.parking
             if parking and session.key == request.key and parking.is_over():
-                self._end(fd)
+                self._end(session)
         return len(self._sessions) < nr_before
 
     def adopt(self, session: Session) -> None:
@@ -128,13 +121,8 @@ class UnixServer:
             return
         reach("GUEST_CAME")
         peer = connection.peer
-        if connection.no_room:
-            refusal = no_room(connection.no_room)
-        else:
-            refusal = self._admission.enter(peer.uid)
-        if refusal:
-            self._counters.note_dropped("limit")
-            _log.warning("turned-away", refusal, pid=peer.pid, uid=peer.uid)
+        if refusal := self._refusal(connection.no_room, peer.uid):
+            self._note_turned_away(refusal, {"pid": peer.pid, "uid": peer.uid})
             self._turned_away.add(connection, refusal)
             return
         session = Session(connection, self._host)
@@ -168,9 +156,9 @@ class UnixServer:
         except (PeerError, CapacityError, OSError) as error:
             # No descriptors left, say. Whoever asked for them pays, not the daemon.
             of_ours, why = what_failed(error)
-            self._log_dropped(session, "limit" if of_ours else "protocol", why)
+            self._note_dropped("limit" if of_ours else "protocol", why, session.who)
             self._send_goodbye(session, error_reply("capacity" if of_ours else "peer", why), tag)
-            self._end(fd)
+            self._end(session)
 
     def _open_again(self, fd: int, session: Session) -> None:
         """See whether the pages have come that an open waits for."""
@@ -191,7 +179,7 @@ class UnixServer:
         if pidfd is None or session.watched_fd >= 0:
             return
         session.watched_fd = pidfd
-        self._loop.watch(pidfd, READ, lambda *_: self._end(session.connection.fileno()))
+        self._loop.watch(pidfd, READ, lambda *_: self._end(session))
 
     def _send_all(self) -> None:
         for fd, session in list(self._sessions.items()):
@@ -204,7 +192,7 @@ class UnixServer:
     def _send(self, fd: int, session: Session) -> None:
         done = session.connection.flush()
         if done and session.closing:
-            self._end(fd)
+            self._end(session)
             return
         if done:
             session.note_sent()
@@ -222,11 +210,13 @@ class UnixServer:
             self._loop.forget(fd)
             return
         if isinstance(error, PeerGoneError) and session.mapping is None:
-            self._log_dropped(session, "protocol", str(error))
-        self._end(fd)
+            self._drop(session, "protocol", str(error))
+        else:
+            self._end(session)
 
-    def _end(self, fd: int) -> None:
-        session = self._sessions.pop(fd)
+    def _end(self, session: Session) -> None:
+        fd = session.connection.fileno()
+        del self._sessions[fd]
         if session.parking is None:
             self._loop.forget(fd)
         if session.watched_fd >= 0:
@@ -236,22 +226,7 @@ class UnixServer:
 
     def _look_after(self) -> None:
         self.log_states()
-        now = time.monotonic()
-        for fd, session in list(self._sessions.items()):
+        for session in list(self._sessions.values()):
             if session.parking is not None and session.parking.is_over():
-                self._end(fd)
-            elif session.deadline is not None and now > session.deadline:
-                self._log_dropped(session, "handshake", "it did not finish its handshake in time")
-                self._end(fd)
-
-    def _log_dropped(self, session: Session, reason: str, why: str) -> None:
-        self._counters.note_dropped(reason)
-        mapping, peer = session.mapping, session.connection.peer
-        _log.warning(
-            "dropped",
-            why,
-            guest=mapping and mapping.name,
-            image=mapping and mapping.image.label,
-            pid=peer.pid,
-            uid=peer.uid,
-        )
+                self._end(session)
+        super()._look_after()

@@ -25,6 +25,7 @@ from cowshed.accounting import Account, QuotaPolicy
 from cowshed.accounting import Region as PlacedRegion
 from cowshed.cache import CowshedError, Image, PeerError, UsageError
 from cowshed.faults import FaultOptions, PopulateHandler
+from cowshed.service.frontends.frontend_server import FrontendServer
 from cowshed.service.frontends.vmm.handshake_peer import HandshakePeer
 from cowshed.service.frontends.vmm.image_folders import make_image_folders
 from cowshed.service.frontends.vmm.machine_records import Caller, MachineRecords, RestoredMachine
@@ -43,7 +44,6 @@ from cowshed.service.settings.domains import Identity
 from cowshed.service.settings.names import image_socket_path
 from cowshed.transport.links.acceptor import Acceptor
 from cowshed.transport.links.foreign_fds import close_foreign
-from cowshed.transport.links.no_room import no_room
 from cowshed.transport.messages.fields import MovedError
 from cowshed.transport.vmm.handshakes import (
     MemoryRegion,
@@ -59,7 +59,6 @@ __all__ = ["ImageSockets", "shown_ranges"]
 _log = EventLog("cowshed.images")
 
 _HANDSHAKE_SECONDS: Final = 10.0
-_LOOK_SECONDS: Final = 1.0
 _BACKLOG: Final = 128
 # Of a client that asked for the size, until it hands its memory over.
 _IDLE_SECONDS: Final = 600.0
@@ -78,9 +77,22 @@ class _Machine:
     regions: tuple[MemoryRegion, ...] = ()
     zerocopy_fd: int = -1
 
+    @property
+    def who(self) -> dict[str, object]:
+        """The peer, its image, and its guest if there is one."""
+        mapping = self.mapping
+        return {
+            "guest": mapping and mapping.name,
+            "image": self.image.label,
+            "pid": self.peer.pid,
+            "uid": self.peer.uid,
+        }
 
-class ImageSockets:
+
+class ImageSockets(FrontendServer[_Machine]):
     """Listens for every image, in the loop; close() ends every connection and guest of theirs."""
+
+    _LATE = "it sent no handshake in time"
 
     def __init__(
         self,
@@ -90,25 +102,21 @@ class ImageSockets:
         records: MachineRecords,
     ) -> None:
         """control says whether guests may come in."""
+        super().__init__(host, _log)
         self._config: Final = host.config
         self._guests: Final = host.guests
         self._control = control
-        self._admission = host.admission
-        self._counters = host.counters
-        loop = self._loop = host.loop
         self._populator = populator
         self._records = records
-        self._clients: dict[int, _Machine] = {}
         self._opener = host.listeners
         self._acceptor: Final = Acceptor()
         self._listeners: dict[Path, socket.socket] = {}
         for image in host.store:
             self._listen(image, image_socket_path(host.config.run_dir, image))
-        loop.every(_LOOK_SECONDS, self._look_after)
 
     def close(self) -> None:
         """End all connections, detach their guests, remove the sockets; the loop has stopped."""
-        for client in list(self._clients.values()):
+        for client in list(self._sessions.values()):
             self._end(client)
         for path, listener in self._listeners.items():
             listener.close()
@@ -119,7 +127,7 @@ class ImageSockets:
 
     def nr_unfinished(self) -> int:
         """How many are in the middle of a message; whatever else is under way is held."""
-        return sum(client.peer.is_busy for client in self._clients.values())
+        return sum(client.peer.is_busy for client in self._sessions.values())
 
     def add(self, image: Image) -> None:
         """Listen for an image that came later; a failure is logged."""
@@ -150,15 +158,13 @@ class ImageSockets:
             return
         reach("MACHINE_ACCEPTED")
         peer = HandshakePeer(taken[0])
-        if number := taken[2] or peer.no_room:
-            # Neither protocol has words for it: the log alone says why.
-            self._turn_away(peer, image, "limit", no_room(number))
-            return
+        no_room = taken[2] or peer.no_room
         # Before anything is told: its size too is for those alone who may use the image.
-        if why := self._refusal(peer, image):
+        if not no_room and (why := self._why_not(peer, image)):
             self._turn_away(peer, image, "handshake", why)
             return
-        if refusal := self._admission.enter(peer.uid):
+        # Neither protocol has words for it: the log alone says why.
+        if refusal := self._refusal(no_room, peer.uid):
             self._turn_away(peer, image, "limit", refusal)
             return
         try:
@@ -174,7 +180,7 @@ class ImageSockets:
         peer = caller.peer
         deadline = time.monotonic() + _HANDSHAKE_SECONDS
         client = _Machine(peer, caller.image, deadline, caller.group)
-        self._clients[peer.fileno()] = client
+        self._sessions[peer.fileno()] = client
         self._loop.watch(peer.fileno(), READ, self._on_ready)
         return client
 
@@ -188,7 +194,7 @@ class ImageSockets:
             self._admission.readmit(caller.peer.uid)
             self._begin(caller)
 
-    def _refusal(self, peer: HandshakePeer, image: Image) -> str:
+    def _why_not(self, peer: HandshakePeer, image: Image) -> str:
         """Why a peer may not use the image; "" if it may."""
         identity = Identity(peer.uid, peer.gid)
         try:
@@ -204,11 +210,12 @@ class ImageSockets:
         peer.close()
         # Before the log: a reader of it may take the descriptor that the reserve lacks.
         self._acceptor.refill()
-        self._counters.note_dropped(reason)
-        _log.warning("turned-away", why, image=image.label, pid=peer.pid, uid=peer.uid)
+        self._note_turned_away(
+            why, {"image": image.label, "pid": peer.pid, "uid": peer.uid}, reason
+        )
 
     def _on_ready(self, fd: int, events: int) -> None:
-        client = self._clients[fd]
+        client = self._sessions[fd]
         try:
             if events & READ:
                 incoming = client.peer.receive()
@@ -361,22 +368,9 @@ class ImageSockets:
             done = client.peer.flush()
         self._loop.change(client.peer.fileno(), READ if done else READ | WRITE)
 
-    def _drop(self, client: _Machine, reason: str, why: str) -> None:
-        self._counters.note_dropped(reason)
-        mapping, peer = client.mapping, client.peer
-        _log.warning(
-            "dropped",
-            why,
-            guest=mapping and mapping.name,
-            image=client.image.label,
-            pid=peer.pid,
-            uid=peer.uid,
-        )
-        self._end(client)
-
     def _end(self, client: _Machine) -> None:
         peer, mapping = client.peer, client.mapping
-        if self._clients.pop(peer.fileno(), None) is None:
+        if self._sessions.pop(peer.fileno(), None) is None:
             return
         self._loop.forget(peer.fileno())
         self._records.release(client.group)
@@ -394,15 +388,12 @@ class ImageSockets:
         peer.close()
 
     def _look_after(self) -> None:
-        now = time.monotonic()
-        for client in list(self._clients.values()):
-            if client.deadline is not None and now > client.deadline:
-                self._drop(client, "handshake", "it sent no handshake in time")
+        super()._look_after()
         self.log_states()
 
     def log_states(self) -> None:
         """Log, once each, guests that stopped or went on; drop those that broke."""
-        for client in list(self._clients.values()):
+        for client in list(self._sessions.values()):
             if client.mapping is not None and (why := log_state(client.mapping)):
                 self._drop(client, "broken", why)
 
