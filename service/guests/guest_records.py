@@ -10,7 +10,6 @@ and comes again.
 from __future__ import annotations
 
 import os
-import secrets
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,10 +20,12 @@ from cowshed.service.guests.guests import GuestProcess, GuestTable, Mapping, Ope
 from cowshed.service.persist.fd_store import FdStore, kind_of
 from cowshed.service.persist.inherited import (
     InheritedFds,
+    Kinds,
     record_is_open,
     record_make,
     record_read,
 )
+from cowshed.service.persist.restoring import has_kinds, new_group, restore_groups
 from cowshed.service.runtime.logs import EventLog
 from cowshed.transport import Connection, adopt_connection
 
@@ -70,7 +71,7 @@ class GuestRecords:
         The record becomes one of the mapping's descriptors, the last. Once the request of that tag
         is answered, record_close() it: our successor cannot know what the guest was told.
         """
-        group = f"{_PREFIX}{secrets.token_hex(8)}"
+        group = new_group(_PREFIX)
         record = record_make({**describe_request(request), "tag": tag})
         mapping.fds.append(record)
         fds = [*mapping.fds, mapping.account.fd, mapping.guest.quota.fd, connection.fileno()]
@@ -98,26 +99,22 @@ class GuestRecords:
         self, inherited: InheritedFds, store: PageStore, guests: GuestTable
     ) -> list[RestoredGuest]:
         """Serve on all that our predecessor served; it does not matter who died meanwhile."""
-        restored = []
-        for group, group_fds in inherited.take_all(_PREFIX):
-            guest = self._adopt(group, group_fds, store, guests)
-            if guest is None:
-                self._fd_store.release(group)
-                for fd in group_fds.values():
-                    os.close(fd)
-            else:
-                restored.append(guest)
-                self._fd_store.hold(group, [*group_fds.values()])
-        return restored
+        return restore_groups(
+            inherited,
+            _PREFIX,
+            self._fd_store,
+            lambda group, group_fds: self._adopt(group, group_fds, store, guests),
+        )
 
     def _adopt(
-        self, group: str, group_fds: dict[str, int], store: PageStore, guests: GuestTable
+        self, group: str, group_fds: Kinds, store: PageStore, guests: GuestTable
     ) -> RestoredGuest | None:
         """Adopt one mapping, its descriptors with it; None, and none taken, if it cannot be."""
-        if group_fds.keys() - _PRELOADED != _KINDS:
+        if not has_kinds(group_fds, _KINDS, _PRELOADED):
             return None
         preload_kind = next(iter(group_fds.keys() & _PRELOADED), "")
         record = record_read(group_fds["record"])
+        tag = record["tag"] if record_is_open(group_fds["record"]) else None
         request = request_of(record, store)
         if request is None:
             return None
@@ -153,10 +150,8 @@ class GuestRecords:
         group_fds.update(
             ledger=mapping.account.fd, quota=guest.quota.fd, socket=connection.fileno()
         )
-        is_open = record_is_open(group_fds["record"])
-        return RestoredGuest(
-            mapping, connection, request, group, record["tag"] if is_open else None
-        )
+        self._fd_store.hold(group, [*group_fds.values()])
+        return RestoredGuest(mapping, connection, request, group, tag)
 
 
 def describe_request(request: OpenRequest) -> dict[str, Any]:

@@ -9,26 +9,23 @@ knows of writes that were acknowledged and not flushed yet.
 from __future__ import annotations
 
 import os
-import secrets
 from dataclasses import asdict, dataclass
 from typing import Final
 
 from cowshed.accounting import Account, Overlay
-from cowshed.cache import CowshedError
 from cowshed.service.overlays.files import OverlayRecord, overlay_record
 from cowshed.service.persist.fd_store import FdStore
 from cowshed.service.persist.inherited import (
     InheritedFds,
+    Kinds,
     record_close,
     record_is_open,
     record_make,
     record_read,
 )
-from cowshed.service.runtime.logs import EventLog
+from cowshed.service.persist.restoring import has_kinds, let_go, new_group, restore_groups
 
 __all__ = ["InheritedOverlay", "OverlayRecords"]
-
-_log = EventLog("cowshed.overlays")
 
 _PREFIX: Final = "overlay/"
 _KINDS: Final = {"record", "ledger", "quota"}
@@ -97,7 +94,7 @@ class OverlayRecords:
                 os.close(inherited.fds[kind])
             self._fd_store.hold(inherited.group, [inherited.fds["record"], *fds])
             return inherited.group
-        group = f"{_PREFIX}{secrets.token_hex(8)}"
+        group = new_group(_PREFIX)
         told = {"pages_id": pages_id, "staged": staged, "files": files}
         made = record_make({**asdict(record), **told})
         self._records[group] = made
@@ -117,33 +114,25 @@ class OverlayRecords:
 
     def take(self, inherited_fds: InheritedFds) -> dict[str, InheritedOverlay]:
         """Take what was left of overlays, by label; what is broken is let go."""
-        all_inherited = {}
-        for group, fds in inherited_fds.take_all(_PREFIX):
-            try:
-                if fds.keys() - {"overlay"} != _KINDS:
-                    raise ValueError(f"it has {', '.join(sorted(fds))}")
-                fields = record_read(fds["record"])
-                staged = str(fields.get("staged", "")) if record_is_open(fds["record"]) else ""
-                inherited = InheritedOverlay(
-                    group,
-                    overlay_record(fields),
-                    str(fields["pages_id"]),
-                    fds,
-                    staged,
-                    fields.get("files"),
-                )
-            except (CowshedError, ValueError, KeyError, TypeError) as error:
-                _log.error("overlay-lost", f"{group} is broken: {error}")
-                self._close(group, fds)
-            else:
-                all_inherited[inherited.record.label] = inherited
-        return all_inherited
+        all_inherited = restore_groups(
+            inherited_fds, _PREFIX, self._fd_store, _inherited, lost="overlay-lost"
+        )
+        return {each.record.label: each for each in all_inherited}
 
     def let_go(self, inherited: InheritedOverlay) -> None:
         """Give up what was left of an overlay."""
-        self._close(inherited.group, inherited.fds)
+        let_go(self._fd_store, inherited.group, inherited.fds)
 
-    def _close(self, group: str, fds: dict[str, int]) -> None:
-        self._fd_store.release(group)
-        for fd in fds.values():
-            os.close(fd)
+
+def _inherited(group: str, fds: Kinds) -> InheritedOverlay | None:
+    if not has_kinds(fds, _KINDS, {"overlay"}):
+        raise ValueError(f"it has {', '.join(sorted(fds))}")
+    fields = record_read(fds["record"])
+    return InheritedOverlay(
+        group,
+        overlay_record(fields),
+        str(fields["pages_id"]),
+        fds,
+        str(fields.get("staged", "")) if record_is_open(fds["record"]) else "",
+        fields.get("files"),
+    )

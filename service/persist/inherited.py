@@ -17,7 +17,7 @@ from cowshed.cache.errors import InvariantError
 from cowshed.service.persist.fd_store import kind_of
 from cowshed.service.persist.notice import Groups
 
-__all__ = ["InheritedFds", "record_close", "record_is_open", "record_make", "record_read"]
+__all__ = ["InheritedFds", "Kinds", "record_close", "record_is_open", "record_make", "record_read"]
 
 _MAX_RECORD_BYTES: Final = 1 << 20
 

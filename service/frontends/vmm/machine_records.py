@@ -13,7 +13,6 @@ faults there.
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,7 +29,8 @@ from cowshed.service.guests.guest_records import (
 )
 from cowshed.service.guests.guests import Guest, GuestProcess, GuestTable, Mapping, OpenRequest
 from cowshed.service.persist.fd_store import FdStore
-from cowshed.service.persist.inherited import InheritedFds, record_make, record_read
+from cowshed.service.persist.inherited import InheritedFds, Kinds, record_make, record_read
+from cowshed.service.persist.restoring import has_kinds, new_group, restore_groups
 from cowshed.service.runtime.logs import EventLog
 from cowshed.transport.vmm.handshakes import MemoryRegion, Policy, VmmHandshake
 
@@ -92,7 +92,7 @@ class MachineRecords:
         return self._hold(_POPULATED, held, guest.request.image, guest.name)
 
     def _hold(self, prefix: str, fds: list[int], image: Image, guest: str) -> str:
-        group = f"{prefix}{secrets.token_hex(8)}"
+        group = new_group(prefix)
         self._fd_store.hold(group, fds, guest=guest or None, image=image.label)
         return group
 
@@ -108,35 +108,23 @@ class MachineRecords:
 
         Must precede any eviction: it pins the extents that were lent to them again.
         """
-        restored = []
-        for group, group_fds in inherited.take_all(_POPULATED):
-            machine = self._adopt(group, group_fds, store, guests, populator)
-            if machine is None:
-                self._fd_store.release(group)
-                for fd in group_fds.values():
-                    os.close(fd)
-            else:
-                restored.append(machine)
-                mapping = machine.mapping
-                fds = [
-                    *mapping.fds,
-                    mapping.account.fd,
-                    mapping.guest.quota.fd,
-                    machine.peer.fileno(),
-                ]
-                self._fd_store.hold(group, fds)
-        return restored
+        return restore_groups(
+            inherited,
+            _POPULATED,
+            self._fd_store,
+            lambda group, group_fds: self._adopt(group, group_fds, store, guests, populator),
+        )
 
     def _adopt(
         self,
         group: str,
-        group_fds: dict[str, int],
+        group_fds: Kinds,
         store: PageStore,
         guests: GuestTable,
         populator: Populator,
     ) -> RestoredMachine | None:
         """Adopt one guest, its descriptors with it; None, and none taken, if it cannot be."""
-        if group_fds.keys() - {"pagemap"} != _KINDS:
+        if not has_kinds(group_fds, _KINDS, {"pagemap"}):
             return None
         record = record_read(group_fds["record"])
         request = request_of(record, store)
@@ -169,6 +157,8 @@ class MachineRecords:
         mapping.fds.append(group_fds["record"])
         for name in ("ledger", "quota", "socket"):
             os.close(group_fds[name])
+        fds = [*mapping.fds, mapping.account.fd, guest.quota.fd, peer.fileno()]
+        self._fd_store.hold(group, fds)
         return RestoredMachine(peer, mapping, handshake, group, "pagemap" in group_fds)
 
     def adopt_callers(
@@ -176,24 +166,30 @@ class MachineRecords:
     ) -> list[Caller]:
         """Go on with connections that had handed nothing over yet, but for those of restored."""
         attached = {os.fstat(machine.peer.fileno()).st_ino: machine for machine in restored}
-        callers = []
-        for group, group_fds in inherited.take_all(_CALLER):
-            image = None
-            if group_fds.keys() == {"record", "socket"}:
-                image = image_of_record(record_read(group_fds["record"]), store)
-                if machine := attached.get(os.fstat(group_fds["socket"]).st_ino):
-                    image = None
-                    if machine.has_pagemap:
-                        _look_at_memory(machine.mapping)
-            if image is None:
-                self._fd_store.release(group)
-                for fd in group_fds.values():
-                    os.close(fd)
-                continue
-            peer = HandshakePeer(socket.socket(fileno=group_fds["socket"]))
-            peer.record = group_fds["record"]
-            callers.append(Caller(peer, image, group))
-        return callers
+        return restore_groups(
+            inherited,
+            _CALLER,
+            self._fd_store,
+            lambda group, group_fds: _adopt_caller(group, group_fds, store, attached),
+        )
+
+
+def _adopt_caller(
+    group: str, group_fds: Kinds, store: PageStore, attached: dict[int, RestoredMachine]
+) -> Caller | None:
+    """Go on with one connection; attached are those that handed something over, by inode."""
+    if not has_kinds(group_fds, {"record", "socket"}):
+        return None
+    if machine := attached.get(os.fstat(group_fds["socket"]).st_ino):
+        if machine.has_pagemap:
+            _look_at_memory(machine.mapping)
+        return None
+    image = image_of_record(record_read(group_fds["record"]), store)
+    if image is None:
+        return None
+    peer = HandshakePeer(socket.socket(fileno=group_fds["socket"]))
+    peer.record = group_fds["record"]
+    return Caller(peer, image, group)
 
 
 def _look_at_memory(mapping: Mapping) -> None:
