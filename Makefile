@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := accounting cache faults service transport
 CORES := $(addsuffix /core,cache accounting faults transport) accounting/core/overlay faults/core/populate \
-	transport/core/blocks transport/core/nbd transport/preload
+	transport/core/blocks transport/core/guest transport/core/nbd transport/preload transport/library
 C_SOURCES := $(wildcard $(addsuffix /*.c,$(CORES)))
 C_HEADERS := $(wildcard $(addsuffix /*.h,$(CORES)))
 CORE := cache/_core.abi3.so
@@ -36,7 +36,8 @@ export PYTHON
 # daemon takes to start and end.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo demo-vm test test-quick check dashboards man files stubs format bench fuzz sanitize wheel clean links
+.PHONY: help setup demo demo-vm test test-quick check dashboards man files stubs format bench fuzz sanitize wheel clean links \
+	guest-library install-guest-library
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -96,6 +97,26 @@ links:
 
 dashboards: setup ## write dashboards/generated/ from dashboards/*.py
 	@$(BIN)/python -m dashboards.build
+
+# The guest library for other languages: no Python in it. PREFIX and DESTDIR as everywhere.
+PREFIX := /usr/local
+GUEST_LIBRARY := build/guest-library
+GUEST_SOURCES := $(wildcard transport/core/guest/*.c transport/library/*.c)
+GUEST_FLAGS := -std=gnu11 -O2 -g -Wall -Wextra -Werror -pthread -fPIC -fvisibility=hidden -UNDEBUG -I.
+
+guest-library: $(GUEST_LIBRARY)/libcowshed_guest.so.1 ## the guest library for C, with header and .pc file
+
+$(GUEST_LIBRARY)/libcowshed_guest.so.1: $(GUEST_SOURCES) $(wildcard transport/core/guest/*.h transport/library/*)
+	@mkdir -p $(GUEST_LIBRARY)
+	@gcc $(GUEST_FLAGS) -shared -Wl,-soname,libcowshed_guest.so.1 -Wl,-z,defs -o $@ $(GUEST_SOURCES)
+
+install-guest-library: guest-library ## install it below PREFIX (/usr/local)
+	@install -D -m 755 $(GUEST_LIBRARY)/libcowshed_guest.so.1 $(DESTDIR)$(PREFIX)/lib/libcowshed_guest.so.1
+	@ln -sfn libcowshed_guest.so.1 $(DESTDIR)$(PREFIX)/lib/libcowshed_guest.so
+	@install -D -m 644 transport/library/cowshed_guest.h $(DESTDIR)$(PREFIX)/include/cowshed_guest.h
+	@install -d $(DESTDIR)$(PREFIX)/lib/pkgconfig
+	@sed 's|@PREFIX@|$(PREFIX)|' transport/library/cowshed_guest.pc.in > \
+		$(DESTDIR)$(PREFIX)/lib/pkgconfig/cowshed_guest.pc
 
 man: setup ## write the man pages into build/man
 	@$(BIN)/python tools/man.py build/man

@@ -14,17 +14,16 @@ from setuptools.command.build_py import build_py
 PRELOAD = Extension(
     "cowshed.transport._preload",
     sources=[
+        "transport/core/elf.c",
         *(
-            f"transport/core/{name}.c"
-            for name in ("elf", "guard", "json", "orphan", "packets", "replace")
+            f"transport/core/guest/{name}.c"
+            for name in ("guard", "handshake", "json", "orphan", "packets", "replace")
         ),
         *sorted(glob("transport/preload/*.c")),
     ],
     depends=[
-        *(
-            f"transport/core/{name}.h"
-            for name in ("elf", "guard", "json", "orphan", "packets", "region")
-        ),
+        "transport/core/elf.h",
+        *sorted(glob("transport/core/guest/*.h")),
         "cache/core/abi.h",
         *sorted(glob("transport/preload/*.h")),
     ],

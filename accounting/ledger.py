@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from cowshed.accounting.quota import Quota, QuotaPolicy
 from cowshed.cache import Image, InvariantError, PeerError, UsageError
 from cowshed.cache._core import ffi, lib
-from cowshed.cache.calls import CLOSED, checked
+from cowshed.cache.calls import CLOSED, check_core, checked
 from cowshed.cache.counters import Counters
 from cowshed.cache.images import PAGE_BYTES
 
@@ -236,6 +236,10 @@ class Account:
         status = ffi.new("struct account_status *")
         lib.account_read(self.cdata, status)
         return AccountStatus.of(status)
+
+    def check(self) -> None:
+        """Recompute the invariants of a mapping's account; O(pages). Raises InvariantError."""
+        check_core(lib.account_check(self.cdata))
 
     def settle(self) -> None:
         """Give back charges whose copies never happened, so that charged means copied.

@@ -213,6 +213,19 @@ class StructElf(CData):
     linker: Array[bytes]
     soname: Array[bytes]
 
+class StructGuestImage(CData):
+    size_bytes: int
+    map_bytes: int
+    extent_bytes: int
+    uffd_features: int
+    memfd: int
+    uffd_device: int
+    digest: Array[bytes]
+    generation: Array[bytes]
+    guest: Array[bytes]
+
+class StructHandshake(CData): ...
+
 class StructRegion(CData):
     address: CData
     map_bytes: int
@@ -838,6 +851,7 @@ class _Lib:
         /,
     ) -> int: ...
     def elf_read(self, fd: int, elf_out: StructElf | Array[StructElf], /) -> int: ...
+    def handshake_close(self, handshake: StructHandshake | Array[StructHandshake], /) -> int: ...
     def region_init(
         self,
         r: StructRegion | Array[StructRegion],
@@ -868,6 +882,23 @@ class _Lib:
         self, r: StructRegion | Array[StructRegion], with_: StructRegion | Array[StructRegion], /
     ) -> int: ...
     def region_revoke(self, r: StructRegion | Array[StructRegion], /) -> int: ...
+    def handshake_new(self, fd: int, limit_ms: int, /) -> StructHandshake: ...
+    def handshake_free(self, handshake: StructHandshake | Array[StructHandshake], /) -> None: ...
+    def handshake_reply(
+        self, handshake: StructHandshake | Array[StructHandshake], nr_bytes_out: Pointer[int], /
+    ) -> Pointer[bytes]: ...
+    def guest_attach(
+        self,
+        handshake: StructHandshake | Array[StructHandshake],
+        request: bytes | Pointer[bytes],
+        more: bytes | Pointer[bytes],
+        region: StructRegion | Array[StructRegion],
+        image_out: StructGuestImage | Array[StructGuestImage],
+        stage_out: Pointer[int],
+        /,
+    ) -> int: ...
+    def region_failure(self, stage: int, /) -> Pointer[bytes]: ...
+    def region_cure(self, stage: int, /) -> Pointer[bytes]: ...
     def follower_start(
         self,
         region: StructRegion | Array[StructRegion],
@@ -1220,6 +1251,22 @@ class _Ffi:
     def new(self, cdecl: Literal["struct elf *"], init: Any = ..., /) -> StructElf: ...
     @overload
     def new(self, cdecl: Literal["struct elf[]"], init: Any = ..., /) -> Array[StructElf]: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct guest_image **"], init: Any = ..., /
+    ) -> Pointer[StructGuestImage]: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct guest_image *"], init: Any = ..., /
+    ) -> StructGuestImage: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct guest_image[]"], init: Any = ..., /
+    ) -> Array[StructGuestImage]: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct handshake **"], init: Any = ..., /
+    ) -> Pointer[StructHandshake]: ...
     @overload
     def new(
         self, cdecl: Literal["struct region **"], init: Any = ..., /

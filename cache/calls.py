@@ -7,6 +7,7 @@ import errno
 import os
 from typing import Any, Final
 
+from cowshed.cache._core import ffi
 from cowshed.cache.errors import CapacityError, InvariantError, SourceError, UsageError
 
 # Stands in for a handle that was closed. The C core refuses it with a TypeError: it is no pointer.
@@ -36,3 +37,9 @@ def checked(result: int, what: str) -> int:
         return result
     kind = _KINDS.get(-result, SourceError)
     raise kind(f"{what}: {os.strerror(-result)}") from OSError(-result, os.strerror(-result))
+
+
+def check_core(broken: Any) -> None:
+    """Raise InvariantError if a check of the core says what does not hold."""
+    if broken != ffi.NULL:
+        raise InvariantError(ffi.string(broken).decode())

@@ -31,6 +31,7 @@ CORES = (
     "faults/core/populate",
     "transport/core",
     "transport/core/blocks",
+    "transport/core/guest",
     "transport/core/nbd",
 )
 HEADERS = (
@@ -55,8 +56,10 @@ HEADERS = (
     "faults/core/guest.h",
     "faults/core/populate/populate.h",
     "transport/core/elf.h",
-    "transport/core/region.h",
-    "transport/core/follow.h",
+    "transport/core/guest/handshake.h",
+    "transport/core/guest/region.h",
+    "transport/core/guest/attach.h",
+    "transport/core/guest/follow.h",
     "transport/core/nbd/nbd.h",
 )
 BEGIN = "/* cdef-begin */"

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Final
 
 from cowshed.cache._core import ffi, lib
-from cowshed.cache.calls import CLOSED, checked
+from cowshed.cache.calls import CLOSED, check_core, checked
 from cowshed.cache.counters import Counters
 from cowshed.cache.errors import CapacityError, UsageError
 from cowshed.cache.images import DEFAULT_DOMAIN, PAGE_BYTES, Image, InheritedImage, image_label
@@ -221,6 +221,13 @@ class PageStore:
     def resident_bytes(self) -> int:
         """Bytes of frames in RESIDENT extents of all images."""
         return sum(image.resident_bytes for image in self)
+
+    def check(self) -> None:
+        """Recompute the invariants of the store and of its images; O(extents), under its lock.
+
+        Raises InvariantError naming one that does not hold.
+        """
+        check_core(lib.store_check(self._store))
 
     def counters(self) -> StoreCounters:
         """Read the counters, all at one instant."""

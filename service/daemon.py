@@ -49,6 +49,7 @@ from cowshed.service.metrics.service_counters import DROP_COUNTS, ServiceCounter
 from cowshed.service.migration.incoming import IncomingGuests
 from cowshed.service.migration.record import HandoffRecord
 from cowshed.service.operators.control import Control
+from cowshed.service.operators.invariants import check_invariants
 from cowshed.service.operators.takeover import TakeoverHandler
 from cowshed.service.overlays.entrance import Entrance
 from cowshed.service.overlays.files import OverlayFiles
@@ -62,6 +63,7 @@ from cowshed.service.persist.kept_counts import LOG_COUNTS, LOG_GROUP, KeptCount
 from cowshed.service.persist.listeners import Listeners
 from cowshed.service.persist.notice import Groups
 from cowshed.service.reports.status import StatusReader
+from cowshed.service.runtime import test_points
 from cowshed.service.runtime.file_limit import raise_file_limit
 from cowshed.service.runtime.logs import (
     EventLog,
@@ -280,6 +282,8 @@ class Daemon:
             host.warming,
             lambda: self.workers.is_stopping,
         )
+        if test_points.ENABLED:
+            self.control.add("check", lambda *_: check_invariants(host), is_quick=False)
         self.incoming = IncomingGuests(host.overlays, host.guests)
 
     def _open_frontends(self, restored: _Restored) -> None:

@@ -119,6 +119,8 @@ uint64_t account_quota_pages(struct account *account, uint64_t *used_out);
 int account_add_grants(const struct account *account, uint64_t first, uint64_t nr, uint32_t *refs_out);
 /* Copies of the bitmap of private (or, 1: unsettled) pages: (nr_pages + 63) / 64 words. */
 int account_bitmap(const struct account *account, int unsettled, uint64_t *words_out, uint64_t nr_words);
+/* Recomputes the invariants of a mapping's account: what does not hold, or NULL. For tests; O(pages) under write_lock. */
+const char *account_check(struct account *account);
 /* cdef-end */
 
 #define COUNTS_NR (sizeof(struct account_counters) / sizeof(uint64_t))
@@ -170,8 +172,9 @@ _Static_assert(sizeof(struct account_past) <= 8 * IMAGE_PAST_WORDS, "an image ha
  * Invariants: (1) granted_extents is the number of granted bits, each counted in the image's refs;
  * (2) private_pages is the number of private bits, each taken from the quota; (3) unsettled is a subset of private.
  * (4) preloaded is a subset of private, and disjoint from unsettled; (5) while dirty is not NULL, every private page
- * that the guest can write without a fault is dirty.  (2) to (5) change only under write_lock; so do the regions, and
- * only in the guest's fault thread.
+ * that the guest can write without a fault is dirty; (6) header->preloaded_pages is the number of preloaded bits. (2) to
+ * (6) change only under write_lock (an overlay's, under its stripes' locks); so do the regions, and only in the guest's
+ * fault thread. An audit recomputes (1), account_check (2) to (4) and (6).
  */
 struct account {
 	struct account *next; /* in image->accounts */

@@ -118,7 +118,7 @@ struct load_waiter;
 /*
  * Invariants: (1) frames of a RESIDENT extent are all in the memfd; (2) refs[e] is the number of attached
  * accounts whose grant bit e is set; (3) waiters[e] is empty unless e is LOADING or EVICTING;
- * (4) resident_pages is the sum of the pages of RESIDENT extents.
+ * (4) resident_pages is the sum of the pages of RESIDENT extents. store_check recomputes (3) and (4), an audit (2).
  */
 struct image {
 	struct store *store;

@@ -55,6 +55,9 @@ int store_lend(struct image *image, uint64_t first, uint64_t nr, uint64_t max_pi
 int store_end_loan(struct image *image, uint64_t first, uint64_t nr);
 /* Punches frames in ABSENT extents that nobody loaded; how many extents had some. */
 int64_t store_scrub(struct image *image);
+/* Recomputes the invariants of the store and its images: what does not hold, or NULL. For tests; O(extents, queued
+ * loads squared) under the lock. */
+const char *store_check(struct store *store);
 /* cdef-end */
 
 #define INSERTED_SHIFT 32
@@ -62,9 +65,9 @@ int64_t store_scrub(struct image *image);
 /*
  * Invariants, all under lock: (1) reserved_extents counts the extents in state RESIDENT or EVICTING (but not those that
  * are being scrubbed) plus those a loader is filling; (2) reserved_extents <= capacity_extents; (3) an extent is in at
- * most one load of the queues; (4) inserted holds at most one entry per resident extent, so the ring cannot overflow;
+ * most one load of the queues; (4) a queue's nr is the number of its loads;
  * (5) nr_prefetching counts the loaders with a prefetch that are not stuck; (6) no image has more than nr_loaders
- * loaders at work.
+ * loaders at work; (7) pinned_extents counts the extents with a pin or a loan. store_check recomputes them.
  */
 struct store {
 	pthread_mutex_t lock;

@@ -68,8 +68,8 @@ struct uffd_msg;
 #define MESSAGES_MAX 16 /* answered in one pass: a flood cannot starve the idle work */
 
 /*
- * Invariants: (1) waiting[e] is set while exactly one struct miss of this guest waits for extent e;
- * (2) nr_users is 1 for the owner plus 1 for each such miss; (3) windows, ahead_* belong to the thread.
+ * waiting[e] is set while exactly one struct miss of this guest waits for extent e. nr_users is 1 for the owner plus 1
+ * for each such miss. windows and ahead_* belong to the thread.
  */
 struct guest {
 	const struct guest_kind *kind;

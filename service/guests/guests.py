@@ -27,7 +27,7 @@ from cowshed.accounting import (
     Region,
     add_statuses,
 )
-from cowshed.cache import Image, UsageError
+from cowshed.cache import Image, InvariantError, UsageError
 from cowshed.faults import FaultHandler, FaultOptions, PopulateHandler, PopulateOptions
 from cowshed.service.settings.names import find_for_operator
 from cowshed.transport.links.no_room import taking_in
@@ -220,9 +220,9 @@ class GuestTable:
 
     Whoever reads their accounts does so inside `with table.lock`.
 
-    Invariants: a guest is in the table exactly while connections hold its name, and its quota is
-    open as long; an account is open exactly while its mapping is its guest's. What mappings that
-    are gone had counted is in their image's sums.
+    Invariants: (1) a guest is in the table, by its name, exactly while connections hold that;
+    (2) no name is held twice; (3) a mapping is its guest's, and each has a holder of its own; its
+    account is open as long. What mappings that are gone had counted is in their image's sums.
     """
 
     def __init__(self) -> None:
@@ -235,6 +235,24 @@ class GuestTable:
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def check(self) -> None:
+        """Recompute the invariants, and those of all accounts. Raises InvariantError."""
+        with self.lock:
+            for key, guest in self._guests.items():
+                if key != guest.request.key or guest.nr_holders < 1:
+                    raise InvariantError(f"guests (1): {key} has {guest.nr_holders} holders")
+                if key in self._kept_names:
+                    raise InvariantError(f"guests (2): {key} is the name of an overlay too")
+                if any(mapping.guest is not guest for mapping in guest.mappings) or (
+                    len(guest.mappings) > guest.nr_holders
+                ):
+                    raise InvariantError(
+                        f"guests (3): {key} has {len(guest.mappings)} mappings, "
+                        f"{guest.nr_holders} holders"
+                    )
+                for mapping in guest.mappings:
+                    mapping.account.check()
 
     def find(self, text: str) -> Guest:
         """Give the attached guest that NAME or DOMAIN/NAME means; UsageError if not just one."""

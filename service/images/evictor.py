@@ -85,6 +85,11 @@ class Evictor:
             self._admit()
             return self._evict_from(image, list(extents), EvictReason.REQUEST)
 
+    def check(self) -> None:
+        """Recompute the policy's invariants. Raises InvariantError."""
+        with self._lock:
+            self._policy.check()
+
     def close_image(self, image: Image) -> None:
         """Close an image that nobody else knows, since it was never listed."""
         with self._lock:

@@ -22,7 +22,7 @@ from cowshed.accounting import (
     QuotaPolicy,
 )
 from cowshed.cache import Image
-from cowshed.cache.errors import CowshedError, UsageError
+from cowshed.cache.errors import CowshedError, InvariantError, UsageError
 from cowshed.cache.images import PAGE_BYTES
 from cowshed.faults import FaultOptions
 from cowshed.service.guests.admission import Admission
@@ -341,6 +341,16 @@ class OverlayTable:
         self._close(guest)
 
     # Audits and metrics.
+
+    def check_all(self) -> None:
+        """Recompute what holds of every overlay. Raises InvariantError."""
+        with self.lock:
+            for key, guest in self._overlays.items():
+                sums = guest.overlay.sums()
+                if key != guest.request.key or guest.nr_clients < 0 or guest.nr_users < 0:
+                    raise InvariantError(f"overlays: {key} has {guest.nr_clients} clients")
+                if sums.counted != sums.private or sums.used != sums.private + sums.in_hand:
+                    raise InvariantError(f"overlays: {key} counts {sums}")
 
     @contextlib.contextmanager
     def of_image(self, image: Image) -> Iterator[dict[str, Overlay]]:

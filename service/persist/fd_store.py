@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
-from cowshed.cache.errors import UsageError
+from cowshed.cache.errors import InvariantError, UsageError
 from cowshed.service.persist.holder import Holder
 from cowshed.service.persist.notice import Groups
 from cowshed.service.runtime.logs import EventLog
@@ -73,6 +73,18 @@ class FdStore:
         self._copy: Holder | None = None
         self._is_kept = address is not None
         self.on_unsent: Callable[[], None] = _nothing
+
+    def check(self) -> None:
+        """Raise InvariantError for a group that has a descriptor which is not open."""
+        with self._lock:
+            for name, fds in self.groups.items():
+                for fd in fds:
+                    try:
+                        os.fstat(fd)
+                    except OSError as error:
+                        raise InvariantError(
+                            f"groups: {name} has descriptor {fd}, which is closed"
+                        ) from error
 
     def close(self) -> None:
         """Stop speaking to the supervisor; it goes on holding what it holds."""

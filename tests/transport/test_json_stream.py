@@ -27,6 +27,7 @@ def feed_in_pieces(stream: bytes, cuts: list[int]) -> tuple[list[bytes], bool]:
     found = []
     for start, end in itertools.pairwise(edges):
         found += cutter.feed(stream[start:end])
+        cutter.check()
     return found, cutter.unfinished
 
 

@@ -54,6 +54,7 @@ def decode(packets: list[bytes], nr_fds: int = 0, limit: int = MAX_REPLY_BYTES) 
     messages = []
     for one in packets:
         messages += decoder.feed(one, nr_fds)
+        decoder.check()
         nr_fds = 0
     assert not decoder.unfinished
     return messages

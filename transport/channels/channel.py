@@ -111,8 +111,8 @@ class Pending:
 class Channel:
     """A conversation over one connection, which it owns.
 
-    Invariants: (1) _pending has an entry for each request of ours that waits, by tag; (2) _asked
-    are requests that nobody took yet, whose descriptors are closed with the channel.
+    _pending has an entry for each request of ours that waits, by tag. _asked are requests that
+    nobody took yet, whose descriptors are closed with the channel.
     """
 
     def __init__(

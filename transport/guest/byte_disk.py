@@ -62,10 +62,10 @@ class Dialled:
 class ByteDisk:
     """An image opened over a network, or anything that NBD serves.
 
-    dial(timeout) makes a connection, the first and later ones. Invariants: (1) what is served does
-    not change: size, generation, and once something was written, overlay; (2) an operation that is
-    under way is on _pump or on one that was lost and will not finish it; (3) _ahead holds reads
-    that no write has overlapped since they were asked for, by offset.
+    dial(timeout) makes a connection, the first and later ones. What is served does
+    not change: size, generation, and once something was written, overlay. An operation that is
+    under way is on _pump, or on one that was lost and will not finish it. _ahead holds reads that
+    no write has overlapped since they were asked for, by offset.
     """
 
     mapped: Final = False

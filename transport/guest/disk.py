@@ -26,8 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.errors import CowshedError, UsageError
-from cowshed.transport.channels.exchange import ask
-from cowshed.transport.guest.attach import PAGE_BYTES, attach, round_up
+from cowshed.transport.guest.attach import PAGE_BYTES, attach, detach, round_up
 from cowshed.transport.guest.byte_disk import ByteDisk
 from cowshed.transport.guest.following import Following
 from cowshed.transport.guest.forks import forget_in_child
@@ -52,8 +51,8 @@ _new_bytes: Callable[[None, int], bytes] = ctypes.PYFUNCTYPE(
 class Disk:
     """An image opened by Backend.open, with a connection of its own; for use by any thread.
 
-    Invariants: (1) until closed or forgotten, _region is mapped and guarded; (2) _nr_busy calls are
-    copying, and while there are any, or _exporter is alive, it stays mapped.
+    Until closed or forgotten, _region is mapped and guarded. _nr_busy calls are copying, and while
+    there are any, or _exporter is alive, it stays mapped.
     """
 
     def __init__(
@@ -243,7 +242,7 @@ class Disk:
         # this address. If it is not there, all that matters is that we do not wait for it.
         with contextlib.suppress(CowshedError):
             if self._connection.alive:
-                ask(self._connection, "close", {}, timeout=_CLOSE_SECONDS)
+                detach(self._connection, _CLOSE_SECONDS)
         lib.region_deinit(self._region)
         self._connection.close()
 

@@ -87,8 +87,8 @@ class Connection:
     no_room is the errno for which the peer is to be turned away, 0 if it is not (accept_any).
 
     Invariants: (1) descriptors in _arrived belong to the decoder's unfinished message, and are none
-    without one; those in _taken to the
-    messages there; (2) _queued_bytes and _queued_fds are the sums over _queue.
+    without one; those in _taken to the messages there; (2) _queued_bytes and _queued_fds are the
+    sums over _queue.
     """
 
     carries_descriptors = True
@@ -112,6 +112,13 @@ class Connection:
         self._peer: Peer | None = None
         self._was_reset = False
         self.no_room = 0
+
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold."""
+        self._decoder.check()
+        assert self._decoder.unfinished or not self._arrived
+        assert self._queued_bytes == sum(len(packet) for packet, _ in self._queue)
+        assert self._queued_fds == sum(len(fds) for _, fds in self._queue)
 
     def limit(self, receive_bytes: int, send_bytes: int) -> None:
         """Bound messages from now on; to be called between messages."""

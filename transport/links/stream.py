@@ -29,7 +29,7 @@ _MAX_PIECES: Final = 64
 class StreamConnection(Connection):
     """One connected stream socket, owned; on tls, the handshake is made as bytes come and go.
 
-    Invariant: (3) _sent bytes of the first packet in _queue are on their way already.
+    _sent bytes of the first packet in _queue are on their way already.
     """
 
     carries_descriptors = False

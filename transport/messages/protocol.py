@@ -96,6 +96,12 @@ class Decoder:
         self._nr_fds = 0
         self._total_length = 0
 
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold."""
+        assert not self._pieces or len(self._pieces) < self._total_length
+        assert len(self._pieces) % MAX_PIECE_BYTES == 0
+        assert self._total_length <= self.limit_bytes
+
     @property
     def unfinished(self) -> bool:
         """Whether a message has begun and not ended."""

@@ -55,6 +55,7 @@ class StreamDecoder:
     def check(self) -> None:
         """Raise AssertionError if the invariant does not hold."""
         assert len(self._held) < HEADER.size or len(self._held) < self._wanted()
+        self._decoder.check()
 
     def _wanted(self) -> int:
         """How many bytes _held is to have before anything can be done with it."""

@@ -71,8 +71,9 @@ class BlockOp:
 
 @dataclass
 class BlockLink:
-    """Invariants: (1) _flying are the operations started and not finished, by cookie, oldest first;
-    (2) _need bytes are wanted next, into _note, or if _into is set, into that.
+    """_flying are the operations started and not finished, by cookie, oldest first.
+
+    _need bytes are wanted next, into _note, or if _into is set, into that.
     """
 
     _flying: dict[int, BlockOp] = field(default_factory=dict)

@@ -41,9 +41,9 @@ class LinkLostError(PeerError):
 class BlockPump:
     """One connection in its transmission phase, owned: close() closes it.
 
-    Invariants, under _lock: (1) _pumping while one thread is in a step; (2) _flying_bytes are the
-    lengths of the link's operations, at most MAX_FLYING_BYTES unless there is but one; (3) once
-    _error is set nothing is sent or taken any more.
+    Under _lock: _pumping while one thread is in a step. _flying_bytes are the lengths of the link's
+    operations, at most MAX_FLYING_BYTES unless there is but one. Once _error is set nothing is sent
+    or taken any more.
     """
 
     def __init__(self, sock: socket.socket) -> None:

@@ -144,8 +144,8 @@ class Aborted:
 class NbdHandshake:
     """One client's negotiation; begins with a greeting() to send.
 
-    Invariants: (1) _skip_bytes > 0 only between an option's header and its next, with _refusal to
-    send then; (2) contexts are set only with structured replies on, for the export _contexts_of.
+    _skip_bytes > 0 only between an option's header and its next, with _refusal to send then.
+    Contexts are set only with structured replies on, for the export _contexts_of.
     """
 
     def __init__(self, directory: Directory, *, tls_offered: bool, tls_required: bool) -> None:

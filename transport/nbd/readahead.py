@@ -37,6 +37,13 @@ class ReadAhead:
         self._max_bytes = max_bytes
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
 
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold."""
+        assert len(self._streams) <= _NR_STREAMS
+        for end, stream in self._streams.items():
+            assert stream.window_bytes <= self._max_bytes
+            assert stream.asked_to <= max(end, self._size_bytes)
+
     def note(self, offset: int, length: int) -> list[tuple[int, int]]:
         """Note a read; give the (offset, length) chunks to ask for ahead of the next one."""
         end = offset + length

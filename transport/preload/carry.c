@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 #include "cache/core/abi.h"
-#include "transport/core/guard.h"
+#include "transport/core/guest/guard.h"
 #include "transport/preload/real.h"
 
 #define NR_SCANNED 512

@@ -22,7 +22,7 @@
 #include <unistd.h>
 
 #include "cache/core/abi.h"
-#include "transport/core/guard.h"
+#include "transport/core/guest/guard.h"
 #include "transport/preload/carry.h"
 #include "transport/preload/leave.h"
 #include "transport/preload/real.h"

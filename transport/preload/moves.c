@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * A move of mappings in somebody else's program, link by link, with the lock held, so that their number, places and
- * children stay as they are meanwhile.  What the library does (transport/core/follow.c) is done here for parts of the
- * image, with whatever the program made of them, in this order:
+ * children stay as they are meanwhile.  What the library does (transport/core/guest/follow.c) is done here for parts of
+ * the image, with whatever the program made of them, in this order:
  *
  *   the target has opened each part for us;
  *   its frames mapped elsewhere, PROT_NONE, MADV_DONTFORK, guarded: until then, whatever fails, nothing has happened,
  * and the old backend serves on; the old backend has said that it answers no more; what could be written unasked
  * protected, private pages copied over (carry.c), protections as they were; the new in the place of the old, in one
- * step for each mapping of the kernel's (transport/core/replace.c); the target has taken the part on, with its private
- * pages.
+ * step for each mapping of the kernel's (transport/core/guest/replace.c); the target has taken the part on, with its
+ * private pages.
  *
  * Between the third and the last nobody answers faults: who needs a page that is not there, or writes to one that is
  * protected, waits.  What is there can be read, and is right.  Whatever fails after the third is tried again, by
@@ -27,8 +27,8 @@
 #include <string.h>
 
 #include "cache/core/abi.h"
-#include "transport/core/guard.h"
-#include "transport/core/region.h"
+#include "transport/core/guest/guard.h"
+#include "transport/core/guest/region.h"
 #include "transport/preload/carry.h"
 #include "transport/preload/leave.h"
 #include "transport/preload/mapping.h"

@@ -8,7 +8,7 @@
 
 #include <stdbool.h>
 
-#include "transport/core/json.h"
+#include "transport/core/guest/json.h"
 
 /* An event of the backend's, whatever it is. True if the mapping of the connection that it came over is to go. */
 bool moves_hear(struct json event);

@@ -25,8 +25,8 @@
 #include <unistd.h>
 
 #include "cache/core/abi.h"
-#include "transport/core/orphan.h"
-#include "transport/core/packets.h"
+#include "transport/core/guest/orphan.h"
+#include "transport/core/guest/packets.h"
 #include "transport/preload/moves.h"
 #include "transport/preload/real.h"
 #include "transport/preload/report.h"

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * What becomes of this program's guest mappings when their backend is gone for good: SIGBUS for whoever touches what is
- * not there, and one line (transport/core/orphan.h).  And when it says that the guest is elsewhere now: moves.h.
+ * not there, and one line (transport/core/guest/orphan.h).  And when it says that the guest is elsewhere now: moves.h.
  */
 #ifndef COWSHED_PRELOAD_ORPHANS_H
 #define COWSHED_PRELOAD_ORPHANS_H

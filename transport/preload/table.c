@@ -10,7 +10,7 @@
 #include <string.h>
 #include <sys/resource.h>
 
-#include "transport/core/guard.h"
+#include "transport/core/guest/guard.h"
 #include "transport/preload/orphans.h"
 #include "transport/preload/real.h"
 #include "transport/preload/wire.h"

@@ -4,9 +4,8 @@
  * one connection to the backend and one userfaultfd; it has a range, several after a part in the middle was
  * unmapped, and ends with its last.  Only for whoever holds the lock, but for the two that say otherwise.
  *
- * Invariants: (1) ranges do not overlap and are sorted by address; (2) link.nr_ranges counts the ranges
- * that name it, and a link without any is closed; (3) a link's descriptors are open, above the numbers
- * that programs use, while it has ranges.
+ * Ranges do not overlap and are sorted by address. link.nr_ranges counts the ranges that name it, and a link without any
+ * is closed. A link's descriptors are open, above the numbers that programs use, while it has ranges.
  */
 #ifndef COWSHED_PRELOAD_TABLE_H
 #define COWSHED_PRELOAD_TABLE_H

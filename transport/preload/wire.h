@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The guest's half of the protocol of transport/messages/protocol.py over a Unix sequenced-packet socket, as much
- * of it as a mapping needs.  One buffer for replies: only for whoever holds the lock.
+ * The handshake (transport/core/guest/handshake.h) as a program under `cowshed attach` has it: with the lock held, and
+ * its signals. One buffer for replies: only for whoever holds the lock.
  *
  * Functions return >= 0 or -errno; whatever the backend refuses or says wrongly is told to stderr here.  -EINTR is not
  * the end: see lock_wait.
@@ -9,7 +9,7 @@
 #ifndef COWSHED_PRELOAD_WIRE_H
 #define COWSHED_PRELOAD_WIRE_H
 
-#include "transport/core/packets.h"
+#include "transport/core/guest/handshake.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -18,14 +18,14 @@
 /* How often to come again to a backend that died before it had said yes: its successor is at the same socket. */
 #define WIRE_TRIES 5
 
-/* Connects to config.socket_path and greets; the descriptor is the caller's.  Fails as wire_ask does. */
+/* Connects to config.socket_path and greets; the descriptor is the caller's.  Fails as wire_open does. */
 int wire_connect(void);
 
-/* Whether an error is that the backend went away, or (-EREMCHG) sends us on to wire_moved_to. wire_ask says nothing of
-   it: callers that give up must report it. */
+/* Whether an error is that the backend went away, or (-EREMCHG) sends us on to wire_moved_to. Nothing is reported of
+   it: callers that give up must. */
 static inline bool wire_is_gone(int err)
 {
-	return err == -EPIPE || err == -ECONNRESET || err == -EREMCHG;
+	return handshake_is_gone(err) || err == -EREMCHG;
 }
 
 /* The path of a socket, as long as config.socket_path; of the last refusal that was -EREMCHG. */
@@ -35,11 +35,10 @@ extern char wire_moved_to[108];
 bool wire_take_path(struct json json, char path_out[static sizeof(wire_moved_to)]);
 void wire_report_gone(int err);
 
-/* Sends a request with descriptors and takes its reply, whose text is good until the next call. -EPROTO for a reply
-   that makes no sense, -EACCES for a refusal, -EPIPE when the backend is gone, and what lock_wait says. */
-int wire_ask(int connection_fd, const char *request, const int *fds, unsigned nr_fds, struct packet *reply_out);
-
-void reply_close_fds(struct packet *reply);
+/* As handshake_open and handshake_region: -EPROTO for a reply that makes no sense, -EACCES for a refusal, -EPIPE when
+   the backend is gone, and what lock_wait says. */
+int wire_open(int connection_fd, const char *request, struct guest_image *image_out);
+int wire_region(int connection_fd, uintptr_t address, uint64_t nr_bytes, const int fds[3], bool inherited);
 
 /* A fresh descriptor of the image's source, for who may not open it. Yields the lock to handlers that are due; signals
    is what lock_take gave. */

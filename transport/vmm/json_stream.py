@@ -38,6 +38,11 @@ class JsonStream:
         self._depth = 0
         self._in_string = False
 
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold."""
+        assert self._text or not (self._depth or self._in_string)
+        assert len(self._text) <= self.limit_bytes
+
     @property
     def unfinished(self) -> bool:
         """Whether a text has begun and not ended."""

@@ -74,9 +74,9 @@ struct assembly {
 };
 
 /*
- * Invariants: (1) done is changed under the guest's answer_lock, the rest by the thread alone (told: by whoever takes
- * it, too); (2) an extent's told bit is set only while its lent bit is; (3) each lent bit is one loan of the
- * store's and one taken from the allowance.
+ * done is changed under the guest's answer_lock, the rest by the thread alone (to_announce: by whoever takes it, too).
+ * An extent's to_announce bit is set only while its lent bit is. Each lent bit is one loan of the store's and one taken
+ * from the allowance.
  */
 struct populate {
 	struct populate_region regions[POPULATE_REGIONS_MAX];

@@ -95,9 +95,9 @@ struct blk_sink {
 };
 
 /*
- * Invariants: (1) one thread at a time is in the functions below, the worker; (2) nr_waits is the number of waits that
- * were made and not freed; (3) nr_requests is the number of requests that were submitted and have not completed;
- * (4) buffered_bytes is the sum of the waits' buffers. Only what stands above the line belongs to any thread.
+ * One thread at a time is in the functions below, the worker. nr_waits is the number of waits that were made and not
+ * freed, nr_requests that of requests that were submitted and have not completed, buffered_bytes the sum of the waits'
+ * buffers: all are 0 at the end, which blk_queue_deinit asserts. Only what stands above the line belongs to any thread.
  */
 struct blk_queue {
 	pthread_mutex_t lock; /* before whatever lock wake takes */

@@ -28,7 +28,8 @@ void blk_queue_deinit(struct blk_queue *queue)
 	if (queue->device->overlay)
 		overlay_unhold(queue->device->overlay, &queue->hold);
 	pthread_mutex_lock(&queue->lock); /* whoever made the last wait ready lets go first */
-	assert(!queue->nr_requests && !queue->nr_waits && !queue->ready && !queue->steps && !queue->finished);
+	assert(!queue->nr_requests && !queue->nr_waits && !queue->buffered_bytes);
+	assert(!queue->ready && !queue->steps && !queue->finished);
 	pthread_mutex_unlock(&queue->lock);
 	pthread_mutex_destroy(&queue->lock);
 }

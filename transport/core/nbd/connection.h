@@ -25,8 +25,8 @@ struct nbd_segment {
 };
 
 /*
- * Invariants: (1) one slice at a time, while running; (2) the connection is in the server's ready line exactly while
- * queued. What stands below the line belongs to the slice.
+ * One slice at a time serves it, while running. It is in the server's ready line exactly while queued. What stands below
+ * the line belongs to the slice.
  */
 struct nbd_connection {
 	struct blk_queue queue;

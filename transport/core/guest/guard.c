@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
-#include "transport/core/guard.h"
+#include "transport/core/guest/guard.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
-#include "transport/core/packets.h"
+#include "transport/core/guest/packets.h"
 
 #include <errno.h>
 #include <string.h>

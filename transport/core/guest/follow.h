@@ -9,7 +9,7 @@
 
 #include <stdbool.h>
 
-#include "transport/core/region.h"
+#include "transport/core/guest/region.h"
 
 /* cdef-begin */
 enum follow_state {

@@ -23,7 +23,7 @@
  * which changes nothing, and faults where that happened: the page counts as written once its bytes are there.
  */
 #define _GNU_SOURCE
-#include "transport/core/region.h"
+#include "transport/core/guest/region.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -35,7 +35,7 @@
 #include <unistd.h>
 
 #include "cache/core/abi.h"
-#include "transport/core/guard.h"
+#include "transport/core/guest/guard.h"
 
 /* One system call's worth: bounds how long the kernel goes without looking at a fatal signal. */
 #define CHUNK_BYTES ((uint64_t)8 << 20)

@@ -7,7 +7,7 @@
  * again.
  */
 #define _GNU_SOURCE
-#include "transport/core/orphan.h"
+#include "transport/core/guest/orphan.h"
 
 #include <errno.h>
 #include <poll.h>

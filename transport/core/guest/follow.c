@@ -19,28 +19,27 @@
  * the thread answers what nobody else will (orphan.h), until it is stopped.
  */
 #define _GNU_SOURCE
-#include "transport/core/follow.h"
+#include "transport/core/guest/follow.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <inttypes.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
 #include "cache/core/abi.h"
-#include "transport/core/orphan.h"
-#include "transport/core/packets.h"
+#include "transport/core/guest/orphan.h"
+#include "transport/core/guest/handshake.h"
 
 #define STACK_BYTES (128u << 10)
 #define ROOM_BYTES (64u << 10)
@@ -48,10 +47,6 @@
 #define REPLY_MS 60000
 #define CLOSE_MS 5000
 #define PAUSE_MS 200
-#define TAG_HELLO 1
-#define TAG_OPEN 2
-#define TAG_REGION 3
-#define TAG_CLOSE 1000000 /* above what was asked at this connection */
 #define MAX_SENT_ON 8
 #define TAKEN_AWAY (-1)
 
@@ -73,6 +68,8 @@ struct follower {
 	char *open_request;
 	char *request; /* REQUEST_BYTES */
 	char *room;    /* ROOM_BYTES */
+	struct handshake handshake;
+	int reply_ms; /* for its answers */
 };
 
 static void note_why(struct follower *f, const char *format, ...) __attribute__((format(printf, 2, 3)));
@@ -106,85 +103,59 @@ static int wait_for(struct follower *f, int fd, short events, int milliseconds)
 	return fds[0].revents != 0;
 }
 
-/* Asks and takes the answer, whose text is good until the next call. -ETIMEDOUT if none comes. */
-static int ask(struct follower *f, int fd, uint32_t tag, const char *request, const int *fds, unsigned nr_fds,
-               int milliseconds, struct packet *reply_out)
+static int handshake_wait(struct handshake *handshake, short events)
 {
-	int err;
+	struct follower *f = (struct follower *)((char *)handshake - offsetof(struct follower, handshake));
+	int ready;
 
-	while ((err = packet_send(fd, tag, request, fds, nr_fds)) == -EAGAIN) {
-		int ready = wait_for(f, fd, POLLOUT, milliseconds);
-
-		if (ready <= 0)
-			return ready < 0 ? ready : -ETIMEDOUT;
-	}
-	while (err == 0) {
-		err = packet_receive(fd, f->room, ROOM_BYTES, reply_out);
-		if (err == 0 && reply_out->tag == tag)
-			return 0;
-		if (err == 0)
-			packet_close_fds(reply_out);
-		if (err == -EAGAIN) {
-			int ready = wait_for(f, fd, POLLIN, milliseconds);
-
-			if (ready < 0 || (ready == 0 && milliseconds >= 0))
-				return ready < 0 ? ready : -ETIMEDOUT;
-			err = 0;
-		}
-	}
-	return err;
+	do
+		ready = wait_for(f, handshake->fd, events, f->reply_ms);
+	while (ready == 0 && f->reply_ms < 0);
+	return ready;
 }
 
-/* Takes where to go out of an event or a refusal; false if it says nothing that can be used. */
-static bool note_place(struct follower *f, struct json json, bool with_token)
+/* Has what is said next go to that connection, and its answer be awaited so long; -1: for as long as it takes. */
+static struct handshake *speak_with(struct follower *f, int fd, int reply_ms)
 {
-	struct json raw;
-	char uri[sizeof(f->status.uri)];
-	bool is_good = json_text(json, "uri", uri, sizeof(uri)) && uri[0];
+	f->handshake.fd = fd;
+	f->handshake.asked = 0;
+	f->reply_ms = reply_ms;
+	return &f->handshake;
+}
 
-	if (is_good && with_token)
-		is_good = json_raw(json, "token", &raw) && raw.length < sizeof(f->status.token) && raw.length >= 2 &&
-		          raw.text[0] == '"';
-	if (!is_good)
-		return false;
+/* Notes where to go. */
+static void note_place(struct follower *f, const char *uri)
+{
 	pthread_mutex_lock(&f->lock);
-	memcpy(f->status.uri, uri, sizeof(uri));
-	if (with_token) {
-		memcpy(f->status.token, raw.text, raw.length);
-		f->status.token[raw.length] = '\0';
-	}
+	snprintf(f->status.uri, sizeof(f->status.uri), "%s", uri);
 	pthread_mutex_unlock(&f->lock);
 	set_state(f, FOLLOW_MOVES);
+}
+
+/* Takes where to go, and the token to say there, out of an event; false if it says nothing that can be used. */
+static bool take_place(struct follower *f, struct json event)
+{
+	struct json token;
+	char uri[sizeof(f->status.uri)];
+
+	if (!json_text(event, "uri", uri, sizeof(uri)) || !uri[0] || !json_raw(event, "token", &token) ||
+	    token.length < 2 || token.length >= sizeof(f->status.token) || token.text[0] != '"')
+		return false;
+	pthread_mutex_lock(&f->lock);
+	memcpy(f->status.token, token.text, token.length);
+	f->status.token[token.length] = '\0';
+	pthread_mutex_unlock(&f->lock);
+	note_place(f, uri);
 	return true;
 }
 
-/* -EACCES for a refusal, whose words are noted; -EREMCHG if it names another place, which is noted. */
-static int check_reply(struct follower *f, const struct packet *reply)
+/* Notes what the target refuses, or where it sends us on to. */
+static int note_refusal(struct follower *f, int err)
 {
-	char kind[32], message[300];
-	struct json error;
-
-	if (json_is_true(reply->json, "ok"))
-		return 0;
-	if (!json_object(reply->json, "error", &error) || !json_text(error, "kind", kind, sizeof(kind)) ||
-	    !json_text(error, "message", message, sizeof(message)))
-		return -EPROTO;
-	if (strcmp(kind, "moved") == 0 && note_place(f, error, false))
-		return -EREMCHG;
-	note_why(f, "%s refuses it: %s", f->status.uri, message);
-	return -EACCES;
-}
-
-static int ask_target(struct follower *f, uint32_t tag, const int *fds, unsigned nr_fds, int milliseconds,
-                      struct packet *reply_out)
-{
-	int err = ask(f, f->target_fd, tag, f->request, fds, nr_fds, milliseconds, reply_out);
-
-	if (err < 0)
-		return err;
-	err = check_reply(f, reply_out);
-	if (err < 0)
-		packet_close_fds(reply_out);
+	if (err == -EREMCHG)
+		note_place(f, f->handshake.moved_to);
+	else if (err == -EACCES)
+		note_why(f, "%s refuses it: %s", f->status.uri, f->handshake.message);
 	return err;
 }
 
@@ -192,8 +163,6 @@ static int dial(struct follower *f)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	const char *path = f->status.uri + strlen("unix://");
-	struct packet reply;
-	int err = 0;
 
 	if (strlen(path) >= sizeof(address.sun_path))
 		return -ENAMETOOLONG;
@@ -201,35 +170,23 @@ static int dial(struct follower *f)
 	f->target_fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (f->target_fd < 0 || connect(f->target_fd, (const struct sockaddr *)&address, sizeof(address)) < 0)
 		return -errno;
-	snprintf(f->request, REQUEST_BYTES, "{\"op\":\"hello\",\"version\":1,\"features\":[]}");
-	err = ask_target(f, TAG_HELLO, NULL, 0, REPLY_MS, &reply);
-	if (err == 0)
-		packet_close_fds(&reply);
-	return err;
+	return note_refusal(f, handshake_hello(speak_with(f, f->target_fd, REPLY_MS)));
 }
 
-/* Makes a mapping of what a reply to open gives; the reply's descriptors stay its own. */
-static int map_reply(struct follower *f, const struct packet *reply)
+/* Makes a mapping of what the target opened, whose descriptors stay the caller's. */
+static int map_image(struct follower *f, const struct guest_image *image)
 {
-	uint64_t map_bytes, features;
-	char digest[sizeof(f->digest)];
-	struct stat status;
 	int stage, err;
 
-	if (!json_number(reply->json, "map_bytes", &map_bytes) ||
-	    !json_number(reply->json, "uffd_features", &features) || reply->nr_fds < 1 || reply->nr_fds > 2 ||
-	    fstat(reply->fds[0], &status) < 0 || (uint64_t)status.st_size < map_bytes)
-		return -EPROTO;
-	json_text(reply->json, "digest", digest, sizeof(digest));
-	if (map_bytes != f->region->map_bytes || (digest[0] && f->digest[0] && strcmp(digest, f->digest) != 0)) {
+	if (image->map_bytes != f->region->map_bytes ||
+	    (image->digest[0] && f->digest[0] && strcmp(image->digest, f->digest) != 0)) {
 		note_why(f, "%s serves another image under that name", f->status.uri);
 		return -EACCES;
 	}
 	/* Without this a mapping that is moved loses its guard. */
-	if (!(features & UFFD_FEATURE_EVENT_REMAP))
+	if (!(image->uffd_features & UFFD_FEATURE_EVENT_REMAP))
 		return -EPROTO;
-	err = region_init(&f->fresh, reply->fds[0], map_bytes, reply->nr_fds > 1 ? reply->fds[1] : -1, features,
-	                  &stage);
+	err = region_init(&f->fresh, image->memfd, image->map_bytes, image->uffd_device, image->uffd_features, &stage);
 	if (err < 0) {
 		note_why(f, "cannot map the image of %s (step %d): %s", f->status.uri, stage, strerror(-err));
 		return -EACCES;
@@ -239,39 +196,36 @@ static int map_reply(struct follower *f, const struct packet *reply)
 
 static int open_there(struct follower *f)
 {
-	struct packet reply;
+	struct guest_image image;
 	int err;
 
 	err = snprintf(f->request, REQUEST_BYTES, "%s,\"token\":%s}", f->open_request, f->status.token);
 	if (err < 0 || (unsigned)err >= REQUEST_BYTES)
 		return -EMSGSIZE;
-	err = ask_target(f, TAG_OPEN, NULL, 0, REPLY_MS, &reply);
+	err = note_refusal(f, handshake_open(speak_with(f, f->target_fd, REPLY_MS), f->request, &image));
 	if (err < 0)
 		return err;
-	err = map_reply(f, &reply);
+	err = map_image(f, &image);
 	if (err == 0) {
 		pthread_mutex_lock(&f->lock);
-		json_text(reply.json, "generation", f->status.generation, sizeof(f->status.generation));
-		json_number(reply.json, "extent_bytes", &f->status.extent_bytes);
+		memcpy(f->status.generation, image.generation, sizeof(f->status.generation));
+		f->status.extent_bytes = image.extent_bytes;
 		pthread_mutex_unlock(&f->lock);
 	}
-	packet_close_fds(&reply);
+	handshake_close_image(&image);
 	return err;
 }
 
 /* Has the old backend let go of the mapping: after this it does nothing more to it. */
 static int leave_old(struct follower *f)
 {
-	struct packet reply;
 	int err = -ETIMEDOUT;
 
 	/* One that died meanwhile may have taken the request along: its successor is asked again. */
 	while (err == -ETIMEDOUT && !f->old_let_go)
-		err = ask(f, f->connection_fd, TAG_CLOSE, "{\"op\":\"close\"}", NULL, 0, CLOSE_MS, &reply);
+		err = handshake_close(speak_with(f, f->connection_fd, CLOSE_MS));
 	if (err == -ECANCELED)
 		return err;
-	if (err == 0)
-		packet_close_fds(&reply);
 	f->old_let_go = true;
 	return 0;
 }
@@ -288,18 +242,14 @@ static void drop_tries(struct follower *f)
 /* From here on the mapping is the target's, and a failure means that it is to be made anew. */
 static int hand_over(struct follower *f)
 {
-	struct region *r = f->region;
+	const struct region *r = f->region;
 	const int fds[3] = {r->uffd, r->pagemap_fd, r->mem_fd};
-	struct packet reply;
-	int err;
-
-	snprintf(f->request, REQUEST_BYTES, "{\"op\":\"region\",\"address\":%" PRIuPTR ",\"length\":%" PRIu64 "}",
-	         (uintptr_t)r->address, r->map_bytes);
 	/* However long that takes: who was told of it and is killed has a successor that goes on at this connection. */
-	err = ask_target(f, TAG_REGION, fds, 3, -1, &reply);
+	struct handshake *handshake = speak_with(f, f->target_fd, -1);
+	int err = note_refusal(f, handshake_region(handshake, r->address, r->map_bytes, fds, ""));
+
 	if (err < 0)
 		return err;
-	packet_close_fds(&reply);
 	if (dup3(f->target_fd, f->connection_fd, O_CLOEXEC) < 0)
 		return -errno;
 	return 0;
@@ -425,7 +375,7 @@ static void *follower_run(void *argument)
 			continue;
 		packet_close_fds(&event);
 		if (json_text(event.json, "event", what, sizeof(what)) && strcmp(what, "moved") == 0 &&
-		    note_place(f, event.json, true))
+		    take_place(f, event.json))
 			err = follow_to(f);
 	}
 	if (err != -ECANCELED && f->status.state == FOLLOW_LISTENS)
@@ -481,6 +431,7 @@ int follower_start(struct region *region, int connection_fd, bool follows, const
 	f->open_request = strdup(open_request);
 	f->request = malloc(REQUEST_BYTES);
 	f->room = malloc(ROOM_BYTES);
+	f->handshake = (struct handshake){.room = f->room, .room_bytes = ROOM_BYTES, .wait = handshake_wait};
 	f->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (f->kick_fd < 0)
 		err = -errno;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "transport/core/json.h"
+#include "transport/core/guest/json.h"
 
 #include <string.h>
 

@@ -8,7 +8,7 @@
 #ifndef COWSHED_PACKETS_H
 #define COWSHED_PACKETS_H
 
-#include "transport/core/json.h"
+#include "transport/core/guest/json.h"
 
 #define PACKET_MAX_FDS 4
 

@@ -13,7 +13,7 @@
  *   there, since the kernel looks for a guard at that address, and not whose.
  */
 #define _GNU_SOURCE
-#include "transport/core/region.h"
+#include "transport/core/guest/region.h"
 
 #include <errno.h>
 #include <linux/userfaultfd.h>
