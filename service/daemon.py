@@ -258,30 +258,13 @@ class Daemon:
         self.workers = Workers(host.loop.call)
         self.reopener = Reopener(host.loop.call)
         status = StatusReader(
-            host.store,
-            host.evictor,
-            host.guests,
-            host.overlays,
-            self.config.run_dir,
-            host.warming,
-            host.history,
+            host,
             drain=lambda: self._handoffs.state(),
             unserved=self._unserved.status,
             unserved_listeners=self._unserved_listeners.status,
             source_wait_seconds=self._sources.waiting_seconds,
         )
-        self.control = Control(
-            host.store,
-            host.evictor,
-            host.guests,
-            host.overlays,
-            status,
-            host.working_sets,
-            host.counters,
-            host.access,
-            host.warming,
-            lambda: self.workers.is_stopping,
-        )
+        self.control = Control(host, status, lambda: self.workers.is_stopping)
         if test_points.ENABLED:
             self.control.add("check", lambda *_: check_invariants(host), is_quick=False)
         self.incoming = IncomingGuests(host.overlays, host.guests)

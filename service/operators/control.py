@@ -13,15 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from cowshed.accounting import audit
-from cowshed.cache import CapacityError, ExtentState, Image, PageStore, UsageError
-from cowshed.service.guests.guests import GuestTable
-from cowshed.service.images.access import Access
-from cowshed.service.images.evictor import Evictor
+from cowshed.cache import CapacityError, ExtentState, Image, UsageError
+from cowshed.service.host import Host
 from cowshed.service.images.loading import load
-from cowshed.service.images.warming import Warming
-from cowshed.service.images.working_sets import WorkingSets
-from cowshed.service.metrics.service_counters import ServiceCounters
-from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.service.overlays.overlays import OverlayGuest
 from cowshed.service.reports.status import StatusReader
 from cowshed.service.runtime import test_points
 from cowshed.service.runtime.sizes import format_bytes
@@ -42,28 +37,18 @@ class Control:
     """The operations, by name. perform() may be called from any thread."""
 
     def __init__(
-        self,
-        store: PageStore,
-        evictor: Evictor,
-        guests: GuestTable,
-        overlays: OverlayTable,
-        status: StatusReader,
-        working_sets: WorkingSets,
-        counters: ServiceCounters,
-        access: Access,
-        warming: Warming,
-        is_stopping: Callable[[], bool] = lambda: False,
+        self, host: Host, status: StatusReader, is_stopping: Callable[[], bool] = lambda: False
     ) -> None:
         """is_stopping() says whether all that takes long is to end."""
-        self._store = store
-        self._access = access
-        self._evictor = evictor
-        self._guests = guests
-        self._overlays = overlays
+        self._store = host.store
+        self._access = host.access
+        self._evictor = host.evictor
+        self._guests = host.guests
+        self._overlays = host.overlays
         self._status = status
-        self._working_sets = working_sets
-        self._counters = counters
-        self._warming = warming
+        self._working_sets = host.working_sets
+        self._counters = host.counters
+        self._warming = host.warming
         self.is_stopping: Final = is_stopping
         self._quick = {"status", "quota", "warm-abort"}
         self._with_fds: dict[str, Callable[[Body, list[int]], Iterable[Body]]] = {}

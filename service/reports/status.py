@@ -9,8 +9,7 @@ import operator
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from cowshed.accounting import (
     MAX_REGIONS,
@@ -29,6 +28,7 @@ from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.warming import Warm, Warming
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.version import VERSION
+from cowshed.service.settings.config import Config
 from cowshed.service.supervise.history import RestartHistory
 
 __all__ = ["StatusReader", "broken_why", "guest_state"]
@@ -36,18 +36,31 @@ __all__ = ["StatusReader", "broken_why", "guest_state"]
 _PAGE_BYTES: Final = 4096
 
 
+class StatusSources(Protocol):
+    """What the status is read from: a daemon's Host."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def store(self) -> PageStore: ...
+    @property
+    def evictor(self) -> Evictor: ...
+    @property
+    def guests(self) -> GuestTable: ...
+    @property
+    def overlays(self) -> OverlayTable: ...
+    @property
+    def warming(self) -> Warming: ...
+    @property
+    def history(self) -> RestartHistory: ...
+
+
 class StatusReader:
     """Puts the status together from the store, the evictor and the guests; changes nothing."""
 
     def __init__(
         self,
-        store: PageStore,
-        evictor: Evictor,
-        guests: GuestTable,
-        overlays: OverlayTable,
-        run_dir: Path,
-        warming: Warming,
-        history: RestartHistory | None = None,
+        host: StatusSources,
         *,
         drain: Callable[[], dict[str, Any] | None] = lambda: None,
         unserved: Callable[[], list[dict[str, Any]]] = list,
@@ -60,17 +73,17 @@ class StatusReader:
         cannot be served, and why. source_wait_seconds(image) is for how long its source has left
         something unanswered.
         """
-        self._store = store
-        self._evictor = evictor
-        self._guests = guests
-        self._overlays = overlays
-        self._run_dir = run_dir
-        self._warming = warming
+        self._store = host.store
+        self._evictor = host.evictor
+        self._guests = host.guests
+        self._overlays = host.overlays
+        self._run_dir = host.config.run_dir
+        self._warming = host.warming
+        self._history = host.history
         self._drain = drain
         self._unserved = unserved
         self._unserved_listeners = unserved_listeners
         self._source_wait_seconds = source_wait_seconds
-        self._history = history or RestartHistory()
         self._started_ns = time.monotonic_ns()
 
     def read(self) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from domains import MakeImage, in_thread, until
@@ -11,6 +13,7 @@ from cowshed.cache import CapacityError, ExtentState, FileSource, Image, PageSto
 from cowshed.cache._core import lib
 from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guests import GuestTable
+from cowshed.service.host import Host
 from cowshed.service.images import loading
 from cowshed.service.images.access import Access
 from cowshed.service.images.evictor import Evictor
@@ -22,6 +25,7 @@ from cowshed.service.overlays.limits import OverlayLimits
 from cowshed.service.overlays.overlays import OverlayTable
 from cowshed.service.reports.status import StatusReader
 from cowshed.service.settings.domains import Domains
+from cowshed.service.supervise.history import RestartHistory
 from cowshed.transport.nbd.serving import NbdServer
 
 EXTENT_BYTES = 4096
@@ -45,11 +49,20 @@ def control(store: PageStore, run_dir: Path) -> Iterator[Control]:
     evictor.start()
     core = NbdServer(1)
     overlays = OverlayTable(core, guests, Admission(1024), OverlayLimits())
-    access, warming, sets = Access(Domains(), []), Warming(), WorkingSets(run_dir)
-    status = StatusReader(store, evictor, guests, overlays, run_dir, warming)
-    yield Control(
-        store, evictor, guests, overlays, status, sets, ServiceCounters(), access, warming
+    parts = SimpleNamespace(  # of a host, those that operators' requests use
+        config=SimpleNamespace(run_dir=run_dir),
+        store=store,
+        evictor=evictor,
+        guests=guests,
+        overlays=overlays,
+        access=Access(Domains(), []),
+        counters=ServiceCounters(),
+        history=RestartHistory(),
+        warming=Warming(),
+        working_sets=WorkingSets(run_dir),
     )
+    host = cast(Host, parts)
+    yield Control(host, StatusReader(host))
     core.close()
     evictor.stop()
 

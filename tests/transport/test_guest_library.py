@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from domains import Daemon, MakeImage, StartDaemon, cowshed, kill_backend, until
+from domains import (
+    Daemon,
+    MakeImage,
+    StartDaemon,
+    cowshed,
+    kill_backend,
+    new_run_dir,
+    until,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -221,21 +229,31 @@ def test_a_forked_child_has_no_part_in_the_mapping(
     assert [each["name"] for each in daemon.status()["guests"]] == ["c"]
 
 
+@pytest.fixture
+def target(image: Path) -> Iterator[Daemon]:
+    """Another backend of the same image, which takes guests over."""
+    with new_run_dir() as run_dir:
+        daemon = Daemon(run_dir, [f"--image=d={image}", "--accept-handoff"])
+        try:
+            daemon.wait_ready()
+            yield daemon
+        finally:
+            daemon.end()
+
+
 def test_a_guest_follows_a_drain(
-    start: Callable[[], LibraryGuest], image: Path, start_daemon: StartDaemon
+    start: Callable[[], LibraryGuest], image: Path, start_daemon: StartDaemon, target: Daemon
 ) -> None:
     source = start_daemon(f"--image=d={image}")
-    target = start_daemon(f"--image=d={image}", "--accept-handoff")
     content = image.read_bytes()
     guest = start()
     assert guest.call("open", socket_of(source), "d", guest="c")[0] == 0
     assert guest.call("write", 0, "cc")[0] == 1
-    until(
-        lambda: all(each["digest"] for one in (source, target) for each in one.status()["images"])
-    )
+    for each in (source, target):
+        until(lambda each=each: all(image["digest"] for image in each.status()["images"]))
     drained = cowshed("drain", "--run-dir", source.run_dir, "--to", target.uri)
     assert drained.returncode == 0, drained.stderr
     assert bytes.fromhex(guest.call("read", 0, len(content))[0]) == b"\xcc" + content[1:]
-    until(lambda: [each["name"] for each in target.status()["guests"]] == ["c"])
+    until(lambda: [guest["name"] for guest in target.status()["guests"]] == ["c"])
     guest.call("close")
     until(lambda: target.status()["guests"] == [])
