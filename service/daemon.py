@@ -39,7 +39,7 @@ from cowshed.service.images.digests import DigestThread
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.incoming_images import ImageFolder
 from cowshed.service.images.loading import load
-from cowshed.service.images.opening import HeldImages, is_held, open_store
+from cowshed.service.images.opening import KeptImages, is_kept, open_store
 from cowshed.service.images.reopening import Reopener
 from cowshed.service.images.source_watch import SourceWatch
 from cowshed.service.images.unserved import UnservedImages
@@ -195,9 +195,9 @@ class Daemon:
         history = RestartHistory(counts, watch)
         stack.callback(history.close)
         self.uffd_device = _lend_device(stack)
-        held = stack.enter_context(contextlib.closing(HeldImages(fd_store)))
+        kept_images = stack.enter_context(contextlib.closing(KeptImages(fd_store)))
         store, self._unopened = stack.enter_context(
-            open_store(config, arrived, held, inherited, is_first=history.is_first)
+            open_store(config, arrived, kept_images, inherited, is_first=history.is_first)
         )
         guests = GuestTable()
         self._core = NbdServer(min(2 * (os.cpu_count() or 1) + 1, _MAX_NBD_THREADS))
@@ -214,7 +214,7 @@ class Daemon:
             counters=counters,
             history=history,
             store=store,
-            held=held,
+            kept_images=kept_images,
             guests=guests,
             overlays=_keep_overlays(config, self._core, guests, admission, stack, records),
             evictor=Evictor(store),
@@ -333,7 +333,7 @@ class Daemon:
 
     def _publish(self, image: Image, spec: ImageSpec) -> None:
         """Serve an image that came in a handoff; from its thread."""
-        self.host.held.hold(image)
+        self.host.kept_images.keep(image)
         self._list(image, spec)
 
     def _list(self, image: Image, spec: ImageSpec) -> None:
@@ -352,7 +352,7 @@ class Daemon:
             source.close()
             raise
         try:
-            self.host.held.hold(image)
+            self.host.kept_images.keep(image)
         except BaseException:
             self.host.evictor.close_image(image)  # which closes the source
             raise
@@ -394,9 +394,9 @@ class Daemon:
         )
         port = MetricsPort(endpoint, sources, self.control.status)
         self._stack.callback(port.close)
-        held_as = f"metrics/{endpoint}"
-        prepare = functools.partial(self.host.listeners.open, held_as, port.bind)
-        self._unserved_listeners.serve(f"http://{endpoint}/metrics", prepare, port.serve, held_as)
+        kept_as = f"metrics/{endpoint}"
+        prepare = functools.partial(self.host.listeners.open, kept_as, port.bind)
+        self._unserved_listeners.serve(f"http://{endpoint}/metrics", prepare, port.serve, kept_as)
 
     def end_parked(self, request: OpenRequest) -> bool:
         """End what is parked under a name and has nothing mapped any more; whether any was."""
@@ -460,13 +460,13 @@ class Daemon:
         self._saving.begin(lambda: self.host.working_sets.save(self.host.store))
         if self._shutdown.prepare():
             self._unix_server.give(self._handed_over)
-            if self._is_held(cause) and self._takeovers.hand_over():
+            if self._is_kept(cause) and self._takeovers.hand_over():
                 self._end_now("takeover" if self._takeovers.is_leaving else "reload")
             self._handed_over.take_back()
             self.host.loop.begin_again()
         self._shutdown.take_back()
 
-    def _is_held(self, cause: signal.Signals) -> bool:
+    def _is_kept(self, cause: signal.Signals) -> bool:
         """Whether our successor would have everything. One who is ended by systemd goes anyway."""
         if self.host.fd_store.reconcile(_PATIENCE_SECONDS) or self._takeovers.is_leaving:
             return True
@@ -510,7 +510,7 @@ def _find_arrived(
     folder = ImageFolder(config.image_dir)
     named = {spec.label for spec in config.images}
     arrived = []
-    for spec in folder.specs(record.owned.__contains__, lambda *name: is_held(name, inherited)):
+    for spec in folder.specs(record.owned.__contains__, lambda *name: is_kept(name, inherited)):
         if spec.label in named:
             _log.notice("image-left", "another is served under its name", source=spec.source)
         else:

@@ -10,7 +10,7 @@ from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.images.access import Access
 from cowshed.service.images.evictor import Evictor
-from cowshed.service.images.opening import HeldImages
+from cowshed.service.images.opening import KeptImages
 from cowshed.service.images.warming import Warming
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.metrics.service_counters import ServiceCounters
@@ -44,7 +44,7 @@ class Host:
     counters: ServiceCounters
     history: RestartHistory
     store: PageStore
-    held: HeldImages
+    kept_images: KeptImages
     guests: GuestTable
     overlays: OverlayTable
     evictor: Evictor

@@ -65,7 +65,7 @@ class GuestRecords:
         self._fd_store = fd_store
         self._preloaded: dict[str, int] = {}
 
-    def hold(self, mapping: Mapping, connection: Connection, request: OpenRequest, tag: int) -> str:
+    def keep(self, mapping: Mapping, connection: Connection, request: OpenRequest, tag: int) -> str:
         """Have a mapping outlive us; the group's name.
 
         The record becomes one of the mapping's descriptors, the last. Once the request of that tag
@@ -81,7 +81,7 @@ class GuestRecords:
                 fds.append(preload_fd)
             else:
                 os.close(preload_fd)
-        self._fd_store.hold(group, fds, guest=mapping.name, image=mapping.image.label)
+        self._fd_store.keep(group, fds, guest=mapping.name, image=mapping.image.label)
         return group
 
     def release(self, group: str) -> None:
@@ -150,7 +150,7 @@ class GuestRecords:
         group_fds.update(
             ledger=mapping.account.fd, quota=guest.quota.fd, socket=connection.fileno()
         )
-        self._fd_store.hold(group, [*group_fds.values()])
+        self._fd_store.keep(group, [*group_fds.values()])
         return RestoredGuest(mapping, connection, request, group, tag)
 
 

@@ -72,7 +72,7 @@ class OpenRequest:
 class Guest:
     """A name that somebody holds, its quota, and what is mapped under it.
 
-    Changed by the table alone. nr_holders counts the connections that hold the name.
+    Changed by the table alone. nr_connections counts the connections that hold the name.
     """
 
     def __init__(self, request: OpenRequest, owner: GuestProcess, quota: Quota) -> None:
@@ -80,7 +80,7 @@ class Guest:
         self.owner: Final = owner
         self.quota: Final = quota
         self.mappings: list[Mapping] = []
-        self.nr_holders = 1
+        self.nr_connections = 1
 
     @property
     def name(self) -> str:
@@ -221,7 +221,7 @@ class GuestTable:
     Whoever reads their accounts does so inside `with table.lock`.
 
     Invariants: (1) a guest is in the table, by its name, exactly while connections hold that;
-    (2) no name is held twice; (3) a mapping is its guest's, and each has a holder of its own; its
+    (2) no name is held twice; (3) a mapping is its guest's, and each has a connection of its own; its
     account is open as long. What mappings that are gone had counted is in their image's sums.
     """
 
@@ -240,16 +240,18 @@ class GuestTable:
         """Recompute the invariants, and those of all accounts. Raises InvariantError."""
         with self.lock:
             for key, guest in self._guests.items():
-                if key != guest.request.key or guest.nr_holders < 1:
-                    raise InvariantError(f"guests (1): {key} has {guest.nr_holders} holders")
+                if key != guest.request.key or guest.nr_connections < 1:
+                    raise InvariantError(
+                        f"guests (1): {key} has {guest.nr_connections} connections"
+                    )
                 if key in self._kept_names:
                     raise InvariantError(f"guests (2): {key} is the name of an overlay too")
                 if any(mapping.guest is not guest for mapping in guest.mappings) or (
-                    len(guest.mappings) > guest.nr_holders
+                    len(guest.mappings) > guest.nr_connections
                 ):
                     raise InvariantError(
                         f"guests (3): {key} has {len(guest.mappings)} mappings, "
-                        f"{guest.nr_holders} holders"
+                        f"{guest.nr_connections} connections"
                     )
                 for mapping in guest.mappings:
                     mapping.account.check()
@@ -276,7 +278,7 @@ class GuestTable:
             if not guest.admits(request, peer):
                 by = f" by uid {guest.uid}, process {guest.pid}" if peer.uid == 0 else ""
                 raise UsageError(f"guest name {request.name!r} is taken{by}{_cure(guest)}")
-            guest.nr_holders += 1
+            guest.nr_connections += 1
             return guest
 
     def adopt(self, request: OpenRequest, peer: GuestProcess, quota_fd: int) -> Guest:
@@ -288,7 +290,7 @@ class GuestTable:
             guest = self._guests.get(request.key)
             if guest is not None:
                 os.close(quota_fd)
-                guest.nr_holders += 1
+                guest.nr_connections += 1
                 return guest
             guest = Guest(request, peer, Quota.adopt(quota_fd))
             self._guests[request.key] = guest
@@ -297,8 +299,8 @@ class GuestTable:
     def release(self, guest: Guest) -> None:
         """A connection gives the name back; the last one ends the guest."""
         with self.lock:
-            guest.nr_holders -= 1
-            if guest.nr_holders == 0:
+            guest.nr_connections -= 1
+            if guest.nr_connections == 0:
                 del self._guests[guest.request.key]
                 guest.quota.close()
 
@@ -344,14 +346,14 @@ class GuestTable:
         transport: str = "unix",
         populate: PopulateOptions | None = None,
         preload: tuple[int, bytes] | None = None,
-        hold: Callable[[Account], None] | None = None,
+        keep: Callable[[Account], None] | None = None,
     ) -> Mapping:
         """Start answering a mapping; fds are [uffd, pagemap, mem], its own on success only.
 
         inherited memory came over fork: what is private in it is charged. On failure nothing is
         left of the mapping. preload is the private pages that it begins with: a file that has them,
         and their bitmap (Account.preload). With populate its pages are copied into memory of its
-        own; fds may then be [uffd] alone. hold is called before anything is answered: an event
+        own; fds may then be [uffd] alone. keep is called before anything is answered: an event
         that is read is in the account alone. Raises UsageError for regions that make no sense
         (Account.place), CapacityError if there is no descriptor, thread or memory for it.
         """
@@ -362,8 +364,8 @@ class GuestTable:
             if preload is not None:
                 account.preload(*preload)
             arguments = (account.cdata, fds[0], peer.pidfd, options)
-            if hold is not None:
-                hold(account)
+            if keep is not None:
+                keep(account)
             handler = (
                 FaultHandler(*arguments)
                 if populate is None

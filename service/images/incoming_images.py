@@ -62,11 +62,11 @@ class ImageFolder:
     def specs(
         self,
         is_owned: Callable[[str], bool],
-        is_held: Callable[[str, str], bool] = lambda *_: False,
+        is_kept: Callable[[str, str], bool] = lambda *_: False,
     ) -> list[ImageSpec]:
         """Give the images to serve, once what was broken off is removed; for the start.
 
-        is_owned(handoff) says whether a handoff that came was committed, is_held(domain, name)
+        is_owned(handoff) says whether a handoff that came was committed, is_kept(domain, name)
         whether our predecessor left the image, its source open: then its path need not name it.
         """
         for part in self.folder.glob("*/.*.part"):
@@ -74,7 +74,7 @@ class ImageFolder:
         specs = []
         for record in sorted(self.folder.glob("*/*.json")):
             try:
-                spec = self._read(record, is_owned, is_held)
+                spec = self._read(record, is_owned, is_kept)
             except (OSError, ValueError, KeyError, TypeError, CowshedError) as error:
                 _log.error("image-unreadable", f"{record}: {error}; move it away")
                 continue
@@ -83,7 +83,7 @@ class ImageFolder:
         return specs
 
     def _read(
-        self, path: Path, is_owned: Callable[[str], bool], is_held: Callable[[str, str], bool]
+        self, path: Path, is_owned: Callable[[str], bool], is_kept: Callable[[str, str], bool]
     ) -> ImageSpec | None:
         table = json.loads(path.read_text())
         if table["version"] != _VERSION:
@@ -99,7 +99,7 @@ class ImageFolder:
                 _remove_record(places)
                 return None
             _write_record(places.record, {**table, "pending": None})
-        if not is_held(domain, name):
+        if not is_kept(domain, name):
             size_bytes = os.stat(places.raw).st_size
             if size_bytes != table["size_bytes"]:
                 raise ValueError(f"{places.raw} has {size_bytes} bytes, not {table['size_bytes']}")

@@ -37,7 +37,7 @@ from cowshed.service.settings.images import ImageSpec
 from cowshed.service.settings.names import Named
 from cowshed.transport.links.foreign_fds import device_and_inode
 
-__all__ = ["HeldImages", "is_held", "open_store"]
+__all__ = ["KeptImages", "is_kept", "open_store"]
 
 # For sources to be opened, and for reads of them to end in the end, before they are left to hang.
 _OPEN_SECONDS: Final = 3.0
@@ -46,14 +46,14 @@ _STOP_SECONDS: Final = 1.0
 _KINDS: Final = {"record", "image", "guest", "extents"}
 
 
-class HeldImages:
+class KeptImages:
     """Has images outlive us. close() it after the store."""
 
     def __init__(self, fd_store: FdStore) -> None:
         self._fd_store = fd_store
         self._records: list[int] = []
 
-    def hold(self, image: Image, record: int | None = None) -> None:
+    def keep(self, image: Image, record: int | None = None) -> None:
         """Have an image held for our successor; record is what was left of it, taken over."""
         if record is None:
             record = record_make(_describe(image.source))
@@ -62,9 +62,9 @@ class HeldImages:
         source = image.source
         if kind_of(source.fd) not in _KINDS:
             direct = [source.direct_fd] if source.direct_fd >= 0 else []
-            self._fd_store.hold(_source_group(image), [source.fd, *direct])
+            self._fd_store.keep(_source_group(image), [source.fd, *direct])
         fds = [record, image.frames_fd, image.guest_fd, image.arrays_fd]
-        self._fd_store.hold(_group(image), fds)
+        self._fd_store.keep(_group(image), fds)
 
     def release(self, image: Named) -> None:
         """Have an image held no more that cannot be gone on with."""
@@ -77,7 +77,7 @@ class HeldImages:
             os.close(self._records.pop())
 
 
-def is_held(name: tuple[str, str], inherited: InheritedFds) -> bool:
+def is_kept(name: tuple[str, str], inherited: InheritedFds) -> bool:
     """Whether our predecessor left the image of that domain and name, and its source."""
     return {"/".join(("image", *name)), "/".join(("source", *name))} <= set(inherited)
 
@@ -94,7 +94,7 @@ def _source_group(image: Named) -> str:
 def open_store(
     config: Config,
     arrived: Sequence[ImageSpec],
-    held: HeldImages,
+    kept: KeptImages,
     inherited: InheritedFds,
     *,
     is_first: bool = True,
@@ -119,11 +119,11 @@ def open_store(
         unserved = []
         specs = (*config.images, *arrived)
         openings = _Openings(
-            spec for spec in specs if not is_held((spec.domain, spec.name), inherited)
+            spec for spec in specs if not is_kept((spec.domain, spec.name), inherited)
         )
         for spec in specs:
             try:
-                _open_held(store, spec, held, inherited, openings)
+                _open_kept(store, spec, kept, inherited, openings)
             except CowshedError as error:
                 if is_first and spec in config.images and not openings.is_late(spec):
                     raise
@@ -158,27 +158,27 @@ class _Openings:
         return InTime(lambda: FileSource.open(Path(spec.source)), FileSource.close)
 
 
-def _open_held(
+def _open_kept(
     store: PageStore,
     spec: ImageSpec,
-    held: HeldImages,
+    kept: KeptImages,
     inherited: InheritedFds,
     openings: _Openings,
 ) -> None:
     left, source_fds = inherited.take(_group(spec)), inherited.take(_source_group(spec))
     if left is None or left.keys() != _KINDS:
-        held.release(spec)
+        kept.release(spec)
         _close_all(left or {}, source_fds or {})
         image = _open_new(store, spec, openings)
-        held.hold(image)
+        kept.keep(image)
         return
     try:
         image = _adopt(store, spec, left, source_fds or {}, openings)
     except BaseException:
-        held.release(spec)
+        kept.release(spec)
         _close_all(left)
         raise
-    held.hold(image, left["record"])
+    kept.keep(image, left["record"])
 
 
 def _open_new(store: PageStore, spec: ImageSpec, openings: _Openings) -> Image:

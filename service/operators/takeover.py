@@ -92,7 +92,7 @@ class TakeoverHandler:
             yield {"pid": os.getpid(), "keeper": self._keeper_address()}
         elif step == "hold":
             stop_at("takeover-holding")
-            yield {"groups": self._hold(pid, take_text(request, "address", max_length=107))}
+            yield {"groups": self._keep(pid, take_text(request, "address", max_length=107))}
         else:
             with self._lock:
                 if pid != self._pid:
@@ -164,7 +164,7 @@ class TakeoverHandler:
     def _keeper_address(self) -> str:
         return self._fd_store.address if self._keeper.kind == "own" else ""
 
-    def _hold(self, pid: int, address: str) -> int:
+    def _keep(self, pid: int, address: str) -> int:
         with self._lock:
             if self._pid:
                 raise UsageError(f"process {self._pid} takes over already: wait for it, or end it")

@@ -105,7 +105,7 @@ class OverlayMaker:
             quota_bytes=quota.limit_bytes,
         )
 
-    def hold(
+    def keep(
         self, guest: OverlayGuest, inherited: InheritedOverlay | None = None, *, staged: str = ""
     ) -> None:
         """Have an overlay outlive us; staged is the handoff that it came in."""
@@ -117,7 +117,7 @@ class OverlayMaker:
         if self.files is not None:
             with contextlib.suppress(OSError):
                 files = self.files.identity(record)
-        guest.group = self.records.hold(record, guest.pages_id, fds, inherited, staged, files)
+        guest.group = self.records.keep(record, guest.pages_id, fds, inherited, staged, files)
         if inherited is not None:
             self.records.admit(guest.group)
 

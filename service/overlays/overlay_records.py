@@ -74,7 +74,7 @@ class OverlayRecords:
         self._fd_store = fd_store
         self._records: dict[str, int] = {}
 
-    def hold(
+    def keep(
         self,
         record: OverlayRecord,
         pages_id: str,
@@ -92,13 +92,13 @@ class OverlayRecords:
             self._records[inherited.group] = inherited.fds["record"]
             for kind in inherited.fds.keys() - {"record"}:
                 os.close(inherited.fds[kind])
-            self._fd_store.hold(inherited.group, [inherited.fds["record"], *fds])
+            self._fd_store.keep(inherited.group, [inherited.fds["record"], *fds])
             return inherited.group
         group = new_group(_PREFIX)
         told = {"pages_id": pages_id, "staged": staged, "files": files}
         made = record_make({**asdict(record), **told})
         self._records[group] = made
-        self._fd_store.hold(group, [made, *fds], overlay=record.label)
+        self._fd_store.keep(group, [made, *fds], overlay=record.label)
         return group
 
     def admit(self, group: str) -> None:

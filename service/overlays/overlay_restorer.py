@@ -153,7 +153,7 @@ class OverlayRestorer:
         if inherited is not None:
             guest.pages_id = inherited.pages_id
         try:
-            self._maker.hold(guest, inherited)
+            self._maker.keep(guest, inherited)
         except BaseException:
             self._maker.close(guest)
             raise

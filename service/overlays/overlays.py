@@ -177,7 +177,7 @@ class OverlayTable:
         """
         guest = self.maker.make(image, record, keep_record=True)
         try:
-            self.maker.hold(guest)
+            self.maker.keep(guest)
         except BaseException:  # no descriptor is left for its record
             self.unstage(guest)
             raise
@@ -275,7 +275,7 @@ class OverlayTable:
         if self._files is not None:
             guest.overlay.flush()
             self._files.write(guest.record(), guest.image, handoff)
-        self.maker.hold(guest, staged=handoff)
+        self.maker.keep(guest, staged=handoff)
 
     def check_name(self, domain: str, name: str) -> None:
         """Raise UsageError if a name is taken: nothing could be staged under it."""
@@ -290,7 +290,7 @@ class OverlayTable:
             if guest.group:
                 self._records.admit(guest.group)
             else:
-                self.maker.hold(guest)
+                self.maker.keep(guest)
             self._overlays[guest.request.key] = guest
         _log.info("overlay-admitted", overlay=guest.label, owner=guest.owner)
 

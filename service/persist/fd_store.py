@@ -4,7 +4,7 @@
 Whoever supervises us (systemd, or our own keeper) is sent groups of descriptors, each under a
 name, and passes them to our successor. What each one of a group is, the successor reads off the
 descriptor itself, so a group needs no order. A supervisor that is away or busy is told later: what
-should be held is remembered (FdStore.groups), and what of it is not (holder.py).
+should be held is remembered (FdStore.groups), and what of it is not (fd_keeper.py).
 
 Sources: sd_notify(3) for FDSTORE, FDNAME, FDSTOREREMOVE, FDPOLL, READY, STOPPING; sd_listen_fds(3)
 for LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES.
@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
 from cowshed.cache.errors import InvariantError, UsageError
-from cowshed.service.persist.holder import Holder
+from cowshed.service.persist.fd_keeper import FdKeeper
 from cowshed.service.persist.notice import Groups
 from cowshed.service.runtime.logs import EventLog
 
@@ -63,14 +63,14 @@ class FdStore:
     on_unsent is called, in any thread, when there is such, and then reconcile() is to be called
     until it says that all is sent. Descriptors are borrowed until release(). For any thread.
 
-    Invariant: groups is what should be held, by name; a Holder knows what of it is not.
+    Invariant: groups is what should be held, by name; an FdKeeper knows what of it is not.
     """
 
     def __init__(self, address: str | None, held: Groups | None = None) -> None:
         self._lock = threading.Lock()
         self.groups: Final[Groups] = {name: list(fds) for name, fds in (held or {}).items()}
-        self._keeper = None if address is None else Holder(address, self.groups)
-        self._copy: Holder | None = None
+        self._keeper = None if address is None else FdKeeper(address, self.groups)
+        self._copy: FdKeeper | None = None
         self._is_kept = address is not None
         self.on_unsent: Callable[[], None] = _nothing
 
@@ -89,8 +89,8 @@ class FdStore:
     def close(self) -> None:
         """Stop speaking to the supervisor; it goes on holding what it holds."""
         with self._lock:
-            for holder in self._holders():
-                holder.close()
+            for keeper in self._keepers():
+                keeper.close()
             self._keeper = self._copy = None
 
     @property
@@ -124,19 +124,19 @@ class FdStore:
         with self._lock:
             if self._keeper is not None:
                 self._keeper.close()
-            self._keeper = Holder(address)
+            self._keeper = FdKeeper(address)
             self._keeper.want(self.groups)
             self._is_kept = True
 
     def reconcile(self, seconds: float = 0.0) -> bool:
-        """Tell each holder what it has not been told, waiting at most so long; whether it was all.
+        """Tell each keeper what it has not been told, waiting at most so long; whether it was all.
 
         Call it again when a keeper that is full takes more (keeper_fd()), or after a while.
         """
         with self._lock:
-            for holder in self._holders():
-                holder.is_slow &= not seconds
-                holder.send(self.groups, seconds)
+            for keeper in self._keepers():
+                keeper.is_slow &= not seconds
+                keeper.send(self.groups, seconds)
             return self._is_all_sent()
 
     @property
@@ -152,7 +152,7 @@ class FdStore:
         A copy's socket is closed by other threads (end_copy()), so nobody may watch it.
         """
         with self._lock:
-            waits = [each for each in self._holders() if not each.is_done]
+            waits = [each for each in self._keepers() if not each.is_done]
             is_away = self._is_kept and self._keeper is None
             return is_away or any(each is self._copy or not each.is_full for each in waits)
 
@@ -173,17 +173,17 @@ class FdStore:
 
         OSError if it does not listen, or takes nothing for a while.
         """
-        holder = Holder(address)
+        keeper = FdKeeper(address)
         with self._lock:
-            holder.want(self.groups)
-            self._copy = holder
+            keeper.want(self.groups)
+            self._copy = keeper
         while True:
             with self._lock:
-                error = holder.send(self.groups)
+                error = keeper.send(self.groups)
                 if error is None:
                     return len(self.groups)
-                is_full = holder.is_full
-            if not is_full or not select.select([], [holder], [], _COPY_SECONDS)[1]:
+                is_full = keeper.is_full
+            if not is_full or not select.select([], [keeper], [], _COPY_SECONDS)[1]:
                 self.end_copy()
                 raise error
 
@@ -205,7 +205,7 @@ class FdStore:
         if error is not None:
             raise error
 
-    def hold(self, name: str, fds: Sequence[int], **about: Any) -> bool:
+    def keep(self, name: str, fds: Sequence[int], **about: Any) -> bool:
         """Have a group held under a name of its own until release(name); whether it is by now.
 
         Then our death does not lose the group. If not, it is held as soon as it can be, which is
@@ -219,8 +219,8 @@ class FdStore:
             self.groups[name] = list(fds)
             if not is_new:
                 return True
-            for holder in self._holders():
-                holder.want([name])
+            for keeper in self._keepers():
+                keeper.want([name])
             error = self._send_all()
         if error is not None:
             _log.error(
@@ -237,8 +237,8 @@ class FdStore:
         with self._lock:
             if self.groups.pop(name, None) is None:
                 return
-            for holder in self._holders():
-                holder.drop(name)
+            for keeper in self._keepers():
+                keeper.drop(name)
             self._send_all()
             is_all_sent = self._is_all_sent()
         if not is_all_sent:
@@ -257,12 +257,12 @@ class FdStore:
             self.on_unsent()
         return is_told
 
-    def _holders(self) -> list[Holder]:
-        return [holder for holder in (self._keeper, self._copy) if holder is not None]
+    def _keepers(self) -> list[FdKeeper]:
+        return [keeper for keeper in (self._keeper, self._copy) if keeper is not None]
 
     def _is_all_sent(self) -> bool:
         lacks_keeper = self._is_kept and self._keeper is None
-        return not lacks_keeper and all(holder.is_done for holder in self._holders())
+        return not lacks_keeper and all(keeper.is_done for keeper in self._keepers())
 
     def _send_all(self) -> OSError | None:
         """Send what waits; why the supervisor does not have it all, if it does not."""

@@ -87,7 +87,7 @@ def keep_counts(
         for fd in left.values():
             os.close(fd)
         counts = KeptCounts(names)
-    fd_store.hold(group, [counts.fd])
+    fd_store.keep(group, [counts.fd])
     return counts
 
 

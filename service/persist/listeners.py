@@ -60,7 +60,7 @@ class Listeners:
             self._paths[what] = path
         sock.setblocking(False)
         self.fds.add(sock.fileno())
-        self._fd_store.hold(group, [sock.fileno()], listener=what)
+        self._fd_store.keep(group, [sock.fileno()], listener=what)
         return sock
 
     def keep(self, what: str) -> None:
@@ -68,7 +68,7 @@ class Listeners:
         group = _group(what)
         if (left := self._inherited.take(group)) is not None:
             self._kept[group] = left
-            self._fd_store.hold(group, list(left.values()), listener=what)
+            self._fd_store.keep(group, list(left.values()), listener=what)
 
     def close(self) -> None:
         """Close what was kept and never opened; it stays held."""

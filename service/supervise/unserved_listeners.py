@@ -70,13 +70,13 @@ class UnservedListeners:
         self._deadline: float | None = None
 
     def serve(
-        self, address: str, prepare: Callable[[], T], serve: Callable[[T], None], held_as: str
+        self, address: str, prepare: Callable[[], T], serve: Callable[[T], None], kept_as: str
     ) -> None:
         """Call serve(prepare()): now, or once prepare() no longer raises CowshedError, or returns.
 
         At a first start prepare is called here, and its error raised. A successor calls it in a
         side thread and waits until _FIRST_SECONDS after its first listener. serve is called here,
-        or later in the loop. held_as is the listener's name to Listeners: what our predecessor had
+        or later in the loop. kept_as is the listener's name to Listeners: what our predecessor had
         there goes on being held, and clients wait in its queue.
         """
         if self._is_first:
@@ -96,7 +96,7 @@ class UnservedListeners:
         if each.prepared:
             serve(each.prepared.pop())
             return
-        self._listeners.keep(held_as)
+        self._listeners.keep(kept_as)
         _log.error(
             "listener-unserved",
             f"{each.why}; all else is served, and this as soon as it can be",

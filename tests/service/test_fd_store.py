@@ -47,9 +47,9 @@ def test_a_group_is_sent_once_and_released_by_its_name(supervisor: socket.socket
     reader, writer = os.pipe()
     store = FdStore(address_of(supervisor))
     assert store.kept
-    store.hold("guest/7", [reader, writer])
+    store.keep("guest/7", [reader, writer])
     assert heard(supervisor) == ({"FDSTORE": "1", "FDNAME": "guest/7", "FDPOLL": "0"}, 2)
-    store.hold("guest/7", [reader, writer])
+    store.keep("guest/7", [reader, writer])
     store.release("guest/7")
     assert heard(supervisor) == ({"FDSTOREREMOVE": "1", "FDNAME": "guest/7"}, 0)
     store.release("guest/7")
@@ -63,7 +63,7 @@ def test_a_group_is_sent_once_and_released_by_its_name(supervisor: socket.socket
 def test_what_was_held_for_the_predecessor_is_not_sent_again(supervisor: socket.socket) -> None:
     reader, writer = os.pipe()
     store = FdStore(address_of(supervisor), {"a": [reader]})
-    store.hold("a", [writer])
+    store.keep("a", [writer])
     with pytest.raises(BlockingIOError):
         supervisor.recv(1)
     assert store.groups == {"a": [writer]}
@@ -76,8 +76,8 @@ def test_another_supervisor_is_told_everything(supervisor: socket.socket) -> Non
     fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(3)]
     store = FdStore(None)
     assert not store.kept
-    store.hold("a", fds[:1])
-    store.hold("b", fds[1:])
+    store.keep("a", fds[:1])
+    store.keep("b", fds[1:])
     store.move(address_of(supervisor))
     assert store.nr_not_held == 2
     assert store.reconcile()

@@ -21,11 +21,11 @@ from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.transport.nbd.negotiation import Export, ExportPending, ExportRefused
 from cowshed.transport.nbd.wire import Reply
 
-__all__ = ["HeldExport", "NbdDirectory", "split_export"]
+__all__ = ["EnteredExport", "NbdDirectory", "split_export"]
 
 
 @dataclass(frozen=True)
-class HeldExport(Export):
+class EnteredExport(Export):
     """An export that a client may enter, or has entered: overlay is the guest's it is in then."""
 
     image: Image | None = None
@@ -79,7 +79,7 @@ class NbdDirectory:
             raise _refused(error) from error
         return self._describe(image, guest)
 
-    def enter(self, name: str) -> HeldExport:
+    def enter(self, name: str) -> EnteredExport:
         """Describe an export and hold it; its overlay is there afterwards."""
         try:
             image, guest = self._look(name)
@@ -107,8 +107,8 @@ class NbdDirectory:
 
     def _describe(
         self, image: Image, guest: str, overlay: OverlayGuest | None = None
-    ) -> HeldExport:
-        return HeldExport(
+    ) -> EnteredExport:
+        return EnteredExport(
             name=f"{image.label}@{guest}" if guest else image.label,
             description=f"private copy of {image.name}" if guest else "read-only image",
             size_bytes=image.size_bytes,

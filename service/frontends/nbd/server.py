@@ -20,7 +20,7 @@ from typing import Final
 from cowshed.cache import Image
 from cowshed.cache.errors import CowshedError
 from cowshed.service.frontends.frontend_server import FrontendServer
-from cowshed.service.frontends.nbd.exports import HeldExport, NbdDirectory
+from cowshed.service.frontends.nbd.exports import EnteredExport, NbdDirectory
 from cowshed.service.frontends.nbd.peers import NbdPeer, listen_path, listen_tcp, peer_of, tune
 from cowshed.service.frontends.nbd.session import NbdSession
 from cowshed.service.host import Host
@@ -53,7 +53,7 @@ class _Client:
     """A connection that the core's threads serve."""
 
     peer: NbdPeer
-    export: HeldExport
+    export: EnteredExport
     nr_files: int
     relay: Relay | None
 
@@ -89,16 +89,16 @@ class NbdService(FrontendServer[NbdSession]):
         self._listen(listeners.open("nbd", lambda: listen_path(self._path), self._path))
         if config.tls is not None:
             address = f"nbds+unix:///?socket={self._path}"
-            unserved.serve(address, self.load_tls, self._offer_tls, held_as=address)
+            unserved.serve(address, self.load_tls, self._offer_tls, kept_as=address)
         if (endpoint := config.nbd) is not None:
-            held_as = f"nbd/{endpoint}"
+            kept_as = f"nbd/{endpoint}"
 
             def prepare() -> tuple[socket.socket, ssl.SSLContext | None]:
                 tls = self.load_tls()
-                return listeners.open(held_as, lambda: listen_tcp(endpoint)), tls
+                return listeners.open(kept_as, lambda: listen_tcp(endpoint)), tls
 
             scheme = "nbd" if config.tls is None else "nbds"
-            unserved.serve(f"{scheme}://{endpoint}", prepare, self._listen_tcp, held_as)
+            unserved.serve(f"{scheme}://{endpoint}", prepare, self._listen_tcp, kept_as)
         loop.watch(self._core.event_fd, READ, self._on_ended)
 
     def load_tls(self) -> ssl.SSLContext | None:
@@ -189,7 +189,7 @@ class NbdService(FrontendServer[NbdSession]):
     def chosen(self, session: NbdSession, chosen: Chosen) -> None:
         """Give the connection to the core's threads."""
         export = chosen.export
-        assert isinstance(export, HeldExport)
+        assert isinstance(export, EnteredExport)
         assert export.image is not None
         try:
             connection_no = self._core.attach(
@@ -232,7 +232,7 @@ class NbdService(FrontendServer[NbdSession]):
         else:
             self._admission.leave(session.peer.counted_as, self._nr_files)
 
-    def _export(self, held: HeldExport) -> NbdExport:
+    def _export(self, held: EnteredExport) -> NbdExport:
         if held.overlay is not None:
             return held.overlay.export
         assert held.image is not None
@@ -240,7 +240,7 @@ class NbdService(FrontendServer[NbdSession]):
             self._images[held.image] = NbdExport(self._core, held.image)
         return self._images[held.image]
 
-    def _let_go(self, export: HeldExport) -> None:
+    def _let_go(self, export: EnteredExport) -> None:
         if export.overlay is not None:
             self._overlays.leave(export.overlay)
 

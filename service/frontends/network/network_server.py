@@ -78,9 +78,9 @@ class NetworkServer(FrontendServer[NetworkSession]):
         self._turned_away: dict[int, TurnedAway] = {}
         try:
             for uri in host.config.listen:
-                held_as = uri.partition("?")[0]
-                prepare = functools.partial(_prepare, uri, held_as, nbd, listeners)
-                unserved.serve(held_as, prepare, self._open, held_as)
+                kept_as = uri.partition("?")[0]
+                prepare = functools.partial(_prepare, uri, kept_as, nbd, listeners)
+                unserved.serve(kept_as, prepare, self._open, kept_as)
         except BaseException:
             self.close()
             raise
@@ -329,7 +329,7 @@ class NetworkServer(FrontendServer[NetworkSession]):
         session.end()
 
 
-def _prepare(uri: str, held_as: str, nbd: NbdService, listeners: Listeners) -> StreamListener:
+def _prepare(uri: str, kept_as: str, nbd: NbdService, listeners: Listeners) -> StreamListener:
     """Listen at uri; UsageError if that cannot be. For any thread; may wait for a disk."""
     scheme = scheme_of(uri)
     if scheme not in _FDS:
@@ -338,4 +338,4 @@ def _prepare(uri: str, held_as: str, nbd: NbdService, listeners: Listeners) -> S
         )
     needs_tls = scheme == "tls" and not parse_stream_uri(uri).options
     context = nbd.load_tls() if needs_tls else None
-    return listen(uri, context=context, opened_by=functools.partial(listeners.open, held_as))
+    return listen(uri, context=context, opened_by=functools.partial(listeners.open, kept_as))

@@ -44,7 +44,7 @@ class HandedOver:
             return
         group = f"{_PREFIX}{secrets.token_hex(8)}"
         self._records[group] = record
-        self._fd_store.hold(group, [record, connection.fileno()], pid=connection.peer.pid)
+        self._fd_store.keep(group, [record, connection.fileno()], pid=connection.peer.pid)
 
     def take_back(self) -> None:
         """Have no connection held any more: this process goes on."""

@@ -97,7 +97,7 @@ class Session:
         self._state = SessionState.NEW
         self._opened: tuple[Guest, OpenRequest] | None = None
         self._moved: IncomingGuest | None = None
-        self._held_as = ""
+        self._kept_as = ""
         self._nr_working = 0
         self._is_answered = True
         self._early: tuple[SessionState, Received] | None = None
@@ -110,7 +110,7 @@ class Session:
         session.deadline = None
         session._state = SessionState.ATTACHED
         session._opened = restored.mapping.guest, restored.request
-        session._held_as = restored.group
+        session._kept_as = restored.group
         if restored.tag is not None:
             session._is_answered = False
             session._reply(restored.tag, {"ok": True, "guest": restored.request.name})
@@ -363,14 +363,14 @@ class Session:
         self.mapping.carries = request.carries
         message.fds.clear()
         reach("REGION_ATTACHED")
-        self._held_as = self._host.guest_records.hold(
+        self._kept_as = self._host.guest_records.keep(
             self.mapping, self.connection, request, message.tag
         )
         if self._moved is not None:
             moved, self._moved = self._moved, None
             self._host.incoming.complete(moved)
         reach("REGION_HELD")
-        self._is_answered = not self._held_as
+        self._is_answered = not self._kept_as
         peer = self.connection.peer
         _log.info(
             "attached", guest=request.name, image=request.image.label, pid=peer.pid, uid=peer.uid
@@ -384,7 +384,7 @@ class Session:
     def _detach(self) -> None:
         mapping, self.mapping = self.mapping, None
         if mapping is not None:
-            self._host.guest_records.release(self._held_as)
+            self._host.guest_records.release(self._kept_as)
             self._host.guests.detach(mapping)
             _log.info(
                 "detached",

@@ -168,7 +168,7 @@ class ImageSockets(FrontendServer[_Machine]):
             self._turn_away(peer, image, "limit", refusal)
             return
         try:
-            group = self._records.hold_caller(peer, image)
+            group = self._records.keep_caller(peer, image)
         except OSError as error:  # no descriptor is left for its record
             self._admission.leave(peer.uid)
             self._turn_away(peer, image, "limit", what_failed(error)[1])
@@ -281,8 +281,8 @@ class ImageSockets(FrontendServer[_Machine]):
         ]
         caller = client.group
 
-        def hold(account: Account) -> None:
-            client.group = self._records.hold(guest, account, fds, peer, handshake)
+        def keep(account: Account) -> None:
+            client.group = self._records.keep(guest, account, fds, peer, handshake)
             reach("MACHINE_HELD")
 
         try:
@@ -296,7 +296,7 @@ class ImageSockets(FrontendServer[_Machine]):
                 inherited=pagemap is not None,
                 transport=handshake.protocol,
                 populate=populate,
-                hold=hold,
+                keep=keep,
             )
         except BaseException:
             if client.group != caller:

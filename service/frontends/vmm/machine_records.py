@@ -69,12 +69,12 @@ class MachineRecords:
     def __init__(self, fd_store: FdStore) -> None:
         self._fd_store = fd_store
 
-    def hold_caller(self, peer: HandshakePeer, image: Image) -> str:
+    def keep_caller(self, peer: HandshakePeer, image: Image) -> str:
         """Have a connection outlive us; the group's name."""
         peer.record = record_make({"domain": image.domain, "image": image.name})
-        return self._hold(_CALLER, [peer.record, peer.fileno()], image, "")
+        return self._keep(_CALLER, [peer.record, peer.fileno()], image, "")
 
-    def hold(
+    def keep(
         self,
         guest: Guest,
         account: Account,
@@ -89,11 +89,11 @@ class MachineRecords:
         """
         fds.append(record_make(_describe(guest.request, handshake)))
         held = [*fds, account.fd, guest.quota.fd, peer.fileno()]
-        return self._hold(_POPULATED, held, guest.request.image, guest.name)
+        return self._keep(_POPULATED, held, guest.request.image, guest.name)
 
-    def _hold(self, prefix: str, fds: list[int], image: Image, guest: str) -> str:
+    def _keep(self, prefix: str, fds: list[int], image: Image, guest: str) -> str:
         group = new_group(prefix)
-        self._fd_store.hold(group, fds, guest=guest or None, image=image.label)
+        self._fd_store.keep(group, fds, guest=guest or None, image=image.label)
         return group
 
     def release(self, group: str) -> None:
@@ -158,7 +158,7 @@ class MachineRecords:
         for name in ("ledger", "quota", "socket"):
             os.close(group_fds[name])
         fds = [*mapping.fds, mapping.account.fd, guest.quota.fd, peer.fileno()]
-        self._fd_store.hold(group, fds)
+        self._fd_store.keep(group, fds)
         return RestoredMachine(peer, mapping, handshake, group, "pagemap" in group_fds)
 
     def adopt_callers(

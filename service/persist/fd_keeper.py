@@ -27,14 +27,14 @@ from typing import Final
 from cowshed.cache.errors import UsageError
 from cowshed.service.persist.notice import NOT_HELD, Groups, Notice
 
-__all__ = ["Holder"]
+__all__ = ["FdKeeper"]
 
 # What says that nobody is there, as opposed to something about one message.
 _AWAY: Final = (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTCONN, errno.EACCES, errno.EPROTOTYPE)
 _MAX_DATAGRAM: Final = 4096
 
 
-class Holder:
+class FdKeeper:
     """What one supervisor holds. Not thread-safe; close() it.
 
     told are the groups that it holds already. Invariants: unsent and told have nothing in common

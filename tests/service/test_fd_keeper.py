@@ -59,7 +59,7 @@ def store(tmp_path: Path) -> Iterator[FdStore]:
 def fill(store: FdStore, fd: int) -> int:
     """Hold groups g0, g1, ... until the keeper takes no more; how many it has taken."""
     nr = 0
-    while store.hold(f"g{nr}", [fd]):
+    while store.keep(f"g{nr}", [fd]):
         nr += 1
     return nr
 
@@ -69,8 +69,8 @@ def test_what_a_keeper_that_is_away_was_not_told_it_is_told_once_it_is_there(
 ) -> None:
     asked = []
     store.on_unsent = lambda: asked.append(store.nr_not_held)
-    assert not store.hold("a", [fd])
-    assert not store.hold("b", [fd])
+    assert not store.keep("a", [fd])
+    assert not store.keep("b", [fd])
     assert asked == [1, 2]
     assert not store.reconcile()
     with listening(tmp_path / "a") as keeper:
@@ -78,7 +78,7 @@ def test_what_a_keeper_that_is_away_was_not_told_it_is_told_once_it_is_there(
         assert store.nr_not_held == 0
         assert take_all(keeper) == stored("a", "b")
     # It is gone, and another is there.
-    assert not store.hold("c", [fd])
+    assert not store.keep("c", [fd])
     (tmp_path / "a").unlink()
     with listening(tmp_path / "a") as keeper:
         assert store.reconcile()
@@ -91,7 +91,7 @@ def test_what_a_full_keeper_did_not_take_it_gets_once_it_reads(
     with listening(tmp_path / "a") as keeper:
         nr_taken = fill(store, fd)
         assert nr_taken > 0
-        assert not store.hold("last", [fd])
+        assert not store.keep("last", [fd])
         store.notify(READY="1")
         assert store.nr_not_held == 2
         assert store.is_keeper_full
@@ -110,7 +110,7 @@ def test_a_keeper_that_comes_in_mid_send_gets_everything(
         store.lose()
         assert store.nr_not_held == nr_groups
         assert not store.reconcile()
-        assert not store.hold("between", [fd])
+        assert not store.keep("between", [fd])
         store.move(str(tmp_path / "b"))
         names: list[tuple[str, str]] = []
         while not store.reconcile():
@@ -122,8 +122,8 @@ def test_a_keeper_that_comes_in_mid_send_gets_everything(
 def test_what_is_released_before_it_was_sent_is_never_sent(
     store: FdStore, fd: int, tmp_path: Path
 ) -> None:
-    store.hold("a", [fd])
-    store.hold("b", [fd])
+    store.keep("a", [fd])
+    store.keep("b", [fd])
     store.release("a")
     with listening(tmp_path / "a") as keeper:
         assert store.reconcile()
@@ -136,7 +136,7 @@ def test_a_name_that_is_used_again_is_removed_before_it_is_stored_anew(
     with listening(tmp_path / "a") as keeper:
         nr_taken = fill(store, fd)
         store.release("g0")
-        store.hold("g0", [fd])
+        store.keep("g0", [fd])
         take_all(keeper)
         assert store.reconcile()
         assert take_all(keeper) == [("FDSTOREREMOVE", "g0"), *stored(f"g{nr_taken}", "g0")]
@@ -148,8 +148,8 @@ def test_a_group_that_cannot_be_sent_keeps_no_other_from_it(
     with listening(tmp_path / "a") as keeper:
         closed = os.dup(fd)
         os.close(closed)
-        assert not store.hold("bad", [closed])
-        store.hold("good", [fd])
+        assert not store.keep("bad", [closed])
+        store.keep("good", [fd])
         assert not store.reconcile()
         assert store.nr_not_held == 1
         assert take_all(keeper) == stored("good")
@@ -159,7 +159,7 @@ def test_what_a_keeper_says_it_has_no_room_for_is_sent_again(
     store: FdStore, fd: int, tmp_path: Path
 ) -> None:
     with listening(tmp_path / "a") as keeper:
-        assert store.hold("a", [fd])
+        assert store.keep("a", [fd])
         _, fds, _, address = socket.recv_fds(keeper, 4096, 16)
         os.close(fds[0])
         assert store.take_refused() == []
@@ -174,7 +174,7 @@ def test_what_a_keeper_says_it_has_no_room_for_is_sent_again(
 def test_a_copy_is_complete_or_is_none(fd: int, tmp_path: Path) -> None:
     store = FdStore(None)
     for no in range(3):
-        assert store.hold(f"g{no}", [fd])
+        assert store.keep(f"g{no}", [fd])
     assert store.nr_not_held == 0  # nobody is to hold anything
     with pytest.raises(OSError, match="No such file"):
         store.copy_to(str(tmp_path / "b"))
@@ -182,7 +182,7 @@ def test_a_copy_is_complete_or_is_none(fd: int, tmp_path: Path) -> None:
         store.notify_copy(LEFT="1")
     with listening(tmp_path / "b") as copy:
         assert store.copy_to(str(tmp_path / "b")) == 3
-        store.hold("late", [fd])
+        store.keep("late", [fd])
         store.release("g1")
         store.notify_copy(LEFT="1")
         assert take_all(copy) == [
@@ -201,7 +201,7 @@ def test_nobody_watches_the_socket_of_a_copy_which_may_be_closed_at_any_time(
         assert store.copy_to(str(tmp_path / "b")) == 0
         nr = 0
         while store.reconcile():  # until the copy is full; the keeper reads all the while
-            store.hold(f"g{nr}", [fd])
+            store.keep(f"g{nr}", [fd])
             take_all(keeper)
             nr += 1
         store.release("g0")  # which has the loop look what is to be sent
@@ -221,7 +221,7 @@ def test_a_keeper_that_was_away_is_told_in_a_while_without_another_reason(
 ) -> None:
     with Loop() as loop:
         watch = KeeperWatch(store, loop)
-        assert not store.hold("a", [fd])
+        assert not store.keep("a", [fd])
         loop.stop()  # once it has been tried again at once
         loop.run()
         loop.begin_again()
