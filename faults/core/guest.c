@@ -47,8 +47,8 @@ void guest_put(struct guest *guest)
 	if (atomic_fetch_sub(&guest->nr_users, 1) > 1)
 		return;
 	pthread_mutex_destroy(&guest->answer_lock);
-	pthread_mutex_destroy(&guest->hold.lock);
-	pthread_cond_destroy(&guest->hold.changed);
+	pthread_mutex_destroy(&guest->pause.lock);
+	pthread_cond_destroy(&guest->pause.changed);
 	free(guest->waiting);
 	free(guest);
 }
@@ -297,15 +297,15 @@ static void *guest_main(void *arg)
 	prctl(PR_SET_TIMERSLACK, 1ul);
 	inbox_go_on(guest);
 	while (!atomic_load_explicit(&guest->stop, memory_order_acquire)) {
-		bool hold = hold_turn(guest);
+		bool paused = pause_turn(guest);
 		ssize_t nr = -EAGAIN;
 
 		if (!atomic_load_explicit(&guest->account->header->broken, memory_order_relaxed))
-			nr = hold ? hold_read(guest, messages) : read_messages(guest, messages, MESSAGES_MAX);
+			nr = paused ? pause_read(guest, messages) : read_messages(guest, messages, MESSAGES_MAX);
 		if (nr == -EAGAIN && guest->kind->idle(guest))
 			continue;
-		if (hold && (nr == -EAGAIN || nr == -EINTR)) {
-			hold_sleep(guest);
+		if (paused && (nr == -EAGAIN || nr == -EINTR)) {
+			pause_sleep(guest);
 			continue;
 		}
 		if (nr == -EAGAIN)
@@ -375,9 +375,9 @@ int guest_start_kind(struct account *account, int uffd, int pidfd, const struct 
 	guest->kick_fd = -1;
 	atomic_store(&guest->nr_users, 1);
 	pthread_mutex_init(&guest->answer_lock, NULL);
-	pthread_mutex_init(&guest->hold.lock, NULL);
-	pthread_cond_init(&guest->hold.changed, NULL);
-	atomic_store(&guest->hold.wanted, account_is_frozen(account)); /* adopted so */
+	pthread_mutex_init(&guest->pause.lock, NULL);
+	pthread_cond_init(&guest->pause.changed, NULL);
+	atomic_store(&guest->pause.wanted, account_is_frozen(account)); /* adopted so */
 	guest->waiting = calloc(1, bits_bytes(guest->image->shape.nr_extents));
 	int err = guest->waiting ? set_options(guest, options) : -ENOMEM;
 	if (!err && (flags < 0 || fcntl(uffd, F_SETFL, flags | O_NONBLOCK) < 0))

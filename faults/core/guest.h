@@ -95,13 +95,13 @@ struct guest {
 	uint64_t drop_at_ns;   /* 0: served; else it is dropped then, see remap.c */
 	uint64_t drop_address;
 	uint64_t preload_page; /* where to go on copying preloaded pages that nobody asked for */
-	struct guest_hold {    /* freeze.c */
+	struct guest_pause {   /* freeze.c */
 		_Atomic bool wanted;
 		bool on;          /* under lock: the thread has left no event half answered, and reads none */
 		bool events_wait; /* the thread's: nothing but an event is there to be read */
 		pthread_mutex_t lock;
 		pthread_cond_t changed;
-	} hold;
+	} pause;
 	int32_t spin_credit;
 	uint32_t nr_sleeps;
 };
@@ -148,10 +148,10 @@ bool answer_preloaded(struct guest *guest, uint64_t page, uint64_t read_ns);
 bool preload_push(struct guest *guest);
 
 /* freeze.c, the thread's part.  Between two batches of messages: whether discards are held back. */
-bool hold_turn(struct guest *guest);
+bool pause_turn(struct guest *guest);
 /* One fault, and never an event; -EAGAIN if there is none. */
-ssize_t hold_read(struct guest *guest, struct uffd_msg *message);
-void hold_sleep(struct guest *guest);
+ssize_t pause_read(struct guest *guest, struct uffd_msg *message);
+void pause_sleep(struct guest *guest);
 
 /* image->repair: a failed extent was loaded after all. */
 void answer_repair(struct image *image, uint64_t extent);

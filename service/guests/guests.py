@@ -221,8 +221,8 @@ class GuestTable:
     Whoever reads their accounts does so inside `with table.lock`.
 
     Invariants: (1) a guest is in the table, by its name, exactly while connections hold that;
-    (2) no name is held twice; (3) a mapping is its guest's, and each has a connection of its own; its
-    account is open as long. What mappings that are gone had counted is in their image's sums.
+    (2) no name is held twice; (3) a mapping is its guest's, and each has a connection of its own;
+    its account is open as long. What mappings that are gone had counted is in their image's sums.
     """
 
     def __init__(self) -> None:

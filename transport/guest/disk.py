@@ -156,16 +156,16 @@ class Disk:
             exporter = self._exporter() if self._exporter else None
             if exporter is None:
                 if self._following is not None:
-                    self._following.hold()
+                    self._following.begin_view()
                 # The pointer's destructor holds the disk while views live.
-                pointer = ffi.gc(ffi.cast("char *", self._region.address), self._keep)
+                pointer = ffi.gc(ffi.cast("char *", self._region.address), self._end_view)
                 exporter = ffi.buffer(pointer, self.size_bytes)
                 self._exporter = weakref.ref(exporter)
             return memoryview(exporter)
 
-    def _keep(self, _: object) -> None:
+    def _end_view(self, _: object) -> None:
         if self._following is not None:
-            self._following.let_go()
+            self._following.end_view()
 
     def read(self, offset: int, length: int) -> bytes:
         """Give the bytes there now. Copies once.

@@ -140,10 +140,10 @@ class Following:
             return ""
         return f"moving to {place.uri}" + (f": {place.why}" if place.why else "")
 
-    def hold(self) -> None:
+    def begin_view(self) -> None:
         """Somebody is about to look at the memory. UsageError if it was given up."""
         with self._lock:
-            if self._follower is not None and lib.follower_hold(self._follower) < 0:
+            if self._follower is not None and lib.follower_begin_view(self._follower) < 0:
                 place = self.place
                 where = place.uri if place else "another backend"
                 raise UsageError(
@@ -151,11 +151,11 @@ class Following:
                     f"{where}, where pages cannot be mapped; use read and write"
                 )
 
-    def let_go(self) -> None:
+    def end_view(self) -> None:
         """Nobody looks any more."""
         with self._lock:
             if self._follower is not None:
-                lib.follower_let_go(self._follower)
+                lib.follower_end_view(self._follower)
 
     def far(self) -> ByteDisk:
         """The disk by bytes, where the guest is. Raises as Backend.open does."""

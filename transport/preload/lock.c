@@ -37,7 +37,7 @@ struct cancellation {
 
 /* Of the holder: guarded by the lock. */
 static struct cancellation cancellation_before;
-static sigset_t held_back;
+static sigset_t blocked;
 
 /* Of one call of the program's, in the thread that makes it. */
 struct patience {
@@ -62,16 +62,16 @@ static bool has_handler(int number)
 }
 
 /* pthread_sigmask leaves the two signals of the C library itself alone. */
-static void hold_signals_back(sigset_t *held_out, sigset_t *before_out)
+static void block_signals(sigset_t *blocked_out, sigset_t *before_out)
 {
-	sigemptyset(held_out);
+	sigemptyset(blocked_out);
 	for (int number = 1; number < _NSIG; number++)
 		if (has_handler(number))
-			sigaddset(held_out, number);
-	pthread_sigmask(SIG_BLOCK, held_out, before_out);
+			sigaddset(blocked_out, number);
+	pthread_sigmask(SIG_BLOCK, blocked_out, before_out);
 	for (int number = 1; number < _NSIG; number++)
 		if (sigismember(before_out, number))
-			sigdelset(held_out, number);
+			sigdelset(blocked_out, number);
 }
 
 /* Nothing is held meanwhile: a handler may leave by siglongjmp, and the thread may be cancelled. */
@@ -83,7 +83,7 @@ static void await(void)
 		syscall(SYS_futex, &lock_state, FUTEX_WAIT_PRIVATE, AWAITED, NULL, NULL, 0);
 }
 
-static void hold_cancellation_back(struct cancellation *before_out)
+static void disable_cancellation(struct cancellation *before_out)
 {
 	pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before_out->state);
 	pthread_setcanceltype(PTHREAD_CANCEL_DEFERRED, &before_out->type);
@@ -105,13 +105,13 @@ void lock_take(sigset_t *signals_out)
 	for (;;) {
 		struct cancellation cancellation;
 		int expected = FREE;
-		sigset_t held;
+		sigset_t blocked_here;
 
-		hold_signals_back(&held, signals_out);
-		hold_cancellation_back(&cancellation);
+		block_signals(&blocked_here, signals_out);
+		disable_cancellation(&cancellation);
 		if (atomic_compare_exchange_strong(&lock_state, &expected, state)) {
 			cancellation_before = cancellation;
-			held_back = held;
+			blocked = blocked_here;
 			patience = (struct patience){0};
 			is_inside = true;
 			return;
@@ -130,8 +130,8 @@ bool lock_try(sigset_t *signals_out)
 	pthread_sigmask(SIG_BLOCK, NULL, signals_out);
 	if (!atomic_compare_exchange_strong(&lock_state, &expected, TAKEN))
 		return false;
-	hold_cancellation_back(&cancellation_before);
-	sigemptyset(&held_back);
+	disable_cancellation(&cancellation_before);
+	sigemptyset(&blocked);
 	patience = (struct patience){.insists = true};
 	is_inside = true;
 	return true;
@@ -164,7 +164,7 @@ static bool is_handler_due(void)
 
 	sigpending(&pending);
 	for (int number = 1; number < _NSIG; number++)
-		if (sigismember(&pending, number) && sigismember(&held_back, number))
+		if (sigismember(&pending, number) && sigismember(&blocked, number))
 			return true;
 	return false;
 }

@@ -91,11 +91,11 @@ struct overlay_sync {
 	void (*done)(struct overlay_sync *sync, int status);
 };
 
-/* Waits for a thaw; go is called once, under the overlay's held_lock, by who thaws. */
-struct overlay_hold {
-	struct overlay_hold *next;
+/* Waits for a thaw; go is called once, under the overlay's thaw_lock, by who thaws. */
+struct overlay_thaw_wait {
+	struct overlay_thaw_wait *next;
 	bool queued;
-	void (*go)(struct overlay_hold *hold);
+	void (*go)(struct overlay_thaw_wait *wait);
 };
 
 struct overlay {
@@ -106,17 +106,17 @@ struct overlay {
 	struct overlay_missing *missing; /* NULL: no page was ever missing (overlay_missing.h) */
 	pthread_rwlock_t stripes[OVERLAY_STRIPES];
 	_Atomic(bits_word *) dirty; /* NULL: not followed; its words change under their stripes' locks */
-	pthread_mutex_t held_lock;  /* innermost but for who is told by go */
-	struct overlay_hold *held;
+	pthread_mutex_t thaw_lock;  /* innermost but for who is told by go */
+	struct overlay_thaw_wait *thaw_waits;
 	pthread_mutex_t quota_lock; /* within a stripe's, or alone */
 	uint64_t in_hand_pages;     /* under quota_lock */
 };
 
 /* What changes pages gives -EBUSY while they are frozen, having done a part of it or nothing; it is to be asked again,
- * as a whole, after the thaw. true: hold->go will be called then; false: that is now. */
-bool overlay_hold(struct overlay *overlay, struct overlay_hold *hold);
+ * as a whole, after the thaw. true: wait->go will be called then; false: that is now. */
+bool overlay_await_thaw(struct overlay *overlay, struct overlay_thaw_wait *wait);
 /* go will not be called. */
-void overlay_unhold(struct overlay *overlay, struct overlay_hold *hold);
+void overlay_cancel_thaw_wait(struct overlay *overlay, struct overlay_thaw_wait *wait);
 
 /* Under the stripe's lock. */
 static inline void overlay_mark_dirty(struct overlay *overlay, uint64_t first, uint64_t nr)

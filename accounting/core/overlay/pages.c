@@ -33,7 +33,7 @@ int overlay_init(struct account *account, int data_fd, struct overlay **overlay_
 	overlay->data_fd = data_fd;
 	for (int i = 0; i < OVERLAY_STRIPES; i++)
 		pthread_rwlock_init(&overlay->stripes[i], NULL);
-	pthread_mutex_init(&overlay->held_lock, NULL);
+	pthread_mutex_init(&overlay->thaw_lock, NULL);
 	pthread_mutex_init(&overlay->quota_lock, NULL);
 	*overlay_out = overlay;
 	return 0;
@@ -43,7 +43,7 @@ void overlay_deinit(struct overlay *overlay)
 {
 	for (int i = 0; i < OVERLAY_STRIPES; i++)
 		pthread_rwlock_destroy(&overlay->stripes[i]);
-	pthread_mutex_destroy(&overlay->held_lock);
+	pthread_mutex_destroy(&overlay->thaw_lock);
 	overlay_missing_deinit(overlay);
 	free(overlay->dirty);
 	pthread_mutex_destroy(&overlay->quota_lock);

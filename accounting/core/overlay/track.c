@@ -84,37 +84,37 @@ void overlay_freeze(struct overlay *overlay)
 
 void overlay_thaw(struct overlay *overlay)
 {
-	pthread_mutex_lock(&overlay->held_lock);
+	pthread_mutex_lock(&overlay->thaw_lock);
 	atomic_store(&overlay->account->header->frozen, 0);
-	for (struct overlay_hold *hold; (hold = overlay->held);) {
-		overlay->held = hold->next;
-		hold->queued = false;
-		hold->go(hold);
+	for (struct overlay_thaw_wait *wait; (wait = overlay->thaw_waits);) {
+		overlay->thaw_waits = wait->next;
+		wait->queued = false;
+		wait->go(wait);
 	}
-	pthread_mutex_unlock(&overlay->held_lock);
+	pthread_mutex_unlock(&overlay->thaw_lock);
 }
 
-bool overlay_hold(struct overlay *overlay, struct overlay_hold *hold)
+bool overlay_await_thaw(struct overlay *overlay, struct overlay_thaw_wait *wait)
 {
-	pthread_mutex_lock(&overlay->held_lock);
+	pthread_mutex_lock(&overlay->thaw_lock);
 	bool frozen = account_is_frozen(overlay->account);
-	if (frozen && !hold->queued) {
-		hold->queued = true;
-		hold->next = overlay->held;
-		overlay->held = hold;
+	if (frozen && !wait->queued) {
+		wait->queued = true;
+		wait->next = overlay->thaw_waits;
+		overlay->thaw_waits = wait;
 	}
-	pthread_mutex_unlock(&overlay->held_lock);
+	pthread_mutex_unlock(&overlay->thaw_lock);
 	return frozen;
 }
 
-void overlay_unhold(struct overlay *overlay, struct overlay_hold *hold)
+void overlay_cancel_thaw_wait(struct overlay *overlay, struct overlay_thaw_wait *wait)
 {
-	pthread_mutex_lock(&overlay->held_lock);
-	for (struct overlay_hold **at = &overlay->held; hold->queued; at = &(*at)->next)
-		if (*at == hold) {
-			*at = hold->next;
-			hold->queued = false;
+	pthread_mutex_lock(&overlay->thaw_lock);
+	for (struct overlay_thaw_wait **at = &overlay->thaw_waits; wait->queued; at = &(*at)->next)
+		if (*at == wait) {
+			*at = wait->next;
+			wait->queued = false;
 			break;
 		}
-	pthread_mutex_unlock(&overlay->held_lock);
+	pthread_mutex_unlock(&overlay->thaw_lock);
 }

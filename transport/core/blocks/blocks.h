@@ -102,7 +102,7 @@ struct blk_sink {
 struct blk_queue {
 	pthread_mutex_t lock; /* before whatever lock wake takes */
 	struct blk_wait *ready, **ready_tail;
-	struct overlay_hold hold;
+	struct overlay_thaw_wait thaw;
 	struct blk_device *device;
 	const struct blk_sink *sink;
 	/* ---- */

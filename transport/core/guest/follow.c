@@ -478,7 +478,7 @@ void follower_read(struct follower *f, struct follow_status *status_out)
 	pthread_mutex_unlock(&f->lock);
 }
 
-int follower_hold(struct follower *f)
+int follower_begin_view(struct follower *f)
 {
 	int nr = atomic_load(&f->nr_views);
 
@@ -488,7 +488,7 @@ int follower_hold(struct follower *f)
 	return -EXDEV;
 }
 
-void follower_let_go(struct follower *f)
+void follower_end_view(struct follower *f)
 {
 	if (atomic_fetch_sub(&f->nr_views, 1) == 1)
 		eventfd_write(f->kick_fd, 1);

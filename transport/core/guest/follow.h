@@ -50,8 +50,8 @@ int follower_state(const struct follower *follower);
 void follower_read(struct follower *follower, struct follow_status *status_out);
 
 /* Somebody looks at the region's memory: then it is not taken away.  -EXDEV if it was (FOLLOW_BYTES). */
-int follower_hold(struct follower *follower);
-void follower_let_go(struct follower *follower);
+int follower_begin_view(struct follower *follower);
+void follower_end_view(struct follower *follower);
 /* cdef-end */
 
 #endif
