@@ -33,10 +33,10 @@ def wait_for_digests(images: list[Image], look: Callable[[], None]) -> list[Bloc
 
 def print_blockers(what: str, blockers: list[Blocker]) -> str:
     """One line for all that keeps us from doing something."""
-    said = []
+    lines = []
     for blocker in blockers[:5]:
         who = f"guest {blocker['guest']!r}: " if "guest" in blocker else ""
         which = f"image {blocker['image']!r}: " if "image" in blocker else ""
-        said.append(f"{who}{which}{blocker.get('reason', '?')}")
+        lines.append(f"{who}{which}{blocker.get('reason', '?')}")
     more = f"; and {len(blockers) - 5} more" if len(blockers) > 5 else ""
-    return f"cannot {what}: {'; '.join(said)}{more}"
+    return f"cannot {what}: {'; '.join(lines)}{more}"

@@ -258,7 +258,7 @@ class _Reception:
         self._extents: list[WorkingSetSection] = []
         self._gone = False
         self._postcopy: PostcopyTarget | None = None
-        self._saying = threading.Lock()
+        self._sending = threading.Lock()
         # Held while guests are staged or discarded; never while waiting for the target's lock.
         self._staging = threading.Lock()
 
@@ -335,13 +335,13 @@ class _Reception:
 
     def _open_image(self, no: int) -> None:
         """Check what came of an image, telling the source now and then that we do, and open it."""
-        said = time.monotonic()
+        sent = time.monotonic()
 
         def look() -> None:
-            nonlocal said
+            nonlocal sent
             self.look()
-            if time.monotonic() > said + _CHECKING_SECONDS:
-                said = time.monotonic()
+            if time.monotonic() > sent + _CHECKING_SECONDS:
+                sent = time.monotonic()
                 self._send("checking")
 
         source = self._receiver.seal(no, look)
@@ -483,7 +483,7 @@ class _Reception:
 
     def _send_message(self, message: ControlMessage) -> None:
         """From any thread."""
-        with self._saying:
+        with self._sending:
             self._link.send(self._writer.write(message))
 
     def _log_failed(self, why: str) -> None:

@@ -226,8 +226,8 @@ class OverlayFiles:
         is_adopted: the account was adopted; what it says is private is so.
         """
         source = self._source(record, account.image)
-        told = json.dumps({"image": record.image, **source}, sort_keys=True)
-        identity = hashlib.sha256(told.encode()).digest()
+        text = json.dumps({"image": record.image, **source}, sort_keys=True)
+        identity = hashlib.sha256(text.encode()).digest()
         return Overlay.files(account, self._folder, record.stem, identity, is_adopted=is_adopted)
 
     def remove(self, image: str, guest: str) -> None:

@@ -95,8 +95,8 @@ class OverlayRecords:
             self._fd_store.keep(inherited.group, [inherited.fds["record"], *fds])
             return inherited.group
         group = new_group(_PREFIX)
-        told = {"pages_id": pages_id, "staged": staged, "files": files}
-        made = record_make({**asdict(record), **told})
+        more = {"pages_id": pages_id, "staged": staged, "files": files}
+        made = record_make({**asdict(record), **more})
         self._records[group] = made
         self._fd_store.keep(group, [made, *fds], overlay=record.label)
         return group

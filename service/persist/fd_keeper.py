@@ -37,14 +37,14 @@ _MAX_DATAGRAM: Final = 4096
 class FdKeeper:
     """What one supervisor holds. Not thread-safe; close() it.
 
-    told are the groups that it holds already. Invariants: unsent and told have nothing in common
-    but what is stale; stale is part of told.
+    sent are the groups that it holds already. Invariants: unsent and sent have nothing in common
+    but what is stale; stale is part of sent.
     """
 
-    def __init__(self, address: str, told: Iterable[str] = ()) -> None:
+    def __init__(self, address: str, sent: Iterable[str] = ()) -> None:
         """UsageError if the address cannot be one."""
         self._address: Final = _socket_address(address)
-        self._told = set(told)
+        self._sent = set(sent)
         self._stale: set[str] = set()
         self._unsent: dict[str, None] = {}  # in order
         self._notices: deque[Mapping[str, str]] = deque()
@@ -82,13 +82,13 @@ class FdKeeper:
     def want(self, names: Iterable[str]) -> None:
         """Have these groups held, those that are not yet."""
         for name in names:
-            if name not in self._told or name in self._stale:
+            if name not in self._sent or name in self._stale:
                 self._unsent[name] = None
 
     def drop(self, name: str) -> None:
         """Have a group held no more."""
         self._unsent.pop(name, None)
-        if name in self._told:
+        if name in self._sent:
             self._stale.add(name)
 
     def note(self, fields: Mapping[str, str]) -> None:
@@ -116,12 +116,12 @@ class FdKeeper:
         refused: list[str] = []
         while True:
             try:
-                said = self._socket.recv(_MAX_DATAGRAM)
+                datagram = self._socket.recv(_MAX_DATAGRAM)
             except OSError:
                 return refused
-            name = Notice.parse(said).fields.get(NOT_HELD, "")
-            if name in self._told - self._stale:
-                self._told.discard(name)
+            name = Notice.parse(datagram).fields.get(NOT_HELD, "")
+            if name in self._sent - self._stale:
+                self._sent.discard(name)
                 self._unsent[name] = None
                 refused.append(name)
 
@@ -133,7 +133,7 @@ class FdKeeper:
             for name in sorted(self._stale):
                 self._send_one({"FDSTOREREMOVE": "1", "FDNAME": name})
                 self._stale.discard(name)
-                self._told.discard(name)
+                self._sent.discard(name)
             for name in list(self._unsent):
                 try:
                     self._send_one({"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}, groups[name])
@@ -143,7 +143,7 @@ class FdKeeper:
                     first = first or error  # one that cannot be sent keeps no other
                 else:
                     del self._unsent[name]
-                    self._told.add(name)
+                    self._sent.add(name)
             while self._notices:
                 self._send_one(self._notices[0])
                 self._notices.popleft()

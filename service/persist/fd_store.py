@@ -252,10 +252,10 @@ class FdStore:
             if self._keeper is None:
                 return not self._is_kept
             self._keeper.note(fields)
-            is_told = self._keeper.send(self.groups, _SEND_SECONDS) is None
-        if not is_told:
+            is_sent = self._keeper.send(self.groups, _SEND_SECONDS) is None
+        if not is_sent:
             self.on_unsent()
-        return is_told
+        return is_sent
 
     def _keepers(self) -> list[FdKeeper]:
         return [keeper for keeper in (self._keeper, self._copy) if keeper is not None]
@@ -296,13 +296,15 @@ def take_inherited(environment: MutableMapping[str, str]) -> Groups:
     They become ours (close-on-exec), and the environment forgets them. UsageError if what it says
     makes no sense.
     """
-    said = {key: environment.pop(key, "") for key in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")}
-    if said["LISTEN_PID"] != str(os.getpid()) or not said["LISTEN_FDS"]:
+    given = {
+        key: environment.pop(key, "") for key in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+    }
+    if given["LISTEN_PID"] != str(os.getpid()) or not given["LISTEN_FDS"]:
         return {}
-    names = said["LISTEN_FDNAMES"].split(":") if said["LISTEN_FDNAMES"] else []
-    if not said["LISTEN_FDS"].isdecimal() or len(names) != int(said["LISTEN_FDS"]):
+    names = given["LISTEN_FDNAMES"].split(":") if given["LISTEN_FDNAMES"] else []
+    if not given["LISTEN_FDS"].isdecimal() or len(names) != int(given["LISTEN_FDS"]):
         raise UsageError(
-            f"LISTEN_FDS is {said['LISTEN_FDS']!r} and LISTEN_FDNAMES names {len(names)}; "
+            f"LISTEN_FDS is {given['LISTEN_FDS']!r} and LISTEN_FDNAMES names {len(names)}; "
             "have the supervisor pass one name for each descriptor"
         )
     groups: Groups = {}

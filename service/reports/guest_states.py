@@ -22,11 +22,11 @@ def log_state(mapping: Mapping) -> str:
     mapping.logged_state = state
     if state == "detached":
         return broken_why(status)
-    _say_quota(mapping, state)
+    _log_quota(mapping, state)
     return ""
 
 
-def _say_quota(mapping: Mapping, state: str) -> None:
+def _log_quota(mapping: Mapping, state: str) -> None:
     who = {"guest": mapping.name, "image": mapping.image.label}
     who_else = {"pid": mapping.pid, "uid": mapping.uid}
     if state == "running":

@@ -126,10 +126,10 @@ class EventLog:
 
 def format_event(fields: Mapping[str, Any], log_format: LogFormat) -> str:
     """One line, without its end, of the fields in order; None values are left out."""
-    said = {name: value for name, value in fields.items() if value is not None}
+    given = {name: value for name, value in fields.items() if value is not None}
     if log_format == "json":
-        return json.dumps(said, default=str)
-    return " ".join(f"{name}={_quoted(value)}" for name, value in said.items())
+        return json.dumps(given, default=str)
+    return " ".join(f"{name}={_quoted(value)}" for name, value in given.items())
 
 
 def _quoted(value: Any) -> str:
@@ -181,10 +181,10 @@ class FloodLimit:
 
     def take_suppressed(self) -> list[tuple[str, Any, int]]:
         """Give (event, uid, number) of what was never told, once."""
-        untold = [(*key, each.nr_suppressed) for key, each in self._buckets.items()]
+        suppressed = [(*key, each.nr_suppressed) for key, each in self._buckets.items()]
         for each in self._buckets.values():
             each.nr_suppressed = 0
-        return [entry for entry in untold if entry[2]]
+        return [entry for entry in suppressed if entry[2]]
 
 
 class _Formatter(logging.Formatter):
@@ -229,7 +229,7 @@ class _Handler(logging.Handler):
         self.setFormatter(_Formatter(log_format))
         self._sink = LogSink(fd)
         self._count_lost: Callable[[int], None] | None = None
-        self._nr_untold = 0
+        self._nr_unreported = 0
         self._nr_uncounted = 0
         self._limit = FloodLimit()
         self._limit_lock = threading.Lock()
@@ -275,7 +275,7 @@ class _Handler(logging.Handler):
     def report_lost(self) -> bool:
         """Say how many lines were lost, if any and if it can be said; False if it cannot."""
         with self.lock or contextlib.nullcontext():
-            nr_lost = self._nr_untold
+            nr_lost = self._nr_unreported
             if nr_lost == 0:
                 return True
             record = EventLog("cowshed").record(
@@ -283,7 +283,7 @@ class _Handler(logging.Handler):
             )
             if not self._sink.write(self.format(record).encode() + b"\n"):
                 return False
-            self._nr_untold -= nr_lost
+            self._nr_unreported -= nr_lost
             return True
 
     def _write(self, line: bytes) -> None:
@@ -291,7 +291,7 @@ class _Handler(logging.Handler):
             self._note_lost(1)
 
     def _note_lost(self, nr: int) -> None:
-        self._nr_untold += nr
+        self._nr_unreported += nr
         self._nr_uncounted += nr
         if self._count_lost is not None and self._nr_uncounted:
             self._count_lost(self._nr_uncounted)
@@ -300,8 +300,8 @@ class _Handler(logging.Handler):
     def report_suppressed(self) -> None:
         """Say how much was counted and not said."""
         with self._limit_lock:
-            untold = self._limit.take_suppressed()
-        for event, uid, nr in untold:
+            suppressed = self._limit.take_suppressed()
+        for event, uid, nr in suppressed:
             EventLog("cowshed").notice("suppressed", of=event, uid=uid, lines=nr)
 
 

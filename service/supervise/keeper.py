@@ -286,8 +286,8 @@ class Keeper:
             poll.register(fd, select.POLLIN)
         if self._ready:
             self._send_goodbye()
-        is_all_told = logging_report_lost() and not (self._ready and self._predecessor)
-        seconds = None if is_all_told else _TELL_AGAIN_SECONDS
+        is_reported = logging_report_lost() and not (self._ready and self._predecessor)
+        seconds = None if is_reported else _TELL_AGAIN_SECONDS
         if self._check is not None:
             poll.register(self._check.fd, select.POLLIN)
             seconds = min(self._check.seconds_left, seconds or math.inf)

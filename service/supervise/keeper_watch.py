@@ -192,15 +192,15 @@ class _StartedKeeper:
     def __init__(self, keeper: subprocess.Popen[bytes], loop: Loop, on_started: _OnStarted) -> None:
         assert keeper.stdout is not None
         self._keeper = keeper
-        self._said = keeper.stdout
+        self._output = keeper.stdout
         self._loop = loop
         self._on_started = on_started
         self._is_over = False
-        os.set_blocking(self._said.fileno(), False)
-        loop.watch(self._said.fileno(), READ, self._on_said)
+        os.set_blocking(self._output.fileno(), False)
+        loop.watch(self._output.fileno(), READ, self._on_output)
         loop.once(_START_SECONDS, self._on_time)
 
-    def _on_said(self, fd: int, _: int) -> None:
+    def _on_output(self, fd: int, _: int) -> None:
         line = os.read(fd, 4096).decode(errors="replace").strip()
         self._end(line, f"the keeper ended with status {self._keeper.poll()}")
 
@@ -210,8 +210,8 @@ class _StartedKeeper:
 
     def _end(self, address: str, why: str) -> None:
         self._is_over = True
-        self._loop.forget(self._said.fileno())
-        self._said.close()
+        self._loop.forget(self._output.fileno())
+        self._output.close()
         if not address:
             _log.error("no-keeper", why)
             # Not waited for here: it is reaped by the next one that is started.

@@ -37,13 +37,13 @@ class ReloadCheck:
             try:
                 self._answer = os.memfd_create("cowshed-check", 0)
                 undo.callback(os.close, self._answer)
-                self._said = os.memfd_create("cowshed-said", os.MFD_CLOEXEC)
-                undo.callback(os.close, self._said)
+                self._output = os.memfd_create("cowshed-said", os.MFD_CLOEXEC)
+                undo.callback(os.close, self._output)
                 self._child = subprocess.Popen(
                     [*serve_command(), "--check"],
                     stdin=subprocess.DEVNULL,
-                    stdout=self._said,
-                    stderr=self._said,
+                    stdout=self._output,
+                    stderr=self._output,
                     pass_fds=[self._answer],
                     env={**os.environ, _ANSWER_FD: str(self._answer)},
                 )
@@ -72,10 +72,10 @@ class ReloadCheck:
         if status is None:
             self.cancel()
             raise UsageError(f"the check of it did not end within {_CHECK_SECONDS:.0f} s")
-        said, answer = _read(self._said), _read(self._answer)
+        output, answer = _read(self._output), _read(self._answer)
         self.close()
         if status:
-            why = said.strip().removeprefix("cowshed: ")
+            why = output.strip().removeprefix("cowshed: ")
             raise UsageError(why or f"the check of it ended with status {status}")
         try:
             fields = json.loads(answer)
@@ -97,7 +97,7 @@ class ReloadCheck:
 
     def close(self) -> None:
         """Close what it has here; in a forked child too."""
-        for fd in (self.fd, self._answer, self._said):
+        for fd in (self.fd, self._answer, self._output):
             os.close(fd)
 
 

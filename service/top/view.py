@@ -263,8 +263,8 @@ class ScreenFrame:
         if not rows:
             return [Text(), Text()]
         one = rows[self.state.row(self.state.focus, [key_of(row) for row in rows])]
-        tell = _describe_image if self.state.focus == "images" else self._describe_guest
-        name, *lines = tell(one)
+        describe = _describe_image if self.state.focus == "images" else self._describe_guest
+        name, *lines = describe(one)
         first = Text.assemble((name, "bold"), ": ", lines[0])
         return [self._one_line(first), self._one_line(Text(lines[1]))]
 

@@ -114,22 +114,22 @@ class Following:
     @property
     def place(self) -> _Place | None:
         """Where the guest is, if it has moved; where it goes, if it is on its way."""
-        told = ffi.new("struct follow_status *")
+        status = ffi.new("struct follow_status *")
         with self._lock:
             if self._follower is None:
                 return None
-            lib.follower_read(self._follower, told)
-        uri = ffi.string(told.uri).decode()
+            lib.follower_read(self._follower, status)
+        uri = ffi.string(status.uri).decode()
         if not uri:
             return None
-        token = ffi.string(told.token).decode()
+        token = ffi.string(status.token).decode()
         return _Place(
             uri=uri,
             token=json.loads(token),
-            generation=ffi.string(told.generation).decode(),
-            extent_bytes=told.extent_bytes,
-            nr_moves=told.nr_moves,
-            why=ffi.string(told.why).decode(errors="replace"),
+            generation=ffi.string(status.generation).decode(),
+            extent_bytes=status.extent_bytes,
+            nr_moves=status.nr_moves,
+            why=ffi.string(status.why).decode(errors="replace"),
         )
 
     @property

@@ -165,8 +165,8 @@ class ControlMessage:
     @property
     def kind(self) -> str:
         """What kind it is of, "" if it does not say."""
-        said = self.body.get("say")
-        return said if isinstance(said, str) else ""
+        kind = self.body.get("say")
+        return kind if isinstance(kind, str) else ""
 
 
 @dataclass(frozen=True)

@@ -187,8 +187,8 @@ class Dialogue:
         if not isinstance(features, list) or len(features) > _MAX_FEATURES:
             raise PeerError(f"features must be a list of at most {_MAX_FEATURES}")
         self.features = self.our_features & _texts(features)
-        told = take_number(body, "max_outstanding", 1, 1 << 20, default=1)
-        self.their_limit = min(self.their_limit, told)
+        outstanding = take_number(body, "max_outstanding", 1, 1 << 20, default=1)
+        self.their_limit = min(self.their_limit, outstanding)
         self.their_message_bytes = take_number(
             body, "max_message_bytes", MIN_MESSAGE_BYTES, 1 << 40, default=MAX_REQUEST_BYTES
         )

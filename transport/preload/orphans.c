@@ -57,7 +57,7 @@ static atomic_bool has_news;
 
 /* Of moves; of the thread alone. */
 static unsigned nr_looks_left;
-static bool is_told_why;
+static bool is_reported;
 
 static ino_t inode_of(int fd)
 {
@@ -220,10 +220,10 @@ static void try_moves(void)
 	snprintf(why, sizeof(why), "%s", report_kept());
 	lock_release(&signals);
 	nr_looks_left = err < 0 ? NR_LOOKS_BETWEEN : 0;
-	if (err < 0 && !is_told_why)
+	if (err < 0 && !is_reported)
 		report("this program's guest is at %s now, where this program cannot go yet, and it tries again: %s",
 		       moves_target(), why);
-	is_told_why = err < 0;
+	is_reported = err < 0;
 }
 
 /* False if nothing came for a while. */

@@ -50,7 +50,7 @@ static int set_timeout(int fd)
 	return 0;
 }
 
-static void say_failure(int err)
+static void report_failure(int err)
 {
 	if (err == -EACCES || err == -EINTR)
 		return; /* said where it was refused; not over */
@@ -97,14 +97,14 @@ static int failed(int err)
 {
 	err = refused(err);
 	if (err < 0 && !wire_is_gone(err))
-		say_failure(err);
+		report_failure(err);
 	return err;
 }
 
 void wire_report_gone(int err)
 {
 	if (wire_is_gone(err))
-		say_failure(err);
+		report_failure(err);
 }
 
 /* Interrupted like any call on a socket with a time limit, see packets.c. */
@@ -128,14 +128,14 @@ int wire_connect(void)
 	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 	if (fd < 0) {
 		err = -errno;
-		say_failure(err);
+		report_failure(err);
 		return err;
 	}
 	err = set_timeout(fd);
 	if (err == 0)
 		err = connect_retrying(fd, &address);
 	if (err < 0) {
-		say_failure(err);
+		report_failure(err);
 	} else {
 		err = failed(handshake_hello(speak_with(fd, REPLY_SECONDS)));
 	}
@@ -185,7 +185,7 @@ static int open_source(void)
 		return err;
 	if (reply.nr_fds != 1) {
 		packet_close_fds(&reply);
-		say_failure(-EPROTO);
+		report_failure(-EPROTO);
 		return -EPROTO;
 	}
 	return reply.fds[0];

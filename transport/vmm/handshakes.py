@@ -241,7 +241,7 @@ def range_replies(ranges: Sequence[Range]) -> Iterator[tuple[bytes, int]]:
     """
     for at in range(0, len(ranges), _MAX_RANGES):
         some = ranges[at : at + _MAX_RANGES]
-        told = [
+        entries = [
             {
                 "len": one.length_bytes,
                 "blob_offset": one.offset_bytes,
@@ -249,7 +249,7 @@ def range_replies(ranges: Sequence[Range]) -> Iterator[tuple[bytes, int]]:
             }
             for one in some
         ]
-        yield _text({"type": _PAGE_FAULT, "ranges": told}), len(some)
+        yield _text({"type": _PAGE_FAULT, "ranges": entries}), len(some)
 
 
 def _text(body: Mapping[str, Any]) -> bytes:

@@ -30,7 +30,7 @@ class Parking:
     def __init__(self, mapping: Mapping) -> None:
         self._mapping = mapping
         self._page = 0
-        self._is_said = False
+        self._is_logged = False
 
     def is_over(self) -> bool:
         """Whether nobody can miss the mapping any more.
@@ -44,8 +44,8 @@ class Parking:
         self._page, found = mapping.account.find_present(self._page, _LOOKS)
         if found is False:
             return True
-        if mapping.is_parked and not self._is_said:
-            self._is_said = True
+        if mapping.is_parked and not self._is_logged:
+            self._is_logged = True
             _log.warning(
                 "parked",
                 "it closed its connection and has the image mapped still: it is served until its "
