@@ -12,7 +12,7 @@ import pytest
 from cowshed.service.cli import cli
 from cowshed.service.settings.options import OPTIONS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COWSHED = [sys.executable, "-m", "cowshed.service.cli"]
 
 

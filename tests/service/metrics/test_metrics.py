@@ -23,7 +23,7 @@ from cowshed.service.metrics.catalog import (
 )
 
 MIB = 1 << 20
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TOOLS = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 NOT_ZERO_AT_START = {
     "cowshed_start_timestamp_seconds",

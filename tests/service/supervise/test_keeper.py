@@ -192,7 +192,7 @@ def test_a_restart_by_another_supervisor_loses_nothing(
 
 
 def test_systemd_itself_finds_every_setting_of_the_unit_where_it_belongs(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     unit = root / "service" / "cowshed.service"
     misplaced = tmp_path / "cowshed.service"
     line = "StartLimitIntervalSec=0\n"
@@ -231,7 +231,7 @@ def test_an_empty_notify_socket_without_a_keeper_is_nobody(
 def test_the_unit_file_fits_the_program() -> None:
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read(Path(__file__).parents[2] / "service" / "cowshed.service")
+    unit.read(Path(__file__).parents[3] / "service" / "cowshed.service")
     service = unit["Service"]
     words = service["ExecStart"].split()
     assert words[1:3] == ["serve", "--config"]

@@ -26,7 +26,7 @@ from domains import (
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
 MIB = 1 << 20
 PAGE = 4096

@@ -265,7 +265,7 @@ def test_run_dir_must_leave_room_for_a_socket_name() -> None:
 
 
 def test_the_reference_is_made_from_the_table() -> None:
-    script = Path(__file__).resolve().parents[2] / "tools/config_doc.py"
+    script = Path(__file__).resolve().parents[3] / "tools/config_doc.py"
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

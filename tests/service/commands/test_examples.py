@@ -7,7 +7,7 @@ from pathlib import Path
 
 from domains import Daemon, MakeImage
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 def test_the_guest_in_python_sees_its_write_and_nobody_else_does(

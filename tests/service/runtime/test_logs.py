@@ -26,7 +26,7 @@ from cowshed.service.runtime.logs import (
 )
 
 MIB = 1 << 20
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # A value in quotes with escapes, or one without any blank, quote or '='.
 FIELD = re.compile(r'([a-z_]+)=("(?:[^"\\]|\\.)*"|[^\s"=]+)(?: |$)')
 EVIL = 'a"b=c d\\\n\r\x1b[2J\u202e\u00e4\ud800\U0001f404 event=serving'

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from domains import NOBODY, MakeImage
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "bench"))
 
 from demo import wrong_answers
 from demo_crowd import Backend, Crowd
@@ -35,7 +35,7 @@ from demo_stage import DemoError
 
 pytestmark = pytest.mark.slow
 
-BENCH = Path(__file__).parents[2] / "bench"
+BENCH = Path(__file__).parents[3] / "bench"
 MIB = 1 << 20
 SMALL = ["--guests", "4", "--size", "32M", "--capacity", "12M"]
 

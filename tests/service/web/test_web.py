@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 Body = dict[str, Any]
 MIB = 1 << 20
 EXTENT = 64 << 10
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCREENSHOTS = ROOT / "build/screenshots"
 
 
