@@ -103,7 +103,7 @@ def audit(
 
     def check_stop() -> None:
         if stop():
-            raise CapacityError("the audit was broken off because the backend is ending; ask its successor")
+            raise CapacityError("the audit was broken off: the backend ends; ask its successor")
 
     checked: dict[str, int] = {}
     suspects = _look(images, accounts, overlays, checked, check_stop)
