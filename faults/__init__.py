@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The userfaultfd handler: answers faults from the store and supplies private copies."""
+"""The userfaultfd handler: answers faults and charges and opens pages for private copies."""
 
 from cowshed.faults.handler import FaultHandler, FaultOptions, uffd_features
 from cowshed.faults.populate import (

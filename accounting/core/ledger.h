@@ -149,7 +149,7 @@ struct ledger_header {
 	_Atomic uint64_t latency_sum_ns[LATENCY_NR];
 	_Atomic uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
 	_Atomic uint64_t served[LEDGER_SERVED_WORDS]; /* transport's counters of the clients of an overlay */
-	_Atomic uint32_t populated; /* pages are copied into the guest; discarded then marks pages that became zero */
+	_Atomic uint32_t populated; /* pages are copied into the guest; adopting then adds no discarded bits */
 	uint32_t spare;
 	/* faults reads messages into this; an event stays until it is handled, so that no death loses it. See
 	 * guest.c. */
