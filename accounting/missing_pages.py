@@ -71,7 +71,7 @@ class MissingPages:
         """Mark the missing ones of these pages as lost; return how many were not lost before."""
         return checked(
             lib.overlay_lose(self._overlay.cdata, first_page, nr_pages),
-            f"giving up pages of {self._label}",
+            f"marking pages of {self._label} as lost",
         )
 
     def find(self) -> None:

@@ -108,7 +108,7 @@ def has_marks(header: Path) -> bool:
 
 
 def present_headers(root: Path) -> list[str]:
-    """Return HEADERS, once it is known that these headers have marks and no others do.
+    """Return HEADERS, after checking that exactly these headers have marks.
 
     Raises BuildError for a listed header without them (unless COWSHED_BOOTSTRAP=1) and for one with
     marks that is not listed, whose declarations would silently be left out.

@@ -24,7 +24,7 @@ class SourceIdentity:
     """Identifies a source, as it was when it was opened.
 
     device is the number of the block device, or of the file's file system. mtime_ns is 0 for a
-    block device, whose times say nothing of its bytes.
+    block device, whose times do not depend on its bytes.
     """
 
     device: int

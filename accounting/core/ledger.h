@@ -151,7 +151,7 @@ struct ledger_header {
 	_Atomic uint64_t served[LEDGER_SERVED_WORDS]; /* transport's counters of the clients of an overlay */
 	_Atomic uint32_t populated; /* pages are copied into the guest; adopting then adds no discarded bits */
 	uint32_t spare;
-	/* faults reads messages into this; an event stays until it is handled, so that no death loses it. See
+	/* The fault thread reads messages into this; an event stays until it is handled, so that no death loses it. See
 	 * guest.c. */
 	uint64_t inbox[LEDGER_INBOX_WORDS];
 };
@@ -258,7 +258,7 @@ static inline bool account_region_of(const struct account *account, uint64_t pag
 	return true;
 }
 
-/* The page at an address; false if there is none of ours. */
+/* The page at an address; false if no region has it. */
 static inline bool account_page_at(const struct account *account, uint64_t address, uint64_t *page_out)
 {
 	struct account_region region = {account_whole(account), 0, account->image->shape.nr_pages};
@@ -273,7 +273,7 @@ static inline bool account_page_at(const struct account *account, uint64_t addre
 uint32_t bucket_of(uint64_t duration_ns);
 void account_note_latency(struct account *account, int kind, uint64_t duration_ns);
 
-/* The guest comes to a stop at its quota, and goes on; both in its fault thread. */
+/* Begin and end a stop of the guest at its quota; both in its fault thread. */
 void account_begin_stop(struct account *account);
 void account_end_stop(struct account *account);
 /* Under accounts_lock for writing: adds the account's counters to its image's past. */

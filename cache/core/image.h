@@ -2,9 +2,9 @@
 /*
  * An image: its frames (one memfd, page offset = image offset) and the state of each extent.
  *
- * Nobody maps the frames for writing.  Loaders write them with pwrite, guests map them through a read-only
- * descriptor, and an extent counts as resident only when its state says so: the memfd may hold stray
- * zero pages that a reader of an unguarded mapping caused.
+ * No process maps the frames for writing. Loaders write them with pwrite, guests map them through a read-only
+ * descriptor, and an extent counts as resident only when its state says so: the memfd may hold stray zero pages that a
+ * reader of an unguarded mapping caused.
  *
  * The per-extent arrays live in a memfd of their own (arrays.h), so that they can outlive the process.
  */

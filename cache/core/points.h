@@ -60,7 +60,7 @@ extern _Atomic int point_actions[POINT_NR];
 
 int point_reach_armed(int point);
 
-/* 0, or the -errno a test asked for. */
+/* Returns 0, or the -errno that a test armed the point with. */
 static inline int point_reach(int point)
 {
 	if (__builtin_expect(atomic_load_explicit(&point_actions[point], memory_order_relaxed) == POINT_OFF, 1))

@@ -173,7 +173,8 @@ void answer_write(struct guest *guest, uint64_t page, uint64_t read_ns)
 	}
 }
 
-/* Under write_lock, after the page was taken from the quota: one UFFDIO_COPY from the frame, which the caller holds. */
+/* Under write_lock, after the page was taken from the quota: one UFFDIO_COPY from the frame, whose extent the caller
+ * holds. */
 static int copy_page(struct guest *guest, uint64_t page)
 {
 	char frame[PAGE_BYTES] __attribute__((aligned(64)));

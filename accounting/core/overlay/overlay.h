@@ -7,7 +7,7 @@
  * before its bit is set, and its bit is cleared before they are dropped.
  *
  * Each run of 64 pages (a word of the bitmap) belongs to one of OVERLAY_STRIPES locks: readers of private pages share
- * it, writers have it alone. So two writers of different parts of a page never mix, and a read of one page is
+ * it, writers have it alone. So writers of different parts of one page exclude each other, and a read of one page is
  * consistent. Reading shared pages takes no lock.
  *
  * The quota is taken before a byte changes, for the whole request; at the quota a request is refused with -ENOSPC and

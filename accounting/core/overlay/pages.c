@@ -148,7 +148,7 @@ static int begin_change(struct overlay *overlay, uint64_t first, uint64_t nr, ui
 	return err;
 }
 
-/* Under the stripe's lock: makes pages private, whose bytes are stored. */
+/* Under the stripe's lock: makes pages private, after their bytes were stored. */
 static void make_private(struct overlay *overlay, uint64_t first, uint64_t nr, uint64_t nr_new, uint64_t *reserved)
 {
 	struct account *account = overlay->account;
