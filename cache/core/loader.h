@@ -42,7 +42,7 @@ struct load_queue {
 struct loader {
 	struct loader *next;
 	struct store *store;
-	struct image *image; /* whose load it has in hand, or NULL */
+	struct image *image; /* of the load that it has in hand, or NULL */
 	bool prefetch, stuck;
 	_Atomic uint64_t reading_since_ns; /* CLOCK_MONOTONIC, 0: in no read of a source */
 };

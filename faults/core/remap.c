@@ -2,10 +2,10 @@
 /*
  * A guest that moves, cuts up or unmaps its mapping.
  *
- * mremap waits until its REMAP event has been read, and then, for the old place, until its UNMAP event has. The regions
- * are updated for what moved. A guest that cuts its mapping into more regions than there is room for can no longer be
- * served; but its mremap must not hang, so the guest is dropped only after that second event, or after a second if none
- * comes (MREMAP_DONTUNMAP).
+ * mremap waits until its REMAP event has been read, and then, for the old address, until its UNMAP event has. The
+ * regions are updated for what moved. A guest that cuts its mapping into more regions than there is room for can no
+ * longer be served; but its mremap must not hang, so the guest is dropped only after that second event, or after a
+ * second if none comes (MREMAP_DONTUNMAP).
  */
 #include "faults/core/guest.h"
 

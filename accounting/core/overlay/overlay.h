@@ -103,7 +103,7 @@ struct overlay {
 	struct image *image;
 	int data_fd;
 	struct overlay_disk *disk;       /* NULL: in memory */
-	struct overlay_missing *missing; /* NULL: no page was ever missing (overlay_missing.h) */
+	struct overlay_missing *missing; /* NULL: no page was ever missing (missing.h) */
 	pthread_rwlock_t stripes[OVERLAY_STRIPES];
 	_Atomic(bits_word *) dirty; /* NULL: not tracked; its words change under their stripes' locks */
 	pthread_mutex_t thaw_lock;  /* innermost but for locks that go takes */
