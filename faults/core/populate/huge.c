@@ -2,8 +2,8 @@
 /*
  * Huge pages of a populated guest: installed whole, from a buffer that extents are read into as they become resident.
  *
- * One is put together at a time.  Who faults in another one meanwhile is dropped, its extents are prefetched, and all
- * are woken to ask again when the one is done.
+ * One is put together at a time. A fault in another one meanwhile is dropped, and its extents are prefetched; when the
+ * first is done, all huge regions are woken and fault again.
  */
 #include "faults/core/populate/populate.h"
 
@@ -27,7 +27,7 @@ static uint64_t huge_pages(const struct image *image, uint64_t first)
 	return left < HUGE_PAGES ? left : HUGE_PAGES;
 }
 
-/* Its extents: they lie in it, or it in one of them. */
+/* The extents of a huge page: they lie in it, or it lies in one of them. */
 static void huge_extents(const struct image *image, uint64_t first, uint64_t *extent_out, uint64_t *nr_out)
 {
 	*extent_out = first / image->shape.extent_pages;
@@ -70,7 +70,7 @@ static void install(struct guest *guest)
 	end_assembly(guest);
 }
 
-/* Reads an extent's part, which the caller holds. */
+/* Reads the huge page's part of an extent that the caller holds. */
 static int take_extent(struct guest *guest, uint64_t extent)
 {
 	struct assembly *assembly = &guest->populate->assembly;
@@ -94,7 +94,7 @@ static bool begin_assembly(struct guest *guest, const struct populate_region *re
 
 	if (!assembly->buffer && posix_memalign((void **)&assembly->buffer, PAGE_BYTES, HUGE_BYTES)) {
 		assembly->buffer = NULL;
-		answer_failed(guest, -EAGAIN); /* for want of memory: later, perhaps */
+		answer_failed(guest, -EAGAIN); /* no memory for the buffer: retry later */
 		return false;
 	}
 	assembly->active = true;
@@ -107,7 +107,7 @@ static bool begin_assembly(struct guest *guest, const struct populate_region *re
 	return true;
 }
 
-/* Reads what is resident and asks for the rest; whether all is there. */
+/* Reads resident extents and requests the rest; returns whether all are there. */
 static bool gather(struct guest *guest)
 {
 	struct assembly *assembly = &guest->populate->assembly;
@@ -120,7 +120,8 @@ static bool gather(struct guest *guest)
 		image_touch(image, extent + i);
 		image_note_first_touch(image, extent + i);
 	}
-	/* What is absent is loaded in long reads, and wanted at once, so that it goes before what nobody waits for. */
+	/* Absent extents are prefetched, for long reads, and requested at once, so that they go ahead of loads without
+	 * a waiter. */
 	store_prefetch(image, extent, nr);
 	for (uint64_t i = 0; i < nr; i++) {
 		bool held = extent_hold(&image->states[extent + i]);
@@ -190,7 +191,7 @@ void huge_discard(struct guest *guest, uint64_t first, uint64_t nr)
 	if (!assembly->active || first >= assembly->first_page + assembly->nr_pages ||
 	    assembly->first_page >= first + nr)
 		return;
-	/* It is zeros now: who waits for it asks again. */
+	/* It reads as zeros now: wake the faults in it. */
 	uint64_t address = populate_address(assembly->region, assembly->first_page);
 
 	end_assembly(guest);
