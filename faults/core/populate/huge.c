@@ -87,6 +87,17 @@ static int take_extent(struct guest *guest, uint64_t extent)
 	return err;
 }
 
+/* The page cannot be had: SIGBUS for who touches it. */
+static void poison_assembly(struct guest *guest)
+{
+	struct assembly *assembly = &guest->populate->assembly;
+
+	pthread_mutex_lock(&guest->account->write_lock);
+	populate_poison(guest, assembly->region, assembly->first_page);
+	pthread_mutex_unlock(&guest->account->write_lock);
+	end_assembly(guest);
+}
+
 static bool begin_assembly(struct guest *guest, const struct populate_region *region, uint64_t first, uint64_t read_ns)
 {
 	struct assembly *assembly = &guest->populate->assembly;
@@ -107,8 +118,8 @@ static bool begin_assembly(struct guest *guest, const struct populate_region *re
 	return true;
 }
 
-/* Reads resident extents and requests the rest; returns whether all are there. */
-static bool gather(struct guest *guest)
+/* Reads resident extents and requests the rest: 1 if all are there, 0 if some are to come, or -errno. */
+static int gather(struct guest *guest)
 {
 	struct assembly *assembly = &guest->populate->assembly;
 	struct image *image = guest->image;
@@ -129,8 +140,11 @@ static bool gather(struct guest *guest)
 		while (!held && populate_want(guest, extent + i, assembly->first_page, assembly->read_ns))
 			held = extent_hold(&image->states[extent + i]);
 		if (held) {
-			take_extent(guest, extent + i);
+			int err = take_extent(guest, extent + i);
+
 			extent_release(&image->states[extent + i]);
+			if (err)
+				return err;
 		}
 		nr_missing += !held;
 	}
@@ -153,17 +167,20 @@ void huge_fault(struct guest *guest, const struct populate_region *region, uint6
 	}
 	if (!begin_assembly(guest, region, first, read_ns))
 		return;
+	int all_there = 1;
 	if (populate_is_zero(guest, first))
 		memset(assembly->buffer, 0, assembly->nr_pages << PAGE_SHIFT);
-	else if (!gather(guest))
-		return;
-	install(guest);
+	else
+		all_there = gather(guest);
+	if (all_there < 0)
+		poison_assembly(guest);
+	else if (all_there)
+		install(guest);
 }
 
 void huge_loaded(struct guest *guest, const struct populate_region *region, uint64_t extent, int status)
 {
 	struct assembly *assembly = &guest->populate->assembly;
-	struct account *account = guest->account;
 	uint64_t first, nr;
 
 	if (!assembly->active || assembly->region != region)
@@ -174,14 +191,10 @@ void huge_loaded(struct guest *guest, const struct populate_region *region, uint
 	assembly->loaded = true;
 	if (status == 0)
 		status = take_extent(guest, extent);
-	if (status) {
-		pthread_mutex_lock(&account->write_lock);
-		populate_poison(guest, region, assembly->first_page);
-		pthread_mutex_unlock(&account->write_lock);
-		end_assembly(guest);
-	} else if (bits_next(assembly->missing, 0, nr) == nr) {
+	if (status)
+		poison_assembly(guest);
+	else if (bits_next(assembly->missing, 0, nr) == nr) {
 		install(guest);
-	}
 }
 
 void huge_discard(struct guest *guest, uint64_t first, uint64_t nr)
