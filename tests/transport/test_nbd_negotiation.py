@@ -298,7 +298,7 @@ def test_bytes_behind_the_last_option_are_refused(kind: NbdOption) -> None:
         (1 << 31, b"", "client flags"),
         (3, b"x" * 16, "begins with 0x7878787878787878"),
         (2, option(NbdOption.LIST), "without fixed newstyle"),
-        (3, option(NbdOption.EXPORT_NAME, b"absent"), "knows no error replies: no export 'absent'"),
+        (3, option(NbdOption.EXPORT_NAME, b"absent"), "has no error reply: no export 'absent'"),
         (3, option(NbdOption.EXPORT_NAME, b"\xff"), "not UTF-8"),
         (3, option(NbdOption.EXPORT_NAME, length=4097), "name of 4097 bytes"),
         (3, option(NbdOption.LIST) * (MAX_OPTIONS + 1), "more than 1024 options"),
