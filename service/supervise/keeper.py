@@ -274,7 +274,7 @@ class Keeper:
         groups = {**self._groups, _NOTIFY_GROUP: [self._socket.detach()]}
         variables, fds = listen_environment(groups, os.getpid())
         if text is not None:
-            # Above the numbers that the held descriptors get below.
+            # Above the numbers that the held descriptors are moved to next.
             least = FIRST_FD + len(fds)
             environment[CONFIG_FD] = str(fcntl.fcntl(config_text_make(text), fcntl.F_DUPFD, least))
         _number_from(FIRST_FD, fds, inheritable=True)
@@ -342,7 +342,7 @@ class Keeper:
         nr_fds = sum(len(fds) for fds in self._groups.values())
         _log.error(
             "backend-died",
-            "guests wait for its successor" + (f", which waits {delay:.1f} s" if delay else ""),
+            "guests wait for its successor" + (f", which starts in {delay:.1f} s" if delay else ""),
             pid=self._pid,
             how=died,
             descriptors=nr_fds,
@@ -450,7 +450,7 @@ class Keeper:
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
             address = self.address
-            # Close these first: the held descriptors get their numbers below.
+            # Close these first: held descriptors are moved to their numbers next.
             logging_abandon()
             if self._check is not None:
                 self._check.close()

@@ -223,7 +223,7 @@ async def connect(
     timeout: float = WAIT_SECONDS,
     max_outstanding: int = MAX_OUTSTANDING,
 ) -> AsyncChannel:
-    """Connect and say hello. Raises UsageError for the URI, PeerError if nobody answers in time."""
+    """Connect and exchange hellos. UsageError for a bad URI, PeerError for no answer in time."""
     connection = await asyncio.to_thread(connect_raw, uri, timeout)
     channel = AsyncChannel(_LoopChannel(connection, features, max_outstanding))
     inner = channel.channel

@@ -172,7 +172,7 @@ class Channel:
         self.await_hello(timeout)
 
     def await_hello(self, timeout: float = WAIT_SECONDS) -> None:
-        """Wait until both have said hello; PeerError if the peer does not."""
+        """Wait until hellos are exchanged; PeerError if the peer sends none."""
         self._pump_until(lambda: self._dialogue.phase is DialoguePhase.OPEN, timeout, "hello")
 
     def send(self, op: str, fds: Sequence[int] = (), **fields: Any) -> Pending:
@@ -364,7 +364,7 @@ def connect(
     max_outstanding: int = MAX_OUTSTANDING,
     max_message_bytes: int = MAX_REPLY_BYTES,
 ) -> Channel:
-    """Connect and say hello. Raises UsageError for the URI, PeerError if nobody answers in time."""
+    """Connect and exchange hellos. UsageError for a bad URI, PeerError for no answer in time."""
     channel = Channel(connect_raw(uri, timeout), features, max_outstanding, max_message_bytes)
     try:
         channel.greet(timeout)

@@ -4,7 +4,7 @@
     ref = PageRef.of(disk, offset, length)              # any program that has the image open
     peer.request("look", pages=ref.to_body())           # in any field of any message
 
-    ref = PageRef.from_body(asked.body["pages"])        # the receiver; or whoever it forwards it to
+    ref = PageRef.from_body(asked.body["pages"])        # the receiver, or a further one
     ref.resolve(resolver)                               # the bytes, at the point of use
 
 A reference names pages of an image, not of a guest: it does not include private writes. The program
@@ -214,8 +214,8 @@ class Resolver:
         if key not in self._opened:
             if ref.origin not in self._origins:
                 raise UsageError(
-                    f"image {ref.image!r} is not mapped here, nobody here copies it, and this "
-                    f"program may not connect to {ref.origin}; give that in origins"
+                    f"image {ref.image!r} is not mapped here, there is no copies_from, and this "
+                    f"program may not connect to {ref.origin}; add that to origins"
                 )
             with connect(ref.origin) as backend:
                 self._opened[key] = backend.open(ref.image)
