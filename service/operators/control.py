@@ -239,8 +239,8 @@ class Control:
             length = max(0, image.size_bytes - offset)
         if length == 0 or offset + length > image.map_bytes:
             raise UsageError(
-                f"{length} bytes at {offset} are not a part of image {image.label!r}; "
-                f"give a range within its {image.size_bytes} bytes"
+                f"{length} bytes at {offset} are not a part of {image.label!r}, "
+                f"which has {image.size_bytes} bytes; give a range inside"
             )
         first = offset // image.extent_bytes
         return image, range(first, (offset + length - 1) // image.extent_bytes + 1)

@@ -32,9 +32,7 @@ _MUST_BE_FIRST: Final = re.compile(r"libasan\.so|libclang_rt\.asan")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An image's source as the daemon has it open: a descriptor, which the caller owns, and the
-    bytes to map.
-    """
+    """An image's source as the daemon has it open: a descriptor, the caller's, and its length."""
 
     fd: int
     map_bytes: int
