@@ -193,7 +193,7 @@ void huge_loaded(struct guest *guest, const struct populate_region *region, uint
 		status = take_extent(guest, extent);
 	if (status)
 		poison_assembly(guest);
-	else if (bits_next(assembly->missing, 0, nr) == nr) {
+	else if (bits_next(assembly->missing, 0, nr) == nr)
 		install(guest);
 }
 

@@ -293,9 +293,9 @@ def test_strangers_are_turned_away_in_both_directions(
     stranger = Authority(tmp_path / "other", "other authority").issue("alice", "DNS:alice.example")
     with pytest.raises(PeerError, match="TLS"):
         connect(tls("alice", cert=stranger["cert"], key=stranger["key"]))
-    with pytest.raises(PeerError, match="certificate does not hold: "):
+    with pytest.raises(PeerError, match="certificate is not valid: "):
         connect(tls("alice", ca=stranger["ca"]))
-    with pytest.raises(PeerError, match=r"certificate does not hold: .*mismatch"):
+    with pytest.raises(PeerError, match=r"certificate is not valid: .*mismatch"):
         connect(tls("alice", server_name="elsewhere.example"))
     # Without any certificate; and without TLS.
     where = tls("alice").partition("?")[0]

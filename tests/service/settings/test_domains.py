@@ -234,7 +234,7 @@ def test_wrong_option_is_one_line(options: list[str], message: str) -> None:
         ("domains = 1", "domains is 1: write [domains.NAME]"),
         ("[domains]\na = 1", "domain 'a' is 1: write [domains.a]"),
         ("[domains.'a b']", "domain name 'a b' is not usable"),
-        ("[domains.default]\nuids = [1]", "domain 'default' is for all that no other lists"),
+        ("[domains.default]\nuids = [1]", "domain 'default' is for guests that no other lists"),
         ("[domains.a]\nuid = [1]", "domain 'a' has unknown key 'uid': did you mean 'uids'?"),
         ("[domains.a]\nuids = 1", "uids of domain 'a' is 1: give a list, as uids = [...]"),
         ("[domains.a]\nuids = [-1]", "domain 'a' lists uid -1: give a whole number from 0"),

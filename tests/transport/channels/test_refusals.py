@@ -82,6 +82,6 @@ def test_a_backend_that_hangs_up_without_a_word_is_not_asked_whether_it_runs(
     with _backend(where, tmp_path, lambda _: None) as uri, pytest.raises(PeerError) as caught:
         connect(uri)
     said = str(caught.value)
-    assert said.startswith(f"the backend at {uri} hung up before it said anything")
+    assert said.startswith(f"the backend at {uri} closed the connection before it replied")
     assert "is the backend running" not in said
     assert isinstance(caught.value.__cause__, PeerGoneError)

@@ -149,7 +149,7 @@ def test_descriptors_not_told_of_are_refused_and_closed(
     reader, writer = os.pipe()
     send_raw(peer, encode(1, {}, told)[0], [writer])
     os.close(writer)
-    with pytest.raises(PeerError, match=f"tells of {told} descriptors and carries 1"):
+    with pytest.raises(PeerError, match=f"announces {told} descriptors and carries 1"):
         connection.recv_ready()
     assert pipe_is_closed(reader)
     os.close(reader)

@@ -173,7 +173,7 @@ FULL = b"x" * MAX_PIECE_BYTES
         ([packet(BODY, version=2)], "version 2"),
         ([packet(BODY, flags=2)], "unknown flags"),
         ([packet(BODY, reserved=1)], "reserved"),
-        ([packet(BODY, nr_fds=1)], "tells of 1 descriptors and carries 0"),
+        ([packet(BODY, nr_fds=1)], "announces 1 descriptors and carries 0"),
         ([packet(BODY, piece=len(BODY) - 1)], "piece of 9"),
         ([packet(BODY, piece=len(BODY) + 1)], "piece of 11"),
         ([packet(b"", total=0)], "message of 0 bytes"),
@@ -225,7 +225,7 @@ def test_descriptors_come_with_the_first_packet_only() -> None:
     bad[12] = 1  # nr_fds
     with pytest.raises(PeerError, match="broken off"):
         decoder.feed(bytes(bad), 1)
-    with pytest.raises(PeerError, match="carries 9; 8 at most"):
+    with pytest.raises(PeerError, match="carries 9; at most 8"):
         Decoder().feed(packet(BODY, nr_fds=9), 9)
 
 
