@@ -12,8 +12,7 @@
 
 struct config config;
 
-/* Copies a line without its newline; returns where the next starts, or NULL if it is empty, too long or unterminated.
- */
+/* Copies a line without its newline; returns where the next starts, NULL if it is empty, too long or unterminated. */
 static const char *take_line(const char *text, char *to, size_t capacity_bytes, bool is_last)
 {
 	size_t length = is_last ? strlen(text) : strcspn(text, "\n");

@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* report may be called outside the lock, so it makes bare system calls where the C library's are cancellation points.
- */
+/* report may be called outside the lock, so it makes bare system calls in place of cancellation points. */
 #define _GNU_SOURCE
 #include "transport/preload/report.h"
 
