@@ -129,8 +129,8 @@ static void find_orphans(void)
 			orphan_wake(list[i].uffd);
 	if (!is_news)
 		return;
-	report("this program lost its backend, and none comes after it: touching pages that are not in memory is SIGBUS "
-	       "from now on; see the backend's log, and start this program again");
+	report("this program lost its backend, and none comes after it: touching pages that are not in memory is "
+	       "SIGBUS from now on; see the backend's log, and start this program again");
 }
 
 static void answer_orphans(void)
