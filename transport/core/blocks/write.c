@@ -23,7 +23,7 @@ void blk_write_begin(struct blk_queue *queue, struct blk_request *request)
 		blk_request_begun(queue, request);
 }
 
-/* Takes one run of payload: whole pages, or what of one page the request has; 0 if it has not all come. */
+/* Takes one run of payload: whole pages, or the request's part of one page; 0 if that part has not come whole. */
 static uint64_t write_run(struct blk_queue *queue, struct blk_request *request, const uint8_t *bytes, uint64_t nr_bytes)
 {
 	struct blk_device *device = queue->device;
