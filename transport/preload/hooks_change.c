@@ -5,7 +5,7 @@
  * hooks_open.c returns none that can be written to.
  *
  * Calls that cannot change a file that exists have no hook: mknod, symlink and mkstemp of its name are EEXIST.  Calls
- * inside the C library cannot be hooked, so its functions that open a named file for writing are (setmntent, utmpname,
+ * inside the C library cannot be hooked, but its functions that open a named file for writing are (setmntent, utmpname,
  * updwtmp, posix_spawn's file actions).  Nor can bare system calls; the launcher's read-only mount stops those, where
  * the system lets it make one (service/commands/shield.py).
  */

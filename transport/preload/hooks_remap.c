@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * mremap of guest mappings.  The kernel does a move: the guard and the private pages move along, and the backend gets
- * an event.  It cannot do a growth: the new pages would be guarded, but in no region that the backend serves.  So the
- * new part becomes a guest mapping of its own behind the old one.
+ * mremap of guest mappings.  The kernel can move one: the guard and the private pages move along, and the backend gets
+ * an event.  It cannot grow one: the new pages would be guarded, but in no region that the backend serves.  So the new
+ * part becomes a guest mapping of its own behind the old one.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The backend's permission to map a part of the image: requested, checked, and used once the part is mapped and
- * guarded.  The caller must hold the lock.  Failures are reported here; -EINTR means to call again, see lock_wait.
+ * guarded.  The caller must hold the lock.  Functions report failures, except those that wire_is_gone() names; -EINTR
+ * means to call again, see lock_wait.
  */
 #ifndef COWSHED_PRELOAD_LEAVE_H
 #define COWSHED_PRELOAD_LEAVE_H
@@ -20,7 +21,7 @@ struct leave {
 };
 
 /* Asks the backend at config.socket_path, once; more is "" or further fields of the request, after a comma.  0, or
-   -errno as wire_open returns it, reported unless wire_is_gone(). */
+   -errno as wire_open returns it. */
 int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, const char *more);
 /* Makes the backend answer the faults of a registered range; an inherited one keeps its private pages. */
 int leave_use(const struct leave *leave, uintptr_t address, uint64_t nr_bytes, bool inherited);

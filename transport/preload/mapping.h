@@ -13,8 +13,8 @@
 
 /* As mmap(2) of the image with these arguments, which were checked: whole pages, offset_bytes inside the
    image, flags that can be served. Pages past the image's end are SIGBUS, as with any file. Returns
-   the address, or -errno once it is reported; -EINTR means to call again, see lock_wait. After a failure a MAP_FIXED
-   target that was mapped is PROT_NONE. */
+   the address or -errno, and reports failures but those of mmap itself; -EINTR means to call again, see lock_wait.
+   After a failure a MAP_FIXED target that was mapped is PROT_NONE. */
 intptr_t mapping_make(uintptr_t address, size_t length, int prot, int flags, uint64_t offset_bytes);
 
 /* In a forked child, where only this thread runs: guards a range that came over fork, keeps its private

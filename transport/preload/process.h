@@ -7,7 +7,7 @@
 #define COWSHED_PRELOAD_PROCESS_H
 
 enum process_kind {
-	PROCESS_OWN,                  /* the table is this process's, or that of a process it is a thread of */
+	PROCESS_OWN,                  /* this process owns the table, or is as good as a thread of the owner */
 	PROCESS_IN_MEMORY_OF_ANOTHER, /* another owns the table: change neither it nor the mappings in it */
 	PROCESS_WITH_FDS_OF_ANOTHER,  /* there are no mappings; do not move or close the table's descriptors */
 };

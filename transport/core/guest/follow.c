@@ -313,7 +313,7 @@ static int take_away(struct follower *f)
 	return err;
 }
 
-/* Retries until the guest's place is reached; -ECANCELED to stop. */
+/* Retries until it has followed the guest; -ECANCELED to stop. */
 static int follow_to(struct follower *f)
 {
 	unsigned nr_sent_on = 0;

@@ -35,7 +35,7 @@ static int send_request(struct handshake *h, uint32_t tag, const char *request, 
 	return handshake_is_gone(err) ? 0 : err;
 }
 
-/* A refusal without a tag answers any request: the backend could not read it, having no descriptors left, say. */
+/* A refusal without a tag answers any request: the backend could not read it (no descriptors left, for instance). */
 static bool is_reply(const struct packet *packet, uint32_t tag)
 {
 	struct json error;

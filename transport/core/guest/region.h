@@ -3,8 +3,8 @@
  * The guest's side of a shared image: a private, copy-on-write mapping guarded by a userfaultfd that
  * the backend answers.  See region.c for the order of the steps and why.
  *
- * Functions return >= 0 or -errno.  A struct region belongs to one process; it starts no thread, but for the time
- * of region_replace, region_revoke and region_swap.
+ * Functions return >= 0 or -errno.  A struct region belongs to one process; it starts no thread, except during
+ * region_replace, region_revoke and region_swap.
  */
 #ifndef COWSHED_REGION_H
 #define COWSHED_REGION_H
@@ -17,7 +17,7 @@ enum region_stage {
 	REGION_STAGE_NONE = 0,
 	REGION_STAGE_COPY = 1,     /* process_vm_readv on ourselves */
 	REGION_STAGE_MAP = 2,      /* mmap of the image, MADV_DONTFORK */
-	REGION_STAGE_UFFD = 3,     /* a userfaultfd that also serves faults inside system calls */
+	REGION_STAGE_UFFD = 3,     /* a userfaultfd that also handles faults inside system calls */
 	REGION_STAGE_API = 4,      /* its features */
 	REGION_STAGE_REGISTER = 5, /* the range under it */
 	REGION_STAGE_PROC = 6,     /* /proc/self/pagemap, /proc/self/mem */

@@ -19,7 +19,7 @@
 #define OUT_IOVECS 1000                            /* below IOV_MAX */
 #define OUT_HOLDS 2048
 
-/* An end of the list, to go back to. */
+/* A position in the list, to go back to. */
 struct nbd_out_mark {
 	uint32_t nr_iov, nr_holds;
 	size_t bytes, arena_used, last_bytes;

@@ -10,7 +10,7 @@ static bool is_write(const struct nbd_request *request)
 	return request->type == NBD_CMD_WRITE || request->type == NBD_CMD_TRIM || request->type == NBD_CMD_WRITE_ZEROES;
 }
 
-/* The error with which the protocol has a request answered; 0: none. */
+/* The error that the protocol demands for a request; 0: none. */
 static int request_check(const struct nbd_connection *connection, const struct nbd_request *request)
 {
 	const struct nbd_negotiated *negotiated = &connection->negotiated;
@@ -64,7 +64,7 @@ static bool has_payload(const struct nbd_connection *connection, const struct nb
 	return request->type == NBD_CMD_WRITE;
 }
 
-/* The engine's request for a client's. */
+/* Translates a client's request for the engine. */
 static struct blk_request block_request(const struct nbd_connection *connection, const struct nbd_request *request)
 {
 	const struct nbd_negotiated *negotiated = &connection->negotiated;
