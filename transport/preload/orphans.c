@@ -220,7 +220,7 @@ static void try_moves(void)
 	lock_release(&signals);
 	nr_looks_left = err < 0 ? NR_LOOKS_BETWEEN : 0;
 	if (err < 0 && !is_reported)
-		report("this program's guest moved to %s, where it cannot follow yet; it will try again: %s",
+		report("this program's guest moved to %s, where it cannot follow yet, and tries again: %s",
 		       moves_target(), why);
 	is_reported = err < 0;
 }
