@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A private page is this process's own memory, so this process copies it from one mapping to the other, without a
- * backend.  The page tables say which pages are private: those present or in swap, and of no file.  An entry that is
- * not present may also be a marker, left where a protected page was punched, or of a poisoned page.  /proc/self/mem
- * tells them apart: it ignores protections, never asks a backend, and fails on a marker (EIO).
+ * Copies private pages from one mapping to another, without a backend, since they are this process's own memory.  The
+ * page tables say which pages are private: those present or in swap, and of no file.  An entry that is not present may
+ * also be a marker, left where a protected page was punched, or of a poisoned page.  /proc/self/mem tells them apart:
+ * it ignores protections, never asks a backend, and fails on a marker (EIO).
  *
  * During the copy no page may change or become private.  A page that is open for writing is written without a fault, so
  * carry_freeze first protects all pages that are mapped and not protected; by then no backend serves them.  It leaves

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Mappings are MADV_DONTFORK except during a fork that these handlers see.  A child of any other call (clone(2), _Fork)
- * has nothing mapped there, and gets SIGSEGV instead of zeros.  A child of vfork or posix_spawn shares the parent's
- * memory with its guard, see process.h.
+ * Fork handlers.  Mappings are MADV_DONTFORK except during a fork that these handlers see.  A child of any other call
+ * (clone(2), _Fork) has nothing mapped there, and gets SIGSEGV instead of zeros.  A child of vfork or posix_spawn
+ * shares the parent's memory with its guard, see process.h.
  *
  * The lock is held, and the program's signal handlers wait, from before the fork until the parent's mappings are back
  * to DONTFORK and the child's are guarded.  Nothing else runs in the child before: it has one thread, and our fork

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The lock is a futex, not a pthread mutex.  A mutex would wait either with signals blocked, so that no handler could
- * end a program whose other thread waits for the backend, or with signals open for an instant too long, so that a
- * handler could run with the lock held and leave by siglongjmp.
+ * The library's lock is a futex, not a pthread mutex.  A mutex would wait either with signals blocked, so that no
+ * handler could end a program whose other thread waits for the backend, or with signals open for an instant too long,
+ * so that a handler could run with the lock held and leave by siglongjmp.
  *
  * lock_wait interrupts a waiting holder at once for the first handler.  After that the intervals without interruption
  * double, so that a call makes progress with a slow backend however often a timer's signal comes.

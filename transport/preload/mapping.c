@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * No instruction of the program may find a page of the frames unguarded: it would read zeros, silently.
- * So a new mapping is PROT_NONE until all of this has been done, in this order:
+ * Makes guest mappings.  No instruction of the program may find a page of the frames unguarded: it
+ * would read zeros, silently.  So a new mapping is PROT_NONE until all of this has been done, in this order:
  *
  *   the backend has opened the image for us, a userfaultfd is there;
  *   mmap of the frames, PROT_NONE (in a process that did mlockall(MCL_FUTURE), mmap touches every page of

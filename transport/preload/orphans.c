@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * One thread watches all links.  It never waits for the lock, whose holder may wait for this thread: a munmap waits
- * until its event is read.  So the thread has a list of its own.  For a move it takes the lock if that is free.
+ * One thread watches all links for the end of their backend.  It never waits for the lock, whose holder may wait for
+ * this thread: a munmap waits until its event is read.  So the thread has a list of its own.  For a move it takes the
+ * lock if that is free.
  *
  * Once a move has left the old backend, and until the target has taken the ranges on, only this thread reads a link's
  * events, so that calls go on.  The kernel raises faults that are read here again once something is mapped there.

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A page that the kernel wipes in copies of this memory (MADV_WIPEONFORK) holds the owner's process id.  A process that
- * finds another id there is in another's memory; one that finds 0 is in a copy that our fork handlers did not see.
+ * Finds the table's owner.  A page that the kernel wipes in copies of this memory (MADV_WIPEONFORK) holds the owner's
+ * process id.  A process that finds another id there is in another's memory; one that finds 0 is in a copy that our
+ * fork handlers did not see.
  */
 #define _GNU_SOURCE
 #include "transport/preload/process.h"

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* report may be called outside the lock, so it makes bare system calls in place of cancellation points. */
+/* Reports on stderr.  They are made outside the lock too, so bare system calls stand in for cancellation points. */
 #define _GNU_SOURCE
 #include "transport/preload/report.h"
 

@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * WRITE: the quota is taken when the request is submitted; then its payload goes to the overlay as it comes, whole
- * pages at a time, so that a write of 32 MiB needs no buffer. The parts of pages at its two ends are patches.
+ * WRITE.
+ *
+ * The quota is taken when the request is submitted; then its payload goes to the overlay as it comes, whole pages at a
+ * time, so that a write of 32 MiB needs no buffer. The parts of pages at its two ends are patches.
  */
 #include "transport/core/blocks/wait.h"
 

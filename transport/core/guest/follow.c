@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The guest's half of a move, in C and in a thread of its own: the program's thread that waits for a withheld write may
- * hold the interpreter's lock, and waits until the move is done.
+ * The guest's half of a move.  It is in C and has a thread of its own: the program's thread that waits for a withheld
+ * write may hold the interpreter's lock, and waits until the move is done.
  *
  *   receive {"event": "moved", "uri", "token"}
  *   connect there; hello; open with the token, which returns its frames; map these elsewhere, guarded

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The guest's half of the handshake, over a connected Unix sequenced-packet socket:
+ * The guest's half of the handshake, over a connected Unix sequenced-packet socket.
  *
  *     hello; open IMAGE: returns its frames; region: the backend serves a mapping from now on; close: no more
  *

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Faults are answered one by one, as they are raised, through the guest's own copy of the userfaultfd.  So no table of
- * addresses is needed, whatever the program has moved or unmapped; the events that such calls wait for are read too.
+ * Answers orphans' faults one by one, as they are raised, through the guest's own copy of the userfaultfd.  So no table
+ * of addresses is needed, whatever the program has moved or unmapped; the events that such calls wait for are read too.
  *
  * The backend may have read a fault and not answered it: a wake of the whole address space makes the kernel raise it
  * again.

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Reading a hole of the shared memfd through an unguarded mapping gives zeros, silently.  So this file
- * never lets such a mapping exist:
+ * A guarded mapping of an image.  Reading a hole of the shared memfd through an unguarded mapping gives
+ * zeros, silently.  So this file never lets such a mapping exist:
  *
  * - init publishes the address only after UFFDIO_REGISTER; nothing touches the range before.
  * - Until then it is PROT_NONE: in a process that did mlockall(MCL_FUTURE), mmap itself would touch every
