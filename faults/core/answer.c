@@ -6,13 +6,15 @@
  * while they are mapped and a grant is never made on an extent that is being evicted. An extent that is not resident is
  * requested from the store, and a loader answers in the fault thread's place.
  */
-#include "faults/core/guest.h"
-
+#include "faults/core/answer.h"
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 #include "cache/core/store.h"
+#include "faults/core/guest.h"
+#include "faults/core/preload.h"
 #include "faults/core/uffd.h"
+#include "faults/core/write.h"
 
 #include <stdlib.h>
 

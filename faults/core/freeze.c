@@ -13,12 +13,13 @@
  * waits, the kernel refuses to map anything in its guest, so a fault on an unmapped page waits too.
  */
 #define _GNU_SOURCE
-#include "faults/core/guest.h"
-
+#include "faults/core/freeze.h"
 #include "accounting/core/track.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 #include "cache/core/store.h"
+#include "faults/core/answer.h"
+#include "faults/core/guest.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -1,12 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
 #include "faults/core/guest.h"
-
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 #include "cache/core/store.h"
+#include "faults/core/answer.h"
+#include "faults/core/freeze.h"
+#include "faults/core/preload.h"
+#include "faults/core/remap.h"
 #include "faults/core/uffd.h"
+#include "faults/core/write.h"
 
 #include <fcntl.h>
 #include <poll.h>

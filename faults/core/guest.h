@@ -112,55 +112,9 @@ uint64_t clock_now_ns(void);
 int guest_start_kind(struct account *account, int uffd, int pidfd, const struct fault_options *options,
                      const struct guest_kind *kind, struct populate *populate, struct guest **guest_out);
 
-/* write.c. Under write_lock: takes up to nr_wanted pages from the quota; if none are left, settles the account and
- * tries again. */
-uint64_t account_take_pages(struct account *account, uint64_t nr_wanted);
-/* With no lock held: settles the quota's other accounts; returns whether charges were given back. */
-bool quota_settle_others(struct account *account);
-/* At the quota: stops the guest, and sends its process SIGBUS if the policy is kill. */
-void quota_refuse(struct guest *guest);
-
-/* Answers a missing or minor fault (answer.c; flags are UFFD_PAGEFAULT_FLAG_*) or a write fault (write.c) on page. */
-void answer_access(struct guest *guest, uint64_t page, uint64_t flags, uint64_t read_ns);
-void answer_write(struct guest *guest, uint64_t page, uint64_t read_ns);
-/* Charges and opens the write window of a page that is mapped: 0, -EDQUOT if the guest is at its quota, or another
- * error that was handled. */
-int answer_open(struct guest *guest, uint64_t page);
-/* The guest gave pages back (madvise) or unmapped them. */
-void answer_discard(struct guest *guest, uint64_t first, uint64_t nr, bool unmapped);
-/* Answers a first write to a page that is not mapped; the extent is held. 0: answered; -ENOTSUP: the caller must map
- * and open the page; -EDQUOT: the guest is at its quota. */
-int write_first(struct guest *guest, uint64_t page);
-/* Wakes faults that are blocked on one of the pages. */
-void answer_wake(struct guest *guest, uint64_t first, uint64_t nr);
-/* Under the account's write_lock: poisons a page that is not mapped. */
-int answer_poison(struct guest *guest, uint64_t page);
-/* Maps a part of ahead_*; returns whether there was anything to do. */
-bool answer_ahead(struct guest *guest);
-/* remap.c: the guest moved some of its memory; discarded or unmapped some; faulted outside its regions. */
-void answer_remap(struct guest *guest, uint64_t from, uint64_t to, uint64_t length);
-void answer_unmap(struct guest *guest, uint64_t start, uint64_t end, bool unmapped);
-void answer_unknown_address(struct guest *guest, uint64_t address);
-/* Drops a guest that moved its memory into too many regions. */
-void answer_drop(struct guest *guest);
-/* preload.c. Answers a fault on a preloaded page; false if the page is not preloaded. */
-bool answer_preloaded(struct guest *guest, uint64_t page, uint64_t read_ns);
-/* Copies some preloaded pages ahead of faults; returns whether there were any. */
-bool preload_push(struct guest *guest);
-
-/* freeze.c, the thread's part.  Between two batches of messages: whether discards are held back. */
-bool pause_turn(struct guest *guest);
-/* Reads one fault, and never an event; -EAGAIN if there is none. */
-ssize_t pause_read(struct guest *guest, struct uffd_msg *message);
-void pause_sleep(struct guest *guest);
-
-/* image->repair: repairs the poisoned pages of an extent that was loaded after all. */
-void answer_repair(struct image *image, uint64_t extent);
-/* Handles an ioctl's error: retry later, broken guest, or nothing. */
-void answer_failed(struct guest *guest, int err);
-/* guest.c: wakes all blocked faults. */
+/* Wakes all blocked faults. */
 void ask_again(struct guest *guest);
-/* guest.c: reads up to nr_max messages; returns how many, or -errno. */
+/* Reads up to nr_max messages; returns how many, or -errno. */
 ssize_t read_messages(const struct guest *guest, struct uffd_msg *messages, size_t nr_max);
 void guest_put(struct guest *guest);
 

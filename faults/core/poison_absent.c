@@ -3,10 +3,9 @@
  * Poisons the pages that are not in a guest's memory. This is the last step for a guest that may have no userfaultfd of
  * its own any more, before ours is closed: without it those pages would read as zeros.
  */
-#include "faults/core/guest.h"
-
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
+#include "faults/core/guest.h"
 #include "faults/core/uffd.h"
 
 #define BATCH_PAGES 512

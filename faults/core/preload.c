@@ -6,11 +6,12 @@
  * thread's idle time, once from the first page to the last. While private pages are tracked, copies are installed
  * write-protected, so that later writes are seen.
  */
-#include "faults/core/guest.h"
-
+#include "faults/core/preload.h"
 #include "accounting/core/preload.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
+#include "faults/core/answer.h"
+#include "faults/core/guest.h"
 #include "faults/core/uffd.h"
 
 #include <errno.h>

@@ -7,9 +7,10 @@
  * longer be served; but its mremap must not hang, so the guest is dropped only after that second event, or after a
  * second if none comes (MREMAP_DONTUNMAP).
  */
-#include "faults/core/guest.h"
-
+#include "faults/core/remap.h"
 #include "cache/core/abi.h"
+#include "faults/core/answer.h"
+#include "faults/core/guest.h"
 #include "faults/core/uffd.h"
 
 #include <errno.h>

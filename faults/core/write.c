@@ -7,12 +7,13 @@
  * copies are given back; if there are none, the writer stays blocked (stop) or gets SIGBUS (kill).
  */
 #define _GNU_SOURCE
-#include "faults/core/guest.h"
-
+#include "faults/core/write.h"
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 #include "cache/core/store.h"
+#include "faults/core/answer.h"
+#include "faults/core/guest.h"
 #include "faults/core/uffd.h"
 
 #include <errno.h>

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A populated guest's fault thread: missing faults, loads that ended, discards, and copies ahead of the guest. */
 #define _GNU_SOURCE
-#include "faults/core/populate/populate.h"
-
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 #include "cache/core/store.h"
+#include "faults/core/answer.h"
+#include "faults/core/guest.h"
+#include "faults/core/populate/populate.h"
 #include "faults/core/uffd.h"
 
 #include <stdlib.h>

@@ -5,10 +5,11 @@
  * One is put together at a time. A fault in another one meanwhile is dropped, and its extents are prefetched; when the
  * first is done, all huge regions are woken and fault again.
  */
-#include "faults/core/populate/populate.h"
-
 #include "cache/core/abi.h"
 #include "cache/core/store.h"
+#include "faults/core/answer.h"
+#include "faults/core/guest.h"
+#include "faults/core/populate/populate.h"
 #include "faults/core/uffd.h"
 
 #include <errno.h>

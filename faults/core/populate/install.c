@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Installs pages of populated guests: charges them first, and gives back the charges of those not installed. */
 #define _GNU_SOURCE
-#include "faults/core/populate/populate.h"
-
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
+#include "faults/core/guest.h"
+#include "faults/core/populate/populate.h"
 #include "faults/core/uffd.h"
+#include "faults/core/write.h"
 
 #include <unistd.h>
 

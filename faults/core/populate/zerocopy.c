@@ -6,10 +6,9 @@
  * only while it is resident and pinned, and the pin is given back once the guest is stopped. An extent that was copied
  * in part is never lent.
  */
-#include "faults/core/populate/populate.h"
-
 #include "cache/core/abi.h"
 #include "cache/core/store.h"
+#include "faults/core/populate/populate.h"
 
 #include <errno.h>
 
