@@ -7,6 +7,7 @@
  * requested from the store, and a loader answers in the fault thread's place.
  */
 #include "faults/core/answer.h"
+
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"

@@ -14,6 +14,7 @@
  */
 #define _GNU_SOURCE
 #include "faults/core/freeze.h"
+
 #include "accounting/core/track.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"

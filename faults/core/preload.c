@@ -7,6 +7,7 @@
  * write-protected, so that later writes are seen.
  */
 #include "faults/core/preload.h"
+
 #include "accounting/core/preload.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"

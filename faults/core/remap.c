@@ -8,6 +8,7 @@
  * second if none comes (MREMAP_DONTUNMAP).
  */
 #include "faults/core/remap.h"
+
 #include "cache/core/abi.h"
 #include "faults/core/answer.h"
 #include "faults/core/guest.h"

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "faults/core/uffd.h"
+
 #include "cache/core/abi.h"
 
 #include <errno.h>

@@ -8,6 +8,7 @@
  */
 #define _GNU_SOURCE
 #include "faults/core/write.h"
+
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"

@@ -19,8 +19,8 @@
  * cowshed_write, and SIGBUS for a direct access. When the backend is drained to another of this host, a thread of the
  * library moves the disk there, at the same address.
  */
-#ifndef COWSHED_GUEST_H
-#define COWSHED_GUEST_H
+#ifndef COWSHED_GUEST_LIBRARY_H
+#define COWSHED_GUEST_LIBRARY_H
 
 #include <stdint.h>
 
