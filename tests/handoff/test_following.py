@@ -198,7 +198,7 @@ def test_it_is_no_new_guest_without_a_page_where_its_pages_are_lost(
     b.kill()
     b.start()
     os.kill(guest.pid, signal.SIGCONT)
-    until(lambda: "not to be had" in guest.call("where")[2])
+    until(lambda: "in use or lost" in guest.call("where")[2])
     _check(guest, model)  # as it was
     assert b.guests() == set()
     guest.start("fill", offset=0, length=PAGE, byte=9)
