@@ -161,9 +161,9 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_is(
     assert a.run("export", str(file)).returncode == 0
     whole = file.read_bytes()
     part.write_bytes(whole)
-    resumed("whole")
+    resumed("complete")
     part.write_bytes(b"something else altogether")
-    resumed("no export that broke off")
+    resumed("not an interrupted export")
     part.write_bytes(whole[:-500])
     a.the_daemon.request("quota", guest="one", quota_bytes=1 << 20)
     resumed("guest 'one' has another quota")
