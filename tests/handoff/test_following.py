@@ -216,7 +216,7 @@ def test_status_tells_who_has_not_followed(pair: Pair, start_guest: StartGuest) 
     until(lambda: a.the_daemon.status()["drain"]["guests_here"] == 1)
     done = a.run("status")
     words = " ".join(done.stdout.split())
-    assert f"moved to {b.unix}: 2 guests, 1 of them here still" in words
+    assert f"moved to {b.unix}: 2 guests, 1 of them still here" in words
     top = " ".join(a.run("top", "--once").stdout.split())
     assert f"moved to {b.unix}" in top
 
