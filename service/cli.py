@@ -129,7 +129,7 @@ def serve(
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object, for programs.")
 @run_dir_option
 def status(as_json: bool, run_dir: Path) -> None:
-    """Show images, their resident memory, and guests, also those that are stopped."""
+    """Show images, their resident memory, and guests."""
     with ControlClient(run_dir) as client, same_version():
         answer = client.request("status")["status"]
     if as_json:
@@ -282,9 +282,9 @@ def quota(guest: str, quota_bytes: int | None, run_dir: Path) -> None:
 @click.argument("overlay", metavar="IMAGE@GUEST")
 @run_dir_option
 def discard(overlay: str, run_dir: Path) -> None:
-    """Discard the private pages of an NBD guest, which must have no clients.
+    """Discard the overlay of a guest without mappings.
 
-    The next client of IMAGE@GUEST begins with the unchanged image.
+    It must have no clients. The next client of IMAGE@GUEST begins with the unchanged image.
     """
     with ControlClient(run_dir) as client:
         reply = client.request("discard", overlay=overlay)

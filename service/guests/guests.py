@@ -353,7 +353,7 @@ class GuestTable:
         inherited: the memory came over fork, and its private pages are charged. preload is the
         private pages that it begins with: a file of them, and their bitmap (Account.preload). With
         populate, pages are copied into the guest's own memory; fds may then be [uffd] alone. keep
-        is called before any event is read: from then on an event is recorded in the account alone.
+        is called before any event is read, since an event, once read, is in the account alone.
         On failure nothing is left of the mapping. Raises UsageError for invalid regions
         (Account.place), CapacityError if no descriptor, thread or memory is left for it.
         """

@@ -110,7 +110,7 @@ class Receiver:
 
     @property
     def wanted(self) -> list[int]:
-        """The images, by number, whose bytes are to come."""
+        """The numbers of the images whose bytes are still to come."""
         return sorted(self._intake.incoming)
 
     @property

@@ -120,13 +120,13 @@ class Sender:
             each.track(True)
 
     def freeze(self) -> None:
-        """Hold every guest's writes."""
+        """Freeze every guest."""
         self._frozen_at = time.monotonic()
         for each in self._migrating:
             each.freeze()
 
     def thaw(self) -> None:
-        """Let guests go on here, as before track(); nothing if there was none."""
+        """Thaw guests here and end tracking; does nothing without track()."""
         if self._tracked:
             for each in self._migrating:
                 each.thaw()
@@ -135,13 +135,13 @@ class Sender:
         self.end_frozen()
 
     def end_frozen(self) -> None:
-        """Note how long writes were held: guests go on, here or there."""
+        """Record how long guests were frozen, once they run again, here or at the target."""
         if self._frozen_at is not None:
             self.progress.frozen_seconds = time.monotonic() - self._frozen_at
             self._frozen_at = None
 
     def send(self, kind: str, **fields: Any) -> None:
-        """Say a message to the other end."""
+        """Send a control message to the other end."""
         self._put(ControlMessage({"say": kind, **fields}))
 
     def offer(
@@ -151,7 +151,7 @@ class Sender:
         with_images: bool = False,
         allowed: Callable[[Image], DomainMembers | None] = lambda _: None,
     ) -> None:
-        """Say what there is: images and guests. with_images: bytes of images will be sent, too."""
+        """Send the list of images and guests. with_images: bytes of images will follow, too."""
         self._put(Header(handoff, f"{socket.gethostname()}:{os.getpid()}", int(time.time())))
         numbers = {}
         for no, image in enumerate(self._images):

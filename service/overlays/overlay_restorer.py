@@ -55,7 +55,9 @@ class OverlayRestorer:
                 continue
             try:
                 if image is None or self._files is not None or not inherited.has_pages:
-                    raise UsageError("its image is not served, or its pages are elsewhere")
+                    raise UsageError(
+                        "its image is not served, --overlay-dir changed, or its files are unusable"
+                    )
                 self._open(image, inherited.record, inherited)
             except (CowshedError, OSError) as error:
                 _log.error("overlay-lost", str(error), overlay=inherited.record.label)

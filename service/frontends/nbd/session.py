@@ -61,7 +61,7 @@ class _NoExports:
 
 
 class SessionOwner(Protocol):
-    """What a session needs of the server it belongs to."""
+    """The part of the server that a session uses."""
 
     tls: ssl.SSLContext | None
 

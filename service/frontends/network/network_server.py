@@ -4,7 +4,7 @@
     accept --Admission--> NetworkSession (in the loop) --data--> the C core's threads --> ended
 
 A guest whose connection breaks keeps its private pages: its state is "away" until it reconnects
-with the same token. A guest that sends "close" loses them, unless it asked to keep them. If a guest
+with the same token. A guest that ends in order loses them, unless it asked to keep them. If a guest
 reconnects while its old connection seems alive, the old one must end first: otherwise writes sent
 on it could overtake those on the new one.
 """

@@ -78,7 +78,7 @@ class Entered:
 
 
 class NetworkHost(Protocol):
-    """What a session needs of its server."""
+    """The part of the server that a session uses."""
 
     def find_image(self, name: str, identity: Identity) -> Image:
         """Return the image of that name; UsageError naming those the guest may use."""

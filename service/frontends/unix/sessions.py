@@ -184,7 +184,7 @@ class Session:
         self.connection.close()
 
     def note_sent(self) -> None:
-        """Note that all queued messages were sent; closes the record's unsent reply."""
+        """Note that all queued messages were sent, and so the reply to "region"."""
         if self._state is SessionState.OPENED:
             reach("OPEN_TOLD")
         if not self._is_answered and self.mapping is not None:
@@ -414,7 +414,7 @@ class Session:
                 for reply in self._host.control.perform(op, body, fds):
                     yield reply
                     if self.closing:
-                        return  # nobody waits for the rest
+                        return  # the peer does not wait for the rest
             except CowshedError as error:
                 yield refusal(error)
 

@@ -321,13 +321,13 @@ class ImageSockets(FrontendServer[_Machine]):
         if pagemap is None:
             _log.notice(
                 "unseen-memory",
-                f"/proc/{peer.pid}/pagemap cannot be read, so audits say nothing of this guest: "
+                f"/proc/{peer.pid}/pagemap cannot be read, so audits cannot check this guest: "
                 "run the daemon as root, or as its user",
                 guest=guest.name,
             )
 
     def _begin_populate(self, client: _Machine, mapping: Mapping, handshake: VmmHandshake) -> None:
-        """The connection is a guest's from now on."""
+        """Make the connection its guest's, and watch for extents to announce and for its death."""
         client.mapping, client.regions, client.deadline = mapping, handshake.regions, None
         assert isinstance(mapping.handler, PopulateHandler)
         client.handler = mapping.handler

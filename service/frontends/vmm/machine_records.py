@@ -192,7 +192,7 @@ def _adopt_caller(
 
 
 def _look_at_memory(mapping: Mapping) -> None:
-    """Charge pages present before the handshake: the last backend may have died before it did."""
+    """Charge pages present before the handshake, which the last backend may not have done yet."""
     try:
         mapping.account.adopt_private()
     except OSError as error:

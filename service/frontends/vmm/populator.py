@@ -50,7 +50,7 @@ def is_zerocopy(handshake: VmmHandshake) -> bool:
 
 
 def check_regions(handshake: VmmHandshake, map_bytes: int) -> None:
-    """Raise PeerError unless the regions of a handshake lie within an image of so many bytes.
+    """Raise PeerError unless the regions of a handshake lie within an image of map_bytes.
 
     A machine's memory may exceed the image only by the rest of its last huge page: pages missing
     from a snapshot are lost memory, not zeros. A disk may be mapped up to the next 2 MiB, for
