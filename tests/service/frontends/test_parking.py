@@ -83,7 +83,7 @@ def test_its_name_is_its_own_but_for_who_knows_its_token(
     kept: Daemon, guest: Guest, start_guest: StartGuest
 ) -> None:
     other = start_guest(kept.uri)
-    with pytest.raises(AssertionError, match="has the image mapped still; choose another, or end"):
+    with pytest.raises(AssertionError, match="still has the image mapped; choose another, or end"):
         other.call("open", image="d", guest="g")
     other.call("open", image="d", guest="g", token="secret")
     status = kept.guest_status("g")

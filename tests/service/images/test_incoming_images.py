@@ -28,7 +28,7 @@ def test_an_image_comes_while_another_goes_and_takes_their_folder_along(
             try:
                 image = folder.begin("default", name, PAGE, "sha256:0", None, "h")
             except UsageError as error:
-                assert "by another handoff" in str(error)  # noqa: PT017
+                assert "in another handoff" in str(error)  # noqa: PT017
                 continue
             image.write(0, memoryview(bytes(PAGE)))
             assert (tmp_path / "default" / f".{name}.raw.part").stat().st_size == PAGE

@@ -214,7 +214,7 @@ def test_a_port_in_use_is_one_line_before_anything_is_served(
     assert ended.returncode == 1
     assert ended.stderr == (
         f"cowshed: cannot serve metrics at {place}: Address already in use; "
-        "name another place with --metrics\n"
+        "give another address with --metrics\n"
     )
     assert not (other / "cowshed.sock").exists()
     assert "cowshed_build_info" in fetch(metrics_url(daemon))

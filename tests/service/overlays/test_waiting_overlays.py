@@ -83,7 +83,7 @@ def test_an_overlay_that_waited_in_vain_is_refused_and_left_as_it_is(
     before = (tmp_path / "d@g.json").read_bytes()
     with served(touched, tmp_path) as (table, image):
         find_digest(table, image)
-        with pytest.raises(UsageError, match="not usable when the daemon began"):
+        with pytest.raises(UsageError, match="unusable when the daemon started"):
             table.enter(image, "g", CLAIM)
     assert (tmp_path / "d@g.json").read_bytes() == before
     touched.write_bytes(written)

@@ -36,6 +36,6 @@ def test_a_region_is_of_the_image_and_a_disks_may_be_rounded_up(
 ) -> None:
     region = MemoryRegion(1 << 30, end - start, start, page_bytes)
     request = VmmHandshake(protocol, (region,), Policy.COPY, prefault=False)
-    refused = pytest.raises(PeerError, match=rf"{IMAGE} bytes; is it the right image's socket")
+    refused = pytest.raises(PeerError, match=rf"{IMAGE} bytes: check that the socket")
     with contextlib.nullcontext() if fits else refused:
         check_regions(request, IMAGE)
