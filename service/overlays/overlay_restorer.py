@@ -114,7 +114,8 @@ class OverlayRestorer:
             inherited = all_inherited.get(record.label)
             if not self._files.check(record, image):
                 with self._table.lock:
-                    self._table.waiting.add(image, record, staged)
+                    self._table.waiting.add(image, record, staged, inherited)
+                all_inherited.pop(record.label, None)
                 return
             if inherited is not None and inherited.files is not None:
                 self._files.check_same(record, inherited.files)
@@ -140,7 +141,10 @@ class OverlayRestorer:
             waited = self._table.waiting.take(image)
             guests = [guest for guest in self._table if guest.image is image]
         for each in waited:
-            self._restore_file(image, each.record, each.staged, {})
+            inherited = {} if each.inherited is None else {each.record.label: each.inherited}
+            self._restore_file(image, each.record, each.staged, inherited)
+            for left in inherited.values():
+                self._records.let_go(left)
         for guest in guests:
             self._table.keep_digest(guest)
 

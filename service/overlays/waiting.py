@@ -16,6 +16,7 @@ from cowshed.cache.errors import UsageError
 from cowshed.faults import FaultOptions
 from cowshed.service.guests.guests import GuestTable, OpenRequest
 from cowshed.service.overlays.files import OverlayRecord
+from cowshed.service.overlays.overlay_records import InheritedOverlay
 from cowshed.service.runtime.logs import EventLog
 
 __all__ = ["Waiting", "WaitingOverlays"]
@@ -25,11 +26,16 @@ _log = EventLog("cowshed.overlays")
 
 @dataclass(frozen=True)
 class Waiting:
-    """An overlay in files; staged is the handoff, which is ours, that staged it, or ""."""
+    """An overlay in files; staged is the handoff, which is ours, that staged it, or "".
+
+    inherited is what the last backend left of it, if it did: its ledger has the bits of writes that
+    were acknowledged and not flushed.
+    """
 
     record: OverlayRecord
     staged: str
     request: OpenRequest
+    inherited: InheritedOverlay | None
 
 
 class WaitingOverlays:
@@ -42,12 +48,18 @@ class WaitingOverlays:
         self._guests: Final = guests
         self._waiting: Final[dict[tuple[str, str], Waiting]] = {}
 
-    def add(self, image: Image, record: OverlayRecord, staged: str) -> None:
+    def add(
+        self,
+        image: Image,
+        record: OverlayRecord,
+        staged: str,
+        inherited: InheritedOverlay | None,
+    ) -> None:
         """Have an overlay wait for the image's digest; UsageError if its name is taken."""
         policy = QuotaPolicy[record.policy.upper()]
         request = OpenRequest(record.guest, image, record.quota_bytes, policy, FaultOptions())
         self._guests.reserve_name(request)
-        self._waiting[request.key] = Waiting(record, staged, request)
+        self._waiting[request.key] = Waiting(record, staged, request, inherited)
         _log.notice(
             "overlay-waits",
             "the mtime of its image's source changed: it is used if the bytes are the same",
