@@ -43,9 +43,6 @@ __all__ = ["OverlayGuest", "OverlayTable"]
 
 _log = EventLog("cowshed.overlays")
 
-# The account, the quota, the pages, their map or the record, and one to spare.
-_FDS_PER_OVERLAY: Final = 5
-
 
 class OverlayTable:
     """All overlays, by domain and guest name.
