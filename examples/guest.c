@@ -45,7 +45,7 @@ int main(int argc, char **argv)
 	unsigned long before = sum(image, cowshed_size(disk));
 	printf("guest %s: %llu bytes, sum %lx\n", cowshed_guest(disk), (unsigned long long)cowshed_size(disk), before);
 
-	/* A store would do as well; this one reports a page that cannot be had instead of SIGBUS. */
+	/* A plain store works too; this call returns an error where a store would raise SIGBUS. */
 	if (cowshed_write(disk, 0, mine, sizeof(mine)) < 0 || cowshed_read(disk, 0, found, sizeof(found)) < 0)
 		die();
 	printf("private: %s; the image is %s for everybody else\n", found,
