@@ -2,7 +2,7 @@
 """Writes docs/configuration.md from the table of settings.
 
 .venv/bin/python tools/config_doc.py            write it
-.venv/bin/python tools/config_doc.py --check    say whether it is up to date; 1 if not
+.venv/bin/python tools/config_doc.py --check    exit with 1 if it is not up to date
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ clients = "required"                    # or "optional": clients without a certi
 
 
 def row(option: Option) -> str:
-    """Return the table's line of one setting."""
+    """Return the table row of one setting."""
     flag = f"`{option.flag}`" if option.flag else ""
     bounds = f", {option.bounds[0]} to {option.bounds[1]}" if option.bounds else ""
     about = f"{option.about} {option.more}".strip()
@@ -93,7 +93,7 @@ def page() -> str:
 
 
 def main() -> int:
-    """Write the page, or compare it."""
+    """Write or check the page."""
     if "--check" in sys.argv[1:]:
         if PAGE.exists() and PAGE.read_text() == page():
             return 0

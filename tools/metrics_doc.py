@@ -2,7 +2,7 @@
 """Writes docs/metrics.md from the exporter's own catalog.
 
 .venv/bin/python tools/metrics_doc.py            write it
-.venv/bin/python tools/metrics_doc.py --check    say whether it is up to date; 1 if not
+.venv/bin/python tools/metrics_doc.py --check    exit with 1 if it is not up to date
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ where every host may read.
 
 
 def table(metrics: Iterable[Metric]) -> str:
-    """One row a metric."""
+    """Return a table with a row for each metric."""
     rows = ["| metric | type | labels | means |", "|---|---|---|---|"]
     for metric in metrics:
         labels = ", ".join(_label(metric, label) for label in metric.labels) or "-"
@@ -65,7 +65,7 @@ def _label(metric: Metric, label: str) -> str:
 
 
 def document() -> str:
-    """Give the whole page."""
+    """Return the whole page."""
     by_image = [metric for metric in CATALOG.values() if "image" in metric.labels]
     sections = {
         "The backend": [metric for metric in CATALOG.values() if "image" not in metric.labels],
@@ -79,7 +79,7 @@ def document() -> str:
 
 
 def main() -> int:
-    """Write the page, or check it."""
+    """Write or check the page."""
     text = document()
     if sys.argv[1:] != ["--check"]:
         DOCUMENT.write_text(text)
