@@ -3,7 +3,7 @@
 
 Makes an ext4 image of real files and serves it from less memory than it needs. Guest processes of
 another user read all of it, write to it, and compare every byte: at first, after all have written,
-and after everything was evicted under them. Then it prints what that took.
+and after everything was evicted under them. Then it prints the memory used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _NR_STEPS: Final = 9
 
 
 class Demo:
-    """One run. Peaks are looked at twice a second, so they may be a little low."""
+    """One run. Peaks are sampled twice a second, so they may be a little low."""
 
     def __init__(
         self, stage: Stage, nr_guests: int, size_bytes: int, capacity_bytes: int, seed: int
@@ -51,9 +51,9 @@ class Demo:
         self._problems: list[str] = []
 
     def run(self) -> tuple[Measured, list[str]]:
-        """Show everything; the figures, and what was not as it should be, a line each.
+        """Run every step; return the figures, and the problems, a line each.
 
-        Leaves no process and no file behind, however it ends. Raises DemoFailed or CowshedError.
+        Leaves no process and no file behind, however it ends. Raises DemoError or CowshedError.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -66,7 +66,7 @@ class Demo:
         return measured, self._problems
 
     def _show(self, stack: contextlib.ExitStack) -> Measured:
-        """Go through the steps; stack undoes what they leave."""
+        """Run the steps; stack undoes their effects."""
         folder = stack.enter_context(temporary_folder(roomy(2 * self._size_bytes)))
         run_dir = stack.enter_context(temporary_folder(open_to_all()))
         run_dir.chmod(0o755)
@@ -191,7 +191,7 @@ class Demo:
         return sum(answer["wrong_bytes"] for answer in self._answers)
 
     def _look(self) -> dict[str, Any]:
-        """Ask for the status, and note the peaks."""
+        """Request the status, and update the peaks."""
         status: dict[str, Any] = self._control.request("status")["status"]
         self._peak_resident_bytes = max(self._peak_resident_bytes, status["resident_bytes"])
         self._peak_saved_bytes = max(self._peak_saved_bytes, status["saved_bytes"])
@@ -204,7 +204,7 @@ class Demo:
 
 
 def wrong_answers(answers: list[dict[str, Any]]) -> list[str]:
-    """Say which guests found wrong bytes, a line each."""
+    """Return a line for each guest that found wrong bytes."""
     return [
         f"guest {number} found {answer['wrong_bytes']} wrong bytes, the first at "
         f"{answer['first_wrong']}"
@@ -214,7 +214,7 @@ def wrong_answers(answers: list[dict[str, Any]]) -> list[str]:
 
 
 def _nobody() -> tuple[str, int]:
-    """Give the user whom guests run as: nobody, by name and number."""
+    """Return the name and uid of the guests' user, nobody."""
     try:
         return "nobody", pwd.getpwnam("nobody").pw_uid
     except KeyError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo measured, as one table that fits a terminal of 80 columns."""
+"""The demo's figures, as one table that fits a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Measured:
 
 
 def pss_bytes(pids: list[int]) -> int:
-    """Add up what the kernel says these processes' mappings of the image take.
+    """Add up the PSS of these processes' mappings of the image.
 
     A frame that n processes map counts 1/n for each (proc(5), smaps).
     """
@@ -54,7 +54,7 @@ def pss_bytes(pids: list[int]) -> int:
 
 
 def resident_frames_bytes(pid: int, size_bytes: int) -> int:
-    """Give the memory that the backend's memfd of an image takes (st_blocks, memfd_create(2))."""
+    """Return the memory of the backend's memfd of an image (st_blocks, memfd_create(2))."""
     folder = Path(f"/proc/{pid}/fd")
     held = {}
     for name in os.listdir(folder):
@@ -69,7 +69,7 @@ def resident_frames_bytes(pid: int, size_bytes: int) -> int:
 
 
 def report(measured: Measured) -> Table:
-    """Lay the figures out, each with what it means in plain words."""
+    """Return a table of the figures, each with an explanation."""
     status = measured.status
     (image,) = status["images"]
     nr_guests = len(status["guests"])
