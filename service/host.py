@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parts of a daemon share: opened once, before any guest is restored."""
+"""The parts that all of a daemon shares, opened once, before any guest is restored."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ __all__ = ["Host"]
 
 @dataclass(frozen=True)
 class Host:
-    """Shared by reference; each part is closed by the daemon, after the parts that use it.
+    """The shared parts. The daemon closes each of them, after the parts that use it.
 
     guests and overlays are the tables of attached guests; evictor and loop do not run yet when the
-    host is made.
+    host is constructed.
     """
 
     config: Config

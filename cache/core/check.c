@@ -8,7 +8,7 @@ struct extent_sums {
 	uint64_t resident, evicting, pinned;
 };
 
-/* Adds up an image's extents; the invariant that does not hold, or NULL. */
+/* Adds up an image's extents; returns an invariant that does not hold, or NULL. */
 static const char *image_check(const struct image *image, struct extent_sums *sums)
 {
 	uint64_t resident_pages = 0;
@@ -22,7 +22,7 @@ static const char *image_check(const struct image *image, struct extent_sums *su
 		sums->evicting += state == EXTENT_EVICTING;
 		sums->pinned += image_is_pinned(image, extent);
 		if (image->waiters[extent] && state != EXTENT_LOADING && state != EXTENT_EVICTING)
-			return "image (3): an extent that is waited for is LOADING or EVICTING";
+			return "image (3): an extent with waiters is LOADING or EVICTING";
 	}
 	if (resident_pages != atomic_load(&image->resident_pages))
 		return "image (4): resident_pages is the sum of the pages of RESIDENT extents";
@@ -67,7 +67,7 @@ static const char *loaders_check(const struct store *store)
 		for (const struct loader *loader = store->loaders; loader; loader = loader->next)
 			nr_loaders += loader->image == image;
 		if (nr_loaders != image->nr_loaders || nr_loaders > store->nr_loaders)
-			return "store (6): an image has as many loaders at work as it counts, and no more than there are";
+			return "store (6): image->nr_loaders counts its loaders at work, at most store->nr_loaders";
 	}
 	return NULL;
 }
@@ -84,7 +84,7 @@ const char *store_check(struct store *store)
 	if (broken)
 		;
 	else if (store->reserved_extents < least || store->reserved_extents > least + sums.evicting)
-		broken = "store (1): reserved_extents counts what is resident, being evicted or being filled";
+		broken = "store (1): reserved_extents counts the extents RESIDENT, EVICTING or being filled";
 	else if (store->reserved_extents > store->capacity_extents)
 		broken = "store (2): reserved_extents <= capacity_extents";
 	else if (is_queued_twice(store))

@@ -1,24 +1,26 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Freezing a guest: from then on no private byte of it changes, until it is thawed.
+ * Freezing a guest: none of its private bytes changes until the thaw.
  *
- * Three things change private bytes: a write to an open page, an answer that opens one, and a discard.  The account's
- * part (accounting/core/track.c) protects what is open and has the answers refused, under the lock under which
- * they are made.  A discard is different: its guest goes on with it as soon as its event has been *read*.  So the
- * thread first pauses: it ends what it has read, and reads no event after that, but only faults.
+ * Three things change private bytes: a write to an open page, an answer that opens one, and a discard. The account's
+ * part (accounting/core/track.c) protects open pages and refuses answers, under the lock under which they are made. A
+ * discard is different: its guest goes on with it as soon as its event has been *read*. So the thread first pauses: it
+ * handles what it has read, and after that reads only faults, no events.
  *
- * The kernel hands out faults before events, and says in fdinfo how many faults there are; so one message is read when
- * there is at least one fault.  (Should that fault be taken back by a signal in the same instant, and an event be
- * waiting, it is read after all: its pages then count as dirty and private no more, for who looks again.)  While an
- * event waits, the kernel lets nothing be mapped in its guest, so who needs a page that is not mapped waits too.
+ * The kernel returns faults before events, and reports in fdinfo how many faults wait; so the thread reads one message
+ * when at least one fault waits. (If a signal withdraws that fault in the same instant, while an event waits, the event
+ * is read after all: its pages then count as dirty and private no more, for a caller that looks again.) While an event
+ * waits, the kernel refuses to map anything in its guest, so a fault on an unmapped page waits too.
  */
 #define _GNU_SOURCE
-#include "faults/core/guest.h"
+#include "faults/core/freeze.h"
 
 #include "accounting/core/track.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 #include "cache/core/store.h"
+#include "faults/core/answer.h"
+#include "faults/core/guest.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -30,7 +32,7 @@
 #include <unistd.h>
 
 #define FREEZE_WITHIN_NS 1000000000u
-#define LOOK_SECONDS 2           /* a kick that was lost costs that much, and no more */
+#define LOOK_SECONDS 2           /* a lost kick costs at most that much */
 #define EVENTS_LOOK_NS 10000000u /* for faults, while an event keeps the descriptor readable */
 
 bool pause_turn(struct guest *guest)
@@ -48,7 +50,7 @@ bool pause_turn(struct guest *guest)
 	return wanted;
 }
 
-/* How many faults wait to be read; in doubt none. */
+/* How many faults wait to be read; 0 if that is not known. */
 static unsigned long nr_faults_waiting(const struct guest *guest)
 {
 	char path[48], text[512];
@@ -126,7 +128,7 @@ int guest_freeze(struct guest *guest)
 		err = wait_held(guest, &until);
 		if (!err)
 			err = account_freeze(guest->account);
-		if (err == -EAGAIN) { /* an event came before the pause: the thread is to read it */
+		if (err == -EAGAIN) { /* an event came before the pause: the thread must read it */
 			ask_thread(guest, false);
 			nanosleep(&(struct timespec){.tv_nsec = 500000}, NULL);
 		}

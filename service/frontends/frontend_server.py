@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every server of clients does: accept --admitted--> a session with a deadline --> its end."""
+"""The base of every server: accept, admit, run a session with a deadline, end it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ _LOOK_SECONDS: Final = 1.0
 
 
 class FrontendSession(Protocol):
-    """A connection that was let in, until it has ended."""
+    """An admitted connection, until it has ended."""
 
     @property
     def deadline(self) -> float | None:
-        """When it must have got further (time.monotonic()); None: whenever it likes."""
+        """When the handshake must have progressed (time.monotonic()); None: no deadline."""
 
     @property
     def who(self) -> dict[str, object]:
-        """The peer, as a line of the log names it."""
+        """The peer's fields in a log line."""
 
 
 S = TypeVar("S", bound=FrontendSession)
 
 
 class FrontendServer(Generic[S]):
-    """Lets peers in, and ends those that break a rule or miss their deadline. All in the loop.
+    """Admits peers, and ends those that break a rule or miss their deadline. All in the loop.
 
-    A subclass accepts, makes the sessions, and says in _end() what goes with one.
+    A subclass accepts connections, makes the sessions, and releases them in _end().
 
     Invariant: each of _sessions, by a number of its own, was admitted once, and leaves at its end.
     """
@@ -50,9 +50,9 @@ class FrontendServer(Generic[S]):
         host.loop.every(_LOOK_SECONDS, self._look_after)
 
     def _refusal(self, errno: int, counted_as: Hashable, nr_fds: int | None = None) -> str:
-        """Why there is no place for a peer; "" if it has one now, which its end gives back.
+        """Admit a peer and return "", or return why there is no place. _end() must give it back.
 
-        errno is that with which it was accepted without room, or 0.
+        errno is the error of accepting it if no descriptor was left, or 0.
         """
         if errno:
             return no_room(errno)
@@ -68,16 +68,16 @@ class FrontendServer(Generic[S]):
         self._log.warning("dropped", why, **who)
 
     def _drop(self, session: S, reason: str, why: str) -> None:
-        """End a session for a reason that operators count."""
+        """End a session, count the reason and log why."""
         self._note_dropped(reason, why, session.who)
         self._end(session)
 
     def _end(self, session: S) -> None:
-        """Let go of a session and of its place."""
+        """Release a session and its place."""
         raise NotImplementedError
 
     def _look_after(self) -> None:
-        """Once a second."""
+        """Drop sessions past their deadline; called once a second."""
         now = time.monotonic()
         for session in list(self._sessions.values()):
             if session.deadline is not None and now > session.deadline:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What keeps a handoff from going on: found by each end, printed for whoever asked for it."""
+"""Blockers, the reasons why a handoff cannot proceed, found by each end."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Blocker", "print_blockers", "wait_for_digests"]
 _DIGEST_SECONDS: Final = 60.0
 _LOOK_SECONDS: Final = 0.05
 
-# "reason", and "guest" or "image" where it is of one.
+# "reason", and "guest" or "image" if it concerns one.
 Blocker = dict[str, str]
 
 
 def wait_for_digests(images: list[Image], look: Callable[[], None]) -> list[Blocker]:
-    """Wait until it is known which images these are; give those of which it is not, as blockers."""
+    """Wait for the digests of images; return a blocker for each that is not known in time."""
     deadline = time.monotonic() + _DIGEST_SECONDS
     while not all(image.digest for image in images) and time.monotonic() < deadline:
         look()
@@ -32,7 +32,7 @@ def wait_for_digests(images: list[Image], look: Callable[[], None]) -> list[Bloc
 
 
 def print_blockers(what: str, blockers: list[Blocker]) -> str:
-    """One line for all that keeps us from doing something."""
+    """Format all blockers of doing `what` as one line."""
     lines = []
     for blocker in blockers[:5]:
         who = f"guest {blocker['guest']!r}: " if "guest" in blocker else ""

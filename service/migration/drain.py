@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source's role in a handoff: gives every guest away, or takes all of it back.
+"""The source's role in a handoff: hands over every guest, or rolls everything back.
 
-A drain runs in a thread of its own, which owns the state machine and does what it says. Operators
-look at report(), ask for an abort, and may go: the drain does not depend on who asked for it. Each
+A drain runs in a thread of its own, which owns the state machine and performs its actions.
+Operators read report() and may abort; the drain does not depend on the client that started it. Each
 wait has a name in the report, and ends by an abort, the deadline, or the peer's silence.
 
-Once the commit is asked for there is no way back from here: guests stay frozen and the target is
-asked what became of it, for as long as it takes to know.
+After the commit was requested the source cannot roll back on its own: guests stay frozen, and the
+source asks the target for the outcome until it knows it.
 
-By post-copy the pages are sent after that, while guests go on at the target: what is here stays
-frozen, and is pushed again and again to a target that is lost, until it says that it has all.
+In post-copy the pages are sent after the commit, while guests run at the target. The pages here
+stay frozen. If the target is lost, the source connects again and pushes what is missing, until the
+target reports that it has all.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _FILE: Final = "file:"
 
 
 class StoppedError(UsageError):
-    """The drain was told to stop, or its time was up; all is as it was before."""
+    """The drain was aborted or timed out; every guest is as it was before."""
 
 
 class Drain:
@@ -67,15 +68,15 @@ class Drain:
         post_copy: bool = False,
         handoff: str = "",
     ) -> None:
-        """link is a file, opened by who asked; its uri is then file:PATH.
+        """link is a file that the client opened, or None; uri is then file:PATH.
 
-        with_images: bytes of images are sent, to a target that does not serve them.
+        with_images: send the bytes of images that the target does not serve.
         """
         self.post_copy: Final = post_copy
         self._postcopy: PostcopySource | None = None
         self._numbered: list[MigratingGuest | None] = []
         self._host = host
-        # What guests and operators are told is where it is, not by which key we come.
+        # Guests and operators see the address without the options, which name our key.
         self.uri: Final = uri if uri.startswith(_FILE) else uri.partition("?")[0]
         self._address: Final = uri
         self.dry_run: Final = dry_run
@@ -102,7 +103,7 @@ class Drain:
 
     @classmethod
     def resume(cls, host: DrainHost) -> Drain:
-        """Go on with what was recorded before a restart: moved, or unsure. Frozen already."""
+        """Resume a drain recorded before a restart (COMMIT, PUSH or MOVED), its guests frozen."""
         record = host.record.source
         assert record is not None
         drain = cls(host, record["uri"], handoff=record["handoff"], post_copy=record["post_copy"])
@@ -121,20 +122,20 @@ class Drain:
 
     @property
     def phase(self) -> Phase:
-        """How far it is."""
+        """The phase of the state machine."""
         return self._machine.phase
 
     def start(self) -> None:
-        """Begin, in a thread; CapacityError if there is none."""
+        """Start the thread; CapacityError if that is impossible."""
         self._note()
         start_thread(self._thread)
 
     def abort(self) -> None:
-        """Have it stop and roll back; UsageError, and nothing is done, once it cannot any more."""
+        """Request a stop and rollback; UsageError, and nothing is done, if it is too late."""
         if not self._machine.allows(Event.ABORT) and self.phase is not Phase.IDLE:
             why = {
-                Phase.COMMIT: "the target was asked to commit and did not answer yet: "
-                "the drain goes on by itself once it does",
+                Phase.COMMIT: "the target was asked to commit and has not answered yet: "
+                "the drain continues by itself once it does",
                 Phase.PUSH: f"the guests are at {self.uri}, where their pages follow them; once "
                 "all are there, drain that backend to have them back",
                 Phase.MOVED: f"the guests are at {self.uri}: drain that backend to have them back",
@@ -148,7 +149,7 @@ class Drain:
             self._thread.join(timeout)
 
     def report(self) -> dict[str, Any]:
-        """How it is, for the command, status and logs."""
+        """Return the state of the drain, for the command and for status."""
         return {
             "to": self.uri,
             "handoff": self.handoff,
@@ -173,12 +174,12 @@ class Drain:
 
     @property
     def blockers(self) -> list[Blocker]:
-        """What keeps it from going on."""
+        """The reasons that block it."""
         return self._blockers
 
     @property
     def error(self) -> CowshedError | None:
-        """Why it failed, once it is over."""
+        """Why it failed, or None; valid once it is over."""
         return self._error
 
     # The thread.
@@ -202,10 +203,10 @@ class Drain:
             self.over.set()
 
     def _fail(self, error: CowshedError) -> None:
-        """Roll back by the table, or find out what became of the commit."""
+        """Roll back by the table, or find out the outcome of the commit."""
         if isinstance(error, PeerError):
             try:
-                self._target.listen()  # it may have said why before it hung up
+                self._target.listen()  # it may have sent the reason before it hung up
             except PeerError as reason:
                 error = reason if isinstance(reason, LostError) else error
         self._error = error
@@ -236,7 +237,7 @@ class Drain:
         self._note()
 
     def _do(self, event: Event) -> None:
-        """Take an event, do what it asks for, and go on with what follows from that."""
+        """Take an event, perform its actions, and do the same with the event that they return."""
         following: Event | None = event
         while following is not None:
             actions = self._machine.on(following)
@@ -271,7 +272,7 @@ class Drain:
         try:
             return self._host.connect(self._address, self._look, min(REPLY_SECONDS, max(0.0, left)))
         except PeerError:
-            self._look()  # that the drain's own time is up comes first
+            self._look()  # report the drain's own timeout rather than the connection's
             raise
 
     def _offer(self) -> Event:
@@ -332,12 +333,12 @@ class Drain:
         if self.post_copy:
             self._have_warmed()
             for each in self._migrating:
-                each.flush()  # so that little is left to be, once they are frozen
+                each.flush()  # so that little is left to flush once they are frozen
             return Event.POSTPONED
         return Event.SENT
 
     def _send_image(self, no: int, image: Image) -> None:
-        """Send an image's bytes and wait until the target has checked them."""
+        """Send an image's bytes, and wait until the target has checked them."""
         self._wait_name(f"the bytes of image {image.label!r} to be sent")
         hot = self._host.working_sets.recorded(image)
         self._the_sender.send_image(no, hot, self._look_and_listen)
@@ -391,7 +392,7 @@ class Drain:
         return self._outcome(self._target.hear("the target's commit"))
 
     def _ask(self) -> Event | None:
-        """Ask over a connection of its own; None if nobody could be asked."""
+        """Ask for the outcome over a new connection; None if the target cannot be reached."""
         self._wait_name(f"{self.uri} to say whether it has the guests")
         self._target.close()
         self._postcopy = None
@@ -405,7 +406,7 @@ class Drain:
             return None
 
     def _find_out(self) -> None:
-        """Ask until it is known."""
+        """Ask for the outcome until it is known."""
         while self.phase is Phase.COMMIT:
             try:
                 self._do(Event.LOST)
@@ -418,19 +419,21 @@ class Drain:
             self._push_again()
 
     def _have_carried(self) -> None:
-        """Let programs take their pages along, or have guests move as others do, if it cannot be.
+        """Let programs carry their pages along if the target knows how; else move them as others.
 
-        Raises UsageError if the target knows neither, nor how to say so.
+        Raises UsageError if the target cannot even list its features.
         """
         try:
             knows = self._target.knows(self._the_sender, "carried")
         except PeerError as error:
             raise UsageError(
-                f"{self.uri} does not know programs that bring their pages ({error}); upgrade it, "
-                "or end what runs under 'cowshed attach' here"
+                f"{self.uri} does not know programs that carry their pages ({error}); upgrade it, "
+                "or end the programs under 'cowshed attach' here"
             ) from error
         if not knows:
-            _log.warning("cannot-follow", "the target does not know how", to=self.uri)
+            _log.warning(
+                "cannot-follow", "the target does not know programs that carry pages", to=self.uri
+            )
             self._migrating = self._host.migrating()
 
     # Post-copy.
@@ -446,18 +449,18 @@ class Drain:
         self._host.send_on(self._migrating, self.uri)
 
     def _push(self) -> Event | None:
-        """Push what is left, until the target has all; PeerError once it is gone."""
-        if self._postcopy is None:  # it was only asked what became of the handoff
+        """Push the remaining pages, until the target has all; PeerError once it is gone."""
+        if self._postcopy is None:  # this connection only asked for the outcome
             return self._resume()
         self._wait_name("pages to be pushed")
         message = self._postcopy.run(self._the_sender, self._target.hear_of_pages)
         lost = message.body.get("lost")
         if isinstance(lost, int) and lost:
-            _log.error("pages-lost-there", "the target lacks them for good", pages=lost)
+            _log.error("pages-lost-there", "the target cannot get them any more", pages=lost)
         return Event.FILLED
 
     def _resume(self) -> Event:
-        """Connect again and hear what is missing; PeerError if the target cannot be reached."""
+        """Connect again and receive what is missing; PeerError if the target cannot be reached."""
         self._wait_name(f"{self.uri} to say which pages it lacks")
         self._target.close()
         self._postcopy = None
@@ -475,10 +478,10 @@ class Drain:
                 return Event.MISSING
         if message.kind == "filled":
             return Event.FILLED
-        raise LostError(f"{self.uri} says {message.kind!r} of guests that it had")
+        raise LostError(f"{self.uri} sent {message.kind!r} instead of the missing pages")
 
     def _push_again(self) -> None:
-        """Until the target has all."""
+        """Resume and push until the target has all pages."""
         while self.phase is Phase.PUSH:
             try:
                 self._do(Event.LOST)
@@ -492,12 +495,12 @@ class Drain:
             return Event.COMMITTED_MISSING if self.post_copy else Event.COMMITTED
         if message.kind == "denied":
             why = message.body.get("why")
-            did = f"denied it ({why[:500]})" if isinstance(why, str) else "lost it before its end"
+            did = f"denied it ({why[:500]})" if isinstance(why, str) else "has dropped it"
             self._error = self._error or PeerError(
                 f"handoff to {self.uri}: the target {did}; every guest is as it was"
             )
             return Event.DENIED
-        raise LostError(f"the target says {message.kind!r} where its verdict is due")
+        raise LostError(f"the target sent {message.kind!r} instead of its verdict")
 
     def _record_moved(self) -> None:
         self._record(Phase.MOVED)
@@ -513,7 +516,7 @@ class Drain:
         try:
             self._host.record.set_source(None)
         except SourceError as error:
-            # Guests need not wait for that: a restart asks the target, which denies it for good.
+            # Guests need not wait for that: a restart asks the target, whose denial is final.
             _log.error("not-recorded", str(error), handoff=self.handoff)
 
     def _record(self, phase: Phase) -> None:
@@ -553,10 +556,10 @@ class Drain:
         self._look()
         self._target.listen()
 
-    # What is shown.
+    # Metrics.
 
     def _note(self) -> None:
-        """Tell metrics."""
+        """Update the drain's metrics."""
         if self.dry_run:
             return
         total = self._progress.total_bytes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a drain needs of the daemon."""
+"""The part of the daemon that a drain uses."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ class DrainHost(Protocol):
 
     @property
     def counters(self) -> ServiceCounters:
-        """Where metrics look."""
+        """The counters for metrics."""
 
     @property
     def record(self) -> HandoffRecord:
-        """What outlives us."""
+        """The record of handoffs, which outlives this process."""
 
     @property
     def working_sets(self) -> WorkingSets:
-        """Which extents are hot."""
+        """The recorded working sets."""
 
     def images(self) -> list[Image]:
-        """What is served."""
+        """Return the images served."""
 
     def allowed(self, image: Image) -> DomainMembers | None:
-        """Who of its domain may use an image; None is everybody there."""
+        """Return who of its domain may use an image; None: all of the domain."""
 
     def migrating(
         self, carry_to: str = "", carried: Container[tuple[str, str]] = ()
     ) -> list[MigratingGuest]:
-        """Every guest that there is now; see carriers.py for those that take their pages along."""
+        """Return every guest there is now; see carriers.py for those that carry their pages."""
 
     def close_admission(self, uri: str | None) -> None:
-        """Send who comes to uri; None: let them in again."""
+        """Redirect new guests to uri; None: admit them again."""
 
     def wait_admitted(self) -> None:
-        """Wait until the guests that came before admission ended are in migrating()."""
+        """Wait until all guests admitted before admission closed are in migrating()."""
 
     def connect(
         self, uri: str, look: Callable[[], None], reply_seconds: float = REPLY_SECONDS
     ) -> Link:
-        """Reach the target, ready for the first section."""
+        """Connect to the target; the link is ready for the first section."""
 
     def send_on(self, migrating: list[MigratingGuest], uri: str) -> None:
-        """End the connections of guests whose pages are ours; they are needed here a while yet."""
+        """End the connections of overlays' clients; the overlays are still needed here."""
 
     def notify_moved(self, migrating: list[MigratingGuest], uri: str) -> None:
-        """Have guests told where they are now, and end connections that cannot be told."""
+        """Notify guests that map of their new place, and end the connections of all others."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the target of a drain says: control messages, over one link at a time."""
+"""Receive the target's control messages in a drain, over one link at a time."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["LostError", "TargetLink"]
 
 
 class LostError(PeerError):
-    """The target is gone, or says what makes no sense."""
+    """The target is gone, has failed, or sent an unexpected message."""
 
 
 class TargetLink:
-    """The link to the target, and what came by it. For the drain's thread alone.
+    """The link to the target, and the messages received. For the drain's thread alone.
 
-    Invariant: _messages came by the link in use, and were not given yet.
+    Invariant: _messages were received on the link in use, and not returned yet.
     """
 
     def __init__(self, uri: str, wait_name: Callable[[str], None]) -> None:
-        """wait_name(what) is told what is waited for, to be shown."""
+        """wait_name(what) is called with what the drain waits for, to be shown."""
         self._uri: Final = uri
         self._wait_name = wait_name
         self._link: Link | None = None
@@ -39,50 +39,50 @@ class TargetLink:
         return self._link
 
     def use(self, link: Link) -> None:
-        """Go on over another link; the last one was closed."""
+        """Use another link; the last one must be closed."""
         self._link = link
         self._reader, self._messages = StateReader(messages=True), []
 
     def close(self) -> None:
-        """Close the link, if there is one; nothing twice."""
+        """Close the link, if there is one; idempotent."""
         if self._link is not None:
             self._link.close()
 
     def hear(self, waits_for: str) -> ControlMessage:
-        """Wait for the next message. LostError if the target hangs up or says that it failed."""
+        """Wait for the next message. LostError if the target hangs up or reports that it failed."""
         self._wait_name(waits_for)
         while not self._messages:
             raw = self.link.receive()
             if not raw:
-                raise LostError(f"{self._uri} hung up while it was waited for {waits_for}")
+                raise LostError(f"{self._uri} hung up while the drain waited for {waits_for}")
             self._take(raw)
         return self._messages.pop(0)
 
     def hear_of_pages(self, wait: bool) -> ControlMessage | None:
-        """Give the next message of a post-copy; None if none has come, unless it is to wait."""
+        """Return the next message of a post-copy; without wait, None if none is there."""
         if not wait and not self._messages and not self.link.has_come():
             return None
         return self.hear("the target to have all pages")
 
     def listen(self) -> None:
-        """Hear, without waiting, whether the target failed. PeerError."""
+        """Read what is there, without waiting. Raises PeerError if the target failed."""
         if isinstance(self._link, SocketLink):
             while raw := self._link.receive_now():
                 self._take(raw)
 
     def expect(self, waits_for: str, what: str) -> ControlMessage:
-        """Wait for the next message; LostError if it is another than that."""
+        """Wait for the next message; LostError unless it is of that kind."""
         message = self.hear(waits_for)
         self.check(message, what)
         return message
 
     def check(self, message: ControlMessage, what: str) -> None:
-        """Raise LostError for another message than that."""
+        """Raise LostError unless a message is of that kind."""
         if message.kind != what:
-            raise LostError(f"{self._uri} says {message.kind!r} instead of {what!r}")
+            raise LostError(f"{self._uri} sent {message.kind!r} instead of {what!r}")
 
     def knows(self, sender: Sender, feature: str) -> bool:
-        """Ask whether the target knows something; PeerError if it does not know the question."""
+        """Ask whether the target has a feature; PeerError if it does not know the question."""
         sender.send("features")
         has = self.hear("the target's list of features").body.get("has")
         return isinstance(has, list) and feature in has

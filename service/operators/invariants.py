@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recomputes every invariant that can be, for tests: the operators' request "check".
+"""Recompute all invariants that have a check(), for tests: the operators' request "check".
 
-It is there if COWSHED_TEST_POINTS is set. Stress and chaos make it after every event.
+The request exists if COWSHED_TEST_POINTS is set. Stress and chaos tests make it after every event.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["check_invariants"]
 
 
 def check_invariants(host: Host) -> Iterator[dict[str, Any]]:
-    """Give one reply: what does not hold, a line each."""
+    """Yield one reply: a line for each broken invariant."""
     checks: list[Callable[[], None]] = [
         host.store.check,
         host.guests.check,

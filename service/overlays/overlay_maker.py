@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an overlay is made of account, quota, pages and export, held for a successor, and closed."""
+"""Make overlays of account, quota, pages and export; have them held for a successor; close them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["OverlayMaker"]
 
 _log = EventLog("cowshed.overlays")
 
-# Its account, its quota, its pages, their map or its record, and one to spare.
+# The account, the quota, the pages, their map or the record, and one to spare.
 _FDS_PER_OVERLAY: Final = 5
 
 
 class OverlayMaker:
-    """Makes and closes overlays; in any thread. It may wait for a disk, and takes no lock for that.
+    """Makes and closes overlays; for any thread. May wait for a disk, under no lock.
 
-    What it makes has its name reserved in the guests' table, and a place in the Admission.
+    Each overlay has its name reserved in the guests' table, and a place in the Admission.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class OverlayMaker:
         inherited: InheritedOverlay | None = None,
         is_staged: bool = False,
     ) -> OverlayGuest:
-        """Make an overlay, or go on with what was left of one, which is taken over on success only.
+        """Make an overlay, or restore an inherited one, whose descriptors it takes on success only.
 
-        keep_record: its record is written to its file. Raises UsageError for a name that is taken
-        or a guest too many, CapacityError or SourceError if it cannot be made, and leaves nothing.
+        keep_record: write its record's file. Raises UsageError if the name is taken or there are
+        too many guests, CapacityError or SourceError if it cannot be made; leaves nothing then.
         """
         policy = QuotaPolicy[record.policy.upper()]
         request = OpenRequest(record.guest, image, record.quota_bytes, policy, FaultOptions())
@@ -70,7 +70,7 @@ class OverlayMaker:
                 raise UsageError(f"overlay {record.label!r} cannot be made: {refusal}")
             undo.callback(self._admission.leave, record.counted_as, _FDS_PER_OVERLAY)
             if is_staged and self.files is not None:
-                self.files.clear(record)  # nobody else makes any of that name now
+                self.files.clear(record)  # no other thread makes one: the name is reserved
             limit_bytes = NO_QUOTA_BYTES if record.quota_bytes is None else record.quota_bytes
             quota = (
                 Quota(limit_bytes, policy)
@@ -108,7 +108,7 @@ class OverlayMaker:
     def keep(
         self, guest: OverlayGuest, inherited: InheritedOverlay | None = None, *, staged: str = ""
     ) -> None:
-        """Have an overlay outlive us; staged is the handoff that it came in."""
+        """Have the keeper hold an overlay; staged is the handoff that brought it."""
         fds = [guest.account.fd, guest.quota.fd]
         record = guest.record()
         if self.files is None:
@@ -122,10 +122,10 @@ class OverlayMaker:
             self.records.admit(guest.group)
 
     def close(self, guest: OverlayGuest) -> None:
-        """Close an overlay that nobody uses; files are flushed and stay."""
+        """Close an overlay that is not in use; files are flushed and stay."""
         guest.export.close()
-        # Held no more before a descriptor of it is closed, and after what it is held for is done:
-        # of one in files the ledger knows what is not flushed.
+        # The keeper releases it before its descriptors are closed. With files, the flush must come
+        # first: until then the ledger has the bits of unflushed pages.
         if self.files is None:
             self.records.release(guest.group)
         try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overlays after a restart: those that a predecessor left, and those in --overlay-dir.
+"""Restore overlays after a restart: inherited ones, and those in --overlay-dir.
 
-One in files is of an image with that identity. Where the image's source has another time, only its
-digest can tell that it is the same: such overlays wait for it.
+An overlay in files needs the same source that it was made of. If the source's mtime differs, only
+the image's digest can tell whether it is the same: such overlays wait for the digest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _log = EventLog("cowshed.overlays")
 
 
 class OverlayRestorer:
-    """Puts overlays that there were into the table."""
+    """Restores overlays into the table."""
 
     def __init__(self, table: OverlayTable) -> None:
         self._table = table
@@ -38,9 +38,9 @@ class OverlayRestorer:
         inherited_fds: InheritedFds | None = None,
         owned: Container[str] = (),
     ) -> None:
-        """Go on with what our predecessor left, and with what is in --overlay-dir.
+        """Restore inherited overlays and those in --overlay-dir, of the images served now.
 
-        Of the images that are served now; of what handoffs had staged, that of those that are ours.
+        Staged ones are restored only if their handoff is in owned.
         """
         by_label = {image.label: image for image in images}
         all_inherited = self._records.take(inherited_fds or InheritedFds({}))
@@ -55,7 +55,9 @@ class OverlayRestorer:
                 continue
             try:
                 if image is None or self._files is not None or not inherited.has_pages:
-                    raise UsageError("nothing served now is made of it")
+                    raise UsageError(
+                        "its image is not served, --overlay-dir changed, or its files are unusable"
+                    )
                 self._open(image, inherited.record, inherited)
             except (CowshedError, OSError) as error:
                 _log.error("overlay-lost", str(error), overlay=inherited.record.label)
@@ -64,11 +66,11 @@ class OverlayRestorer:
                 _log.info("overlay-adopted", overlay=inherited.record.label)
 
     def restore_late(self, image: Image) -> None:
-        """Go on with what is in --overlay-dir of an image that is served only from now on."""
+        """Restore the overlays in --overlay-dir of an image that is served only from now on."""
         self._restore_files({image.label: image}, {}, (), is_late=True)
 
     def _is_mapped(self, image: Image | None, record: OverlayRecord) -> bool:
-        """Whether its guest maps by now: the death came before the overlay could be given up."""
+        """Whether its guest maps by now: the last backend died before it withdrew the overlay."""
         return image is not None and self._table.guests.has((image.domain, record.guest))
 
     def _restore_files(
@@ -84,7 +86,7 @@ class OverlayRestorer:
         for record in self._files.records():
             image = by_label.get(record.image)
             if is_late and image is None:
-                continue  # seen to at the start
+                continue  # handled at the start
             staged = self._files.staged(record)
             if (staged and staged not in owned) or self._is_mapped(image, record):
                 _log.info("overlay-forgotten", overlay=record.label)
@@ -127,9 +129,9 @@ class OverlayRestorer:
             _log.info("overlay-adopted", overlay=record.label)
 
     def note_digest(self, image: Image) -> None:
-        """An image's digest is known: go on with the overlays that waited for it, or refuse them.
+        """Restore or refuse the overlays that waited for an image's digest, which is known now.
 
-        From a thread that may wait for a disk. It is kept with the image's overlays, too.
+        Also writes the digest to the image's records. The caller's thread may wait for a disk.
         """
         if self._files is None:
             return
@@ -148,7 +150,7 @@ class OverlayRestorer:
         record: OverlayRecord,
         inherited: InheritedOverlay | None = None,
     ) -> OverlayGuest:
-        """Go on with an overlay; what was left of it is taken over on success only."""
+        """Restore an overlay; takes over the inherited descriptors on success only."""
         guest = self._maker.make(image, record, keep_record=False, inherited=inherited)
         if inherited is not None:
             guest.pages_id = inherited.pages_id

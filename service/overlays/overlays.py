@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests without mappings: the backend keeps their private pages for them, in overlays.
+"""The table of overlays, in which the backend keeps the private pages of guests without mappings.
 
-An overlay is made when a client first enters IMAGE@GUEST. It is kept while nobody is connected, in
-memory or in files of --overlay-dir, until it is discarded. Only who made it may come back to it,
-and operators. Its guest's name is taken among all guests of the domain, mapped ones too.
+An overlay is made when a client first enters IMAGE@GUEST. It is kept while no client is connected,
+in memory or in files of --overlay-dir, until it is discarded. Only its owner and operators may
+enter it. Its guest's name is taken among all guests of the domain, also those that map.
 
-The table is changed by the loop and by operators' threads, under its lock; lock order: the
-table's, then the guests'. Nothing waits for a disk under either: entrance.py has clients enter.
+The loop and operators' threads change the table, under its lock. Lock order: the table's, then the
+guests'. Nothing waits for a disk under either; entrance.py makes overlays in files in threads.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = ["OverlayGuest", "OverlayTable"]
 
 _log = EventLog("cowshed.overlays")
 
-# Its account, its quota, its pages, their map or its record, and one to spare.
+# The account, the quota, the pages, their map or the record, and one to spare.
 _FDS_PER_OVERLAY: Final = 5
 
 
@@ -62,7 +62,7 @@ class OverlayTable:
         files: OverlayFiles | None = None,
         records: OverlayRecords | None = None,
     ) -> None:
-        """limits are for the guests that map nothing."""
+        """limits are those of guests that map nothing."""
         self.lock: Final = threading.RLock()
         self.guests: Final = guests
         self._limits = limits
@@ -77,11 +77,11 @@ class OverlayTable:
         return iter(list(self._overlays.values()))
 
     def knows_digest(self, image: Image) -> bool:
-        """Whether overlays that are made from now on are kept with their image's digest."""
+        """Whether records of overlays made from now on have their image's digest."""
         return self._files is not None and self._files.knows_digest(image)
 
     def keep_digest(self, guest: OverlayGuest) -> None:
-        """Keep the digest that its image has by now with an overlay; may wait for a disk."""
+        """Write its image's digest to an overlay's record; may wait for a disk."""
         with self.using(guest) as is_here, guest.record_lock:
             if is_here:
                 self._refresh(guest)
@@ -96,11 +96,11 @@ class OverlayTable:
     # Clients.
 
     def names(self, image: Image, claim: Claim) -> list[str]:
-        """The guests whose overlays of an image a client may come back to."""
+        """Return the guests whose overlays of an image a client may enter."""
         return [guest.name for guest in self if guest.image is image and is_of(guest.owner, claim)]
 
     def check(self, image: Image, name: str, claim: Claim) -> None:
-        """Refuse what enter() would refuse, as far as can be known beforehand."""
+        """Raise what enter() would raise, as far as is known beforehand."""
         with self.lock:
             guest = self._overlays.get((image.domain, name))
             if guest is not None:
@@ -121,11 +121,10 @@ class OverlayTable:
         quota_bytes: int | None = None,
         policy: QuotaPolicy | None = None,
     ) -> OverlayGuest:
-        """Give the guest's overlay to one more client, made if there is none; leave() undoes it.
+        """Enter the guest's overlay, made if there is none, as one more client; leave() undoes it.
 
-        The quota and policy named count when it is made. Raises NotYoursError, UsageError for a
-        name that is taken or a quota that nobody may have, CapacityError or SourceError if it
-        cannot be made.
+        Quota and policy apply only when it is made. Raises NotYoursError, UsageError if the name is
+        taken or a guest may not have that quota, CapacityError or SourceError if it cannot be made.
         """
         with self.lock:
             guest = self._overlays.get((image.domain, name))
@@ -151,9 +150,10 @@ class OverlayTable:
         quota_bytes: int | None,
         policy: QuotaPolicy | None,
     ) -> OverlayRecord:
-        """Say what a client's overlay is to be; UsageError for a quota that nobody may have.
+        """Return the record of an overlay to be made for a client.
 
-        And for one that waits for its image's digest.
+        UsageError for a quota that a guest may not have, and if such an overlay waits for its
+        image's digest.
         """
         with self.lock:
             self.waiting.check(image, name)
@@ -171,9 +171,9 @@ class OverlayTable:
 
     @taking_in()
     def make(self, image: Image, record: OverlayRecord) -> OverlayGuest:
-        """Make an overlay that nobody can enter, in any thread: place() or unstage() it.
+        """Make an overlay that nobody can enter; the caller must place() or unstage() it.
 
-        Raises as enter() does. It may wait for a disk, and takes no lock of the table for that.
+        For any thread. Raises as enter() does. May wait for a disk, not under the table's lock.
         """
         guest = self.maker.make(image, record, keep_record=True)
         try:
@@ -184,17 +184,17 @@ class OverlayTable:
         return guest
 
     def insert(self, guest: OverlayGuest) -> None:
-        """From now on its owner may enter it."""
+        """Put an overlay into the table; from now on its owner may enter it."""
         with self.lock:
             self._overlays[guest.request.key] = guest
 
     def place(self, guest: OverlayGuest) -> None:
-        """Insert an overlay that was made."""
+        """Insert and log an overlay that was made."""
         self.insert(guest)
         _log.info("overlay-made", overlay=guest.label, owner=guest.owner)
 
     def withdraw_unused(self, guest: OverlayGuest) -> bool:
-        """Take an overlay out that nobody is in, to be unstaged; False if somebody is."""
+        """Take an overlay without clients out of the table, to unstage it; False if it has some."""
         with self.lock:
             if guest.nr_clients or self._overlays.get(guest.request.key) is not guest:
                 return False
@@ -202,7 +202,7 @@ class OverlayTable:
             return True
 
     def leave(self, guest: OverlayGuest) -> None:
-        """One client of it has gone."""
+        """Leave an overlay, for one client of it."""
         with self.lock:
             guest.nr_clients -= 1
             if not guest.nr_clients:
@@ -211,7 +211,7 @@ class OverlayTable:
     # Operators.
 
     def find(self, label: str) -> OverlayGuest:
-        """The overlay that IMAGE@GUEST means; UsageError, with those there are, if none does."""
+        """Return the overlay IMAGE@GUEST; UsageError, listing those there are, if there is none."""
         for guest in self:
             if label in (guest.label, f"{guest.domain}/{guest.image.name}@{guest.name}"):
                 return guest
@@ -219,9 +219,9 @@ class OverlayTable:
         raise UsageError(f"no overlay {label!r}; there is {there or 'none'}")
 
     def discard(self, label: str, *, guest_asked: bool = False) -> int:
-        """Forget an overlay that nobody is connected to, its files too; how many bytes it had.
+        """Discard an overlay without clients, and its files; return how many private bytes it had.
 
-        guest_asked: it left and wanted nothing kept, as happens all the time.
+        guest_asked: the guest left and did not ask to keep it; logged at info, as this is frequent.
         """
         with self.lock:
             guest = self.find(label)
@@ -229,8 +229,8 @@ class OverlayTable:
                 clients = "1 client" if guest.nr_clients == 1 else f"{guest.nr_clients} clients"
                 raise UsageError(f"overlay {guest.label!r} has {clients}: disconnect first")
             del self._overlays[guest.request.key]
-        # Its name stays reserved until it is closed; nobody waits for the disk meanwhile.
-        self._wait_unused(guest)  # or its record would be written again
+        # Its name stays reserved until it is closed; the disk is not waited for under the lock.
+        self._wait_unused(guest)  # otherwise its record might be written again
         nr_bytes = guest.account.status().private_pages * PAGE_BYTES
         guest.overlay.discard()
         if self._files is not None:
@@ -243,9 +243,9 @@ class OverlayTable:
         return nr_bytes
 
     def set_quota(self, guest: OverlayGuest, quota_bytes: int | None) -> None:
-        """Change a quota; writes that failed at the old one may be tried again.
+        """Change a quota; clients may retry writes that failed at the old one.
 
-        UsageError for one that was discarded since it was found.
+        UsageError if the overlay was discarded meanwhile.
         """
         with self.using(guest) as is_here, guest.record_lock:
             if not is_here:
@@ -259,16 +259,16 @@ class OverlayTable:
     # Handoffs.
 
     def stage(self, image: Image, record: OverlayRecord, pages_id: str) -> OverlayGuest:
-        """Make an empty overlay that nobody can enter, its name taken: admit() or unstage() it.
+        """Make an empty overlay that nobody can enter; the caller must admit() or unstage() it.
 
-        pages_id is what its pages were called where they come from. Raises as enter() does.
+        Its name is taken. pages_id is that of the source's pages. Raises as enter() does.
         """
         guest = self.maker.make(image, record, keep_record=False, is_staged=True)
         guest.pages_id = pages_id
         return guest
 
     def keep_staged(self, guest: OverlayGuest, handoff: str) -> None:
-        """Have a staged overlay outlive us: a successor admits it if that handoff is owned by us.
+        """Have the keeper hold a staged overlay; a successor admits it if the handoff is ours.
 
         Raises SourceError if its pages cannot be made durable.
         """
@@ -278,12 +278,12 @@ class OverlayTable:
         self.maker.keep(guest, staged=handoff)
 
     def check_name(self, domain: str, name: str) -> None:
-        """Raise UsageError if a name is taken: nothing could be staged under it."""
+        """Raise UsageError if a name is taken, so that nothing can be staged under it."""
         with self.lock:
             self.guests.check_name(domain, name)
 
     def admit(self, guest: OverlayGuest) -> None:
-        """From now on the owner of a staged overlay may enter it. Raises SourceError."""
+        """Let the owner of a staged overlay enter it from now on. Raises SourceError."""
         if self._files is not None:
             self._files.write(guest.record(), guest.image)
         with self.lock:
@@ -295,7 +295,7 @@ class OverlayTable:
         _log.info("overlay-admitted", overlay=guest.label, owner=guest.owner)
 
     def claim(self, key: tuple[str, str], image: Image, owner: str) -> OverlayGuest | None:
-        """Hold the overlay of a name for its owner, if nobody else does; leave() undoes it."""
+        """Enter the overlay of a name for its owner, if it has no client; leave() undoes it."""
         with self.lock:
             guest = self._overlays.get(key)
             if guest is None or guest.image is not image or guest.nr_clients:
@@ -306,13 +306,13 @@ class OverlayTable:
             return guest
 
     def get(self, domain: str, name: str) -> OverlayGuest | None:
-        """Give the overlay of a guest's name, if there is one."""
+        """Return the overlay of a guest's name, or None."""
         with self.lock:
             return self._overlays.get((domain, name))
 
     @contextlib.contextmanager
     def using(self, guest: OverlayGuest) -> Iterator[bool]:
-        """Keep an overlay from being closed inside `with`, in any thread; False: it is gone."""
+        """Keep an overlay from being closed inside `with`; for any thread. Yields False if gone."""
         with self.lock:
             is_here = self._overlays.get(guest.request.key) is guest
             guest.nr_users += is_here
@@ -324,14 +324,14 @@ class OverlayTable:
                 self._unused.notify_all()
 
     def unstage(self, guest: OverlayGuest) -> None:
-        """Forget a staged overlay."""
+        """Discard a staged overlay."""
         guest.overlay.discard()
         if self._files is not None:
             self._files.remove(guest.image.label, guest.name)
         self._close(guest)
 
     def withdraw(self, guest: OverlayGuest) -> None:
-        """Forget an overlay whose pages are elsewhere now; nobody is connected to it any more."""
+        """Remove an overlay whose pages are elsewhere now; it must have no clients."""
         with self.lock:
             if self._overlays.pop(guest.request.key, None) is None:
                 return
@@ -343,7 +343,7 @@ class OverlayTable:
     # Audits and metrics.
 
     def check_all(self) -> None:
-        """Recompute what holds of every overlay. Raises InvariantError."""
+        """Recompute the invariants of every overlay. Raises InvariantError."""
         with self.lock:
             for key, guest in self._overlays.items():
                 sums = guest.overlay.sums()
@@ -354,12 +354,12 @@ class OverlayTable:
 
     @contextlib.contextmanager
     def of_image(self, image: Image) -> Iterator[dict[str, Overlay]]:
-        """Give the overlays of an image by guest name, kept open inside `with`."""
+        """Yield the overlays of an image by guest name, kept open inside `with`."""
         with self.lock:
             yield {guest.name: guest.overlay for guest in self if guest.image is image}
 
     def close(self) -> None:
-        """Close every overlay; files are flushed and stay. No client is connected any more."""
+        """Close every overlay; files are flushed and stay. No client may be connected."""
         for guest in self:
             self._close(guest)
         self._overlays.clear()

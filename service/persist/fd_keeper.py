@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One holder of our descriptors: what it has been told to hold, and what it has yet to be told.
+"""One supervisor that holds our descriptors: the groups sent to it, and those still to be sent.
 
-A holder (systemd, a keeper of ours, a program that takes over) may be away, busy or full at any
-moment. So what it should hold is remembered here as a difference, and sent as far as it can be
-each time that send() is called:
+A supervisor (systemd, our keeper, a program that takes over) may be gone, busy or full at any
+moment. So this class remembers the difference from what it should hold, and each send() sends as
+much of it as the supervisor takes:
 
-    stale       it was sent, and is to be dropped
-    unsent      it is to be sent
-    notices     how we are (READY, STOPPING), after all that
+    stale       groups that were sent and must be dropped
+    unsent      groups that must be sent
+    notices     our state (READY, STOPPING), sent last
 
-No message is sent twice to a holder, and a group's removal goes before a group of the same name.
+No message is sent twice to a supervisor, and a group's removal goes before a new group of its name.
 """
 
 from __future__ import annotations
@@ -29,20 +29,19 @@ from cowshed.service.persist.notice import NOT_HELD, Groups, Notice
 
 __all__ = ["FdKeeper"]
 
-# What says that nobody is there, as opposed to something about one message.
+# Errors of a supervisor that is gone, as opposed to errors of one message.
 _AWAY: Final = (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTCONN, errno.EACCES, errno.EPROTOTYPE)
 _MAX_DATAGRAM: Final = 4096
 
 
 class FdKeeper:
-    """What one supervisor holds. Not thread-safe; close() it.
+    """The groups that one supervisor holds. Not thread-safe; the owner must close() it.
 
-    sent are the groups that it holds already. Invariants: unsent and sent have nothing in common
-    but what is stale; stale is part of sent.
+    Invariants: (1) groups both in _unsent and in _sent are stale; (2) _stale is part of _sent.
     """
 
     def __init__(self, address: str, sent: Iterable[str] = ()) -> None:
-        """UsageError if the address cannot be one."""
+        """sent are the groups that it holds already. UsageError for an invalid address."""
         self._address: Final = _socket_address(address)
         self._sent = set(sent)
         self._stale: set[str] = set()
@@ -51,54 +50,54 @@ class FdKeeper:
         self._is_connected = False
         self.is_slow = False
         self.is_full = False
-        # Connected, so that the kernel says when a full one takes more. Never waits.
+        # Connected, so that poll shows when a full supervisor takes more. Never blocks.
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._socket.setblocking(False)
-        self._socket.bind("")  # a name that the kernel chooses, to be answered at
+        self._socket.bind("")  # the kernel chooses a name, for the supervisor to answer to
 
     def close(self) -> None:
-        """Tell it no more; it goes on holding what it holds."""
+        """Close the socket; the supervisor keeps what it holds."""
         self._socket.close()
 
     def fileno(self) -> int:
-        """Ready to write when it takes more, to read when it has said something."""
+        """Return the socket: writable when the supervisor takes more, readable when it answered."""
         return self._socket.fileno()
 
     @property
     def address(self) -> str:
-        """Where it is told, as a NOTIFY_SOCKET."""
+        """The supervisor's address, in the form of NOTIFY_SOCKET."""
         return os.fsdecode(self._address.replace(b"\0", b"@", 1))
 
     @property
     def nr_unsent(self) -> int:
-        """How many groups it is to hold and does not."""
+        """The number of groups that it should hold and does not."""
         return len(self._unsent)
 
     @property
     def is_done(self) -> bool:
-        """Whether it was told everything."""
+        """Whether everything was sent."""
         return not (self._unsent or self._stale or self._notices)
 
     def want(self, names: Iterable[str]) -> None:
-        """Have these groups held, those that are not yet."""
+        """Queue those of these groups that it does not hold."""
         for name in names:
             if name not in self._sent or name in self._stale:
                 self._unsent[name] = None
 
     def drop(self, name: str) -> None:
-        """Have a group held no more."""
+        """Queue the removal of a group."""
         self._unsent.pop(name, None)
         if name in self._sent:
             self._stale.add(name)
 
     def note(self, fields: Mapping[str, str]) -> None:
-        """Have it told how we are, after all that it is to hold."""
+        """Queue a notice of our state, to be sent after all groups."""
         self._notices.append(fields)
 
     def send(self, groups: Groups, seconds: float = 0.0) -> OSError | None:
-        """Send what is left to be; what kept it from that, if anything.
+        """Send everything queued; return the error that prevented it, or None.
 
-        Waits for a full one for so many seconds, and not at all again until one has taken all.
+        Waits for a full supervisor at most so many seconds, and not again until it has taken all.
         """
         deadline = time.monotonic() + (0.0 if self.is_slow else seconds)
         while (error := self._send_some(groups)) is not None:
@@ -107,12 +106,12 @@ class FdKeeper:
             left = deadline - time.monotonic()
             if left <= 0 or not _takes_more(self._socket, left):
                 self.is_slow = True
-                return TimeoutError("it takes no more just now")
+                return TimeoutError("the supervisor takes no more just now")
         self.is_slow = False
         return None
 
     def refused(self) -> list[str]:
-        """Groups that it has just said it could not hold; they are unsent again."""
+        """Return the groups that it has reported it cannot hold; they are queued again."""
         refused: list[str] = []
         while True:
             try:
@@ -140,7 +139,7 @@ class FdKeeper:
                 except OSError as error:
                     if self.is_full or error.errno in _AWAY:
                         raise
-                    first = first or error  # one that cannot be sent keeps no other
+                    first = first or error  # one group's error must not keep others from being sent
                 else:
                     del self._unsent[name]
                     self._sent.add(name)
@@ -179,7 +178,7 @@ def _int_array(fds: Sequence[int]) -> bytes:
 
 
 def _socket_address(text: str) -> bytes:
-    """Give the address that a NOTIFY_SOCKET stands for; '@' begins an abstract one."""
+    """Return the address of a NOTIFY_SOCKET; '@' begins an abstract one."""
     if text.startswith("@"):
         return b"\0" + os.fsencode(text[1:])
     if text.startswith("/"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How groups of descriptors become what they were: the one way for mappings, machines, overlays."""
+"""Restore mappings, machines and overlays from inherited groups of descriptors, in one way."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ T = TypeVar("T")
 
 
 def new_group(prefix: str) -> str:
-    """Name a group; the prefix says of what."""
+    """Return a new unique group name with that prefix."""
     return f"{prefix}{secrets.token_hex(8)}"
 
 
 def has_kinds(fds: Kinds, needed: Set[str], optional: Set[str] = frozenset()) -> bool:
-    """Whether a group has all that it needs, and nothing that is not known."""
+    """Whether a group has all kinds that are needed, and no others except optional ones."""
     return fds.keys() - optional == needed
 
 
 def let_go(fd_store: FdStore, group: str, fds: Kinds) -> None:
-    """Have a group held no more, and close its descriptors."""
+    """Drop a group from the supervisor, and close its descriptors."""
     fd_store.release(group)
     for fd in fds.values():
         os.close(fd)
@@ -44,11 +44,11 @@ def restore_groups(
     restore: Callable[[str, Kinds], T | None],
     lost: str = "guest-lost",
 ) -> list[T]:
-    """Give what restore(group, fds) makes of each group with that prefix.
+    """Return what restore(group, fds) makes of each group with that prefix.
 
-    restore takes the descriptors over, or returns None, which it logs, having taken none: then the
-    group is let go. So is one whose record is broken: that costs itself alone, and is logged as
-    the event lost.
+    restore must take the descriptors over; or take none, log why, and return None: then the group
+    is let go. A group with a broken record is let go too, and logged as the event `lost`; the
+    others are restored.
     """
     restored = []
     for group, fds in inherited.take_all(prefix):

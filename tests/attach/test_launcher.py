@@ -282,4 +282,4 @@ def test_a_variable_that_makes_no_sense_is_told_and_leaves_the_program_alone(
         ["sh", "-c", "echo fine"], env=wrong, capture_output=True, text=True, check=True
     )
     assert ended.stdout == "fine\n"
-    assert "COWSHED_ATTACH makes no sense" in ended.stderr
+    assert "COWSHED_ATTACH is malformed" in ended.stderr

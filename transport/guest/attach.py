@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest's handshake, which C says (handshake.c): a guarded mapping that a backend answers."""
+"""The guest's handshake, made in C (handshake.c): an image mapped, its faults left to a backend."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGE_BYTES: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """A mapped image whose faults are answered; region is a struct region, to be deinited.
+    """A mapped image whose faults the backend answers; the owner must deinit region.
 
     The digest is "" while the backend does not know it.
     """
@@ -40,23 +40,24 @@ class Attached:
 def attach(connection: Connection, request: Body) -> Attached:
     """Open the image that request names, map it, and have the backend answer its faults.
 
-    On failure nothing is left mapped. Raises what the backend's refusal stands for, PeerError,
-    which closes the connection, and UsageError if this process cannot have what it takes.
+    On failure nothing is left mapped. Raises the error that the backend's refusal stands for,
+    PeerError, which closes the connection, and UsageError if this process may not use userfaultfd
+    or has no memory or descriptors for it.
     """
     return _attach(connection, request, b"")
 
 
 def rehearse(connection: Connection, request: Body) -> None:
-    """Do what attach() does, but for the last step, which the backend says whether it would take.
+    """Do what attach() does, but have the backend only check the last step and not take it.
 
-    Nothing is left mapped. A backend of an earlier version takes it, until the connection ends.
-    Raises what attach() raises.
+    Nothing is left mapped. A backend of an earlier version does take the last step, until the
+    connection ends. Raises what attach() raises.
     """
     lib.region_deinit(_attach(connection, request, b',"rehearse":true').region)
 
 
 def detach(connection: Connection, timeout: float) -> None:
-    """Have the backend let go of the mapping of a connection; one that is not there does not."""
+    """Have the backend drop the connection's mapping; returns also if the backend is gone."""
     handshake = _handshake(connection, timeout)
     while lib.handshake_close(handshake) == -errno.EINTR:
         pass
@@ -76,7 +77,7 @@ def _attach(connection: Connection, request: Body, more: bytes) -> Attached:
     image = ffi.new("struct guest_image *")
     stage = ffi.new("int *")
     try:
-        # Handlers of signals run between two calls, and may raise.
+        # Signal handlers run between two calls, and may raise.
         while (
             err := lib.guest_attach(handshake, opening, more, region, image, stage)
         ) == -errno.EINTR:
@@ -101,7 +102,7 @@ def _attach(connection: Connection, request: Body, more: bytes) -> Attached:
 
 
 def _failure(handshake: StructHandshake, image: str, code: int, stage: int) -> CowshedError:
-    """What an attach that failed is to raise."""
+    """Return the exception for an attach that failed with this errno at this stage."""
     why = os.strerror(code)
     if stage:
         what, cure = _text(lib.region_failure(stage)), _text(lib.region_cure(stage))
@@ -120,7 +121,7 @@ def _failure(handshake: StructHandshake, image: str, code: int, stage: int) -> C
                 "the peer closed the connection; the backend ended, or dropped us: see its log"
             )
         case errno.EPROTO:
-            return PeerError(f"the backend opened {image!r} with a reply that makes no sense")
+            return PeerError(f"the backend sent a malformed reply to the opening of {image!r}")
         case errno.ETIMEDOUT:
             return PeerError(
                 f"peer sent no message in {REPLY_SECONDS:g} s; is the backend stopped, or "
@@ -136,5 +137,5 @@ def _text(chars: Pointer[bytes]) -> str:
 
 
 def round_up(length: int) -> int:
-    """Give the bytes of the whole pages that length bytes from a page's start take."""
+    """Round a length in bytes up to whole pages."""
     return (length + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES

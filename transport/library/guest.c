@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The guest library (cowshed_guest.h): a connection, the mapping that it is the lifeline of, and who follows. */
+/* The guest library (cowshed_guest.h): a connection, the mapping that lives as long as it, and its follower. */
 #define _GNU_SOURCE
 #include "transport/library/cowshed_guest.h"
 
@@ -24,7 +24,7 @@
 #define REPLY_MS 60000
 #define CLOSE_MS 5000
 #define PAUSE_MS 10
-#define TRIES 5 /* with a backend that dies meanwhile, whose successor is at the same path */
+#define TRIES 5 /* if the backend dies meanwhile: its successor is at the same path */
 #define MOVES_MAX 4
 #define REQUEST_BYTES (4u << 10)
 
@@ -59,7 +59,7 @@ static int fail(int err, const char *format, ...)
 	return err;
 }
 
-/* JSON that is being written; length beyond the room: it did not fit. */
+/* JSON that is being written; it did not fit if length is beyond the room. */
 struct text {
 	char bytes[REQUEST_BYTES];
 	size_t length;
@@ -103,7 +103,7 @@ static void put_number(struct text *text, const char *name, int64_t value)
 	put(text, number);
 }
 
-/* What stays true of the guest wherever it goes. */
+/* Begins an open request with the fields that are the same at every backend. */
 static void put_open(struct text *text, const char *image, const char *guest, const struct cowshed_options *options)
 {
 	*text = (struct text){.length = 0};
@@ -132,7 +132,7 @@ static int dial(const char *path)
 	strcpy(address.sun_path, path);
 	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (fd < 0)
-		return fail(-errno, "cannot have a socket: %s", strerror(errno));
+		return fail(-errno, "cannot create a socket: %s", strerror(errno));
 	for (int waited_ms = 0; connect(fd, (const struct sockaddr *)&address, sizeof(address)) < 0;) {
 		err = -errno;
 		if (err == -EINTR || (err == -EAGAIN && waited_ms < REPLY_MS)) {
@@ -146,13 +146,13 @@ static int dial(const char *path)
 	return fd;
 }
 
-/* Says what a handshake ended with. */
+/* Sets the error line of a handshake that failed. */
 static int failed(const struct handshake *handshake, const char *path, const char *image, int err)
 {
 	if (err == -EACCES || err == -EREMCHG)
 		return fail(err, "%s", handshake->message);
 	if (err == -EPROTO)
-		return fail(err, "the backend at %s answers what makes no sense; is it of another version?", path);
+		return fail(err, "the backend at %s sent a malformed reply; is it another version?", path);
 	return fail(err, "the backend at %s did not open %s: %s; see 'cowshed status' and its log", path, image,
 	            strerror(-err));
 }
@@ -189,7 +189,7 @@ static int attach_once(const char *path, const char *image, const char *request,
 	return err;
 }
 
-/* Attaches, wherever the guest is; with a successor, if the backend dies meanwhile. */
+/* Attaches at the backend where the guest is, or at the successor of one that dies meanwhile. */
 static int attach(const char *path, const char *image, const char *request, bool follows, struct cowshed_disk *disk)
 {
 	const char *scheme = "unix://";
@@ -214,7 +214,7 @@ static int start_following(struct cowshed_disk *disk, const char *image, const s
 	int err;
 
 	put_open(&opening, image, disk->image.guest, options);
-	put(&opening, ",\"moved\":true"); /* its pages are there, or it is not */
+	put(&opening, ",\"moved\":true"); /* refuse the guest if its pages are not there */
 	err = follower_start(&disk->region, disk->fd, !(options->flags & COWSHED_NO_FOLLOW), disk->image.guest,
 	                     opening.bytes, disk->image.digest, &disk->follower);
 	if (err < 0)
@@ -223,10 +223,10 @@ static int start_following(struct cowshed_disk *disk, const char *image, const s
 	return err;
 }
 
-/* Has the backend let go, as far as it is there, and unmaps. */
+/* Makes the backend, if it is there, release the mapping, and unmaps. */
 static void detach(struct cowshed_disk *disk)
 {
-	/* The backend first: a handler late by an instant must not meet another mapping at this address. */
+	/* The backend first: a late answer of it must not hit another mapping at this address. */
 	struct handshake *handshake = handshake_new(disk->fd, CLOSE_MS);
 
 	if (handshake)
@@ -296,7 +296,7 @@ const char *cowshed_digest(const cowshed_disk *disk)
 	return disk->image.digest;
 }
 
-/* Whether a range is outside the image, or its memory is given up. */
+/* Fails if a range is outside the image, or if its memory was given up. */
 static int check_range(const struct cowshed_disk *disk, const char *what, uint64_t offset, uint64_t length)
 {
 	uint64_t size = disk->image.size_bytes;
@@ -314,7 +314,7 @@ static int64_t copied(const struct cowshed_disk *disk, const char *what, uint64_
 {
 	if (nr >= 0)
 		return nr;
-	/* It may have been given up meanwhile. */
+	/* The memory may have been given up meanwhile. */
 	int err = check_range(disk, what, offset, 0);
 	return err < 0 ? err
 	               : fail((int)nr, "%s at %" PRIu64 ": no page there (%s); see the backend's log", what, offset,

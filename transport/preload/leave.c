@@ -17,7 +17,7 @@
 
 #define PAUSE_NS 50000000
 #define MAX_SENT_ON 8
-#define WAIT_SECONDS 60 /* for the end of a drain: as wire.c has it for a reply */
+#define WAIT_SECONDS 60 /* for the end of a drain; as REPLY_SECONDS of wire.c */
 
 char leave_digest[136];
 atomic_bool leave_is_nowhere;
@@ -31,24 +31,24 @@ void leave_close(struct leave *leave)
 			real_close(fds[i]);
 }
 
-/* Checks the image and takes its frames; lends the device for the time of this call. */
+/* Checks the image, opens a userfaultfd, and takes over the frames; the rest of image stays the caller's. */
 static int leave_take(struct leave *leave, struct guest_image *image)
 {
 	struct stat status;
 	int err;
 
 	if (image->digest[0] && leave_digest[0] && strcmp(image->digest, leave_digest) != 0) {
-		report("no mapping of the image: the backend at %s serves another one under that name",
+		report("no mapping of the image: the backend at %s serves another image under that name",
 		       config.socket_path);
 		return -EACCES;
 	}
 	if (image->map_bytes != config.map_bytes || fstat(image->memfd, &status) < 0) {
-		report("no mapping of the image: the backend's answer makes no sense; is it of another version?");
+		report("no mapping of the image: the backend's reply is malformed; is it another version?");
 		return -EPROTO;
 	}
 	leave->uffd = guard_open(image->uffd_device);
 	if (leave->uffd < 0) {
-		report("no mapping of the image: cannot have a userfaultfd that serves system calls too (%s); "
+		report("no mapping of the image: cannot get a userfaultfd that handles faults in system calls (%s); "
 		       "run the backend as root so that it can lend /dev/userfaultfd, or give this user access "
 		       "to that device, or set sysctl vm.unprivileged_userfaultfd=1",
 		       strerrordesc_np(-leave->uffd));
@@ -93,8 +93,8 @@ int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_by
 	return 0;
 }
 
-/* Where the guest's backend sends us on to.  It takes a guest that has moved there, and no new one.  From then on that
-   is where this program asks. */
+/* Asks the backend at wire_moved_to, which accepts a guest that moved there, but no new one.  On success this program
+   asks there from then on. */
 static int ask_there(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes)
 {
 	char before[sizeof(config.socket_path)];
@@ -113,8 +113,6 @@ static int ask_there(struct leave *leave_out, uint64_t offset_bytes, uint64_t le
 	return err;
 }
 
-/* As leave_ask, wherever the guest is.  While it is being drained the one sends us on, and the other does not know us.
- */
 int leave_find(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, bool waits)
 {
 	int err, waited;
@@ -129,7 +127,7 @@ int leave_find(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_b
 		waited = !waits || atomic_load(&leave_is_nowhere) || err == -EMFILE ? -ETIMEDOUT
 		                                                                    : lock_wait(WAIT_SECONDS);
 		if (waited == -ETIMEDOUT)
-			report("no mapping of the image: this program's guest is at %s now, which does not take it: %s",
+			report("no mapping of the image: this program's guest moved to %s, which refuses it: %s",
 			       wire_moved_to, report_kept());
 		if (waited < 0)
 			return waited == -ETIMEDOUT ? -EACCES : waited;

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A futex and not a mutex of the C library: that one waits with the caller's signals either blocked, so that nothing
- * ends a program whose other thread waits for the backend, or let in for an instant too long, so that a handler runs
- * with the lock held and may leave by siglongjmp.
+ * The library's lock is a futex, not a pthread mutex.  A mutex would wait either with signals blocked, so that no
+ * handler could end a program whose other thread waits for the backend, or with signals open for an instant too long,
+ * so that a handler could run with the lock held and leave by siglongjmp.
  *
- * The holder that waits for the backend is asked to begin again for the first handler at once.  From then on the times
- * in which it is not asked double, so that it gets on with a slow backend however often a timer's signal comes.
+ * lock_wait interrupts a waiting holder at once for the first handler.  After that the intervals without interruption
+ * double, so that a call makes progress with a slow backend however often a timer's signal comes.
  */
 #define _GNU_SOURCE
 #include "transport/preload/lock.h"
@@ -35,11 +35,11 @@ struct cancellation {
 	int state, type;
 };
 
-/* Of the holder: guarded by the lock. */
+/* The holder's; guarded by the lock. */
 static struct cancellation cancellation_before;
 static sigset_t blocked;
 
-/* Of one call of the program's, in the thread that makes it. */
+/* State of one call of the program, in the thread that makes it. */
 struct patience {
 	int64_t since_ns; /* when it first waited; 0: it has not */
 	int64_t deaf_until_ns, deaf_ns;
@@ -47,8 +47,8 @@ struct patience {
 };
 static OF_THREAD struct patience patience;
 
-/* The kernel's struct sigaction begins with the handler.  By a bare call, since programs put functions of their own
-   before the C library's. */
+/* The kernel's struct sigaction begins with the handler.  A bare system call, since programs may interpose the C
+   library's sigaction. */
 static bool has_handler(int number)
 {
 	union {
@@ -61,7 +61,7 @@ static bool has_handler(int number)
 	return action.handler != SIG_DFL && action.handler != SIG_IGN;
 }
 
-/* pthread_sigmask leaves the two signals of the C library itself alone. */
+/* pthread_sigmask never blocks the C library's two internal signals. */
 static void block_signals(sigset_t *blocked_out, sigset_t *before_out)
 {
 	sigemptyset(blocked_out);
@@ -74,7 +74,7 @@ static void block_signals(sigset_t *blocked_out, sigset_t *before_out)
 			sigdelset(blocked_out, number);
 }
 
-/* Nothing is held meanwhile: a handler may leave by siglongjmp, and the thread may be cancelled. */
+/* The thread must hold nothing here: a handler may leave by siglongjmp, and the thread may be cancelled. */
 static void await(void)
 {
 	int expected = TAKEN;
@@ -142,7 +142,7 @@ void lock_release(const sigset_t *signals)
 	struct cancellation cancellation = cancellation_before;
 
 	is_inside = false;
-	/* All of them: the one that is woken may run a handler first, which never comes back. */
+	/* Wake all waiters: a single one might first run a handler that never returns. */
 	if (atomic_exchange(&lock_state, FREE) == AWAITED)
 		syscall(SYS_futex, &lock_state, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 	let_in(signals, cancellation);

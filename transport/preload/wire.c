@@ -12,14 +12,14 @@
 #include "transport/preload/config.h"
 
 #define SLICE_MICROSECONDS 50000
-#define REPLY_SECONDS 60 /* in all, for a call of the program's */
+#define REPLY_SECONDS 60 /* in all, for one call of the program */
 #define FAREWELL_SECONDS 5
 
 static char reply_text[16 << 10];
 static unsigned limit_seconds;
 char wire_moved_to[108];
 
-/* The socket's own time is up: the lock says whether to go on. */
+/* Runs when a call on the socket timed out: lock_wait decides whether to go on. */
 static int wait_on(struct handshake *handshake, short events)
 {
 	int err = lock_wait(limit_seconds);
@@ -39,7 +39,7 @@ static struct handshake *speak_with(int fd, unsigned seconds)
 	return &handshake;
 }
 
-/* A call on the socket comes back after this: then lock_wait says whether to go on. */
+/* Makes calls on the socket time out after a slice, so that lock_wait can decide whether to go on. */
 static int set_timeout(int fd)
 {
 	struct timeval limit = {.tv_usec = SLICE_MICROSECONDS};
@@ -53,7 +53,7 @@ static int set_timeout(int fd)
 static void report_failure(int err)
 {
 	if (err == -EACCES || err == -EINTR)
-		return; /* said where it was refused; not over */
+		return; /* reported by refused(); to be called again */
 	if (err == -EMFILE) {
 		report("no mapping of the image: this process has too many descriptors; raise its limit (ulimit -n), "
 		       "or close some");
@@ -77,11 +77,11 @@ bool wire_take_path(struct json json, char path_out[static sizeof(wire_moved_to)
 {
 	char uri[sizeof(wire_moved_to) + 8];
 
-	/* What does not fit is cut, and then it is as long as the room. */
+	/* json_text cuts a longer URI to the size of the buffer, which take_path refuses. */
 	return json_text(json, "uri", uri, sizeof(uri)) && take_path(uri, path_out);
 }
 
-/* Reports a refusal, unless it is that the guest is elsewhere now. */
+/* Reports a refusal, unless it redirects to another backend. */
 static int refused(int err)
 {
 	if (err == -EREMCHG && take_path(handshake.moved_to, wire_moved_to))
@@ -92,7 +92,7 @@ static int refused(int err)
 	return -EACCES;
 }
 
-/* Reports why something failed, unless callers do. */
+/* Reports a failure, unless callers do (wire_is_gone). */
 static int failed(int err)
 {
 	err = refused(err);
@@ -123,7 +123,7 @@ int wire_connect(void)
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	int fd, err;
 
-	_Static_assert(sizeof(address.sun_path) == sizeof(config.socket_path), "the path fits, with its end");
+	_Static_assert(sizeof(address.sun_path) == sizeof(config.socket_path), "the path fits, with its NUL");
 	memcpy(address.sun_path, config.socket_path, sizeof(config.socket_path));
 	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 	if (fd < 0) {
@@ -152,7 +152,7 @@ int wire_open(int connection_fd, const char *request, struct guest_image *image_
 
 	if (err != -EPROTO)
 		return failed(err);
-	report("no mapping of the image: the backend's answer makes no sense; is it of another version?");
+	report("no mapping of the image: the backend's reply is malformed; is it another version?");
 	return err;
 }
 

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Following what is written to an overlay, and holding it back.
+ * Tracking writes to an overlay, and freezing it.
  *
- * A page is marked and written under its stripe's lock, and its bit is taken under it: so what was marked before is in
- * the bytes that are read afterwards, and what is written after that is marked again.  A freeze is a flag that is
- * looked at under the same lock: having passed all stripes, it has all writes before it or held back.
+ * A page is marked dirty and written under its stripe's lock, and its bit is taken under the same lock: so a write
+ * marked before is in the bytes that are read afterwards, and a later write marks the page again. A freeze is a flag
+ * that writers check under the same lock: once the freezer has held every stripe's lock, each write is done or held
+ * back.
  */
 #include "accounting/core/overlay/overlay.h"
 
@@ -16,7 +17,7 @@ static uint64_t nr_words_of(const struct overlay *overlay)
 	return bits_bytes(overlay->image->shape.nr_pages) / sizeof(bits_word);
 }
 
-/* Whoever changes a page, and began before this, has ended. */
+/* Waits until every change that began before has ended. */
 static void pass_stripes(struct overlay *overlay)
 {
 	for (int i = 0; i < OVERLAY_STRIPES; i++) {
@@ -47,7 +48,7 @@ int overlay_track(struct overlay *overlay, int on)
 		return -ENOMEM;
 	atomic_store(&overlay->dirty, dirty);
 	pass_stripes(overlay);
-	/* From here on all who change a page mark it. */
+	/* From here on every change marks its page. */
 	for (uint64_t i = 0; i < nr_words_of(overlay); i++)
 		atomic_fetch_or(&dirty[i], overlay->account->private[i]);
 	return 0;

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NBD's way in: RUN_DIR/nbd.sock and perhaps HOST:PORT, from accepting a client until it has ended.
+"""The NBD server, at RUN_DIR/nbd.sock and perhaps HOST:PORT: a client from accept to its end.
 
     accept --admitted--> NbdSession (handshake, in the loop) --chosen--> C core's threads --> ended
 
-A client that breaks a rule, falls silent in its handshake or finds no place costs itself its
-connection and nobody else anything.
+A client that breaks a rule, stalls in its handshake or finds no place loses its connection; others
+are not affected.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class _Client:
 
 
 class NbdService(FrontendServer[NbdSession]):
-    """Listens from the time it is made until close(); all in the loop.
+    """Listens from construction until close(); all in the loop.
 
-    What cannot be opened is left to unserved, as are the certificates, without which tls is None:
-    then local clients are offered no TLS, and HOST:PORT is not served.
+    unserved retries listeners and certificates that cannot be opened. Until the certificates can,
+    tls is None: local clients are offered no TLS, and HOST:PORT is not served.
 
     Invariant: each connection is in _sessions or in _clients, and admitted once.
     """
@@ -102,7 +102,7 @@ class NbdService(FrontendServer[NbdSession]):
         loop.watch(self._core.event_fd, READ, self._on_ended)
 
     def load_tls(self) -> ssl.SSLContext | None:
-        """Give the context of [tls], read anew unless it is in use; None if there is no [tls].
+        """Return the context of [tls], read anew unless one is in use; None if there is no [tls].
 
         UsageError, one line, if its files cannot be used. For any thread; may wait for a disk.
         """
@@ -125,17 +125,17 @@ class NbdService(FrontendServer[NbdSession]):
             _log.warning(
                 "nbd-open",
                 "NBD without TLS lets anybody who reaches it read every image of the default "
-                "domain: give [tls], or an address of this host alone",
+                "domain: configure [tls], or listen at a loopback address",
                 address=f"{host}:{port}",
             )
 
     def counters(self) -> Iterator[tuple[Image, NbdCounters]]:
-        """What clients did, of each image: its own export and those of its overlays."""
+        """Yield the counters of each image: of its own export and those of its overlays."""
         for image in self._store:
             yield image, self._core.counters(image)
 
     def close(self) -> None:
-        """End every connection and give everything back; the loop has stopped."""
+        """End every connection and release everything; the loop has stopped."""
         for listener in self._listeners:
             listener.close()
         with contextlib.suppress(OSError):
@@ -150,10 +150,10 @@ class NbdService(FrontendServer[NbdSession]):
         self._acceptor.close()
 
     def nr_unfinished(self) -> int:
-        """How many are in the middle of a handshake."""
+        """The number of connections in a handshake."""
         return sum(not session.refusal for session in self._sessions.values())
 
-    # Coming in.
+    # Accepting.
 
     def _on_peer(self, listener: socket.socket) -> None:
         if (taken := self._acceptor.accept_any(listener)) is not None:
@@ -176,14 +176,14 @@ class NbdService(FrontendServer[NbdSession]):
         self._sessions[id(session)] = session
         session.begin()
 
-    # What sessions need.
+    # SessionOwner.
 
     def directory(self, peer: NbdPeer, client: Entering) -> NbdDirectory:
         """The exports that a client may see."""
         return NbdDirectory(self._store, self._access, self._overlays, self._entrance, peer, client)
 
     def named(self, peer: NbdPeer, names: list[str]) -> NbdPeer:
-        """The client, by the names in its certificate; UsageError if they contradict."""
+        """Return the peer with the name in its certificate; UsageError if the names conflict."""
         return peer.named(self._access.domains.client_name(names))
 
     def chosen(self, session: NbdSession, chosen: Chosen) -> None:
@@ -220,7 +220,7 @@ class NbdService(FrontendServer[NbdSession]):
 
     def _drop(self, session: NbdSession, reason: str, why: str) -> None:
         if session.refusal and reason == "handshake":
-            self._end(session)  # it was counted when it was turned away
+            self._end(session)  # counted when it was turned away
         else:
             super()._drop(session, reason, why)
 
@@ -244,12 +244,12 @@ class NbdService(FrontendServer[NbdSession]):
         if export.overlay is not None:
             self._overlays.leave(export.overlay)
 
-    # Connections that came in elsewhere and speak the same from here on.
+    # Connections that another server accepted, and that speak NBD from here on.
 
     def serve(
         self, export: NbdExport, sock: socket.socket, on_ended: Callable[[Ended], None]
     ) -> int:
-        """Have the core's threads serve a connection, whose number is given; sock is theirs then.
+        """Give sock to the core's threads; return the connection's number.
 
         on_ended is called once, in the loop or by close(). CapacityError leaves sock the caller's.
         """
@@ -259,19 +259,19 @@ class NbdService(FrontendServer[NbdSession]):
         return number
 
     def disconnect(self, guest: OverlayGuest) -> None:
-        """Begin the end of all of an overlay's clients that came in here."""
+        """Begin to end all of an overlay's clients that this server accepted."""
         for number, client in list(self._clients.items()):
             if client.export.overlay is guest:
                 self._core.detach(number)
 
     def detach(self, connection_no: int) -> None:
-        """Begin the end of a connection."""
+        """Begin to end a connection."""
         self._core.detach(connection_no)
 
-    # Going.
+    # Ending.
 
     def look_ended(self) -> None:
-        """Let go of what has ended by now."""
+        """Release the connections that have ended by now."""
         self._on_ended()
 
     def _on_ended(self, *_: int) -> None:
@@ -297,5 +297,5 @@ class NbdService(FrontendServer[NbdSession]):
             _log.info("nbd-detached", export=client.export.name, end=how, **peer.who)
 
     def _look_after(self) -> None:
-        self._on_ended()  # whether or not we were told
+        self._on_ended()  # even if the core's event was missed
         super()._look_after()

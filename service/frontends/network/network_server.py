@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where guests come in over a network: each --listen URI, from accepting one until it has ended.
+"""The server of guests over a network, at each --listen URI: a connection from accept to its end.
 
     accept --Admission--> NetworkSession (in the loop) --data--> the C core's threads --> ended
 
-A guest whose connection breaks keeps its private pages: its state is "away" until it comes back by
-the same token. A guest that closes is gone with them, unless it asked to have them kept. One that
-comes back while its old connection seems to be there takes its place, once that has ended: else
-what it sent before could overtake what it sends now.
+A guest whose connection breaks keeps its private pages: its state is "away" until it reconnects
+with the same token. A guest that ends in order loses them, unless it asked to keep them. If a guest
+reconnects while its old connection seems alive, the old one must end first: otherwise writes sent
+on it could overtake those on the new one.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ _FDS: Final = {"tcp": 1, "vsock": 1, "tls": 3}  # with TLS, two ends of a pair c
 
 
 class NetworkServer(FrontendServer[NetworkSession]):
-    """Listens from the time it is made until close(); all in the loop.
+    """Listens from construction until close(); all in the loop.
 
-    What cannot be opened is left to unserved, which raises UsageError at a first start.
+    unserved retries listeners that cannot be opened; at a first start it raises UsageError.
 
     Invariant: each connection is in _sessions, or its number in _numbers, and admitted once.
     """
@@ -63,7 +63,7 @@ class NetworkServer(FrontendServer[NetworkSession]):
         handoffs: HandoffTarget,
         unserved: UnservedListeners,
     ) -> None:
-        """handoffs takes guests that other backends give, from those that the rules allow."""
+        """handoffs receives guests from the other backends that the configuration allows."""
         super().__init__(host, _log)
         listeners = host.listeners
         self._store = host.store
@@ -94,12 +94,12 @@ class NetworkServer(FrontendServer[NetworkSession]):
             _log.warning(
                 "listening-open",
                 "tcp without TLS lets anybody who reaches it read every image of the default "
-                "domain: use tls://, or an address of this host alone",
+                "domain: use tls://, or a loopback address",
                 uri=listener.uri,
             )
 
     def close(self) -> None:
-        """Stop listening and end conversations; those whose bytes flow end with the C core."""
+        """Stop listening and end all sessions; the C core ends connections in their data phase."""
         for fd, listener in self._listeners.items():
             self._loop.forget(fd)
             self._turned_away[fd].close()
@@ -109,17 +109,17 @@ class NetworkServer(FrontendServer[NetworkSession]):
             self._end(session)
 
     def nr_unfinished(self) -> int:
-        """How many are in the middle of a handshake."""
+        """The number of connections in a handshake."""
         return len(self._sessions)
 
-    # What sessions need.
+    # NetworkHost.
 
     def find_image(self, name: str, identity: Identity) -> Image:
-        """The image that a guest means; UsageError naming those it may use."""
+        """Return the image of that name; UsageError naming those the guest may use."""
         return self._access.find(self._store, name, identity)
 
     def identity(self, names: list[str]) -> Identity:
-        """Who has these names in its certificate; UsageError if they contradict."""
+        """Return the identity of a certificate's names; UsageError if they conflict."""
         return Identity(client_name=self._access.domains.client_name(names))
 
     def enter(
@@ -131,8 +131,8 @@ class NetworkServer(FrontendServer[NetworkSession]):
         quota_bytes: int | None,
         policy: QuotaPolicy | None,
     ) -> OverlayGuest:
-        """Hold a guest's overlay for one client; CapacityError while its last one is ending."""
-        # Its last connection may have ended just now, and its name be free again.
+        """Enter a guest's overlay as its only client; CapacityError if it has another."""
+        # The guest's last connection may have just ended, which frees its name.
         self._nbd.look_ended()
         guest = self._entrance.enter(
             client, image, name, claim, quota_bytes=quota_bytes, policy=policy
@@ -141,12 +141,12 @@ class NetworkServer(FrontendServer[NetworkSession]):
             self._overlays.leave(guest)
             if guest in self._numbers:
                 self._nbd.detach(self._numbers[guest])
-                raise CapacityError(f"guest {name!r} has a connection that is being ended; retry")
-            raise CapacityError(f"guest {name!r} is connected already; disconnect it first")
+                raise CapacityError(f"the old connection of guest {name!r} is being ended; retry")
+            raise CapacityError(f"guest {name!r} is already connected; disconnect it first")
         return guest
 
     def check_pages(self, image: Image, name: str, overlay_id: str) -> None:
-        """Refuse a guest whose private pages are not here: CapacityError, and none are made."""
+        """Raise CapacityError if the guest's private pages are not here; makes none."""
         guest = self._overlays.get(image.domain, name)
         if guest is None or guest.pages_id != overlay_id:
             raise CapacityError(
@@ -154,21 +154,21 @@ class NetworkServer(FrontendServer[NetworkSession]):
             )
 
     def overlay_id(self, guest: OverlayGuest) -> str:
-        """Name these private pages."""
+        """Return the identifier of the guest's private pages."""
         return guest.pages_id
 
     def check_handoff(self, client_name: str | None, scheme: str) -> None:
-        """Refuse who may not give us guests: UsageError."""
+        """Raise UsageError unless this peer may hand guests over to us."""
         if self._handoffs is None or not self._handoff_rules.allows(client_name, scheme):
-            who = repr(client_name) if client_name else f"a backend that comes by {scheme}"
-            _log.warning("handoff-refused", f"handoffs of {who} are not taken here")
+            who = repr(client_name) if client_name else f"a backend connected by {scheme}"
+            _log.warning("handoff-refused", f"handoffs from {who} are not taken here")
             raise UsageError(
-                f"handoffs of {who} are not taken here; name its certificate in handoff_from, or, "
-                "for tcp without TLS, serve with --accept-handoff"
+                f"handoffs from {who} are not taken here; name its certificate in handoff_from, "
+                "or, for tcp without TLS, serve with --accept-handoff"
             )
 
     def leave(self, entered: Entered, *, was_orderly: bool) -> None:
-        """Let go of a guest; its overlay goes too if it said good-bye and wanted none kept."""
+        """Leave a guest; discards its overlay if it ended in order and did not ask to keep it."""
         guest = entered.guest
         self._overlays.leave(guest)
         if was_orderly and not entered.keep and not guest.nr_clients:
@@ -186,12 +186,12 @@ class NetworkServer(FrontendServer[NetworkSession]):
             _log.warning("not-discarded", str(error), overlay=label)
 
     def disconnect(self, guest: OverlayGuest) -> None:
-        """Begin the end of a guest's connection, wherever it came in."""
+        """Begin to end a guest's connections, here and at the NBD server."""
         self._nbd.disconnect(guest)
         if guest in self._numbers:
             self._nbd.detach(self._numbers[guest])
 
-    # Coming in.
+    # Accepting.
 
     def _on_connect(self, listening_fd: int, _: int) -> None:
         listener = self._listeners[listening_fd]
@@ -214,7 +214,7 @@ class NetworkServer(FrontendServer[NetworkSession]):
         self._attempt(fd, reads=bool(events & READ))
 
     def _attempt(self, fd: int, *, reads: bool = False, go_on: bool = False) -> None:
-        """Do what a session asked, and send what is to be sent."""
+        """Perform a session's requests, and send its replies."""
         session = self._sessions[fd]
         tag = 0
         try:
@@ -244,7 +244,7 @@ class NetworkServer(FrontendServer[NetworkSession]):
         self._loop.change(fd, events)
 
     def _give(self, fd: int) -> None:
-        """Give the connection to the core's threads: the reply to "data" is out."""
+        """Give the connection to the core's threads; the reply to "data" must have been sent."""
         reach("NETWORK_GIVEN")
         session = self._sessions[fd]
         if session.brings_handoff:
@@ -290,7 +290,7 @@ class NetworkServer(FrontendServer[NetworkSession]):
         _log.info("attached", guest=entered.guest.name, image=image, **who)
 
     def _give_handoff(self, fd: int) -> None:
-        """Give the connection to a thread of its own: a handoff comes over it."""
+        """Give a connection that brings a handoff to a thread of its own."""
         session = self._sessions[fd]
         sock, tls = session.connection.take_stream()
         del self._sessions[fd]
@@ -330,12 +330,10 @@ class NetworkServer(FrontendServer[NetworkSession]):
 
 
 def _prepare(uri: str, kept_as: str, nbd: NbdService, listeners: Listeners) -> StreamListener:
-    """Listen at uri; UsageError if that cannot be. For any thread; may wait for a disk."""
+    """Listen at uri; UsageError on failure. For any thread; may wait for a disk."""
     scheme = scheme_of(uri)
     if scheme not in _FDS:
-        raise UsageError(
-            f"cannot listen at {uri!r}: guests from elsewhere come by tcp://, tls:// or vsock://"
-        )
+        raise UsageError(f"cannot listen at {uri!r}: use tcp://, tls:// or vsock://")
     needs_tls = scheme == "tls" and not parse_stream_uri(uri).options
     context = nbd.load_tls() if needs_tls else None
     return listen(uri, context=context, opened_by=functools.partial(listeners.open, kept_as))

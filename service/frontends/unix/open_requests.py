@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What guests say of the mapping that they want, read and checked: `open` and `region`."""
+"""Read and check the requests by which a guest maps: `open` and `region`."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ PAGE_BYTES: Final = 4096
 def read_open_request(
     body: dict[str, Any], config: Config, find_image: Callable[[str], Image], pid: int
 ) -> OpenRequest:
-    """Read the body of `open`, of a peer with that pid; the configuration has the defaults.
+    """Read the body of `open` from a peer with that pid; the configuration has the defaults.
 
-    Raises what find_image does, PeerError for fields that make no sense, and UsageError for a part
-    or a quota that nobody may have.
+    Raises what find_image raises, PeerError for malformed fields, and UsageError for an invalid
+    part or quota.
     """
     quota_bytes = take_optional_number(body, "quota_bytes")
     if quota_bytes is None:
@@ -69,27 +69,27 @@ def read_open_request(
 
 
 def _new_name(pid: int) -> str:
-    """A name for a guest that gave none, which nobody else has and nobody can foresee."""
+    """Make a name for a guest that gave none: unique, and not predictable."""
     return f"pid-{pid}-{secrets.token_hex(4)}"
 
 
 def _check_part(image: Image, offset_bytes: int, length_bytes: int) -> None:
-    """Raise UsageError unless these are whole pages of an image, at least one."""
+    """Raise UsageError unless this is at least one whole page within the image."""
     if (
         (offset_bytes | length_bytes) % PAGE_BYTES
         or length_bytes == 0
         or offset_bytes + length_bytes > image.map_bytes
     ):
         raise UsageError(
-            f"{length_bytes} bytes at {offset_bytes} are no part of {image.label!r} to be mapped; "
-            f"give whole pages of {PAGE_BYTES} bytes within its {image.map_bytes}"
+            f"cannot map {length_bytes} bytes at {offset_bytes} of {image.label!r}; "
+            f"give whole pages of {PAGE_BYTES} bytes within its {image.map_bytes} bytes"
         )
 
 
 def check_region(message: Received, request: OpenRequest, peer: Peer) -> int:
-    """Give the address of a region that can be attached for an open request.
+    """Check a region against its open request; return its address.
 
-    Raises PeerError for what makes no sense, and as check_uffd and check_guest_files do.
+    Raises PeerError for an invalid region, and what check_uffd and check_guest_files raise.
     """
     if len(message.fds) != 3:
         raise PeerError(f"a region comes with 3 descriptors, not {len(message.fds)}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a session needs of the daemon."""
+"""The part of the daemon that a session uses."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ class SessionHost(Protocol):
 
     @property
     def config(self) -> Config:
-        """What the daemon was told."""
+        """The daemon's configuration."""
 
     @property
     def control(self) -> Control:
-        """What operators may ask."""
+        """The operators' requests."""
 
     @property
     def guests(self) -> GuestTable:
-        """Who is attached."""
+        """The attached guests."""
 
     @property
     def guest_records(self) -> GuestRecords:
-        """What is to outlive us."""
+        """The records of guests that a successor restores."""
 
     @property
     def incoming(self) -> IncomingGuests:
-        """Guests that moved here, and come to map."""
+        """Guests that a drain moved here and that have not mapped yet."""
 
     @property
     def uffd_device(self) -> int | None:
@@ -45,14 +45,14 @@ class SessionHost(Protocol):
 
     @property
     def reopener(self) -> Reopener:
-        """Who opens sources for guests."""
+        """Opens sources for guests."""
 
     @property
     def workers(self) -> Workers:
-        """Threads for what takes long."""
+        """Threads for long operations."""
 
     def end_parked(self, request: OpenRequest) -> bool:
-        """End what is parked under a name and has nothing mapped any more; whether any was."""
+        """End a guest's parked sessions that have nothing mapped; return whether any ended."""
 
     def shut_down(self) -> None:
-        """End the daemon once the replies are out."""
+        """End the daemon once the replies are sent."""

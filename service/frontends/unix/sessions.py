@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One connection's conversation: what it may say when, and what is done about it.
+"""One connection's session: which requests it may make when, and how they are performed.
 
     NEW --hello--> IDLE --open--> OPENED --region--> ATTACHED --close--> CLOSED
                    IDLE: describe; operators' requests, if the peer is root or our own user
 
-A request out of turn, or fields that make no sense, is the peer's error: it costs the peer its
-connection. A request that is understood and cannot be met gets a refusal, and the conversation goes
-on.
+A request out of turn or with malformed fields is the peer's error and ends its connection. A valid
+request that cannot be met is refused, and the session continues.
 """
 
 from __future__ import annotations
@@ -58,11 +57,11 @@ _HANDSHAKE_SECONDS: Final = 10.0
 
 
 class SessionState(enum.Enum):
-    """Where a conversation is; see the module's picture."""
+    """The state of a session; the module's docstring has the transitions."""
 
     NEW = enum.auto()
     IDLE = enum.auto()
-    EARLY = enum.auto()  # asked to open, and its private pages are still on their way here
+    EARLY = enum.auto()  # its open waits for private pages that are still arriving here
     OPENED = enum.auto()
     ATTACHED = enum.auto()
     CLOSED = enum.auto()
@@ -80,10 +79,10 @@ _NEXT: Final = {
 
 
 class Session:
-    """The backend's half of one connection; end() gives back whatever it holds.
+    """The backend's half of one connection; end() releases whatever it has.
 
-    deadline is when a handshake must have got further (time.monotonic()), or None. watched_fd is
-    the guest's pidfd once the loop watches it, else -1. parking is there once the connection has
+    deadline is when a handshake must have progressed (time.monotonic()), or None. watched_fd is
+    the guest's pidfd once the loop watches it, else -1. parking is set once the connection has
     ended before its mapping.
     """
 
@@ -104,7 +103,7 @@ class Session:
 
     @classmethod
     def of_restored(cls, restored: RestoredGuest, host: SessionHost) -> Session:
-        """Go on with the conversation of a mapping that was adopted."""
+        """Make the session of a restored mapping, attached; sends a reply that was not sent."""
         session = cls(restored.connection, host)
         session.mapping = restored.mapping
         session.deadline = None
@@ -118,12 +117,12 @@ class Session:
 
     @property
     def key(self) -> tuple[str, str] | None:
-        """Of the guest whose name it holds, if it does."""
+        """The key of the guest whose name this session has, or None."""
         return None if self._opened is None else self._opened[1].key
 
     @classmethod
     def handed_over(cls, connection: Connection, host: SessionHost, *, is_greeted: bool) -> Session:
-        """Go on with a conversation that our predecessor had, and which was at rest."""
+        """Continue a session that our predecessor handed over at rest."""
         session = cls(connection, host)
         if is_greeted:
             session._state = SessionState.IDLE
@@ -132,7 +131,7 @@ class Session:
 
     @property
     def who(self) -> dict[str, object]:
-        """The peer, and its guest if there is one."""
+        """The fields of a log line: the peer, and its guest if there is one."""
         mapping, peer = self.mapping, self.connection.peer
         return {
             "guest": mapping and mapping.name,
@@ -143,14 +142,14 @@ class Session:
 
     @property
     def is_greeted(self) -> bool:
-        """Whether hello was said."""
+        """Whether the peer sent hello."""
         return self._state is not SessionState.NEW
 
     @property
     def is_at_rest(self) -> bool:
-        """Whether our end would be noticed by nobody here, if the socket does not end with us."""
+        """Whether this process can end unnoticed by the peer, if the socket outlives it."""
         if self.mapping is not None:
-            return True  # it is held, with what it may not have been told
+            return True  # the keeper holds it, and a reply that may not have been sent
         return (
             self._state in (SessionState.NEW, SessionState.IDLE)
             and not self._nr_working
@@ -159,11 +158,11 @@ class Session:
 
     @property
     def closing(self) -> bool:
-        """Whether the conversation is over and only replies are left to send."""
+        """Whether the session is over and only replies are left to send."""
         return self._state is SessionState.CLOSED
 
     def park(self) -> bool:
-        """The connection has ended: go on without it if its guest has not said that it is done."""
+        """Park the mapping, whose connection has ended without "close"; False if none is left."""
         if self.mapping is None or self._state is not SessionState.ATTACHED:
             return False
         parking = Parking(self.mapping)
@@ -173,7 +172,7 @@ class Session:
         return True
 
     def end(self) -> None:
-        """Detach the guest, if there is one, and close the connection; nothing twice."""
+        """Detach the guest, if there is one, and close the connection; idempotent."""
         self._state = SessionState.CLOSED
         self._detach()
         opened, self._opened = self._opened, None
@@ -185,7 +184,7 @@ class Session:
         self.connection.close()
 
     def note_sent(self) -> None:
-        """All that was queued has been sent."""
+        """Note that all queued messages were sent, and so the reply to "region"."""
         if self._state is SessionState.OPENED:
             reach("OPEN_TOLD")
         if not self._is_answered and self.mapping is not None:
@@ -194,7 +193,7 @@ class Session:
             record_close(self.mapping.fds[-1])
 
     def handle(self, message: Received) -> None:
-        """Do what one message asks and queue the reply; PeerError ends the connection."""
+        """Perform one request and queue the reply; PeerError ends the connection."""
         try:
             self._dispatch(message)
         except PeerError:
@@ -257,17 +256,19 @@ class Session:
         }
         try:
             self._late_reply(tag, description, [got.fd])
-        except CowshedError as error:  # no descriptors are left
+        except CowshedError as error:  # no descriptor is left
             self._refuse(tag, error)
         finally:
             os.close(got.fd)
 
     def _comes_too_early(self, message: Received) -> bool:
-        """Whether its pages are still on their way: then it is answered later (open_again)."""
+        """Whether the guest's pages are still arriving; then open_again() answers the open."""
         if not self._host.incoming.lacks(self._read_open(message)):
             return False
         if self._early is None:
-            _log.notice("open-waits", "for pages on their way", pid=self.connection.peer.pid)
+            _log.notice(
+                "open-waits", "the guest's pages are still arriving", pid=self.connection.peer.pid
+            )
         self._early = self._state, message
         self._state = SessionState.EARLY
         self.deadline = None
@@ -275,11 +276,11 @@ class Session:
 
     @property
     def is_early(self) -> bool:
-        """Whether its open waits for pages; open_again() now and then."""
+        """Whether its open waits for pages; the owner must call open_again() repeatedly."""
         return self._state is SessionState.EARLY and self._early is not None
 
     def open_again(self) -> None:
-        """Answer an open that waits, if its pages are here."""
+        """Answer an open that waits, if its pages have arrived."""
         assert self._early is not None
         self._state, message = self._early
         self.handle(message)
@@ -290,10 +291,10 @@ class Session:
             self._moved, request = found
             self._opened = self._moved.guest, request
         elif take_flag(message.body, "moved") and not self._carries_on(request):
-            # Its private pages, which it counts on, are here or the guest is not.
+            # The guest relies on its private pages: without them it must not be served.
             raise UsageError(
-                f"guest {request.name!r} moved here, and its private pages are not to be had: they "
-                "are in use, or lost; see this backend's log"
+                f"guest {request.name!r} moved here, and its private pages are in use or lost; "
+                "see this backend's log"
             )
         else:
             self._opened = self._reserve(request), request
@@ -316,14 +317,14 @@ class Session:
         )
 
     def _carries_on(self, request: OpenRequest) -> bool:
-        """Whether a mapping of the guest's came before, and this one brings its own pages too."""
+        """Whether this mapping brings its own pages, and the guest has another mapping here."""
         return request.carries and self._host.guests.has_joined(request, self._peer())
 
     def _reserve(self, request: OpenRequest) -> Guest:
         try:
             return self._host.guests.reserve(request, self._peer())
         except UsageError:
-            # It may be the same program that comes again, having left without a word.
+            # It may be the same program, reconnecting after it left without "close".
             if not self._host.end_parked(request):
                 raise
         return self._host.guests.reserve(request, self._peer())
@@ -333,7 +334,7 @@ class Session:
         return read_open_request(message.body, self._host.config, self._find_image, pid)
 
     def _find_image(self, name: str) -> Image:
-        """The image of that name in the peer's domain."""
+        """Return the image of that name in the peer's domain."""
         peer = self.connection.peer
         return self._host.control.find_guest_image(name, Identity(peer.uid, peer.gid))
 
@@ -413,7 +414,7 @@ class Session:
                 for reply in self._host.control.perform(op, body, fds):
                     yield reply
                     if self.closing:
-                        return  # nobody waits for the rest
+                        return  # the peer does not wait for the rest
             except CowshedError as error:
                 yield refusal(error)
 
@@ -430,7 +431,7 @@ class Session:
 
     def _late_reply(self, tag: int, reply: Body, fds: list[int] | None = None) -> None:
         if self._state is not SessionState.CLOSED:
-            # A peer that has gone, or reads nothing, is noticed by the loop.
+            # The loop notices a peer that is gone or reads nothing.
             with contextlib.suppress(PeerError):
                 try:
                     self._reply(tag, reply, fds)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where guests and operators come in: RUN_DIR/cowshed.sock, and a session for each connection."""
+"""The server of guests and operators, at RUN_DIR/cowshed.sock: a session for each connection."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class UnixServer(FrontendServer[Session]):
     """Accepts connections, runs their sessions, and ends those that broke, died or stay silent.
 
     Everything happens in the loop. The listener is borrowed. A session whose connection has ended
-    is parked while its guest's memory is there still (parking.py): it keeps its place, and its
-    socket, which a successor is to find as it is.
+    is parked while its guest's memory lives (parking.py): it keeps its place, and its socket, which
+    a successor inherits.
     """
 
     def __init__(self, listener: AnyListener, host: Host, session_host: SessionHost) -> None:
@@ -50,7 +50,9 @@ class UnixServer(FrontendServer[Session]):
         return iter(list(self._sessions.values()))
 
     def close(self) -> None:
-        """End every session; the loop has stopped. Who is parked finds SIGBUS, and no zeros."""
+        """End every session; the loop has stopped. Absent pages of parked guests are poisoned, so
+        that they read as SIGBUS, not as zeros.
+        """
         for session in self._sessions.values():
             if session.mapping is not None and session.mapping.is_parked:
                 session.mapping.handler.poison_absent()
@@ -59,7 +61,7 @@ class UnixServer(FrontendServer[Session]):
         self._turned_away.close()
 
     def notify(self, guest: Guest, event: dict[str, Any]) -> None:
-        """Send a guest something it did not ask for, on each of its connections."""
+        """Send a guest an event on each of its connections."""
         for fd, session in list(self._sessions.items()):
             mapping = session.mapping
             if mapping is not None and mapping.guest is guest and not mapping.is_parked:
@@ -70,7 +72,7 @@ class UnixServer(FrontendServer[Session]):
                     self._lose(fd, error)
 
     def log_states(self) -> None:
-        """Log, once each, guests that stopped, went on or broke; drop those that broke."""
+        """Log each guest that stopped, resumed or broke, once; drop those that broke."""
         for session in list(self._sessions.values()):
             mapping = session.mapping
             if mapping is None:
@@ -79,7 +81,7 @@ class UnixServer(FrontendServer[Session]):
                 self._drop(session, "broken", why)
 
     def end_parked(self, request: OpenRequest) -> bool:
-        """End what is parked under a name and has nothing mapped any more; whether any was."""
+        """End a guest's parked sessions that have nothing mapped; return whether any ended."""
         nr_before = len(self._sessions)
         for session in list(self._sessions.values()):
             parking = session.parking
@@ -88,7 +90,7 @@ class UnixServer(FrontendServer[Session]):
         return len(self._sessions) < nr_before
 
     def adopt(self, session: Session) -> None:
-        """Go on with a conversation that our predecessor had."""
+        """Continue a session that our predecessor had."""
         self._admission.readmit(session.connection.peer.uid)
         fd = session.connection.fileno()
         self._sessions[fd] = session
@@ -100,7 +102,7 @@ class UnixServer(FrontendServer[Session]):
             self._lose(fd, error)
 
     def nr_unfinished(self) -> int:
-        """How many conversations are not at rest; those that are, are read no further."""
+        """The number of sessions not at rest; stops reading those that are."""
         nr_unfinished = 0
         for fd, session in self._sessions.items():
             if not session.is_at_rest:
@@ -110,7 +112,7 @@ class UnixServer(FrontendServer[Session]):
         return nr_unfinished
 
     def give(self, handed_over: HandedOver) -> None:
-        """Carry over what is not held anyway and is at rest."""
+        """Hand over the connections at rest that have no mapping: mappings are held already."""
         for session in self._sessions.values():
             if session.mapping is None and session.is_at_rest:
                 handed_over.give(session.connection, is_greeted=session.is_greeted)
@@ -154,14 +156,14 @@ class UnixServer(FrontendServer[Session]):
         except PeerGoneError as error:
             self._lose(fd, error)
         except (PeerError, CapacityError, OSError) as error:
-            # No descriptors left, say. Whoever asked for them pays, not the daemon.
+            # For example, no descriptor is left: the peer that needs it is dropped.
             of_ours, why = what_failed(error)
             self._note_dropped("limit" if of_ours else "protocol", why, session.who)
             self._send_goodbye(session, error_reply("capacity" if of_ours else "peer", why), tag)
             self._end(session)
 
     def _open_again(self, fd: int, session: Session) -> None:
-        """See whether the pages have come that an open waits for."""
+        """Try an open that waits for pages again."""
         if self._sessions.get(fd) is not session or not session.is_early:
             return
         try:
@@ -174,7 +176,7 @@ class UnixServer(FrontendServer[Session]):
             self._loop.once(_EARLY_SECONDS, lambda: self._open_again(fd, session))
 
     def _watch_death(self, session: Session) -> None:
-        """Notice a guest's death even if another process holds its end of the connection open."""
+        """Watch for a guest's death, even if another process keeps its connection open."""
         pidfd = session.connection.peer.pidfd if session.mapping else None
         if pidfd is None or session.watched_fd >= 0:
             return
@@ -204,7 +206,7 @@ class UnixServer(FrontendServer[Session]):
             session.connection.flush()
 
     def _lose(self, fd: int, error: PeerError | None = None) -> None:
-        """A connection has ended, or is of no use: so does its session, unless it is parked."""
+        """End the session of a lost connection, or park it."""
         session = self._sessions[fd]
         if isinstance(error, PeerGoneError | None) and session.park():
             self._loop.forget(fd)

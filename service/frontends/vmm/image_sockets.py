@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each image's own socket, where machine monitors hand their memory over: RUN_DIR/images/NAME.sock.
+"""Each image's own socket, RUN_DIR/images/NAME.sock, where VMMs hand over their userfaultfd.
 
 A connection that sent a handshake is a guest until it closes or its process ends. Firecracker's
-memory is populated by copy and says nothing more. A Nydus client's is, too, under its policy Copy;
-under Zerocopy it is told of extents, which stay pinned for as long as it is connected, and of what
-is beyond the allowance for that it gets copies.
+memory is populated by copy; Firecracker sends nothing more. A Nydus client's memory is populated by
+copy under its policy Copy. Under Zerocopy the client is sent extents, which stay pinned as long as
+it is connected, and gets copies of extents beyond the allowance for pins.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ _log = EventLog("cowshed.images")
 
 _HANDSHAKE_SECONDS: Final = 10.0
 _BACKLOG: Final = 128
-# Of a client that asked for the size, until it hands its memory over.
+# For a client that requested the size, until its handshake.
 _IDLE_SECONDS: Final = 600.0
 
 
 @dataclass
 class _Machine:
-    """A connection, and its guest once it has sent a handshake. group is what it is held as."""
+    """A connection, and its guest once it has sent a handshake. The keeper holds it as group."""
 
     peer: HandshakePeer
     image: Image
@@ -79,7 +79,7 @@ class _Machine:
 
     @property
     def who(self) -> dict[str, object]:
-        """The peer, its image, and its guest if there is one."""
+        """The fields of a log line: the peer, its image, and its guest if there is one."""
         mapping = self.mapping
         return {
             "guest": mapping and mapping.name,
@@ -101,7 +101,7 @@ class ImageSockets(FrontendServer[_Machine]):
         populator: Populator,
         records: MachineRecords,
     ) -> None:
-        """control says whether guests may come in."""
+        """control decides whether guests are admitted."""
         super().__init__(host, _log)
         self._config: Final = host.config
         self._guests: Final = host.guests
@@ -126,11 +126,11 @@ class ImageSockets(FrontendServer[_Machine]):
         self._acceptor.close()
 
     def nr_unfinished(self) -> int:
-        """How many are in the middle of a message; whatever else is under way is held."""
+        """The number of connections in the middle of a message; the keeper holds the others."""
         return sum(client.peer.is_busy for client in self._sessions.values())
 
     def add(self, image: Image) -> None:
-        """Listen for an image that came later; a failure is logged."""
+        """Listen for an image added later; a failure is logged."""
         config = self._config
         try:
             make_image_folders(config.run_dir, [image], config.domains)
@@ -159,11 +159,11 @@ class ImageSockets(FrontendServer[_Machine]):
         reach("MACHINE_ACCEPTED")
         peer = HandshakePeer(taken[0])
         no_room = taken[2] or peer.no_room
-        # Before anything is told: its size too is for those alone who may use the image.
+        # Checked before any reply: even the size is only for peers that may use the image.
         if not no_room and (why := self._why_not(peer, image)):
             self._turn_away(peer, image, "handshake", why)
             return
-        # Neither protocol has words for it: the log alone says why.
+        # Neither protocol has an error reply: only the log has the reason.
         if refusal := self._refusal(no_room, peer.uid):
             self._turn_away(peer, image, "limit", refusal)
             return
@@ -185,7 +185,7 @@ class ImageSockets(FrontendServer[_Machine]):
         return client
 
     def adopt(self, restored: Iterable[RestoredMachine], callers: Iterable[Caller]) -> None:
-        """Go on with connections that our predecessor had."""
+        """Continue connections that our predecessor had."""
         for machine in restored:
             self._admission.readmit(machine.peer.uid)
             client = self._begin(Caller(machine.peer, machine.mapping.image, machine.group))
@@ -195,7 +195,7 @@ class ImageSockets(FrontendServer[_Machine]):
             self._begin(caller)
 
     def _why_not(self, peer: HandshakePeer, image: Image) -> str:
-        """Why a peer may not use the image; "" if it may."""
+        """Return why a peer may not use the image; "" if it may."""
         identity = Identity(peer.uid, peer.gid)
         try:
             if self._control.find_guest_image(_full_name(image), identity) is image:
@@ -208,7 +208,7 @@ class ImageSockets(FrontendServer[_Machine]):
 
     def _turn_away(self, peer: HandshakePeer, image: Image, reason: str, why: str) -> None:
         peer.close()
-        # Before the log: a reader of it may take the descriptor that the reserve lacks.
+        # Before logging: a reader of the log may take the descriptor that the reserve needs.
         self._acceptor.refill()
         self._note_turned_away(
             why, {"image": image.label, "pid": peer.pid, "uid": peer.uid}, reason
@@ -252,10 +252,10 @@ class ImageSockets(FrontendServer[_Machine]):
                 close_foreign([uffd])
                 raise
         else:
-            _log.warning("ignored", f"{message} is not for servers", pid=client.peer.pid)
+            _log.warning("ignored", f"{message} is not a client's message", pid=client.peer.pid)
 
     def _attach(self, client: _Machine, handshake: VmmHandshake, uffd: int) -> None:
-        """Make the connection's guest; the descriptor is the guest's on success only."""
+        """Make the connection's guest; takes uffd over on success only."""
         peer, image = client.peer, client.image
         self._control.check_open()  # it may have connected before the drain
         check_populated_uffd(uffd)
@@ -292,7 +292,7 @@ class ImageSockets(FrontendServer[_Machine]):
                 who,
                 shown,
                 fds,
-                # What is there already is the guest's own, too.
+                # Pages that are already present are private, too.
                 inherited=pagemap is not None,
                 transport=handshake.protocol,
                 populate=populate,
@@ -321,13 +321,13 @@ class ImageSockets(FrontendServer[_Machine]):
         if pagemap is None:
             _log.notice(
                 "unseen-memory",
-                f"/proc/{peer.pid}/pagemap cannot be read, so audits say nothing of this guest: "
+                f"/proc/{peer.pid}/pagemap cannot be read, so audits cannot check this guest: "
                 "run the daemon as root, or as its user",
                 guest=guest.name,
             )
 
     def _begin_populate(self, client: _Machine, mapping: Mapping, handshake: VmmHandshake) -> None:
-        """The connection is a guest's from now on."""
+        """Make the connection its guest's, and watch for extents to announce and for its death."""
         client.mapping, client.regions, client.deadline = mapping, handshake.regions, None
         assert isinstance(mapping.handler, PopulateHandler)
         client.handler = mapping.handler
@@ -338,7 +338,7 @@ class ImageSockets(FrontendServer[_Machine]):
             self._loop.watch(client.peer.pidfd, READ, lambda *_: self._end(client))
 
     def _reserve(self, request: OpenRequest, peer: GuestProcess) -> Guest:
-        """Take the name, or one made from it: a process may have several connections."""
+        """Reserve the name, or NAME-2, NAME-3 ...: a process may have several connections."""
         name = request.name
         for no in itertools.count(2):
             try:
@@ -356,7 +356,7 @@ class ImageSockets(FrontendServer[_Machine]):
             self._drop(client, "protocol", str(error))
 
     def _send(self, client: _Machine) -> None:
-        """Send what waits, and tell of extents while the peer reads: the rest stays marked."""
+        """Send queued replies, then extents as long as the peer reads; the rest stays marked."""
         done = client.peer.flush()
         while done and client.handler is not None and client.zerocopy_fd >= 0:
             runs = client.handler.take_zerocopy()
@@ -392,14 +392,14 @@ class ImageSockets(FrontendServer[_Machine]):
         self.log_states()
 
     def log_states(self) -> None:
-        """Log, once each, guests that stopped or went on; drop those that broke."""
+        """Log each guest that stopped or resumed, once; drop those that broke."""
         for client in list(self._sessions.values()):
             if client.mapping is not None and (why := log_state(client.mapping)):
                 self._drop(client, "broken", why)
 
 
 def shown_ranges(runs: Iterable[tuple[int, int]], regions: Iterable[MemoryRegion]) -> list[Range]:
-    """Cut runs of the image (offset and length) down to what a client's regions show."""
+    """Intersect runs of the image (offset and length) with a client's regions."""
     regions = list(regions)
     ranges = []
     for offset, length in runs:
@@ -416,12 +416,12 @@ def _full_name(image: Image) -> str:
 
 
 def _listening(path: Path) -> socket.socket:
-    """Listen at a path for anybody; the run-dir's lock says that nobody alive does already."""
+    """Listen at a path for anybody; the caller must hold the run-dir's lock, as no other daemon."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
-                raise UsageError(f"cannot listen at {path}: it is there and is no socket; move it")
+                raise UsageError(f"cannot listen at {path}: it exists and is no socket; move it")
             path.unlink()
         os.fchmod(sock.fileno(), 0o600)
         sock.bind(str(path))

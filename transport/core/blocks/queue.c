@@ -6,7 +6,7 @@
 #include <errno.h>
 #include <stddef.h>
 
-/* Its overlay was thawed. */
+/* The queue's overlay was thawed. */
 static void queue_go(struct overlay_thaw_wait *thaw)
 {
 	struct blk_queue *queue = (struct blk_queue *)((char *)thaw - offsetof(struct blk_queue, thaw));
@@ -27,7 +27,7 @@ void blk_queue_deinit(struct blk_queue *queue)
 {
 	if (queue->device->overlay)
 		overlay_cancel_thaw_wait(queue->device->overlay, &queue->thaw);
-	pthread_mutex_lock(&queue->lock); /* whoever made the last wait ready lets go first */
+	pthread_mutex_lock(&queue->lock); /* wait for the thread that made the last wait ready */
 	assert(!queue->nr_requests && !queue->nr_waits && !queue->buffered_bytes);
 	assert(!queue->ready && !queue->steps && !queue->finished);
 	pthread_mutex_unlock(&queue->lock);
@@ -125,7 +125,7 @@ void blk_queue_collect(struct blk_queue *queue)
 	}
 }
 
-/* A wait is over: counts it off its request, which may end. */
+/* Counts a wait that is over off its request, which may end. */
 static void request_waited(struct blk_queue *queue, struct blk_request *request, enum blk_wait_kind kind, int status)
 {
 	if (status && !request->err)

@@ -77,7 +77,7 @@ static const struct {
 	[REGION_STAGE_COPY] = {"cannot copy its own memory by process_vm_readv",
 	                       "allow that call in this process's seccomp profile"},
 	[REGION_STAGE_MAP] = {"cannot map it", "allow this process more address space (ulimit -v)"},
-	[REGION_STAGE_UFFD] = {"cannot have a userfaultfd that serves system calls too",
+	[REGION_STAGE_UFFD] = {"cannot get a userfaultfd that handles faults in system calls",
 	                       "run the backend as root so that it can lend /dev/userfaultfd, or give this user access "
 	                       "to that device (chmod), or set sysctl vm.unprivileged_userfaultfd=1"},
 	[REGION_STAGE_API] = {"the kernel's userfaultfd lacks features the backend needs", "use Linux 6.7 or newer"},

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A guarded mapping of an image, and a backend that answers its faults: what every guest of the library begins with. */
+/* Makes a guarded mapping of an image, whose faults a backend answers: the first step of every guest of the library. */
 #ifndef COWSHED_ATTACH_H
 #define COWSHED_ATTACH_H
 
@@ -7,20 +7,20 @@
 #include "transport/core/guest/region.h"
 
 /* cdef-begin */
-/* A handshake that waits by poll, limit_ms at most for each sign of the peer. The socket is borrowed, and does not
- * block. NULL without memory. */
+/* Returns a handshake that waits by poll, for limit_ms at most each time, or NULL without memory. The socket is
+ * borrowed, and must not block. */
 struct handshake *handshake_new(int fd, int limit_ms);
 void handshake_free(struct handshake *handshake);
-/* The reply that was a refusal, as JSON; nr_bytes_out: its length. Good until the next call. */
+/* The last reply, such as a refusal, as JSON; nr_bytes_out: its length. Good until the next call. */
 const char *handshake_reply(const struct handshake *handshake, uint64_t *nr_bytes_out);
 
-/* Opens an image (request is a JSON object with "op": "open"), maps it guarded, and has the backend answer for it. more
- * is "" or further fields of `region`, after a comma. region->address is NULL at first. 0, or -errno as handshake.h has
- * it, and nothing is left mapped; *stage_out is the step of region_init that failed, or 0. After -EINTR it is to be
- * called again, or region_deinit()ed. image_out has no descriptors afterwards. */
+/* Opens an image (request is a JSON object with "op": "open"), maps it guarded, and makes the backend answer its
+ * faults. more is "" or further fields of `region`, after a comma. region->address must be NULL at first. 0, or -errno
+ * as in handshake.h, and nothing is left mapped; *stage_out is the step of region_init that failed, or 0. After -EINTR
+ * the caller must call it again, or region_deinit. image_out has no descriptors afterwards. */
 int guest_attach(struct handshake *handshake, const char *request, const char *more, struct region *region,
                  struct guest_image *image_out, int *stage_out);
-/* What a step of region_init does not get, and the cure, for people; "" for no step. */
+/* Why a step of region_init failed, and the cure, as text for people; "" for no step. */
 const char *region_failure(int stage);
 const char *region_cure(int stage);
 /* cdef-end */

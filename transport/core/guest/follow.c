@@ -1,22 +1,22 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The guest's half of a move, in C and in a thread of its own: the thread of the program that waits for a write that is
- * withheld may hold the interpreter's lock, and waits until this is done.
+ * The guest's half of a move.  It is in C and has a thread of its own: the program's thread that waits for a withheld
+ * write may hold the interpreter's lock, and waits until the move is done.
  *
- *   told {"event": "moved", "uri", "token"}
- *   connect there, hello, open with the token: its frames; a second mapping, guarded, elsewhere
- *   say close to the old backend: once that has answered, or is gone, nobody answers the old mapping's faults
- *   put the second in the place of the first (replace.c); say region; faults are answered again
+ *   receive {"event": "moved", "uri", "token"}
+ *   connect there; hello; open with the token, which returns its frames; map these elsewhere, guarded
+ *   send close to the old backend: once it has answered, or is gone, nobody answers the old mapping's faults
+ *   put the new mapping in the place of the old (replace.c); send region; faults are answered again
  *
- * Whatever fails is tried again, for as long as it takes: the pages are there and nowhere else, and open says so
- * ("moved": true), so that nobody takes the guest for a new one without a page.  The old mapping stays as it is until
- * its successor is there: what can be read can be read, and writes wait.
+ * Every failure is retried, for as long as it takes: the private pages are at the target and nowhere else.  open has
+ * "moved": true, so that no backend takes the guest for a new one without pages.  The old mapping stays as it is until
+ * the new one is there: mapped pages can be read, and writes wait.
  *
- * Where nothing can be mapped the region becomes a place that cannot be used, once nobody looks at its memory (hold),
- * and whoever reads and writes through us goes on by bytes.
+ * Where nothing can be mapped the region becomes inaccessible, once nobody views its memory (follower_begin_view), and
+ * reads and writes through the library go on by bytes.
  *
- * A backend that dies has a successor, at the same connection.  When the connection is at its end there is none, and
- * the thread answers what nobody else will (orphan.h), until it is stopped.
+ * The successor of a backend that dies has the same connection.  The connection's end means that there is none: then
+ * the thread answers the faults (orphan.h), until it is stopped.
  */
 #define _GNU_SOURCE
 #include "transport/core/guest/follow.h"
@@ -69,7 +69,7 @@ struct follower {
 	char *request; /* REQUEST_BYTES */
 	char *room;    /* ROOM_BYTES */
 	struct handshake handshake;
-	int reply_ms; /* for its answers */
+	int reply_ms; /* how long to wait for a reply; -1: without limit */
 };
 
 static void note_why(struct follower *f, const char *format, ...) __attribute__((format(printf, 2, 3)));
@@ -114,7 +114,7 @@ static int handshake_wait(struct handshake *handshake, short events)
 	return ready;
 }
 
-/* Has what is said next go to that connection, and its answer be awaited so long; -1: for as long as it takes. */
+/* Directs the next requests to that connection, and waits for each reply for reply_ms; -1: without limit. */
 static struct handshake *speak_with(struct follower *f, int fd, int reply_ms)
 {
 	f->handshake.fd = fd;
@@ -132,7 +132,7 @@ static void note_place(struct follower *f, const char *uri)
 	set_state(f, FOLLOW_MOVES);
 }
 
-/* Takes where to go, and the token to say there, out of an event; false if it says nothing that can be used. */
+/* Reads the target's URI, and the token for it, from an event; false if these cannot be used. */
 static bool take_place(struct follower *f, struct json event)
 {
 	struct json token;
@@ -149,13 +149,13 @@ static bool take_place(struct follower *f, struct json event)
 	return true;
 }
 
-/* Notes what the target refuses, or where it sends us on to. */
+/* Notes why the target refuses the guest, or where it redirects us. */
 static int note_refusal(struct follower *f, int err)
 {
 	if (err == -EREMCHG)
 		note_place(f, f->handshake.moved_to);
 	else if (err == -EACCES)
-		note_why(f, "%s refuses it: %s", f->status.uri, f->handshake.message);
+		note_why(f, "%s refuses the guest: %s", f->status.uri, f->handshake.message);
 	return err;
 }
 
@@ -173,7 +173,7 @@ static int dial(struct follower *f)
 	return note_refusal(f, handshake_hello(speak_with(f, f->target_fd, REPLY_MS)));
 }
 
-/* Makes a mapping of what the target opened, whose descriptors stay the caller's. */
+/* Maps the image that the target opened; its descriptors stay the caller's. */
 static int map_image(struct follower *f, const struct guest_image *image)
 {
 	int stage, err;
@@ -183,7 +183,7 @@ static int map_image(struct follower *f, const struct guest_image *image)
 		note_why(f, "%s serves another image under that name", f->status.uri);
 		return -EACCES;
 	}
-	/* Without this a mapping that is moved loses its guard. */
+	/* Without this feature a mapping that is moved loses its guard. */
 	if (!(image->uffd_features & UFFD_FEATURE_EVENT_REMAP))
 		return -EPROTO;
 	err = region_init(&f->fresh, image->memfd, image->map_bytes, image->uffd_device, image->uffd_features, &stage);
@@ -216,12 +216,12 @@ static int open_there(struct follower *f)
 	return err;
 }
 
-/* Has the old backend let go of the mapping: after this it does nothing more to it. */
+/* Makes the old backend release the mapping: after this it does nothing more to it. */
 static int leave_old(struct follower *f)
 {
 	int err = -ETIMEDOUT;
 
-	/* One that died meanwhile may have taken the request along: its successor is asked again. */
+	/* A backend that died meanwhile may have lost the request: ask its successor again. */
 	while (err == -ETIMEDOUT && !f->old_let_go)
 		err = handshake_close(speak_with(f, f->connection_fd, CLOSE_MS));
 	if (err == -ECANCELED)
@@ -239,12 +239,12 @@ static void drop_tries(struct follower *f)
 		region_deinit(&f->fresh);
 }
 
-/* From here on the mapping is the target's, and a failure means that it is to be made anew. */
+/* Gives the mapping to the target. After a failure it must be made anew. */
 static int hand_over(struct follower *f)
 {
 	const struct region *r = f->region;
 	const int fds[3] = {r->uffd, r->pagemap_fd, r->mem_fd};
-	/* However long that takes: who was told of it and is killed has a successor that goes on at this connection. */
+	/* Without limit: if the target gets the request and dies, its successor goes on at this connection. */
 	struct handshake *handshake = speak_with(f, f->target_fd, -1);
 	int err = note_refusal(f, handshake_region(handshake, r->address, r->map_bytes, fds, ""));
 
@@ -291,7 +291,7 @@ static int move_once(struct follower *f)
 	return 0;
 }
 
-/* Goes on by bytes: once nobody holds the memory, nobody may use it any more. */
+/* Goes on by bytes: makes the memory inaccessible, or fails with -EBUSY while somebody views it. */
 static int take_away(struct follower *f)
 {
 	int nobody = 0, err;
@@ -305,7 +305,7 @@ static int take_away(struct follower *f)
 	if (err < 0)
 		return err;
 	begin_swap(f->region);
-	/* Before anybody is woken: who then fails is to find out why. */
+	/* Before any thread is woken: its access then fails, and this says why. */
 	set_state(f, FOLLOW_BYTES);
 	while ((err = region_revoke(f->region)) < 0 && wait_for(f, -1, 0, PAUSE_MS) >= 0)
 		note_why(f, "cannot give up its memory: %s", strerror(-err));
@@ -313,7 +313,7 @@ static int take_away(struct follower *f)
 	return err;
 }
 
-/* Follows until it is there; -ECANCELED if it is to stop. */
+/* Retries until it has followed the guest; -ECANCELED to stop. */
 static int follow_to(struct follower *f)
 {
 	unsigned nr_sent_on = 0;
@@ -336,19 +336,19 @@ static int follow_to(struct follower *f)
 	}
 }
 
-/* The backend has gone for good: until we are stopped, what is not there is SIGBUS for whoever touches it. */
+/* The backend is gone for good: until the thread is stopped, touching an absent page is SIGBUS. */
 static void answer_as_orphan(struct follower *f)
 {
 	orphan_wake(f->region->uffd);
 	orphan_report(
-		"guest %s lost its backend, and none comes after it: pages that are not in memory are SIGBUS from now "
-		"on; see the backend's log, and start this program again",
+		"guest %s lost its backend, and none comes after it: touching pages that are not in memory is SIGBUS "
+		"from now on; see the backend's log, and start this program again",
 		f->guest);
 	while (orphan_answer(f->region->uffd) == 0 && wait_for(f, f->region->uffd, POLLIN, -1) >= 0)
 		;
 }
 
-/* Waits for the connection's end, and reads nothing: that is the program's to do. */
+/* Waits for the connection's end. Reads nothing: the program does that. */
 static int await_end(struct follower *f)
 {
 	int ready;

@@ -23,7 +23,7 @@ int guard_open(int uffd_device)
 			close(own);
 		}
 	}
-	/* Without UFFD_USER_MODE_ONLY on purpose: such a one is always to be had, and not enough. */
+	/* Not with UFFD_USER_MODE_ONLY: that is always allowed, and does not handle faults inside system calls. */
 	if (uffd < 0)
 		uffd = (int)syscall(SYS_userfaultfd, flags);
 	return uffd < 0 ? -errno : uffd;

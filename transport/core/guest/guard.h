@@ -10,8 +10,8 @@
 
 #include <stdint.h>
 
-/* A userfaultfd that serves faults inside system calls too: from the lent device (-1: none), from the
-   device by our own right, or by the system call; -errno of the last. */
+/* Returns a userfaultfd that also handles faults inside system calls: from the lent device (-1: none), from
+   /dev/userfaultfd by our own right, or by the system call; -errno of the last. */
 int guard_open(int uffd_device);
 
 /* Agrees on features. -EOPNOTSUPP if the kernel lacks one. Once per userfaultfd. */
@@ -20,7 +20,7 @@ int guard_agree(int uffd, uint64_t features);
 /* Registers a range for missing pages, minor faults and writes. Until then nothing may touch it. */
 int guard_range(int uffd, void *address, uint64_t nr_bytes);
 
-/* Takes the guard off; whoever calls this has made the range PROT_NONE. */
+/* Takes the guard off. The caller must have made the range PROT_NONE. */
 int guard_lift(int uffd, void *address, uint64_t nr_bytes);
 
 #endif

@@ -31,11 +31,11 @@ static int send_request(struct handshake *h, uint32_t tag, const char *request, 
 		if (err < 0)
 			return err;
 	}
-	/* A backend that is gone may have said why before it hung up. */
+	/* A backend that is gone may have sent the reason before it hung up. */
 	return handshake_is_gone(err) ? 0 : err;
 }
 
-/* A refusal without a tag is of whatever was asked: the backend had no room to make out which. */
+/* A refusal without a tag answers any request: the backend could not read it (no descriptors left, for instance). */
 static bool is_reply(const struct packet *packet, uint32_t tag)
 {
 	struct json error;
@@ -52,7 +52,7 @@ static int receive_reply(struct handshake *h, uint32_t tag, struct packet *reply
 			return 0;
 		if (err == 0) {
 			packet_close_fds(reply);
-			/* Events have no tag. A successor cannot know which replies came, and repeats the last one. */
+			/* Events have no tag. A successor cannot know which replies arrived, and repeats the last. */
 			if (reply->tag > tag)
 				return -EPROTO;
 			continue;

@@ -1,18 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The guest's half of the handshake, over a connected Unix sequenced-packet socket:
+ * The guest's half of the handshake, over a connected Unix sequenced-packet socket.
  *
- *     hello; open IMAGE: its frames come; region: the backend answers for a mapping from now on; close: no more
+ *     hello; open IMAGE: returns its frames; region: the backend serves a mapping from now on; close: no more
  *
- * It is said here for every guest: the library (guest.h), a mapping that follows its guest (follow.c) and programs
- * under `cowshed attach` (transport/preload/wire.c). What differs is how each of them waits.
+ * Every guest uses it: the library (attach.h), a mapping that follows its guest (follow.c) and programs under
+ * `cowshed attach` (transport/preload/wire.c). They differ in how they wait.
  *
  * Functions return 0 or -errno:
  *   -EACCES     refused; handshake_reply() is the refusal, and kind and message are taken out of it
  *   -EREMCHG    refused, since the guest is at another backend; its URI is moved_to
  *   -EPIPE, -ECONNRESET   the backend is gone; a successor may be at the same path
- *   -ETIMEDOUT  no answer in time             -EPROTO   an answer that makes no sense
- *   -EINTR and others    what wait said. After -EINTR the same call may be made again: the request is not sent twice.
+ *   -ETIMEDOUT  no answer in time             -EPROTO   a malformed answer
+ *   -EINTR and others    errors of wait. After -EINTR the same call may be made again: the request is not sent twice.
  *
  * Format: transport/messages/protocol.py.
  */
@@ -31,7 +31,7 @@ enum handshake_tag {
 };
 
 /* cdef-begin */
-/* What the backend says of an image that it opened. The descriptors are the caller's. */
+/* What the backend returns for an image that it opened. The caller owns the descriptors. */
 struct guest_image {
 	uint64_t size_bytes, map_bytes, extent_bytes;
 	uint64_t uffd_features;
@@ -47,9 +47,8 @@ struct handshake;
 struct handshake {
 	int fd; /* the connection; borrowed */
 	char *room;
-	size_t room_bytes; /* of what is received: at least 4 KiB */
-	/* Called when the peer keeps us waiting for events (of poll): 1 to try again, 0 when the time is up, or -errno.
-	 */
+	size_t room_bytes; /* for one reply: at least 4 KiB */
+	/* Waits for the peer, for these events of poll: 1 to try again, 0 when the time is up, or -errno. */
 	int (*wait)(struct handshake *handshake, short events);
 	uint32_t asked; /* the tag of a request that was sent and not answered yet, or 0 */
 	struct json reply;
@@ -70,11 +69,11 @@ void handshake_close_image(struct guest_image *image);
 int handshake_region(struct handshake *handshake, const void *address, uint64_t nr_bytes, const int fds[3],
                      const char *more);
 /* cdef-begin */
-/* Has the backend let go of the mapping: once it has answered, or is gone (also 0), it does nothing more to it. */
+/* Makes the backend release the mapping: once it has answered, or is gone (also 0), it does nothing more to it. */
 int handshake_close(struct handshake *handshake);
 /* cdef-end */
 
-/* Whether an error is that the backend went away. */
+/* Whether an error means that the backend is gone. */
 static inline bool handshake_is_gone(int err)
 {
 	return err == -32 /* EPIPE */ || err == -104 /* ECONNRESET */;

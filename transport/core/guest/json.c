@@ -5,7 +5,7 @@
 
 #define MAX_DEPTH 16
 
-/* Each takes where it stands and gives where it ends, NULL if the text is not JSON. `end` is one past. */
+/* Each takes the start of an item, and returns its end, or NULL if the text is not JSON. `end` is one past the text. */
 static const char *skip_value(const char *at, const char *end, unsigned depth);
 
 static const char *skip_blanks(const char *at, const char *end)
@@ -30,7 +30,7 @@ static const char *skip_string(const char *at, const char *end)
 	return NULL;
 }
 
-/* Loose about the shape of numbers that nobody asks for: a run of the characters they are made of. */
+/* Does not check the shape of numbers and words: accepts any run of the characters they are made of. */
 static const char *skip_word(const char *at, const char *end)
 {
 	const char *start = at;
@@ -179,7 +179,7 @@ bool json_number(struct json json, const char *field, uint64_t *number_out)
 	return true;
 }
 
-/* What stands after a backslash; *at is left on its last character. */
+/* Decodes the escape after a backslash; leaves *at on its last character. */
 static char unescaped(const char **at, const char *end)
 {
 	switch (**at) {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Reads single fields of a JSON object that came from outside, in place and without memory of its own.
- * Only the top level is looked at; what nests is stepped over, to a bounded depth.
+ * Reads single fields of an untrusted JSON object, in place and without allocation.
+ * Only fields of the top level are found; nested values are skipped, to a bounded depth.
  */
 #ifndef COWSHED_JSON_H
 #define COWSHED_JSON_H
@@ -25,7 +25,7 @@ bool json_is_true(struct json json, const char *field);
 /* An object in the field, as a text of its own; false, leaving *object_out alone, for anything else. */
 bool json_object(struct json json, const char *field, struct json *object_out);
 
-/* Whatever stands in the field, as it is written; false, leaving *raw_out alone, if it is not there. */
+/* The field's value as it is written; false, leaving *raw_out alone, if it is not there. */
 bool json_raw(struct json json, const char *field, struct json *raw_out);
 
 /* A whole number from 0 to 2^63-1; false, leaving *number_out alone, for anything else. */

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Faults are answered one by one, as they are raised, through the guest's own copy of the userfaultfd.  So no table of
- * addresses is needed, whatever the program has moved or unmapped; the events that such calls wait for are read too.
+ * Answers orphans' faults one by one, as they are raised, through the guest's own copy of the userfaultfd.  So no table
+ * of addresses is needed, whatever the program has moved or unmapped; the events that such calls wait for are read too.
  *
- * The backend may have read a fault and not answered it: a wake of the whole address space has the kernel raise it
+ * The backend may have read a fault and not answered it: a wake of the whole address space makes the kernel raise it
  * again.
  */
 #define _GNU_SOURCE
@@ -21,7 +21,7 @@
 #include "cache/core/abi.h"
 
 #define BATCH 64
-/* Above what vm.mmap_min_addr is anywhere, and up to where every process's addresses end. */
+/* Above any vm.mmap_min_addr, and up to the end of every process's addresses. */
 #define LOWEST_ADDRESS ((uint64_t)1 << 20)
 #define END_ADDRESS (((uint64_t)1 << 47) - PAGE_BYTES)
 
@@ -93,7 +93,7 @@ void orphan_report(const char *format, ...)
 	length += (size_t)nr < sizeof(line) - length - 1 ? (size_t)nr : sizeof(line) - length - 2;
 	line[length++] = '\n';
 	piece.iov_len = length;
-	/* RWF_NOWAIT where the kernel has it for what stderr is; a full pipe loses the line. */
+	/* RWF_NOWAIT, unless the kernel lacks it for this kind of file; a full pipe loses the line. */
 	if (pwritev2(STDERR_FILENO, &piece, 1, -1, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP) {
 		ssize_t written = write(STDERR_FILENO, line, length);
 

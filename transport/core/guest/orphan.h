@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Faults of a mapping whose backend is gone for good: an absent page is SIGBUS, and nobody waits for it.
+ * Faults of a mapping whose backend is gone for good: touching an absent page is SIGBUS, and no thread waits for it.
  *
  * While a successor can come, the keeper or systemd holds the other end of the connection.  So the connection's end
  * proves that no successor will.

@@ -21,8 +21,8 @@ struct header {
 _Static_assert(sizeof(struct header) == 24, "the packet header is protocol.py's");
 
 /*
- * A socket with a time limit is not restarted after an interruption, and blocking signals does not prevent
- * those: io_uring's work in a QEMU that uses it, and SIGCONT after a stop, give EINTR too (signal(7)).
+ * The kernel does not restart a call on a socket with a timeout after an interruption, and blocking signals does not
+ * prevent those: io_uring's work in a QEMU that uses it, and SIGCONT after a stop, give EINTR too (signal(7)).
  */
 #define RETRIED(call)                                         \
 	({                                                    \
@@ -68,7 +68,7 @@ static void take_fds(struct msghdr *message, struct packet *packet)
 	for (struct cmsghdr *part = CMSG_FIRSTHDR(message); part; part = CMSG_NXTHDR(message, part)) {
 		if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS)
 			continue;
-		/* The room for control messages holds no more of them than fds does. */
+		/* The control buffer has room for no more descriptors than fds. */
 		for (size_t i = 0; i < (part->cmsg_len - CMSG_LEN(0)) / sizeof(int); i++)
 			memcpy(&packet->fds[packet->nr_fds++], CMSG_DATA(part) + i * sizeof(int), sizeof(int));
 	}
@@ -80,7 +80,7 @@ static int check(const struct header *header, const struct msghdr *message, size
 
 	if (length < sizeof(*header) || (message->msg_flags & MSG_TRUNC))
 		return -EPROTO;
-	/* Descriptors that there was room for were not to be had. */
+	/* There was room for the descriptors, but this process may not have so many. */
 	if (message->msg_flags & MSG_CTRUNC)
 		return header->nr_fds <= PACKET_MAX_FDS ? -EMFILE : -EPROTO;
 	if (header->magic != MAGIC || header->version != VERSION || header->flags != 0 ||
@@ -110,7 +110,7 @@ int packet_receive(int socket_fd, char *room, size_t room_bytes, struct packet *
 	ssize_t length = RETRIED(recvmsg(socket_fd, &message, MSG_CMSG_CLOEXEC));
 	int err;
 
-	/* The peer hung up on what we sent; what it said before that is there still. */
+	/* The peer hung up without reading all of our data; what it sent before can still be received. */
 	if (length < 0 && errno == ECONNRESET)
 		length = RETRIED(recvmsg(socket_fd, &message, MSG_CMSG_CLOEXEC));
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A hole of the shared memfd that is read through an unguarded mapping gives zeros, silently.  So the
- * whole of this file is about never having such a mapping:
+ * A guarded mapping of an image.  Reading a hole of the shared memfd through an unguarded mapping gives
+ * zeros, silently.  So this file never lets such a mapping exist:
  *
  * - init publishes the address only after UFFDIO_REGISTER; nothing touches the range before.
  * - Until then it is PROT_NONE: in a process that did mlockall(MCL_FUTURE), mmap itself would touch every
@@ -18,9 +18,9 @@
  * for such faults killably, not interruptibly, so a waiting call ends by an answer or by SIGKILL.  It
  * raises them in kernel mode, hence the demand for a userfaultfd that is not UFFD_USER_MODE_ONLY.
  *
- * The kernel pins the pages of a write, all of them, before it copies: one that is protected meanwhile, to be followed
- * or frozen (accounting/core/track.h), is written without a fault.  So each chunk is touched for writing afterwards,
- * which changes nothing, and faults where that happened: the page counts as written once its bytes are there.
+ * The kernel pins all pages of a write before it copies.  A page that is protected meanwhile, for dirty tracking or a
+ * freeze (accounting/core/track.h), is written without a fault.  So each chunk is touched for writing afterwards: that
+ * changes nothing, and faults on such pages, which thus count as written once their bytes are there.
  */
 #define _GNU_SOURCE
 #include "transport/core/guest/region.h"
@@ -37,7 +37,7 @@
 #include "cache/core/abi.h"
 #include "transport/core/guest/guard.h"
 
-/* One system call's worth: bounds how long the kernel goes without looking at a fatal signal. */
+/* Copied by one system call: bounds how long the kernel does not look at a fatal signal. */
 #define CHUNK_BYTES ((uint64_t)8 << 20)
 
 static void close_fd(int *fd)
@@ -47,7 +47,7 @@ static void close_fd(int *fd)
 	*fd = -1;
 }
 
-/* Seccomp filters of some containers forbid it: better known at attach than at the first read. */
+/* Seccomp filters of some containers forbid process_vm_readv: fail at attach, not at the first read. */
 static int probe_copy(void)
 {
 	char from = 1, to = 0;
@@ -134,7 +134,7 @@ int region_deinit(struct region *r)
 	int err = 0;
 
 	if (r->address) {
-		/* Whoever still looks dies of SIGSEGV: better than zeros. */
+		/* A thread that still reads dies of SIGSEGV, instead of reading zeros. */
 		mprotect(r->address, r->map_bytes, PROT_NONE);
 		if (r->uffd >= 0)
 			guard_lift(r->uffd, r->address, r->map_bytes);
@@ -161,7 +161,7 @@ static bool is_inside(const struct region *r, uint64_t offset, uint64_t length)
 	return r->address && offset <= r->map_bytes && length <= r->map_bytes - offset;
 }
 
-/* Faults where writing is not allowed just now, and returns once it is. Errors are a page's that is gone again. */
+/* Faults on protected pages, and returns once they may be written. An error means that a page is gone again. */
 static void touch_written(const struct region *r, uint64_t offset, uint64_t length)
 {
 	uint64_t first = offset / PAGE_BYTES * PAGE_BYTES;
@@ -182,8 +182,8 @@ static uint32_t stable_epoch(const struct region *r)
 	return epoch;
 }
 
-/* process_vm_writev, of which nothing is lost: not to who follows what is written, nor to a mapping that comes in this
- * one's place while it copies, in which it is done again. */
+/* process_vm_writev that loses nothing: dirty tracking sees every page, and if another mapping takes this one's place
+ * during the copy, the copy is repeated there. */
 static ssize_t write_heard(const struct region *r, uint64_t offset, const struct iovec *local,
                            const struct iovec *remote)
 {
@@ -220,7 +220,7 @@ static int64_t copy_range(bool write, const struct region *r, uint64_t offset, c
 		}
 		if (copied < 0 && errno == EINTR)
 			continue;
-		/* Short before, and now nothing: the page at done cannot be had. */
+		/* A short copy before, and now nothing: the page at done cannot be loaded. */
 		if (done > 0)
 			break;
 		return copied == 0 || errno == EFAULT ? -EIO : -errno;
@@ -240,8 +240,8 @@ int64_t region_write(struct region *r, uint64_t offset, const void *from, uint64
 }
 
 /*
- * A discard waits until its event is read, and does its work after that.  If another mapping took this one's place
- * meanwhile, it was done to neither, or to both, or unheard: so it is done again, heard, in the one that is there now.
+ * A discard waits until its event is read, and drops the pages after that.  If another mapping took this one's place
+ * meanwhile, the discard may have hit neither, or both, or raised no event for the new backend: so it is repeated.
  */
 int region_discard(struct region *r, uint64_t offset, uint64_t length)
 {

@@ -1,16 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * One mapping in the place of another, at the same address, without an instant at which there is none, or one that
- * nobody guards.
+ * Puts one mapping in the place of another, at the same address; a guarded mapping is there at every instant.
  *
- * - The new one is made elsewhere, guarded, and then moved: mremap onto an address unmaps what is there and moves
+ * - The new mapping is made elsewhere, guarded, and then moved: mremap onto an address unmaps the old one and moves
  *   under one lock, and takes the guard and MADV_DONTFORK along.
- * - Both halves are events, of the old userfaultfd and of the new one, and mremap returns once somebody has read them.
- *   Nobody else reads either: so a thread of its own does, while the call is made here.  Faults that are read on the
- * way are asked again by the wake at the end.
- * - Who waits for a fault of the old mapping is woken after that, and faults anew, in the new one.
- * - The old backend must have let go before: UFFDIO_CONTINUE by its userfaultfd would map whatever the new frames have
- *   there, since the kernel looks for a guard at that address, and not whose.
+ * - The unmap is an event of the old userfaultfd, the move one of the new, and mremap returns once both are read.
+ *   Nobody else reads them, so a helper thread does during the call.  The wake at the end makes the kernel raise
+ *   the faults again that it has read.
+ * - Threads that wait for a fault of the old mapping are woken after that, and fault anew in the new one.
+ * - The old backend must have released the mapping before: UFFDIO_CONTINUE by its userfaultfd would map the new frames,
+ *   since the kernel checks only that a userfaultfd guards the address, not which one.
  */
 #define _GNU_SOURCE
 #include "transport/core/guest/region.h"
@@ -33,7 +32,7 @@ struct reading {
 
 static int map_nothing(const struct region *r)
 {
-	/* A file without a byte: whoever touches a mapping of it gets SIGBUS. */
+	/* An empty file: touching a mapping of it is SIGBUS. */
 	int file = memfd_create("cowshed-moved", MFD_CLOEXEC);
 	void *mapped;
 	int err = 0;
@@ -56,7 +55,7 @@ static int move_onto(const struct region *r, const struct region *with)
 	if (moved != MAP_FAILED)
 		return 0;
 	int err = -errno;
-	/* It may have failed half-way: nobody else shall get these addresses, which programs hold. */
+	/* It may have failed half-way: reserve the addresses, which the program still uses. */
 	mmap(r->address, r->map_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1,
 	     0);
 	return err;
