@@ -24,8 +24,8 @@ C_CHECK := gcc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -I. -c -o /dev/null
 SANITIZE := thread address
 SANITIZE_TESTS := $(wildcard tests/cache tests/faults tests/stress)
 
-# One test process for each CPU: with more, the tests' own clients get too little CPU. A file stays in one process, since
-# its tests share fixtures.
+# One test process for each CPU: with more, the tests' own clients get too little CPU. A file stays in one
+# process, since its tests share fixtures.
 TEST_PROCESSES ?= $(shell nproc)
 PYTEST := $(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
