@@ -32,8 +32,8 @@ def fault(bench: Bench) -> CaseResult:
         "one random single-page fault, against a ping-pong over pipes with the same placement",
         [],
         [
-            "a sample is the median of a round's faults; means feel what disturbed a few of them",
-            "the daemon looks for the next fault for some time before it sleeps: us_in_handler",
+            "a sample is the median of a round's faults; a few disturbed faults affect the mean",
+            "the daemon spins for the next fault for some time before it sleeps: us_in_handler",
         ],
     )
     for label, (ours, theirs) in placements.items():

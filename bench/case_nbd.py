@@ -108,7 +108,7 @@ def nbd(bench: Bench) -> CaseResult:
         "NBD server, against nbdkit file (+ cow) and qemu-nbd (--snapshot), client fio",
         rows,
         [
-            "the same raw file for all, in the page cache and in our frames; unix sockets",
+            "the same raw file for all, in the page cache and in cowshed's frames; unix sockets",
             "us_cpu: CPU time of the server for each request, in steps of a clock tick in all",
             "limit: a server without a disk; what fio and a socket do at most",
             "each connection is a thread of fio's with the depth given",

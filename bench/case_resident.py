@@ -50,7 +50,7 @@ def first_write(bench: Bench) -> CaseResult:
     return CaseResult(
         "first write, amortised, against the kernel's copy-on-write of a MAP_PRIVATE file mapping",
         rows,
-        ["the aim is for writes in order: no window guesses shuffled ones, so each is one trap"],
+        ["the aim is for writes in order: no window predicts shuffled ones, so each is one trap"],
     )
 
 

@@ -46,7 +46,7 @@ def restart(bench: Bench) -> CaseResult:
         [
             "ms: the longest time between two accesses of a guest, less its pace; of all guests",
             "nothing: as long a time in which nothing is done: what the machine does to guests",
-            "an access fails if it is an error or gives a wrong byte",
+            "an access fails if it is an error or returns a wrong byte",
         ],
     )
 

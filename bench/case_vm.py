@@ -116,7 +116,7 @@ def _boot(
         found = machine.call("sums /")
         read_seconds = time.monotonic() - began
         if found != sums:
-            raise BenchError("a machine read other bytes than are in its files")
+            raise BenchError("a machine read wrong bytes of its files")
         cached = machine.call("grep ^Cached: /proc/meminfo").split()[1]
         where = {
             "s_boot": machine.boot_seconds,

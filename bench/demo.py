@@ -149,7 +149,7 @@ class Demo:
 
     def _evict(self) -> None:
         with self._stage.step(
-            "Take all shared pages away from under the guests: cowshed evict demo"
+            "Evict all shared pages while the guests have them mapped: cowshed evict demo"
         ) as step:
             self._audit()
             reply = self._control.request("evict", image="demo")
@@ -164,7 +164,7 @@ class Demo:
 
     def _measure(self) -> Measured:
         with self._stage.step(
-            "Audit the books against what the kernel counts: cowshed audit"
+            "Compare the ledger with the kernel's page tables: cowshed audit"
         ) as step:
             audit = self._audit()
             status = self._look()
@@ -250,17 +250,17 @@ def main(guests: int, size: int, capacity: int, seed: int) -> None:
     started = time.monotonic()
     stage = Stage(console, _NR_STEPS)
     stage.say(
-        f"{guests} guests use one disk image of {format_bytes(size)} at a time, and "
-        f"{format_bytes(capacity)} of memory hold it.\n"
+        f"{guests} guests use one disk image of {format_bytes(size)} at the same time, in "
+        f"{format_bytes(capacity)} of memory.\n"
         "The backend loads a page once, and maps it into every guest that touches it. It\n"
-        "takes pages back when it needs room. A guest that writes to a page gets a copy.\n"
+        "evicts pages when it needs room. A guest that writes to a page gets a copy.\n"
     )
     with one_line_failures():
         measured, problems = Demo(stage, guests, size, capacity, seed).run()
     for problem in problems:
-        stage.say(f"NOT RIGHT: {problem}")
+        stage.say(f"WRONG: {problem}")
     wrong = f"wrong bytes: {measured.wrong_bytes}"
-    verdict = "Something is not right" if problems else "All is right"
+    verdict = "Something is wrong" if problems else "All is right"
     stage.say(f"{verdict}: {wrong}. It took {time.monotonic() - started:.0f} s; seed {seed}.")
     sys.exit(1 if problems else 0)
 

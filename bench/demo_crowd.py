@@ -174,7 +174,7 @@ class Crowd:
                 if now > deadline:
                     silent = next(no for no in range(len(self._guests)) if no not in answers)
                     raise DemoError(
-                        f"guest {silent + 1} said nothing for {_SILENCE_SECONDS:.0f} s; "
+                        f"guest {silent + 1} sent nothing for {_SILENCE_SECONDS:.0f} s; "
                         f"the backend: {self._backend.last_words()}"
                     )
                 if now >= next_tick:

@@ -84,32 +84,32 @@ def report(measured: Measured) -> Table:
     table.add_row(
         "hit ratio",
         format_share(status["hits"], status["hits"] + status["misses"]),
-        "faults whose page was in memory already, whoever had it loaded; low where "
-        "guests race through more than there is room for",
+        "faults whose page was resident already; low if guests read more than fits "
+        "into the capacity",
     )
     table.add_row(
         "resident",
         format_bytes(status["resident_bytes"]),
-        f"the one copy; at most {format_bytes(measured.peak_resident_bytes)} seen, "
+        f"the one copy; peak {format_bytes(measured.peak_resident_bytes)}, "
         f"{format_bytes(status['capacity_bytes'])} allowed",
     )
     table.add_row(
         "shared",
         format_bytes(status["saved_bytes"]),
-        "granted beyond the first copy, at no cost; "
-        f"at most {format_bytes(measured.peak_saved_bytes)} seen",
+        "granted beyond the first copy, without more memory; "
+        f"peak {format_bytes(measured.peak_saved_bytes)}",
     )
     table.add_row(
         "private",
         format_bytes(measured.private_bytes),
-        "guests' own copies of the pages they wrote to",
+        "copies of the pages that guests wrote",
     )
     table.add_section()
     table.add_row("memory used", format_bytes(now_bytes), "resident and private together")
     table.add_row(
         f"{nr_guests} copies",
         format_bytes(nr_guests * image["size_bytes"]),
-        "if each guest held the image for itself",
+        "if each guest had its own copy of the image",
     )
     table.add_row(
         "kernel's count",
@@ -121,8 +121,8 @@ def report(measured: Measured) -> Table:
     table.add_row("faults", "count", "p50 / p90 / p99 in the backend")
     for kind, meaning in (
         ("hit", "the page was resident"),
-        ("miss", "it had to be loaded"),
-        ("write", "a copy became due"),
+        ("miss", "the page had to be loaded"),
+        ("write", "the page was copied"),
     ):
         figures = " / ".join(format_us(latency[kind][name]) for name in ("p50", "p90", "p99"))
         count = format_count(latency[kind]["count"])

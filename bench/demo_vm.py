@@ -189,7 +189,7 @@ class VmDemo:
         wrong_bytes, wrong_names = contents.compare(found)
         self._compared_bytes += contents.nr_bytes
         self._wrong_bytes += wrong_bytes
-        verdict = "as it should be" if not wrong_names else f"WRONG: {', '.join(wrong_names[:3])}"
+        verdict = "correct" if not wrong_names else f"WRONG: {', '.join(wrong_names[:3])}"
         if told:
             self._stage.say(
                 f"      machine {number + 1}: {len(found)} files, checksum {checksum(found)}, "
@@ -259,8 +259,8 @@ class VmDemo:
     ) -> tuple[Memory, Memory, dict[str, Any]]:
         """Measure both crowds while all run, so that memory shared by all counts alike."""
         with self._stage.step(
-            "Each reads all once more; then the kernel is asked what memory that\n"
-            "takes, and the books are held against it: cowshed audit"
+            "Each reads all once more; then the kernel's count of their memory is\n"
+            "read, and the ledger is compared with it: cowshed audit"
         ) as step:
             self._compare_all(machines)
             audit = self._control.request("audit")
@@ -305,8 +305,8 @@ def main(size: int, seed: int) -> None:
     stage = Stage(console, _NR_STEPS)
     stage.say(
         "Three machines have one disk, mapped into them from the backend's memory, which\n"
-        "has each page of it once. They keep no copies in page caches of their own\n"
-        "(virtio-pmem, DAX).\n"
+        "has each page of it once. Their own page caches keep no copies (virtio-pmem,\n"
+        "DAX).\n"
     )
     with one_line_failures():
         try:
@@ -314,9 +314,9 @@ def main(size: int, seed: int) -> None:
         except VmError as error:
             raise DemoError(str(error)) from error
     for problem in problems:
-        stage.say(f"NOT RIGHT: {problem}")
+        stage.say(f"WRONG: {problem}")
     wrong = f"wrong bytes: {measured.wrong_bytes}"
-    verdict = "Something is not right" if problems else "All is right"
+    verdict = "Something is wrong" if problems else "All is right"
     stage.say(f"{verdict}: {wrong}. It took {time.monotonic() - started:.0f} s; seed {seed}.")
     sys.exit(1 if problems else 0)
 

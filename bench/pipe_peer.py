@@ -60,7 +60,7 @@ class PipePeer:
                 nc.kill()
         got = os.fstat(target).st_size
         if done.returncode or status or got != self._nr_bytes:
-            raise BenchError(f"nc brought {got} of {self._nr_bytes} bytes by {self._way}")
+            raise BenchError(f"nc carried {got} of {self._nr_bytes} bytes by {self._way}")
 
     def _where(self) -> list[str]:
         if self._way == "unix":

@@ -55,10 +55,10 @@ MIB = 1 << 20
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="small images, few rounds: a taste")
+    parser.add_argument("--quick", action="store_true", help="small images, few rounds")
     parser.add_argument("--only", action="append", choices=CASES, help="this case; may be repeated")
     parser.add_argument("--rounds", type=int, help="rounds of each row (15; quick: 3)")
-    parser.add_argument("--seed", type=int, default=1, help="of orders and pages (1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of orders and pages (1)")
     parser.add_argument("--out", type=Path, default=ROOT / "build/bench", help="where files go")
     options = parser.parse_args()
     if options.rounds is not None and options.rounds < 1:

@@ -27,7 +27,7 @@ def wait_until(what: str, seconds: float, is_so: Callable[[], bool]) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
         if time.monotonic() > deadline:
-            raise BenchError(f"not so after {seconds:g} s: {what}")
+            raise BenchError(f"timed out after {seconds:g} s: {what}")
         time.sleep(0.002)
 
 
@@ -75,7 +75,7 @@ class SteadyCrowd:
     def _wait(self, what: str, seconds: float, is_so: Callable[[], bool]) -> None:
         def look() -> bool:
             if self._process.poll() is not None:
-                raise BenchError(f"guests of {self.terms.name} ended; what they said is above")
+                raise BenchError(f"guests of {self.terms.name} ended; their output is above")
             return is_so()
 
         wait_until(f"{what} ({self.terms.name})", seconds, look)
