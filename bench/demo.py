@@ -149,7 +149,7 @@ class Demo:
 
     def _evict(self) -> None:
         with self._stage.step(
-            "Evict all shared pages while the guests have them mapped: cowshed evict demo"
+            "Evict all shared pages from under the guests: cowshed evict demo"
         ) as step:
             self._audit()
             reply = self._control.request("evict", image="demo")
