@@ -9,8 +9,8 @@ from glob import glob
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
-# What `cowshed attach` preloads into programs: no module, but built and shipped as one. It holds no
-# Python, and is never built with a sanitizer, which the programs would have to be built with too.
+# The library that `cowshed attach` preloads into programs: no module, but built and shipped as one.
+# It contains no Python, and is never built with a sanitizer, since the programs would need it too.
 PRELOAD = Extension(
     "cowshed.transport._preload",
     sources=[

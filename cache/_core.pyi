@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Written by tools/core_stub.py from the headers' cdef sections; `make stubs` writes it anew.
-# Each call of lib gives the GIL up. Functions return >= 0 or -errno unless their header says
+# Each call of lib releases the GIL. Functions return >= 0 or -errno unless their header says
 # otherwise; cache/calls.py turns that into exceptions.
 from collections.abc import Iterator, Sequence
 from types import TracebackType

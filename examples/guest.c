@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A guest in C: maps an image, reads it, writes a private copy of a page and gives it back.
+ * A guest in C: maps an image, reads it, writes a private copy of a page and discards it.
  *
  *     make install-guest-library
  *     cc -o guest examples/guest.c $(pkg-config --cflags --libs cowshed_guest)
@@ -45,14 +45,14 @@ int main(int argc, char **argv)
 	unsigned long before = sum(image, cowshed_size(disk));
 	printf("guest %s: %llu bytes, sum %lx\n", cowshed_guest(disk), (unsigned long long)cowshed_size(disk), before);
 
-	/* A store would do as well; this one reports a page that cannot be had instead of SIGBUS. */
+	/* A plain store works too; this call returns an error where a store would raise SIGBUS. */
 	if (cowshed_write(disk, 0, mine, sizeof(mine)) < 0 || cowshed_read(disk, 0, found, sizeof(found)) < 0)
 		die();
-	printf("private: %s; the image is %s for everybody else\n", found,
-	       memcmp(found, image, sizeof(found)) ? "?" : "as it was");
+	printf("private: %s; the mapping has %s\n", found,
+	       memcmp(found, image, sizeof(found)) ? "other bytes" : "the same bytes");
 	if (cowshed_discard(disk, 0, 4096) < 0)
 		die();
-	printf("given back: %s\n", sum(image, cowshed_size(disk)) == before ? "the image again" : "something else");
+	printf("discarded: %s\n", sum(image, cowshed_size(disk)) == before ? "the image again" : "something else");
 	cowshed_close(disk);
 	return 0;
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cowshed command as another user: as_user.py UID ARGUMENT...
 
-Everything is imported before the change of user, who may not be able to read the interpreter.
+Imports everything before it changes the user, since that user may not be able to read modules.
 """
 
 import sys

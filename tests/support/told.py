@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What processes that do as they are told have in common: who they are, and how they are told.
+"""Shared code of processes that tests control: their user, and their orders.
 
-Imports nothing of ours: most guests of the tests need no more than they name themselves.
+Imports nothing of cowshed: most guests of the tests need only the modules that they import.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ def become(uid: int) -> None:
 
 
 def main(kind: Callable[[str], object]) -> None:
-    """Make a kind of script, then call what each line of stdin names, and print what it returns."""
+    """Make a script, then call the method that each line of stdin names, and print its result."""
     uri, *rest = sys.argv[1:]
     if rest:
         become(int(rest[0]))

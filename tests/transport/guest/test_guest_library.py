@@ -118,8 +118,8 @@ def test_the_example_is_compiled_and_runs(
     )
     first, private, given_back = ran.stdout.splitlines()
     assert f": {len(before)} bytes, sum " in first
-    assert private == "private: mine; the image is as it was for everybody else"
-    assert given_back == "given back: the image again"
+    assert private == "private: mine; the mapping has the same bytes"
+    assert given_back == "discarded: the image again"
     assert image.read_bytes() == before
     until(lambda: daemon.status()["guests"] == [])
     refused = subprocess.run(
