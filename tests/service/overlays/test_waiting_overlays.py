@@ -7,6 +7,9 @@ import contextlib
 import json
 import os
 import queue
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,8 +24,11 @@ from cowshed.service.overlays.claims import Claim
 from cowshed.service.overlays.entrance import Entering, Entrance, NotYetError
 from cowshed.service.overlays.files import OverlayFiles
 from cowshed.service.overlays.limits import OverlayLimits
+from cowshed.service.overlays.overlay_records import OverlayRecords
 from cowshed.service.overlays.overlay_restorer import OverlayRestorer
 from cowshed.service.overlays.overlays import OverlayTable
+from cowshed.service.persist.fd_store import FdStore
+from cowshed.service.persist.inherited import InheritedFds
 from cowshed.service.runtime.side_threads import SideThreads
 from cowshed.transport.nbd.serving import NbdServer
 
@@ -30,8 +36,31 @@ MIB = 1 << 20
 CLAIM = Claim(("me",), 0, False, "nbd")
 
 
+# Writes a page to an overlay, gives its descriptors away, and dies: nothing is flushed.
+DYING = """
+import os, socket, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[4])
+from test_waiting_overlays import CLAIM, find_digest, served
+from cowshed.service.persist.fd_store import FdStore
+kept = FdStore(None)
+with served(Path(sys.argv[1]), Path(sys.argv[2]), kept) as (table, image):
+    find_digest(table, image)
+    table.enter(image, "g", CLAIM).overlay.store(0, b"w" * 4096)
+    ((name, fds),) = kept.groups.items()
+    with socket.socket(fileno=int(sys.argv[3])) as sock:
+        socket.send_fds(sock, [name.encode()], fds)
+    os._exit(0)
+"""
+
+
 @contextlib.contextmanager
-def served(path: Path, folder: Path) -> Iterator[tuple[OverlayTable, Image]]:
+def served(
+    path: Path,
+    folder: Path,
+    kept: FdStore | None = None,
+    inherited: InheritedFds | None = None,
+) -> Iterator[tuple[OverlayTable, Image]]:
     """A table as a daemon has it that has just begun: digests are not known."""
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(PageStore(4 * MIB))
@@ -40,9 +69,10 @@ def served(path: Path, folder: Path) -> Iterator[tuple[OverlayTable, Image]]:
         stack.callback(core.close)
         files = OverlayFiles(folder)
         stack.callback(files.close)
-        table = OverlayTable(core, GuestTable(), Admission(1024), OverlayLimits(), files)
+        records = OverlayRecords(kept or FdStore(None))
+        table = OverlayTable(core, GuestTable(), Admission(1024), OverlayLimits(), files, records)
         stack.callback(table.close)
-        OverlayRestorer(table).restore([image])
+        OverlayRestorer(table).restore([image], inherited)
         yield table, image
 
 
@@ -121,3 +151,34 @@ def test_a_digest_that_comes_while_an_overlay_is_made_is_kept_with_it(
         written = json.loads((tmp_path / "d@g.json").read_text())
         assert written["source_digest"] == image.digest
         entrance.close()
+
+
+@pytest.mark.parametrize("is_the_same", [True, False])
+def test_what_a_dead_backend_had_not_flushed_is_there_after_the_wait(
+    make_image: MakeImage, tmp_path: Path, is_the_same: bool
+) -> None:
+    path = make_image(MIB)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        words = [path, tmp_path, str(theirs.fileno()), Path(__file__).parent]
+        subprocess.run(
+            [sys.executable, "-c", DYING, *words], pass_fds=[theirs.fileno()], check=True
+        )
+        name, fds, _, _ = socket.recv_fds(ours, 256, 16)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    groups = {name.decode(): fds}
+    kept = FdStore(None, groups)
+    inherited = InheritedFds(groups)
+    with served(path, tmp_path, kept, inherited) as (table, image):
+        assert list(kept.groups) == [name.decode()], "it waits with what was left of it"
+        if not is_the_same:
+            image.digest = "sha256:" + "0" * 64
+            OverlayRestorer(table).note_digest(image)
+            assert kept.groups == {}
+            return
+        find_digest(table, image)
+        guest = table.enter(image, "g", CLAIM)
+        assert guest.overlay.load(0, 1) == b"w" * 4096
+        assert guest.account.private_bitmap()[0] == 1
+        table.leave(guest)
+    inherited.close()
