@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from domains import MakeImage
+from domains import SUPPORT, MakeImage
 
 from cowshed.cache import FileSource, Image, PageStore, UsageError
 from cowshed.service.guests.admission import Admission
@@ -40,7 +40,7 @@ CLAIM = Claim(("me",), 0, False, "nbd")
 DYING = """
 import os, socket, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[4])
+sys.path[:0] = sys.argv[4:]
 from test_waiting_overlays import CLAIM, find_digest, served
 from cowshed.service.persist.fd_store import FdStore
 kept = FdStore(None)
@@ -160,7 +160,7 @@ def test_what_a_dead_backend_had_not_flushed_is_there_after_the_wait(
     path = make_image(MIB)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        words = [path, tmp_path, str(theirs.fileno()), Path(__file__).parent]
+        words = [path, tmp_path, str(theirs.fileno()), Path(__file__).parent, SUPPORT]
         subprocess.run(
             [sys.executable, "-c", DYING, *words], pass_fds=[theirs.fileno()], check=True
         )
