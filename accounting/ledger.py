@@ -16,6 +16,7 @@ from cowshed.cache import Image, InvariantError, PeerError, UsageError
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import CLOSED, check_core, checked
 from cowshed.cache.counters import Counters
+from cowshed.cache.errors import PeerGoneError
 from cowshed.cache.images import PAGE_BYTES
 
 if TYPE_CHECKING:
@@ -265,8 +266,9 @@ class Account:
         ones. Writes are tracked again before this returns: a page read afterwards has every byte,
         or is dirty again. A discard may be noticed only some microseconds after it.
 
-        UsageError if they are not tracked, PeerError if the memory is gone; after any error they
-        are all still dirty. About 0.05 us for each page.
+        UsageError if they are not tracked, PeerGoneError if the memory is gone, PeerError if the
+        guest does not let them be protected; after any error they are all still dirty. About
+        0.05 us for each page.
         """
         words = bytearray(8 * ((self.image.nr_pages + 63) // 64))
         result = lib.account_take_dirty(
@@ -274,7 +276,9 @@ class Account:
         )
         if result == -errno.EINVAL:
             raise UsageError("its private pages are not tracked; have its handler track() them")
-        if -result in (errno.ESRCH, errno.ENOENT, errno.EAGAIN):
+        if result == -errno.ESRCH:
+            raise PeerGoneError("protecting written pages: the guest's memory is gone")
+        if -result in (errno.ENOENT, errno.EAGAIN):
             raise PeerError(f"protecting written pages: {os.strerror(-result)}")
         checked(result, "taking dirty pages")
         return bytes(words)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cowshed.cache import PeerError, UsageError
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import CLOSED, checked
+from cowshed.cache.errors import PeerGoneError
 from cowshed.cache.images import PAGE_BYTES
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class FaultHandler:
         """Begin to track writes to private pages, or end that; repeating either does nothing.
 
         At first all private pages are dirty; Account.take_dirty takes them. UsageError if the
-        guest's memory is populated by copy; PeerError if its memory is gone.
+        guest's memory is populated by copy; PeerGoneError if its memory is gone.
         """
         _check_tracked(lib.account_track(self._account, int(on)), "tracking private pages")
 
@@ -102,8 +103,8 @@ class FaultHandler:
         From its return on, writes are not answered and discards (madvise) wait; reads are answered,
         unless a discard waits. Nothing is lost: thaw() wakes all blocked faults. UsageError if its
         memory is populated by copy; PeerError, and nothing is frozen, if the guest cannot be
-        stopped within a second, or is gone. Milliseconds for a guest whose dirty pages were just
-        taken.
+        stopped within a second; PeerGoneError if its memory is gone. Milliseconds for a guest whose
+        dirty pages were just taken.
         """
         _check_tracked(lib.guest_freeze(self._guest), "freezing a guest")
 
@@ -115,6 +116,8 @@ class FaultHandler:
 def _check_tracked(result: int, what: str) -> None:
     if result == -errno.EOPNOTSUPP:
         raise UsageError(f"{what}: its memory is populated, and cannot be protected page by page")
+    if result == -errno.ESRCH:
+        raise PeerGoneError(f"{what}: its memory is gone")
     if result < 0 and -result != errno.ENOMEM:
         raise PeerError(f"{what}: {os.strerror(-result)}")
     checked(result, what)

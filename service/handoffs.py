@@ -21,7 +21,12 @@ from cowshed.service.migration.file import export_state, import_state
 from cowshed.service.migration.handoff_target import HandoffTarget
 from cowshed.service.migration.image_intake import Publish
 from cowshed.service.migration.link import Link, SocketLink, open_link
-from cowshed.service.migration.migrating import MigratingGuest, MigratingMapping, MigratingOverlay
+from cowshed.service.migration.migrating import (
+    MigratingGuest,
+    MigratingMapping,
+    MigratingOverlay,
+    thaw_all,
+)
 from cowshed.service.migration.record import HandoffRecord
 from cowshed.service.migration.state import Phase
 from cowshed.service.operators.control import Control
@@ -97,9 +102,7 @@ class HandoffService:
         self.target.resume()
         if self.record.source is None:
             # Accounts stay frozen over a restart. No commit was requested: the guests are ours.
-            for each in self.migrating():
-                each.thaw()
-                each.track(False)
+            thaw_all(self.migrating())
             return
         self._drain = Drain.resume(self)
         if self._drain.phase is Phase.MOVED:

@@ -11,16 +11,19 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Final, Protocol
 
 from cowshed.accounting import AccountStatus, MissingPages, Region
-from cowshed.cache import Image, PeerError
+from cowshed.cache import CowshedError, Image, PeerError
+from cowshed.cache.errors import PeerGoneError
 from cowshed.cache.images import PAGE_BYTES
 from cowshed.service.guests.guests import Guest, GuestTable
 from cowshed.service.overlays.claims import CARRIER
 from cowshed.service.overlays.overlays import OverlayGuest
+from cowshed.service.runtime.logs import EventLog
 from cowshed.transport.handoff.sections import GuestSection
 
 __all__ = [
@@ -30,7 +33,10 @@ __all__ = [
     "Runs",
     "counters_of",
     "owner_of_token",
+    "thaw_all",
 ]
+
+_log = EventLog("cowshed.drain")
 
 # (first page, number of pages), in order.
 Runs = Sequence[tuple[int, int]]
@@ -82,10 +88,21 @@ class MigratingGuest(Protocol):
         """Return the private pages there are now."""
 
     def load(self, runs: Runs) -> bytes:
-        """Copy private pages; PeerError if they cannot be read, for example of a dead guest."""
+        """Copy private pages; zeros of a guest that has left. PeerError if they are unreadable."""
 
     def counters(self) -> dict[str, int]:
         """Return its counters."""
+
+
+def thaw_all(migrating: Iterable[MigratingGuest]) -> None:
+    """Thaw guests, and then end tracking; one that fails leaves no other frozen."""
+    for each in migrating:
+        each.thaw()
+    for each in migrating:
+        try:
+            each.track(False)
+        except CowshedError as error:  # its pages are opened one by one as it writes them
+            _log.warning("still-tracked", str(error), guest=each.name)
 
 
 def _bits(bitmap: bytes) -> int:
@@ -181,6 +198,9 @@ class MigratingOverlay:
 class MigratingMapping:
     """A guest that maps the image. It may leave at any time, and then moves without pages.
 
+    One whose memory is gone, since it ended or executed another program, has left as well, whatever
+    keeps its mapping in the table.
+
     Until it is frozen, it may discard a page after we listed the page and before we read it. load()
     returns such a page as zeros and marks it as dirty, so that the next take_dirty() returns it.
     """
@@ -191,6 +211,7 @@ class MigratingMapping:
         self._mapping = guest.mappings[0]
         self.token = guest.request.token or secrets.token_hex(16)
         self._frozen = False
+        self._ended = False  # its memory is gone
         self._unread = 0  # pages, as bits
 
     @property
@@ -210,8 +231,18 @@ class MigratingMapping:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is still attached; under the table's lock it stays so."""
-        return self._mapping in self.guest.mappings
+        """Whether it has its memory, and is attached; under the table's lock it stays attached."""
+        return not self._ended and self._mapping in self.guest.mappings
+
+    @contextmanager
+    def _locked(self) -> Iterator[bool]:
+        """Lock the table, and yield is_here. PeerGoneError ends the block: the guest has left."""
+        with self._guests.lock:
+            try:
+                yield self.is_here
+            except PeerGoneError as error:
+                self._ended = True
+                _log.info("guest-gone", str(error), guest=self.name)
 
     def blockers(self) -> list[str]:
         """Return why it cannot move; several mappings may have different bytes for one page."""
@@ -245,20 +276,22 @@ class MigratingMapping:
 
     def track(self, on: bool) -> None:
         """Begin or end to track writes."""
-        with self._guests.lock:
-            if self.is_here:
+        with self._locked() as is_here:
+            if is_here:
                 self._mapping.handler.track(on)
 
     def take_dirty(self) -> int:
         """Return the pages written since the last call."""
-        with self._guests.lock:
+        with self._locked() as is_here:
             unread, self._unread = self._unread, 0
-            return unread | _bits(self._mapping.account.take_dirty()) if self.is_here else 0
+            if is_here:
+                return unread | _bits(self._mapping.account.take_dirty())
+        return 0
 
     def freeze(self) -> None:
         """Leave its write faults unanswered."""
-        with self._guests.lock:
-            if self.is_here:
+        with self._locked() as is_here:
+            if is_here:
                 self._mapping.handler.freeze()
                 self._frozen = True
 
@@ -282,15 +315,15 @@ class MigratingMapping:
 
     def load(self, runs: Runs) -> bytes:
         """Copy pages out of its memory; zeros if it has left."""
-        with self._guests.lock:
-            if not self.is_here:
-                return bytes(PAGE_BYTES * sum(nr for _, nr in runs))
-            regions = self._mapping.account.regions()
-            pages = b"".join(self._of(regions, *run) for run in runs)
-            if regions != self._mapping.account.regions():  # it remapped some of it meanwhile
-                for first, nr in runs:
-                    self._unread |= ((1 << nr) - 1) << first
-        return pages
+        with self._locked() as is_here:
+            if is_here:
+                regions = self._mapping.account.regions()
+                pages = b"".join(self._of(regions, *run) for run in runs)
+                if regions != self._mapping.account.regions():  # it remapped some of it meanwhile
+                    for first, nr in runs:
+                        self._unread |= ((1 << nr) - 1) << first
+                return pages
+        return bytes(PAGE_BYTES * sum(nr for _, nr in runs))
 
     def _of(self, regions: Sequence[Region], first_page: int, nr_pages: int) -> bytes:
         offset, end = first_page * PAGE_BYTES, (first_page + nr_pages) * PAGE_BYTES
@@ -320,7 +353,7 @@ class MigratingMapping:
                 self._unread |= 1 << at // PAGE_BYTES
                 got = bytes(PAGE_BYTES)
             if not got:
-                raise PeerError(f"guest {self.name!r} has ended, and its memory is gone")
+                raise PeerGoneError("reading private pages: its memory is gone")
             pages += got
         return pages
 

@@ -15,7 +15,7 @@ from cowshed.cache import ExtentState, Image
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.migration.image_source import bytes_to_send, check_source, image_sections
 from cowshed.service.migration.link import Link
-from cowshed.service.migration.migrating import MigratingGuest
+from cowshed.service.migration.migrating import MigratingGuest, thaw_all
 from cowshed.service.migration.resumption import Prefix, page_digest
 from cowshed.service.settings.domains import DomainMembers
 from cowshed.transport.handoff.sections import (
@@ -128,9 +128,7 @@ class Sender:
     def thaw(self) -> None:
         """Thaw guests here and end tracking; does nothing without track()."""
         if self._tracked:
-            for each in self._migrating:
-                each.thaw()
-                each.track(False)
+            thaw_all(self._migrating)
         self._tracked = False
         self.end_frozen()
 
@@ -240,8 +238,9 @@ class Sender:
     def send_last(self) -> None:
         """Send the remaining pages and the totals of guests, which must be frozen; then END."""
         for no, each in enumerate(self._migrating):
-            dirty, private = each.take_dirty(), each.private()
-            self._send_pages(no, (dirty | ~self._sent[no]) & private)
+            dirty = each.take_dirty()
+            self._send_pages(no, (dirty | ~self._sent[no]) & each.private())
+            private = each.private()  # none if it left meanwhile, when its pages were read as zeros
             for runs in split_runs(self._sent[no] & ~private, 1 << 40):
                 self._put(Dropped(no, tuple(runs)))
             self._sent[no] = private

@@ -87,6 +87,11 @@ class Script:
         with connect(self.uri) as backend:
             return backend.request(op, **fields)
 
+    def do_execute_another(self) -> None:
+        """Execute another program, which keeps the disk's connection open."""
+        os.set_inheritable(self.opened()._connection.fileno(), True)
+        os.execvp("sleep", ["sleep", "600"])
+
     def do_lend_connection(self) -> int:
         """Start another process that keeps the disk's connection open too; return its pid."""
         fd = self.opened()._connection.fileno()
