@@ -214,7 +214,7 @@ def unpin(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
 @click.option("--abort", is_flag=True, help="Abort all warming of IMAGE: autowarm and warm.")
 @run_dir_option
 def warm(image: str, extent: dict[str, int | None], abort: bool, run_dir: Path) -> None:
-    """Load IMAGE, or LENGTH bytes of it from OFFSET, before guests need it."""
+    """Load IMAGE, or LENGTH bytes of it from OFFSET, in advance."""
     if abort:
         _abort_warming(image, extent, run_dir)
         return
@@ -266,7 +266,7 @@ def evict(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
 @quota_argument
 @run_dir_option
 def quota(guest: str, quota_bytes: int | None, run_dir: Path) -> None:
-    """Set the quota of GUEST to SIZE private bytes, or 'none' for no limit.
+    """Limit GUEST to SIZE private bytes, or 'none' for no limit.
 
     A guest that is stopped at its quota resumes if the new quota has room.
     """

@@ -21,6 +21,7 @@ enum point {
 	POINT_EVICT_REVOKE,     /* frames gone; grants not yet revoked */
 	POINT_FAULT_READ,       /* events read, none answered */
 	POINT_FAULT_HELD,       /* an extent is held, not yet mapped */
+	POINT_FRAMES_READ,      /* about to copy frames for a populated guest; an error counts as the memfd's */
 	POINT_WRITE_TAKEN,      /* pages taken from the quota, not charged yet; under write_lock */
 	POINT_WRITE_CHARGED,    /* pages charged, still write-protected */
 	POINT_SETTLE_PROTECTED, /* pages protected again, not yet looked at */

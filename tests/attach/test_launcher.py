@@ -194,7 +194,7 @@ def test_a_setuid_program_is_refused(shared: Attached, run_dir: Path, mapper: Pa
         (["no-such-command", "{image}"], "no command 'no-such-command'"),
         (["/no/such/command", "{image}"], "No such file"),
         (["/etc/passwd", "{image}"], "not executable"),
-        (["/", "{image}"], "no file"),
+        (["/", "{image}"], "not a regular file"),
     ],
 )
 def test_what_cannot_be_run_is_refused(shared: Attached, program: list[str], says: str) -> None:

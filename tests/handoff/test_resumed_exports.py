@@ -169,7 +169,7 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_is(
     resumed("guest 'one' has another quota")
     a.the_daemon.request("quota", guest="one", quota_bytes=None)
     with a.open("three"):
-        resumed("guest 'three' came")
+        resumed("guest 'three' attached")
     until(lambda: a.the_daemon.guest_status("three")["state"] == "away")
     a.the_daemon.request("discard", overlay="d@three")
     a.the_daemon.request("discard", overlay="d@two")

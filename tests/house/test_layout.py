@@ -28,7 +28,7 @@ def test_the_tree_is_laid_out() -> None:
         (b"one\r\ntwo\r\n", "carriage return"),
         (b"one\ntwo", "does not end with a newline"),
         (b"one\ntwo \n", ":2: white space at the end of the line"),
-        (b"one:\n\ttwo\n", ":2: is indented by a tab"),
+        (b"one:\n\ttwo\n", ":2: is indented with a tab"),
     ],
 )
 def test_each_fault_is_found(tmp_path: Path, content: bytes, fault: str) -> None:

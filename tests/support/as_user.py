@@ -6,7 +6,7 @@ Imports everything before it changes the user, since that user may not be able t
 
 import sys
 
-from told import become
+from orders import become
 
 import cowshed.service.commands.attach
 import cowshed.service.commands.keeping

@@ -13,7 +13,7 @@ import select
 import threading
 
 from machine_client import MADV_DONTNEED, PAGE_BYTES, Machine, libc, read_memory, write_memory
-from told import main
+from orders import main
 
 HUNG_UP = 3
 FIRECRACKER = -1

@@ -9,8 +9,8 @@ import struct
 import threading
 from typing import Any
 
+from orders import PAGE_BYTES, main
 from scripted_guest import Script
-from told import PAGE_BYTES, main
 
 from cowshed.cache._core import ffi, lib
 from cowshed.transport import connect

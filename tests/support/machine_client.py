@@ -25,7 +25,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from told import PAGE_BYTES, become, main
+from orders import PAGE_BYTES, become, main
 
 HUGE_BYTES = 2 << 20
 EVENT_REMOVE = 1 << 3

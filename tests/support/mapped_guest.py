@@ -25,7 +25,7 @@ import threading
 from typing import Any
 
 from machine_client import EVENT_REMOVE, MODE_MISSING, UFFDIO_REGISTER, new_uffd
-from told import become
+from orders import become
 
 from cowshed.cache._core import ffi, lib
 

@@ -6,8 +6,8 @@ import hashlib
 import threading
 from typing import Any
 
+from orders import PAGE_BYTES, main
 from scripted_guest import Script
-from told import PAGE_BYTES, main
 
 
 class MovingScript(Script):

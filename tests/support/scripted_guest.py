@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from told import PAGE_BYTES, main
+from orders import PAGE_BYTES, main
 
 from cowshed.transport import Disk, connect
 

@@ -24,7 +24,10 @@ bool populate_is_zero(const struct guest *guest, uint64_t page)
 int frames_read(const struct image *image, uint64_t first, uint64_t nr, char *to)
 {
 	ssize_t length = (ssize_t)(nr << PAGE_SHIFT);
+	int err = point_reach(POINT_FRAMES_READ);
 
+	if (err)
+		return err;
 	return pread(image->frames_fd, to, (size_t)length, (off_t)(first << PAGE_SHIFT)) == length ? 0 : -EFAULT;
 }
 
@@ -32,12 +35,15 @@ int populate_poison(struct guest *guest, const struct populate_region *region, u
 {
 	struct account *account = guest->account;
 	uint64_t first = page - (page - region->first_page) % (region->page_bytes / PAGE_BYTES);
+	uint64_t end = first + region->page_bytes / PAGE_BYTES;
 	int err = uffd_poison_range(guest->uffd, populate_address(region, first), region->page_bytes);
 
-	if (!err && bits_set(account->poisoned, first)) {
-		atomic_fetch_add(&guest->image->nr_poisoned, 1);
-		count_add(COUNTER(account->header, poisoned_pages), 1);
-	}
+	end = end < guest->image->shape.nr_pages ? end : guest->image->shape.nr_pages;
+	for (page = first; page < end && !err; page++)
+		if (bits_set(account->poisoned, page)) {
+			atomic_fetch_add(&guest->image->nr_poisoned, 1);
+			count_add(COUNTER(account->header, poisoned_pages), 1);
+		}
 	return err;
 }
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import subprocess
 import sys
@@ -18,8 +17,7 @@ from stage import PAGE, MakeStage, fail_at, let_go, stop_at, wait_at
 from cowshed.cache import SourceError, UsageError
 from cowshed.cache._core import lib
 
-CHILD = Path(__file__).with_name("overlay_child.py")
-SUPPORT = Path(__file__).parent.parent / "support"
+CHILD = Path(__file__).parents[2] / "support/overlay_child.py"
 BLOCK = 4096
 
 
@@ -29,7 +27,6 @@ def test_a_kill_loses_nothing_that_was_flushed(
 ) -> None:
     child = subprocess.run(
         [sys.executable, str(CHILD), str(tmp_path), str(getattr(lib, f"POINT_OVERLAY_{point}"))],
-        env={**os.environ, "PYTHONPATH": f"{SUPPORT}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Machines in huge pages: each is installed whole, from extents that were loaded one by one."""
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,4 +91,18 @@ def test_huge_pages_stop_at_the_quota_and_go_on(
     assert status_of(daemon, machine)["quota_stops"] == 1
     daemon.request("quota", guest=f"fc-{machine.pid}", quota_bytes=4 * SIZE)
     assert machine.call("end_compare") == []
+    assert daemon.mismatches() == []
+
+
+def test_a_huge_page_whose_frames_cannot_be_read_is_poisoned(
+    image: Path, start_daemon: StartDaemon, start_guest: StartGuest
+) -> None:
+    daemon = start_daemon("--image", f"d={image}", before=("env", "COWSHED_TEST_POINTS=1"))
+    machine = restore(daemon, start_guest, image, [SIZE], page_bytes=HUGE)
+    assert machine.call("compare", nr_pages=1) == []
+    daemon.request("warm", image="d")
+    daemon.request("point", name="FRAMES_READ", action="fail", errno=errno.EIO)
+    (failure,) = machine.call("compare")
+    assert f"OSError({errno.EFAULT}," in failure  # SIGBUS for plain loads
+    assert status_of(daemon, machine)["poisoned_pages"] > 0
     assert daemon.mismatches() == []
