@@ -9,22 +9,21 @@ from glob import glob
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
-# What `cowshed attach` preloads into programs: no module, but built and shipped as one. It holds no
-# Python, and is never built with a sanitizer, which the programs would have to be built with too.
+# The library that `cowshed attach` preloads into programs: no module, but built and shipped as one.
+# It contains no Python, and is never built with a sanitizer, since the programs would need it too.
 PRELOAD = Extension(
     "cowshed.transport._preload",
     sources=[
+        "transport/core/elf.c",
         *(
-            f"transport/core/{name}.c"
-            for name in ("elf", "guard", "json", "orphan", "packets", "replace")
+            f"transport/core/guest/{name}.c"
+            for name in ("guard", "handshake", "json", "orphan", "packets", "replace")
         ),
         *sorted(glob("transport/preload/*.c")),
     ],
     depends=[
-        *(
-            f"transport/core/{name}.h"
-            for name in ("elf", "guard", "json", "orphan", "packets", "region")
-        ),
+        "transport/core/elf.h",
+        *sorted(glob("transport/core/guest/*.h")),
         "cache/core/abi.h",
         *sorted(glob("transport/preload/*.h")),
     ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the backend knows and decides about its pages: who holds them, and which to give up."""
+"""Accounting: grants, private pages, quotas, the audit, and the choice of what to evict."""
 
 from cowshed.accounting.audit import AuditReport, Mismatch, audit
 from cowshed.accounting.ledger import (

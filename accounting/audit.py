@@ -3,14 +3,14 @@
 
 Four things are checked. refs: an extent's reference count is the number of accounts whose grant bit
 is set. private: the pages an account is charged for are the pages PAGEMAP_SCAN shows as the guest's
-own, and what a quota says is used is what its accounts are charged for. Of a guest that maps
-nothing, whose pages an overlay keeps: only private pages have bytes there, and its quota has paid
-for these and for what requests have in hand. granted: a shared page that is mapped lies in a
-granted extent. resident: an extent has all its frames in the memfd when it is RESIDENT and none
-when it is ABSENT, and in a quiet moment the memfd's st_blocks say the same.
+own, and a quota's used pages are those its accounts are charged for. In an overlay, whose guest
+maps nothing, only private pages have bytes, and its quota has paid for these and for the pages that
+requests have in hand. granted: a shared page that is mapped lies in a granted extent. resident: an
+extent has all its frames in the memfd when it is RESIDENT and none when it is ABSENT, and while no
+extent changes state, the memfd's st_blocks agree.
 
-Guests run meanwhile, so one look may catch a step half done. What counts as a mismatch is what
-several looks in a row show, with time for the step to end in between.
+Guests run meanwhile, so one look may catch a step half done. A mismatch is reported only if several
+looks in a row show it, with time for the step to end in between.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from cowshed.cache._core import lib
 
 __all__ = ["AuditReport", "Mismatch", "audit"]
 
-# Between looks at what seems wrong. A guest that goes on with a discard has its pages for a moment
+# Pauses between looks at a suspect. A guest in the middle of a discard has its pages for a moment
 # longer than the ledger, and on a busy host it may not run for a second.
 _PAUSES_SECONDS: Final = (0.03, 0.03, 0.03, 0.03, 0.03, 0.1, 0.2, 0.4, 0.8)
-# Extents, or bytes of a bitmap, that are passed over in one step if there is nothing in them.
+# Extents, or bytes of a bitmap, that are skipped in one step if they are all empty.
 _STRETCH: Final = 4096
-# A guest that undoes its own protection can make as many as it has pages: so many are enough.
+# Mismatches reported of one guest: one that undoes its own protection can cause one per page.
 _MOST_OF_A_GUEST: Final = 1000
-# The place of a mismatch in a quota, as `audit --json` has always named it.
+# The place of a mismatch in a quota; `audit --json` keeps the old word.
 _QUOTA: Final = "purse"
-# looks, as text for int(..., 2): which pages are private; and which are mapped and shared.
+# Translate looks: to digits for int(..., 2), 1 if private; and to 1 if mapped and shared.
 _PRIVATE: Final = bytes(49 if look == lib.PAGE_LOOK_PRIVATE else 48 for look in range(256))
 _SHARED: Final = bytes(look in (lib.PAGE_LOOK_SHARED, lib.PAGE_LOOK_OPEN) for look in range(256))
 
@@ -60,7 +60,7 @@ class Mismatch:
     found: int = field(compare=False)
 
     def as_json(self) -> dict[str, Any]:
-        """Give the form that `cowshed audit --json` prints."""
+        """Return the object that `cowshed audit --json` prints."""
         return {
             "check": self.check,
             "domain": self.domain,
@@ -74,7 +74,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """Every mismatch that stayed, and how much was looked at."""
+    """Every mismatch that persisted, and how much was checked."""
 
     mismatches: list[Mismatch]
     checked: dict[str, int]
@@ -97,13 +97,13 @@ def audit(
     """Check every image and account; O(pages of all images and guests), milliseconds per GiB.
 
     accounts gives the accounts of an image's mappings, by guest name, and keeps them open inside
-    `with`; overlays the same of guests that map nothing. Raises CapacityError soon after stop()
-    is true: there is no report of half an audit.
+    `with`; overlays does the same for guests that map nothing. Raises CapacityError soon after
+    stop() is true: a partial audit is not reported.
     """
 
     def check_stop() -> None:
         if stop():
-            raise CapacityError("the audit was broken off, as the daemon ends: ask its successor")
+            raise CapacityError("the audit was broken off: the backend ends; ask its successor")
 
     checked: dict[str, int] = {}
     suspects = _look(images, accounts, overlays, checked, check_stop)
@@ -172,7 +172,7 @@ def _look_at_pages(
         before = account.private_bitmap()
         looks = account.looks()
     except OSError:
-        # It is going away, and its account with it; or its page tables are not ours to read.
+        # The guest is ending, and its account with it; or we may not read its page tables.
         checked["unseen_guests"] += 1
         return
     charged = int.from_bytes(before, "little")
@@ -188,7 +188,7 @@ def _look_at_pages(
 
 
 def _look_at_quotas(image: Image, accounts: Accounts) -> Iterator[Mismatch]:
-    """What quotas say is used against what their accounts are charged for; a guest each."""
+    """Compare each quota's used pages with its accounts' charges, once per quota."""
     seen = set()
     for guest, account in accounts.items():
         if account.quota not in seen:
@@ -201,7 +201,7 @@ def _look_at_quotas(image: Image, accounts: Accounts) -> Iterator[Mismatch]:
 def _look_at_overlay(
     image: Image, guest: str, overlay: Overlay, checked: dict[str, int]
 ) -> Iterator[Mismatch]:
-    """An overlay's pages: no guest's memory is looked at, for it maps nothing."""
+    """Check an overlay's pages; its guest maps nothing, so no page table is read."""
 
     def wrong(place: str, place_no: int, expected: int, found: int) -> Mismatch:
         return Mismatch(
@@ -219,7 +219,7 @@ def _look_at_overlay(
 
 
 def _mapped_ungranted(image: Image, account: Account, shared: bytes) -> Iterator[tuple[int, int]]:
-    """Extents without a grant that have pages mapped and shared, and how many pages."""
+    """Yield extents that have shared pages mapped without a grant, and how many pages."""
     grants = array("I", bytes(4 * image.nr_extents))
     account.add_grants(grants)
     width = image.extent_pages
@@ -265,7 +265,7 @@ def _look_at_frames(
 def _worth_a_look(
     states: bytes, filled: array[int], check_stop: Callable[[], None]
 ) -> Iterator[int]:
-    """Extents but those in stretches where all are ABSENT and none has frames, in order."""
+    """Yield extents in order, without stretches where all are ABSENT and none has frames."""
     nothing = array("Q", bytes(8 * _STRETCH))
     for start in range(0, len(states), _STRETCH):
         check_stop()
@@ -294,7 +294,7 @@ def _filled_bytes(image: Image) -> array[int]:
 
 
 def _bits(number: int) -> Iterator[int]:
-    """The places of the ones, from the lowest; O(1) each and O(length) in all."""
+    """Yield the positions of the set bits, lowest first; O(1) each and O(length) in all."""
     whole = number.to_bytes((number.bit_length() + 7) // 8, "little")
     for start in range(0, len(whole), _STRETCH):
         stretch = whole[start : start + _STRETCH]

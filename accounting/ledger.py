@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mapping's account, kept by the C core: where it is, grants, private pages and counters."""
+"""A mapping's account, kept by the C core: regions, grants, private pages and counters."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Final
 from cowshed.accounting.quota import Quota, QuotaPolicy
 from cowshed.cache import Image, InvariantError, PeerError, UsageError
 from cowshed.cache._core import ffi, lib
-from cowshed.cache.calls import CLOSED, checked
+from cowshed.cache.calls import CLOSED, check_core, checked
 from cowshed.cache.counters import Counters
+from cowshed.cache.errors import PeerGoneError
 from cowshed.cache.images import PAGE_BYTES
 
 if TYPE_CHECKING:
@@ -81,17 +82,17 @@ class AccountCounters(Counters):
 
     @property
     def hits(self) -> int:
-        """Faults that asked for a page and found its extent resident."""
+        """Missing and minor faults that found the extent resident."""
         return self.missing_hit + self.minor_hit
 
     @property
     def cow_breaks(self) -> int:
-        """Pages replaced by a private copy, after a settle; before it, some may be yet to come."""
+        """Pages replaced by a private copy; until a settle, some copies may not have been made."""
         return self.charged_pages - self.uncharged_pages
 
 
 class AccountState(IntEnum):
-    """How an account is: answered; at its quota; held back by a drain; not served any more."""
+    """State of an account: running; stopped at its quota; frozen by a drain; no longer served."""
 
     RUNNING = lib.ACCOUNT_RUNNING
     STOPPED = lib.ACCOUNT_STOPPED
@@ -105,8 +106,8 @@ class AccountStatus:
 
     stopped_since_ns is CLOCK_MONOTONIC, 0 while the guest runs. broken is 0, or -errno once its
     memory can no longer be served. frozen: writes are not answered until it is thawed. Of the
-    private pages, preloaded_pages are not in its memory yet. No other account of this process ever
-    has its account_no.
+    private pages, preloaded_pages are not in its memory yet. account_no is unique in this process
+    and never used again.
     """
 
     granted_extents: int
@@ -138,7 +139,7 @@ class AccountStatus:
 
     @property
     def state(self) -> AccountState:
-        """How it is, in the order of what matters."""
+        """Its state: broken counts before frozen, frozen before stopped."""
         if self.broken:
             return AccountState.BROKEN
         if self.frozen:
@@ -147,13 +148,13 @@ class AccountStatus:
 
 
 class Account:
-    """A mapping's account with its image. Made before its faults are answered, closed after.
+    """A mapping's account with its image; open while the guest's faults are answered.
 
     The quota pays for its private pages; it may be closed before the account is.
     """
 
     def __init__(self, image: Image, quota: Quota, adopt_fd: int | None = None) -> None:
-        """Open an account; or go on with the one in adopt_fd, taken over on success.
+        """Open an account; or adopt the one in adopt_fd, taken over on success.
 
         InvariantError if adopt_fd is no account of this image.
         """
@@ -163,7 +164,7 @@ class Account:
         else:
             err = lib.account_adopt(image.cdata, quota.cdata, adopt_fd, account)
         if err == -errno.EBADMSG:
-            raise InvariantError(f"the ledger held is no account of image {image.label!r}")
+            raise InvariantError(f"the inherited ledger is not an account of image {image.label!r}")
         checked(err, f"opening an account with {image.label!r}")
         self.image: Final = image
         self.quota: Final = quota
@@ -171,7 +172,7 @@ class Account:
 
     @property
     def fd(self) -> int:
-        """The memfd that the account is in, for who comes after this process. Borrowed."""
+        """The account's memfd, for the successor. Borrowed."""
         return lib.account_fd(self.cdata)
 
     @property
@@ -180,7 +181,7 @@ class Account:
         return lib.account_number(self.cdata)
 
     def place(self, uffd: int, pagemap_fd: int, regions: Sequence[Region]) -> None:
-        """Say where the mapping is; the descriptors are borrowed until close().
+        """Set where the mapping is; the descriptors are borrowed until close().
 
         Raises UsageError if there are too many regions, or one is unaligned, empty, outside of the
         image, or overlaps another, in the image or in the guest's memory.
@@ -216,10 +217,10 @@ class Account:
         ]
 
     def find_present(self, page: int, nr_max: int) -> tuple[int, bool | None]:
-        """Look for a page, from that one on, that the guest has still under its userfaultfd.
+        """Look for a page, from that one on, that the guest's userfaultfd still guards.
 
-        Gives the page, and True; how many pages there are, and False, if there is none; the page
-        to go on from, and None, after nr_max looks. Each takes about 1 us.
+        Returns the page and True; the image's number of pages and False if there is none; the page
+        to go on from and None after nr_max looks. Each look takes about 1 us.
         """
         place = ffi.new("uint64_t *", page)
         found = lib.account_find_present(self.cdata, nr_max, place)
@@ -237,6 +238,10 @@ class Account:
         lib.account_read(self.cdata, status)
         return AccountStatus.of(status)
 
+    def check(self) -> None:
+        """Recompute the invariants of a mapping's account; O(pages). Raises InvariantError."""
+        check_core(lib.account_check(self.cdata))
+
     def settle(self) -> None:
         """Give back charges whose copies never happened, so that charged means copied.
 
@@ -245,9 +250,9 @@ class Account:
         lib.account_settle(self.cdata)
 
     def adopt_private(self) -> int:
-        """Charge what a guest inherited over fork as its own, past the quota too; how many pages.
+        """Charge private pages inherited over fork, past the quota too; return how many.
 
-        Its faults are being answered. OSError if its memory cannot be looked at.
+        Its faults must be answered already. OSError if its page tables cannot be read.
         """
         result = lib.account_adopt_private(self.cdata)
         if result < 0:
@@ -257,31 +262,35 @@ class Account:
     def take_dirty(self) -> bytes:
         """Take the pages that became private, were written, or are private no more, as a bitmap.
 
-        Since they were last taken; at first (FaultHandler.track) all private ones. Writes are
-        noticed anew before this returns: read what is private of them afterwards, and you have each
-        byte, or the page is dirty again. A discard may be noticed only some microseconds after it.
+        That is, since the last call; the first call (after FaultHandler.track) returns all private
+        ones. Writes are tracked again before this returns: a page read afterwards has every byte,
+        or is dirty again. A discard may be noticed only some microseconds after it.
 
-        UsageError if they are not followed, PeerError if the memory is gone; after any error they
-        are still to be taken. About 0.05 us for each page.
+        UsageError if they are not tracked, PeerGoneError if the memory is gone, PeerError if the
+        guest does not let them be protected; after any error they are all still dirty. About
+        0.05 us for each page.
         """
         words = bytearray(8 * ((self.image.nr_pages + 63) // 64))
         result = lib.account_take_dirty(
             self.cdata, ffi.from_buffer("uint64_t[]", words), len(words) // 8
         )
         if result == -errno.EINVAL:
-            raise UsageError("its private pages are not followed; have its handler track() them")
-        if -result in (errno.ESRCH, errno.ENOENT, errno.EAGAIN):
+            raise UsageError("its private pages are not tracked; have its handler track() them")
+        if result == -errno.ESRCH:
+            raise PeerGoneError("protecting written pages: the guest's memory is gone")
+        if -result in (errno.ENOENT, errno.EAGAIN):
             raise PeerError(f"protecting written pages: {os.strerror(-result)}")
         checked(result, "taking dirty pages")
         return bytes(words)
 
     def preload(self, source_fd: int, bitmap: bytes) -> int:
-        """Make pages private whose bytes are in a file, at their place in the image; how many.
+        """Make pages private whose bytes a file has at their image offsets; return how many.
 
         They are charged at once, past the quota too, and copied into the guest's memory as it
-        touches them, or when its fault thread has time. Pages that the mapping does not have are
-        left out. The account has been placed, its faults are not answered yet. source_fd stays the
-        caller's. UsageError if the file is shorter than the image, or this was done before.
+        touches them, or when its fault thread is idle. Pages that the mapping does not have are
+        left out. The account must have been placed, and its faults must not be answered yet.
+        source_fd stays the caller's. UsageError if the file is shorter than the image, or this was
+        done before.
         """
         nr_words = (self.image.nr_pages + 63) // 64
         words = bytearray(bitmap.ljust(8 * nr_words, b"\0"))
@@ -297,7 +306,7 @@ class Account:
         checked(lib.account_adopt_preloaded(self.cdata, source_fd), "adopting preloaded pages")
 
     def copy_preload_fd(self) -> int:
-        """Copy the descriptor of the file that has preloaded pages; -1 if none are left in it.
+        """Duplicate the descriptor of the preload file; -1 if no preloaded pages are left.
 
         The caller closes the copy. Raises CapacityError if no descriptor is left.
         """
@@ -305,9 +314,10 @@ class Account:
         return -1 if fd == -errno.ENOENT else checked(fd, "copying a preload file's descriptor")
 
     def count_quota(self) -> tuple[int, int]:
-        """Count what the accounts of its quota are charged for, and what the quota says is used.
+        """Return the pages charged to the accounts of its quota, and the quota's used pages.
 
-        The same number. Waits for each account; writes wait meanwhile, for microseconds per GiB.
+        Both must be the same number. Waits for each account; writes wait meanwhile, for
+        microseconds per GiB.
         """
         used = ffi.new("uint64_t *")
         counted = lib.account_quota_pages(self.cdata, used)
@@ -342,7 +352,7 @@ class Account:
         return bytes(words)
 
     def looks(self) -> bytes:
-        """Ask the kernel about every page: a PAGE_LOOK_* value each; OSError if it cannot say."""
+        """Read how every page is mapped: a PAGE_LOOK_* value each; OSError if that fails."""
         looks = bytearray(self.image.nr_pages)
         result = lib.account_look(self.cdata, 0, self.image.nr_pages, ffi.from_buffer(looks))
         if result < 0:
@@ -351,14 +361,14 @@ class Account:
 
 
 class EvictReason(IntEnum):
-    """Why extents are given up; evictions are counted by it."""
+    """Why extents are evicted; evictions are counted by reason."""
 
     PRESSURE = lib.EVICT_PRESSURE
     REQUEST = lib.EVICT_REQUEST
 
 
 def evict(image: Image, extents: list[int], reason: EvictReason = EvictReason.REQUEST) -> list[int]:
-    """Punch extents that may go, revoke their grants, and return those that went.
+    """Punch those extents that may be evicted, revoke their grants, and return them.
 
     Pinned, held and absent ones stay as they are.
     """

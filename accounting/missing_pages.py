@@ -20,15 +20,15 @@ class MissingPages:
     """The missing pages of one overlay. The overlay has the state: any number of these may be made.
 
     Bitmaps are numbers: bit i is page i. A page is missing from expect() until it arrives, or the
-    guest writes the whole of it or gives it back; who needs it meanwhile waits, and what it waits
-    for is wanted. Who needs a page that is lost gets an input/output error.
+    guest writes the whole of it or gives it back; a request that needs it meanwhile waits, and the
+    page is wanted. A request that needs a lost page gets an input/output error.
     """
 
     def __init__(self, overlay: Overlay) -> None:
         self._overlay: Final = overlay
 
     def expect(self, first_page: int, nr_pages: int) -> None:
-        """Make pages private and missing, past the quota too; nobody may use the overlay yet.
+        """Make pages private and missing, past the quota too; the overlay must not be in use yet.
 
         UsageError if one is private already.
         """
@@ -38,7 +38,7 @@ class MissingPages:
         checked(err, f"expecting pages of {self._label}")
 
     def arrive(self, first_page: int, pages: bytes | memoryview) -> int:
-        """Take bytes of pages, as far as these are missing; how many were. OSError without room."""
+        """Store the bytes of pages that are missing; return how many. OSError without room."""
         nr = lib.overlay_arrive(
             self._overlay.cdata, first_page, len(pages) // PAGE_BYTES, ffi.from_buffer(pages)
         )
@@ -51,14 +51,14 @@ class MissingPages:
         return self._bitmap(lib.overlay_missing)
 
     def take_wanted(self) -> int:
-        """The missing pages that somebody came to wait for since the last call."""
+        """Take the missing pages that became wanted since the last call."""
         return self._bitmap(lib.overlay_take_wanted)
 
     @property
     def fd(self) -> int:
         """An eventfd, borrowed; -1 if no page was ever missing.
 
-        Readable when pages are wanted, or none is missing any more; take_wanted() makes it silent.
+        Readable when pages are wanted, or none is missing any more; take_wanted() resets it.
         """
         return max(-1, lib.overlay_missing_fd(self._overlay.cdata))
 
@@ -68,14 +68,14 @@ class MissingPages:
         return self._overlay.account.status().preloaded_pages
 
     def lose(self, first_page: int, nr_pages: int) -> int:
-        """Give up those of these pages that are missing; return how many were not lost before."""
+        """Mark the missing ones of these pages as lost; return how many were not lost before."""
         return checked(
             lib.overlay_lose(self._overlay.cdata, first_page, nr_pages),
-            f"giving up pages of {self._label}",
+            f"marking pages of {self._label} as lost",
         )
 
     def find(self) -> None:
-        """No page is lost: somebody may have them after all."""
+        """Mark no page as lost any more: a backend may have them after all."""
         lib.overlay_find(self._overlay.cdata)
 
     @property

@@ -29,8 +29,8 @@ IDENTITY_BYTES: Final = 32
 class OverlaySums:
     """Pages of an overlay at one moment; in_hand are taken by requests and not private yet.
 
-    counted, by its bitmap, should be private, what its account says; and used, what its quota says,
-    should be private and in_hand together.
+    counted, from its bitmap, should equal private, its account's counter; used, its quota's
+    counter, should equal private plus in_hand.
     """
 
     counted: int
@@ -40,7 +40,7 @@ class OverlaySums:
 
 
 class Overlay:
-    """One guest's own pages; everything else is the image's. Close it before its account.
+    """One guest's private pages; all others are the image's. Close it before its account.
 
     The account's quota bounds it: at the quota a write is refused with "no space". The policy
     "allow" only counts.
@@ -60,14 +60,14 @@ class Overlay:
 
     @classmethod
     def adopt(cls, account: Account, fd: int) -> Overlay:
-        """Go on with the memfd that another process left, whose account was adopted.
+        """Adopt an overlay's memfd that another process left; its account was adopted before.
 
         Takes fd over on success. InvariantError if it is no overlay of the account's image.
         """
         overlay = ffi.new("struct overlay **")
         err = lib.overlay_adopt(account.cdata, fd, overlay)
         if err == -errno.EBADMSG:
-            raise InvariantError(f"the overlay held is none of {account.image.label!r}")
+            raise InvariantError(f"the inherited overlay is not of image {account.image.label!r}")
         checked(err, f"adopting an overlay over {account.image.name!r}")
         return cls(account, overlay[0])
 
@@ -77,10 +77,11 @@ class Overlay:
     ) -> Overlay:
         """Open the overlay in FOLDER/NAME.pages and FOLDER/NAME.map, or make it.
 
-        identity: 32 bytes that no other image has (its digest). What the files hold is charged to
-        the account, past the quota too; is_adopted: the account was adopted, and knows better than
-        the files what is private. UsageError if they are another image's or another process
-        has them open; SourceError if they are damaged or can't be had: they are left as they are.
+        identity: 32 bytes that no other image has (its digest). The files' private pages are
+        charged to the account, past the quota too; is_adopted: the account was adopted, and its
+        private pages count instead of the files'. UsageError if the files are another image's or
+        open in another process; SourceError if they are damaged or cannot be opened: they are left
+        as they are.
         """
         if len(identity) != IDENTITY_BYTES:
             raise UsageError(f"an identity of {len(identity)} bytes; give {IDENTITY_BYTES}")
@@ -102,7 +103,7 @@ class Overlay:
         return cls(account, overlay[0])
 
     def load(self, first_page: int, nr_pages: int) -> bytes:
-        """Copy the bytes of private pages; each page is of one moment. Others' are zeros."""
+        """Copy the bytes of private pages, each page consistently; other pages read as zeros."""
         pages = bytearray(nr_pages * PAGE_BYTES)
         checked(
             lib.overlay_load(self.cdata, first_page, nr_pages, ffi.from_buffer(pages)),
@@ -125,7 +126,7 @@ class Overlay:
         )
 
     def flush(self) -> None:
-        """Return once what was written is as durable as it gets. SourceError if it cannot be."""
+        """Return once what was written is as durable as it gets. SourceError if that fails."""
         err = lib.overlay_flush_now(self.cdata)
         if err < 0:
             raise SourceError(
@@ -133,9 +134,9 @@ class Overlay:
             )
 
     def close(self) -> None:
-        """Give it up; no export may use it any more. In memory, its pages are lost.
+        """Close it; no export may use it any more. In memory, its pages are lost.
 
-        With files, SourceError if what was not flushed yet could not be.
+        With files, flushes first: SourceError if that fails.
         """
         if self.cdata is not CLOSED:
             cdata, self.cdata = self.cdata, CLOSED
@@ -144,7 +145,7 @@ class Overlay:
             )
 
     def discard(self) -> None:
-        """Give every private page back: from now on it reads as the image does."""
+        """Give every private page back: the overlay then reads as the image does."""
         if self.cdata is CLOSED:
             raise UsageError("the overlay is closed; nothing is left to discard")
         checked(
@@ -158,24 +159,24 @@ class Overlay:
         return lib.overlay_fd(self.cdata)
 
     def track(self, on: bool) -> None:
-        """Begin to follow what is written, or end that; at first all private pages are dirty."""
+        """Begin to track writes, or end that; at first all private pages are dirty."""
         checked(
             lib.overlay_track(self.cdata, int(on)),
-            f"following an overlay over {self.account.image.name!r}",
+            f"tracking an overlay over {self.account.image.name!r}",
         )
 
     def take_dirty(self) -> bytes:
         """Take the pages that became private, were written, or are private no more, as a bitmap.
 
-        Read them afterwards, and you have each byte, or the page is dirty again. UsageError if they
-        are not followed.
+        A page read afterwards has every byte, or is dirty again. UsageError if they are not
+        tracked.
         """
         words = bytearray(8 * ((self.account.image.nr_pages + 63) // 64))
         result = lib.overlay_take_dirty(
             self.cdata, ffi.from_buffer("uint64_t[]", words), len(words) // 8
         )
         if result == -errno.EINVAL:
-            raise UsageError("the overlay is not followed; track() it first")
+            raise UsageError("the overlay is not tracked; track() it first")
         checked(result, "taking dirty pages")
         return bytes(words)
 
@@ -184,7 +185,7 @@ class Overlay:
         lib.overlay_freeze(self.cdata)
 
     def thaw(self) -> None:
-        """Let what waited go on. Nothing to do is no error."""
+        """End a freeze: waiting requests go on. Nothing to do is no error."""
         lib.overlay_thaw(self.cdata)
 
     def stored_bitmap(self) -> bytes:
@@ -192,9 +193,9 @@ class Overlay:
         return self._bitmap(lib.overlay_stored)
 
     def stray_bitmap(self) -> bytes:
-        """The pages it holds bytes for and that are not private; none, whoever writes meanwhile.
+        """The pages that it holds bytes for and that are not private; there should be none.
 
-        Where a file system keeps nothing as small as a page, nothing can be said: then none, too.
+        Requests may write meanwhile. None are found where holes are larger than a page.
         """
         return self._bitmap(lib.overlay_strays)
 

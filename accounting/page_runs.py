@@ -10,7 +10,7 @@ from typing import Final
 __all__ = ["count_pages", "page_bitmap", "page_runs", "split_runs"]
 
 _FULL: Final = 0xFF
-# Bytes of which every bit is set, as many as there are; or one with some.
+# A run of bytes whose bits are all set; or one byte with some set.
 _NOT_EMPTY: Final = re.compile(rb"\xff+|[^\x00\xff]")
 
 
@@ -42,8 +42,8 @@ def page_bitmap(pages: Iterable[int]) -> int:
 def page_runs(bitmap: int) -> Iterator[tuple[int, int]]:
     """Give runs (first page, number of pages) of a bitmap, a little-endian number; O(its length).
 
-    Neighbouring runs are never adjacent. Guests are frozen while this is done to large bitmaps that
-    are almost empty, so what is empty is passed over by a search that is no Python.
+    Successive runs are never adjacent. Guests are frozen while this runs over large bitmaps that
+    are almost empty, so a regular expression skips the empty bytes.
     """
     raw = bitmap.to_bytes((bitmap.bit_length() + 7) // 8, "little")
     start = end = 0

@@ -15,12 +15,12 @@ from cowshed.cache.images import PAGE_BYTES
 
 __all__ = ["NO_QUOTA_BYTES", "Quota", "QuotaPolicy", "QuotaStatus"]
 
-# A quota nobody reaches: more than any image has.
+# An unlimited quota: more than any image has.
 NO_QUOTA_BYTES: Final = 1 << 60
 
 
 class QuotaPolicy(IntEnum):
-    """What a guest meets at its quota: it waits, it gets SIGBUS, or it is only counted."""
+    """What happens to a guest at its quota: it waits, it gets SIGBUS, or it is only counted."""
 
     STOP = lib.QUOTA_STOP
     KILL = lib.QUOTA_KILL
@@ -50,26 +50,26 @@ class Quota:
     def adopt(cls, fd: int) -> Self:
         """Adopt the quota in a memfd that another process left; takes fd over on success.
 
-        Nothing of it is used until its accounts are adopted too. InvariantError if fd is no quota.
+        Its used pages are 0 until its accounts are adopted. InvariantError if fd is no quota.
         """
         quota = ffi.new("struct quota **")
         err = lib.quota_adopt(fd, quota)
         if err == -errno.EBADMSG:
-            raise InvariantError("the descriptor held as a quota is none of ours")
+            raise InvariantError("the inherited descriptor is not a quota")
         checked(err, "adopting a quota")
         adopted = cls.__new__(cls)
         adopted.cdata = quota[0]
         return adopted
 
     def close(self) -> None:
-        """Let go of it; accounts that were opened with it keep it."""
+        """Drop this reference; the quota's accounts keep theirs."""
         if self.cdata is not CLOSED:
             lib.quota_close(self.cdata)
             self.cdata = CLOSED
 
     @property
     def fd(self) -> int:
-        """The memfd that holds it, the quota's own."""
+        """The quota's memfd. Borrowed."""
         return lib.quota_fd(self.cdata)
 
     @property
@@ -79,11 +79,11 @@ class Quota:
         return None if limit_bytes >= NO_QUOTA_BYTES else limit_bytes
 
     def set_quota(self, quota_bytes: int, policy: QuotaPolicy) -> None:
-        """Change the quota; who is stopped at it must be resumed by its fault handler."""
+        """Change the quota; the caller must resume guests that are stopped at it."""
         checked(lib.quota_set(self.cdata, _quota_pages(quota_bytes), policy), "changing a quota")
 
     def status(self) -> QuotaStatus:
-        """Read it."""
+        """Read the limit, the used pages, the policy and the number of accounts."""
         status = ffi.new("struct quota_status *")
         lib.quota_read(self.cdata, status)
         return QuotaStatus(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all accounts of an image come to, in one call to the C core that stops nobody."""
+"""Sums over all accounts of an image, in one call to the C core that stops no guest."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Latency:
 
     @property
     def count(self) -> int:
-        """All durations noted."""
+        """The number of durations."""
         return sum(self.counts)
 
     def __add__(self, other: Latency) -> Latency:
@@ -64,7 +64,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class AccountSums:
-    """An image's accounts together. Counters and latencies hold what closed accounts had counted.
+    """An image's accounts together. Counters and latencies include closed accounts.
 
     private_pages are charged now. cow_pages are the private copies ever made, ahead of the kernel
     by charges that were not settled yet; closed_cow_pages are those of closed accounts. No counter
@@ -104,7 +104,7 @@ def read_latency(accounts: Iterable[Account], kind: LatencyKind) -> Latency:
 
 
 def read_accounts(image: Image) -> dict[int, AccountStatus]:
-    """Read every open account of an image, by account_no; nobody waits to open or close one."""
+    """Read every open account of an image, by account_no."""
     room = _MORE_ACCOUNTS
     while True:
         statuses = ffi.new("struct account_status[]", room)
@@ -118,7 +118,7 @@ def read_accounts(image: Image) -> dict[int, AccountStatus]:
 
 
 def read_states(image: Image) -> dict[int, AccountState]:
-    """Give how every open account of an image is, by account_no; about 0.2 us each."""
+    """Read the state of every open account of an image, by account_no; about 0.2 us each."""
     room = _MORE_ACCOUNTS
     while True:
         account_nos, states = array("Q", bytes(8 * room)), bytearray(room)
@@ -136,9 +136,9 @@ def read_states(image: Image) -> dict[int, AccountState]:
 
 
 def add_statuses(statuses: Sequence[AccountStatus]) -> AccountStatus:
-    """Put the accounts of a guest's mappings, at least one, together as if they were one.
+    """Combine the accounts of a guest's mappings, at least one, as if they were one.
 
-    It is stopped since the first of them is, frozen when one is, and broken when all are.
+    It is stopped since the earliest stop, frozen if one is, and broken if all are.
     """
     first = statuses[0]
     if len(statuses) == 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other processes of a benchmark: a `cowshed serve` of ours, and the worker that measures."""
+"""The other processes of a benchmark: its `cowshed serve`, and the worker that measures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BenchError(Exception):
 
 
 class Served:
-    """A running daemon that serves these images, all digests done, so that it has nothing to do."""
+    """A running daemon that serves these images; idle, since all digests are done."""
 
     def __init__(self, images: dict[str, Path], capacity_bytes: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="cowshed-bench-")
@@ -68,18 +68,18 @@ class Served:
             time.sleep(0.02)
 
     def request(self, op: str, **fields: Any) -> dict[str, Any]:
-        """Ask the daemon for one thing, as an operator."""
+        """Send the daemon one request, as an operator."""
         with connect(self.uri) as backend:
             return dict(backend.request(op, **fields))
 
     def evict(self, image: str) -> None:
-        """Give all of an image up; BenchError if some of it stayed."""
+        """Evict all of an image; BenchError if some of it stayed."""
         kept = self.request("evict", image=image)["kept_bytes"]
         if kept:
             raise BenchError(f"{kept} bytes of {image} could not be evicted")
 
     def image_status(self, name: str) -> dict[str, Any]:
-        """Give one image's part of the status."""
+        """Return one image's part of the status."""
         (image,) = [i for i in self.request("status")["status"]["images"] if i["name"] == name]
         return dict(image)
 
@@ -95,7 +95,7 @@ class Served:
 
 
 class WorkerProcess:
-    """A worker.py; call() gives it an order and waits for the answer."""
+    """A worker.py; call() sends it an order and waits for the answer."""
 
     def __init__(self, build_dir: Path, served: Served, answer_seconds: float = 120.0) -> None:
         self._answer_seconds = answer_seconds
@@ -115,7 +115,7 @@ class WorkerProcess:
         self._process.communicate()
 
     def call(self, do: str, **fields: Any) -> Any:
-        """Give an order and its answer; BenchError if it fails there or takes too long."""
+        """Send an order and return its answer; BenchError if it fails there or takes too long."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
         self._process.stdin.flush()

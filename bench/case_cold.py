@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole image that is nowhere in memory, read front to back, against pread of the same file.
+"""An image that is not in memory, read front to back, against pread of the same file.
 
 Both sides start cold each time: the image is evicted, the file is dropped from the page cache (by
-posix_fadvise on that file alone, so that others on the machine keep theirs; by drop_caches if that
-leaves something and we are root).
+posix_fadvise on that file, so that other files stay cached; by drop_caches if pages remain and the
+run is root's).
 """
 
 from __future__ import annotations

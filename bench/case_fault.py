@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One fault at a time: what a trap to the backend costs, against a byte through pipes and back.
+"""Single faults: the cost of a trap to the backend, against a byte through pipes and back.
 
-Windows are one page, so each page of a random order is a fault of its own. The peer is what any two
-processes pay the scheduler for a round trip, with the same placement on CPUs.
+Windows are one page, so each page of a random order is a separate fault. The peer is the cost of a
+round trip between any two processes with the same placement on CPUs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NR_FAULTS = 2048
 
 
 def fault(bench: Bench) -> CaseResult:
-    """Single-fault latency on one CPU, on two, and where the scheduler likes."""
+    """Measure single-fault latency on one CPU, on two, and unpinned."""
     bench.served.request("warm", image="warm")
     cpus = sorted(os.sched_getaffinity(0))
     placements: dict[str, tuple[list[int], list[int]]] = {"one CPU": (cpus[:1], cpus[:1])}
@@ -32,8 +32,8 @@ def fault(bench: Bench) -> CaseResult:
         "one random single-page fault, against a ping-pong over pipes with the same placement",
         [],
         [
-            "a sample is the median of a round's faults; means feel what disturbed a few of them",
-            "the daemon looks for the next fault for some time before it sleeps: us_in_handler",
+            "a sample is the median of a round's faults; a few disturbed faults affect the mean",
+            "the daemon spins for the next fault for some time before it sleeps: us_in_handler",
         ],
     )
     for label, (ours, theirs) in placements.items():

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What N guests that have read the whole image take, against one copy of it.
+"""The memory of N guests that have read the whole image, against one copy of it.
 
 Shared frames are counted by PSS: each process that maps a frame is charged an equal share of it, so
-the sum over all guests counts each frame once. Frames that nobody maps are added from the daemon's
-own figure, which an audit holds against the memfd's st_blocks. The peer is the same crowd of
-processes with a plain mmap of the file.
+the sum over all guests counts each frame once. Frames that no guest maps are added from the
+daemon's own figure, which an audit compares with the memfd's st_blocks. The peer is the same crowd
+of processes with a plain mmap of the file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 
 def memory(bench: Bench) -> CaseResult:
-    """Crowds of guests and crowds of plain mappings, looked at through /proc."""
+    """Measure crowds of guests and crowds of plain mappings through /proc."""
     bench.served.request("warm", image="warm")
     image_bytes = bench.warm.stat().st_size
     crowds = (1, 4) if bench.quick else CROWDS
@@ -97,7 +97,7 @@ def memory(bench: Bench) -> CaseResult:
 
 
 def rollup(pid: int) -> dict[str, int]:
-    """Give the byte counts of /proc/PID/smaps_rollup, and VmPTE as "Tables"."""
+    """Return the byte counts of /proc/PID/smaps_rollup, and VmPTE as "Tables"."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     sums = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -107,13 +107,13 @@ def rollup(pid: int) -> dict[str, int]:
 
 
 def _own(pid: int) -> int:
-    """What a process takes without files, such as libraries: their PSS falls as others use them."""
+    """Return a process's memory without files: the PSS of libraries falls as others use them."""
     sums = rollup(pid)
     return sums["Pss_Anon"] + sums["Pss_Shmem"]
 
 
 def _weigh(people: list[tuple[int, int]]) -> dict[str, float]:
-    """Add up, over (pid, address of the image), what the image and all else take."""
+    """Add up, over (pid, address of the image), the memory of the image and of all else."""
     sums = dict.fromkeys(("image", "mapped", "private", "other", "tables"), 0.0)
     for pid, address in people:
         whole = rollup(pid)
@@ -128,7 +128,7 @@ def _weigh(people: list[tuple[int, int]]) -> dict[str, float]:
 
 @contextmanager
 def _crowd(bench: Bench, side: str, place: str, nr: int) -> Iterator[list[tuple[int, int]]]:
-    """Have nr processes with the image in memory for the block; their pids and addresses."""
+    """Run nr processes with the image in memory for the block; yield their pids and addresses."""
     arguments = [str(bench.build_dir), side, place, bench.served.uri, str(nr), str(WRITE_PAGES)]
     process = subprocess.Popen(
         [sys.executable, str(BENCH / "crowd.py"), *arguments],

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NBD: our server against nbdkit's file plugin and qemu-nbd, on one file, with one client.
+"""NBD: cowshed's server against nbdkit's file plugin and qemu-nbd, on one file, with one client.
 
-The file is in the page cache, for us in our frames. The peers are started anew for rows that write,
-so that each write is the first to its page; a guest of ours gets an overlay of its own instead.
+The file is in the page cache for the peers, and in frames for cowshed. Rows that write start the
+peers anew, so that each write is the first to its page; a cowshed guest gets a new overlay instead.
 
-The limit is a server without a disk (core/nbd_limit.c): what the client and the socket can do at
-most. No server passes it, whatever multiple of a peer was aimed at.
+The limit is a server without a disk (core/nbd_limit.c): the most that the client and the socket can
+do. No server exceeds it, whatever multiple of a peer is the aim.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ START_SECONDS = 10.0
 MIB = 1 << 20
 _TICK_US = 1e6 / os.sysconf("SC_CLK_TCK")
 
-# What fio is told for a row, and whether its figure is MiB/s or requests a second.
+# fio's parameters for a row, which also decide whether its figure is MiB/s or requests a second.
 _SEQUENTIAL = ("read", "256k")
 _RANDOM = ("randread", "4k")
 _WRITES = ("randwrite", "4k")
 
 
 class Peer:
-    """A server of somebody else's at a socket, started when the block is entered."""
+    """Another project's server at a socket, started when the block is entered."""
 
     def __init__(self, *words: str, socket: Path) -> None:
         self.uri = f"nbd+unix:///?socket={socket}"
@@ -52,7 +52,7 @@ class Peer:
 
     @contextmanager
     def running(self) -> Iterator[int]:
-        """Have it listen for the length of the block; its pid."""
+        """Run it for the length of the block; yield its pid."""
         with subprocess.Popen(
             self._words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         ) as process:
@@ -70,7 +70,7 @@ class Peer:
 
 
 def nbd(bench: Bench) -> CaseResult:
-    """Reads of an image, reads of a private copy, and first writes to one."""
+    """Measure reads of an image, reads of a private copy, and first writes to one."""
     for program in ("nbdkit", "qemu-nbd", "fio"):
         if shutil.which(program) is None:
             raise BenchError(f"the case nbd needs {program}: `make setup` as root installs it")
@@ -108,7 +108,7 @@ def nbd(bench: Bench) -> CaseResult:
         "NBD server, against nbdkit file (+ cow) and qemu-nbd (--snapshot), client fio",
         rows,
         [
-            "the same raw file for all, in the page cache and in our frames; unix sockets",
+            "the same raw file for all, in the page cache and in cowshed's frames; unix sockets",
             "us_cpu: CPU time of the server for each request, in steps of a clock tick in all",
             "limit: a server without a disk; what fio and a socket do at most",
             "each connection is a thread of fio's with the depth given",
@@ -158,7 +158,7 @@ def _side(
 
 
 def _our_pid(bench: Bench) -> int:
-    """The backend's own: the process that was started may be its keeper."""
+    """Return the backend's pid: the process that was started may be its keeper."""
     return int(bench.served.request("status")["status"]["pid"])
 
 
@@ -176,7 +176,7 @@ def _our_writes(bench: Bench, depth: int) -> Side:
 
 
 def _discard(bench: Bench, export: str) -> None:
-    """Forget an overlay; its last client may be on its way out still."""
+    """Discard an overlay; retries while its last client disconnects."""
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
@@ -220,7 +220,7 @@ def _fio(
     cpu_us = _cpu_us(pid) - before
     if done.returncode:
         raise BenchError(f"fio failed on {uri}: {done.stderr.strip() or done.stdout[-300:]}")
-    # The library that fio uses may say things first.
+    # fio's library may print lines before the JSON.
     (job,) = json.loads(done.stdout[done.stdout.index("{") :])["jobs"]
     figures = job["write" if "write" in direction else "read"]
     sample = figures["bw_bytes"] / MIB if how is _SEQUENTIAL else figures["iops"]
@@ -232,6 +232,6 @@ def _fio(
 
 
 def _cpu_us(pid: int) -> float:
-    """CPU time of a process, all its threads, in microseconds."""
+    """Return the CPU time of a process, all its threads, in microseconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) * _TICK_US

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that is there already: a guest's first touches, against a plain mmap of the cached file.
+"""Resident memory: a guest's first touches, against a plain mmap of the cached file.
 
-Each measurement is of a mapping made for it, so that every page is touched for the first time.
+Each measurement makes a new mapping, so that every page is touched for the first time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WRITE_AIM = Aim(1.2)
 
 
 def resident(bench: Bench) -> CaseResult:
-    """Reads of a resident image, and writes to pages nobody touched before."""
+    """Measure reads of a resident image, and writes to untouched pages."""
     _make_resident(bench)
     rows = []
     for how, what in (("read", "read a byte"), ("copy", "copy the page")):
@@ -40,7 +40,7 @@ def resident(bench: Bench) -> CaseResult:
 
 
 def first_write(bench: Bench) -> CaseResult:
-    """The first write to pages that were read before: a copy-on-write break each."""
+    """Measure the first write to pages that were read before: a copy-on-write break each."""
     _make_resident(bench)
     rows = [
         _row(bench, f"write pages read before, {order}", "write", order, aim, read_before=True)
@@ -50,14 +50,14 @@ def first_write(bench: Bench) -> CaseResult:
     return CaseResult(
         "first write, amortised, against the kernel's copy-on-write of a MAP_PRIVATE file mapping",
         rows,
-        ["the aim is for writes in order: no window guesses shuffled ones, so each is one trap"],
+        ["the aim is for writes in order: no window predicts shuffled ones, so each is one trap"],
     )
 
 
 def _make_resident(bench: Bench) -> None:
     bench.served.request("warm", image="warm")
-    # What is in the page cache comes from the kernel's own readahead, not from how it was written:
-    # that decides how large its folios are, and so how many pages a fault of the plain side maps.
+    # Fill the page cache by the kernel's readahead, not by the writes that made the file: that
+    # decides the size of folios, and so how many pages a fault of the plain side maps.
     bench.worker.call("uncache", path=str(bench.warm))
     bench.worker.call("file", path=str(bench.warm), chunk_bytes=1 << 20, direct=False)
 

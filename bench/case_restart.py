@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What guests notice of a backend's death, its upgrade and its host's evacuation.
+"""Guests' stalls at a backend's death, its upgrade and a drain.
 
-Guests that never rest (steady.py) note the longest time for which each was kept from going on,
-while one thing after the other is done to their backend, in an order drawn anew each round. Nothing
-is one of the things: what the machine itself does to guests stands beside the rest.
+Guests that never rest (steady.py) record the longest stall of each, during one event after another
+of their backend, in an order drawn anew each round. One event is "nothing": it shows the stalls
+that the machine itself causes.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = ["restart"]
 
 MIB = 1 << 20
 CRASH_MS, TAKEOVER_MS = 300.0, 20.0
-# A span lasts at least so long, and so much longer than what is measured in it: what a successor
-# does in the background is its guests' time too.
+# A span lasts at least so long, and so much longer than its event, since a successor's background
+# work can stall guests too.
 SPAN_SECONDS, AFTER_SECONDS = 1.0, 0.3
 
 
 def restart(bench: Bench) -> CaseResult:
-    """Kills, reloads and takeovers under guests; drains to and fro between two backends."""
+    """Measure kills, reloads and takeovers under guests, and drains between two backends."""
     size_bytes = (64 if bench.quick else 1024) * MIB
     nr_guests = 4 if bench.rounds == 1 else 8 if bench.quick else 16
     image = make_numbered(bench.build_dir, size_bytes)
@@ -46,13 +46,13 @@ def restart(bench: Bench) -> CaseResult:
         [
             "ms: the longest time between two accesses of a guest, less its pace; of all guests",
             "nothing: as long a time in which nothing is done: what the machine does to guests",
-            "an access fails if it is an error or gives a wrong byte",
+            "an access fails if it is an error or returns a wrong byte",
         ],
     )
 
 
 def make_numbered(out: Path, size_bytes: int) -> Path:
-    """Have a file of which every page begins with its number; one of an earlier run is used."""
+    """Make a file of which every page begins with its number, or reuse an earlier run's."""
     path = out / f"numbered-{size_bytes // MIB}M.raw"
     if not path.exists() or path.stat().st_size != size_bytes:
         piece_pages = MIB // PAGE_BYTES
@@ -66,7 +66,7 @@ def make_numbered(out: Path, size_bytes: int) -> Path:
 
 
 class _Pauses:
-    """Rounds of things that are done to one backend, and the stalls of two crowds."""
+    """Rounds of events of one backend, and the stalls of two crowds."""
 
     def __init__(self, bench: Bench, backend: KeptBackend, crowds: dict[str, SteadyCrowd]) -> None:
         self._bench = bench
@@ -86,7 +86,7 @@ class _Pauses:
         }
 
     def run(self) -> None:
-        """Rounds, until there are enough or the time is over."""
+        """Run rounds until there are enough or the time is over."""
         bench = self._bench
         deadline = time.monotonic() + 4 * bench.row_seconds
         for number in range(bench.rounds):
@@ -112,7 +112,7 @@ class _Pauses:
         time.sleep(max(0.0, until - time.monotonic()))
         for name, crowd in crowds.items():
             crowd.begin_span()
-            crowd.wait_served()  # who was kept waiting until now has noted it
+            crowd.wait_served()  # every guest has recorded a stall that lasted until now
             stalls = crowd.stalls_ms(spans[name])
             self.stalls[name][thing].append(max(stalls))
             where = {"ms_median_guest": median(stalls), "ms_until_it_answers": answers_ms}
@@ -168,7 +168,7 @@ def _stall_row(name: str, pauses: _Pauses) -> Row:
 
 
 def served_row(name: str, crowds: list[SteadyCrowd]) -> Row:
-    """How many of the accesses that were made gave the right bytes: all."""
+    """Return a row of the share of accesses that returned the right bytes; the aim is all."""
     made = float(sum(sum(crowd.made()) for crowd in crowds))
     samples = {"right": [made - sum(crowd.nr_failed() for crowd in crowds)], "made": [made]}
     return Row(name, "", samples, [compare(samples, "right", "made", Aim(1.0, at_least=True))])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a scrape of the metrics takes with many guests, over HTTP, against what it may take.
+"""The time of a scrape of the metrics with many guests, over HTTP, against its limit.
 
-The guests are accounts of a store in this process, which nobody maps: a scrape reads what it would
-read of mapped ones. All that a scrape does is in the time, the text and the connection too.
+The guests are accounts of a store in this process, without mappings: a scrape reads the same of
+them as of mapped ones. The time includes the connection and the text.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def scrape(bench: Bench) -> CaseResult:
 
 @contextlib.contextmanager
 def _serving(folder: Path, nr_guests: int) -> Iterator[str]:
-    """Have an exporter of a store with so many accounts for the block; the URL it answers at."""
+    """Run an exporter of a store with so many accounts for the block; yield its URL."""
     path = folder / "scrape.raw"
     with path.open("wb") as file:
         file.truncate(IMAGE_BYTES)

@@ -2,9 +2,9 @@
 """From a machine's start to the checksum of all its files, when another has read the disk before.
 
 The machine has the disk as its root: as a guest's mapping of the cache, on virtio-pmem with DAX; as
-QEMU's own mapping of the file, the same otherwise; and as a read-only drive of QEMU's, on
-virtio-blk. The file is in the page cache for the peers and in the store for us: all loads are done
-before, by a machine that is gone. Each side boots anew each round, so this is slow.
+QEMU's own mapping of the file, the same otherwise; and as a read-only QEMU drive, on virtio-blk.
+The file is in the page cache for the peers and in the store for cowshed: an earlier machine has
+done all loads. Each side boots anew each round, so this is slow.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ __all__ = ["vm"]
 MIB = 1 << 20
 CONTENT_BYTES = 64 * MIB
 ROUNDS = 9
-# A round is three boots: the bench's own limit for a row would end it after a few.
+# A round is three boots: the bench's default limit for a row would end it after a few.
 ROW_SECONDS = 600.0
 _numbers = itertools.count(1)
 
 
 def vm(bench: Bench) -> CaseResult:
-    """Boot, and read, on each of three disks in turn. BenchError where no machine can be made."""
+    """Boot, and read, on each of three disks in turn. BenchError if no machine can be made."""
     try:
         kit = vm_kit()
         with _disk(bench) as (disk, sums):
@@ -110,13 +110,13 @@ def _boot(
     sums: str,
     more: Callable[[], dict[str, float]] = dict,
 ) -> tuple[float, dict[str, float]]:
-    """Wait for a machine, started just now, and its checksums: seconds since it was started."""
+    """Wait for a machine, just started, and its checksums; return the seconds since its start."""
     with machine:
         began = time.monotonic()
         found = machine.call("sums /")
         read_seconds = time.monotonic() - began
         if found != sums:
-            raise BenchError("a machine read other bytes than are in its files")
+            raise BenchError("a machine read wrong bytes of its files")
         cached = machine.call("grep ^Cached: /proc/meminfo").split()[1]
         where = {
             "s_boot": machine.boot_seconds,
@@ -131,7 +131,7 @@ def _boot(
 
 @contextmanager
 def _disk(bench: Bench) -> Iterator[tuple[Path, str]]:
-    """Have an ext4 disk to boot from for the block, and the checksums of its files."""
+    """Make an ext4 disk to boot from for the block; yield it and its files' checksums."""
     with tempfile.TemporaryDirectory(dir=bench.build_dir, prefix="vm-") as name:
         tree = Path(name) / "tree"
         tree.mkdir()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cases are made of: what they are given, the rows they give back, and rounds in turn."""
+"""The parts of cases: their parameters, the rows they return, and interleaved rounds."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from stats import Aim, Ratio, compare
 __all__ = ["Bench", "CaseResult", "Row", "Side", "interleave"]
 
 MIN_ROUNDS = 3
-# Measures one side once: the sample, and whatever says where the time went.
+# Measures one side once; returns the sample, and figures that show where the time went.
 Side = Callable[[], tuple[float, dict[str, float]]]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What every case uses. "warm" and "cold" are the names of the served images, too.
+    """The parameters of every case. "warm" and "cold" are also the names of the served images.
 
-    rounds is how many a row has unless row_seconds are over first; quick asks for a taste.
+    A row has that many rounds unless row_seconds end first; quick means small images, few rounds.
     """
 
     served: Served
@@ -41,9 +41,9 @@ class Bench:
 
 @dataclass
 class Row:
-    """One thing measured on several sides in the same rounds: samples[side][round], in unit.
+    """One measurement on several sides in the same rounds: samples[side][round], in unit.
 
-    where[side] explains the time: medians over rounds of what each round's measurement gave.
+    where[side] shows where the time went: medians over rounds of each figure.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Row:
 
 @dataclass
 class CaseResult:
-    """A case's rows, and remarks for whoever reads them. curves are for the plot: label, xs, ys."""
+    """A case's rows, and remarks for the reader. curves are for the plot: label, xs, ys."""
 
     title: str
     rows: list[Row]
@@ -82,7 +82,7 @@ def interleave(
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
     """Measure every side once a round, in an order drawn anew each round; round 0 is not counted.
 
-    So a disturbance of some length hits all sides alike, and no side always follows the same other.
+    So a long disturbance affects all sides alike, and no side always follows the same other.
     """
     samples: dict[str, list[float]] = {name: [] for name in sides}
     details: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
@@ -106,7 +106,7 @@ def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 
 def explain(answer: dict[str, Any], nr_pages: int) -> dict[str, float]:
-    """Give a worker's answer as figures that say where its time went, per page where that fits.
+    """Return a worker's answer as figures that show where its time went, some per page.
 
     us_in_handler and us_handler_waited are of the daemon's thread for the guest: on a CPU, and
     ready but without one. us_on_cpu is the measuring thread's own CPU time.

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A crowd of processes that each have the whole image in memory, and wait to be looked at.
+"""A crowd of processes that each have the whole image in memory, and wait to be measured.
 
     crowd.py BUILD_DIR SIDE PLACE URI NR WRITE_PAGES
 
 SIDE "guest" opens image PLACE through the backend at URI, "plain" maps the file PLACE. Each of NR
-children reads every page, writes WRITE_PAGES of them, and says [pid, address] on stdout, a line of
-JSON each. They end when stdin does.
+children reads every page, writes WRITE_PAGES of them, and prints [pid, address] on stdout, a line
+of JSON each. They end when stdin does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ READ, WRITE = 0, 2
 
 
 def live(lib: Any, side: str, place: str, uri: str, nr_write: int) -> None:
-    """Be one of the crowd: map, read everything, write some, report; wait for the end of stdin."""
+    """Run one of the crowd: map, read everything, write some, report; wait for the end of stdin."""
     mapping = GuestMapping(uri, place) if side == "guest" else PlainMapping(place)
     nr_pages = mapping.nr_bytes // PAGE_BYTES
     cost = ffi.new("struct touch_cost *")

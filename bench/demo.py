@@ -3,7 +3,7 @@
 
 Makes an ext4 image of real files and serves it from less memory than it needs. Guest processes of
 another user read all of it, write to it, and compare every byte: at first, after all have written,
-and after everything was evicted under them. Then it prints what that took.
+and after everything was evicted under them. Then it prints the memory used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _NR_STEPS: Final = 9
 
 
 class Demo:
-    """One run. Peaks are looked at twice a second, so they may be a little low."""
+    """One run. Peaks are sampled twice a second, so they may be a little low."""
 
     def __init__(
         self, stage: Stage, nr_guests: int, size_bytes: int, capacity_bytes: int, seed: int
@@ -51,9 +51,9 @@ class Demo:
         self._problems: list[str] = []
 
     def run(self) -> tuple[Measured, list[str]]:
-        """Show everything; the figures, and what was not as it should be, a line each.
+        """Run every step; return the figures, and the problems, a line each.
 
-        Leaves no process and no file behind, however it ends. Raises DemoFailed or CowshedError.
+        Leaves no process and no file behind, however it ends. Raises DemoError or CowshedError.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -66,7 +66,7 @@ class Demo:
         return measured, self._problems
 
     def _show(self, stack: contextlib.ExitStack) -> Measured:
-        """Go through the steps; stack undoes what they leave."""
+        """Run the steps; stack undoes their effects."""
         folder = stack.enter_context(temporary_folder(roomy(2 * self._size_bytes)))
         run_dir = stack.enter_context(temporary_folder(open_to_all()))
         run_dir.chmod(0o755)
@@ -149,7 +149,7 @@ class Demo:
 
     def _evict(self) -> None:
         with self._stage.step(
-            "Take all shared pages away from under the guests: cowshed evict demo"
+            "Evict all shared pages from under the guests: cowshed evict demo"
         ) as step:
             self._audit()
             reply = self._control.request("evict", image="demo")
@@ -164,7 +164,7 @@ class Demo:
 
     def _measure(self) -> Measured:
         with self._stage.step(
-            "Audit the books against what the kernel counts: cowshed audit"
+            "Compare the ledger with the kernel's page tables: cowshed audit"
         ) as step:
             audit = self._audit()
             status = self._look()
@@ -191,7 +191,7 @@ class Demo:
         return sum(answer["wrong_bytes"] for answer in self._answers)
 
     def _look(self) -> dict[str, Any]:
-        """Ask for the status, and note the peaks."""
+        """Request the status, and update the peaks."""
         status: dict[str, Any] = self._control.request("status")["status"]
         self._peak_resident_bytes = max(self._peak_resident_bytes, status["resident_bytes"])
         self._peak_saved_bytes = max(self._peak_saved_bytes, status["saved_bytes"])
@@ -204,7 +204,7 @@ class Demo:
 
 
 def wrong_answers(answers: list[dict[str, Any]]) -> list[str]:
-    """Say which guests found wrong bytes, a line each."""
+    """Return a line for each guest that found wrong bytes."""
     return [
         f"guest {number} found {answer['wrong_bytes']} wrong bytes, the first at "
         f"{answer['first_wrong']}"
@@ -214,7 +214,7 @@ def wrong_answers(answers: list[dict[str, Any]]) -> list[str]:
 
 
 def _nobody() -> tuple[str, int]:
-    """Give the user whom guests run as: nobody, by name and number."""
+    """Return the name and uid of the guests' user, nobody."""
     try:
         return "nobody", pwd.getpwnam("nobody").pw_uid
     except KeyError:
@@ -250,17 +250,17 @@ def main(guests: int, size: int, capacity: int, seed: int) -> None:
     started = time.monotonic()
     stage = Stage(console, _NR_STEPS)
     stage.say(
-        f"{guests} guests use one disk image of {format_bytes(size)} at a time, and "
-        f"{format_bytes(capacity)} of memory hold it.\n"
+        f"{guests} guests use one disk image of {format_bytes(size)} at the same time, in "
+        f"{format_bytes(capacity)} of memory.\n"
         "The backend loads a page once, and maps it into every guest that touches it. It\n"
-        "takes pages back when it needs room. A guest that writes to a page gets a copy.\n"
+        "evicts pages when it needs room. A guest that writes to a page gets a copy.\n"
     )
     with one_line_failures():
         measured, problems = Demo(stage, guests, size, capacity, seed).run()
     for problem in problems:
-        stage.say(f"NOT RIGHT: {problem}")
+        stage.say(f"WRONG: {problem}")
     wrong = f"wrong bytes: {measured.wrong_bytes}"
-    verdict = "Something is not right" if problems else "All is right"
+    verdict = "Something is wrong" if problems else "All is right"
     stage.say(f"{verdict}: {wrong}. It took {time.monotonic() - started:.0f} s; seed {seed}.")
     sys.exit(1 if problems else 0)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a demo is started and how it ends: sizes as options, signals, and one line for a failure."""
+"""The start and end of a demo: sizes as options, signals, and failures in one line."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def size_option(_ctx: click.Context, param: click.Parameter, text: str) -> int:
 
 
 def stop_on_signals() -> None:
-    """From now on a signal to stop ends the demo as an exception would, so that it cleans up."""
+    """Turn stop signals into an exception from now on, so that the demo cleans up."""
     for number in _STOP_SIGNALS:
         signal.signal(number, _stop)
 
 
 def ignore_signals() -> None:
-    """Let no signal disturb the cleaning up."""
+    """Ignore stop signals, so that none disturbs the cleanup."""
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def one_line_failures() -> Iterator[None]:
-    """Say in one line on stderr why the block failed, or that it was interrupted, and end."""
+    """Exit with one line on stderr if the block fails or is interrupted."""
     try:
         yield
     except (DemoError, CowshedError, OSError) as error:
@@ -54,7 +54,7 @@ def one_line_failures() -> Iterator[None]:
 
 
 def fail(why: object, status: int = 1) -> NoReturn:
-    """Say why in one line on stderr and end."""
+    """Print the reason in one line on stderr and exit."""
     click.echo(f"demo: {why}", err=True)
     sys.exit(status)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's processes: the backend, and guests that all do one thing before any does the next.
+"""The demo's processes: the backend, and guests that work in lockstep.
 
-The barrier is this: an order goes to every guest, and the next one when each has answered. A guest
-that ends, fails or falls silent is a DemoError, with what it or the backend last said. All are
-children in process groups of their own: Ctrl-C reaches this process alone, which then ends them.
+An order goes to every guest, and the next one when each has answered. A guest that ends, fails or
+sends nothing is a DemoError, with its or the backend's last output. All are children in process
+groups of their own: Ctrl-C reaches this process alone, which then ends them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SILENCE_SECONDS: Final = 60.0
 _TICK_SECONDS: Final = 0.5
 _STOP_SECONDS: Final = 10.0
 _PR_SET_PDEATHSIG: Final = 1
-# Looked up now: between fork and exec as little as possible should happen.
+# Looked up now, so that little happens between fork and exec.
 _prctl: Final = ctypes.CDLL(None).prctl
 
 
@@ -41,7 +41,7 @@ def _die_with_parent() -> None:
 
 
 class Backend:
-    """A `cowshed serve` of ours, ended with the block; its log goes to a file in run_dir."""
+    """A `cowshed serve` that ends with the block; its log goes to a file in run_dir."""
 
     def __init__(self, image: Path, capacity_bytes: int, run_dir: Path) -> None:
         self.uri: Final = f"unix://{run_dir}/cowshed.sock"
@@ -78,12 +78,12 @@ class Backend:
             os.close(pidfd)
 
     def last_words(self) -> str:
-        """Give the end of its log."""
+        """Return the end of its log."""
         lines = self._log_path.read_text(errors="replace").splitlines()
         return "its log ends:\n  " + "\n  ".join(lines[-5:]) if lines else "its log is empty"
 
     def stop(self) -> None:
-        """End it in an orderly way, and by force if that takes too long."""
+        """Stop it by SIGTERM, and by SIGKILL if that takes too long."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -134,7 +134,7 @@ class Crowd:
                 )
 
     def order(self, order: str) -> None:
-        """Tell all guests to do something."""
+        """Send an order to all guests."""
         self._ending = order == "end"
         for guest in self._guests:
             assert guest.stdin is not None
@@ -147,9 +147,9 @@ class Crowd:
         on_progress: Callable[[int], None] = lambda _: None,
         on_tick: Callable[[], object] = lambda: None,
     ) -> list[dict[str, Any]]:
-        """Wait until every guest has done what it was told; their answers, by guest.
+        """Wait until every guest has executed its order; return their answers, by guest.
 
-        on_progress gets bytes done by any of them, on_tick is called twice a second.
+        on_progress gets the bytes done by any of them; on_tick is called twice a second.
         """
         answers: dict[int, dict[str, Any]] = {}
         next_tick = time.monotonic() + _TICK_SECONDS
@@ -174,7 +174,7 @@ class Crowd:
                 if now > deadline:
                     silent = next(no for no in range(len(self._guests)) if no not in answers)
                     raise DemoError(
-                        f"guest {silent + 1} said nothing for {_SILENCE_SECONDS:.0f} s; "
+                        f"guest {silent + 1} sent nothing for {_SILENCE_SECONDS:.0f} s; "
                         f"the backend: {self._backend.last_words()}"
                     )
                 if now >= next_tick:
@@ -185,7 +185,7 @@ class Crowd:
         return [answers[number] for number in range(len(self._guests))]
 
     def _messages(self, number: int, fd: int, pending: bytearray) -> Iterator[dict[str, Any]]:
-        """Read what a guest has said; keeps an unfinished line in pending."""
+        """Read a guest's messages; keeps an unfinished line in pending."""
         data = os.read(fd, 65536)
         if not data:
             status = self._guests[number].wait()

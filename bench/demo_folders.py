@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the demo puts its files for as long as it runs."""
+"""The demo's temporary folders."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cowshed.service.runtime.sizes import format_bytes
 __all__ = ["open_to_all", "roomy", "temporary_folder"]
 
 _BUILD: Final = Path(__file__).resolve().parent.parent / "build"
-# How long the folder of a run-dir may be for a socket's path to fit (unix(7)).
+# The longest path of a run-dir's folder with which a socket's path fits (unix(7)).
 _MAX_FOLDER_CHARACTERS: Final = 70
 
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """Make a folder in parent, removed with all it holds when the block ends."""
+    """Make a folder in parent; it is removed with its contents when the block ends."""
     with tempfile.TemporaryDirectory(
         prefix="cowshed-demo-", dir=parent, ignore_cleanup_errors=True
     ) as folder:
@@ -31,7 +31,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def roomy(needed_bytes: int) -> Path:
-    """Give a folder with that much room on its file system; that for temporary files if it has."""
+    """Return a folder with that much free space; the one for temporary files if it has it."""
     _BUILD.mkdir(exist_ok=True)
     folders = [Path(tempfile.gettempdir()), _BUILD, Path("/var/tmp")]
     for folder in folders:
@@ -45,7 +45,7 @@ def roomy(needed_bytes: int) -> Path:
 
 
 def open_to_all() -> Path:
-    """Give a folder that other users can enter, where a socket's path is short enough."""
+    """Return a folder that other users can enter, where a socket's path is short enough."""
     for folder in (Path(tempfile.gettempdir()).resolve(), Path("/tmp"), Path("/run")):
         enterable = all(part.stat().st_mode & 0o001 for part in (folder, *folder.parents))
         if enterable and len(str(folder)) <= _MAX_FOLDER_CHARACTERS:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One guest of the demo: a process of another user that opens the image and believes nothing.
+"""One guest of the demo: a process of another user that opens the image and checks every byte.
 
     demo_guest.py JSON        # {"uri", "image", "file", "uid", "number", "seed", "write_bytes"}
 
-It does what it is told, an order a line: "check", "write", "end". Answers are JSON lines: progress
-while it works, then what it found. What it should find, it makes out for itself: the bytes of the
-image's file ("file" is a descriptor of it, open for reading), with its own writes over them.
+It reads orders, one a line: "check", "write", "end". Answers are JSON lines: progress while it
+works, then the result. It computes the expected bytes itself: those of the image's file ("file" is
+a descriptor of it, open for reading), with its own writes over them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ __all__ = ["ORDERS", "Checker", "Writes", "count_wrong", "visiting_order"]
 
 ORDERS: Final = ("forward", "backward", "random", "strided")
 
-# A slot holds one piece of a guest's writing, at an odd place: most pieces begin and end within a
-# page, whose other bytes must stay the image's.
+# A slot holds one piece of a guest's writes, at an arbitrary offset: most pieces begin and end
+# within a page, whose other bytes must stay the image's.
 PIECE_BYTES: Final = 64 << 10
 SLOT_BYTES: Final = 2 * PIECE_BYTES
 _SHORT_BYTES: Final = 64 << 10
@@ -39,17 +39,17 @@ _PR_SET_DUMPABLE: Final = 4
 
 
 class ReadsAt(Protocol):
-    """Gives the image's bytes as a guest sees them."""
+    """Returns the image's bytes as a guest sees them."""
 
     def __call__(self, offset: int, length: int, /) -> bytes:
         """Read length bytes at offset."""
 
 
 class Writes:
-    """What one guest writes and where: the same for the same seed, number and sizes.
+    """The writes of one guest: the same for the same seed, number and sizes.
 
-    pieces maps slots to the piece's offset. A quarter of the slots are those of every other guest
-    too, so that all write different bytes to the same pages.
+    pieces maps slots to the piece's offset. All guests share a quarter of the slots, so that they
+    write different bytes to the same pages.
     """
 
     def __init__(self, seed: int, number: int, size_bytes: int, write_bytes: int) -> None:
@@ -65,11 +65,11 @@ class Writes:
         }
 
     def content(self, slot: int) -> bytes:
-        """Give the bytes of the piece in slot."""
+        """Return the bytes of the piece in slot."""
         return random.Random(f"{self._key}/{slot}").randbytes(PIECE_BYTES)
 
     def overlay(self, data: bytearray, offset: int) -> None:
-        """Put what was written over the image's bytes that begin at offset."""
+        """Copy the written bytes over data, the image's bytes from offset on."""
         end = offset + len(data)
         for slot in range(offset // SLOT_BYTES, -(-end // SLOT_BYTES)):
             at = self.pieces.get(slot)
@@ -81,7 +81,7 @@ class Writes:
 
 
 def visiting_order(name: str, size_bytes: int, chance: random.Random) -> Iterator[tuple[int, int]]:
-    """Give (offset, length) of chunks that cover the image exactly once, in one of ORDERS."""
+    """Yield (offset, length) of chunks that cover the image exactly once, in one of ORDERS."""
     chunk_bytes = _SHORT_BYTES if name in ("random", "strided") else _LONG_BYTES
     nr_chunks = -(-size_bytes // chunk_bytes)
     first = chance.randrange(nr_chunks)
@@ -98,14 +98,14 @@ def visiting_order(name: str, size_bytes: int, chance: random.Random) -> Iterato
 
 
 def count_wrong(found: bytes, wanted: bytearray) -> int:
-    """Count bytes that differ, and missing ones."""
+    """Return the number of bytes that differ or are missing."""
     if found == wanted:
         return 0
     return sum(a != b for a, b in zip(found, wanted, strict=False)) + abs(len(found) - len(wanted))
 
 
 class Checker:
-    """Compares every byte of what read gives with what it should be; file_fd is the image file."""
+    """Compares every byte that read returns with the expected one; file_fd is the image file."""
 
     def __init__(self, read: ReadsAt, file_fd: int) -> None:
         self._read = read
@@ -115,7 +115,7 @@ class Checker:
         self.first_wrong: int | None = None
 
     def wanted(self, offset: int, length: int) -> bytearray:
-        """Give the bytes that should be there."""
+        """Return the expected bytes."""
         data = bytearray(length)
         done = 0
         while done < length:
@@ -128,7 +128,7 @@ class Checker:
         return data
 
     def check(self, offset: int, length: int) -> None:
-        """Compare one range, and count what is wrong in it."""
+        """Compare one range, and count its wrong bytes."""
         found, wanted = self._read(offset, length), self.wanted(offset, length)
         wrong = count_wrong(found, wanted)
         if wrong and self.first_wrong is None:
@@ -147,7 +147,7 @@ class Guest:
         self._write_bytes: int = terms["write_bytes"]
         self._round = 0
         self._unsaid_bytes = 0
-        # Half of the guests use the disk as a file, half as memory; each half knows all orders.
+        # Half of the guests use the disk as a file, half as memory; each half has all ORDERS.
         self._view = disk.view if (self._number + self._number // len(ORDERS)) % 2 else None
         self._checker = Checker(self._peek if self._view is not None else disk.read, terms["file"])
 
@@ -181,7 +181,7 @@ class Guest:
         return {"written_bytes": len(writes.pieces) * PIECE_BYTES}
 
     def end(self) -> dict[str, Any]:
-        """Let the disk go."""
+        """Close the disk."""
         if self._view is not None:
             self._view.release()
         self._disk.close()
@@ -195,7 +195,7 @@ class Guest:
 
 
 def become(uid: int) -> None:
-    """Change to uid for good, and die with the parent; /proc/self is then that user's."""
+    """Change to uid for good, and die with the parent; /proc/self then belongs to that user."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
@@ -214,7 +214,7 @@ def main() -> int:
     """Be a guest until told to end."""
     terms = json.loads(sys.argv[1])
     try:
-        # Only now: everything is imported, and the other user may not be able to read it.
+        # Not before: the other user may not be able to read modules to import.
         become(terms["uid"])
         with connect(terms["uri"]) as backend:
             disk = backend.open(terms["image"], guest=f"guest-{terms['number'] + 1}")

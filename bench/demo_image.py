@@ -2,8 +2,8 @@
 """An ext4 image filled from files of this machine, without root rights or a mount.
 
 Files are hard-linked (or, across file systems, copied) into a tree, of which `mke2fs -d` makes the
-image. Which files: those of the roots in the order of their names, of middling size, until the
-image is as good as full. So the same machine gives the same files.
+image: files of middling size, from the roots, in the order of their names, until the image is
+nearly full. So the same machine gives the same files.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["MadeImage", "fill_tree", "make_image"]
 _ROOTS: Final = ("/usr/bin", "/usr/lib", "/usr/share", "/usr/local", "/opt")
 _MIN_FILE_BYTES: Final = 8 << 10
 _BLOCK_BYTES: Final = 4096
-# ext4's own: group descriptors, bitmaps, inodes, directories. What remains is free space: zeros.
+# Room for ext4's group descriptors, bitmaps, inodes and directories; the rest is free space: zeros.
 _OVERHEAD_SHARE: Final = 1 / 16
 _PATHS: Final = "/usr/sbin:/sbin:/usr/local/sbin"
 
 
 @dataclass(frozen=True)
 class MadeImage:
-    """An image file and what went into it."""
+    """An image file and its contents."""
 
     path: Path
     size_bytes: int
@@ -44,14 +44,14 @@ def make_image(
 ) -> MadeImage:
     """Make folder/demo.ext4 of exactly size_bytes; on_progress gets the bytes chosen so far.
 
-    folder must hold size_bytes more, twice that if it is on another file system than /usr. What is
-    made beside the image is removed again. Raises DemoError.
+    folder needs size_bytes of free space, twice that if it is on another file system than /usr.
+    Files made beside the image are removed. Raises DemoError.
     """
     mke2fs = shutil.which("mke2fs", path=f"{os.environ.get('PATH', '')}:{_PATHS}")
     if mke2fs is None:
         raise DemoError("mke2fs is not installed: install e2fsprogs")
     tree = folder / "tree"
-    # Closed to others: a link to a program must not outlive an update of it within their reach.
+    # Closed to other users: they must not reach an old version of a program by a hard link.
     tree.mkdir(mode=0o700)
     try:
         nr_files, content_bytes = fill_tree(tree, size_bytes, on_progress)
@@ -77,7 +77,7 @@ def make_image(
 
 
 def fill_tree(tree: Path, size_bytes: int, on_progress: Callable[[int], None]) -> tuple[int, int]:
-    """Put files into the tree until the image would be full; how many, and their bytes."""
+    """Put files into the tree until the image would be full; return their number and bytes."""
     wanted_bytes = int(size_bytes * (1 - _OVERHEAD_SHARE))
     taken_bytes = nr_files = 0
     for path, file_bytes in _candidates(max_file_bytes=size_bytes // 16):
@@ -102,7 +102,7 @@ def fill_tree(tree: Path, size_bytes: int, on_progress: Callable[[int], None]) -
 
 
 def _candidates(max_file_bytes: int) -> Iterator[tuple[Path, int]]:
-    """Plain files of the roots that anybody may read, each inode once, with their sizes."""
+    """Yield the roots' world-readable regular files, each inode once, with their sizes."""
     seen: set[tuple[int, int]] = set()
     for root in _ROOTS:
         for folder, subfolders, names in os.walk(root):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo measured, as one table that fits a terminal of 80 columns."""
+"""The demo's figures, as one table that fits a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Measured:
 
 
 def pss_bytes(pids: list[int]) -> int:
-    """Add up what the kernel says these processes' mappings of the image take.
+    """Add up the PSS of these processes' mappings of the image.
 
     A frame that n processes map counts 1/n for each (proc(5), smaps).
     """
@@ -54,7 +54,7 @@ def pss_bytes(pids: list[int]) -> int:
 
 
 def resident_frames_bytes(pid: int, size_bytes: int) -> int:
-    """Give the memory that the backend's memfd of an image takes (st_blocks, memfd_create(2))."""
+    """Return the memory of the backend's memfd of an image (st_blocks, memfd_create(2))."""
     folder = Path(f"/proc/{pid}/fd")
     held = {}
     for name in os.listdir(folder):
@@ -69,7 +69,7 @@ def resident_frames_bytes(pid: int, size_bytes: int) -> int:
 
 
 def report(measured: Measured) -> Table:
-    """Lay the figures out, each with what it means in plain words."""
+    """Return a table of the figures, each with an explanation."""
     status = measured.status
     (image,) = status["images"]
     nr_guests = len(status["guests"])
@@ -84,32 +84,32 @@ def report(measured: Measured) -> Table:
     table.add_row(
         "hit ratio",
         format_share(status["hits"], status["hits"] + status["misses"]),
-        "faults whose page was in memory already, whoever had it loaded; low where "
-        "guests race through more than there is room for",
+        "faults whose page was resident already; low if guests read more than fits "
+        "into the capacity",
     )
     table.add_row(
         "resident",
         format_bytes(status["resident_bytes"]),
-        f"the one copy; at most {format_bytes(measured.peak_resident_bytes)} seen, "
+        f"the one copy; peak {format_bytes(measured.peak_resident_bytes)}, "
         f"{format_bytes(status['capacity_bytes'])} allowed",
     )
     table.add_row(
         "shared",
         format_bytes(status["saved_bytes"]),
-        "granted beyond the first copy, at no cost; "
-        f"at most {format_bytes(measured.peak_saved_bytes)} seen",
+        "granted beyond the first copy, without more memory; "
+        f"peak {format_bytes(measured.peak_saved_bytes)}",
     )
     table.add_row(
         "private",
         format_bytes(measured.private_bytes),
-        "guests' own copies of the pages they wrote to",
+        "copies of the pages that guests wrote",
     )
     table.add_section()
     table.add_row("memory used", format_bytes(now_bytes), "resident and private together")
     table.add_row(
         f"{nr_guests} copies",
         format_bytes(nr_guests * image["size_bytes"]),
-        "if each guest held the image for itself",
+        "if each guest had its own copy of the image",
     )
     table.add_row(
         "kernel's count",
@@ -121,8 +121,8 @@ def report(measured: Measured) -> Table:
     table.add_row("faults", "count", "p50 / p90 / p99 in the backend")
     for kind, meaning in (
         ("hit", "the page was resident"),
-        ("miss", "it had to be loaded"),
-        ("write", "a copy became due"),
+        ("miss", "the page had to be loaded"),
+        ("write", "the page was copied"),
     ):
         figures = " / ".join(format_us(latency[kind][name]) for name in ("p50", "p90", "p99"))
         count = format_count(latency[kind]["count"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one sees while the demo works: numbered steps with outcomes, and bars on terminals."""
+"""The demo's output: numbered steps with outcomes, and progress bars on terminals."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _INDENT: Final = "      "
 
 
 class DemoError(Exception):
-    """The demo cannot show what it should: says why, and what to do; a line or a few."""
+    """The demo cannot go on; the message has the reason and the cure, in a few lines."""
 
 
 class Step:
-    """A step under way; total_bytes 0 is one that cannot say how far it is."""
+    """A step in progress; without a progress bar if total_bytes is 0."""
 
     def __init__(self, progress: Progress, total_bytes: int) -> None:
         self._progress = progress
@@ -29,16 +29,16 @@ class Step:
         self.outcome = "done"
 
     def advance(self, nr_bytes: int) -> None:
-        """Note that so many bytes more are done."""
+        """Add nr_bytes to the progress."""
         self._progress.advance(self._task, nr_bytes)
 
     def reach(self, done_bytes: int) -> None:
-        """Note that done_bytes are done altogether."""
+        """Set the progress to done_bytes."""
         self._progress.update(self._task, completed=done_bytes)
 
 
 class Stage:
-    """Where steps are shown, in order; nr_steps of them."""
+    """Shows nr_steps steps, in order."""
 
     def __init__(self, console: Console, nr_steps: int) -> None:
         self.console: Final = console

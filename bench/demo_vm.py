@@ -3,8 +3,8 @@
 
 Makes an ext4 disk that machines can boot from and serves it. Three machines of stock QEMU have it
 as their root, mapped from the cache. Each prints a checksum of all its files: at first, after one
-of them has written, and while everything is evicted under them. Then three more boot from copies
-of their own, to see what sharing saves.
+of them has written, and while everything is evicted under them. Then three more boot from separate
+copies, to measure what sharing saves.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _WRITER: Final = 1
 _MIN_SIZE_BYTES: Final = 16 << 20
 _WRITE_BYTES: Final = 6 << 20
 _FREE_BYTES: Final = 2 * _WRITE_BYTES
-# For a guest's shell; head ends yes by SIGPIPE, which is no failure here.
+# For a guest's shell; head ends yes with SIGPIPE, which is no failure here.
 _YES: Final = f"set +o pipefail; yes '{{}}' | head -c {_WRITE_BYTES}"
 _EVICT_EVERY_SECONDS: Final = 0.1
 _NR_STEPS: Final = 10
@@ -61,7 +61,7 @@ class VmDemo:
         self._wrong_bytes = self._compared_bytes = 0
 
     def run(self) -> tuple[VmMeasured, list[str]]:
-        """Show everything; the figures, and what was not as it should be, a line each.
+        """Run every step; return the figures, and the problems, a line each.
 
         Leaves no process and no file behind but build/vm/, the machines' kernel. Raises DemoError,
         VmError or CowshedError.
@@ -77,7 +77,7 @@ class VmDemo:
         return measured, self._problems
 
     def _show(self, stack: contextlib.ExitStack) -> VmMeasured:
-        """Go through the steps; stack undoes what they leave."""
+        """Run the steps; stack undoes their effects."""
         folder = stack.enter_context(temporary_folder(roomy((_NR_MACHINES + 3) * self._size_bytes)))
         run_dir = stack.enter_context(temporary_folder(open_to_all()))
         run_dir.chmod(0o755)
@@ -182,14 +182,14 @@ class VmDemo:
                 step.advance(self._disk_bytes)
 
     def _compare(self, machine: Machine, text: str, *, told: bool = True) -> None:
-        """Hold what a machine found in its files against what is in them, and say its checksum."""
+        """Compare the files that a machine found with the expected ones; return its checksum."""
         number = list(self._herd.machines.values()).index(machine)
         contents = self._contents if number != _WRITER else self._writers
         found = parse_sums(text)
         wrong_bytes, wrong_names = contents.compare(found)
         self._compared_bytes += contents.nr_bytes
         self._wrong_bytes += wrong_bytes
-        verdict = "as it should be" if not wrong_names else f"WRONG: {', '.join(wrong_names[:3])}"
+        verdict = "correct" if not wrong_names else f"WRONG: {', '.join(wrong_names[:3])}"
         if told:
             self._stage.say(
                 f"      machine {number + 1}: {len(found)} files, checksum {checksum(found)}, "
@@ -234,7 +234,7 @@ class VmDemo:
     def _boot_copies(
         self, stack: contextlib.ExitStack, kit: Kit, folder: Path
     ) -> list[tuple[int, Path]]:
-        """Boot as many machines without cowshed, and have them do the same: pids and disks."""
+        """Boot as many machines without cowshed, with the same work; return pids and disks."""
         booted = []
         with self._stage.step(
             f"Boot {_NR_MACHINES} others without cowshed, each from its own copy of the disk.",
@@ -257,10 +257,10 @@ class VmDemo:
     def _measure(
         self, machines: list[Machine], copies: list[tuple[int, Path]]
     ) -> tuple[Memory, Memory, dict[str, Any]]:
-        """Weigh both crowds while all are there, so that what all share counts alike for both."""
+        """Measure both crowds while all run, so that memory shared by all counts alike."""
         with self._stage.step(
-            "Each reads all once more; then the kernel is asked what memory that\n"
-            "takes, and the books are held against it: cowshed audit"
+            "Each reads all once more; then the kernel's count of their memory is\n"
+            "read, and the ledger is compared with it: cowshed audit"
         ) as step:
             self._compare_all(machines)
             audit = self._control.request("audit")
@@ -281,7 +281,7 @@ class VmDemo:
 
 
 def _weigh(machines: list[tuple[int, Path]]) -> Memory:
-    """Add up what machines take, by pid and the file their disk is."""
+    """Add up machines' memory, by pid and the file of the disk."""
     disk_bytes = sum(image_memory(pid, path) for pid, path in machines)
     private_bytes = sum(image_memory(pid, path, ["Anonymous"]) for pid, path in machines)
     whole_bytes = sum(process_memory(pid) for pid, _ in machines)
@@ -305,8 +305,8 @@ def main(size: int, seed: int) -> None:
     stage = Stage(console, _NR_STEPS)
     stage.say(
         "Three machines have one disk, mapped into them from the backend's memory, which\n"
-        "has each page of it once. They keep no copies in page caches of their own\n"
-        "(virtio-pmem, DAX).\n"
+        "has each page of it once. Their own page caches keep no copies (virtio-pmem,\n"
+        "DAX).\n"
     )
     with one_line_failures():
         try:
@@ -314,9 +314,9 @@ def main(size: int, seed: int) -> None:
         except VmError as error:
             raise DemoError(str(error)) from error
     for problem in problems:
-        stage.say(f"NOT RIGHT: {problem}")
+        stage.say(f"WRONG: {problem}")
     wrong = f"wrong bytes: {measured.wrong_bytes}"
-    verdict = "Something is not right" if problems else "All is right"
+    verdict = "Something is wrong" if problems else "All is right"
     stage.say(f"{verdict}: {wrong}. It took {time.monotonic() - started:.0f} s; seed {seed}.")
     sys.exit(1 if problems else 0)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machines took of the host's memory, as a table and bars for a terminal of 80 columns."""
+"""The machines' use of host memory, as a table and bars for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _BAR_CHARACTERS: Final = 44
 
 @dataclass(frozen=True)
 class Memory:
-    """What a crowd of machines takes, by the kernel's account (PSS, proc(5)).
+    """The memory of a crowd of machines, by PSS (proc(5)).
 
-    disk_bytes are the mappings of their disks, private_bytes of them what they wrote;
+    disk_bytes are the mappings of their disks, private_bytes the written part of them;
     machines_bytes is all else of QEMU, guests' own memory included; backend_bytes the backend, and
-    such frames of the disk as nobody maps.
+    frames of the disk that no machine maps.
     """
 
     disk_bytes: int
@@ -34,7 +34,7 @@ class Memory:
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """The sum."""
         return self.disk_bytes + self.machines_bytes + self.backend_bytes
 
 
@@ -53,7 +53,7 @@ class VmMeasured:
 
 
 def vm_report(measured: VmMeasured) -> Group:
-    """Lay the figures out."""
+    """Return a table of the figures."""
     shared, copies = measured.shared, measured.copies
     memory = Table(title=None)
     memory.add_column("memory of the host (PSS)", no_wrap=True)

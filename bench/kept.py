@@ -21,12 +21,12 @@ from cowshed.transport import connect
 __all__ = ["KeptBackend"]
 
 START_SECONDS = 60.0
-# A keeper makes up for a backend that dies younger than this later and later.
+# A keeper delays the restart of a backend that dies younger than this.
 QUICK_DEATH_SECONDS = 5.0
 
 
 class KeptBackend:
-    """A `cowshed serve` with keeper, of one image, which is resident when the block begins."""
+    """A `cowshed serve` with a keeper and one image, which is resident when the block begins."""
 
     def __init__(self, image: Path, capacity_bytes: int, *more: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="cowshed-kept-")
@@ -56,7 +56,7 @@ class KeptBackend:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it all, and leave nothing."""
+        """End all processes, and remove all files."""
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
@@ -70,35 +70,35 @@ class KeptBackend:
         self._folder.cleanup()
 
     def log(self) -> str:
-        """What it said."""
+        """Return its log."""
         return self._log_path.read_text() if self._log_path.exists() else ""
 
     def request(self, op: str, **fields: Any) -> dict[str, Any]:
-        """Ask for one thing, as an operator."""
+        """Send one request, as an operator."""
         with connect(self.uri) as backend:
             return dict(backend.request(op, **fields))
 
     def status(self) -> dict[str, Any]:
-        """Its status."""
+        """Return its status."""
         return dict(self.request("status")["status"])
 
     def image_status(self) -> dict[str, Any]:
-        """Of its image."""
+        """Return its image's part of the status."""
         (image,) = self.status()["images"]
         return dict(image)
 
     def tcp_uri(self) -> str:
-        """Where it lets byte guests in."""
+        """Return the URI for guests by tcp."""
         words = [word for line in self.log().splitlines() for word in line.split()]
         return next(word[4:].strip('"') for word in words if word.startswith("uri=tcp://"))
 
     @property
     def pid(self) -> int:
-        """The backend's own, not its keeper's."""
+        """The backend's pid, not its keeper's."""
         return int((self.run_dir / "lock").read_text() or 0)
 
     def outlive_quick_death(self) -> None:
-        """Return when its death is not the second of its kind, which its keeper would delay."""
+        """Wait until another death is not a second quick one, which the keeper would delay."""
         if self._died_quickly:
             time.sleep(max(0.0, self._born + QUICK_DEATH_SECONDS - time.monotonic()))
 
@@ -110,14 +110,14 @@ class KeptBackend:
         self._wait_successor(pid)
 
     def reload(self) -> None:
-        """Have it become the program as it is installed, and return once that answers."""
+        """Reload it, and return once its successor answers."""
         pid = self.pid
         self._processes[-1].send_signal(signal.SIGHUP)
         self._died_quickly = False
         self._wait_successor(pid)
 
     def takeover(self) -> None:
-        """Have another process take over, and return once that answers."""
+        """Start a takeover by another process, and return once that answers."""
         pid = self.pid
         self._processes.append(self._start("--takeover"))
         self._wait_successor(pid)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What machine this is, and how much of it somebody else used while a case ran."""
+"""The machine's description, and the CPU that other processes used while a case ran."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Self
 __all__ = ["CpuTimes", "LoadWatch", "describe", "thread_times"]
 
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
-# Above these a case is marked: fractions of one CPU, of all time.
+# Above these a case is marked NOISY: in CPUs.
 OTHERS_MAX = 0.10
 STEAL_MAX = 0.02
 
@@ -26,7 +26,7 @@ def _first(path: str, default: str = "?") -> str:
 
 
 def describe(image_dir: Path) -> dict[str, Any]:
-    """Name the machine: CPU, cores, memory, kernel, and the settings that move these figures."""
+    """Describe the machine: CPU, cores, memory, kernel, and the settings that affect figures."""
     info = dict(
         line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line
     )
@@ -67,9 +67,9 @@ class CpuTimes:
 
 
 class LoadWatch:
-    """Says how much CPU went to others between its making and read(): to processes not ours.
+    """Measures the CPU that other processes used between its construction and read().
 
-    Ours are this process with the children it has waited for, and those named by watch.
+    Not counted as others: this process with the children it has waited for, and pids.
     """
 
     def __init__(self, pids: list[int]) -> None:
@@ -88,7 +88,7 @@ class LoadWatch:
         return total
 
     def read(self) -> dict[str, Any]:
-        """Give loadavg before and after, CPUs others used, CPUs stolen, and whether it is noisy."""
+        """Return loadavg before and after, CPUs others used, CPUs stolen, and whether noisy."""
         seconds = time.monotonic() - self._began
         now = CpuTimes.read()
         ours = self._our_seconds() - self._ours
@@ -106,7 +106,7 @@ class LoadWatch:
 
 
 def thread_times(pid: int) -> dict[str, dict[str, int]]:
-    """Give what the threads of a process used so far, added up by their names.
+    """Return the CPU use of a process's threads so far, added up by their names.
 
     run_ns on a CPU, wait_ns ready and waiting for one, and context switches.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two ways to have an image in memory, behind one face: as a guest, and by a plain mmap."""
+"""Two mappings of an image with one interface: as a guest, and by a plain mmap."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _numbers = itertools.count(1)
 
 
 def page_order(nr_pages: int, order: str, seed: int) -> array[int]:
-    """Give page numbers to touch, each at most once.
+    """Return page numbers to touch, each at most once.
 
     "sequential" and "shuffled" are all pages; "subset" is an eighth of them, picked and shuffled.
     """
@@ -37,9 +37,9 @@ def page_order(nr_pages: int, order: str, seed: int) -> array[int]:
 
 
 def smaps_of(pid: int, address: int) -> dict[str, int]:
-    """Give the byte counts of one mapping (Rss, Pss, Private_Dirty, ...) from /proc/PID/smaps.
+    """Return the byte counts of one mapping (Rss, Pss, Private_Dirty, ...) from /proc/PID/smaps.
 
-    The mapping may be in several pieces; those that begin in it up to the first other are added.
+    The mapping may be several VMAs; the counts of those up to the first other mapping are added.
     """
     sums: dict[str, int] = {}
     inside = False
@@ -56,7 +56,7 @@ def smaps_of(pid: int, address: int) -> dict[str, int]:
 
 
 class GuestMapping:
-    """An image opened through a backend by the guest library, adaptive unless window_bytes."""
+    """An image opened by the guest library; windows are adaptive unless window_bytes is given."""
 
     def __init__(self, uri: str, image: str, window_bytes: int | None = None) -> None:
         self.name = f"bench-{os.getpid()}-{next(_numbers)}"

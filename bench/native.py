@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in bench/core, compiled when first wanted: timed loops, and a server without a disk."""
+"""The C of bench/core, compiled at first use: timed loops, and a server without a disk."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ for _name in ("touch.h", "steady.h"):
 
 
 def load(build_dir: Path) -> Any:
-    """Give touch.c as a library. Raises CalledProcessError if it does not compile."""
+    """Return touch.c as a library. Raises CalledProcessError if it does not compile."""
     library = _compiled(build_dir, ["touch.c", "touch.h"], "so", ["-shared", "-fPIC"])
     return ffi.dlopen(str(library))
 
 
 def load_steady(build_dir: Path) -> Any:
-    """Give steady.c as a library. Raises CalledProcessError if it does not compile."""
+    """Return steady.c as a library. Raises CalledProcessError if it does not compile."""
     library = _compiled(build_dir, ["steady.c", "steady.h"], "so", ["-shared", "-fPIC"])
     return ffi.dlopen(str(library))
 
 
 def nbd_limit(build_dir: Path) -> Path:
-    """Give nbd_limit.c as a program. Raises CalledProcessError if it does not compile."""
+    """Return the path of nbd_limit.c as a program. Raises CalledProcessError as above."""
     return _compiled(build_dir, ["nbd_limit.c", "../../transport/core/nbd/wire.h"], "bin", [])
 
 
 def _compiled(build_dir: Path, sources: list[str], suffix: str, flags: list[str]) -> Path:
-    """Compile the first of sources by gcc, unless they and the flags are those of a time before."""
+    """Compile the first of sources with gcc, unless sources and flags are unchanged."""
     paths = [CORE / source for source in sources]
     key = hashlib.sha256(" ".join(FLAGS + flags).encode() + b"".join(s.read_bytes() for s in paths))
     made = build_dir / f"{paths[0].stem}-{key.hexdigest()[:12]}.{suffix}"
@@ -55,12 +55,12 @@ def _compiled(build_dir: Path, sources: list[str], suffix: str, flags: list[str]
 
 
 def checked(result: int, what: str) -> int:
-    """Give a result of C back, or raise what its -errno stands for."""
+    """Return a result of C, or raise OSError for its -errno."""
     if result < 0:
         raise OSError(-result, f"{what}: {os.strerror(-result)}")
     return result
 
 
 def cost_of(cost: Any) -> dict[str, int]:
-    """Give a struct touch_cost as a dict."""
+    """Return a struct touch_cost as a dict."""
     return {name: int(getattr(cost, name)) for name, _ in ffi.typeof("struct touch_cost").fields}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The peer of handoffs: the same number of bytes from one file in memory to another, by nc."""
+"""The peer of handoffs: nc copies the same number of bytes from one memfd to another."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 
 class PipePeer:
-    """Transfers, by "tcp" over the loopback or by "unix"; the files are there for the block."""
+    """Transfers by "tcp" over loopback or by "unix"; the memfds live as long as the block."""
 
     def __init__(self, way: str, nr_bytes: int) -> None:
         if shutil.which("nc") is None:
@@ -43,7 +43,7 @@ class PipePeer:
         self._folder.cleanup()
 
     def transfer(self) -> None:
-        """Return once the other end has written every byte; BenchError."""
+        """Return once the other end has written every byte; BenchError if it does not."""
         source, target = self._files
         os.lseek(source, 0, os.SEEK_SET)
         os.ftruncate(target, 0)
@@ -60,7 +60,7 @@ class PipePeer:
                 nc.kill()
         got = os.fstat(target).st_size
         if done.returncode or status or got != self._nr_bytes:
-            raise BenchError(f"nc brought {got} of {self._nr_bytes} bytes by {self._way}")
+            raise BenchError(f"nc carried {got} of {self._nr_bytes} bytes by {self._way}")
 
     def _where(self) -> list[str]:
         if self._way == "unix":

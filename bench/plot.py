@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a run: ratios against their aims, latencies of single faults, memory of crowds."""
+"""The plot of a run: ratios against their aims, latencies of single faults, memory of crowds."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run found, as text for people and as JSON for programs: see docs/benchmarks.md."""
+"""A run's results, as text for people and as JSON for programs: see docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INDENT = " " * 6
 
 
 def verdict(ratio: Ratio) -> str:
-    """Say whether an aim is met, and whether the rounds agree about it."""
+    """Return whether an aim is met, and whether the rounds agree about it, as text."""
     if ratio.aim is None:
         return "no aim"
     unclear = "" if ratio.clear else " (unclear)"
@@ -25,7 +25,7 @@ def verdict(ratio: Ratio) -> str:
 
 
 def case_json(name: str, result: CaseResult, load: dict[str, Any]) -> dict[str, Any]:
-    """Give a case as an object of the JSON file."""
+    """Return a case as an object of the JSON file."""
     return {
         "name": name,
         "title": result.title,
@@ -61,7 +61,7 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 
 def machine_text(machine: dict[str, Any]) -> str:
-    """Name the machine in three lines."""
+    """Return the machine's description in three lines."""
     return (
         f"{machine['cpu']}, {machine['cpus']} CPUs{' (virtual)' if machine['virtual'] else ''}, "
         f"{machine['memory_bytes'] / (1 << 30):.0f} GiB; Linux {machine['kernel']}\n"
@@ -72,7 +72,7 @@ def machine_text(machine: dict[str, Any]) -> str:
 
 
 def case_text(name: str, result: CaseResult, load: dict[str, Any]) -> str:
-    """Give a case as lines: for each row its sides, its ratios, and where the time went."""
+    """Return a case as lines: for each row its sides, its ratios, and where the time went."""
     lines = [f"\n{name}: {result.title}"]
     mark = "   ** NOISY: others used this machine meanwhile **" if load["noisy"] else ""
     lines.append(

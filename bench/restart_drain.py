@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of the case restart: two backends that drain each other, to and fro, under their guests."""
+"""Rows of the case restart: drains between two backends, in alternate directions, under guests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPAN_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class _Way:
-    """How guests reach their backends, and handoffs too."""
+    """The transport of guests and of handoffs."""
 
     name: str
     guests: str
@@ -45,7 +45,7 @@ _WAYS = (
 
 @dataclass
 class _Found:
-    """Samples of the rounds of one way."""
+    """Samples of the rounds of one transport."""
 
     stall_ms: list[float] = field(default_factory=list)
     quiet_ms: list[float] = field(default_factory=list)
@@ -57,7 +57,7 @@ class _Found:
 
 
 def drain_rows(bench: Bench, image: Path, nr_guests: int) -> list[Row]:
-    """Drains of guests that write, and handoffs of many private pages, against a pipe's rate."""
+    """Measure drains of guests that write, and handoffs of many private pages against a pipe."""
     size_bytes = image.stat().st_size
     rows = []
     with ExitStack() as stack:
@@ -84,7 +84,7 @@ def _in_rounds(bench: Bench, what: str, seconds: float, once: Callable[[], None]
 
 
 def _under_writers(bench: Bench, pair: list[KeptBackend], way: _Way, nr_guests: int) -> list[Row]:
-    """Every guest writes to the same pages again and again, and reads at random."""
+    """Drain guests that write to the same pages repeatedly, and read at random."""
     from case_restart import served_row
 
     found = _Found()
@@ -135,7 +135,7 @@ def _under_writers(bench: Bench, pair: list[KeptBackend], way: _Way, nr_guests: 
 
 
 def _drain(pair: list[KeptBackend], way: _Way) -> dict[str, Any]:
-    """Drain the first to the second, which are then the other way round; the report."""
+    """Drain the first of the pair to the second, and swap them; return the report."""
     source, target = pair
     report = source.request("drain", to=way.uri(target))["drain"]
     pair.reverse()
@@ -163,7 +163,7 @@ def _drain_once(pair: list[KeptBackend], way: _Way, crowd: SteadyCrowd, found: _
 
 
 def _hits_of_a_second(backend: KeptBackend) -> float:
-    """The share of accesses in the next second that found their extent resident."""
+    """Return the share of accesses in the next second that found their extent resident."""
     before = _counts(backend)
     time.sleep(SPAN_SECONDS)
     hits, misses = (now - then for now, then in zip(_counts(backend), before, strict=True))
@@ -171,13 +171,13 @@ def _hits_of_a_second(backend: KeptBackend) -> float:
 
 
 def _counts(backend: KeptBackend) -> list[int]:
-    """Hits and misses of all guests."""
+    """Return hits and misses of all guests."""
     guests = backend.status()["guests"]
     return [sum(guest[key] for guest in guests) for key in ("hits", "misses")]
 
 
 def _throughput(bench: Bench, pair: list[KeptBackend], way: _Way, nr_guests: int) -> Row:
-    """Whole drains of guests that rest, and the same number of bytes through nc."""
+    """Time whole drains of idle guests, and the same number of bytes through nc."""
     mib_each = 1 if bench.quick else 16
     terms = Terms(
         uri=way.uri(pair[0]),

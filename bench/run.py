@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what cowshed costs, as ratios to what the plain kernel takes in the same run.
+"""Measures the cost of cowshed, as ratios to the plain kernel's in the same run.
 
-    make bench                          every case, a few minutes
+    make bench                          every case, about nine minutes
     .venv/bin/python bench/run.py --quick --only fault
 
-Writes build/bench/bench.json, bench.png and bench.svg. It judges nothing: the exit status says only
-whether it could measure. docs/benchmarks.md says how each case is measured and what to make of it.
+Writes build/bench/bench.json, bench.png and bench.svg. A missed aim does not fail the run: the exit
+status only reports whether it could measure. docs/benchmarks.md describes each case.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ MIB = 1 << 20
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="small images, few rounds: a taste")
+    parser.add_argument("--quick", action="store_true", help="small images, few rounds")
     parser.add_argument("--only", action="append", choices=CASES, help="this case; may be repeated")
     parser.add_argument("--rounds", type=int, help="rounds of each row (15; quick: 3)")
-    parser.add_argument("--seed", type=int, default=1, help="of orders and pages (1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of orders and pages (1)")
     parser.add_argument("--out", type=Path, default=ROOT / "build/bench", help="where files go")
     options = parser.parse_args()
     if options.rounds is not None and options.rounds < 1:
@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Have the folder for this run alone: two at once would share each other's pages."""
+    """Lock the folder for this run: two at once would share each other's pages."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("w") as lock:
         try:
@@ -81,20 +81,20 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def make_image(out: Path, name: str, size_bytes: int) -> Path:
-    """Have a file of random bytes; one of an earlier run is used again."""
+    """Make a file of random bytes, or reuse that of an earlier run."""
     path = out / f"{name}-{size_bytes // MIB}M.raw"
     if not path.exists() or path.stat().st_size != size_bytes:
         generator = np.random.default_rng(7)
         with path.open("wb") as file:
             for _ in range(size_bytes // MIB):
                 file.write(generator.bytes(MIB))
-    # Written back, or it could not be dropped from the page cache.
+    # Written back, since dirty pages cannot be dropped from the page cache.
     subprocess.run(["sync", str(path)], check=True)
     return path
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the chosen cases, print each as it is done, and give the whole as JSON's object."""
+    """Run the chosen cases, print each when it is done, and return all as an object for JSON."""
     out: Path = options.out
     warm = make_image(out, "warm", (16 if options.quick else 128) * MIB)
     cold_image = make_image(out, "cold", (32 if options.quick else 256) * MIB)
@@ -151,7 +151,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, and write the JSON; 1 if something could not be measured."""
+    """Measure, and write the JSON; return 1 if something could not be measured."""
     options = arguments()
     try:
         with locked(options.out):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Medians, spreads, and ratios with an interval that says how far the rounds agree. Pure."""
+"""Medians, spreads, and ratios with a confidence interval over rounds. Pure."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Summary:
 
 @dataclass(frozen=True)
 class Aim:
-    """What a ratio should be: at most, or at least, a value."""
+    """The aim of a ratio: at most, or at least, a value."""
 
     value: float
     at_least: bool = False
 
     def met_by(self, ratio: float) -> bool:
-        """Whether a ratio is as it should be."""
+        """Return whether a ratio meets the aim."""
         return ratio >= self.value if self.at_least else ratio <= self.value
 
     def __str__(self) -> str:
@@ -54,19 +54,19 @@ class Ratio:
 
     @property
     def met(self) -> bool | None:
-        """Whether the median meets the aim; None where there is none."""
+        """Whether the median meets the aim; None without an aim."""
         return None if self.aim is None else self.aim.met_by(self.value)
 
     @property
     def clear(self) -> bool:
-        """Whether both ends of the interval say the same about the aim."""
+        """Whether both ends of the interval meet, or both miss, the aim."""
         if self.aim is None or self.low is None or self.high is None:
             return True
         return self.aim.met_by(self.low) == self.aim.met_by(self.high)
 
 
 def summarise(samples: Sequence[float]) -> Summary:
-    """Give the summary of at least one sample."""
+    """Return the summary of at least one sample."""
     low, q1, median, q3, high = (float(x) for x in np.percentile(samples, [0, 25, 50, 75, 100]))
     return Summary(median, q1, q3, low, high, len(samples))
 
@@ -74,10 +74,10 @@ def summarise(samples: Sequence[float]) -> Summary:
 def compare(
     samples: dict[str, list[float]], of: str, to: str, aim: Aim | None = None, seed: int = 1
 ) -> Ratio:
-    """Give the ratio of two sides measured in the same rounds, samples[side][round].
+    """Return the ratio of two sides measured in the same rounds, samples[side][round].
 
     The interval is a percentile bootstrap over rounds: both sides of a round are drawn together,
-    because what disturbed one of them often disturbed the other.
+    because a disturbance often affects both.
     """
     top, bottom = np.asarray(samples[of]), np.asarray(samples[to])
     value = float(np.median(top) / np.median(bottom))

@@ -3,8 +3,8 @@
 
     steady.py BUILD_DIR SHARED_FD TERMS
 
-TERMS is Terms as JSON. Each child opens the image, writes what is to be private, and touches pages
-until it is told to stop. One that cannot ends with status 1, and so does this.
+TERMS is Terms as JSON. Each child opens the image, writes its private pages, and touches pages
+until the order to stop. If a child fails it ends with status 1, and so does this program.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ __all__ = ["Shared", "Terms"]
 
 @dataclass(frozen=True)
 class Terms:
-    """What a crowd does. Each page of the image begins with its number, in 8 bytes.
+    """A crowd's work. Each page of the image begins with its number, in 8 bytes.
 
-    Every write_every accesses one is a write, 0: none; with hot_pages writes go round so many.
-    private_pages of random bytes are written before anything is measured.
+    One in write_every accesses is a write (0: none); with hot_pages, writes cycle over that many
+    pages. private_pages of random bytes are written before anything is measured.
     """
 
     uri: str
@@ -45,12 +45,12 @@ class Terms:
     private_pages: int = 0
 
     def as_json(self) -> str:
-        """For the command line."""
+        """Return it for the command line."""
         return json.dumps(asdict(self))
 
 
 class Shared:
-    """The memory that guests and who measures share: orders, and what each guest noted."""
+    """The memory that guests share with the measuring process: orders, and each guest's records."""
 
     def __init__(self, fd: int, nr_guests: int) -> None:
         order_bytes = ffi.sizeof("struct steady_order")
@@ -68,7 +68,7 @@ class _Guest:
 
     def __init__(self, lib: Any, shared: Shared, terms: Terms, no: int) -> None:
         self._lib = lib
-        self._shared = shared  # or its memory would go
+        self._shared = shared  # keeps its memory alive
         self._order = shared.order
         self._note = shared.guests + no
         self._terms = terms
@@ -85,7 +85,7 @@ class _Guest:
         self._pages = page_order(self._disk.size_bytes // PAGE_BYTES, "shuffled", no)
 
     def live(self) -> None:
-        """Be ready, go on until told to stop, and detach."""
+        """Prepare, touch pages until the order to stop, and detach."""
         for page in self._pages[: self._terms.private_pages]:
             self._disk.write(page * PAGE_BYTES, self._random.randbytes(PAGE_BYTES))
         self._lib.steady_ready(self._order)
@@ -115,7 +115,7 @@ class _Guest:
         checked(result, "touching pages")
 
     def _ask(self) -> None:
-        """What steady_run does, by requests: random reads, and writes round the hot pages."""
+        """Do as steady_run, by requests: random reads, and writes to the hot pages in turn."""
         terms, nr, at = self._terms, 0, max(self._terms.hot_pages, self._terms.private_pages)
         span = ffi.new("uint32_t *", self._order.span)
         before_ns = time.monotonic_ns()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A crowd of steady.py as who measures sees it: spans of time, and the stalls that fell in them."""
+"""The measuring side of a crowd of steady.py: spans of time, and the stalls in them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from steady import Shared, Terms
 __all__ = ["SteadyCrowd", "wait_until"]
 
 START_SECONDS = 60.0
-# Nobody is to be kept waiting for so long: then it is told instead of waited for.
+# A longer stall is an error: the case ends instead of waiting.
 STALL_SECONDS = 30.0
 SPANS = 256
 
 
 def wait_until(what: str, seconds: float, is_so: Callable[[], bool]) -> None:
-    """Look until it is so; BenchError after so many seconds."""
+    """Poll until is_so() is true; BenchError after so many seconds."""
     deadline = time.monotonic() + seconds
     while not is_so():
         if time.monotonic() > deadline:
-            raise BenchError(f"not so after {seconds:g} s: {what}")
+            raise BenchError(f"timed out after {seconds:g} s: {what}")
         time.sleep(0.002)
 
 
@@ -75,13 +75,13 @@ class SteadyCrowd:
     def _wait(self, what: str, seconds: float, is_so: Callable[[], bool]) -> None:
         def look() -> bool:
             if self._process.poll() is not None:
-                raise BenchError(f"guests of {self.terms.name} ended; what they said is above")
+                raise BenchError(f"guests of {self.terms.name} ended; their output is above")
             return is_so()
 
         wait_until(f"{what} ({self.terms.name})", seconds, look)
 
     def begin_span(self) -> int:
-        """From now on stalls fall in a span of its own; its number."""
+        """Count stalls in a new span from now on; return its number."""
         if self._span + 1 == SPANS:
             raise BenchError(f"more than {SPANS} spans; give fewer --rounds")
         self._span += 1
@@ -89,7 +89,7 @@ class SteadyCrowd:
         return self._span
 
     def wait_served(self) -> None:
-        """Return once every guest has got on since this was called."""
+        """Return once every guest has made progress since the call."""
         guests = self._shared.guests
         before = self.made()
         self._wait(
@@ -99,14 +99,14 @@ class SteadyCrowd:
         )
 
     def stalls_ms(self, span: int) -> list[float]:
-        """The longest stall of each guest in a span that is over."""
+        """Return the longest stall of each guest in a span that is over."""
         guests = self._shared.guests
         return [guests[no].longest_ns[span] / 1e6 for no in range(self.terms.nr_guests)]
 
     def made(self) -> list[int]:
-        """How many accesses each guest has made."""
+        """Return how many accesses each guest has made."""
         return [int(self._shared.guests[no].nr_made) for no in range(self.terms.nr_guests)]
 
     def nr_failed(self) -> int:
-        """How many of all accesses were an error, or gave a wrong byte."""
+        """Return how many of all accesses failed or returned a wrong byte."""
         return sum(self._shared.guests[no].nr_failed for no in range(self.terms.nr_guests))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measuring process: guest and plain peer in turn, told what to do by lines of JSON.
+"""The measuring process: guest and plain peer in turn, controlled by lines of JSON.
 
     worker.py BUILD_DIR URI DAEMON_PID
 
@@ -56,8 +56,8 @@ class Worker:
     ) -> dict[str, Any]:
         """Map, touch, touch again, unmap. place is the image's name for a guest, else a path.
 
-        side "plain" maps the file, "populate" does and has the kernel map everything in one call,
-        "memfd" maps a copy of the file in a memfd, as the backend's frames are, but no backend.
+        side "plain" maps the file; "populate" also has the kernel map everything in one call;
+        "memfd" maps a copy of the file in a memfd, like the backend's frames but without a backend.
         """
         before = thread_times(self._daemon_pid) if side == "guest" else {}
         began = time.perf_counter_ns()
@@ -91,7 +91,7 @@ class Worker:
     ) -> dict[str, Any]:
         """Open as a guest with windows of one page; time nr single faults on random pages.
 
-        fault_cpus is where the daemon's thread for this guest may run, None anywhere.
+        fault_cpus are the CPUs that the daemon's thread for this guest may use; None for all.
         """
         mapping = GuestMapping(self._uri, place, window_bytes=PAGE_BYTES)
         try:
@@ -146,7 +146,7 @@ class Worker:
             return {"cost": {"wall_ns": time.perf_counter_ns() - began}}
 
     def do_uncache(self, path: str) -> int:
-        """Drop a file from the page cache; how many of its pages are still there."""
+        """Drop a file from the page cache; return how many of its pages are still cached."""
         fd = os.open(path, os.O_RDONLY)
         try:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -156,7 +156,7 @@ class Worker:
             os.close(fd)
 
     def do_clock(self) -> int:
-        """What one reading of the clock costs, in ns."""
+        """Return the cost of one reading of the clock, in ns."""
         return int(self._lib.touch_clock_ns())
 
     def _map(self, side: str, place: str) -> Mapping:
@@ -191,7 +191,7 @@ class Worker:
         return cost_of(cost)
 
     def _fault_thread(self) -> int:
-        """The one thread of the daemon that answers faults: of our guest, as there is no other."""
+        """Return the tid of the daemon's one fault thread: this guest is the only one."""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:  # the thread names itself when it first runs
             for task in Path(f"/proc/{self._daemon_pid}/task").iterdir():

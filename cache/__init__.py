@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images, their sources, and the page store: what is resident, how it is loaded and given up."""
+"""Images, their sources, and the page store: what is resident, how it is loaded and evicted."""
 
 from cowshed.cache.errors import (
     CapacityError,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Written by tools/core_stub.py from the headers' cdef sections; `make stubs` writes it anew.
-# Each call of lib gives the GIL up. Functions return >= 0 or -errno unless their header says
+# Each call of lib releases the GIL. Functions return >= 0 or -errno unless their header says
 # otherwise; cache/calls.py turns that into exceptions.
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -213,6 +213,19 @@ class StructElf(CData):
     linker: Array[bytes]
     soname: Array[bytes]
 
+class StructGuestImage(CData):
+    size_bytes: int
+    map_bytes: int
+    extent_bytes: int
+    uffd_features: int
+    memfd: int
+    uffd_device: int
+    digest: Array[bytes]
+    generation: Array[bytes]
+    guest: Array[bytes]
+
+class StructHandshake(CData): ...
+
 class StructRegion(CData):
     address: CData
     map_bytes: int
@@ -287,6 +300,7 @@ class _Lib:
     POINT_EVICT_REVOKE: int
     POINT_FAULT_READ: int
     POINT_FAULT_HELD: int
+    POINT_FRAMES_READ: int
     POINT_WRITE_TAKEN: int
     POINT_WRITE_CHARGED: int
     POINT_SETTLE_PROTECTED: int
@@ -502,6 +516,7 @@ class _Lib:
         self, image: StructImage | Array[StructImage], first: int, nr: int, /
     ) -> int: ...
     def store_scrub(self, image: StructImage | Array[StructImage], /) -> int: ...
+    def store_check(self, store: StructStore | Array[StructStore], /) -> Pointer[bytes]: ...
     def quota_open(
         self, quota_pages: int, policy: int, quota_out: Pointer[StructQuota], /
     ) -> int: ...
@@ -621,6 +636,7 @@ class _Lib:
         nr_words: int,
         /,
     ) -> int: ...
+    def account_check(self, account: StructAccount | Array[StructAccount], /) -> Pointer[bytes]: ...
     def account_settle(self, account: StructAccount | Array[StructAccount], /) -> int: ...
     def account_adopt_private(self, account: StructAccount | Array[StructAccount], /) -> int: ...
     def account_look(
@@ -838,6 +854,7 @@ class _Lib:
         /,
     ) -> int: ...
     def elf_read(self, fd: int, elf_out: StructElf | Array[StructElf], /) -> int: ...
+    def handshake_close(self, handshake: StructHandshake | Array[StructHandshake], /) -> int: ...
     def region_init(
         self,
         r: StructRegion | Array[StructRegion],
@@ -868,6 +885,23 @@ class _Lib:
         self, r: StructRegion | Array[StructRegion], with_: StructRegion | Array[StructRegion], /
     ) -> int: ...
     def region_revoke(self, r: StructRegion | Array[StructRegion], /) -> int: ...
+    def handshake_new(self, fd: int, limit_ms: int, /) -> StructHandshake: ...
+    def handshake_free(self, handshake: StructHandshake | Array[StructHandshake], /) -> None: ...
+    def handshake_reply(
+        self, handshake: StructHandshake | Array[StructHandshake], nr_bytes_out: Pointer[int], /
+    ) -> Pointer[bytes]: ...
+    def guest_attach(
+        self,
+        handshake: StructHandshake | Array[StructHandshake],
+        request: bytes | Pointer[bytes],
+        more: bytes | Pointer[bytes],
+        region: StructRegion | Array[StructRegion],
+        image_out: StructGuestImage | Array[StructGuestImage],
+        stage_out: Pointer[int],
+        /,
+    ) -> int: ...
+    def region_failure(self, stage: int, /) -> Pointer[bytes]: ...
+    def region_cure(self, stage: int, /) -> Pointer[bytes]: ...
     def follower_start(
         self,
         region: StructRegion | Array[StructRegion],
@@ -888,8 +922,8 @@ class _Lib:
         status_out: StructFollowStatus | Array[StructFollowStatus],
         /,
     ) -> None: ...
-    def follower_hold(self, follower: StructFollower | Array[StructFollower], /) -> int: ...
-    def follower_let_go(self, follower: StructFollower | Array[StructFollower], /) -> None: ...
+    def follower_begin_view(self, follower: StructFollower | Array[StructFollower], /) -> int: ...
+    def follower_end_view(self, follower: StructFollower | Array[StructFollower], /) -> None: ...
     def nbd_server_init(self, nr_workers: int, server_out: Pointer[StructNbdServer], /) -> int: ...
     def nbd_server_drain(self, server: StructNbdServer | Array[StructNbdServer], /) -> None: ...
     def nbd_server_deinit(self, server: StructNbdServer | Array[StructNbdServer], /) -> int: ...
@@ -1220,6 +1254,22 @@ class _Ffi:
     def new(self, cdecl: Literal["struct elf *"], init: Any = ..., /) -> StructElf: ...
     @overload
     def new(self, cdecl: Literal["struct elf[]"], init: Any = ..., /) -> Array[StructElf]: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct guest_image **"], init: Any = ..., /
+    ) -> Pointer[StructGuestImage]: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct guest_image *"], init: Any = ..., /
+    ) -> StructGuestImage: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct guest_image[]"], init: Any = ..., /
+    ) -> Array[StructGuestImage]: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct handshake **"], init: Any = ..., /
+    ) -> Pointer[StructHandshake]: ...
     @overload
     def new(
         self, cdecl: Literal["struct region **"], init: Any = ..., /

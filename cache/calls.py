@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a C call returned, as an exception or a value."""
+"""Turn the results of C calls into values or exceptions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import errno
 import os
 from typing import Any, Final
 
+from cowshed.cache._core import ffi
 from cowshed.cache.errors import CapacityError, InvariantError, SourceError, UsageError
 
-# Stands in for a handle that was closed. The C core refuses it with a TypeError: it is no pointer.
+# Stands in for a closed handle. cffi refuses it with a TypeError, since it is no pointer.
 CLOSED: Final[Any] = None
 
 _KINDS: dict[int, type[Exception]] = {
@@ -27,12 +28,18 @@ _KINDS: dict[int, type[Exception]] = {
 
 
 def checked(result: int, what: str) -> int:
-    """Return result if it is not negative; else raise what -errno stands for.
+    """Return result if it is not negative; else raise the exception for its -errno.
 
-    what says, in words, what was being done and to what; the reason is appended, and the OSError
-    that it is of is the exception's cause.
+    what names the operation and its object; the message adds the errno's text. The exception's
+    cause is an OSError.
     """
     if result >= 0:
         return result
     kind = _KINDS.get(-result, SourceError)
     raise kind(f"{what}: {os.strerror(-result)}") from OSError(-result, os.strerror(-result))
+
+
+def check_core(broken: Any) -> None:
+    """Raise InvariantError if a check of the core returned a broken invariant."""
+    if broken != ffi.NULL:
+        raise InvariantError(ffi.string(broken).decode())

@@ -8,12 +8,12 @@ see of a header stands between these two lines (a header may have several such p
     /* cdef-begin */
     /* cdef-end */
 
-Between them only what cffi reads: plain declarations, and `#define NAME integer`. HEADERS is in
-order of dependence, because the later cdefs use the types of the earlier ones. All C includes by
+Between them, write only what cffi reads: plain declarations, and `#define NAME integer`. HEADERS is
+in order of dependence, because the later cdefs use the types of the earlier ones. All C includes by
 path from the repository's root (`#include "cache/core/store.h"`).
 
 Environment: COWSHED_SANITIZE=thread|address builds with that sanitizer (see `make sanitize`);
-COWSHED_BOOTSTRAP=1 leaves out headers that are not written yet, and says which.
+COWSHED_BOOTSTRAP=1 leaves out headers that are not written yet, and prints their names.
 """
 
 import os
@@ -31,6 +31,7 @@ CORES = (
     "faults/core/populate",
     "transport/core",
     "transport/core/blocks",
+    "transport/core/guest",
     "transport/core/nbd",
 )
 HEADERS = (
@@ -55,8 +56,10 @@ HEADERS = (
     "faults/core/guest.h",
     "faults/core/populate/populate.h",
     "transport/core/elf.h",
-    "transport/core/region.h",
-    "transport/core/follow.h",
+    "transport/core/guest/handshake.h",
+    "transport/core/guest/region.h",
+    "transport/core/guest/attach.h",
+    "transport/core/guest/follow.h",
     "transport/core/nbd/nbd.h",
 )
 BEGIN = "/* cdef-begin */"
@@ -79,7 +82,7 @@ class BuildError(Exception):
 
 
 def cdef_of_header(header_text: str, name: str) -> str:
-    """Return what stands between the marks, padded so that line numbers stay the header's own.
+    """Return the text between the marks, padded so that line numbers stay the header's own.
 
     Raises BuildError if the marks are nested or unclosed.
     """
@@ -100,12 +103,12 @@ def cdef_of_header(header_text: str, name: str) -> str:
 
 
 def has_marks(header: Path) -> bool:
-    """Whether the header exists and shows Python anything."""
+    """Whether the header exists and has a cdef section."""
     return header.is_file() and BEGIN in header.read_text()
 
 
 def present_headers(root: Path) -> list[str]:
-    """Return HEADERS, every one of which has marks, and no other header.
+    """Return HEADERS, after checking that exactly these headers have marks.
 
     Raises BuildError for a listed header without them (unless COWSHED_BOOTSTRAP=1) and for one with
     marks that is not listed, whose declarations would silently be left out.

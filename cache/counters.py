@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters as the C core reads them out, copied into dataclasses field by field."""
+"""Counters of the C core, copied into dataclasses field by field."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Counters:
 
     @classmethod
     def none(cls) -> Self:
-        """Give what nothing adds up to."""
+        """Return zeros: the sum of no counters."""
         return cls(*(0 for _ in _names(cls)))
 
     def __add__(self, other: Self) -> Self:

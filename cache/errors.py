@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong, sorted by what the caller can do about it.
+"""The exceptions, sorted by what the caller can do about them.
 
 Every message is one line that names the thing, the value and the cure, so that it can be shown to a
 person as it is.
@@ -19,7 +19,7 @@ class PeerError(CowshedError):
 
 
 class PeerGoneError(PeerError):
-    """The other end closed the connection, or died; another may be there by now."""
+    """The other end closed the connection, or died; a new one may be there by now."""
 
 
 class CapacityError(CowshedError):

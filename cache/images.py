@@ -53,7 +53,7 @@ class ExtentState(IntEnum):
 
 @dataclass(frozen=True)
 class ImageCounters(Counters):
-    """What was ever done for an image, over restarts too; each only grows. Meanings: image.h."""
+    """An image's totals, over restarts too; each only grows. Meanings: image.h."""
 
     loads: int
     load_bytes: int
@@ -72,7 +72,7 @@ class ImageCounters(Counters):
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """What an image's extents come to, in bytes; not a consistent snapshot. Meanings: image.h.
+    """Sums over an image's extents, in bytes; not a consistent snapshot. Meanings: image.h.
 
     resident_by_refs counts RESIDENT extents with 0, 1, 2-3, 4-7, 8-15, 16-31 and more references.
     """
@@ -88,7 +88,7 @@ class ImageStatistics:
 
 @dataclass(frozen=True)
 class InheritedImage:
-    """Descriptors of an image whose process is gone: its frames, what guests got, its arrays."""
+    """Descriptors of an image whose process is gone: frames, frames for guests, arrays."""
 
     frames_fd: int
     guest_fd: int
@@ -98,10 +98,10 @@ class InheritedImage:
 class Image:
     """An open image. Made by PageStore.open_image; used until PageStore.close_image.
 
-    Its frames are its own: two images of one source, in different domains say, share none. domain
-    and name together are unique in a store. digest is "sha256:..." once somebody computed it, ""
-    before. source_change says how the source changed under us, None as long as it did not;
-    source_at_path what its path named when somebody last looked.
+    Two images of one source, in different domains say, share no frames. domain and name together
+    are unique in a store. digest is "sha256:...", or "" until it is computed. source_change states
+    how the source changed since it was opened, or is None; source_at_path states what its path
+    named at the last look.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Image:
 
     @property
     def label(self) -> str:
-        """The name to call it by where images of several domains may meet."""
+        """The image's name in logs and messages: see image_label()."""
         return image_label(self.domain, self.name)
 
     @property
@@ -136,7 +136,7 @@ class Image:
 
     @property
     def guest_fd(self) -> int:
-        """The frames, read-only: what guests are handed. Borrowed."""
+        """The frames, read-only: guests get this descriptor. Borrowed."""
         return lib.image_guest_fd(self.cdata)
 
     @property
@@ -146,7 +146,7 @@ class Image:
 
     @property
     def arrays_fd(self) -> int:
-        """What is known of the extents: for who comes after this process. Borrowed."""
+        """The totals and per-extent arrays, for the successor. Borrowed."""
         return lib.image_arrays_fd(self.cdata)
 
     @property
@@ -156,12 +156,12 @@ class Image:
 
     @property
     def read_wait_seconds(self) -> float:
-        """For how long a loader has been in one read of the source; 0.0 if none is in any."""
+        """Age of the longest read of the source that is under way; 0.0 if none is."""
         return float(lib.image_read_wait_ns(self.cdata)) / 1e9
 
     @property
     def generation(self) -> int:
-        """Changes whenever any extent's state does: two equal readings enclose a quiet time."""
+        """Changes whenever an extent's state does: between two equal readings, no state changed."""
         return lib.image_generation(self.cdata)
 
     def counters(self) -> ImageCounters:
@@ -171,7 +171,7 @@ class Image:
         return ImageCounters.of(counters)
 
     def statistics(self) -> ImageStatistics:
-        """Add up all extents; a nanosecond each."""
+        """Add up all extents; about 1 ns each."""
         statistics = ffi.new("struct image_statistics *")
         lib.image_measure(self.cdata, statistics)
         return ImageStatistics(
@@ -228,11 +228,10 @@ class Image:
         return min(self.extent_bytes, self.map_bytes - extent * self.extent_bytes)
 
     def look_at_source(self) -> str | None:
-        """Note, once, how the source differs from what was opened; None if nothing new is wrong.
+        """Note a change of the source's size, once; return it, or None if nothing is new.
 
-        Looks at its size; whether bytes in it changed takes reading it (content_change()). What is
-        resident stays as it is. Later loads read what is there now, and fail past a new
-        end.
+        Only reading the source shows whether its bytes changed (content_change()). Resident extents
+        stay as they are. Later loads read the source as it is now, and fail past a new end.
         """
         changed = self.source.changed()
         if changed is None or self.source_change is not None:
@@ -243,11 +242,12 @@ class Image:
     def content_change(
         self, digest_of: Callable[[FileSource], str], stop: Callable[[], bool] = lambda: False
     ) -> str | None:
-        """Read the source and say how its bytes differ from those that were opened; None: they do
-        not, or stop() was true meanwhile. OSError if it cannot be read.
+        """Read the source; return how its bytes changed since it was opened, or None.
 
-        By its digest, if that is known, for which digest_of is called; "" is that it was stopped.
-        Else what is resident is compared, which is all that is known of what guests were given.
+        Also None if stop() was true meanwhile. OSError if the source cannot be read.
+
+        If the image's digest is known, digest_of computes the source's, or returns "" if stopped.
+        Otherwise the resident extents are compared: no other bytes that guests got are known.
         """
         if self.digest:
             digest = digest_of(self.source)
@@ -264,13 +264,14 @@ class Image:
         frames = os.pread(self.frames_fd, nr_bytes, at)
         source = os.pread(self.source.fd, nr_bytes, at)
         is_same = frames == source + bytes(nr_bytes - len(source))
-        # It may have been given up, and its frames with it, since.
+        # The extent may have been evicted meanwhile, and its frames with it.
         return is_same or stop() or self.states(extent, 1)[0] != ExtentState.RESIDENT
 
     def prefetch(self, first_extent: int, nr_extents: int) -> int:
-        """Ask for absent extents to be loaded, behind all demand; return how many were taken on.
+        """Queue absent extents for loading, behind all demand; return how many were queued.
 
-        The store takes on an eighth of its capacity at a time: ask again for the rest.
+        An image may queue about an eighth of the store's capacity at a time: ask again for the
+        rest.
         """
         return checked(
             lib.store_prefetch(self.cdata, first_extent, nr_extents),
@@ -307,7 +308,7 @@ class Image:
         lib.image_note_attach(self.cdata)
 
     def scrub(self) -> int:
-        """Empty ABSENT extents that somebody filled by reading an unguarded mapping; how many."""
+        """Empty ABSENT extents of stray frames; return how many had some."""
         return checked(lib.store_scrub(self.cdata), f"scrubbing {self.label!r}")
 
     def first_touches(self) -> list[int]:

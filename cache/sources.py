@@ -21,10 +21,10 @@ SourceAtPath = Literal["same", "other", "gone"]
 
 @dataclass(frozen=True)
 class SourceIdentity:
-    """What tells one source from another, as it was when the source was opened.
+    """Identifies a source, as it was when it was opened.
 
-    device is a block device's own number, and the file system's of a file. mtime_ns is 0 for a
-    block device, whose times say nothing of its bytes.
+    device is the number of the block device, or of the file's file system. mtime_ns is 0 for a
+    block device, whose times do not depend on its bytes.
     """
 
     device: int
@@ -40,7 +40,7 @@ class SourceIdentity:
         return cls(status.st_dev, status.st_ino, size_bytes, status.st_mtime_ns)
 
     def is_same_file(self, other: SourceIdentity) -> bool:
-        """Whether both are of one file or device, whatever has become of its bytes."""
+        """Whether both identify one file or device, even if its bytes changed."""
         return (self.device, self.inode) == (other.device, other.inode)
 
 
@@ -49,8 +49,8 @@ class FileSource:
     """A file or block device, open for reading and known to be usable.
 
     Owns its descriptors until an image takes them over. direct_fd is the same file opened O_DIRECT,
-    or -1 where its file system has no such thing. path is where the file was when it was opened:
-    another may be there by now.
+    or -1 if its file system has no O_DIRECT. path is where the file was when it was opened: another
+    file may be there by now.
     """
 
     path: Path
@@ -87,8 +87,9 @@ class FileSource:
                     "an image has at least 1 and less than 256 TiB"
                 )
             os.set_blocking(fd, True)
-            # A FUSE server is asked at each close of a descriptor, the exit's too, until it says
-            # once that it has no use for that (ENOSYS). One that hangs later would hold up our end.
+            # Each close of a descriptor, at exit too, sends a flush to a FUSE server, until the
+            # server answers ENOSYS once. Get that answer now: a server that hangs later would delay
+            # our exit.
             os.close(os.dup(fd))
         except BaseException:
             os.close(fd)
@@ -107,9 +108,9 @@ class FileSource:
         return self.identity.mtime_ns or os.fstat(self.fd).st_mtime_ns  # a node is in memory
 
     def reopen(self) -> int:
-        """Give a new descriptor of the file, for reading, that shares no state with ours.
+        """Return a new descriptor of the file, for reading, that shares no state with ours.
 
-        Raises SourceError if it cannot be had.
+        Raises SourceError if the file cannot be opened.
         """
         try:
             return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
@@ -120,9 +121,9 @@ class FileSource:
             ) from error
 
     def changed(self) -> str | None:
-        """Say how the open file cannot be what was opened any more, or None if it may be.
+        """Return how the open file's size changed since it was opened, or None.
 
-        Its times alone say nothing: see written_ns(). May wait for as long as the file system does.
+        Its times prove nothing: see written_ns(). May wait for as long as the file system does.
         """
         status = os.fstat(self.fd)
         if stat.S_ISREG(status.st_mode) and status.st_size != self.size_bytes:
@@ -130,16 +131,16 @@ class FileSource:
         return None
 
     def written_ns(self) -> int:
-        """When the file says it was last written to; 0 for a block device, which does not say.
+        """Return the file's modification time; 0 for a block device, which has none.
 
-        Another time than identity.mtime_ns is worth a look at the bytes, and no more: a backup
-        or `touch` sets times, too. May wait for as long as the file system does.
+        A time other than identity.mtime_ns only calls for a look at the bytes: a backup or `touch`
+        sets times, too. May wait for as long as the file system does.
         """
         status = os.fstat(self.fd)
         return status.st_mtime_ns if stat.S_ISREG(status.st_mode) else 0
 
     def at_path(self) -> SourceAtPath:
-        """Say what the path names now: this very file, another one, or none.
+        """Return what the path names now: this file, another one, or none.
 
         May wait for as long as the file system does.
         """
@@ -151,7 +152,7 @@ class FileSource:
         return "same" if self.identity.is_same_file(there) else "other"
 
     def close(self) -> None:
-        """Close the descriptors of a source that nobody took over."""
+        """Close the descriptors of a source that no image took over."""
         os.close(self.fd)
         if self.direct_fd >= 0:
             os.close(self.direct_fd)

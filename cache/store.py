@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page store: all images' frames under one capacity, and the loaders that fill them.
 
-The store never chooses what to give up. It raises `pressure_fd` when room is short and waits.
+The store never chooses what to evict. It raises `pressure_fd` when room is short and waits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Final
 
 from cowshed.cache._core import ffi, lib
-from cowshed.cache.calls import CLOSED, checked
+from cowshed.cache.calls import CLOSED, check_core, checked
 from cowshed.cache.counters import Counters
 from cowshed.cache.errors import CapacityError, UsageError
 from cowshed.cache.images import DEFAULT_DOMAIN, PAGE_BYTES, Image, InheritedImage, image_label
@@ -43,10 +43,10 @@ class StoreCounters(Counters):
 
 
 class PageStore:
-    """Owns loader threads and images; close it, or use it in a `with`, guests first.
+    """Owns loader threads and images; close it after its guests, or use it in a `with`.
 
-    capacity_bytes is rounded down to whole extents. low_free_extents: with less room than that
-    left, pressure_fd becomes readable.
+    capacity_bytes is rounded down to whole extents. pressure_fd becomes readable when fewer than
+    low_free_extents are free.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class PageStore:
         return iter([image for no, image in list(self._images.items()) if no not in unlisted])
 
     def cancel_loads(self) -> None:
-        """End every wait for a load with an error, now and from now on; for the end."""
+        """Fail every wait for a load, now and from now on; for shutdown."""
         if self._store is not CLOSED:
             lib.store_cancel_loads(self._store)
 
     def stop(self, timeout_seconds: float) -> bool:
-        """Cancel loads and end the loaders; False if one is left behind, in a read that hangs.
+        """Cancel loads and end the loaders; False if one hangs in a read and is left behind.
 
-        Then close() leaves what that thread uses as it is, for the process's end.
+        Then close() leaves open what that thread uses, until the process ends.
         """
         return bool(lib.store_stop(self._store, int(timeout_seconds * 1000)) == 0)
 
@@ -118,7 +118,7 @@ class PageStore:
         self._store = CLOSED
 
     def leave(self) -> None:
-        """Have close() do nothing: a thread that hangs uses an image, until the process ends."""
+        """Make close() do nothing: a hung thread uses an image until the process ends."""
         self._is_left = True
 
     def open_image(
@@ -129,10 +129,10 @@ class PageStore:
         *,
         listed: bool = True,
     ) -> Image:
-        """Take a source over as an image with frames of its own; its extents are ABSENT.
+        """Take over a source as an image with frames of its own; its extents are ABSENT.
 
-        One that is not listed is not given by iteration, until list_image(). UsageError, and
-        nothing taken over, if the domain has an image of that name.
+        Iteration skips an image that is not listed, until list_image(). UsageError, and nothing
+        taken over, if the domain has an image of that name.
         """
         label = self._new_label(name, domain)
         image = ffi.new("struct image **")
@@ -143,17 +143,17 @@ class PageStore:
         return self._add(Image(self, name, source, image[0], domain), listed=listed)
 
     def list_image(self, image: Image) -> None:
-        """From now on iteration gives it."""
+        """Include the image in iteration from now on."""
         self._unlisted.discard(image.image_no)
 
     def adopt_image(
         self, name: str, source: FileSource, inherited: InheritedImage, domain: str = DEFAULT_DOMAIN
     ) -> Image:
-        """Take over a source and what another process, now gone, left of its image.
+        """Take over a source, and its image's descriptors from a process that is gone.
 
-        What was resident is so still, as far as there is room. UsageError, and all descriptors
-        still the caller's, if the domain has an image of that name, or if the descriptors are of
-        an image of another size or with other extents.
+        Resident extents stay resident, as far as there is room. UsageError, with all descriptors
+        still the caller's, if the domain has an image of that name, or if the descriptors belong to
+        an image of another size or extent size.
         """
         label = self._new_label(name, domain)
         image = ffi.new("struct image **")
@@ -188,13 +188,13 @@ class PageStore:
         return image
 
     def close_image(self, image: Image) -> None:
-        """Give up an image and its frames; UsageError if a guest is still attached."""
+        """Close an image and drop its frames; UsageError if a guest is still attached."""
         if self._images.get(image.image_no) is not image:
             raise UsageError(f"image {image.label!r} is not open in this store")
         self._close_image(image)
 
     def _close_image(self, image: Image) -> bool:
-        """False if a loader that stop() left behind has it still."""
+        """Close an image; False if a loader that stop() left behind still uses it."""
         err = lib.image_close(image.cdata)
         if err == -errno.ETIMEDOUT:
             return False
@@ -204,7 +204,7 @@ class PageStore:
         return True
 
     def image(self, image_no: int) -> Image | None:
-        """Give the open image of that number, or None."""
+        """Return the open image of that number, or None."""
         return self._images.get(image_no)
 
     @property
@@ -222,6 +222,13 @@ class PageStore:
         """Bytes of frames in RESIDENT extents of all images."""
         return sum(image.resident_bytes for image in self)
 
+    def check(self) -> None:
+        """Recompute the invariants of the store and of its images; O(extents), under its lock.
+
+        Raises InvariantError naming one that does not hold.
+        """
+        check_core(lib.store_check(self._store))
+
     def counters(self) -> StoreCounters:
         """Read the counters, all at one instant."""
         counters = ffi.new("struct store_counters *")
@@ -231,7 +238,7 @@ class PageStore:
     def take_inserted(self) -> list[tuple[int, int]] | None:
         """Take (image_no, extent) pairs that became resident since the last call, in order.
 
-        None if some were lost because nobody took them for long: look at the states instead.
+        None if some were lost because the caller came too late: look at the states instead.
         """
         taken = array("Q", bytes(8 * _TAKE_MAX))
         pairs: list[tuple[int, int]] = []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A dashboard: its variables, and rows of panels.
 
-A row is one question, and the panels that answer it, laid out left to right on Grafana's 24 columns
-in the order given.
+A row is one question and the panels that answer it, laid out in order, left to right, on Grafana's
+24 columns.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Row:
 
 
 def variable(name: str, label: str, metric: str) -> dashboard.QueryVariable:
-    """A variable over the values of a label; several may be chosen, all at first."""
+    """A variable over the values of a label; multi-select, all by default."""
     return (
         dashboard.QueryVariable(name)
         .label(label)
@@ -44,7 +44,7 @@ def variable(name: str, label: str, metric: str) -> dashboard.QueryVariable:
 
 
 _INFO: Final = 'cowshed_image_info{job=~"$job", instance=~"$instance"'
-# Which images: the domain first, since names are unique within one only.
+# The domain comes first, since image names are unique only within one.
 IMAGE_VARIABLES: Final = (
     variable("domain", "Domain", f"{_INFO}}}"),
     variable("image", "Image", f'{_INFO}, domain=~"$domain"}}'),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes dashboards/generated/*.json: python -m dashboards.build [--check].
 
-With --check nothing is written; exit status 1 and a line each if a file is not what the code gives.
+--check writes nothing; it prints a line for each file that differs and exits with status 1.
 """
 
 import json
@@ -18,7 +18,7 @@ GENERATED: Final = Path(__file__).resolve().parent / "generated"
 
 
 def generate() -> dict[str, str]:
-    """Give the text of each file by its name; the same text every time."""
+    """Return the text of each file by its name; deterministic."""
     boards = {
         "overview": overview.board(),
         "image": image.board(),
@@ -32,7 +32,7 @@ def generate() -> dict[str, str]:
 
 
 def differences(wanted: Mapping[str, str], folder: Path) -> list[str]:
-    """Say of each file in folder that is missing, stale or left over what is wrong with it."""
+    """Return a line for each file in folder that is missing, stale or left over."""
     found = {path.name: path.read_text() for path in folder.glob("*.json")}
     wrong = [f"{name}: missing" for name in sorted(wanted.keys() - found.keys())]
     wrong += [f"{name}: no dashboard of that name" for name in sorted(found.keys() - wanted.keys())]
@@ -42,7 +42,7 @@ def differences(wanted: Mapping[str, str], folder: Path) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write or check; the exit status."""
+    """Write or check the files; return the exit status."""
     wanted = generate()
     if arguments == ["--check"]:
         wrong = differences(wanted, GENERATED)

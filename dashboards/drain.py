@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drain: how far a drain is, what holds it up, when it will be done, and whether guests feel it."""
+"""Drain: a drain's progress, blockers, time left, and its effect on guests."""
 
 from typing import Final
 
@@ -13,13 +13,13 @@ __all__ = ["board"]
 
 _PROGRESS: Final = f"cowshed_drain_progress_ratio{{{BACKEND}}}"
 _DRAINING: Final = f'(cowshed_drain_state{{{BACKEND}, state="draining"}} == 1)'
-# What is left by how fast it shrinks: +Inf for a drain that stands still; 0 without a drain.
+# The rest divided by the rate: +Inf for a drain without progress; 0 without a drain.
 _LEFT: Final = (
     f"((1 - {_PROGRESS}) / clamp_min(deriv(cowshed_drain_progress_ratio{{{BACKEND}}}[5m]), 0) "
     f"and on (job, instance) {_DRAINING}) or (0 * {_PROGRESS})"
 )
 _STATES: Final = {"none": "blue", "draining": "yellow", "done": "green", "failed": "red"}
-# The number of a backend's state in _STATES.
+# A backend's state as its index in _STATES.
 _NUMBERED: Final = added(
     *(
         f"{number} * " + total("cowshed_drain_state", BACKEND, "instance", f'state="{name}"')
@@ -32,8 +32,8 @@ _STATE: Final = Row(
     [
         state(
             "State",
-            "none: no drain since the start; draining; done: everything was handed over; failed: "
-            "it ended without, and the backend serves on.",
+            "none: no drain since the start; draining; done: everything was handed over; "
+            "failed: it ended without a handoff, and the backend goes on.",
             _NUMBERED,
             "{{instance}}",
             _STATES,
@@ -41,22 +41,21 @@ _STATE: Final = Row(
         ),
         figure(
             "Handed over",
-            "Share of the state that the other side has.",
+            "Share of the state that the target has.",
             "percentunit",
             f"min({_PROGRESS})",
             span=6,
         ),
         figure(
             "Time left",
-            "At the speed of the last five minutes. Endless: it stands still. 0: nothing is "
-            "drained.",
+            "At the speed of the last five minutes. Endless: no progress. 0: no drain.",
             "s",
             f"max({_LEFT})",
             span=6,
         ),
         figure(
             "Blockers",
-            "What keeps the drain from ending; cowshed status names them.",
+            "Reasons why the drain cannot end; cowshed status names them.",
             "short",
             total("cowshed_drain_blockers", BACKEND),
             span=6,
@@ -64,7 +63,7 @@ _STATE: Final = Row(
         ),
         graph(
             "Handed over, over time",
-            "A flat line below 100 % is a drain that is stuck.",
+            "A flat line below 100 % means that the drain is stuck.",
             "percentunit",
             {"{{instance}}": f"max by (instance) ({_PROGRESS})"},
             most=1,
@@ -83,22 +82,22 @@ _BLOCKERS: Final = Row(
     [
         graph(
             "Blockers over time",
-            "What keeps the drain from ending.",
+            "Reasons why the drain cannot end.",
             "short",
             {"{{instance}}": total("cowshed_drain_blockers", BACKEND, "instance")},
             span=8,
         ),
         graph(
             "Guests",
-            "A guest that is stopped at its quota stays so while it moves.",
+            "A guest that is stopped at its quota in the middle of a write blocks the drain.",
             "short",
             {"{{state}}": total("cowshed_guests", BACKEND, "state")},
             span=8,
             stacked=True,
         ),
         graph(
-            "Loads under way",
-            "Loads under way are finished before an image can go.",
+            "Loads in progress",
+            "Guests' loads go on during a drain.",
             "short",
             {
                 "queued loads": total("cowshed_queued_loads", BACKEND),
@@ -114,14 +113,14 @@ _LEFT_OVER: Final = Row(
     [
         graph(
             "Private bytes to move",
-            "Only guests' own copies must travel; image bytes can be loaded again from the source.",
+            "Only private copies must be sent; the target can load image bytes from its source.",
             "bytes",
             {"{{domain}}/{{image}}": total("cowshed_private_bytes", BACKEND, "domain, image")},
             stacked=True,
         ),
         graph(
             "Shared bytes in use",
-            "Resident image bytes, and the working set that the other side should have warm.",
+            "Resident image bytes, and the working set that the target should load first.",
             "bytes",
             {
                 "resident": total("cowshed_resident_bytes", BACKEND),
@@ -150,8 +149,8 @@ _PAIN: Final = Row(
             most=1,
         ),
         graph(
-            "Guests that come, and errors",
-            "A backend that drains admits nobody new.",
+            "New guests, and errors",
+            "A draining backend admits no new guests.",
             "ops",
             {
                 "attached": per_second("cowshed_guest_attaches_total", BACKEND),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guest: quotas, faults, latency and memory of the guests chosen.
 
-Rows about single guests need `guest_metrics` in the configuration; the rest is always there.
+Rows about single guests need `guest_metrics` in the configuration; the others do not.
 """
 
 from typing import Final
@@ -46,20 +46,20 @@ _STOPPED: Final = Row(
         ),
         figure(
             "Stops",
-            "Times that a guest met its quota in the time shown.",
+            "How often guests reached their quota in the time shown.",
             "short",
             counted("cowshed_quota_stops_total", IMAGE),
         ),
         figure(
             "Guests of these images",
-            "Guests attached, whether their figures are exported or not.",
+            "Guests attached, with or without series of their own.",
             "short",
             total("cowshed_guests", IMAGE),
         ),
         figure(
             "Guests with figures",
-            "Guests that have series of their own: guest_metrics in the daemon's configuration "
-            "says how many may.",
+            "Guests that have series of their own: guest_metrics in the daemon's "
+            "configuration limits their number.",
             "short",
             zero_if_none(f"count(cowshed_guest_private_bytes{{{GUEST}}})"),
         ),
@@ -80,7 +80,8 @@ _STOPPED: Final = Row(
         ),
         bars(
             "Private bytes, of the quota",
-            "At 100 % a guest's next write meets its quota.",
+            "At 100 % the next write waits, raises SIGBUS or is only counted, by the guest's "
+            "policy.",
             "percentunit",
             f"topk(20, {_OF_QUOTA})",
             _LEGEND,
@@ -90,7 +91,7 @@ _STOPPED: Final = Row(
         ),
         graph(
             "Private bytes",
-            "What each guest's writes have cost so far.",
+            "Private copies that each guest's writes have made.",
             "bytes",
             {_LEGEND: total("cowshed_guest_private_bytes", GUEST, _BY)},
         ),
@@ -144,7 +145,7 @@ _LATENCY: Final = Row(
         ),
         graph(
             "Faults that waited for a load",
-            "The same when the page had to be read from the source.",
+            "The same time, when the page had to be read from the source.",
             "s",
             {
                 "half": quantile(0.5, f'{BACKEND}, kind="miss"'),
@@ -155,7 +156,7 @@ _LATENCY: Final = Row(
         ),
         graph(
             "Writes",
-            "The same for first writes to shared pages.",
+            "The same time, for first writes to shared pages.",
             "s",
             {
                 "half": quantile(0.5, f'{BACKEND}, kind="write"'),
@@ -166,7 +167,7 @@ _LATENCY: Final = Row(
         ),
         heat(
             "All faults by duration",
-            "Faults per second in each bucket: two bands are usual, memory and source.",
+            "Faults per second in each bucket: normally two bands, memory and source.",
             "s",
             per_second("cowshed_fault_duration_seconds_bucket", BACKEND, "le"),
             span=24,
@@ -185,7 +186,7 @@ _WRITES: Final = Row(
         ),
         graph(
             "Granted to each guest",
-            "Shared image bytes that each guest may touch without a fault's load.",
+            "Shared image bytes in extents that are mapped for each guest.",
             "bytes",
             {_LEGEND: total("cowshed_guest_granted_bytes", GUEST, _BY)},
         ),

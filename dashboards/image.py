@@ -24,7 +24,7 @@ _SERVED: Final = Row(
         ),
         graph(
             "Faults by kind",
-            "missing: nothing was mapped; minor: it was in memory but not mapped; write: the "
+            "missing: the page was not in memory; minor: it was, but not mapped; write: the "
             "first write to a shared page.",
             "ops",
             {"{{kind}}": per_second("cowshed_faults_total", IMAGE, "kind")},
@@ -41,7 +41,7 @@ _SERVED: Final = Row(
         ),
         graph(
             "Pages mapped for each fault",
-            "One fault maps a window of pages; the more, the fewer faults there are.",
+            "One fault maps a window of pages; larger windows mean fewer faults.",
             "short",
             {
                 "{{domain}}/{{image}} {{instance}}": quotient(
@@ -52,8 +52,8 @@ _SERVED: Final = Row(
         ),
         graph(
             "Faults tried again, and strays",
-            "Answers that had to be tried again because the guest's memory was changing; and "
-            "frames that nobody loaded, found and emptied. Neither is an error as such.",
+            "Answers that were retried because the guest's memory was changing; and frames "
+            "that no load wrote, found and emptied. Neither is an error by itself.",
             "ops",
             {
                 "tried again": per_second("cowshed_retries_total", IMAGE),
@@ -68,8 +68,8 @@ _MEMORY: Final = Row(
     [
         graph(
             "In memory",
-            "The working set is every extent that was ever asked for since the start; resident is "
-            "what is in memory now.",
+            "The working set is every extent that guests have requested since the start; "
+            "resident extents are in memory now.",
             "bytes",
             {
                 "size": total("cowshed_image_size_bytes", IMAGE),
@@ -80,7 +80,7 @@ _MEMORY: Final = Row(
         ),
         bars(
             "Working set that is resident",
-            "If this is low and the hit rate too, the capacity is too small for what guests use, "
+            "If this and the hit rate are low, the capacity is too small for the working set, "
             "or the image was not warmed.",
             "percentunit",
             quotient(
@@ -92,16 +92,16 @@ _MEMORY: Final = Row(
         ),
         graph(
             "Resident extents by number of guests",
-            "How many guests each resident extent is granted to. Extents that nobody is granted "
-            "are the first to be evicted.",
+            "How many guests each resident extent is granted to. Extents without a grant are "
+            "evicted first.",
             "short",
             {"{{refs}} guests": total("cowshed_extents", IMAGE, "refs")},
             stacked=True,
         ),
         graph(
             "Granted, saved and private",
-            "Granted counts each guest's share; saved is what sharing spares; private are copies "
-            "made by writing.",
+            "Granted: extents times the guests they are granted to; saved: the memory that "
+            "sharing saves; private: copies made by writes.",
             "bytes",
             {
                 "granted": total("cowshed_granted_bytes", IMAGE),
@@ -117,7 +117,7 @@ _EVICTION: Final = Row(
     [
         graph(
             "Evicted extents",
-            "pressure: another extent needed the room; request: somebody ran cowshed evict.",
+            "pressure: another extent needed the room; request: cowshed evict.",
             "ops",
             {"{{reason}}": per_second("cowshed_evictions_total", IMAGE, "reason")},
             span=8,
@@ -130,9 +130,9 @@ _EVICTION: Final = Row(
             span=8,
         ),
         graph(
-            "Loads of what was just evicted",
-            "Share of loads that bring back an extent which eviction remembers. High for long is "
-            "thrashing: the capacity is too small.",
+            "Loads of just evicted extents",
+            "Share of loads of extents that were evicted a short while before. A lasting high "
+            "value is thrashing: the capacity is too small.",
             "percentunit",
             {
                 "{{domain}}/{{image}} {{instance}}": quotient(
@@ -158,7 +158,7 @@ _SOURCE: Final = Row(
         ),
         graph(
             "Failed reads",
-            "Tried again: a read failed and was repeated. Failed: all tries failed.",
+            "Tried again: a read failed and was repeated. Failed: all attempts failed.",
             "ops",
             {
                 "tried again": per_second("cowshed_load_retries_total", IMAGE),
@@ -168,8 +168,7 @@ _SOURCE: Final = Row(
         ),
         graph(
             "Pages that give I/O errors",
-            "Pages poisoned because their load failed, and pages repaired by a later load that "
-            "worked.",
+            "Pages poisoned because their load failed, and pages repaired by a later good load.",
             "ops",
             {
                 "poisoned": per_second("cowshed_poisoned_pages_total", IMAGE),
@@ -179,7 +178,7 @@ _SOURCE: Final = Row(
         ),
         listing(
             "Sources",
-            "Where each image comes from, and whether that was changed while it was served.",
+            "The source of each image, and whether it was changed while it was served.",
             [
                 Column(
                     "Changed (1: yes)",
@@ -207,7 +206,7 @@ _WRITES: Final = Row(
     [
         graph(
             "Private pages",
-            "Pages copied for a guest that wrote, and pages that guests gave back.",
+            "Pages copied at guests' writes, and private pages that guests discarded.",
             "ops",
             {
                 "copied": per_second("cowshed_cow_pages_total", IMAGE),
@@ -227,7 +226,7 @@ _WRITES: Final = Row(
             span=8,
         ),
         graph(
-            "Guests that stand still at a quota",
+            "Guests stopped at a quota",
             "Guests stopped, on average, between two points of the graph.",
             "short",
             {

@@ -34,7 +34,7 @@ _HEALTH: Final = Row(
     [
         figure(
             "Backends down",
-            "Backends that Prometheus cannot scrape. Their guests go on with what is mapped and "
+            "Backends that Prometheus cannot scrape. Their guests go on with mapped pages and "
             "wait at their next fault.",
             "short",
             zero_if_none(f"count(up{{{BACKEND}}} == 0)"),
@@ -42,15 +42,15 @@ _HEALTH: Final = Row(
         ),
         figure(
             "Alerts firing",
-            "Alerts of cowshed's rules that fire now; the table below says which. Each has a page "
-            "in docs/runbooks.",
+            "Alerts of cowshed's rules that fire now; the table below lists them. Each has a "
+            "page in docs/runbooks.",
             "short",
             zero_if_none(f"count({_FIRING})"),
             bad=1,
         ),
         figure(
             "Guests stopped",
-            "Guests whose write waits until somebody raises their quota: cowshed quota GUEST SIZE.",
+            "Guests whose write waits for a larger quota: cowshed quota GUEST SIZE.",
             "short",
             total("cowshed_guests", BACKEND, where='state="stopped-quota"'),
             warn=1,
@@ -65,24 +65,24 @@ _HEALTH: Final = Row(
         ),
         figure(
             "Load errors",
-            "Reads of sources that failed for good in the time shown; the guests that asked got "
-            "I/O errors.",
+            "Loads that failed after all retries in the time shown; guests that touched those "
+            "pages got I/O errors.",
             "short",
             counted("cowshed_load_errors_total", BACKEND),
             bad=1,
         ),
         figure(
             "Sources changed",
-            "Images whose source was modified while it was served. What is loaded from now on may "
-            "not fit what is resident.",
+            "Images whose source was modified while it was served. Extents loaded from now on "
+            "may not match resident ones.",
             "short",
             total("cowshed_source_changed", BACKEND),
             bad=1,
         ),
         listing(
             "Alerts",
-            "Alerts that fire, or will if what they see lasts (pending).",
-            [Column("Is so", _ALERTS, "short")],
+            "Alerts that fire, or will if their condition lasts (pending).",
+            [Column("Active (1: yes)", _ALERTS, "short")],
             hide=["__name__", "job"],
         ),
     ],
@@ -93,8 +93,8 @@ _WORKING: Final = Row(
     [
         graph(
             "Hit rate",
-            "Share of page faults answered from memory, without a read of the source. A page that "
-            "is mapped faults no more and is not counted.",
+            "Share of page faults answered from memory, without a read of the source. Touches "
+            "of mapped pages do not fault and are not counted.",
             "percentunit",
             {"{{instance}}": hit_rate(BACKEND, "instance")},
             most=1,
@@ -108,16 +108,16 @@ _WORKING: Final = Row(
         ),
         graph(
             "Page faults",
-            "Faults that asked for a page, per second, and those that had to wait for a load.",
+            "Faults that requested a page, per second, and those answered from memory.",
             "ops",
             {
-                "asked for": per_second("cowshed_requests_total", BACKEND),
+                "requested": per_second("cowshed_requests_total", BACKEND),
                 "answered from memory": per_second("cowshed_hits_total", BACKEND),
             },
         ),
         graph(
             "Read from sources",
-            "Bytes per second that images were loaded with.",
+            "Bytes per second read by loads of images.",
             "Bps",
             {"{{instance}}": per_second("cowshed_load_bytes_total", BACKEND, "instance")},
         ),
@@ -129,8 +129,7 @@ _SAVES: Final = Row(
     [
         figure(
             "Saved by sharing",
-            "What the guests' mappings would take if each had frames of its own, less what they "
-            "take.",
+            "Memory that guests would need with frames of their own, minus what they need now.",
             "bytes",
             total("cowshed_saved_bytes", BACKEND),
         ),
@@ -148,7 +147,7 @@ _SAVES: Final = Row(
         ),
         figure(
             "Mappings per byte",
-            "How often a resident byte is granted to a guest, on average.",
+            "The average number of guests that a resident byte is granted to.",
             "short",
             quotient(
                 total("cowshed_granted_bytes", BACKEND), total("cowshed_resident_bytes", BACKEND)
@@ -161,15 +160,15 @@ _SAVES: Final = Row(
             total("cowshed_guests", BACKEND),
         ),
         figure(
-            "Not read again",
-            "Page faults in the time shown that cost no read of a source.",
+            "Faults without a load",
+            "Page faults in the time shown that needed no read of a source.",
             "short",
             counted("cowshed_hits_total", BACKEND),
         ),
         graph(
             "Memory with sharing and without",
-            "Without: every guest with frames of its own for what it is granted, and its private "
-            "copies. With: what is resident, and the private copies.",
+            "Without: every guest has its own frames for its granted extents, and its private "
+            "copies. With: resident extents, and the private copies.",
             "bytes",
             {
                 "without sharing": added(
@@ -201,7 +200,7 @@ _USERS: Final = Row(
     [
         listing(
             "Images",
-            "One line an image, of each domain, and backend; its name leads to its dashboard.",
+            "One line for each image, domain and backend; the name links to the image's dashboard.",
             [
                 Column(
                     "Guests", total("cowshed_guests", BACKEND, "domain, image, instance"), "short"
@@ -232,8 +231,8 @@ _USERS: Final = Row(
         ),
         listing(
             "Sharing domains",
-            "One line a domain and backend. Guests share memory within a domain and never beyond; "
-            "private copies come on top.",
+            "One line for each domain and backend. Guests share memory only within a domain; "
+            "private copies are extra.",
             [
                 Column("Guests", total("cowshed_guests", BACKEND, "domain, instance"), "short"),
                 Column("Hit rate", hit_rate(BACKEND, "domain, instance"), "percentunit"),
@@ -255,16 +254,17 @@ _USERS: Final = Row(
         ),
         graph(
             "Guests by state",
-            "running; stopped-quota: a write waits for a larger quota; frozen: writes wait for the "
-            "end of a handoff; parked: it closed its connection, not its mappings; away: not "
-            "connected, its private pages are kept; detached: its memory can no longer be served.",
+            "running; stopped-quota: a write waits for a larger quota; frozen: writes wait "
+            "for the end of a handoff; parked: the connection is lost, the mappings are not; "
+            "away: not connected, its private pages are kept; detached: its memory can no "
+            "longer be served.",
             "short",
             {"{{state}}": total("cowshed_guests", BACKEND, "state")},
             stacked=True,
         ),
         graph(
             "Guests by transport",
-            "How they are connected, or were before they went away.",
+            "The transport of each guest's connection, or of its last one.",
             "short",
             {"{{transport}}": total("cowshed_guests", BACKEND, "transport")},
             stacked=True,
@@ -278,8 +278,8 @@ _USERS: Final = Row(
             stacked=True,
         ),
         graph(
-            "Guests that come, and connections that are refused",
-            "Attaches per second, and connections the backend dropped, by reason.",
+            "New guests, and refused connections",
+            "Attaches per second, and connections that the backend dropped, by reason.",
             "ops",
             {
                 "attached": per_second("cowshed_guest_attaches_total", BACKEND),
@@ -296,20 +296,20 @@ _ROOM: Final = Row(
     [
         graph(
             "Capacity",
-            "Reserved is what is loaded or being loaded; it never exceeds the capacity. Pinned "
-            "may not be evicted, and can grow to the most that pins may take.",
+            "Reserved: loaded or being loaded; it never exceeds the capacity. Pinned: never "
+            "evicted; bounded by the limit for pins.",
             "bytes",
             {
                 "capacity": total("cowshed_capacity_bytes", BACKEND),
                 "reserved": total("cowshed_reserved_bytes", BACKEND),
                 "pinned": total("cowshed_pinned_bytes", BACKEND),
-                "most that pins may take": total("cowshed_pinnable_bytes", BACKEND),
+                "limit for pins": total("cowshed_pinnable_bytes", BACKEND),
             },
         ),
         graph(
             "Evictions",
-            "Extents given up per second, by reason, and extents read again soon after they were "
-            "evicted (thrashing).",
+            "Extents evicted per second, by reason, and extents read again soon after that "
+            "(thrashing).",
             "ops",
             {
                 "evicted: {{reason}}": per_second("cowshed_evictions_total", BACKEND, "reason"),
@@ -318,8 +318,8 @@ _ROOM: Final = Row(
         ),
         graph(
             "Loads that wait",
-            "Loads in the queue, and loaders that wait for room. Loaders that wait for long mean "
-            "that eviction cannot keep up.",
+            "Loads in the queue, and loaders that wait for room. If loaders wait for long, "
+            "eviction cannot keep up.",
             "short",
             {
                 "queued loads": total("cowshed_queued_loads", BACKEND),
@@ -328,8 +328,8 @@ _ROOM: Final = Row(
         ),
         graph(
             "Still to be warmed",
-            "What autowarm and cowshed warm have still to look at; what guests ask for goes first. "
-            "cowshed warm --abort ends it.",
+            "Bytes that autowarm and cowshed warm have not reached yet; guests' loads go "
+            "first. cowshed warm --abort ends it.",
             "bytes",
             {
                 "{{domain}}/{{image}} {{instance}}": total(
@@ -342,11 +342,11 @@ _ROOM: Final = Row(
 )
 
 _NBD: Final = Row(
-    "How are the clients of NBD served?",
+    "How are NBD clients served?",
     [
         graph(
             "NBD requests",
-            "Requests answered in a second, by command, and those answered with an error.",
+            "Requests answered per second, by command, and those answered with an error.",
             "reqps",
             {
                 "{{command}}": per_second("cowshed_nbd_requests_total", BACKEND, "command"),
@@ -356,14 +356,14 @@ _NBD: Final = Row(
         ),
         graph(
             "NBD bytes",
-            "What clients read and wrote in a second.",
+            "Bytes that clients read and wrote per second.",
             "Bps",
             {"{{direction}}": per_second("cowshed_nbd_bytes_total", BACKEND, "direction")},
             span=12,
         ),
         graph(
-            "NBD reads by where the bytes were",
-            "Extents that reads found resident, and those they waited for.",
+            "NBD reads, resident or not",
+            "Extents that reads found resident, and extents that they waited for.",
             "short",
             {
                 "resident": per_second("cowshed_nbd_hits_total", BACKEND),
@@ -372,8 +372,8 @@ _NBD: Final = Row(
             span=12,
         ),
         graph(
-            "NBD clients that came, and requests that wait",
-            "Connections made in a second. Requests wait for a load or a disk; others go on.",
+            "New NBD connections, and requests that wait",
+            "Connections made per second. Requests wait for a load or a disk; others go on.",
             "short",
             {
                 "connections": per_second("cowshed_nbd_connections_total", BACKEND),
@@ -389,7 +389,7 @@ _PROCESS: Final = Row(
     [
         graph(
             "CPU",
-            "Processors that the backend keeps busy.",
+            "CPUs that the backend uses.",
             "short",
             {"{{instance}}": per_second("process_cpu_seconds_total", BACKEND, "instance")},
             span=8,
@@ -402,8 +402,8 @@ _PROCESS: Final = Row(
             span=8,
         ),
         graph(
-            "Open descriptors, of the most it may have",
-            "A guest takes a few each; at 100 % nobody can attach.",
+            "Open descriptors, share of the limit",
+            "Each guest needs a few; at 100 % no guest can attach.",
             "percentunit",
             {
                 "{{instance}}": quotient(
@@ -415,10 +415,10 @@ _PROCESS: Final = Row(
         ),
         listing(
             "Backends",
-            "Which version runs where, for how long, how often it began again in the time shown: "
-            "with what another had left after a crash or on purpose (a reload, a takeover), how "
-            "long that took, whether anybody would start the next, how much of what should outlive "
-            "it would not, how many lines of its log nobody took, and when it was last audited.",
+            "For each backend: uptime; restarts in the time shown, after crashes and on "
+            "purpose (reload, takeover); how long the adoption took; whether it has no "
+            "keeper; groups of descriptors not held for a successor; log lines lost; the age "
+            "of the last audit; and the version.",
             [
                 Column(
                     "Up for",
@@ -426,7 +426,7 @@ _PROCESS: Final = Row(
                     "s",
                 ),
                 Column(
-                    "Began again",
+                    "Restarts",
                     "sum by (instance) "
                     f"(changes(cowshed_start_timestamp_seconds{{{BACKEND}}}[$__range]))",
                     "short",
@@ -447,7 +447,7 @@ _PROCESS: Final = Row(
                     "s",
                 ),
                 Column(
-                    "Not kept",
+                    "No keeper (1: yes)",
                     f'max by (instance) (cowshed_keeper{{{BACKEND}, kind="none"}})',
                     "short",
                 ),
@@ -468,7 +468,7 @@ _PROCESS: Final = Row(
                     "s",
                 ),
                 Column(
-                    "Runs",
+                    "Running (1: yes)",
                     f"max by (instance, version) (cowshed_build_info{{{BACKEND}}})",
                     "short",
                 ),

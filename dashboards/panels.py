@@ -84,7 +84,7 @@ def figure(
     warn: float | None = None,
     bad: float | None = None,
 ) -> stat.Panel:
-    """One number, coloured from warn and from bad on; blue if neither is given."""
+    """One number: yellow from warn on, red from bad on; blue if neither is given."""
     plain = warn is None and bad is None
     return (
         stat.Panel()
@@ -106,7 +106,7 @@ def figure(
 def state(
     title: str, about: str, expr: str, legend: str, states: Mapping[str, str], *, span: int
 ) -> stat.Panel:
-    """A word for each series: value 0 is the first of states, which maps words to colours."""
+    """A word for each series: value N shows the Nth of states, which maps words to colours."""
     mapping = models.ValueMap(
         options={
             str(value): models.ValueMappingResult(text=word, color=colour, index=value)
@@ -208,7 +208,7 @@ def bars(
 
 
 def heat(title: str, about: str, unit: str, expr: str, *, span: int = 12) -> heatmap.Panel:
-    """A histogram over time; expr gives its buckets by le."""
+    """A histogram over time; expr returns its buckets by le."""
     return (
         heatmap.Panel()
         .title(title)
@@ -240,7 +240,7 @@ def listing(
 ) -> table.Panel:
     """A line for each set of labels, with columns of figures; hide names labels to leave out.
 
-    The queries give the same labels. link is (label, title, URL): a label's cells lead there.
+    All queries must return the same labels. link is (label, title, URL): links that label's cells.
     """
     panel = (
         table.Panel()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """PromQL as the dashboards write it: every query is narrowed by the variables at the top.
 
-A scope is what stands between the braces. Rates run over $__rate_interval, which Grafana makes four
-scrapes long at least; what is counted over the whole time shown runs over $__range. Quotients leave
-out the series whose divisor is 0, so that an idle image shows no rate instead of NaN.
+A scope is the selector between the braces. Rates run over $__rate_interval, which Grafana makes at
+least four scrapes long; increases over the whole time shown run over $__range. Quotients leave out
+the series whose divisor is 0, so that an idle image shows no rate instead of NaN.
 """
 
 from typing import Final
@@ -40,17 +40,17 @@ def total(name: str, scope: str, by: str = "", where: str = "") -> str:
 
 
 def per_second(name: str, scope: str, by: str = "", where: str = "") -> str:
-    """Say how fast a counter grows."""
+    """Return the rate of a counter."""
     return f"sum{_by(by)} (rate({name}{{{_and(scope, where)}}}[$__rate_interval]))"
 
 
 def counted(name: str, scope: str, by: str = "", where: str = "") -> str:
-    """Say by how much a counter grew in the time shown."""
+    """Return a counter's increase in the time shown."""
     return f"sum{_by(by)} (increase({name}{{{_and(scope, where)}}}[$__range]))"
 
 
 def quotient(part: str, whole: str) -> str:
-    """Divide, where there is something to divide by."""
+    """Divide; leaves out series whose divisor is 0."""
     return f"{part} / ({whole} > 0)"
 
 
@@ -60,20 +60,20 @@ def added(*terms: str) -> str:
 
 
 def hit_rate(scope: str, by: str = "") -> str:
-    """Give the share of page faults that resident extents answered."""
+    """Return the share of page faults that resident extents answered."""
     return quotient(
         per_second("cowshed_hits_total", scope, by), per_second("cowshed_requests_total", scope, by)
     )
 
 
 def quantile(q: float, scope: str, by: str = "kind") -> str:
-    """Give a quantile of how long faults took."""
+    """Return a quantile of the durations of faults."""
     buckets = per_second("cowshed_fault_duration_seconds_bucket", scope, f"le, {by}")
     return f"histogram_quantile({q}, {buckets})"
 
 
 def zero_if_none(expr: str) -> str:
-    """Make an empty result of a query without labels 0: nothing of that kind is good news."""
+    """Turn the empty result of a query without labels into 0."""
     return f"({expr}) or vector(0)"
 
 

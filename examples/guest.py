@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest in Python: reads an image, writes to it, and shows that the write is its own.
+"""A guest in Python: reads an image, writes to it, and shows that the write is private.
 
 Start a daemon first, then run this with the socket and the name of an image:
 
@@ -17,7 +17,7 @@ PAGE_BYTES = 4096
 def main(address: str, image: str) -> None:
     """Read and write one image as two guests; print what each sees."""
     with connect(address) as backend:
-        # Two guests of one image. Neither has a page of memory of its own yet.
+        # Two guests of one image. Neither has a private page yet.
         writer = backend.open(image, guest="writer", quota_bytes=1 << 20)
         reader = backend.open(image, guest="reader")
         with writer, reader:

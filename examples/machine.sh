@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # A QEMU machine whose disk is an image of the cache: /dev/pmem0 in the guest.
 #
-# The guest reads the cache's frames, and a page that it writes is its own. `-accel kvm` is to be
-# among the arguments where KVM works. The image's size is to be a multiple of 2 MiB.
+# The guest reads the cache's frames, and a page that it writes is its own. Add `-accel kvm` to the
+# arguments where KVM works. The image's size must be a multiple of 2 MiB.
 set -eu
 
 if [ $# -lt 3 ]; then
@@ -21,7 +21,7 @@ if [ -z "$size" ]; then
     echo "$0: image '$image' is not served; cowshed status lists those that are" >&2
     exit 1
 fi
-# maxmem has room for the disk in the guest's addresses, beside its own memory.
+# maxmem leaves guest-physical addresses for the disk beside the guest's memory.
 exec cowshed attach "$image" --guest "$name" --quota 256M -- \
     qemu-system-x86_64 -machine pc,mem-merge=off -m size=128M,maxmem=64G,slots=1 \
     -display none -kernel "$kernel" \

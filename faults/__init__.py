@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The userfaultfd handler: answers faults from the store and supplies private copies."""
+"""The userfaultfd handler: answers faults; charges and opens pages that guests write."""
 
 from cowshed.faults.handler import FaultHandler, FaultOptions, uffd_features
 from cowshed.faults.populate import (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cowshed.cache import PeerError, UsageError
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import CLOSED, checked
+from cowshed.cache.errors import PeerGoneError
 from cowshed.cache.images import PAGE_BYTES
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def uffd_features() -> int:
 class FaultHandler:
     """Answers one guest's faults until stop(). The descriptors are borrowed until then.
 
-    account is the C account (Account.cdata) that was placed at the guest's mapping. pidfd is who
-    gets SIGBUS under QuotaPolicy.KILL, or -1.
+    account is the C account (Account.cdata) that was placed at the guest's mapping. pidfd is the
+    process that gets SIGBUS under QuotaPolicy.KILL, or -1.
     """
 
     def __init__(
@@ -71,13 +72,13 @@ class FaultHandler:
         self._account = account
 
     def stop(self) -> None:
-        """Join the thread; what its guest still waits for is never answered by it."""
+        """Join the thread; it never answers faults that are still blocked."""
         if self._guest is not CLOSED:
             lib.guest_stop(self._guest)
             self._guest = CLOSED
 
     def poison_absent(self) -> None:
-        """Make the pages that the guest does not have SIGBUS, for good.
+        """Poison the pages that are not in the guest's memory, for good.
 
         For a guest without a userfaultfd of its own, before stop(). Does nothing to memory that is
         gone.
@@ -85,35 +86,38 @@ class FaultHandler:
         lib.guest_poison_absent(self._guest)
 
     def resume(self) -> None:
-        """Have everybody who waits ask again: after a change of quota."""
+        """Wake blocked faults, so that they are tried again: after a change of quota."""
         lib.guest_resume(self._guest)
 
     def track(self, on: bool) -> None:
-        """Begin to follow what is written to private pages, or end that; nothing twice.
+        """Begin to track writes to private pages, or end that; repeating either does nothing.
 
         At first all private pages are dirty; Account.take_dirty takes them. UsageError if the
-        guest's memory is populated by copy; PeerError if its memory cannot be had any more.
+        guest's memory is populated by copy; PeerGoneError if its memory is gone.
         """
-        _check_tracked(lib.account_track(self._account, int(on)), "following private pages")
+        _check_tracked(lib.account_track(self._account, int(on)), "tracking private pages")
 
     def freeze(self) -> None:
         """Stop every change to the guest's private bytes until thaw().
 
         From its return on, writes are not answered and discards (madvise) wait; reads are answered,
-        unless a discard waits. Nothing is lost: thaw() has all ask again. UsageError if its memory
-        is populated by copy; PeerError, and nothing is frozen, if it cannot be stopped within a
-        second, or is gone. Milliseconds for a guest whose dirty pages were just taken.
+        unless a discard waits. Nothing is lost: thaw() wakes all blocked faults. UsageError if its
+        memory is populated by copy; PeerError, and nothing is frozen, if the guest cannot be
+        stopped within a second; PeerGoneError if its memory is gone. Milliseconds for a guest whose
+        dirty pages were just taken.
         """
         _check_tracked(lib.guest_freeze(self._guest), "freezing a guest")
 
     def thaw(self) -> None:
-        """Have whoever waits ask again. Nothing to do is no error."""
+        """End a freeze and wake blocked faults. Nothing to do is no error."""
         lib.guest_thaw(self._guest)
 
 
 def _check_tracked(result: int, what: str) -> None:
     if result == -errno.EOPNOTSUPP:
         raise UsageError(f"{what}: its memory is populated, and cannot be protected page by page")
+    if result == -errno.ESRCH:
+        raise PeerGoneError(f"{what}: its memory is gone")
     if result < 0 and -result != errno.ENOMEM:
         raise PeerError(f"{what}: {os.strerror(-result)}")
     checked(result, what)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fault thread of a guest whose memory is populated by copy, or that is told what to map."""
+"""The fault thread of a guest that is populated by copy, or maps frames by zerocopy."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _RUNS_AT_ONCE: Final = 256
 
 @dataclass(frozen=True)
 class PopulateRegion:
-    """Memory of a guest's and the part of the image that it shows, in bytes.
+    """A range of a guest's memory and the part of the image that it shows, in bytes.
 
-    It may reach past the image's end, where it is zero. page_bytes: 4096 or 2 MiB; the others are
-    multiples of it.
+    It may reach past the image's end, where it reads as zeros. page_bytes: 4096 or 2 MiB; the
+    others are multiples of it.
     """
 
     address: int
@@ -51,10 +51,10 @@ class ZerocopyAllowance:
 class PopulateOptions:
     """What is populated, and how.
 
-    zero_discarded: memory that the guest gave back is zero from then on (a machine's memory), and
-    not the image's again (a disk). order: extents to populate in idle time. allowance: extents are
-    lent by it, of max_pinned_extents pinned in the store at most; all that are resident, without
-    being asked, if zerocopy_resident.
+    zero_discarded: discarded memory reads as zeros (a machine's memory), not as the image (a disk).
+    order: extents to populate in idle time. allowance: bounds the extents that are lent, while at
+    most max_pinned_extents are pinned in the store. zerocopy_resident: lend resident extents ahead
+    of faults.
     """
 
     regions: tuple[PopulateRegion, ...]
@@ -107,13 +107,13 @@ class PopulateHandler(FaultHandler):
 
     @property
     def zerocopy_fd(self) -> int:
-        """An eventfd that is raised when extents wait to be told of, or -1; the handler's own."""
+        """A borrowed eventfd, raised when extents wait for take_zerocopy(); or -1."""
         return lib.zerocopy_fd(self._guest)
 
     def take_zerocopy(self) -> list[tuple[int, int]]:
-        """Take runs that wait to be told of, in order: offset and length in bytes; not too many.
+        """Take runs of lent extents that the guest must be sent: offset and length in bytes.
 
-        More wait if it is not empty.
+        In order, at most 256 runs: call it again until it returns none.
         """
         firsts = ffi.new("uint64_t[]", _RUNS_AT_ONCE)
         numbers = ffi.new("uint64_t[]", _RUNS_AT_ONCE)

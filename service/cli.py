@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `cowshed serve`, and the commands that ask a running daemon.
 
-Only commands that draw import rich, and only where they do: that takes longer than all else of most
+Only commands that draw import rich, where they draw: the import takes longer than the rest of most
 commands.
 """
 
@@ -56,25 +56,25 @@ def cli() -> None:
     "config_file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="TOML file of settings; options win over it.",
+    help="TOML file of settings; options override it.",
 )
 @click.option(
     "--image",
     "images",
     multiple=True,
     metavar="NAME=SOURCE[,domain=D][,trim=T]",
-    help="Serve SOURCE, a path or file: URL, as NAME, in frames of its own for each domain; "
+    help="Serve SOURCE, a path or file: URL, as NAME, with separate frames for each domain; "
     "trim=zeros or image as --trim. Repeatable.",
 )
 @setting_options
 @click.option(
     "--no-keeper", is_flag=True, help="Do not restart a dead backend (systemd still will)."
 )
-@click.option("--check", is_flag=True, help="Say whether the configuration is right, and end.")
+@click.option("--check", is_flag=True, help="Check the configuration and exit.")
 @click.option(
     "--takeover",
     is_flag=True,
-    help="Serve on what the run-dir's daemon serves, which leaves; no guest notices.",
+    help="Replace the run-dir's running daemon; its guests notice nothing.",
 )
 @click.option("--keeper-of", type=int, hidden=True)
 @click.option("--verbose", is_flag=True, help="Also log guests coming and going.")
@@ -90,7 +90,7 @@ def serve(
 ) -> int:
     """Run the daemon in the foreground, serving images to guests.
 
-    The TOML file of --config has a key for each of these options, and more settings besides:
+    The TOML file of --config has a key for each of these options, and more settings:
     docs/configuration.md lists them all.
     """
     try:
@@ -110,7 +110,7 @@ def serve(
         answer_check(LAYOUTS, config.text)
         print_line("the configuration is right")
         return 0
-    # Not at the top: this is all of the daemon, which the other commands do without.
+    # Imported here because this is all of the daemon, which the other commands do not need.
     from cowshed.service.commands.keeping import run_keeper_of, run_kept, run_taking_over
     from cowshed.service.daemon import import_for, run
 
@@ -129,7 +129,7 @@ def serve(
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object, for programs.")
 @run_dir_option
 def status(as_json: bool, run_dir: Path) -> None:
-    """Show what is resident, who uses it and who is stopped."""
+    """Show images, their resident memory, and guests."""
     with ControlClient(run_dir) as client, same_version():
         answer = client.request("status")["status"]
     if as_json:
@@ -141,7 +141,7 @@ def status(as_json: bool, run_dir: Path) -> None:
 
 
 @cli.command()
-@click.option("--once", is_flag=True, help="Print one frame and end.")
+@click.option("--once", is_flag=True, help="Print one frame and exit.")
 @run_dir_option
 def top(once: bool, run_dir: Path) -> None:
     """Watch the daemon, refreshed every second; q quits, ? helps.
@@ -170,9 +170,9 @@ def top(once: bool, run_dir: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object, for programs.")
 @run_dir_option
 def audit(as_json: bool, run_dir: Path) -> int:
-    """List where the ledger differs from what the kernel counts.
+    """List where the ledger differs from the kernel's page tables.
 
-    Exit status 3 if it does anywhere.
+    Exit status 3 if there is any difference.
     """
     with ControlClient(run_dir) as client:
         reply = client.request("audit")
@@ -202,7 +202,7 @@ def pin(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
 @extent_arguments
 @run_dir_option
 def unpin(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
-    """Take back what pin did."""
+    """Take back a pin of the same extents."""
     with ControlClient(run_dir) as client:
         reply = client.request("unpin", image=image, **extent)
     with same_version():
@@ -211,10 +211,10 @@ def unpin(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
 
 @cli.command()
 @extent_arguments
-@click.option("--abort", is_flag=True, help="End what warms IMAGE now: autowarm, and other warms.")
+@click.option("--abort", is_flag=True, help="Abort all warming of IMAGE: autowarm and warm.")
 @run_dir_option
 def warm(image: str, extent: dict[str, int | None], abort: bool, run_dir: Path) -> None:
-    """Load IMAGE, or LENGTH bytes from OFFSET, before guests ask."""
+    """Load IMAGE, or LENGTH bytes of it from OFFSET, in advance."""
     if abort:
         _abort_warming(image, extent, run_dir)
         return
@@ -235,12 +235,12 @@ def warm(image: str, extent: dict[str, int | None], abort: bool, run_dir: Path) 
 
 def _abort_warming(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
     if any(given is not None for given in extent.values()):
-        raise click.UsageError("--abort ends all that warms an image: give no OFFSET and LENGTH")
+        raise click.UsageError("--abort is for a whole image: give no OFFSET and LENGTH")
     with ControlClient(run_dir) as client:
         reply = client.request("warm-abort", image=image)
     with same_version():
         done, total = format_bytes(reply["done_bytes"]), format_bytes(reply["total_bytes"])
-        line = f"{image}: warming ends, with {done} of {total} done"
+        line = f"{image}: warming aborted, with {done} of {total} done"
     print_line(line)
 
 
@@ -248,9 +248,9 @@ def _abort_warming(image: str, extent: dict[str, int | None], run_dir: Path) -> 
 @extent_arguments
 @run_dir_option
 def evict(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
-    """Give up memory of IMAGE, or LENGTH bytes of it from OFFSET.
+    """Evict IMAGE, or LENGTH bytes of it from OFFSET.
 
-    Guests never notice. What is pinned or busy is kept, which is no failure.
+    Guests never notice. Pinned or busy extents are kept, which is not a failure.
     """
     with ControlClient(run_dir) as client:
         reply = client.request("evict", image=image, **extent)
@@ -266,9 +266,9 @@ def evict(image: str, extent: dict[str, int | None], run_dir: Path) -> None:
 @quota_argument
 @run_dir_option
 def quota(guest: str, quota_bytes: int | None, run_dir: Path) -> None:
-    """Let GUEST have SIZE private bytes, or 'none' for no limit.
+    """Limit GUEST to SIZE private bytes, or 'none' for no limit.
 
-    A guest that its quota stopped goes on when there is room again.
+    A guest that is stopped at its quota resumes if the new quota has room.
     """
     with ControlClient(run_dir) as client:
         reply = client.request("quota", guest=guest, quota_bytes=quota_bytes)
@@ -282,9 +282,9 @@ def quota(guest: str, quota_bytes: int | None, run_dir: Path) -> None:
 @click.argument("overlay", metavar="IMAGE@GUEST")
 @run_dir_option
 def discard(overlay: str, run_dir: Path) -> None:
-    """Forget what an NBD guest wrote; nobody may be connected to it.
+    """Discard the overlay of a guest without mappings.
 
-    The next client that asks for IMAGE@GUEST begins with the image as it is.
+    It must have no clients. The next client of IMAGE@GUEST begins with the unchanged image.
     """
     with ControlClient(run_dir) as client:
         reply = client.request("discard", overlay=overlay)
@@ -302,7 +302,7 @@ add_commands(cli)
 def main() -> NoReturn:
     """Run the command line of this process."""
     occupy_stdio()
-    # What was imported stays until the end: no collection, the last ones included, looks at it.
+    # Exempt the imported modules, which live until the end, from all garbage collections.
     gc.freeze()
     cli.main()
     raise AssertionError("cli.main() ends the process")

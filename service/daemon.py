@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemon: puts the rooms together and gives them back.
+"""The daemon: constructs all parts, runs the loop, and closes the parts.
 
-Threads: the loop (connections, guests coming and going), workers for what operators ask, the
-evictor, the digests, and the C core's loaders and fault threads. Faults meet no Python thread.
+Threads: the loop (connections, guests coming and going), workers for operators' requests, the
+evictor, the digests, side threads for disks, one for each handoff, and the C core's loaders and
+fault threads. No Python thread takes part in answering a fault.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from cowshed.service.images.digests import DigestThread
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.incoming_images import ImageFolder
 from cowshed.service.images.loading import load
-from cowshed.service.images.opening import HeldImages, is_held, open_store
+from cowshed.service.images.opening import KeptImages, is_kept, open_store
 from cowshed.service.images.reopening import Reopener
 from cowshed.service.images.source_watch import SourceWatch
 from cowshed.service.images.unserved import UnservedImages
@@ -49,11 +50,13 @@ from cowshed.service.metrics.service_counters import DROP_COUNTS, ServiceCounter
 from cowshed.service.migration.incoming import IncomingGuests
 from cowshed.service.migration.record import HandoffRecord
 from cowshed.service.operators.control import Control
+from cowshed.service.operators.invariants import check_invariants
 from cowshed.service.operators.takeover import TakeoverHandler
 from cowshed.service.overlays.entrance import Entrance
 from cowshed.service.overlays.files import OverlayFiles
 from cowshed.service.overlays.limits import OverlayLimits
 from cowshed.service.overlays.overlay_records import OverlayRecords
+from cowshed.service.overlays.overlay_restorer import OverlayRestorer
 from cowshed.service.overlays.overlays import OverlayTable
 from cowshed.service.persist.fd_store import FdStore, take_inherited, take_supervisor
 from cowshed.service.persist.inherited import InheritedFds
@@ -61,6 +64,7 @@ from cowshed.service.persist.kept_counts import LOG_COUNTS, LOG_GROUP, KeptCount
 from cowshed.service.persist.listeners import Listeners
 from cowshed.service.persist.notice import Groups
 from cowshed.service.reports.status import StatusReader
+from cowshed.service.runtime import test_points
 from cowshed.service.runtime.file_limit import raise_file_limit
 from cowshed.service.runtime.logs import (
     EventLog,
@@ -94,31 +98,31 @@ _log = EventLog("cowshed")
 
 _LOOK_SECONDS: Final = 1.0
 _SAVE_SECONDS: Final = 60.0
-# For a supervisor that is busy when we end.
+# How long to wait for a busy keeper at the end.
 _PATIENCE_SECONDS: Final = 5.0
 _SAVE_AT_END_SECONDS: Final = 2.0
 _MAX_NBD_THREADS: Final = 8
 
 
 def import_for(config: Config) -> None:
-    """Import what a daemon of this configuration needs and others do not; it is all imported then.
+    """Import the modules that only some configurations need, so that all imports are done.
 
-    To be called before a keeper forks: then no backend that follows a dead one has to. Nothing may
-    be imported once a daemon serves, as another version of it may be installed by then.
+    Must be called before a keeper forks, so that no successor has to import them. Nothing may be
+    imported once a daemon serves, because another version may be installed by then.
     """
     if config.metrics is not None:
         import cowshed.service.metrics.port  # noqa: F401
-    gc.freeze()  # as in cli.py; and the forks share it
+    gc.freeze()  # as in cli.py; forks also share these pages
 
 
 def run(
     config: Config, given: Groups | None = None, on_serving: Callable[[], None] | None = None
 ) -> int:
-    """Serve until SIGTERM or SIGINT, then give everything back; the exit status.
+    """Serve until SIGTERM or SIGINT, then release everything; return the exit status.
 
-    given is what another daemon left that is no predecessor of our supervisor's: it is ours now,
-    and that supervisor does not hold it yet. on_serving is called once we serve. Raises
-    CowshedError, one line, if it cannot begin.
+    given has the groups of a backend that we took over from under another keeper: our own keeper
+    does not hold them yet. on_serving is called once we serve. Raises CowshedError, one line, if
+    the daemon cannot start.
     """
     logging_begin(config.log_format, config.log_level)
     with contextlib.ExitStack() as stack:
@@ -135,7 +139,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Restored:
-    """What the last backend had connections with: guests, machines, and peers without a mapping."""
+    """The restored connections: of guests, of machines, and of peers without a mapping."""
 
     guests: list[RestoredGuest]
     machines: list[RestoredMachine]
@@ -144,10 +148,10 @@ class _Restored:
 
 
 class Daemon:
-    """Everything that serves one configuration; the stack it is given closes what it opens.
+    """Everything that serves one configuration; the given stack closes what it opens.
 
-    fd_store holds what a successor is to have; inherited is what the last backend left. It is made
-    in four steps, each of which relies on those before it.
+    fd_store holds the descriptors for a successor; inherited has those of the last backend. The
+    daemon is constructed in four steps, each of which relies on those before it.
     """
 
     def __init__(
@@ -170,8 +174,8 @@ class Daemon:
         self.host.admission.set_aside(len(os.listdir("/proc/self/fd")))
 
     def _open_storage(self, fd_store: FdStore, inherited: InheritedFds) -> Host:
-        # The run-dir is locked before anything in it is touched. Images are opened, inherited ones
-        # first, before there is a guest of them.
+        # The run-dir is locked before anything in it is changed. Images, inherited ones too, are
+        # opened before any guest of them is restored.
         config, stack = self.config, self._stack
         listeners = Listeners(fd_store, inherited)
         stack.callback(listeners.close)
@@ -192,9 +196,9 @@ class Daemon:
         history = RestartHistory(counts, watch)
         stack.callback(history.close)
         self.uffd_device = _lend_device(stack)
-        held = stack.enter_context(contextlib.closing(HeldImages(fd_store)))
+        kept_images = stack.enter_context(contextlib.closing(KeptImages(fd_store)))
         store, self._unopened = stack.enter_context(
-            open_store(config, arrived, held, inherited, is_first=history.is_first)
+            open_store(config, arrived, kept_images, inherited, is_first=history.is_first)
         )
         guests = GuestTable()
         self._core = NbdServer(min(2 * (os.cpu_count() or 1) + 1, _MAX_NBD_THREADS))
@@ -211,7 +215,7 @@ class Daemon:
             counters=counters,
             history=history,
             store=store,
-            held=held,
+            kept_images=kept_images,
             guests=guests,
             overlays=_keep_overlays(config, self._core, guests, admission, stack, records),
             evictor=Evictor(store),
@@ -221,12 +225,13 @@ class Daemon:
         )
 
     def _restore_guests(self, inherited: InheritedFds) -> _Restored:
-        # Before anything may be evicted: what guests have is charged here, and extents that were
-        # lent to zerocopy guests are pinned again.
+        # Must precede any eviction: this charges the guests' pages, and pins extents that were lent
+        # to zerocopy guests again.
         host = self.host
         self.guest_records = GuestRecords(host.fd_store)
         guests = self.guest_records.adopt(inherited, host.store, host.guests)
-        host.overlays.adopt(list(host.store), inherited, self._record.owned)
+        self._overlay_restorer = OverlayRestorer(host.overlays)
+        self._overlay_restorer.restore(list(host.store), inherited, self._record.owned)
         self._populator = Populator(self.config, host.evictor.max_pinned_extents, self.recorded)
         self._machine_records = MachineRecords(host.fd_store)
         machines = self._machine_records.adopt(inherited, host.store, host.guests, self._populator)
@@ -237,8 +242,8 @@ class Daemon:
         return restored
 
     def _start_background(self) -> None:
-        # All that was restored is charged and pinned: from here on extents are evicted, and sources
-        # are read. Nobody connects yet.
+        # Everything restored is charged and pinned: from here on extents may be evicted, and
+        # sources read. No listener is open yet.
         host, stack = self.host, self._stack
         host.evictor.start()
         stack.callback(host.evictor.stop)
@@ -254,34 +259,19 @@ class Daemon:
         self.workers = Workers(host.loop.call)
         self.reopener = Reopener(host.loop.call)
         status = StatusReader(
-            host.store,
-            host.evictor,
-            host.guests,
-            host.overlays,
-            self.config.run_dir,
-            host.warming,
-            host.history,
+            host,
             drain=lambda: self._handoffs.state(),
             unserved=self._unserved.status,
             unserved_listeners=self._unserved_listeners.status,
             source_wait_seconds=self._sources.waiting_seconds,
         )
-        self.control = Control(
-            host.store,
-            host.evictor,
-            host.guests,
-            host.overlays,
-            status,
-            host.working_sets,
-            host.counters,
-            host.access,
-            host.warming,
-            lambda: self.workers.is_stopping,
-        )
+        self.control = Control(host, status, lambda: self.workers.is_stopping)
+        if test_points.ENABLED:
+            self.control.add("check", lambda *_: check_invariants(host), is_quick=False)
         self.incoming = IncomingGuests(host.overlays, host.guests)
 
     def _open_frontends(self, restored: _Restored) -> None:
-        # Last of all, and restored guests before new ones: whoever connects finds the rest there.
+        # Last, and restored guests before new ones, so that clients find everything else running.
         host, stack = self.host, self._stack
         listener = stack.enter_context(self._listen())
         self._unix_server = UnixServer(listener, host, self)
@@ -300,7 +290,7 @@ class Daemon:
         stack.callback(lambda: None if entrance.close() else host.store.leave())
         self._nbd = NbdService(host, self._core, entrance, self._unserved_listeners)
         stack.callback(self._nbd.close)
-        # Or a request that waits for a load would keep it open.
+        # Otherwise a request that waits for a load would keep the NBD server from closing.
         stack.callback(host.store.cancel_loads)
         self._handoffs = HandoffService(
             host,
@@ -343,8 +333,8 @@ class Daemon:
         return adopt_listener(uri, sock.detach())
 
     def _publish(self, image: Image, spec: ImageSpec) -> None:
-        """Serve an image that came in a handoff; from its thread."""
-        self.host.held.hold(image)
+        """Serve an image that was received in a handoff; from the handoff's thread."""
+        self.host.kept_images.keep(image)
         self._list(image, spec)
 
     def _list(self, image: Image, spec: ImageSpec) -> None:
@@ -355,7 +345,7 @@ class Daemon:
     def _serve_late(self, spec: ImageSpec, source: FileSource) -> None:
         """Serve an image whose source could not be opened before; from a side thread.
 
-        Takes the source over. On failure nothing of the image is left, so it may be tried again.
+        Takes over the source. On failure nothing of the image is left, and the call may be retried.
         """
         try:
             image = self.host.store.open_image(spec.name, source, spec.domain, listed=False)
@@ -363,29 +353,29 @@ class Daemon:
             source.close()
             raise
         try:
-            self.host.held.hold(image)
+            self.host.kept_images.keep(image)
         except BaseException:
-            self.host.evictor.close_image(image)  # which closes the source
+            self.host.evictor.close_image(image)  # also closes the source
             raise
-        self.host.overlays.adopt_late(image)
+        self._overlay_restorer.restore_late(image)
         self._list(image, spec)
         self._digests.add(image)
 
     def _on_digest(self, image: Image) -> None:
-        """An image's digest is known; from some thread."""
+        """Log a digest and restore the overlays that waited for it; for any thread."""
         _log.info("digest", image=image.label, digest=image.digest)
-        self.host.overlays.note_digest(image)
+        self._overlay_restorer.note_digest(image)
 
     def _let_go(self, inherited: InheritedFds) -> None:
-        """Whatever our predecessor had that we have no use for."""
+        """Release the inherited groups that nothing was restored from."""
         for name in inherited:
-            if not name.startswith("source/"):  # said of its image
-                _log.warning("left-over", "nothing served now is made of it", group=name)
+            if not name.startswith("source/"):  # logged for the image's group
+                _log.warning("left-over", "nothing served now uses it", group=name)
             self.host.fd_store.release(name)
         inherited.close()
 
     def _serve_metrics(self, endpoint: Endpoint) -> None:
-        # Not at the top: import_for says when it is imported.
+        # Imported here because only some configurations need it; import_for() imported it before.
         from cowshed.service.metrics.port import MetricsPort, MetricsSources
 
         host = self.host
@@ -405,24 +395,24 @@ class Daemon:
         )
         port = MetricsPort(endpoint, sources, self.control.status)
         self._stack.callback(port.close)
-        held_as = f"metrics/{endpoint}"
-        prepare = functools.partial(self.host.listeners.open, held_as, port.bind)
-        self._unserved_listeners.serve(f"http://{endpoint}/metrics", prepare, port.serve, held_as)
+        kept_as = f"metrics/{endpoint}"
+        prepare = functools.partial(self.host.listeners.open, kept_as, port.bind)
+        self._unserved_listeners.serve(f"http://{endpoint}/metrics", prepare, port.serve, kept_as)
 
     def end_parked(self, request: OpenRequest) -> bool:
-        """End what is parked under a name and has nothing mapped any more; whether any was."""
+        """End a guest's parked sessions that have nothing mapped; return whether any ended."""
         return self._unix_server.end_parked(request)
 
     def shut_down(self) -> None:
-        """End the loop, once it has sent what is queued."""
+        """Stop the loop, once it has sent what is queued."""
         self.host.loop.stop()
 
     def recorded(self, image: Image) -> list[int]:
-        """The extents that guests of an image touched, this run's and earlier ones', in order."""
+        """Return the extents that guests of an image touched, this run's first, in order."""
         return self.host.working_sets.recorded(image)
 
     def serve(self, on_serving: Callable[[], None] | None = None) -> None:
-        """Answer until a signal or shut_down ends it."""
+        """Serve until a signal or shut_down()."""
         loop = self.host.loop
         is_supervised = self.host.watch.kind == "systemd"
         loop.stop_on_signals(reload=is_supervised)
@@ -462,30 +452,29 @@ class Daemon:
         _log.notice("stopping", pid=os.getpid())
 
     def _leave(self, cause: signal.Signals) -> None:
-        """Go as if killed, for a successor to go on: nothing is given back, nobody is told.
+        """Exit as if killed, for a successor: release nothing, send nothing.
 
-        Returns if there is nobody to leave to after all. A supervisor that is not our keeper has
-        its own ways to end us for good, and closes what it holds then; its restart must look to
-        guests like any other.
+        Returns if no successor can take over. systemd gets this at every stop, too, because a
+        restart must look to guests like a reload; at a final stop it closes the descriptors itself.
         """
         self._saving.begin(lambda: self.host.working_sets.save(self.host.store))
         if self._shutdown.prepare():
             self._unix_server.give(self._handed_over)
-            if self._is_held(cause) and self._takeovers.hand_over():
+            if self._is_kept(cause) and self._takeovers.hand_over():
                 self._end_now("takeover" if self._takeovers.is_leaving else "reload")
             self._handed_over.take_back()
             self.host.loop.begin_again()
         self._shutdown.take_back()
 
-    def _is_held(self, cause: signal.Signals) -> bool:
-        """Whether our successor would have everything. One who is ended by systemd goes anyway."""
+    def _is_kept(self, cause: signal.Signals) -> bool:
+        """Whether a successor would inherit everything; always True at a stop by systemd."""
         if self.host.fd_store.reconcile(_PATIENCE_SECONDS) or self._takeovers.is_leaving:
             return True
         if cause in (LEAVE, RELOAD):
             _log.error(
                 "reload-refused",
                 f"{self.host.watch.nr_not_held} groups of descriptors are not held for a "
-                "successor; everything stays as it is: try again once cowshed status shows none",
+                "successor: try again once 'cowshed status' shows none",
             )
             return False
         return True
@@ -503,7 +492,7 @@ class Daemon:
         logging_report_suppressed()
 
     def _save_at_end(self) -> None:
-        """Keep what guests touched, unless the state directory does not answer."""
+        """Save the working sets, unless the state directory does not answer in time."""
         InTime(lambda: self.host.working_sets.save(self.host.store)).wait(_SAVE_AT_END_SECONDS)
 
     def _on_notice(self, fd: int, _: int) -> None:
@@ -515,15 +504,15 @@ class Daemon:
 def _find_arrived(
     config: Config, record: HandoffRecord, inherited: InheritedFds
 ) -> tuple[ImageFolder | None, list[ImageSpec]]:
-    """What came in handoffs, less what the configuration has images for."""
+    """Return the images received in handoffs, without those that the configuration replaces."""
     if config.image_dir is None:
         return None, []
     folder = ImageFolder(config.image_dir)
     named = {spec.label for spec in config.images}
     arrived = []
-    for spec in folder.specs(record.owned.__contains__, lambda *name: is_held(name, inherited)):
+    for spec in folder.specs(record.owned.__contains__, lambda *name: is_kept(name, inherited)):
         if spec.label in named:
-            _log.notice("image-left", "another is served under its name", source=spec.source)
+            _log.notice("image-left", "another image has its name", source=spec.source)
         else:
             arrived.append(spec)
     return folder, arrived
@@ -554,7 +543,7 @@ def _keep_overlays(
 def _count_lost_lines(
     fd_store: FdStore, inherited: InheritedFds, stack: contextlib.ExitStack
 ) -> KeptCounts:
-    """Have lines of the log that nobody took counted, by this backend and its successors."""
+    """Count lost log lines, over this backend and its successors."""
     counts = keep_counts(LOG_GROUP, LOG_COUNTS, fd_store, inherited)
     stack.callback(counts.close)
     logging_count_lost(lambda nr: counts.add("backend", nr))
@@ -567,7 +556,7 @@ def _lend_device(stack: contextlib.ExitStack) -> int | None:
     if device is None:
         _log.warning(
             "no-userfaultfd-device",
-            "no /dev/userfaultfd to lend: guests need their own right to userfaultfd",
+            "no /dev/userfaultfd to lend: guests need their own permission for userfaultfd",
         )
     else:
         stack.callback(os.close, device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handoffs in the daemon: both roles put together, what operators may ask, what restarts find."""
+"""Handoffs in the daemon: both roles, the operators' requests, and resuming after a restart."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from cowshed.service.migration.file import export_state, import_state
 from cowshed.service.migration.handoff_target import HandoffTarget
 from cowshed.service.migration.image_intake import Publish
 from cowshed.service.migration.link import Link, SocketLink, open_link
-from cowshed.service.migration.migrating import MigratingGuest, MigratingMapping, MigratingOverlay
+from cowshed.service.migration.migrating import (
+    MigratingGuest,
+    MigratingMapping,
+    MigratingOverlay,
+    thaw_all,
+)
 from cowshed.service.migration.record import HandoffRecord
 from cowshed.service.migration.state import Phase
 from cowshed.service.operators.control import Control
@@ -43,9 +48,9 @@ _LEAVE_SECONDS: Final = 0.05
 
 
 class HandoffService:
-    """One drain at a time, and any number of handoffs that come in. Operations come from workers.
+    """One drain at a time, and any number of incoming handoffs. Requests run in workers.
 
-    Invariant: _drain is the drain under way, or the last one until guests come back.
+    Invariant: _drain is the drain in progress, or the last one until guests come back.
     """
 
     def __init__(
@@ -60,7 +65,7 @@ class HandoffService:
     ) -> None:
         """disconnect(guest) ends the connections of an overlay's clients; in the loop.
 
-        image_folder keeps images that come; publish(image, spec) has them served, from any thread.
+        image_folder stores received images; publish(image, spec) has them served, from any thread.
         """
         self.record: Final = record
         self.counters: Final = host.counters
@@ -93,13 +98,11 @@ class HandoffService:
         control.add("handoff", self._do_handoff, is_quick=True)
 
     def resume(self) -> None:
-        """Go on as was recorded before a restart; before any guest is answered."""
+        """Resume what was recorded before a restart; must precede serving any guest."""
         self.target.resume()
         if self.record.source is None:
-            # Accounts stay frozen over a restart; nothing was asked for, so nothing is unsure.
-            for each in self.migrating():
-                each.thaw()
-                each.track(False)
+            # Accounts stay frozen over a restart. No commit was requested: the guests are ours.
+            thaw_all(self.migrating())
             return
         self._drain = Drain.resume(self)
         if self._drain.phase is Phase.MOVED:
@@ -108,7 +111,7 @@ class HandoffService:
         _log.notice("drain-resumed", phase=str(self._drain.phase), to=self._drain.uri)
 
     def stop(self) -> None:
-        """End what is under way, the daemon being stopped; a drained one will begin anew."""
+        """Abort what is in progress, as the daemon stops; after a finished drain, start anew."""
         self.target.stop()
         drain = self._drain
         if drain is not None and not drain.over.is_set() and drain.phase is not Phase.COMMIT:
@@ -116,25 +119,25 @@ class HandoffService:
                 drain.abort()
                 drain.join(1)
             except UsageError as error:
-                _log.warning("drain-not-over", f"the next start goes on with it: {error}")
+                _log.warning("drain-not-over", f"the next start continues it: {error}")
         source = self.record.source
         if source is not None and source["phase"] is Phase.MOVED:
             self.record.set_source(None)
 
-    # What a drain needs.
+    # DrainHost.
 
     def images(self) -> list[Image]:
-        """What is served."""
+        """Return the images served."""
         return list(self._store)
 
     def allowed(self, image: Image) -> DomainMembers | None:
-        """Who of its domain may use an image; None is everybody there."""
+        """Return who of its domain may use an image; None: all of the domain."""
         return self._access.allowed(image)
 
     def migrating(
         self, carry_to: str = "", carried: Container[tuple[str, str]] = ()
     ) -> list[MigratingGuest]:
-        """Every guest there is; those carried, or that can go to carry_to so, take their pages."""
+        """Return every guest; those in carried, or that may carry to carry_to, as carriers."""
         with self._guests.lock:
             mapped = [
                 MigratingCarrier(guest, self._guests)
@@ -146,13 +149,13 @@ class HandoffService:
             return [*mapped, *(MigratingOverlay(guest) for guest in self._overlays)]
 
     def close_admission(self, uri: str | None) -> None:
-        """Send who comes to uri; None: let them in again."""
+        """Redirect new guests to uri; None: admit them again."""
         self._access.moved_to = uri
 
     def wait_admitted(self) -> None:
-        """Wait until the loop has ended what it was about: it is the loop that lets people in.
+        """Wait for one turn of the loop, which admits guests, so that all admitted ones are seen.
 
-        Handoffs that were being admitted are, too; those that come later are denied.
+        Also waits for handoffs that are being admitted; later ones are denied.
         """
         self.target.wait_admitted()
         turned = threading.Event()
@@ -162,7 +165,7 @@ class HandoffService:
     def connect(
         self, uri: str, look: Callable[[], None], reply_seconds: float = REPLY_SECONDS
     ) -> Link:
-        """Reach the target."""
+        """Connect to the target."""
         return dial_target(uri, look, reply_seconds)
 
     def send_on(self, migrating: list[MigratingGuest], uri: str) -> None:
@@ -172,11 +175,11 @@ class HandoffService:
     def _disconnect_all(self, migrating: list[MigratingGuest], uri: str) -> None:
         for each in migrating:
             if isinstance(each, MigratingOverlay) and each.guest.nr_clients:
-                _log.notice("disconnected", f"it is at {uri} now", overlay=each.guest.label)
+                _log.notice("disconnected", f"it moved to {uri}", overlay=each.guest.label)
                 self._disconnect(each.guest)
 
     def notify_moved(self, migrating: list[MigratingGuest], uri: str) -> None:
-        """Have guests that map told, and connections ended of those that do not."""
+        """Notify guests that map, and end the connections of those that do not."""
         self._loop.call(lambda: self._notify(migrating, uri))
 
     def _notify(self, migrating: list[MigratingGuest], uri: str) -> None:
@@ -190,9 +193,9 @@ class HandoffService:
                 self._retire(each.guest, uri)
 
     def _retire(self, guest: OverlayGuest, uri: str) -> None:
-        """Forget an overlay that is elsewhere, once its clients' connections have ended."""
+        """Withdraw an overlay that moved, once its clients' connections have ended."""
         if guest.nr_clients:
-            _log.notice("disconnected", f"it is at {uri} now", overlay=guest.label)
+            _log.notice("disconnected", f"it moved to {uri}", overlay=guest.label)
             self._disconnect(guest)
         self._retire_later(guest)
 
@@ -203,7 +206,7 @@ class HandoffService:
             self._overlays.withdraw(guest)
 
     def _why_no_guests(self) -> str:
-        """Why no guests can be given to us now; "" if they can."""
+        """Return why we cannot receive guests now; "" if we can."""
         drain = self._drain
         if drain is None or drain.dry_run:
             return ""
@@ -214,7 +217,7 @@ class HandoffService:
         return f"a drain to {drain.uri} is under way here: wait until it is over"
 
     def _on_owner(self, names: list[str]) -> None:
-        """Guests came: whoever was drained serves again."""
+        """Note that guests were received: a drained backend admits guests again."""
         if self._drain is not None and self._drain.phase is Phase.MOVED:
             self.record.set_source(None)
             self._drain = None
@@ -222,7 +225,7 @@ class HandoffService:
             self.counters.drain = DrainStatistics()
             _log.notice("serves-again", guests=len(names))
 
-    # What operators may ask.
+    # Operators' requests.
 
     def _do_drain(self, request: Body, fds: list[int]) -> Iterator[Body]:
         uri = take_text(request, "to", max_length=4096)
@@ -269,7 +272,7 @@ class HandoffService:
     def _do_abort(self, _: Body, __: list[int]) -> Iterator[Body]:
         drain = self._drain
         if drain is None or drain.phase is Phase.ABORTED:
-            raise UsageError("no drain is under way: nothing is to be aborted")
+            raise UsageError("no drain is under way: there is nothing to abort")
         drain.abort()
         while not drain.over.wait(_REPORT_SECONDS):
             yield {"progress": drain.report()}
@@ -279,7 +282,7 @@ class HandoffService:
         yield {"drain": self.state()}
 
     def state(self) -> Body | None:
-        """The drain under way or the last one, for status; None if there was none."""
+        """Return the drain in progress or the last one, for status; None if there was none."""
         return None if self._drain is None else self._drain.report()
 
     def _do_export(self, request: Body, fds: list[int]) -> Iterator[Body]:
@@ -302,12 +305,12 @@ class HandoffService:
         link = open_link(_only(fds))
         if not isinstance(link, SocketLink):
             link.close()
-            raise UsageError("a handoff comes over a stream socket; send one")
+            raise UsageError("a handoff needs the descriptor of a stream socket; send one")
         self.target.begin(link, f"an operator, daemon {os.getpid()}")
         yield {}
 
 
 def _only(fds: list[int]) -> int:
     if len(fds) != 1:
-        raise UsageError(f"{len(fds)} descriptors came where one is needed")
+        raise UsageError(f"{len(fds)} descriptors were sent; send exactly one")
     return fds.pop()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parts of a daemon share: opened once, before any guest is restored."""
+"""The parts that all of a daemon shares, opened once, before any guest is restored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guests import GuestTable
 from cowshed.service.images.access import Access
 from cowshed.service.images.evictor import Evictor
-from cowshed.service.images.opening import HeldImages
+from cowshed.service.images.opening import KeptImages
 from cowshed.service.images.warming import Warming
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.metrics.service_counters import ServiceCounters
@@ -28,10 +28,10 @@ __all__ = ["Host"]
 
 @dataclass(frozen=True)
 class Host:
-    """Shared by reference; each part is closed by the daemon, after the parts that use it.
+    """The shared parts. The daemon closes each of them, after the parts that use it.
 
     guests and overlays are the tables of attached guests; evictor and loop do not run yet when the
-    host is made.
+    host is constructed.
     """
 
     config: Config
@@ -44,7 +44,7 @@ class Host:
     counters: ServiceCounters
     history: RestartHistory
     store: PageStore
-    held: HeldImages
+    kept_images: KeptImages
     guests: GuestTable
     overlays: OverlayTable
     evictor: Evictor

@@ -1,14 +1,13 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Makes sure that the machine has what `make setup` needs, and a virtual environment at $1.
+# Installs the programs that `make setup` needs, and makes a virtual environment at $1.
 #
-# Looks first and installs only what is missing (with apt-get, as root), so that on a complete machine
-# it changes nothing and needs no network. PYTHON chooses the interpreter; else the first of 3.11 or
-# newer is taken.
+# Installs only missing programs (with apt-get, as root): on a complete machine it changes nothing
+# and needs no network. PYTHON chooses the interpreter; by default the first of 3.11 or newer.
 set -eu
 
 venv=${1:?usage: tools/bootstrap.sh VENV}
-# mkfs.ext4 and its kin live where ordinary users do not look.
+# mkfs.ext4 and the like are outside ordinary users' PATH.
 PATH=$PATH:/usr/sbin:/sbin
 
 fail() {
@@ -29,8 +28,8 @@ apt_install() {
         fail "apt-get install failed; install by hand: $*"
 }
 
-# PROGRAM:PACKAGE pairs. A C compiler is needed to build; file systems and machines, by demos and tests; systemd,
-# which is not started, to check the unit; groff, the man pages.
+# PROGRAM:PACKAGE pairs. The build needs a C compiler; demos and tests need file systems and machines. systemd,
+# which is not started, checks the unit; groff checks the man pages.
 missing=
 for pair in gcc:gcc gcc:libc6-dev mkfs.ext4:e2fsprogs mksquashfs:squashfs-tools mkfs.erofs:erofs-utils \
     qemu-system-x86_64:qemu-system-x86 busybox:busybox-static \
@@ -42,8 +41,8 @@ done
 # shellcheck disable=SC2086 # a list of package names
 [ -z "$missing" ] || apt_install $missing
 
-# Prometheus, for the dashboards' and rules' tests. Not installed, since the package starts a server
-# for the whole machine; its two programs need nothing but libc.
+# Prometheus, for the tests of dashboards and rules. The package is not installed, since it starts a
+# server for the whole machine; its two programs need only libc.
 add_prometheus() {
     command -v prometheus >/dev/null && command -v promtool >/dev/null && return
     [ ! -x "$venv/bin/promtool" ] || return 0
@@ -61,7 +60,7 @@ add_prometheus() {
     rm -r "$download"
 }
 
-# A browser, for the tests of the page on the metrics port, which say so where there is none.
+# A browser, for the tests of the page on the metrics port; they are skipped without one.
 add_browser() {
     command -v chromium >/dev/null && command -v chromedriver >/dev/null && return
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Has systemd itself check the unit $1 (a file NAME.service), whose program is looked for as $2: any word of its own
-# is a failure. A setting in a section that does not know it would else be ignored, and the unit do something else.
+# Checks the unit $1 (a file NAME.service) with systemd's own parser, with $2 as its program; any output is a failure.
+# At run time systemd would ignore a setting in the wrong section.
 set -eu
 
 unit=${1:?usage: tools/check_unit.sh UNIT PROGRAM}
@@ -13,7 +13,7 @@ sed "s|^ExecStart=[^ ]*|ExecStart=$(realpath -s "$program")|" "$unit" >"$copy"
 
 status=0
 systemd-analyze verify --man=no "$copy" >"$folder/said" 2>&1 || status=$?
-# Known from systemd 254 on; what is older keeps descriptors over a restart anyway.
+# Known since systemd 254; older versions keep descriptors over a restart anyway.
 version=$(systemd-analyze --version | sed -n '1s/^systemd \([0-9]*\).*/\1/p')
 if [ "$version" -lt 254 ]; then
     sed -i "/Unknown key 'FileDescriptorStorePreserve' in section \[Service\], ignoring/d" "$folder/said"

@@ -2,7 +2,7 @@
 """Writes docs/configuration.md from the table of settings.
 
 .venv/bin/python tools/config_doc.py            write it
-.venv/bin/python tools/config_doc.py --check    say whether it is up to date; 1 if not
+.venv/bin/python tools/config_doc.py --check    exit with 1 if it is not up to date
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ HEAD = """\
 # Configuration
 
 `cowshed serve --config FILE` reads a TOML file. Each key is optional, and an unknown one is an
-error. An option of the command line wins over the file. `cowshed serve --check` says whether a
-configuration is right, and ends. A reload (`SIGHUP` to the keeper, `systemctl reload`) reads the
-file anew and is refused, with one line, if it is wrong.
+error. An option of the command line wins over the file. `cowshed serve --check` checks a
+configuration and exits. A reload (`SIGHUP` to the keeper, `systemctl reload`) reads the file anew
+and is refused, with one line, if it is wrong.
 
 Sizes are bytes, or a number with K, M, G or T. Relative paths start at the file's directory; on the
 command line, at the current one.
@@ -42,17 +42,17 @@ TAIL = """
 debian = "/srv/images/debian.raw"       # NAME = "SOURCE", in the sharing domain "default"
 alpine = "file:///srv/images/alpine.raw"
 
-[[image]]                               # the same, with more to say; repeatable
+[[image]]                               # the same, with more settings; repeatable
 name = "debian"
 source = "/srv/images/debian.raw"
 domain = "tenant-a"                     # "default" unless given
 trim = "zeros"                          # as the setting, for this image
-uids = [1001, "alice"]                  # who may use it, all of its domain unless given; also gids
+uids = [1001, "alice"]                  # its users, unless given all of its domain; also gids
 clients = ["vm7.example"]               # the same, by the name in a TLS client's certificate
 ```
 
-`--image NAME=SOURCE[,domain=DOMAIN][,trim=WHAT]` adds one, or takes the place of the file's of that
-name and domain.
+`--image NAME=SOURCE[,domain=DOMAIN][,trim=WHAT]` adds one, or replaces the file's of that name and
+domain.
 
 ## Sharing domains
 
@@ -68,17 +68,17 @@ Guests of different domains share no frame: [domains.md](domains.md).
 ## TLS
 
 ```toml
-[tls]                                   # for all that listens on networks
+[tls]                                   # for every network listener
 cert = "server.pem"                     # the daemon's certificate, and those up to the CA's
 key = "server.key"                      # its key, without a passphrase
-ca = "ca.pem"                           # who signs clients' certificates
-clients = "required"                    # or "optional": without a certificate, nobody in particular
+ca = "ca.pem"                           # the CA that signs clients' certificates
+clients = "required"                    # or "optional": clients without a certificate are anonymous
 ```
 """
 
 
 def row(option: Option) -> str:
-    """Return the table's line of one setting."""
+    """Return the table row of one setting."""
     flag = f"`{option.flag}`" if option.flag else ""
     bounds = f", {option.bounds[0]} to {option.bounds[1]}" if option.bounds else ""
     about = f"{option.about} {option.more}".strip()
@@ -93,7 +93,7 @@ def page() -> str:
 
 
 def main() -> int:
-    """Write the page, or compare it."""
+    """Write or check the page."""
     if "--check" in sys.argv[1:]:
         if PAGE.exists() and PAGE.read_text() == page():
             return 0

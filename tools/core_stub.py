@@ -4,18 +4,18 @@
     python tools/core_stub.py            write cache/_core.pyi and transport/_preload.pyi
     python tools/core_stub.py --check    exit with 1 if either differs from what would be written
 
-How C is shown in Python's types:
+C types as Python types:
 
     struct x, struct x *     one class StructX: cffi reads fields through a pointer as through the
-                             struct, and takes either where C takes a pointer
-    T *                      Pointer[T]; Array[T], which is one with a length, where T[] was made
+                             struct, and accepts either where C takes a pointer
+    T *                      Pointer[T]; for a T[] Array[T], a Pointer[T] with a length
     integers, enums, bool    int; bool
     char *                   bytes for a parameter, Pointer[bytes] elsewhere
-    void *                   CData, which every other class is one of; bytes too for a parameter
+    void *                   CData, the base of all other classes; bytes too for a parameter
     enum values, #define     int constants of lib
 
-The classes exist for type checkers only: import them under TYPE_CHECKING. ffi has no more than the
-product uses: new(), from_buffer() and cast() know the types by the literal string they are given.
+The classes exist for type checkers only: import them under TYPE_CHECKING. ffi has only what the
+product uses: new(), from_buffer() and cast() take the type from their literal string argument.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ INTEGERS = (
     *(f"{sign}int{bits}_t" for sign in ("", "u") for bits in (8, 16, 32, 64)),
     *("size_t", "ssize_t", "uintptr_t", "off_t", "pid_t", "uid_t", "gid_t"),
 )
-# What cffi knows without a declaration, for a parser that does not.
+# Types that cffi knows without a declaration and pycparser does not.
 PRELUDE = "".join(f"typedef int {name};" for name in INTEGERS) + "typedef _Bool bool;"
 DEFINE = re.compile(r"^\s*#\s*define\s+(\w+)\s+\S.*$", re.MULTILINE)
 COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
@@ -48,7 +48,7 @@ COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 CORE_HEAD = """\
 # SPDX-License-Identifier: Apache-2.0
 # Written by tools/core_stub.py from the headers' cdef sections; `make stubs` writes it anew.
-# Each call of lib gives the GIL up. Functions return >= 0 or -errno unless their header says
+# Each call of lib releases the GIL. Functions return >= 0 or -errno unless their header says
 # otherwise; cache/calls.py turns that into exceptions.
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -107,18 +107,18 @@ FFI_METHODS = """\
 
 PRELOAD_STUB = """\
 # SPDX-License-Identifier: Apache-2.0
-# Written by tools/core_stub.py. This extension is a library for `cowshed attach` to preload into
-# programs. It holds no Python: an import of it fails, so there is nothing to declare.
+# Written by tools/core_stub.py. This extension is the library that `cowshed attach` preloads into
+# programs. It contains no Python: importing it fails, so nothing is declared.
 """
 
 
 class StubError(Exception):
-    """The cdef has something this script does not know; the message says what and where."""
+    """The cdef has an unknown construct; the message names it and its line."""
 
 
 @dataclass(frozen=True)
 class Declarations:
-    """What the headers declare, in their order: structs with fields, functions, constants."""
+    """The headers' declarations in order: structs with fields, functions, constants."""
 
     structs: dict[str, list[tuple[str, c_ast.Node]]]
     functions: dict[str, c_ast.FuncDecl]
@@ -131,12 +131,12 @@ def class_name(struct: str) -> str:
 
 
 def read_declarations(text: str) -> Declarations:
-    """Parse a cdef. Raises StubError for what is neither struct, enum, function nor #define."""
+    """Parse a cdef; raises StubError for anything but structs, enums, functions and #defines."""
     constants = DEFINE.findall(COMMENT.sub("", text))
     plain = DEFINE.sub("", COMMENT.sub("", text))
     structs: dict[str, list[tuple[str, c_ast.Node]]] = {}
     functions: dict[str, c_ast.FuncDecl] = {}
-    # The values of #define are needed for the lengths of arrays, which stubs do not show.
+    # Stubs show no array lengths, so the values of the #defines in them are not needed.
     plain = re.sub(r"\[[^\]]+\]", "[1]", plain)
     for node in c_parser.CParser().parse(PRELUDE + plain).ext:
         if isinstance(node, c_ast.Typedef):
@@ -150,12 +150,12 @@ def read_declarations(text: str) -> Declarations:
             case c_ast.FuncDecl():
                 functions[node.name] = node.type
             case _:
-                raise StubError(f"line {node.coord.line}: {node.name}: not known; teach it")
+                raise StubError(f"line {node.coord.line}: {node.name}: unknown; extend this script")
     return Declarations(structs, functions, constants)
 
 
 def _named(node: c_ast.TypeDecl) -> str:
-    """Return a type that is no pointer and no array."""
+    """Return the annotation of a type that is neither pointer nor array."""
     match node.type:
         case c_ast.Struct(name=name):
             return class_name(name)
@@ -171,11 +171,11 @@ def _named(node: c_ast.TypeDecl) -> str:
                 return "int"
             if word == "void":
                 return "None"
-    raise StubError(f"line {node.coord.line}: a type that is not known; teach it")
+    raise StubError(f"line {node.coord.line}: unknown type; extend this script")
 
 
 def _is_octet(node: c_ast.TypeDecl) -> bool:
-    """Whether cffi takes bytes for a pointer to it, as for char *."""
+    """Return whether cffi accepts bytes for a pointer to it, as for char *."""
     return isinstance(node.type, c_ast.IdentifierType) and node.type.names == ["uint8_t"]
 
 
@@ -202,13 +202,13 @@ def python_type(node: c_ast.Node, *, is_parameter: bool = False) -> str:
             return f"Pointer[{python_type(inner)}]"
         case c_ast.TypeDecl():
             return _named(node)
-    raise StubError(f"line {node.coord.line}: a declarator that is not known; teach it")
+    raise StubError(f"line {node.coord.line}: unknown declarator; extend this script")
 
 
 def _parameters(function: c_ast.FuncDecl) -> Iterator[str]:
     for each in function.args.params if function.args else ():
         kind = python_type(each.type, is_parameter=True)
-        if kind != "None":  # which is how C says that there are none
+        if kind != "None":  # f(void) has no parameters
             yield f"{each.name}{'_' if iskeyword(each.name) else ''}: {kind}"
 
 
@@ -268,7 +268,7 @@ def _laid_out(text: str) -> str:
 
 
 def stubs() -> dict[Path, str]:
-    """Return what each stub is to hold, by its file."""
+    """Return the text of each stub by its path."""
     text = "".join(
         core_build.cdef_of_header((ROOT / name).read_text(), name)
         for name in core_build.present_headers(ROOT)
@@ -280,7 +280,7 @@ def stubs() -> dict[Path, str]:
 
 
 def main() -> int:
-    """Write the stubs, or compare them."""
+    """Write or check the stubs."""
     parser = argparse.ArgumentParser(description="Write the C extensions' typed stubs.")
     parser.add_argument("--check", action="store_true", help="compare only; 1 if one differs")
     only_check = parser.parse_args().check

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints what each source file owns: the first sentence of its first comment or docstring.
 
-    python tools/files.py [FOLDER...]     all rooms if none is named
+    python tools/files.py [FOLDER...]     all packages if none is named
 
-A C file without a comment of its own at its head is explained by its header.
+A C file without a comment at its head gets its header's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def first_sentence(text: str) -> str:
 
 
 def owned_by(path: Path) -> str:
-    """Return what a file says that it owns; "" if it says nothing."""
+    """Return the first sentence of a file's head comment; "" if it has none."""
     text = path.read_text()
     if path.suffix == ".py":
         return first_sentence(ast.get_docstring(ast.parse(text)) or "")
@@ -41,7 +41,7 @@ def owned_by(path: Path) -> str:
 
 
 def sources(rooms: tuple[str, ...]) -> Iterator[Path]:
-    """The source files of rooms, by folder; headers whose C file is listed are left out."""
+    """Yield the source files of rooms, by folder, without headers whose C file is listed."""
     for room in rooms:
         for path in sorted((ROOT / room).rglob("*"), key=lambda each: (each.parent, each.name)):
             is_listed = path.suffix == ".h" and path.with_suffix(".c").exists()

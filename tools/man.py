@@ -18,29 +18,29 @@ from cowshed.service.settings.options import OPTIONS
 
 EXIT_STATUS = (
     ("0", "Success."),
-    ("1", "The command failed; one line on stderr says what and the cure."),
+    ("1", "The command failed; one line on stderr names the failure and the cure."),
     ("2", "Wrong usage."),
     ("3", "cowshed audit found mismatches."),
     ("130", "Interrupted."),
 )
-ENVIRONMENT = (("COWSHED_RUN_DIR", "The directory of the daemon's sockets, as --run-dir."),)
+ENVIRONMENT = (("COWSHED_RUN_DIR", "The directory of the daemon's sockets, like --run-dir."),)
 
 
 def escaped(text: str) -> str:
-    """Return text as roff shows it literally."""
+    """Return text escaped so that roff shows it literally."""
     plain = text.replace("\\", "\\e").replace("-", "\\-")
     return "\n".join(f"\\&{line}" if line[:1] in (".", "'") else line for line in plain.split("\n"))
 
 
 def header(name: str, section: int, about: str) -> Iterator[str]:
-    """The lines that begin a page."""
+    """Yield the first lines of a page."""
     yield f'.TH "{name.upper()}" "{section}" "" "cowshed {VERSION}" "cowshed"'
     yield ".SH NAME"
     yield f"{escaped(name)} \\- {escaped(about.rstrip('.'))}"
 
 
 def entries(pairs: Iterator[tuple[str, str]] | tuple[tuple[str, str], ...]) -> Iterator[str]:
-    """A list of terms, each with its text."""
+    """Yield the lines of a list of terms, each with its text."""
     for term, text in pairs:
         yield ".TP"
         yield f"\\fB{escaped(term)}\\fR"
@@ -48,14 +48,14 @@ def entries(pairs: Iterator[tuple[str, str]] | tuple[tuple[str, str], ...]) -> I
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """A help text's paragraphs."""
+    """Yield the lines of a help text's paragraphs."""
     for part in text.split("\n\n"):
         yield ".PP"
         yield escaped(" ".join(part.split()))
 
 
 def command_page(name: str, command: click.Command) -> str:
-    """The page of one command."""
+    """Return the page of one command."""
     ctx = click.Context(command, info_name=name.replace("cowshed-", "cowshed "))
     first, _, rest = (command.help or "").partition("\n\n")
     lines = [*header(name, 1, first.split(". ")[0]), ".SH SYNOPSIS"]
@@ -79,7 +79,7 @@ def command_page(name: str, command: click.Command) -> str:
 
 
 def settings_page() -> str:
-    """The page of the configuration file."""
+    """Return the page of the configuration file."""
     lines = [*header("cowshed.toml", 5, "the configuration of cowshed serve"), ".SH DESCRIPTION"]
     lines += paragraphs(
         "A TOML file, given by cowshed serve --config FILE. Each key is optional, and an unknown "
@@ -103,7 +103,7 @@ def settings_page() -> str:
 
 
 def pages() -> dict[str, str]:
-    """Every page, by file name."""
+    """Return every page by its file name."""
     made = {"cowshed.1": command_page("cowshed", cli), "cowshed.toml.5": settings_page()}
     for name, command in cli.commands.items():
         made[f"cowshed-{name}.1"] = command_page(f"cowshed-{name}", command)

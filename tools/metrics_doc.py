@@ -2,7 +2,7 @@
 """Writes docs/metrics.md from the exporter's own catalog.
 
 .venv/bin/python tools/metrics_doc.py            write it
-.venv/bin/python tools/metrics_doc.py --check    say whether it is up to date; 1 if not
+.venv/bin/python tools/metrics_doc.py --check    exit with 1 if it is not up to date
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ INTRODUCTION = """# Metrics
 <!-- Written by tools/metrics_doc.py from service/metrics/catalog.py. Do not edit. -->
 
 `cowshed serve --metrics HOST:PORT` (or `metrics = "HOST:PORT"` in its configuration) serves these
-at `/metrics`, as text or OpenMetrics, whichever the scraper prefers. Port 0 is one that the kernel
-chooses; the log says which. There is no TLS and no password: listen on localhost, or on a network
-where everybody may read.
+at `/metrics`, as text or OpenMetrics, whichever the scraper prefers. For port 0 the kernel chooses
+one, which the log shows. There is no TLS and no password: listen on localhost, or on a network
+where every host may read.
 
-* All label sets whose values are known beforehand are there from the start, at 0.
+* All label sets whose values are known beforehand exist from the start, at 0.
 * Hits and requests are exported, not their ratio: the share of hits over five minutes is
-  `sum(rate(cowshed_hits_total[5m])) / sum(rate(cowshed_requests_total[5m]))`. Sums over images or
-  hosts are PromQL's business, too.
-* Counters of an image hold what guests that left had counted. They, and those of the backend, never
-  go backwards: a successor goes on with what a backend that died or was replaced had counted
-  (`process_*` and `python_*` are of the process).
-* A scrape reads the core's counters and stops nobody. It does not settle: pages charged to a guest
-  that it never wrote are found after each scrape and are gone from the next. So
-  `cowshed_private_bytes`, `cowshed_cow_pages_total` and what is charged per guest can be ahead of
-  the kernel by what was opened since the last scrape.
+  `sum(rate(cowshed_hits_total[5m])) / sum(rate(cowshed_requests_total[5m]))`. Compute sums over
+  images or hosts in PromQL, too.
+* Counters of an image include those of guests that left. They, and those of the backend, never
+  fall: a successor goes on with the counters of a backend that died or was replaced (`process_*`
+  and `python_*` belong to the process).
+* A scrape reads the core's counters and blocks no guest. It does not settle: charges for pages that
+  a guest never wrote are returned after each scrape and are gone from the next. So
+  `cowshed_private_bytes`, `cowshed_cow_pages_total` and charges per guest can be ahead of the
+  kernel by the pages opened since the last scrape.
 * Requests and quota stops are counted when they begin, faults by outcome and durations when they
   are answered: `cowshed_requests_total` is ahead of `cowshed_faults_total` by the faults that wait
   at this moment, and by those whose guest left before they were answered.
 * Metrics of single guests are opt-in: `guest_metrics = N` gives series to N guests at most, in the
-  order in which they attached. `cowshed_guest_metrics_left_out` says how many have none. A guest's
-  series are gone from the first scrape after it left.
+  order in which they attached. `cowshed_guest_metrics_left_out` is the number of those without. A
+  guest's series are gone from the first scrape after it left.
 * Guests name themselves. A name has 1 to 64 printable characters: quotes and letters of any script
-  stand escaped in labels, and a name with a line end or another control character is refused when
+  are escaped in labels, and a name with a line end or another control character is refused when
   the guest attaches. Image names are letters, digits, `.`, `_` and `-`; domain names have no `.`.
-* Every series of an image has the label `domain`: images of one name in several sharing domains are
-  apart, and so are guests. It is `default` where no domains are configured.
-* A scrape while the daemon ends is answered in full or refused; there is no answer in part.
+* Every series of an image has the label `domain`, so images of one name in several sharing domains
+  have separate series, and so have guests. It is `default` where no domains are configured.
+* A scrape while the daemon ends gets a complete answer or is refused.
 """
 
 
 def table(metrics: Iterable[Metric]) -> str:
-    """One row a metric."""
+    """Return a table with a row for each metric."""
     rows = ["| metric | type | labels | means |", "|---|---|---|---|"]
     for metric in metrics:
         labels = ", ".join(_label(metric, label) for label in metric.labels) or "-"
@@ -65,7 +65,7 @@ def _label(metric: Metric, label: str) -> str:
 
 
 def document() -> str:
-    """Give the whole page."""
+    """Return the whole page."""
     by_image = [metric for metric in CATALOG.values() if "image" in metric.labels]
     sections = {
         "The backend": [metric for metric in CATALOG.values() if "image" not in metric.labels],
@@ -79,7 +79,7 @@ def document() -> str:
 
 
 def main() -> int:
-    """Write the page, or check it."""
+    """Write or check the page."""
     text = document()
     if sys.argv[1:] != ["--check"]:
         DOCUMENT.write_text(text)

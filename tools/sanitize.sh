@@ -3,12 +3,12 @@
 # Runs tests on a C core built with a sanitizer: tools/sanitize.sh VENV thread|address TEST...
 #
 # The core is built beside the plain one; PYTHONPATH puts it before the editable install. The
-# sanitizer's library is preloaded, because the interpreter that loads the core is not built with it;
-# setarch -R, because it wants its addresses where address space randomisation may put others. Guests
-# run the plain core (tests/support, tests/stress): they get deadly signals by design.
+# sanitizer's library is preloaded, because the interpreter is not built with it. setarch -R disables
+# address space randomisation, which may occupy the addresses that the sanitizer needs. Guests run
+# the plain core (tests/support, tests/stress): they get deadly signals by design.
 #
-# Every report fails the run. They go to files, because pytest swallows what a process writes, and a
-# killed process has no exit status to tell by.
+# Every report fails the run. Reports go to files, because pytest captures processes' output, and a
+# killed process has no exit status to check.
 set -eu
 
 venv=$1 sanitizer=$2
@@ -22,7 +22,7 @@ address) library=$(gcc -print-file-name=libasan.so) ;;
 esac
 case $library in
 /*) ;;
-*) echo "sanitize: gcc has no $library; install the package that brings it (libtsan2, libasan8)" >&2 && exit 1 ;;
+*) echo "sanitize: gcc has no $library; install its package (libtsan2, libasan8)" >&2 && exit 1 ;;
 esac
 
 rm -rf "$built/lib"
@@ -33,10 +33,10 @@ trap 'rm -rf "$reports"' EXIT
 chmod 1777 "$reports"
 export TSAN_OPTIONS="log_path=$reports/report:exitcode=0:second_deadlock_stack=1"
 export ASAN_OPTIONS="log_path=$reports/report:exitcode=0"
-[ "$sanitizer" = thread ] || export PYTHONMALLOC=malloc # leaks are told by who allocated
+[ "$sanitizer" = thread ] || export PYTHONMALLOC=malloc # leak reports need the allocating stack
 export COWSHED_STRESS_SECONDS="${COWSHED_STRESS_SECONDS:-25}"
 
-# A run that silently used the plain core would prove nothing.
+# Refuse to run on the plain core, which would prove nothing.
 loaded() {
     PYTHONPATH=$built/lib LD_PRELOAD=$library setarch -R "$venv/bin/python" -c \
         'from cowshed.cache import _core; print(_core.__file__)'
@@ -51,7 +51,7 @@ PYTHONPATH=$built/lib LD_PRELOAD=$library setarch -R "$venv/bin/pytest" -q "$@" 
 nr_reports=0
 for report in "$reports"/report.*; do
     [ -e "$report" ] || continue
-    # The interpreter and cffi leave some memory at exit; memory that our C allocated counts.
+    # The interpreter and cffi leak some memory at exit; only leaks of our C count.
     if grep -q 'LeakSanitizer' "$report" && ! grep -q '/core/[a-z]*\.c:\|[ (]\(cache\|accounting\|faults\|transport\)/core/' "$report"; then
         continue
     fi

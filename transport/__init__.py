@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Listen, connect, send and receive; and the library a guest uses an image with."""
+"""Listen, connect, send and receive; and the library through which a guest uses an image."""
 
 from cowshed.transport.guest.client import Backend, ByteDisk, Disk, connect
 from cowshed.transport.guest.page_refs import PageRef, Resolver

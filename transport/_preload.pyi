@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-# Written by tools/core_stub.py. This extension is a library for `cowshed attach` to preload into
-# programs. It holds no Python: an import of it fails, so there is nothing to declare.
+# Written by tools/core_stub.py. This extension is the library that `cowshed attach` preloads into
+# programs. It contains no Python: importing it fails, so nothing is declared.

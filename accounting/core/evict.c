@@ -22,7 +22,7 @@ static void punch_runs(struct image *image, const uint32_t *extents, uint64_t nr
 		while (i + run < nr && extents[i + run] == extents[i] + run)
 			run++;
 		int err = image_punch(image, extents[i], run);
-		/* A punch inside our own unsealed memfd has no reason to fail that can be mended here. */
+		/* A punch in our own unsealed memfd does not fail for any reason that we could repair. */
 		if (err)
 			abort();
 	}
@@ -41,7 +41,7 @@ static void revoke_grants(struct image *image, const uint32_t *extents, uint64_t
 			uint64_t nr_pages = image_extent_pages(image, extents[i]);
 
 			account_revoke(account, extents[i]);
-			/* A page allowed to become private, and punched before it did, is charged for nothing. */
+			/* A page opened for a write, and punched before the copy was made, is charged for nothing. */
 			if (bits_next(account->unsettled, first, first + nr_pages) == first + nr_pages)
 				continue;
 			if (!locked)

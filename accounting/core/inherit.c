@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A mapping that came over fork().
+ * A mapping inherited over fork().
  *
- * The child has its parent's page tables without the protection: private pages, shared ones that nothing keeps from
- * being copied unasked, and nothing of it in its account.  So what is shared is protected first, and looked at again;
- * then what is private is charged, and what is shared is granted.
+ * The child has its parent's page tables without the write protection: it has private pages, a write copies its shared
+ * pages without a fault, and its account is empty. So shared pages are protected first, and looked at again; then
+ * private pages are charged, and shared ones granted.
  */
 #include "accounting/core/settle.h"
 
@@ -18,7 +18,7 @@
 #define BATCH_PAGES 512
 #define PATIENCE_MS 1000
 
-/* Under write_lock: the guest has the page as its own already, and may be past its quota by it. */
+/* Under write_lock: the guest has the private page already, so it is charged past the quota too. */
 static void charge_anyway(struct account *account, uint64_t page)
 {
 	if (bits_test(account->private, page))
@@ -28,7 +28,7 @@ static void charge_anyway(struct account *account, uint64_t page)
 	bits_clear(account->unsettled, page);
 }
 
-/* A page is mapped whose extent goes this moment is no grant: the punch takes the page. */
+/* Grants the extent of a mapped page, unless it is being evicted: then the punch takes the page. */
 static void grant_page(struct account *account, uint64_t page)
 {
 	uint64_t extent = page / account->image->shape.extent_pages;
@@ -59,7 +59,7 @@ static int adopt_batch(struct account *account, uint64_t first, uint64_t nr)
 	for (uint64_t i = 0; i < nr && !err; i++) {
 		if (looks[i] == PAGE_LOOK_PRIVATE) {
 			charge_anyway(account, first + i);
-			/* Copied between the looks: only who follows private pages has them protected. */
+			/* Copied between the looks: private pages are protected only while they are tracked. */
 			if (protected[i])
 				err = account_protect(account, first + i, 1, false);
 		} else if (looks[i] != PAGE_LOOK_ABSENT) {
@@ -82,7 +82,7 @@ int64_t account_adopt_private(struct account *account)
 		pthread_mutex_lock(&account->write_lock);
 		int err = adopt_batch(account, span.page, nr);
 		pthread_mutex_unlock(&account->write_lock);
-		if (err == -EAGAIN && patience-- > 0) { /* an event is unread: the fault thread's business */
+		if (err == -EAGAIN && patience-- > 0) { /* an event is unread: the fault thread must read it */
 			nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
 			continue;
 		}

@@ -83,7 +83,7 @@ static struct account *account_new(struct image *image, struct quota *quota)
 	return account;
 }
 
-/* Makes it one of the image's. */
+/* Adds it to the image's accounts. */
 static void account_add(struct account *account)
 {
 	struct image *image = account->image;
@@ -112,8 +112,8 @@ int account_open(struct image *image, struct quota *quota, struct account **acco
 }
 
 /*
- * Nobody else knows the account yet.  Its guest waits for this, and most words of a large image are zero in every
- * bitmap: those are looked at with plain loads, and nothing is written to them, which would take memory for them too.
+ * Nothing else uses the account yet, and its guest waits for this. Most words of a large image's bitmaps are zero: they
+ * are read with relaxed loads and not written, since a write would allocate memory for them.
  */
 static void mend_pages(struct account *account)
 {
@@ -165,7 +165,7 @@ static void account_mend(struct account *account)
 {
 	mend_grants(account);
 	mend_pages(account);
-	/* Whoever is at the quota still comes to a stop again. */
+	/* A guest that is still at its quota stops again. */
 	if (atomic_load(&account->header->stopped_since_ns) == STOP_ENDING)
 		atomic_store(&account->header->stopped_since_ns, 0);
 	account_end_stop(account);
@@ -222,7 +222,7 @@ int account_close(struct account *account)
 	for (uint64_t e = 0; (e = bits_next(account->granted, e, nr_extents)) < nr_extents; e++)
 		account_revoke(account, e);
 	account_add_past(account);
-	account->header->magic = 0; /* should we die now: what it counted is not to be counted again */
+	account->header->magic = 0; /* if we die now, its counters must not be added again */
 	quota_give(account->quota, account->header->private_pages);
 	uint64_t nr_poisoned = bits_count(account->poisoned, 0, image->shape.nr_pages);
 	atomic_fetch_sub(&image->nr_poisoned, nr_poisoned);
@@ -302,7 +302,7 @@ void account_uncharge(struct account *account, uint64_t page)
 	quota_give(account->quota, 1);
 }
 
-/* With every write_lock held nothing is taken and not charged.  Nobody else ever holds two of them. */
+/* With every write_lock held, no page is taken and not charged. No other code holds two of them. */
 uint64_t account_quota_pages(struct account *asked, uint64_t *used_out)
 {
 	struct image *image = asked->image;

@@ -1,21 +1,21 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The ledger of one mapping of a guest: where it is, what it was granted, which pages are its own and what it did.
+ * The ledger of one mapping of a guest, or of one overlay: its regions, grants, private pages and counters.
  *
- * A guest may have several mappings, in one process or in several, each with its account; what they may spend
- * together is in their quota (quota.h).  All of an account lives in one memfd (header, then bitmaps), so that it can
- * outlive the process; struct account is this process's handle on it.
+ * A guest may have several mappings, in one process or in several, each with its account; together they share one quota
+ * (quota.h). All of an account lives in one memfd (header, then bitmaps), so that it can outlive the process; struct
+ * account is this process's handle on it.
  *
  *   granted    by extent  the guest may map it; counted in the image's refs
  *   private    by page    charged: the page is the guest's own, or it was allowed to become so
  *   unsettled  by page    charged, but the kernel's copy has not been seen yet (settle.h)
  *   discarded  by page    was given back once (MADV_DONTNEED); a late zap may still take a new copy away, so
- *                         such a page is never taken as settled for good
- *   unmapped   by page    the guest unmapped it (munmap): what is at its address now is none of ours
+ *                         such a page never counts as settled for good
+ *   unmapped   by page    the guest unmapped it (munmap): what is at its address now is not ours
  *   poisoned   by page    SIGBUS for the guest, because the source failed
- *   preloaded     by page    private, and still only in the preload file, not in the guest's memory yet (preload.h)
+ *   preloaded  by page    private, and still only in the preload file, not in the guest's memory yet (preload.h)
  *
- * While private pages are followed (track.h) there is a bitmap besides, which is the process's own:
+ * While private pages are tracked (track.h) there is one more bitmap, in the process's own memory:
  *
  *   dirty      by page    became private, was written, or is private no more, since the dirty pages were last taken
  */
@@ -38,16 +38,16 @@ enum latency_kind { LATENCY_HIT, LATENCY_MISS, LATENCY_WRITE, LATENCY_NR };
 struct account_counters {
 	uint64_t faults_missing, faults_minor, faults_write; /* reported, before anything is done about them */
 	uint64_t misses; /* missing and minor faults that began to wait for a load */
-	/* Faults that were answered, by kind and how; hits are missing_hit and minor_hit. */
-	/* The extent was resident; was loaded for it, or for another fault that waited already; could not be loaded. */
+	/* Faults that were answered, by kind and outcome; hits are missing_hit and minor_hit. */
+	/* The extent was resident; was loaded, for this fault or an earlier one; could not be loaded. */
 	uint64_t missing_hit, missing_loaded, missing_failed;
 	uint64_t minor_hit, minor_loaded, minor_failed;
 	uint64_t write_copied;    /* opened, so that the kernel makes the copy */
-	uint64_t write_refused;   /* at the quota; first touches that were writes too */
+	uint64_t write_refused;   /* at the quota; includes first touches that were writes */
 	uint64_t charged_pages;   /* ever charged */
 	uint64_t uncharged_pages; /* of those, given back because the copy never happened */
 	uint64_t discarded_pages; /* private pages the guest gave back */
-	uint64_t mapped_pages;    /* mapped into the guest, asked for or ahead */
+	uint64_t mapped_pages;    /* mapped into the guest, on a fault or ahead */
 	uint64_t poisoned_pages, repaired_pages;
 	uint64_t quota_stops; /* times the guest came to a stop at its quota */
 	uint64_t retries;     /* answers put off because the guest's memory was changing */
@@ -57,18 +57,18 @@ struct account_counters {
 struct account_status {
 	uint64_t granted_extents;
 	uint64_t private_pages;    /* charged now */
-	uint64_t quota_pages;      /* of the quota, as the policy is */
+	uint64_t quota_pages;      /* the quota's limit; the policy is the quota's, too */
 	uint64_t stopped_since_ns; /* CLOCK_MONOTONIC, 0: running */
 	uint32_t policy;
 	int32_t broken;  /* -errno once its memory can't be served any more */
-	uint32_t frozen; /* 1: nothing of it is written until it is thawed */
+	uint32_t frozen; /* 1: no private page changes until the thaw */
 	uint32_t spare;
-	uint64_t preloaded_pages; /* of the private ones, those that its memory has not got yet */
-	uint64_t account_no;      /* of no other account of this process, ever */
+	uint64_t preloaded_pages; /* private pages that are not in its memory yet */
+	uint64_t account_no;      /* unique in this process, never used again */
 	struct account_counters counters;
 };
 
-/* All accounts of one image together.  What counts up counts those that were closed, too. */
+/* All accounts of one image together. The counters include closed accounts. */
 struct account_sums {
 	uint64_t private_pages;    /* charged now */
 	uint64_t cow_pages;        /* private copies ever made; never less than an earlier reading, see account_sum */
@@ -78,25 +78,25 @@ struct account_sums {
 	uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
 };
 
-/* Opens the ledger of a guest's mapping of image, all zero, paid for from quota, which it keeps; part of the image's
- * accounts from now on.  All accounts of a quota are of one image. */
+/* Opens an empty ledger of a guest's mapping of image and adds it to the image's accounts. It keeps a reference to
+ * quota, which pays for its pages. All accounts of a quota must be of one image. */
 int account_open(struct image *image, struct quota *quota, struct account **account_out);
-/* The account in a memfd that another process left, taken over on success; its image and quota were adopted before.
- * What can be half done is done again: grants of extents that are not resident any more are taken back, counts are
- * counted, and every private page is to be settled, since nobody knows which discards were read and not seen to.
- * Its place is still to be told (account_place).  -EBADMSG: it is not of this image. */
+/* Adopts the account in a memfd that another process left; takes over the memfd on success. The caller must have
+ * adopted its image and quota. Repairs what may be half done: drops grants of extents that are no longer resident,
+ * recounts, and marks private pages unsettled, since discards may have been read and not handled. The caller must then
+ * call account_place. -EBADMSG: it belongs to another image. */
 int account_adopt(struct image *image, struct quota *quota, int ledger_fd, struct account **account_out);
-/* The memfd it is in; the account's own. */
+/* Its memfd; borrowed. */
 int account_fd(const struct account *account);
 /* As account_status.account_no. */
 uint64_t account_number(const struct account *account);
 /* Returns all grants and charges.  The guest's fault thread must have been stopped. */
 int account_close(struct account *account);
-/* Makes it known where the guest's mapping is; descriptors are borrowed and must outlive the account.  Fails as
- * regions_make does. */
+/* Sets where the guest's mapping is; descriptors are borrowed and must outlive the account. Fails as regions_make
+ * does. */
 int account_place(struct account *account, int uffd, int pagemap_fd, const struct account_region *regions,
                   uint64_t nr_regions);
-/* Where it is now. */
+/* Copies the regions as they are now. */
 void account_regions(const struct account *account, struct region_table *table_out);
 
 void account_read(const struct account *account, struct account_status *status_out);
@@ -104,27 +104,30 @@ void account_read(const struct account *account, struct account_status *status_o
  * Bucket i holds durations below bucket_bound_ns(i). */
 int account_latency(const struct account *account, int kind, uint64_t *counts_out, uint64_t *sum_ns_out);
 uint64_t bucket_bound_ns(uint32_t bucket);
-/* Adds up the accounts of an image; no account opens or closes meanwhile.  cow_pages is the most that charges less
- * returned charges ever came to: ahead of the kernel by charges that were not settled. */
+/* Adds up the accounts of an image; no account opens or closes meanwhile. cow_pages is the highest value so far of
+ * charged less uncharged pages: ahead of the kernel by unsettled charges. */
 void account_sum(struct image *image, struct account_sums *sums_out);
-/* Reads up to nr_max accounts of an image, the latest opened first; how many there are. */
+/* Reads up to nr_max accounts of an image, the latest opened first; returns how many there are. */
 int64_t account_read_all(struct image *image, struct account_status *statuses_out, uint64_t nr_max);
 enum account_state { ACCOUNT_RUNNING, ACCOUNT_STOPPED, ACCOUNT_FROZEN, ACCOUNT_BROKEN };
-/* How each is, with its account_no: enum account_state; cheaper than reading them.  As account_read_all. */
+/* As account_read_all, but reads only each account_no and enum account_state; cheaper. */
 int64_t account_states(struct image *image, uint64_t *account_nos_out, uint8_t *states_out, uint64_t nr_max);
-/* What the private bitmaps of all accounts of this one's quota hold together, and what the quota says is used: the
- * same number.  Cost: waits for each account's write_lock. */
+/* Counts the private pages of all accounts of this one's quota; used_out: the quota's used pages, which must be the
+ * same number. Cost: waits for each account's write_lock. */
 uint64_t account_quota_pages(struct account *account, uint64_t *used_out);
 /* Adds 1 to refs_out[i] for each granted extent first + i. */
 int account_add_grants(const struct account *account, uint64_t first, uint64_t nr, uint32_t *refs_out);
-/* Copies of the bitmap of private (or, 1: unsettled) pages: (nr_pages + 63) / 64 words. */
+/* Copies the bitmap of private (unsettled 1: of unsettled) pages: (nr_pages + 63) / 64 words. */
 int account_bitmap(const struct account *account, int unsettled, uint64_t *words_out, uint64_t nr_words);
+/* Recomputes the invariants of a mapping's account; returns one that does not hold, or NULL. For tests; O(pages) under
+ * write_lock. */
+const char *account_check(struct account *account);
 /* cdef-end */
 
 #define COUNTS_NR (sizeof(struct account_counters) / sizeof(uint64_t))
 #define COUNT_NO(name) (offsetof(struct account_counters, name) / sizeof(uint64_t))
 #define COUNTER(header, name) (&(header)->counts[COUNT_NO(name)])
-/* In stopped_since_ns while a stop is being added to stopped_ns. */
+/* The value of stopped_since_ns while a stop is being added to stopped_ns. */
 #define STOP_ENDING 1
 #define LEDGER_MAGIC 0x474c4453574f43ull /* "COWSDLG" */
 /* cdef-begin */
@@ -139,17 +142,17 @@ struct ledger_header {
 	_Atomic int32_t broken;
 	uint64_t nr_pages, nr_extents;
 	_Atomic uint64_t granted_extents, private_pages, stopped_since_ns, preloaded_pages;
-	_Atomic uint32_t frozen;    /* see account_freeze; whoever adopts the account has it frozen */
+	_Atomic uint32_t frozen;    /* see account_freeze; an adopted account is still frozen */
 	_Atomic uint32_t protected; /* private pages may be write-protected: see account_track */
 	struct shared_regions regions;
 	_Atomic uint64_t counts[COUNTS_NR]; /* struct account_counters: COUNTER() */
 	_Atomic uint64_t latency_sum_ns[LATENCY_NR];
 	_Atomic uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
-	_Atomic uint64_t served[LEDGER_SERVED_WORDS]; /* transport's: what was done for the clients of an overlay */
-	_Atomic uint32_t populated; /* its pages are copied into it, and discarded is what became zero, not a doubt */
+	_Atomic uint64_t served[LEDGER_SERVED_WORDS]; /* transport's counters of the clients of an overlay */
+	_Atomic uint32_t populated; /* pages are copied into the guest; adopting then adds no discarded bits */
 	uint32_t spare;
-	/* faults': messages are read to here, and an event stays until it is seen to: no death loses one.  See guest.c.
-	 */
+	/* The fault thread reads messages into this; an event stays until it is handled, so that no death loses it. See
+	 * guest.c. */
 	uint64_t inbox[LEDGER_INBOX_WORDS];
 };
 _Static_assert(sizeof(struct ledger_header) ==
@@ -157,7 +160,7 @@ _Static_assert(sizeof(struct ledger_header) ==
                                                             LEDGER_SERVED_WORDS + 1 + LEDGER_INBOX_WORDS),
                "the layout is shared: a change needs a new LEDGER_LAYOUT");
 
-/* What closed accounts had counted: the words an image keeps for it (image->past). */
+/* The counters of closed accounts, in the image's memfd (image->past). */
 struct account_past {
 	uint64_t counts[COUNTS_NR];
 	uint64_t latency_sum_ns[LATENCY_NR];
@@ -170,8 +173,9 @@ _Static_assert(sizeof(struct account_past) <= 8 * IMAGE_PAST_WORDS, "an image ha
  * Invariants: (1) granted_extents is the number of granted bits, each counted in the image's refs;
  * (2) private_pages is the number of private bits, each taken from the quota; (3) unsettled is a subset of private.
  * (4) preloaded is a subset of private, and disjoint from unsettled; (5) while dirty is not NULL, every private page
- * that the guest can write without a fault is dirty.  (2) to (5) change only under write_lock; so do the regions, and
- * only in the guest's fault thread.
+ * that the guest can write without a fault is dirty; (6) header->preloaded_pages is the number of preloaded bits. (2)
+ * to (6) change only under write_lock (an overlay's, under its stripes' locks); so do the regions, and only in the
+ * guest's fault thread. An audit recomputes (1), account_check (2) to (4) and (6).
  */
 struct account {
 	struct account *next; /* in image->accounts */
@@ -181,12 +185,12 @@ struct account {
 	struct ledger_header *header;
 	size_t ledger_bytes;
 	int ledger_fd, uffd, pagemap_fd;
-	bool populated; /* its pages are copied into it, not mapped */
+	bool populated; /* pages are copied into the guest, not mapped */
 	bits_word *granted, *private, *unsettled, *discarded, *unmapped, *poisoned, *preloaded;
-	bits_word *dirty; /* NULL: private pages are not followed */
+	bits_word *dirty; /* NULL: private pages are not tracked */
 	bool thaw_ends_tracking;
 	const char
-		*preloaded_bytes; /* the preload file, mapped as long as it has pages that the guest's memory has not */
+		*preloaded_bytes; /* the preload file, mapped while it has pages that are not in the guest's memory */
 	int preload_fd;
 	pthread_mutex_t write_lock; /* within image->accounts_lock, outside store->lock */
 };
@@ -254,7 +258,7 @@ static inline bool account_region_of(const struct account *account, uint64_t pag
 	return true;
 }
 
-/* The page at an address; false if there is none of ours. */
+/* The page at an address; false if no region has it. */
 static inline bool account_page_at(const struct account *account, uint64_t address, uint64_t *page_out)
 {
 	struct account_region region = {account_whole(account), 0, account->image->shape.nr_pages};
@@ -269,10 +273,10 @@ static inline bool account_page_at(const struct account *account, uint64_t addre
 uint32_t bucket_of(uint64_t duration_ns);
 void account_note_latency(struct account *account, int kind, uint64_t duration_ns);
 
-/* The guest comes to a stop at its quota, and goes on; both in its fault thread. */
+/* Begin and end a stop of the guest at its quota; both in its fault thread. */
 void account_begin_stop(struct account *account);
 void account_end_stop(struct account *account);
-/* Under accounts_lock, to be written: keeps what the account counted, for the sums of its image. */
+/* Under accounts_lock for writing: adds the account's counters to its image's past. */
 void account_add_past(const struct account *account);
 
 static inline void count_add(_Atomic uint64_t *counter, uint64_t nr)
@@ -283,7 +287,7 @@ static inline void count_add(_Atomic uint64_t *counter, uint64_t nr)
 enum fault_outcome { FAULT_HIT, FAULT_LOADED, FAULT_FAILED };
 _Static_assert(COUNT_NO(missing_failed) == COUNT_NO(missing_hit) + FAULT_FAILED &&
                        COUNT_NO(minor_failed) == COUNT_NO(minor_hit) + FAULT_FAILED,
-               "outcomes are told apart by number");
+               "count_access adds the outcome to the counter's number");
 
 /* A missing (or minor) fault was answered. */
 static inline void count_access(struct ledger_header *header, bool minor, enum fault_outcome outcome)

@@ -20,7 +20,7 @@ static int open_source(struct account *account, int source_fd)
 	int fd = fcntl(source_fd, F_DUPFD_CLOEXEC, 0);
 	if (fd < 0)
 		return -errno;
-	/* Only ever read by the kernel, for UFFDIO_COPY: a page that cannot be read is an error there, no SIGBUS. */
+	/* Only the kernel reads it, for UFFDIO_COPY: a page that cannot be read is an error there, no SIGBUS. */
 	void *at = mmap(NULL, map_bytes, PROT_READ, MAP_SHARED, fd, 0);
 	if (at == MAP_FAILED) {
 		int err = -errno;
@@ -55,7 +55,7 @@ static uint64_t preload_word(struct account *account, uint64_t word_no, uint64_t
 			continue;
 		quota_take_anyway(account->quota, 1);
 		account_charge(account, page);
-		/* Before it is settled: no moment at which a killed process leaves a charge of nothing. */
+		/* Set before unsettled is cleared: a process killed in between must not leave a charge for nothing. */
 		bits_set(account->preloaded, page);
 		bits_clear(account->unsettled, page);
 		nr++;

@@ -6,15 +6,15 @@
 #include <errno.h>
 
 /*
- * Under write_lock.  The kernel answers ENOENT for what no userfaultfd guards, but does not say whose guards a page:
- * the guest may have mapped the image anew at the address.  So a page is only ever protected by the question.  What is
- * shared is protected anyway, and a private one is opened again by its next write.
+ * Under write_lock. UFFDIO_WRITEPROTECT fails with ENOENT where no userfaultfd guards the page, but does not report
+ * which one does: the guest may have mapped the image anew at the address. So the probe only protects. A shared page is
+ * protected anyway, and the next write fault opens a private one again.
  */
 static bool is_present(struct account *account, uint64_t page)
 {
 	int err;
 
-	if (account->dirty || account_is_frozen(account)) /* what was protected is to mean something: not now */
+	if (account->dirty || account_is_frozen(account)) /* protection marks clean or frozen pages now: do not probe */
 		return true;
 	err = account_protect(account, page, 1, true);
 	return err != -ENOENT && err != -ESRCH;

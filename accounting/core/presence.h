@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Whether a guest has anything of its mapping left, asked of the kernel: nothing tells us that it unregistered a part.
+ * Asks the kernel whether a guest has any of its mapping left: no event reports that it unregistered a part.
  */
 #ifndef COWSHED_PRESENCE_H
 #define COWSHED_PRESENCE_H
@@ -8,9 +8,9 @@
 #include "accounting/core/ledger.h"
 
 /* cdef-begin */
-/* Looks for a page that the guest has still under a userfaultfd, from *page_io on; costs its next write there a fault.
- * 1: *page_io is one; 0: there is none; -EAGAIN: not among the nr_max looked at, go on from *page_io.  Cost: about 1 us
- * a page, and the first page is usually there. */
+/* Looks, from *page_io on, for a page that a userfaultfd still guards; the guest's next write there faults. 1: *page_io
+ * is one; 0: there is none; -EAGAIN: not among the nr_max looked at, go on from *page_io. Cost: about 1 us a page, and
+ * the first page is usually there. */
 int account_find_present(struct account *account, uint64_t nr_max, uint64_t *page_io);
 /* cdef-end */
 

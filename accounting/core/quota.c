@@ -88,7 +88,7 @@ int quota_adopt(int fd, struct quota **quota_out)
 		return err;
 	}
 	quota->fd = fd;
-	atomic_store(&quota->header->used_pages, 0); /* what was taken and not charged went with who took it */
+	atomic_store(&quota->header->used_pages, 0); /* pages taken and not charged died with the process */
 	*quota_out = quota;
 	return 0;
 }

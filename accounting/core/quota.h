@@ -7,9 +7,9 @@
  * together than the limit.  A caller names the least it can use: it gets as many pages as are left, up to what it
  * wants, or none if fewer than that are left.
  *
- * Invariant: used_pages is the sum of private_pages over the quota's accounts, plus what is taken and not charged
- * yet.  A mapping's account has such pages only under its write_lock, and account_quota_pages recomputes it; an
- * overlay's has them in hand for as long as a request takes, and overlay_sums does.
+ * Invariant: used_pages is the sum of private_pages over the quota's accounts, plus what is taken and not charged yet.
+ * A mapping's account has taken but uncharged pages only under its write_lock, and account_quota_pages recomputes the
+ * sum; an overlay's account has them in hand for as long as a request takes, and overlay_sums recomputes it.
  */
 #ifndef COWSHED_QUOTA_H
 #define COWSHED_QUOTA_H
@@ -30,17 +30,17 @@ struct quota_status {
 	uint32_t nr_accounts;
 };
 
-/* A quota of which nothing is used; the caller's reference and each account's keep it. */
+/* Makes an unused quota; it lives until the caller and every account have given up their references. */
 int quota_open(uint64_t quota_pages, int policy, struct quota **quota_out);
-/* The quota in a memfd that another process left, taken over on success; nothing is used until its accounts are adopted
- * too.  -EBADMSG: it is none of ours. */
+/* Adopts the quota in a memfd that another process left; takes over the memfd on success. used_pages is 0 until its
+ * accounts are adopted. -EBADMSG: it is not a quota. */
 int quota_adopt(int fd, struct quota **quota_out);
 /* Gives up a reference. */
 void quota_close(struct quota *quota);
-/* May be less than what is used: then nothing can be taken until enough was given back. */
+/* quota_pages may be less than the used pages: then none can be taken until enough are given back. */
 int quota_set(struct quota *quota, uint64_t quota_pages, int policy);
 void quota_read(const struct quota *quota, struct quota_status *status_out);
-/* The memfd that holds it: struct quota_header; the quota's own. */
+/* Its memfd, a struct quota_header; borrowed. */
 int quota_fd(const struct quota *quota);
 /* cdef-end */
 
@@ -65,7 +65,7 @@ struct quota {
 	int fd;
 	_Atomic uint32_t nr_users;      /* references */
 	_Atomic uint32_t nr_accounts;   /* of those, accounts */
-	_Atomic uint64_t settled_at_ns; /* when all its accounts were settled for the sake of one */
+	_Atomic uint64_t settled_at_ns; /* when account_settle_quota last ran */
 };
 
 /* For an account. */
@@ -86,7 +86,7 @@ static inline bool quota_has_room(const struct quota *quota, uint64_t nr)
 	return quota_policy_of(quota) == QUOTA_ALLOW || (used < limit && limit - used >= nr);
 }
 
-/* Takes at most nr_most pages: all that is left, if that is less; but nothing if it is less than nr_least. */
+/* Takes nr_most pages, or all that are left if fewer; none if fewer than nr_least are left. Returns how many. */
 static inline uint64_t quota_take(struct quota *quota, uint64_t nr_least, uint64_t nr_most)
 {
 	struct quota_header *header = quota->header;

@@ -20,7 +20,7 @@ static int compare_regions(const void *a, const void *b)
 	return left->first_page < right->first_page ? -1 : left->first_page > right->first_page;
 }
 
-/* Sorts, and makes one region of neighbours. */
+/* Sorts the regions and merges neighbours. */
 static void table_tidy(struct account_region *regions, uint64_t *nr)
 {
 	uint64_t kept = 0;
@@ -88,7 +88,7 @@ static void add_part(const struct account_region *region, uint64_t start, uint64
 
 int regions_move(struct region_table *table, uint64_t from, uint64_t to, uint64_t length)
 {
-	/* What stays is cut by what goes and by where it goes: three parts at most, and the part that goes. */
+	/* The source and the target range cut a region into at most three parts that stay, and one that moves. */
 	struct account_region parts[4 * REGIONS_MAX];
 	uint64_t nr = 0;
 	uint64_t low = from < to ? from : to, high = from < to ? to : from;
@@ -132,7 +132,7 @@ void regions_write(struct shared_regions *shared, const struct region_table *tab
 		atomic_store(&shared->whole_address, first->address);
 }
 
-/* nr is of the same table; both may be torn until the version was seen to be the same afterwards. */
+/* This and nr_at may return torn values: the caller must check afterwards that the version is unchanged. */
 static struct account_region region_at(const struct shared_regions *shared, uint64_t version, uint64_t i)
 {
 	const _Atomic uint64_t *words = shared->tables[version % 2].words[i];

@@ -32,8 +32,8 @@ struct region_table {
  * of the image or of the address space, or if two overlap. */
 int regions_make(const struct account_region *regions, uint64_t nr, uint64_t nr_image_pages,
                  struct region_table *table_out);
-/* What is mapped at [from, from + length) is now at to; what was there is in no region any more.  -E2BIG if that
- * makes too many regions; the table is as it was. */
+/* Moves what is mapped at [from, from + length) to `to`; what was mapped there leaves the table. -E2BIG if that makes
+ * too many regions; the table is then unchanged. */
 int regions_move(struct region_table *table, uint64_t from, uint64_t to, uint64_t length);
 /* cdef-end */
 
@@ -55,7 +55,7 @@ _Static_assert(sizeof(struct shared_regions) == 8 * (2 + 2 * (1 + 3 * REGIONS_MA
 /* One writer at a time. */
 void regions_write(struct shared_regions *shared, const struct region_table *table, uint64_t nr_image_pages);
 void regions_read(const struct shared_regions *shared, struct region_table *table_out);
-/* The first run of [first, end) that some region has; the region of a page, of an address; false if there is none. */
+/* Find the first run of [first, end) that a region has; the region of a page; of an address. false if there is none. */
 bool regions_span(const struct shared_regions *shared, uint64_t first, uint64_t end, struct account_span *span_out);
 bool regions_find_page(const struct shared_regions *shared, uint64_t page, struct account_region *region_out);
 bool regions_find_address(const struct shared_regions *shared, uint64_t address, struct account_region *region_out);

@@ -13,14 +13,13 @@
 #define LOOKS_MAX 512
 #define SCANNED_MAX 64
 #define SETTLE_QUOTA_EVERY_NS 20000000u
-#define LOOK_DOUBTFUL 0xff /* a copy in swap, or no page; not told to others */
+#define LOOK_DOUBTFUL 0xff /* a copy in swap, or no page; only within this file */
 
 /*
- * PAGE_IS_WRITTEN means "not write-protected by userfaultfd".  A swap-like entry that is write-protected is the
- * marker the kernel leaves where a protected page was punched away; one that is not is a copy in swap, or the
- * marker of a poisoned page, which the ledger knows.  Once private pages may be protected (track.h), a protected entry
- * may be a copy in swap as well, and nothing tells them apart but taking the protection off: that leaves nothing in
- * the marker's place.
+ * PAGE_IS_WRITTEN means "not write-protected by userfaultfd". A swap-like entry that is write-protected is the marker
+ * the kernel leaves where a protected page was punched away; one that is not is a copy in swap, or the marker of a
+ * poisoned page, which the ledger knows. Once private pages may be protected (track.h), a protected entry may also be a
+ * copy in swap. Only removing the protection distinguishes the two: it removes a marker.
  */
 static uint8_t page_look(const struct account *account, uint64_t page, uint64_t categories)
 {
@@ -73,8 +72,8 @@ static int look_at_span(struct account *account, const struct account_span *span
 }
 
 /*
- * PAGEMAP_SCAN finds the memory of a process that has ended empty, and says so without an error (Linux 6.18.44).  A
- * read gives no bytes then, whatever its place.
+ * PAGEMAP_SCAN reports no pages, and no error, for a process that has ended (Linux 6.18.44). A read then returns no
+ * bytes, at any offset.
  */
 static int look_at_life(const struct account *account)
 {
@@ -98,7 +97,7 @@ static int look_closely(struct account *account, uint64_t first, uint64_t nr, ui
 	return err ? err : look_at_life(account);
 }
 
-/* A doubtful page that was settled is a copy: what could have taken that away would have been read of. */
+/* A doubtful page that was settled is a copy: the event of a discard would have been read. */
 int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *looks_out)
 {
 	int err = look_closely(account, first, nr, looks_out);
@@ -154,9 +153,9 @@ static int look_in_doubt(struct account *account, uint64_t page, uint8_t *look_o
 }
 
 /*
- * An open page (un-protected, not written yet) is protected again and then looked at once more: between the
- * first look and the protection its guest may have made the copy after all.  Such a copy is un-protected
- * again at once: only those who follow private pages have them protected (track.h).
+ * An open page (un-protected, not written yet) is protected again and then looked at once more: between the first look
+ * and the protection its guest may have made the copy after all. Such a copy is un-protected again at once: private
+ * pages are protected only while they are tracked (track.h).
  */
 static int64_t settle_batch(struct account *account, uint64_t first, uint64_t nr)
 {
@@ -197,7 +196,7 @@ int64_t account_settle_range(struct account *account, uint64_t first, uint64_t n
 	uint64_t end = first + nr;
 	int64_t nr_returned = 0;
 
-	/* What is frozen was settled as it froze. */
+	/* A frozen account was settled when it froze. */
 	if (account->pagemap_fd < 0 || account_is_frozen(account))
 		return 0;
 	for (uint64_t page = first; (page = bits_next(account->unsettled, page, end)) < end;) {
@@ -220,7 +219,7 @@ int64_t account_settle(struct account *account)
 	return nr;
 }
 
-/* Whether it is the caller's turn. */
+/* Whether the last run is long enough ago; if so, the caller must settle. */
 static bool quota_begin_settle(struct quota *quota)
 {
 	struct timespec now;
@@ -260,7 +259,8 @@ bool account_page_is_private(struct account *account, uint64_t page)
 	int err = look_closely(account, page, 1, &seen);
 	if (!err && seen == LOOK_DOUBTFUL && !account_is_frozen(account))
 		err = look_in_doubt(account, page, &seen);
-	/* In doubt it stays charged; and an open page does, because its guest may make the copy any moment, unasked. */
+	/* A doubtful page stays charged; so does an open one, because a write may copy it at any moment, without a
+	 * fault. */
 	if (err || seen == PAGE_LOOK_PRIVATE || seen == PAGE_LOOK_OPEN || seen == LOOK_DOUBTFUL)
 		return true;
 	account_uncharge(account, page);

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What the ledger's counters come to: of one account, and of all that an image ever had.
+ * Sums of the ledger's counters: of one account, and of all that an image ever had.
  *
- * Nothing here stops a fault thread.  A counter is read while it grows; what is added up of several is at no one
- * instant, but no account is counted twice or left out, and no later reading of a counter is less.
+ * Nothing here stops a fault thread. A counter is read while it grows; a sum of several is not a consistent snapshot,
+ * but no account is counted twice or left out, and no counter ever decreases.
  */
 #define _GNU_SOURCE
 #include "accounting/core/ledger.h"
@@ -29,7 +29,7 @@ void account_begin_stop(struct account *account)
 	atomic_store(&account->header->stopped_since_ns, clock_ns());
 }
 
-/* The clock is read after STOP_ENDING is there to see, so that no reader has counted beyond it. */
+/* The clock is read after STOP_ENDING is stored, so that no reader has counted beyond that time. */
 void account_end_stop(struct account *account)
 {
 	struct ledger_header *header = account->header;
@@ -42,7 +42,7 @@ void account_end_stop(struct account *account)
 	atomic_store(&header->stopped_since_ns, 0);
 }
 
-/* Time at the quota up to now, which a second reading never finds to be less; since when, if it stands now. */
+/* Returns the time stopped at the quota up to now, which never decreases; since_ns_out: since when, or 0. */
 static uint64_t read_stopped_ns(const struct ledger_header *header, uint64_t *since_ns_out)
 {
 	for (;;) {

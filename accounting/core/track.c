@@ -17,7 +17,7 @@ static uint64_t nr_words_of(const struct account *account)
 	return bits_bytes(account->image->shape.nr_pages) / sizeof(bits_word);
 }
 
-/* A part of the run that is none of ours any more (unmapped, unregistered) is passed over. */
+/* Skips pages of the run that are no longer ours (unmapped, unregistered). */
 static int protect_run(struct account *account, uint64_t first, uint64_t nr, bool on)
 {
 	int err = account_protect(account, first, nr, on);
@@ -31,7 +31,7 @@ static int protect_run(struct account *account, uint64_t first, uint64_t nr, boo
 	return err == -ENOENT ? 0 : err;
 }
 
-/* Protects the pages whose bits are set in nr words, which are of the pages from first on; or opens them. */
+/* Protects (or opens) the pages whose bits are set in nr words, whose first bit is page first. */
 static int protect_bits(struct account *account, const bits_word *words, uint64_t nr, uint64_t first, bool on)
 {
 	int err = 0;
@@ -69,7 +69,7 @@ static int begin(struct account *account)
 	return 0;
 }
 
-/* Opens what is private, a batch at a time, and then forgets what was dirty. */
+/* Opens the private pages, a batch at a time, and then drops the dirty bits. */
 static int end(struct account *account)
 {
 	uint64_t nr_words = nr_words_of(account);
@@ -109,7 +109,7 @@ int account_track(struct account *account, int on)
 		err = begin(account);
 	}
 	bool ends = !on && atomic_load(&account->header->protected);
-	if (ends && frozen) /* not one page is opened before */
+	if (ends && frozen) /* no page may be opened before */
 		account->thaw_ends_tracking = true;
 	pthread_mutex_unlock(&account->write_lock);
 	return ends && !frozen ? end(account) : err;
@@ -126,7 +126,7 @@ static int take_batch(struct account *account, uint64_t *words_out, uint64_t fir
 	point_reach(POINT_TRACK_CLEARED);
 	for (uint64_t i = 0; i < nr; i++)
 		words_out[first_word + i] = taken[i];
-	/* What is frozen is protected. */
+	/* A frozen page is protected already. */
 	if (!account_is_frozen(account))
 		err = protect_bits(account, taken, nr, first_word * 64, true);
 	for (uint64_t i = 0; i < nr && err; i++)
@@ -155,7 +155,7 @@ int64_t account_take_dirty(struct account *account, uint64_t *words_out, uint64_
 		pthread_mutex_lock(&account->write_lock);
 		int err = account->dirty ? take_batch(account, words_out, at, nr) : -EINVAL;
 		pthread_mutex_unlock(&account->write_lock);
-		if (err == -EAGAIN && patience-- > 0) { /* an event is unread: the fault thread's business */
+		if (err == -EAGAIN && patience-- > 0) { /* an event is unread: the fault thread must read it */
 			nap();
 			continue;
 		}
@@ -170,7 +170,7 @@ int64_t account_take_dirty(struct account *account, uint64_t *words_out, uint64_
 	return nr_taken;
 }
 
-/* Under write_lock, and kept until the end: nobody opens a page meanwhile. */
+/* Under write_lock, held throughout: no page is opened meanwhile. */
 static int freeze(struct account *account)
 {
 	bool followed = account->dirty || atomic_load(&account->header->protected);
@@ -184,7 +184,7 @@ static int freeze(struct account *account)
 	err = protect_bits(account, account->dirty, nr_words_of(account), 0, true);
 	if (err)
 		return err;
-	/* What was opened and never written is nobody's: who is told what is private is told the truth. */
+	/* A page opened and never written is not private: while frozen, the private bitmap must be exact. */
 	int64_t settled = account_settle_range(account, 0, account->image->shape.nr_pages);
 	if (settled < 0)
 		return (int)settled;
@@ -207,7 +207,7 @@ void account_thaw(struct account *account)
 	bool ends = account->thaw_ends_tracking;
 	account->thaw_ends_tracking = false;
 	pthread_mutex_unlock(&account->write_lock);
-	/* Should it fail, pages are opened as they are written. */
+	/* If it fails, pages are opened as they are written. */
 	if (ends)
 		end(account);
 }

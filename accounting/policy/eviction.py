@@ -1,33 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which extents to give up: S3-FIFO, told about sharing.
+"""Which extents to evict: S3-FIFO, with sharing taken into account.
 
 Theory of operation. After Yang et al., "FIFO queues are all you need for cache eviction" (SOSP
-2023). New extents wait in a *small* queue, a tenth of the capacity. What leaves it unasked-for is
-evicted and only its name is kept, in the *ghosts*; what was wanted while it waited moves to *main*.
-A name that comes back while it is still a ghost was evicted too early and goes straight to main. A
-scan of a whole image therefore washes through the small queue and leaves main alone.
+2023). New extents wait in a *small* queue, a tenth of the capacity. An extent that leaves it
+without heat is evicted and only its name is kept, in the *ghosts*; an extent that was wanted while
+it waited moves to *main*. An extent that is loaded again while its name is a ghost was evicted too
+early and goes straight to main. A scan of a whole image therefore washes through the small queue
+and leaves main alone.
 
 We see faults, not reads: once a guest has mapped an extent, its hits are silent. So heat is what
 the ledger counts, *touches* (faults since we last looked, of which the one that loaded the extent
-may be one) and *refs* (guests that hold it: evicting it costs each of them a fault). Both become
-*credit*:
+may be one) and *refs* (guests that were granted it: evicting it costs each of them a fault). Both
+become *credit*:
 
     in small    touches + shared(refs) >= 2 moves the extent to main; less, and it is a victim
     in main     credit grows by the touches, to at most 3; an extent with credit goes round once
                 more and pays 1; an extent without is a victim
 
-shared(refs) is 1 from two guests up and 2 from eight up. Main grants it at the first look and again
+shared(refs) is 1 from two guests up and 2 from eight up. Main adds it at the first look and again
 with each new touch, not at every look: grants end only when we evict, so refs alone never cool
 down, and pages that all guests read once at boot would stay for good.
 
 The queues are sorted by a sequence number, not linked: an extent can leave from the middle (an
-image goes, an operator evicts a range) in O(log n), and a victim that was not evicted after all
-returns to the exact place it had.
+image is closed, an operator evicts a range) in O(log n), and a victim that was not evicted after
+all returns to the exact place it had.
 
 Left out: the paper's counters per read (we have no reads to count), and going round until
 everything hot has cooled: right after a hundred guests attach that would be four rounds of the
-whole cache while loaders wait. A call that has let PATIENCE pass per victim stops asking for heat
-instead.
+whole cache while loaders wait. Instead, a call that has passed over PATIENCE extents per victim
+ignores heat.
 """
 
 from collections import OrderedDict
@@ -48,7 +49,7 @@ PROMOTING_CREDIT = 2
 SMALL_SHARE = 10
 """The small queue's part of the capacity is one in this many."""
 PATIENCE = 32
-"""Wanted extents a call lets pass per victim asked for. Past that it takes what comes: loaders are
+"""Wanted extents that a call passes over per victim. Past that it ignores heat: loaders are
 waiting, and passing this many takes about as long as the load that the victim makes room for."""
 
 
@@ -59,10 +60,10 @@ class Heat(Protocol):
         """Count faults on the extent since the last call (at most MAX_CREDIT); clear them."""
 
     def refs(self, key: ExtentKey, /) -> int:
-        """Count the guests that hold the extent."""
+        """Count the guests that were granted the extent."""
 
     def evictable(self, key: ExtentKey, /) -> bool:
-        """Tell whether the extent may be evicted now: resident, not pinned, not busy."""
+        """Return whether the extent may be evicted now: resident, not pinned, not held."""
 
 
 class EvictionPolicy:
@@ -98,11 +99,11 @@ class EvictionPolicy:
         return len(self._places)
 
     def __contains__(self, key: ExtentKey) -> bool:
-        """Tell whether the extent is tracked: admitted, and not forgotten since."""
+        """Return whether the extent is tracked: admitted, and not forgotten since."""
         return key in self._places
 
     def remembers(self, key: ExtentKey) -> bool:
-        """Tell whether the extent was evicted lately: a load of it now says it went too early."""
+        """Return whether the extent was evicted lately: a load of it now means it was too early."""
         return key in self._ghosts
 
     def admit(self, keys: Iterable[ExtentKey]) -> None:
@@ -140,8 +141,8 @@ class EvictionPolicy:
         nr_small_unseen = len(small)
         nr_stuck = 0  # extents of main passed in a row since anything changed; all of them: give up
         patience = PATIENCE * nr_extents
-        small_due = len(small) >= self.nr_small_wanted  # decided per victim: what small promotes
-        while len(victims) < nr_extents:  # is not for main to give up before the rest of small
+        small_due = len(small) >= self.nr_small_wanted  # decided per victim: main must not lose
+        while len(victims) < nr_extents:  # what small promotes before the rest of small is seen
             if nr_small_unseen and (small_due or nr_stuck >= len(main)):
                 nr_small_unseen -= 1
                 small_due = True
@@ -185,8 +186,8 @@ class EvictionPolicy:
     def forget(self, keys: Iterable[ExtentKey], *, evicted: bool) -> None:
         """Stop tracking extents that are no longer resident; O(log n) each.
 
-        evicted tells whether one that comes back soon was evicted too early (it becomes a ghost),
-        or is gone for another reason. Raises InvariantError at a key that is not tracked; those
+        evicted: they become ghosts, since one that comes back soon was evicted too early; otherwise
+        they are gone for another reason. Raises InvariantError at a key that is not tracked; those
         before it are forgotten.
         """
         places, chosen, ghosts = self._places, self._chosen, self._ghosts
@@ -256,14 +257,14 @@ class EvictionPolicy:
         self._chosen.clear()
 
     def _is_wanted(self, key: ExtentKey, heat: Heat) -> bool:
-        """Tell whether an extent of small has earned a place in main; takes its touches."""
+        """Return whether an extent of small has earned a place in main; takes its touches."""
         return heat.take_touches(key) + _shared(heat.refs(key)) >= PROMOTING_CREDIT
 
     def _credit(self, key: ExtentKey, heat: Heat, *, seen: bool) -> int:
-        """Give an extent of main its credit at this look.
+        """Return the credit of an extent of main at this look.
 
-        At a second look in one call (seen) touches stay where they are: guests that fault faster
-        than we go round must not keep us going round.
+        At a second look in one call (seen) its touches are not taken: guests that fault faster than
+        the call goes round must not prolong it.
         """
         credit = self._credits.get(key)
         if seen and credit is not None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much room the background evictor keeps free.
 
-As with the kernel's kswapd, two marks: when free room falls below low_free the evictor is ordered
-to make it high_free again, so that loaders seldom wait for an eviction, and an eviction is seldom
-for one extent only. One mark would have the evictor woken by every single load.
+As with the kernel's kswapd, two marks: when free room falls below low_free the evictor raises it to
+high_free again, so that loaders seldom wait for an eviction, and an eviction is seldom for one
+extent only. With one mark, every single load would wake the evictor.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ HIGH_SHARE = 16
 MOST_SHARE = 8
 """Small caches round up, but never keep free more than one in this many (and always one extent)."""
 MOST_EXTENTS = 4096
-"""Large caches keep no more free than this (256 MiB of 64 KiB extents): bursts stop growing."""
+"""Large caches keep no more free than this (256 MiB of 64 KiB extents): bursts grow no further."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Watermarks:
         object.__setattr__(self, "high_free", min(high, max(1, capacity // MOST_SHARE)))
 
     def nr_to_evict(self, free_extents: int) -> int:
-        """Say how many extents the evictor is to evict now: 0 unless free room is below low_free.
+        """Return how many extents the evictor must evict now: 0 unless free room is below low_free.
 
         Keeps no state between calls: the evictor finishes one order before it asks for the next.
         Raises InvariantError if free_extents is not within 0 and the capacity.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Working sets: which extents of an image guests touch, in the order of first touch; a file each.
 
-Replayed as prefetch at the next start. A file is a hint about one image: if it is damaged, or tells
-of another image or another extent size, it is refused whole. Format, little-endian:
+Replayed as prefetch at the next start. A file is a hint about one image: if it is damaged, or is of
+another image or extent size, it is refused whole. Format, little-endian:
 
     magic           8 bytes  "CSHDWSET"
     version         u32      1
@@ -14,8 +14,8 @@ of another image or another extent size, it is refused whole. Format, little-end
     list            u32 each extent numbers, first touched first, no duplicates
     crc             u32      CRC-32 of everything before it
 
-Binary, and checked by a CRC rather than by a parser's mood: a list of a million extents is 4 MB and
-is read in milliseconds. u32 numbers reach 256 TiB in 64 KiB extents.
+Binary, with a CRC: a list of a million extents is 4 MB and is read in milliseconds. u32 numbers
+reach 256 TiB in 64 KiB extents.
 """
 
 import os
@@ -71,7 +71,7 @@ class WorkingSet:
             min(self.extents) >= 0 and max(self.extents) < self.nr_image_extents
         ):
             raise UsageError(
-                f"an extent lies outside the image's {self.nr_image_extents}: leave it out"
+                f"an extent lies outside the image's {self.nr_image_extents} extents: leave it out"
             )
         if len(set(self.extents)) != len(self.extents):
             raise UsageError("an extent is listed twice: list each at its first touch")
@@ -118,7 +118,7 @@ def encode_working_set(working_set: WorkingSet) -> bytes:
 
 
 def decode_working_set(content: bytes) -> WorkingSet:
-    """Read the file's bytes back, whole or not at all. Raises UsageError saying what is wrong."""
+    """Read the file's bytes back, whole or not at all. Raises UsageError naming what is wrong."""
     if not content.startswith(_MAGIC):
         raise UsageError("not a working-set file: name the right one")
     if len(content) < _HEADER.size + _CRC.size:
@@ -170,7 +170,7 @@ def write_working_set(path: Path, working_set: WorkingSet) -> None:
         _sync_directory(path.parent)
     except OSError as error:
         raise SourceError(
-            f"writing working set {path}: {error.strerror}: free or allow the place"
+            f"writing working set {path}: {error.strerror}: free space or allow writes there"
         ) from error
 
 
@@ -201,7 +201,7 @@ def read_working_set(
     ):
         if recorded != wanted:
             raise UsageError(
-                f"{path}: recorded of another image ({what} {recorded}, not {wanted}): "
+                f"{path}: recorded for another image ({what} {recorded}, not {wanted}): "
                 "delete it to record anew"
             )
     return working_set

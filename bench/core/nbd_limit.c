@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The fastest NBD server that a client can meet here: it has no disk.  Every read is answered from one buffer, every
- * write is read and forgotten, all requests that came together with one send.  What a client manages with it is the
- * client's own limit and the socket's, which no server passes.
+ * An upper bound for NBD servers: it has no disk.  It answers every read from one buffer, drops every write, and
+ * answers requests that arrived together with one send.  A client's rate with it is the limit of the client and the
+ * socket, which no server exceeds.
  *
  *     nbd_limit SOCKET SIZE_BYTES      listens, prints a line, serves until it is killed
  */

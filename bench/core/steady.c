@@ -46,7 +46,7 @@ uint64_t steady_note(const struct steady_order *order, struct steady_guest *gues
 	return now_ns;
 }
 
-/* Whether the page held what this guest last put there, or else the image's. */
+/* Returns whether the page had the bytes that this guest last wrote there, or else the image's. */
 static bool touch(volatile uint64_t *word, uint64_t page, bool write, bool may_be_written)
 {
 	if (write)
@@ -55,7 +55,7 @@ static bool touch(volatile uint64_t *word, uint64_t page, bool write, bool may_b
 	return seen == (write ? ~page : page) || (may_be_written && seen == ~page);
 }
 
-/* A function of its own: no variable of it changes between the two returns of sigsetjmp. */
+/* A separate function, so that no local variable changes between the two returns of sigsetjmp. */
 static bool access_page(char *base, uint64_t page, bool write, bool may_be_written)
 {
 	if (sigsetjmp(broken, 1))

@@ -26,7 +26,7 @@ static uint64_t clock_ns(void)
 	return read_clock(CLOCK_MONOTONIC);
 }
 
-/* Taken twice with sign -1 and +1, it leaves the difference. */
+/* Two calls, with sign -1 and +1, leave the difference. */
 static void cost_add(struct touch_cost *cost, int sign)
 {
 	struct rusage usage;

@@ -20,7 +20,7 @@
 #define UFFDIO_CONTINUE_MODE_WP ((uint64_t)1 << 1)
 #endif
 
-/* 6.6: SIGBUS for whoever touches the page. */
+/* 6.6: touching the page raises SIGBUS. */
 #ifndef UFFDIO_POISON
 #define UFFD_FEATURE_POISON ((uint64_t)1 << 14)
 struct uffdio_poison {
@@ -41,7 +41,7 @@ _Static_assert(sizeof(struct uffdio_copy) == 40, "uffdio_copy is the kernel's");
 _Static_assert(sizeof(struct uffdio_writeprotect) == 24, "uffdio_writeprotect is the kernel's");
 _Static_assert(sizeof(struct uffd_msg) == 32, "uffd_msg is the kernel's");
 
-/* What a guest's userfaultfd must be able to do; told to it in the handshake. */
+/* Features that a guest's userfaultfd must have; the handshake sends them to the guest. */
 #define COWSHED_UFFD_FEATURES                                                                     \
 	(UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_PAGEFAULT_FLAG_WP | \
 	 UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP | \

@@ -11,7 +11,7 @@
 #include <unistd.h>
 
 struct layout {
-	size_t words, bytes; /* an array of uint32_t, one of uint8_t, by extent */
+	size_t words, bytes; /* length of a per-extent array of uint32_t, of uint8_t */
 	size_t total_bytes;
 };
 
@@ -118,7 +118,7 @@ int64_t arrays_mend(struct image *image, uint64_t nr_max)
 {
 	uint64_t nr_resident = 0, nr_pages = 0, nr_lent = 0;
 
-	/* Who maps them unguarded would read zeros: they are the last to go. */
+	/* Lent extents go last: a guest that maps them unguarded would read zeros. */
 	for (uint64_t e = 0; e < image->shape.nr_extents; e++)
 		nr_lent += is_lent(image, e);
 	for (uint64_t e = 0; e < image->shape.nr_extents; e++) {
@@ -126,8 +126,7 @@ int64_t arrays_mend(struct image *image, uint64_t nr_max)
 		bool lent = is_lent(image, e);
 		bool keep = state == EXTENT_RESIDENT && nr_resident + (lent ? 0 : nr_lent) < nr_max;
 
-		/* What is in the frames of an extent that was neither is of no account: a load overwrites it, a scrub
-		 * drops it. */
+		/* Frames of an ABSENT extent do not matter: a load overwrites them, a scrub drops them. */
 		if (state != EXTENT_ABSENT && !keep) {
 			int err = image_punch(image, e, 1);
 			if (err)

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What is known of an image's extents, and what was ever done for it: one memfd, so that it outlives the process.
+ * An image's totals and per-extent arrays, in one memfd that outlives the process.
  *
- * A header says what the memfd describes; totals and arrays follow it.  The process that made it may die at any
- * instruction, so who adopts it (image_adopt) believes only what cannot be half done: see arrays_mend.
+ * A header states the image's shape and holds the totals; the arrays follow. The process that made the memfd may die at
+ * any instruction, so its successor (image_adopt) trusts only what cannot be half done: see arrays_mend.
  */
 #ifndef COWSHED_ARRAYS_H
 #define COWSHED_ARRAYS_H
@@ -32,7 +32,7 @@ struct arrays_header {
 	uint64_t spare[4];
 	struct image_totals totals;
 };
-_Static_assert(sizeof(struct arrays_header) == 8 * (8 + 16), "the layout is shared with those who come after");
+_Static_assert(sizeof(struct arrays_header) == 8 * (8 + 16), "other releases read this layout");
 
 struct image;
 
@@ -42,9 +42,9 @@ int arrays_create(struct image *image);
 int arrays_adopt(struct image *image, int arrays_fd);
 void arrays_close(struct image *image);
 /*
- * Before anybody else uses the image: makes the arrays true again.  Holds died with who held them.  A load or an
- * eviction in hand is undone by punching the extent; of the resident ones, at most nr_max stay.  Grants
- * and loans are counted anew by the accounts, as they are adopted.  How many extents are resident, or -errno.
+ * Makes the arrays true again; must run before anything else uses the image. Drops all holds, punches extents that were
+ * LOADING or EVICTING, and keeps at most nr_max RESIDENT ones. Accounts count grants and loans anew as they are
+ * adopted. Returns how many extents are resident, or -errno.
  */
 int64_t arrays_mend(struct image *image, uint64_t nr_max);
 

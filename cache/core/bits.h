@@ -20,7 +20,7 @@ static inline bool bits_test(const bits_word *bits, uint64_t no)
 	return atomic_load_explicit(&bits[no / 64], memory_order_acquire) >> (no % 64) & 1;
 }
 
-/* Sets a bit; says whether it was clear. */
+/* Sets a bit; returns whether it was clear. */
 static inline bool bits_set(bits_word *bits, uint64_t no)
 {
 	uint64_t mask = (uint64_t)1 << (no % 64);
@@ -28,7 +28,7 @@ static inline bool bits_set(bits_word *bits, uint64_t no)
 	return !(atomic_fetch_or_explicit(&bits[no / 64], mask, memory_order_acq_rel) & mask);
 }
 
-/* Clears a bit; says whether it was set. */
+/* Clears a bit; returns whether it was set. */
 static inline bool bits_clear(bits_word *bits, uint64_t no)
 {
 	uint64_t mask = (uint64_t)1 << (no % 64);

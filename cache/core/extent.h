@@ -58,7 +58,7 @@ static inline bool extent_begin_evict(extent_word *word)
 	                                               memory_order_relaxed);
 }
 
-/* The steps made under the store's lock; nr_holds is what the extent is born with. */
+/* The steps made under the store's lock; nr_holds: the holds that the extent starts with. */
 static inline void extent_step(extent_word *word, enum extent_state from, enum extent_state to, uint32_t nr_holds)
 {
 	uint32_t before =

@@ -15,8 +15,8 @@
 #include <unistd.h>
 
 /*
- * The frames are owned by mode 0 and handed out through an O_RDONLY description opened before the mode
- * went away.  Seals would do it too, but F_SEAL_WRITE and F_SEAL_FUTURE_WRITE forbid punching.
+ * The memfd of the frames gets mode 0, so that guests cannot reopen it for writing; they get an O_RDONLY description
+ * that was opened before. Seals would do, too, but F_SEAL_WRITE and F_SEAL_FUTURE_WRITE forbid punching.
  */
 static int frames_open(uint64_t map_bytes, int *frames_fd_out, int *guest_fd_out)
 {

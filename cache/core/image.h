@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * An image: its frames (one memfd, page offset = image offset) and what is known of each extent.
+ * An image: its frames (one memfd, page offset = image offset) and the state of each extent.
  *
- * Nobody maps the frames for writing.  Loaders write them with pwrite, guests map them through a read-only
- * descriptor, and an extent counts as resident only when its state says so: the memfd may hold stray
- * zero pages that a reader of an unguarded mapping caused.
+ * No process maps the frames for writing. Loaders write them with pwrite, guests map them through a read-only
+ * descriptor, and an extent counts as resident only when its state says so: the memfd may hold stray zero pages that a
+ * reader of an unguarded mapping caused.
  *
  * The per-extent arrays live in a memfd of their own (arrays.h), so that they can outlive the process.
  */
@@ -35,10 +35,10 @@ struct image_counters {
 	uint64_t load_bytes;  /* bytes read from the source */
 	uint64_t load_errors; /* reads that failed after their retries */
 	uint64_t load_retries;
-	uint64_t demand_loads, prefetch_loads; /* with somebody waiting at its end, with nobody */
-	uint64_t evictions;                    /* extents given up: because room was short, and on request */
+	uint64_t demand_loads, prefetch_loads; /* with a waiter at its end, without one */
+	uint64_t evictions;                    /* extents evicted: because room was short, and on request */
 	uint64_t evictions_pressure, evictions_request;
-	uint64_t strays;     /* extents found with frames nobody loaded, and emptied */
+	uint64_t strays;     /* extents found with frames that no load wrote, and emptied */
 	uint64_t nr_touched; /* extents ever granted: the length of the first-touch order */
 	uint64_t reloads;    /* extents loaded again while the policy remembered their eviction */
 	uint64_t attaches;   /* times a guest was attached */
@@ -46,64 +46,64 @@ struct image_counters {
 
 #define REFS_BUCKETS 7
 
-/* What the per-extent arrays come to, in pages but for the last line. */
+/* Sums over the per-extent arrays, in pages; resident_by_refs in extents. */
 struct image_statistics {
 	uint64_t resident_pages;
-	uint64_t granted_pages; /* of all grants: a page that two guests were granted counts twice */
-	uint64_t saved_pages;   /* granted_pages, less one of each page that anybody was granted */
-	uint64_t pinned_pages;  /* resident or not */
-	uint64_t touched_pages, touched_resident_pages; /* ever granted to anybody; of those, resident */
+	uint64_t granted_pages;                         /* a page granted to two guests counts twice */
+	uint64_t saved_pages;                           /* granted_pages, less one for each page that is granted */
+	uint64_t pinned_pages;                          /* resident or not */
+	uint64_t touched_pages, touched_resident_pages; /* ever granted; of those, resident */
 	uint64_t resident_by_refs[REFS_BUCKETS]; /* RESIDENT extents with 0, 1, 2-3, 4-7, 8-15, 16-31, more refs */
 };
 
 enum evict_reason { EVICT_PRESSURE, EVICT_REQUEST };
 
-/* Makes an image over source_fd (and direct_fd, the same file opened O_DIRECT, or -1).  Takes both
- * descriptors over on success only.  -EINVAL for a size of 0 or past 2^48. */
+/* Makes an image over source_fd (and direct_fd, the same file opened O_DIRECT, or -1). Takes over both descriptors, on
+ * success only. -EINVAL for a size of 0 or past 2^48. */
 int image_open(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, struct image **image_out);
-/* Descriptors of an image that another process had open; all must be gone from there. */
+/* Descriptors of an image that another process had open; that process must no longer use them. */
 struct inherited_image {
 	int frames_fd, guest_fd, arrays_fd;
 };
-/* Makes an image over what is left of one.  Its resident extents stay so, as far as the store has room, and what was
- * in hand is undone; accounts are to be adopted before guests go on.  Takes all descriptors over on success only.
- * -EBADMSG: they are not of an image of this size, in extents of this store's. */
+/* Makes an image over inherited descriptors. Resident extents stay resident, as far as the store has room; unfinished
+ * loads and evictions are undone. The caller must adopt the accounts before guests go on. Takes over all descriptors,
+ * on success only. -EBADMSG: they belong to an image of another size or extent size. */
 int image_adopt(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes,
                 const struct inherited_image *inherited, struct image **image_out);
-/* What Python counts of an image: adds nr to a total. */
+/* Totals that Python counts: add nr reloads, or one attach. */
 void image_note_reloads(struct image *image, uint64_t nr);
 void image_note_attach(struct image *image);
-/* Gives everything back.  -EBUSY, and nothing done, while a guest is attached.  -ETIMEDOUT after store_stop: a loader
- * is in a read of the source still; the image stays for as long as the process does. */
+/* Frees the image and closes its descriptors. -EBUSY, and nothing done, while a guest is attached. -ETIMEDOUT after
+ * store_stop: a loader is still reading the source; the image stays until the process ends. */
 int image_close(struct image *image);
 
 void image_shape(const struct image *image, struct image_shape *shape_out);
 void image_count(const struct image *image, struct image_counters *counters_out);
-/* Borrowed descriptors: the frames (read-write, for audits) and what guests get (read-only). */
+/* Borrowed descriptors: the frames (read-write, for audits), the frames as guests get them (read-only), the arrays. */
 int image_frames_fd(const struct image *image);
 int image_guest_fd(const struct image *image);
 int image_arrays_fd(const struct image *image);
-/* For how long a read of the source has been under way, the longest of them; 0: none is. */
+/* Age of the longest read of the source that is under way; 0 if none is. */
 uint64_t image_read_wait_ns(const struct image *image);
 /* Pages in RESIDENT extents; O(1). */
 uint64_t image_resident_pages(const struct image *image);
-/* Copies of the arrays, nr extents from first: states (enum extent_state), refs, pins and loans together. */
+/* Copy an array's entries of nr extents from first: states (enum extent_state), refs, pins plus loans, holds. */
 int image_states(const struct image *image, uint64_t first, uint64_t nr, uint8_t *states_out);
 int image_refs(const struct image *image, uint64_t first, uint64_t nr, uint32_t *refs_out);
 int image_pins(const struct image *image, uint64_t first, uint64_t nr, uint32_t *pins_out);
 int image_holds(const struct image *image, uint64_t first, uint64_t nr, uint32_t *holds_out);
 /* O(extents), about 1 ns each; not a consistent snapshot. */
 void image_measure(const struct image *image, struct image_statistics *statistics_out);
-/* The same of touches: faults since image_take_touches, at most TOUCHES_MAX. */
+/* Copies touches: faults since image_take_touches, at most TOUCHES_MAX. */
 int image_touches(const struct image *image, uint64_t first, uint64_t nr, uint8_t *touches_out);
 /* One extent's counts for the eviction policy; takes the touches (they start again at 0). */
 uint8_t image_take_touches(struct image *image, uint64_t extent);
 uint32_t image_extent_refs(const struct image *image, uint64_t extent);
-/* RESIDENT, not pinned, held by nobody at this moment. */
+/* RESIDENT, not pinned, without a hold at this moment. */
 int image_extent_idle(const struct image *image, uint64_t extent);
-/* Changes whenever an extent's state does: two equal readings enclose a quiet time. */
+/* Changes whenever an extent's state does: between two equal readings, no state changed. */
 uint64_t image_generation(const struct image *image);
-/* The order in which extents were first granted; how many were copied. */
+/* Copies the order in which extents were first granted; returns how many. */
 int64_t image_first_touches(const struct image *image, uint32_t *extents_out, uint64_t nr_max);
 /* cdef-end */
 
@@ -118,7 +118,7 @@ struct load_waiter;
 /*
  * Invariants: (1) frames of a RESIDENT extent are all in the memfd; (2) refs[e] is the number of attached
  * accounts whose grant bit e is set; (3) waiters[e] is empty unless e is LOADING or EVICTING;
- * (4) resident_pages is the sum of the pages of RESIDENT extents.
+ * (4) resident_pages is the sum of the pages of RESIDENT extents. store_check recomputes (3) and (4), an audit (2).
  */
 struct image {
 	struct store *store;
@@ -131,22 +131,22 @@ struct image {
 	struct image_totals *totals;
 	extent_word *states;
 	_Atomic uint32_t *refs;
-	_Atomic uint32_t *pins;  /* operators'; changed under the store's lock */
-	_Atomic uint32_t *loans; /* guests' who map the frames unguarded; as pins, but gone with who had them */
+	_Atomic uint32_t *pins;  /* by operators; changed under the store's lock */
+	_Atomic uint32_t *loans; /* to zerocopy guests; as pins, but end with the guest */
 	_Atomic uint32_t *order;
 	_Atomic uint8_t *touches;
 	_Atomic uint8_t *touched;
-	struct account_past *past; /* IMAGE_PAST_WORDS of accounting's, under accounts_lock */
-	_Atomic uint64_t *served;  /* IMAGE_SERVED_WORDS of transport's: counters of its clients by bytes */
+	struct account_past *past; /* IMAGE_PAST_WORDS words of accounting, under accounts_lock */
+	_Atomic uint64_t *served;  /* IMAGE_SERVED_WORDS words of transport: counters of clients that get bytes */
 
 	struct load_waiter **waiters; /* by extent, under the store's lock */
-	uint32_t nr_loaders;          /* who have a load of it in hand, answering included; under the store's lock */
-	bool was_waited_for;          /* by anybody, ever: whether waiters is worth a look; under the store's lock */
+	uint32_t nr_loaders;          /* loaders with a load of it, until it is answered; under the store's lock */
+	bool was_waited_for;          /* whether waiters ever had an entry; under the store's lock */
 	uint32_t nr_prefetches;       /* loads of it in the prefetch queue; under the store's lock */
 
 	pthread_rwlock_t accounts_lock; /* taken before an account's write_lock, and that before the store's */
 	struct account *accounts;
-	_Atomic uint64_t nr_poisoned; /* pages poisoned in any guest: whether loads must look for repairs */
+	_Atomic uint64_t nr_poisoned; /* pages poisoned in any guest; loads look for repairs if not 0 */
 	/* Called by a loader, without locks, for each extent it made resident while nr_poisoned > 0. */
 	void (*_Atomic repair)(struct image *image, uint64_t extent);
 
@@ -171,7 +171,7 @@ static inline bool image_is_pinned(const struct image *image, uint64_t extent)
 /* Drops the frames of nr extents from first, in every mapping of every guest. */
 int image_punch(struct image *image, uint64_t first, uint64_t nr);
 
-/* A fault touched the extent: heat for the policy. */
+/* Counts a fault on the extent, for the eviction policy. */
 static inline void image_touch(struct image *image, uint64_t extent)
 {
 	uint8_t seen = atomic_load_explicit(&image->touches[extent], memory_order_relaxed);
@@ -180,7 +180,7 @@ static inline void image_touch(struct image *image, uint64_t extent)
 		atomic_store_explicit(&image->touches[extent], (uint8_t)(seen + 1), memory_order_relaxed);
 }
 
-/* The extent was granted to somebody: remembers the order of firsts. */
+/* Records a grant of the extent: the first one puts it into the first-touch order. */
 static inline void image_note_first_touch(struct image *image, uint64_t extent)
 {
 	if (atomic_load_explicit(&image->touched[extent], memory_order_relaxed))

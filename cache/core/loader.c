@@ -77,7 +77,7 @@ static int source_read_all(int fd, char *to, uint64_t length, uint64_t offset, u
 		uint64_t some = asked - done;
 
 		if (some > PAGE_BYTES && point_reach(POINT_LOAD_SHORT) < 0)
-			some = PAGE_BYTES; /* as a signal or a network file system does it */
+			some = PAGE_BYTES; /* as after a signal or from a network file system */
 		ssize_t got = pread(fd, to + done, some, (off_t)(offset + done));
 
 		if (got < 0 && errno == EINTR)
@@ -92,9 +92,9 @@ static int source_read_all(int fd, char *to, uint64_t length, uint64_t offset, u
 }
 
 /*
- * O_DIRECT keeps the source out of the kernel's page cache, where it would stand a second time; it wants
- * lengths in whole blocks, so the tail is asked for in full pages and ends short at the end of the file.
- * A file system that has no O_DIRECT gets buffered reads, and what they leave behind is dropped.
+ * O_DIRECT keeps a second copy of the source out of the page cache. It needs lengths in whole blocks, so the tail is
+ * read in full pages and the read ends short at the end of the file. A file system without O_DIRECT gets buffered
+ * reads, and their page cache is dropped.
  */
 static int source_read(struct image *image, char *to, uint64_t length, uint64_t offset)
 {
@@ -180,7 +180,7 @@ static int run_fill(struct loader *loader, uint64_t first, uint64_t nr, char *bu
 	return err;
 }
 
-/* Ends the load of a run: its extents are RESIDENT or, on error, ABSENT, and whoever waited is answered. */
+/* Ends the load of a run: makes its extents RESIDENT or, on error, ABSENT, and answers the waiters. */
 static void run_end(struct store *store, struct image *image, uint64_t first, uint64_t nr, int status)
 {
 	struct load_waiter *waiters[RUN_MAX];
@@ -247,7 +247,7 @@ static void run_load(struct loader *loader, uint64_t first, uint64_t nr, char *b
 	run_end(store, image, first, nr, err);
 }
 
-/* The next load there is room for and this thread may do, under lock; NULL: wait. */
+/* Takes the next load that has room and that this thread may do, under lock; NULL: wait. */
 static struct load *next_load(struct store *store, bool *prefetch_out)
 {
 	struct load *load = NULL;
@@ -294,7 +294,7 @@ uint32_t loaders_note_stuck(struct store *store)
 	return nr_well;
 }
 
-/* The load is over, however long it was stuck; under lock. */
+/* Ends a load, stuck or not; under lock. */
 static void loader_end_load(struct loader *loader)
 {
 	struct store *store = loader->store;
@@ -310,7 +310,7 @@ static void loader_end_load(struct loader *loader)
 	pthread_cond_broadcast(&store->work); /* loads of this image may have waited for it */
 }
 
-/* Whether there are more loaders than there should be: others came in the place of some that were stuck; under lock. */
+/* Whether a loader is surplus, because stuck ones were replaced and came back; under lock. */
 static bool is_one_too_many(const struct store *store)
 {
 	return store->nr_alive - store->nr_stuck > store->nr_loaders;
@@ -339,7 +339,7 @@ void *loader_main(void *arg)
 
 	prctl(PR_SET_NAME, "cow-loader");
 	while (!buffer && posix_memalign((void **)&buffer, PAGE_BYTES, chunk * step))
-		sleep(1); /* nothing can be loaded without it: come back when there is memory */
+		sleep(1); /* nothing can be loaded without it: try until there is memory */
 	pthread_mutex_lock(&store->lock);
 	while (!store->stop && !is_one_too_many(store)) {
 		bool prefetch;

@@ -1,15 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Loads: who asks for an extent, in which order, and the threads that fill it.
+ * Loads: the queues of wanted extents, their order, and the threads that fill them.
  *
  * A load is a run of LOADING extents of one image.  Demand goes before prefetch, and one loader is always
  * kept free of prefetch, so that a slow readahead never stands in front of a waiting guest.  However many
  * guests wait for an extent, it is loaded once.
  *
- * A read can hang for as long as a file system does, and nothing ends it.  A loader that has been in one read for
+ * A read can hang for as long as the file system does; nothing can interrupt it. A loader that has been in one read for
  * LOAD_STUCK_MS counts as stuck: another thread is started in its place, and one image never occupies more threads than
- * the store has loaders.  So an image whose source hangs holds up no other.  When the read returns, the
- * threads that are too many end.
+ * the store has loaders. So a source that hangs delays no other image. When the read returns, surplus threads end.
  */
 #ifndef COWSHED_LOADER_H
 #define COWSHED_LOADER_H
@@ -43,14 +42,14 @@ struct load_queue {
 struct loader {
 	struct loader *next;
 	struct store *store;
-	struct image *image; /* whose load it has in hand, or NULL */
+	struct image *image; /* of the load that it has in hand, or NULL */
 	bool prefetch, stuck;
 	_Atomic uint64_t reading_since_ns; /* CLOCK_MONOTONIC, 0: in no read of a source */
 };
 
 #define LOAD_STUCK_MS 1000
 
-/* The most extents' worth of bytes one read asks for. */
+/* The most bytes that one read asks for, unless one extent is larger. */
 #define LOAD_CHUNK_BYTES (1u << 20)
 
 void load_queue_init(struct load_queue *queue);
@@ -60,9 +59,9 @@ struct load *load_queue_pop(struct load_queue *queue, uint32_t nr_max);
 /* Takes out the load that covers an extent, or NULL. */
 struct load *load_queue_take(struct load_queue *queue, const struct image *image, uint64_t extent);
 
-/* The life of a loader thread; arg is its struct loader, which is its own from then on. */
+/* The main function of a loader thread; arg is its struct loader, which the thread owns and frees. */
 void *loader_main(void *arg);
-/* Under lock: marks the loaders that are stuck; how many of the store's are not. */
+/* Under lock: marks the loaders that are stuck; returns how many are not. */
 uint32_t loaders_note_stuck(struct store *store);
 /* Nanoseconds on CLOCK_MONOTONIC. */
 uint64_t loader_now_ns(void);

@@ -16,7 +16,7 @@ static struct {
 	int arg;
 	uint32_t nr_left; /* 0: no bound */
 	uint32_t nr_reached;
-	uint32_t permille;   /* of those that come by */
+	uint32_t permille;   /* of the threads that reach it */
 	uint64_t state;      /* of its random numbers */
 	uint64_t generation; /* a stopped thread goes on once this has changed */
 } points[POINT_NR];
@@ -88,7 +88,7 @@ int point_wait(int point, uint32_t nr_threads, int timeout_ms)
 	return -err;
 }
 
-/* Whether chance picks this one (splitmix64, Steele et al. 2014: any seed will do). */
+/* Whether chance picks this thread (splitmix64, Steele et al. 2014: any seed will do). */
 static bool is_picked(int point)
 {
 	uint64_t z = points[point].state += 0x9e3779b97f4a7c15u;

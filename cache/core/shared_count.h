@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* cdef-begin */
-/* Adds nr to words[no] atomically; other threads, and other processes that have it mapped, may add at the same time. */
+/* Adds nr to words[no] atomically; other threads, and other processes that map it, may add at the same time. */
 void shared_count_add(uint64_t *words, uint64_t no, uint64_t nr);
 /* cdef-end */
 

@@ -34,7 +34,7 @@ static struct timespec deadline_in(int timeout_ms)
 	return (struct timespec){.tv_sec = (time_t)(at / 1000000000u), .tv_nsec = (long)(at % 1000000000u)};
 }
 
-/* Starts a loader more; under lock. Loaders are joined by nobody: one that hangs must not hold up the end. */
+/* Starts one more loader; under lock. Loaders are detached: one that hangs must not delay the exit. */
 static int loader_start(struct store *store)
 {
 	struct loader *loader = calloc(1, sizeof *loader);
@@ -80,13 +80,13 @@ static void *watcher_main(void *arg)
 		pthread_cond_timedwait(&store->watch, &store->lock, &until);
 		for (uint32_t nr = loaders_note_stuck(store); nr < store->nr_loaders && !store->stop; nr++)
 			if (loader_start(store) < 0)
-				break; /* asked for again at the next look */
+				break; /* tried again at the next look */
 	}
 	pthread_mutex_unlock(&store->lock);
 	return NULL;
 }
 
-/* 0 once all loaders have ended; timeout_ms < 0: waits for as long as that takes. */
+/* Returns 0 once all loaders have ended; timeout_ms < 0: waits without limit. */
 static int stop_loaders(struct store *store, int timeout_ms)
 {
 	struct timespec until = deadline_in(timeout_ms < 0 ? 0 : timeout_ms);
@@ -248,7 +248,7 @@ int64_t store_take_inserted(struct store *store, uint64_t *inserted_out, uint64_
 
 	pthread_mutex_lock(&store->lock);
 	if (store->inserted_head - store->inserted_tail > store->nr_inserted_slots) {
-		store->inserted_tail = store->inserted_head; /* entries were lost: the caller must look for itself */
+		store->inserted_tail = store->inserted_head; /* entries were lost: the caller must look at the states */
 		nr = -EOVERFLOW;
 	}
 	while (nr >= 0 && (uint64_t)nr < nr_max && store->inserted_tail != store->inserted_head)
@@ -296,7 +296,7 @@ int store_adopt_image(struct store *store, struct image *image)
 	return nr_resident < 0 ? (int)nr_resident : 0;
 }
 
-/* Forgets the loads of an image, or of all (NULL). */
+/* Drops the queued loads of an image, or of all (NULL). */
 static void queue_purge(struct load_queue *queue, const struct image *image)
 {
 	struct load *load = queue->head;
@@ -317,7 +317,7 @@ static void queue_purge(struct load_queue *queue, const struct image *image)
 	}
 }
 
-/* Who waited for a load that was purged: its guest was stopped, and only what it holds is to be given back. */
+/* Moves an image's waiters, after their loads were purged, to the list taken; returns the list. */
 static struct load_waiter *waiters_take(struct image *image, struct load_waiter *taken)
 {
 	if (!image->was_waited_for)
@@ -383,7 +383,7 @@ int store_remove_image(struct store *store, struct image *image)
 	pthread_mutex_lock(&store->lock);
 	queue_purge(&store->demand, image);
 	queue_purge(&store->prefetch, image);
-	/* A loader is not done with the image when its extents are published: it answers, and releases them. */
+	/* A loader still uses the image after publishing its extents: it answers waiters and releases its holds. */
 	while (image->nr_loaders || next_in_state(image, 0, EXTENT_LOADING) < image->shape.nr_extents) {
 		if (store->stop) {
 			pthread_mutex_unlock(&store->lock);
@@ -394,7 +394,7 @@ int store_remove_image(struct store *store, struct image *image)
 	struct load_waiter *waiters = waiters_take(image, NULL);
 	for (uint64_t e = 0; e < image->shape.nr_extents; e++) {
 		if (!image_is_pinned(image, e))
-			continue; /* not written: of an image of terabytes these arrays are holes */
+			continue; /* not written: in an image of terabytes these arrays are holes */
 		store->pinned_extents--;
 		atomic_store(&image->pins[e], 0);
 		atomic_store(&image->loans[e], 0);
@@ -485,9 +485,9 @@ int64_t store_prefetch(struct image *image, uint64_t first, uint64_t nr)
 	if (first > image->shape.nr_extents || nr > image->shape.nr_extents - first)
 		return -ERANGE;
 	pthread_mutex_lock(&store->lock);
-	/* Readahead of more than an eighth of the store would push out what it has just brought. */
+	/* Readahead of more than an eighth of the store would evict what it has just loaded. */
 	uint64_t budget = store->capacity_extents / 8 + 1;
-	uint64_t pending = image->nr_prefetches * chunk; /* its own: one that hangs takes nothing from others */
+	uint64_t pending = image->nr_prefetches * chunk; /* per image: a source that hangs takes nothing from others */
 	budget = budget > pending && !store->cancelled ? budget - pending : 0;
 	while (first < end && budget) {
 		if (extent_state(&image->states[first]) != EXTENT_ABSENT) {
@@ -627,7 +627,7 @@ static void end_evict(struct image *image, const uint32_t *extents, uint64_t nr,
 			load = load_new(image, extents[i], 1);
 		if (load)
 			load_queue_push(&store->demand, load);
-		/* Without memory for it the waiters stay: the next fault on the extent takes them along. */
+		/* If there is no memory for the load, the waiters stay: the next fault on the extent starts one. */
 	}
 	assert(store->reserved_extents >= nr_room);
 	store->reserved_extents -= nr_room;
@@ -641,7 +641,7 @@ void store_end_evict(struct image *image, const uint32_t *extents, uint64_t nr)
 	end_evict(image, extents, nr, nr);
 }
 
-/* Makes one ABSENT extent with frames clean again, by the steps of an eviction. */
+/* Punches the stray frames of one ABSENT extent, by the steps of an eviction. */
 static bool scrub_extent(struct image *image, uint64_t extent)
 {
 	struct store *store = image->store;
@@ -656,7 +656,7 @@ static bool scrub_extent(struct image *image, uint64_t extent)
 	pthread_mutex_unlock(&store->lock);
 	if (mine) {
 		image_punch(image, extent, 1);
-		end_evict(image, &no, 1, 0); /* a stray never had room, so a full store can be rid of it too */
+		end_evict(image, &no, 1, 0); /* a stray took no room, so none is given back */
 		atomic_fetch_add(&image->totals->strays, 1);
 	}
 	return mine;
@@ -675,7 +675,7 @@ int64_t store_scrub(struct image *image)
 			return errno == ENXIO ? nr : -errno;
 		uint64_t found = (uint64_t)at / step;
 		if (found > e)
-			e = found - 1; /* on to the next frame, whoever's it is */
+			e = found - 1; /* skip to the next frame, stray or not */
 		else
 			nr += scrub_extent(image, e);
 	}

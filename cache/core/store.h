@@ -2,10 +2,9 @@
 /*
  * The page store: every image's frames under one capacity.
  *
- * An extent takes its room when a loader begins to fill it and gives it back when it is ABSENT again, so
- * the frames never exceed the capacity, not by one extent.  A loader that finds no room raises the pressure
- * eventfd and waits; who watches that descriptor chooses victims and evicts them.  The store never
- * chooses.
+ * An extent takes its room when a loader begins to fill it and gives it back when it is ABSENT again, so the frames
+ * never exceed the capacity, not by one extent. A loader that finds no room raises the pressure eventfd and waits; the
+ * evictor watches that descriptor, chooses victims and evicts them. The store never chooses.
  */
 #ifndef COWSHED_STORE_H
 #define COWSHED_STORE_H
@@ -26,22 +25,22 @@ struct store_counters {
 /* extent_pages: a power of two.  low_free: pressure is raised when fewer extents are free. */
 int store_init(uint64_t capacity_extents, uint32_t extent_pages, uint32_t nr_loaders, uint64_t low_free,
                struct store **store_out);
-/* Ends every load: whoever waits for one is answered with an error, and so is whoever comes from now on.  Loads that a
- * loader has in hand go on. */
+/* Answers every waiter for a load, now and from now on, with an error. Loads that a loader has in hand go on. */
 void store_cancel_loads(struct store *store);
-/* The same, and ends the loaders: 0, or -ETIMEDOUT if one is in a read after timeout_ms, which is left behind.  Then
- * images that it reads cannot be closed, nor can the store, until the process ends. */
+/* The same, and ends the loaders. -ETIMEDOUT if one is still in a read after timeout_ms: it is left behind, and the
+ * image it reads and the store stay open until the process ends. */
 int store_stop(struct store *store, int timeout_ms);
 /* -EBUSY, and nothing done, while images are open. */
 int store_deinit(struct store *store);
 void store_count(struct store *store, struct store_counters *counters_out);
-/* Borrowed eventfds: room is short; something a person should hear of happened (a guest stopped or broke). */
+/* Borrowed eventfds: room is short; a guest stopped or broke. */
 int store_pressure_fd(const struct store *store);
 int store_notice_fd(const struct store *store);
-/* Takes the extents that became resident since the last call, as image_no << 32 | extent, in order; how many. */
+/* Takes the extents that became resident since the last call, as image_no << 32 | extent, in order; returns how many.
+ * -EOVERFLOW: some were lost. */
 int64_t store_take_inserted(struct store *store, uint64_t *inserted_out, uint64_t nr_max);
 
-/* Asks for absent extents in [first, first + nr) to be loaded, behind all demand loads; how many were asked for. */
+/* Queues loads of absent extents in [first, first + nr), behind all demand loads; returns how many extents. */
 int64_t store_prefetch(struct image *image, uint64_t first, uint64_t nr);
 /* Waits until no extent in [first, first + nr) is LOADING: 0, or -ETIMEDOUT. */
 int store_wait_loaded(struct image *image, uint64_t first, uint64_t nr, int timeout_ms);
@@ -50,11 +49,14 @@ int store_wait_loaded(struct image *image, uint64_t first, uint64_t nr, int time
 int store_pin(struct image *image, uint64_t first, uint64_t nr, uint64_t max_pinned);
 /* Takes one pin back from each; -ENOENT, and nothing done, if one of them has none. */
 int store_unpin(struct image *image, uint64_t first, uint64_t nr);
-/* The same for a guest that maps the extents unguarded, and for as long as it is attached: its loans are its own. */
+/* The same for a zerocopy guest: its loans are counted apart and end with the guest. */
 int store_lend(struct image *image, uint64_t first, uint64_t nr, uint64_t max_pinned);
 int store_end_loan(struct image *image, uint64_t first, uint64_t nr);
-/* Punches frames in ABSENT extents that nobody loaded; how many extents had some. */
+/* Punches stray frames out of ABSENT extents; returns how many extents had some. */
 int64_t store_scrub(struct image *image);
+/* Recomputes the invariants of the store and its images; returns one that does not hold, or NULL. For tests; O(extents,
+ * queued loads squared) under the lock. */
+const char *store_check(struct store *store);
 /* cdef-end */
 
 #define INSERTED_SHIFT 32
@@ -62,9 +64,9 @@ int64_t store_scrub(struct image *image);
 /*
  * Invariants, all under lock: (1) reserved_extents counts the extents in state RESIDENT or EVICTING (but not those that
  * are being scrubbed) plus those a loader is filling; (2) reserved_extents <= capacity_extents; (3) an extent is in at
- * most one load of the queues; (4) inserted holds at most one entry per resident extent, so the ring cannot overflow;
+ * most one load of the queues; (4) a queue's nr is the number of its loads;
  * (5) nr_prefetching counts the loaders with a prefetch that are not stuck; (6) no image has more than nr_loaders
- * loaders at work.
+ * loaders at work; (7) pinned_extents counts the extents with a pin or a loan. store_check recomputes them.
  */
 struct store {
 	pthread_mutex_t lock;
@@ -78,7 +80,7 @@ struct store {
 	int pressure_fd, notice_fd;
 
 	struct load_queue demand, prefetch;
-	/* nr_loaders: those there are to be; nr_alive: those there are; nr_stuck, of these: in one read for long. */
+	/* nr_loaders: as configured; nr_alive: threads that exist; nr_stuck: of these, stuck in one read. */
 	uint32_t nr_loaders, nr_alive, nr_stuck, nr_prefetching, nr_waiting_room;
 	struct loader *loaders;
 	pthread_t watcher; /* looks for stuck loaders while loads are in hand */
@@ -97,24 +99,25 @@ void store_add_image(struct store *store, struct image *image);
 uint64_t store_read_wait_ns(struct store *store, const struct image *image);
 /* Mends the arrays of an image that another process left (arrays.h) and adds it with what stays resident. */
 int store_adopt_image(struct store *store, struct image *image);
-/* Under lock: tells who asks with store_take_inserted. */
+/* Under lock: queues the extent for store_take_inserted. */
 void inserted_push(struct store *store, const struct image *image, uint64_t extent);
-/* Waits for its loads, evicts the rest, forgets it.  -ETIMEDOUT, and no more than its queued loads forgotten, if the
- * store was stopped and a loader has one in hand. */
+/* Waits for the image's loads, evicts its extents, forgets it. -ETIMEDOUT if the store was stopped while a loader has a
+ * load of it in hand; then only its queued loads are dropped. */
 int store_remove_image(struct store *store, struct image *image);
 
-/* Wants extent for a fault: 1 if it is RESIDENT (hold it), 0 if waiter was queued and will be answered by a
- * loader (in its thread, without locks, with the extent held if status is 0).  -ESHUTDOWN after store_cancel_loads. */
+/* Requests an extent for a fault: 1 if it is RESIDENT (the caller must hold it); 0 if waiter was queued: a loader will
+ * answer it in its own thread, without locks, with the extent held if status is 0. -ESHUTDOWN after
+ * store_cancel_loads. */
 int store_want(struct image *image, uint64_t extent, struct load_waiter *waiter);
 
-/* Eviction in three steps, so that the middle one can be somebody else's (accounting/core/evict.c). */
-/* Marks those of nr extents that may go as EVICTING and moves them to the front; how many. */
+/* Eviction in three steps; accounting does the middle one (accounting/core/evict.c). */
+/* Marks those of nr extents that may be evicted EVICTING and moves them to the front; returns how many. */
 uint64_t store_begin_evict(struct image *image, uint32_t *extents, uint64_t nr);
-/* EVICTING -> ABSENT, room given back, waiters' loads started. */
+/* Makes EVICTING extents ABSENT, gives back their room, and queues loads for their waiters. */
 void store_end_evict(struct image *image, const uint32_t *extents, uint64_t nr);
 
 void store_raise(int eventfd);
-/* Raises it, unless a test has this one notification be lost: whoever waits for it must do without. */
+/* Raises it, unless a test makes this notification fail (points.h). */
 void store_raise_at(int point, int eventfd);
 
 #endif

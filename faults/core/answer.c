@@ -2,17 +2,20 @@
 /*
  * Missing and minor faults.
  *
- * The order is: hold the extent, grant it, map it, release it.  The hold keeps an eviction out, so the frames
- * are there while they are mapped and a grant is never made on an extent that is going.  An extent that is not
- * resident is wanted from the store, and a loader answers in the fault thread's place.
+ * The order is: hold the extent, grant it, map it, release it. The hold keeps an eviction out, so the frames are there
+ * while they are mapped and a grant is never made on an extent that is being evicted. An extent that is not resident is
+ * requested from the store, and a loader answers in the fault thread's place.
  */
-#include "faults/core/guest.h"
+#include "faults/core/answer.h"
 
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 #include "cache/core/store.h"
+#include "faults/core/guest.h"
+#include "faults/core/preload.h"
 #include "faults/core/uffd.h"
+#include "faults/core/write.h"
 
 #include <stdlib.h>
 
@@ -44,8 +47,7 @@ void answer_failed(struct guest *guest, int err)
 	store_raise_at(POINT_WAKE_SERVICE, guest->image->store->notice_fd);
 }
 
-/* A mapping that was split in the middle is not one mapping for the kernel: then at least the page that matters is
- * mapped. */
+/* The kernel refuses a range across a split mapping (ENOENT): then map at least the faulting page. */
 static int map_span(struct guest *guest, const struct account_span *span, uint64_t fault_page, uint32_t max_skips)
 {
 	struct ledger_header *header = guest->account->header;
@@ -75,8 +77,8 @@ static bool pass_preloaded(const struct account *account, struct account_span *s
 	return first < end;
 }
 
-/* Maps a run of pages whose extents the caller holds, where the guest has them.  The error is that of the part with
- * fault_page, else the first. */
+/* Maps a run of pages, whose extents the caller holds, in the regions that have them. Returns the error of the part
+ * with fault_page, else the first error. */
 static int map_run(struct guest *guest, uint64_t first, uint64_t nr, uint64_t fault_page, uint32_t max_skips)
 {
 	struct account_span span;
@@ -123,8 +125,7 @@ static int map_extents(struct guest *guest, uint64_t first, uint64_t nr)
 			uint64_t last = extent + run - 1;
 			uint64_t nr_pages = last * image->shape.extent_pages + image_extent_pages(image, last) - page;
 
-			/* A page that is mapped already ends the run: what is behind it faults, if it is ever touched.
-			 */
+			/* A page that is mapped already ends the run: pages behind it fault if they are touched. */
 			err = map_run(guest, page, nr_pages, page, 1);
 			if (err == -EEXIST)
 				err = 0;
@@ -151,9 +152,9 @@ bool answer_ahead(struct guest *guest)
 }
 
 /*
- * Maps from page to the end of its extent and of those extents up to last_extent that follow it resident and not
- * granted, with one call: a guest that walks faster than it is mapped for sleeps once, not once an extent.  The
- * caller holds page's extent.  *next_out is the first extent that was not reached.
+ * Maps, in one call, from page to the end of its extent and of the resident, ungranted extents that follow it, up to
+ * last_extent: a guest that walks faster than we map sleeps once, not once an extent. The caller holds page's extent.
+ * *next_out is the first extent that was not reached.
  */
 static int map_forward(struct guest *guest, uint64_t page, uint64_t last_extent, uint64_t end_page, uint64_t *next_out)
 {
@@ -171,7 +172,8 @@ static int map_forward(struct guest *guest, uint64_t page, uint64_t last_extent,
 	return err == -EEXIST ? 0 : err;
 }
 
-/* The faulting page first, and a write opened at once, so that the guest goes on while the rest is mapped. */
+/* Maps the faulting page first, and opens it at once for a write, so that the guest goes on while the rest is
+ * mapped. */
 static int map_window(struct guest *guest, uint64_t page, const struct window_plan *plan, bool write)
 {
 	uint64_t extent_pages = guest->image->shape.extent_pages;
@@ -204,7 +206,7 @@ int answer_poison(struct guest *guest, uint64_t page)
 		return -ENOENT;
 	if (account->pagemap_fd >= 0)
 		account_look(account, page, 1, &look);
-	/* Known as poisoned before it is: a good load that ends between the two would not look for it. */
+	/* Mark it before poisoning it: a good load that ends between the two would not look for it. */
 	bool fresh = bits_set(account->poisoned, page);
 	if (fresh)
 		atomic_fetch_add(&guest->image->nr_poisoned, 1);
@@ -231,7 +233,7 @@ static void answer_loaded(struct load_waiter *waiter, int status)
 	if (!guest->stopped) {
 		struct ledger_header *header = guest->account->header;
 
-		/* From here on a new fault on the extent is on its own; one read before is covered by what follows. */
+		/* From here on a new fault on the extent waits by itself; those read before are answered below. */
 		bits_clear(guest->waiting, extent);
 		if (status == 0) {
 			account_grant(guest->account, extent);
@@ -248,7 +250,7 @@ static void answer_loaded(struct load_waiter *waiter, int status)
 			answer_poison(guest, miss->page);
 			pthread_mutex_unlock(&guest->account->write_lock);
 		}
-		/* Whoever waits for another page of the extent, or met an error above, asks again. */
+		/* Wake faults on other pages of the extent, and those that met an error above. */
 		answer_wake(guest, first, nr_pages);
 		count_access(header, miss->minor, status == 0 ? FAULT_LOADED : FAULT_FAILED);
 		account_note_latency(guest->account, LATENCY_MISS, clock_now_ns() - miss->read_ns);
@@ -266,8 +268,8 @@ static bool want_extent(struct guest *guest, uint64_t extent, uint64_t page, boo
 	int resident;
 
 	if (!bits_set(guest->waiting, extent)) {
-		/* It waits already, and the answer covers the whole extent.  Should the load fail, this page is asked
-		 * for again, and that fault is counted as failed. */
+		/* The guest waits already, and the answer covers the whole extent. If the load fails, this page faults
+		 * again, and that fault counts as failed. */
 		count_add(COUNTER(header, misses), 1);
 		count_access(header, minor, FAULT_LOADED);
 		return false;
@@ -298,7 +300,7 @@ static bool want_extent(struct guest *guest, uint64_t extent, uint64_t page, boo
 	return resident == 1;
 }
 
-/* A fault on a page that the ledger calls private: the kernel knows better.  True if the fault is answered. */
+/* A fault on a page that is private in the ledger: checks the page table. True if the fault is answered. */
 static bool answer_private(struct guest *guest, uint64_t page)
 {
 	struct account *account = guest->account;
@@ -308,14 +310,14 @@ static bool answer_private(struct guest *guest, uint64_t page)
 	pthread_mutex_lock(&account->write_lock);
 	bool private = account_page_is_private(account, page);
 	pthread_mutex_unlock(&account->write_lock);
-	/* An old report of a fault that was answered long ago.  Of what is frozen nothing is sure, but all ask again.
-	 */
+	/* The report is old: its fault was answered long ago. A frozen page stays in doubt, but the thaw wakes all
+	 * faults. */
 	if (private && !account_is_frozen(account))
 		answer_wake(guest, page, 1);
 	return private;
 }
 
-/* From the resident extent, which is held; 0 or -errno. */
+/* Answers from the resident extent, which is held; 0 or -errno. */
 static int answer_held(struct guest *guest, uint64_t page, bool write, const struct window_plan *plan)
 {
 	int err = write ? write_first(guest, page) : -ENOTSUP;

@@ -6,7 +6,12 @@
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 #include "cache/core/store.h"
+#include "faults/core/answer.h"
+#include "faults/core/freeze.h"
+#include "faults/core/preload.h"
+#include "faults/core/remap.h"
 #include "faults/core/uffd.h"
+#include "faults/core/write.h"
 
 #include <fcntl.h>
 #include <poll.h>
@@ -19,7 +24,7 @@
 
 #define GUEST_STACK_BYTES (128u << 10)
 #define STOPPED_RECHECK_NS 100000000u
-#define LOOK_NS 2000000000u /* a kick that was lost costs that much, and no more */
+#define LOOK_NS 2000000000u /* a lost kick costs at most that much */
 /* A spin that finds a fault earns credit, one that does not costs it; without credit one sleep in
  * SPIN_PROBE is preceded by a spin, to see whether it pays again. */
 #define SPIN_CREDIT_MAX 16
@@ -47,8 +52,8 @@ void guest_put(struct guest *guest)
 	if (atomic_fetch_sub(&guest->nr_users, 1) > 1)
 		return;
 	pthread_mutex_destroy(&guest->answer_lock);
-	pthread_mutex_destroy(&guest->hold.lock);
-	pthread_cond_destroy(&guest->hold.changed);
+	pthread_mutex_destroy(&guest->pause.lock);
+	pthread_cond_destroy(&guest->pause.changed);
 	free(guest->waiting);
 	free(guest);
 }
@@ -109,7 +114,7 @@ static void handle_message(struct guest *guest, const struct uffd_msg *message, 
 	case UFFD_EVENT_REMAP:
 		kind->move(guest, message->arg.remap.from, message->arg.remap.to, message->arg.remap.len);
 		break;
-	case UFFD_EVENT_FORK: /* not asked for; it is a descriptor of ours all the same */
+	case UFFD_EVENT_FORK: /* not requested; the descriptor is ours to close all the same */
 		close((int)message->arg.fork.ufd);
 		break;
 	default:
@@ -120,8 +125,9 @@ static void handle_message(struct guest *guest, const struct uffd_msg *message, 
 _Static_assert(MESSAGES_MAX * sizeof(struct uffd_msg) <= LEDGER_INBOX_WORDS * sizeof(uint64_t), "the inbox has room");
 
 /*
- * Messages are read into the ledger.  A guest goes on with a discard as soon as its event was read: should we die then,
- * our successor still finds it here.  What is left of an earlier batch is faults alone, which come again by themselves.
+ * Messages are read into the ledger. A guest goes on with a discard as soon as its event was read: if we die then, our
+ * successor still finds the event here. An earlier batch leaves only faults behind, which are reported again once they
+ * are woken.
  */
 static struct uffd_msg *inbox_of(const struct guest *guest)
 {
@@ -133,7 +139,7 @@ static void inbox_clear(struct uffd_msg *message)
 	atomic_store_explicit((_Atomic uint8_t *)&message->event, 0, memory_order_release);
 }
 
-/* A move that was noted leaves nothing where it began. */
+/* A move that was handled leaves no region at its old address. */
 static bool is_moved(const struct guest *guest, const struct uffd_msg *message)
 {
 	struct region_table table;
@@ -146,7 +152,7 @@ static bool is_moved(const struct guest *guest, const struct uffd_msg *message)
 	return true;
 }
 
-/* In the thread, before anything else: events that our predecessor read, and may not have seen to. */
+/* In the thread, before anything else: handles events that our predecessor read and may not have handled. */
 static void inbox_go_on(struct guest *guest)
 {
 	struct uffd_msg *messages = inbox_of(guest);
@@ -163,7 +169,7 @@ static void inbox_go_on(struct guest *guest)
 
 /*
  * Handles other events before faults: once a discard has been read, its pages may be gone and mapped anew, and a write
- * window must not open one on the strength of the charge that the discard is about to give back.
+ * window must not open one because of a charge that the discard is about to give back.
  */
 static void handle_messages(struct guest *guest, struct uffd_msg *messages, ssize_t nr)
 {
@@ -179,8 +185,8 @@ static void handle_messages(struct guest *guest, struct uffd_msg *messages, ssiz
 			handle_message(guest, &messages[i], read_ns);
 }
 
-/* Reads without waiting, not even after its guest made the description blocking (Linux 6.10; before that, such a guest
- * holds up its own thread). */
+/* Reads without waiting, even after the guest made the description blocking (Linux 6.10; before that, such a guest
+ * blocks its own fault thread). */
 ssize_t read_messages(const struct guest *guest, struct uffd_msg *messages, size_t nr_max)
 {
 	struct iovec room = {.iov_base = messages, .iov_len = nr_max * sizeof *messages};
@@ -215,7 +221,7 @@ static ssize_t spin_for_messages(struct guest *guest, struct uffd_msg *messages)
 	return nr;
 }
 
-/* How long the thread may sleep at most, and whether it is time to ask the waiting ones again. */
+/* Whether it is time to wake blocked faults; if not, *room is the longest time that the thread may sleep. */
 static bool retry_due(struct guest *guest, struct timespec *room)
 {
 	uint64_t now = clock_now_ns();
@@ -239,7 +245,7 @@ static bool retry_due(struct guest *guest, struct timespec *room)
 	return false;
 }
 
-/* Everybody who waits for an answer tries again, and what is still in the way is reported anew. */
+/* Wakes all blocked faults; those that still cannot be answered are reported again. */
 void ask_again(struct guest *guest)
 {
 	guest->retry_at_ns = 0;
@@ -247,7 +253,7 @@ void ask_again(struct guest *guest)
 	guest->kind->wake(guest);
 }
 
-/* What another account of the quota was charged for nothing is room too, and nobody else looks for it. */
+/* Charges for nothing in the quota's other accounts are room too, and no other thread looks for them now. */
 static bool has_room(const struct guest *guest)
 {
 	struct quota *quota = guest->account->quota;
@@ -275,7 +281,8 @@ static void sleep_for_messages(struct guest *guest)
 			guest->retry_at_ns = 0;
 		return;
 	}
-	/* A descriptor its guest made blocking polls as an error, and one whose guest is broken has nothing to say. */
+	/* A descriptor that the guest made blocking polls as an error; the descriptor of a broken guest is not
+	 * polled. */
 	if (atomic_load(&guest->account->header->broken))
 		fds[0].fd = -1;
 	int nr = ppoll(fds, 2, &room, NULL);
@@ -297,15 +304,15 @@ static void *guest_main(void *arg)
 	prctl(PR_SET_TIMERSLACK, 1ul);
 	inbox_go_on(guest);
 	while (!atomic_load_explicit(&guest->stop, memory_order_acquire)) {
-		bool hold = hold_turn(guest);
+		bool paused = pause_turn(guest);
 		ssize_t nr = -EAGAIN;
 
 		if (!atomic_load_explicit(&guest->account->header->broken, memory_order_relaxed))
-			nr = hold ? hold_read(guest, messages) : read_messages(guest, messages, MESSAGES_MAX);
+			nr = paused ? pause_read(guest, messages) : read_messages(guest, messages, MESSAGES_MAX);
 		if (nr == -EAGAIN && guest->kind->idle(guest))
 			continue;
-		if (hold && (nr == -EAGAIN || nr == -EINTR)) {
-			hold_sleep(guest);
+		if (paused && (nr == -EAGAIN || nr == -EINTR)) {
+			pause_sleep(guest);
 			continue;
 		}
 		if (nr == -EAGAIN)
@@ -375,9 +382,9 @@ int guest_start_kind(struct account *account, int uffd, int pidfd, const struct 
 	guest->kick_fd = -1;
 	atomic_store(&guest->nr_users, 1);
 	pthread_mutex_init(&guest->answer_lock, NULL);
-	pthread_mutex_init(&guest->hold.lock, NULL);
-	pthread_cond_init(&guest->hold.changed, NULL);
-	atomic_store(&guest->hold.wanted, account_is_frozen(account)); /* adopted so */
+	pthread_mutex_init(&guest->pause.lock, NULL);
+	pthread_cond_init(&guest->pause.changed, NULL);
+	atomic_store(&guest->pause.wanted, account_is_frozen(account)); /* an adopted account may be frozen */
 	guest->waiting = calloc(1, bits_bytes(guest->image->shape.nr_extents));
 	int err = guest->waiting ? set_options(guest, options) : -ENOMEM;
 	if (!err && (flags < 0 || fcntl(uffd, F_SETFL, flags | O_NONBLOCK) < 0))

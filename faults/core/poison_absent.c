@@ -1,17 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Poisons the pages that a guest does not have.  This is the last thing done for a guest that may have no userfaultfd
- * of its own any more, before ours is closed: without it those pages would read as zeros.
+ * Poisons the pages that are not in a guest's memory. This is the last step for a guest that may have no userfaultfd of
+ * its own any more, before ours is closed: without it those pages would read as zeros.
  */
-#include "faults/core/guest.h"
-
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
+#include "faults/core/guest.h"
 #include "faults/core/uffd.h"
 
 #define BATCH_PAGES 512
 
-/* The markers of pages that were punched away are taken off first; what is mapped meanwhile stays (EEXIST). */
+/* Removes the markers of punched pages first; pages that are mapped meanwhile stay (EEXIST). */
 static void poison_run(struct guest *guest, uint64_t page, uint64_t nr)
 {
 	uint64_t address = account_address(guest->account, page);

@@ -1,16 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Preloaded pages: private pages that a guest brought with it (accounting/core/preload.h), copied into its memory.
+ * Preloaded pages: private pages that a guest arrived with (accounting/core/preload.h), copied into its memory.
  *
  * A fault on one is answered by UFFDIO_COPY from the source, with those that follow it; the rest is copied in the
- * thread's idle time, once from the first page to the last.  While the private pages are followed, copies come
- * write-protected, so that what they are written after is known.
+ * thread's idle time, once from the first page to the last. While private pages are tracked, copies are installed
+ * write-protected, so that later writes are seen.
  */
-#include "faults/core/guest.h"
+#include "faults/core/preload.h"
 
 #include "accounting/core/preload.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
+#include "faults/core/answer.h"
+#include "faults/core/guest.h"
 #include "faults/core/uffd.h"
 
 #include <errno.h>
@@ -18,8 +20,8 @@
 #define PRELOAD_AT_ONCE 16 /* for a fault */
 #define PRELOAD_PUSHED 64  /* between two looks at the faults */
 
-/* Under write_lock: copies the run of preloaded pages that begins with page, nr_max at most.  *nr_out is how many are
- * there. */
+/* Under write_lock: copies the run of preloaded pages that begins with page, nr_max at most. *nr_out is how many are
+ * there now. */
 static int copy_run(struct guest *guest, uint64_t page, uint64_t nr_max, uint64_t *nr_out)
 {
 	struct account *account = guest->account;
@@ -57,7 +59,7 @@ bool answer_preloaded(struct guest *guest, uint64_t page, uint64_t read_ns)
 		err = copy_run(guest, page, PRELOAD_AT_ONCE, &nr);
 	if (nr)
 		err = 0;
-	if (err == -EFAULT) { /* its bytes cannot be had */
+	if (err == -EFAULT) { /* its bytes cannot be read */
 		err = answer_poison(guest, page);
 		count_access(account->header, false, FAULT_FAILED);
 	}
@@ -82,11 +84,11 @@ bool preload_push(struct guest *guest)
 	guest->preload_page = bits_next(account->preloaded, guest->preload_page, nr_pages);
 	int err = guest->preload_page < nr_pages ? copy_run(guest, guest->preload_page, PRELOAD_PUSHED, &nr) : 0;
 	pthread_mutex_unlock(&account->write_lock);
-	if (err == -EAGAIN && !nr) { /* its memory is changing: there is an event to be read first */
+	if (err == -EAGAIN && !nr) { /* its memory is changing: an event must be read first */
 		guest->idle_at_ns = clock_now_ns() + 1000000;
 		return false;
 	}
-	/* What cannot be copied now is for a fault to find out about. */
+	/* Skip a page that cannot be copied now: its fault handles that. */
 	guest->preload_page += err && !nr ? 1 : nr;
 	return true;
 }

@@ -2,14 +2,16 @@
 /*
  * A guest that moves, cuts up or unmaps its mapping.
  *
- * mremap waits until its REMAP event has been read, and then, for the old place, until its UNMAP event has.  What
- * moved is described by regions anew.  A guest that cuts its mapping into more regions than there is room for can be
- * served no more; but its mremap is not to hang, so it is dropped only after that second event, or after a while if
- * none comes (MREMAP_DONTUNMAP).
+ * mremap waits until its REMAP event has been read, and then, for the old address, until its UNMAP event has. The
+ * regions are updated for what moved. A guest that cuts its mapping into more regions than there is room for can no
+ * longer be served; but its mremap must not hang, so the guest is dropped only after that second event, or after a
+ * second if none comes (MREMAP_DONTUNMAP).
  */
-#include "faults/core/guest.h"
+#include "faults/core/remap.h"
 
 #include "cache/core/abi.h"
+#include "faults/core/answer.h"
+#include "faults/core/guest.h"
 #include "faults/core/uffd.h"
 
 #include <errno.h>
@@ -58,8 +60,8 @@ void answer_unmap(struct guest *guest, uint64_t start, uint64_t end, bool unmapp
 }
 
 /*
- * Answers a fault in memory that was never described: a mapping that grew, or one that its guest put under our
- * userfaultfd.  The guest gets SIGBUS where the kernel can poison the page; otherwise it is woken and faults again.
+ * Answers a fault outside the regions: in a mapping that grew, or in one that the guest registered with our
+ * userfaultfd. The guest gets SIGBUS where the kernel can poison the page; otherwise it is woken and faults again.
  */
 void answer_unknown_address(struct guest *guest, uint64_t address)
 {

@@ -28,11 +28,11 @@ int uffd_continue(int uffd, uint64_t address, uint64_t length, uint32_t max_skip
 		}
 		int err = errno;
 		uint64_t step;
-		if (order.mapped > 0) { /* partial: what stopped it is said by the next call */
+		if (order.mapped > 0) { /* partial: the next call reports what stopped it */
 			step = (uint64_t)order.mapped;
 			*mapped_out += step;
 		} else if (err == EEXIST) {
-			/* EEXIST wakes nobody, and a thread may wait for just this page. */
+			/* EEXIST wakes no thread, and one may wait for just this page. */
 			int woken = uffd_wake(uffd, address, PAGE_BYTES);
 
 			if (woken < 0)
@@ -65,11 +65,11 @@ int uffd_copy(int uffd, uint64_t address, const void *from, uint64_t length, boo
 		err = ioctl(uffd, UFFDIO_COPY, &order) < 0 ? -errno : 0;
 		if (!err) {
 			done = length;
-		} else if (order.copy > 0) { /* partial: what stopped it is said by the next call */
+		} else if (order.copy > 0) { /* partial: the next call reports what stopped it */
 			done += (uint64_t)order.copy;
 			err = 0;
 		} else if (err == -EEXIST) {
-			/* EEXIST wakes nobody, and a thread may wait for just this page. */
+			/* EEXIST wakes no thread, and one may wait for just this page. */
 			err = uffd_wake(uffd, address + done, PAGE_BYTES);
 			done += err ? 0 : PAGE_BYTES;
 		}
@@ -94,7 +94,7 @@ int uffd_copy_page(int uffd, uint64_t address, const void *from)
 	return -err;
 }
 
-/* One call: 0, or -errno with *done_out set by what the kernel did before it stopped. */
+/* One ioctl: 0, or -errno; *done_out is what the kernel did before it stopped. */
 static int populate_once(int uffd, uint64_t address, const char *from, uint64_t length, uint64_t *done_out)
 {
 	int64_t done;
@@ -124,11 +124,11 @@ int uffd_install(int uffd, uint64_t address, const void *from, uint64_t length, 
 		err = populate_once(uffd, address + done, from ? (const char *)from + done : NULL, length - done,
 		                    &step);
 		if (err == -EEXIST && !step) {
-			/* EEXIST wakes nobody, and a thread may wait for just this page. */
+			/* EEXIST wakes no thread, and one may wait for just this page. */
 			err = uffd_wake(uffd, address + done, page_bytes);
 			step = err ? 0 : page_bytes;
 		} else if (step) {
-			err = 0; /* partial: what stopped it is said by the next call */
+			err = 0; /* partial: the next call reports what stopped it */
 		}
 		done += step;
 	}
@@ -170,7 +170,7 @@ int uffd_poison_page(int uffd, uint64_t address, bool marked)
 	err = uffd_open(uffd, address, PAGE_BYTES);
 	if (!err)
 		err = poison(uffd, address);
-	if (err == -EEXIST) /* not the marker after all but a page, mapped just now: it must not stay open */
+	if (err == -EEXIST) /* no marker, but a page that was mapped just now: it must not stay open */
 		ioctl(uffd, UFFDIO_WRITEPROTECT, &protect);
 	return err;
 }

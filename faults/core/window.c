@@ -13,8 +13,8 @@ static struct window_stream *stream_find(struct window_state *state, uint64_t ex
 
 		if (!stream->used)
 			continue;
-		/* One that has not walked yet is expected just behind what its first fault had mapped, or what density
-		 * added to it; anywhere in between would make streams of random reads in a dense block. */
+		/* A stream of one fault must go on just behind that fault's window, or behind the block that density
+		 * added; a match inside the block would make streams of random reads in it. */
 		if (extent - stream->last_extent <= 1 || extent == stream->next_extent)
 			return stream;
 		if (stream->nr_extents > 1 && extent > stream->last_extent && extent < stream->next_extent)
@@ -33,8 +33,8 @@ static struct window_stream *stream_least_recent(struct window_state *state)
 	return oldest;
 }
 
-/* The largest aligned block round no, of sizes from min to max, at each of which half is set, no counted as set; 1 if
- * not even the smallest is. */
+/* The size of the largest aligned block round no, from min to max, that is half set, as are the smaller ones; no counts
+ * as set. 1 if the smallest block is not. */
 static uint64_t dense_block(const bits_word *set, uint64_t nr_all, uint64_t no, uint64_t min, uint64_t max)
 {
 	uint64_t block = 1;

@@ -2,11 +2,11 @@
 /*
  * Windows: how much to map, to map ahead and to load ahead for one fault.  Pure: no memory, no clock.
  *
- * A fault costs as much as mapping 30 to 500 resident pages, so a window is worth its price when a fair part
- * of it is used.  Two signs say so.  A stream: each fault that walks forward makes its window longer.
- * Density: once half of an aligned block of extents is granted, the rest of the block is mapped too, and
- * then the block twice as large is asked the same question; so random reads of a small working set converge.
- * Writes are judged by the same two signs, page by page.
+ * A fault costs as much as mapping 30 to 500 resident pages, so a window is worth its price when a fair part of it is
+ * used. Two signs show that. A stream: each fault that walks forward makes its window longer. Density: once half of an
+ * aligned block of extents is granted, the rest of the block is mapped too, and then the block twice as large is judged
+ * in the same way; so random reads of a small working set converge. Writes are judged by the same two signs, page by
+ * page.
  */
 #ifndef COWSHED_WINDOW_H
 #define COWSHED_WINDOW_H
@@ -16,7 +16,7 @@
 /* cdef-begin */
 #define WINDOW_STREAMS 4
 #define WINDOW_GROWTH 4
-#define WINDOW_NOW_PAGES 512           /* of a stream: mapped before the next fault is looked at */
+#define WINDOW_NOW_PAGES 512           /* of a stream: mapped before the next fault is read */
 #define WINDOW_MAX_PAGES 4096          /* of a stream */
 #define WINDOW_PREFETCH_MAX_PAGES 4096 /* loaded ahead of a stream */
 #define WINDOW_WRITE_MAX_PAGES 64
@@ -51,7 +51,7 @@ struct window_shape {
 /* granted: a bitmap of nr_extents, read only. */
 void window_plan_fault(struct window_state *state, const struct window_shape *shape, const uint64_t *granted,
                        uint64_t page, struct window_plan *plan_out);
-/* Cuts a plan down to the pages of a region, the faulting page's. */
+/* Cuts a plan down to the region of the faulting page. */
 void window_clip(struct window_plan *plan, const struct window_shape *shape, uint64_t first_page, uint64_t nr_pages);
 /* Which pages a write fault on page should open, if they are charged; page is one of them.  charged: a bitmap of
  * nr_pages, read only. */

@@ -2,18 +2,19 @@
 /*
  * Write faults.
  *
- * Charge first, open afterwards, and open exactly what was charged: once a page is un-protected nobody is
- * asked again.  The kernel makes the copy when the guest's write is tried again.  At the quota the charges
- * that never became copies are looked for; if that gives nothing, the writer stays where it is (stop) or gets
- * SIGBUS (kill).
+ * Charge first, open afterwards, and open exactly what was charged: a write to an un-protected page causes no further
+ * fault. The kernel makes the copy when the guest's write is tried again. At the quota, charges that never became
+ * copies are given back; if there are none, the writer stays blocked (stop) or gets SIGBUS (kill).
  */
 #define _GNU_SOURCE
-#include "faults/core/guest.h"
+#include "faults/core/write.h"
 
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 #include "cache/core/store.h"
+#include "faults/core/answer.h"
+#include "faults/core/guest.h"
 #include "faults/core/uffd.h"
 
 #include <errno.h>
@@ -21,7 +22,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Under write_lock: takes up to nr_wanted pages for charges that are about to be made. */
 uint64_t account_take_pages(struct account *account, uint64_t nr_wanted)
 {
 	uint64_t nr = quota_take(account->quota, 1, nr_wanted);
@@ -31,7 +31,6 @@ uint64_t account_take_pages(struct account *account, uint64_t nr_wanted)
 	return nr;
 }
 
-/* With no lock held: whether charges of the quota's other accounts turned out to be for nothing. */
 bool quota_settle_others(struct account *account)
 {
 	return atomic_load(&account->quota->nr_accounts) > 1 && account_settle_quota(account) > 0;
@@ -57,7 +56,8 @@ void quota_refuse(struct guest *guest)
 	quota_stop(guest);
 }
 
-/* Under write_lock: charges the pages of [first, first + nr) that are not private yet, and were taken. */
+/* Under write_lock: charges the pages of [first, first + nr) that are not private yet; the caller has taken them from
+ * the quota. */
 static void charge_range(struct account *account, uint64_t first, uint64_t nr)
 {
 	point_reach(POINT_WRITE_TAKEN);
@@ -72,7 +72,7 @@ static int open_pages(struct account *account, int uffd, uint64_t page, uint64_t
 	return uffd_open(uffd, account_address(account, page), nr << PAGE_SHIFT);
 }
 
-/* Cuts a window down to what the guest has in one piece round page. */
+/* Cuts a window down to the region of page. */
 static void clip_to_region(const struct account *account, uint64_t page, uint64_t *first, uint64_t *nr)
 {
 	struct account_region region;
@@ -96,7 +96,7 @@ static void write_window(struct guest *guest, uint64_t page, uint64_t *first_out
 	clip_to_region(guest->account, page, first_out, nr_out);
 }
 
-/* Cuts a window down to the granted extents round page: what is not mapped cannot be opened. */
+/* Cuts a window down to the granted extents round page: unmapped pages cannot be opened. */
 static void clip_to_granted(const struct guest *guest, uint64_t page, uint64_t *first, uint64_t *nr)
 {
 	uint64_t extent_pages = guest->image->shape.extent_pages;
@@ -113,16 +113,16 @@ static void clip_to_granted(const struct guest *guest, uint64_t page, uint64_t *
 }
 
 /*
- * Under write_lock.  A charged page that still faults was charged by an earlier report of the same fault, or with a
- * window of which it was not mapped then, or was protected by a settling: it only has to be opened, and so have the
- * charged pages behind it.
+ * Under write_lock. A charged page that still faults was charged by an earlier report of the same fault, or with a
+ * window when it was not mapped yet, or was protected by settling: only it and the charged pages behind it have to be
+ * opened.
  */
 static int answer_write_locked(struct guest *guest, uint64_t page)
 {
 	struct account *account = guest->account;
 	uint64_t first = page, nr = 1;
 
-	if (account_is_frozen(account)) /* the thaw has it ask again */
+	if (account_is_frozen(account)) /* the thaw wakes the fault */
 		return -EBUSY;
 	if (bits_test(account->private, page)) {
 		nr = WINDOW_WRITE_MAX_PAGES;
@@ -143,7 +143,7 @@ static int answer_write_locked(struct guest *guest, uint64_t page)
 	}
 	guest->windows.write_next_page = first + nr; /* where a run of writes faults next, if all of it is opened */
 	int err = open_pages(account, guest->uffd, first, nr);
-	if (err == -ENOENT && nr > 1) /* the guest unregistered a part of it: the other charges settle */
+	if (err == -ENOENT && nr > 1) /* the guest unregistered a part of it: settling returns the other charges */
 		err = open_pages(account, guest->uffd, page, 1);
 	answer_failed(guest, err);
 	return err;
@@ -175,8 +175,8 @@ void answer_write(struct guest *guest, uint64_t page, uint64_t read_ns)
 	}
 }
 
-/* Under write_lock, the page having been taken: one UFFDIO_COPY from the frame, which the caller's hold keeps where it
- * is. */
+/* Under write_lock, after the page was taken from the quota: one UFFDIO_COPY from the frame, whose extent the caller
+ * holds. */
 static int copy_page(struct guest *guest, uint64_t page)
 {
 	char frame[PAGE_BYTES] __attribute__((aligned(64)));
@@ -203,15 +203,15 @@ static int write_first_locked(struct guest *guest, uint64_t page)
 	uint64_t first, nr;
 
 	write_window(guest, page, &first, &nr);
-	/* Frozen, it is mapped as a read is, and the write asks again. */
+	/* While frozen, the page is mapped as for a read, and the write faults again. */
 	if (bits_test(guest->account->private, page) || nr > 1 || account_is_frozen(guest->account)) {
-		guest->windows = before; /* opening asks the same question */
+		guest->windows = before; /* answer_open plans the same window again */
 		return -ENOTSUP;
 	}
 	return account_take_pages(guest->account, 1) ? copy_page(guest, page) : -EDQUOT;
 }
 
-/* Nobody mapped the page yet, so it can be poisoned for this guest alone. */
+/* The page is not mapped yet, so it can be poisoned for this guest alone. */
 static void refuse_first(struct guest *guest, uint64_t page)
 {
 	struct account *account = guest->account;
@@ -229,7 +229,7 @@ static void refuse_first(struct guest *guest, uint64_t page)
 }
 
 /*
- * One copy here spares the kernel's second trap.  A run of writes is answered by mapping the window and opening the
+ * Copying a single page here saves a second fault. A run of writes is answered by mapping the window and opening the
  * run, so that one event serves all of it and the kernel does the copying.
  */
 int write_first(struct guest *guest, uint64_t page)

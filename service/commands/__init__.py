@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line's larger commands, each a file."""
+"""The larger commands of the command line, one file each."""

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cowshed attach`: run a program to which an image is a file whose mappings are the cache's.
+"""`cowshed attach`: run a program that maps an image's source file from the cache.
 
-The program is given a path at which everybody reads the image's true bytes: its source. What is
-preloaded into it (transport/preload) makes each of its mappings of that file a guest mapping. So
-what the library cannot see, a static child or a bare system call, reads the file itself, and never
-zeros.
+The program gets the path of the image's source. A preloaded library (transport/preload) turns
+each of its mappings of that file into a guest mapping. Accesses that the library cannot see, by a
+static child or a bare system call, read the source file itself, never zeros.
 
-This process becomes the program: signals, exit status and terminal are the program's own.
+This process becomes the program by execve: signals, exit status and terminal are the program's.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ __all__ = ["IMAGE_WORD", "AttachOrder", "become"]
 
 IMAGE_WORD: Final = "{image}"
 _MAX_NAME_LENGTH: Final = 64
-# What "none" is on the wire, where no number means the daemon's default: more than any image has.
+# "none" on the wire, where an absent number means the daemon's default: larger than any image.
 _NO_QUOTA_BYTES: Final = 1 << 60
-# Python ignores these; a program expects them as a shell leaves them.
+# Python ignores these signals; programs expect the default action, as a shell leaves it.
 _SIGNALS_IGNORED: Final = ("SIGPIPE", "SIGXFSZ")
 
 
@@ -60,7 +59,7 @@ class AttachOrder:
         on_quota: str | None,
         populate: bool,
     ) -> Self:
-        """The order that a command line means. Raises UsageError, one line."""
+        """Build the order from a command line. Raises UsageError, one line."""
         if not any(IMAGE_WORD in word for word in command):
             raise UsageError(
                 f"the command has no {IMAGE_WORD} in it: write that where the program is to find "
@@ -80,7 +79,7 @@ class AttachOrder:
 
 
 def become(order: AttachOrder) -> NoReturn:
-    """Become the program of the order; returns only by raising CowshedError, having run nothing."""
+    """Become the program of the order. On failure raises CowshedError and has run nothing."""
     program = find_program(order.command[0])
     check_preloadable(program)
     library = preloading.library_path()
@@ -92,7 +91,7 @@ def become(order: AttachOrder) -> NoReturn:
         "token": os.urandom(16).hex(),
     }
     socket = socket_path(order.run_dir)
-    with ControlClient(order.run_dir):  # says in words of the command line if nobody is there
+    with ControlClient(order.run_dir):  # its error, if no daemon listens, names --run-dir
         source = preloading.describe(f"unix://{socket}", order.image)
         preloading.rehearse(f"unix://{socket}", request)
     path = _path_of(source, order.image)
@@ -110,14 +109,14 @@ def _own_name(program: str) -> str:
 
 
 def _path_of(source: preloading.Source, image: str) -> str:
-    """Where this user finds the source; the descriptor itself, left open, if he may not open it."""
+    """Return the source's path, or /proc/self/fd/N, left open, if this user may not open it."""
     path = os.readlink(f"/proc/self/fd/{source.fd}")
     status = os.fstat(source.fd)
     try:
         there = os.stat(path)
     except FileNotFoundError:
         there = None
-    except OSError:  # behind a directory that this user may not enter
+    except OSError:  # this user may not search a directory of the path
         return _lend(source)
     if there is None or not _is_same(there, status):
         raise UsageError(

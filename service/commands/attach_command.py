@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of `cowshed attach`; what it does is in attach.py."""
+"""The command line of `cowshed attach`; attach.py implements it."""
 
 from pathlib import Path
 
@@ -14,23 +14,22 @@ from cowshed.service.commands.shell import WrongUsage, run_dir_option
 )
 @click.argument("image")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
-@click.option("--guest", metavar="NAME", help="What to call it in status [default: COMMAND-PID].")
+@click.option("--guest", metavar="NAME", help="The guest's name [default: COMMAND-PID].")
 @click.option(
     "--quota",
     metavar="SIZE",
-    help="How many private bytes its writes may take, all its mappings and children together, or "
-    "'none' [default: the daemon's].",
+    help="The limit of private bytes, for all its mappings and children together, or 'none' "
+    "[default: the daemon's].",
 )
 @click.option(
     "--on-quota",
     type=click.Choice(["stop", "kill", "allow"]),
-    help="At the quota: let the writer wait, end it by SIGBUS, or only count [default: the "
-    "daemon's].",
+    help="At the quota: block the writer, end it by SIGBUS, or only count [default: the daemon's].",
 )
 @click.option(
     "--populate",
     is_flag=True,
-    help="Have all of a mapping present before mmap returns, as MAP_POPULATE does: for debuggers.",
+    help="Populate a mapping before mmap returns, as MAP_POPULATE does: for debuggers.",
 )
 @run_dir_option
 def attach(
@@ -44,13 +43,13 @@ def attach(
 ) -> None:
     """Run COMMAND with IMAGE as a file that it maps from the cache.
 
-    {image}, anywhere in COMMAND's words, becomes the path of IMAGE's source. Reading that is
-    reading the source; mapping it with mmap shares the cache's pages, and a write to such a
-    mapping makes a private copy of the page. COMMAND can be any dynamically linked program,
-    QEMU for instance (memory-backend-file,share=off), and its children share its quota. Shared
-    writable mappings are refused, and so is changing the source. The exit status is COMMAND's.
+    {image}, anywhere in COMMAND, becomes the path of IMAGE's source. read() reads the source;
+    mmap shares the cache's pages, and a write to such a mapping makes a private copy of the
+    page. COMMAND can be any dynamically linked program, QEMU for instance
+    (memory-backend-file,share=off), and its children share its quota. Shared writable mappings
+    and changes of the source are refused. The exit status is COMMAND's.
     """
-    # Not at the top: it loads the C core, which `--help` and a wrong option do without.
+    # Imported here because it loads the C core, which `--help` and usage errors do not need.
     from cowshed.service.commands.attach import AttachOrder, become
 
     try:

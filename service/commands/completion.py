@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cowshed completion`: the shells' own scripts for completing commands and options."""
+"""`cowshed completion`: shell scripts that complete commands and options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["completion"]
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print the script by which SHELL completes commands."""
+    """Print the completion script for SHELL."""
     made = get_completion_class(shell)
     assert made is not None
     root = ctx.find_root()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that give a backend's guests away: drain, export, import."""
+"""The commands that move guests between backends: drain, export, import."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SCHEMES = ("unix://", "tcp://", "tls://", "vsock://")
 
 
 def add_commands(group: click.Group) -> None:
-    """Add them to the command line."""
+    """Add the commands to the group."""
     for command in (drain, export_command, import_command):
         group.add_command(command)
 
@@ -42,19 +42,19 @@ def add_commands(group: click.Group) -> None:
 @click.option(
     "--to", "to", metavar="URI|FILE", help="unix://, tcp:// or tls:// of a backend, or a file."
 )
-@click.option("--dry-run", is_flag=True, help="Say what would move and what blocks; move nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would move or block; move nothing.")
 @click.option(
     "--timeout", type=click.FloatRange(min=0.001), metavar="S", help="Roll back after S seconds."
 )
 @click.option(
     "--with-images",
     is_flag=True,
-    help="Send the bytes of images that the target does not serve; it needs an --image-dir.",
+    help="Send the bytes of images that the target does not serve; the target needs --image-dir.",
 )
 @click.option(
-    "--post-copy", is_flag=True, help="Have guests go on there at once; their pages follow them."
+    "--post-copy", is_flag=True, help="Resume guests at the target at once; their pages follow."
 )
-@click.option("--abort", is_flag=True, help="Have the drain under way rolled back.")
+@click.option("--abort", is_flag=True, help="Roll back the drain in progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object, for programs.")
 @run_dir_option
 def drain(
@@ -69,11 +69,11 @@ def drain(
 ) -> None:
     """Give every guest and working set to another backend.
 
-    Guests go on until the last pages; then they are told where to go on. Whatever fails
-    before the target has everything leaves every guest as it was.
+    Guests run here until the last pages are sent, and are then redirected to the target. A
+    failure before the target has everything leaves every guest as it was.
 
-    With --post-copy they go on at the target before it has their pages, which are sent
-    meanwhile, those first that they need. This backend must live until that is done.
+    With --post-copy guests resume at the target before it has their pages. The pages are sent
+    meanwhile, those that a guest waits for first. This backend must live until all are sent.
     """
     if abort == bool(to) or (abort and (dry_run or timeout or with_images or post_copy)):
         raise WrongUsage("give --to URI|FILE to drain, or --abort alone to end a drain")
@@ -115,7 +115,7 @@ def drain(
 @click.command("export")
 @click.argument("file", metavar="FILE|-")
 @click.option("--with-images", is_flag=True, help="Write the bytes of images, too.")
-@click.option("--resume", is_flag=True, help="Go on with an export to FILE that broke off.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted export to FILE.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object, for programs.")
 @run_dir_option
 def export_command(
@@ -123,12 +123,12 @@ def export_command(
 ) -> None:
     """Write guests and working sets to FILE, or - for stdout.
 
-    Guests go on here. FILE appears once it is whole, until then it is FILE.part.
+    Guests keep running here. FILE is written as FILE.part and renamed when complete.
     """
     if resume and (with_images or file == "-"):
         raise WrongUsage(
-            "--resume continues FILE.part as it was begun: "
-            "name the file, and leave --with-images out"
+            "--resume continues FILE.part with the images it was begun with: "
+            "name the file, and omit --with-images"
         )
     fields = {"with_images": with_images, "resume": resume}
     with ExitStack() as stack:
@@ -152,7 +152,9 @@ def _export(
 ) -> dict[str, Any]:
     part = path.with_name(f"{path.name}.part")
     if fields["resume"] and not part.exists():
-        raise UsageError(f"no export to {str(path)!r} broke off: there is no {part.name} beside it")
+        raise UsageError(
+            f"no interrupted export to {str(path)!r}: there is no {part.name} beside it"
+        )
     with reopened(part) if fields["resume"] else created(part) as out:
         try:
             reply = _last(client.stream("export", fds=[out.fileno()], **fields), as_json)
@@ -163,8 +165,7 @@ def _export(
             if isinstance(error, UsageError):
                 raise
             raise SourceError(
-                f"{error}; 'cowshed export --resume {shlex.quote(str(path))}' goes on with "
-                f"{part.name}"
+                f"{error}; 'cowshed export --resume {shlex.quote(str(path))}' continues {part.name}"
             ) from error
     put_in_place(part, path)
     return reply
@@ -178,7 +179,7 @@ def _through_pipe(
 
 
 def _sizes(reply: dict[str, Any]) -> str:
-    """What was sent, for people."""
+    """Format what was sent."""
     image_bytes = reply["image_bytes"]
     private = f"{format_bytes(reply['done_bytes'] - image_bytes)} of private pages"
     return f"{private} and {format_bytes(image_bytes)} of images" if image_bytes else private
@@ -210,7 +211,7 @@ def import_command(file: str, as_json: bool, run_dir: Path) -> None:
 
 
 def _last(replies: Iterator[dict[str, Any]], as_json: bool) -> dict[str, Any]:
-    """Show progress on a terminal; give the last reply."""
+    """Show progress on a terminal; return the last reply."""
     reply: dict[str, Any] = {}
     with progress_bar("connecting", is_wanted=not as_json, with_speed=True) as show_progress:
         for reply in replies:

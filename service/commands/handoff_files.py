@@ -20,19 +20,19 @@ _PUMP_BYTES = 1 << 18
 
 
 def created(path: Path) -> IO[bytes]:
-    """Open a file to write to, emptied, for us alone; UsageError."""
+    """Open a file for writing, truncated, mode 0600. Raises UsageError."""
     return _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
 
 def created_new(path: Path) -> IO[bytes]:
-    """The same, and its name is durable; UsageError if something is in it."""
+    """Open a file for writing and sync its directory. Raises UsageError if it is not empty."""
     file = _opened(path, os.O_WRONLY | os.O_CREAT)
     try:
         status = os.fstat(file.fileno())
         if stat.S_ISREG(status.st_mode) and status.st_size:
             raise UsageError(
-                f"{str(path)!r} is there and has {status.st_size} bytes, perhaps guests that were "
-                "drained: name another file, or remove it"
+                f"{str(path)!r} exists and has {status.st_size} bytes, perhaps of drained guests: "
+                "name another file, or remove it"
             )
         _sync(path.absolute().parent)
     except BaseException:
@@ -42,7 +42,7 @@ def created_new(path: Path) -> IO[bytes]:
 
 
 def reopened(path: Path) -> IO[bytes]:
-    """Open a file to read and go on with; UsageError."""
+    """Open a file to read it and continue writing. Raises UsageError."""
     return _opened(path, os.O_RDWR)
 
 
@@ -55,13 +55,13 @@ def _opened(path: Path, flags: int) -> IO[bytes]:
 
 
 def put_in_place(part: Path, path: Path) -> None:
-    """Give a file that is whole its name, durably. Raises SourceError."""
+    """Rename a complete file to path and sync its directory. Raises SourceError."""
     try:
         os.replace(part, path)
         _sync(path.absolute().parent)
     except OSError as error:
         raise SourceError(
-            f"cannot name {str(path)!r}: {error.strerror}; it is whole, in {str(part)!r}"
+            f"cannot rename {str(part)!r} to {str(path)!r}: {error.strerror}; it is complete"
         ) from error
 
 
@@ -75,10 +75,13 @@ def _sync(folder: Path) -> None:
 
 
 class Pump:
-    """Carries bytes between the daemon and our stdin or stdout: it could not wait for those."""
+    """Carries bytes between the daemon and our stdin or stdout.
+
+    The daemon gets a socket, on which it can wait with a deadline; on a pipe or terminal it blocks.
+    """
 
     def __init__(self, fd: int, *, out: bool) -> None:
-        """out: from the daemon to fd; else the other way."""
+        """out: copy from the daemon to fd; else from fd to the daemon."""
         self._fd = fd
         self._out = out
         self._error: OSError | None = None
@@ -87,7 +90,7 @@ class Pump:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[int]:
-        """Give the daemon's end, while the bytes flow; SourceError if our end cannot go on."""
+        """Yield the daemon's end while the bytes flow. Raises SourceError if fd fails."""
         self._thread.start()
         try:
             with self._theirs:
@@ -123,4 +126,4 @@ class Pump:
                 try:
                     self._ours.sendall(raw)
                 except OSError:
-                    return  # the daemon has had enough, and says why
+                    return  # the daemon closed its end; its reply has the reason

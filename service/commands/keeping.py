@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serving under a keeper, through any number of the backend's deaths."""
+"""Run the backend under a keeper, which restarts it after any number of deaths."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["run_keeper_of", "run_kept", "run_taking_over"]
 
 
 def run_kept(config: Config) -> int:
-    """Serve until told to end, through any number of deaths; the exit status.
+    """Serve until asked to end, through any number of deaths; return the exit status.
 
-    Under systemd, which sets NOTIFY_SOCKET, there is no need for a keeper of ours.
+    Under systemd, which sets NOTIFY_SOCKET, no keeper is needed.
     """
     if has_supervisor(os.environ):
         return EXIT_FAILED if _run(config) else 0
@@ -39,11 +39,11 @@ def run_kept(config: Config) -> int:
 
 
 def run_taking_over(config: Config) -> int:
-    """Serve on what the run-dir's backend serves, which leaves to us; the exit status.
+    """Take over from the run-dir's backend and serve; return the exit status.
 
-    Raises CowshedError if it does not: then it serves on.
+    Raises CowshedError if the backend does not hand over; it then continues to serve.
     """
-    # Imports the C core, as _run does.
+    # Imported here because it loads the C core, as in _run.
     from cowshed.service.commands.takeover import take_over
     from cowshed.service.daemon import run
 
@@ -69,12 +69,12 @@ def run_taking_over(config: Config) -> int:
 
 
 def run_keeper_of(config: Config, pid: int) -> int:
-    """Keep a backend that runs already; tells it where, by one line on stdout."""
+    """Keep a backend that already runs; writes this keeper's address to stdout, one line."""
     logging_begin(config.log_format, config.log_level)
     try:
         stop_at("keeper-begins")
         keeper = Keeper(lambda: _run(config), config.run_dir)
-        keeper.take_signals()  # a reload may be asked for as soon as it is known that we are here
+        keeper.take_signals()  # a reload may be requested as soon as the address is known
         os.write(1, f"{keeper.address}\n".encode())
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)  # the backend has closed its end by now
@@ -85,7 +85,7 @@ def run_keeper_of(config: Config, pid: int) -> int:
 
 
 def _run(config: Config) -> int:
-    # Imports the C core: only who serves pays for it, and a keeper before it forks.
+    # Imported here because it loads the C core; `serve` imports it before a keeper forks.
     from cowshed.service.daemon import run
 
     status = EXIT_FAILED
@@ -97,7 +97,7 @@ def _run(config: Config) -> int:
         message = str(error)
     except OSError as error:
         message = f"cannot serve at {config.run_dir}: {error}"
-    sink = LogSink(2)  # nobody may read it, and the keeper waits for our end
+    sink = LogSink(2)  # stderr may have no reader; this must not block, the keeper waits for us
     sink.write(f"cowshed: {one_line(message)}\n".encode())
     sink.close()
     return status

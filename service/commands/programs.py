@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a program can be run with a library preloaded: found, dynamic, not privileged.
+"""Check that a program can be run with a library preloaded: found, dynamic, not privileged.
 
-A static program would load the library no more than one for another machine, and the kernel makes
-the linker ignore it in a program that gains privileges. All of that would be silent, so it is
-looked at before.
+A static program and one for another machine do not load the library, and the dynamic linker
+ignores it in a program that gains privileges. None of these reports an error, so they are checked
+before the program runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_LINE_BYTES: Final = 256
 
 @dataclass(frozen=True)
 class Elf:
-    """What an ELF file is for, and the dynamic linker it names, "" if it is static."""
+    """The machine an ELF file is for, and its dynamic linker, "" if it is static."""
 
     bits: int
     is_big_endian: bool
@@ -36,12 +36,12 @@ class Elf:
 
     @property
     def kind(self) -> tuple[int, bool, int]:
-        """What a library must have in common with a program."""
+        """The fields in which a library must match a program."""
         return self.bits, self.is_big_endian, self.machine
 
 
 def find_program(command: str) -> str:
-    """The path of a command as a shell would find it. Raises UsageError."""
+    """Return the path of a command as a shell would find it. Raises UsageError."""
     path = shutil.which(command)
     if path is not None:
         return path
@@ -51,14 +51,14 @@ def find_program(command: str) -> str:
         is_file = stat.S_ISREG(os.stat(command).st_mode)
     except OSError as error:
         raise UsageError(f"no program at {command!r}: {error.strerror}") from error
-    what = "it is not executable: chmod +x it" if is_file else "it is no file"
+    what = "it is not executable: chmod +x it" if is_file else "it is not a regular file"
     raise UsageError(f"cannot run {command!r}: {what}")
 
 
 def check_preloadable(path: str) -> None:
-    """Raise UsageError, with the cure, unless a library preloaded into path will be loaded.
+    """Raise UsageError, with the cure, unless the program at path will load a preloaded library.
 
-    Follows `#!` lines to the program that runs in the end.
+    Follows `#!` lines to the interpreter that finally runs.
     """
     script = path
     for _ in range(_MAX_INTERPRETERS):
@@ -73,7 +73,7 @@ def check_preloadable(path: str) -> None:
                 f"{path!r} is neither an ELF program nor a script with a #! line: "
                 "run it by its interpreter, as `-- sh SCRIPT`"
             )
-        raise UsageError(f"{script!r} is run by {path!r}, which is no ELF program")
+        raise UsageError(f"{script!r} is run by {path!r}, which is not an ELF program")
     own = read_elf("/proc/self/exe")
     if own is not None and elf.kind != own.kind:
         raise UsageError(
@@ -92,14 +92,14 @@ def check_preloadable(path: str) -> None:
         )
     if elf.needs_first:
         raise UsageError(
-            f"{path!r} is built with the address sanitizer, which lets no other library be loaded "
-            "before its own: use a build without it"
+            f"{path!r} is built with the address sanitizer, whose library must be loaded first: "
+            "use a build without it"
         )
     _check_unprivileged(path)
 
 
 def read_elf(path: str) -> Elf | None:
-    """What an ELF file says of itself; None if it is none. Raises UsageError, if unreadable."""
+    """Read an ELF file's header; None if it is not ELF. Raises UsageError if unreadable."""
     found = ffi.new("struct elf *")
     try:
         with open(path, "rb", buffering=0) as file:
@@ -140,8 +140,8 @@ def _check_unprivileged(path: str) -> None:
         gains = "has file capabilities"
     if gains:
         raise UsageError(
-            f"{path!r} {gains}, so the system lets nothing be loaded into it: "
-            "run it as the user whose rights it takes, or use a copy without them"
+            f"{path!r} {gains}, so the dynamic linker ignores preloaded libraries: "
+            "run it as the user or group whose rights it takes, or use a copy without them"
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bar that a command shows on a terminal while the daemon is at work."""
+"""The progress bar that a command shows on a terminal while the daemon works."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 __all__ = ["ShowProgress", "progress_bar"]
 
-# What goes on, bytes that are done, and all of them.
+# (description, done_bytes, total_bytes)
 ShowProgress = Callable[[str, int, int], None]
 
 
@@ -17,9 +17,9 @@ ShowProgress = Callable[[str, int, int], None]
 def progress_bar(
     beginning: str, *, is_wanted: bool = True, with_speed: bool = False
 ) -> Iterator[ShowProgress]:
-    """Give how progress is shown on stderr; nothing is if that is no terminal, or not wanted.
+    """Yield a function that shows progress on stderr; it does nothing unless that is a terminal.
 
-    beginning is what goes on until the first call. The bar is gone afterwards.
+    beginning describes the work until the first call. The bar is erased afterwards.
     """
     if not (is_wanted and sys.stderr.isatty()):
         yield lambda _what, _done_bytes, _total_bytes: None

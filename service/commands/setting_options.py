@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of `cowshed serve` for the settings that have one."""
+"""The command line options of `cowshed serve`, made from the table of settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ C = TypeVar("C", bound=Callable[..., Any])
 
 
 def setting_options(command: C) -> C:
-    """Give a command an option for each setting with a flag; its value comes by the key."""
+    """Add to a command an option for each setting that has a flag, passed as the setting's key."""
     for option in reversed(OPTIONS):
         if option.flag:
             command = click.option(option.flag, option.key, **_how(option))(command)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How every command meets the shell: exit status, one-line errors, the parameters they share.
+"""What all commands share: exit status, one-line errors, common parameters.
 
 Exit status: 0 for success only; 1 when something failed; 2 when the command line or configuration
 is wrong; 3 when audit found mismatches; 130 after Ctrl-C. An error is one line on stderr that
@@ -33,14 +33,14 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class WrongUsage(click.UsageError):
-    """A wrong parameter, in a sentence of ours that says the cure; click's own only name it."""
+    """A wrong parameter, with a message that has the cure; click's own only name the parameter."""
 
 
 class OneLineGroup(click.Group):
     """A group whose every failure is one line on stderr and an exit status."""
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
-        """Run as click's own does, and end the process, also after success."""
+        """Run as click.Group does, and end the process, also after success."""
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a terminal that knows ASCII only
@@ -70,13 +70,13 @@ class OneLineGroup(click.Group):
 
 
 def fail(message: object, status: int = EXIT_FAILED) -> NoReturn:
-    """Say `message` in one line on stderr and end with `status`."""
+    """Print `message` as one line on stderr and exit with `status`."""
     click.echo(f"cowshed: {one_line(message)}", err=True)
     sys.exit(status)
 
 
 def run_dir_option(command: Command) -> Command:
-    """Add the option by which every command finds the daemon."""
+    """Add --run-dir, by which every command finds the daemon."""
     return click.option(
         "--run-dir",
         type=click.Path(path_type=Path),
@@ -101,12 +101,12 @@ def quota_argument(command: Command) -> Command:
 
 
 def print_line(line: str) -> None:
-    """Print one line of result; a name in it may be a guest's."""
+    """Print one line of result, escaped: names in it may come from a guest."""
     click.echo(printable(line))
 
 
 def show(view: "Callable[[], RenderableType]") -> None:
-    """Print what `view` makes of an answer."""
+    """Print what `view` renders from an answer."""
     from rich.console import Console
 
     with same_version():
@@ -116,7 +116,7 @@ def show(view: "Callable[[], RenderableType]") -> None:
 
 @contextmanager
 def same_version() -> Iterator[None]:
-    """Explain an answer without a field we need: a daemon of another version gave it."""
+    """Raise PeerError for an answer that lacks a field: the daemon has another version."""
     try:
         yield
     except KeyError as error:
@@ -129,7 +129,7 @@ def same_version() -> Iterator[None]:
 def _parse_extent(
     _ctx: click.Context, _param: click.Parameter, texts: tuple[str, ...]
 ) -> dict[str, int | None]:
-    """Offset and length in bytes or, for the whole image, neither."""
+    """Return offset and length in bytes; both None for the whole image."""
     if not texts:
         return {"offset": None, "length": None}
     if len(texts) != 2:

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mount namespace in which one file is read-only, and which is the outer one in all else.
+"""Make one file read-only for this process and its children, by a mount namespace.
 
-The kernel then refuses to this process and its children whatever would change the file by its path,
-or by a descriptor opened by it, bare system calls and static programs included. It takes
-CAP_SYS_ADMIN.
+The namespace equals the outer one in everything else. In it the kernel refuses every change of the
+file by its path, or by a descriptor opened there, also to static programs and bare system calls. It
+takes CAP_SYS_ADMIN.
 
-Landlock, which needs no privilege, cannot do this: its rules only allow, and cover all that lies
-beneath a folder, so every other file would have to be allowed by name, those not yet there
-included. A user namespace, which gives the capability to anybody, changes who owns what and takes
-their rights from setuid programs.
+Landlock, which needs no privilege, cannot do this: its rules only allow, and cover a whole
+directory, so every other file would have to be allowed by name, also those created later. A user
+namespace, which would give anybody the capability, changes the owners of files and disables setuid
+programs.
 
-The namespace shares mounts with the outer one as before: what the program mounts is mounted outside
-too, and the reverse, wherever mounts are shared. The mount that holds the file leaves its peer
-group while the read-only one is put in, which would be seen outside otherwise, and joins it again.
+Mount propagation stays: mounts by the program appear outside too, and the reverse, wherever mounts
+are shared. The mount that contains the file leaves its peer group while the read-only mount is
+added, which would otherwise propagate outside, and joins the group again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class _Mount:
-    """Where a mount is, and whether what is mounted beneath it shows in other namespaces."""
+    """A mount's place, and whether mounts beneath it propagate to or from other namespaces."""
 
     place: str
     has_peers: bool
@@ -57,8 +57,8 @@ class _Mount:
 def make_read_only(path: str) -> None:
     """Make a file read-only to this process and its children, where the system allows it.
 
-    Elsewhere the file is as it was, and nobody is told. Descriptors that are open stay what they
-    are, and other names of the file lead around it.
+    Elsewhere it changes nothing and reports nothing. Open descriptors stay writable, and so do
+    other names of the file.
     """
     with contextlib.ExitStack() as cleanup:
 
@@ -70,7 +70,7 @@ def make_read_only(path: str) -> None:
             inside = keep(os.open(path, os.O_PATH | os.O_CLOEXEC))
             holding = _mount_of(inside)
             outer = keep(os.open(holding.place, os.O_PATH | os.O_CLOEXEC))
-            if _mount_id(outer) != _mount_id(inside):  # another mount hides its place
+            if _mount_id(outer) != _mount_id(inside):  # another mount covers this one
                 return
             _checked(_libc.unshare(_CLONE_NEWNS))
         except OSError:
@@ -81,7 +81,7 @@ def make_read_only(path: str) -> None:
 
 
 def _put_over(path: str, inner: int, group_of: int | None, keep: Callable[[int], int]) -> None:
-    """Mount the file read-only over itself, in the mount `inner`, which then joins a peer group."""
+    """Mount the file read-only over itself, in the mount `inner`, which rejoins its peer group."""
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
     copy = keep(_call(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags))
     _set_attributes(copy, set_bits=_MOUNT_ATTR_RDONLY)
@@ -104,7 +104,7 @@ def _mount_id(fd: int) -> str:
 
 
 def _mount_of(fd: int) -> _Mount:
-    """The mount on which an open file lies. Raises OSError if it is not in this namespace."""
+    """Return the mount of an open file. Raises OSError if it is not in this namespace."""
     wanted = os.fsencode(_mount_id(fd))
     for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
         number, _, _, _, place, _, *optional = line.partition(b" - ")[0].split(b" ")
@@ -115,12 +115,12 @@ def _mount_of(fd: int) -> _Mount:
 
 
 def _plain(place: bytes) -> bytes:
-    """A path as it is, of which mountinfo writes blanks and backslashes in octal."""
+    """Decode a path of mountinfo, which writes blanks and backslashes in octal."""
     return re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), place)
 
 
 def _set_attributes(mount_fd: int, set_bits: int = 0) -> None:
-    """Make a mount private, and give it attributes."""
+    """Make a mount private, and set attributes."""
     attributes = struct.pack("QQQQ", set_bits, 0, _MS_PRIVATE, 0)
     _call(_SYS_MOUNT_SETATTR, mount_fd, b"", _AT_EMPTY_PATH, attributes, len(attributes))
 

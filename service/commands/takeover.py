@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cowshed serve --takeover`: another program serves on, in another process, and nobody notices.
+"""`cowshed serve --takeover`: another program, in another process, continues to serve the guests.
 
-All that takes time is done before the running backend is asked for anything: this program is
-loaded, the configuration read, the sources looked at. Then it is asked for a copy of what is held
-for its successor, goes on serving and telling us of what comes and goes, and at last leaves. Our
-backend is forked when it is gone, as after any other death. See operators/takeover.py for who
-starts the next backend when somebody dies in between.
+Slow work comes before any request to the running backend: loading this program, reading the
+configuration, opening the sources. Then this process requests a copy of the descriptors held for
+the successor. The backend continues to serve, reports each group that comes or goes, and finally
+leaves. This process forks its own backend when the old one has ended, as after any other death.
+operators/takeover.py says which keeper starts the next backend if a process dies in between.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _POLL: Final = select.POLLIN
 
 
 class _Left:
-    """What came of a request that was made in another thread."""
+    """The result of a request made in another thread; done_fd is readable when it is there."""
 
     def __init__(self, ask: Callable[[], dict[str, Any]]) -> None:
         self.reply: dict[str, Any] = {}
@@ -58,10 +58,11 @@ class _Left:
 
 
 def take_over(config: Config, serve: Callable[[], int]) -> tuple[Keeper, str]:
-    """Have the backend of the run-dir leave; a keeper, for serve, that holds all it had held.
+    """Have the run-dir's backend leave; return a keeper, for serve, with all its descriptors.
 
-    And the address of the keeper that it had, "" for none: that one waits for word that we serve.
-    Raises CowshedError, one line, if it did not leave to us; then it serves on, or its successor.
+    Also returns the address of the backend's keeper, "" for none, which waits to be notified that
+    we serve. Raises CowshedError, one line, if the backend did not leave to us; it, or its
+    successor, then continues to serve.
     """
     images = [_described(spec) for spec in config.images]
     with ControlClient(config.run_dir) as client:
@@ -95,7 +96,7 @@ def _have_left(client: ControlClient, keeper: Keeper, pid: int) -> None:
         keeper.receive()
     if not keeper.receive():
         raise CowshedError(
-            "the daemon died before it had left to us: its keeper has another serve; try again"
+            "the daemon died during the takeover: its keeper starts another; try again"
         )
 
 
@@ -105,7 +106,7 @@ def _meet(client: ControlClient, **about_us: Any) -> dict[str, Any]:
     except CowshedError as error:
         if "'takeover' is known" in str(error):
             raise UsageError(
-                "the daemon is of a version that knows no takeover: have it reload (SIGHUP)"
+                "the daemon's version has no takeover: reload it instead (SIGHUP)"
             ) from error
         raise
 
@@ -113,7 +114,7 @@ def _meet(client: ControlClient, **about_us: Any) -> dict[str, Any]:
 def _ask(
     client: ControlClient, keeper: Keeper, poll: select.poll, step: str, **fields: Any
 ) -> dict[str, Any]:
-    """Ask for a step, holding what comes meanwhile: the daemon waits for us to take it."""
+    """Request a step, and receive descriptors meanwhile: the daemon waits for us to take them."""
     left = _Left(lambda: client.request("takeover", step=step, pid=os.getpid(), **fields))
     try:
         poll.register(left.done_fd, _POLL | select.POLLHUP)
@@ -129,8 +130,9 @@ def _ask(
 
 
 def _described(spec: ImageSpec) -> dict[str, Any]:
-    """An image that we would serve. One that cannot be opened may be served all the same: from what
-    the backend has open.
+    """Describe an image that we would serve.
+
+    One that cannot be opened may be served all the same, from the backend's open descriptor.
     """
     try:
         with contextlib.closing(FileSource.open(Path(spec.source))) as source:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests that map: their mappings, descriptors, records, and how many may come in."""
+"""Guests that map: their mappings, descriptors and records, and the admission of connections."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may come in: bounds the connections, in all and of one user, so that nobody is locked out.
+"""The limit of connections, in all and per user, so that no user locks out the others.
 
-A connection that has said hello may stay quiet for as long as it likes, so floods are bounded by
-number and not by time. Operators (root and the daemon's user) always find a place.
+A connection may stay idle after its hello without limit, so floods are bounded by number and not by
+time. Some places are reserved for operators (root and the daemon's user).
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ from cowshed.transport.links.no_room import no_room
 
 __all__ = ["Admission"]
 
-# A guest takes socket, userfaultfd, two of /proc, pidfd, eventfd, ledger, quota and record; and one
-# to spare.
+# Socket, userfaultfd, two of /proc, pidfd, eventfd, ledger, quota, record; and one to spare.
 _FDS_PER_GUEST: Final = 10
 _FDS_OF_OURS: Final = 128
-# Images that come, files that are looked into, reserves.
+# For images added later, files read now and then, and the acceptors' reserves.
 _FDS_TO_COME: Final = 64
 # Places that only operators get.
 _RESERVED: Final = 16
 
 
 class Admission:
-    """Counts who is in, by user or, where no kernel vouches for one, by address.
+    """Counts connections by user or, if the kernel reports none, by address.
 
-    Invariant: readmit(), or enter() that returned "", is followed by one leave() of the same who
-    and nr_files.
+    Invariant: each readmit(), and each enter() that returned "", is followed by one leave() with
+    the same who and nr_files.
     """
 
     def __init__(self, max_files: int) -> None:
@@ -42,9 +41,9 @@ class Admission:
         self._operators: Final = {0, os.geteuid()}
 
     def enter(self, who: Hashable, nr_files: int = _FDS_PER_GUEST) -> str:
-        """Let a connection in that takes so many descriptors; or say why not.
+        """Admit a connection of nr_files descriptors and return "", or return why not.
 
-        who is a uid, or what names an address.
+        who is a uid or the name of an address.
         """
         nr_taken = self._nr_files.total() + nr_files
         nr_places = self._max_files
@@ -68,9 +67,9 @@ class Admission:
         )
 
     def set_aside(self, nr_files: int) -> None:
-        """Count what the daemon has open itself, if that is more than was thought.
+        """Reserve what the daemon itself has open, if that is more than assumed before.
 
-        nr_files are all that are open, those of connections that are in included.
+        nr_files counts all open descriptors, including those of admitted connections.
         """
         nr_ours = nr_files - self._nr_files.total() + _FDS_TO_COME
         self._max_files = self._places(max(_FDS_OF_OURS, nr_ours))
@@ -79,12 +78,12 @@ class Admission:
         return max((_RESERVED + 2) * _FDS_PER_GUEST, self._limit - nr_ours)
 
     def readmit(self, who: Hashable, nr_files: int = _FDS_PER_GUEST) -> None:
-        """Count a connection that our predecessor let in, however many there are."""
+        """Count a connection that our predecessor admitted, even beyond the limit."""
         self._nr_files[who] += nr_files
         self._nr_inside[who] += 1
 
     def leave(self, who: Hashable, nr_files: int = _FDS_PER_GUEST) -> None:
-        """A connection of who has ended."""
+        """Give back the place of a connection that has ended."""
         self._nr_files[who] -= nr_files
         self._nr_inside[who] -= 1
         if not self._nr_inside[who]:

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attached guests need to be served on after our death, and taking it over after another's.
+"""The groups by which attached guests outlive this backend, and their adoption by a successor.
 
 Each mapping is a group of its own: a record of its request, the ledger, the guest's quota, its
-userfaultfd, /proc files and socket. The socket is held because its end would tell the guest that
-the backend is gone; who only asks for something, or has not finished its handshake, does without
-and comes again.
+userfaultfd, /proc files and socket. The socket is held because the guest takes its end for the end
+of the backend. A peer without a mapping, or with an unfinished handshake, reconnects instead.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,10 +19,12 @@ from cowshed.service.guests.guests import GuestProcess, GuestTable, Mapping, Ope
 from cowshed.service.persist.fd_store import FdStore, kind_of
 from cowshed.service.persist.inherited import (
     InheritedFds,
+    Kinds,
     record_is_open,
     record_make,
     record_read,
 )
+from cowshed.service.persist.restoring import has_kinds, new_group, restore_groups
 from cowshed.service.runtime.logs import EventLog
 from cowshed.transport import Connection, adopt_connection
 
@@ -34,15 +34,15 @@ _log = EventLog("cowshed.guests")
 
 _PREFIX: Final = "mapping/"
 _KINDS: Final = {"record", "ledger", "quota", "uffd", "pagemap", "mem", "socket"}
-# Where pages are that the guest brought along, and has not touched yet: memory, or a file.
+# The file, in memory or on disk, of preloaded pages that the guest has not touched yet.
 _PRELOADED: Final = frozenset({"overlay", "pages"})
 
 
 @dataclass(frozen=True)
 class RestoredGuest:
-    """A mapping that is served on: by whose connection, under what name it is held.
+    """A restored mapping, its connection and its group.
 
-    tag is that of a request that may not have been answered, None if it was.
+    tag is that of a request whose reply may not have been sent, None if it was.
     """
 
     mapping: Mapping
@@ -53,24 +53,24 @@ class RestoredGuest:
 
 
 class GuestRecords:
-    """Has the supervisor hold mappings, and adopts those it held. In the loop's thread.
+    """Has the keeper hold mappings, and adopts those it held. In the loop's thread.
 
-    Invariant: _preloaded has, by group, a descriptor of our own of the preload file that is held
-    with it. The account closes its own once the guest's memory has all pages, and numbers are used
-    again, while another supervisor may have to be given the group at any time.
+    Invariant: _preloaded has, by group, a duplicate of the group's preload file. The account closes
+    its own descriptor once the guest's memory has all pages, and the number is reused, but the
+    group may have to be given to another keeper at any time.
     """
 
     def __init__(self, fd_store: FdStore) -> None:
         self._fd_store = fd_store
         self._preloaded: dict[str, int] = {}
 
-    def hold(self, mapping: Mapping, connection: Connection, request: OpenRequest, tag: int) -> str:
-        """Have a mapping outlive us; the group's name.
+    def keep(self, mapping: Mapping, connection: Connection, request: OpenRequest, tag: int) -> str:
+        """Have the keeper hold a mapping; return the group's name.
 
-        The record becomes one of the mapping's descriptors, the last. Once the request of that tag
-        is answered, record_close() it: our successor cannot know what the guest was told.
+        The record becomes the last of the mapping's descriptors. The caller must record_close() it
+        once the reply to that tag is sent: our successor cannot know otherwise.
         """
-        group = f"{_PREFIX}{secrets.token_hex(8)}"
+        group = new_group(_PREFIX)
         record = record_make({**describe_request(request), "tag": tag})
         mapping.fds.append(record)
         fds = [*mapping.fds, mapping.account.fd, mapping.guest.quota.fd, connection.fileno()]
@@ -80,11 +80,11 @@ class GuestRecords:
                 fds.append(preload_fd)
             else:
                 os.close(preload_fd)
-        self._fd_store.hold(group, fds, guest=mapping.name, image=mapping.image.label)
+        self._fd_store.keep(group, fds, guest=mapping.name, image=mapping.image.label)
         return group
 
     def release(self, group: str) -> None:
-        """Have a mapping held no more; before its descriptors are closed."""
+        """Have the keeper release a mapping; must precede closing its descriptors."""
         if group:
             self._fd_store.release(group)
             self._close_preloaded(group)
@@ -97,27 +97,23 @@ class GuestRecords:
     def adopt(
         self, inherited: InheritedFds, store: PageStore, guests: GuestTable
     ) -> list[RestoredGuest]:
-        """Serve on all that our predecessor served; it does not matter who died meanwhile."""
-        restored = []
-        for group, group_fds in inherited.take_all(_PREFIX):
-            guest = self._adopt(group, group_fds, store, guests)
-            if guest is None:
-                self._fd_store.release(group)
-                for fd in group_fds.values():
-                    os.close(fd)
-            else:
-                restored.append(guest)
-                self._fd_store.hold(group, [*group_fds.values()])
-        return restored
+        """Restore all mappings that our predecessor served, also of guests that died meanwhile."""
+        return restore_groups(
+            inherited,
+            _PREFIX,
+            self._fd_store,
+            lambda group, group_fds: self._adopt(group, group_fds, store, guests),
+        )
 
     def _adopt(
-        self, group: str, group_fds: dict[str, int], store: PageStore, guests: GuestTable
+        self, group: str, group_fds: Kinds, store: PageStore, guests: GuestTable
     ) -> RestoredGuest | None:
-        """Adopt one mapping, its descriptors with it; None, and none taken, if it cannot be."""
-        if group_fds.keys() - _PRELOADED != _KINDS:
+        """Adopt one mapping and its descriptors; on failure return None and take no descriptor."""
+        if not has_kinds(group_fds, _KINDS, _PRELOADED):
             return None
         preload_kind = next(iter(group_fds.keys() & _PRELOADED), "")
         record = record_read(group_fds["record"])
+        tag = record["tag"] if record_is_open(group_fds["record"]) else None
         request = request_of(record, store)
         if request is None:
             return None
@@ -140,7 +136,7 @@ class GuestRecords:
                 preload_fd=group_fds.get(preload_kind, -1),
             )
         except CowshedError as error:
-            # Its account was closed already when the backend died, or it is broken beyond use.
+            # The account was closed just before the backend died, or it is damaged.
             _log.info("guest-left", str(error), guest=request.name, image=image.label)
             guests.release(guest)
             connection.close()
@@ -153,14 +149,12 @@ class GuestRecords:
         group_fds.update(
             ledger=mapping.account.fd, quota=guest.quota.fd, socket=connection.fileno()
         )
-        is_open = record_is_open(group_fds["record"])
-        return RestoredGuest(
-            mapping, connection, request, group, record["tag"] if is_open else None
-        )
+        self._fd_store.keep(group, [*group_fds.values()])
+        return RestoredGuest(mapping, connection, request, group, tag)
 
 
 def describe_request(request: OpenRequest) -> dict[str, Any]:
-    """Return what a record says of a request."""
+    """Return a request's fields of a record."""
     return {
         "guest": request.name,
         "domain": request.image.domain,
@@ -177,12 +171,12 @@ def describe_request(request: OpenRequest) -> dict[str, Any]:
 
 
 def request_of(record: dict[str, Any], store: PageStore) -> OpenRequest | None:
-    """Return the recorded request; None, which is logged, if its image is not served any more."""
+    """Return the recorded request; log and return None if its image is no longer served."""
     image = image_of_record(record, store)
     if image is None:
         _log.error(
             "guest-lost",
-            "its image is not served any more",
+            "its image is no longer served",
             guest=record["guest"],
             image=record["image"],
         )
@@ -201,6 +195,6 @@ def request_of(record: dict[str, Any], store: PageStore) -> OpenRequest | None:
 
 
 def image_of_record(record: dict[str, Any], store: PageStore) -> Image | None:
-    """The image that a record is of; None if it is not served any more."""
+    """Return the image of a record; None if it is no longer served."""
     wanted = record["domain"], record["image"]
     return next((image for image in store if (image.domain, image.name) == wanted), None)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guests: who is attached to which image, from the handshake's last word until detached.
+"""The table of guests and their mappings, from the end of the handshake until detached.
 
-A guest is a name with a quota. What it has mapped are its mappings, one a connection, of
-one process or several; all draw on the quota. The guest is there as long as a connection holds its
-name, and attached as long as it has a mapping.
+A guest is a name with a quota. It has mappings, one per connection, of one process or several, all
+charged to the quota. A guest exists as long as a connection has its name, and is attached as long
+as it has a mapping.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cowshed.accounting import (
     Region,
     add_statuses,
 )
-from cowshed.cache import Image, UsageError
+from cowshed.cache import Image, InvariantError, UsageError
 from cowshed.faults import FaultHandler, FaultOptions, PopulateHandler, PopulateOptions
 from cowshed.service.settings.names import find_for_operator
 from cowshed.transport.links.no_room import taking_in
@@ -37,7 +37,7 @@ __all__ = ["Guest", "GuestProcess", "GuestTable", "Mapping", "OpenRequest"]
 
 @dataclass(frozen=True)
 class GuestProcess:
-    """The process at the other end of a connection; pidfd -1 if it cannot be had."""
+    """The process at the other end of a connection; pidfd is -1 if the kernel gives none."""
 
     pid: int
     uid: int
@@ -46,11 +46,11 @@ class GuestProcess:
 
 @dataclass(frozen=True)
 class OpenRequest:
-    """What a connection asked for, checked: quota_bytes None is no quota.
+    """A connection's request to open an image, checked; quota_bytes None: no quota.
 
-    With a token, other connections that know it, of the same user and image, join the guest; the
-    quota is then the guest's. offset_bytes and length_bytes are the part of the image to be mapped.
-    carries: in a move the program takes the mapping's private pages along itself.
+    With a token, other connections of the same user and image that know it join the guest, and
+    share its quota. offset_bytes and length_bytes are the part of the image to map. carries: when
+    the guest is moved, the program itself takes along the mapping's private pages.
     """
 
     name: str
@@ -65,14 +65,14 @@ class OpenRequest:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What is unique among guests: names are, within a domain."""
+        """The guest's key: names are unique within a domain."""
         return self.image.domain, self.name
 
 
 class Guest:
-    """A name that somebody holds, its quota, and what is mapped under it.
+    """A reserved name, its quota and its mappings.
 
-    Changed by the table alone. nr_holders counts the connections that hold the name.
+    Changed by the table alone. nr_connections counts the connections that have the name.
     """
 
     def __init__(self, request: OpenRequest, owner: GuestProcess, quota: Quota) -> None:
@@ -80,7 +80,7 @@ class Guest:
         self.owner: Final = owner
         self.quota: Final = quota
         self.mappings: list[Mapping] = []
-        self.nr_holders = 1
+        self.nr_connections = 1
 
     @property
     def name(self) -> str:
@@ -89,7 +89,7 @@ class Guest:
 
     @property
     def domain(self) -> str:
-        """The sharing domain it is in: its image's."""
+        """The sharing domain: its image's."""
         return self.request.image.domain
 
     @property
@@ -99,7 +99,7 @@ class Guest:
 
     @property
     def uid(self) -> int:
-        """The user whose guest it is."""
+        """The user who owns the guest."""
         return self.owner.uid
 
     @property
@@ -109,22 +109,22 @@ class Guest:
 
     @property
     def transport(self) -> str:
-        """How it is connected."""
+        """The transport of its first mapping."""
         return self.mappings[0].transport if self.mappings else "unix"
 
     @property
     def quota_bytes(self) -> int | None:
-        """What its private pages may take, None if there is no quota."""
+        """The limit of its private pages, None if there is no quota."""
         return self.quota.limit_bytes
 
     @property
     def is_attached(self) -> bool:
-        """Whether it uses the image, and does not just hold a name."""
+        """Whether it has a mapping, and not only a name."""
         return bool(self.mappings)
 
     @property
     def is_parked(self) -> bool:
-        """Whether nobody speaks for it any more, and yet it has something mapped."""
+        """Whether it has mappings, and the connections of all of them are lost."""
         return bool(self.mappings) and all(mapping.is_parked for mapping in self.mappings)
 
     def admits(self, request: OpenRequest, peer: GuestProcess) -> bool:
@@ -138,14 +138,14 @@ class Guest:
         )
 
     def set_quota(self, quota_bytes: int | None) -> None:
-        """Change the quota, None being none, and have who is stopped at it ask again."""
+        """Change the quota (None: no limit), and retry the faults stopped at it."""
         self.quota.set_quota(
             NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, self.request.policy
         )
         self.resume()
 
     def resume(self) -> None:
-        """Have who is stopped at the quota ask again."""
+        """Retry the faults stopped at the quota."""
         for mapping in self.mappings:
             mapping.handler.resume()
 
@@ -155,28 +155,28 @@ class Guest:
             mapping.account.settle()
 
     def status(self) -> AccountStatus | None:
-        """Read its accounts, together; None if it has none."""
+        """Return the sum of its accounts' statuses; None if it has none."""
         return self.pick(
             {each.account_no: each.account.status() for each in self.mappings},
         )
 
     def pick(self, statuses: ReadOnlyDict[int, AccountStatus]) -> AccountStatus | None:
-        """Put together what is its of the accounts that were read, by number; None: nothing."""
+        """Return the sum of its accounts in statuses, by number; None if there are none."""
         own = [statuses[each.account_no] for each in self.mappings if each.account_no in statuses]
         return add_statuses(own) if own else None
 
     def granted_bytes(self, status: AccountStatus) -> int:
-        """What it may map, by a reading of its accounts."""
+        """The bytes it may map, by a status of its accounts."""
         most = len(self.mappings) * self.image.map_bytes
         return min(status.granted_extents * self.image.extent_bytes, most)
 
 
 @dataclass(eq=False)
 class Mapping:
-    """What one connection has mapped. Owns the descriptors in fds; all lives until detach.
+    """What one connection has mapped. Owns the descriptors in fds, until detach.
 
-    is_parked: the connection has ended without a word, and the memory is there still. carries: as
-    in OpenRequest.
+    is_parked: the connection has ended without "close", and the memory lives. carries: as in
+    OpenRequest.
     """
 
     guest: Guest
@@ -206,7 +206,7 @@ class Mapping:
 
     @property
     def pid(self) -> int:
-        """The process whose memory it is."""
+        """The process that has the mapping."""
         return self.peer.pid
 
     @property
@@ -218,11 +218,11 @@ class Mapping:
 class GuestTable:
     """All guests, by domain and name; iterating gives those attached.
 
-    Whoever reads their accounts does so inside `with table.lock`.
+    Callers that read accounts must hold `table.lock`.
 
-    Invariants: a guest is in the table exactly while connections hold its name, and its quota is
-    open as long; an account is open exactly while its mapping is its guest's. What mappings that
-    are gone had counted is in their image's sums.
+    Invariants: (1) a guest is in the table, by its name, exactly while connections have the name;
+    (2) no name is taken twice; (3) each mapping has a connection of its own, and an open account.
+    The counters of mappings that were detached are in their image's sums.
     """
 
     def __init__(self) -> None:
@@ -236,16 +236,36 @@ class GuestTable:
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def check(self) -> None:
+        """Recompute the invariants, and those of all accounts. Raises InvariantError."""
+        with self.lock:
+            for key, guest in self._guests.items():
+                if key != guest.request.key or guest.nr_connections < 1:
+                    raise InvariantError(
+                        f"guests (1): {key} has {guest.nr_connections} connections"
+                    )
+                if key in self._kept_names:
+                    raise InvariantError(f"guests (2): {key} is the name of an overlay too")
+                if any(mapping.guest is not guest for mapping in guest.mappings) or (
+                    len(guest.mappings) > guest.nr_connections
+                ):
+                    raise InvariantError(
+                        f"guests (3): {key} has {len(guest.mappings)} mappings, "
+                        f"{guest.nr_connections} connections"
+                    )
+                for mapping in guest.mappings:
+                    mapping.account.check()
+
     def find(self, text: str) -> Guest:
-        """Give the attached guest that NAME or DOMAIN/NAME means; UsageError if not just one."""
+        """Return the attached guest of NAME or DOMAIN/NAME; UsageError unless it is exactly one."""
         return find_for_operator(self, text, "guest")
 
     @taking_in()
     def reserve(self, request: OpenRequest, peer: GuestProcess) -> Guest:
-        """Make a guest for a connection that is about to attach, or let it join the one there is.
+        """Make a guest for a connection about to attach, or let it join the existing one.
 
-        UsageError if the name is taken; whose it is only root is told. CapacityError if there is
-        no room for it. release() it once.
+        UsageError if the name is taken; the message names the owner to root only. CapacityError if
+        there is no room. The caller must release() it once.
         """
         with self.lock:
             guest = self._guests.get(request.key)
@@ -258,38 +278,38 @@ class GuestTable:
             if not guest.admits(request, peer):
                 by = f" by uid {guest.uid}, process {guest.pid}" if peer.uid == 0 else ""
                 raise UsageError(f"guest name {request.name!r} is taken{by}{_cure(guest)}")
-            guest.nr_holders += 1
+            guest.nr_connections += 1
             return guest
 
     def adopt(self, request: OpenRequest, peer: GuestProcess, quota_fd: int) -> Guest:
-        """Have a guest again that a connection held before our time; release() it once.
+        """Restore a guest for one of its inherited connections; the caller must release() it once.
 
-        Takes the memfd of its quota over, which the guest's other connections may have brought too.
+        Takes over quota_fd; another of the guest's connections may have brought the same memfd.
         """
         with self.lock:
             guest = self._guests.get(request.key)
             if guest is not None:
                 os.close(quota_fd)
-                guest.nr_holders += 1
+                guest.nr_connections += 1
                 return guest
             guest = Guest(request, peer, Quota.adopt(quota_fd))
             self._guests[request.key] = guest
             return guest
 
     def release(self, guest: Guest) -> None:
-        """A connection gives the name back; the last one ends the guest."""
+        """Give the name back for one connection; the last one ends the guest."""
         with self.lock:
-            guest.nr_holders -= 1
-            if guest.nr_holders == 0:
+            guest.nr_connections -= 1
+            if guest.nr_connections == 0:
                 del self._guests[guest.request.key]
                 guest.quota.close()
 
     def has(self, key: tuple[str, str]) -> bool:
-        """Whether a connection holds the name."""
+        """Whether a connection has the name."""
         return key in self._guests
 
     def has_joined(self, request: OpenRequest, peer: GuestProcess) -> bool:
-        """Whether there is a guest that reserve() would have a connection join."""
+        """Whether reserve() would let the connection join an existing guest."""
         guest = self._guests.get(request.key)
         return guest is not None and guest.admits(request, peer)
 
@@ -298,7 +318,7 @@ class GuestTable:
         self.check_name(*request.key)
 
     def check_name(self, domain: str, name: str) -> None:
-        """The same, for a guest of whose image no more is known than its domain."""
+        """Raise UsageError if a name is taken in a domain."""
         if (domain, name) in self._guests or (domain, name) in self._kept_names:
             raise UsageError(f"guest name {name!r} is taken; choose another, or detach that guest")
 
@@ -309,7 +329,7 @@ class GuestTable:
             self._kept_names.add(request.key)
 
     def release_name(self, request: OpenRequest) -> None:
-        """Give such a name back."""
+        """Give back a name of reserve_name()."""
         with self.lock:
             self._kept_names.discard(request.key)
 
@@ -326,16 +346,16 @@ class GuestTable:
         transport: str = "unix",
         populate: PopulateOptions | None = None,
         preload: tuple[int, bytes] | None = None,
-        hold: Callable[[Account], None] | None = None,
+        keep: Callable[[Account], None] | None = None,
     ) -> Mapping:
-        """Start answering a mapping; fds are [uffd, pagemap, mem], its own on success only.
+        """Start answering a mapping; takes fds, [uffd, pagemap, mem], over on success only.
 
-        inherited memory came over fork: what is private in it is charged. On failure nothing is
-        left of the mapping. preload is the private pages that it begins with: a file that has them,
-        and their bitmap (Account.preload). With populate its pages are copied into memory of its
-        own; fds may then be [uffd] alone. hold is called before anything is answered: an event
-        that is read is in the account alone. Raises UsageError for regions that make no sense
-        (Account.place), CapacityError if there is no descriptor, thread or memory for it.
+        inherited: the memory came over fork, and its private pages are charged. preload is the
+        private pages that it begins with: a file of them, and their bitmap (Account.preload). With
+        populate, pages are copied into the guest's own memory; fds may then be [uffd] alone. keep
+        is called before any event is read, since an event, once read, is in the account alone.
+        On failure nothing is left of the mapping. Raises UsageError for invalid regions
+        (Account.place), CapacityError if no descriptor, thread or memory is left for it.
         """
         with contextlib.ExitStack() as stack:
             account = Account(guest.image, guest.quota)
@@ -344,8 +364,8 @@ class GuestTable:
             if preload is not None:
                 account.preload(*preload)
             arguments = (account.cdata, fds[0], peer.pidfd, options)
-            if hold is not None:
-                hold(account)
+            if keep is not None:
+                keep(account)
             handler = (
                 FaultHandler(*arguments)
                 if populate is None
@@ -372,10 +392,10 @@ class GuestTable:
         preload_fd: int = -1,
         populate: PopulateOptions | None = None,
     ) -> Mapping:
-        """Answer a mapping that another process answered; whoever waits there asks again.
+        """Answer a mapping that another process answered; its waiting faults are retried.
 
-        Takes ledger_fd over, fds, which are as attach() has them, on success only. Raises
-        InvariantError if it is no account, or one that was closed.
+        Takes ledger_fd over, and fds (as for attach()) on success only. Raises InvariantError if
+        ledger_fd is no account, or a closed one.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -411,15 +431,15 @@ class GuestTable:
             os.close(fd)
 
     def settle(self, guest: Guest) -> None:
-        """Settle a guest's charges, where it is attached still."""
+        """Settle a guest's charges, on the mappings still attached."""
         with self.lock:
             guest.settle()
 
     @contextlib.contextmanager
     def accounts(self, image: Image) -> Iterator[dict[str, Account]]:
-        """Give the accounts of an image by guest name, kept open inside `with`.
+        """Yield the accounts of an image by guest name, kept open inside `with`.
 
-        The second mapping of a guest and those after are told apart by their number.
+        A guest's second mapping is NAME#2, the next NAME#3, and so on.
         """
         with self.lock:
             yield {
@@ -433,7 +453,7 @@ class GuestTable:
 def _cure(guest: Guest) -> str:
     if guest.is_parked:
         return (
-            ": it closed its connection and has the image mapped still; choose another, "
+            ": it closed its connection and still has the image mapped; choose another, "
             "or end that process"
         )
     return "; choose another, or detach that guest"

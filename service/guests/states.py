@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a guest is, in one word, by its accounts."""
+"""A guest's state, from those of its accounts, and its name."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ STATE_WORDS: Final[Mapping[AccountState, str]] = {
 
 
 def joint_state(states: Collection[AccountState]) -> AccountState:
-    """How a guest is whose mappings are so, as accounting.add_statuses sees it.
+    """Return the state of a guest whose mappings have these states, as add_statuses() does.
 
-    Broken when all are, else frozen or stopped when one is.
+    BROKEN if all are, else FROZEN or STOPPED if one is, else RUNNING.
     """
     if states and all(state is AccountState.BROKEN for state in states):
         return AccountState.BROKEN

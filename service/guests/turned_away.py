@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections that there is no room for, until each peer was told so: a few at once, in the loop.
+"""Connections that there is no room for, until each is refused: a few at a time, in the loop.
 
 If a connection is closed with a request unread, its peer may never see the refusal that was sent.
 So the loop waits a moment for the first request, and refuses that.
@@ -22,36 +22,36 @@ from cowshed.transport.messages.fields import error_reply
 
 __all__ = ["TurnedAway", "what_failed"]
 
-# Fewer than descriptors in reserve: each connection here may have one of those.
+# Fewer than the acceptor's reserve: each connection here may use a descriptor of it.
 _PLACES: Final = NR_SPARE - 1
 _WAIT_SECONDS: Final = 5.0
 _LOOK_SECONDS: Final = 1.0
-# Of a client's first request, which hello is.
+# The tag of a client's first request, hello.
 _FIRST_TAG: Final = 1
 
 
 def what_failed(error: CowshedError | OSError) -> tuple[bool, str]:
-    """Whether an error is that we have no room, and the line that says so or else what it was."""
+    """Return whether an error means that we have no room, and its message in one line."""
     if isinstance(error, OSError) and error.errno in (*NO_ROOM, errno.EAGAIN):
         return True, no_room(error.errno)
     return isinstance(error, CapacityError), str(error)
 
 
 class TurnedAway:
-    """Owns the connections given to add(), each until its peer knows why it is turned away.
+    """Owns the connections given to add(), each until its peer was sent why it is turned away.
 
-    Invariant: at most _PLACES are here; the oldest is told unasked, and closed, for one more.
+    Invariant: at most _PLACES are here; to add another, the oldest is refused and closed at once.
     """
 
     def __init__(self, loop: Loop, refill: Callable[[], None]) -> None:
-        """refill() is called after each close, so that the acceptor's reserve is full again."""
+        """refill() is called after each close, to fill the acceptor's reserve again."""
         self._loop = loop
         self._refill = refill
         self._waiting: dict[int, tuple[Connection, str, float]] = {}
         loop.every(_LOOK_SECONDS, self._look_after)
 
     def add(self, connection: Connection, why: str) -> None:
-        """Tell a peer, in one line, why it is turned away, and hang up."""
+        """Refuse a peer, for the reason in one line, and close the connection."""
         if len(self._waiting) == _PLACES:
             self._refuse(next(iter(self._waiting)), _FIRST_TAG)
         fd = connection.fileno()
@@ -60,7 +60,7 @@ class TurnedAway:
         self._on_ready(fd, READ)
 
     def close(self) -> None:
-        """Hang up on all; the loop has stopped."""
+        """Close all; the loop has stopped."""
         for fd in list(self._waiting):
             self._end(fd)
 
@@ -79,7 +79,7 @@ class TurnedAway:
             if tag:
                 self._refuse(fd, tag)
                 return
-            connection.flush()  # of a tls handshake
+            connection.flush()  # of a TLS handshake
             self._loop.change(fd, READ | (WRITE if connection.wants_write else 0))
         except (CowshedError, OSError):
             self._end(fd)
@@ -88,7 +88,7 @@ class TurnedAway:
         connection, why, _ = self._waiting[fd]
         with contextlib.suppress(CowshedError, OSError):
             connection.queue(error_reply("capacity", why), tag=tag)
-            connection.flush()  # one packet, which a new socket has room for
+            connection.flush()  # one packet, for which a new socket has room
         self._end(fd)
 
     def _end(self, fd: int) -> None:

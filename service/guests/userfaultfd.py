@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host's userfaultfd can do, and what a descriptor that a guest sent really is."""
+"""Checks of this host's userfaultfd, and of the descriptors that guests send."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _USERFAULTFD_IOC_NEW: Final = 0xAA00
 _UFFDIO_API: Final = 0xC018AA3F
 _UFFD_API: Final = 0xAA
 _UFFD_FEATURE_EVENT_FORK: Final = 1 << 1
-# No process has anything there.
+# Beyond every process's address space.
 _NOWHERE: Final = 1 << 62
 _SYSCTL: Final = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
 
 def open_device() -> int | None:
-    """Open the device that guests make their userfaultfd with; None if they have other means.
+    """Open the device that is lent to guests for making a userfaultfd; None if they need none.
 
     Raises UsageError, with the cure, if this host cannot serve any guest.
     """
@@ -45,7 +45,7 @@ def open_device() -> int | None:
         if os.geteuid() == 0 or _sysctl_allows():
             return None
         raise UsageError(
-            f"cannot open {DEVICE}: {error.strerror}, so guests could have no faults answered; "
+            f"cannot open {DEVICE}: {error.strerror}, so no guest's faults can be answered; "
             "run as root, give this user access to the device, "
             "or set sysctl vm.unprivileged_userfaultfd=1"
         ) from error
@@ -80,7 +80,7 @@ def _check_features(device: int) -> None:
 
 
 def check_uffd(fd: int) -> None:
-    """Raise PeerError unless fd is a userfaultfd made with the features guests are told to use."""
+    """Raise PeerError unless fd is a userfaultfd with the features that guests must enable."""
     features = _features_of(fd)
     if uffd_features() & ~features:
         raise PeerError(
@@ -91,7 +91,8 @@ def check_uffd(fd: int) -> None:
 def check_populated_uffd(fd: int) -> None:
     """Raise PeerError unless fd is a userfaultfd whose faults can be answered by copy.
 
-    What a guest chose is its own business, but for what would put descriptors into this process.
+    A guest may choose any features except EVENT_FORK, whose events would install descriptors in
+    this process.
     """
     features = _features_of(fd)
     if features & _UFFD_FEATURE_EVENT_FORK:
@@ -111,14 +112,14 @@ def _features_of(fd: int) -> int:
 
 
 def open_pagemap(pid: int, pidfd: int | None) -> int | None:
-    """Open a peer's page tables to look at; None if this process may not, or the peer is gone."""
+    """Open a peer's /proc/PID/pagemap; None if this process may not, or the peer has ended."""
     if pidfd is None or has_ended(pidfd):
         return None
     try:
         fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
-    if has_ended(pidfd):  # and the number may be somebody else's
+    if has_ended(pidfd):  # then the pid may belong to another process
         os.close(fd)
         return None
     return fd
@@ -127,15 +128,15 @@ def open_pagemap(pid: int, pidfd: int | None) -> int | None:
 def check_guest_files(pid: int, pidfd: int | None, fds: list[int]) -> None:
     """Raise PeerError unless fds[1] and [2] are the peer's own /proc/PID/pagemap and /proc/PID/mem.
 
-    A guest that passed somebody else's page tables could hide its private pages from its quota.
-    Files of a /proc that is not ours, as a container's, cannot be compared: ours take their place
-    in the list, if we may open them. Raises UsageError, with the cure, where this process does not
-    see the guest's, or may not open them.
+    A guest that passed another process's page tables could hide its private pages from its quota.
+    Files of another /proc mount, as a container's, cannot be compared: files of our /proc replace
+    them in the list. Raises UsageError, with the cure, if this process does not see the guest's
+    process or may not open its files.
     """
     if pid == 0:
         raise UsageError(
             "the guest's process is in a PID namespace that the daemon does not see, so its page "
-            "tables cannot be told from another's: run the daemon in the host's PID namespace "
+            "tables cannot be identified: run the daemon in the host's PID namespace "
             "(in a container: --pid=host), or the guest in the daemon's"
         )
     for no, name in enumerate(("pagemap", "mem"), 1):
@@ -169,13 +170,13 @@ def has_ended(pidfd: int) -> bool:
 
 
 def memory_lives(mem_fd: int) -> bool:
-    """Whether the memory that a /proc/PID/mem was opened on is anybody's still.
+    """Whether any process still has the memory that a /proc/PID/mem was opened on.
 
-    It is not once its process has ended, or executed another program. Waits for nobody: what is
-    read is no page of its.
+    None has once the process has ended or executed another program. Never blocks: the address read
+    is beyond all pages.
     """
     try:
         os.pread(mem_fd, 1, _NOWHERE)
     except OSError:
         return True
-    return False  # nothing, and no error: proc_pid_mem(5) reads so what is gone
+    return False  # 0 bytes and no error: the memory is gone, see proc_pid_mem(5)

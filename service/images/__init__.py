@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The images served: opened, found by name, digested, warmed, evicted."""
+"""The images served: opening, access, digests, warming, eviction."""

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may use which image: the one question that every way in asks before it opens anything.
+"""Which images a peer may use; every server asks this before it opens anything.
 
-A guest sees the images of its domain, less those whose access list (uids, gids, clients of an
-[[image]]) leaves it out. What it does not see is answered as what does not exist. Operators see
-all.
+A guest sees the images of its domain, except those whose access list (uids, gids, clients of an
+[[image]]) omits it. For a guest, an image that it does not see does not exist. Operators see all.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ N = TypeVar("N", bound=Named)
 
 
 class Access:
-    """The rules of one configuration.
+    """The access rules of one configuration.
 
-    moved_to is where who comes is sent instead, during a drain and after it.
+    moved_to is the URI that peers are redirected to, during a drain and after it.
     """
 
     def __init__(self, domains: Domains, specs: Iterable[ImageSpec]) -> None:
@@ -33,15 +32,15 @@ class Access:
         self._allowed: Final = {(spec.domain, spec.name): spec.allowed for spec in specs}
 
     def allow(self, image: Named, allowed: DomainMembers | None) -> None:
-        """Say who of its domain may use an image that came later; None is everybody there."""
+        """Set who of its domain may use an image added later; None: all of the domain."""
         self._allowed[image.domain, image.name] = allowed
 
     def allowed(self, image: Named) -> DomainMembers | None:
-        """Who of its domain may use an image; None is everybody there."""
+        """Return who of its domain may use an image; None: all of the domain."""
         return self._allowed.get((image.domain, image.name))
 
     def usable(self, images: Iterable[N], identity: Identity) -> list[N]:
-        """Those of the images that somebody may use."""
+        """Return those of the images that a peer may use."""
         domain = self.domains.domain_of(identity)
         return [
             image
@@ -51,9 +50,9 @@ class Access:
         ]
 
     def find(self, images: Iterable[N], text: str, identity: Identity) -> N:
-        """The image that NAME or DOMAIN/NAME means; UsageError naming those one may use.
+        """Return the image of NAME or DOMAIN/NAME; UsageError naming those the peer may use.
 
-        MovedError, which says where to go, while this backend is drained.
+        MovedError, with the target's URI, while this backend is drained.
         """
         self.check_open()
         return find_for_guest(
@@ -64,7 +63,7 @@ class Access:
         )
 
     def check_open(self) -> None:
-        """Raise MovedError, which says where to go, while this backend is drained."""
+        """Raise MovedError, with the target's URI, while this backend is drained."""
         if self.moved_to is not None:
             raise MovedError(self.moved_to)
 

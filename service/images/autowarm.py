@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads at start what guests of earlier runs touched, in that order, behind what is asked for now.
+"""At start, load the extents that guests of earlier runs touched, in that order.
 
-Demand comes first by itself: loaders take prefetches only when nobody waits. It ends at the
-capacity's high watermark, so that it never evicts what it loaded itself, when an operator aborts
-it, and with the daemon.
+Demand loads come first: loaders take prefetches only when no fault waits. Warming ends at the
+capacity's high watermark, so that it never evicts what it loaded, when an operator aborts it, and
+with the daemon.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _LOOK_SECONDS = 0.1
 
 
 class Autowarm:
-    """One thread, from start() to stop() or until all is loaded that there is room for.
+    """One thread, from start() to stop() or until everything that fits is loaded.
 
-    From start() on each image has a warming, so that it can be aborted before its turn comes.
+    Each image has a Warm from start() on, so that it can be aborted before its turn.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Autowarm:
         self._thread = threading.Thread(target=self._run, name="autowarm", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End it and wait for that: the step of a load."""
+        """Stop and join the thread, which takes one step of a load."""
         self._stopping.set()
         self._thread.join()
 
@@ -63,8 +63,8 @@ class Autowarm:
                 turn = planned.enter_context(contextlib.ExitStack())
                 turns.append((turn, turn.enter_context(self._warming.enter(image, "autowarm"))))
             while turns and not self._stopping.is_set():
-                # Which working set is an image's only its digest tells; one that is long in coming,
-                # as its source hangs, keeps no other from its turn.
+                # A working set is found by the image's digest. An image whose digest is delayed,
+                # because its source hangs, does not delay the others.
                 ready = (each for each in turns if each[1].image.digest or each[1].is_aborted)
                 found = next(ready, None)
                 if found is None:

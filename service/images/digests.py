@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Computes images' digests in the background, without leaving the images in the page cache."""
+"""Compute images' digests in the background, without leaving the images in the page cache."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["DigestThread", "digest_of"]
 _log = EventLog("cowshed.digests")
 _CHUNK_BYTES: Final = 1 << 20
 _LOOK_SECONDS: Final = 0.2
-# A read of one chunk that takes longer hangs.
+# A read of one chunk that takes longer is considered hung.
 _HUNG_SECONDS: Final = 2.0
 
 
 def digest_of(source: FileSource, stop: Callable[[], bool] = lambda: False) -> str:
-    """Give "sha256:HEX" of a source's bytes, "" if stopped; OSError if it cannot be read.
+    """Return "sha256:HEX" of a source's bytes, "" if stopped; OSError if it cannot be read.
 
     Reads the source's own descriptors, O_DIRECT where possible: about as fast as SHA-256, 1 GB/s.
     """
@@ -46,10 +46,10 @@ def digest_of(source: FileSource, stop: Callable[[], bool] = lambda: False) -> s
 
 
 class DigestThread:
-    """Gives each image its digest, one after the other; stop() ends it between two chunks.
+    """Computes each image's digest, one after the other; stop() ends it between two chunks.
 
-    One whose source hangs is left to a thread of its own, where it may come yet. Calls
-    done(image), in some thread, after each digest.
+    If a source hangs, its computation continues in a thread of its own, and the next image begins.
+    Calls done(image), in any thread, after each digest.
     """
 
     def __init__(self, images: Iterable[Image], done: Callable[[Image], None]) -> None:
@@ -61,15 +61,15 @@ class DigestThread:
         self._thread = threading.Thread(target=self._run, name="digests", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def add(self, image: Image) -> None:
-        """Give another image its digest too, when its turn comes."""
+        """Queue another image."""
         self._images.put(image)
 
     def stop(self) -> None:
-        """End, and wait for the thread; one that hangs in a read is left behind."""
+        """Stop and join the thread; a computation that hangs in a read is left behind."""
         self._stop.set()
         self._images.put(None)
         self._thread.join()
@@ -92,22 +92,22 @@ class DigestThread:
         image.digest = digest
         try:
             self._done(image)
-        except Exception:  # nobody asks what came of this thread
+        except Exception:  # nothing else would report this thread's failure
             _log.crash("digest-failed", "a defect of cowshed: please report it", image=image.label)
 
 
 class _Progress:
-    """How a digest gets on: stop() is called before each chunk."""
+    """The progress of a digest; stop() is called before each chunk."""
 
     def __init__(self, stopping: threading.Event) -> None:
         self._stopping = stopping
         self._moved_at = time.monotonic()
 
     def stop(self) -> bool:
-        """Whether to end."""
+        """Note progress; return whether to stop."""
         self._moved_at = time.monotonic()
         return self._stopping.is_set()
 
     def has_ended(self) -> bool:
-        """Whether it is to be waited for no longer: it hangs, or all is to end."""
+        """Whether to stop waiting for it: it hangs, or the daemon ends."""
         return self._stopping.is_set() or time.monotonic() - self._moved_at > _HUNG_SECONDS

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The background evictor: keeps room free, as kswapd does, so that loaders seldom wait.
 
-A thread sleeps on the store's pressure descriptor. When room is short it tells the policy what
-became resident, has it choose victims, evicts them, and tells it what went. Commands that evict
-come through here too, so that the policy knows.
+A thread sleeps on the store's pressure descriptor. When room is short it reports new resident
+extents to the policy, has it choose victims, evicts them, and reports what was evicted. Commands
+that evict go through here too, so that the policy knows of them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _log = EventLog("cowshed.evictor")
 
 _IDLE_SECONDS: Final = 1.0
 _SCRUB_SECONDS: Final = 1.0
-# With loaders waiting and nothing to give up (all held or pinned for the moment): look again soon.
+# While loaders wait and nothing can be evicted (all held or pinned for the moment): retry soon.
 _RETRY_SECONDS: Final = 0.005
 
 
 class _StoreHeat:
-    """What the policy asks of the store, extent by extent."""
+    """The policy's queries of the store, per extent."""
 
     def __init__(self, store: PageStore) -> None:
         self._store = store
@@ -51,7 +51,7 @@ class _StoreHeat:
 
 
 class Evictor:
-    """Owns the policy and the thread. start() it after the store, stop() it before."""
+    """Owns the policy and the thread. Must be started after the store, and stopped before it."""
 
     def __init__(self, store: PageStore) -> None:
         capacity = store.counters().capacity_extents
@@ -64,11 +64,11 @@ class Evictor:
         self.watermarks: Final = Watermarks(capacity)
 
     def start(self) -> None:
-        """Begin to keep room free."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; loaders that wait for room wait on."""
+        """Stop the thread; loaders that wait for room keep waiting."""
         os.write(self._stop_writer, b"x")
         self._thread.join()
         os.close(self._stop_reader)
@@ -76,17 +76,22 @@ class Evictor:
 
     @property
     def max_pinned_extents(self) -> int:
-        """How many extents may be pinned: always leaves room to load and to evict."""
+        """The number of extents that may be pinned; leaves room to load and to evict."""
         return self.watermarks.capacity_extents - self.watermarks.high_free - 1
 
     def evict_now(self, image: Image, extents: Iterable[int]) -> list[int]:
-        """Evict named extents of an image as far as they may go, and return those that went."""
+        """Evict those of an image's extents that are evictable; return the evicted."""
         with self._lock:
             self._admit()
             return self._evict_from(image, list(extents), EvictReason.REQUEST)
 
+    def check(self) -> None:
+        """Recompute the policy's invariants. Raises InvariantError."""
+        with self._lock:
+            self._policy.check()
+
     def close_image(self, image: Image) -> None:
-        """Close an image that nobody else knows, since it was never listed."""
+        """Close an image that was never listed, so that no other thread uses it."""
         with self._lock:
             self._store.close_image(image)
             self._policy.drop_image(image.image_no)
@@ -115,7 +120,7 @@ class Evictor:
             wait = _RETRY_SECONDS if waiting else _IDLE_SECONDS
 
     def _make_room(self) -> bool:
-        """Evict up to the high watermark; whether loaders still wait for room afterwards."""
+        """Evict up to the high watermark; return whether room is still short afterwards."""
         self._admit()
         counters = self._store.counters()
         wanted = self.watermarks.nr_to_evict(counters.free_extents)
@@ -123,7 +128,7 @@ class Evictor:
             try:
                 victims = self._policy.choose_victims(wanted, self._heat)
             except CapacityError:
-                victims = []  # everything is held or pinned for the moment
+                victims = []  # all extents are held or pinned for the moment
             self._evict_keys(victims)
             counters = self._store.counters()
         return counters.nr_waiting_loaders > 0 or counters.free_extents < self.watermarks.low_free
@@ -142,12 +147,12 @@ class Evictor:
     def _evict_from(self, image: Image, extents: list[int], reason: EvictReason) -> list[int]:
         gone = evict(image, extents, reason)
         keys = [(image.image_no, extent) for extent in gone]
-        # One that became resident a moment ago is not tracked yet.
+        # The policy does not track an extent that became resident a moment ago.
         self._policy.forget([key for key in keys if key in self._policy], evicted=True)
         return gone
 
     def _admit(self) -> None:
-        """Tell the policy what became resident since the last time."""
+        """Report the extents that became resident since the last call to the policy."""
         inserted = self._store.take_inserted()
         if inserted is None:
             inserted = [
@@ -164,9 +169,9 @@ class Evictor:
         self._policy.admit(fresh)
 
     def _scrub(self) -> None:
-        """Empty frames that nobody loaded: somebody read a mapping that nothing guards."""
+        """Empty strays: frames that no load wrote, but a read of an unguarded mapping filled."""
         for image in self._store:
-            # Loads and evictions under way make a difference too; looking costs little then.
+            # Loads and evictions under way make a difference too; a scrub is cheap then.
             if os.fstat(image.frames_fd).st_blocks * 512 > image.resident_bytes:
                 nr = image.scrub()
                 if nr:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which edition of an image is served: page references and guests that reconnect compare it."""
+"""The identifier of an image's content, compared by page references and reconnecting guests."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["image_generation"]
 
 
 def image_generation(image: Image) -> str:
-    """Name the source that an image is read from: another file, or other bytes in it, another name.
+    """Return an identifier of the image's source; it differs for another file or other bytes.
 
-    The same through restarts of the daemon. By device, inode, size and time of last change when it
-    was opened, since a digest takes as long as reading all of it.
+    Stable over restarts of the daemon. Made of device, inode, size and time of last change when the
+    source was opened, since a digest takes as long as reading all of it.
     """
     identity = image.source.identity
     facts = (identity.device, identity.inode, image.size_bytes, identity.mtime_ns)

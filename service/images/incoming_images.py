@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images that came in handoffs, kept in --image-dir: there after a restart without being named.
+"""Images received in handoffs, kept in --image-dir and served again after a restart.
 
     DIR/DOMAIN/NAME.raw          the bytes; holes where they are zeros
-    DIR/DOMAIN/NAME.json         what it is; pending until the handoff that brought it is over
+    DIR/DOMAIN/NAME.json         its record; pending until the handoff that brought it is over
     DIR/DOMAIN/.NAME.raw.part    bytes that are arriving
 
-An arrival is locked by who takes it in. The record is written before the bytes get their name, so
-a restart finds either nothing, parts that nobody has locked, or a record, which says what to do:
-serve it, or, pending and not known to have been committed, remove it.
+The receiving daemon locks an arriving image. It writes the record before it renames the bytes to
+NAME.raw. So a restart finds nothing, unlocked parts, or a record: it removes the image if the
+record is pending and the handoff is not known to be committed, and serves it otherwise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PAGE_BYTES: Final = 4096
 
 @dataclass(frozen=True)
 class _Places:
-    """Where an image's bytes, their record, and its bytes while they arrive are."""
+    """The paths of an image's bytes, of its record, and of its bytes while they arrive."""
 
     raw: Path
     record: Path
@@ -45,7 +45,7 @@ class _Places:
 
 
 class ImageFolder:
-    """The folder; used by any number of daemons, for each image by one at a time."""
+    """The folder; shared by any number of daemons, each image used by one at a time."""
 
     def __init__(self, folder: Path) -> None:
         """Raises UsageError, one line, for a folder that cannot be used."""
@@ -62,19 +62,19 @@ class ImageFolder:
     def specs(
         self,
         is_owned: Callable[[str], bool],
-        is_held: Callable[[str, str], bool] = lambda *_: False,
+        is_kept: Callable[[str, str], bool] = lambda *_: False,
     ) -> list[ImageSpec]:
-        """Give the images to serve, once what was broken off is removed; for the start.
+        """Remove interrupted arrivals and return the images to serve; called at the start.
 
-        is_owned(handoff) says whether a handoff that came was committed, is_held(domain, name)
-        whether our predecessor left the image, its source open: then its path need not name it.
+        is_owned(handoff) says whether a handoff was committed, is_kept(domain, name) whether we
+        inherited the image and its open source: then the file at its path is not checked.
         """
         for part in self.folder.glob("*/.*.part"):
             _remove_unlocked(part)
         specs = []
         for record in sorted(self.folder.glob("*/*.json")):
             try:
-                spec = self._read(record, is_owned, is_held)
+                spec = self._read(record, is_owned, is_kept)
             except (OSError, ValueError, KeyError, TypeError, CowshedError) as error:
                 _log.error("image-unreadable", f"{record}: {error}; move it away")
                 continue
@@ -83,11 +83,11 @@ class ImageFolder:
         return specs
 
     def _read(
-        self, path: Path, is_owned: Callable[[str], bool], is_held: Callable[[str, str], bool]
+        self, path: Path, is_owned: Callable[[str], bool], is_kept: Callable[[str, str], bool]
     ) -> ImageSpec | None:
         table = json.loads(path.read_text())
         if table["version"] != _VERSION:
-            raise ValueError(f"version {table['version']!r} is not known here")
+            raise ValueError(f"unknown version {table['version']!r}")
         domain, name = str(table["domain"]), str(table["name"])
         places = self._places(domain, name)
         if places.record != path:
@@ -99,14 +99,14 @@ class ImageFolder:
                 _remove_record(places)
                 return None
             _write_record(places.record, {**table, "pending": None})
-        if not is_held(domain, name):
+        if not is_kept(domain, name):
             size_bytes = os.stat(places.raw).st_size
             if size_bytes != table["size_bytes"]:
                 raise ValueError(f"{places.raw} has {size_bytes} bytes, not {table['size_bytes']}")
         return _spec(domain, name, places.raw, table["allowed"])
 
     def obstacle(self, domain: str, name: str) -> str | None:
-        """Say why an image of that name cannot come here, or None if it can."""
+        """Return why an image of that name cannot be received, or None if it can."""
         places = self._places(domain, name)
         try:
             _spec(domain, name, places.raw, None)
@@ -129,9 +129,9 @@ class ImageFolder:
         allowed: dict[str, list[int | str]] | None,
         handoff: str,
     ) -> IncomingImage:
-        """Make room for the bytes of an image: IncomingImage.admit() or discard() it.
+        """Begin to receive an image; the caller must admit() or discard() it.
 
-        UsageError if it is arriving already or is there, SourceError if it cannot be made.
+        UsageError if it is already arriving or here, SourceError if its file cannot be made.
         """
         if (why := self.obstacle(domain, name)) is not None:
             raise UsageError(why)
@@ -150,10 +150,10 @@ class ImageFolder:
             fd = _lock_part(places.part)
         except BlockingIOError as error:
             raise UsageError(
-                f"image {name!r} is arriving by another handoff; wait for its end"
+                f"image {name!r} is being received in another handoff; wait until that has ended"
             ) from error
         except OSError as error:
-            raise SourceError(f"cannot make {str(places.part)!r}: {error.strerror}") from error
+            raise SourceError(f"cannot create {str(places.part)!r}: {error.strerror}") from error
         return IncomingImage(spec, table, places, fd)
 
     def _places(self, domain: str, name: str) -> _Places:
@@ -164,7 +164,7 @@ class ImageFolder:
 
 
 class IncomingImage:
-    """One image that is arriving. In one thread; discard() undoes all, until admit()."""
+    """One arriving image. Used by one thread; discard() undoes everything, until admit()."""
 
     def __init__(self, spec: ImageSpec, table: dict[str, Any], places: _Places, fd: int) -> None:
         self.spec: Final = spec
@@ -175,7 +175,7 @@ class IncomingImage:
         self._fd = fd
 
     def write(self, first_page: int, content: memoryview) -> None:
-        """Take pages, the last page of an image filled up with zeros. Raises SourceError."""
+        """Write pages; the image's last page is padded with zeros. Raises SourceError."""
         at = first_page * _PAGE_BYTES
         with self._no_room():
             while content:
@@ -183,9 +183,9 @@ class IncomingImage:
                 at, content = at + nr, content[nr:]
 
     def seal(self, look: Callable[[], None]) -> FileSource:
-        """Check that all is here, make it last, and open it; look() is called now and then.
+        """Check the digest, make the image durable and open it; calls look() repeatedly.
 
-        Raises SourceError for bytes of another digest, and what look() raises.
+        Raises SourceError if the digest differs, and what look() raises.
         """
         with self._no_room():
             os.ftruncate(self._fd, self.size_bytes)
@@ -214,9 +214,10 @@ class IncomingImage:
         return FileSource.open(self._places.raw)
 
     def admit(self, *, is_owned: bool) -> None:
-        """From now on it is served whenever the daemon is.
+        """Mark the image as no longer pending, so that every restart serves it.
 
-        Raises SourceError; not if is_owned: a restart will find the handoff to be ours, and it too.
+        Raises SourceError on failure, unless is_owned: then a restart finds from the handoff's
+        record that the image is ours.
         """
         try:
             with self._no_room():
@@ -229,7 +230,7 @@ class IncomingImage:
         self._fd = -1
 
     def discard(self) -> None:
-        """Leave nothing of it; nothing twice."""
+        """Remove the image unless it was admitted; idempotent."""
         if self._fd < 0:
             return
         for path in (self._places.raw, self._places.part):
@@ -254,7 +255,7 @@ class IncomingImage:
 def _lock_part(part: Path) -> int:
     """Open an empty file for the bytes of an image, and lock it. Raises OSError.
 
-    A handoff that ends meanwhile may remove the file, or the folder, which it leaves empty.
+    Retries because a handoff that ends meanwhile may remove the file, or the emptied folder.
     """
     while True:
         with contextlib.suppress(FileExistsError):
@@ -311,7 +312,7 @@ def _write_record(path: Path, table: dict[str, Any]) -> None:
 
 
 def _remove_record(places: _Places) -> None:
-    """The last to go, so that no bytes are ever without one; and an empty folder with it."""
+    """Remove the record, and its folder if empty; must follow the removal of the image's bytes."""
     with contextlib.suppress(OSError):
         places.record.unlink()
     with contextlib.suppress(OSError):
@@ -320,7 +321,7 @@ def _remove_record(places: _Places) -> None:
 
 
 def _remove_unlocked(path: Path) -> bool:
-    """Remove a file that nobody takes in any more; False if somebody does."""
+    """Remove a file that no daemon has locked; return False if one has."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

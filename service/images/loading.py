@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads extents in order, behind what guests wait for: what pin, warm and autowarm share."""
+"""Load extents in order, after those that guests wait for; used by pin, warm and autowarm."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["load"]
 
 _WAIT_MS: Final = 200
 _BATCH_EXTENTS: Final = 64
-# How often, and how long, to ask for a load again that the store did not take on.
+# How often, and for how long, to repeat a prefetch that the store did not accept.
 _AGAIN_SECONDS: Final = 0.002
 _PATIENCE_SECONDS: Final = 10.0
 
 
 def load(image: Image, wanted: Iterable[int]) -> Iterator[int]:
-    """Load extents, in order, a run at a time; gives how many of them have been seen to.
+    """Load extents, in order, a run at a time; yields how many are done.
 
-    What the store did not take on at once is asked for again; what cannot be read is passed
-    over, and so is what finds no room for long. One loaded and evicted again has had its turn.
-    Raises SourceError once a read of the source hangs.
+    Prefetches that the store did not accept are repeated. Extents that cannot be read, or find no
+    room for long, are skipped. An extent that was loaded and evicted again counts as done. Raises
+    SourceError once a read of the source hangs.
     """
     done = 0
     for run in _runs(wanted):
@@ -36,7 +36,7 @@ def load(image: Image, wanted: Iterable[int]) -> Iterator[int]:
 
 
 def _load_batch(image: Image, first_extent: int, nr_extents: int) -> Iterator[None]:
-    """See each of a few extents resident once; gives now and then while it waits."""
+    """Load a few extents until each was seen resident once; yields repeatedly while it waits."""
     left = set(range(first_extent, first_extent + nr_extents))
     errors = image.counters().load_errors
     deadline = time.monotonic() + _PATIENCE_SECONDS
@@ -48,7 +48,7 @@ def _load_batch(image: Image, first_extent: int, nr_extents: int) -> Iterator[No
             if image.read_wait_seconds > _PATIENCE_SECONDS:
                 raise SourceError(
                     f"the source of image {image.label!r} has not answered a read for "
-                    f"{_PATIENCE_SECONDS:g} s: see to its file system, and try again"
+                    f"{_PATIENCE_SECONDS:g} s: check its file system, and try again"
                 )
             yield
         states = image.states(first, nr)
@@ -58,13 +58,13 @@ def _load_batch(image: Image, first_extent: int, nr_extents: int) -> Iterator[No
             return
         if seen:
             deadline = time.monotonic() + _PATIENCE_SECONDS
-        else:  # others' readahead uses up what the store takes on: no event tells the end of it
+        else:  # other readahead fills the store's queue, and no event reports free places
             time.sleep(_AGAIN_SECONDS)
         yield
 
 
 def _runs(extents: Iterable[int]) -> Iterator[range]:
-    """Neighbours in order as ranges."""
+    """Group consecutive extents into ranges."""
     run = range(0)
     for extent in extents:
         if run and extent == run.stop:

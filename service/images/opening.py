@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store with its images: anew, or over what the last backend left of them.
+"""Open the store with its images, new or from what the last backend held of them.
 
-An image's frames and the bytes still to be loaded must be of one file. So the source's own
-descriptors are held with the image, and a successor reads on from them, whatever its path names by
-then. An image is held as two groups: image/DOMAIN/NAME has its frames and a record of its source,
-source/DOMAIN/NAME the source. An older release holds the first only and passes the second over, so
-either may serve after the other; then the source is opened at its path, and must be the very file
-that the record names.
+An image's frames and the bytes still to be loaded must be of one file. So the keeper also holds the
+source's descriptors, and a successor reads from them, whatever the path names by then. An image is
+held as two groups: image/DOMAIN/NAME has its frames and a record of its source, source/DOMAIN/NAME
+the source. Older releases hold the first only and ignore the second, so either release may succeed
+the other; without the second group the source is opened at its path, and must be the same file as
+in the record.
 """
 
 from __future__ import annotations
@@ -37,48 +37,48 @@ from cowshed.service.settings.images import ImageSpec
 from cowshed.service.settings.names import Named
 from cowshed.transport.links.foreign_fds import device_and_inode
 
-__all__ = ["HeldImages", "is_held", "open_store"]
+__all__ = ["KeptImages", "is_kept", "open_store"]
 
-# For sources to be opened, and for reads of them to end in the end, before they are left to hang.
+# How long to wait for sources to open, and for reads to end at the stop; slower ones are left.
 _OPEN_SECONDS: Final = 3.0
 _STOP_SECONDS: Final = 1.0
 
 _KINDS: Final = {"record", "image", "guest", "extents"}
 
 
-class HeldImages:
-    """Has images outlive us. close() it after the store."""
+class KeptImages:
+    """Has the keeper hold images. Close it after the store."""
 
     def __init__(self, fd_store: FdStore) -> None:
         self._fd_store = fd_store
         self._records: list[int] = []
 
-    def hold(self, image: Image, record: int | None = None) -> None:
-        """Have an image held for our successor; record is what was left of it, taken over."""
+    def keep(self, image: Image, record: int | None = None) -> None:
+        """Have the keeper hold an image; record is an inherited one, taken over."""
         if record is None:
             record = record_make(_describe(image.source))
         self._records.append(record)
-        # The source first: an image that is held has its source held.
+        # The source first, so that the source of every held image is held, too.
         source = image.source
         if kind_of(source.fd) not in _KINDS:
             direct = [source.direct_fd] if source.direct_fd >= 0 else []
-            self._fd_store.hold(_source_group(image), [source.fd, *direct])
+            self._fd_store.keep(_source_group(image), [source.fd, *direct])
         fds = [record, image.frames_fd, image.guest_fd, image.arrays_fd]
-        self._fd_store.hold(_group(image), fds)
+        self._fd_store.keep(_group(image), fds)
 
     def release(self, image: Named) -> None:
-        """Have an image held no more that cannot be gone on with."""
+        """Have the keeper release an image that cannot be restored."""
         for group in (_group(image), _source_group(image)):
             self._fd_store.release(group)
 
     def close(self) -> None:
-        """Let go of the records; what is held stays so."""
+        """Close the records; the keeper still holds the images."""
         while self._records:
             os.close(self._records.pop())
 
 
-def is_held(name: tuple[str, str], inherited: InheritedFds) -> bool:
-    """Whether our predecessor left the image of that domain and name, and its source."""
+def is_kept(name: tuple[str, str], inherited: InheritedFds) -> bool:
+    """Whether we inherited the image of that domain and name, and its source."""
     return {"/".join(("image", *name)), "/".join(("source", *name))} <= set(inherited)
 
 
@@ -94,17 +94,16 @@ def _source_group(image: Named) -> str:
 def open_store(
     config: Config,
     arrived: Sequence[ImageSpec],
-    held: HeldImages,
+    kept: KeptImages,
     inherited: InheritedFds,
     *,
     is_first: bool = True,
 ) -> Iterator[tuple[PageStore, list[Unserved]]]:
-    """Give the store with the images that can be served open, and held for our successor.
+    """Yield the store with all images that can be opened, held by the keeper, and the other images.
 
-    The others are given too; arrived are those that came in handoffs. is_first: there was no
-    backend before us, whose guests wait; then CowshedError is raised for an image of the
-    configuration whose source cannot be one. Sources that do not answer are waited for together,
-    _OPEN_SECONDS; a store that a loader hangs in is left as it is in the end.
+    arrived are the images received in handoffs. is_first: no backend preceded us, so no guests
+    wait; then an image of the configuration that cannot be opened raises CowshedError. Sources that
+    do not answer are waited for _OPEN_SECONDS in all. If a loader hangs, the store is not closed.
     """
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(
@@ -119,11 +118,11 @@ def open_store(
         unserved = []
         specs = (*config.images, *arrived)
         openings = _Openings(
-            spec for spec in specs if not is_held((spec.domain, spec.name), inherited)
+            spec for spec in specs if not is_kept((spec.domain, spec.name), inherited)
         )
         for spec in specs:
             try:
-                _open_held(store, spec, held, inherited, openings)
+                _open_kept(store, spec, kept, inherited, openings)
             except CowshedError as error:
                 if is_first and spec in config.images and not openings.is_late(spec):
                     raise
@@ -132,7 +131,7 @@ def open_store(
 
 
 class _Openings:
-    """Sources that are opened at their paths, all at a time, and waited for together."""
+    """Opens sources at their paths, all in parallel, with one deadline."""
 
     def __init__(self, specs: Iterable[ImageSpec]) -> None:
         self._deadline = time.monotonic() + _OPEN_SECONDS
@@ -140,7 +139,7 @@ class _Openings:
         self._openings = {spec: self._begin(spec) for spec in specs}
 
     def take(self, spec: ImageSpec) -> FileSource:
-        """Give a source, the caller's; SourceError if it cannot be opened, or not in time."""
+        """Return a source, now the caller's; SourceError if it cannot be opened in time."""
         opening = self._openings.pop(spec, None) or self._begin(spec)
         opening.wait(max(0.0, self._deadline - time.monotonic()))
         if opening.give_up():
@@ -158,27 +157,27 @@ class _Openings:
         return InTime(lambda: FileSource.open(Path(spec.source)), FileSource.close)
 
 
-def _open_held(
+def _open_kept(
     store: PageStore,
     spec: ImageSpec,
-    held: HeldImages,
+    kept: KeptImages,
     inherited: InheritedFds,
     openings: _Openings,
 ) -> None:
     left, source_fds = inherited.take(_group(spec)), inherited.take(_source_group(spec))
     if left is None or left.keys() != _KINDS:
-        held.release(spec)
+        kept.release(spec)
         _close_all(left or {}, source_fds or {})
         image = _open_new(store, spec, openings)
-        held.hold(image)
+        kept.keep(image)
         return
     try:
         image = _adopt(store, spec, left, source_fds or {}, openings)
     except BaseException:
-        held.release(spec)
+        kept.release(spec)
         _close_all(left)
         raise
-    held.hold(image, left["record"])
+    kept.keep(image, left["record"])
 
 
 def _open_new(store: PageStore, spec: ImageSpec, openings: _Openings) -> Image:
@@ -193,7 +192,7 @@ def _open_new(store: PageStore, spec: ImageSpec, openings: _Openings) -> Image:
 def _adopt(
     store: PageStore, spec: ImageSpec, left: Kinds, source_fds: Kinds, openings: _Openings
 ) -> Image:
-    """Go on with an image; takes the source's descriptors over, and left only on success."""
+    """Restore an image; takes over source_fds, and left only on success."""
     identity = _identity(record_read(left["record"]))
     source = _left_source(spec, identity, source_fds)
     if source is None:
@@ -207,10 +206,10 @@ def _adopt(
 
 
 def _left_source(spec: ImageSpec, identity: SourceIdentity, fds: Kinds) -> FileSource | None:
-    """The source that was held; None, and the descriptors closed, if it is not the record's."""
+    """Return the inherited source; close it and return None if it is not the record's."""
     direct_fd = fds.pop("direct", -1)
     if len(fds) == 1:
-        fd = next(iter(fds.values()))  # of whatever kind its name makes it look
+        fd = next(iter(fds.values()))  # its kind, guessed from the file's name, means nothing
         device, inode = device_and_inode(fd)
         is_device = identity.mtime_ns == 0
         if inode == identity.inode and (is_device or device == identity.device):
@@ -220,16 +219,16 @@ def _left_source(spec: ImageSpec, identity: SourceIdentity, fds: Kinds) -> FileS
 
 
 def _same_source(spec: ImageSpec, identity: SourceIdentity, openings: _Openings) -> FileSource:
-    """The source as its path names it; SourceError unless it is the one that was served."""
+    """Open the source at its path; SourceError unless it is the file that was served."""
     source = openings.take(spec)
     found = source.identity
     if not found.is_same_file(identity) or found.size_bytes != identity.size_bytes:
         source.close()
         raise SourceError(
             f"{spec.source!r} is not the file that image {spec.label!r} was served from: the "
-            "image's frames cannot be restored; it is served anew from the file that is there now"
+            "image's frames cannot be restored; it is served anew from the file there now"
         )
-    # Written to since, perhaps: whoever looks at the source finds out.
+    # The file may have been written to since; SourceWatch finds out.
     return FileSource(source.path, identity, source.fd, source.direct_fd)
 
 
@@ -240,7 +239,7 @@ def _close_all(*groups: Kinds) -> None:
 
 
 def _describe(source: FileSource) -> dict[str, Any]:
-    """A record of a source."""
+    """Return the record of a source."""
     identity = source.identity
     return {
         "path": os.fsencode(source.path).decode(errors="surrogateescape"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens images' sources once more, for guests, without having the loop wait for a file system."""
+"""Reopen images' sources for guests, in threads, so that the loop never waits for a file system."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Reopened", "Reopener"]
 
 @dataclass(frozen=True)
 class Reopened:
-    """A new descriptor of a source, the receiver's, and the file's device and inode."""
+    """A new descriptor of a source, owned by the receiver, and the file's device and inode."""
 
     fd: int
     device: int
@@ -29,11 +29,11 @@ OnDone = Callable[[Reopened | CowshedError], None]
 
 
 class Reopener:
-    """One thread for each image that is waited for; post(call) has the loop call call().
+    """One thread for each image with requests; post(call) has the loop call call().
 
     reopen() is for the loop.
 
-    Invariant: an image is in _waiting while its thread lives, with what that has not begun.
+    Invariant: an image is in _waiting while its thread lives, with the requests not begun yet.
     """
 
     def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
@@ -42,10 +42,10 @@ class Reopener:
         self._waiting: dict[Image, deque[OnDone]] = {}
 
     def reopen(self, image: Image, on_done: OnDone) -> None:
-        """Open a source anew and give what came of it to on_done, in the loop.
+        """Open a source again; calls on_done with the result, in the loop.
 
-        on_done closes the descriptor if nobody wants it any more. It is given a CapacityError if
-        no thread can be started.
+        on_done must close the descriptor if it is no longer needed. The result is a CapacityError
+        if no thread can be started.
         """
         with self._lock:
             if (waiting := self._waiting.get(image)) is not None:
@@ -81,5 +81,5 @@ def _reopen(image: Image) -> Reopened | CowshedError:
         status = os.fstat(fd)
     except OSError as error:
         os.close(fd)
-        return SourceError(f"cannot look at the source of image {image.label!r}: {error}")
+        return SourceError(f"cannot stat the source of image {image.label!r}: {error}")
     return Reopened(fd, status.st_dev, status.st_ino)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks at images' sources now and then: whether they changed, are where they were, and answer.
+"""Check images' sources periodically: whether they changed, were replaced, and still answer.
 
-An image's source is a file by device, inode and size. Times that changed alone are no alarm: they
-have the bytes read again and compared, in the background, and only other bytes are one.
+A source is identified by device, inode and size. If only its times change, its bytes are read again
+and compared in the background, and only different bytes are an error.
 
-A look may hang with its file system. So none is made in the loop, and one that hangs keeps nobody
-from looking at the others (runtime/side_threads.py).
+A check may hang with its file system. So none runs in the loop, and one that hangs does not delay
+the checks of other sources (runtime/side_threads.py).
 """
 
 from __future__ import annotations
@@ -24,52 +24,52 @@ __all__ = ["HUNG_SECONDS", "SourceWatch"]
 
 _log = EventLog("cowshed")
 
-# A source that leaves a look or a read without an answer for so long hangs.
+# A check or read unanswered for this long counts as hung.
 HUNG_SECONDS: Final = 3.0
-# Of the time, comparing bytes takes one part in so many, however often times change.
+# Comparing bytes takes at most about 1/10 of the time, however often times change.
 _COMPARE_SHARE: Final = 10
 _STOP_SECONDS: Final = 1.0
 
 
 class SourceWatch:
-    """The looks at every image's source. look() is for the loop; all else is for any thread."""
+    """Checks every image's source. look() is for the loop; all else is for any thread."""
 
     def __init__(self, images: Iterable[Image], side: SideThreads) -> None:
-        """images is asked anew at each look: more may come."""
+        """images is iterated anew at each look(), as images may be added."""
         self._images: Final = images
         self._side: Final = side
         self._hung: set[int] = set()
         self._lost: set[int] = set()
         self._stopping: Final = threading.Event()
-        # By image_no: the time of writing that is known to be of the same bytes, and when bytes may
-        # be compared again.
+        # By image_no: the mtime for which the bytes are known to be the same, and when bytes may be
+        # compared again.
         self._written_ns: dict[int, int] = {}
         self._not_before: dict[int, float] = {}
 
     def stop(self) -> None:
-        """Compare no more bytes; what hangs is left behind."""
+        """Stop comparing bytes; checks that hang are left behind."""
         self._stopping.set()
         self._side.wait_all(_STOP_SECONDS)
 
     def look(self) -> None:
-        """Begin to look at every source, and log those that hang, or answer again."""
+        """Start a check of every source, and log those that hang or answer again."""
         for image in self._images:
             waits = self.waiting_seconds(image)
             if waits >= HUNG_SECONDS and image.image_no not in self._hung:
                 self._hung.add(image.image_no)
                 _log.error(
                     "source-hangs",
-                    "its file system does not answer: guests of this image wait, and no others",
+                    "its file system does not answer: only guests of this image wait",
                     image=image.label,
                     source=image.source.path,
                 )
             elif waits < HUNG_SECONDS and image.image_no in self._hung:
                 self._hung.discard(image.image_no)
-                _log.notice("source-answers", "its guests go on", image=image.label)
+                _log.notice("source-answers", "its guests continue", image=image.label)
             self._side.run(_key(image), lambda image=image: self._look_at(image))  # type: ignore[misc]
 
     def waiting_seconds(self, image: Image) -> float:
-        """For how long a source has left a look or a read unanswered, the longest of them."""
+        """How long the oldest unanswered check or read of a source has taken."""
         return max(self._side.waiting_seconds(_key(image)), image.read_wait_seconds)
 
     def _look_at(self, image: Image) -> None:
@@ -95,14 +95,14 @@ class SourceWatch:
             self._lost.add(image.image_no)
             _log.error(
                 "source-lost",
-                f"its file system has ended or fails ({error.strerror}): guests get errors for "
+                f"its file system is gone or fails ({error.strerror}): guests get errors for "
                 "pages that are not in memory",
                 image=image.label,
                 source=image.source.path,
             )
 
     def _compare(self, image: Image, written_ns: int) -> None:
-        """Look whether a source that says it was written to has other bytes."""
+        """Compare the bytes of a source whose mtime changed."""
         began = time.monotonic()
         try:
             stop = self._stopping.is_set
@@ -117,7 +117,7 @@ class SourceWatch:
         if changed is None:
             _log.notice(
                 "source-touched",
-                "its times were changed, and its bytes are the same: nothing is wrong",
+                "its times changed and its bytes did not: nothing is wrong",
                 image=image.label,
                 source=image.source.path,
             )
@@ -130,7 +130,7 @@ def _log_changed(image: Image, changed: str) -> None:
     _log.error(
         "source-changed",
         f"{changed}; an image must not change while it is served: "
-        "restart with a copy that stays as it is",
+        "restart with a copy that nothing writes to",
         image=image.label,
         source=image.source.path,
     )
@@ -145,7 +145,7 @@ def _look_at_path(image: Image) -> None:
     if image.source_at_path == "other" != before:
         _log.notice(
             "source-replaced",
-            "the path names another file now: guests go on with the one they began with; "
+            "the path names another file now: guests keep using the old one; "
             "stop and start the daemon to serve the new one",
             image=image.label,
             source=image.source.path,
@@ -153,8 +153,8 @@ def _look_at_path(image: Image) -> None:
     elif image.source_at_path == "gone" != before:
         _log.warning(
             "source-gone",
-            "the path names no file now: guests go on with the one they began with, which is "
-            "lost when the daemon is stopped; put it back",
+            "the path names no file now: guests keep using the deleted one, which is lost when "
+            "the daemon is stopped; put it back",
             image=image.label,
             source=image.source.path,
         )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images that cannot be served yet: why, and served as soon as their source can be opened.
+"""Images that cannot be opened yet, and are served as soon as their source can be opened.
 
-A successor serves what it can at once, for the guests of all other images wait for it. What it
-could not open is tried again here, in threads that nobody waits for, since an open may hang.
+A successor serves without them, because the guests of all other images wait for it. It retries them
+here, in threads that nothing waits for, since an open may hang.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _log = EventLog("cowshed.images")
 
 @dataclass
 class Unserved:
-    """An image of the configuration that is not served, and what keeps it from that."""
+    """An image of the configuration that is not served, and why."""
 
     spec: ImageSpec
     why: str
 
 
 class UnservedImages:
-    """Tries them again. look() is for the loop; all else is for any thread."""
+    """Retries unserved images. look() is for the loop; all else is for any thread."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class UnservedImages:
         side: SideThreads,
         serve: Callable[[ImageSpec, FileSource], None],
     ) -> None:
-        """serve(spec, source) takes the source over and serves the image from now on, or raises."""
+        """serve(spec, source) takes over the source and serves the image, or raises."""
         self._lock: Final = threading.Lock()
         self._unserved: Final = list(unserved)
         self._side: Final = side
@@ -48,13 +48,13 @@ class UnservedImages:
         for each in self._unserved:
             _log.error(
                 "image-unserved",
-                f"{each.why}; all other images are served, and this one as soon as it can be",
+                f"{each.why}; all other images are served, and this one once it can be opened",
                 image=each.spec.label,
                 source=each.spec.source,
             )
 
     def look(self) -> None:
-        """Begin to try each once more."""
+        """Start a retry of each."""
         for each in self._listed():
             self._side.run(f"open {each.spec.label}", lambda each=each: self._try(each))  # type: ignore[misc]
 
@@ -63,7 +63,7 @@ class UnservedImages:
         return [(each.spec.domain, each.spec.name) for each in self._listed()]
 
     def status(self) -> list[dict[str, Any]]:
-        """What the status tells of each."""
+        """Return the entries of the status."""
         return [
             {
                 "name": each.spec.name,
@@ -84,6 +84,6 @@ class UnservedImages:
         except (CowshedError, OSError) as error:
             each.why = str(error)
             return
-        _log.notice("image-served", "its source is there", image=each.spec.label)
+        _log.notice("image-served", "its source was opened", image=each.spec.label)
         with self._lock:
             self._unserved.remove(each)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is being warmed, by whom and how far it is, and who wants it to stop."""
+"""The warm-ups in progress or planned: their reason, progress and abort flag."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ WarmReason = Literal["autowarm", "warm"]
 
 @dataclass(eq=False)
 class Warm:
-    """One warming of an image: by Autowarm or an operator. Extents are in the order of loading.
+    """One warm-up of an image, by Autowarm or an operator.
 
-    total_extents is None as long as nobody knows: what to load only the image's digest tells. Who
-    loads looks at is_aborted between two steps. Written by one thread each, read by any.
+    total_extents is None until the image's digest is known, by which the working set is found. The
+    loading thread checks is_aborted between two steps. Each field is written by one thread, read by
+    any.
     """
 
     image: Image
@@ -32,17 +33,17 @@ class Warm:
 
     @property
     def done_bytes(self) -> int:
-        """Of the image, what has been seen to."""
+        """The bytes of the image that are done."""
         return self.done_extents * self.image.extent_bytes
 
     @property
     def total_bytes(self) -> int | None:
-        """What is to be seen to."""
+        """The bytes to do, None while unknown."""
         return None if self.total_extents is None else self.total_extents * self.image.extent_bytes
 
 
 class Warming:
-    """All warmings under way or planned, in the order in which they were asked for; any thread."""
+    """All warm-ups in progress or planned, in order of request; for any thread."""
 
     def __init__(self) -> None:
         self._lock: Final = threading.Lock()
@@ -52,7 +53,7 @@ class Warming:
     def enter(
         self, image: Image, why: WarmReason, total_extents: int | None = None
     ) -> Iterator[Warm]:
-        """Have a warming known of inside `with`."""
+        """Register a warm-up inside `with`."""
         warm = Warm(image, why, total_extents)
         with self._lock:
             self._warms.append(warm)
@@ -68,14 +69,14 @@ class Warming:
             return [warm for warm in self._warms if warm.image is image]
 
     def abort(self, image: Image) -> list[Warm]:
-        """Have those of an image end soon, but for what loaders have in hand; which they are."""
+        """Abort and return an image's warm-ups; loads that loaders have begun still complete."""
         warms = self.of(image)
         for warm in warms:
             warm.is_aborted = True
         return warms
 
     def left_bytes(self, image: Image) -> int:
-        """What is still to be seen to of an image, as far as it is known."""
+        """The bytes still to do for an image, by the warm-ups whose total is known."""
         return sum(
             warm.total_bytes - warm.done_bytes
             for warm in self.of(image)

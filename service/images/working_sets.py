@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which extents each image's guests touched first, kept in the state directory between runs."""
+"""The extents that each image's guests touched first, kept in the state directory between runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = EventLog("cowshed.workingsets")
 
 
 class WorkingSets:
-    """Reads what an earlier run recorded, and writes what this one saw, one file per image."""
+    """Reads the working sets of earlier runs, and writes this run's, one file per image."""
 
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = state_dir
@@ -24,17 +24,17 @@ class WorkingSets:
         self._complained: dict[str, str] = {}
 
     def path(self, image: Image) -> Path:
-        """Where an image's working set is kept: each domain but the default one has its folder."""
+        """Return the path of an image's working set; each non-default domain has a folder."""
         return self._state_dir / f"{image.label}.workingset"
 
     def recorded(self, image: Image) -> list[int]:
-        """Give the extents to load first: this run's touches, then an earlier run's; maybe none."""
+        """Return the extents to load first: this run's touches, then an earlier run's."""
         return _in_order(image.first_touches(), self.earlier(image))
 
     def earlier(self, image: Image) -> Sequence[int]:
-        """Give the extents that guests of earlier runs touched, in that order; maybe none.
+        """Return the extents that guests of earlier runs touched, in that order.
 
-        Empty while the image's digest is not known, and if the file is unusable, which is logged.
+        Empty while the image's digest is unknown, and if the file is unusable, which is logged.
         """
         if not image.digest:
             return ()
@@ -46,7 +46,7 @@ class WorkingSets:
                 nr_image_extents=image.nr_extents,
             )
         except CowshedError as error:
-            # It stays so until a save replaces it: one line is enough.
+            # Logged once: the file stays unusable until a save replaces it.
             if self._complained.get(image.label) != str(error):
                 self._complained[image.label] = str(error)
                 _log.warning("working-set-unusable", str(error), image=image.label)
@@ -56,8 +56,8 @@ class WorkingSets:
     def save(self, images: Iterable[Image]) -> None:
         """Write the working sets that grew since they were written; a failure is logged.
 
-        A run that touched less than an earlier one keeps what that knew, behind its own; the set
-        is never longer than the longer of the two, so that it follows what guests do now.
+        If this run touched fewer extents than an earlier one, the earlier run's follow its own. The
+        set never grows beyond the longer of the two, so that it follows what guests do now.
         """
         for image in images:
             order = image.first_touches()

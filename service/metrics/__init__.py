@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Prometheus scrapes: the catalogue, the counters, the exporter."""
+"""The metrics for Prometheus: catalog, counters, exporter."""

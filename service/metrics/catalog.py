@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every metric the daemon exports: name, type, labels with their values, and what it means.
+"""Every metric the daemon exports: name, type, labels with their values, and meaning.
 
-The exporter makes its families from this list and docs/metrics.md is written from it, so that none
-is exported without a meaning or documented without being there.
+The exporter makes its families from this list, and docs/metrics.md is generated from it, so that
+the documentation and the exported metrics agree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Kind = Literal["info", "gauge", "counter", "histogram"]
 
 REFS: Final = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32+")
 STATES: Final = ("running", "stopped-quota", "frozen", "parked", "detached", "away")
-# The first are of guests that have memory mapped or populated, the others of those without.
+# Of guests with memory mapped or populated; TRANSPORTS adds those of guests without.
 MAPPING_TRANSPORTS: Final = ("unix", "firecracker", "nydus")
 TRANSPORTS: Final = (*MAPPING_TRANSPORTS, "nbd", "tcp", "tls", "vsock")
 NBD_COMMANDS: Final = ("read", "write", "trim", "zero", "flush", "cache", "status")
@@ -37,7 +37,7 @@ DURATION_KINDS: Final = ("hit", "miss", "write")
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. values names the values a label can take, where they are known beforehand.
+    """One metric. values has the values that a label can take, if they are known beforehand.
 
     name is as in queries: with _total, _info. of_guest: only with guest_metrics.
     """
@@ -77,28 +77,27 @@ _BACKEND: Final = (
     _one(
         "adoption_seconds",
         "gauge",
-        "How long this backend took, from its start, until it served on all that another had left; "
-        "0 if nothing was left.",
+        "Time from this backend's start until it served everything it inherited; 0 if it "
+        "inherited nothing.",
     ),
     _one(
         "keeper",
         "gauge",
-        "Who holds everything for the next backend and starts it: 1 for one of these, 0 for the "
-        "others. own: a keeper of ours; none: the backend's death is final.",
+        "The keeper, which holds descriptors for the next backend and starts it: 1 for the kind "
+        "in use, 0 for the others. own: cowshed's own; none: the backend's death is final.",
         kind=KEEPERS,
     ),
     _one(
         "not_held_groups",
         "gauge",
-        "Groups of descriptors (of images, guests, overlays, listeners) that should be held for "
-        "the next backend and are not: what they are of would end with this one. 0 without a "
-        "keeper.",
+        "Groups of descriptors that should be held for the next backend and are not: their "
+        "images, guests, overlays or listeners would end with this one. 0 without a keeper.",
     ),
     _one(
         "log_lines_lost_total",
         "counter",
-        "Lines of the log that could not be written at once, as nobody took them: of backends, "
-        "this one and those before it, and of their keepers.",
+        "Log lines lost because they could not be written at once: of this backend and its "
+        "predecessors, and of their keepers.",
         process=LOG_COUNTS,
     ),
     _one("capacity_bytes", "gauge", "Memory that the frames of all images may take together."),
@@ -114,9 +113,8 @@ _BACKEND: Final = (
         "connections_dropped_total",
         "counter",
         "Connections that the daemon ended or turned away. handshake: not finished in time, or for "
-        "an image that is not the peer's; "
-        "protocol: the peer broke it; limit: no place or no descriptors; broken: the guest's "
-        "memory can no longer be served.",
+        "an image that the peer may not use; protocol: the peer violated it; limit: no place or "
+        "no descriptor was left; broken: the guest's memory can no longer be served.",
         reason=DROP_REASONS,
     ),
     _one(
@@ -133,7 +131,7 @@ _BACKEND: Final = (
     ),
     _one("drain_state", "gauge", "1 for the state the drain is in, else 0.", state=DRAIN_STATES),
     _one("drain_progress_ratio", "gauge", "How much of the drain is done, 0 to 1."),
-    _one("drain_blockers", "gauge", "What keeps the drain from going on: guests, pins."),
+    _one("drain_blockers", "gauge", "Reasons that block the drain: of guests, images, the target."),
     _one(
         "fault_duration_seconds",
         "histogram",
@@ -154,7 +152,7 @@ _IMAGES: Final = (
     Metric(
         "cowshed_image_info",
         "info",
-        'What an image is made of; always 1. The digest is "" until it has been computed.',
+        'An image\'s source and digest; always 1. The digest is "" until it has been computed.',
         ("domain", "image", "source", "digest"),
     ),
     _image("image_size_bytes", "gauge", "The image's size."),
@@ -162,7 +160,7 @@ _IMAGES: Final = (
     _image(
         "granted_bytes",
         "gauge",
-        "What guests may map of it, added up over guests: each counts the extents it was granted.",
+        "Bytes that guests may map, summed over guests: each counts the extents granted to it.",
     ),
     _image(
         "private_bytes",
@@ -185,7 +183,8 @@ _IMAGES: Final = (
     _image(
         "warming_bytes",
         "gauge",
-        "What autowarm and cowshed warm have still to look at of it; 0 while nothing is warmed.",
+        "Bytes that autowarm and cowshed warm still have to load or skip; 0 while nothing is "
+        "warmed.",
     ),
     _image(
         "extents",
@@ -199,9 +198,8 @@ _IMAGES: Final = (
         "Attached guests. unix: by the library or cowshed attach; nbd: over a unix socket, TCP or "
         "TLS; tcp, tls, vsock: by the library, over a network. stopped-quota: a write waits for a "
         "larger quota; frozen: writes wait for the end of a handoff; parked: it closed its "
-        "connection and has the image mapped still; detached: the memory of one "
-        "is no longer served and it is about to go; away: nobody is connected, and its private "
-        "pages are kept for it.",
+        "connection and still has the image mapped; detached: its memory is no longer served, "
+        "and it is about to be dropped; away: it is not connected, and its private pages are kept.",
         transport=TRANSPORTS,
         state=STATES,
     ),
@@ -215,13 +213,13 @@ _IMAGES: Final = (
     _image(
         "source_wait_seconds",
         "gauge",
-        "For how long the source has left a read, or a look at it, unanswered; 0 if it answers.",
+        "How long the oldest read or check of the source has been unanswered; 0 if it answers.",
     ),
     _image(
         "image_unserved",
         "gauge",
-        "1 for an image of the configuration that is not served, as its source cannot be opened; "
-        "0 for one that is.",
+        "1 for an image of the configuration that is not served, because its source cannot be "
+        "opened; 0 for one that is.",
     ),
     _image(
         "requests_total",
@@ -244,7 +242,7 @@ _IMAGES: Final = (
     _image(
         "loads_total",
         "counter",
-        "Extents made resident. demand: a guest waited when it ended; prefetch: nobody did "
+        "Extents made resident. demand: a guest waited when the load ended; prefetch: none did "
         "(readahead, warm and pin).",
         reason=LOAD_REASONS,
     ),
@@ -259,25 +257,25 @@ _IMAGES: Final = (
     _image(
         "evictions_total",
         "counter",
-        "Extents given up. pressure: to make room; request: because an operator asked.",
+        "Extents evicted. pressure: to make room; request: by an operator's command.",
         reason=EVICT_REASONS,
     ),
     _image(
         "reloads_total",
         "counter",
-        "Loads of extents that were evicted a short while ago, as far back as the eviction policy "
-        "remembers: many of them are thrashing. Counted up to a second late.",
+        "Loads of recently evicted extents, as far back as the eviction policy remembers: many of "
+        "them mean thrashing. Counted up to a second late.",
     ),
     _image(
         "cow_pages_total",
         "counter",
-        "Private copies ever made, of guests that left too. Ahead of the kernel like "
+        "Private copies ever made, including those of guests that left. Ahead of the kernel like "
         "cowshed_private_bytes.",
     ),
     _image("discarded_pages_total", "counter", "Private pages that guests gave back (madvise)."),
     _image("poisoned_pages_total", "counter", "Pages made SIGBUS because no load succeeded."),
-    _image("repaired_pages_total", "counter", "Poisoned pages that a later load made good."),
-    _image("mapped_pages_total", "counter", "Pages mapped into guests, asked for or ahead."),
+    _image("repaired_pages_total", "counter", "Poisoned pages that a later load repaired."),
+    _image("mapped_pages_total", "counter", "Pages mapped into guests, on demand or ahead."),
     _image("quota_stops_total", "counter", "Times that a guest came to a stop at its quota."),
     _image(
         "quota_stopped_seconds_total",
@@ -305,13 +303,13 @@ _IMAGES: Final = (
     _image(
         "strays_total",
         "counter",
-        "Extents found with frames that nobody loaded (a guest read a mapping that nothing "
-        "guards), and emptied.",
+        "Extents that had frames no load wrote (a guest read a mapping without userfaultfd), and "
+        "that were emptied.",
     ),
     _image(
         "retries_total",
         "counter",
-        "Answers put off because the guest's memory was changing at that moment.",
+        "Answers deferred because the guest's memory was changing at that moment.",
     ),
 )
 
@@ -324,8 +322,7 @@ _GUESTS: Final = (
     _guest(
         "cow_pages_total",
         "counter",
-        "Pages it was charged for; those of them that it never wrote, and that were given back, "
-        "too.",
+        "Pages charged to it, including those that it never wrote and whose charge was given back.",
     ),
     _guest("quota_stops_total", "counter", "Times it came to a stop at its quota."),
     _guest("stopped", "gauge", "1 while it is stopped at its quota, else 0."),
@@ -336,7 +333,7 @@ CATALOG: Final[Mapping[str, Metric]] = {
 }
 
 _GENERATION: Final = {"generation": ("0", "1", "2")}
-# What prometheus_client adds of itself.
+# The metrics that prometheus_client adds itself.
 LIBRARY: Final[Mapping[str, Metric]] = {
     metric.name: metric
     for metric in (
@@ -349,7 +346,7 @@ LIBRARY: Final[Mapping[str, Metric]] = {
         Metric("process_start_time_seconds", "gauge", "When the process began, in Unix time."),
         Metric("process_cpu_seconds_total", "counter", "CPU time, fault threads and loaders too."),
         Metric("process_open_fds", "gauge", "Open descriptors: several for each guest."),
-        Metric("process_max_fds", "gauge", "How many there may be."),
+        Metric("process_max_fds", "gauge", "The limit of open descriptors."),
         *(
             Metric(f"python_gc_{name}_total", "counter", meaning, ("generation",), _GENERATION)
             for name, meaning in (

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exporter: reads the core's counters when a scrape asks, and keeps none of its own.
+"""The exporter: reads the core's counters at each scrape, and keeps none of its own.
 
 A scrape takes no lock that a fault, an attach or the daemon's loop could wait for: one call to the
-core adds up an image's accounts, one its extents. It settles nothing either; the Settler does that
-after each scrape, so figures of private pages are at most one scrape behind.
+core sums an image's accounts, one its extents. It does not settle; the Settler does so after each
+scrape, so metrics of private pages lag by at most one scrape.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ from cowshed.transport.nbd.serving import NbdCounters
 
 __all__ = ["Exporter", "MetricsSources"]
 
-# Values by the values of a family's labels, in the order of the catalog.
+# A family's values, by the values of its labels in the order of the catalog.
 _Values = dict[tuple[str, ...], float]
-# The core's histogram has four buckets to each power of two, of nanoseconds: every fourth is shown.
+# The core's histogram has four buckets per power of two nanoseconds: every fourth is exported.
 _BOUNDS_NS: Final = [1 << exponent for exponent in range(10, 34)]
 _BUCKETS: Final = [
     [lib.bucket_bound_ns(no) for no in range(lib.LATENCY_BUCKETS)].index(bound_ns)
@@ -73,7 +73,7 @@ _BUCKETS: Final = [
 
 @dataclass(frozen=True)
 class MetricsSources:
-    """Where the figures come from. max_guests: how many guests may have series of their own."""
+    """The exporter's sources. max_guests: how many guests may have series of their own."""
 
     store: PageStore
     evictor: Evictor
@@ -90,9 +90,9 @@ class MetricsSources:
 
 
 class Exporter(Collector):
-    """Makes the text of a scrape. Any number of threads may ask at once.
+    """Makes the text of a scrape, for any number of threads at once.
 
-    on_scrape is called after each, in the thread that asked.
+    on_scrape is called after each, in the same thread.
     """
 
     def __init__(
@@ -114,11 +114,11 @@ class Exporter(Collector):
         return 200, content_type, text
 
     def describe(self) -> Iterable[Metric]:
-        """Name nothing beforehand: reading costs more than a clash of names would."""
+        """Describe nothing at registration: that would read all counters just to find clashes."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Read everything once and give the families of the catalog, in its order."""
+        """Read everything once and yield the families of the catalog, in its order."""
         values: dict[str, _Values] = {name: {} for name in CATALOG}
         images = list(self._sources.store)
         sums = {image: sum_accounts(image) for image in images}
@@ -206,7 +206,7 @@ class Exporter(Collector):
                 values["cowshed_nbd_bytes_total"][*labels, direction] = value
 
     def _read_users(self, values: dict[str, _Values], images: list[Image]) -> None:
-        """Who uses each image, by transport and state."""
+        """Count each image's guests, by transport and state."""
         guests, mappings = values["cowshed_guests"], values["cowshed_mappings"]
         states: dict[int, AccountState] = {}
         for image in images:
@@ -218,7 +218,7 @@ class Exporter(Collector):
             theirs = [(each, states.get(each.account_no)) for each in list(guest.mappings)]
             known = [(each, state) for each, state in theirs if state is not None]
             if not known:
-                continue  # it came or left since
+                continue  # it attached or left since
             labels = _labels(guest.image)
             for mapping, _ in known:
                 mappings[*labels, mapping.transport] += 1
@@ -233,7 +233,7 @@ class Exporter(Collector):
             guests[*_labels(overlay.image), overlay.transport, state] += 1
 
     def _read_guests(self, values: dict[str, _Values], images: list[Image]) -> None:
-        """The first guests, in the order in which they attached, as many as may have series."""
+        """Read the first max_guests guests, in order of attaching."""
         most = self._sources.max_guests
         attached = list(self._sources.guests) if most else []
         values["cowshed_guest_metrics_left_out"][()] = max(0, len(attached) - most)
@@ -364,5 +364,5 @@ def _labels(image: Image) -> tuple[str, str]:
 
 
 def _text(value: str) -> str:
-    """A label's value: what is no UTF-8 (of a path, of an argument) is escaped."""
+    """Return a label's value, with bytes that are not UTF-8 (of a path, an argument) escaped."""
     return value.encode("utf-8", "backslashreplace").decode()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics port: what Prometheus scrapes and the page for browsers, behind one HTTP server.
+"""The metrics port: the metrics and the page for browsers, behind one HTTP server.
 
-Imported only by a daemon that has the setting `metrics`: prometheus_client takes a tenth of a
+Imported only by a daemon with the setting `metrics`: importing prometheus_client takes a tenth of a
 daemon's start.
 """
 
@@ -25,7 +25,7 @@ _log = EventLog("cowshed")
 
 
 class MetricsPort:
-    """Answers at an endpoint, from serve() to close(). status() is what `cowshed status` shows."""
+    """Serves an endpoint, from serve() to close(). status() returns what `cowshed status` shows."""
 
     def __init__(
         self, endpoint: Endpoint, sources: MetricsSources, status: Callable[[], dict[str, Any]]
@@ -41,18 +41,18 @@ class MetricsPort:
         self._settler.start()
 
     def bind(self) -> socket.socket:
-        """A socket that listens at the endpoint, for serve(). Raises UsageError."""
+        """Return a socket that listens at the endpoint, for serve(). Raises UsageError."""
         return bind(self._endpoint)
 
     def serve(self, listener: socket.socket) -> None:
-        """Answer whoever connects to a listener, which is the server's from now on; called once."""
+        """Serve a listener, taken over; must be called at most once."""
         assert self._server is None
         self._server = HttpServer(self._endpoint, self._routes, listener=listener)
         self._server.start()
         _log.notice("metrics", url=f"http://{self._server.endpoint}/metrics")
 
     def close(self) -> None:
-        """End the server, if there is one, and what settles for it."""
+        """Stop the server, if there is one, and the settler."""
         if self._server is not None:
             self._server.stop()
         self._settler.stop()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the daemon itself counts and remembers for metrics; all else the core counts."""
+"""The counters that the daemon itself keeps for metrics; the core keeps all others."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cowshed.service.persist.kept_counts import KeptCounts
 __all__ = ["DROP_COUNTS", "DrainStatistics", "ServiceCounters"]
 
 _DROPPED: Final = "dropped/"
-# What is counted, by the names that the counts are kept under.
+# The names under which the counts are kept.
 DROP_COUNTS: Final = tuple(f"{_DROPPED}{reason}" for reason in DROP_REASONS)
 
 
 @dataclass(frozen=True)
 class DrainStatistics:
-    """How far a drain is: state is one of DRAIN_STATES."""
+    """The progress of a drain; state is one of DRAIN_STATES."""
 
     state: str = "none"
     progress_ratio: float = 0.0
@@ -28,11 +28,11 @@ class DrainStatistics:
 
 
 class ServiceCounters:
-    """What the daemon counts itself; for any thread.
+    """The daemon's own counters; for any thread.
 
-    Connections dropped, by DROP_REASONS, are counted on by a successor that has the same counts.
-    audited_at is in Unix time, 0.0 before the first audit of this process; mismatches counts what
-    the last one found, by CHECKS.
+    A successor that inherits counts continues the counts of dropped connections, by DROP_REASONS.
+    audited_at is in Unix time, 0.0 before the first audit of this process; mismatches has the
+    numbers found by the last one, by CHECKS.
     """
 
     def __init__(self, counts: KeptCounts | None = None) -> None:
@@ -42,21 +42,21 @@ class ServiceCounters:
         self.drain = DrainStatistics()
 
     def close(self) -> None:
-        """Let go of the counts."""
+        """Close the counts."""
         self._counts.close()
 
     def note_dropped(self, reason: str) -> None:
-        """A connection was ended or turned away, for one of DROP_REASONS."""
+        """Count a connection ended or turned away, for one of DROP_REASONS."""
         self._counts.add(f"{_DROPPED}{reason}")
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Connections that were, by reason."""
+        """The dropped connections, by reason."""
         counts = self._counts.read()
         return {reason: counts[f"{_DROPPED}{reason}"] for reason in DROP_REASONS}
 
     def note_audit(self, checks: Iterable[str]) -> None:
-        """An audit ended; checks has the name of the check for each mismatch it found."""
+        """Record an audit's result; checks has the name of the check for each mismatch."""
         mismatches = dict.fromkeys(CHECKS, 0)
         for check in checks:
             mismatches[check] += 1

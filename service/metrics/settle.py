@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settles guests' charges after scrapes, so that metrics of private pages follow the kernel.
+"""Settle guests' charges after scrapes, so that metrics of private pages follow the kernel.
 
 Charges run ahead of copies: a page is charged before it is opened, and some are never written.
-Asking the kernel about each takes too long for a scrape, milliseconds for a guest that wrote a lot.
-So it is done afterwards, one guest at a time, and the next scrape shows it.
+Comparing them with the page tables takes too long for a scrape, milliseconds for a guest that wrote
+a lot. So it is done afterwards, one guest at a time, and the next scrape shows the result.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from cowshed.service.guests.guests import GuestTable
 
 __all__ = ["Settler"]
 
-# However often somebody scrapes: settling costs guests that write a fault now and then.
+# The least pause between two settlings, each of which costs writing guests a few faults.
 _PAUSE_SECONDS: Final = 1.0
 
 
 class Settler:
-    """A thread that settles all guests whenever it was asked to, at most once a second."""
+    """A thread that settles all guests after each ask(), at most once a second."""
 
     def __init__(self, guests: GuestTable) -> None:
         self._guests = guests
@@ -29,15 +29,15 @@ class Settler:
         self._thread = threading.Thread(target=self._run, name="settler", daemon=True)
 
     def start(self) -> None:
-        """Begin to settle when asked."""
+        """Start the thread."""
         self._thread.start()
 
     def ask(self) -> None:
-        """Have all guests settled soon; returns at once."""
+        """Request that all guests are settled soon; returns at once."""
         self._asked.set()
 
     def stop(self) -> None:
-        """End the thread, after the guest it is at."""
+        """Stop the thread, after the guest that it is settling."""
         self._stopping.set()
         self._asked.set()
         self._thread.join()

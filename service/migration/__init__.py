@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests that move: drains, exports, imports, and the target of each."""
+"""Migration of guests: drains, exports, imports, and their targets."""

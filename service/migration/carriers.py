@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests that take their private pages along themselves: programs under `cowshed attach`.
+"""Guests that carry their private pages along themselves: programs under `cowshed attach`.
 
-Such a program has the pages in its own memory, perhaps several of one page of the image, in as many
-mappings. To a target on the same host it opens each mapping anew and copies the pages over
-(transport/preload/moves.c). So the handoff gives the target a name, a quota and a token only: an
-overlay without pages, which nobody can enter but a mapping that brings its own. Until the program
-has left, it goes on here as before, and is not frozen.
+Such a program has the pages in its own memory, and several mappings may have different copies of
+one page of the image. At a target on the same host it opens each mapping anew and copies the pages
+over (transport/preload/moves.c). So the handoff gives the target only a name, a quota and a token:
+an overlay without pages, which only a mapping that brings its own can enter. Until the program has
+left, it keeps running here, and is not frozen.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _UNIX: Final = "unix://"
 
 
 def carrier_of_token(token: str) -> str:
-    """Give the owner of the overlay that holds a place for who brings its pages and this token."""
+    """Return the owner of the overlay that reserves the place of a carrier with this token."""
     return CARRIER + owner_of_token(token)
 
 
 def may_carry(guest: Guest, uri: str) -> bool:
-    """Whether all of a guest's mappings can follow it to a target by themselves.
+    """Whether all of a guest's mappings can move to a target by themselves.
 
-    That is so if each said that it would, has its connection, and finds the target's socket, where
-    this process finds it, at the same path. With the table's lock.
+    Each must have announced that it can, be connected, and see the target's socket at the same path
+    as this process. The caller must hold the table's lock.
     """
     if not uri.startswith(f"{_UNIX}/") or guest.request.token is None:
         return False
@@ -49,10 +49,10 @@ def may_carry(guest: Guest, uri: str) -> bool:
 
 
 class MigratingCarrier(MigratingMapping):
-    """A guest that takes its pages along. Nothing of it is sent but who it is."""
+    """A guest that carries its pages along. Only its name, quota and token are sent."""
 
     def blockers(self) -> list[str]:
-        """A mapping that cannot be served cannot be left either."""
+        """Return why it cannot move: memory that cannot be served cannot be copied."""
         status = self.guest.status()
         if status is not None and status.broken:
             return [f"its memory cannot be served ({os.strerror(-status.broken)}); end it"]
@@ -60,36 +60,36 @@ class MigratingCarrier(MigratingMapping):
 
     @property
     def is_here(self) -> bool:
-        """Whether any of its mappings has not left yet."""
+        """Whether any of its mappings is still here."""
         return bool(self.guest.mappings)
 
     def section(self, image_no: int) -> GuestSection:
-        """Its place is kept for who brings pages along."""
+        """Describe it to the target, owned by the carrier of its token."""
         return replace(super().section(image_no), owner=carrier_of_token(self.token))
 
     def track(self, on: bool) -> None:
-        """Nothing to do: the program looks at its pages itself."""
+        """Do nothing: the program finds its pages itself."""
 
     def take_dirty(self) -> int:
-        """Nothing is sent."""
+        """Return no pages: none are sent."""
         return 0
 
     def freeze(self) -> None:
-        """Nothing to do: what it writes until it leaves goes with it."""
+        """Do nothing: pages that it writes until it leaves go with it."""
 
     def thaw(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def private(self) -> int:
-        """None that the target is given."""
+        """Return no pages: none are sent."""
         return 0
 
     def load(self, runs: Runs) -> bytes:  # noqa: ARG002
-        """Never asked for, as there is nothing private."""
-        raise AssertionError(f"pages of guest {self.name!r} are its own to take along")
+        """Must not be called: private() is empty."""
+        raise AssertionError(f"guest {self.name!r} carries its pages along itself")
 
     def counters(self) -> dict[str, int]:
-        """What was counted of all its mappings."""
+        """Return the counters of all its mappings."""
         with self._guests.lock:
             status = self.guest.status()
             return {} if status is None else {**counters_of(status), "private_pages": 0}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reaching the other backend of a handoff, by any scheme."""
+"""Connect to the target of a handoff, by any scheme."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ REPLY_SECONDS: Final = 15.0
 def dial_target(
     uri: str, look: Callable[[], None], reply_seconds: float = REPLY_SECONDS
 ) -> SocketLink:
-    """Connect to a backend that is to take a handoff, ready for its first section.
+    """Connect to the target of a handoff; the link is ready for the first section.
 
-    It may take reply_seconds to greet us, and as long again to take the handoff. Raises UsageError
-    for a uri that cannot be used, or a backend that takes none from us; PeerError if none answers.
+    The target may take reply_seconds to greet us, and as long again to accept the handoff. Raises
+    UsageError for an unusable uri, or a target that refuses us; PeerError if none answers.
     """
     look()
     try:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source's role in a handoff: gives every guest away, or takes all of it back.
+"""The source's role in a handoff: hands over every guest, or rolls everything back.
 
-A drain runs in a thread of its own, which owns the state machine and does what it says. Operators
-look at report(), ask for an abort, and may go: the drain does not depend on who asked for it. Each
+A drain runs in a thread of its own, which owns the state machine and performs its actions.
+Operators read report() and may abort; the drain does not depend on the client that started it. Each
 wait has a name in the report, and ends by an abort, the deadline, or the peer's silence.
 
-Once the commit is asked for there is no way back from here: guests stay frozen and the target is
-asked what became of it, for as long as it takes to know.
+After the commit was requested the source cannot roll back on its own: guests stay frozen, and the
+source asks the target for the outcome until it knows it.
 
-By post-copy the pages are sent after that, while guests go on at the target: what is here stays
-frozen, and is pushed again and again to a target that is lost, until it says that it has all.
+In post-copy the pages are sent after the commit, while guests run at the target. The pages here
+stay frozen. If the target is lost, the source connects again and pushes what is missing, until the
+target reports that it has all.
 """
 
 from __future__ import annotations
@@ -18,30 +19,29 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from cowshed.cache import CowshedError, Image, PeerError, SourceError, UsageError
-from cowshed.service.images.working_sets import WorkingSets
-from cowshed.service.metrics.service_counters import DrainStatistics, ServiceCounters
+from cowshed.service.metrics.service_counters import DrainStatistics
+from cowshed.service.migration.blockers import Blocker, print_blockers, wait_for_digests
 from cowshed.service.migration.carriers import MigratingCarrier
 from cowshed.service.migration.dial import REPLY_SECONDS
-from cowshed.service.migration.link import FileLink, Link, SocketLink
+from cowshed.service.migration.drain_host import DrainHost
+from cowshed.service.migration.link import FileLink, Link
 from cowshed.service.migration.migrating import MigratingGuest, MigratingMapping
 from cowshed.service.migration.postcopy_source import PostcopySource, bitmap_of_runs, take_runs
-from cowshed.service.migration.receiver import Blocker, wait_for_digests
-from cowshed.service.migration.record import HandoffRecord
 from cowshed.service.migration.sender import Progress, Sender
 from cowshed.service.migration.state import Action, Event, Handoff, Phase, Role
+from cowshed.service.migration.target_link import LostError, TargetLink
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.stops import stop_at
-from cowshed.service.settings.domains import DomainMembers
-from cowshed.transport.handoff.sections import ControlMessage, StateReader
+from cowshed.transport.handoff.sections import ControlMessage
 from cowshed.transport.links.no_room import start_thread
 from cowshed.transport.messages.fields import take_number
 
-__all__ = ["Drain", "DrainHost", "StoppedError", "print_blockers"]
+__all__ = ["Drain", "StoppedError"]
 
 _log = EventLog("cowshed.drain")
 
@@ -50,59 +50,11 @@ _FILE: Final = "file:"
 
 
 class StoppedError(UsageError):
-    """The drain was told to stop, or its time was up; all is as it was before."""
-
-
-class _LostError(PeerError):
-    """The target is gone, or says what makes no sense."""
-
-
-class DrainHost(Protocol):
-    """What a drain needs of the daemon."""
-
-    @property
-    def counters(self) -> ServiceCounters:
-        """Where metrics look."""
-
-    @property
-    def record(self) -> HandoffRecord:
-        """What outlives us."""
-
-    @property
-    def working_sets(self) -> WorkingSets:
-        """Which extents are hot."""
-
-    def images(self) -> list[Image]:
-        """What is served."""
-
-    def allowed(self, image: Image) -> DomainMembers | None:
-        """Who of its domain may use an image; None is everybody there."""
-
-    def migrating(
-        self, carry_to: str = "", carried: Container[tuple[str, str]] = ()
-    ) -> list[MigratingGuest]:
-        """Every guest that there is now; see carriers.py for those that take their pages along."""
-
-    def close_admission(self, uri: str | None) -> None:
-        """Send who comes to uri; None: let them in again."""
-
-    def wait_admitted(self) -> None:
-        """Wait until the guests that came before admission ended are in migrating()."""
-
-    def connect(
-        self, uri: str, look: Callable[[], None], reply_seconds: float = REPLY_SECONDS
-    ) -> Link:
-        """Reach the target, ready for the first section."""
-
-    def send_on(self, migrating: list[MigratingGuest], uri: str) -> None:
-        """End the connections of guests whose pages are ours; they are needed here a while yet."""
-
-    def notify_moved(self, migrating: list[MigratingGuest], uri: str) -> None:
-        """Have guests told where they are now, and end connections that cannot be told."""
+    """The drain was aborted or timed out; every guest is as it was before."""
 
 
 class Drain:
-    """One drain, from start() until over. The host's thread-safe parts are used from its thread."""
+    """One drain, from start() until over."""
 
     def __init__(
         self,
@@ -116,15 +68,15 @@ class Drain:
         post_copy: bool = False,
         handoff: str = "",
     ) -> None:
-        """link is a file, opened by who asked; its uri is then file:PATH.
+        """link is a file that the client opened, or None; uri is then file:PATH.
 
-        with_images: bytes of images are sent, to a target that does not serve them.
+        with_images: send the bytes of images that the target does not serve.
         """
         self.post_copy: Final = post_copy
         self._postcopy: PostcopySource | None = None
         self._numbered: list[MigratingGuest | None] = []
         self._host = host
-        # What guests and operators are told is where it is, not by which key we come.
+        # Guests and operators see the address without the options, which name our key.
         self.uri: Final = uri if uri.startswith(_FILE) else uri.partition("?")[0]
         self._address: Final = uri
         self.dry_run: Final = dry_run
@@ -134,15 +86,13 @@ class Drain:
         self.handoff: Final = handoff or secrets.token_hex(16)
         self._machine = Handoff(Role.SOURCE)
         self._file = link
-        self._link: Link | None = None
+        self._target = TargetLink(self.uri, self._wait_name)
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._timeout = timeout
         self._abort = threading.Event()
         self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
         self._progress = Progress()
         self._sender: Sender | None = None
-        self._reader = StateReader(messages=True)
-        self._messages: list[ControlMessage] = []
         self._migrating: list[MigratingGuest] = []
         self._waits_for = ""
         self._blockers: list[Blocker] = []
@@ -153,7 +103,7 @@ class Drain:
 
     @classmethod
     def resume(cls, host: DrainHost) -> Drain:
-        """Go on with what was recorded before a restart: moved, or unsure. Frozen already."""
+        """Resume a drain recorded before a restart (COMMIT, PUSH or MOVED), its guests frozen."""
         record = host.record.source
         assert record is not None
         drain = cls(host, record["uri"], handoff=record["handoff"], post_copy=record["post_copy"])
@@ -172,20 +122,20 @@ class Drain:
 
     @property
     def phase(self) -> Phase:
-        """How far it is."""
+        """The phase of the state machine."""
         return self._machine.phase
 
     def start(self) -> None:
-        """Begin, in a thread; CapacityError if there is none."""
+        """Start the thread; CapacityError if that is impossible."""
         self._note()
         start_thread(self._thread)
 
     def abort(self) -> None:
-        """Have it stop and roll back; UsageError, and nothing is done, once it cannot any more."""
+        """Request a stop and rollback; UsageError, and nothing is done, if it is too late."""
         if not self._machine.allows(Event.ABORT) and self.phase is not Phase.IDLE:
             why = {
-                Phase.COMMIT: "the target was asked to commit and did not answer yet: "
-                "the drain goes on by itself once it does",
+                Phase.COMMIT: "the target was asked to commit and has not answered yet: "
+                "the drain continues by itself once it does",
                 Phase.PUSH: f"the guests are at {self.uri}, where their pages follow them; once "
                 "all are there, drain that backend to have them back",
                 Phase.MOVED: f"the guests are at {self.uri}: drain that backend to have them back",
@@ -199,7 +149,7 @@ class Drain:
             self._thread.join(timeout)
 
     def report(self) -> dict[str, Any]:
-        """How it is, for the command, status and logs."""
+        """Return the state of the drain, for the command and for status."""
         return {
             "to": self.uri,
             "handoff": self.handoff,
@@ -224,12 +174,12 @@ class Drain:
 
     @property
     def blockers(self) -> list[Blocker]:
-        """What keeps it from going on."""
+        """The reasons that block it."""
         return self._blockers
 
     @property
     def error(self) -> CowshedError | None:
-        """Why it failed, once it is over."""
+        """Why it failed, or None; valid once it is over."""
         return self._error
 
     # The thread.
@@ -247,19 +197,18 @@ class Drain:
         except OSError as error:
             self._fail(PeerError(f"drain to {self.uri}: {error}"))
         finally:
-            if self._link is not None:
-                self._link.close()
+            self._target.close()
             self._wait_name("")
             self._note()
             self.over.set()
 
     def _fail(self, error: CowshedError) -> None:
-        """Roll back by the table, or find out what became of the commit."""
+        """Roll back by the table, or find out the outcome of the commit."""
         if isinstance(error, PeerError):
             try:
-                self._listen()  # it may have said why before it hung up
+                self._target.listen()  # it may have sent the reason before it hung up
             except PeerError as reason:
-                error = reason if isinstance(reason, _LostError) else error
+                error = reason if isinstance(reason, LostError) else error
         self._error = error
         if self.phase is Phase.COMMIT:
             self._find_out()
@@ -288,7 +237,7 @@ class Drain:
         self._note()
 
     def _do(self, event: Event) -> None:
-        """Take an event, do what it asks for, and go on with what follows from that."""
+        """Take an event, perform its actions, and do the same with the event that they return."""
         following: Event | None = event
         while following is not None:
             actions = self._machine.on(following)
@@ -315,7 +264,7 @@ class Drain:
 
     def _connect(self) -> Event:
         self._wait_name(f"a connection to {self.uri}")
-        self._link = self._file or self._dial()
+        self._target.use(self._file or self._dial())
         return Event.CONNECTED
 
     def _dial(self) -> Link:
@@ -323,15 +272,14 @@ class Drain:
         try:
             return self._host.connect(self._address, self._look, min(REPLY_SECONDS, max(0.0, left)))
         except PeerError:
-            self._look()  # that the drain's own time is up comes first
+            self._look()  # report the drain's own timeout rather than the connection's
             raise
 
     def _offer(self) -> Event:
         self._wait_name("the digests of images")
         images = self._host.images()
         self._migrating = self._host.migrating(carry_to="" if self._file is not None else self.uri)
-        assert self._link is not None
-        self._sender = Sender(self._link, [], [], self._progress)
+        self._sender = Sender(self._target.link, [], [], self._progress)
         if any(isinstance(each, MigratingCarrier) for each in self._migrating):
             self._have_carried()
         used = [each.image for each in self._migrating]
@@ -349,13 +297,13 @@ class Drain:
         self._images = images
         self._sender = self._sender.of(self._migrating, images)
         if self.post_copy:
-            self._check_knows_post_copy()
+            self._target.require_post_copy(self._the_sender)
         self._sender.offer(self.handoff, with_images=self._with_images, allowed=self._host.allowed)
         if self._file is not None:
             self._wanted = list(range(len(images))) if self._with_images else []
             return self._accepted()
         self._sender.send("dry-run" if self.dry_run else "offer")
-        message = self._hear("the target's check of the offer")
+        message = self._target.hear("the target's check of the offer")
         if message.kind == "refused":
             found = message.body.get("blockers")
             self._blockers = [
@@ -365,7 +313,7 @@ class Drain:
             ]
             self._error = UsageError(print_blockers("drain", self._blockers))
             return Event.REFUSED
-        self._expect(message, "accepted")
+        self._target.check(message, "accepted")
         wanted = message.body.get("images")
         if self._with_images and isinstance(wanted, list):
             self._wanted = [no for no in range(len(images)) if no in wanted]
@@ -385,20 +333,20 @@ class Drain:
         if self.post_copy:
             self._have_warmed()
             for each in self._migrating:
-                each.flush()  # so that little is left to be, once they are frozen
+                each.flush()  # so that little is left to flush once they are frozen
             return Event.POSTPONED
         return Event.SENT
 
     def _send_image(self, no: int, image: Image) -> None:
-        """Send an image's bytes and wait until the target has checked them."""
+        """Send an image's bytes, and wait until the target has checked them."""
         self._wait_name(f"the bytes of image {image.label!r} to be sent")
         hot = self._host.working_sets.recorded(image)
         self._the_sender.send_image(no, hot, self._look_and_listen)
         if self._file is None:
             waits_for = f"the target to check the bytes of image {image.label!r}"
-            while (message := self._hear(waits_for)).kind == "checking":
+            while (message := self._target.hear(waits_for)).kind == "checking":
                 pass
-            self._expect(message, "imaged")
+            self._target.check(message, "imaged")
 
     def _track(self) -> None:
         self._the_sender.track()
@@ -415,7 +363,7 @@ class Drain:
 
     def _have_warmed(self) -> None:
         self._the_sender.send("warm")
-        self._expect(self._hear("the target to load the working sets"), "warmed")
+        self._target.expect("the target to load the working sets", "warmed")
 
     def _freeze(self) -> None:
         self._the_sender.freeze()
@@ -431,7 +379,7 @@ class Drain:
         if isinstance(self._file, FileLink):
             self._file.make_durable()
         elif self._file is None:
-            self._expect(self._hear("the target to have everything"), "ready")
+            self._target.expect("the target to have everything", "ready")
         return Event.ARRIVED_READY
 
     def _record_committing(self) -> None:
@@ -441,26 +389,24 @@ class Drain:
         if self._file is not None:
             return Event.COMMITTED
         self._the_sender.send("commit", handoff=self.handoff)
-        return self._outcome(self._hear("the target's commit"))
+        return self._outcome(self._target.hear("the target's commit"))
 
     def _ask(self) -> Event | None:
-        """Ask over a connection of its own; None if nobody could be asked."""
+        """Ask for the outcome over a new connection; None if the target cannot be reached."""
         self._wait_name(f"{self.uri} to say whether it has the guests")
-        if self._link is not None:
-            self._link.close()
+        self._target.close()
         self._postcopy = None
         try:
-            self._link = self._host.connect(self._address, lambda: None)
-            self._reader, self._messages = StateReader(messages=True), []
-            sender = Sender(self._link, [], [], Progress())
+            self._target.use(self._host.connect(self._address, lambda: None))
+            sender = Sender(self._target.link, [], [], Progress())
             sender.send("ask", handoff=self.handoff)
-            return self._outcome(self._hear(self._waits_for))
+            return self._outcome(self._target.hear(self._waits_for))
         except (CowshedError, OSError) as error:
             _log.warning("drain-unsure", f"{error}; guests wait", to=self.uri)
             return None
 
     def _find_out(self) -> None:
-        """Ask until it is known."""
+        """Ask for the outcome until it is known."""
         while self.phase is Phase.COMMIT:
             try:
                 self._do(Event.LOST)
@@ -472,40 +418,25 @@ class Drain:
         if self.phase is Phase.PUSH:
             self._push_again()
 
-    def _target_has(self, feature: str) -> bool:
-        """Ask whether the target knows something; PeerError if it does not know the question."""
-        self._the_sender.send("features")
-        has = self._hear("the target's list of features").body.get("has")
-        return isinstance(has, list) and feature in has
-
     def _have_carried(self) -> None:
-        """Let programs take their pages along, or have guests move as others do, if it cannot be.
+        """Let programs carry their pages along if the target knows how; else move them as others.
 
-        Raises UsageError if the target knows neither, nor how to say so.
+        Raises UsageError if the target cannot even list its features.
         """
         try:
-            knows = self._target_has("carried")
+            knows = self._target.knows(self._the_sender, "carried")
         except PeerError as error:
             raise UsageError(
-                f"{self.uri} does not know programs that bring their pages ({error}); upgrade it, "
-                "or end what runs under 'cowshed attach' here"
+                f"{self.uri} does not know programs that carry their pages ({error}); upgrade it, "
+                "or end the programs under 'cowshed attach' here"
             ) from error
         if not knows:
-            _log.warning("cannot-follow", "the target does not know how", to=self.uri)
+            _log.warning(
+                "cannot-follow", "the target does not know programs that carry pages", to=self.uri
+            )
             self._migrating = self._host.migrating()
 
     # Post-copy.
-
-    def _check_knows_post_copy(self) -> None:
-        """Raise UsageError if the target does not know post-copy."""
-        try:
-            knows, why = self._target_has("post-copy"), ""
-        except PeerError as error:
-            knows, why = False, f" ({error})"
-        if not knows:
-            raise UsageError(
-                f"{self.uri} does not know post-copy{why}; upgrade it, or drain without --post-copy"
-            )
 
     def _record_postcopy(self) -> None:
         self._record(Phase.PUSH)
@@ -518,35 +449,26 @@ class Drain:
         self._host.send_on(self._migrating, self.uri)
 
     def _push(self) -> Event | None:
-        """Push what is left, until the target has all; PeerError once it is gone."""
-        if self._postcopy is None:  # it was only asked what became of the handoff
+        """Push the remaining pages, until the target has all; PeerError once it is gone."""
+        if self._postcopy is None:  # this connection only asked for the outcome
             return self._resume()
         self._wait_name("pages to be pushed")
-        message = self._postcopy.run(self._the_sender, self._hear_postcopy)
+        message = self._postcopy.run(self._the_sender, self._target.hear_of_pages)
         lost = message.body.get("lost")
         if isinstance(lost, int) and lost:
-            _log.error("pages-lost-there", "the target lacks them for good", pages=lost)
+            _log.error("pages-lost-there", "the target cannot get them any more", pages=lost)
         return Event.FILLED
 
-    def _hear_postcopy(self, wait: bool) -> ControlMessage | None:
-        link = self._link
-        assert link is not None
-        if not wait and not self._messages and not link.has_come():
-            return None
-        return self._hear("the target to have all pages")
-
     def _resume(self) -> Event:
-        """Connect again and hear what is missing; PeerError if the target cannot be reached."""
+        """Connect again and receive what is missing; PeerError if the target cannot be reached."""
         self._wait_name(f"{self.uri} to say which pages it lacks")
-        if self._link is not None:
-            self._link.close()
+        self._target.close()
         self._postcopy = None
-        self._link = self._host.connect(self._address, self._look)
-        self._reader, self._messages = StateReader(messages=True), []
-        self._sender = Sender(self._link, self._migrating, [], self._progress)
+        self._target.use(self._host.connect(self._address, self._look))
+        self._sender = Sender(self._target.link, self._migrating, [], self._progress)
         self._sender.send("resume", handoff=self.handoff)
         left = [0] * len(self._numbered)
-        while (message := self._hear(self._waits_for)).kind == "lacking":
+        while (message := self._target.hear(self._waits_for)).kind == "lacking":
             guest = take_number(message.body, "guest", maximum=max(0, len(left) - 1))
             if runs := take_runs(message):
                 left[guest] |= bitmap_of_runs(runs)
@@ -556,10 +478,10 @@ class Drain:
                 return Event.MISSING
         if message.kind == "filled":
             return Event.FILLED
-        raise _LostError(f"{self.uri} says {message.kind!r} of guests that it had")
+        raise LostError(f"{self.uri} sent {message.kind!r} instead of the missing pages")
 
     def _push_again(self) -> None:
-        """Until the target has all."""
+        """Resume and push until the target has all pages."""
         while self.phase is Phase.PUSH:
             try:
                 self._do(Event.LOST)
@@ -573,12 +495,12 @@ class Drain:
             return Event.COMMITTED_MISSING if self.post_copy else Event.COMMITTED
         if message.kind == "denied":
             why = message.body.get("why")
-            did = f"denied it ({why[:500]})" if isinstance(why, str) else "lost it before its end"
+            did = f"denied it ({why[:500]})" if isinstance(why, str) else "has dropped it"
             self._error = self._error or PeerError(
                 f"handoff to {self.uri}: the target {did}; every guest is as it was"
             )
             return Event.DENIED
-        raise _LostError(f"the target says {message.kind!r} where its verdict is due")
+        raise LostError(f"the target sent {message.kind!r} instead of its verdict")
 
     def _record_moved(self) -> None:
         self._record(Phase.MOVED)
@@ -594,7 +516,7 @@ class Drain:
         try:
             self._host.record.set_source(None)
         except SourceError as error:
-            # Guests need not wait for that: a restart asks the target, which denies it for good.
+            # Guests need not wait for that: a restart asks the target, whose denial is final.
             _log.error("not-recorded", str(error), handoff=self.handoff)
 
     def _record(self, phase: Phase) -> None:
@@ -625,51 +547,19 @@ class Drain:
         if self._sender is not None:
             self._sender.thaw()
 
-    # The target's messages.
-
     @property
     def _the_sender(self) -> Sender:
         assert self._sender is not None
         return self._sender
 
-    def _hear(self, waits_for: str) -> ControlMessage:
-        """Wait for the target's next message."""
-        self._wait_name(waits_for)
-        link = self._link
-        assert link is not None
-        while not self._messages:
-            raw = link.receive()
-            if not raw:
-                raise _LostError(f"{self.uri} hung up while it was waited for {waits_for}")
-            self._take_messages(raw)
-        return self._messages.pop(0)
-
-    def _take_messages(self, raw: bytes) -> None:
-        """Take what the target says; _LostError if that is why it failed."""
-        for section in self._reader.feed(raw):
-            if isinstance(section, ControlMessage):
-                if section.kind == "failed":
-                    raise _LostError(f"{self.uri}: {str(section.body.get('why'))[:500]}")
-                self._messages.append(section)
-
-    def _listen(self) -> None:
-        """Hear, without waiting, whether the target failed. PeerError."""
-        if isinstance(self._link, SocketLink):
-            while raw := self._link.receive_now():
-                self._take_messages(raw)
-
     def _look_and_listen(self) -> None:
         self._look()
-        self._listen()
+        self._target.listen()
 
-    def _expect(self, message: ControlMessage, what: str) -> None:
-        if message.kind != what:
-            raise _LostError(f"{self.uri} says {message.kind!r} instead of {what!r}")
-
-    # What is shown.
+    # Metrics.
 
     def _note(self) -> None:
-        """Tell metrics."""
+        """Update the drain's metrics."""
         if self.dry_run:
             return
         total = self._progress.total_bytes
@@ -682,17 +572,6 @@ class Drain:
         nr = len(self._blockers)
         statistics = replace(DrainStatistics(), state=state, progress_ratio=ratio, nr_blockers=nr)
         self._host.counters.drain = statistics
-
-
-def print_blockers(what: str, blockers: list[Blocker]) -> str:
-    """One line for all that keeps us from doing something."""
-    said = []
-    for blocker in blockers[:5]:
-        who = f"guest {blocker['guest']!r}: " if "guest" in blocker else ""
-        which = f"image {blocker['image']!r}: " if "image" in blocker else ""
-        said.append(f"{who}{which}{blocker.get('reason', '?')}")
-    more = f"; and {len(blockers) - 5} more" if len(blockers) > 5 else ""
-    return f"cannot {what}: {'; '.join(said)}{more}"
 
 
 _ACTIONS: Final[dict[Action, Callable[[Drain], Event | None]]] = {

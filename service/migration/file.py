@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a backend as a file: written while guests go on, read back whole or not at all."""
+"""The state of a backend as a file: written while guests run, read back whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 from cowshed.cache import Image, PeerError, UsageError
 from cowshed.service.images.working_sets import WorkingSets
-from cowshed.service.migration.drain import print_blockers
+from cowshed.service.migration.blockers import print_blockers, wait_for_digests
 from cowshed.service.migration.link import FileLink, Link, SocketLink, open_link
 from cowshed.service.migration.migrating import MigratingGuest
-from cowshed.service.migration.receiver import Receiver, wait_for_digests
+from cowshed.service.migration.receiver import Receiver
 from cowshed.service.migration.resumption import Prefix, read_prefix
 from cowshed.service.migration.sender import Progress, Sender
 from cowshed.service.settings.domains import DomainMembers
@@ -38,31 +38,31 @@ _REPORT_SECONDS = 0.2
 
 
 class ExportHost(Protocol):
-    """What an export needs of the daemon; the same as a drain does."""
+    """The part of the daemon that an export uses; a part of DrainHost."""
 
     @property
     def working_sets(self) -> WorkingSets:
-        """Which extents are hot."""
+        """The recorded working sets."""
 
     def images(self) -> list[Image]:
-        """What is served."""
+        """Return the images served."""
 
     def allowed(self, image: Image) -> DomainMembers | None:
-        """Who of its domain may use an image; None is everybody there."""
+        """Return who of its domain may use an image; None: all of the domain."""
 
     def migrating(self) -> list[MigratingGuest]:
-        """Every guest that there is now."""
+        """Return every guest there is now."""
 
 
 def export_state(
     fd: int, host: ExportHost, *, with_images: bool = False, resume: bool = False
 ) -> Iterator[Body]:
-    """Write every guest to fd, which is taken over; gives progress, then what was written.
+    """Write every guest to fd, which is taken over; yields progress, then the totals.
 
-    Guests go on meanwhile, but for the last pages: all are as of one moment, the freeze.
-    with_images: the bytes of images are in the file, too. resume: go on with what is in the file
-    that an earlier export left, which says whether images' bytes are in it. Raises
-    UsageError naming who cannot be exported; nothing but bytes in the file is left behind then.
+    Guests run meanwhile, except while the last pages are written: all pages are as of one moment,
+    the freeze. with_images: write the bytes of images, too. resume: continue the file of an
+    interrupted export, which determines whether it has images' bytes. Raises UsageError naming the
+    guests that cannot be exported; only bytes in the file are left behind then.
     """
     stopping = threading.Event()
 
@@ -108,7 +108,7 @@ class _Export:
         self.kept_bytes = 0
 
     def write(self, with_images: bool, resume: bool) -> None:
-        """Write all of it."""
+        """Write the whole export."""
         host = self._host
         images, migrating = host.images(), host.migrating()
         used = [each.image for each in migrating]
@@ -159,9 +159,9 @@ class _Export:
 def _watched(
     call: Callable[[], None], report: Callable[[], Body], stopping: threading.Event
 ) -> Iterator[Body]:
-    """Run call in a thread and tell how far it is, the last time at its end; raises what it does.
+    """Run call in a thread; yield its progress, the last time at its end; raise what it raises.
 
-    Who is not interested any more closes this: stopping is set then, and the call awaited.
+    Closing this generator cancels the call: it sets stopping, and joins the thread.
     """
     failed: list[BaseException] = []
 
@@ -187,9 +187,9 @@ def _watched(
 
 
 def import_state(fd: int, receiver: Receiver) -> Iterator[Body]:
-    """Read guests from fd, which is taken over, and admit them all once all are here and right.
+    """Read guests from fd, which is taken over, and admit them all once all are complete.
 
-    Raises DamagedError with the place, UsageError for what cannot be here: nothing is left then.
+    Raises DamagedError with the offset, UsageError naming the blockers; nothing is left then.
     """
     stopping = threading.Event()
 

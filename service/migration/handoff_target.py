@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target's role in handoffs: one thread for each, from its first byte until it is over.
 
-Operators hand over at the unix socket, with a descriptor of a stream socket for the bytes; backends
-elsewhere at the network target, whose connection then carries them. What became of a handoff is
-decided under one lock, so that a source that asks over a second connection hears the truth.
+Operators hand over at the unix socket, with the descriptor of a stream socket for the bytes; other
+backends at a network listener, whose connection then carries them. The outcome of a handoff is
+decided under one lock, so that a source that asks over a second connection gets the true answer.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ _HEAR_OUT_SECONDS: Final = 10.0
 class HandoffTarget:
     """Receives handoffs; begin() for each connection.
 
-    Invariant: a handoff that is being received is in _machines; _lock is held while an event and
-    what it asks for are done that others may not see half of.
+    Invariant: a handoff in progress is in _machines; an event and its actions are performed under
+    _lock, so that other threads see all of them or none.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class HandoffTarget:
         publish: Publish,
         why_not: Callable[[], str],
     ) -> None:
-        """on_owner(names) is told of guests that were admitted, in a handoff's thread.
+        """on_owner(names) is called when guests were admitted, in a handoff's thread.
 
-        why_not() says why no guests can be taken now, "" if they can; asked at an offer and once
-        more at its commit. late_wait_seconds is how long a source is waited for that has pages yet.
-        image_folder keeps images that come; publish is as in ImageIntake.
+        why_not() returns why no guests can be accepted now, "" if they can; called at an offer and
+        again at its commit. late_wait_seconds is how long to wait for a lost source that still has
+        pages. image_folder stores received images; publish is as in ImageIntake.
         """
         self._late_wait_seconds = late_wait_seconds
         self._postcopy_targets: dict[str, PostcopyTarget] = {}
@@ -98,14 +98,14 @@ class HandoffTarget:
         self._stopping = False
 
     def receiver(self) -> Receiver:
-        """Give what stages guests."""
+        """Return a new Receiver, which stages guests."""
         intake = ImageIntake(self._store, self._evictor, self._image_folder, self._publish)
         return Receiver(self._store, self._evictor, self._overlays, self._load, intake)
 
     def begin(self, link: Link, whose: str) -> None:
-        """Receive in a thread what comes over a link, now its own; whose is for the log.
+        """Receive from a link, taken over, in a new thread; whose names the source in the log.
 
-        CapacityError, and the link is closed, if there is no thread for it.
+        CapacityError, and the link is closed, if no thread can be started.
         """
         reception = _Reception(self, link, whose)
         try:
@@ -115,7 +115,7 @@ class HandoffTarget:
             raise
 
     def stop(self) -> None:
-        """Let go of everything that is not ours yet."""
+        """Discard all guests that are not ours yet."""
         self._stopping = True
         with self._lock:
             for reception in list(self._machines.values()):
@@ -124,7 +124,7 @@ class HandoffTarget:
                 postcopy.close()
 
     def resume(self) -> None:
-        """Go on with guests whose pages are not all here, after a restart."""
+        """After a restart, resume post-copy of guests with missing pages."""
         for handoff, keys in list(self._record.incomplete.items()):
             guests = [self._overlays.get(domain, name) for domain, name in keys]
             self.begin_postcopy(handoff, guests)
@@ -132,12 +132,12 @@ class HandoffTarget:
     # Post-copy.
 
     def postcopy_targets(self) -> list[PostcopyTarget]:
-        """Give the handoffs whose pages are not all here."""
+        """Return the handoffs with missing pages."""
         with self._lock:
             return list(self._postcopy_targets.values())
 
     def begin_postcopy(self, handoff: str, guests: Sequence[OverlayGuest | None]) -> PostcopyTarget:
-        """Have guests that are ours wait for what they lack."""
+        """Begin to receive the missing pages of guests that are ours."""
         postcopy = PostcopyTarget(
             handoff, guests, self._overlays, self._late_wait_seconds, self._filled_itself
         )
@@ -150,15 +150,15 @@ class HandoffTarget:
         """Return the post-copy of a handoff in progress, or None. PeerError if it is not ours."""
         with self._lock:
             if handoff not in self._record.owned:
-                raise PeerError(f"handoff {handoff} is not known here")
+                raise PeerError(f"unknown handoff {handoff}")
             return self._postcopy_targets.get(handoff)
 
     def is_filled(self, handoff: str) -> bool:
-        """Whether it is recorded that the pages of a handoff of ours are all here."""
+        """Whether a handoff of ours is recorded as having all pages."""
         return handoff not in self._record.incomplete
 
     def record_filled(self, postcopy: PostcopyTarget) -> None:
-        """Record that a handoff's pages are all here, and outlive us; nothing twice."""
+        """Record that all pages of a handoff are here and durable; idempotent."""
         with self._lock:
             if self.is_filled(postcopy.handoff):
                 return
@@ -169,7 +169,7 @@ class HandoffTarget:
         _log.notice("pages-arrived", handoff=postcopy.handoff, guests=len(postcopy.keys))
 
     def _filled_itself(self, postcopy: PostcopyTarget) -> None:
-        """The guests wrote all that was missing, or are gone."""
+        """Record that nothing is missing: guests wrote the missing pages anew, or are gone."""
         try:
             self.record_filled(postcopy)
         except CowshedError as error:
@@ -181,7 +181,7 @@ class HandoffTarget:
         return self._stopping
 
     def on(self, reception: _Reception, event: Event) -> None:
-        """Take an event and do what it asks for."""
+        """Take an event and perform its actions."""
         with self._lock:
             actions = reception.machine.on(event)
             stop_at(f"target-{reception.machine.phase}")
@@ -198,17 +198,17 @@ class HandoffTarget:
             pass
 
     def why_not(self) -> str:
-        """Why no guests can be taken now; "" if they can."""
+        """Return why no guests can be accepted now; "" if they can."""
         return self._why_not()
 
     def commit(self, reception: _Reception) -> None:
-        """A source asks for the commit: it is granted, or denied if guests cannot come any more."""
+        """Answer a source's "commit": grant it, or deny it if guests can no longer be accepted."""
         with self._lock:
             reception.denied_for = self.why_not() if reception.machine.phase is Phase.READY else ""
             self.on(reception, Event.ASKED if reception.denied_for else Event.COMMIT)
 
     def open(self, reception: _Reception, handoff: str) -> None:
-        """A source offers a handoff."""
+        """Register the handoff that a source offers. PeerError if it was offered before."""
         with self._lock:
             if handoff in self._machines or handoff in self._forgotten:
                 raise PeerError(f"handoff {handoff} was offered before")
@@ -218,7 +218,7 @@ class HandoffTarget:
             self._machines[handoff] = reception
 
     def verdict(self, handoff: str) -> str:
-        """What became of a handoff: "committed", or "denied", which it is from now on."""
+        """Return a handoff's outcome: "committed" or, making it so for good, "denied"."""
         with self._lock:
             if handoff in self._record.owned:
                 return "committed"
@@ -228,11 +228,11 @@ class HandoffTarget:
             return "denied"
 
     def own(self, handoff: str, incomplete: Sequence[tuple[str, str]] = ()) -> None:
-        """Record that a handoff's guests are ours, and which they are if they lack pages."""
+        """Record that a handoff's guests are ours; incomplete: their keys if pages are missing."""
         self._record.add_owned(handoff, incomplete)
 
     def admitted(self, names: list[str]) -> None:
-        """Guests were admitted."""
+        """Note that guests were admitted."""
         self._on_owner(names)
 
     def _forget(self, handoff: str) -> None:
@@ -242,7 +242,7 @@ class HandoffTarget:
 
 
 class _Reception:
-    """One connection over which a handoff comes, or is asked about."""
+    """One connection that brings a handoff, resumes one, or asks for an outcome."""
 
     def __init__(self, target: HandoffTarget, link: Link, whose: str) -> None:
         self.machine = Handoff(Role.TARGET)
@@ -258,7 +258,7 @@ class _Reception:
         self._extents: list[WorkingSetSection] = []
         self._gone = False
         self._postcopy: PostcopyTarget | None = None
-        self._saying = threading.Lock()
+        self._sending = threading.Lock()
         # Held while guests are staged or discarded; never while waiting for the target's lock.
         self._staging = threading.Lock()
 
@@ -286,7 +286,7 @@ class _Reception:
             self._link.close()
 
     def _hear_out(self) -> None:
-        """Read until the source has closed: what it was told is lost where bytes stay unread."""
+        """Read until the source has closed: unread bytes would discard what was sent to it."""
         self._gone = False
         deadline = time.monotonic() + _HEAR_OUT_SECONDS
         try:
@@ -296,12 +296,12 @@ class _Reception:
             _log.info("handoff-unheard", str(error), whose=self._whose)
 
     def look(self) -> None:
-        """End a wait if the daemon ends, or the source asked elsewhere."""
+        """Raise PeerError, to end a wait, if the daemon ends or the source is lost."""
         if self._gone or self._target.stopping:
             raise PeerError("the handoff was given up")
 
     def lose(self) -> None:
-        """The source is gone."""
+        """Note that the source is gone; discards what is not ours yet."""
         self._gone = True
         if self._postcopy is not None:
             self._postcopy.disconnect(self._send_message)
@@ -325,7 +325,7 @@ class _Reception:
         else:
             with self._staging:
                 if self.machine.phase is not Phase.RECEIVE:
-                    raise PeerError("pages come when no offer is accepted")
+                    raise PeerError("peer sent pages before an offer was accepted")
                 if isinstance(section, End):
                     self._receiver.finish(self._reader)
                 else:
@@ -334,14 +334,14 @@ class _Reception:
                 self._target.on(self, Event.COMPLETE)
 
     def _open_image(self, no: int) -> None:
-        """Check what came of an image, telling the source now and then that we do, and open it."""
-        said = time.monotonic()
+        """Check a received image, sending "checking" to the source meanwhile, and open it."""
+        sent = time.monotonic()
 
         def look() -> None:
-            nonlocal said
+            nonlocal sent
             self.look()
-            if time.monotonic() > said + _CHECKING_SECONDS:
-                said = time.monotonic()
+            if time.monotonic() > sent + _CHECKING_SECONDS:
+                sent = time.monotonic()
                 self._send("checking")
 
         source = self._receiver.seal(no, look)
@@ -376,10 +376,10 @@ class _Reception:
             self._postcopy.lose(guest, take_runs(message))
             self._look_filled()
         else:
-            raise PeerError(f"no message {message.kind!r} is known here")
+            raise PeerError(f"unknown control message {message.kind!r}")
 
     def _resume(self, handoff: str) -> None:
-        """A source comes again that has pages of guests that are ours."""
+        """Resume post-copy with a source that connected again."""
         self._postcopy = self._target.postcopy_target(handoff)
         self.machine = Handoff.restarted(Role.TARGET, Phase.OWNER)
         if self._postcopy is None:
@@ -391,7 +391,7 @@ class _Reception:
         self._target.on(self, Event.RESUMED)
 
     def _look_filled(self) -> None:
-        """Say so if the source has nothing more to give."""
+        """Send "filled" once no page is missing, or the source can give no more."""
         assert self._postcopy is not None
         if self._postcopy.is_filled or self._target.is_filled(self.handoff):
             self._target.on(self, Event.FILLED)
@@ -418,7 +418,7 @@ class _Reception:
 
     def _check(self, *, is_dry: bool) -> None:
         if not self.handoff:
-            raise PeerError("an offer begins with a header")
+            raise PeerError("peer sent an offer without a header")
         self._target.on(self, Event.OFFERED)
         with self._staging:
             if why := self._target.why_not():
@@ -426,7 +426,7 @@ class _Reception:
             else:
                 self._blockers = self._receiver.check(self._reader, self.look)
             if self.machine.phase is not Phase.CHECK:
-                self._receiver.discard()  # it was asked about meanwhile, and denied
+                self._receiver.discard()  # denied meanwhile, over another connection
         if self._blockers:
             self._target.on(self, Event.REFUSED)
             return
@@ -435,7 +435,7 @@ class _Reception:
         self._target.on(self, Event.ACCEPTED)
 
     def _warm(self) -> None:
-        """Load the working sets; the time is bounded, since guests can do without."""
+        """Load the working sets, for a bounded time, since guests can run without."""
         deadline = time.monotonic() + _WARM_SECONDS
         for section in self._extents:
             for _ in self._receiver.warm(section):
@@ -444,7 +444,7 @@ class _Reception:
                     return
 
     def do(self, action: Action) -> None:
-        """Do what the machine asks for."""
+        """Perform an action of the state machine."""
         if action is Action.SEND_ACCEPTED:
             self._send("accepted", images=self._receiver.wanted)
         elif action is Action.SEND_REFUSED:
@@ -482,8 +482,8 @@ class _Reception:
         self._send_message(ControlMessage({"say": kind, **fields}))
 
     def _send_message(self, message: ControlMessage) -> None:
-        """From any thread."""
-        with self._saying:
+        """Send a control message; for any thread."""
+        with self._sending:
             self._link.send(self._writer.write(message))
 
     def _log_failed(self, why: str) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target's side of images' bytes: kept in --image-dir, images of the store once whole.
+"""The target's side of images' bytes: written to --image-dir, then opened in the store.
 
-An image that came is open in the store, for its guests to be staged and its working set to be
-loaded, but not listed there: nobody finds it until the handoff is committed.
+A received image is open in the store, so that its guests can be staged and its working set loaded,
+but not listed there: no guest can find it until the handoff is committed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Publish = Callable[[Image, ImageSpec], None]
 
 
 class ImageIntake:
-    """Takes in the images of one handoff; admit() or discard() once, at the end.
+    """Receives the images of one handoff; the owner must admit() or discard() once, at the end.
 
     Invariant: each of incoming is admitted or discarded by then, and each of _opened closed or
     listed; the keys are images' numbers in the handoff.
@@ -35,7 +35,7 @@ class ImageIntake:
         folder: ImageFolder | None,
         publish: Publish,
     ) -> None:
-        """publish(image, spec) has an image served to whom it is for."""
+        """publish(image, spec) has an image served to the guests allowed to use it."""
         self._store = store
         self._evictor = evictor
         self._folder = folder
@@ -45,7 +45,7 @@ class ImageIntake:
         self.total_bytes = 0
 
     def refusal(self, section: ImageSection) -> str:
-        """Say what keeps an image's bytes from coming here; "" if nothing does."""
+        """Return why an image's bytes cannot be received here; "" if they can."""
         option = f"--image {section.name}={section.source}"
         if section.domain != "default":
             option += f",domain={section.domain}"
@@ -63,7 +63,7 @@ class ImageIntake:
         return self._folder.obstacle(section.domain, section.name) or ""
 
     def expect(self, no: int, section: ImageSection, handoff: str) -> None:
-        """Make room for an image. Raises CowshedError."""
+        """Begin to receive an image. Raises CowshedError."""
         assert self._folder is not None
         allowed = None
         if section.allowed is not None:
@@ -73,7 +73,7 @@ class ImageIntake:
         )
 
     def take(self, section: ImageBytes) -> None:
-        """Take bytes of an image that was expected; others are passed over. Raises SourceError."""
+        """Write bytes of an expected image; ignores others. Raises SourceError."""
         image = self.incoming.get(section.image)
         if image is None:
             return
@@ -84,15 +84,15 @@ class ImageIntake:
         self.total_bytes += at
 
     def seal(self, no: int, look: Callable[[], None]) -> FileSource | None:
-        """Check an image of which all came, as long as reading it takes; None if not expected.
+        """Check a complete image and return its source, now the caller's; None if not expected.
 
-        Raises SourceError, and what look() does. The source is the caller's.
+        Reads the whole image. Raises SourceError, and what look() raises.
         """
         image = self.incoming.get(no)
         return None if image is None else image.seal(look)
 
     def open(self, no: int, source: FileSource) -> Image:
-        """Open what was sealed; the source is taken over, or closed. Raises CowshedError."""
+        """Open a sealed image; takes source over, or closes it. Raises CowshedError."""
         spec = self.incoming[no].spec
         try:
             image = self._store.open_image(spec.name, source, spec.domain, listed=False)
@@ -104,16 +104,16 @@ class ImageIntake:
         return image
 
     def check(self) -> None:
-        """Raise PeerError unless every image that was expected came."""
+        """Raise PeerError unless every expected image was received."""
         for no, postcopy in self.incoming.items():
             if no not in self._opened:
-                raise PeerError(f"the bytes of image {postcopy.spec.label!r} did not all come")
+                raise PeerError(f"peer did not send all bytes of image {postcopy.spec.label!r}")
 
     def admit(self, *, is_owned: bool) -> list[str]:
-        """Have every image served, from now on; their labels.
+        """Have every image served from now on; return their labels.
 
-        is_owned: the handoff is recorded as ours, so that a restart knows; else SourceError if this
-        could not be recorded with the image.
+        is_owned: the handoff is recorded as ours, by which a restart knows; else raises SourceError
+        if that cannot be recorded with the image.
         """
         for no, image in list(self._opened.items()):
             postcopy = self.incoming[no]
@@ -125,7 +125,7 @@ class ImageIntake:
         return labels
 
     def discard(self) -> None:
-        """Forget all images that came, the guests of them being gone; nothing twice."""
+        """Remove all received images, whose guests must be gone; idempotent."""
         for image in self._opened.values():
             self._evictor.close_image(image)
         self._opened.clear()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source's side of images' bytes: read hottest first, zeros and holes left out.
+"""The source's side of images' bytes: reads hot extents first, leaves out zeros and holes.
 
-What is read is the image's source, not its frames: those of an extent may be given up at any time,
-and reading the source brings nothing into the store. Memory is bounded by one section.
+Reads the image's source, not its frames: an extent may be evicted at any time, and reading the
+source loads nothing into the store. Memory is bounded by one section.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _ZERO_PAGE: Final = bytes(PAGE_BYTES)
 
 
 def check_source(image: Image) -> None:
-    """Raise SourceError if an image's source is no more what its digest was computed of.
+    """Raise SourceError if an image's source changed since its digest was computed.
 
-    One that says it was written to is read through, to see whether it was.
+    If its mtime changed, this reads the whole source to compare the digest.
     """
     try:
         changed = image.source_change or image.source.changed()
@@ -38,12 +38,12 @@ def check_source(image: Image) -> None:
     if changed is not None:
         raise SourceError(
             f"the source of image {image.label!r} changed while it was served ({changed}): its "
-            "bytes cannot be given away; serve the image at the target"
+            "bytes cannot be sent; serve the image at the target"
         )
 
 
 def bytes_to_send(image: Image) -> int:
-    """Give how many bytes of an image's source are no holes. Raises SourceError."""
+    """Return how many bytes of an image's source are not holes. Raises SourceError."""
     fd = image.source.reopen()
     try:
         return sum(end - start for start, end in _data(fd, image.size_bytes))
@@ -54,13 +54,13 @@ def bytes_to_send(image: Image) -> int:
 def image_sections(
     no: int, image: Image, hot: Iterable[int], kept: bytearray | None = None
 ) -> Iterator[tuple[int, ImageBytes | None]]:
-    """Give the sections of an image's bytes, hot extents first; with how many bytes each sees to.
+    """Yield (bytes covered, section) for an image's bytes, hot extents first.
 
-    kept has a bit for each page that the other end has: they are passed over. What is all zeros
-    gives None. Raises SourceError.
+    kept has a bit for each page that the other end has; these are skipped. The section is None if
+    nothing is left to send of its bytes. Raises SourceError.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC
-    # Not through the page cache, where it would take room twice.
+    # O_DIRECT, so that the bytes do not take room in the page cache, too.
     direct = image.source.direct_fd >= 0
     fd = os.open(f"/proc/self/fd/{image.source.fd}", flags | (os.O_DIRECT if direct else 0))
     try:
@@ -77,7 +77,7 @@ def image_sections(
 
 
 def _batches(image: Image, hot: Iterable[int], data: bytearray) -> Iterator[list[int]]:
-    """Extents that are no holes, those that are hot first; as many at a time as a section takes."""
+    """Yield the extents with data, hot ones first, in lists of as many as fit a section."""
     most = max(1, MAX_PAGES // image.extent_pages)
     batch: list[int] = []
     hottest = (extent for extent in hot if extent < image.nr_extents)
@@ -125,7 +125,7 @@ def _has(bitmap: bytearray | None, page: int) -> bool:
 
 
 def _neighbours(image: Image, extents: list[int]) -> Iterator[tuple[int, int]]:
-    """The extents' places in the source, neighbours in one; (start, end) in bytes."""
+    """Yield the extents' ranges in the source, adjacent ones merged; (start, end) in bytes."""
     place: tuple[int, int] | None = None
     for extent in extents:
         start = extent * image.extent_bytes
@@ -141,7 +141,7 @@ def _neighbours(image: Image, extents: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _read(image: Image, fd: int, view: memoryview, offset: int, nr_bytes: int) -> bytes:
-    """Read a part of the source; the view is of whole pages, as O_DIRECT wants it."""
+    """Read a part of the source; the view must be of whole pages, as O_DIRECT requires."""
     at = 0
     try:
         while at < nr_bytes:
@@ -151,7 +151,7 @@ def _read(image: Image, fd: int, view: memoryview, offset: int, nr_bytes: int) -
                 if at == before:
                     raise SourceError(
                         f"source of image {image.label!r} ends before byte {offset + nr_bytes}: "
-                        "it was cut short while it was served"
+                        "it was truncated while it was served"
                     )
     except OSError as error:
         raise SourceError(f"cannot read image {image.label!r}: {error.strerror}") from error
@@ -159,16 +159,16 @@ def _read(image: Image, fd: int, view: memoryview, offset: int, nr_bytes: int) -
 
 
 def _data(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-    """The parts of a file that are no holes, as far as its file system knows."""
+    """Yield the ranges of a file that are not holes, as far as its file system knows."""
     at = 0
     while at < size_bytes:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
             end = os.lseek(fd, start, os.SEEK_HOLE)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole is left
+            if error.errno == errno.ENXIO:  # only a hole is left
                 return
-            start, end = at, size_bytes  # a device, say
+            start, end = at, size_bytes  # for example, a device
         if start >= size_bytes:
             return
         yield start, min(end, size_bytes)

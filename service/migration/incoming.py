@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests that moved here and come to map: their private pages are waiting for them in an overlay.
+"""Guests that moved here and will map: their private pages wait for them in an overlay.
 
-A guest that opens under the name of such an overlay, and knows its token, takes the name over. When
-its mapping is there, the overlay's pages are preloaded into it and the overlay is given up. A guest
-that leaves before that leaves the overlay as it was.
+A guest that opens under the name of such an overlay, and knows its token, takes over the name. When
+it has a mapping, the overlay's pages are preloaded into it and the overlay is withdrawn. If the
+guest leaves before that, the overlay stays as it was.
 
-A program that brings its pages along itself (carriers.py) finds its name and its quota in an
-overlay without pages. The first of its mappings gives that up; the others join the guest.
+The name and quota of a program that carries its pages itself (carriers.py) wait in an overlay
+without pages. The first of its mappings withdraws that; the others join the guest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["IncomingGuest", "IncomingGuests"]
 
 @dataclass
 class IncomingGuest:
-    """One guest that is coming to map: guest has the name now, left its pages."""
+    """One guest that is about to map: guest has the name now, left the pages."""
 
     guest: Guest
     left: OverlayGuest
@@ -33,21 +33,21 @@ class IncomingGuest:
 
     @property
     def preload(self) -> tuple[int, bytes] | None:
-        """The file with its pages, and which those are; None if it brings them along."""
+        """The file with its pages and their bitmap; None if the program carries them."""
         if self.carries:
             return None
         return self.left.overlay.fd, self.left.account.private_bitmap()
 
 
 class IncomingGuests:
-    """Finds guests that moved here; in the loop."""
+    """Finds the overlays of guests that moved here; in the loop."""
 
     def __init__(self, overlays: OverlayTable, guests: GuestTable) -> None:
         self._overlays = overlays
         self._guests = guests
 
     def lacks(self, request: OpenRequest) -> bool:
-        """Whether pages are still on their way of who is to enter, which must wait for them.
+        """Whether pages of the guest are still missing; then its open must wait.
 
         UsageError if some of them are lost.
         """
@@ -61,8 +61,8 @@ class IncomingGuests:
             if missing.nr_lost:
                 raise UsageError(
                     f"{missing.nr_lost} private pages of guest {request.name!r} were lost with the "
-                    "backend it came from, and cannot be mapped: open it by bytes, and write "
-                    "them anew"
+                    "backend it came from, and cannot be mapped: connect without mapping, and "
+                    "write them anew"
                 )
             return missing.nr_left > 0
 
@@ -71,8 +71,8 @@ class IncomingGuests:
     ) -> tuple[IncomingGuest, OpenRequest] | None:
         """Take over the overlay that waits under that name and token; None if there is none.
 
-        The request returned has the overlay's quota and policy. UsageError for a part of the image:
-        the guest had the whole.
+        Returns the request with the overlay's quota and policy. UsageError if it is for a part of
+        the image: the private pages may be anywhere in it.
         """
         if request.token is None:
             return None
@@ -95,14 +95,14 @@ class IncomingGuests:
             ), request
 
     def complete(self, moved: IncomingGuest) -> None:
-        """It has its pages: the overlay is not needed any more."""
+        """Withdraw the overlay: the guest has its pages."""
         self._overlays.leave(moved.left)
         self._overlays.withdraw(moved.left)
 
     def leave(self, moved: IncomingGuest) -> None:
-        """It left without a mapping, and its name was released: its pages wait on."""
+        """Note that it left without a mapping, its name released: the overlay keeps waiting."""
         if moved.carries and self._guests.has(moved.left.request.key):
-            self.complete(moved)  # other mappings of it have come meanwhile
+            self.complete(moved)  # another of its mappings was attached meanwhile
             return
         self._guests.reserve_name(moved.left.request)
         self._overlays.leave(moved.left)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way that a handoff's bytes take: a socket to the other backend, or a file.
+"""The links that carry a handoff's bytes: a socket to the other backend, or a file.
 
-Whoever uses it is in a thread of its own and may wait, but never for ever: each wait looks at what
-the owner says (an abort, a deadline) several times a second, and a peer that is silent for too long
-is a lost peer.
+Calls block, in a thread of their own, but not for ever: each wait calls the owner's look() several
+times a second, which raises at an abort or deadline, and a peer that is silent for too long is
+lost.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ _READ_BYTES: Final = 1 << 20
 
 
 class Link:
-    """Sends and receives bytes; look() is called while it waits, and may raise to end the wait."""
+    """Sends and receives bytes; calls look() while it waits, which may raise to end the wait."""
 
     def __init__(self, look: Callable[[], None]) -> None:
         self._look = look
 
     def send(self, raw: bytes) -> None:
-        """Send all of it."""
+        """Send all bytes."""
         raise NotImplementedError
 
     def receive(self) -> bytes:
-        """Wait for some bytes; b"" at the end of them."""
+        """Wait for some bytes and return them; b"" at the end."""
         raise NotImplementedError
 
     def has_come(self) -> bool:
-        """Whether receive() would not wait."""
+        """Whether receive() would return at once."""
         return True
 
     def close(self) -> None:
-        """Let go of it; nothing twice."""
+        """Close the link; idempotent."""
         raise NotImplementedError
 
 
@@ -58,7 +58,7 @@ class SocketLink(Link):
         silence_seconds: float = SILENCE_SECONDS,
         with_it: Callable[[], None] = lambda: None,
     ) -> None:
-        """with_it() is called when it is closed, for what the socket came by."""
+        """with_it() is called when the link is closed, to release the socket's origin."""
         super().__init__(look)
         self._with_it = with_it
         sock.setblocking(False)
@@ -66,7 +66,7 @@ class SocketLink(Link):
         self._silence_seconds = silence_seconds
 
     def send(self, raw: bytes) -> None:
-        """Send all of it; PeerError."""
+        """Send all bytes. Raises PeerError."""
         left = memoryview(raw)
         while left:
             try:
@@ -77,23 +77,23 @@ class SocketLink(Link):
                 raise PeerError(f"the other end is gone: {error.strerror}") from error
 
     def receive(self) -> bytes:
-        """Wait for some bytes; b"" once the peer has closed. PeerError."""
+        """Wait for some bytes and return them; b"" once the peer has closed. Raises PeerError."""
         while True:
             try:
                 return self._socket.recv(_READ_BYTES)
             except BlockingIOError:
-                self._wait(select.POLLIN, "said nothing")
+                self._wait(select.POLLIN, "sent nothing")
             except OSError as error:
                 raise PeerError(f"the other end is gone: {error.strerror}") from error
 
     def has_come(self) -> bool:
-        """Whether something is here, or the peer has closed."""
+        """Whether bytes are here, or the peer has closed."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(0))
 
     def receive_now(self) -> bytes:
-        """Give what has come already, b"" if that is nothing. PeerError once nothing more can."""
+        """Return the bytes already here, perhaps b"". Raises PeerError once the peer has closed."""
         try:
             raw = self._socket.recv(_READ_BYTES)
         except BlockingIOError:
@@ -121,14 +121,14 @@ class SocketLink(Link):
 
 
 class FileLink(Link):
-    """A regular file, or whatever else can be read or written, owned. SourceError."""
+    """A file, pipe or device, owned. Raises SourceError; only calls look() between operations."""
 
     def __init__(self, fd: int, look: Callable[[], None] = lambda: None) -> None:
         super().__init__(look)
         self._fd = fd
 
     def send(self, raw: bytes) -> None:
-        """Write all of it."""
+        """Write all bytes."""
         left = memoryview(raw)
         try:
             while left:
@@ -138,7 +138,7 @@ class FileLink(Link):
             raise SourceError(f"cannot write the file: {error.strerror}; make room") from error
 
     def receive(self) -> bytes:
-        """Read some of it."""
+        """Read some bytes; b"" at the end."""
         self._look()
         try:
             return os.read(self._fd, _READ_BYTES)
@@ -146,15 +146,15 @@ class FileLink(Link):
             raise SourceError(f"cannot read the file: {error.strerror}") from error
 
     def cut(self, nr_bytes: int) -> None:
-        """Go on behind the first nr_bytes of the file, which has no more from then on."""
+        """Truncate the file to nr_bytes, and continue there."""
         try:
             os.ftruncate(self._fd, nr_bytes)
             os.lseek(self._fd, nr_bytes, os.SEEK_SET)
         except OSError as error:
-            raise SourceError(f"cannot cut the file: {error.strerror}") from error
+            raise SourceError(f"cannot truncate the file: {error.strerror}") from error
 
     def make_durable(self) -> None:
-        """Return once what was written survives a power cut."""
+        """Sync the file; returns once it survives a power cut."""
         try:
             os.fsync(self._fd)
         except OSError as error:
@@ -168,7 +168,7 @@ class FileLink(Link):
 
 
 def open_link(fd: int, look: Callable[[], None] = lambda: None) -> SocketLink | FileLink:
-    """Give a link over a descriptor, which it takes over: a stream socket, or a file."""
+    """Return a link over fd, a stream socket or a file, which it takes over."""
     if stat.S_ISSOCK(os.fstat(fd).st_mode):
         return SocketLink(socket.socket(fileno=fd), look)
     return FileLink(fd, look)

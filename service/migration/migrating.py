@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest that is to move, whatever it is here: what is asked of it, and what keeps it from each.
+"""Migrating guests of each kind behind one interface, and their blockers.
 
 A guest that maps has its private pages in its own memory, where they are read through the
-descriptor of /proc/PID/mem that it gave us. One that maps nothing has them in its overlay.
+descriptor of /proc/PID/mem that it sent. One that maps nothing has them in its overlay.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Final, Protocol
 
 from cowshed.accounting import AccountStatus, MissingPages, Region
-from cowshed.cache import Image, PeerError
+from cowshed.cache import CowshedError, Image, PeerError
+from cowshed.cache.errors import PeerGoneError
 from cowshed.cache.images import PAGE_BYTES
 from cowshed.service.guests.guests import Guest, GuestTable
 from cowshed.service.overlays.claims import CARRIER
 from cowshed.service.overlays.overlays import OverlayGuest
+from cowshed.service.runtime.logs import EventLog
 from cowshed.transport.handoff.sections import GuestSection
 
 __all__ = [
@@ -30,19 +33,22 @@ __all__ = [
     "Runs",
     "counters_of",
     "owner_of_token",
+    "thaw_all",
 ]
 
-# Each a first page and a number of pages, in order.
+_log = EventLog("cowshed.drain")
+
+# (first page, number of pages), in order.
 Runs = Sequence[tuple[int, int]]
 
 
 def owner_of_token(token: str) -> str:
-    """Give the owner of an overlay that whoever knows a token may come back to."""
+    """Return the owner of an overlay that any client with the token may enter."""
     return f"token {hashlib.sha256(token.encode()).hexdigest()[:32]}"
 
 
 class MigratingGuest(Protocol):
-    """One guest that is to move. Bitmaps are numbers: bit i is page i."""
+    """One migrating guest. Bitmaps are ints: bit i is page i."""
 
     token: str
 
@@ -55,37 +61,48 @@ class MigratingGuest(Protocol):
         """Its image."""
 
     def keep_token(self, token: str) -> None:
-        """Take the token that an earlier export made for a guest that named none."""
+        """Use the token that an earlier export made, unless the guest named one."""
 
     def blockers(self) -> list[str]:
-        """Why it cannot move; nothing if it can."""
+        """Return why it cannot move; empty if it can."""
 
     def section(self, image_no: int) -> GuestSection:
-        """What the target is to make of it."""
+        """Describe it to the target."""
 
     def track(self, on: bool) -> None:
-        """From now on take_dirty() knows what is written; or no more."""
+        """Begin or end to track writes, for take_dirty()."""
 
     def take_dirty(self) -> int:
-        """The pages made private or written since the last call, or since track()."""
+        """Return the pages made private or written since the last call, or since track()."""
 
     def freeze(self) -> None:
-        """Once this returns no private byte changes, until thaw()."""
+        """Stop all changes of its private bytes, from the return of this until thaw()."""
 
     def flush(self) -> None:
-        """What it has is as durable as it gets. Raises SourceError."""
+        """Make its pages as durable as they can be. Raises SourceError."""
 
     def thaw(self) -> None:
         """Let it write again."""
 
     def private(self) -> int:
-        """The private pages that there are."""
+        """Return the private pages there are now."""
 
     def load(self, runs: Runs) -> bytes:
-        """Copy private pages; PeerError if they cannot be read, the guest being gone, say."""
+        """Copy private pages; zeros of a guest that has left. PeerError if they are unreadable."""
 
     def counters(self) -> dict[str, int]:
-        """What was counted for it until now."""
+        """Return its counters."""
+
+
+def thaw_all(migrating: Iterable[MigratingGuest]) -> None:
+    """Thaw guests, and then end tracking; one that fails leaves no other frozen."""
+    for each in migrating:
+        each.thaw()
+    for each in migrating:
+        try:
+            each.track(False)
+        except CowshedError as error:  # its pages are opened one by one as it writes them
+            _log.warning("still-tracked", str(error), guest=each.name)
 
 
 def _bits(bitmap: bytes) -> int:
@@ -93,7 +110,7 @@ def _bits(bitmap: bytes) -> int:
 
 
 def counters_of(status: AccountStatus) -> dict[str, int]:
-    """What a section says was counted."""
+    """Return the counters of a section."""
     return {**asdict(status.counters), "private_pages": status.private_pages}
 
 
@@ -118,20 +135,20 @@ class MigratingOverlay:
         """Do nothing: it has one."""
 
     def blockers(self) -> list[str]:
-        """Bytes that are still at the backend it came from, or are lost with that."""
+        """Return why it cannot move: pages still at the backend it came from, or lost."""
         if self.guest.owner.startswith(CARRIER):
-            return ["its program has not come yet from the backend it was at; wait until it has"]
+            return ["its program has not yet moved here from its old backend; wait until it has"]
         missing = MissingPages(self.guest.overlay)
         if missing.nr_lost:
             why = "were lost with the backend it came from; let it write them anew, or discard it"
             return [f"{missing.nr_lost} of its private pages {why}"]
         if missing.nr_left:
-            why = "have not come yet from the backend it came from; wait until they have"
+            why = "have not arrived yet from the backend it came from; wait until they have"
             return [f"{missing.nr_left} of its private pages {why}"]
         return []
 
     def section(self, image_no: int) -> GuestSection:
-        """It stays whose it was, so that its clients find it there as here."""
+        """Describe it to the target, with its owner, so that its clients can enter it there."""
         guest = self.guest
         return GuestSection(
             name=guest.name,
@@ -146,27 +163,27 @@ class MigratingOverlay:
         )
 
     def track(self, on: bool) -> None:
-        """Begin or end to note what is written."""
+        """Begin or end to track writes."""
         self.guest.overlay.track(on)
 
     def take_dirty(self) -> int:
-        """What was written since the last call."""
+        """Return the pages written since the last call."""
         return _bits(self.guest.overlay.take_dirty())
 
     def freeze(self) -> None:
-        """Hold its clients' writes."""
+        """Stall its clients' writes."""
         self.guest.overlay.freeze()
 
     def flush(self) -> None:
-        """Have its pages outlive us, if they are in files."""
+        """Sync its pages, if they are in files."""
         self.guest.overlay.flush()
 
     def thaw(self) -> None:
-        """Let them go on."""
+        """Resume the writes."""
         self.guest.overlay.thaw()
 
     def private(self) -> int:
-        """Its pages."""
+        """Return its private pages."""
         return _bits(self.guest.account.private_bitmap())
 
     def load(self, runs: Runs) -> bytes:
@@ -174,15 +191,18 @@ class MigratingOverlay:
         return b"".join(self.guest.overlay.load(*run) for run in runs)
 
     def counters(self) -> dict[str, int]:
-        """What was counted."""
+        """Return its counters."""
         return counters_of(self.guest.account.status())
 
 
 class MigratingMapping:
-    """A guest that maps the image. It may leave at any time; it has moved without pages then.
+    """A guest that maps the image. It may leave at any time, and then moves without pages.
 
-    Until it is frozen it may discard a page between our seeing it and our reading it. Such a page
-    is given as zeros, and counts as written: who takes what is dirty looks at it again.
+    One whose memory is gone, since it ended or executed another program, has left as well, whatever
+    keeps its mapping in the table.
+
+    Until it is frozen, it may discard a page after we listed the page and before we read it. load()
+    returns such a page as zeros and marks it as dirty, so that the next take_dirty() returns it.
     """
 
     def __init__(self, guest: Guest, guests: GuestTable) -> None:
@@ -191,6 +211,7 @@ class MigratingMapping:
         self._mapping = guest.mappings[0]
         self.token = guest.request.token or secrets.token_hex(16)
         self._frozen = False
+        self._ended = False  # its memory is gone
         self._unread = 0  # pages, as bits
 
     @property
@@ -204,17 +225,27 @@ class MigratingMapping:
         return self.guest.image
 
     def keep_token(self, token: str) -> None:
-        """Take it, unless it named one."""
+        """Use that token, unless the guest named one."""
         if self.guest.request.token is None:
             self.token = token
 
     @property
     def is_here(self) -> bool:
-        """Whether it is attached still; with the table's lock it stays so."""
-        return self._mapping in self.guest.mappings
+        """Whether it has its memory, and is attached; under the table's lock it stays attached."""
+        return not self._ended and self._mapping in self.guest.mappings
+
+    @contextmanager
+    def _locked(self) -> Iterator[bool]:
+        """Lock the table, and yield is_here. PeerGoneError ends the block: the guest has left."""
+        with self._guests.lock:
+            try:
+                yield self.is_here
+            except PeerGoneError as error:
+                self._ended = True
+                _log.info("guest-gone", str(error), guest=self.name)
 
     def blockers(self) -> list[str]:
-        """Several mappings may have different bytes for one page; a dead one has none."""
+        """Return why it cannot move; several mappings may have different bytes for one page."""
         status = self.guest.status()
         if status is None or not self.is_here:
             return []
@@ -230,7 +261,7 @@ class MigratingMapping:
         return []
 
     def section(self, image_no: int) -> GuestSection:
-        """It comes back by its token, wherever from."""
+        """Describe it to the target, owned by its token, whatever its transport there."""
         return GuestSection(
             name=self.name,
             image=image_no,
@@ -244,36 +275,38 @@ class MigratingMapping:
         )
 
     def track(self, on: bool) -> None:
-        """Begin or end to note what is written."""
-        with self._guests.lock:
-            if self.is_here:
+        """Begin or end to track writes."""
+        with self._locked() as is_here:
+            if is_here:
                 self._mapping.handler.track(on)
 
     def take_dirty(self) -> int:
-        """What was written since the last call."""
-        with self._guests.lock:
+        """Return the pages written since the last call."""
+        with self._locked() as is_here:
             unread, self._unread = self._unread, 0
-            return unread | _bits(self._mapping.account.take_dirty()) if self.is_here else 0
+            if is_here:
+                return unread | _bits(self._mapping.account.take_dirty())
+        return 0
 
     def freeze(self) -> None:
         """Leave its write faults unanswered."""
-        with self._guests.lock:
-            if self.is_here:
+        with self._locked() as is_here:
+            if is_here:
                 self._mapping.handler.freeze()
                 self._frozen = True
 
     def flush(self) -> None:
-        """Nothing to do: its pages live as long as it does."""
+        """Do nothing: its pages live as long as the guest."""
 
     def thaw(self) -> None:
-        """Answer them."""
+        """Answer its write faults again."""
         with self._guests.lock:
             self._frozen = False
             if self.is_here:
                 self._mapping.handler.thaw()
 
     def private(self) -> int:
-        """What is private by its page tables, not what was paid for and never copied."""
+        """Return the pages private by its page tables; settles charges never used."""
         with self._guests.lock:
             if not self.is_here:
                 return 0
@@ -281,16 +314,16 @@ class MigratingMapping:
             return _bits(self._mapping.account.private_bitmap())
 
     def load(self, runs: Runs) -> bytes:
-        """Copy pages out of its memory; zeros of one that has left."""
-        with self._guests.lock:
-            if not self.is_here:
-                return bytes(PAGE_BYTES * sum(nr for _, nr in runs))
-            regions = self._mapping.account.regions()
-            pages = b"".join(self._of(regions, *run) for run in runs)
-            if regions != self._mapping.account.regions():  # it moved some of it meanwhile
-                for first, nr in runs:
-                    self._unread |= ((1 << nr) - 1) << first
-        return pages
+        """Copy pages out of its memory; zeros if it has left."""
+        with self._locked() as is_here:
+            if is_here:
+                regions = self._mapping.account.regions()
+                pages = b"".join(self._of(regions, *run) for run in runs)
+                if regions != self._mapping.account.regions():  # it remapped some of it meanwhile
+                    for first, nr in runs:
+                        self._unread |= ((1 << nr) - 1) << first
+                return pages
+        return bytes(PAGE_BYTES * sum(nr for _, nr in runs))
 
     def _of(self, regions: Sequence[Region], first_page: int, nr_pages: int) -> bytes:
         offset, end = first_page * PAGE_BYTES, (first_page + nr_pages) * PAGE_BYTES
@@ -301,7 +334,7 @@ class MigratingMapping:
                 pages += self._read(region, offset, nr)
                 offset += nr
         if offset != end:
-            raise PeerError(f"guest {self.name!r} has private pages that it maps no more; end it")
+            raise PeerError(f"guest {self.name!r} unmapped private pages; end it")
         return pages
 
     def _read(self, region: Region, offset: int, nr_bytes: int) -> bytes:
@@ -320,11 +353,11 @@ class MigratingMapping:
                 self._unread |= 1 << at // PAGE_BYTES
                 got = bytes(PAGE_BYTES)
             if not got:
-                raise PeerError(f"guest {self.name!r} has ended, with its memory")
+                raise PeerGoneError("reading private pages: its memory is gone")
             pages += got
         return pages
 
     def counters(self) -> dict[str, int]:
-        """What was counted."""
+        """Return its counters."""
         with self._guests.lock:
             return counters_of(self._mapping.account.status()) if self.is_here else {}

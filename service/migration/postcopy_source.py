@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source of a handoff by post-copy: pushes pages to a target that owns the guests already.
+"""The source of a post-copy handoff: pushes pages to a target that already owns the guests.
 
-Pages that the target asks for go first. What a page was cannot change any more, so each is sent
-once for each connection; what has left with its guest is said to be gone.
+Pages that the target requests go first. The pages are frozen, so each is sent once per connection.
+Pages that ended with their guest are reported as gone.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["MAX_MESSAGE_RUNS", "PostcopySource", "bitmap_of_runs", "messages_of"
 
 _log = EventLog("cowshed.drain")
 
-_BATCH_PAGES: Final = 64  # so that what is asked for does not wait for much
+_BATCH_PAGES: Final = 64  # bounds how long a requested page waits for the current batch
 MAX_MESSAGE_RUNS: Final = 4096
 
 
 def bitmap_of_runs(runs: Sequence[tuple[int, int]]) -> int:
-    """Give runs as a bitmap."""
+    """Convert runs to a bitmap."""
     bitmap = 0
     for first, nr in runs:
         bitmap |= ((1 << nr) - 1) << first
@@ -37,7 +37,7 @@ def bitmap_of_runs(runs: Sequence[tuple[int, int]]) -> int:
 
 
 def take_runs(message: ControlMessage) -> list[tuple[int, int]]:
-    """Read a message's runs of pages; PeerError if these are none. Not compared with any image."""
+    """Read a message's runs of pages; PeerError if malformed. Does not check any image's size."""
     found = message.body.get("runs")
     if not isinstance(found, list) or len(found) > MAX_MESSAGE_RUNS:
         raise PeerError(f"control message {message.kind!r} has no list of runs of pages")
@@ -55,7 +55,7 @@ def take_runs(message: ControlMessage) -> list[tuple[int, int]]:
 
 
 class PostcopySource:
-    """Pushes pages that are named by guest's number; a guest that is not here any more is None.
+    """Pushes pages of guests by number; a guest that is no longer here is None.
 
     Invariant: _left has, by guest, the bits of the pages that are still to be pushed.
     """
@@ -76,10 +76,10 @@ class PostcopySource:
         )
 
     def run(self, sender: Sender, hear: Callable[[bool], ControlMessage | None]) -> ControlMessage:
-        """Push until the target says that it is filled; returns that message.
+        """Push until the target sends "filled"; return that message.
 
-        hear(wait) returns its next message; None if none has come and it is not to wait. Raises
-        PeerError once the target is gone.
+        hear(wait) returns the target's next message; None if none is there and wait is false.
+        Raises PeerError once the target is gone.
         """
         while True:
             batch = self._next_batch()
@@ -94,7 +94,7 @@ class PostcopySource:
 
     def _take(self, message: ControlMessage) -> None:
         if message.kind != "want":
-            raise PeerError(f"the target says {message.kind!r} while pages are pushed")
+            raise PeerError(f"the target sent {message.kind!r} while pages are pushed")
         guest = take_number(message.body, "guest", maximum=len(self._migrating) - 1)
         limit = 8 * len(self._left[guest])
         for first, nr in take_runs(message):
@@ -103,7 +103,7 @@ class PostcopySource:
                 self._asked.append((guest, list(pages)))
 
     def _next_batch(self) -> tuple[int, list[int]] | None:
-        """Name a guest and some of its pages: of what was asked for, else of what is left."""
+        """Return a guest and pages to push: requested ones, else the next in order; None: done."""
         while self._asked:
             guest, pages = self._asked.popleft()
             if pages := [page for page in pages if _has(self._left[guest], page)]:
@@ -123,7 +123,7 @@ class PostcopySource:
         if gone:
             _log.error(
                 "pages-gone",
-                "they left with their guest, or with a backend that died",
+                "they ended with their guest, or with a backend that died",
                 guest="?" if each is None else each.name,
                 pages=len(gone),
             )
@@ -142,7 +142,7 @@ def _has(bits: bytearray, page: int) -> bool:
 
 
 def _runs(pages: list[int]) -> list[tuple[int, int]]:
-    """Ascending pages as runs."""
+    """Group ascending pages into runs."""
     runs: list[tuple[int, int]] = []
     for page in pages:
         if runs and sum(runs[-1]) == page:
@@ -159,14 +159,14 @@ def _load(each: MigratingGuest, runs: list[tuple[int, int]]) -> bytes | None:
     except PeerError as error:
         _log.info("pages-unreadable", str(error), guest=each.name)
         return None
-    # A guest that left while it was read may have left zeros.
+    # If the guest left meanwhile, load() may have returned zeros.
     if isinstance(each, MigratingMapping) and not each.is_here:
         return None
     return content
 
 
 def messages_of(kind: str, guest: int, bitmap: int, **fields: Any) -> list[ControlMessage]:
-    """Return messages that name pages of a guest; at least one."""
+    """Return messages that list a guest's pages; at least one."""
     runs = [list(run) for part in split_runs(bitmap, 1 << 44) for run in part]
     return [
         ControlMessage(

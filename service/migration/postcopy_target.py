@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests that are here, and some of whose pages are not: the target's side of post-copy.
+"""The target's side of post-copy: guests that are here while some of their pages are missing.
 
-Pages come as the source pushes them; what a client waits for is asked for at once, by a thread of
-its own. A source that is lost is waited for: it comes again, and is told what is missing. After
-wait_seconds without it the missing pages are lost: who needs one gets an error, until the
-source comes after all or the guest writes the page anew. What came stays.
+The source pushes pages; a thread requests at once those that a client waits for. If the source is
+lost, the target waits until it connects again, and sends it the list of missing pages. After
+wait_seconds the missing pages are lost: reads of them fail until the source connects after all or
+the guest writes the page anew. Pages that arrived stay.
 
-Overlays may be discarded meanwhile, so each is touched only while its table says that it is used,
-and if it is still there. Lock order: the handoff target's, then the overlays' table's; ours alone.
+Overlays may be discarded meanwhile, so each is accessed only inside OverlayTable.using(). Lock
+order: the handoff target's, then the overlay table's. _lock is taken without any other.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class GuestMissing:
 
 
 class PostcopyTarget:
-    """The guests of one handoff, by number; None is one that is here no more. close() it.
+    """The guests of one handoff, by number; None for one no longer here. Must be closed.
 
-    Invariant: _send is how the source is spoken to, while it is connected; else, while _deadline is
-    not None, it is waited for until then. Both are under _lock.
+    Invariant: _send sends to the source while that is connected; else it is None and, unless
+    _deadline is None, the thread waits for the source until then. Both are under _lock.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class PostcopyTarget:
         wait_seconds: float,
         on_filled: Callable[[PostcopyTarget], None],
     ) -> None:
-        """on_filled(postcopy) is called, in our thread, once nothing is missing."""
+        """on_filled(postcopy) is called, in the post-copy's thread, once nothing is missing."""
         self.handoff: Final = handoff
         self._guests = list(guests)
         self._overlays = overlays
@@ -77,11 +77,11 @@ class PostcopyTarget:
         self._thread = threading.Thread(target=self._run, name="late-pages", daemon=True)
 
     def start(self) -> None:
-        """Begin to ask for what is waited for, and to wait for the source."""
+        """Start the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Touch no overlay any more."""
+        """Stop the thread; no overlay is accessed any more."""
         self._closed = True
         os.eventfd_write(self._wake, 1)
 
@@ -97,7 +97,7 @@ class PostcopyTarget:
 
     @contextmanager
     def _of(self, no: int) -> Iterator[tuple[OverlayGuest, MissingPages] | None]:
-        """Give a guest that is still here, for as long as the block lasts; else None."""
+        """Yield a guest, kept from being discarded while the block lasts; None if it is gone."""
         guest = self._guests[no] if no < len(self._guests) else None
         if self._closed or guest is None:
             yield None
@@ -106,7 +106,7 @@ class PostcopyTarget:
             yield (guest, MissingPages(guest.overlay)) if is_here else None
 
     def _event_fds(self) -> dict[int, int]:
-        """Our own descriptors of what tells that pages are wanted, and the guests' numbers."""
+        """Duplicate the event descriptors that signal wanted pages; map them to guests' numbers."""
         fds = {}
         for no in range(len(self._guests)):
             with self._of(no) as found:
@@ -117,7 +117,7 @@ class PostcopyTarget:
     # The source.
 
     def connect(self, send: Send) -> None:
-        """Have the source asked by send(message), which may raise PeerError."""
+        """Request pages by send(message), which may raise PeerError, from now on."""
         for no in range(len(self._guests)):
             with self._of(no) as found:
                 if found is not None:
@@ -127,7 +127,7 @@ class PostcopyTarget:
         os.eventfd_write(self._wake, 1)
 
     def disconnect(self, send: Send) -> None:
-        """The source is gone; nothing if it has come again since."""
+        """Begin to wait for a lost source; does nothing if it has connected again since."""
         with self._lock:
             if self._send != send:
                 return
@@ -136,14 +136,14 @@ class PostcopyTarget:
         for each in self.missing():
             _log.warning(
                 "late-pages-waited-for",
-                f"their source is gone; it has {self._wait_seconds:g} s to come again",
+                f"their source is gone; it has {self._wait_seconds:g} s to connect again",
                 overlay=each.guest.label,
                 pages=each.missing_pages,
             )
         os.eventfd_write(self._wake, 1)
 
     def missing_messages(self) -> list[ControlMessage]:
-        """Return the messages that name the missing pages; the last says that it is the last."""
+        """Return the messages that list the missing pages; only the last has "more": false."""
         messages = []
         for no in range(len(self._guests)):
             with self._of(no) as found:
@@ -154,7 +154,7 @@ class PostcopyTarget:
         return [*messages, ControlMessage(last)]
 
     def take(self, section: Pages) -> None:
-        """Take what was pushed. Raises SourceError if there is no room for it."""
+        """Store pushed pages. Raises SourceError if there is no room for them."""
         at, content = 0, memoryview(section.content)
         with self._of(section.guest) as found:
             if found is None:
@@ -167,21 +167,21 @@ class PostcopyTarget:
                 at += nr * PAGE_BYTES
 
     def lose(self, no: int, runs: Sequence[tuple[int, int]]) -> None:
-        """The source has these pages no more. Raises PeerError for pages there cannot be."""
+        """Mark pages that the source no longer has as lost. PeerError if beyond the image."""
         with self._of(no) as found:
             if found is None:
                 return
             guest, missing = found
             nr_pages = guest.image.nr_pages
             if any(first + nr > nr_pages for first, nr in runs):
-                raise PeerError(f"pages of guest {guest.name!r} are gone that are not of its image")
+                raise PeerError(f"peer lost pages of guest {guest.name!r} past its image's end")
             nr = sum(missing.lose(*run) for run in runs)
         if nr:
-            _log_lost(guest, nr, "the source has them no more")
+            _log_lost(guest, nr, "the source no longer has them")
 
     @property
     def nr_missing(self) -> int:
-        """How many pages are missing."""
+        """The number of missing pages."""
         nr = 0
         for no in range(len(self._guests)):
             with self._of(no) as found:
@@ -190,12 +190,12 @@ class PostcopyTarget:
 
     @property
     def is_filled(self) -> bool:
-        """Whether nothing is missing; False once it was closed, when nothing can be said."""
+        """Whether nothing is missing; False once closed, since overlays cannot be read then."""
         return not self.nr_missing and not self._closed
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether all that is missing is lost."""
+        """Whether all missing pages are lost."""
         missing = self.missing()
         return bool(missing) and all(each.missing_pages == each.lost_pages for each in missing)
 
@@ -209,7 +209,7 @@ class PostcopyTarget:
         return result
 
     def flush(self) -> None:
-        """Have what came outlive us. Raises SourceError; too if it was closed meanwhile."""
+        """Sync the pages that arrived. Raises SourceError, also if closed meanwhile."""
         for no in range(len(self._guests)):
             with self._of(no) as found:
                 if found is not None:
@@ -251,7 +251,7 @@ class PostcopyTarget:
                 self._wanted[no] |= found[1].take_wanted()
 
     def _ask(self) -> None:
-        """Ask for what is waited for, if the source is there; else it will be asked when it is."""
+        """Request wanted pages if the source is connected; else they stay in _wanted."""
         with self._lock:
             send = self._send
         if send is None:
@@ -269,7 +269,7 @@ class PostcopyTarget:
                 return
 
     def _look_at_clock(self) -> None:
-        """Give up what is missing if the source is not there in time."""
+        """Mark the missing pages as lost if the source did not connect in time."""
         with self._lock:
             if self._deadline is None or time.monotonic() < self._deadline:
                 return
@@ -279,13 +279,13 @@ class PostcopyTarget:
             with self._of(no) as found:
                 nr = 0 if found is None else found[1].lose(0, each.guest.image.nr_pages)
             if nr:
-                _log_lost(each.guest, nr, f"their source is gone for {self._wait_seconds:g} s")
+                _log_lost(each.guest, nr, f"their source was gone for {self._wait_seconds:g} s")
 
 
 def _log_lost(guest: OverlayGuest, nr_pages: int, why: str) -> None:
     _log.error(
         "pages-lost",
-        f"{why}: reads of them fail until the guest writes them anew, or the source comes again",
+        f"{why}: reads of them fail until the guest writes them anew or the source connects again",
         overlay=guest.label,
         pages=nr_pages,
     )

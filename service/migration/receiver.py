@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the target of a handoff makes of what comes: guests that nobody sees until admitted.
+"""Stage the guests that a handoff brings, hidden until they are admitted.
 
-Each guest that comes is staged: an overlay under its name, which nobody can enter. Admitting them
-is a matter of a table; discarding them leaves nothing.
+A staged guest is an overlay under its name that nobody can enter. Admitting all of them only
+changes a table; discarding them leaves nothing.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final
 
 from cowshed.accounting import MissingPages, QuotaPolicy
 from cowshed.accounting.page_runs import count_pages
@@ -23,6 +21,7 @@ from cowshed.cache import (
     UsageError,
 )
 from cowshed.service.images.evictor import Evictor
+from cowshed.service.migration.blockers import Blocker, wait_for_digests
 from cowshed.service.migration.image_intake import ImageIntake
 from cowshed.service.overlays.files import OverlayRecord
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
@@ -40,34 +39,17 @@ from cowshed.transport.handoff.sections import (
     WorkingSetSection,
 )
 
-__all__ = ["Blocker", "Receiver", "wait_for_digests"]
+__all__ = ["Receiver"]
 
 _log = EventLog("cowshed.handoff")
 
-_DIGEST_SECONDS: Final = 60.0
-_LOOK_SECONDS: Final = 0.05
-
-Blocker = dict[str, str]
 Load = Callable[[Image, Iterable[int]], Iterator[object]]
 
 
-def wait_for_digests(images: list[Image], look: Callable[[], None]) -> list[Blocker]:
-    """Wait until it is known which images these are; give those of which it is not, as blockers."""
-    deadline = time.monotonic() + _DIGEST_SECONDS
-    while not all(image.digest for image in images) and time.monotonic() < deadline:
-        look()
-        time.sleep(_LOOK_SECONDS)
-    return [
-        {"image": image.label, "reason": "its digest is not known yet; wait until status shows it"}
-        for image in images
-        if not image.digest
-    ]
-
-
 class Receiver:
-    """Stages what a StateReader gave; admit() or discard() once, at the end.
+    """Stages the sections of a StateReader; the owner must admit() or discard() once, at the end.
 
-    Invariant: staged has the guests that came, by number, until then.
+    Invariant: staged has the received guests, by number, until then.
     """
 
     def __init__(
@@ -78,7 +60,7 @@ class Receiver:
         load: Load,
         intake: ImageIntake,
     ) -> None:
-        """load(image, extents) loads them, giving now and then while it does."""
+        """load(image, extents) loads extents, yielding repeatedly meanwhile."""
         self._store = store
         self._load = load
         self._evictor = evictor
@@ -91,9 +73,9 @@ class Receiver:
         self.total_bytes = 0
 
     def check(self, reader: StateReader, look: Callable[[], None]) -> list[Blocker]:
-        """Stage the guests that are offered; or say, and stage nothing, what keeps them away.
+        """Stage the offered guests and return []; or stage nothing and return the blockers.
 
-        Guests of images whose bytes are to come are staged once these have come.
+        Guests of images whose bytes are still to come are staged by open().
         """
         assert reader.header is not None
         blockers = wait_for_digests(list(self._store), look)
@@ -114,7 +96,7 @@ class Receiver:
             blockers.append(
                 {
                     "reason": f"private pages take {needed * PAGE_BYTES} bytes and the target has "
-                    f"{room} of memory left; free some"
+                    f"{room} bytes of memory left; free some"
                 }
             )
         if not blockers:
@@ -128,12 +110,12 @@ class Receiver:
 
     @property
     def wanted(self) -> list[int]:
-        """The images, by number, whose bytes are to come."""
+        """The numbers of the images whose bytes are still to come."""
         return sorted(self._intake.incoming)
 
     @property
     def image_bytes(self) -> int:
-        """How many bytes of images came."""
+        """The received bytes of images."""
         return self._intake.total_bytes
 
     def _expect(self, wanted: list[int], handoff: str) -> list[Blocker]:
@@ -154,7 +136,7 @@ class Receiver:
         return blockers
 
     def _stage(self, image_no: int, image: Image) -> list[Blocker]:
-        """Stage the guests of one image; those that cannot be, and why."""
+        """Stage the guests of one image; return blockers for those that cannot be."""
         blockers: list[Blocker] = []
         for no, section in enumerate(self._guests):
             if section.image != image_no:
@@ -176,17 +158,17 @@ class Receiver:
         return blockers
 
     def seal(self, no: int, look: Callable[[], None]) -> FileSource | None:
-        """Check an image of which all came, as ImageIntake.seal(); slow: hold no lock."""
+        """Check a complete image, as ImageIntake.seal(); slow, so the caller must have no lock."""
         return self._intake.seal(no, look)
 
     def open(self, no: int, source: FileSource) -> None:
-        """Open an image that was sealed, and stage its guests. Raises CowshedError."""
+        """Open a sealed image, and stage its guests. Raises CowshedError."""
         image = self._images[no] = self._intake.open(no, source)
         if blockers := self._stage(no, image):
             raise UsageError(f"guest {blockers[0]['guest']!r}: {blockers[0]['reason']}")
 
     def _find(self, section: ImageSection) -> Image | None:
-        """The image that a guest will have: by its digest, of its domain, under its name rather."""
+        """Find an image served here by digest, size and domain; prefers one of the same name."""
         same = [
             image
             for image in self._store
@@ -196,7 +178,7 @@ class Receiver:
         return min(same, key=lambda image: image.name != section.name, default=None)
 
     def take(self, section: Section) -> None:
-        """Take what came after the offer. Raises SourceError if there is no room for it."""
+        """Store a section that follows the offer. Raises SourceError if there is no room."""
         if isinstance(section, Pages):
             guest, at = self._staged(section.guest), 0
             content = memoryview(section.content)
@@ -220,11 +202,11 @@ class Receiver:
     def _staged(self, no: int) -> OverlayGuest:
         guest = self.staged.get(no)
         if guest is None:
-            raise PeerError(f"pages of guest {no} come before the bytes of its image")
+            raise PeerError(f"peer sent pages of guest {no} before the bytes of its image")
         return guest
 
     def warm(self, section: WorkingSetSection) -> Iterator[object]:
-        """Load extents behind what guests here ask for, no more than there is room for."""
+        """Load extents as prefetches, no more than there is room for."""
         image = self._images[section.image]
         if image is None:
             return
@@ -236,15 +218,14 @@ class Receiver:
         yield from self._load(image, inside[: max(0, room)])
 
     def keep(self, handoff: str) -> None:
-        """Have what is staged outlive this process: a successor admits it if that handoff is ours.
-
-        Raises SourceError.
+        """Make the staged guests outlive this process: a successor admits them if the handoff is
+        recorded as ours. Raises SourceError.
         """
         for guest in self.staged.values():
             self._overlays.keep_staged(guest, handoff)
 
     def finish(self, reader: StateReader) -> None:
-        """All came: SourceError unless each guest has what its totals say."""
+        """Check that everything came; SourceError unless each guest has its total of pages."""
         self._intake.check()
         for no, guest in self.staged.items():
             private = int.from_bytes(guest.account.private_bitmap(), "little")
@@ -255,11 +236,11 @@ class Receiver:
                 )
 
     def guests(self) -> list[OverlayGuest]:
-        """Those that are staged, by number."""
+        """Return the staged guests, in order of their numbers."""
         return [self.staged[no] for no in sorted(self.staged)]
 
     def admit(self, *, is_owned: bool) -> list[str]:
-        """Let the guests' owners enter; their names. is_owned: as ImageIntake.admit()."""
+        """Let the owners enter their guests; return the names. is_owned: as ImageIntake.admit()."""
         for label in self._intake.admit(is_owned=is_owned):
             _log.notice("image-arrived", image=label)
         names = [guest.name for guest in self.guests()]
@@ -269,7 +250,7 @@ class Receiver:
         return names
 
     def discard(self) -> None:
-        """Forget all that came; nothing twice."""
+        """Discard everything received; idempotent."""
         for guest in self.staged.values():
             self._overlays.unstage(guest)
         self.staged.clear()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a backend must know of handoffs after its death: STATE_DIR/handoff.json.
+"""The record of handoffs for a successor: STATE_DIR/handoff.json.
 
-A file, and not a memfd that the keeper holds: it outlives the keeper and the host too, and a
-handoff writes it three times. It is replaced as a whole.
+It is a file, not a memfd that the keeper holds, because it must outlive the keeper and the host,
+too; a handoff writes it only a few times. It is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from cowshed.service.migration.state import Phase
 __all__ = ["HandoffRecord", "SourceRecord"]
 
 _VERSION: Final = 1
-# Handoffs that were received; more than a source could ever ask about again.
+# Received handoffs that are remembered; more than a source could ever ask about again.
 _MAX_OWNED: Final = 1000
 
 SourceRecord = dict[str, Any]
 
 
 class HandoffRecord:
-    """Reads and writes it; for any thread.
+    """Reads and writes the record; for any thread.
 
-    source is None, or {"handoff", "uri", "phase", "guests", "domains", "post_copy", "carried"},
-    guests and domains in the handoff's order, carried the (domain, name) of each guest that takes
-    its pages along; owned are the handoffs received, incomplete those whose pages are not all here,
-    with the (domain, name) of each guest in that order.
+    source is None, or {"handoff", "uri", "phase", "guests", "domains", "post_copy", "carried"}:
+    guests and domains in the handoff's order, carried the (domain, name) of each guest that carries
+    its pages along. owned has the received handoffs, incomplete those with missing pages, with the
+    (domain, name) of each guest in the handoff's order.
     """
 
     def __init__(self, state_dir: Path) -> None:
@@ -48,7 +48,9 @@ class HandoffRecord:
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
-            raise UsageError(f"cannot read {self._path}: {error.strerror}; allow it") from error
+            raise UsageError(
+                f"cannot read {self._path}: {error.strerror}; make it readable"
+            ) from error
         try:
             table = json.loads(text)
             if table["version"] != _VERSION:
@@ -73,21 +75,21 @@ class HandoffRecord:
                 }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
-                f"{self._path} is no record of a handoff ({error}); "
-                "see which backend has the guests, and move it away"
+                f"{self._path} is not a record of handoffs ({error}); "
+                "find out which backend has the guests, and move the file away"
             ) from error
 
     def set_source(self, source: SourceRecord | None) -> None:
-        """Record where a handoff of ours is, durably, before this returns. Raises SourceError."""
+        """Record the state of our drain, durably before this returns. Raises SourceError."""
         with self._lock:
             self._write(source, self.owned, self.incomplete)
             self.source = source
 
     def add_owned(self, handoff: str, incomplete: Sequence[tuple[str, str]] = ()) -> None:
-        """Record that a handoff's guests are ours, and which they are if they lack pages.
+        """Record that a handoff's guests are ours; incomplete has their keys if pages are missing.
 
-        A handoff of ours that is over is forgotten by the same write: guests are here again, and
-        a death afterwards must not have them sent to where they were.
+        The same write deletes the record of our own drain if that has MOVED: guests are here again,
+        and a successor must not redirect them to the old target. Raises SourceError.
         """
         with self._lock:
             is_over = self.source is not None and self.source["phase"] is Phase.MOVED
@@ -100,7 +102,7 @@ class HandoffRecord:
             self.source, self.owned, self.incomplete = source, owned, table
 
     def set_filled(self, handoff: str) -> None:
-        """Record that no pages of a handoff's guests are missing any more; the same."""
+        """Record that all pages of a handoff's guests are here. Raises SourceError."""
         with self._lock:
             table = {key: keys for key, keys in self.incomplete.items() if key != handoff}
             self._write(self.source, self.owned, table)
@@ -130,7 +132,7 @@ class HandoffRecord:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise SourceError(
-                f"cannot write {self._path}: {error.strerror}; make room, or allow it"
+                f"cannot write {self._path}: {error.strerror}; make room, or make it writable"
             ) from error
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Going on with an export that broke off: what its file holds that is good, and what still counts.
+"""Resume an interrupted export: read the valid part of its file, and check that it still applies.
 
-Guests write on between the two exports, and nobody follows their writes meanwhile. So the pages in
-the file are compared with what the guests have now, by a digest of each, and only others are
-written behind them: PAGES take the place of earlier ones. What the file says of guests and images
-cannot be changed behind it: if it is not so any more there is nothing to go on with.
+Guests keep writing between the two exports, and their writes are not tracked meanwhile. So each
+page in the file is compared with the guest's page now, by digest, and pages that differ are
+appended: a later PAGES section replaces earlier ones. The descriptions of guests and images at the
+front cannot be changed: if one no longer applies, the export cannot be resumed.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ _READ_BYTES: Final = 1 << 20
 
 
 def page_digest(page: bytes | memoryview) -> bytes:
-    """Give what two pages have in common only if they are the same."""
+    """Return a digest by which equal pages are recognized."""
     return hashlib.blake2b(page, digest_size=16).digest()
 
 
 @dataclass
 class Prefix:
-    """What is good of a file, and where it ends. Lists are by the numbers of images and guests.
+    """The valid part of a file, and where it ends. Lists are by the numbers of images and guests.
 
-    pages are the digests of guests' pages, image_pages the pages that came of images, a bit for
-    each. About 120 bytes for each private page.
+    pages are the digests of guests' pages, image_pages bitmaps of the images' pages in the file.
+    Takes about 120 bytes for each private page.
     """
 
     mark: Mark
@@ -62,7 +62,7 @@ class Prefix:
     working_sets: set[int] = field(default_factory=set)
 
     def find_images(self, served: Sequence[Image]) -> list[Image]:
-        """Give the images that the file's are; UsageError if one is not served any more."""
+        """Return the served images of the file; UsageError if one is no longer served."""
         return [self._find_image(section, served) for section in self.images]
 
     @staticmethod
@@ -76,10 +76,10 @@ class Prefix:
                 section.digest,
             ):
                 return image
-        raise _stale(f"image {section.name!r} is not served as it was")
+        raise _stale(f"image {section.name!r} is no longer served or has changed")
 
     def find_guests(self, there: Sequence[MigratingGuest]) -> list[MigratingGuest]:
-        """Give the guests that the file's are; UsageError if they are not the same as then."""
+        """Return the guests of the file; UsageError if they are not the same as then."""
         by_key = {(each.image.domain, each.name): each for each in there}
         found = []
         for section in self.guests:
@@ -94,22 +94,22 @@ class Prefix:
                 raise _stale(f"guest {section.name!r} has another quota, owner or image")
             found.append(each)
         if by_key:
-            raise _stale(f"guest {next(iter(by_key))[1]!r} came")
+            raise _stale(f"guest {next(iter(by_key))[1]!r} attached")
         return found
 
 
 def _stale(what: str) -> UsageError:
-    return UsageError(f"{what} since the export broke off; export anew, without --resume")
+    return UsageError(f"{what} since the export was interrupted; export anew, without --resume")
 
 
 def read_prefix(fd: int, look: Callable[[], None]) -> Prefix | None:
-    """Read what a file holds, up to its end, to damage, or to guests' totals, which must come last.
+    """Read a file up to its end, to damage, or to guests' totals, which must be written last.
 
-    None if so little is there that nothing is lost by beginning anew. The file is left as it is.
-    Raises UsageError for a whole one, and for what is no export.
+    Returns None if the file has no pages yet, so that the export may as well begin anew. Does not
+    change the file. Raises UsageError for a complete file, and for one that is not an export.
     """
     if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise UsageError("only an export to a file can be gone on with; begin it anew")
+        raise UsageError("only an export to a file can be resumed; begin it anew")
     reader = StateReader()
     scan = _Scan(reader)
     offset = 0
@@ -121,14 +121,14 @@ def read_prefix(fd: int, look: Callable[[], None]) -> Prefix | None:
                 scan.take(section)
     except DamagedError as error:
         if reader.mark().offset == 0:
-            raise UsageError(f"it is no export that broke off: {error}") from error
+            raise UsageError(f"the file is not an interrupted export: {error}") from error
     except OSError as error:
         raise SourceError(f"cannot read the file: {error.strerror}") from error
     return scan.result()
 
 
 class _Scan:
-    """Collects what a reader gives, up to guests' totals."""
+    """Collects a reader's sections, up to guests' totals."""
 
     def __init__(self, reader: StateReader) -> None:
         self._reader = reader
@@ -137,17 +137,17 @@ class _Scan:
         self._image_pages: dict[int, bytearray] = {}
         self._working_sets: set[int] = set()
         self._whole: set[int] = set()
-        self._is_complete = False  # all images and guests have come
+        self._is_complete = False  # all images and guests were read
 
     def take(self, section: Section) -> None:
-        """Take a section in. UsageError for the last one of a file: it is whole."""
+        """Collect a section. UsageError for the last one of a file, which is then complete."""
         if isinstance(section, End):
-            raise UsageError("the file is whole: there is nothing to go on with")
+            raise UsageError("the file is complete: there is nothing to resume")
         if self._mark is not None or isinstance(section, Header | ImageSection | GuestSection):
             return
         self._is_complete = True
         if isinstance(section, Totals):
-            self._mark = self._reader.mark()  # this, and all behind it, is written again
+            self._mark = self._reader.mark()  # this and all after it is written again
         elif isinstance(section, Pages):
             self._take_pages(section)
         elif isinstance(section, Dropped):
@@ -180,7 +180,7 @@ class _Scan:
         return self._image_pages[image]
 
     def result(self) -> Prefix | None:
-        """Give what was collected; None if it ends before anything but who and what there is."""
+        """Return the prefix; None if the file ends before the first section after the guests."""
         if not self._is_complete:
             return None
         reader = self._reader

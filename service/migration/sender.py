@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the source of a handoff writes, in order, to a file or to the target."""
+"""The source's sections of a handoff, written in order to a file or to the target."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cowshed.cache import ExtentState, Image
 from cowshed.service.images.working_sets import WorkingSets
 from cowshed.service.migration.image_source import bytes_to_send, check_source, image_sections
 from cowshed.service.migration.link import Link
-from cowshed.service.migration.migrating import MigratingGuest
+from cowshed.service.migration.migrating import MigratingGuest, thaw_all
 from cowshed.service.migration.resumption import Prefix, page_digest
 from cowshed.service.settings.domains import DomainMembers
 from cowshed.transport.handoff.sections import (
@@ -36,8 +36,8 @@ from cowshed.transport.handoff.sections import (
 
 __all__ = ["Progress", "Sender"]
 
-# A round that finds no more than this to send again is the last before the freeze; so is the last
-# of several that found not much less than the one before them.
+# A round that finds at most _FEW_PAGES dirty pages is the last before the freeze. So is the last of
+# _MAX_IDLE_ROUNDS rounds that found not much fewer than the best before them.
 _FEW_PAGES: Final = 64
 _MAX_ROUNDS: Final = 30
 _MAX_IDLE_ROUNDS: Final = 3
@@ -47,9 +47,9 @@ _RUNS_AT_ONCE: Final = 1 << 16
 
 @dataclass
 class Progress:
-    """How far it is; total_bytes grows with what guests write meanwhile. Rates are the reader's.
+    """The progress of a handoff; total_bytes grows with the pages that guests write meanwhile.
 
-    image_bytes are those of images, of the done_bytes.
+    image_bytes is the part of done_bytes that is of images.
     """
 
     total_bytes: int = 0
@@ -61,12 +61,12 @@ class Progress:
     image_bytes: int = 0
 
     def expect(self, nr_pages: int) -> None:
-        """So many pages are left to be sent."""
+        """Set the number of pages left to send."""
         self.done_bytes = max(0, self.total_bytes - nr_pages * PAGE_BYTES)
         self.total_bytes = self.done_bytes + nr_pages * PAGE_BYTES
 
     def as_json(self) -> dict[str, Any]:
-        """For the command and for status."""
+        """Return the progress for the command and for status."""
         seconds = time.monotonic() - self.started
         rate = self.done_bytes / seconds if seconds > 0 else 0.0
         left = max(0, self.total_bytes - self.done_bytes)
@@ -82,10 +82,10 @@ class Progress:
 
 
 class Sender:
-    """Writes a handoff's sections. Everything may wait for the link, and raise as it does.
+    """Writes a handoff's sections. Every method may wait for the link, and raises as it does.
 
-    Invariant: _sent holds, for each guest, the pages that the other end has, right or outdated;
-    _known the digests of those that it has from before a broken-off export was gone on with.
+    Invariant: _sent has, for each guest, the pages that the other end has, current or outdated;
+    _known the digests of those from before an export was resumed.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Sender:
         progress: Progress,
         prefix: Prefix | None = None,
     ) -> None:
-        """migrating and images are those of the prefix, in its order, if there is one."""
+        """migrating and images must be in the prefix's order, if there is a prefix."""
         self._link = link
         self._migrating: Final = migrating
         self._images: Final = images
@@ -108,40 +108,38 @@ class Sender:
         self._frozen_at: float | None = None
 
     def of(self, migrating: Sequence[MigratingGuest], images: Sequence[Image]) -> Sender:
-        """Give a sender of these that goes on where this one is, of nothing yet."""
+        """Return a sender for these guests and images that continues this one's stream."""
         sender = Sender(self._link, migrating, images, self.progress)
         sender._writer = self._writer
         return sender
 
     def track(self) -> None:
-        """Begin to note what guests write; thaw() ends it."""
+        """Begin to track guests' writes; thaw() ends it."""
         self._tracked = True
         for each in self._migrating:
             each.track(True)
 
     def freeze(self) -> None:
-        """Hold every guest's writes."""
+        """Freeze every guest."""
         self._frozen_at = time.monotonic()
         for each in self._migrating:
             each.freeze()
 
     def thaw(self) -> None:
-        """Let guests go on here, as before track(); nothing if there was none."""
+        """Thaw guests here and end tracking; does nothing without track()."""
         if self._tracked:
-            for each in self._migrating:
-                each.thaw()
-                each.track(False)
+            thaw_all(self._migrating)
         self._tracked = False
         self.end_frozen()
 
     def end_frozen(self) -> None:
-        """Note how long writes were held: guests go on, here or there."""
+        """Record how long guests were frozen, once they run again, here or at the target."""
         if self._frozen_at is not None:
             self.progress.frozen_seconds = time.monotonic() - self._frozen_at
             self._frozen_at = None
 
     def send(self, kind: str, **fields: Any) -> None:
-        """Say a message to the other end."""
+        """Send a control message to the other end."""
         self._put(ControlMessage({"say": kind, **fields}))
 
     def offer(
@@ -151,7 +149,7 @@ class Sender:
         with_images: bool = False,
         allowed: Callable[[Image], DomainMembers | None] = lambda _: None,
     ) -> None:
-        """Say what there is: images and guests. with_images: bytes of images will be sent, too."""
+        """Send the list of images and guests. with_images: bytes of images will follow, too."""
         self._put(Header(handoff, f"{socket.gethostname()}:{os.getpid()}", int(time.time())))
         numbers = {}
         for no, image in enumerate(self._images):
@@ -175,9 +173,9 @@ class Sender:
     def send_image(
         self, no: int, hot: Sequence[int], look: Callable[[], None], kept: bytearray | None = None
     ) -> None:
-        """Send the bytes of an image, hot extents first; look() is called now and then.
+        """Send the bytes of an image, hot extents first; calls look() for each section.
 
-        kept are the pages that the other end has already. Raises SourceError.
+        kept has the pages that the other end already has. Raises SourceError.
         """
         image, progress = self._images[no], self.progress
         check_source(image)
@@ -195,10 +193,10 @@ class Sender:
         self._put(ImageWhole(no))
 
     def send_working_sets(self, working_sets: WorkingSets, but: Container[int] = ()) -> None:
-        """Say which extents are hot, in order: those recorded, then whatever else is resident.
+        """Send the hot extents, in order: the recorded ones, then all others that are resident.
 
-        What was warmed or read ahead and not touched yet would be a hit here, and so it is there.
-        but are the numbers of images of which it was said.
+        Extents that were prefetched and not touched yet would be hits here, and so they are there.
+        but has the numbers of images whose working sets were sent before.
         """
         for no, image in enumerate(self._images):
             if no in but:
@@ -209,11 +207,11 @@ class Sender:
                 self._put(WorkingSetSection(no, tuple(some)))
 
     def send_private(self) -> None:
-        """Send every private page there is, all being dirty at first."""
+        """Send every private page: at first all are dirty."""
         self.send_dirty()
 
     def send_dirty(self) -> int:
-        """Send what was written since the last round; give how many pages that were."""
+        """Send the pages written since the last round; return how many were dirty."""
         self.progress.nr_round += 1
         dirty = [each.take_dirty() for each in self._migrating]
         nr = sum(map(count_pages, dirty))
@@ -224,9 +222,9 @@ class Sender:
         return nr
 
     def send_until_few(self) -> None:
-        """Rounds, until one finds little to send or several do not gain on the writers.
+        """Send rounds of dirty pages, until one finds few or several in a row gain too little.
 
-        What the last one leaves is sent while guests are frozen; one slow round says nothing.
+        The remaining pages are sent while guests are frozen.
         """
         fewest, nr_idle = 0, 0
         for _ in range(_MAX_ROUNDS):
@@ -238,10 +236,11 @@ class Sender:
                 fewest, nr_idle = nr, 0
 
     def send_last(self) -> None:
-        """Send what is left of guests that are frozen, and what each has in the end; then END."""
+        """Send the remaining pages and the totals of guests, which must be frozen; then END."""
         for no, each in enumerate(self._migrating):
-            dirty, private = each.take_dirty(), each.private()
-            self._send_pages(no, (dirty | ~self._sent[no]) & private)
+            dirty = each.take_dirty()
+            self._send_pages(no, (dirty | ~self._sent[no]) & each.private())
+            private = each.private()  # none if it left meanwhile, when its pages were read as zeros
             for runs in split_runs(self._sent[no] & ~private, 1 << 40):
                 self._put(Dropped(no, tuple(runs)))
             self._sent[no] = private
@@ -251,7 +250,7 @@ class Sender:
         self.progress.done_bytes = self.progress.total_bytes
 
     def send_missing(self) -> list[int]:
-        """Say which pages guests have that are frozen, and END; give which, to be pushed."""
+        """List the pages of guests, which must be frozen, then END; return the pages to push."""
         missing = []
         for no, each in enumerate(self._migrating):
             private = each.private()
@@ -283,7 +282,7 @@ class Sender:
     def _news(
         self, no: int, runs: list[tuple[int, int]], content: bytes
     ) -> tuple[list[tuple[int, int]], bytes]:
-        """Leave out the pages that the other end has as they are."""
+        """Leave out the pages of which the other end has the current bytes."""
         known = self._known[no]
         news: list[tuple[int, int]] = []
         kept: list[bytes] = []

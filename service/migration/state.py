@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A handoff's two roles as tables: what happened in, what to do now out. No sockets, no clock.
+"""A handoff's two roles as tables: events in, actions out. No sockets, no clock.
 
 The source owns the guests until the target has recorded the commit; that record is the one point
-where ownership changes hands. What follows from it:
+where ownership changes. It follows:
 
-* The source records that it is about to ask for the commit before it asks. From then on it is
-  unsure: it stays frozen and asks what became of it, for as long as it takes.
-* A target that is asked before it committed forgets the handoff there and then, so that the answer
-  "denied" stays true even if the commit, sent earlier, comes later.
-* A target that lost its source before the commit may forget by itself, for the same reason.
-* Who restarts knows what was recorded, and nothing else.
+* The source records that it is about to request the commit before it does. From then on it does not
+  know who owns: it stays frozen and asks for the outcome, for as long as it takes.
+* A target that is asked before it committed forgets the handoff at once, so that its answer
+  "denied" stays true even if a commit that was sent earlier arrives later.
+* A target that lost its source before the commit may forget the handoff, for the same reason.
+* After a restart either end knows only what was recorded.
 
-By post-copy the pages come after the commit: the target owns, and lacks them. The source is at PUSH
-then, which it records; it keeps its frozen pages until the target says that nothing is missing,
-which that says once what came outlives it.
+In post-copy the pages are sent after the commit: the target owns the guests and their pages are
+missing. The source is then at PUSH, which it records. It keeps its frozen pages until the target
+reports that nothing is missing, which the target does once all pages are durable.
 
-Actions are to be done in the order given. A death between two of them is a restart from what was
-recorded until then; tests/handoff/test_state.py tries all of them.
+The caller must perform actions in the order given. A death between two of them is a restart from
+what was recorded until then; tests/handoff/test_state.py tries all of them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Role(StrEnum):
 
 
 class Phase(StrEnum):
-    """How far a handoff is. Both ends have IDLE; a source may be in CONNECT to ABORTED."""
+    """The phase of a handoff. IDLE is of both ends, CONNECT to ABORTED of the source only."""
 
     IDLE = "idle"
     CONNECT = "connect"
@@ -53,19 +53,19 @@ class Phase(StrEnum):
     WARM = "warm"
     PRECOPY = "precopy"
     FREEZE = "freeze"
-    COMMIT = "commit"  # asked for: who owns is not known here
-    PUSH = "push"  # post-copy: the target owns, and its pages are here
+    COMMIT = "commit"  # requested: the source does not know who owns
+    PUSH = "push"  # post-copy: the target owns, and missing pages are here
     MOVED = "moved"
     ABORTED = "aborted"
     CHECK = "check"
     RECEIVE = "receive"
-    READY = "ready"  # all is here and kept; the source's still
+    READY = "ready"  # all is here and durable; the source still owns
     OWNER = "owner"
     FORGOTTEN = "forgotten"
 
 
 class Event(StrEnum):
-    """What happened: to us, or in what the peer said."""
+    """What happened: here, or by a message of the peer."""
 
     BEGIN = "begin"
     CONNECTED = "connected"
@@ -77,7 +77,7 @@ class Event(StrEnum):
     ARRIVED_READY = "ready"
     COMMITTED = "committed"
     COMMITTED_MISSING = "committed, pages to follow"
-    MISSING = "missing"  # the target said which pages it has not
+    MISSING = "missing"  # the target sent the list of missing pages
     FILLED = "filled"  # the target has all pages
     DENIED = "denied"
     LOST = "lost"
@@ -91,9 +91,9 @@ class Event(StrEnum):
 
 
 class Action(StrEnum):
-    """What is to be done now, in the order given."""
+    """What the caller must do now, in the order given."""
 
-    CLOSE_ADMISSION = "stop admitting"  # admit nobody new
+    CLOSE_ADMISSION = "stop admitting"
     CONNECT = "connect"
     OFFER = "offer"
     SEND_WORKING_SET = "send the working set"
@@ -105,7 +105,7 @@ class Action(StrEnum):
     SEND_COMMIT = "send commit"
     ASK = "ask what became of it"
     RECORD_PUSHING = "record that pages are to follow"
-    SEND_ON = "send guests on"  # those that do not need what is here
+    SEND_ON = "send guests on"  # end the connections of overlays' clients
     PUSH = "push pages"
     RESUME = "offer pages again"
     RECORD_MOVED = "record that it moved"
@@ -132,7 +132,7 @@ class Action(StrEnum):
 
 
 class IllegalTransitionError(UsageError):
-    """An event that cannot be in this phase; nothing was changed."""
+    """An event that is illegal in this phase; nothing was changed."""
 
 
 Table = Mapping[tuple[Phase, Event], tuple[Phase, tuple[Action, ...]]]
@@ -165,7 +165,7 @@ _SOURCE: Final[Table] = {
         Phase.COMMIT,
         (Action.RECORD_COMMITTING, Action.SEND_COMMIT),
     ),
-    # Guests wait for the word, and after a death between the two the target is asked once more.
+    # Notify first, since guests wait; after a death before the record the target is asked again.
     (Phase.COMMIT, Event.COMMITTED): (Phase.MOVED, (Action.NOTIFY_GUESTS, Action.RECORD_MOVED)),
     (Phase.COMMIT, Event.COMMITTED_MISSING): (
         Phase.PUSH,
@@ -182,7 +182,7 @@ _SOURCE: Final[Table] = {
         (phase, Event.ABORT): (Phase.ABORTED, (Action.SEND_ABORT, *_ROLLBACK))
         for phase in _BEFORE_COMMIT
     },
-    # What was said twice, since it was asked twice.
+    # A repeated answer, because the question was repeated.
     **{
         (phase, event): (phase, ())
         for phase, event in (
@@ -242,7 +242,7 @@ _TABLES: Final = {Role.SOURCE: _SOURCE, Role.TARGET: _TARGET}
 
 
 class Handoff:
-    """One end of one handoff. Invariant: phase is one that its role's table knows."""
+    """One end of one handoff. Invariant: phase is in its role's table."""
 
     def __init__(self, role: Role, phase: Phase = Phase.IDLE) -> None:
         self.role: Final = role
@@ -250,23 +250,24 @@ class Handoff:
 
     @classmethod
     def restarted(cls, role: Role, recorded: Phase | None) -> Handoff:
-        """Go on with what the last process of this end recorded: COMMIT, PUSH, MOVED, OWNER.
+        """Continue from what the last process of this end recorded: COMMIT, PUSH, MOVED or OWNER.
 
-        With nothing recorded a source owns as if it had never begun, and a target knows nothing.
+        With nothing recorded, a source owns as if it had never begun, and a target has forgotten.
         """
         if recorded is None:
             return cls(role, Phase.IDLE if role is Role.SOURCE else Phase.FORGOTTEN)
         known = _RECORDED if role is Role.SOURCE else (Phase.OWNER,)
         if recorded not in known:
-            raise IllegalTransitionError(f"a {role} records no {recorded!r}; remove the record")
+            raise IllegalTransitionError(f"a {role} never records {recorded!r}; remove the record")
         return cls(role, recorded)
 
     def on(self, event: Event) -> tuple[Action, ...]:
-        """Take an event and give what is to be done; IllegalTransitionError changes nothing."""
+        """Take an event and return the actions; IllegalTransitionError changes nothing."""
         following = _TABLES[self.role].get((self.phase, event))
         if following is None:
             raise IllegalTransitionError(
-                f"{event.value!r} cannot be while the {self.role.value} is at {self.phase.value!r}"
+                f"event {event.value!r} is illegal while the {self.role.value} is at "
+                f"{self.phase.value!r}"
             )
         self.phase, actions = following
         return actions
@@ -284,7 +285,7 @@ class Handoff:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left to be done or found out."""
+        """Whether the handoff has ended for this end."""
         return self.phase in (Phase.MOVED, Phase.ABORTED, Phase.OWNER, Phase.FORGOTTEN)
 
     @property

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What operators may ask of a running daemon, and the asking end."""
+"""The operators' requests to a running daemon, and their client."""

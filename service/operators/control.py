@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What operators may ask of a running daemon, each a function from the request to its replies.
+"""The operators' requests to a running daemon: each is a function from the request to its replies.
 
-Requests come from outside: fields are read through transport.messages, which refuses what does not
-fit. Everything here runs in worker threads, never in the loop that answers guests.
+Requests are untrusted: transport.messages reads the fields, and refuses bad ones. Everything here
+runs in worker threads, never in the loop that answers guests.
 """
 
 from __future__ import annotations
@@ -13,15 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from cowshed.accounting import audit
-from cowshed.cache import CapacityError, ExtentState, Image, PageStore, UsageError
-from cowshed.service.guests.guests import GuestTable
-from cowshed.service.images.access import Access
-from cowshed.service.images.evictor import Evictor
+from cowshed.cache import CapacityError, ExtentState, Image, UsageError
+from cowshed.service.host import Host
 from cowshed.service.images.loading import load
-from cowshed.service.images.warming import Warming
-from cowshed.service.images.working_sets import WorkingSets
-from cowshed.service.metrics.service_counters import ServiceCounters
-from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
+from cowshed.service.overlays.overlays import OverlayGuest
 from cowshed.service.reports.status import StatusReader
 from cowshed.service.runtime import test_points
 from cowshed.service.runtime.sizes import format_bytes
@@ -34,7 +29,7 @@ __all__ = ["Control"]
 
 Body = dict[str, Any]
 
-# A reply has a limit.
+# The size of a reply is limited.
 _MOST_MISMATCHES: Final = 10_000
 
 
@@ -42,28 +37,18 @@ class Control:
     """The operations, by name. perform() may be called from any thread."""
 
     def __init__(
-        self,
-        store: PageStore,
-        evictor: Evictor,
-        guests: GuestTable,
-        overlays: OverlayTable,
-        status: StatusReader,
-        working_sets: WorkingSets,
-        counters: ServiceCounters,
-        access: Access,
-        warming: Warming,
-        is_stopping: Callable[[], bool] = lambda: False,
+        self, host: Host, status: StatusReader, is_stopping: Callable[[], bool] = lambda: False
     ) -> None:
-        """is_stopping() says whether all that takes long is to end."""
-        self._store = store
-        self._access = access
-        self._evictor = evictor
-        self._guests = guests
-        self._overlays = overlays
+        """is_stopping() returns whether long operations must end."""
+        self._store = host.store
+        self._access = host.access
+        self._evictor = host.evictor
+        self._guests = host.guests
+        self._overlays = host.overlays
         self._status = status
-        self._working_sets = working_sets
-        self._counters = counters
-        self._warming = warming
+        self._working_sets = host.working_sets
+        self._counters = host.counters
+        self._warming = host.warming
         self.is_stopping: Final = is_stopping
         self._quick = {"status", "quota", "warm-abort"}
         self._with_fds: dict[str, Callable[[Body, list[int]], Iterable[Body]]] = {}
@@ -86,8 +71,8 @@ class Control:
         return op in self._ops or op in self._with_fds
 
     def is_quick(self, op: str, request: Body) -> bool:
-        """Whether a request takes milliseconds, not as long as a disk takes."""
-        if op == "quota" and self._overlays.in_files:  # kept with the overlay
+        """Whether a request takes milliseconds and never waits for a disk."""
+        if op == "quota" and self._overlays.in_files:  # an overlay's quota is kept in its files
             name = request.get("guest")
             return not any(name in (of.name, f"{of.domain}/{of.name}") for of in self._overlays)
         return op in self._quick
@@ -95,15 +80,15 @@ class Control:
     def add(
         self, op: str, perform: Callable[[Body, list[int]], Iterable[Body]], *, is_quick: bool
     ) -> None:
-        """Add an operation that takes descriptors: what it leaves in the list is closed."""
+        """Add an operation that takes descriptors; those it leaves in the list are closed."""
         self._with_fds[op] = perform
         if is_quick:
             self._quick.add(op)
 
     def perform(self, op: str, request: Body, fds: list[int] | None = None) -> Iterator[Body]:
-        """Give the replies to a request as they come; raises CowshedError for a refusal.
+        """Yield the replies to a request as they come; raises CowshedError for a refusal.
 
-        fds came with it, and are closed in the end, but those that the operation took out.
+        fds came with it; those that the operation does not take out are closed in the end.
         """
         fds = fds or []
         try:
@@ -115,11 +100,11 @@ class Control:
                 os.close(fds.pop())
 
     def find_image(self, name: str) -> Image:
-        """Give the image that an operator means by a name; UsageError naming the choices."""
+        """Return the image that an operator names; UsageError names the choices."""
         return find_for_operator(self._store, name)
 
     def find_guest_image(self, name: str, identity: Identity) -> Image:
-        """Give the image that a guest means; UsageError naming those it may use."""
+        """Return the image that a guest names; UsageError names those it may use."""
         return self._access.find(self._store, name, identity)
 
     def check_open(self) -> None:
@@ -127,7 +112,7 @@ class Control:
         self._access.check_open()
 
     def status(self) -> dict[str, Any]:
-        """The object of `cowshed status --json`, a new one; from any thread."""
+        """Return a new object of `cowshed status --json`; from any thread."""
         return self._status.read()
 
     def _do_status(self, _: Body) -> Iterator[Body]:
@@ -179,7 +164,7 @@ class Control:
         whole = request.get("offset") is None and request.get("length") is None
         first = self._working_sets.recorded(image) if whole else []
         room = self._evictor.watermarks.capacity_extents - self._evictor.watermarks.high_free
-        # No more than there is room for: an image may have a billion extents.
+        # At most as many as there is room for: an image may have a billion extents.
         wanted = list(itertools.islice(_in_order(first, extents), max(0, room)))
         states = image.states()
         loads_before = image.counters().loads
@@ -246,7 +231,7 @@ class Control:
         yield {"private_bytes": self._overlays.discard(overlay)}
 
     def _range(self, request: Body) -> tuple[Image, range]:
-        """The image and the extents that a request's byte range touches."""
+        """Return the image and the extents that a request's byte range touches."""
         image = self.find_image(take_text(request, "image"))
         offset = take_optional_number(request, "offset") or 0
         length = take_optional_number(request, "length")
@@ -262,14 +247,14 @@ class Control:
 
 
 def _in_order(first: Iterable[int], then: Iterable[int]) -> Iterator[int]:
-    """Those of both, each once."""
+    """Yield the items of both, each once."""
     seen = dict.fromkeys(first)
     yield from seen
     yield from (extent for extent in then if extent not in seen)
 
 
 def _resident(image: Image, extents: range) -> Iterator[int]:
-    """The resident ones, in order, found at memory's speed."""
+    """Yield the resident extents in order; searches the states with bytes.find, for speed."""
     states, resident = image.states(extents.start, len(extents)), bytes([ExtentState.RESIDENT])
     at = states.find(resident)
     while at >= 0:

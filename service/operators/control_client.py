@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a running daemon, found by its run-dir, and says in one line what is wrong when it cannot.
+"""The client of a running daemon, found by its run-dir; each failure becomes one line.
 
-Thin: the messages and their checks are the transport's. What this adds is the operator's view: an
-error number becomes the run-dir, the reason and the cure.
+Messages and their checks are the transport's. This adds the operator's view: an error number
+becomes the run-dir, the reason and the cure.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class ControlClient:
     """A connection to the daemon of `run_dir`, open inside ``with``.
 
-    Raises CowshedError, one line, when there is no such daemon, it may not be asked, it hangs up,
-    or it refuses.
+    Raises CowshedError, one line, if there is no daemon, this user may not connect, or the daemon
+    closes the connection or refuses.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -33,7 +33,7 @@ class ControlClient:
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        # Not at the top: `--help` and a wrong option do without the guest library.
+        # Imported here: `--help` and errors in options do not need the guest library.
         from cowshed.transport import connect
 
         with self._explained("connecting"):
@@ -50,14 +50,14 @@ class ControlClient:
         self._open.close()
 
     def request(self, op: str, **fields: Any) -> dict[str, Any]:
-        """The daemon's reply to one operation."""
+        """Return the daemon's reply to one operation."""
         with self._explained(op):
             return dict(self._opened().request(op, **fields))
 
     def stream(
         self, op: str, *, fds: Sequence[int] = (), **fields: Any
     ) -> Iterator[dict[str, Any]]:
-        """The replies to an operation that reports progress; the one without "progress" is last.
+        """Yield the replies to an operation that reports progress; the last has no "progress".
 
         fds go with the request, and stay the caller's.
         """
@@ -70,7 +70,7 @@ class ControlClient:
 
     @contextlib.contextmanager
     def _explained(self, doing: str) -> Iterator[None]:
-        """Turn a failure of the connection into a sentence; the daemon's own refusals pass."""
+        """Turn a failure of the connection into one line; the daemon's refusals pass unchanged."""
         try:
             yield
         except OSError as error:
@@ -102,6 +102,6 @@ class ControlClient:
                     "it is stopped or overloaded; look at its log, or try again"
                 )
             case ConnectionError():
-                return f"the daemon at {where} hung up ({doing}): look at its log"
+                return f"the daemon at {where} closed the connection ({doing}): look at its log"
             case _:
                 return f"cannot ask the daemon at {where} ({doing}): {error.strerror or error}"

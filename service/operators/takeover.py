@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A takeover as the backend sees it that leaves: another program, another process, the same guests.
+"""A takeover by another program, in the backend that leaves (commands/takeover.py: the follower).
 
-    meet    says who we are, and refuses what could not be served on          (commands/takeover.py
-    hold    everything that outlives us is held by the one who takes over too       has the rest)
-    leave   our keeper is told who follows, the follower that we leave; then we end
+    meet    check that the follower could go on; return our pid and our keeper's address
+    hold    send the follower all groups, which it holds besides our keeper
+    leave   send our keeper the follower's pid, notify the follower that we leave, and end
 
-Until the follower was told, its death changes nothing. From then on our keeper waits: for word that
-the follower serves, or for its death, upon which it has a successor of this program serve. So at
-each instruction there is one, and one only, who starts the next backend.
+Until the follower is notified, its death changes nothing. From then on our keeper waits until the
+follower serves; if the follower dies first, our keeper starts a successor of this program. So at
+each instruction exactly one process is to start the next backend.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _PATIENCE_SECONDS: Final = 1.0
 
 
 class TakeoverHandler:
-    """Answers who wants to take over; one at a time.
+    """Answers the requests of a follower; one takeover at a time.
 
-    Invariant: _pidfd is that of the follower that holds a copy of everything, or -1.
+    Invariant: _pidfd is of the follower that holds a copy of everything, or -1.
     """
 
     def __init__(self, host: Host, control: Control) -> None:
@@ -59,18 +59,18 @@ class TakeoverHandler:
 
     @property
     def is_leaving(self) -> bool:
-        """Whether we leave to who takes over."""
+        """Whether this backend leaves to a follower."""
         return self._is_leaving
 
     def hand_over(self) -> bool:
-        """In the loop, which has ended: whether we are to end now.
+        """After the end of the loop: notify keeper and follower; whether this process must end now.
 
-        We are not if who wanted to follow us is gone; then all is as if it had never asked.
+        False if the follower is gone; then everything is as if it had never asked.
         """
         if not self._is_leaving:
             return True
         stop_at("takeover-leaving")
-        self._fd_store.notify(**{FOLLOWER: str(self._pid)})  # we may have no keeper just now
+        self._fd_store.notify(**{FOLLOWER: str(self._pid)})  # dropped if no keeper lives now
         self._fd_store.reconcile(_PATIENCE_SECONDS)
         stop_at("takeover-told")
         try:
@@ -92,17 +92,17 @@ class TakeoverHandler:
             yield {"pid": os.getpid(), "keeper": self._keeper_address()}
         elif step == "hold":
             stop_at("takeover-holding")
-            yield {"groups": self._hold(pid, take_text(request, "address", max_length=107))}
+            yield {"groups": self._keep(pid, take_text(request, "address", max_length=107))}
         else:
             with self._lock:
                 if pid != self._pid:
-                    raise UsageError("nothing is held for this takeover: begin it anew")
+                    raise UsageError("nothing is held for this takeover: start it again")
                 self._is_leaving = True
             self._loop.call(self._leave)
             yield {}
 
     def _check_follower(self, request: Body) -> None:
-        """Raise UsageError if it could not go on with what there is."""
+        """Raise UsageError if the follower could not go on with what this backend serves."""
         uid = take_number(request, "uid")
         if uid != os.geteuid():
             raise UsageError(
@@ -130,7 +130,7 @@ class TakeoverHandler:
 
     def _check_images(self, listed: object) -> None:
         if not isinstance(listed, list):
-            raise UsageError("a takeover comes with the list of its images")
+            raise UsageError("a takeover needs the list of its images")
         named = {
             (each.get("domain"), each.get("name")): each
             for each in listed
@@ -139,7 +139,7 @@ class TakeoverHandler:
         served = {(image.domain, image.name) for image in self._store}
         for key, each in named.items():
             if key not in served and each.get("size_bytes") is None:
-                raise UsageError(str(each.get("why", "an image comes without its size")))
+                raise UsageError(str(each.get("why", "an image has no size")))
         for image in self._store:
             users = self._users(image)
             there = named.get((image.domain, image.name))
@@ -164,7 +164,7 @@ class TakeoverHandler:
     def _keeper_address(self) -> str:
         return self._fd_store.address if self._keeper.kind == "own" else ""
 
-    def _hold(self, pid: int, address: str) -> int:
+    def _keep(self, pid: int, address: str) -> int:
         with self._lock:
             if self._pid:
                 raise UsageError(f"process {self._pid} takes over already: wait for it, or end it")
@@ -177,7 +177,7 @@ class TakeoverHandler:
             except OSError as error:
                 os.close(pidfd)
                 self._fd_store.end_copy()
-                raise UsageError(f"cannot give everything to process {pid}: {error}") from error
+                raise UsageError(f"cannot send all groups to process {pid}: {error}") from error
             self._pid, self._pidfd = pid, pidfd
         self._loop.call(lambda: self._loop.watch(pidfd, READ, self._on_gone))
         _log.notice("takeover-begins", pid=pid, groups=nr_groups)
@@ -197,7 +197,9 @@ class TakeoverHandler:
 
 
 def described(domain: str, name: str, size_bytes: int | None, why: str = "") -> Body:
-    """Say which image whoever takes over would serve; size_bytes None, and why, if its source
-    cannot be opened: then only one that is served now is served on.
+    """Return the follower's description of an image that it would serve.
+
+    size_bytes is None, with the reason why, if its source cannot be opened: then the takeover goes
+    on only if this backend serves the image now.
     """
     return {"domain": domain, "name": name, "size_bytes": size_bytes, "why": why}

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests that map nothing: their private pages, in memory or in files."""
+"""Overlays: the private pages of guests that map nothing, in memory or in files."""

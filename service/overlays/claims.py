@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may come back to an overlay: who made it, and operators."""
+"""Who may enter an overlay: its owner, who made it, and operators."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from cowshed.cache.errors import UsageError
 
 __all__ = ["CARRIER", "Claim", "NotYoursError", "Owned", "check_may_enter", "is_of"]
 
-# Owners that begin so are of overlays without a page, kept for a program that brings its own along.
+# The prefix of owners of overlays without pages, reserved for programs that carry their own.
 CARRIER: Final = "carrier of "
 
 
 class NotYoursError(UsageError):
-    """Somebody else made that overlay."""
+    """The overlay has another owner."""
 
 
 class Owned(Protocol):
-    """An overlay, or one that is being made."""
+    """An overlay, also one that is being made."""
 
     @property
     def name(self) -> str:
@@ -32,14 +32,14 @@ class Owned(Protocol):
 
     @property
     def owner(self) -> str:
-        """Who may come back to it."""
+        """The proof by which a client may enter it again."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Who wants an overlay. owners is what it is known by, the strongest first; never empty.
+    """A client's claim to an overlay. owners are its proofs, the strongest first; never empty.
 
-    proof is what it is known by if its token alone counts, "" if it has none.
+    proof is that of its token alone, "" if it has none.
     """
 
     owners: tuple[str, ...]
@@ -53,7 +53,7 @@ class Claim:
 
 
 def is_of(owner: str, claim: Claim) -> bool:
-    """Whether who has a claim may come back to what owner made; no client may to a carrier's."""
+    """Whether a claim admits to the overlay of an owner; none does to a carrier's."""
     if owner.startswith(CARRIER):
         return False
     return claim.is_operator or owner in claim.owners
@@ -62,10 +62,10 @@ def is_of(owner: str, claim: Claim) -> bool:
 def check_may_enter(guest: Owned, image: Image, claim: Claim) -> None:
     """Raise NotYoursError if an overlay is another's, or of another image."""
     if not is_of(guest.owner, claim) or guest.image is not image:
-        # Said to who knows the token alone: nobody else can tell that from a name that is taken.
+        # Only a client with the right token learns this; others just see that the name is taken.
         if claim.proof and guest.owner.endswith(f" {claim.proof}") and not claim.has_certificate:
             raise NotYoursError(
-                f"guest {guest.name!r} is known by a certificate and its token, and shows none by "
-                f"{claim.transport}: come by tls://, with that certificate"
+                f"guest {guest.name!r} is identified by a certificate and its token, and sends no "
+                f"certificate by {claim.transport}: connect by tls://, with that certificate"
             )
         raise NotYoursError(f"guest name {guest.name!r} is taken; choose another")

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients that enter overlays: the loop lets them in, and never waits for --overlay-dir.
+"""Clients enter overlays here: in the loop, which never waits for --overlay-dir.
 
-An overlay in files is made in a side thread, under no lock. Its clients wait: those that asked for
-it meanwhile too, and they get the same one. If none of them is there any more once it is made, or
-none wants it, it is removed again. Overlays in memory, and those that are there, are entered at
-once.
+An overlay in files is made in a side thread, under no lock. All clients that request it meanwhile
+wait, and get the same one. If none of them enters once it is made, it is removed again. Overlays in
+memory, and existing ones, are entered at once.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ _STOP_SECONDS: Final = 1.0
 
 
 class NotYetError(Exception):
-    """The overlay is being made: the client is told, and enters again."""
+    """The overlay is being made: the client must enter again after on_made()."""
 
 
 @dataclass(eq=False)
 class Entering:
     """One client, for Entrance.enter(): on_made is called once for each NotYetError, in the loop.
 
-    error is what came of making it, and not told yet.
+    error is why the overlay could not be made, until the next enter() raises it.
     """
 
     on_made: Callable[[], None]
@@ -46,7 +45,7 @@ class Entering:
     making: _Making | None = None
 
     def give_up(self) -> None:
-        """The client has gone: on_made is called no more."""
+        """Cancel the wait: the client has gone, and on_made is not called any more."""
         if self.making is not None:
             self.making.waiting.remove(self)
             self.making = None
@@ -54,7 +53,7 @@ class Entering:
 
 @dataclass(eq=False)
 class _Making:
-    """An overlay that a side thread makes; has_digest: its record says its image's digest."""
+    """An overlay that a side thread makes; has_digest: its record has its image's digest."""
 
     image: Image
     name: str
@@ -64,10 +63,10 @@ class _Making:
 
 
 class Entrance:
-    """Lets clients enter the overlays of a table; all in the loop. close() it before the table.
+    """Lets clients enter the overlays of a table; all in the loop. Close it before the table.
 
-    post has the loop call something, from any thread. Invariant: an overlay that is being made is
-    in _makings, and not in the table.
+    post(call), from any thread, has the loop call call(). Invariant: an overlay that is being made
+    is in _makings, and not in the table.
     """
 
     def __init__(
@@ -77,11 +76,11 @@ class Entrance:
         self._side = side
         self._post = post
         self._makings: dict[tuple[str, str], _Making] = {}
-        self._numbers = itertools.count()  # one call never waits for another
-        self._made: list[OverlayGuest] = []  # and not in the table yet
+        self._numbers = itertools.count()  # makes names unique, so that no call waits for another
+        self._made: list[OverlayGuest] = []  # made, and not in the table yet
 
     def check(self, image: Image, name: str, claim: Claim) -> None:
-        """Refuse what enter() would refuse, as far as can be known beforehand."""
+        """Raise what enter() would raise, as far as is known beforehand."""
         making = self._makings.get((image.domain, name))
         if making is None:
             self._table.check(image, name, claim)
@@ -115,17 +114,17 @@ class Entrance:
         raise NotYetError
 
     def begin(self, what: str, call: Callable[[], None]) -> None:
-        """Have something done that waits for a disk, in a side thread; from any thread.
+        """Run a call that may wait for a disk in a side thread; from any thread.
 
-        CapacityError, and it is not done, if there can be no thread.
+        CapacityError, and it is not run, if no thread can be started.
         """
         if not self._side.run(f"{what} {next(self._numbers)}", call):
             raise CapacityError(no_room("the backend can start no thread"))
 
     def close(self) -> bool:
-        """Remove what is made and nobody entered; the loop has ended.
+        """Remove overlays that were made and not entered; the loop has ended.
 
-        False if a file system hangs still: a thread that nobody waits for uses an image.
+        False if a file system still hangs: then an abandoned thread uses an image.
         """
         has_ended = self._side.wait_all(_STOP_SECONDS)
         for guest in self._made:
@@ -161,7 +160,7 @@ class Entrance:
         return making
 
     def _end(self, making: _Making, guest: OverlayGuest | None, error: CowshedError | None) -> None:
-        """Let in who waits; in the loop, and nobody sees the overlay before they are in."""
+        """Let the waiting clients enter, before any other can; in the loop."""
         del self._makings[making.image.domain, making.name]
         with self._table.lock:
             if guest is not None:
@@ -180,7 +179,7 @@ class Entrance:
             if is_unused:
                 self.begin(f"remove overlay {guest.label}", lambda: self._remove(guest))
             elif not making.has_digest and self._table.knows_digest(making.image):
-                # It came meanwhile, and found the overlay neither in the table nor to be made.
+                # The digest became known meanwhile, when the overlay was not in the table yet.
                 self.begin(f"keep digest of {guest.label}", lambda: self._table.keep_digest(guest))
         except CapacityError as failed:
             what = "not-discarded" if is_unused else "overlay-source-not-kept"

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overlays on disk: which there are in --overlay-dir, whose, and of which image.
+"""Overlays on disk, in --overlay-dir, with their owners and images.
 
-Each has three files: STEM.json says what it is, STEM.pages holds its private pages, each at its
-offset in the image, and STEM.map which of them count. The first is replaced as a whole, the others
-are the C core's. A source that changed makes an overlay of it unusable: its pages belong between
-others. What tells is the source's size and time, and its digest if only the time differs: a backup
-or `touch` sets times, too. source_mtime_ns is the time when the overlay was made, which the map was
-made under; source_seen_ns the one that the same bytes had last.
+Each has three files: STEM.json is its record, STEM.pages has its private pages, each at its offset
+in the image, and STEM.map has the bits of the valid ones. The record is replaced as a whole; the C
+core writes the others. An overlay is unusable once its image's source changed, since its pages
+belong between the old ones. A changed source is recognized by size and mtime, and by digest if only
+the mtime differs: a backup or `touch` sets times, too. source_mtime_ns is the mtime when the
+overlay was made, which identifies the map; source_seen_ns is the last mtime of the same bytes.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ __all__ = ["OverlayFiles", "OverlayRecord", "overlay_record"]
 _log = EventLog("cowshed.overlays")
 
 _VERSION: Final = 1
-_STEM_MAX: Final = 200  # of 255, less what is appended
+_STEM_MAX: Final = 200  # NAME_MAX is 255, and suffixes are appended
 _SUFFIXES: Final = (".json", ".pages", ".map")
 
 
 @dataclass(frozen=True)
 class OverlayRecord:
-    """What is to be known of an overlay before it is opened; image is a label, DOMAIN/NAME."""
+    """The description of an overlay, needed before it is opened; image is a label, DOMAIN/NAME."""
 
     image: str
     guest: str
@@ -56,12 +56,12 @@ class OverlayRecord:
 
     @property
     def stem(self) -> str:
-        """The names of its files, less what they end in."""
+        """The names of its files, without suffixes."""
         return _stem(self.image, self.guest)
 
 
 class OverlayFiles:
-    """The folder, and a lock on it: two daemons would write to the same files. close() it."""
+    """The folder, locked, since two daemons would write to the same files. Must be closed."""
 
     def __init__(self, folder: Path) -> None:
         """Raises UsageError, one line, for a folder that cannot be used."""
@@ -83,11 +83,11 @@ class OverlayFiles:
             ) from error
 
     def close(self) -> None:
-        """Let another daemon have it."""
+        """Unlock the folder."""
         os.close(self._lock)
 
     def records(self) -> Iterator[OverlayRecord]:
-        """What is there, by name; what cannot be read is logged and left as it is."""
+        """Yield the records, by file name; an unreadable one is logged and left as it is."""
         for path in sorted(self._folder.glob("*.json")):
             try:
                 yield _parse(json.loads(path.read_text()))
@@ -95,22 +95,23 @@ class OverlayFiles:
                 _log.error("overlay-unreadable", f"{path.name}: {error}; move it away")
 
     def write(self, record: OverlayRecord, image: Image, staged: str = "") -> None:
-        """Keep a record, durably, in the place of an older one. Raises SourceError.
+        """Write a record, durably, replacing an older one. Raises SourceError.
 
-        staged: it counts only if the handoff of that name does.
+        staged: the overlay is valid only if the handoff of that name was committed.
         """
         self._write(self._table(record, image, staged), record)
 
     def refresh(self, record: OverlayRecord, image: Image) -> None:
-        """As write(), if anything is to be said otherwise than it is."""
+        """Write a record as write() does, if it changed."""
         table = self._table(record, image)
         if table != self._written(record):
             self._write(table, record)
 
     def note_digest(self, image: Image) -> None:
-        """Keep an image's digest in what is written of its overlays from now on.
+        """Write an image's digest in records of its overlays from now on.
 
-        Unless its source was written to since it was opened, or is lost. May wait for the source.
+        Does nothing if its source was written to since it was opened, or is lost. May wait for the
+        source.
         """
         try:
             written_ns = image.source.written_ns()
@@ -120,7 +121,7 @@ class OverlayFiles:
             self._digests[image.label] = image.digest
 
     def knows_digest(self, image: Image) -> bool:
-        """Whether what is written of an image's overlays has its digest by now."""
+        """Whether records of an image's overlays are written with its digest by now."""
         return image.label in self._digests
 
     def _table(self, record: OverlayRecord, image: Image, staged: str = "") -> dict[str, Any]:
@@ -135,12 +136,12 @@ class OverlayFiles:
         return table
 
     def _source(self, record: OverlayRecord, image: Image) -> dict[str, int]:
-        """What an overlay's map was made under, or is to be."""
+        """Return the source's size and mtime that identify an overlay's map."""
         made_ns = self._written(record).get("source_mtime_ns", image.source.mtime_ns)
         return {"source_bytes": image.size_bytes, "source_mtime_ns": made_ns}
 
     def _written(self, record: OverlayRecord) -> dict[str, Any]:
-        """What a record's file says; {} if there is none. Raises SourceError."""
+        """Return the fields in a record's file; {} if there is none. Raises SourceError."""
         path = self._path(record.stem, ".json")
         try:
             return dict(json.loads(path.read_text()))
@@ -165,9 +166,9 @@ class OverlayFiles:
             raise SourceError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
     def check(self, record: OverlayRecord, image: Image) -> bool:
-        """Whether the image is the one that the overlay was made of; UsageError if it is not.
+        """Return True if the overlay was made of this image; UsageError if it was not.
 
-        False: its digest tells, once it is known.
+        False: only the image's digest, which is not known yet, can tell.
         """
         written = self._written(record)
         if written.get("source_bytes") == image.size_bytes:
@@ -178,60 +179,60 @@ class OverlayFiles:
             if digest and not image.digest:
                 return False
         raise UsageError(
-            f"the source of {image.label!r} changed since overlay {record.label!r} was made of "
-            f"it: serve the one it was made of, or remove {self._folder}/{record.stem}.*"
+            f"the source of {image.label!r} changed since overlay {record.label!r} was made: "
+            f"serve the old source, or remove {self._folder}/{record.stem}.*"
         )
 
     def identity(self, record: OverlayRecord) -> list[list[int]]:
-        """Which files an overlay's pages and map are now, as long as they are there."""
+        """Return device and inode of an overlay's pages and map; OSError if one is missing."""
         status = (os.stat(self._path(record.stem, suffix)) for suffix in _SUFFIXES[1:])
         return [[each.st_dev, each.st_ino] for each in status]
 
     def check_same(self, record: OverlayRecord, identity: list[list[int]]) -> None:
-        """Raise UsageError if its files are not those that our predecessor had."""
+        """Raise UsageError unless its files are those that our predecessor had."""
         with contextlib.suppress(OSError):
             if self.identity(record) == identity:
                 return
         raise UsageError(
             f"files of overlay {record.label!r} are not those that the last backend wrote to: "
-            f"somebody replaced {self._folder}/{record.stem}.*; put the old ones back, and restart"
+            f"{self._folder}/{record.stem}.* were replaced; put the old ones back, and restart"
         )
 
     def staged(self, record: OverlayRecord) -> str:
-        """The handoff that an overlay was staged by and not admitted since; "" if none was."""
+        """Return the handoff by which an overlay is staged, not admitted yet; "" if none."""
         return str(json.loads(self._path(record.stem, ".json").read_text()).get("staged", ""))
 
     def check_free(self, record: OverlayRecord) -> None:
-        """Raise UsageError if files of that name are there: unusable ones, or they were open."""
+        """Raise UsageError if files of that name exist: usable ones would be in the table."""
         for suffix in _SUFFIXES:
             if self._path(record.stem, suffix).exists():
                 raise UsageError(
-                    f"files of an earlier overlay {record.label!r} are there, and not usable "
-                    "when the daemon began: see its log, and move "
+                    f"files of an earlier overlay {record.label!r} exist and were unusable when "
+                    "the daemon started: see its log, and move "
                     f"{self._folder}/{record.stem}.* away"
                 )
 
     def clear(self, record: OverlayRecord) -> None:
-        """Remove what was staged under that name and never admitted: files without a record.
+        """Remove files without a record, left by an overlay that was staged and never admitted.
 
-        Raises UsageError if there is a record, of an overlay that could not be used at the start.
+        Raises UsageError if there is a record, of an overlay that was unusable at the start.
         """
         if self._path(record.stem, ".json").exists():
             self.check_free(record)
         self.remove(record.image, record.guest)
 
     def open(self, record: OverlayRecord, account: Account, *, is_adopted: bool = False) -> Overlay:
-        """Open an overlay's files, made if they are not there. Raises SourceError, UsageError.
+        """Open an overlay's files, or create them. Raises SourceError, UsageError.
 
-        is_adopted: the account was adopted; what it says is private is so.
+        is_adopted: the account was adopted, and its private bits are valid.
         """
         source = self._source(record, account.image)
-        told = json.dumps({"image": record.image, **source}, sort_keys=True)
-        identity = hashlib.sha256(told.encode()).digest()
+        text = json.dumps({"image": record.image, **source}, sort_keys=True)
+        identity = hashlib.sha256(text.encode()).digest()
         return Overlay.files(account, self._folder, record.stem, identity, is_adopted=is_adopted)
 
     def remove(self, image: str, guest: str) -> None:
-        """Remove an overlay's files, the record last, so that none is ever without one."""
+        """Remove an overlay's files, the record last, so that no file is ever without one."""
         for suffix in reversed(_SUFFIXES):
             with contextlib.suppress(FileNotFoundError):
                 self._path(_stem(image, guest), suffix).unlink()
@@ -253,7 +254,7 @@ def _opener(path: str, flags: int) -> int:
 
 
 def _stem(image: str, guest: str) -> str:
-    """Names as they are where a file's may be so; long ones cut, and told apart by a digest."""
+    """Make a file name of the names, percent-encoded; cuts long ones and appends a digest."""
     stem = quote(f"{image}@{guest}", safe="@ ")
     if len(stem) > _STEM_MAX:
         stem = f"{stem[: _STEM_MAX - 20]}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
@@ -262,17 +263,17 @@ def _stem(image: str, guest: str) -> str:
 
 def _parse(table: Any) -> OverlayRecord:
     if table["version"] != _VERSION:
-        raise ValueError(f"version {table['version']!r} is not known here")
+        raise ValueError(f"unknown version {table['version']!r}")
     return overlay_record(table)
 
 
 def overlay_record(table: Any) -> OverlayRecord:
-    """Read a record back from its fields; ValueError, KeyError or TypeError if it is none."""
+    """Read a record from its fields; ValueError, KeyError or TypeError if they are invalid."""
     record = OverlayRecord(**{key: table[key] for key in OverlayRecord.__dataclass_fields__})
     if record.quota_bytes is not None and type(record.quota_bytes) is not int:
-        raise ValueError("quota_bytes is no number")
+        raise ValueError("quota_bytes is not a number")
     if record.policy not in ("stop", "kill", "allow"):
-        raise ValueError(f"policy {record.policy!r} is not known")
+        raise ValueError(f"unknown policy {record.policy!r}")
     if not all(isinstance(text, str) for text in (record.image, record.guest, record.owner)):
         raise ValueError("image, guest and owner must be text")
     return record

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which quota and policy a guest gets whose private pages the backend keeps."""
+"""The quota and policy of guests whose private pages the backend keeps."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["OverlayLimits"]
 
 @dataclass(frozen=True)
 class OverlayLimits:
-    """The default quota and policy, and the most that anybody may ask for; None is no limit.
+    """The default quota and policy, and the largest quota a guest may request; None: no limit.
 
-    The pages are in the backend's memory, or on its disk: a guest must not choose how many.
+    The pages are in the backend's memory or on its disk, so the guest must not choose how many.
     """
 
     default_bytes: int | None = None
@@ -26,9 +26,9 @@ class OverlayLimits:
     def agree(
         self, quota_bytes: int | None, policy: QuotaPolicy | None
     ) -> tuple[int | None, QuotaPolicy]:
-        """Give what a guest gets that names these, None where it names none.
+        """Return the quota and policy for a request; None requests the default.
 
-        UsageError if that is more than anybody may have.
+        UsageError if a guest may not have them.
         """
         if policy is QuotaPolicy.ALLOW and self.default_policy is not QuotaPolicy.ALLOW:
             raise UsageError(

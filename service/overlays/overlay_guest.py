@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest whose private pages the backend keeps, and who may come back to them."""
+"""A guest whose private pages the backend keeps, and its owner."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from cowshed.accounting import Account, AccountStatus, Overlay, Quota
 from cowshed.cache import Image
 from cowshed.service.guests.guests import OpenRequest
+from cowshed.service.overlays.files import OverlayRecord
 from cowshed.transport.nbd.serving import NbdExport
 
 __all__ = ["OverlayGuest"]
@@ -19,8 +20,9 @@ __all__ = ["OverlayGuest"]
 class OverlayGuest:
     """A guest whose private pages the backend keeps. Invariant: nr_clients are connected now.
 
-    pages_id names these private pages: pages in files have another name once a daemon has begun
-    anew with them, for then what was not flushed may be lost, and only the guest knows what it is.
+    pages_id identifies these private pages. Pages in files get another identifier when a daemon
+    opens them without inheriting them: writes that were not flushed may be lost then, and only the
+    guest knows which.
     """
 
     request: OpenRequest
@@ -34,12 +36,12 @@ class OverlayGuest:
     overlay: Overlay
     export: NbdExport
     quota_bytes: int | None
-    # Other private pages, under the same guest's name, are named otherwise.
+    # Pages made anew under the same guest's name get another identifier.
     pages_id: str = field(default_factory=lambda: secrets.token_hex(8))
     group: str = ""
     nr_clients: int = 0
     nr_users: int = 0  # see OverlayTable.using()
-    record_lock: threading.Lock = field(default_factory=threading.Lock)  # of its record's file
+    record_lock: threading.Lock = field(default_factory=threading.Lock)  # for its record's file
     account_no: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,7 +54,7 @@ class OverlayGuest:
 
     @property
     def domain(self) -> str:
-        """The sharing domain it is in: its image's."""
+        """The sharing domain: its image's."""
         return self.request.image.domain
 
     @property
@@ -62,14 +64,27 @@ class OverlayGuest:
 
     @property
     def label(self) -> str:
-        """What operators call it: IMAGE@GUEST, or DOMAIN/IMAGE@GUEST."""
+        """The overlay's name for operators: IMAGE@GUEST, or DOMAIN/IMAGE@GUEST."""
         return f"{self.image.label}@{self.name}"
 
     @property
     def state(self) -> str:
-        """Whether anybody is connected."""
+        """ "running" while a client is connected, else "away"."""
         return "running" if self.nr_clients else "away"
 
     def granted_bytes(self, _: AccountStatus) -> int:
-        """None: it maps nothing."""
+        """Return 0: it maps nothing."""
         return 0
+
+    def record(self) -> OverlayRecord:
+        """Return its record, for a successor."""
+        return OverlayRecord(
+            image=self.image.label,
+            guest=self.name,
+            owner=self.owner,
+            counted_as=self.counted_as,
+            transport=self.transport,
+            uid=self.uid,
+            quota_bytes=self.quota_bytes,
+            policy=self.request.policy.name.lower(),
+        )

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What outlives the backend: groups of descriptors, records, counters."""
+"""State that outlives the backend: groups of descriptors, records, counters."""

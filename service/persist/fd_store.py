@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Descriptors that outlive this process, by systemd's protocol (sd_notify(3), sd_listen_fds(3)).
 
-Whoever supervises us (systemd, or our own keeper) is sent groups of descriptors, each under a
-name, and passes them to our successor. What each one of a group is, the successor reads off the
-descriptor itself, so a group needs no order. A supervisor that is away or busy is told later: what
-should be held is remembered (FdStore.groups), and what of it is not (holder.py).
+The backend sends groups of descriptors, each under a name, to its supervisor (systemd, or our
+keeper), which passes them to the successor. The successor finds out each descriptor's kind from the
+descriptor itself, so a group needs no order. If the supervisor is gone or busy, the groups are sent
+later: FdStore.groups has what should be held, fd_keeper.py what of it is not.
 
 Sources: sd_notify(3) for FDSTORE, FDNAME, FDSTOREREMOVE, FDPOLL, READY, STOPPING; sd_listen_fds(3)
 for LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES.
@@ -21,8 +21,8 @@ import threading
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
-from cowshed.cache.errors import UsageError
-from cowshed.service.persist.holder import Holder
+from cowshed.cache.errors import InvariantError, UsageError
+from cowshed.service.persist.fd_keeper import FdKeeper
 from cowshed.service.persist.notice import Groups
 from cowshed.service.runtime.logs import EventLog
 
@@ -41,14 +41,14 @@ _log = EventLog("cowshed.survival")
 
 FIRST_FD: Final = 3  # SD_LISTEN_FDS_START
 _MAX_FDS: Final = 253  # SCM_MAX_FD
-# How long one who reads slowly may hold up whoever calls; the rest is sent later.
+# How long a slow supervisor may delay the caller; the rest is sent later.
 _SEND_SECONDS: Final = 0.1
 _TELL_COPY_SECONDS: Final = 1.0
 _COPY_SECONDS: Final = 5.0
-# Control characters and ':' are systemd's to refuse; what is not ASCII too.
+# systemd refuses control characters, ':' and anything that is not ASCII.
 _NAME: Final = re.compile(r"[!-9;-~]{1,255}")
 
-# Memfds keep the names that other releases gave them; the kinds they are known by here.
+# Memfd names are frozen for other releases; these map them to the kinds used here.
 _KINDS: Final = {"purse": "quota", "tallies": "counters"}
 
 _MEMFD: Final = re.compile(r"/memfd:cowshed-([a-z]+)( \(deleted\))?")
@@ -57,148 +57,161 @@ _PROC_FILE: Final = re.compile(r"/(pagemap|mem)( \(deleted\))?$")
 
 
 class FdStore:
-    """The groups held for our successor, and the supervisor that holds them; None: nobody does.
+    """The groups held for our successor, and the supervisor that holds them.
 
-    held is what it held for our predecessor and so for us. What could not be held is sent later:
-    on_unsent is called, in any thread, when there is such, and then reconcile() is to be called
-    until it says that all is sent. Descriptors are borrowed until release(). For any thread.
+    address None: there is no supervisor. held are the groups it already held for our predecessor.
+    When a group could not be sent, on_unsent is called, in any thread; the owner must then call
+    reconcile() until that returns True. Descriptors are borrowed until release(). For any thread.
 
-    Invariant: groups is what should be held, by name; a Holder knows what of it is not.
+    Invariant: groups has all that should be held, by name; an FdKeeper knows what of it is not.
     """
 
     def __init__(self, address: str | None, held: Groups | None = None) -> None:
         self._lock = threading.Lock()
         self.groups: Final[Groups] = {name: list(fds) for name, fds in (held or {}).items()}
-        self._keeper = None if address is None else Holder(address, self.groups)
-        self._copy: Holder | None = None
+        self._keeper = None if address is None else FdKeeper(address, self.groups)
+        self._copy: FdKeeper | None = None
         self._is_kept = address is not None
         self.on_unsent: Callable[[], None] = _nothing
 
-    def close(self) -> None:
-        """Stop speaking to the supervisor; it goes on holding what it holds."""
+    def check(self) -> None:
+        """Raise InvariantError for a group with a closed descriptor."""
         with self._lock:
-            for holder in self._holders():
-                holder.close()
+            for name, fds in self.groups.items():
+                for fd in fds:
+                    try:
+                        os.fstat(fd)
+                    except OSError as error:
+                        raise InvariantError(
+                            f"groups: {name} has descriptor {fd}, which is closed"
+                        ) from error
+
+    def close(self) -> None:
+        """Close the sockets to the supervisors; they keep what they hold."""
+        with self._lock:
+            for keeper in self._keepers():
+                keeper.close()
             self._keeper = self._copy = None
 
     @property
     def kept(self) -> bool:
-        """Whether anybody is to hold what we give."""
+        """Whether there is, or should be, a supervisor."""
         return self._is_kept
 
     @property
     def address(self) -> str:
-        """Where the supervisor is told; "" if there is none."""
+        """The supervisor's address; "" if there is none."""
         keeper = self._keeper
         return "" if keeper is None else keeper.address
 
     @property
     def nr_not_held(self) -> int:
-        """How many groups would not outlive us now, and should; 0 if nobody is to hold any."""
+        """The number of groups that a successor would lack if we died now; 0 if none are kept."""
         with self._lock:
             if not self._is_kept:
                 return 0
             return len(self.groups) if self._keeper is None else self._keeper.nr_unsent
 
     def lose(self) -> None:
-        """The supervisor is gone: nothing is held until move()."""
+        """Record that the supervisor is gone: nothing is held until move()."""
         with self._lock:
             if self._keeper is not None:
                 self._keeper.close()
             self._keeper = None
 
     def move(self, address: str) -> None:
-        """From now on another supervisor is to hold everything; reconcile() tells it."""
+        """Have another supervisor hold everything from now on; reconcile() sends it."""
         with self._lock:
             if self._keeper is not None:
                 self._keeper.close()
-            self._keeper = Holder(address)
+            self._keeper = FdKeeper(address)
             self._keeper.want(self.groups)
             self._is_kept = True
 
     def reconcile(self, seconds: float = 0.0) -> bool:
-        """Tell each holder what it has not been told, waiting at most so long; whether it was all.
+        """Send each keeper what it lacks, waiting at most so long; True if all is sent.
 
-        Call it again when a keeper that is full takes more (keeper_fd()), or after a while.
+        The caller must call it again when a full keeper takes more (keeper_fd()), or after a while.
         """
         with self._lock:
-            for holder in self._holders():
-                holder.is_slow &= not seconds
-                holder.send(self.groups, seconds)
+            for keeper in self._keepers():
+                keeper.is_slow &= not seconds
+                keeper.send(self.groups, seconds)
             return self._is_all_sent()
 
     @property
     def is_keeper_full(self) -> bool:
-        """Whether the supervisor takes no more just now: then keeper_fd() says when it does."""
+        """Whether the supervisor takes no more now; keeper_fd() is writable once it does."""
         with self._lock:
             return self._keeper is not None and self._keeper.is_full and not self._keeper.is_done
 
     @property
     def needs_time(self) -> bool:
-        """Whether no descriptor says when there is more to send to whom.
+        """Whether reconcile() must be called after a while, since no descriptor shows when.
 
-        A copy's socket is closed by other threads (end_copy()), so nobody may watch it.
+        Other threads may close a copy's socket (end_copy()), so it must not be watched.
         """
         with self._lock:
-            waits = [each for each in self._holders() if not each.is_done]
+            waits = [each for each in self._keepers() if not each.is_done]
             is_away = self._is_kept and self._keeper is None
             return is_away or any(each is self._copy or not each.is_full for each in waits)
 
     def keeper_fd(self) -> int:
-        """Of the supervisor's socket, -1 if there is none.
+        """Return the socket to the supervisor, -1 if there is none.
 
-        Ready to read when it has said something (take_refused()), to write once it takes more.
+        It is readable when the supervisor has answered (take_refused()), writable when it takes
+        more.
         """
         return -1 if self._keeper is None else self._keeper.fileno()
 
     def take_refused(self) -> list[str]:
-        """Groups that the supervisor has just said it cannot hold: they are to be sent again."""
+        """Return groups that the supervisor reported it cannot hold; reconcile() resends them."""
         with self._lock:
             return [] if self._keeper is None else self._keeper.refused()
 
     def copy_to(self, address: str) -> int:
-        """Have another hold all the same until end_copy(), besides the supervisor; how many groups.
+        """Have a second supervisor hold the same until end_copy(); return the number of groups.
 
-        OSError if it does not listen, or takes nothing for a while.
+        OSError if it does not listen, or takes nothing for _COPY_SECONDS.
         """
-        holder = Holder(address)
+        keeper = FdKeeper(address)
         with self._lock:
-            holder.want(self.groups)
-            self._copy = holder
+            keeper.want(self.groups)
+            self._copy = keeper
         while True:
             with self._lock:
-                error = holder.send(self.groups)
+                error = keeper.send(self.groups)
                 if error is None:
                     return len(self.groups)
-                is_full = holder.is_full
-            if not is_full or not select.select([], [holder], [], _COPY_SECONDS)[1]:
+                is_full = keeper.is_full
+            if not is_full or not select.select([], [keeper], [], _COPY_SECONDS)[1]:
                 self.end_copy()
                 raise error
 
     def end_copy(self) -> None:
-        """Tell that other no more; what it holds already is its own affair."""
+        """Send the second supervisor nothing more; it keeps what it holds."""
         with self._lock:
             copy, self._copy = self._copy, None
             if copy is not None:
                 copy.close()
 
     def notify_copy(self, **fields: str) -> None:
-        """Tell that other how we are. OSError if it does not listen, or is told no more."""
+        """Notify the second supervisor of our state. OSError if it is gone, or after end_copy()."""
         with self._lock:
             if self._copy is None:
-                raise ConnectionRefusedError("nobody holds a copy")
+                raise ConnectionRefusedError("there is no second supervisor")
             self._copy.note(fields)
             self._copy.is_slow = False
             error = self._copy.send(self.groups, _TELL_COPY_SECONDS)
         if error is not None:
             raise error
 
-    def hold(self, name: str, fds: Sequence[int], **about: Any) -> bool:
-        """Have a group held under a name of its own until release(name); whether it is by now.
+    def keep(self, name: str, fds: Sequence[int], **about: Any) -> bool:
+        """Have a group held under its own name until release(name); True if that was sent.
 
-        Then our death does not lose the group. If not, it is held as soon as it can be, which is
-        in the log, with what the group is about. One that was held for our predecessor is held
-        already. If nobody is to hold anything, that is as it should be.
+        A held group survives our death. If sending failed, that is logged with the fields `about`,
+        and the group is sent as soon as possible. True also for a group that was held for our
+        predecessor, and if there is no supervisor.
         """
         assert _NAME.fullmatch(name)
         assert 0 < len(fds) <= _MAX_FDS
@@ -207,13 +220,13 @@ class FdStore:
             self.groups[name] = list(fds)
             if not is_new:
                 return True
-            for holder in self._holders():
-                holder.want([name])
+            for keeper in self._keepers():
+                keeper.want([name])
             error = self._send_all()
         if error is not None:
             _log.error(
                 "not-held",
-                f"{error.strerror or error}; until it is, the backend's death would be its end",
+                f"{error.strerror or error}; until it is held, the backend's death would lose it",
                 group=name,
                 **about,
             )
@@ -221,39 +234,41 @@ class FdStore:
         return error is None
 
     def release(self, name: str) -> None:
-        """Have a group held no more; nothing if it is not. Before its descriptors are closed."""
+        """Have a group dropped, if it is held; must precede the close of its descriptors."""
         with self._lock:
             if self.groups.pop(name, None) is None:
                 return
-            for holder in self._holders():
-                holder.drop(name)
+            for keeper in self._keepers():
+                keeper.drop(name)
             self._send_all()
             is_all_sent = self._is_all_sent()
         if not is_all_sent:
             self.on_unsent()
 
     def notify(self, **fields: str) -> bool:
-        """Tell the supervisor how we are: notify(READY="1"); whether it was by now, and by all that
-        is held before it. If not, it is told as soon as it can be.
+        """Notify the supervisor of our state, as notify(READY="1"), after all groups.
+
+        True if all was sent; if not, it is sent as soon as possible, but dropped if the supervisor
+        is gone.
         """
         with self._lock:
             if self._keeper is None:
                 return not self._is_kept
             self._keeper.note(fields)
-            is_told = self._keeper.send(self.groups, _SEND_SECONDS) is None
-        if not is_told:
+            is_sent = self._keeper.send(self.groups, _SEND_SECONDS) is None
+        if not is_sent:
             self.on_unsent()
-        return is_told
+        return is_sent
 
-    def _holders(self) -> list[Holder]:
-        return [holder for holder in (self._keeper, self._copy) if holder is not None]
+    def _keepers(self) -> list[FdKeeper]:
+        return [keeper for keeper in (self._keeper, self._copy) if keeper is not None]
 
     def _is_all_sent(self) -> bool:
         lacks_keeper = self._is_kept and self._keeper is None
-        return not lacks_keeper and all(holder.is_done for holder in self._holders())
+        return not lacks_keeper and all(keeper.is_done for keeper in self._keepers())
 
     def _send_all(self) -> OSError | None:
-        """Send what waits; why the supervisor does not have it all, if it does not."""
+        """Send everything queued; return the error for the supervisor, or None."""
         if self._copy is not None:
             self._copy.send(self.groups)
         if self._keeper is not None:
@@ -266,32 +281,34 @@ def _nothing() -> None:
 
 
 def take_supervisor(environment: MutableMapping[str, str]) -> str | None:
-    """Take the address of the supervisor that started us; None if none did.
+    """Take the supervisor's address out of the environment; None if there is none.
 
-    An empty one is as none: that is how shells and containers unset a variable for a command.
+    An empty one counts as none: shells and containers unset a variable in that way.
     """
     return environment.pop("NOTIFY_SOCKET", "") or None
 
 
 def has_supervisor(environment: Mapping[str, str]) -> bool:
-    """Whether a supervisor started us that holds descriptors, as systemd does."""
+    """Whether a supervisor that holds descriptors, as systemd does, started us."""
     return bool(environment.get("NOTIFY_SOCKET"))
 
 
 def take_inherited(environment: MutableMapping[str, str]) -> Groups:
-    """Take the descriptors that a supervisor passed to this very process, by name.
+    """Take the descriptors that a supervisor passed to this process, by group name.
 
-    They become ours (close-on-exec), and the environment forgets them. UsageError if what it says
-    makes no sense.
+    They become close-on-exec, and their variables are removed. UsageError if the variables are
+    inconsistent, or name a closed descriptor.
     """
-    said = {key: environment.pop(key, "") for key in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")}
-    if said["LISTEN_PID"] != str(os.getpid()) or not said["LISTEN_FDS"]:
+    given = {
+        key: environment.pop(key, "") for key in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+    }
+    if given["LISTEN_PID"] != str(os.getpid()) or not given["LISTEN_FDS"]:
         return {}
-    names = said["LISTEN_FDNAMES"].split(":") if said["LISTEN_FDNAMES"] else []
-    if not said["LISTEN_FDS"].isdecimal() or len(names) != int(said["LISTEN_FDS"]):
+    names = given["LISTEN_FDNAMES"].split(":") if given["LISTEN_FDNAMES"] else []
+    if not given["LISTEN_FDS"].isdecimal() or len(names) != int(given["LISTEN_FDS"]):
         raise UsageError(
-            f"LISTEN_FDS is {said['LISTEN_FDS']!r} and LISTEN_FDNAMES names {len(names)}; "
-            "have the supervisor pass one name for each descriptor"
+            f"LISTEN_FDS is {given['LISTEN_FDS']!r} and LISTEN_FDNAMES names {len(names)}; "
+            "the supervisor must pass one name for each descriptor"
         )
     groups: Groups = {}
     for fd, name in enumerate(names, FIRST_FD):
@@ -304,7 +321,7 @@ def take_inherited(environment: MutableMapping[str, str]) -> Groups:
 
 
 def listen_environment(groups: Groups, pid: int) -> tuple[dict[str, str], list[int]]:
-    """Give the variables for a process with pid, and the descriptors to be its 3, 4, ..."""
+    """Return the variables for a process with pid, and the descriptors to become its 3, 4, ..."""
     names = [name for name, fds in groups.items() for _ in fds]
     fds = [fd for group in groups.values() for fd in group]
     if not fds:
@@ -318,9 +335,11 @@ def listen_environment(groups: Groups, pid: int) -> tuple[dict[str, str], list[i
 
 
 def kind_of(fd: int) -> str:
-    """Say what a descriptor is: "image", "guest" (an image read-only), "extents", "ledger", ... by
-    the name of a memfd of ours; "uffd", "pagemap", "mem", "socket"; "file" for another with a path,
-    "direct" if that is open for O_DIRECT; or "" for anything else. Asks no file system.
+    """Return a descriptor's kind; asks no file system.
+
+    By the name of a memfd of ours: "image", "guest" (an image read-only), "extents", "ledger", ...
+    Else "uffd", "pagemap", "mem", "socket" or "pages"; for another file with a path "file", or
+    "direct" if it is open for O_DIRECT; "" for anything else.
     """
     link = ""
     with contextlib.suppress(OSError):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the last backend left us: groups of descriptors, and the records that say what they are of.
+"""Groups of descriptors inherited from the last backend, and the records that describe them.
 
-A group is what one thing needs to live on: an image, a guest's mapping, a listening socket. One of
-its descriptors is a record, a memfd with a JSON object, written before the group is held and never
-changed but for one byte at its end, so that no death leaves half of one.
+A group has what a successor needs to go on with one image, mapping, overlay or listening socket.
+One of its descriptors is a record: a memfd with a JSON object. It is complete before the group is
+held, and later only one byte is appended, so a death never leaves a partial one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cowshed.cache.errors import InvariantError
 from cowshed.service.persist.fd_store import kind_of
 from cowshed.service.persist.notice import Groups
 
-__all__ = ["InheritedFds", "record_close", "record_is_open", "record_make", "record_read"]
+__all__ = ["InheritedFds", "Kinds", "record_close", "record_is_open", "record_make", "record_read"]
 
 _MAX_RECORD_BYTES: Final = 1 << 20
 
@@ -28,14 +28,14 @@ Kinds = dict[str, int]
 
 
 def record_make(fields: Mapping[str, Any]) -> int:
-    """Give a memfd that holds the fields; the caller's."""
+    """Return a memfd that has the fields, which the caller owns."""
     fd = os.memfd_create("cowshed-record", os.MFD_CLOEXEC)
     os.write(fd, json.dumps(fields).encode())
     return fd
 
 
 def record_read(fd: int) -> dict[str, Any]:
-    """Read a record back; InvariantError for anything else, since nobody but us writes them."""
+    """Read a record; InvariantError for anything else, since only backends write them."""
     raw = os.pread(fd, min(os.fstat(fd).st_size, _MAX_RECORD_BYTES), 0)
     try:
         fields = json.loads(raw)
@@ -47,19 +47,19 @@ def record_read(fd: int) -> dict[str, Any]:
 
 
 def record_close(fd: int) -> None:
-    """Say that what the record tells of as under way is done."""
+    """Mark the operation that the record describes as done."""
     os.pwrite(fd, _END, os.fstat(fd).st_size)
 
 
 def record_is_open(fd: int) -> bool:
-    """Whether nobody has said so yet."""
+    """Whether record_close() was not called for it yet."""
     return os.pread(fd, 1, max(0, os.fstat(fd).st_size - 1)) != _END
 
 
 class InheritedFds:
-    """Descriptors by group and kind; close() closes those that nobody took.
+    """Descriptors by group and kind; close() closes those that were not taken.
 
-    A group with two descriptors of a kind, or one of a kind unknown, is not ours: it is closed.
+    A group with two descriptors of a kind, or one of unknown kind, is foreign: it is closed.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -75,17 +75,17 @@ class InheritedFds:
         return iter(list(self._groups))
 
     def take(self, name: str) -> Kinds | None:
-        """Give a group's descriptors by kind, now the caller's; None if there is no such group."""
+        """Return a group's descriptors by kind, now the caller's; None if there is no group."""
         return self._groups.pop(name, None)
 
     def take_all(self, prefix: str) -> Iterator[tuple[str, Kinds]]:
-        """Give every group whose name begins so, as take() does."""
+        """Yield the name of every group with that prefix, with its descriptors as in take()."""
         for name in self:
             if name.startswith(prefix):
                 yield name, self._groups.pop(name)
 
     def close(self) -> None:
-        """Close what is left."""
+        """Close the groups that were not taken."""
         for kinds in self._groups.values():
             _close_all(kinds.values())
         self._groups.clear()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters by name in a memfd of their own, so that a successor goes on counting.
+"""Named counters in a memfd of their own, so that a successor goes on counting.
 
     "CWTALLY1"  number of counters, u32  0, u32  {name, 56 bytes, zero padded; count, u64} ...
 
-A counter is one word: there is nothing that a death could leave half done.
+A counter is one word, updated atomically, so a death cannot leave it half written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["LOG_COUNTS", "LOG_GROUP", "KeptCounts", "keep_counts"]
 
 _log = EventLog("cowshed.survival")
 
-# Lines of the log that nobody took, of backends and of keepers: who holds the group counts in it.
+# Lost lines of the log, of backends and of keepers; both count in this group.
 LOG_GROUP: Final = "log-counts"
 LOG_COUNTS: Final = ("backend", "keeper")
 
@@ -37,12 +37,12 @@ _STRIDE: Final = _ENTRY.size // _WORD
 
 
 class KeptCounts:
-    """The counters; each only grows. For any thread, and for two processes at a time."""
+    """The counters; each only grows. For any thread, and for several processes at once."""
 
     def __init__(self, names: Sequence[str], left_fd: int | None = None) -> None:
-        """Begin at 0; or go on with the memfd that another process left, taken over on success.
+        """Start at 0, or go on with a memfd that another process left, taken over on success.
 
-        InvariantError if that has other counters, or is no such memfd.
+        InvariantError if the memfd has other counters, or another format.
         """
         wanted = _layout(names)
         if left_fd is None:
@@ -57,14 +57,14 @@ class KeptCounts:
         self._cdata = ffi.from_buffer("uint64_t[]", self._words)
 
     def close(self) -> None:
-        """Let go of the memory; who holds the memfd has the counters still."""
+        """Unmap and close the memfd; other holders of it keep the counters."""
         ffi.release(self._cdata)
         self._view.release()
         self._words.close()
         os.close(self.fd)
 
     def add(self, name: str, nr: int = 1) -> None:
-        """Count; KeyError for a name that was not given."""
+        """Add nr to a counter; KeyError for an unknown name."""
         lib.shared_count_add(self._cdata, self._places[name], nr)
 
     def read(self) -> dict[str, int]:
@@ -75,7 +75,7 @@ class KeptCounts:
 def keep_counts(
     group: str, names: Sequence[str], fd_store: FdStore, inherited: InheritedFds
 ) -> KeptCounts:
-    """Go on with the counters that were left under a group's name, or begin; held from now on."""
+    """Go on with the counters inherited under a group's name, or start at 0; held from now on."""
     left = inherited.take(group) or {}
     try:
         if left.keys() - {"counters"}:
@@ -87,7 +87,7 @@ def keep_counts(
         for fd in left.values():
             os.close(fd)
         counts = KeptCounts(names)
-    fd_store.hold(group, [counts.fd])
+    fd_store.keep(group, [counts.fd])
     return counts
 
 
@@ -99,9 +99,9 @@ def _layout(names: Sequence[str]) -> bytes:
 
 
 def _check(found: bytes, wanted: bytes) -> None:
-    """Refuse what differs from a table of these names in anything but its counts."""
+    """Raise InvariantError unless found is a table of the same names, whatever its counts."""
     if len(found) != len(wanted):
-        raise InvariantError(f"a table of {len(found)} bytes was left, not of {len(wanted)}")
+        raise InvariantError(f"the inherited table has {len(found)} bytes, not {len(wanted)}")
     entries = zip(
         _ENTRY.iter_unpack(found[_HEADER.size :]),
         _ENTRY.iter_unpack(wanted[_HEADER.size :]),
@@ -110,4 +110,4 @@ def _check(found: bytes, wanted: bytes) -> None:
     if found[: _HEADER.size] != wanted[: _HEADER.size] or any(
         ours[0] != theirs[0] for ours, theirs in entries
     ):
-        raise InvariantError("the table that was left counts other things")
+        raise InvariantError("the inherited table has other counters")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Listening sockets that outlive us: who connects while nobody serves waits, and is not refused."""
+"""Listening sockets that outlive the backend: clients wait for its successor, none is refused."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _PREFIX: Final = "listen/"
 
 
 class Listeners:
-    """Opens listening sockets, or gives back those that our predecessor had; all are held.
+    """Opens listening sockets, or returns those inherited; all are held for the successor.
 
-    fds are the sockets'; they stay open for as long as we serve.
+    fds are the sockets' descriptors, which stay open as long as the daemon serves.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class Listeners:
     def open(
         self, what: str, make: Callable[[], socket.socket], path: Path | None = None
     ) -> socket.socket:
-        """Give the socket that listens at what, not blocking, the caller's; make() gives a new one.
+        """Return the non-blocking socket that listens at `what`; the caller owns it.
 
-        path is where it is in the file system: one whose path is gone cannot be reached and is
-        made anew; where that cannot be, the old one is kept, for nobody but whom it serves
-        already. Raises what make() does, if there is no old one.
+        It is the inherited one, or make()'s if there is none. path is its place in the file system:
+        if the path is gone, nobody can connect, and the socket is made anew; if that fails, the
+        inherited one is used. Raises what make() raises if there is no inherited one.
         """
         group = _group(what)
         left = self._left(group)
@@ -60,25 +60,25 @@ class Listeners:
             self._paths[what] = path
         sock.setblocking(False)
         self.fds.add(sock.fileno())
-        self._fd_store.hold(group, [sock.fileno()], listener=what)
+        self._fd_store.keep(group, [sock.fileno()], listener=what)
         return sock
 
     def keep(self, what: str) -> None:
-        """Have what our predecessor had at what held on, unserved until open(); or nothing."""
+        """Keep holding the socket inherited for `what`, if any, unserved until open()."""
         group = _group(what)
         if (left := self._inherited.take(group)) is not None:
             self._kept[group] = left
-            self._fd_store.hold(group, list(left.values()), listener=what)
+            self._fd_store.keep(group, list(left.values()), listener=what)
 
     def close(self) -> None:
-        """Close what was kept and never opened; it stays held."""
+        """Close sockets that were kept and never opened; the supervisor still holds them."""
         for left in self._kept.values():
             for fd in left.values():
                 os.close(fd)
         self._kept.clear()
 
     def look(self) -> None:
-        """Log, once each, paths that somebody removed; may wait for a disk."""
+        """Log, once each, paths that were removed; may wait for a disk."""
         for what, path in list(self._paths.items()):
             if _is_socket(path):
                 self._removed.discard(what)
@@ -86,8 +86,8 @@ class Listeners:
                 self._removed.add(what)
                 _log.error(
                     "socket-removed",
-                    "somebody removed it, and nobody can connect there: reload the daemon "
-                    "(SIGHUP), which makes it again and disturbs no guest",
+                    "the socket's path was removed, and nobody can connect there: reload the "
+                    "daemon (SIGHUP), which makes it again and disturbs no guest",
                     path=path,
                 )
 
@@ -97,9 +97,9 @@ class Listeners:
         try:
             sock = make()
         except (CowshedError, OSError) as error:
-            _log.error("not-reachable", f"{error}; guests that are here are served", listener=what)
+            _log.error("not-reachable", f"{error}; connected guests are served", listener=what)
             return left
-        _log.warning("socket-made-again", "somebody had removed it", listener=what)
+        _log.warning("socket-made-again", "its path had been removed", listener=what)
         self._fd_store.release(group)
         left.close()
         return sock
@@ -122,7 +122,7 @@ class Listeners:
 
 
 def _group(what: str) -> str:
-    # Not every name may be a group's: as in a URI, but for the colon.
+    # Group names allow few characters: quote as in a URI, and the colon too.
     return _PREFIX + quote(what, safe="/@[]")[:240]
 
 

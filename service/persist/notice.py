@@ -9,11 +9,11 @@ from typing import Final
 
 __all__ = ["FOLLOWER", "LEFT", "NOT_HELD", "Groups", "Notice"]
 
-# Besides systemd's words. A backend that leaves tells its keeper whose backend comes after it (a
-# pid, 0: nobody's after all), and the keeper that comes after that it leaves to that.
+# Fields besides systemd's. In a takeover the old backend sends its keeper the pid of the follower
+# (0: none after all), and then sends the follower LEFT.
 FOLLOWER: Final = "X_COWSHED_FOLLOWER"
 LEFT: Final = "X_COWSHED_LEFT"
-# A keeper of ours tells its backend which group it could not hold.
+# Our keeper reports to its backend a group that it could not hold.
 NOT_HELD: Final = "X_COWSHED_NOT_HELD"
 
 Groups = dict[str, list[int]]
@@ -27,10 +27,10 @@ class Notice:
 
     @classmethod
     def parse(cls, datagram: bytes) -> Notice:
-        """Read a datagram; lines without '=' say nothing, of two with one name the last counts."""
+        """Parse a datagram; ignores lines without '='; of a repeated name the last line counts."""
         lines = datagram.decode("utf-8", errors="replace").split("\n")
         return cls(dict(line.split("=", 1) for line in lines if "=" in line))
 
     def encode(self) -> bytes:
-        """Give the datagram."""
+        """Return the datagram."""
         return "\n".join(f"{name}={value}" for name, value in self.fields.items()).encode()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is told of guests and images: the status, its text, and changes of state in the log."""
+"""Reports of guests and images: the status, its text, and changes of state in the log."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells, once each time, that a guest stopped at its quota, went on, or cannot be served."""
+"""Log each time that a guest stops at its quota, resumes, or cannot be served any more."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _log = EventLog("cowshed")
 
 
 def log_state(mapping: Mapping) -> str:
-    """Log how a mapping is if that changed; give why it has to be dropped, or an empty string."""
+    """Log a mapping's state if it changed; return why the mapping must be dropped, or ""."""
     status = mapping.account.status()
     state = guest_state(status)
-    if state in (mapping.logged_state, "frozen"):  # who froze it has said so
+    if state in (mapping.logged_state, "frozen"):  # a freeze is logged where it begins
         return ""
     mapping.logged_state = state
     if state == "detached":
         return broken_why(status)
-    _say_quota(mapping, state)
+    _log_quota(mapping, state)
     return ""
 
 
-def _say_quota(mapping: Mapping, state: str) -> None:
+def _log_quota(mapping: Mapping, state: str) -> None:
     who = {"guest": mapping.name, "image": mapping.image.label}
     who_else = {"pid": mapping.pid, "uid": mapping.uid}
     if state == "running":

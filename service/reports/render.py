@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What status and audit look like to a person: a daemon's answer in, something rich can print out.
+"""Render status and audit for people: a daemon's answer in, a rich renderable out.
 
-Pure: no terminal, no clock, no colour that carries meaning by itself (a pipe has none). Tables are
-laid out for 80 columns; long names fold rather than being cut off, and nothing a guest chose is
-printed before `printable` has seen it. Programs read ``--json`` instead.
+Pure: no terminal, no clock. No meaning is in a colour alone, since a pipe has none. Tables are laid
+out for 80 columns; long names fold instead of being cut off, and text that a guest chose passes
+through `printable`. Programs read ``--json`` instead.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,15 +35,15 @@ from cowshed.service.runtime.text import (
     printable,
 )
 
-# What an image's path may name besides the file that is served, as status says it.
+# The values of source_at_path for a path that no longer names the served file.
 _AT_PATH = {"other": "another file", "gone": "no file"}
 _HUNG_SECONDS = 3.0  # as SourceWatch has it
-# Of `audit --json`, and how people read them.
+# The keys of a mismatch in `audit --json`, and their names in the text.
 _MISMATCH_PLACES = {"extent": "extent", "page": "page", "purse": "quota", "ledger": "ledger"}
 
 
 def status_view(status: Answer) -> RenderableType:
-    """Everything `cowshed status` shows of a status object."""
+    """Render everything that `cowshed status` shows."""
     parts: list[RenderableType] = [heading(status), descent(status), Text(), _totals(status)]
     if any(latency["count"] for latency in status["latency_us"].values()):
         parts += [Text(), _latencies(status["latency_us"])]
@@ -55,7 +55,7 @@ def status_view(status: Answer) -> RenderableType:
 
 
 def audit_view(audit: Answer) -> RenderableType:
-    """What was checked and every mismatch found."""
+    """Render the number of checks and every mismatch."""
     checked = ", ".join(
         f"{format_count(count)} {counted(printable(what).replace('_', ' '), count)}"
         for what, count in audit["checked"].items()
@@ -84,7 +84,7 @@ def audit_view(audit: Answer) -> RenderableType:
 
 
 def heading(status: Answer) -> Text:
-    """One line: which daemon this is."""
+    """Render one line that identifies the daemon."""
     return Text.assemble(
         ("cowshed", "bold"),
         f" {printable(status['version'])}, pid {status['pid']}, "
@@ -93,7 +93,7 @@ def heading(status: Answer) -> Text:
 
 
 def descent(status: Answer) -> Text:
-    """One line: which backend in a row this is, and who starts the next."""
+    """Render one line with the restart history and the keeper."""
     restarts = [f"{nr} {how}" for how, nr in status["restarts"].items() if nr]
     keeper = {
         "own": "kept by a keeper",
@@ -112,7 +112,7 @@ def descent(status: Answer) -> Text:
 
 
 def guest_state(guest: Answer) -> Text:
-    """A guest's state in a word; one stopped by its quota stands out without colour too."""
+    """Render a guest's state in a word; STOPPED stands out without colour, too."""
     if guest["state"] == STOPPED:
         return Text("STOPPED", style="bold red")
     is_dim = guest["state"] in ("detached", "away")
@@ -120,7 +120,7 @@ def guest_state(guest: Answer) -> Text:
 
 
 def warnings(status: Answer) -> list[Text]:
-    """What an operator has to act on, each with who, why and the cure."""
+    """Render what an operator must act on, each with its cause and cure."""
     found = [
         Text.assemble(
             (f"{label_of(guest)} is stopped", "bold red"),
@@ -139,7 +139,7 @@ def warnings(status: Answer) -> list[Text]:
                 "bold red",
             ),
             f" of {label_of(guest, 'image')} that could not be loaded, and gets SIGBUS or EIO for "
-            "them until a later load succeeds: see that the source can be read.",
+            "them until a later load succeeds: make sure that the source can be read.",
         )
         for guest in status["guests"]
         if guest["poisoned_pages"]
@@ -156,7 +156,7 @@ def warnings(status: Answer) -> list[Text]:
     found += [
         Text.assemble(
             (f"{label_of(image)}: {printable(image['source'])} names {_AT_PATH[at]} now", "bold"),
-            ". Guests go on with the file that they began with, until the daemon is stopped.",
+            ". Guests keep using the old file, until the daemon is stopped.",
         )
         for image in status["images"]
         if image.get("source_wait_seconds", 0) < _HUNG_SECONDS
@@ -166,7 +166,7 @@ def warnings(status: Answer) -> list[Text]:
         Text.assemble(
             (f"{label_of(image)}: its source does not answer", "bold red"),
             f" for {format_seconds(image['source_wait_seconds'])}: guests of this image wait for "
-            f"{printable(image['source'])}; see to its file system.",
+            f"{printable(image['source'])}; check its file system.",
         )
         for image in status["images"]
         if image.get("source_wait_seconds", 0) >= _HUNG_SECONDS
@@ -261,10 +261,10 @@ def _guests(guests: Iterable[Answer]) -> Table:
 
 
 def new_table(*headers: str) -> Table:
-    """A table without rules, its columns named by `headers`.
+    """Make a table without rules, its columns named by `headers`.
 
-    A header that starts with ``>`` is for numbers, with ``=`` for words: both keep their width. The
-    other columns, for names, give way when the line is short.
+    A header that starts with ``>`` is of numbers, with ``=`` of words: both columns keep their
+    width. The other columns, of names, shrink when the line is short.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for header in headers:
@@ -277,9 +277,9 @@ def new_table(*headers: str) -> Table:
 
 
 def add_row(table: Table, *cells: object, style: str = "", one_line: bool = False) -> None:
-    """Add `cells` to `table`, text made printable and nothing in it taken for markup.
+    """Add `cells` to `table`, as printable text without markup.
 
-    A name without room for it is folded or, with `one_line`, cut off with an ellipsis.
+    A name that does not fit is folded or, with `one_line`, cut off with an ellipsis.
     """
     shown = [cell if isinstance(cell, Text) else Text(printable(cell)) for cell in cells]
     for cell in shown:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The status object: what the daemon knows at this moment, as `cowshed status --json` prints it."""
+"""The status object: the daemon's current state, as `cowshed status --json` prints it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import operator
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from cowshed.accounting import (
     MAX_REGIONS,
@@ -29,6 +28,7 @@ from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.warming import Warm, Warming
 from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.service.runtime.version import VERSION
+from cowshed.service.settings.config import Config
 from cowshed.service.supervise.history import RestartHistory
 
 __all__ = ["StatusReader", "broken_why", "guest_state"]
@@ -36,45 +36,58 @@ __all__ = ["StatusReader", "broken_why", "guest_state"]
 _PAGE_BYTES: Final = 4096
 
 
+class StatusSources(Protocol):
+    """The parts of a Host that the status is read from."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def store(self) -> PageStore: ...
+    @property
+    def evictor(self) -> Evictor: ...
+    @property
+    def guests(self) -> GuestTable: ...
+    @property
+    def overlays(self) -> OverlayTable: ...
+    @property
+    def warming(self) -> Warming: ...
+    @property
+    def history(self) -> RestartHistory: ...
+
+
 class StatusReader:
-    """Puts the status together from the store, the evictor and the guests; changes nothing."""
+    """Makes the status object from the store, the guests and the overlays."""
 
     def __init__(
         self,
-        store: PageStore,
-        evictor: Evictor,
-        guests: GuestTable,
-        overlays: OverlayTable,
-        run_dir: Path,
-        warming: Warming,
-        history: RestartHistory | None = None,
+        host: StatusSources,
         *,
         drain: Callable[[], dict[str, Any] | None] = lambda: None,
         unserved: Callable[[], list[dict[str, Any]]] = list,
         unserved_listeners: Callable[[], list[dict[str, Any]]] = list,
         source_wait_seconds: Callable[[Image], float] = lambda _: 0.0,
     ) -> None:
-        """drain() is the drain under way, or the last one; None: there was none.
+        """drain() returns the drain in progress or the last one; None if there was none.
 
-        unserved() and unserved_listeners() are images and listeners of the configuration that
-        cannot be served, and why. source_wait_seconds(image) is for how long its source has left
-        something unanswered.
+        unserved() and unserved_listeners() return the images and listeners of the configuration
+        that cannot be served, and why. source_wait_seconds(image) is how long the oldest read or
+        check of its source has been unanswered.
         """
-        self._store = store
-        self._evictor = evictor
-        self._guests = guests
-        self._overlays = overlays
-        self._run_dir = run_dir
-        self._warming = warming
+        self._store = host.store
+        self._evictor = host.evictor
+        self._guests = host.guests
+        self._overlays = host.overlays
+        self._run_dir = host.config.run_dir
+        self._warming = host.warming
+        self._history = host.history
         self._drain = drain
         self._unserved = unserved
         self._unserved_listeners = unserved_listeners
         self._source_wait_seconds = source_wait_seconds
-        self._history = history or RestartHistory()
         self._started_ns = time.monotonic_ns()
 
     def read(self) -> dict[str, Any]:
-        """Give the object of the contract and more; settles every guest's charges first.
+        """Return the status object; settles every guest's charges first.
 
         Cost: about a millisecond per guest that wrote lately and GiB of image.
         """
@@ -117,7 +130,7 @@ class StatusReader:
             "saved_bytes": sum(image["saved_bytes"] for image in images),
             "hits": totals.hits,
             "misses": totals.misses,
-            # Each after its own settling: a later sum would hold charges that are no copies.
+            # Summed from the settled values above: a new sum would include unsettled charges.
             "cow_breaks": sum(guest["cow_breaks"] for guest in guests)
             + sum(of_image.closed_cow_pages for of_image in sums),
             "evicted_extents": sum(counter.evictions for counter in counters),
@@ -151,7 +164,7 @@ def _latency_us(latency: Latency) -> dict[str, float]:
 
 
 def guest_state(status: AccountStatus) -> str:
-    """Say in one word how a guest is."""
+    """Return the name of a guest's state."""
     return STATE_WORDS[status.state]
 
 
@@ -163,13 +176,13 @@ def _state_of(guest: Guest | OverlayGuest, status: AccountStatus) -> str:
 
 
 def _overlay_status(guest: OverlayGuest) -> dict[str, Any]:
-    """Of a guest that maps nothing: it has no faults, and hits and misses are of its requests."""
+    """Return the status of a guest that maps nothing: hits and misses are those of its requests."""
     counters = guest.export.counters()
     status = guest.account.status()
     missing = MissingPages(guest.overlay)
     return {
         **_guest_status(guest, status),
-        # Of the private bytes: those not here yet, and of these, those that nobody has any more.
+        # Of the private bytes: those that are missing, and of these, those that are lost.
         "late_bytes": missing.nr_left * _PAGE_BYTES,
         "lost_bytes": missing.nr_lost * _PAGE_BYTES,
         "state": "frozen" if status.frozen else guest.state,
@@ -180,9 +193,9 @@ def _overlay_status(guest: OverlayGuest) -> dict[str, Any]:
 
 
 def broken_why(status: AccountStatus) -> str:
-    """Say why a mapping cannot be served any more."""
+    """Return why a mapping cannot be served any more."""
     if status.broken == -errno.EXDEV:
-        return f"it moved its mapping about in more than {MAX_REGIONS} pieces"
+        return f"it split its mapping into more than {MAX_REGIONS} regions"
     return f"its memory cannot be served: {os.strerror(-status.broken)}"
 
 
@@ -220,7 +233,7 @@ def _guest_status(guest: Guest | OverlayGuest, status: AccountStatus) -> dict[st
 
 
 def _warming_status(warms: list[Warm]) -> dict[str, Any] | None:
-    """Of those warmings of an image that know what there is to do; None: there are none."""
+    """Return the sum of an image's warm-ups whose total is known; None if there are none."""
     known = [warm for warm in warms if warm.total_bytes is not None]
     if not known:
         return None
@@ -242,11 +255,11 @@ def _image_status(image: Image) -> dict[str, Any]:
         "digest": image.digest,
         "source": str(image.source.path),
         "source_changed": bool(image.source_change),
-        # What the path names by now: the "same" file, an "other" one, or none: "gone".
+        # Whether the path names the "same" file, an "other" one, or none ("gone").
         "source_at_path": image.source_at_path,
         "extent_bytes": image.extent_bytes,
         "pinned_bytes": statistics.pinned_bytes,
-        # What these mappings would take if each guest had its own frames, less what they take.
+        # The memory that frames of its own for each guest would take, less what they take now.
         "saved_bytes": statistics.saved_bytes,
         "refs": sum(image.refs()),
         "loads": counters.loads,

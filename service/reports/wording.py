@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a daemon's answers are called in plain text, the same in status, top and the page.
+"""Format parts of a daemon's answers as text, the same in status, top and the page.
 
-Pure, and without rich: the daemon makes its page's state with these. Nothing a guest chose is
-returned before `printable` has seen it.
+Pure, and without rich, because the daemon itself makes the page's state with these. Text that a
+guest chose passes through `printable`.
 """
 
 import shlex
@@ -22,40 +22,40 @@ QUOTA_SUGGESTED_BYTES = 64 << 20  # for a guest whose quota was 0
 
 
 def format_milliseconds(seconds: float) -> str:
-    """A short time: ``12 ms``, ``1.3 s``."""
+    """Format a short time: ``12 ms``, ``1.3 s``."""
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def has_domains(status: Answer) -> bool:
-    """Whether there is more than the default domain, and so a reason to speak of domains."""
+    """Whether any image is in another than the default domain."""
     return any(image["domain"] != DEFAULT_DOMAIN for image in status["images"])
 
 
 def key_of(one: Answer) -> str:
-    """What tells a guest from all other guests, or an image from all others."""
+    """Return the key that is unique among guests, or among images."""
     return f"{one['domain']}/{one['name']}"
 
 
 def label_of(one: Answer, key: str = "name") -> str:
-    """The name of a guest or image or, with "image", that of a guest's image, and its domain."""
+    """Format the name and domain of a guest or image or, with "image", of a guest's image."""
     return printable(image_label(one["domain"], one[key]))
 
 
 def format_quota(guest: Answer) -> str:
-    """A guest's private bytes against its quota: ``12M of 64M``; ``12M`` without a limit."""
+    """Format a guest's private bytes and quota: ``12M of 64M``; ``12M`` without a limit."""
     private = format_bytes(guest["private_bytes"])
     quota_bytes = guest["quota_bytes"]
     return private if quota_bytes is None else f"{private} of {format_bytes(quota_bytes)}"
 
 
 def format_via(guest: Answer) -> str:
-    """How a guest is connected, and how often, where that is more than once: ``unix x3``."""
+    """Format a guest's transport, and its number of mappings if several: ``unix x3``."""
     times = f" x{guest['mappings']}" if guest["mappings"] > 1 else ""
     return f"{printable(guest['transport'])}{times}"
 
 
 def format_users(guests: Sequence[Answer]) -> str:
-    """How many guests there are, how they are and how they came: ``2 running, 1 away (3 unix)``."""
+    """Format the guests by state and transport: ``2 running, 1 away (3 unix; 2 mappings)``."""
     if not guests:
         return "none"
     states = Counter(guest["state"] for guest in guests)
@@ -70,7 +70,7 @@ def format_users(guests: Sequence[Answer]) -> str:
 
 
 def format_warming(status: Answer) -> str:
-    """What is being warmed, and how far that is; "" while nothing is."""
+    """Format the progress of warm-ups; "" if there are none."""
     return "; ".join(
         f"{label_of(image)} {format_bytes(warming['done_bytes'])} of "
         f"{format_bytes(warming['total_bytes'])} "
@@ -82,7 +82,7 @@ def format_warming(status: Answer) -> str:
 
 
 def format_drain(status: Answer) -> str:
-    """Where guests are given to, how far that is and what it waits for; "" if it is nowhere."""
+    """Format the drain's target, progress and what it waits for; "" if there is no drain."""
     drain = status.get("drain")
     if not drain or drain["dry_run"] or drain["phase"] in ("idle", "aborted"):
         return ""
@@ -90,7 +90,7 @@ def format_drain(status: Answer) -> str:
     guests = f"{format_count(drain['guests'])} {counted('guests', drain['guests'])}"
     if drain["phase"] == "moved":
         here = drain["guests_here"]
-        followed = f", {format_count(here)} of them here still" if here else ""
+        followed = f", {format_count(here)} of them still here" if here else ""
         return f"moved to {to}: {guests}{followed}"
     left = max(0, drain["total_bytes"] - drain["done_bytes"])
     parts = [
@@ -103,13 +103,13 @@ def format_drain(status: Answer) -> str:
 
 
 def quota_command(guest: Answer, status: Answer) -> str:
-    """The command that lets a stopped guest go on: twice the quota it has."""
+    """Return the command that resumes a stopped guest: it doubles the quota."""
     run_dir = status["run_dir"]
     quota_bytes = 2 * (guest["quota_bytes"] or 0) or QUOTA_SUGGESTED_BYTES
     words = ["cowshed", "quota"]
     if run_dir != RUN_DIR_DEFAULT:
         words += ["--run-dir", printable(run_dir)]
-    # Where there are domains others may have the name; and one with a slash may look like two.
+    # With domains, another guest may have the name; and a name with a slash looks like DOMAIN/NAME.
     is_plain = not has_domains(status) and "/" not in guest["name"]
     name = printable(guest["name"] if is_plain else key_of(guest))
     words += ["--", name] if name.startswith("-") else [name]
@@ -117,5 +117,5 @@ def quota_command(guest: Answer, status: Answer) -> str:
 
 
 def counted(plural: str, count: int) -> str:
-    """The word for `count` of them: "guests", or "guest" for one."""
+    """Return the noun for `count`: "guests", or "guest" for one."""
     return plural.removesuffix("s") if count == 1 else plural

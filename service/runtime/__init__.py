@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the whole daemon stands on: its loop, worker threads, log; how sizes and text look."""
+"""What the daemon runs on: its loop, worker threads and log; the form of sizes and text."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many descriptors this process may have: as many as it can be allowed."""
+"""The limit of open files, raised as far as possible."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["raise_file_limit"]
 
 
 def raise_file_limit() -> int:
-    """Raise the limit of open files as far as it goes, and return it."""
+    """Raise the soft limit of open files to the hard one, and return the limit then in force."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where lines of the log go: a descriptor that others read, or do not; nobody waits for them.
+"""Writes the log to a descriptor without ever waiting for its reader.
 
-What is at the other end may read slowly, or not at all: a pipe to a pager, a journal that hangs, a
-terminal that was stopped. A line that cannot be taken now is lost.
+The reader may be slow or stuck: a pipe to a pager, a journal that hangs, a stopped terminal. A line
+that cannot be written at once is lost.
 
-O_NONBLOCK would not do: it belongs to the open file, which other processes have too. So a pipe is
-written to with RWF_NOWAIT (Linux 6.4), a socket with MSG_DONTWAIT, and a terminal is opened anew.
-Files are written as they are: a disk has no reader to wait for.
+O_NONBLOCK would not do: it belongs to the open file, which other processes share. So the sink
+writes to a pipe with RWF_NOWAIT (Linux 6.4), to a socket with MSG_DONTWAIT, and reopens a terminal.
+Files are written as usual: a disk has no reader to wait for.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ _RWF_NOWAIT: Final = 8  # linux/fs.h; os has it for reading alone
 
 
 class LogSink:
-    """Writes lines, whole, to a borrowed descriptor. Not thread-safe; close() it.
+    """Writes whole lines to a borrowed descriptor. Not thread-safe; the owner must close() it.
 
-    Invariant: of a line of which a part was written, _rest is what was not; nothing is written
-    before it.
+    Invariant: _rest is the unwritten rest of a line; it is written before anything else.
     """
 
     def __init__(self, fd: int) -> None:
@@ -37,13 +36,13 @@ class LogSink:
         self._write: Final = self._writer(fd)
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the sink's own descriptor. Idempotent."""
         if self._own_fd >= 0:
             os.close(self._own_fd)
             self._own_fd = -1
 
     def write(self, line: bytes) -> bool:
-        """Write a line, which ends with a line's end; False if it is lost. Never waits."""
+        """Write a line, which must end with a newline; False if it is lost. Never waits."""
         try:
             if self._rest:
                 self._rest = self._rest[self._write(self._rest) :]
@@ -66,14 +65,14 @@ class LogSink:
             return self._send
         if stat.S_ISCHR(mode) and os.isatty(fd):
             how = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-            with contextlib.suppress(OSError):  # it is another user's: looked at before each line
+            with contextlib.suppress(OSError):  # another user's terminal: poll before each line
                 self._own_fd = os.open(f"/proc/self/fd/{fd}", how)
                 return lambda line: os.write(self._own_fd, line)
             return lambda line: os.write(fd, line) if _takes_more(fd) else _refuse()
         return lambda line: os.write(fd, line)
 
     def _send(self, line: bytes) -> int:
-        # Not kept as an object: whoever forks us would have to know of it.
+        # No socket object is kept: every fork would have to handle it.
         with socket.socket(fileno=os.dup(self._own_fd)) as sock:
             return sock.send(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 

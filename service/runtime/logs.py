@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemon's log: one line an event, for people and programs, that no peer can forge or flood.
+"""The daemon's log: one line an event, for people and programs; no peer can forge or flood it.
 
     time=2026-11-01T09:12:44.031Z level=warning event=quota-stop guest=g1 image=debian uid=1000 ...
 
 A line begins with time, level and event; fields follow, `message` last: a sentence with the cure,
-where there is one. Values that hold blanks, quotes or what is not printable stand in quotes and are
-escaped as in JSON. With `log = "json"` a line is a JSON object of the same fields.
+if there is one. Values with blanks, quotes or unprintable characters are quoted and escaped as in
+JSON. With `log = "json"` a line is a JSON object of the same fields.
 
-Levels: notice, the default, is what a quiet log needs (start, stop, what goes on again). Warnings
-and errors are above it; info, below it, tells of guests that come and go. Nothing is said per
-fault.
+Levels: notice, the default, logs start, stop and recoveries. Warnings and errors are above it;
+info, below it, logs guests that come and go. Faults are not logged.
 
-Whoever can connect can cause events. So an event of one user (its `uid` field) is said so often and
-no oftener; the rest are counted, and told as `suppressed` in the next line of that kind, or once a
-minute in a line of their own. A log that nobody reads holds nobody up (log_sink.py).
+Any user who can connect can cause events. So lines are rate-limited per (event, uid); the rest are
+counted, and the next line of that kind has their number as `suppressed`, or once a minute a line of
+its own. A slow reader of the log delays nothing (log_sink.py).
 """
 
 from __future__ import annotations
@@ -60,11 +59,11 @@ LEVELS: Final[Mapping[str, int]] = {
 }
 LOG_FORMATS: Final[tuple[LogFormat, ...]] = ("logfmt", "json")
 
-# How many lines of one event of one user at once, and how many a second after that. What was asked
-# for with --verbose may be many: each of a thousand guests that attach has its line.
+# Burst, and lines a second after it, of one event of one user. The second is for --verbose, which
+# logs a line for each of a thousand guests that attach.
 _BUDGET: Final = (20, 0.1)
 _BUDGET_VERBOSE: Final = (2000, 50.0)
-# Users whose lines are counted apart; of more than these, the one quiet for longest is forgotten.
+# At most this many (event, uid) are counted; the one unused for longest is forgotten.
 _MOST_KEYS: Final = 1024
 
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_./:@%+,~-]+")
@@ -72,40 +71,40 @@ _NAMES: Final = {number: name for name, number in LEVELS.items()}
 
 
 class EventLog:
-    """What a module says: `log.warning("dropped", "why, and the cure", pid=7, uid=1000)`.
+    """A module's log: `log.warning("dropped", "why, and the cure", pid=7, uid=1000)`.
 
-    The first word names the event, in words joined by '-'; fields whose value is None are left out.
+    The first argument names the event, in words joined by '-'. Fields that are None are left out.
     """
 
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)
 
     def debug(self, event: str, message: str = "", /, **fields: Any) -> None:
-        """What only somebody looking into cowshed itself wants."""
+        """Log what only a developer of cowshed wants."""
         self._log(logging.DEBUG, event, message, fields)
 
     def info(self, event: str, message: str = "", /, **fields: Any) -> None:
-        """What happens all the time when all is well."""
+        """Log what happens often in normal operation."""
         self._log(logging.INFO, event, message, fields)
 
     def notice(self, event: str, message: str = "", /, **fields: Any) -> None:
-        """What a quiet log needs to be understood."""
+        """Log a change that explains the other lines of a quiet log."""
         self._log(NOTICE, event, message, fields)
 
     def warning(self, event: str, message: str = "", /, **fields: Any) -> None:
-        """What somebody should look at, while the daemon goes on as it was."""
+        """Log what an operator should look at; the daemon goes on unaffected."""
         self._log(logging.WARNING, event, message, fields)
 
     def error(self, event: str, message: str = "", /, **fields: Any) -> None:
-        """What somebody has to act on."""
+        """Log what an operator must act on."""
         self._log(logging.ERROR, event, message, fields)
 
     def crash(self, event: str, message: str = "", /, **fields: Any) -> None:
-        """An error of ours, with the traceback of the exception being handled."""
+        """Log a defect of cowshed, with the traceback of the exception being handled."""
         self._log(logging.ERROR, event, message, fields, with_traceback=True)
 
     def record(self, event: str, message: str = "", /, **fields: Any) -> logging.LogRecord:
-        """A warning that is not logged, for who writes the log."""
+        """Return a warning without logging it, for the log's own handler."""
         extra = {"event": event, "fields": fields}
         name, level = self._logger.name, logging.WARNING
         return self._logger.makeRecord(name, level, "", 0, "%s", (message,), None, extra=extra)
@@ -125,11 +124,11 @@ class EventLog:
 
 
 def format_event(fields: Mapping[str, Any], log_format: LogFormat) -> str:
-    """One line, without its end, of the fields in order; None values are left out."""
-    said = {name: value for name, value in fields.items() if value is not None}
+    """Format the fields, in order, as one line without a newline; None values are left out."""
+    given = {name: value for name, value in fields.items() if value is not None}
     if log_format == "json":
-        return json.dumps(said, default=str)
-    return " ".join(f"{name}={_quoted(value)}" for name, value in said.items())
+        return json.dumps(given, default=str)
+    return " ".join(f"{name}={_quoted(value)}" for name, value in given.items())
 
 
 def _quoted(value: Any) -> str:
@@ -140,7 +139,7 @@ def _quoted(value: Any) -> str:
 
 
 def _escaped(mark: str) -> str:
-    """A character as JSON writes it, unless it is one that any terminal shows as itself."""
+    """Return a character as JSON escapes it, or itself if it is printable and needs no escape."""
     if mark not in '"\\' and mark.isprintable():
         return mark
     return json.dumps(mark)[1:-1]
@@ -154,17 +153,17 @@ class _Bucket:
 
 
 class FloodLimit:
-    """Decides which lines are said; pure, its caller says what time it is. Not thread-safe.
+    """Decides which lines are logged; pure, the caller gives the time. Not thread-safe.
 
-    Invariants: at most _MOST_KEYS buckets, the last used last; of any key, no more lines pass in t
-    seconds than its burst and t times its rate.
+    Invariants: at most _MOST_KEYS buckets, the last used last; in t seconds at most
+    burst + t * rate lines of a key pass.
     """
 
     def __init__(self) -> None:
         self._buckets: OrderedDict[tuple[str, Any], _Bucket] = OrderedDict()
 
     def admit(self, event: str, uid: Any, *, verbose: bool, now: float) -> int | None:
-        """Whether to say a line: how many of its kind were not said before it, None for no."""
+        """Return how many lines of this key were suppressed before this one; None suppresses it."""
         burst, per_second = _BUDGET_VERBOSE if verbose else _BUDGET
         bucket = self._buckets.setdefault((event, uid), _Bucket(burst, now))
         self._buckets.move_to_end((event, uid))
@@ -180,11 +179,11 @@ class FloodLimit:
         return nr_suppressed
 
     def take_suppressed(self) -> list[tuple[str, Any, int]]:
-        """Give (event, uid, number) of what was never told, once."""
-        untold = [(*key, each.nr_suppressed) for key, each in self._buckets.items()]
+        """Return (event, uid, number) of suppressed lines not reported yet, and forget them."""
+        suppressed = [(*key, each.nr_suppressed) for key, each in self._buckets.items()]
         for each in self._buckets.values():
             each.nr_suppressed = 0
-        return [entry for entry in untold if entry[2]]
+        return [entry for entry in suppressed if entry[2]]
 
 
 class _Formatter(logging.Formatter):
@@ -193,7 +192,7 @@ class _Formatter(logging.Formatter):
         self._log_format = log_format
 
     def format(self, record: logging.LogRecord) -> str:
-        # A record of somebody else's has no event: a library's warning.
+        # A record of another library has no event.
         event = getattr(record, "event", None)
         fields = dict(getattr(record, "fields", {}))
         traceback = self.formatException(record.exc_info) if record.exc_info else None
@@ -218,10 +217,10 @@ def _timestamp(seconds: float) -> str:
 
 
 class _Handler(logging.Handler):
-    """Writes each line whole, in UTF-8 whatever the locale.
+    """Writes whole lines, in UTF-8 whatever the locale.
 
-    Nobody waits for whoever reads the log: what cannot be written at once is lost, which is counted
-    and, as soon as a line can be written again, told (log-lost).
+    Never waits for the log's reader: a line that cannot be written at once is lost and counted. The
+    handler logs the number (log-lost) as soon as a line can be written again.
     """
 
     def __init__(self, fd: int, log_format: LogFormat) -> None:
@@ -229,13 +228,13 @@ class _Handler(logging.Handler):
         self.setFormatter(_Formatter(log_format))
         self._sink = LogSink(fd)
         self._count_lost: Callable[[int], None] | None = None
-        self._nr_untold = 0
+        self._nr_unreported = 0
         self._nr_uncounted = 0
         self._limit = FloodLimit()
         self._limit_lock = threading.Lock()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is said; notes in it how many of its kind were not."""
+        """Whether to log the record; stores in it how many of its kind were suppressed."""
         uid = getattr(record, "fields", {}).get("uid")
         with self._limit_lock:
             suppressed = self._limit.admit(
@@ -262,28 +261,28 @@ class _Handler(logging.Handler):
             self._note_lost(1)
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the sink. Idempotent."""
         self._sink.close()
         super().close()
 
     def count_lost(self, count: Callable[[int], None] | None) -> None:
-        """Have lines that are lost counted, those up to now too."""
+        """Call count(number) for lost lines from now on, and once for those lost before."""
         with self.lock or contextlib.nullcontext():
             self._count_lost = count
             self._note_lost(0)
 
     def report_lost(self) -> bool:
-        """Say how many lines were lost, if any and if it can be said; False if it cannot."""
+        """Log how many lines were lost, if any; False if that line cannot be written either."""
         with self.lock or contextlib.nullcontext():
-            nr_lost = self._nr_untold
+            nr_lost = self._nr_unreported
             if nr_lost == 0:
                 return True
             record = EventLog("cowshed").record(
-                "log-lost", "nobody took them: see who reads the log", lines=nr_lost
+                "log-lost", "the log's reader was too slow: check what reads it", lines=nr_lost
             )
             if not self._sink.write(self.format(record).encode() + b"\n"):
                 return False
-            self._nr_untold -= nr_lost
+            self._nr_unreported -= nr_lost
             return True
 
     def _write(self, line: bytes) -> None:
@@ -291,22 +290,22 @@ class _Handler(logging.Handler):
             self._note_lost(1)
 
     def _note_lost(self, nr: int) -> None:
-        self._nr_untold += nr
+        self._nr_unreported += nr
         self._nr_uncounted += nr
         if self._count_lost is not None and self._nr_uncounted:
             self._count_lost(self._nr_uncounted)
             self._nr_uncounted = 0
 
     def report_suppressed(self) -> None:
-        """Say how much was counted and not said."""
+        """Log the numbers of suppressed lines that no later line has."""
         with self._limit_lock:
-            untold = self._limit.take_suppressed()
-        for event, uid, nr in untold:
+            suppressed = self._limit.take_suppressed()
+        for event, uid, nr in suppressed:
             EventLog("cowshed").notice("suppressed", of=event, uid=uid, lines=nr)
 
 
 def logging_begin(log_format: LogFormat, log_level: LogLevel, fd: int = 2) -> None:
-    """Have all that this process logs from `log_level` up go to `fd`; replaces an earlier order."""
+    """Log to `fd` from `log_level` up, instead of where logging_begin sent it before."""
     logging_end()
     root = logging.getLogger()
     root.addHandler(_Handler(fd, log_format))
@@ -314,35 +313,35 @@ def logging_begin(log_format: LogFormat, log_level: LogLevel, fd: int = 2) -> No
 
 
 def logging_report_suppressed() -> None:
-    """Say how many lines were left out, as far as no later line has; for every minute or so."""
+    """Log how many lines were suppressed or lost, if no later line has; to be called regularly."""
     for handler in _handlers():
         handler.report_suppressed()
         handler.report_lost()
 
 
 def logging_count_lost(count: Callable[[int], None] | None) -> None:
-    """Have lines that nobody took counted: count(nr) from now on, and once for those before.
+    """Call count(number) for lost lines from now on, and once for those lost before.
 
-    None: count is not to be called any more.
+    None: stop calling.
     """
     for handler in _handlers():
         handler.count_lost(count)
 
 
 def logging_report_lost() -> bool:
-    """Say how many lines were lost, as far as no later line has; False if that is lost too."""
+    """Log how many lines were lost, if no later line has; False if that line is lost too."""
     return sum(not handler.report_lost() for handler in _handlers()) == 0
 
 
 def logging_end() -> None:
-    """Say what was left out, and log no more."""
+    """Log what was suppressed, and stop logging."""
     for handler in _handlers():
         handler.report_suppressed()
     logging_abandon()
 
 
 def logging_abandon() -> None:
-    """Log no more, and say nothing: in a forked child, whose parent will."""
+    """Stop logging without a last line; for a forked child, whose parent logs it."""
     for handler in _handlers():
         logging.getLogger().removeHandler(handler)
         handler.close()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemon's loop: ready descriptors, calls from other threads, things done by the clock.
+"""The daemon's loop: ready descriptors, calls from other threads, timers.
 
-Everything that is not a fault comes through here, in one thread. What takes long goes to workers.
+One thread does everything here that is not a fault; long work goes to workers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WRITE: Final = selectors.EVENT_WRITE
 OnReady = Callable[[int, int], None]
 
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-# The end of run(), too: by another's wish, who sees from which of them it was (Loop.ended_by).
+# These end run() too; its caller sees which signal did in Loop.ended_by.
 LEAVE: Final = signal.SIGUSR1
 RELOAD: Final = signal.SIGHUP
 
@@ -37,9 +37,9 @@ class _Timer:
 
 
 class Loop:
-    """Watches descriptors for their owners; close() it, or leave the `with`, when they are done.
+    """Watches descriptors for their owners; must be closed, or left as a context manager.
 
-    All but call() and stop() are for the loop's own thread, or before run().
+    All methods except call() and stop() are for the loop's own thread, or before run().
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Loop:
         self.close()
 
     def close(self) -> None:
-        """Give the loop's own descriptors back; those it watches stay their owners'."""
+        """Close the loop's own descriptors; the watched ones stay their owners'."""
         if self._previous_wakeup is not None:
             signal.set_wakeup_fd(self._previous_wakeup)
         self._selector.close()
@@ -82,41 +82,41 @@ class Loop:
             self._selector.modify(fd, events, key.data)
 
     def forget(self, fd: int) -> None:
-        """Watch a descriptor no more; to be done before it is closed."""
+        """Stop watching a descriptor; to be called before it is closed."""
         if self._muted.pop(fd, None) is None:
             self._selector.unregister(fd)
 
     def mute(self, fd: int) -> None:
-        """Call nobody for a descriptor, if it is watched, until unmute_all()."""
+        """Suspend the watch of a descriptor, if there is one, until unmute_all()."""
         if fd in self._selector.get_map():
             self._muted[fd] = self._selector.unregister(fd)
 
     def unmute_all(self) -> None:
-        """Call again for all that was muted."""
+        """Resume the watch of all muted descriptors."""
         for fd, key in self._muted.items():
             self._selector.register(fd, key.events, key.data)
         self._muted.clear()
 
     def every(self, seconds: float, call: Callable[[], object]) -> None:
-        """Call something again and again, seconds apart or later."""
+        """Make a call repeatedly, at least that many seconds apart."""
         self._timers.append(_Timer(seconds, time.monotonic() + seconds, call))
 
     def once(self, seconds: float, call: Callable[[], None]) -> None:
-        """Call something once, that many seconds from now or later."""
+        """Make a call once, at least that many seconds from now."""
         self._timers.append(_Timer(None, time.monotonic() + seconds, call))
 
     def after_calls(self, call: Callable[[], None]) -> None:
-        """Call something each time that calls of other threads have been made."""
+        """Make a call each time after the calls from other threads were made."""
         self._after_calls.append(call)
 
     def call(self, call: Callable[[], None]) -> None:
-        """Have the loop call something; from any thread."""
+        """Have the loop make a call; from any thread."""
         self._calls.put(call)
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake_writer, b"x")
 
     def stop(self) -> None:
-        """End run(), once it has made the calls that were asked for before; from any thread."""
+        """End run() after the calls queued before; from any thread."""
         self.call(self._stop)
 
     def _stop(self) -> None:
@@ -128,14 +128,12 @@ class Loop:
         self._stop()
 
     def begin_again(self) -> None:
-        """Take back what ended run(), which may be called again."""
+        """Undo the end of run(), which may then be called again."""
         self.ended_by = None
         self._stopping = False
 
     def stop_on_signals(self, *, reload: bool = False) -> None:
-        """From now on SIGTERM, SIGINT, LEAVE, and RELOAD if asked, end run(), or keep it from
-        beginning.
-        """
+        """Let SIGTERM, SIGINT, LEAVE and, if reload, RELOAD end run(), or keep it from starting."""
         self._previous_wakeup = signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         for number in (*_STOP_SIGNALS, LEAVE, *([RELOAD] if reload else [])):
             signal.signal(number, self._on_signal)
@@ -148,7 +146,7 @@ class Loop:
         """Serve until stop(), or a signal after stop_on_signals()."""
         while not self._stopping:
             for key, events in self._selector.select(self._seconds_left()):
-                # One of those before it may have closed it.
+                # An earlier callback of this round may have closed it.
                 now = self._selector.get_map().get(key.fd)
                 if now is not None and now.data is key.data:
                     key.data(key.fd, events)
@@ -184,6 +182,9 @@ class Loop:
 
 
 def ignore_stop_signals() -> None:
-    """For the very end: Python gives signals their default back, and a second one would kill."""
+    """Ignore SIGTERM and SIGINT at the very end of the process.
+
+    Python restores the default handlers there, and a second signal would kill.
+    """
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that may wait for a file system, in threads that nobody waits for.
+"""Calls that may hang in a file system, made in threads that the process does not wait for.
 
-Nothing ends a call that waits for a file system that hangs. So each such call is made under a key,
-an image's for example, and a key has one call at a time: no more threads hang than there are keys.
-The process ends without them.
+A call into a hung file system cannot be ended. So each call has a key, an image's for example, and
+each key one call at a time: at most as many threads hang as there are keys. The process exits
+without waiting for them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ T = TypeVar("T")
 
 
 class SideThreads:
-    """Makes calls, one at a time of each key. For any thread.
+    """Makes calls, one at a time for each key. For any thread.
 
-    Invariants: _began has the keys of the calls that were asked for and have not ended; each has a
-    thread, or one that is about to take it. _idle has what wakes each thread that waits for a call,
-    the one that waits longest first: the last one is given the next call, so that the others end.
+    Invariants: _began has the keys of the calls that were accepted and have not ended; each has a
+    thread, or one about to take it. _idle has the conditions of the threads without a call, the
+    longest idle first; the last gets the next call, so that the others time out and end.
     """
 
     def __init__(self, idle_seconds: float = _IDLE_SECONDS) -> None:
@@ -43,9 +43,9 @@ class SideThreads:
         self._ended: Final = threading.Condition(self._lock)
 
     def run(self, key: str, call: Callable[[], None]) -> bool:
-        """Have a call made; False, and it is not, while the last one of its key has not ended.
+        """Have a call made; False, and it is not, while the key's last call has not ended.
 
-        False too if there can be no thread for it.
+        False too if no thread can be started for it.
         """
         with self._lock:
             if key in self._began:
@@ -57,7 +57,7 @@ class SideThreads:
                 return True
         try:
             threading.Thread(target=self._run, name="side", daemon=True).start()
-        except RuntimeError:  # there can be no more threads just now
+        except RuntimeError:  # at the limit of threads
             with self._lock:
                 if (key, call) in self._queue:
                     self._queue.remove((key, call))
@@ -66,13 +66,13 @@ class SideThreads:
         return True
 
     def waiting_seconds(self, key: str) -> float:
-        """For how long the call of a key has been under way; 0.0 if none is."""
+        """Return how long a key's call has been running; 0.0 if none is."""
         with self._lock:
             began = self._began.get(key)
         return 0.0 if began is None else time.monotonic() - began
 
     def wait_all(self, seconds: float) -> bool:
-        """Wait until no call is under way; False if that takes longer."""
+        """Wait until no call is running; False if that takes longer."""
         with self._ended:
             return self._ended.wait_for(lambda: not self._began, seconds)
 
@@ -98,9 +98,9 @@ class SideThreads:
 
 
 class InTime(Generic[T]):
-    """One call in a thread of its own: begun at once, and its end awaited for no longer than asked.
+    """One call, started at once in its own thread; the caller waits only as long as it wants.
 
-    What comes of it after give_up() goes to on_late, in that thread.
+    A result that comes after give_up() goes to on_late, in that thread.
     """
 
     def __init__(
@@ -116,17 +116,17 @@ class InTime(Generic[T]):
         threading.Thread(target=self._run, name="in-time", daemon=True).start()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it ended within that time."""
+        """Wait for the call; whether it ended within that time."""
         return self._ended.wait(seconds)
 
     def result(self) -> T:
-        """What came of a call that ended; raises what it raised."""
+        """Return the result of the ended call, or raise its error."""
         if self._error is not None:
             raise self._error
         return self._value
 
     def give_up(self) -> bool:
-        """Wait no more; False if it has ended after all, and result() is to be taken."""
+        """Abandon the call; False if it ended just now, and the caller must take result()."""
         with self._lock:
             self._is_given_up = not self._ended.is_set()
             return self._is_given_up

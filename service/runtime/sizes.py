@@ -2,7 +2,7 @@
 """Byte counts as people write and read them.
 
 Units are powers of 1024, as for QEMU and nbdkit: ``64M``, ``64MiB`` and ``67108864`` are one size.
-``64MB`` is refused rather than guessed at, since half its readers mean 1000 and half 1024.
+``64MB`` is refused, since it may mean powers of 1000 or of 1024.
 """
 
 import re
@@ -16,7 +16,7 @@ _HOW = "write a number of bytes or a size such as 64K, 64M or 2G"
 
 
 def parse_size(text: str, what: str = "size") -> int:
-    """The number of bytes `text` names, 0 to 2**63 - 1; `what` is how an error calls the value.
+    """Return the number of bytes that `text` names, 0 to 2**63 - 1; errors call the value `what`.
 
     Accepts plain bytes (``4096``, ``4096B``) and K, M, G, T, P, E with or without ``iB``, in any
     case, blanks around them. Fractions are fine if the result is whole bytes (``1.5G``).
@@ -24,7 +24,7 @@ def parse_size(text: str, what: str = "size") -> int:
     """
     stripped = text.strip()
     match = _SIZE.fullmatch(stripped)
-    # Nobody needs more than 19 digits: refuse more before arithmetic is spent on them.
+    # Valid sizes have at most 19 digits: refuse long texts before doing arithmetic on them.
     if match is None or len(stripped) > 40:
         raise UsageError(f"{what} {_shown(text)} is not a size: {_HOW}")
     unit = match["unit"].upper()
@@ -52,14 +52,14 @@ def parse_size(text: str, what: str = "size") -> int:
 
 
 def format_bytes(nr_bytes: int) -> str:
-    """`nr_bytes` in three or so significant digits (``0``, ``512``, ``1.5K``, ``64M``, ``1.21G``).
+    """Format bytes in about three significant digits: ``0``, ``512``, ``1.5K``, ``1.21G``.
 
-    What it returns is what parse_size reads; it differs from `nr_bytes` by less than 1 %.
+    parse_size reads the result back, less than 1 % off `nr_bytes`.
     """
     if nr_bytes < 0:
         return "-" + format_bytes(-nr_bytes)
     exponent = 0
-    # 1023.5 and more would be shown as 1024 of its unit: show it as 1 of the next.
+    # 1023.5 and more would be shown as 1024 of a unit: show 1 of the next.
     while 2 * nr_bytes >= 2047 << 10 * exponent and exponent < len(_UNITS):
         exponent += 1
     if exponent == 0:
@@ -73,5 +73,5 @@ def format_bytes(nr_bytes: int) -> str:
 
 
 def _shown(text: str) -> str:
-    """`text` quoted on one line, however long or odd it is."""
+    """Quote `text` on one short line, whatever it contains."""
     return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where tests kill a backend in the middle of a handoff: COWSHED_TEST_STOP_AT=PHASE[,PHASE].
+"""Stop a backend in the middle of a handoff, for tests: COWSHED_TEST_STOP_AT=PHASE[,PHASE].
 
-For tests alone. A process that reaches such a phase, just before it does what the phase asks for,
-stops itself with SIGSTOP, and is killed or let go on from outside.
+A process that reaches such a phase stops itself with SIGSTOP, before it acts on the phase; the test
+kills or continues it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _STOPS: Final = frozenset(os.environ.get("COWSHED_TEST_STOP_AT", "").split(","))
 
 
 def stop_at(phase: str) -> None:
-    """Stop this process if it is to stop here; this thread goes no instruction further.
+    """Stop this process if the variable names phase; this thread goes on only after SIGCONT.
 
-    A signal to the process would be another thread's to take, and this one might go on meanwhile.
+    A signal to the process might be taken by another thread, and this one would go on meanwhile.
     """
     if phase in _STOPS:
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)

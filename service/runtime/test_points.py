@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fault injection for tests: the operators' request "point", if COWSHED_TEST_POINTS is set.
 
-The core's named points (cache/core/points.h) stop, fail, delay or kill; those of the service's own
-only kill. Without the variable there is no such request, and reach() is a look at an empty set.
+The core's named points (cache/core/points.h) stop, fail, delay or kill; the service's own only
+kill. Without the variable there is no such request, and reach() only looks into an empty set.
 docs/testing.md lists them.
 """
 
@@ -34,10 +34,10 @@ _armed: set[str] = set()
 
 
 def arm(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Arm the point of that name: action "stop", "fail" (errno), "delay" (ms), "kill", "off".
+    """Arm the named point with an action: "stop", "fail" (errno), "delay" (ms), "kill", or "off".
 
-    times, 1 unless given, 0 for ever; permille of those that come by, as seed has it. "look" says
-    whether a thread has come to a point of the core since it was armed.
+    The point acts times times, 1 unless given, 0 for ever, and on permille of those that reach it,
+    chosen by seed. "look" returns whether a thread has reached a point of the core since then.
     """
     name = take_text(request, "name")
     action = take_choice(
@@ -68,7 +68,7 @@ def arm(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def reach(name: str) -> None:
-    """Die here, if a test asked for it."""
+    """Kill this process, if a test armed the point."""
     if name in _armed:
         os.kill(os.getpid(), signal.SIGKILL)
 

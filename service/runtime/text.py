@@ -3,9 +3,9 @@
 
 
 def printable(value: object) -> str:
-    """`value` as one line with every control or format character escaped.
+    """Return `value` with every control or format character escaped.
 
-    Guests name themselves, so a name may hold terminal escapes or text that runs right to left.
+    Guests choose their names, which may contain terminal escapes or right-to-left marks.
     """
     return "".join(
         mark if mark.isprintable() else mark.encode("unicode_escape").decode("ascii")
@@ -14,17 +14,17 @@ def printable(value: object) -> str:
 
 
 def one_line(message: object) -> str:
-    """`message` with its line ends and runs of blanks made single blanks, and printable."""
+    """Return `message` on one line: each run of white space is one blank, the rest printable()."""
     return printable(" ".join(str(message).split()))
 
 
 def format_count(count: int) -> str:
-    """A whole number with its thousands apart: ``1,234,567``."""
+    """Format a whole number with separated thousands: ``1,234,567``."""
     return f"{count:,}"
 
 
 def format_share(part: float, whole: float) -> str:
-    """`part` of `whole` in percent, ``-`` of nothing; says 100% and 0% only when they are exact."""
+    """Format `part` of `whole` in percent; ``-`` for no whole; 100% and 0% only if exact."""
     if not whole:
         return "-"
     percent = 100 * part / whole
@@ -36,7 +36,7 @@ def format_share(part: float, whole: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A length of time in its two largest units: ``12s``, ``3m 05s``, ``1h 02m``, ``9d 04h``."""
+    """Format a duration in its two largest units: ``12s``, ``3m 05s``, ``1h 02m``, ``9d 04h``."""
     whole = int(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -48,7 +48,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_us(microseconds: float) -> str:
-    """A latency: ``3.1us``, ``85us``, ``1.2ms``, ``2.5s``."""
+    """Format a latency: ``3.1us``, ``85us``, ``1.2ms``, ``2.5s``."""
     for limit, scale, unit in (
         (999.5, 1.0, "us"),
         (999_500.0, 1e3, "ms"),

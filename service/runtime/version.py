@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This program's version; pyproject.toml has it from here.
+"""This program's version; pyproject.toml reads it from here.
 
-A constant: importlib.metadata, which parses it out of the installation as if it were an e-mail,
-takes a tenth of a daemon's start.
+A constant, because importlib.metadata takes a tenth of the daemon's start to parse it out of the
+installation.
 """
 
 from typing import Final

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads for what must not hold up the loop: one for quick looks, some for orders that take long.
+"""Threads for work that must not block the loop: one for quick reads, some for long orders.
 
-A warm of a large image goes on for minutes; the status, which shows how it gets on, must not queue
-behind it.
+Warming a large image takes minutes; the status, which shows its progress, must not queue behind it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _NR_ORDERS: Final = 4
 
 
 def _pool(nr_threads: int, name: str) -> ThreadPoolExecutor:
-    """Give a pool whose threads all run: at the limit of threads none could be started later."""
+    """Return a pool with all threads started: later the limit of threads might prevent it."""
     pool = ThreadPoolExecutor(nr_threads, name)
     all_there = threading.Barrier(nr_threads)
     wait([pool.submit(all_there.wait) for _ in range(nr_threads)])
@@ -33,10 +32,10 @@ def _pool(nr_threads: int, name: str) -> ThreadPoolExecutor:
 
 
 class Workers:
-    """Runs work and gives its replies to the loop, through post; stop() waits for what runs.
+    """Runs work in threads and passes its replies to the loop by post; stop() waits for all work.
 
-    post(call) has the loop call call(). Work is asked to stop between two of its replies, and looks
-    at is_stopping between two steps.
+    post(call) has the loop call call(). stop() ends work between two replies; long work must also
+    check is_stopping between two steps.
     """
 
     def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
@@ -53,23 +52,21 @@ class Workers:
         *,
         is_quick: bool,
     ) -> None:
-        """Run work in a thread; each of its replies is given to reply in the loop, then on_done
-        is called there.
-        """
+        """Run work in a thread; the loop calls reply for each of its replies, then on_done."""
         pool = self._looks if is_quick else self._orders
         pool.submit(self._run, work, reply, on_done)
 
     def run(self, call: Callable[[], None]) -> None:
-        """Call something quick in a thread, one such call at a time."""
+        """Make a quick call in the thread for quick work."""
         self._looks.submit(self._call, call)
 
     @property
     def is_stopping(self) -> bool:
-        """Whether work that takes long is to end as soon as it can."""
+        """Whether long work must end as soon as it can."""
         return self._stopping
 
     def stop(self) -> None:
-        """Forget what has not begun, and wait for the rest to end its step."""
+        """Drop work that has not begun, and wait for the rest to end its step."""
         self._stopping = True
         for pool in (self._looks, self._orders):
             pool.shutdown(wait=True, cancel_futures=True)
@@ -77,7 +74,7 @@ class Workers:
     def _call(self, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception:  # nobody asks the pool what came of it
+        except Exception:  # the pool's future, which has it, is dropped
             _log.crash("call-failed", "a defect of cowshed: please report it")
 
     def _run(

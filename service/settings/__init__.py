@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command line and the configuration file may say. Opens nothing."""
+"""Parse and check the command line's options and the configuration file. Opens nothing else."""

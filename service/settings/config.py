@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `cowshed serve` is told: by a TOML file, the environment, options; the last word wins.
+"""The configuration of `cowshed serve`: a TOML file, the environment, options; the last wins.
 
-options.py has the table of settings, docs/configuration.md the reference that is made from it.
-Besides, a file has tables: [images] and [[image]], [domains] (domains.py) and [tls]
-(tls_config.py). Everything is checked here, before anything is opened, except whether sources can
-be read: that is the image's to say. Each error is one UsageError naming the thing, the value and
-the cure.
+options.py has the table of settings, docs/configuration.md the reference made from it. A file also
+has tables: [images] and [[image]], [domains] (domains.py) and [tls] (tls_config.py). Everything is
+checked here, before anything is opened, except that sources can be read, which opening the image
+checks. Each error is one UsageError that names the thing, the value and the cure.
 """
 
 import os
@@ -56,11 +55,11 @@ _IMAGE_KEYS = ("name", "source", "domain", "trim", *_MEMBER_KEYS)
 
 @dataclass(frozen=True)
 class Config:
-    """A complete, checked configuration; see the module's text for what each value means.
+    """A complete, checked configuration; options.py describes the values.
 
-    `default_quota_bytes` and `network_quota_bytes` None are no limits. Paths are absolute. text is
-    the file's that it is of, if there is one: for this daemon's later processes. Raises
-    UsageError when it is made with values that do not hold.
+    `default_quota_bytes` and `network_quota_bytes` None: no limit. Paths are absolute. text is the
+    configuration file's, if there is one, to be passed to this daemon's later processes. The
+    constructor raises UsageError for invalid values.
     """
 
     images: tuple[ImageSpec, ...]
@@ -90,7 +89,7 @@ class Config:
     text: str | None = field(default=None, repr=False, compare=False)
 
     def trims_to_zeros(self, domain: str, name: str) -> bool:
-        """Whether what an NBD client trims of an image of that name reads as zeros then."""
+        """Whether ranges that an NBD client trims of that image then read as zeros."""
         for spec in self.images:
             if (spec.domain, spec.name) == (domain, name) and spec.trim is not None:
                 return spec.trim == "zeros"
@@ -125,7 +124,7 @@ class Config:
 
 
 def socket_path(run_dir: Path) -> Path:
-    """Where the daemon of `run_dir` listens, absolute; UsageError if no socket can be there."""
+    """Return the daemon's socket path in `run_dir`, absolute; UsageError if it is too long."""
     path = absolute(run_dir) / SOCKET_NAME
     nr_bytes = len(os.fsencode(path))
     if nr_bytes > SOCKET_PATH_MAX_BYTES:
@@ -144,13 +143,12 @@ def config_load(
     verbose: bool = False,
     **given: Any,
 ) -> Config:
-    """The configuration of `config_file` (None: none) overridden by options that are given.
+    """Return the configuration of `config_file` (None: no file), overridden by given options.
 
-    `images` are NAME=SOURCE[,domain=DOMAIN][,trim=WHAT]; one of the same name and domain as an
-    image of the file takes its place. `given` are options by their key, as the command line has
-    them: None, () and False are as not given. `verbose` is a log_level of info, at least. Reads
-    the file, looks up users and groups that it names, and nothing else. Raises UsageError, one
-    line.
+    `images` are NAME=SOURCE[,domain=DOMAIN][,trim=WHAT]; each replaces the file's image of the same
+    name and domain. `given` are options by key; None, () and False count as not given. `verbose`
+    means a log_level of at least info. Reads the file and looks up the users and groups that it
+    names, and nothing else. Raises UsageError, one line.
     """
     table: Mapping[str, Any] = {}
     file_text = None
@@ -182,7 +180,7 @@ def config_load(
 
     for key in given:
         check_key(key, _KEYS, "")
-    if given.get("run_dir") == "":  # an empty variable is as none
+    if given.get("run_dir") == "":  # an empty environment variable counts as unset
         del given["run_dir"]
     not_given = (None, (), False)
     settings |= _settings_of({k: v for k, v in given.items() if v not in not_given}, Path.cwd())
@@ -200,7 +198,7 @@ def config_load(
 
 
 def _settings_of(table: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """Config's fields for the settings that a table has; paths are relative to base."""
+    """Return Config's fields for the settings in a table; paths are relative to base."""
     settings = {}
     for option in OPTIONS:
         if option.key in table:
@@ -210,7 +208,7 @@ def _settings_of(table: Mapping[str, Any], base: Path) -> dict[str, Any]:
 
 
 def _read_table(config_file: Path) -> tuple[Mapping[str, Any], str]:
-    """The top-level table of a TOML file, its keys known to be ours, and the file's text."""
+    """Return the top-level table of a TOML file, its keys checked, and the file's text."""
     import tomllib  # most processes have no file to read
 
     try:
@@ -233,7 +231,7 @@ def _given_twice(image: ImageSpec) -> UsageError:
 
 
 def _images_of(table: Mapping[str, Any], file_dir: Path) -> Iterator[ImageSpec]:
-    """The images of [images], then those of [[image]]."""
+    """Yield the images of [images], then those of [[image]]."""
     images = table.get("images", {})
     if not isinstance(images, dict):
         raise UsageError(f'images is {images!r}: write [images] and NAME = "SOURCE" lines')
@@ -261,6 +259,6 @@ def _images_of(table: Mapping[str, Any], file_dir: Path) -> Iterator[ImageSpec]:
 
 
 def _allowed_of(each: Mapping[str, Any]) -> DomainMembers | None:
-    """Who may use an [[image]]; None is all of its domain."""
+    """Return who may use an [[image]]; None: all of its domain."""
     lists = {key: each[key] for key in _MEMBER_KEYS if key in each}
     return parse_members(f"image {each['name']!r}", lists) if lists else None

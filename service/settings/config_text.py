@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration's text, read once: later processes of a daemon are given it, and read no file.
+"""The configuration's text, read once and passed on to the daemon's later processes.
 
-A file may be on a disk that hangs, be a pipe, or be wrong by the time that a keeper has to be
-started. A process is given the text in a memfd, whose number its environment has.
+The file may be a pipe, on a hung disk, or wrong by the time that a keeper must be started. So a
+process gets the text in a memfd, whose number is in its environment.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ CONFIG_FD: Final = "COWSHED_CONFIG_FD"
 
 
 def config_text_make(text: str) -> int:
-    """Give a memfd that has a text; the caller's, and closed by exec unless passed on."""
+    """Return a memfd with a text, which the caller owns; exec closes it unless it is passed on."""
     fd = os.memfd_create("cowshed-config", os.MFD_CLOEXEC)
     os.write(fd, text.encode())
     return fd
 
 
 def config_text_read(path: Path) -> str:
-    """The text that this process was given, once; else that of the file. OSError, ValueError."""
+    """Return the text passed to this process, at the first call; else the file's.
+
+    Raises OSError, and ValueError if the text is not UTF-8.
+    """
     given = os.environ.pop(CONFIG_FD, "")
     if not given:
         return path.read_text(encoding="utf-8")

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sharing domains: who belongs to which. Guests share frames within a domain and never beyond.
+"""Sharing domains and their members. Guests share frames within a domain and never beyond.
 
-A guest is in the one domain that lists who it is, whatever it says itself: its user or group, which
-the kernel tells of a unix socket's peer, or the name in its TLS certificate, which the handshake
-has checked. Who is listed nowhere is in the domain "default". A user counts before its group, so
-that one member of a group can be somewhere else. In the configuration file::
+A guest is in the domain that lists its identity, which it cannot choose: its user or group, which
+the kernel reports for a unix socket's peer, or the name in its TLS certificate, which the handshake
+has verified. An unlisted guest is in the domain "default". A user counts before its group, so that
+one member of a group can be in another domain. In the configuration file::
 
     [domains.tenant-a]
     uids = [1001, "alice"]              # numbers, or names of users
     gids = ["tenant-a"]                 # primary groups: numbers, or names
     clients = ["vm7.tenant-a.example"]  # common or alternative names of TLS client certificates
 
-Pure, but for the names of users and groups, which are looked up when a configuration is read.
+Pure, except that reading a configuration looks up the names of users and groups.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
     "parse_members",
 ]
 
-# No dot: beside NAME.sock and NAME.workingset there are folders named for domains.
+# No dot: folders named after domains lie beside NAME.sock and NAME.workingset.
 _DOMAIN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 _ID_MAX: Final = (1 << 32) - 2  # the last one means "no change" to chown(2)
 _KEYS: Final = ("uids", "gids", "clients")
@@ -48,10 +48,10 @@ _KEYS: Final = ("uids", "gids", "clients")
 
 @dataclass(frozen=True)
 class Identity:
-    """Who a guest is, as far as its transport vouches for it; None is unknown.
+    """A guest's identity as its transport verified it; None: unknown.
 
-    client_name is the name in a verified TLS client certificate. A certificate with several names
-    is known by Domains.client_name of them.
+    client_name is the name in a verified TLS client certificate; of several, Domains.client_name
+    chooses one.
     """
 
     uid: int | None = None
@@ -61,14 +61,14 @@ class Identity:
 
 @dataclass(frozen=True)
 class DomainMembers:
-    """Who is in one domain, or may use one image."""
+    """The members of a domain, or the users of an image."""
 
     uids: frozenset[int] = frozenset()
     gids: frozenset[int] = frozenset()
     clients: frozenset[str] = frozenset()
 
     def has(self, identity: Identity) -> bool:
-        """Whether somebody is listed, in whatever way."""
+        """Whether any of the lists has the identity."""
         return (
             identity.uid in self.uids
             or identity.gid in self.gids
@@ -78,9 +78,9 @@ class DomainMembers:
 
 @dataclass(frozen=True)
 class Domains:
-    """The members of each domain but "default", where everybody else is.
+    """The members of each domain; everybody else is in "default".
 
-    Nobody is listed in two: UsageError when it is made.
+    The constructor raises UsageError for a member that is listed in two domains.
     """
 
     members: Mapping[str, DomainMembers] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Domains:
             object.__setattr__(self, f"_by_{key}", by)
 
     def domain_of(self, identity: Identity) -> str:
-        """Name the domain of a guest: by its certificate, then its user, then its group; O(1)."""
+        """Return a guest's domain: by its certificate, then its user, then its group; O(1)."""
         return (
             self._by_client.get(identity.client_name)
             or self._by_uid.get(identity.uid)
@@ -111,13 +111,13 @@ class Domains:
         )
 
     def admits(self, identity: Identity, domain: str) -> bool:
-        """Whether a guest may use the images of a domain: its own; an operator any."""
+        """Whether a guest may use a domain's images: those of its own; an operator, any."""
         return is_operator(identity.uid) or self.domain_of(identity) == domain
 
     def client_name(self, names: Iterable[str]) -> str | None:
-        """Choose, of all the names in one certificate, the one it is known by; None without any.
+        """Choose a certificate's identity among all its names: a listed one, else the first.
 
-        UsageError if they belong to several domains: nobody can say then whose it is.
+        None if there are no names; UsageError if they belong to several domains.
         """
         names = list(names)
         listed = {self._by_client[name]: name for name in names if name in self._by_client}
@@ -130,12 +130,12 @@ class Domains:
 
 
 def is_operator(uid: int | None) -> bool:
-    """Whether a user may ask anything of this daemon: root and the daemon's own user."""
+    """Whether a user may make any request: root and the daemon's own user may."""
     return uid is not None and uid in (0, os.geteuid())
 
 
 def check_domain_name(domain: str) -> None:
-    """Raise UsageError for a name that no domain can have."""
+    """Raise UsageError for an invalid domain name."""
     if not _DOMAIN_NAME.fullmatch(domain):
         raise UsageError(
             f"domain name {domain!r} is not usable: use up to 32 letters, digits, '_' and '-', "
@@ -144,7 +144,7 @@ def check_domain_name(domain: str) -> None:
 
 
 def check_key(key: str, known: Sequence[str], where: str) -> None:
-    """Raise UsageError for a key of a table that is none of those known."""
+    """Raise UsageError for an unknown key of a table."""
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         cure = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
@@ -152,7 +152,7 @@ def check_key(key: str, known: Sequence[str], where: str) -> None:
 
 
 def parse_domains(table: object) -> Domains:
-    """The domains of a configuration's table [domains]. Raises UsageError."""
+    """Parse a configuration's table [domains]. Raises UsageError."""
     if not isinstance(table, dict):
         raise UsageError(f"domains is {table!r}: write [domains.NAME] and uids = [...] below it")
     members = {}
@@ -160,7 +160,7 @@ def parse_domains(table: object) -> Domains:
         check_domain_name(domain)
         if domain == DEFAULT_DOMAIN:
             raise UsageError(
-                f"domain {DEFAULT_DOMAIN!r} is for all that no other lists: give it no members"
+                f"domain {DEFAULT_DOMAIN!r} is for guests that no other lists: give it no members"
             )
         members[domain] = _members(domain, lists)
     return Domains(members)
@@ -175,7 +175,7 @@ def _members(domain: str, lists: object) -> DomainMembers:
 
 
 def parse_members(what: str, lists: Mapping[str, Any]) -> DomainMembers:
-    """The lists uids, gids and clients of what, as "domain 'a'". Raises UsageError."""
+    """Parse the lists uids, gids and clients of what (as "domain 'a'"). Raises UsageError."""
     return DomainMembers(
         uids=_ids(what, lists, "uid", "user", lambda name: pwd.getpwnam(name).pw_uid),
         gids=_ids(what, lists, "gid", "group", lambda name: grp.getgrnam(name).gr_gid),

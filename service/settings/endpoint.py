@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HOST:PORT, as people write where a server is to listen."""
+"""HOST:PORT, the address of a server in the configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PORT_MAX = 65535
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A host name or address, without brackets, and a port; 0 is one that the kernel chooses."""
+    """A host name or address, without brackets, and a port; 0: the kernel chooses one."""
 
     host: str
     port: int
@@ -25,7 +25,7 @@ class Endpoint:
 
 
 def parse_endpoint(text: str, what: str) -> Endpoint:
-    """The endpoint that text names: host:port or [address]:port. Raises UsageError, naming what."""
+    """Parse host:port or [address]:port. Raises UsageError; the message calls the value `what`."""
     host, colon, port_text = text.strip().rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     if bracketed:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images to serve: a name, the file its bytes come from, and a domain. Opens nothing.
+"""The images to serve: name, source and domain. Opens nothing.
 
-An option is ``NAME=SOURCE``, with ``,domain=DOMAIN`` and ``,trim=image`` or ``,trim=zeros`` behind
-it. Only a known key ends the source, so commas in it need no care; a file whose name ends in
+An option is ``NAME=SOURCE``, then ``,domain=DOMAIN`` and ``,trim=image`` or ``,trim=zeros`` if
+wanted. Only a known key ends the source, so it may contain commas; a file whose name ends in
 ``,domain=x`` is ``file:///dir/name%2Cdomain=x``.
 """
 
@@ -20,16 +20,16 @@ _IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _OPTION = re.compile(r"(?P<source>.*),(?P<key>domain|trim)=(?P<value>[^,]*)", re.DOTALL)
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):")
 
-# What a range that an NBD client trimmed reads as: the image's bytes again, or zeros.
+# How a range that an NBD client trimmed reads: as the image again, or as zeros.
 TRIMS = ("image", "zeros")
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """One image to serve: its name, the absolute path its bytes come from, and its domain.
+    """One image to serve: its name, the absolute path of its source, and its domain.
 
-    allowed is who of the domain may use it; None is everybody there. trim is what NBD clients'
-    trimmed ranges read as, one of TRIMS; None leaves it to the configuration.
+    allowed is who of the domain may use it; None: everybody there. trim is one of TRIMS; None: the
+    configuration's.
     """
 
     name: str
@@ -40,25 +40,25 @@ class ImageSpec:
 
     @property
     def label(self) -> str:
-        """The name to call it by where images of several domains may meet."""
+        """Its name where images of several domains may appear."""
         return image_label(self.domain, self.name)
 
 
 def absolute(path: Path) -> Path:
-    """`path` without ``..``, symbolic links left alone (Path.resolve would follow them)."""
+    """Make `path` absolute, without ``..``; keeps symbolic links, which Path.resolve follows."""
     return Path(os.path.abspath(path))
 
 
 def check_trim(trim: str, of: str = "") -> None:
-    """Raise UsageError for what no trimmed range can read as."""
+    """Raise UsageError unless trim is one of TRIMS."""
     if trim not in TRIMS:
         raise UsageError(f"trim {trim!r}{of} is not {' or '.join(TRIMS)}: use one")
 
 
 def parse_image(text: str) -> tuple[str, str, str, str | None]:
-    """Name, source, domain and trim of an option's ``NAME=SOURCE[,domain=DOMAIN][,trim=WHAT]``.
+    """Split ``NAME=SOURCE[,domain=DOMAIN][,trim=WHAT]`` into name, source, domain and trim.
 
-    Later ``=`` are the source's. Raises UsageError.
+    Later ``=`` belong to the source. Raises UsageError.
     """
     name, equals, source = text.partition("=")
     if not equals:
@@ -82,7 +82,7 @@ def image_spec(
     allowed: DomainMembers | None = None,
     trim: str | None = None,
 ) -> ImageSpec:
-    """A checked image; a relative path starts at `base_dir`. Raises UsageError; opens nothing."""
+    """Check an image; a relative path starts at `base_dir`. Raises UsageError; opens nothing."""
     if not _IMAGE_NAME.fullmatch(name):
         raise UsageError(
             f"image name {name!r} is not usable: use up to 64 letters, digits, '.', '_' and "
@@ -98,7 +98,7 @@ def image_spec(
 
 
 def _source_path(name: str, source: str) -> str:
-    """The path `source` names, as a plain path or as an RFC 8089 ``file:`` URL."""
+    """Return the path of `source`, a plain path or an RFC 8089 ``file:`` URL."""
     match = _SCHEME.match(source)
     if match is None:
         return source

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a name means, for whom: several domains may each have an image, or a guest, of that name.
+"""Look up names: several domains may each have an image, or a guest, of the same name.
 
-An operator says NAME, if only one domain has it, or DOMAIN/NAME. A guest says NAME and means its
-own domain's; what other domains have it cannot find out, since the answer is the same as for a name
-that nobody has.
+An operator gives NAME, if only one domain has it, or DOMAIN/NAME. A guest gives NAME and gets its
+own domain's; it cannot find out what other domains have, since it gets the same error as for a name
+that does not exist.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Named", "find_for_guest", "find_for_operator", "image_socket_path"]
 
 
 class Named(Protocol):
-    """What has a domain and a name: an image, an order to serve one, a guest."""
+    """Something with a domain and a name: an image, the configuration of one, a guest."""
 
     @property
     def domain(self) -> str:
@@ -34,9 +34,9 @@ N = TypeVar("N", bound=Named)
 
 
 def find_for_operator(things: Iterable[N], text: str, what: str = "image") -> N:
-    """The one that NAME or DOMAIN/NAME means; UsageError, with the choices, if not just one."""
+    """Return the one called NAME or DOMAIN/NAME; UsageError, with the choices, if not just one."""
     things = list(things)
-    # No domain has a slash in its name, so nobody's name can stand in for another's full one.
+    # Domain names have no slash; a full name wins over a name that looks like it.
     found = [each for each in things if text == _full(each)] or [
         each for each in things if text == each.name
     ]
@@ -49,10 +49,10 @@ def find_for_operator(things: Iterable[N], text: str, what: str = "image") -> N:
 
 
 def find_for_guest(images: Iterable[N], text: str, domain: str, *, is_operator: bool = False) -> N:
-    """The image of that name in a guest's domain; UsageError naming those in that domain alone.
+    """Return the image of that name in a guest's domain; UsageError lists only those there.
 
-    An operator's guest may name another domain's as DOMAIN/NAME, and no other way: frames are
-    shared across domains on nobody's guess.
+    An operator's guest may name another domain's image only as DOMAIN/NAME: sharing frames across
+    domains must be explicit.
     """
     images = list(images)
     own = [image for image in images if image.domain == domain]
@@ -66,7 +66,7 @@ def find_for_guest(images: Iterable[N], text: str, domain: str, *, is_operator: 
 
 
 def image_socket_path(run_dir: Path, image: Named) -> Path:
-    """Where an image's own socket is: images/NAME.sock, or images/DOMAIN/NAME.sock."""
+    """Return the path of an image's socket: images/NAME.sock, or images/DOMAIN/NAME.sock."""
     folder = run_dir / "images"
     if image.domain != DEFAULT_DOMAIN:
         folder /= image.domain

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of `cowshed serve`, each once: key, option, how it is read, bounds, default, help.
+"""The table of the settings of `cowshed serve`: key, option, reader, bounds, default, help.
 
-The TOML file, the command line, its help, the checks of Config and docs/configuration.md are made
-from this table. A setting is added here and as a field of Config, and nowhere else.
+The TOML file's keys, the command line and its help, the checks of Config and docs/configuration.md
+are made from it. A new setting is added here and as a field of Config, and nowhere else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cowshed.service.settings.quotas import parse_quota
 __all__ = ["OPTIONS", "RUN_DIR_DEFAULT", "TABLES", "Option", "flag_of", "text_of"]
 
 RUN_DIR_DEFAULT: Final = "/run/cowshed"
-# Tables of the file that are no single setting.
+# Tables of the file, which are not single settings.
 TABLES: Final = ("images", "image", "domains", "tls")
 
 
@@ -29,10 +29,10 @@ TABLES: Final = ("images", "image", "domains", "tls")
 class Option:
     """One setting.
 
-    read(key, value) makes Config's value of what TOML or the command line gives; it raises
-    UsageError, one line. kind and default are what people read; about is a sentence for the help,
-    and more what the reference adds. field is Config's, the key unless given; flag is the option,
-    "" if there is none. A path is relative to the file's directory, or to the current one.
+    read(key, value) turns the value from TOML or the command line into Config's; it raises
+    UsageError, one line. kind and default are text for people; about is a sentence for the help,
+    and the reference adds more. field is Config's, the key unless given; flag is the command line's
+    option, "" if there is none. A path is relative to the file's directory, or to the current one.
     """
 
     key: str
@@ -56,7 +56,7 @@ class Option:
         return self.field or self.key
 
     def check(self, value: Any) -> None:
-        """Raise UsageError for a value of Config that is out of bounds or none of the choices."""
+        """Raise UsageError for a value of Config that is out of bounds or not among the choices."""
         if self.bounds is not None and not self.bounds[0] <= value <= self.bounds[1]:
             least = f"{self.bounds[0]} (none)" if self.unit == "guests" else self.bounds[0]
             raise UsageError(f"{self.key} is {value}: use {least} to {self.bounds[1]} {self.unit}")
@@ -66,21 +66,21 @@ class Option:
 
 
 def text_of(key: str, value: object) -> str:
-    """A text that is not empty."""
+    """Check a text, which must not be empty or contain NUL."""
     if not isinstance(value, str) or not value or "\0" in value:
         raise UsageError(f"{key} is {value!r}: give text in quotes")
     return value
 
 
 def flag_of(key: str, value: object) -> bool:
-    """True or false."""
+    """Check a boolean."""
     if not isinstance(value, bool):
         raise UsageError(f"{key} is {value!r}: give true or false")
     return value
 
 
 def _size_text(key: str, value: object) -> str:
-    """A size as text: a string, or a whole number of bytes (but not true or false)."""
+    """Return a size as text: a string, or a whole number of bytes (but not true or false)."""
     if isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -154,7 +154,7 @@ OPTIONS: Final = (
         flag_of,
         "true or false",
         "true",
-        "Load what guests touched in earlier runs, behind their demand.",
+        "Load what guests touched in earlier runs; loads that guests wait for go first.",
     ),
     Option(
         "run_dir",
@@ -187,7 +187,7 @@ OPTIONS: Final = (
         text_of,
         "stop, kill or allow",
         "stop",
-        "What a guest meets at its quota: the writer waits, gets SIGBUS, or is only counted.",
+        "What happens at a guest's quota: the writer waits, gets SIGBUS, or is only counted.",
         field="default_on_quota",
         choices=("stop", "kill", "allow"),
     ),
@@ -204,7 +204,7 @@ OPTIONS: Final = (
         _texts_of("URIs", "tls://0.0.0.0:7000"),
         "list of URIs",
         "nowhere",
-        "Let guests in at tcp://, tls:// or vsock:// too.",
+        "Accept guests at tcp://, tls:// or vsock:// too.",
         "Plain tcp is for networks where everybody may read every image of the default domain.",
         flag="--listen",
         is_repeatable=True,
@@ -222,7 +222,7 @@ OPTIONS: Final = (
         text_of,
         "image or zeros",
         "image",
-        "What a range reads as that an NBD client trimmed.",
+        "How a range that an NBD client trimmed reads: as the image again, or as zeros.",
         flag="--trim",
         choices=TRIMS,
     ),
@@ -240,7 +240,7 @@ OPTIONS: Final = (
         text_of,
         "directory",
         "none are kept",
-        "Keep images there whose bytes come in handoffs; they are served from then on.",
+        "Keep there the images whose bytes come in handoffs; they are served from then on.",
         flag="--image-dir",
         is_path=True,
     ),
@@ -264,7 +264,7 @@ OPTIONS: Final = (
         _number_of("seconds"),
         "seconds",
         "60",
-        "How long a source that is lost in post-copy has to come again.",
+        "How long to wait for a source backend that is lost in post-copy to come back.",
         bounds=(0, 86400),
         unit="seconds",
     ),
@@ -273,15 +273,15 @@ OPTIONS: Final = (
         flag_of,
         "true or false",
         "true",
-        "Have a process hold everything for the next backend, and start it if this one dies.",
-        "Under systemd, systemd does that whatever this says.",
+        "Run a keeper: it holds all descriptors for the next backend, and starts it if this dies.",
+        "Under systemd, systemd always does that instead.",
     ),
     Option(
         "metrics",
         _endpoint,
         "HOST:PORT",
         "nowhere",
-        "Serve metrics to Prometheus there, and a page to browsers.",
+        "Serve Prometheus metrics there, and a page to browsers.",
         flag="--metrics",
     ),
     Option(
@@ -307,7 +307,7 @@ OPTIONS: Final = (
         text_of,
         ", ".join(LEVELS),
         "notice",
-        "The least level that is logged; info tells of guests that come and go.",
+        "The lowest level that is logged; info logs guests that come and go.",
         choices=tuple(LEVELS),
     ),
 )

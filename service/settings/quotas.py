@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quotas as people write them."""
+"""Parse and check quotas."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PAGE_BYTES: Final = 4096
 
 
 def check_quota(quota_bytes: int) -> None:
-    """Raise UsageError for a quota that holds no page: its guest would stop at its first write."""
+    """Raise UsageError for a quota below one page: its guest would stop at its first write."""
     if quota_bytes < _PAGE_BYTES:
         raise UsageError(
             f"quota of {quota_bytes} bytes is less than a page: "
@@ -23,7 +23,7 @@ def check_quota(quota_bytes: int) -> None:
 
 
 def parse_quota(text: str) -> int | None:
-    """A quota as people write it: a size, or ``none`` for no limit. Raises UsageError."""
+    """Parse a quota: a size, or ``none`` for no limit. Raises UsageError."""
     if text.strip().lower() == "none":
         return None
     quota_bytes = parse_size(text, "quota")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemon's certificate, and whose it takes: the table [tls], for all that listens with TLS.
+"""The table [tls]: the certificates of every server that listens with TLS.
 
     [tls]
-    cert = "/etc/cowshed/server.pem"   # the daemon's certificate, and those up to the CA's
+    cert = "/etc/cowshed/server.pem"   # the daemon's certificate, then those up to the CA's
     key = "/etc/cowshed/server.key"    # its key, without a passphrase
-    ca = "/etc/cowshed/ca.pem"         # who signs clients' certificates
-    clients = "required"               # or "optional": without a certificate, nobody in particular
+    ca = "/etc/cowshed/ca.pem"         # the CA that signs clients' certificates
+    clients = "required"               # or "optional": clients without one have no identity
 
 Relative paths start at the configuration file's directory.
 """
@@ -27,7 +27,7 @@ _FILES: Final = ("cert", "key", "ca")
 
 @dataclass(frozen=True)
 class TlsConfig:
-    """Three PEM files, not opened yet, and whether clients must show a certificate."""
+    """Three PEM files, not opened here, and whether clients must show a certificate."""
 
     cert: Path
     key: Path
@@ -36,7 +36,7 @@ class TlsConfig:
 
 
 def parse_tls(table: object, base_dir: Path) -> TlsConfig:
-    """The TlsConfig of a configuration's table [tls]. Raises UsageError; opens nothing."""
+    """Parse a configuration's table [tls]. Raises UsageError; opens nothing."""
     if not isinstance(table, dict):
         raise UsageError(f"tls is {table!r}: write [tls] and cert, key and ca below it")
     known = (*_FILES, "clients")

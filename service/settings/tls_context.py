@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemon's end of TLS, made of the files of its table [tls].
+"""The daemon's TLS context, made from the files of its table [tls].
 
-Apart from tls_config.py, so that ssl is imported by daemons alone.
+Separate from tls_config.py, so that only daemons import ssl.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def make_context(config: TlsConfig) -> ssl.SSLContext:
 
 
 def _no_passphrase() -> str:
-    # Without this, OpenSSL would ask at the terminal of whoever started us.
+    # Without this, OpenSSL would ask for the passphrase at the terminal.
     raise UsageError("key of tls is encrypted: give one without a passphrase")
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keeper, reloads, and a shutdown that turns nobody away."""
+"""The keeper, reloads, and a shutdown that refuses no peer."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A graceful shutdown: this process ends for a successor, and no peer is turned away by it.
+"""A graceful shutdown: this process ends for a successor, and refuses no peer meanwhile.
 
-Peers that connect from then on wait in the queues of the listening sockets, which the successor has
-too. Handshakes and requests under way are answered first, for a bounded time; faults are answered
-all the while. Only then does the process end.
+Peers that connect from then on wait in the backlogs of the listening sockets, which the successor
+has too. Handshakes and requests in progress are answered first, for a bounded time; faults are
+answered throughout. Only then does the process end.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cowshed.service.runtime.workers import Workers
 __all__ = ["Drainable", "GracefulShutdown", "Saving"]
 
 _LOOK_SECONDS: Final = 0.002
-# A peer that takes longer does not wait for this process: it hangs up, or connects again. On a busy
-# machine the time may go by before this process runs at all, so it also looks so many times.
+# A peer that takes longer is disconnected, and must connect again. On a busy machine the time may
+# pass before this process runs at all, so it also looks at least so many times.
 _PATIENCE_SECONDS: Final = 1.0
 _PATIENCE_LOOKS: Final = 50
 
@@ -29,18 +29,18 @@ class Drainable(Protocol):
     """A server that accepts connections in the loop."""
 
     def nr_unfinished(self) -> int:
-        """Return how many would lose something if the process ended now."""
+        """Return how many peers would lose something if the process ended now."""
 
 
 class Saving:
-    """Files to be written before the end, in a thread: a disk that hangs delays it only so long."""
+    """Writes files before the end, in a thread: a hung disk delays the end only a bounded time."""
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
         self._nr_begun = self._nr_done = 0
 
     def begin(self, save: Callable[[], None]) -> None:
-        """Have save() called; the shutdown waits for it."""
+        """Have a worker call save(); the shutdown waits for it."""
         self._nr_begun += 1
 
         def work() -> None:
@@ -57,7 +57,7 @@ class Saving:
 
 
 class GracefulShutdown:
-    """Brings every server to rest before the end; take_back() has them go on."""
+    """Brings every server to rest before the process ends; take_back() undoes that."""
 
     def __init__(
         self, loop: Loop, listening_fds: Iterable[int], servers: Sequence[Drainable]
@@ -69,7 +69,10 @@ class GracefulShutdown:
         self._nr_looks = 0
 
     def prepare(self) -> bool:
-        """Run the loop until all are ready, or patience ends; False if we are to stop for good."""
+        """Run the loop until all servers are at rest or the time is up.
+
+        False if a signal meanwhile asked for an end without a successor.
+        """
         for fd in list(self._listening_fds):  # a side thread may open another
             self._loop.mute(fd)
         stop_at("departing")
@@ -81,7 +84,7 @@ class GracefulShutdown:
         return self._loop.ended_by is LEAVE
 
     def take_back(self) -> None:
-        """Let people in again, and answer them."""
+        """Accept peers again."""
         self._loop.unmute_all()
 
     def _look(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend in a row this one is: how often another began, and why; who starts the next."""
+"""The restart history: how often a backend followed another, and why; who starts the next one."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from cowshed.service.supervise.keeper_watch import KeeperWatch
 
 __all__ = ["HISTORY_COUNTS", "HOWS", "KEEPERS", "RestartHistory"]
 
-# Why a backend began after another; a restart by systemd is a reload too.
+# Why a backend followed another; a restart by systemd is a reload too.
 HOWS: Final = ("crash", "reload", "takeover")
 KEEPERS: Final = ("own", "systemd", "none")
-# What is counted: a backend that goes on purpose says so, and its successor looks for that.
+# The counters: a backend that leaves on purpose counts left-*, which its successor compares.
 HISTORY_COUNTS: Final = ("starts", *HOWS, "left-reload", "left-takeover")
 
 
 class RestartHistory:
-    """Counts on what earlier backends counted. watch is the keeper's; None: there is no keeper.
+    """Goes on with the counts of earlier backends. watch is the keeper's; None: no keeper.
 
-    adoption_seconds is how long it took from our start until all was answered that was left, 0.0 if
-    nothing was.
+    adoption_seconds is the time from our start until all inherited guests were served, 0.0 for the
+    first backend.
     """
 
     def __init__(self, counts: KeptCounts | None = None, watch: KeeperWatch | None = None) -> None:
@@ -38,42 +38,42 @@ class RestartHistory:
         self._counts.add("starts")
 
     def close(self) -> None:
-        """Let go of the counts."""
+        """Close the counts."""
         self._counts.close()
 
     @property
     def is_first(self) -> bool:
-        """Whether there was no backend before us."""
+        """Whether there was no backend before this one."""
         return self._is_first
 
     def note_adopted(self) -> None:
-        """All that our predecessor served is served."""
+        """Record that all guests of the predecessor are served."""
         if not self._is_first:
             self.adoption_seconds = time.monotonic() - self._began
 
     def note_leaving(self, how: str) -> None:
-        """We go now, for one of HOWS but a crash."""
+        """Record that this backend leaves now; how is one of HOWS except "crash"."""
         counts = self._counts.read()
         self._counts.add(f"left-{how}", max(0, counts[how] + 1 - counts[f"left-{how}"]))
 
     @property
     def restarts(self) -> dict[str, int]:
-        """How often a backend began after another, by HOWS."""
+        """How often a backend followed another, by HOWS."""
         counts = self._counts.read()
         return {how: counts[how] for how in HOWS}
 
     @property
     def keeper(self) -> str:
-        """Who holds everything for our successor and starts it: one of KEEPERS."""
+        """What holds everything for the successor and starts it: one of KEEPERS."""
         return "none" if self._watch is None else self._watch.kind
 
     @property
     def nr_not_held(self) -> int:
-        """How many groups of descriptors a successor would lack, had we to die now."""
+        """How many groups of descriptors a successor would lack if this backend died now."""
         return 0 if self._watch is None else self._watch.nr_not_held
 
     def status(self) -> dict[str, Any]:
-        """The part of the status that tells of it."""
+        """Return its part of the status."""
         restarts = self.restarts
         return {
             "generation": 1 + sum(restarts.values()),

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The keeper: holds what must outlive the backend, and starts it again when it dies.
 
-A supervisor as small as can be, for hosts where systemd is not ours: it speaks the same protocol
-(fd_store.py) and does nothing else. It has one thread, so that a successor can be forked instead of
-started: what the backend imports is there already, and a death costs guests milliseconds.
+A minimal supervisor, for hosts where systemd does not supervise the backend: it speaks systemd's
+protocol (fd_store.py) and does nothing else. It has one thread, so that it can fork a successor
+instead of starting it: all imports are done already, and a death costs guests milliseconds.
 
-    the one it started dies  -> fork the next, with all that is held as LISTEN_FDS
-    it ends by itself        -> end with its status (it said STOPPING, or was never READY)
-    SIGTERM, SIGINT          -> passed on
-    SIGHUP                   -> have the program as it is installed now checked, by itself; then
-                                become it, have the backend leave, and fork its successor
-    another keeper follows   -> wait, once the backend has left to it, until its backend serves, and
+    the backend dies         -> fork the next, with all that is held as LISTEN_FDS
+    it ends by itself        -> end with its status (it sent STOPPING, or was never READY)
+    SIGTERM, SIGINT          -> pass on to the backend
+    SIGHUP                   -> have the program as it is installed now check itself; then exec it,
+                                have the backend leave, and fork its successor
+    another keeper follows   -> once the backend has left to it, wait until its backend serves, and
                                 end; or fork the next after all, if that keeper dies before
 
-It waits for nothing but in poll: not for a check, nor for whoever reads its log.
+It blocks only in poll: not for a check, nor for the reader of its log.
 
-The keeper's own death: the backend notices, goes on serving, and starts another keeper, which
-watches it by pidfd (a keeper need not be the parent of who it keeps).
+If the keeper dies, the backend goes on serving and starts another keeper, which watches it by pidfd
+(a keeper need not be the parent of its backend).
 """
 
 from __future__ import annotations
@@ -68,16 +68,16 @@ _MAX_FDS: Final = 253
 _PASSED_ON: Final = (signal.SIGTERM, signal.SIGINT)
 _KEPT_PID: Final = "COWSHED_KEPT_PID"
 _NOTIFY_GROUP: Final = "keeper/notify"
-# Restarts after deaths in quick succession back off; guests wait, and none is given up.
+# Restarts after deaths in quick succession back off, while guests wait; they never stop.
 _QUICK_SECONDS: Final = 5.0
 _MAX_DELAY_SECONDS: Final = 10.0
 _TELL_AGAIN_SECONDS: Final = 1.0
 
 
 def _notify_socket(run_dir: Path) -> socket.socket:
-    """A socket in run_dir for nobody but us: whoever could send there could hold us up.
+    """Make the keeper's socket in run_dir, private to this user: other senders could block us.
 
-    Those of keepers that are gone are removed. Raises UsageError if the folder cannot be used.
+    Removes those of dead keepers. Raises UsageError if the folder cannot be used.
     """
     try:
         return _bind(run_dir)
@@ -96,15 +96,15 @@ def _bind(run_dir: Path) -> socket.socket:
     path = run_dir / f"{_SOCKET_PREFIX}{os.getpid()}"
     path.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-    os.fchmod(sock.fileno(), 0o600)  # which the path gets, at once
+    os.fchmod(sock.fileno(), 0o600)  # bind gives the path this mode at once
     sock.bind(str(path))
     return sock
 
 
 class Keeper:
-    """Keeps one backend. serve() is what a child does; it gets the environment set and returns.
+    """Keeps one backend. serve() runs in the forked child, and returns its exit status.
 
-    Invariant: groups are owned, and are what the living backend asked to hold.
+    Invariant: _groups are owned, and are what the living backend sent to be held.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Keeper:
             self._socket = _notify_socket(run_dir)
         else:
             self._socket = socket.socket(fileno=inherited[0])
-        raise_file_limit()  # we hold nearly as many as the backend has
+        raise_file_limit()  # the keeper holds nearly as many descriptors as the backend has
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._socket.setblocking(False)
         self._pid = 0
@@ -135,11 +135,11 @@ class Keeper:
 
     @property
     def address(self) -> str:
-        """What the backend is told as NOTIFY_SOCKET."""
+        """The path of the keeper's socket, which the backend gets as NOTIFY_SOCKET."""
         return str(self._socket.getsockname())
 
     def run(self, watch_pid: int | None = None) -> int:
-        """Keep a backend, one that lives already if watch_pid names it; the last one's status."""
+        """Keep the living backend watch_pid, or start one; return the last backend's status."""
         self.take_signals()
         if watch_pid is None:
             self._start()
@@ -148,7 +148,7 @@ class Keeper:
         return self._keep()
 
     def replace(self, pid: int) -> int:
-        """Be followed by a backend of this program instead of pid's; the last one's status."""
+        """Replace backend pid by one of this program; return the last backend's status."""
         self._adopt(pid)
         self._replacing = True
         with contextlib.suppress(ProcessLookupError):
@@ -156,22 +156,24 @@ class Keeper:
         return self.run(pid)
 
     def copy_of(self, pid: int) -> tuple[int, int]:
-        """Hold what another keeper's backend gives; the descriptors that are ready when receive()
-        is to be called, and when the backend has ended. ProcessLookupError if there is none.
+        """Hold what another keeper's backend sends.
+
+        Returns two descriptors to poll: the first is readable when receive() must be called, the
+        second once the backend has ended. ProcessLookupError if there is no backend pid.
         """
         self._adopt(pid)
         return self._socket.fileno(), self._pidfd
 
     def receive(self) -> bool:
-        """Hold what came since; whether that backend left to us."""
+        """Hold what has arrived; True once that backend has left to us."""
         self._receive()
         return self._is_left
 
     def succeed(self, predecessor: str) -> int:
-        """Start the backend that comes after one that left; the last one's status.
+        """Start the successor of a backend that left to us; return the last backend's status.
 
-        predecessor is where its keeper is told that ours serves. If ours never does, we end, and
-        that keeper has another follow.
+        predecessor is the address of its keeper, which is notified once our backend serves. If it
+        never does, we end, and that keeper starts a successor.
         """
         self._end_copy(predecessor)
         self.take_signals()
@@ -179,15 +181,16 @@ class Keeper:
         return self._keep()
 
     def give(self, predecessor: str) -> tuple[Groups, Callable[[], None]]:
-        """Hold nothing any more, and give what was held: its new owner is the backend that comes
-        after one that left, and calls what is returned once it serves.
+        """Give up the held groups to a backend that follows one that left, without a keeper.
+
+        That backend must make the returned call once it serves.
         """
         self._end_copy(predecessor)
         groups, self._groups = self._groups, {}
         return groups, self._send_goodbye
 
     def close(self) -> None:
-        """End as if we never were; what is held is closed."""
+        """Close all that is held, and remove the socket."""
         for fds in self._groups.values():
             _close_all(fds)
         self._groups.clear()
@@ -203,18 +206,18 @@ class Keeper:
         self._ready = False
 
     def _send_goodbye(self) -> None:
-        """Tell the keeper before us, if there is one, that our backend serves."""
+        """Notify the predecessor's keeper, if there is one, that our backend serves."""
         if self._predecessor:
             try:
                 self._socket.sendto(Notice({"STOPPING": "1"}).encode(), self._predecessor)
             except BlockingIOError:
-                return  # again soon: until it is told, it waits
-            except OSError:  # it is gone already
+                return  # _poll tries again soon: that keeper waits for it
+            except OSError:  # that keeper is gone already
                 pass
             self._predecessor = ""
 
     def take_signals(self) -> None:
-        """Have signals do what the module says; before anybody is told that we are here."""
+        """Install the signal handlers; must be called before others learn that the keeper runs."""
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         for number in _PASSED_ON:
             signal.signal(number, self._pass_on)
@@ -246,7 +249,7 @@ class Keeper:
         self._reloading = True
 
     def _begin_check(self) -> None:
-        """Look whether the program as it is installed now could go on; a check under way ends."""
+        """Begin a check of the program as it is installed now; cancel an older one."""
         self._reloading = False
         self._end_check()
         try:
@@ -260,7 +263,7 @@ class Keeper:
             check.cancel()
 
     def _become_anew(self, check: ReloadCheck) -> None:
-        """Become the program as it is installed now; does nothing, and says so, if that is none."""
+        """Exec the program as it is installed now; log a refusal if the check failed."""
         self._check = None
         try:
             text = check.end(LAYOUTS)
@@ -271,23 +274,23 @@ class Keeper:
         groups = {**self._groups, _NOTIFY_GROUP: [self._socket.detach()]}
         variables, fds = listen_environment(groups, os.getpid())
         if text is not None:
-            # Behind the numbers that are given away now.
+            # Above the numbers that the held descriptors are moved to next.
             least = FIRST_FD + len(fds)
             environment[CONFIG_FD] = str(fcntl.fcntl(config_text_make(text), fcntl.F_DUPFD, least))
         _number_from(FIRST_FD, fds, inheritable=True)
-        # What is reported from here on waits in the socket, and signals wait for handlers.
+        # Notices from here on wait in the socket, and signals until the new program has handlers.
         signal.pthread_sigmask(signal.SIG_BLOCK, {*_PASSED_ON, signal.SIGHUP})
         os.execve(sys.executable, serve_command(), environment | variables)
 
     def _poll(self, *fds: int) -> set[int]:
-        """Which of these are ready, once one is, or a signal came, or something is to be done."""
+        """Wait for a descriptor, a signal or a retry that is due; return the ready descriptors."""
         poll = select.poll()
         for fd in (*fds, self._socket.fileno(), self._wake_reader):
             poll.register(fd, select.POLLIN)
         if self._ready:
             self._send_goodbye()
-        is_all_told = logging_report_lost() and not (self._ready and self._predecessor)
-        seconds = None if is_all_told else _TELL_AGAIN_SECONDS
+        is_reported = logging_report_lost() and not (self._ready and self._predecessor)
+        seconds = None if is_reported else _TELL_AGAIN_SECONDS
         if self._check is not None:
             poll.register(self._check.fd, select.POLLIN)
             seconds = min(self._check.seconds_left, seconds or math.inf)
@@ -298,11 +301,11 @@ class Keeper:
         return ready
 
     def _watch(self) -> int | None:
-        """Hold what is given, until the backend is gone; its status if that is the end."""
+        """Hold what the backend sends until it is gone; the exit status if no successor is due."""
         born = time.monotonic()
         while True:
             ready = self._poll(self._pidfd)
-            # First: a reload that was asked for before READY came is not asked for again.
+            # First, since READY may be there: a reload requested before it is not requested again.
             self._receive()
             check = self._check
             if check is not None and self._ready and (check.fd in ready or check.is_late()):
@@ -311,7 +314,7 @@ class Keeper:
                 self._begin_check()
             if self._pidfd in ready:
                 break
-        self._receive()  # what it sent before it died
+        self._receive()  # what the backend sent before it died
         gone, self._pidfd = self._pidfd, -1
         os.close(gone)
         return self._after_death(time.monotonic() - born)
@@ -320,7 +323,7 @@ class Keeper:
         status = 0
         with contextlib.suppress(ChildProcessError):
             status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        if status == EXIT_TAKEN:  # it is needed no more, if it was
+        if status == EXIT_TAKEN:  # another daemon serves: no successor is needed
             return int(not self._ready)
         if self._stopping or not self._ready:
             return status if status >= 0 else 128 - status
@@ -339,7 +342,7 @@ class Keeper:
         nr_fds = sum(len(fds) for fds in self._groups.values())
         _log.error(
             "backend-died",
-            "guests wait for its successor" + (f", which waits {delay:.1f} s" if delay else ""),
+            "guests wait for its successor" + (f", which starts in {delay:.1f} s" if delay else ""),
             pid=self._pid,
             how=died,
             descriptors=nr_fds,
@@ -348,7 +351,7 @@ class Keeper:
         return status if self._stopping else None
 
     def _wait_for_follower(self) -> int | None:
-        """0 once the follower's backend serves; None if that will never be, and ours has to."""
+        """Return 0 once the follower's backend serves; None if it died, and ours must go on."""
         while True:
             ready = self._poll(self._follower_pidfd)
             self._receive()
@@ -365,7 +368,7 @@ class Keeper:
                 return None
 
     def _expect(self, pid: int) -> None:
-        """Be ready for another keeper to follow; 0: for none."""
+        """Expect the keeper pid to follow; 0: none."""
         if self._follower_pidfd >= 0:
             os.close(self._follower_pidfd)
         self._follower_pid, self._follower_pidfd = 0, -1
@@ -401,8 +404,8 @@ class Keeper:
                     self._stopping |= notice.fields.get("STOPPING") == "1"
 
     def _refuse(self, name: str, address: Any) -> None:
-        """Hold nothing of a group of which we cannot have all, and have the backend know."""
-        with contextlib.suppress(OSError):  # it has gone, or is told at its next try
+        """Report a group that cannot be held whole to the backend; none of it is held."""
+        with contextlib.suppress(OSError):  # the backend is gone, or does not read now
             self._socket.sendto(Notice({NOT_HELD: name}).encode(), address)
 
     def _obey(self, notice: Notice, fds: list[int]) -> None:
@@ -423,7 +426,7 @@ class Keeper:
             self._ready = True
 
     def _count_log(self, groups: Groups) -> None:
-        """Count lines of ours that nobody took where the backend counts its own, if it is told."""
+        """Count the keeper's lost log lines in the backend's memfd, if groups has it."""
         if LOG_GROUP not in groups:
             return
         counts = KeptCounts(LOG_COUNTS, os.dup(groups[LOG_GROUP][0]))
@@ -439,7 +442,7 @@ class Keeper:
         self._pid, self._pidfd = pid, os.pidfd_open(pid)
 
     def _become_backend(self) -> None:
-        """In the child: nothing of the keeper is left but what it holds; never returns."""
+        """In the child: drop all of the keeper but the held groups, and serve; never returns."""
         status = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -447,7 +450,7 @@ class Keeper:
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
             address = self.address
-            # Before numbers are given away that these have.
+            # Close these first: held descriptors are moved to their numbers next.
             logging_abandon()
             if self._check is not None:
                 self._check.close()
@@ -477,14 +480,14 @@ def _refuse_reload(why: UsageError) -> None:
 
 
 def kept_before() -> int:
-    """The backend that this process kept before it became this program; 0: none."""
+    """Return the pid of the backend that this process kept before its exec; 0: none."""
     return int(os.environ.pop(_KEPT_PID, "0"))
 
 
 def _number_from(first: int, fds: list[int], *, inheritable: bool = False) -> None:
     """Move descriptors to first, first + 1, ..., in order; closes the originals.
 
-    Takes one free number at a time: a keeper may hold nearly as many as its limit allows.
+    Uses one free number at a time: a keeper may hold nearly as many as its limit allows.
     """
     at = list(fds)
     places = {fd: place for place, fd in enumerate(fds)}

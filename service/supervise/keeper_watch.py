@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In the backend: its keeper, another one when that dies, and what neither holds yet."""
+"""The backend's watch of its keeper: replaces a dead one, and sends it what it lacks."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _log = EventLog("cowshed.keeper")
 
 _RETRY_SECONDS: Final = 5.0
 _SEND_AGAIN_SECONDS: Final = 0.5
-# A keeper loads its program when it starts, which may be on a disk that hangs.
+# A keeper loads its program at start, maybe from a disk that hangs.
 _START_SECONDS: Final = 30.0
 
 _OnStarted = Callable[[subprocess.Popen[bytes], str], None]
 
 
 class KeeperWatch:
-    """Notices that our keeper died, starts another and has it hold everything.
+    """Notices that the keeper died, starts another and has it hold everything.
 
-    Until the other does, our death would cost the guests their backend; nothing else. pid is our
-    keeper's, 0 if we have none. All in the loop.
+    Until then guests are served as before, but the backend's death would be final. pid is the
+    keeper's, 0 if there is none. For the loop's thread.
     """
 
     def __init__(self, fd_store: FdStore, loop: Loop, config_text: str | None = None) -> None:
-        """config_text is the configuration's, for later keepers; None if there is no file."""
+        """config_text is the configuration's, for later keepers; None: there is no file."""
         self._fd_store = fd_store
         self._loop = loop
         self._config_text = config_text
@@ -53,18 +53,18 @@ class KeeperWatch:
 
     @property
     def kind(self) -> str:
-        """Who would start our successor: "own" (a keeper of ours), "systemd", or "none"."""
+        """What would start the successor: "own" (our keeper), "systemd", or "none"."""
         if self.pid:
             return "own" if self._pidfd >= 0 else "none"
         return "systemd" if self._fd_store.kept else "none"
 
     @property
     def nr_not_held(self) -> int:
-        """How many groups of descriptors our successor would lack, had we to die now."""
+        """How many groups of descriptors a successor would lack if this backend died now."""
         return self._fd_store.nr_not_held
 
     def close(self) -> None:
-        """Stop looking."""
+        """Stop watching; the keeper keeps what it holds."""
         self._forget_fds()
         self._close_pidfd()
 
@@ -88,7 +88,7 @@ class KeeperWatch:
         self._fd_store.lose()
         with contextlib.suppress(ChildProcessError):  # the first one is our parent
             os.waitpid(self.pid, os.WNOHANG)
-        _log.error("keeper-died", "another is started; until then our death would be final")
+        _log.error("keeper-died", "starting another; until then our death would be final")
         self._start()
 
     def _start(self) -> None:
@@ -127,7 +127,7 @@ class KeeperWatch:
             keeper.kill()
             self._start_later(error)
             return
-        keeper.returncode = 0  # it outlives us: nobody is to wait for it
+        keeper.returncode = 0  # it outlives us: keeps subprocess from waiting for it
         self._lacked = True
         _log.notice("keeper-changed", pid=keeper.pid)
         self._reconcile()
@@ -137,7 +137,7 @@ class KeeperWatch:
         self._loop.once(_RETRY_SECONDS, self._start)
 
     def _reconcile(self, *_: int) -> None:
-        """Have sent what waits: now, when who is to hold it takes more, or in a while."""
+        """Send what is not held: now, when the keeper takes more, or after a while."""
         self._forget_fds()
         if refused := self._fd_store.take_refused():
             _log.error(
@@ -184,23 +184,23 @@ class KeeperWatch:
 
 
 class _StartedKeeper:
-    """A keeper that was started: on_started(keeper, address) once it has said where it listens.
+    """A keeper that was started: calls on_started(keeper, address) once it has printed its address.
 
-    The address is "" if it ended before, or said nothing in time; then it is gone.
+    The address is "" if the keeper ended before, or printed nothing in time; it is killed then.
     """
 
     def __init__(self, keeper: subprocess.Popen[bytes], loop: Loop, on_started: _OnStarted) -> None:
         assert keeper.stdout is not None
         self._keeper = keeper
-        self._said = keeper.stdout
+        self._output = keeper.stdout
         self._loop = loop
         self._on_started = on_started
         self._is_over = False
-        os.set_blocking(self._said.fileno(), False)
-        loop.watch(self._said.fileno(), READ, self._on_said)
+        os.set_blocking(self._output.fileno(), False)
+        loop.watch(self._output.fileno(), READ, self._on_output)
         loop.once(_START_SECONDS, self._on_time)
 
-    def _on_said(self, fd: int, _: int) -> None:
+    def _on_output(self, fd: int, _: int) -> None:
         line = os.read(fd, 4096).decode(errors="replace").strip()
         self._end(line, f"the keeper ended with status {self._keeper.poll()}")
 
@@ -210,11 +210,11 @@ class _StartedKeeper:
 
     def _end(self, address: str, why: str) -> None:
         self._is_over = True
-        self._loop.forget(self._said.fileno())
-        self._said.close()
+        self._loop.forget(self._output.fileno())
+        self._output.close()
         if not address:
             _log.error("no-keeper", why)
-            # Not waited for here: it is reaped by the next one that is started.
+            # Not waited for here: subprocess reaps it when the next one is started.
             with contextlib.suppress(ProcessLookupError):
                 self._keeper.send_signal(signal.SIGKILL)
         self._on_started(self._keeper, address)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a program and its successor must agree about: the layouts of the memory they share."""
+"""The layouts of the memory that a program and its successor share, on which they must agree."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Before a reload: whether the program as it is installed now could go on, asked of itself.
+"""Before a reload: have the program as it is installed now check whether it could go on.
 
 It runs with --check in a process of its own, whose end is polled: its configuration may be on a
-disk that hangs, and nobody else waits for that. It answers in a memfd that it is given: which
-layouts it keeps memory in, and the text of the configuration that it has read and found right.
+disk that hangs, and nothing here must wait for that. It answers in a memfd that it is given: its
+memory layouts, and the text of the configuration that it has read and found valid.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _CHECK_SECONDS: Final = 60.0
 
 
 class ReloadCheck:
-    """One check under way. fd is ready when it has ended; then, or when is_late(), call end().
+    """One running check. fd is readable when it has ended.
 
-    UsageError if it cannot be started.
+    The owner must call end() then, or once is_late(). UsageError if it cannot be started.
     """
 
     def __init__(self) -> None:
@@ -37,13 +37,13 @@ class ReloadCheck:
             try:
                 self._answer = os.memfd_create("cowshed-check", 0)
                 undo.callback(os.close, self._answer)
-                self._said = os.memfd_create("cowshed-said", os.MFD_CLOEXEC)
-                undo.callback(os.close, self._said)
+                self._output = os.memfd_create("cowshed-said", os.MFD_CLOEXEC)
+                undo.callback(os.close, self._output)
                 self._child = subprocess.Popen(
                     [*serve_command(), "--check"],
                     stdin=subprocess.DEVNULL,
-                    stdout=self._said,
-                    stderr=self._said,
+                    stdout=self._output,
+                    stderr=self._output,
                     pass_fds=[self._answer],
                     env={**os.environ, _ANSWER_FD: str(self._answer)},
                 )
@@ -56,32 +56,32 @@ class ReloadCheck:
 
     @property
     def seconds_left(self) -> float:
-        """How long it may go on."""
+        """How long the check may still take."""
         return max(0.0, self._deadline - time.monotonic())
 
     def is_late(self) -> bool:
-        """Whether it takes longer than any check should."""
+        """Whether the check has taken too long."""
         return self.seconds_left == 0
 
     def end(self, layouts: str) -> str | None:
-        """The text of the configuration that is right, None if there is no file; closes all.
+        """Return the text of the valid configuration, None if there is no file; closes all.
 
-        layouts are those in which memory is kept now. UsageError says why it would not do.
+        layouts are the running daemon's. UsageError says why the program cannot go on.
         """
         status = self._child.poll()
         if status is None:
             self.cancel()
-            raise UsageError(f"the check of it did not end within {_CHECK_SECONDS:.0f} s")
-        said, answer = _read(self._said), _read(self._answer)
+            raise UsageError(f"its --check did not end within {_CHECK_SECONDS:.0f} s")
+        output, answer = _read(self._output), _read(self._answer)
         self.close()
         if status:
-            why = said.strip().removeprefix("cowshed: ")
-            raise UsageError(why or f"the check of it ended with status {status}")
+            why = output.strip().removeprefix("cowshed: ")
+            raise UsageError(why or f"its --check ended with status {status}")
         try:
             fields = json.loads(answer)
             theirs, text = fields["layouts"], fields["text"]
         except (ValueError, KeyError, TypeError):
-            theirs, text = "one it does not say", None
+            theirs, text = "an unknown one", None
         if theirs != layouts:
             raise UsageError(
                 f"the daemon keeps its ledger in layout {layouts}, and the program that is "
@@ -91,18 +91,21 @@ class ReloadCheck:
         return None if text is None else str(text)
 
     def cancel(self) -> None:
-        """Have it end unheard. Not waited for, as it may hang: subprocess reaps it in time."""
+        """Kill the check and close all; never waits, as it may hang: subprocess reaps it later."""
         self._child.send_signal(signal.SIGKILL)
         self.close()
 
     def close(self) -> None:
-        """Close what it has here; in a forked child too."""
-        for fd in (self.fd, self._answer, self._said):
+        """Close its descriptors; also for a forked child."""
+        for fd in (self.fd, self._answer, self._output):
             os.close(fd)
 
 
 def answer_check(layouts: str, text: str | None) -> None:
-    """In the process that checks: give the answer, if a daemon asks; only if all is right."""
+    """Write the answer in the checking process, if a daemon asked.
+
+    The caller must have checked everything before.
+    """
     fd = os.environ.get(_ANSWER_FD, "")
     if fd:
         os.write(int(fd), json.dumps({"layouts": layouts, "text": text}).encode())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One daemon to a run-dir: who owns it holds a lock on a file in it."""
+"""One daemon to a run-dir: its owner holds a lock on a file in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cowshed.cache.errors import UsageError
 
 __all__ = ["EXIT_TAKEN", "TakenError", "run_dir_locked"]
 
-# What a process ends with that found another serving: who started it need not start it again.
+# The exit status of a daemon that found another serving: its keeper must not start it again.
 EXIT_TAKEN: Final = 4
 
 
@@ -24,7 +24,7 @@ class TakenError(UsageError):
 
 @contextlib.contextmanager
 def run_dir_locked(run_dir: Path) -> Iterator[None]:
-    """Own a run-dir for as long as the block lasts; TakenError if another daemon does."""
+    """Own a run-dir inside `with`; TakenError if another daemon owns it."""
     try:
         run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         lock = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

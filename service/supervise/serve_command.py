@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How this program was started to serve, to be started so again."""
+"""The command that started this program to serve, to start it again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEEPER_OF: Final = "--keeper-of"
 
 
 def serve_command() -> list[str]:
-    """The words: not whom it was to keep, if it is a later keeper, nor that it was to take over."""
+    """Return the command, without --keeper-of PID and --takeover."""
     words = [sys.executable, *(word for word in sys.orig_argv[1:] if word != "--takeover")]
     while KEEPER_OF in words:
         at = words.index(KEEPER_OF)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reload of a backend that systemd supervises: it leaves only for a program that could go on.
+"""A reload of a backend under systemd: it leaves only for a program that could go on.
 
-A keeper of ours has its program checked before it asks us to leave. systemd asks us alone, and
-starts whatever is installed once we have gone; so the check is ours.
+Our own keeper checks the installed program before it asks the backend to leave. systemd only
+signals the backend, and starts whatever is installed once it has ended; so the backend must check.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _log = EventLog("cowshed")
 
 
 class SupervisedReload:
-    """Checks, in the loop, and calls on_right if the program as it is installed now could go on."""
+    """Checks the program as it is installed now, in the loop; calls on_right if it could go on."""
 
     def __init__(self, loop: Loop, on_right: Callable[[], None]) -> None:
         self._loop = loop
@@ -29,7 +29,7 @@ class SupervisedReload:
         self._check: ReloadCheck | None = None
 
     def begin(self) -> None:
-        """Begin a check; one that is under way ends unheard."""
+        """Begin a check, and cancel an older one."""
         self.close()
         try:
             self._check = ReloadCheck()
@@ -40,7 +40,7 @@ class SupervisedReload:
         self._loop.once(self._check.seconds_left, self._on_time)
 
     def close(self) -> None:
-        """End a check that is under way."""
+        """Cancel a running check."""
         if self._check is not None:
             self._loop.forget(self._check.fd)
             self._check.cancel()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Listeners that cannot be opened yet: why, and served as soon as they can be.
+"""Listeners that cannot be opened yet; each is served as soon as it can be.
 
-At a first start a listener that cannot be opened is an error, which ends the daemon with one line.
-A successor serves without it instead, for guests wait for everything else, and tries it again here,
-in threads that nobody waits for: files of certificates and names of hosts may be far away.
+At a first start a listener that cannot be opened is an error that ends the daemon with one line. A
+successor serves without it instead, since guests wait for everything else, and tries it again here,
+in threads that it does not wait for: certificate files and name servers may not answer.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ __all__ = ["UnservedListeners"]
 
 _log = EventLog("cowshed.listeners")
 
-# How long all listeners of a successor together may hold up its guests.
+# How long all listeners of a successor together may delay its guests.
 _FIRST_SECONDS: Final = 3.0
 
 T = TypeVar("T")
 
 
 class _Unserved(Generic[T]):
-    """A listener that is not served: why, and what is called once it can be.
+    """A listener that is not served, why, and the calls that open and serve it.
 
-    Invariant: prepared has what prepare() gave and serve() does not have yet; nothing is put there
-    once is_late, which says that nobody waits for it.
+    Invariant: prepared has the result of prepare() that serve() has not got yet; nothing is put
+    there once is_late, when the start no longer waits for it.
     """
 
     def __init__(self, address: str, prepare: Callable[[], T], serve: Callable[[T], None]) -> None:
@@ -41,8 +41,8 @@ class _Unserved(Generic[T]):
         self.prepare: Final = prepare
         self.serve: Final = serve
         self.why = (
-            "it is still being opened; a file of its certificate or the name of its host may be "
-            "on something that does not answer"
+            "it is still being opened; the disk of its certificate's files or the name server of "
+            "its host may be something that does not answer"
         )
         self.prepared: list[T] = []
         self.is_late = False
@@ -50,17 +50,17 @@ class _Unserved(Generic[T]):
 
 
 class UnservedListeners:
-    """Serves listeners, and tries those again that cannot be.
+    """Serves listeners, and retries those that cannot be opened.
 
-    For the loop; status() is for any thread.
+    For the loop's thread; status() is for any thread.
 
-    Invariant: each address in _unserved is served by nobody.
+    Invariant: no address in _unserved is served.
     """
 
     def __init__(
         self, listeners: Listeners, loop: Loop, side: SideThreads, *, is_first: bool
     ) -> None:
-        """is_first: there was no backend before us, so nobody is lost if we end."""
+        """is_first: there was no backend before this one, so its end would lose no guest."""
         self._listeners: Final = listeners
         self._loop: Final = loop
         self._side: Final = side
@@ -70,14 +70,14 @@ class UnservedListeners:
         self._deadline: float | None = None
 
     def serve(
-        self, address: str, prepare: Callable[[], T], serve: Callable[[T], None], held_as: str
+        self, address: str, prepare: Callable[[], T], serve: Callable[[T], None], kept_as: str
     ) -> None:
-        """Call serve(prepare()): now, or once prepare() no longer raises CowshedError, or returns.
+        """Call serve(prepare()) now, or later once prepare() succeeds.
 
         At a first start prepare is called here, and its error raised. A successor calls it in a
-        side thread and waits until _FIRST_SECONDS after its first listener. serve is called here,
-        or later in the loop. held_as is the listener's name to Listeners: what our predecessor had
-        there goes on being held, and clients wait in its queue.
+        side thread and waits for it, until _FIRST_SECONDS after the first listener. serve is called
+        here, or later in the loop. kept_as is the listener's name in Listeners: the inherited
+        socket stays held, and clients wait in its backlog.
         """
         if self._is_first:
             serve(prepare())
@@ -96,20 +96,20 @@ class UnservedListeners:
         if each.prepared:
             serve(each.prepared.pop())
             return
-        self._listeners.keep(held_as)
+        self._listeners.keep(kept_as)
         _log.error(
             "listener-unserved",
-            f"{each.why}; all else is served, and this as soon as it can be",
+            f"{each.why}; all else is served, and this listener as soon as it can be opened",
             address=address,
         )
 
     def look(self) -> None:
-        """Begin to try each once more."""
+        """Begin to retry each."""
         for each in self._listed():
             self._begin(each)
 
     def status(self) -> list[dict[str, Any]]:
-        """What the status tells of each."""
+        """Return the status's entry of each."""
         return [{"address": each.address, "why": each.why} for each in self._listed()]
 
     def _listed(self) -> list[_Unserved[Any]]:

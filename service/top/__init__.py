@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cowshed top`: what it asks, remembers and draws."""
+"""`cowshed top`: its loop, history, state, view and screen."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cowshed top`: what the daemon does, once a second, until q; or one frame, for a pipe.
+"""`cowshed top`: a frame a second, until q; or one frame, for a pipe.
 
-Here is the loop, which alone knows the time. What there is to see is made in top_view from what
-top_history counts and top_state was told; the terminal is top_screen's.
+This is the loop, the only part that reads the clock. view.py makes a frame from the rates of
+history.py and the choices of state.py; screen.py owns the terminal.
 """
 
 import time
@@ -24,7 +24,7 @@ TakeStatus = Callable[[], Answer]
 def watch(take_status: TakeStatus, console: Console) -> None:
     """Show a frame a second on `console` until q is pressed, or `take_status` raises."""
     history, state = History(), TopState()
-    status = take_status()  # whatever is wrong is told before the screen is taken
+    status = take_status()  # raises before the screen is taken over
     with Screen(console) as screen:
         while not state.quitting:
             now_ns = time.monotonic_ns()
@@ -43,7 +43,7 @@ def watch(take_status: TakeStatus, console: Console) -> None:
 
 
 def one_frame(take_status: TakeStatus, console: Console) -> RenderableType:
-    """A frame with every row, its rates those of the second that it takes."""
+    """Return a frame with every row and the rates of one second; takes that second."""
     history = History()
     for wait in (True, False):
         status = take_status()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters as rates: what `cowshed top` makes of the status objects it sees go by.
+"""Compute the rates of `cowshed top` from successive status objects.
 
-Pure: whoever calls says when each status was taken.
+Pure: the caller passes the time of each status.
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ _IMAGE_COUNTERS = ("loads",)
 
 
 class History:
-    """Rates between the two newest status objects, and what came before as far as it is drawn.
+    """Rates between the two newest status objects, and earlier rates as far as they are drawn.
 
     Invariants: `hit_rates` and `fault_rates` are equally long, at most NR_SAMPLES, oldest first,
     a hit rate None where nothing faulted; `guest_faults` has the guests of the newest status and no
@@ -38,7 +38,7 @@ class History:
         self._pid: int | None = None
 
     def observe(self, status: Answer, now_ns: int) -> None:
-        """Take in `status` as it was at `now_ns` of a clock that never goes back."""
+        """Add `status`, taken at `now_ns` of a monotonic clock."""
         counters = {name: int(status[name]) for name in _COUNTERS}
         for kind, names in (("guest", _GUEST_COUNTERS), ("image", _IMAGE_COUNTERS)):
             for one in status[f"{kind}s"]:
@@ -55,7 +55,7 @@ class History:
         self._remember(key_of(guest) for guest in status["guests"])
 
     def rate(self, *names: str, guest: str | None = None, image: str | None = None) -> float | None:
-        """How fast the sum of these counters grows, a second; None until there are two samples.
+        """Return the growth per second of the sum of these counters; None before two samples.
 
         A guest or an image is named by its key_of.
         """
@@ -80,7 +80,7 @@ class History:
         self.guest_faults = kept
 
     def _gained(self, key: str) -> int:
-        """How much a counter grew; one that is new, or went back, counts from 0."""
+        """Return how much a counter grew; a new one, or one that went back, counts from 0."""
         newer, older = self._newer.get(key, 0), self._older.get(key, 0)
         return newer - older if newer >= older else newer
 

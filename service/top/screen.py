@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The terminal that `cowshed top` takes over: keys and frames, and everything back at the end.
+"""The terminal of `cowshed top`: reads keys, draws frames, and restores everything at the end.
 
-However the process ends that can be caught (a key, an error, Ctrl-C, SIGTERM, SIGHUP, SIGQUIT), the
-modes, the cursor and what was on the screen are as before. Ctrl-Z gives the terminal back until the
-process goes on. Signals become bytes in a pipe that the wait for keys watches too, so a resize is
-drawn at once.
+At each end that can be caught (a key, an error, Ctrl-C, SIGTERM, SIGHUP, SIGQUIT) it restores the
+modes, the cursor and the screen's content; at Ctrl-Z too, until the process continues. Signals
+write bytes to a pipe that the wait for keys watches too, so a resize is drawn at once.
 """
 
 import contextlib
@@ -46,7 +45,7 @@ _LONGEST = max(map(len, _SEQUENCES))
 class Screen:
     """The terminal of `console`, taken over inside `with`, which must be in the main thread.
 
-    Keys come from standard input; if that is no terminal, there are none, and Ctrl-C ends.
+    Keys come from standard input; if that is not a terminal, there are none, and Ctrl-C ends.
     """
 
     def __init__(self, console: Console) -> None:
@@ -61,14 +60,14 @@ class Screen:
             self._signals, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             opened.callback(os.close, writer)
             opened.callback(os.close, self._signals)
-            opened.callback(self._give_back)  # also if taking fails half way
+            opened.callback(self._give_back)  # also if _take() fails half way
             self._take()
             previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
             opened.callback(signal.set_wakeup_fd, previous)
             for number, handler in (
                 *((number, _end) for number in _ENDS),
                 (signal.SIGTSTP, self._on_stop),
-                (signal.SIGWINCH, _ignore),  # with a handler it wakes the wait
+                (signal.SIGWINCH, _ignore),  # a handler makes it wake the wait
             ):
                 opened.callback(signal.signal, number, signal.signal(number, handler))
             self._open = opened.pop_all()
@@ -79,7 +78,7 @@ class Screen:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Columns and lines, as they are now; the environment's, if the terminal does not know."""
+        """Columns and lines now; those of the environment if the terminal does not know."""
         with contextlib.suppress(OSError):
             columns, lines = os.get_terminal_size(self._out)
             if columns > 0 and lines > 0:
@@ -87,18 +86,18 @@ class Screen:
         return self._console.size
 
     def draw(self, view: RenderableType) -> None:
-        """Put a frame on the screen, at most as many lines as it has."""
+        """Draw a frame, cut to the screen's lines."""
         columns, lines = self.size
         with self._console.capture() as capture:
             self._console.print(view, width=columns, crop=True, end="")
         shown = capture.get().split("\n")[:lines]
-        # Over the frame before, each line cleared behind its end, so that nothing flickers.
+        # Overwrites the last frame and clears the rest of each line, so that nothing flickers.
         self._write("\x1b[H" + "\x1b[K\r\n".join(shown) + "\x1b[K\x1b[J")
 
     def wait(self, deadline_ns: int) -> list[str]:
-        """Give the keys pressed, as soon as there are any; none at a resize or the deadline.
+        """Wait for keys and return them; none at a resize or the deadline.
 
-        A terminal that has gone away is the key ``q``.
+        A terminal that is gone counts as the key ``q``.
         """
         watched = [self._signals] if self._in is None else [self._signals, self._in]
         left_ns = max(0, deadline_ns - time.monotonic_ns())
@@ -121,7 +120,7 @@ class Screen:
         self._write(_ENTER)
 
     def _give_back(self) -> None:
-        with contextlib.suppress(OSError):  # of a terminal that is no more
+        with contextlib.suppress(OSError):  # the terminal may be gone
             self._write(_LEAVE)
         if self._in is not None and self._before is not None:
             with contextlib.suppress(termios.error):
@@ -130,7 +129,7 @@ class Screen:
     def _on_stop(self, _number: int, _at: FrameType | None) -> None:
         self._give_back()
         previous = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)  # and here it goes on, after SIGCONT
+        os.kill(os.getpid(), signal.SIGTSTP)  # returns after SIGCONT
         signal.signal(signal.SIGTSTP, previous)
         self._take()
 
@@ -139,12 +138,12 @@ class Screen:
         while data:
             try:
                 data = data[os.write(self._out, data) :]
-            except BlockingIOError:  # somebody else made the terminal so
+            except BlockingIOError:  # another process made the terminal non-blocking
                 select.select([], [self._out], [])
 
 
 def keys_of(pressed: bytes) -> Iterator[str]:
-    """The names of the keys in what a terminal sent; of a sequence nobody knows, nothing."""
+    """Yield the names of the keys in a terminal's input; unknown sequences are skipped."""
     at = 0
     while at < len(pressed):
         for length in range(_LONGEST, 0, -1):
@@ -154,7 +153,7 @@ def keys_of(pressed: bytes) -> Iterator[str]:
                 at += length
                 break
         else:
-            if pressed[at : at + 1] == b"\x1b":  # up to the letter or ~ that ends it
+            if pressed[at : at + 1] == b"\x1b":  # skip to the letter or ~ that ends the sequence
                 at += 2
                 while at < len(pressed) and not 0x40 <= pressed[at] <= 0x7E:
                     at += 1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the person at `cowshed top` chose, table, row and order: keys in, choices out.
+"""The choices of the user of `cowshed top` (table, row, order): keys in, choices out.
 
-Pure: no terminal. `press` is the whole state machine; names of keys are those of top_screen.
+Pure: no terminal. `press` is the whole state machine; screen.py has the names of keys.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ KEYS: tuple[tuple[str, str], ...] = (
     ("↑ ↓  k j", "select a row; PgUp, PgDn, Home and End go further"),
     ("i  g  Tab", "images, guests, the other of them"),
     ("s  S", "sort by the next column, by the one before; guests that are stopped stay on top"),
-    ("p  Space", "pause, go on"),
+    ("p  Space", "pause, continue"),
     ("?  h", "this help; any key leaves it"),
 )
 _STEPS = {"up": -1, "k": -1, "down": 1, "j": 1, "pageup": -10, "pagedown": 10}
@@ -28,7 +28,7 @@ _FAR = 1 << 40
 
 @dataclass
 class TopState:
-    """The choices. `selected` is by name, so that a row stays chosen when rows change places.
+    """The choices. `selected` is a key, so that a row stays selected when rows change places.
 
     Invariants: `order` has an entry of ORDERS for each table; `selected` None is the first row.
     """
@@ -43,7 +43,7 @@ class TopState:
     selected: dict[Focus, str | None] = field(default_factory=lambda: dict.fromkeys(ORDERS, None))
 
     def press(self, key: str, names: Sequence[str]) -> bool:
-        """Do what a key asks; `names` are the rows in focus as drawn. Whether anything changed."""
+        """Act on a key and return whether anything changed; `names` are the rows in focus."""
         before = (self.focus, self.paused, self.helping, str(self.order), str(self.selected))
         if key == "q":
             self.quitting = True
@@ -77,7 +77,7 @@ class TopState:
             self.helping = True
 
     def row(self, focus: Focus, names: Sequence[str]) -> int:
-        """Which of the rows is selected: the first if the one that was has gone."""
+        """Return the index of the selected row, 0 if that row is gone."""
         selected = self.selected[focus]
         return names.index(selected) if selected in names else 0
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frame of `cowshed top`: status, rates and choices in, something rich can print out.
+"""A frame of `cowshed top`: status, rates and choices in, a rich renderable out.
 
-Pure. From the top: what the whole daemon does; the images; the guests; what is to be said of the
-selected row, and the cure if it is stopped; keys. Where room is short names give way first; from
-110 and from 150 columns on there are more columns. Colour and bars only repeat words and figures.
+Pure. From the top: the daemon's totals; the images; the guests; details of the selected row, and
+the cure if it is stopped; keys. If space is short, names shrink first; from 110 and from 150
+columns on there are more columns. Colour and bars only repeat words and numbers.
 """
 
 from collections import Counter
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 _WIDE = 110
 _WIDER = 150
-# How wide a terminal must be for a column to be there.
+# The least width of a terminal at which a column is shown.
 _IMAGE_COLUMNS: Mapping[str, int] = {
     "IMAGE": 0,
     ">SIZE": 0,
@@ -72,15 +72,15 @@ _GUEST_COLUMNS: Mapping[str, int] = {
     ">UID": _WIDER,
     "=FAULTS/s BEFORE": _WIDER,
 }
-_SMALL = 18  # with fewer lines there is one table, and no more about the row selected
+_SMALL = 18  # with fewer lines only one table is shown, and no details of the selected row
 _LINES_OF_SECTION = 3  # a blank, title and headers
 
 
 @dataclass(frozen=True)
 class ScreenFrame:
-    """One frame: `columns` x `lines` at most; all rows, none cut off, where lines is None.
+    """One frame of at most `columns` x `lines`; with lines None it has all rows, none cut off.
 
-    `blocks` False keeps to ASCII, for terminals that know nothing else.
+    `blocks` False restricts it to ASCII, for terminals that know nothing else.
     """
 
     status: Answer
@@ -91,9 +91,9 @@ class ScreenFrame:
     blocks: bool = True
 
     def view(self) -> RenderableType:
-        """Lay it out."""
+        """Lay out the frame."""
         if self.state.helping:
-            goes_on = Text("any key goes on", style="dim")
+            goes_on = Text("any key leaves this help", style="dim")
             return Group(self._heading(), Text(), *_help(), Text(), goes_on)
         is_small = self.lines is not None and self.lines < _SMALL
         head = [self._heading(), *self._totals()[: 2 if is_small else None]]
@@ -155,7 +155,7 @@ class ScreenFrame:
     # The tables.
 
     def _shares(self, sections: Sequence[Focus], nr_taken: int) -> dict[Focus, int]:
-        """How many rows each table gets: the one in focus has what the other need not have."""
+        """Return the rows of each table: the one in focus gets all that the other leaves."""
         wanted = {focus: len(self.status[focus]) for focus in sections}
         if self.lines is None:
             return wanted
@@ -246,7 +246,7 @@ class ScreenFrame:
         return new_table(*self._fitting(columns, list(columns)))
 
     def _fitting(self, columns: Mapping[str, int], cells: list[Any]) -> list[Any]:
-        """Those of the cells, one for each column, for which this terminal is wide enough."""
+        """Return the cells of the columns for which this terminal is wide enough."""
         least = columns.values()
         return [cell for cell, wide in zip(cells, least, strict=True) if self.columns >= wide]
 
@@ -258,13 +258,13 @@ class ScreenFrame:
     # The foot.
 
     def _selected(self) -> list[Text]:
-        """Two lines about the row in focus."""
+        """Return two lines about the selected row."""
         rows = rows_of(self.state.focus, self.status, self.history, self.state)
         if not rows:
             return [Text(), Text()]
         one = rows[self.state.row(self.state.focus, [key_of(row) for row in rows])]
-        tell = _describe_image if self.state.focus == "images" else self._describe_guest
-        name, *lines = tell(one)
+        describe = _describe_image if self.state.focus == "images" else self._describe_guest
+        name, *lines = describe(one)
         first = Text.assemble((name, "bold"), ": ", lines[0])
         return [self._one_line(first), self._one_line(Text(lines[1]))]
 
@@ -295,7 +295,7 @@ class ScreenFrame:
             keys = keys.replace("↑↓", "jk")
         return self._one_line(Text(keys, style="dim"))
 
-    # Small things.
+    # Helpers.
 
     def _bar(self, part: int, whole: int, nr_marks: int) -> str:
         nr_full = 0 if not whole else min(nr_marks, -(-part * nr_marks // whole))
@@ -309,7 +309,7 @@ class ScreenFrame:
 
 
 def rows_of(focus: Focus, status: Answer, history: History, state: TopState) -> list[Answer]:
-    """The images or guests in the order chosen; first those that somebody has to act on."""
+    """Return the images or guests in the chosen order, those that need action first."""
 
     def key(one: Answer) -> tuple[object, ...]:
         name = key_of(one)
@@ -322,7 +322,7 @@ def rows_of(focus: Focus, status: Answer, history: History, state: TopState) -> 
                 by = -(history.rate("hits", "misses", "cow_breaks", guest=name) or 0.0)
             case "copies":
                 by = -(history.rate("cow_breaks", guest=name) or 0.0)
-            case "hits":  # the worst first: who waits for the disk
+            case "hits":  # the worst first, which wait for the disk
                 by = one["hits"] / max(1, one["hits"] + one["misses"])
             case column:
                 by = -one[f"{column}_bytes"]
@@ -333,7 +333,7 @@ def rows_of(focus: Focus, status: Answer, history: History, state: TopState) -> 
 
 
 def sparkline(shares: Iterable[float | None], *, blocks: bool = True) -> str:
-    """One bar for each share of 0 to 1; a blank for None, which is not the lowest bar."""
+    """Draw one bar for each share of 0 to 1, and a blank for None."""
     bars = "▁▂▃▄▅▆▇█" if blocks else "_.-~=+*#"
     return "".join(
         " " if share is None else bars[min(int(share * len(bars)), len(bars) - 1)]
@@ -342,7 +342,7 @@ def sparkline(shares: Iterable[float | None], *, blocks: bool = True) -> str:
 
 
 def rounded(rate: float | None) -> str:
-    """A rate as a short number; ``-`` if it is not known yet."""
+    """Format a rate as a short number; ``-`` if it is not known yet."""
     if rate is None:
         return "-"
     return f"{rate:.1f}" if 0 < rate < 10 else format_count(round(rate))
@@ -371,7 +371,7 @@ def _describe_image(image: Answer) -> list[str]:
 
 
 def _faults_of(guests: Sequence[Answer], history: History) -> float | None:
-    """What these guests fault a second."""
+    """Return the faults a second of these guests; None if one is unknown."""
     rates = [history.rate("hits", "misses", guest=key_of(guest)) for guest in guests]
     if None in rates:
         return None
@@ -379,7 +379,7 @@ def _faults_of(guests: Sequence[Answer], history: History) -> float | None:
 
 
 def _last(values: Iterable[T], nr: int) -> list[T]:
-    """The newest of them, `nr` at most."""
+    """Return the last `nr` values at most."""
     return list(values)[-nr:] if nr > 0 else []
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTTP server, the page that it shows, and the page's state."""
+"""The HTTP server, the page that it serves, and the page's state."""

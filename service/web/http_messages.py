@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP requests and answers as bytes: as much of HTTP/1.1 as pages without bodies need. Pure.
+"""Parse HTTP/1.1 requests without bodies, and make answers as bytes. Pure.
 
-An answer is (status, content type, body); a handler makes one of a HttpRequest.
+An answer is (status, content type, body); a handler makes one from a HttpRequest.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ __all__ = [
 ]
 
 _HEADERS_MAX: Final = 100
-# For browsers: what is answered loads nothing but what this server has, runs no code that is not a
-# file of its own, and is part of no other page.
+# For browsers: pages load only from this server, run no inline code, and cannot be framed.
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -33,7 +32,7 @@ _POLICY: Final = (
 
 
 class NotHttpError(Exception):
-    """What came is no request; the message says what is wrong with it."""
+    """The bytes received are not a valid request; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,12 @@ Handler = Callable[[HttpRequest], Answer]
 
 
 def text_answer(status: int, text: str) -> Answer:
-    """Give an answer of one line of text."""
+    """Make an answer of one line of text."""
     return status, "text/plain; charset=utf-8", f"{text}\n".encode(errors="replace")
 
 
 def head_ends(received: bytes | bytearray) -> bool:
-    """Whether a request's head is there to its end."""
+    """Whether a request's head is complete."""
     return b"\r\n\r\n" in received or b"\n\n" in received
 
 
@@ -69,15 +68,15 @@ def parse_request(received: bytes) -> HttpRequest:
     first, *lines = head.split("\n")
     words = first.split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/1."):
-        raise NotHttpError("not a request of HTTP/1.x")
+        raise NotHttpError("not an HTTP/1.x request")
     method, target, _ = words
     try:
         parts = urllib.parse.urlsplit(target)
         query = urllib.parse.parse_qsl(parts.query, keep_blank_values=True, max_num_fields=20)
     except ValueError as error:
-        raise NotHttpError("no such target can be asked for") from error
+        raise NotHttpError("invalid request target") from error
     if not parts.path.startswith("/") or len(lines) > _HEADERS_MAX:
-        raise NotHttpError("no such target can be asked for, or too many headers")
+        raise NotHttpError("invalid request target, or too many headers")
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
@@ -88,7 +87,7 @@ def parse_request(received: bytes) -> HttpRequest:
 
 
 def answer_bytes(answer: Answer, method: str = "GET") -> bytes:
-    """Put an answer into bytes; the connection ends with it."""
+    """Encode an answer, after which the connection is closed."""
     status, content_type, body = answer
     head = (
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n"

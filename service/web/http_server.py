@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small HTTP server for pages of the daemon's own making, that no client can hold up.
+"""A small HTTP server for the daemon's own pages, which no client can stall.
 
-One thread waits for all clients at once, so one that sends or reads slowly costs a place and a
-deadline, never a thread. A few worker threads make the answers. Places are few: when they are taken
-the oldest client that has not finished asking makes room, so whoever asks at once is answered even
-in a flood of connections that say nothing. Every connection ends with its answer.
+One thread waits for all clients at once, so a client that sends or reads slowly occupies a place
+until its deadline, never a thread. A few worker threads make the answers. Places are few: when all
+are taken, the oldest client without a complete request is dropped, so that a client that sends its
+request at once is answered even in a flood of silent connections. Every connection ends with its
+answer.
 
     READING --request--> WORKING --answer--> SENDING --sent--> LINGERING --closed by the client-->
 
@@ -57,7 +58,7 @@ _NO_DESCRIPTOR_SECONDS: Final = 0.05
 
 
 class _State(enum.IntEnum):
-    """Where a client is; in the order in which clients make room for others."""
+    """A client's state, in the order in which clients are dropped to make room."""
 
     LINGERING = enum.auto()
     READING = enum.auto()
@@ -68,7 +69,7 @@ class _State(enum.IntEnum):
 class _HttpClient:
     """One connection. request is set while WORKING, left_to_send while SENDING.
 
-    refusal is why it is answered nothing else; "" if it is answered.
+    refusal, if not "", is the only answer that it gets.
     """
 
     def __init__(self, sock: socket.socket, deadline: float, refusal: str = "") -> None:
@@ -82,10 +83,10 @@ class _HttpClient:
 
 
 class HttpServer:
-    """Binds when it is made (UsageError, one line, if it cannot), answers from start() to stop().
+    """Binds when constructed (UsageError, one line, on failure), answers from start() to stop().
 
-    routes gives a handler by path. Handlers run in threads of the server's own, several at once.
-    A client has read_seconds to say what it wants. listener, if there is one, listens at endpoint.
+    routes has the handlers by path. Handlers run in the server's threads, several at once. A client
+    has read_seconds to send its request. listener, if given, must listen at endpoint.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class HttpServer:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Begin to answer; who connected since the server was made has waited."""
+        """Begin to answer, also clients that connected since the server was constructed."""
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wake_reader, selectors.EVENT_READ)
         self._threads = [threading.Thread(target=self._run, name="http", daemon=True)]
@@ -122,9 +123,9 @@ class HttpServer:
             thread.start()
 
     def stop(self) -> None:
-        """Refuse new clients, finish the answers under way, and end; no handler runs afterwards.
+        """Refuse new clients, finish the answers in progress, and end; idempotent.
 
-        A second call does nothing.
+        No handler runs afterwards.
         """
         if self._stopping:
             return
@@ -160,12 +161,12 @@ class HttpServer:
             return text_answer(405, "only GET and HEAD are answered here")
         handler = self._routes.get(request.path)
         if handler is None:
-            return text_answer(404, f"not here; there is {', '.join(sorted(self._routes))}")
+            return text_answer(404, f"not found; there is {', '.join(sorted(self._routes))}")
         try:
             return handler(request)
         except Exception:
             _log.crash("http-failed", "a defect of cowshed: please report it", path=request.path)
-            return text_answer(500, "this answer could not be made; the daemon's log says why")
+            return text_answer(500, "the request failed; the daemon's log says why")
 
     # The loop.
 
@@ -205,7 +206,7 @@ class HttpServer:
 
     def _accept(self) -> None:
         taken = self._acceptor.accept_any(self._listener)
-        if taken is None:  # it has gone already, or all of the reserve is taken
+        if taken is None:  # the client is gone, or the acceptor's reserve is in use
             if not self._acceptor.has_spare and not self._make_room():
                 time.sleep(_NO_DESCRIPTOR_SECONDS)
             return
@@ -219,7 +220,7 @@ class HttpServer:
         self._selector.register(sock, selectors.EVENT_READ)
 
     def _make_room(self) -> bool:
-        """Drop whoever has least to lose, the oldest of them; False if all are being answered."""
+        """Drop the oldest client of the lowest state; False if all are in WORKING."""
         client = min(self._clients.values(), key=lambda client: client.state, default=None)
         if client is None or client.state is _State.WORKING:
             return False
@@ -255,7 +256,7 @@ class HttpServer:
         client.received += piece
         if not head_ends(client.received):
             if len(client.received) >= _HEAD_MAX_BYTES:
-                self._begin_sending(client, answer_bytes(text_answer(431, "too long a request")))
+                self._begin_sending(client, answer_bytes(text_answer(431, "request too long")))
             return
         if client.refusal:
             self._begin_sending(client, answer_bytes(text_answer(503, client.refusal)))
@@ -300,7 +301,7 @@ class HttpServer:
 
 
 def bind(endpoint: Endpoint) -> socket.socket:
-    """Give a socket that listens at endpoint; UsageError, one line, if there cannot be one."""
+    """Return a socket that listens at endpoint; UsageError, one line, on failure."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -314,8 +315,8 @@ def bind(endpoint: Endpoint) -> socket.socket:
             listener.close()
             raise
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a host's name"
+        reason = error.strerror if isinstance(error, OSError) else "not a host name"
         raise UsageError(
-            f"cannot serve metrics at {endpoint}: {reason}; name another place with --metrics"
+            f"cannot serve metrics at {endpoint}: {reason}; give another address with --metrics"
         ) from error
     return listener

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page at / of the metrics port: its files, which are part of the package, and its state.
 
-Everything comes from this daemon and nothing is asked of any other host; the page's content
-security policy says so to the browser. There is nothing to click that changes anything.
+The page loads only from this daemon, which its content security policy enforces in the browser.
+It is read-only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FILES: Final = {
 
 
 def web_routes(read_state: Callable[[], bytes]) -> dict[str, Handler]:
-    """What to answer by path: the page's files, read now, and /state.json from `read_state`."""
+    """Return the handlers by path: the page's files, read now, and /state.json by `read_state`."""
 
     def fixed(content_type: str, body: bytes) -> Handler:
         return lambda _request: (200, content_type, body)

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page in a browser is drawn from: the status, and a map of each image's extents.
+"""The state of the page in a browser: the status, and a map of each image's extents.
 
-A map has at most so many cells however large its image is: a cell stands for one extent, or for so
-many neighbours. Four figures of each cell, run-length encoded as [value, run, value, run, ...]:
+A map has a bounded number of cells: a cell stands for one extent, or for several adjacent ones. It
+has four values for each cell, run-length encoded as [value, run, value, run, ...]:
 
     resident  how many of its extents are in memory
     pinned    how many of its extents are pinned
     refs      guests that are granted its most shared extent
-    heat      0 to 6: the touches since the eviction policy last looked, at most 3, of its most
-              touched extent, and the number of bits in refs, at most 3. Looking takes no touch away
+    heat      0 to 6: the touches of its most touched extent since the eviction policy last took
+              them, at most 3, plus the bit length of refs, at most 3. Reading takes no touches
 
-Reading costs what a status costs and a few nanoseconds an extent. It is done once for all browsers
-that ask within half a second.
+Reading costs as much as a status and a few nanoseconds per extent. It is done at most once in half
+a second, for all browsers.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _HEAT_STEPS: Final = 3
 
 
 class PageStateReader:
-    """Gives /state.json; from any thread, and the images' order is that of the status.
+    """Makes /state.json; for any thread. The images are in the order of the status.
 
-    images() are the open images, status() is the object of `cowshed status --json`.
+    images() returns the open images, status() the object of `cowshed status --json`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class PageStateReader:
         self._kept_until_ns = 0
 
     def read(self) -> bytes:
-        """JSON of at most a few hundred KiB, half a second old at most."""
+        """Return JSON of at most a few hundred KiB, at most half a second old."""
         with self._lock:
             now_ns = time.monotonic_ns()
             if now_ns >= self._kept_until_ns:
@@ -87,7 +87,7 @@ class PageStateReader:
 
 
 def image_map(image: Image, most_cells: int = MOST_CELLS) -> dict[str, Any]:
-    """The map of an image; each figure read at its own instant."""
+    """Return the map of an image; its values are not one consistent snapshot."""
     nr = image.nr_extents
     per_cell = max(1, -(-nr // most_cells))
     cells = [slice(at, at + per_cell) for at in range(0, nr, per_cell)]
@@ -113,7 +113,7 @@ def image_map(image: Image, most_cells: int = MOST_CELLS) -> dict[str, Any]:
 
 
 def run_lengths(values: Sequence[int]) -> list[int]:
-    """[value, run, value, run, ...]; never longer than twice the values."""
+    """Encode as [value, run, value, run, ...]; at most twice as long as the values."""
     encoded: list[int] = []
     for value, run in groupby(values):
         encoded += (value, sum(1 for _ in run))

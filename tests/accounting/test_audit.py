@@ -15,7 +15,7 @@ import pytest
 from stage import PAGE, MappedGuest, Stage, content, let_go, stop_at, until, wait_at
 
 from cowshed.accounting import Account, audit
-from cowshed.cache import CapacityError, FileSource, Image, PageStore
+from cowshed.cache import CapacityError, FileSource, Image, InvariantError, PageStore
 from cowshed.cache._core import ffi, lib
 
 
@@ -135,6 +135,26 @@ def test_a_reference_without_its_grant_is_reported(stage: Stage) -> None:
         "expected": 1,
         "found": 2,
     }
+
+
+@pytest.mark.parametrize(
+    ("bitmap", "broken"), [("private", r"account \(2\)"), ("unsettled", r"account \(3\)")]
+)
+def test_what_the_bitmaps_do_not_add_up_to_is_a_broken_invariant(
+    stage: Stage, bitmap: str, broken: str
+) -> None:
+    guest = stage.guest()
+    guest.call("fill", page=0, nr_pages=2, byte=1)
+    guest.account.check()
+    ledger = guest.account.fd
+    # The grants' bitmap, 8 bytes, is followed by six of pages.
+    at = os.fstat(ledger).st_size - (6 if bitmap == "private" else 5) * 16
+    with mmap.mmap(ledger, 0) as mapping:
+        mapping[at + 15] ^= 0x80  # of the last page
+        with pytest.raises(InvariantError, match=broken):
+            guest.account.check()
+        mapping[at + 15] ^= 0x80
+    guest.account.check()
 
 
 def test_every_corrupted_grant_bit_is_found(stage: Stage) -> None:

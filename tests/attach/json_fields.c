@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "transport/core/json.h"
+#include "transport/core/guest/json.h"
 
 static void show_number(struct json json)
 {

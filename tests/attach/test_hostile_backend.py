@@ -28,7 +28,15 @@ MAX_FDS = 4
 UFFDIO_UNREGISTER = 0x8010AA01
 NR_BYTES = 16 * PAGE
 HELLO = {"ok": True, "version": 1}
-OPENED = {"ok": True, "map_bytes": NR_BYTES, "uffd_features": uffd_features(), "digest": None}
+OPENED = {
+    "ok": True,
+    "size_bytes": NR_BYTES,
+    "map_bytes": NR_BYTES,
+    "extent_bytes": PAGE,
+    "uffd_features": uffd_features(),
+    "digest": None,
+    "guest": "g",
+}
 # Maps, is refused, and reads the file instead, as a careful program would.
 PROGRAM = """
 import mmap, sys
@@ -39,7 +47,9 @@ with open(sys.argv[1], "rb") as file:
         print("refused")
     print(file.read() == open(sys.argv[2], "rb").read())
 """
-Answer = Callable[[socket.socket], None]
+# Given the connection and what was asked there.
+Answer = Callable[[socket.socket, bytes], None]
+TAG_ASKED = 0xA5A5A5A5  # in a packet: the tag of what was asked
 
 
 def packet(body: object, nr_fds: int = 0, **changes: int) -> bytes:
@@ -48,7 +58,7 @@ def packet(body: object, nr_fds: int = 0, **changes: int) -> bytes:
         "magic": MAGIC,
         "version": 1,
         "flags": 0,
-        "tag": 1,
+        "tag": TAG_ASKED,
         "nr_fds": nr_fds,
         "reserved": 0,
         "total_length": len(text),
@@ -59,10 +69,15 @@ def packet(body: object, nr_fds: int = 0, **changes: int) -> bytes:
 
 
 def saying(given: bytes, fds: tuple[int, ...] = ()) -> Answer:
-    return lambda peer: (socket.send_fds(peer, [given], fds), None)[1]
+    def say(peer: socket.socket, asked: bytes) -> None:
+        tag = HEADER.unpack_from(asked)[3]
+        answer = given.replace(struct.pack("=I", TAG_ASKED), struct.pack("=I", tag))
+        socket.send_fds(peer, [answer], fds)
+
+    return say
 
 
-def hanging_up(peer: socket.socket) -> None:
+def hanging_up(peer: socket.socket, _: bytes) -> None:
     peer.close()
 
 
@@ -94,7 +109,7 @@ class Backend:
                     self.fds += fds
                     if not self.asked:
                         break
-                    answer(peer)
+                    answer(peer, self.asked)
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -236,7 +251,6 @@ def test_random_answers(backend: Backend, source: Path, frames: int, rng: random
         backend.answers = [
             *([saying(packet(HELLO))] if rng.random() < 0.5 else []),
             saying(bytes(wrong)),
-            hanging_up,
         ]
         check_refused(run(backend.path, source))
 
@@ -261,11 +275,11 @@ def test_nobody_sees_pages_that_the_backend_has_let_go_of(
 ) -> None:
     woken, waking = os.pipe()
 
-    def take_region(peer: socket.socket) -> None:
-        region.update(json.loads(backend.asked[HEADER.size :]))
-        peer.send(packet({"ok": True}))
+    def take_region(peer: socket.socket, asked: bytes) -> None:
+        region.update(json.loads(asked[HEADER.size :]))
+        saying(packet({"ok": True}))(peer, asked)
 
-    def let_go(peer: socket.socket) -> None:
+    def let_go(peer: socket.socket, _: bytes) -> None:
         uffd = backend.fds[0]
         fcntl.ioctl(uffd, UFFDIO_UNREGISTER, struct.pack("QQ", region["address"], NR_BYTES))
         os.write(waking, b"!")

@@ -18,7 +18,7 @@ ROOT = ROOM.parents[1]
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("json") / "json_fields"
-    sources = [ROOM / "json_fields.c", ROOT / "transport/core/json.c"]
+    sources = [ROOM / "json_fields.c", ROOT / "transport/core/guest/json.c"]
     flags = ["-std=gnu11", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     subprocess.run(["gcc", *flags, f"-I{ROOT}", "-o", program, *sources], check=True)
     return program

@@ -194,7 +194,7 @@ def test_a_setuid_program_is_refused(shared: Attached, run_dir: Path, mapper: Pa
         (["no-such-command", "{image}"], "no command 'no-such-command'"),
         (["/no/such/command", "{image}"], "No such file"),
         (["/etc/passwd", "{image}"], "not executable"),
-        (["/", "{image}"], "no file"),
+        (["/", "{image}"], "not a regular file"),
     ],
 )
 def test_what_cannot_be_run_is_refused(shared: Attached, program: list[str], says: str) -> None:
@@ -282,4 +282,4 @@ def test_a_variable_that_makes_no_sense_is_told_and_leaves_the_program_alone(
         ["sh", "-c", "echo fine"], env=wrong, capture_output=True, text=True, check=True
     )
     assert ended.stdout == "fine\n"
-    assert "COWSHED_ATTACH makes no sense" in ended.stderr
+    assert "COWSHED_ATTACH is malformed" in ended.stderr

@@ -257,6 +257,7 @@ def test_random_loads_evictions_and_pins_keep_the_books(
                 else:
                     image.pin(extent, 1, 6)
                     pins[extent] += 1
+        stage.store.check()
         states = image.states()
         resident = [e for e in range(nr) if states[e] == RESIDENT]
         counters = stage.store.counters()

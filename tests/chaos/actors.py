@@ -436,13 +436,13 @@ class MachineActor(Actor):
         super().__init__(world, name, rng)
         self.policy = policy
         self._began = 0.0
-        self._is_held = False
+        self._is_kept = False
 
     def can_move(self, *, is_same_host: bool) -> bool:
         return False
 
     def _start(self, host: Host) -> None:
-        self._began, self._is_held = time.monotonic(), False
+        self._began, self._is_kept = time.monotonic(), False
         path = str(host.run_dir / "images" / f"{IMAGE}.sock")
         self._spawn([sys.executable, str(SUPPORT / "chaos_machine.py"), path])
         size = self.model.size_bytes
@@ -460,7 +460,7 @@ class MachineActor(Actor):
 
     def _read(self, offset: int, length: int) -> None:
         super()._read(offset, length)
-        self._is_held = True  # its handshake was answered, so whoever succeeds has it
+        self._is_kept = True  # its handshake was answered, so whoever succeeds has it
 
     def _discard(self, first: int, nr: int) -> None:
         if self.policy != FIRECRACKER:
@@ -472,7 +472,7 @@ class MachineActor(Actor):
 
     def _why_ended(self, ended: EndedError) -> str:
         # A connection is held once it is accepted and seen, and not in the instant before.
-        is_early = ended.args[0] == HUNG_UP and not self._is_held
+        is_early = ended.args[0] == HUNG_UP and not self._is_kept
         if is_early and self.world.excuses("death", self._began):
             return "killed"
         return super()._why_ended(ended)

@@ -62,6 +62,7 @@ def _run(world: World) -> None:
         event = todo.pop() if todo else choose(world)
         world.begin(event.__name__)
         event(world)
+        world.check()
         nr_events += 1
         if world.failed:
             raise OverError

@@ -31,6 +31,8 @@ from domains import serving, write_image
 from hosts import ChaosHost
 from page_model import PAGE
 
+from cowshed.cache.errors import PeerError
+
 NR_PAGES: Final = 1024
 WAIT_SECONDS: Final = 90.0
 # What an error may still be put down to after its cause has gone: requests take that long to fail.
@@ -246,6 +248,19 @@ class World:
         assert not bad, bad
         host.stop()
         self.wait(lambda: not serving(host.run_dir), f"no process of {host.name} is left")
+
+    def check(self) -> None:
+        """Have every backend recompute its invariants; one that is just dying is asked again."""
+        for host in self.hosts:
+            self.wait(lambda host=host: self._is_sound(host), f"{host.name} is checked")  # type: ignore[misc]
+
+    def _is_sound(self, host: ChaosHost) -> bool:
+        try:
+            broken = host.request("check")["broken"]
+        except (PeerError, OSError):
+            return False
+        assert broken == [], f"{host.name}: {broken}"
+        return True
 
     def audit(self) -> None:
         for host in self.hosts:

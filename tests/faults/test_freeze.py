@@ -111,7 +111,7 @@ def dirty_is_refused(guest: MappedGuest) -> bool:
     try:
         dirty(guest)
     except Exception as error:
-        return "not followed" in str(error)
+        return "not tracked" in str(error)
     return False
 
 

@@ -277,8 +277,8 @@ def test_what_is_no_account_and_no_quota_is_refused(succession: Succession) -> N
     use(succession)
     succession.kill()
     quota, ledger = succession.left[3], succession.left[4]
-    with pytest.raises(InvariantError, match="none of ours"):
+    with pytest.raises(InvariantError, match="not a quota"):
         Quota.adopt(ledger)
     succession.succeed()
-    with pytest.raises(InvariantError, match="no account"):
+    with pytest.raises(InvariantError, match="not an account"):
         Account(succession.image, succession.quota, quota)

@@ -69,7 +69,7 @@ def test_once_no_longer_followed_pages_are_written_without_a_fault(stage: Stage)
 
 def test_pages_that_are_not_followed_are_not_taken(stage: Stage) -> None:
     guest = stage.guest()
-    with pytest.raises(UsageError, match="not followed"):
+    with pytest.raises(UsageError, match="not tracked"):
         guest.account.take_dirty()
 
 

@@ -36,6 +36,7 @@ def packets(said: bytes) -> None:
     decoder = Decoder(MAX_REQUEST_BYTES)
     for piece in pieces(said):
         decoder.feed(piece, len(piece) % 3)
+        decoder.check()
 
 
 def stream(said: bytes) -> None:

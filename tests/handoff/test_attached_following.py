@@ -401,7 +401,7 @@ def test_nobody_else_gets_the_place_of_a_program_on_its_way(pair: Pair, start: S
     export = f"nbd+unix:///d@g?socket={b.run_dir}/nbd.sock"
     assert subprocess.run(["nbdinfo", export], capture_output=True, check=False).returncode != 0
     done = b.run("drain", "--to", a.unix)
-    assert "has not come yet" in done.stderr
+    assert "has not yet moved here" in done.stderr
     os.kill(program.pid, signal.SIGCONT)
     _wait_moved(a, b)
     assert program.call("check") == []

@@ -124,7 +124,7 @@ def test_files_that_cannot_be_are_refused_in_one_line(pair: Pair, tmp_path: Path
     for arguments, words in (
         (("import", str(tmp_path / "none")), "cannot read"),
         (("import", "/dev/null"), "at byte 0"),
-        (("import", sys.executable), "does not begin as a handoff"),
+        (("import", sys.executable), "does not begin with a handoff's magic"),
         (("export", str(tmp_path / "no" / "folder")), "cannot write"),
         (("drain", "--to", "http://example"), "use unix://"),
         (("drain",), "give --to"),

@@ -198,7 +198,7 @@ def test_it_is_no_new_guest_without_a_page_where_its_pages_are_lost(
     b.kill()
     b.start()
     os.kill(guest.pid, signal.SIGCONT)
-    until(lambda: "not to be had" in guest.call("where")[2])
+    until(lambda: "in use or lost" in guest.call("where")[2])
     _check(guest, model)  # as it was
     assert b.guests() == set()
     guest.start("fill", offset=0, length=PAGE, byte=9)
@@ -216,7 +216,7 @@ def test_status_tells_who_has_not_followed(pair: Pair, start_guest: StartGuest) 
     until(lambda: a.the_daemon.status()["drain"]["guests_here"] == 1)
     done = a.run("status")
     words = " ".join(done.stdout.split())
-    assert f"moved to {b.unix}: 2 guests, 1 of them here still" in words
+    assert f"moved to {b.unix}: 2 guests, 1 of them still here" in words
     top = " ".join(a.run("top", "--once").stdout.split())
     assert f"moved to {b.unix}" in top
 

@@ -71,9 +71,13 @@ def test_a_drain_by_tls_needs_a_certificate_that_is_named_there(
     stranger = Authority(tmp_path / "other", "another authority").issue("a.example")
     plain = f"tls://127.0.0.1:{b.port}"
     for to, words, heard in (
-        (b.uri(authority.issue("c.example")), "handoffs of 'c.example' are not taken", "not taken"),
+        (
+            b.uri(authority.issue("c.example")),
+            "from 'c.example' are not taken",
+            "not taken",
+        ),
         (b.uri({**stranger, "ca": right["ca"]}), "unknown ca", "certificate"),
-        (b.uri({**right, "ca": stranger["ca"]}), "certificate does not hold", "unknown ca"),
+        (b.uri({**right, "ca": stranger["ca"]}), "certificate is not valid", "unknown ca"),
         (plain, "lacks cert, key, ca", ""),
         (b.uri({**right, "key": "/nowhere"}), "cannot use cert", ""),
         (f"tcp://127.0.0.1:{b.port}", "", ""),

@@ -70,8 +70,9 @@ def test_a_tls_guest_that_is_told_a_tcp_address_hears_that_its_certificate_is_wa
         with pytest.raises(UsageError) as caught:
             model.check(disk)
         said = str(caught.value)
-        assert "guest 'g' is known by a certificate and its token, and shows none by tcp" in said
-        assert "come by tls://" in said
+        wanted = "guest 'g' is identified by a certificate and its token, and sends no certificate"
+        assert f"{wanted} by tcp" in said
+        assert "connect by tls://" in said
         assert "taken" not in said
     # Who does not know the token, or has another certificate, hears nothing of that.
     mallory = authority.issue("mallory", "DNS:mallory.example")

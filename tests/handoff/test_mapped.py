@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
+from pathlib import Path
 
 import pytest
-from domains import StartGuest, in_thread, is_stopped, stop, until
+from domains import Guest, StartGuest, in_thread, is_stopped, stop, until
 from two_hosts import PAGE, SIZE, Host
 
 from cowshed.transport import connect
@@ -150,3 +152,63 @@ def test_a_guest_frozen_by_a_backend_that_died_before_the_commit_goes_on_at_its_
     assert guest.call("read", offset=0, length=1)
     assert b.guests() == set()
     guest.kill()
+
+
+def _at_stop(
+    hosts: Pair, start_guest: StartGuest, point: str
+) -> tuple[Guest, bytearray, threading.Thread]:
+    """Stop the source's drain of guests g and h at a point, where g loses its memory; return h.
+
+    What holds g's connection open is the program that it executed, so the source still has it.
+    """
+    a, b = hosts
+    a.start(before=("env", f"COWSHED_TEST_STOP_AT={point}"))
+    b.start()
+    model = bytearray(a.image.read_bytes())
+    gone, other = start_guest(a.unix), start_guest(a.unix)
+    gone.call("open", image="d", guest="g", **KEPT)
+    gone.call("fill", offset=0, length=8 * PAGE, byte=1)
+    other.call("open", image="d", guest="h", **KEPT)
+    _fill(other, 4, 8, 2, model)
+    drain = in_thread(lambda: a.run("drain", "--to", b.unix))
+    until(lambda: is_stopped(a.the_daemon.pid))
+    gone.start("execute_another")
+    comm = Path(f"/proc/{gone.pid}/comm")
+    until(lambda: comm.read_text() == "sleep\n")
+    return other, model, drain
+
+
+@pytest.mark.parametrize(
+    ("point", "was_sent"), [("source-precopy", False), ("source-freeze", True)]
+)
+def test_a_guest_that_executes_another_program_moves_with_what_was_sent_of_it_in_whole(
+    hosts: Pair, start_guest: StartGuest, point: str, was_sent: bool
+) -> None:
+    a, b = hosts
+    of_gone = bytearray(a.image.read_bytes())
+    if was_sent:
+        of_gone[: 8 * PAGE] = b"\1" * 8 * PAGE
+    other, model, drain = _at_stop(hosts, start_guest, point)
+    os.kill(a.the_daemon.pid, signal.SIGCONT)
+    drain.join()
+    assert a.the_daemon.request("drain-state")["drain"]["phase"] == "moved", a.the_daemon.log()
+    for name, right in (("g", of_gone), ("h", model)):
+        with connect(b.unix) as backend, backend.open("d", guest=name, token="secret") as disk:
+            assert disk.read(0, SIZE) == right
+    assert b.the_daemon.mismatches() == []
+    other.kill()
+
+
+def test_a_guest_that_executes_another_program_leaves_no_other_frozen_if_the_drain_fails(
+    hosts: Pair, start_guest: StartGuest
+) -> None:
+    a, b = hosts
+    other, model, drain = _at_stop(hosts, start_guest, "source-freeze")
+    b.kill()
+    os.kill(a.the_daemon.pid, signal.SIGCONT)
+    drain.join()
+    assert a.the_daemon.request("drain-state")["drain"]["phase"] == "aborted", a.the_daemon.log()
+    _fill(other, 100, 8, 3, model)
+    assert other.call("read", offset=0, length=SIZE) == model.hex()
+    assert "Traceback" not in a.the_daemon.log()
+    other.kill()

@@ -118,7 +118,7 @@ def test_who_maps_waits_for_all_pages_and_an_abort_is_too_late(
     until(lambda: "event=open-waits" in b.the_daemon.log())
     assert opened == []
     done = b.run("drain", "--dry-run", "--to", str(tmp_path / "file"))
-    assert "have not come yet" in done.stderr + done.stdout
+    assert "have not arrived yet" in done.stderr + done.stdout
     said: list[str] = []
     abort = in_thread(lambda: said.append(a.run("drain", "--abort").stderr))
     begun.go_on()

@@ -157,19 +157,19 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_is(
         assert "\n" not in str(caught.value)
         assert part.read_bytes() == before
 
-    assert "no export to" in a.run("export", "--resume", str(file)).stderr
+    assert "no interrupted export to" in a.run("export", "--resume", str(file)).stderr
     assert a.run("export", str(file)).returncode == 0
     whole = file.read_bytes()
     part.write_bytes(whole)
-    resumed("whole")
+    resumed("complete")
     part.write_bytes(b"something else altogether")
-    resumed("no export that broke off")
+    resumed("not an interrupted export")
     part.write_bytes(whole[:-500])
     a.the_daemon.request("quota", guest="one", quota_bytes=1 << 20)
     resumed("guest 'one' has another quota")
     a.the_daemon.request("quota", guest="one", quota_bytes=None)
     with a.open("three"):
-        resumed("guest 'three' came")
+        resumed("guest 'three' attached")
     until(lambda: a.the_daemon.guest_status("three")["state"] == "away")
     a.the_daemon.request("discard", overlay="d@three")
     a.the_daemon.request("discard", overlay="d@two")
@@ -191,7 +191,7 @@ def test_a_full_disk_ends_an_export_and_more_room_lets_it_go_on(
     done = a.run("export", str(file))
     assert done.returncode == 1
     assert "No space left on device; make room" in done.stderr
-    assert f"'cowshed export --resume {file}' goes on with state.part" in done.stderr
+    assert f"'cowshed export --resume {file}' continues state.part" in done.stderr
     assert done.stderr.count("\n") == 1
     with a.open("g") as disk:
         model.write(disk)
@@ -249,7 +249,7 @@ def test_a_drain_does_not_write_over_guests_that_were_drained(pair: Pair, tmp_pa
     file.write_bytes(b"guests")
     done = a.run("drain", "--to", str(file))
     assert done.returncode == 1
-    assert "has 6 bytes, perhaps guests" in done.stderr
+    assert "has 6 bytes, perhaps of drained guests" in done.stderr
     assert file.read_bytes() == b"guests"
 
 

@@ -27,8 +27,8 @@ def test_the_tree_is_laid_out() -> None:
         (b"\xe9t\xe9\n", "byte 0 is not utf-8"),
         (b"one\r\ntwo\r\n", "carriage return"),
         (b"one\ntwo", "does not end with a newline"),
-        (b"one\ntwo \n", ":2: white space at the line's end"),
-        (b"one:\n\ttwo\n", ":2: is indented by a tab"),
+        (b"one\ntwo \n", ":2: white space at the end of the line"),
+        (b"one:\n\ttwo\n", ":2: is indented with a tab"),
     ],
 )
 def test_each_fault_is_found(tmp_path: Path, content: bytes, fault: str) -> None:

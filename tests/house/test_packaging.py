@@ -56,9 +56,14 @@ def test_every_c_source_is_built() -> None:
         for name in SETUPTOOLS["package-dir"].values()
         for path in (ROOT / name).rglob("*.c")
     }
-    # setup.py builds what is in this folder into the library of `cowshed attach`.
-    preloaded = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("transport/preload/*.c")}
-    assert set(core_build.core_sources(ROOT)) | preloaded == on_disk
+    # setup.py builds transport/preload into the library of `cowshed attach`, and the Makefile
+    # transport/library into the guest library.
+    libraries = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("preload", "library")
+        for path in ROOT.glob(f"transport/{folder}/*.c")
+    }
+    assert set(core_build.core_sources(ROOT)) | libraries == on_disk
 
 
 def test_the_preloaded_library_is_built_and_knows_no_python() -> None:

@@ -128,5 +128,5 @@ def test_pointers_and_arrays_are_told_apart() -> None:
     "text", ["double ratio(void);", "int (*hook)(int);", "union u { int a; };"]
 )
 def test_what_has_no_type_here_is_refused(text: str) -> None:
-    with pytest.raises(core_stub.StubError, match=r"line 1: .*teach it"):
+    with pytest.raises(core_stub.StubError, match=r"line 1: .*extend this script"):
         core_stub.core_stub(text)

@@ -42,7 +42,7 @@ class BackendProcess:
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE / "backend.py"), str(config)],
-                env={**os.environ, **env},
+                env={**os.environ, "COWSHED_TEST_POINTS": "1", **env},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -146,8 +146,9 @@ class Commands:
 
     def _audit(self) -> None:
         mismatches = self._backend.request("audit")["mismatches"]
-        if mismatches:
-            raise StressError(f"audit, while guests run: {mismatches[:5]}")
+        broken = self._backend.request("check")["broken"]
+        if mismatches or broken:
+            raise StressError(f"while guests run: audit {mismatches[:5]}, broken {broken}")
 
     def unpin_all(self) -> None:
         for image, offset, length in self._pinned_ranges:

@@ -266,8 +266,9 @@ class RoundRun:
     def _audit(self, when: str) -> None:
         with self._backend.connect() as backend:
             mismatches = backend.request("audit")["mismatches"]
-        if mismatches:
-            raise StressError(f"audit {when}: {mismatches[:8]}")
+            broken = backend.request("check")["broken"]
+        if mismatches or broken:
+            raise StressError(f"audit {when}: {mismatches[:8]}; broken: {broken}")
 
     def _check(self) -> None:
         problems = self._backend.order(

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cowshed command as another user: as_user.py UID ARGUMENT...
 
-Everything is imported before the change of user, who may not be able to read the interpreter.
+Imports everything before it changes the user, since that user may not be able to read modules.
 """
 
 import sys
 
-from told import become
+from orders import become
 
 import cowshed.service.commands.attach
 import cowshed.service.commands.keeping

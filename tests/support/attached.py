@@ -29,7 +29,7 @@ class Attached:
     def words(
         self, *program: str | Path, options: Sequence[str] = (), uid: int | None = None
     ) -> list[str]:
-        """The command line of cowshed attach."""
+        """Return the command line of cowshed attach."""
         run_dir = str(self.daemon.run_dir)
         return command(
             *("attach", "disk", "--run-dir", run_dir, *options, "--", *map(str, program)), uid=uid
@@ -76,7 +76,7 @@ def serve_one(run_dir: Path) -> Attached:
 
 @pytest.fixture
 def attached(run_dir: Path) -> Iterator[Attached]:
-    """A daemon of the test's own."""
+    """A daemon for one test."""
     own = serve_one(run_dir)
     yield own
     own.daemon.kill()
@@ -84,7 +84,7 @@ def attached(run_dir: Path) -> Iterator[Attached]:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Attached]:
-    """A daemon that the tests of a file share, for those that leave it as it was."""
+    """A daemon that the tests of a file share; they must leave it unchanged."""
     with new_run_dir() as folder:
         common = serve_one(folder)
         yield common

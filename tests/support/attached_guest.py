@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program that knows nothing of cowshed: maps a file, and reads and writes its private mapping.
+"""A program without cowshed's library: maps a file, and reads and writes its private mapping.
 
     attached_guest.py IMAGE
 
@@ -28,7 +28,7 @@ class Script:
         self.mapped.madvise(mmap.MADV_DONTNEED, offset, length)
 
     def do_child_read(self, offset: int, length: int) -> str:
-        """What a forked child reads there."""
+        """Return what a forked child reads there."""
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:

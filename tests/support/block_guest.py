@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest that is libnbd's: one JSON order a line in, one JSON answer a line out.
+"""A guest that uses libnbd: one JSON order a line in, one JSON answer a line out.
 
     /usr/bin/python3 block_guest.py
 
-Orders are those of scripted_guest.py, as far as a block device has them. It knows nothing of ours
-and does not reconnect by itself.
+Orders are those of scripted_guest.py that a block device has. It uses no code of cowshed and does
+not reconnect by itself.
 """
 
 import contextlib

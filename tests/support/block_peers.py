@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block servers that nobody here wrote, and connections to them in the transmission phase."""
+"""Block servers of other projects, and connections to them in the transmission phase."""
 
 import contextlib
 import socket

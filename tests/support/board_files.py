@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dashboards/ holds, as tests want to read it: panels and queries, rules, pages."""
+"""The files of dashboards/, parsed for tests: panels and queries, rules, pages."""
 
 import json
 import re
@@ -15,7 +15,7 @@ DASHBOARDS = ROOT / "dashboards"
 GENERATED = sorted((DASHBOARDS / "generated").glob("*.json"))
 RUNBOOKS = ROOT / "docs/runbooks"
 
-# A metric's or rule's name where PromQL can have one, and the selector that follows it.
+# The name of a metric or rule in PromQL, and the selector that follows it.
 NAME = re.compile(
     r"(?<![\w:\"$])((?:cowshed|process|python)_\w+|(?:image|kind|instance):cowshed_[\w:]+|up|ALERTS)"
     r"(?![\w(])(\{[^}]*\})?"
@@ -25,7 +25,7 @@ STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 @dataclass(frozen=True)
 class Query:
-    """A query, where it stands, and the legend of its series."""
+    """A query, its place, and the legend of its series."""
 
     place: str
     expr: str
@@ -33,12 +33,12 @@ class Query:
 
 
 def boards() -> dict[str, dict[str, Any]]:
-    """Each generated dashboard by its file's name."""
+    """Return each generated dashboard by its file's name."""
     return {path.stem: json.loads(path.read_text()) for path in GENERATED}
 
 
 def panels(board: dict[str, Any]) -> list[dict[str, Any]]:
-    """Its panels without the rows."""
+    """Return a dashboard's panels without the rows."""
     return [panel for panel in board["panels"] if panel["type"] != "row"]
 
 
@@ -54,7 +54,7 @@ def panel_queries() -> list[Query]:
 
 
 def rules() -> list[dict[str, Any]]:
-    """Recording and alert rules of all files and groups."""
+    """Return recording and alert rules of all files and groups."""
     found = []
     for path in sorted((DASHBOARDS / "rules").glob("*.yaml")):
         for group in yaml.safe_load(path.read_text())["groups"]:
@@ -75,7 +75,7 @@ def rule_queries() -> list[Query]:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The lines of a page's fenced blocks of one language."""
+    """Return the lines of a page's fenced blocks of one language."""
     fenced = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     return [line for block in fenced for line in block.splitlines() if line.strip()]
 
@@ -86,11 +86,11 @@ def runbook_queries() -> list[Query]:
 
 
 def names_in(expr: str) -> set[str]:
-    """The metrics and recorded rules that a query asks for."""
+    """Return the metrics and recorded rules that a query names."""
     return {match[1] for match in NAME.finditer(expr)}
 
 
 def selectors_in(expr: str) -> Iterator[tuple[str, str]]:
-    """Each metric of a query with what stands in its braces."""
+    """Return each metric of a query with its selector."""
     for match in NAME.finditer(expr):
         yield match[1], (match[2] or "{}")[1:-1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real headless Chromium, driven over WebDriver, which is HTTP and JSON, by chromedriver."""
+"""A headless Chromium, driven by chromedriver over WebDriver, which is HTTP and JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ needs_browser = pytest.mark.skipif(
 
 
 class Browser:
-    """One window. Made by new_browser()."""
+    """One window; new_browser() makes it."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -59,11 +59,11 @@ class Browser:
         self._ask("POST", "/url", {"url": url})
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """The value that a function body returns in the page."""
+        """Run a function body in the page and return its value."""
         return self._ask("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
     def until(self, script: str, *arguments: Any) -> Any:
-        """Wait until the function body returns something true, and give that."""
+        """Wait until the function body returns a true value, and return it."""
         deadline = time.monotonic() + ANSWER_SECONDS
         while not (value := self.run(script, *arguments)):
             assert time.monotonic() < deadline, f"never: {script}\n{self.complaints()}"
@@ -71,7 +71,7 @@ class Browser:
         return value
 
     def become(self, columns: int, lines: int, *, dark: bool = False, ratio: float = 1.0) -> None:
-        """Be a window of so many pixels, in the light or the dark colours."""
+        """Set the window's size in pixels, and light or dark colours."""
         metrics = {"width": columns, "height": lines, "deviceScaleFactor": ratio, "mobile": False}
         self._devtools("Emulation.setDeviceMetricsOverride", metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -82,7 +82,7 @@ class Browser:
         self._devtools("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": x, "y": y})
 
     def screenshot(self, path: Path) -> None:
-        """The whole page as a PNG file."""
+        """Write the whole page to a PNG file."""
         height = self.run("return document.documentElement.scrollHeight")
         width = self.run("return window.innerWidth")
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
@@ -93,9 +93,9 @@ class Browser:
         path.write_bytes(base64.b64decode(taken["data"]))
 
     def complaints(self) -> list[str]:
-        """What the browser's console said since it was asked last: errors, policy violations.
+        """Return the console's messages since the last call: errors, policy violations.
 
-        Not what it says of how fast it renders, which tests that read pixels cause.
+        Without messages about rendering speed, which tests that read pixels cause.
         """
         entries = self._ask("POST", "/se/log", {"type": "browser"})
         return [entry["message"] for entry in entries if entry["source"] != "rendering"]
@@ -119,7 +119,7 @@ class Browser:
 
 @contextlib.contextmanager
 def new_browser() -> Iterator[Browser]:
-    """Start a browser, and end it with all its processes."""
+    """Yield a browser; ends it with all its processes."""
     with tempfile.TemporaryDirectory(prefix="cowshed-browser-") as folder:
         driver = subprocess.Popen(
             ["chromedriver", "--port=0"],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Certificates for tests, made by openssl: an authority, and whom it signed."""
+"""Certificates for tests, made by openssl: an authority and the certificates it signs."""
 
 import subprocess
 from pathlib import Path
@@ -18,7 +18,7 @@ class Authority:
         )
 
     def issue(self, name: str, alternatives: str = "") -> dict[str, str]:
-        """Sign a certificate for CN=name; the options of a tls URI to use it with."""
+        """Sign a certificate for CN=name; return the options of a tls URI that use it."""
         key, cert = self.folder / f"{name}.key", self.folder / f"{name}.pem"
         request = self.folder / f"{name}.csr"
         _openssl(

@@ -3,8 +3,8 @@
 
     chaos_machine.py SOCKET_PATH
 
-Ends with status 3 once the backend has hung up: nobody answers its faults any more, so an order
-under way would wait for ever.
+Ends with status 3 once the backend has closed the connection: its faults are no longer answered,
+so an order in progress would wait for ever.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import select
 import threading
 
 from machine_client import MADV_DONTNEED, PAGE_BYTES, Machine, libc, read_memory, write_memory
-from told import main
+from orders import main
 
 HUNG_UP = 3
 FIRECRACKER = -1
@@ -41,7 +41,7 @@ class ChaosMachine(Machine):
         self.hung_up()
 
     def watch(self) -> None:
-        """Wait until the backend has closed its end; it says nothing before that."""
+        """Wait until the backend has closed its end; it sends nothing before that."""
         poll = select.poll()
         poll.register(self.socket, select.POLLRDHUP)
         poll.poll()

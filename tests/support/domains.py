@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures for both domains: a real daemon in a process of its own, and guests in theirs."""
+"""Fixtures of a real daemon in a process of its own, and of guest processes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from cowshed.transport import Backend, connect
 SUPPORT = Path(__file__).parent
 NOBODY = 65534
 ANSWER_SECONDS = 60
-_NR_LOOKS = 2  # as many threads may look at once in a daemon of one image
-# In the daemon's log, of either form, once it listens.
+_NR_LOOKS = 2  # threads that may check the source and the sockets in a daemon of one image
+# In the daemon's log, in either format, once it listens.
 SERVING = re.compile(rb'event=serving |"event": "serving"')
 
 
 def command(*arguments: str, uid: int | None = None) -> list[str]:
-    """The words of a cowshed command, to be run as uid."""
+    """Return the command line of a cowshed command, to be run as uid."""
     if uid is None:
         return [sys.executable, "-m", "cowshed.service.cli", *arguments]
     return [sys.executable, str(SUPPORT / "as_user.py"), str(uid), *arguments]
@@ -51,7 +51,7 @@ def cowshed(
 
 
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for something that sends no event; AssertionError if it does not come."""
+    """Poll for a condition that sends no event; AssertionError if it does not hold in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
@@ -59,7 +59,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether each thread of a process has stopped: a signal stops them one by one."""
+    """Return whether each thread of a process has stopped: a signal stops them one by one."""
     with contextlib.suppress(OSError):
         tasks = Path(f"/proc/{pid}/task").iterdir()
         return {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks} == {
@@ -76,7 +76,7 @@ def stop(pid: int) -> None:
 
 @contextlib.contextmanager
 def paused(pid: int) -> Iterator[None]:
-    """Have a process do nothing meanwhile."""
+    """Stop a process for the block."""
     try:
         stop(pid)
         yield
@@ -85,7 +85,7 @@ def paused(pid: int) -> Iterator[None]:
 
 
 def serving(run_dir: Path) -> list[int]:
-    """The processes of `cowshed serve` with that run-dir, keepers and backends."""
+    """Return the processes of `cowshed serve` with that run-dir, keepers and backends."""
     words = b"serve\0--run-dir\0" + os.fsencode(run_dir) + b"\0"
     found = []
     for entry in Path("/proc").iterdir():
@@ -97,9 +97,9 @@ def serving(run_dir: Path) -> list[int]:
 
 
 class Daemon:
-    """A `cowshed serve` of ours, as uid, run by the command before. Its log is at log_path.
+    """A `cowshed serve` as uid, run by the command before. Its log is at log_path.
 
-    pid is the backend's, or, if it is kept, the keeper's.
+    pid is the backend's, or, with a keeper, the keeper's.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Daemon:
         self.uri = f"unix://{run_dir}/cowshed.sock"
         self.log_path = run_dir / "log"
         self.log_path.write_bytes(b"")
-        # Others may write behind what it writes: who takes over from it, say.
+        # Appended: other processes write to it too, such as one that takes over.
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [
@@ -144,17 +144,17 @@ class Daemon:
         return self.log_path.read_text()
 
     def wait_logged(self, text: str, nr_times: int | None = None) -> None:
-        """Wait for text in its log, nr_times if given and no more: a line comes after the deed."""
+        """Wait for text in its log, exactly nr_times if given: a line follows the action."""
         until(lambda: self.log().count(text) >= (1 if nr_times is None else nr_times))
         assert nr_times is None or self.log().count(text) == nr_times
 
     def nr_fds(self) -> int:
-        """How many descriptors it has once alone: waits until it has closed its connections."""
+        """Return its number of descriptors once it has closed its connections."""
         until(lambda: self._links().count("socket") == self._nr_sockets)
         return len(self._links())
 
     def _links(self) -> list[str]:
-        """What its descriptors are, by the words before the colon."""
+        """Return its descriptors' kinds, the text before the colon of each link."""
         links = []
         for fd in Path(f"/proc/{self.pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):
@@ -170,18 +170,18 @@ class Daemon:
     def until_threads_end(self, nr_before: int) -> None:
         """Wait until it has no more threads than before.
 
-        The threads that look at the image's source and at the sockets do not count: one thread may
-        do both, or each has one, by how the two looks overlap.
+        Does not count the threads that check the image's source and the sockets: one thread may do
+        both, or one each, as the two checks overlap.
         """
         until(lambda: self.nr_threads() <= nr_before + _NR_LOOKS)
 
     def resident_set_bytes(self) -> int:
-        """What it takes of memory for itself, without the images' frames."""
+        """Return its own memory, without the images' frames."""
         text = Path(f"/proc/{self.pid}/status").read_text()
         return 1024 * int(text.split("RssAnon:")[1].split()[0])
 
     def frames_path(self) -> Path:
-        """Its first image's frames: os.stat() of this says what they take."""
+        """Return the path of its first image's frames; os.stat() of it shows their memory."""
         fds = Path(f"/proc/{self.pid}/fd")
         for fd in sorted(os.listdir(fds), key=int):
             with contextlib.suppress(FileNotFoundError):
@@ -207,7 +207,7 @@ class Daemon:
         return list(self.request("audit")["mismatches"])
 
     def stop(self) -> int:
-        """End it in an orderly way; its exit status."""
+        """Stop it by SIGTERM; return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(ANSWER_SECONDS)
@@ -218,7 +218,7 @@ class Daemon:
         self.process.wait()
 
     def end(self) -> None:
-        """Leave nothing of it: a backend whose keeper was killed has another by now."""
+        """End all its processes: a backend whose keeper was killed has another by now."""
         if self._kept:
             with contextlib.suppress(OSError, ValueError):
                 backend = os.pidfd_open(int((self.run_dir / "lock").read_text()))
@@ -230,7 +230,7 @@ class Daemon:
             until(lambda: not self._kill_left())
 
     def _kill_left(self) -> list[int]:
-        """A keeper or a backend may just have begun another; who was killed."""
+        """Kill what is left, since a keeper or a backend may have started another; return pids."""
         left = serving(self.run_dir)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
@@ -239,9 +239,9 @@ class Daemon:
 
 
 def kill_backend(kept: Daemon, number: signal.Signals = signal.SIGKILL) -> None:
-    """Have its successor serve, and nobody else."""
-    # It says in the log that it serves, and then tells its keeper: one that dies between the two
-    # has no successor. Whoever answers has told it.
+    """Kill the backend, or send the keeper another signal; return once a successor serves."""
+    # A backend logs that it serves, and then notifies its keeper: one that dies between the two has
+    # no successor. A backend that answers has notified it.
     kept.connect().close()
     pid = int((kept.run_dir / "lock").read_text())
     os.kill(pid if number == signal.SIGKILL else kept.pid, number)
@@ -252,7 +252,7 @@ def kill_backend(kept: Daemon, number: signal.Signals = signal.SIGKILL) -> None:
 
 
 def plain_environment() -> dict[str, str]:
-    """The environment without what puts a sanitized core into this process (tools/sanitize.sh)."""
+    """Return the environment without the variables of a sanitized core (tools/sanitize.sh)."""
     if "LD_PRELOAD" not in os.environ:
         return dict(os.environ)
     return {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "PYTHONPATH")}
@@ -280,19 +280,19 @@ class Guest:
 
     @classmethod
     def of(cls, words: list[str], environment: dict[str, str] | None = None) -> Self:
-        """Run a command that takes the same orders."""
+        """Start a command that takes the same orders, as a Guest."""
         guest = cls.__new__(cls)
         guest._run(words, plain_environment() if environment is None else environment)
         return guest
 
     def start(self, do: str, **fields: Any) -> None:
-        """Give an order without waiting for its answer."""
+        """Send an order without waiting for its answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
         self.process.stdin.flush()
 
     def answered(self, seconds: float = 0.0) -> bool:
-        """Whether the answer to the last order is there, or comes within seconds."""
+        """Return whether the answer to the last order has come, or comes within seconds."""
         assert self.process.stdout is not None
         return bool(select.select([self.process.stdout], [], [], seconds)[0])
 
@@ -328,7 +328,7 @@ MakeImage = Callable[..., Path]
 
 @contextlib.contextmanager
 def new_run_dir() -> Iterator[Path]:
-    """A directory any user may enter, with a path short enough for sockets, and gone afterwards."""
+    """Yield a directory that any user may enter, with a path short enough for sockets."""
     with tempfile.TemporaryDirectory(prefix="cowshed-") as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
@@ -336,14 +336,14 @@ def new_run_dir() -> Iterator[Path]:
 
 @pytest.fixture
 def run_dir() -> Iterator[Path]:
-    """A run-dir of the test's own."""
+    """A run-dir for one test."""
     with new_run_dir() as folder:
         yield folder
 
 
 @pytest.fixture
 def start_daemon(run_dir: Path) -> Iterator[StartDaemon]:
-    """Start `cowshed serve` with these arguments more; ready on return."""
+    """Start `cowshed serve` with these additional arguments; ready on return."""
     daemons: list[Daemon] = []
 
     def start(*arguments: str, at: Path = run_dir, **how: Any) -> Daemon:
@@ -392,7 +392,7 @@ def make_image(run_dir: Path) -> MakeImage:
 
 
 def in_thread(call: Callable[[], Any]) -> threading.Thread:
-    """Run a call in a thread of its own, started."""
+    """Run a call in a new thread; return the started thread."""
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     return thread

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend of one guest that is to die at a named point; run by test_successors.py.
+"""A backend of one guest that dies at a named point; run by test_successors.py.
 
     doomed_backend.py SOCKET_FD SOURCE CAPACITY_EXTENTS QUOTA_BYTES
 
-First it sends the descriptors of what it leaves: frames, guest's, arrays, quota, ledger. Then a
-packet with the guest's [uffd, pagemap] and {"base", "pid"} comes. Then each packet is an order:
-{"arm": POINT} dies there, {"evict": [..]}, {"settle": 0}; {"released": 0} once nothing holds an
-extent and {"counted": N} once N accesses that were answered have been counted, both of which come
-after a guest goes on. Each is answered by a packet.
+First it sends the descriptors for a successor: frames, guest's, arrays, quota, ledger. It then
+receives a packet with the guest's [uffd, pagemap] and {"base", "pid"}. Each later packet is an
+order, which it answers by a packet: {"arm": POINT} makes it die there; {"evict": [..]};
+{"settle": 0}; {"released": 0} waits until no hold is left, {"counted": N} until N answered accesses
+have been counted, both of which happen after the guest goes on.
 """
 
 import json

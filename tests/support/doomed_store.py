@@ -2,9 +2,9 @@
 """A process with a page store that dies at a named point, run by test_adoption.py.
 
 Arguments: a socket's number, the source's path, capacity in extents, a point's number or -1, and
-whether the end comes to an eviction ("evict") or a load ("load"). Sends frames, guest's and arrays'
-descriptors over the socket, makes extents 0 to 5 resident, pins 5, and dies in loading 6, or in
-evicting 1 and 2; without a point, after saying so.
+whether it dies in an eviction ("evict") or a load ("load"). Sends frames, guest's and arrays'
+descriptors over the socket, makes extents 0 to 5 resident, pins 5, and dies while it loads 6, or
+evicts 1 and 2; without a point it reports and then dies.
 """
 
 import os

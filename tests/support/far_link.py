@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two network namespaces and a link between them that is slow, loses packets, and can be cut.
 
-By veth and tc's netem where the kernel has netem. Elsewhere by two tun devices and a thread that
-carries packets between them and does what netem would; the kernel's own TCP is at both ends of
-either.
+Uses veth and tc's netem where the kernel has netem; elsewhere two tun devices and a thread that
+carries packets between them as netem would. The kernel's TCP is at both ends either way.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ def _run(*words: str) -> None:
 
 
 def can_make_links() -> bool:
-    """Whether this machine lets us have network namespaces and a link between them."""
+    """Return whether this process may make network namespaces and a link between them."""
     if os.geteuid() != 0 or not os.path.exists("/dev/net/tun"):
         return False
     name = f"cs{os.getpid()}probe"
@@ -61,7 +60,7 @@ class FarLink:
             raise
 
     def inside(self, space: str) -> list[str]:
-        """Words before a command that is to run in a namespace."""
+        """Return the prefix of a command line that runs it in a namespace."""
         return ["ip", "netns", "exec", space]
 
     def _join(self, delay_ms: float, loss_percent: float) -> None:
@@ -84,7 +83,7 @@ class FarLink:
             _run(*ip, "link", "set", "lo", "up")
 
     def set_up(self, is_up: bool) -> None:
-        """Cut the link, or mend it: nobody at either end is told."""
+        """Cut or restore the link, without notice at either end."""
         self._is_up = is_up
         if self._thread is None:
             loss = "100%" if not is_up else f"{self._loss * 100}%"
@@ -132,7 +131,7 @@ def _tun(name: str) -> int:
 
 @contextlib.contextmanager
 def far_link(delay_ms: float, loss_percent: float, rng: random.Random) -> Iterator[FarLink]:
-    """A link for as long as the block lasts."""
+    """Yield a link that lasts as long as the block."""
     link = FarLink(delay_ms, loss_percent, rng)
     try:
         yield link

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other end of a handoff, as far as bytes go: what was taken of a guest's private pages."""
+"""The receiving end of a handoff's bytes: a copy of a guest's private pages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def private(guest: MappedGuest) -> set[int]:
 
 
 def memory(guest: MappedGuest, page: int) -> bytes | None:
-    """What the guest has there, if it can be read without a fault's answer."""
+    """Return the guest's bytes there, if they can be read without a fault."""
     try:
         return os.pread(guest.fds[2], PAGE, guest.base + page * PAGE)
     except OSError:
@@ -37,7 +37,7 @@ def memory(guest: MappedGuest, page: int) -> bytes | None:
 
 
 def freeze(guest: MappedGuest) -> None:
-    """Freeze it. One freeze gives up after a second, which a busy machine may let pass."""
+    """Freeze it; retries, since a freeze gives up after a second, which a busy machine may take."""
 
     def is_frozen() -> bool:
         with contextlib.suppress(PeerError):
@@ -48,13 +48,13 @@ def freeze(guest: MappedGuest) -> None:
 
 
 class Copy:
-    """A guest's private pages as who follows them has them."""
+    """A tracker's copy of a guest's private pages."""
 
     def __init__(self) -> None:
         self.pages: dict[int, bytes | None] = {}
 
     def update(self, guest: MappedGuest) -> list[int]:
-        """Take what is dirty, and read it afterwards."""
+        """Take the dirty pages, and read them afterwards."""
         taken = dirty(guest)
         mine = private(guest)
         for page in taken:
@@ -65,7 +65,7 @@ class Copy:
         return taken
 
     def differs(self, guest: MappedGuest) -> list[int]:
-        """The pages of a frozen guest of which it has not what the guest has."""
+        """Return the pages of a frozen guest that differ from the copy."""
         mine = private(guest)
         return [
             page

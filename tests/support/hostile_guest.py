@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest that means harm, told what to do like scripted_guest.py."""
+"""A hostile guest, controlled like scripted_guest.py."""
 
 import ctypes
 import fcntl
@@ -9,8 +9,8 @@ import struct
 import threading
 from typing import Any
 
+from orders import PAGE_BYTES, main
 from scripted_guest import Script
-from told import PAGE_BYTES, main
 
 from cowshed.cache._core import ffi, lib
 from cowshed.transport import connect
@@ -27,15 +27,15 @@ libc.mremap.argtypes = [ctypes.c_void_p, *[ctypes.c_size_t] * 2, ctypes.c_int, c
 
 
 class Hostile(Script):
-    """What it does to its own mapping goes by the disk's inside; threads end with the process."""
+    """Attacks its own mapping through the disk's internals; threads end with the process."""
 
     def where(self) -> tuple[int, int, int]:
-        """Its userfaultfd, and where its mapping is and how long."""
+        """Return its userfaultfd, and its mapping's address and length."""
         region = self.opened()._region
         return region.uffd, int(ffi.cast("uintptr_t", region.address)), region.map_bytes
 
     def touch_in_threads(self, nr_threads: int = 4) -> None:
-        """Fault without pause, in threads that nobody waits for."""
+        """Fault without pause, in threads that are not joined."""
         disk = self.opened()
 
         def touch(no: int) -> None:
@@ -53,16 +53,16 @@ class Hostile(Script):
         self.touch_in_threads()
 
     def do_block(self, times: int) -> None:
-        """Make the userfaultfd, which the backend shares, blocking again and again."""
+        """Make the userfaultfd, which the backend shares, blocking repeatedly."""
         uffd, _, _ = self.where()
         self.touch_in_threads()
         flags = fcntl.fcntl(uffd, fcntl.F_GETFL)
         for _ in range(times):
             fcntl.fcntl(uffd, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
-        # It stays so.
+        # It stays blocking.
 
     def do_steal(self, nr_events: int) -> int:
-        """Read its own events before the backend does; how many it got."""
+        """Read its own events before the backend does; return how many it got."""
         uffd, _, _ = self.where()
         self.touch_in_threads(8)
         got = 0
@@ -76,7 +76,7 @@ class Hostile(Script):
         return got
 
     def do_unregister(self) -> str:
-        """Take the guard off and read the first page."""
+        """Remove the guard and read the first page."""
         uffd, address, length = self.where()
         fcntl.ioctl(uffd, UFFDIO_UNREGISTER, struct.pack("QQ", address, length))
         return self.opened().read(0, PAGE_BYTES).hex()
@@ -97,7 +97,7 @@ class Hostile(Script):
         os.closerange(3, 1 << 20)
 
     def hang_up(self) -> None:
-        """End the connection, as a program does whose library has no thread that waits at it."""
+        """End the connection, like a program whose library has no thread that waits at it."""
         self.opened()._stop_following()
         self.opened()._connection._socket.close()
 
@@ -111,13 +111,13 @@ class Hostile(Script):
         os.execvp("sleep", ["sleep", "600"])
 
     def do_map_over(self, offset: int, length: int) -> None:
-        """Put other memory in the place of a part of the mapping."""
+        """Map other memory over a part of the mapping."""
         _, address, _ = self.where()
         got = libc.mmap(address + offset, length, 1, 0x32, -1, 0)  # private, anonymous, fixed
         assert got == address + offset
 
     def do_leave(self) -> None:
-        """Let go of everything without a word."""
+        """Unmap and close everything without "close"."""
         disk = self.opened()
         disk._state = "closed"
         self.hang_up()
@@ -140,13 +140,13 @@ class Hostile(Script):
             flood.join()
 
     def do_write_uncharged(self, length: int) -> None:
-        """Undo the write protection by its own userfaultfd, and write."""
+        """Remove the write protection with its own userfaultfd, and write."""
         uffd, address, _ = self.where()
         fcntl.ioctl(uffd, UFFDIO_WRITEPROTECT, struct.pack("QQQ", address, length, 0))
         ctypes.memset(address, 1, length)
 
     def do_read_holes(self, length: int) -> int:
-        """Read the frames through a mapping that nothing guards; how many bytes were not zero."""
+        """Read the frames through an unguarded mapping; return how many bytes were not zero."""
         connection = greet(self.uri)
         request = {"image": "d", "guest": f"holes-{os.getpid()}"}
         _, fds = ask_for_fds(connection, "open", request)
@@ -157,7 +157,7 @@ class Hostile(Script):
         return found
 
     def do_tamper(self) -> list[str]:
-        """Try to write to, cut, seal and re-open the frames; the errors."""
+        """Try to write to, truncate, seal and re-open the frames; return the errors."""
         connection = greet(self.uri)
         request = {"image": "d", "guest": f"tamper-{os.getpid()}"}
         _, fds = ask_for_fds(connection, "open", request)
@@ -183,7 +183,7 @@ class Hostile(Script):
         return errors
 
     def do_flood_connections(self, nr_connections: int) -> int:
-        """Open connections that say hello and stay; how many were let in."""
+        """Open connections that send hello and stay; return how many were admitted."""
         self.kept = []
         for _ in range(nr_connections):
             try:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that hands its memory over as machine monitors do, told what to do like scripted_guest.
+"""A process that hands its memory over as machine monitors do, controlled like scripted_guest.
 
     machine_client.py SOCKET_PATH
 
-It does what Firecracker's documents say that its monitor does when it restores a snapshot: maps
-anonymous memory for each region, makes a userfaultfd with REMOVE events, registers, connects, and
-sends the list of regions with the descriptor, once. And what Nydus's document says of a client.
+It follows Firecracker's documentation of restoring a snapshot: maps anonymous memory for each
+region, makes a userfaultfd with REMOVE events, registers, connects, and sends the list of regions
+with the descriptor, once. It also follows Nydus's documentation of a client.
 
-Memory is read and written through process_vm_readv, which waits for faults without the GIL, and
-compared with what the image and the orders before say must be there.
+It reads and writes memory through process_vm_readv, which waits for faults without the GIL, and
+compares it with the image and the effects of earlier orders.
 """
 
 import array
@@ -25,7 +25,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from told import PAGE_BYTES, become, main
+from orders import PAGE_BYTES, become, main
 
 HUGE_BYTES = 2 << 20
 EVENT_REMOVE = 1 << 3
@@ -48,7 +48,7 @@ class Iovec(ctypes.Structure):
 
 
 def transfer(call: Any, address: int, buffer: Any) -> None:
-    """Move all bytes between a buffer and this process's own memory, faulting without the GIL."""
+    """Copy all bytes between a buffer and this process's own memory, faulting without the GIL."""
     done = 0
     while done < len(buffer):
         length = len(buffer) - done
@@ -102,7 +102,7 @@ class Machine:
         align: int = 0,
         first_offset: int = 0,
     ) -> list[int]:
-        """Map and register a region of each size; their addresses."""
+        """Map and register a region of each size; return their addresses."""
         self.uffd = new_uffd(features)
         offset = first_offset
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -128,24 +128,24 @@ class Machine:
         return [region["base_host_virt_addr"] for region in self.regions]
 
     def do_become(self, uid: int) -> None:
-        """Go on as another user, with the userfaultfd made before."""
+        """Change to another user, with the userfaultfd made before."""
         become(uid)
 
     def do_connect(self) -> None:
         self.socket.connect(self.path)
 
     def do_hand_over(self) -> None:
-        """Send what Firecracker sends, on the connection that there is."""
+        """Send Firecracker's handshake on the present connection."""
         self.send(self.regions, [self.uffd])
 
     def do_restore(self, image: str) -> None:
-        """Connect and send what Firecracker sends; image is what the memory must hold."""
+        """Connect and send Firecracker's handshake; the memory must then equal image."""
         self.image = Path(image).read_bytes()
         self.socket.connect(self.path)
         self.send(self.regions, [self.uffd])
 
     def do_restore_again(self, image: str) -> None:
-        """Another connection of this process, with memory of its own; the first stays open."""
+        """Make another connection of this process, with separate memory; the first stays open."""
         other = Machine(self.path)
         other.do_map([one["size"] for one in self.regions])
         other.do_restore(image)
@@ -154,7 +154,7 @@ class Machine:
     def do_nydus(
         self, image: str, policy: int, page_size: int = 0, **fields: Any
     ) -> dict[str, Any]:
-        """Connect, ask for the size, and send a typed handshake; the answer to the question."""
+        """Connect, request the size, send a typed handshake; return the answer with the size."""
         self.image = Path(image).read_bytes()
         self.socket.connect(self.path)
         self.send({"type": 2}, [])
@@ -179,11 +179,11 @@ class Machine:
         self.socket.sendmsg([text.encode()], rights if nr_fds else [])
 
     def do_handshake(self, regions: list[dict[str, int]]) -> None:
-        """Send a list of regions as it is, with the userfaultfd."""
+        """Send a list of regions unchanged, with the userfaultfd."""
         self.send(regions, [self.uffd])
 
     def do_wait_dropped(self) -> int:
-        """Wait until the daemon closes the connection; how many bytes came first."""
+        """Wait until the daemon closes the connection; return how many bytes came first."""
         nr = 0
         while True:
             try:
@@ -195,7 +195,7 @@ class Machine:
             nr += len(piece)
 
     def map_ranges(self) -> None:
-        """A Nydus client's thread: map what it is told of, and wake who waits there."""
+        """Run a Nydus client's thread: map the ranges that it receives, and wake their waiters."""
         while True:
             text, fds, _, _ = socket.recv_fds(self.socket, 4096, 64)
             if not text:
@@ -206,7 +206,7 @@ class Machine:
             assert len(fds) == len(message["ranges"])
             for one, fd in zip(message["ranges"], fds, strict=True):
                 address = self.address(one["block_offset"] // PAGE_BYTES)
-                flags = mmap.MAP_SHARED | mmap.MAP_PRIVATE | 0x10  # as that project's client: FIXED
+                flags = mmap.MAP_SHARED | mmap.MAP_PRIVATE | 0x10  # MAP_FIXED, like its client
                 got = libc.mmap(address, one["len"], 1, flags, fd, one["blob_offset"])
                 if got != address:
                     self.failures.append(f"mmap of {one}: errno {ctypes.get_errno()}")
@@ -215,7 +215,7 @@ class Machine:
                 fcntl.ioctl(self.uffd, UFFDIO_WAKE, struct.pack("QQ", address, one["len"]))
 
     def do_told(self) -> list[list[int]]:
-        """The ranges mapped so far."""
+        """Return the ranges mapped so far."""
         return [list(one) for one in self.mapped_ranges]
 
     def address(self, page: int) -> int:
@@ -248,7 +248,7 @@ class Machine:
             self.failures.append(repr(error))
 
     def do_compare(self, nr_threads: int = 1, seed: int = 0, nr_pages: int = 0) -> list[str]:
-        """Read every page, or so many, in random order in threads; what was wrong."""
+        """Read every page, or so many, in random order in threads; return the differences."""
         self.do_begin_compare(nr_threads, seed, nr_pages)
         return self.do_end_compare()
 
@@ -272,7 +272,7 @@ class Machine:
         return any(thread.is_alive() for thread in self.busy)
 
     def do_begin_touch(self, pages: list[int]) -> None:
-        """Check each of some pages in a thread of its own."""
+        """Check some pages, each in a thread of its own."""
         self.busy = [
             threading.Thread(target=self.check, args=([page],), daemon=True) for page in pages
         ]
@@ -280,7 +280,7 @@ class Machine:
             thread.start()
 
     def do_read(self, page: int) -> str:
-        """The first 8 bytes of a page, as hex."""
+        """Return the first 8 bytes of a page, as hex."""
         return read_memory(self.address(page), 8).hex()
 
     def do_fill(self, page: int, nr_pages: int, byte: int) -> None:
@@ -289,7 +289,7 @@ class Machine:
             self.expected[no] = bytes([byte]) * PAGE_BYTES
 
     def do_balloon(self, page: int, nr_pages: int, reads: str = "zeros") -> None:
-        """Give pages back, as a balloon does; they must read as zeros then, or as the image."""
+        """Discard pages, as a balloon does; they must then read as zeros, or as the image."""
         for no in range(page, page + nr_pages):
             self.expected.pop(no, None)
             if reads == "zeros":
@@ -298,7 +298,7 @@ class Machine:
             raise OSError(ctypes.get_errno(), "madvise")
 
     def do_begin_balloon(self, page: int, nr_pages: int) -> None:
-        """Give pages back in a thread, which waits until the backend has read of it."""
+        """Discard pages in a thread, which waits until the backend has read the event."""
         balloon = threading.Thread(target=self.do_balloon, args=(page, nr_pages), daemon=True)
         balloon.start()
         select.select([self.uffd], [], [])

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest without a daemon: it maps the frames it is given, hands its descriptors over, and obeys.
+"""A guest without a daemon: it maps the frames it receives, and sends back its descriptors.
 
     mapped_guest.py SOCKET_FD [UID]
 
-Each order is one JSON packet with an "id", carried out in a thread of its own, so that one may wait
-for a fault while the next is given. {"id", "tid"} comes first, then {"id", "ok"}, or "errno".
+Each order is one JSON packet with an "id", executed in a thread of its own, so that one may wait
+for a fault while the next runs. The reply is {"id", "tid"}, then {"id", "ok"}, or "errno".
 Reads and writes go through process_vm_readv, which waits without the GIL; touch and poke are plain
 loads and stores, which hold it and can be killed by SIGBUS.
 """
@@ -25,7 +25,7 @@ import threading
 from typing import Any
 
 from machine_client import EVENT_REMOVE, MODE_MISSING, UFFDIO_REGISTER, new_uffd
-from told import become
+from orders import become
 
 from cowshed.cache._core import ffi, lib
 
@@ -50,7 +50,7 @@ def checked(result: int) -> int:
 
 
 class MappedGuest:
-    """The orders, and the one mapping they are about."""
+    """The orders, and the one mapping that they use."""
 
     def __init__(self) -> None:
         self.region = ffi.new("struct region *")
@@ -76,7 +76,7 @@ class MappedGuest:
         err = lib.region_init(self.region, fds[0], offset + map_bytes, device, features, stage)
         if err < 0:
             raise OSError(-err, f"stage {stage[0]}")
-        if offset:  # what is in front of the part goes, before anybody asks
+        if offset:  # unmap the memory in front of the part before the backend knows the range
             fcntl.ioctl(self.region.uffd, UFFDIO_UNREGISTER, struct.pack("QQ", self.base, offset))
             libc.munmap(ctypes.c_void_p(self.base), ctypes.c_size_t(offset))
             self.region.address = ffi.cast("void *", self.base + offset)
@@ -87,7 +87,7 @@ class MappedGuest:
         return self.base, [self.region.uffd, self.region.pagemap_fd, self.region.mem_fd]
 
     def do_map_anonymous(self, map_bytes: int) -> tuple[int, list[int]]:
-        """Map memory of its own and guard it as a machine monitor does, with REMOVE events."""
+        """Map anonymous memory and guard it as a machine monitor does, with REMOVE events."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         base = libc.mmap(None, map_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
         uffd = new_uffd(EVENT_REMOVE)
@@ -112,7 +112,7 @@ class MappedGuest:
         return self.do_write(page * PAGE_BYTES, (bytes([byte]) * nr_pages * PAGE_BYTES).hex())
 
     def do_hammer(self, seed: int, nr_pages: int, nr_writes: int) -> None:
-        """Write a few bytes at random places of the first pages, and give some pages back."""
+        """Write a few bytes at random offsets of the first pages, and discard some pages."""
         rng = random.Random(seed)
         for _ in range(nr_writes):
             page = rng.randrange(nr_pages)
@@ -135,7 +135,7 @@ class MappedGuest:
         return int(libc.madvise(at, ctypes.c_size_t(nr_pages * PAGE_BYTES), 21))
 
     def do_move(self) -> int:
-        """Move the whole mapping elsewhere; where it is now."""
+        """Move the whole mapping; return its new address."""
         length = ctypes.c_size_t(self.region.map_bytes)
         hole = libc.mmap(None, length.value, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
         moved = libc.mremap(
@@ -149,14 +149,14 @@ class MappedGuest:
         return int(moved)
 
     def do_move_part(self, page: int, nr_pages: int) -> int:
-        """Move some pages out of the mapping; where they are now."""
+        """Move some pages out of the mapping; return their new address."""
         hole = libc.mmap(
             None, nr_pages * PAGE_BYTES, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
         )
         return self.do_move_to(self.base + page * PAGE_BYTES, nr_pages, int(hole))
 
     def do_move_to(self, start: int, nr_pages: int, to: int, nr_there: int | None = None) -> int:
-        """Move pages to an address, and grow or shrink what is there."""
+        """Move pages to an address, and grow or shrink them there."""
         before, after = nr_pages * PAGE_BYTES, (nr_there or nr_pages) * PAGE_BYTES
         moved = libc.mremap(
             ctypes.c_void_p(start),
@@ -167,15 +167,15 @@ class MappedGuest:
         )
         if moved == ctypes.c_void_p(-1).value:
             raise OSError(ctypes.get_errno(), "mremap")
-        # The kernel may put an allocation of ours (each thread of Python has one of 16 KiB) where
-        # the pages were, and it would be unmapped when others are moved there.
+        # The kernel may put an allocation of this process (each Python thread has one of 16 KiB)
+        # where the pages were; a later move to that address would unmap it.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
         if libc.mmap(ctypes.c_void_p(start), before, 0, flags, -1, 0) != start:
             raise OSError(ctypes.get_errno(), "the place that was left is taken")
         return int(moved)
 
     def do_hole(self, nr_pages: int) -> int:
-        """Reserve address space for so many pages; where."""
+        """Reserve address space for so many pages; return its address."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         return int(libc.mmap(None, nr_pages * PAGE_BYTES, 0, flags, -1, 0))
 
@@ -215,7 +215,7 @@ class MappedGuest:
         ctypes.memset(at, 1, nr_pages * PAGE_BYTES)
 
     def do_fork_touch(self, page: int) -> int:
-        """Touch a page in a forked child; its wait status, or 0 if it read a byte."""
+        """Touch a page in a forked child; return its wait status, 0 if it read a byte."""
         child = os.fork()
         if child == 0:
             self.do_touch(page)
@@ -230,12 +230,12 @@ class MappedGuest:
         checked(lib.region_deinit(self.region))
 
     def do_attack(self, fds: list[int], backend_pid: int, backend_fd: int) -> dict[str, str]:
-        """Try everything that would change or keep shared frames; what came of each."""
+        """Try everything that would change or keep shared frames; return each outcome."""
         return attack(fds[0], backend_pid, backend_fd)
 
 
 def attack(fd: int, backend_pid: int, backend_fd: int) -> dict[str, str]:
-    """Every way to a frame that an image's descriptor might open: its errno's name, or "DONE"."""
+    """Try every access to a frame by an image's descriptor; return errno names, or "DONE"."""
     page = ctypes.c_size_t(PAGE_BYTES)
     shared = libc.mmap(None, PAGE_BYTES, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
     at = ctypes.c_void_p(shared)
@@ -277,7 +277,7 @@ def main() -> None:
     link = socket.socket(fileno=int(sys.argv[1]))
     if len(sys.argv) > 2:
         become(int(sys.argv[2]))
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # unanswered faults hold it for ever
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # unanswered faults block it for ever
     guest = MappedGuest()
 
     def obey(order: dict[str, Any], fds: list[int]) -> None:

@@ -52,7 +52,7 @@ ffi.cdef(CDEF)
 
 @cache
 def library(folder: Path) -> Any:
-    """Compile the engine, what lies below it and frontend.c: it works on the core's objects."""
+    """Compile the engine, the code below it and frontend.c; they use the core's objects."""
     built = folder / "frontend.so"
     sources = [source for pattern in SOURCES for source in sorted(ROOT.glob(pattern))]
     flags = [
@@ -122,14 +122,14 @@ class MemoryFrontend:
         return request
 
     def write(self, request: Request, payload: bytes) -> int:
-        """Give payload of a WRITE; how much of it was taken."""
+        """Pass payload of a WRITE; return how much of it was taken."""
         return int(self.lib.front_write(self.cdata, request.cdata, payload, len(payload)))
 
     def cancel(self, request: Request) -> None:
         self.lib.front_cancel(self.cdata, request.cdata)
 
     def run(self) -> None:
-        """Do what there is to do."""
+        """Run the worker until the queue has nothing to do."""
         while self.lib.front_run(self.cdata):
             pass
 
@@ -137,7 +137,7 @@ class MemoryFrontend:
         return bool(self.lib.front_wait(self.cdata, int(1000 * seconds)))
 
     def finish(self, request: Request) -> int:
-        """Serve the queue until a request is done; its error."""
+        """Serve the queue until a request is done; return its error."""
         self.run()
         while not request.is_done:
             assert self.is_woken(), "nothing wakes the worker"
@@ -145,11 +145,11 @@ class MemoryFrontend:
         return int(request.state.err)
 
     def stall(self, on: bool) -> None:
-        """Have the client take nothing, or take again."""
+        """Make the client take no data, or take it again."""
         self.lib.front_stall(self.cdata, on)
 
     def leave(self) -> None:
-        """The client is gone."""
+        """Simulate the client's end."""
         self.lib.front_break(self.cdata)
         self.run()
 

@@ -6,12 +6,12 @@ import hashlib
 import threading
 from typing import Any
 
+from orders import PAGE_BYTES, main
 from scripted_guest import Script
-from told import PAGE_BYTES, main
 
 
 class MovingScript(Script):
-    """Orders about what goes on over a move."""
+    """Orders for what goes on during a move."""
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
@@ -21,7 +21,7 @@ class MovingScript(Script):
         self.errors: list[str] = []
 
     def do_hold_view(self) -> int:
-        """Keep a view; the address it is at."""
+        """Keep a view; return its address."""
         view = self.opened().view
         self.views.append(view)
         return ctypes.addressof(ctypes.c_char.from_buffer(view))
@@ -38,7 +38,7 @@ class MovingScript(Script):
         return [disk.origin, disk.mapped, disk.moving]
 
     def do_write_on(self, pages: list[int], nr: int, byte: int) -> None:
-        """Have a thread for each page write nr times to it, byte + 1 the first time."""
+        """Start a thread for each page that writes nr times to it, byte + 1 the first time."""
 
         def write(page: int) -> None:
             try:
@@ -57,14 +57,14 @@ class MovingScript(Script):
         return self.nr_written
 
     def do_join(self) -> list[str]:
-        """Wait for the threads; what went wrong in them."""
+        """Wait for the threads; return their errors."""
         for thread in self.threads:
             thread.join()
         self.threads.clear()
         return self.errors
 
     def do_idle(self) -> bool:
-        """Whether the threads have ended."""
+        """Return whether the threads have ended."""
         return not any(thread.is_alive() for thread in self.threads)
 
 

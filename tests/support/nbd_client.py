@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A client of NBD's transmission phase for tests: it sends what it is told, right or wrong."""
+"""A client of NBD's transmission phase for tests: it sends any request, valid or not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Reply:
 
 
 class Client:
-    """One connection, with the terms it is served by; replies are told apart by cookie."""
+    """One connection, with its negotiated options; the cookie identifies replies."""
 
     def __init__(self, link: socket.socket, *, structured: bool, extended: bool) -> None:
         self.link = link
@@ -46,7 +46,7 @@ class Client:
     def header(
         self, kind: int, offset: int, length: int, flags: int = 0, payload: bytes | None = None
     ) -> tuple[int, bytes]:
-        """A request's header as negotiated, and its cookie."""
+        """Return a request's header as negotiated, and its cookie."""
         cookie = next(self._cookies)
         self._lengths[cookie] = (kind, offset, length)
         if not self.extended:
@@ -62,7 +62,7 @@ class Client:
         flags: int = 0,
         payload: bytes | None = None,
     ) -> int:
-        """Send a request; the cookie."""
+        """Send a request; return its cookie."""
         if payload is not None and kind == WRITE:
             length = len(payload)
         cookie, header = self.header(kind, offset, length, flags, payload)
@@ -79,7 +79,7 @@ class Client:
         return bytes(got)
 
     def hear(self) -> int | None:
-        """Receive one message; the cookie of the reply that it ended, if it did."""
+        """Receive one message; return the cookie of the reply that it ended, or None."""
         (magic,) = struct.unpack(">I", self._exactly(4))
         if magic == SIMPLE:
             assert not self.extended, "a simple reply with extended headers"
@@ -137,7 +137,7 @@ class Client:
         return reply.cookie
 
     def finish(self, cookie: int) -> Reply:
-        """Wait for a reply, keeping others that come before."""
+        """Wait for a reply; keeps others that come before it."""
         while cookie not in self._whole:
             self.hear()
         return self._whole.pop(cookie)
@@ -154,7 +154,7 @@ class Client:
         return self.call(WRITE, offset, flags=flags, payload=data).error
 
     def closed(self) -> bool:
-        """Wait for the server's end of it."""
+        """Wait until the server has closed the connection."""
         try:
             return self.link.recv(1) == b""
         except ConnectionResetError:

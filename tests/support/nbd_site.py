@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A daemon with an image, and the programs of others that speak NBD to it."""
+"""A daemon with an image, and other projects' NBD clients."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Site:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it listens for TCP, with --nbd 127.0.0.1:0."""
+        """Return its TCP address, with --nbd 127.0.0.1:0."""
         match = re.search(r"event=nbd url=nbds?://([0-9.]+):(\d+)", self.daemon.log())
         assert match, "the daemon listens nowhere else"
         return match[1], int(match[2])
@@ -44,16 +44,16 @@ class Site:
         return f"nbd://{host}:{port}/{export}"
 
     def nbdsh(self, code: str, export: str = "d", uri: str | None = None) -> str:
-        """Run lines of Python with libnbd's handle `h`, connected; what they print."""
+        """Run lines of Python with libnbd's handle `h`, connected; return what they print."""
         return run("nbdsh", "-u", uri or self.uri(export), "-c", code)
 
     def map(self, context: str, export: str = "d") -> list[tuple[int, int, int]]:
-        """Offset, length and type of each stretch, as nbdinfo --map tells it."""
+        """Return offset, length and type of each extent from nbdinfo --map."""
         told = json.loads(run("nbdinfo", "--json", f"--map={context}", self.uri(export)))
         return [(one["offset"], one["length"], one["type"]) for one in told]
 
     def cowshed(self, *words: str, status: int = 0) -> str:
-        """Run a cowshed command on it; what it says."""
+        """Run a cowshed command on it; return its output."""
         command = [sys.executable, "-m", "cowshed.service.cli", *words]
         return run(*command, "--run-dir", str(self.daemon.run_dir), status=status)
 
@@ -64,7 +64,7 @@ class Site:
 def run(
     *words: str, status: int = 0, uid: int | None = None, environment: dict[str, str] | None = None
 ) -> str:
-    """Run a program and give what it printed, both ways; AssertionError for another status."""
+    """Run a program; return its stdout and stderr. AssertionError for another status."""
     if shutil.which(words[0]) is None:
         pytest.skip(f"needs the program {words[0]}: `make setup` as root installs it")
     done = subprocess.run(
@@ -77,7 +77,7 @@ def run(
         user=uid,
         group=uid,
         extra_groups=None if uid is None else [],
-        # nbdsh runs whatever python3 comes first; the system's is the one that has libnbd.
+        # nbdsh runs the first python3 of PATH; only the system's has libnbd.
         env={
             **os.environ,
             "HOME": "/",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stage whose image is served over NBD: exports, overlays and clients, closed in their order."""
+"""A stage whose image is served over NBD: exports, overlays and clients, closed in order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TERMS = {
 
 
 class NbdStage:
-    """NBD over one Stage. bytes is what its image holds."""
+    """NBD over one Stage. bytes is its image's content."""
 
     def __init__(self, stage: Stage, nr_workers: int = 3) -> None:
         self.stage = stage
@@ -103,7 +103,7 @@ class NbdStage:
 
 @pytest.fixture
 def nbd(make_stage: MakeStage) -> Iterator[NbdStage]:
-    """256 pages and a half, all extents absent, room for them all."""
+    """256 pages and a half, all extents absent, capacity for all."""
     stage = NbdStage(make_stage(nr_pages=257, cut_bytes=PAGE // 2))
     yield stage
     stage.close()

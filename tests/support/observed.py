@@ -23,7 +23,7 @@ SCRAPES_APART = "250ms"
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on, and that nobody is given."""
+    """Return a loopback port that is free, and that the kernel assigns to no other socket."""
     with take_port() as server:
         return int(server.getsockname()[1])
 
@@ -34,14 +34,14 @@ def get(url: str) -> str:
 
 
 def program(name: str) -> str:
-    """Where the system or `make setup` has it."""
+    """Return the path of a program of the system or of `make setup`."""
     path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     assert path, f"{name} is missing: run make setup"
     return path
 
 
 class Prometheus:
-    """A server of ours that runs dashboards/prometheus.yml, with other targets and more scrapes."""
+    """A server that runs dashboards/prometheus.yml, with other targets and more scrapes."""
 
     def __init__(self, folder: Path, target: str) -> None:
         config = yaml.safe_load((DASHBOARDS / "prometheus.yml").read_text())
@@ -76,7 +76,7 @@ class Prometheus:
             return False
 
     def api(self, path: str, **parameters: str) -> Any:
-        """The data of an answer; AssertionError with Prometheus's own words for an error."""
+        """Return the data of an answer; AssertionError with Prometheus's message for an error."""
         query = urllib.parse.urlencode(parameters)
         try:
             answer = json.loads(get(f"{self.url}/api/v1/{path}?{query}"))
@@ -87,11 +87,11 @@ class Prometheus:
         return answer["data"]
 
     def values(self, expr: str) -> list[float]:
-        """The values of a query's series, now."""
+        """Return the values of a query's series, now."""
         return [float(series["value"][1]) for series in self.series(expr)]
 
     def series(self, expr: str) -> list[dict[str, Any]]:
-        """The series of a query, now: each has its labels as metric, and its value."""
+        """Return the series of a query, now: each has its labels as metric, and its value."""
         data = self.api("query", query=expr)
         assert data["resultType"] == "vector", f"{expr} gives a {data['resultType']}"
         return list(data["result"])
@@ -100,7 +100,7 @@ class Prometheus:
         return [rule for group in self.api("rules")["groups"] for rule in group["rules"]]
 
     def alert_states(self) -> dict[str, str]:
-        """firing, pending or inactive, for each alert."""
+        """Return firing, pending or inactive for each alert."""
         return {rule["name"]: rule["state"] for rule in self.rules() if rule["type"] == "alerting"}
 
     def kill(self) -> None:

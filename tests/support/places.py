@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where to listen and how to connect there, by each transport: what tests are repeated over."""
+"""Addresses to listen at and to connect to, for each transport: tests are repeated over them."""
 
 import contextlib
 import itertools
@@ -18,7 +18,7 @@ _numbers = itertools.count(1)
 
 @cache
 def vsock_works() -> bool:
-    """Whether this kernel carries vsock from itself to itself (module vsock_loopback)."""
+    """Return whether this kernel has vsock loopback (module vsock_loopback)."""
     if not hasattr(socket, "AF_VSOCK"):
         return False
     try:
@@ -32,19 +32,19 @@ def vsock_works() -> bool:
     return True
 
 
-# Tests are not repeated over what is not there; test_channel.py has one that skips instead.
+# Tests are not repeated over missing transports; test_channel.py has one that skips instead.
 STREAMS = ["tcp", "tls"] + (["vsock"] if vsock_works() else [])
 SCHEMES = ["unix", *STREAMS]
 
 
 def take_port() -> socket.socket:
-    """Listen at a loopback port that stays free once this is closed, for who is told of it.
+    """Listen at a loopback port that stays free for the test once this socket is closed.
 
-    The kernel gives ports of its own choice to listeners and to clients, but none below a range.
+    The kernel assigns automatic ports only from its range; this port is below it.
     """
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
-        with contextlib.suppress(OSError):  # somebody listens there
+        with contextlib.suppress(OSError):  # the port is in use
             port = random.SystemRandom().randrange(lowest // 2, lowest)
             return socket.create_server(("127.0.0.1", port))
 
@@ -68,13 +68,13 @@ class Place:
             case "tls":
                 return f"tls://127.0.0.1:0?{urlencode(self._server)}"
             case "vsock":
-                # Every process that runs tests has ports of its own.
+                # Each process that runs tests has its own ports.
                 return f"vsock://any:{6_000_000 + 1000 * os.getpid() + next(_numbers)}"
         return "tcp://127.0.0.1:0"
 
     @contextlib.contextmanager
     def free_uri(self) -> Iterator[str]:
-        """Where to listen, and to connect in vain until then: nobody else gets it inside `with`."""
+        """Yield a URI to listen at, and to fail to connect to before; reserved inside `with`."""
         uri = self.listen_uri
         with contextlib.ExitStack() as stack:
             if self.scheme in ("tcp", "tls"):
@@ -94,5 +94,5 @@ class Place:
 
 
 def make_place(scheme: str, folder: Path) -> Place:
-    """A place for a scheme, with certificates where it needs them."""
+    """Return a place for a scheme, with certificates if it needs them."""
     return Place(scheme, folder, Authority(folder / "ca") if scheme == "tls" else None)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The release before this one, built from the repository's history, and installations to replace.
+"""The previous release, built from the repository's history, and installations to replace.
 
-A guest of that release has its library, or its preloaded one, until it ends; a backend of that
-release hands its guests to this one. What both read of the other is what may only be added to.
+A guest of that release keeps its library, or its preloaded one, until it ends; a backend of that
+release hands its guests to this one. Formats that both read may only be extended.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("accounting", "cache", "faults", "service", "transport")
-# The last commit before names and formats began to change. A release moves it on.
+# The last commit before names and formats began to change. Update it at each release.
 PREVIOUS = "bf9531c9da94ebe8bf64c082bf006e32ab20b382"
 
 
@@ -28,7 +28,7 @@ def _git(*words: str, **how: object) -> subprocess.CompletedProcess[bytes]:
 
 
 def previous_release() -> Path:
-    """Build the release before, once; its tree. Skips where the repository has no such commit."""
+    """Build the previous release, once; return its tree. Skips if the commit is missing."""
     tree = ROOT / "build/releases" / PREVIOUS
     if tree.is_dir():
         return tree
@@ -51,7 +51,7 @@ def previous_release() -> Path:
 
 
 class Installation:
-    """A place that programs are run from, as one release is installed there, and then another."""
+    """A folder that programs are run from, with one release installed, and then another."""
 
     def __init__(self, folder: Path, tree: Path) -> None:
         folder.mkdir()
@@ -60,7 +60,7 @@ class Installation:
         self.install(tree)
 
     def install(self, tree: Path) -> None:
-        """Put a release in the place of what is there, in one step."""
+        """Replace the installed release atomically."""
         packages = Path(tempfile.mkdtemp(dir=self._folder))
         packages.chmod(0o755)
         for package in PACKAGES:
@@ -70,11 +70,11 @@ class Installation:
         link.rename(self._folder / "cowshed")
 
     def environment(self) -> dict[str, str]:
-        """The environment of a program that is run from there."""
+        """Return the environment of a program that is run from there."""
         path = [str(self._folder), os.environ.get("PYTHONPATH", "")]
         return {**os.environ, "PYTHONPATH": ":".join(filter(None, path))}
 
     @property
     def before(self) -> tuple[str, str]:
-        """Words before a command, to run it from there."""
+        """Return the prefix of a command line that runs it from there."""
         return "env", f"PYTHONPATH={self.environment()['PYTHONPATH']}"

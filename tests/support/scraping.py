@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A scraper as tests need one: what a daemon's /metrics says, parsed by prometheus_client."""
+"""A scraper for tests: a daemon's /metrics, parsed by prometheus_client."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Samples = dict[tuple[str, Labels], float]
 
 
 def metrics_url(daemon: Daemon) -> str:
-    """Where a daemon that was started with ANY_PORT serves its metrics."""
+    """Return the metrics URL of a daemon that was started with ANY_PORT."""
     found = re.search(r"event=metrics url=(\S+)", daemon.log())
     assert found, daemon.log()
     return found[1]
@@ -32,7 +32,7 @@ def fetch(url: str, **headers: str) -> str:
 
 
 def families(daemon: Daemon) -> dict[str, Metric]:
-    """What a scrape gives, by the name in queries."""
+    """Return a scrape's families, by the name in queries."""
     parsed = text_string_to_metric_families(fetch(metrics_url(daemon)))
     return {
         family.name + ("_total" if family.type == "counter" else ""): family for family in parsed
@@ -52,7 +52,7 @@ def scrape(daemon: Daemon) -> Samples:
 
 
 def value(samples: Samples, name: str, **labels: str) -> float:
-    """One sample, named without cowshed_; of the default domain's image unless labels say else."""
+    """Return one sample, named without cowshed_; by default of the default domain's image."""
     if "image" in labels:
         labels = {"domain": "default", **labels}
     return samples[f"cowshed_{name}", frozenset(labels.items())]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest process that does what it is told: one JSON order a line in, one JSON answer a line out.
+"""A guest process under a test's control: one JSON order a line in, one JSON answer a line out.
 
     scripted_guest.py URI [UID]
 
 With UID it becomes that user first. Orders are the methods of Script below whose names begin with
 do_; an answer is {"ok": value} or {"error": type, "message": text}. Faults happen here and never in
-the test's own process, which may be the one that answers them.
+the test's own process, which may have to answer them.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from told import PAGE_BYTES, main
+from orders import PAGE_BYTES, main
 
 from cowshed.transport import Disk, connect
 
 
 class Script:
-    """The orders, and the one disk they are about."""
+    """The orders, and the one disk that they use."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -31,7 +31,7 @@ class Script:
         return self.disk
 
     def do_open(self, image: str, **terms: Any) -> int:
-        """Open the image; its size."""
+        """Open the image; return its size."""
         with connect(self.uri) as backend:
             self.disk = backend.open(image, **terms)
         return self.disk.size_bytes
@@ -41,11 +41,11 @@ class Script:
         self.disk = None
 
     def do_read(self, offset: int, length: int) -> str:
-        """Read; as hex."""
+        """Read a range; return it as hex."""
         return self.opened().read(offset, length).hex()
 
     def do_hash(self, offset: int, length: int) -> str:
-        """Read; as SHA-256."""
+        """Read a range; return its SHA-256."""
         return hashlib.sha256(self.opened().read(offset, length)).hexdigest()
 
     def do_compare(self, path: str, offset: int, length: int, step: int = 1 << 20) -> int:
@@ -83,17 +83,22 @@ class Script:
             view[page * PAGE_BYTES] = byte
 
     def do_request(self, op: str, **fields: Any) -> dict[str, Any]:
-        """Ask what operators ask."""
+        """Send an operators' request."""
         with connect(self.uri) as backend:
             return backend.request(op, **fields)
 
+    def do_execute_another(self) -> None:
+        """Execute another program, which keeps the disk's connection open."""
+        os.set_inheritable(self.opened()._connection.fileno(), True)
+        os.execvp("sleep", ["sleep", "600"])
+
     def do_lend_connection(self) -> int:
-        """Have another process hold the disk's connection open too; its pid."""
+        """Start another process that keeps the disk's connection open too; return its pid."""
         fd = self.opened()._connection.fileno()
         return subprocess.Popen(["sleep", "600"], pass_fds=[fd]).pid
 
     def do_give_up_after(self, seconds: float) -> None:
-        """Have later calls wait so long for the backend; for a disk that a network leads to."""
+        """Set the timeout of later calls of a disk over a network."""
         self.opened()._timeout = seconds
 
     def do_pid(self) -> int:

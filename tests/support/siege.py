@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A daemon under attack: guests that must not notice it, and whether newcomers are served.
+"""A daemon under attack: guests that must not notice it, and checks that new ones are served.
 
-The fixtures are there for every test, as those of domains.py are.
+Every test can use the fixtures, like those of domains.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def victim(daemon: Daemon, start_guest: StartGuest, rng: random.Random) -> Itera
         results = swarm.results()
         assert [result["wrong"] for result in results] == [0, 0]
         assert min(result["steps"] for result in results) > 0
-    # What is left of the hostile guests is known truly, and the daemon ends cleanly.
+    # The audit still matches after the hostile guests, and the daemon ends cleanly.
     assert "traceback" not in daemon.log()
     until(lambda: daemon.mismatches() == [])
     assert daemon.stop() == 0

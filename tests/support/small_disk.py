@@ -15,7 +15,7 @@ SMALL_BYTES = 1 << 20
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder with 1 MiB of room, in the file system of its own."""
+    """A folder with 1 MiB of room, in a file system of its own."""
     folder = tmp_path / "small"
     folder.mkdir()
     libc = ctypes.CDLL(None, use_errno=True)

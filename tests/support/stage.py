@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A backend in the test's own process, guests in theirs, races set up at the core's named points.
 
-The test's process answers the faults, so it must never touch a guest's mapping itself. Arm a point,
-start what is to stop there, wait until it has, do the other thing, let go.
+The test's process answers the faults, so it must never touch a guest's mapping itself. To set up a
+race: arm a point, start the operation that stops there, wait until it has, do the other, release.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SCRIPT = Path(__file__).with_name("mapped_guest.py")
 
 
 def content(page: int, nr_pages: int = 1) -> bytes:
-    """What the image holds there: every page differs, none is zero."""
+    """Return the image's content there: every page differs, none is zero."""
     return b"".join(
         (((page + i + 1) * 2654435761) & ((1 << 64) - 1)).to_bytes(8, "little") * (PAGE // 8)
         for i in range(nr_pages)
@@ -51,7 +51,7 @@ def content(page: int, nr_pages: int = 1) -> bytes:
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = ANSWER_SECONDS) -> None:
-    """Wait for something that nobody announces."""
+    """Poll for a condition that sends no event."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}"
@@ -59,7 +59,7 @@ def until(condition: Callable[[], Any], what: str, seconds: float = ANSWER_SECON
 
 
 class MappedGuest:
-    """A mapped_guest.py process. start(order) gives a ticket; finish(ticket) its answer."""
+    """A mapped_guest.py process. start(order) returns a ticket; finish(ticket) its answer."""
 
     def __init__(self, uid: int | None = None) -> None:
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -123,7 +123,7 @@ class MappedGuest:
         return bytes.fromhex(self.call("read", offset=page * PAGE, length=nr_pages * PAGE))
 
     def where(self, ticket: int) -> str:
-        """The kernel function in which an order's thread waits; "0" if it runs."""
+        """Return the kernel function in which an order's thread waits; "0" if it runs."""
         while ticket not in self.tids:
             assert self._hear(ANSWER_SECONDS), "the guest is stuck with its GIL held"
         return Path(f"/proc/{self.pid}/task/{self.tids[ticket]}/wchan").read_text()
@@ -133,7 +133,7 @@ class MappedGuest:
         until(lambda: self.where(ticket) == "handle_userfault", "the guest waits for its fault")
 
     def ended(self) -> int:
-        """Wait for its end; the status as subprocess gives it."""
+        """Wait for its end; return the status as subprocess does."""
         return self.process.wait(ANSWER_SECONDS)
 
     def close(self) -> None:
@@ -190,7 +190,7 @@ class Stage:
     ) -> MappedGuest:
         """Start and attach a guest: windows in pages, 0 adaptive; quota in pages, or one to share.
 
-        part is the first page and the number of pages that it maps, if not all. A quota given is
+        part is the first page and the number of pages that it maps, if not all. A Quota object is
         another guest's, to be shared. preload is a file and the bitmap of its private pages in it.
         """
         first, nr_pages = part or (0, self.image.nr_pages)
@@ -241,27 +241,27 @@ class Stage:
         return guest
 
     def quota(self, nr_pages: int | None = None, policy: QuotaPolicy = QuotaPolicy.STOP) -> Quota:
-        """A quota, or none, that is closed with the stage."""
+        """Return a quota, or None, that is closed with the stage."""
         quota = Quota(NO_QUOTA if nr_pages is None else nr_pages * PAGE, policy)
         self._quotas.append(quota)
         return quota
 
     def detach(self, guest: MappedGuest) -> None:
-        """What the daemon does when a guest leaves, in its order."""
+        """Detach a guest in the daemon's order."""
         guest.handler.stop()
         guest.account.close()
         guest.close()
         self.guests.remove(guest)
 
     def load(self, first: int = 0, nr: int | None = None) -> None:
-        """Make extents resident, with no guest's help."""
+        """Make extents resident without a guest."""
         end = first + (self.image.nr_extents - first if nr is None else nr)
         while todo := [e for e in range(first, end) if self.state(e) is ExtentState.ABSENT]:
             self.image.prefetch(todo[0], end - todo[0])
             assert self.image.wait_loaded(first, end - first, int(ANSWER_SECONDS * 1000))
 
     def evict(self, *extents: int, at_once: bool = False) -> list[int]:
-        """Evict what may go, once nobody holds it any more; or, at_once, as things are.
+        """Evict what may be evicted, once no hold is left; at_once does not wait for holds.
 
         A fault thread that maps ahead may take a hold at any moment: then it is tried again.
         """
@@ -295,7 +295,7 @@ class Stage:
         return audit(lambda: [self.image], accounts)
 
     def frame(self, page: int) -> bytes:
-        """What the memfd holds, read in the way that fills no hole."""
+        """Return the memfd's content, read without filling holes."""
         return os.pread(self.image.frames_fd, PAGE, page * PAGE)
 
     def looks(self, guest: MappedGuest, page: int, nr: int = 1) -> bytes:
@@ -314,7 +314,7 @@ class Stage:
 
 
 def private_pages(guest: MappedGuest) -> int:
-    """Pages charged, after a settle."""
+    """Return the charged pages, after a settle."""
     guest.account.settle()
     return guest.account.status().private_pages
 
@@ -329,7 +329,7 @@ def read_faults(guest: MappedGuest) -> int:
 
 
 def stop_at(point: int, nr_times: int = 1) -> None:
-    """The next nr_times threads that come by stop at a point; 0: all of them."""
+    """Stop the next nr_times threads that reach a point; 0: all of them."""
     assert lib.point_arm(point, lib.POINT_STOP, 0, nr_times) == 0
 
 
@@ -338,7 +338,7 @@ def fail_at(point: int, errno: int, nr_times: int = 0) -> None:
 
 
 def wait_at(point: int, nr_threads: int = 1) -> None:
-    """Wait until that many threads have come to an armed point."""
+    """Wait until that many threads have reached an armed point."""
     assert lib.point_wait(point, nr_threads, int(ANSWER_SECONDS * 1000)) == 0, "nobody came"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stand-in for systemd, as far as it holds descriptors for a service and starts it again."""
+"""A stand-in for systemd that holds descriptors for a service and restarts it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cowshed.service.persist.notice import Notice
 
 
 class Supervisor:
-    """As systemd does it: holds what it is sent, passes it on, and starts what ends again."""
+    """Holds the descriptors that it is sent, passes them on, and restarts the service."""
 
     def __init__(self, words: list[str], log: Path) -> None:
         self.address = log.with_name("notify")

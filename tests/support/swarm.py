@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many guests, a process each, that all do one job at once; forked, so that they start in no time.
+"""Many guests, a process each, that all do one job at once; forked, so that they start quickly.
 
     swarm.py URI JOB NR_GUESTS SEED ARGUMENTS
 
@@ -39,7 +39,7 @@ def differing(disk: Disk, wanted: bytes, offset: int) -> int:
 
 
 def hold(no: int, rng: random.Random, path: str) -> dict[str, int]:
-    """Read all of the image, say how many bytes were wrong, and stay."""
+    """Read all of the image, report the number of wrong bytes, and stay."""
     image = Path(path).read_bytes()
     with connect(uri) as backend, backend.open("d", guest=f"g{no}") as disk:
         steps = list(range(0, len(image), 1 << 18))
@@ -51,7 +51,7 @@ def hold(no: int, rng: random.Random, path: str) -> dict[str, int]:
 
 
 def read_randomly(no: int, rng: random.Random, path: str, nr_reads: int) -> dict[str, int]:
-    """Read here and there; how many bytes were wrong."""
+    """Read at random offsets; return the number of wrong bytes."""
     with open(path, "rb", buffering=0) as image, connect(uri) as backend:
         size = os.fstat(image.fileno()).st_size
         wrong = 0
@@ -64,9 +64,9 @@ def read_randomly(no: int, rng: random.Random, path: str, nr_reads: int) -> dict
 
 
 def churn(no: int, rng: random.Random, path: str, span_bytes: int = 1 << 62) -> dict[str, int]:
-    """Read, write and discard without pause until standard input ends; what was wrong.
+    """Read, write and discard without pause until standard input ends; return the errors.
 
-    Keeps to the first span_bytes of the image.
+    Uses the first span_bytes of the image only.
     """
     image = Path(path).read_bytes()[:span_bytes]
     mine = bytearray(image)
@@ -94,7 +94,7 @@ def churn(no: int, rng: random.Random, path: str, span_bytes: int = 1 << 62) -> 
     return {"wrong": wrong, "steps": steps}
 
 
-# Ways to come and to go, for `rounds`.
+# Ways to attach and to leave, for `rounds`.
 
 
 def orderly(backend: Backend, rng: random.Random) -> None:

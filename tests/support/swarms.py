@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A swarm of guests as a test sees it: swarm.py, running."""
+"""A test's handle on a running swarm.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SWARM = Path(__file__).parent / "swarm.py"
 
 
 class Swarm:
-    """nr_guests processes doing a job of swarm.py; end() lets those that wait go on."""
+    """nr_guests processes that do a job of swarm.py; end() ends the wait of those that wait."""
 
     def __init__(
         self, uri: str, job: str, nr_guests: int, rng: random.Random, **arguments: Any

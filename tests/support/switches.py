@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults switched on in a daemon: `cowshed serve` with COWSHED_TEST_POINTS, and its operation."""
+"""Faults injected into a daemon: `cowshed serve` with COWSHED_TEST_POINTS, and its request."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def switch(daemon: Daemon, point: str, action: str, **how: Any) -> None:
 
 
 def is_reached(daemon: Daemon, point: str) -> bool:
-    """Whether a thread has come to a point of the core since it was armed."""
+    """Return whether a thread has reached a point of the core since it was armed."""
     return bool(daemon.request("point", name=point, action="look")["reached"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A command on a pseudo-terminal: keys in, what it draws out, and a screen that shows it."""
+"""A command on a pseudo-terminal: keys in, output out, and a screen that shows the output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 ANSWER_SECONDS = 60
 _SIZES = ("COLUMNS", "LINES")
-_LAST = "\x1e"  # which no command draws
+_LAST = "\x1e"  # no command prints it
 _CSI = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")
 
 
@@ -28,7 +28,7 @@ def _take_terminal() -> None:
 
 
 class Terminal:
-    """A command on a terminal of its own, and what it has drawn so far.
+    """A command on a terminal of its own, and its output so far.
 
     The terminal outlives the command, so that modes() can be compared; close() it.
     """
@@ -61,25 +61,25 @@ class Terminal:
         fcntl.ioctl(self._theirs, termios.TIOCSWINSZ, size)
 
     def modes(self) -> list[Any]:
-        """The terminal's modes: echo, line by line or key by key, and so on."""
+        """Return the terminal's modes: echo, canonical mode, and so on."""
         return termios.tcgetattr(self._theirs)
 
     def press(self, keys: bytes) -> None:
         os.write(self._keys, keys)
 
     def read_until(self, words: str, *, since: int = 0) -> None:
-        """Read until words were drawn, after the first `since` characters."""
+        """Read until words were printed, after the first `since` characters."""
         while words not in self.drawn[since:]:
             assert self._read(), f"ended without {words!r}: {self.drawn!r}"
 
     def show(self, words: str) -> list[str]:
-        """Read until a line of the screen holds words, and give all its lines."""
+        """Read until a line of the screen has words, and return all its lines."""
         while not any(words in line for line in self.screen()):
             assert self._read(), f"ended without {words!r} in {self.screen()}"
         return self.screen()
 
     def screen(self) -> list[str]:
-        """What a terminal of this size shows of what was drawn; of CSI, only what moves text."""
+        """Return the lines that a terminal of this size shows; only CSI that move text count."""
         rows = [[" "] * self.columns for _ in range(self.lines)]
         row = column = at = 0
         text = self.drawn
@@ -110,11 +110,11 @@ class Terminal:
         return ["".join(each).rstrip() for each in rows]
 
     def read_more(self) -> None:
-        """Read what it draws next."""
+        """Read its next output."""
         assert self._read(), f"ended with {self.screen()}"
 
     def end(self) -> int:
-        """Read until the command has ended, and give its exit status."""
+        """Read until the command has ended, and return its exit status."""
         while self._read():
             pass
         return self.process.wait(timeout=ANSWER_SECONDS)
@@ -126,7 +126,7 @@ class Terminal:
             os.close(fd)
 
     def _read(self) -> bool:
-        """Read on; False if it has ended and all that it drew was read."""
+        """Read on; return False if it has ended and all its output was read."""
         readable, _, _ = select.select([self._keys, self.pidfd], [], [], ANSWER_SECONDS)
         assert readable, f"silent for {ANSWER_SECONDS} s after {self.drawn!r}"
         if self._keys not in readable:
@@ -135,9 +135,9 @@ class Terminal:
         return True
 
     def _read_rest(self) -> bool:
-        """Read what is on its way from a command that has ended; whether there was anything.
+        """Read output still in flight from a command that has ended; return whether there was any.
 
-        A thread of the kernel's carries what is written to a terminal to its other end, in order.
+        A kernel thread carries a terminal's output to its other end, in order.
         """
         if self._is_all_read:
             return False

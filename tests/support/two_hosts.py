@@ -35,7 +35,7 @@ class Host:
         self.takes_handoffs = True
 
     def start(self, *extra: str, before: tuple[str, ...] = (), **how: Any) -> Host:
-        """Serve; what is given stays so at the next start."""
+        """Start the daemon; the arguments are kept for the next start."""
         self.extra = list(extra) or self.extra
         self._hold_port()
         arguments = [
@@ -50,7 +50,7 @@ class Host:
         return self
 
     def _hold_port(self) -> None:
-        """Have a port that nobody else is given while this backend is away; it may listen there."""
+        """Reserve a port while this backend is away; the backend may listen there."""
         if self._place is None:
             self._place = socket.socket()
             self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -58,12 +58,12 @@ class Host:
             self.port = self._place.getsockname()[1]
 
     def options(self) -> list[str]:
-        """The options that say where it listens, and to whom."""
+        """Return the options for its addresses and its accepted peers."""
         accepts = ["--accept-handoff"] if self.takes_handoffs else []
         return [f"--listen=tcp://127.0.0.1:{self.port}", *accepts]
 
     def serves(self) -> list[str]:
-        """The options that say which images."""
+        """Return the options for its images."""
         return ["--image", f"d={self.image}"]
 
     @property
@@ -85,7 +85,7 @@ class Host:
             self.daemon.process.wait()
 
     def end(self) -> None:
-        """Leave nothing of it."""
+        """End all its processes."""
         if self.daemon is not None:
             self.daemon.end()
         if self._place is not None:
@@ -96,13 +96,13 @@ class Host:
         return cowshed(arguments[0], "--run-dir", str(self.run_dir), *arguments[1:])
 
     def drain(self, *arguments: str) -> dict[str, Any]:
-        """Drain, which must succeed; the report."""
+        """Drain, which must succeed; return the report."""
         done = self.run("drain", "--json", *arguments)
         assert done.returncode == 0, f"{done.stderr}\n{self.the_daemon.log()}"
         return dict(json.loads(done.stdout))
 
     def wait_movable(self, *arguments: str) -> None:
-        """Wait until the target takes its guests: one that was left lets go of them by and by."""
+        """Wait until the target takes its guests: a drained target releases them with a delay."""
         until(lambda: self.run("drain", "--dry-run", *arguments).returncode == 0)
 
     def guests(self) -> set[str]:
@@ -110,14 +110,14 @@ class Host:
 
     @contextlib.contextmanager
     def open(self, guest: str, token: str = "token") -> Iterator[ByteDisk]:
-        """A guest that maps nothing; its private pages are kept."""
+        """Open a guest that maps nothing; its private pages are kept."""
         with connect(self.tcp) as backend, backend.open("d", guest=guest, token=token) as disk:
             assert isinstance(disk, ByteDisk)
             yield disk
 
 
 class Model:
-    """What a guest should read: the image, and what it wrote."""
+    """The bytes that a guest should read: the image, and its own writes."""
 
     def __init__(self, image: Path, seed: int) -> None:
         self.bytes = bytearray(image.read_bytes())

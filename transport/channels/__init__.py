@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages with somebody at the other end, waited for or awaited."""
+"""Request and reply messages between two programs, blocking or for asyncio."""

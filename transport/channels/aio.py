@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages for asyncio: the rules of dialogue.py and the connections of channel.py, awaited.
+"""channel.py for asyncio: the same protocol over the same connections, with awaitable calls.
 
     async with await aio.connect("tcp://127.0.0.1:7000") as peer:
         await asyncio.gather(*(peer.request("add", a=n, b=n) for n in range(8)))
@@ -9,8 +9,8 @@
         asked = await peer.recv()
         asked.reply({"sum": 3})
 
-What is sent within one turn of the loop goes out as one batch. A reply does not wait for the peer
-to take it; one that takes nothing until connection.MAX_QUEUED_BYTES pile up is dropped.
+Messages sent within one iteration of the loop go out as one batch. Sending never waits for the
+peer: a peer that reads nothing until connection.MAX_QUEUED_BYTES pile up is dropped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["AsyncChannel", "AsyncListener", "connect", "listen"]
 
 
 class _LoopChannel(Channel):
-    """A channel that flushes when the loop's turn ends instead of at each message."""
+    """A channel that flushes at the end of the loop's iteration instead of after each message."""
 
     owner: AsyncChannel
 
@@ -41,7 +41,7 @@ class _LoopChannel(Channel):
         self.owner.flush_soon()
 
     def _make_room(self) -> None:
-        pass  # a loop does not wait; queue() bounds what piles up
+        pass  # a loop must not wait; queue() bounds the backlog
 
 
 class AsyncChannel:
@@ -69,35 +69,35 @@ class AsyncChannel:
 
     @property
     def channel(self) -> Channel:
-        """What it is made of: features, version, state, connection. Not to be waited on."""
+        """The channel underneath: features, version, state, connection. Never call what waits."""
         return self._channel
 
     async def request(self, op: str, timeout: float = WAIT_SECONDS, **fields: Any) -> Body:
-        """Ask for something and wait for the answer; raises what a refusal stands for."""
+        """Send a request and wait for its answer; raises the error that a refusal stands for."""
         return await self.result(self.send(op, **fields), timeout)
 
     def send(self, op: str, fds: Sequence[int] = (), **fields: Any) -> Pending:
-        """Ask for something; result() waits for its answer. Raises as Channel.send does."""
+        """Send a request; result() waits for its answer. Raises as Channel.send does."""
         self._check()
         return self._channel.send(op, fds, **fields)
 
     async def result(self, pending: Pending, timeout: float = WAIT_SECONDS) -> Body:
-        """Wait for the answer of what send() gave."""
+        """Wait for the answer to a request that send() returned."""
         await self._until(lambda: pending.done, timeout, f"answer to request {pending.tag}")
         assert pending._answer is not None
         return check_reply(pending._answer)
 
     async def recv(self, timeout: float = WAIT_SECONDS) -> ChannelRequest:
-        """Wait for something that the peer asks."""
+        """Wait for a request of the peer."""
         await self._until(lambda: bool(self._channel._asked), timeout, "request")
         return self._channel._asked.popleft()
 
     def close(self) -> None:
-        """End the conversation; whoever waits gets PeerError. Does nothing twice."""
+        """End the conversation; waiting tasks get PeerError. Idempotent."""
         self._end(PeerError("the channel was closed"))
 
     def flush_soon(self) -> None:
-        """Send what is queued at the end of this turn of the loop."""
+        """Send what is queued at the end of this iteration of the loop."""
         if self._flush_handle is None and self._error is None:
             self._flush_handle = self._loop.call_soon(self._flush)
 
@@ -159,7 +159,7 @@ class AsyncChannel:
                     self._check()
                     await self._changed.wait()
         except TimeoutError as error:
-            # Others' requests may be doing well: only this one is given up.
+            # Other requests may still be answered: give up only this one.
             raise PeerError(f"no {what} from the peer in {timeout:g} s") from error
 
     async def _hello(self, timeout: float) -> None:
@@ -193,7 +193,7 @@ class AsyncListener:
         self._listener.close()
 
     async def accept(self, timeout: float = WAIT_SECONDS) -> AsyncChannel:
-        """Wait for a peer and its hello; PeerError if none comes in time, or one without sense."""
+        """Wait for a peer and its hello; PeerError if none comes in time or the hello is bad."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         while (connection := self._listener.accept()) is None:
@@ -213,7 +213,7 @@ class AsyncListener:
 def listen(
     uri: str, features: Sequence[str] = (), max_outstanding: int = MAX_OUTSTANDING
 ) -> AsyncListener:
-    """Listen by any scheme; the same terms as channel.listen."""
+    """Listen by any scheme, as channel.listen does."""
     return AsyncListener(listen_raw(uri), features, max_outstanding)
 
 
@@ -223,7 +223,7 @@ async def connect(
     timeout: float = WAIT_SECONDS,
     max_outstanding: int = MAX_OUTSTANDING,
 ) -> AsyncChannel:
-    """Connect and say hello. Raises UsageError for the URI, PeerError if nobody answers in time."""
+    """Connect and exchange hellos. UsageError for a bad URI, PeerError for no answer in time."""
     connection = await asyncio.to_thread(connect_raw, uri, timeout)
     channel = AsyncChannel(_LoopChannel(connection, features, max_outstanding))
     inner = channel.channel

@@ -10,9 +10,9 @@
         first, second = peer.send("add", a=1, b=2), peer.send("add", a=3, b=4)
         second.result(timeout=10), first.result(timeout=10)       # in any order
 
-No broker stands between: either side may crash, and the other is told by PeerError from whatever it
-waits in. Every wait has a deadline. A channel is for one thread at a time; aio.py has the same for
-asyncio. What is said in hello, and the rules of a conversation, are in dialogue.py.
+There is no broker: if either side crashes, the other gets PeerError from the call it waits in.
+Every wait has a deadline. A channel is for one thread at a time; aio.py has the same for asyncio.
+dialogue.py has the contents of hello and the rules of a conversation.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ WAIT_SECONDS: Final = 60.0
 
 
 class Liveness(enum.Enum):
-    """Whether there is a peer: there, not yet there, or there no longer."""
+    """Whether there is a peer: open, not yet reached, or gone."""
 
     OPEN = "open"
     NOT_YET = "not yet"
@@ -65,7 +65,7 @@ class Liveness(enum.Enum):
 
 @dataclass(eq=False)
 class ChannelRequest:
-    """What the peer asks; fds are ours to keep (take them out) or closed with close_fds()."""
+    """A request of the peer. fds belong to us: take out those to keep, close_fds() the rest."""
 
     channel: Channel
     tag: int
@@ -74,11 +74,11 @@ class ChannelRequest:
     fds: list[int] = field(default_factory=list)
 
     def reply(self, fields: Mapping[str, Any] | None = None, fds: Sequence[int] = ()) -> None:
-        """Answer; with "progress" among the fields, more is to follow. fds stay the caller's."""
+        """Answer; with "progress" among the fields, more replies follow. fds stay the caller's."""
         self.channel._answer(self, {"ok": True, **(fields or {})}, fds)
 
     def refuse(self, error: CowshedError) -> None:
-        """Answer that it cannot be: the peer's call raises an error of the same kind."""
+        """Refuse the request: the peer's call raises an error of the same kind."""
         self.channel._answer(self, error_reply(kind_of(error), str(error)), ())
 
     def close_fds(self) -> None:
@@ -88,7 +88,7 @@ class ChannelRequest:
 
 @dataclass(eq=False)
 class Pending:
-    """A request of ours under way; result() waits for its answer. fds of the answer are ours."""
+    """A request of ours in flight; result() waits for its answer, whose fds belong to us."""
 
     channel: Channel
     tag: int
@@ -98,11 +98,11 @@ class Pending:
 
     @property
     def done(self) -> bool:
-        """Whether the answer is here; asks nobody."""
+        """Whether the answer has arrived; receives nothing."""
         return self._answer is not None
 
     def result(self, timeout: float = WAIT_SECONDS) -> Body:
-        """Give the answer. Raises what a refusal stands for, and PeerError if none comes."""
+        """Return the answer. Raises the error of a refusal, and PeerError if no answer comes."""
         self.channel._pump_until(lambda: self.done, timeout, f"answer to request {self.tag}")
         assert self._answer is not None
         return check_reply(self._answer)
@@ -111,8 +111,8 @@ class Pending:
 class Channel:
     """A conversation over one connection, which it owns.
 
-    Invariants: (1) _pending has an entry for each request of ours that waits, by tag; (2) _asked
-    are requests that nobody took yet, whose descriptors are closed with the channel.
+    _pending maps the tag of each unanswered request of ours. _asked holds the peer's requests that
+    recv() has not returned yet; close() closes their descriptors.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Channel:
             our_limit=max_outstanding,
             our_message_bytes=max_message_bytes,
         )
-        # Ours is for what is received; what the peer takes, its hello says.
+        # Our limit bounds what we receive; the peer's hello states its own.
         connection.limit(max_message_bytes, MAX_REQUEST_BYTES)
         self._pending: dict[int, Pending] = {}
         self._asked: deque[ChannelRequest] = deque()
@@ -142,12 +142,12 @@ class Channel:
 
     @property
     def features(self) -> frozenset[str]:
-        """What both sides said they can."""
+        """The features that both sides announced."""
         return self._dialogue.features
 
     @property
     def version(self) -> int:
-        """The version both speak."""
+        """The protocol version that both sides speak."""
         return self._dialogue.version
 
     @property
@@ -158,7 +158,7 @@ class Channel:
         return Liveness.OPEN if self._dialogue.phase is DialoguePhase.OPEN else Liveness.NOT_YET
 
     def close(self) -> None:
-        """End the conversation: whoever waits at the other end is told. Does nothing twice."""
+        """End the conversation: the peer's waiting calls fail with PeerError. Idempotent."""
         self._dialogue.end()
         for request in self._asked:
             request.close_fds()
@@ -166,19 +166,19 @@ class Channel:
         self.connection.close()
 
     def greet(self, timeout: float = WAIT_SECONDS) -> None:
-        """Say hello, as the one who connected."""
+        """Exchange hellos, as the side that connected."""
         tag, body = self._dialogue.hello()
         self._queue(tag, body, ())
         self.await_hello(timeout)
 
     def await_hello(self, timeout: float = WAIT_SECONDS) -> None:
-        """Wait until both have said hello; PeerError if the peer does not."""
+        """Wait until hellos are exchanged; PeerError if the peer sends none."""
         self._pump_until(lambda: self._dialogue.phase is DialoguePhase.OPEN, timeout, "hello")
 
     def send(self, op: str, fds: Sequence[int] = (), **fields: Any) -> Pending:
-        """Ask for something without waiting. fds stay the caller's.
+        """Send a request, at once or with its batch, and do not wait. fds stay the caller's.
 
-        Sent at once, or with its batch. Raises CapacityError if the peer has too many unanswered.
+        Raises CapacityError if too many requests are unanswered.
         """
         tag = self._dialogue.ask()
         try:
@@ -190,17 +190,17 @@ class Channel:
         return pending
 
     def request(self, op: str, timeout: float = WAIT_SECONDS, **fields: Any) -> Body:
-        """Ask for something and wait for the answer."""
+        """Send a request and wait for its answer."""
         return self.send(op, **fields).result(timeout)
 
     def recv(self, timeout: float = WAIT_SECONDS) -> ChannelRequest:
-        """Wait for something that the peer asks."""
+        """Wait for a request of the peer."""
         self._pump_until(lambda: bool(self._asked), timeout, "request")
         return self._asked.popleft()
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
-        """Hold back what is sent and answered inside, and send it in one go at the end."""
+        """Queue requests and replies made inside `with`, and send them together at the end."""
         self._batching += 1
         try:
             yield
@@ -220,7 +220,7 @@ class Channel:
             self._flush()
 
     def _make_room(self) -> None:
-        """Wait until the peer has taken most of what was queued; it is heard meanwhile."""
+        """Wait until the peer has read most of the queue; receives messages meanwhile."""
         connection = self.connection
         if connection.queued_bytes > MAX_QUEUED_BYTES // 2:
             self._pump_until(
@@ -229,7 +229,7 @@ class Channel:
 
     def _flush(self) -> None:
         try:
-            self.connection.flush()  # what finds no room now goes while we wait for an answer
+            self.connection.flush()  # the rest goes out while we wait for an answer
         except PeerError:
             self.close()
             raise
@@ -241,7 +241,7 @@ class Channel:
                 raise PeerError(f"the peer is gone, and no {what} will come; connect again")
             try:
                 self.connection.flush()
-                if not done():  # which sending alone may have made so
+                if not done():  # flushing alone may suffice (_make_room)
                     self._pump(deadline, what, timeout)
             except PeerError:
                 self.close()
@@ -263,7 +263,7 @@ class Channel:
             raise PeerError(f"no {what} from the peer in {timeout:g} s")
 
     def take(self, messages: Sequence[Received]) -> None:
-        """File messages that arrived: answers to who waits, requests for recv()."""
+        """File messages that arrived: answers with their Pending, requests for recv()."""
         for no, message in enumerate(messages):
             try:
                 self._take(message)
@@ -282,7 +282,7 @@ class Channel:
             case Asked(tag, body):
                 self._asked.append(ChannelRequest(self, tag, body["op"], body, message.fds))
             case Answer(tag, body, last):
-                # A request whose Pending nobody holds is still answered.
+                # _pending keeps the Pending even if the caller dropped it.
                 pending = self._pending[tag]
                 if last:
                     del self._pending[tag]
@@ -318,7 +318,7 @@ class ChannelListener:
         return self._listener.uri
 
     def fileno(self) -> int:
-        """Give the descriptor to watch for reading, -1 once closed."""
+        """Return the descriptor to watch for reading, -1 once closed."""
         return self._listener.fileno()
 
     def close(self) -> None:
@@ -326,9 +326,9 @@ class ChannelListener:
         self._listener.close()
 
     def accept(self, timeout: float = WAIT_SECONDS) -> Channel:
-        """Wait for a peer and its hello, which together may take timeout seconds.
+        """Wait at most timeout seconds for a peer and its hello.
 
-        Raises PeerError if none comes, and if one comes that makes no sense; listening goes on.
+        Raises PeerError if no peer comes or its hello is bad; listening goes on.
         """
         deadline = time.monotonic() + timeout
         while (connection := self._listener.accept()) is None:
@@ -352,7 +352,7 @@ def listen(
 ) -> ChannelListener:
     """Listen by any scheme.
 
-    features are what we can; max_outstanding and max_message_bytes, what we take from a peer.
+    features are what we support; max_outstanding and max_message_bytes limit what a peer may send.
     """
     return ChannelListener(listen_raw(uri), features, max_outstanding, max_message_bytes)
 
@@ -364,7 +364,7 @@ def connect(
     max_outstanding: int = MAX_OUTSTANDING,
     max_message_bytes: int = MAX_REPLY_BYTES,
 ) -> Channel:
-    """Connect and say hello. Raises UsageError for the URI, PeerError if nobody answers in time."""
+    """Connect and exchange hellos. UsageError for a bad URI, PeerError for no answer in time."""
     channel = Channel(connect_raw(uri, timeout), features, max_outstanding, max_message_bytes)
     try:
         channel.greet(timeout)
@@ -375,11 +375,11 @@ def connect(
 
 
 class Line:
-    """A way to a peer that may come later, go, and come again.
+    """A reconnecting client of a peer that may start later, die, and come back.
 
-    state is NOT_YET until it was first reached, then OPEN or GONE. channel() gives the
-    conversation, a new one where there is none: what was under way when the peer went has failed
-    with PeerError and is not repeated, since only the caller knows what may be done twice.
+    state is NOT_YET until the peer was first reached, then OPEN or GONE. channel() returns the open
+    conversation, or begins a new one. Requests in flight when the peer went fail with PeerError
+    and are not repeated: only the caller knows which may be done twice.
     """
 
     def __init__(self, uri: str, features: Sequence[str] = ()) -> None:
@@ -395,11 +395,11 @@ class Line:
 
     @property
     def state(self) -> Liveness:
-        """Whether the peer is there, by what the last connection shows."""
+        """Whether the peer is there, judged by the last connection."""
         return Liveness.NOT_YET if self._channel is None else self._channel.state
 
     def channel(self, timeout: float = WAIT_SECONDS) -> Channel:
-        """Give the open channel; try for timeout seconds to have one. PeerError if none can be."""
+        """Return the open channel, or connect; PeerError if that fails for timeout seconds."""
         deadline = time.monotonic() + timeout
         pause = 0.01
         while self._channel is None or self._channel.state is not Liveness.OPEN:

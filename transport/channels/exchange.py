@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The asking side of the protocol: a request, its progress reports, its reply."""
+"""The client side of the protocol: a request, its progress reports, its reply."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _Answer = TypeVar("_Answer")
 def greet(uri: str, timeout: float = REPLY_SECONDS) -> Connection:
     """Connect and agree on the version; the connection is the caller's.
 
-    A backend that dies as we come has a successor at the same socket, so that is asked too. Raises
-    UsageError for a uri that cannot be used, PeerError if no backend of ours answers there.
+    If the backend dies meanwhile, its successor listens at the same socket, so this tries again.
+    Raises UsageError for a URI that cannot be used, PeerError if no cowshed backend answers there.
     """
     deadline = time.monotonic() + timeout
     for _ in range(_GREETINGS - 1):
@@ -37,7 +37,7 @@ def greet(uri: str, timeout: float = REPLY_SECONDS) -> Connection:
 
 
 class _DiedError(PeerError):
-    """The peer closed the connection before it said anything."""
+    """hello failed: the peer closed the connection, was silent or sent a malformed reply."""
 
 
 def _greet_once(uri: str, timeout: float) -> Connection:
@@ -47,8 +47,8 @@ def _greet_once(uri: str, timeout: float) -> Connection:
             reply = ask(connection, "hello", {"version": VERSION, "features": []}, timeout=timeout)
         except PeerGoneError as error:
             raise _DiedError(
-                f"the backend at {uri.partition('?')[0]} hung up before it said anything: it is "
-                "ending, or it turned us away; its log says which"
+                f"the backend at {uri.partition('?')[0]} closed the connection before it replied: "
+                "it is shutting down, or refused us; see its log"
             ) from error
         except PeerError as error:
             raise _DiedError(str(error)) from error
@@ -68,10 +68,10 @@ def ask(
     fds: Sequence[int] = (),
     timeout: float = REPLY_SECONDS,
 ) -> Body:
-    """Ask for one thing and give the reply; raises what a refusal stands for.
+    """Send one request and return the reply; raises the error that a refusal stands for.
 
-    PeerError, for a backend that is gone, silent for timeout seconds or makes no sense, closes the
-    connection.
+    Raises PeerError, and closes the connection, if the backend is gone, silent for timeout seconds
+    or sends a malformed reply.
     """
     reply, reply_fds = ask_for_fds(connection, op, fields, fds, timeout)
     close_all(reply_fds)
@@ -85,7 +85,7 @@ def ask_for_fds(
     fds: Sequence[int] = (),
     timeout: float = REPLY_SECONDS,
 ) -> tuple[Body, list[int]]:
-    """Like ask, giving also the reply's descriptors, which are then the caller's."""
+    """Like ask, but also return the reply's descriptors, which are then the caller's."""
     for body, reply_fds in ask_stream(connection, op, fields, fds, timeout):
         if "progress" in body:
             close_all(reply_fds)
@@ -99,9 +99,9 @@ def ask_for_fds(
 
 
 def again_if_gone(call: Callable[[], _Answer]) -> _Answer:
-    """Make a call that connects and asks; again, a few times, if the backend dies meanwhile.
+    """Make a call that connects and asks; repeat it, a few times, if the backend dies meanwhile.
 
-    Whoever it asks then is the successor, if there is one; else the connect fails.
+    The repeated call reaches the successor, if there is one; else its connect fails.
     """
     for _ in range(_TRIES - 1):
         with contextlib.suppress(PeerGoneError):
@@ -116,21 +116,22 @@ def ask_stream(
     fds: Sequence[int] = (),
     timeout: float = REPLY_SECONDS,
 ) -> Iterator[tuple[Body, list[int]]]:
-    """Ask, and give each progress report as it comes, at last the reply, unchecked, with its fds.
+    """Send a request; yield each progress report, then the reply, unchecked, each with its fds.
 
-    The connection is closed if anything goes wrong or the caller does not stay to the end.
+    Closes the connection if anything fails or the caller stops before the reply.
     """
     tag = connection.queue({"op": op, **fields}, fds)
     finished = False
     try:
-        with contextlib.suppress(PeerGoneError):  # it may have said why before it hung up
+        with contextlib.suppress(PeerGoneError):  # the peer may have sent why before it closed
             connection.drain(timeout)
         while not finished:
             body, reply_fds, reply_tag = connection.recv(timeout)
             if reply_tag == 0 and body.get("ok") is False:
-                reply_tag = tag  # it could not make out which request it has no room for
+                reply_tag = tag  # a backend without room refuses before it has read a tag
             if reply_tag < tag:
-                # A successor cannot know whether we have its predecessor's reply: it said so again.
+                # A successor cannot know whether its predecessor's reply reached us: it sends the
+                # reply again.
                 close_all(reply_fds)
                 continue
             if reply_tag != tag:

@@ -9,7 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Programs have about a dozen of the one and some tens of the other. */
+/* Programs have about a dozen headers and some tens of dynamic entries. */
 #define MAX_HEADERS 64
 #define MAX_DYNAMIC 2048
 #define CHUNK 64
@@ -27,7 +27,7 @@ struct file {
 	Elf64_Phdr headers[MAX_HEADERS];
 };
 
-/* How much of it there is. */
+/* Returns how many of the bytes the file has; 0 on error. */
 static size_t read_at(int fd, uint64_t offset_bytes, void *to, size_t nr_bytes)
 {
 	ssize_t got = offset_bytes > INT64_MAX ? -1 : pread(fd, to, nr_bytes, (off_t)offset_bytes);
@@ -35,7 +35,7 @@ static size_t read_at(int fd, uint64_t offset_bytes, void *to, size_t nr_bytes)
 	return got < 0 ? 0 : (size_t)got;
 }
 
-/* A text that ends somewhere within the room. */
+/* Reads a string, cut to 255 bytes. */
 static void read_text(int fd, uint64_t offset_bytes, size_t length, char text[256])
 {
 	size_t got = read_at(fd, offset_bytes, text, length < 255 ? length : 255);
@@ -51,7 +51,7 @@ static const Elf64_Phdr *find_header(const struct file *file, uint32_t type)
 	return NULL;
 }
 
-/* Where in the file an address is that the program will have; 0 if nowhere. */
+/* The file offset of a virtual address of the program; 0 if none. */
 static uint64_t offset_of(const struct file *file, uint64_t address)
 {
 	for (unsigned i = 0; i < file->nr_headers; i++) {
@@ -64,7 +64,7 @@ static uint64_t offset_of(const struct file *file, uint64_t address)
 	return 0;
 }
 
-/* The dynamic section's entries in turn, from *entry_no on, until one of this kind: its value. */
+/* Finds the next entry of this tag in the dynamic section, from *entry_no on, and returns its value. */
 static bool find_dynamic(const struct file *file, int64_t tag, unsigned *entry_no, uint64_t *value_out)
 {
 	const Elf64_Phdr *section = find_header(file, PT_DYNAMIC);
@@ -141,7 +141,7 @@ int elf_read(int fd, struct elf *elf_out)
 		linker = find_header(&file, PT_INTERP);
 		if (linker)
 			read_text(fd, linker->p_offset, linker->p_filesz, elf.linker);
-		/* A static program that can be anywhere (-static-pie) says that it is a program. */
+		/* A static program at any address (-static-pie) has DF_1_PIE; a loader does not. */
 		elf.is_loader = !linker && head.e_type == ET_DYN && !(dynamic_value(&file, DT_FLAGS_1) & DF_1_PIE);
 		read_dynamic(&file, &elf);
 	}

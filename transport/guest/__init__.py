@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library that a guest uses an image with."""
+"""The library through which a guest uses an image."""

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An image as a guest sees it from afar: bytes by request instead of pages in its memory.
+"""An image over a network: bytes by request instead of pages in the guest's memory.
 
-The same face as Disk (disk.py), with mapped False and no view. What is written is kept by the
-backend, under the guest's name and token, so that a connection may break and be made anew: reads
-and writes that were under way are sent again, for a guest's writes are its own and may be done
-twice. A call gives up with PeerError once nothing has come from the backend for `timeout` seconds,
-whether the peer is silent or cannot be connected to. A backend that has lost what this guest wrote
-(it was killed, and keeps overlays in memory) is not taken up again: that is an error, for ever.
+The same interface as Disk (disk.py), with mapped False and no view. The backend keeps what is
+written under the guest's name and token, so a broken connection can be replaced: reads and writes
+in flight are sent again, which is safe because a guest's writes are private and idempotent. A call
+fails with PeerError once nothing has come from the backend for `timeout` seconds, whether the
+backend is silent or cannot be reached. If the backend has lost what this guest wrote (it was
+killed, and keeps overlays in memory), every later call fails.
 
-Large reads and writes are split and kept in flight; sequential reads are asked for ahead. Bytes
-read ahead are as they were when they were asked for: another connection to the same guest may have
-written since. For any thread; starts none, but for the relay of a tls connection.
+Large reads and writes are split and kept in flight; sequential reads are read ahead. Bytes read
+ahead may be stale if another connection of the same guest writes meanwhile. For any thread; starts
+none, except the relay of a tls connection.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ PAGE_BYTES: Final = 4096
 PIECE_BYTES: Final = 512 << 10
 REQUEST_SECONDS: Final = 30.0
 READAHEAD_BYTES: Final = 4 << 20
-# The first try is made at once: the backend's listener outlives it, or says where the guest is now.
+# The first retry is immediate: the listener outlives the backend, or tells where the guest is now.
 _PAUSE_SECONDS: Final = 0.02
 _MAX_PAUSE_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Dialled:
-    """A connection in its transmission phase, and what is behind it; sock is the receiver's.
+    """A connection in its transmission phase, and what it serves; the receiver owns sock.
 
-    generation changes if the image is replaced; overlay, if private pages are not those of before.
+    generation changes if the image is replaced, overlay if the guest's private pages were lost.
     """
 
     sock: socket.socket
@@ -62,10 +62,10 @@ class Dialled:
 class ByteDisk:
     """An image opened over a network, or anything that NBD serves.
 
-    dial(timeout) makes a connection, the first and later ones. Invariants: (1) what is served does
-    not change: size, generation, and once something was written, overlay; (2) an operation that is
-    under way is on _pump or on one that was lost and will not finish it; (3) _ahead holds reads
-    that no write has overlapped since they were asked for, by offset.
+    dial(timeout) makes the first and every later connection. All must have the same size and
+    generation and, once something was written, the same overlay. An operation in flight is on
+    _pump, or on a lost pump that will not finish it. _ahead maps the offsets of readahead requests
+    that no write has overlapped since they were sent.
     """
 
     mapped: Final = False
@@ -116,23 +116,23 @@ class ByteDisk:
 
     @property
     def alive(self) -> bool:
-        """Whether the backend is there; without it, calls try to reach it for their timeout."""
+        """Whether the backend is connected; if not, calls try to reach it until their timeout."""
         pump = self._pump
         return pump is not None and pump.alive
 
     @property
     def view(self) -> memoryview:
-        """Not here: UsageError, since the image's pages are not in this process's memory."""
+        """Always UsageError: the image's pages are not in this process's memory."""
         raise UsageError(
             f"disk {self.image!r} has no view: over {self.origin or 'a network'} pages cannot be "
             "mapped; use read and write, or connect by unix:// on the backend's host"
         )
 
     def read(self, offset: int, length: int) -> bytes:
-        """Give the bytes there now.
+        """Return the bytes of a range.
 
-        Raises UsageError for a range outside the image, OSError (EIO) if the backend cannot have
-        them, PeerError if it is gone.
+        Raises UsageError for a range outside the image, OSError (EIO) if the backend cannot load
+        it, PeerError if the backend is gone.
         """
         self._check_range("read", offset, length)
         if length == 0:
@@ -147,14 +147,14 @@ class ByteDisk:
             ops += _pieces(Kind.READ, at, op.offset - at, memory[at - offset :])
             at = max(at, op.offset + op.length)
         ops += _pieces(Kind.READ, at, offset + length - at, memory[at - offset :])
-        # Asked for ahead before this one is waited for, so that both are on their way.
+        # Send the readahead before waiting for this read, so that both are in flight.
         asked = self._ask_ahead(offset, length)
         try:
             self._perform("read", [*ops, *ahead], asked)
         except OSError:
             if not any(op.error for op in ahead):
                 raise
-            # It may be of bytes that nobody wants yet: what is wanted is read by itself.
+            # The error may be outside the wanted range: read that range alone.
             with self._lock:
                 self._ahead = {at: op for at, op in self._ahead.items() if op not in ahead}
             ahead = []
@@ -169,7 +169,7 @@ class ByteDisk:
         return bytes(result)
 
     def write(self, offset: int, data: ReadableBuffer) -> int:
-        """Put bytes there, private to this guest; give their number. The backend then has them.
+        """Write bytes, private to this guest, and return their number once the backend has them.
 
         Raises as read does, and OSError (ENOSPC) at the guest's quota: part may be written then.
         """
@@ -180,9 +180,9 @@ class ByteDisk:
         return length
 
     def discard(self, offset: int, length: int) -> None:
-        """Give back private pages: the range is again what the image holds.
+        """Give back private pages: the range reads as the image again.
 
-        Raises UsageError unless offset is a multiple of 4096, and the end too or that of the image.
+        Raises UsageError unless offset is a multiple of 4096 and the end one too, or the image's.
         """
         self._check_range("discard", offset, length)
         end = offset + length
@@ -194,14 +194,14 @@ class ByteDisk:
         self._change("discard", ops, offset, length)
 
     def flush(self) -> None:
-        """Have what was written kept as safely as the backend keeps overlays."""
+        """Have the backend flush what was written to where it keeps overlays."""
         self._check_open()
         self._perform("flush", [BlockOp(Kind.FLUSH)])
 
     def close(self) -> None:
-        """Detach; the backend keeps the guest's private pages for as long as it was told to.
+        """Detach; the backend keeps the guest's private pages as long as it is configured to.
 
-        Does nothing twice. Whoever is in a call gets UsageError.
+        Idempotent. Calls in progress raise UsageError.
         """
         with self._lock:
             if self._state != "open":
@@ -221,8 +221,6 @@ class ByteDisk:
         if pump is not None:
             pump.abandon()
 
-    # What the calls are made of.
-
     def _change(self, what: str, ops: Sequence[BlockOp], offset: int, length: int) -> None:
         if not ops:
             self._check_open()
@@ -231,13 +229,13 @@ class ByteDisk:
         try:
             self._perform(what, ops)
         finally:
-            # Not before: a reader may have asked ahead while this was under way.
+            # Not earlier: another thread may have read ahead while this write was in flight.
             with self._lock:
                 for op in [op for op in self._ahead.values() if _overlap(op, offset, length)]:
                     del self._ahead[op.offset]
 
     def _ask_ahead(self, offset: int, length: int) -> list[BlockOp]:
-        """Choose what to ask ahead; it goes out with the next batch; nobody waits."""
+        """Choose what to read ahead; the requests go out with the next batch, and no call waits."""
         with self._lock:
             asked = []
             for at, size in self._readahead.note(offset, length):
@@ -256,7 +254,7 @@ class ByteDisk:
             del self._ahead[first]
 
     def _perform(self, what: str, ops: Sequence[BlockOp], asked: Sequence[BlockOp] = ()) -> None:
-        """Have ops done, over as many connections as that takes; asked go with the first."""
+        """Have ops done, over as many connections as needed; asked go out with the first only."""
         self._check_open()
         deadline = time.monotonic() + self._timeout
         pause = 0.0
@@ -288,7 +286,7 @@ class ByteDisk:
             pause = min(_MAX_PAUSE_SECONDS, max(_PAUSE_SECONDS, 2 * pause))
         for op in ops:
             if op.error:
-                self._check_open()  # a server may answer what a good-bye overtook with an error
+                self._check_open()  # a server may fail requests that NBD_CMD_DISC overtook
                 note = f" ({op.why})" if op.why else ""
                 raise OSError(
                     op.error,
@@ -297,8 +295,8 @@ class ByteDisk:
                 )
 
     def _connected(self, deadline: float) -> BlockPump:
-        """Give the connection there is, or a new one; PeerError if none can be had now."""
-        # Others may be busy connecting: they take no longer than our own try would.
+        """Return the current connection, or a new one; PeerError if connecting fails."""
+        # Another thread may be connecting, which takes no longer than our own try would.
         if not self._link_lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise PeerError(f"no connection in {self._timeout:g} s")
         try:

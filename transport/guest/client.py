@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guest uses: connect to a backend, open images, read them and write a private copy.
+"""The guest's interface: connect to a backend, open images, read them and write a private copy.
 
     with connect("unix:///run/cowshed/cowshed.sock") as backend:
         with backend.open("debian", guest="g1", quota_bytes=64 << 20) as disk:
             disk.write(0, b"mine")
 
-A process forked from a user of these must connect for itself: what it inherits refuses use.
+A forked child must connect for itself: the objects it inherits refuse use.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from cowshed.transport.messages.protocol import Body
 
 __all__ = ["Backend", "ByteDisk", "Disk", "connect"]
 
-# What changes nothing.
+# Read-only requests, safe to repeat.
 _LOOKS: Final = frozenset({"status", "audit"})
 
 _disk_numbers = itertools.count(1)
 
-# Backends that send a guest on to each other must not do so for ever.
+# Bounds the redirects of backends that send a guest to each other.
 _MAX_MOVES: Final = 4
 
 
@@ -47,7 +47,7 @@ def connect(uri: str) -> Backend:
 
 
 class Backend:
-    """A backend one is connected to; for use by any thread, and to open any number of disks."""
+    """A connection to a backend; for any thread, and to open any number of disks."""
 
     def __init__(self, uri: str) -> None:
         self.uri: Final = uri
@@ -78,11 +78,11 @@ class Backend:
         self._connection.close()
 
     def request(self, op: str, **fields: Any) -> Body:
-        """Ask for one thing and wait for it, leaving out progress reports.
+        """Send one request and return its reply, dropping progress reports.
 
-        What changes nothing is asked again, of its successor, if the backend dies meanwhile.
-        Raises what the backend's refusal stands for (UsageError, CapacityError, SourceError), and
-        PeerError, which closes the connection, if the backend is gone, silent or makes no sense.
+        If the backend dies meanwhile, read-only requests are repeated to its successor. Raises the
+        error that the backend's refusal stands for (UsageError, CapacityError, SourceError), and
+        PeerError, which closes the connection, if it is gone, silent or sends a malformed reply.
         """
         if op in _LOOKS:
             return again_if_gone(lambda: self._request_anew(op, fields))
@@ -103,11 +103,10 @@ class Backend:
         raise AssertionError("a stream ends with a reply")
 
     def stream(self, op: str, *, fds: Sequence[int] = (), **fields: Any) -> Iterator[Body]:
-        """Like request, giving each progress report as it comes, and at last the reply.
+        """Like request, but yield each progress report as it comes, then the reply.
 
-        fds go with the request, and stay the caller's.
-
-        Other threads wait until then; leaving early closes the connection.
+        fds go with the request, and stay the caller's. Other threads wait until the reply; leaving
+        early closes the connection.
         """
         with self._lock:
             if self._connection.fileno() < 0:
@@ -135,19 +134,20 @@ class Backend:
     ) -> Disk | ByteDisk:
         """Open an image as a guest of its own; None leaves a choice to the backend.
 
-        Over unix:// the image is mapped. Over a network it is read and written by bytes, as
-        byte_disk.py says: a call gives up timeout seconds after the last sign of the backend, and
-        sequential reads are asked for readahead_bytes ahead. windows are a mapping's; timeout and
-        readahead_bytes a network's.
+        Over unix:// the image is mapped. Over a network it is read and written by bytes
+        (byte_disk.py): a call fails timeout seconds after the backend last sent anything, and
+        sequential reads are read ahead by readahead_bytes. The windows apply to a mapping only;
+        timeout and readahead_bytes to a network only.
 
-        guest names it; None: after this process, as nobody else can be called. Who knows the token,
-        if there is one, can be the same guest, in mappings under one quota, or in a later open over
-        a network, which finds its private pages. At quota_bytes of private pages the backend does
-        what on_quota says: "stop" the writer, "kill" it, or "allow" and count.
+        guest is its name; None: a unique name made from this process. Further opens with the same
+        token, if there is one, are the same guest: more mappings under one quota, or a later open
+        over a network, which finds its private pages. At quota_bytes of private pages the backend
+        does what on_quota says: "stop" the writer, "kill" it, or "allow" and count.
 
-        A backend that is being drained, or was, says where its guests are now: the image is opened
-        there, unless follow_moves is False, which makes it a MovedError. A disk that is open
-        follows too (disk.py), by a thread of its own, unless follow_moves is False.
+        A backend that is being drained, or was, replies with the URI of the backend that has its
+        guests now: the image is opened there, and an open disk follows its guest by a thread of its
+        own (disk.py). With follow_moves False the reply is a MovedError, and a disk does not
+        follow.
 
         Raises as request does, and UsageError if this process cannot have the page faults it needs.
         """
@@ -186,5 +186,5 @@ def _open_at(
 
 
 def _fresh_name() -> str:
-    # Pids of different hosts are the same numbers.
+    # Different hosts use the same pids.
     return f"{socket.gethostname()[:32]}-pid-{os.getpid()}-{next(_disk_numbers)}"

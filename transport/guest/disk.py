@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An image as its guest sees it: shared pages to read, private ones where it has written.
+"""An image mapped into its guest: shared pages to read, private ones where it has written.
 
-The pages are mapped here (see region.c); a page that is missing or written to for the first time is
-a fault that the backend answers. So any call that touches pages waits until it does: through its
-restart, and for as long as a quota stops the guest; only SIGKILL ends such a wait. A page that the
-backend could not load is OSError (EIO) from read and write, and SIGBUS for whoever uses view; so is
-any that is not in memory once the backend is gone and none comes after it.
+The pages are mapped here (see region.c); the first access to a missing page and the first write to
+a page are faults that the backend answers. A call that touches such pages waits for the backend:
+through its restart, and for as long as a quota stops the guest; only SIGKILL ends the wait. A page
+that the backend could not load is OSError (EIO) from read and write, and SIGBUS through view; so is
+any page not in memory once the backend is gone for good.
 
-When its backend is drained the disk follows its guest: a thread in C (follow.c) puts the target's
-frames in the place of the old ones, at the same addresses, so that views stay good and writes that
-were withheld go on. To a target that can only be reached over a network it goes on by bytes: once
-no view is left, for memory cannot follow there; until then it is as it was frozen, to be read, and
-a write waits. Not for a forked child, where the pages are not mapped.
+When its backend is drained the disk follows its guest: a thread in C (follow.c) replaces the old
+frames by the target's, at the same addresses, so that views stay valid and frozen writes go on. If
+the target can only be reached over a network, where memory cannot follow, the disk goes on by
+bytes once no view is left; until then the memory stays frozen: reads work and writes wait. Not for
+a forked child, where the pages are not mapped.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.errors import CowshedError, UsageError
-from cowshed.transport.channels.exchange import ask
-from cowshed.transport.guest.attach import PAGE_BYTES, attach, round_up
+from cowshed.transport.guest.attach import PAGE_BYTES, attach, detach, round_up
 from cowshed.transport.guest.byte_disk import ByteDisk
 from cowshed.transport.guest.following import Following
 from cowshed.transport.guest.forks import forget_in_child
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
     from cowshed.cache._core import Pointer, StructRegion
 
-# Between two of these a long read or write looks at signals, so that Ctrl-C ends it.
+# A long read or write checks for signals after each slice, so that Ctrl-C ends it.
 _SLICE_BYTES: Final = 64 << 20
 _CLOSE_SECONDS: Final = 5.0
 
@@ -52,16 +51,16 @@ _new_bytes: Callable[[None, int], bytes] = ctypes.PYFUNCTYPE(
 class Disk:
     """An image opened by Backend.open, with a connection of its own; for use by any thread.
 
-    Invariants: (1) until closed or forgotten, _region is mapped and guarded; (2) _nr_busy calls are
-    copying, and while there are any, or _exporter is alive, it stays mapped.
+    Until closed or forgotten, _region is mapped and guarded. It stays mapped while _nr_busy calls
+    are copying, and while _exporter is alive.
     """
 
     def __init__(
         self, connection: Connection, request: Body, origin: str = "", *, follow: bool = True
     ) -> None:
-        """Attach over connection, which becomes the disk's; it is closed if this fails.
+        """Attach over connection, which the disk then owns; it is closed if this fails.
 
-        origin is the backend's URI, for those to whom page references are sent.
+        origin is the backend's URI, to be named in page references.
         """
         self._origin: Final = origin
         self._following: Following | None = None
@@ -96,7 +95,7 @@ class Disk:
         if kind is None:
             self.close()
             return
-        # A frame of the error on its way may still hold a view: not worth hiding the error for.
+        # The traceback may still hold a view: do not let UsageError hide the error.
         with contextlib.suppress(UsageError):
             self.close()
 
@@ -106,18 +105,19 @@ class Disk:
             try:
                 self.close()
             finally:
-                self._stop_following()  # it uses the region, which goes with us
+                self._stop_following()  # its thread uses the region, which is freed with the disk
 
     @property
     def alive(self) -> bool:
-        """Whether the backend is there, or one that comes after it; without any, pages that are in
-        memory work and others are errors.
+        """Whether the backend, or a successor, is there.
+
+        Without one, pages in memory still work, and access to others fails.
         """
         return self._connection.alive or not self.mapped
 
     @property
     def mapped(self) -> bool:
-        """Whether pages are in this process's memory: not once it moved to beyond a network."""
+        """Whether pages are in this process's memory; False once the guest moved over a network."""
         return self._following is None or not self._following.goes_by_bytes
 
     @property
@@ -140,15 +140,15 @@ class Disk:
 
     @property
     def moving(self) -> str:
-        """Where its guest moves and what that waits for, in words; "" when it does not move."""
+        """Where the guest moves and what that waits for, as text; "" if it does not move."""
         return self._following.moving if self._following else ""
 
     @property
     def view(self) -> memoryview:
         """The whole image as writable memory; writes are private to this guest.
 
-        Keeps the disk mapped: release every view, and what was made of it, before close.
-        A touch may wait for the backend while it holds the interpreter's lock. UsageError once the
+        Keeps the disk mapped: release every view, and all slices and casts of it, before close. An
+        access may wait for the backend while the thread holds the GIL. Raises UsageError once the
         guest has moved to where nothing can be mapped.
         """
         with self._lock:
@@ -157,21 +157,21 @@ class Disk:
             exporter = self._exporter() if self._exporter else None
             if exporter is None:
                 if self._following is not None:
-                    self._following.hold()
+                    self._following.begin_view()
                 # The pointer's destructor holds the disk while views live.
-                pointer = ffi.gc(ffi.cast("char *", self._region.address), self._keep)
+                pointer = ffi.gc(ffi.cast("char *", self._region.address), self._end_view)
                 exporter = ffi.buffer(pointer, self.size_bytes)
                 self._exporter = weakref.ref(exporter)
             return memoryview(exporter)
 
-    def _keep(self, _: object) -> None:
+    def _end_view(self, _: object) -> None:
         if self._following is not None:
-            self._following.let_go()
+            self._following.end_view()
 
     def read(self, offset: int, length: int) -> bytes:
-        """Give the bytes there now. Copies once.
+        """Return the bytes of a range. Copies once.
 
-        Raises UsageError for a range outside the image, OSError (EIO) if a page cannot be had.
+        Raises UsageError for a range outside the image, OSError (EIO) if a page cannot be loaded.
         """
         self._check_range("read", offset, length)
         if length == 0:
@@ -182,9 +182,9 @@ class Disk:
         return self._far().read(offset, length)
 
     def write(self, offset: int, data: ReadableBuffer) -> int:
-        """Put bytes there, private to this guest; give their number. Copies once.
+        """Write bytes, private to this guest, and return their number. Copies once.
 
-        Raises as read does; what came before the bad page is then written.
+        Raises as read does; the bytes before the bad page are then written.
         """
         with ffi.from_buffer(data) as source:
             length = len(source)
@@ -193,9 +193,9 @@ class Disk:
         return length if is_done else self._far().write(offset, data)
 
     def discard(self, offset: int, length: int) -> None:
-        """Give back private pages: the range is again what the image holds.
+        """Give back private pages: the range reads as the image again.
 
-        Raises UsageError unless offset is a multiple of 4096, and the end too or that of the image.
+        Raises UsageError unless offset is a multiple of 4096 and the end one too, or the image's.
         """
         self._check_range("discard", offset, length)
         end = offset + length
@@ -214,7 +214,7 @@ class Disk:
             raise OSError(-err, f"discard of {length} bytes at {offset} of image {self.image!r}")
 
     def flush(self) -> None:
-        """Nothing is to be done: private pages are this process's memory, and no safer.
+        """Do nothing while mapped: private pages are this process's memory, and no more durable.
 
         By bytes, as ByteDisk.flush.
         """
@@ -222,9 +222,9 @@ class Disk:
             self._far().flush()
 
     def close(self) -> None:
-        """Detach: private pages are gone. Does nothing twice, or in a forked child.
+        """Detach and drop the private pages. Idempotent; does nothing in a forked child.
 
-        Raises UsageError, and leaves the disk open, while views of it or calls on it are alive.
+        Raises UsageError, and leaves the disk open, while it has views or calls in progress.
         """
         with self._lock:
             if self._state != "open":
@@ -239,11 +239,11 @@ class Disk:
                 )
             self._state = "closed"
         self._stop_following()
-        # The backend lets go first: a handler late by an instant must not meet another mapping at
-        # this address. If it is not there, all that matters is that we do not wait for it.
+        # The backend detaches first: a fault handler that is late must not meet another mapping at
+        # this address. If the backend is gone, do not wait for it.
         with contextlib.suppress(CowshedError):
             if self._connection.alive:
-                ask(self._connection, "close", {}, timeout=_CLOSE_SECONDS)
+                detach(self._connection, _CLOSE_SECONDS)
         lib.region_deinit(self._region)
         self._connection.close()
 
@@ -262,7 +262,7 @@ class Disk:
             self._following.stop()
 
     def _far(self) -> ByteDisk:
-        """Where the guest is, by bytes."""
+        """The disk by bytes, at the backend that has the guest."""
         assert self._following is not None
         return self._following.far()
 
@@ -296,7 +296,7 @@ class Disk:
         ours: Pointer[bytes],
         length: int,
     ) -> bool:
-        """Copy; False if it is to be done anew, by bytes."""
+        """Copy; False if the disk went on by bytes, and the caller must repeat the call there."""
         done = 0
         self._begin()
         try:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mapping that follows its guest to another backend; the thread that does so is in C (follow.c).
+"""A mapping that follows its guest to another backend, by a thread in C (follow.c).
 
-By its backend's word {"event": "moved"} it opens at the target and puts the target's frames in the
-place of the old ones. Where nothing can be mapped, the memory is given up, and the disk goes on by
-bytes. The same thread notices that the backend is gone and none comes after it: from then on pages
-that are not there are SIGBUS, and nobody waits for them (orphan.c).
+When the backend sends {"event": "moved"}, the thread opens the image at the target and replaces the
+old frames by the target's. Where nothing can be mapped, the memory is given up and the disk goes on
+by bytes. The same thread notices that the backend is gone for good: from then on absent pages are
+SIGBUS, and no access waits for them (orphan.c).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PAUSE_SECONDS: Final = 0.05
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where the guest is now, or goes."""
+    """The backend that has the guest, or to which it moves."""
 
     uri: str
     token: str
@@ -46,17 +46,18 @@ class _Place:
 
 
 class Following:
-    """Follows from start to stop() or forget(). For any thread.
+    """Follows from construction to stop() or forget(). For any thread.
 
-    Invariant: while _follower is there the region and the connection's descriptor are.
+    Invariant: the region and the connection's descriptor outlive _follower.
     """
 
     def __init__(
         self, attached: Attached, connection_fd: int, request: Body, *, follows: bool = True
     ) -> None:
-        """Both are borrowed; request is what opened the image. UsageError if no thread can be.
+        """Start the thread; attached and connection_fd are borrowed, request opened the image.
 
-        Unless it follows, it only notices that the backend is gone for good.
+        Unless follows, the thread only notices that the backend is gone for good. Raises UsageError
+        if no thread can be started.
         """
         self._image: Final[str] = request["image"]
         self._guest: Final = attached.guest
@@ -66,7 +67,7 @@ class Following:
             "op": "open",
             "image": self._image,
             "guest": self._guest,
-            "moved": True,  # its pages are there, or it is not
+            "moved": True,  # the target must have the guest's pages, or refuse
             "window_bytes": request.get("window_bytes"),
             "write_window_bytes": request.get("write_window_bytes"),
         }
@@ -89,7 +90,7 @@ class Following:
         self._follower: StructFollower | None = follower[0]
 
     def stop(self) -> None:
-        """Follow no more; the region is left as it is. Does nothing twice."""
+        """Stop following; the region stays as it is. Idempotent."""
         with self._lock:
             follower, self._follower = self._follower, None
             if follower is not None:
@@ -99,7 +100,7 @@ class Following:
             far.close()
 
     def forget(self) -> None:
-        """In a forked child, where its thread is not."""
+        """In a forked child, which has no copy of the thread: drop it."""
         self._lock = threading.RLock()
         follower, self._follower = self._follower, None
         if follower is not None:
@@ -107,43 +108,43 @@ class Following:
 
     @property
     def goes_by_bytes(self) -> bool:
-        """Whether the guest is where nothing can be mapped."""
+        """Whether the guest is at a backend from which nothing can be mapped."""
         follower = self._follower
         return follower is not None and lib.follower_state(follower) == lib.FOLLOW_BYTES
 
     @property
     def place(self) -> _Place | None:
-        """Where the guest is, if it has moved; where it goes, if it is on its way."""
-        told = ffi.new("struct follow_status *")
+        """Where the guest is, if it has moved; its target, if it is moving; else None."""
+        status = ffi.new("struct follow_status *")
         with self._lock:
             if self._follower is None:
                 return None
-            lib.follower_read(self._follower, told)
-        uri = ffi.string(told.uri).decode()
+            lib.follower_read(self._follower, status)
+        uri = ffi.string(status.uri).decode()
         if not uri:
             return None
-        token = ffi.string(told.token).decode()
+        token = ffi.string(status.token).decode()
         return _Place(
             uri=uri,
             token=json.loads(token),
-            generation=ffi.string(told.generation).decode(),
-            extent_bytes=told.extent_bytes,
-            nr_moves=told.nr_moves,
-            why=ffi.string(told.why).decode(errors="replace"),
+            generation=ffi.string(status.generation).decode(),
+            extent_bytes=status.extent_bytes,
+            nr_moves=status.nr_moves,
+            why=ffi.string(status.why).decode(errors="replace"),
         )
 
     @property
     def moving(self) -> str:
-        """What a move under way waits for, in words; "" if none is."""
+        """Where the guest moves and what that waits for, as text; "" if it does not move."""
         follower, place = self._follower, self.place
         if follower is None or place is None or lib.follower_state(follower) != lib.FOLLOW_MOVES:
             return ""
         return f"moving to {place.uri}" + (f": {place.why}" if place.why else "")
 
-    def hold(self) -> None:
-        """Somebody is about to look at the memory. UsageError if it was given up."""
+    def begin_view(self) -> None:
+        """Count a view of the memory. UsageError if the memory was given up."""
         with self._lock:
-            if self._follower is not None and lib.follower_hold(self._follower) < 0:
+            if self._follower is not None and lib.follower_begin_view(self._follower) < 0:
                 place = self.place
                 where = place.uri if place else "another backend"
                 raise UsageError(
@@ -151,14 +152,14 @@ class Following:
                     f"{where}, where pages cannot be mapped; use read and write"
                 )
 
-    def let_go(self) -> None:
-        """Nobody looks any more."""
+    def end_view(self) -> None:
+        """Uncount a view."""
         with self._lock:
             if self._follower is not None:
-                lib.follower_let_go(self._follower)
+                lib.follower_end_view(self._follower)
 
     def far(self) -> ByteDisk:
-        """The disk by bytes, where the guest is. Raises as Backend.open does."""
+        """The disk by bytes, at the guest's backend; opened once. Raises as Backend.open does."""
         with self._lock:
             if self._far is None:
                 place = self.place
@@ -168,9 +169,9 @@ class Following:
             return self._far
 
     def _open(self, uri: str, token: str) -> ByteDisk:
-        """Open where the guest is. That may be dying or coming up: we were told to go there.
+        """Open at the backend that has the guest. It may be starting or being succeeded.
 
-        Tried for as long as an operation of an open disk is.
+        Tries for as long as an operation of an open disk does.
         """
         deadline = time.monotonic() + REQUEST_SECONDS
         while True:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A forked child lets go of what belongs to its parent.
+"""A forked child closes its copies of the parent's descriptors.
 
-A child inherits copies of the parent's sockets and userfaultfds. While it held them, the parent's
-death would go unseen at the other end of a socket; and a mapping made MADV_DONTFORK is not there.
+A child inherits copies of the parent's sockets and userfaultfds. If it kept them, the peer would
+not notice the parent's death. The child has no use for them: MADV_DONTFORK mappings are not copied.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest's handshake where nothing can be mapped: hello, open, data; then blocks by request.
+"""The guest's handshake over a network: hello, open, data; then NBD requests.
 
     hello, open {image, guest, token, ...} -> {mapped: false, size_bytes, overlay, ...}
     data -> the connection is in NBD's transmission phase, structured replies, on this guest's bytes
 
-A guest that was sent on names the pages it had (open's overlay): a backend without them refuses,
-and makes none in their place. The token is what a connection made anew proves with that it is the
-same guest; whoever has it has the guest's private pages.
+A guest that was redirected names the pages it had (open's overlay): a backend without them refuses
+instead of starting with none. By the token a new connection proves that it is the same guest; the
+token gives access to the guest's private pages.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def open_by_bytes(
     timeout: float = REQUEST_SECONDS,
     readahead_bytes: int = READAHEAD_BYTES,
 ) -> ByteDisk:
-    """Open an image as request says, over connections of the disk's own, one at a time.
+    """Open an image as request says; the disk makes its own connections, one at a time.
 
     Raises UsageError, CapacityError or SourceError as the backend refuses, PeerError if it is gone.
     """
@@ -59,26 +59,29 @@ def open_by_bytes(
         nr_moves = 0
         sender = ""
         while True:
-            # A backend that died in a drain sends the guest on before it knows whether the guest's
-            # pages are there. Ask for these pages, or be sent to and fro until it knows.
+            # The successor of a backend that died in a drain redirects the guest before it knows
+            # whether the guest's pages are at the target. So ask the target for these very pages,
+            # and return to the sender if it has none; accept others once half the time is over.
             is_sure = not (sender and overlay) or time.monotonic() - began > timeout / 2
             wanted = {} if is_sure else {"overlay": overlay}
             try:
-                # One that dies in the middle of it has a successor, which is asked at once.
+                # If the backend dies meanwhile, ask its successor at once.
                 dialled = again_if_gone(partial(_dial, here, fields | wanted, deadline))
                 is_open, overlay = True, dialled.overlay
                 return dialled
             except MovedError as error:
-                # The first time it is for the caller to follow; later the guest moved under us.
+                # The caller follows a redirect of the first open; later ones are followed here.
                 if not is_open or not error.uri or scheme(error.uri).maps:
                     raise
                 sender, here = here, error.uri
                 nr_moves += 1
-                # The guest is there already; but two may send it on to each other for ever.
+                # The guest is there already, so do not pause; but two backends may redirect it to
+                # each other for ever.
                 if nr_moves <= _MOVES_AT_ONCE:
                     continue
             except CapacityError as error:
-                # Our last connection is not quite gone there; or who is open waits for room.
+                # The backend may not have noticed the end of our last connection, or has no room:
+                # a disk that is open waits for either.
                 if isinstance(error, _FullError) and not is_open:
                     raise
                 if time.monotonic() + _PAUSE_SECONDS > deadline:

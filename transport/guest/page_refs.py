@@ -4,16 +4,16 @@
     ref = PageRef.of(disk, offset, length)              # any program that has the image open
     peer.request("look", pages=ref.to_body())           # in any field of any message
 
-    ref = PageRef.from_body(asked.body["pages"])        # the receiver; or whoever it forwards it to
+    ref = PageRef.from_body(asked.body["pages"])        # the receiver, or a further one
     ref.resolve(resolver)                               # the bytes, at the point of use
 
-A reference names pages of an image, not of a guest: what some guest wrote privately is not in them.
-It is resolved in the cheapest way that the place it is used in has: by *map*, if that program has
-the image mapped (no copy, the shared frames themselves); by *copy*, over a channel to somebody who
-can resolve it; by the *network*, from the backend that its origin names. It carries no right: who
-resolves it needs access to the image by itself, or a peer that has it and is willing.
+A reference names pages of an image, not of a guest: it does not include private writes. The program
+that uses it resolves it in the cheapest way it has: by *map*, if it has the image mapped (no copy,
+the shared frames themselves); by *copy*, over a channel to a program that can resolve it; by
+*network*, from the backend that its origin names. A reference grants no access: the resolver must
+have access to the image itself, or a peer that has it and agrees to copy.
 
-An image that was replaced has another generation, and a reference to the old one is refused.
+A replaced image has another generation, and references to the old one are refused.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Way = Literal["map", "copy", "network"]
 
 
 class OpenImage(Protocol):
-    """What a reference can be made of and resolved from: a Disk, mapped or not."""
+    """A Disk, mapped or not: references are made of it and resolved from it."""
 
     image: str
     generation: str
@@ -48,7 +48,7 @@ class OpenImage(Protocol):
 
     @property
     def mapped(self) -> bool:
-        """Whether it has a view."""
+        """Whether view works."""
 
     @property
     def origin(self) -> str:
@@ -66,7 +66,7 @@ class OpenImage(Protocol):
 class PageRef:
     """length bytes at offset of an image of that generation, served at origin.
 
-    mode "r" is for reading; "c" gives who resolves it a copy of its own to write to.
+    mode "r" resolves to read-only memory; "c" to a private copy that the caller may write to.
     """
 
     image: str
@@ -89,7 +89,7 @@ class PageRef:
         return cls(disk.image, disk.generation, offset, length, mode, disk.origin)
 
     def to_body(self) -> Body:
-        """Give the JSON object that stands for it in a message."""
+        """Return the JSON object that stands for the reference in a message."""
         return {
             "image": self.image,
             "generation": self.generation,
@@ -101,7 +101,7 @@ class PageRef:
 
     @classmethod
     def from_body(cls, body: object) -> PageRef:
-        """Read one out of a message; PeerError for what is none."""
+        """Read a reference out of a message; PeerError if body is not one."""
         if not isinstance(body, dict):
             raise PeerError(f"a page reference is an object, not {type(body).__name__}")
         return cls(
@@ -114,20 +114,20 @@ class PageRef:
         )
 
     def resolve(self, resolver: Resolver) -> memoryview:
-        """Give the bytes: read-only memory, or on mode "c" writable memory of the caller's own.
+        """Return the bytes: read-only memory, or for mode "c" writable memory of the caller's own.
 
-        Raises SourceError if the image was replaced, PeerError if those who have it are gone,
-        UsageError if this resolver knows no way to it.
+        Raises SourceError if the image was replaced, PeerError if the peer or backend that has it
+        is gone, UsageError if this resolver knows no way to it.
         """
         return resolver.resolve(self)
 
 
 class Resolver:
-    """Knows the ways to pages from where it is. For one thread at a time.
+    """Resolves references by map, copy or network. For one thread at a time.
 
-    images are open ones that nobody here writes to; copies_from is a channel whose other end
-    answers PAGES_OP; origins are the URIs it may connect to: a reference may come from anybody, and
-    name anything. ways counts how often each way was taken.
+    images are open disks that this program does not write to; copies_from is a channel whose peer
+    answers PAGES_OP; origins are the URIs that may be connected to: a reference is untrusted input
+    and may name any. ways counts how often each way was taken.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Resolver:
         self.close()
 
     def close(self) -> None:
-        """Close what was opened to resolve; memory that was given by map must be released first."""
+        """Close the disks opened to resolve; the caller must release memory got by map first."""
         while self._opened:
             _, disk = self._opened.popitem()
             disk.close()
@@ -179,7 +179,7 @@ class Resolver:
         return _as_asked(ref, memoryview(disk.read(ref.offset, ref.length)))
 
     def answer(self, request: ChannelRequest) -> None:
-        """Answer a peer's PAGES_OP by resolving here: the other end of way "copy"."""
+        """Answer a peer's PAGES_OP by resolving here: the serving end of "copy"."""
         try:
             ref = PageRef.from_body(request.body.get("ref"))
             if ref.length > MAX_COPY_BYTES:
@@ -203,7 +203,7 @@ class Resolver:
             try:
                 piece = base64.b64decode(text if isinstance(text, str) else "!", validate=True)
             except (binascii.Error, ValueError) as error:
-                raise PeerError(f"the peer's copy of {ref.image!r} is no base64") from error
+                raise PeerError(f"the peer's copy of {ref.image!r} is not base64") from error
             if len(piece) != length:
                 raise PeerError(f"the peer's copy has {len(piece)} bytes instead of {length}")
             copied += piece
@@ -214,8 +214,8 @@ class Resolver:
         if key not in self._opened:
             if ref.origin not in self._origins:
                 raise UsageError(
-                    f"image {ref.image!r} is not mapped here, nobody here copies it, and this "
-                    f"program may not connect to {ref.origin}; give that in origins"
+                    f"image {ref.image!r} is not mapped here, there is no copies_from, and this "
+                    f"program may not connect to {ref.origin}; add that to origins"
                 )
             with connect(ref.origin) as backend:
                 self._opened[key] = backend.open(ref.image)

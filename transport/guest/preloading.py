@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the preloaded library of `cowshed attach` needs to be told, and the questions asked before.
+"""The environment for the preloaded library of `cowshed attach`, and the checks made before.
 
-The library is transport/preload/*.c; the environment variable's form is in its config.h.
+The library is transport/preload/*.c; its config.h has the form of the environment variable.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from cowshed.transport.messages.protocol import Body
 
 VARIABLE: Final = "COWSHED_ATTACH"
 _LIBRARY: Final = "_preload.abi3.so"
-# The library's buffers hold a line of this many bytes and its end.
+# The library's buffers hold a line of this many bytes and a terminator.
 _MAX_LINE_BYTES: Final = 4095
 _MUST_BE_FIRST: Final = re.compile(r"libasan\.so|libclang_rt\.asan")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An image's source as the daemon has it open: a descriptor, the caller's, and its pages."""
+    """An image's source as the daemon has it open: a descriptor, the caller's, and its length."""
 
     fd: int
     map_bytes: int
 
 
 def library_path() -> Path:
-    """Where the library is. Raises UsageError if it is missing, or in a place that will not do."""
+    """Return the library's path. UsageError if it is missing, or its path cannot be preloaded."""
     path = Path(__file__).resolve().parents[1] / _LIBRARY
     if not path.is_file():
         raise UsageError(f"cowshed's library {path} is missing: install cowshed again")
@@ -52,7 +52,7 @@ def library_path() -> Path:
 
 
 def describe(uri: str, image: str) -> Source:
-    """Ask for an image's source. Raises what the daemon's refusal stands for, and PeerError."""
+    """Ask for an image's source. Raises the error of the daemon's refusal, and PeerError."""
     return again_if_gone(lambda: _describe(uri, image))
 
 
@@ -75,7 +75,7 @@ def _is_readable(fd: int) -> bool:
 
 
 def rehearse(uri: str, request: Body) -> None:
-    """Do what the library will do up to the last step, so that what would fail fails now.
+    """Do what the library will do up to the last step, so that failures show before the program.
 
     Raises what Backend.open raises.
     """
@@ -85,7 +85,7 @@ def rehearse(uri: str, request: Body) -> None:
 def _rehearse(uri: str, request: Body) -> None:
     with contextlib.closing(greet(uri)) as connection:
         attach.rehearse(connection, request)
-        # The name is free again once this is answered.
+        # The guest's name is free again once the backend answers this.
         with contextlib.suppress(CowshedError):
             ask(connection, "close", {})
 
@@ -99,11 +99,11 @@ def environment(
     request: Body,
     populate: bool = False,
 ) -> dict[str, str]:
-    """The program's environment: outer, and what has the library loaded and configured.
+    """Return the program's environment: outer, plus what loads and configures the library.
 
-    source was described for request's image; path is what stands for it in the program's words;
-    populate has each mapping be as with MAP_POPULATE.
-    Raises UsageError if something is too long, or has a line's end in it.
+    source was described for request's image; path is the file that the program opens for it;
+    populate makes each mapping behave as with MAP_POPULATE. Raises UsageError if a value is too
+    long or contains a newline.
     """
     status = os.stat(path)
     opening = json.dumps({"op": "open", **{k: v for k, v in request.items() if v is not None}})
@@ -116,9 +116,9 @@ def environment(
     ]
     for line in lines:
         if len(os.fsencode(line)) > _MAX_LINE_BYTES or "\n" in line:
-            raise UsageError(f"{line[:100]!r} is too long or has a line's end in it: rename it")
+            raise UsageError(f"{line[:100]!r} is too long or contains a newline: rename it")
     others = [name for name in re.split("[ :]", outer.get("LD_PRELOAD", "")) if name]
-    # The address sanitizer ends a program in which another library comes before its own.
+    # AddressSanitizer aborts a program that loads another library before its own.
     first = list(itertools.takewhile(_MUST_BE_FIRST.search, others))
     preloaded = [*first, str(library), *others[len(first) :]]
     return {**outer, VARIABLE: "\n".join(lines), "LD_PRELOAD": ":".join(preloaded)}

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A handoff as bytes: numbered frames, each checked and perhaps compressed; for files and sockets.
+"""A handoff as bytes: numbered frames with checksums, maybe compressed; for files and sockets.
 
-    preamble   magic 8 "CSHDHAND", version u16, flags u16, crc u32 of what is before it
+    preamble   magic 8 "CSHDHAND", version u16, flags u16, crc u32 of the bytes before it
     frame      kind u16, flags u16, number u32, raw_bytes u32, stored_bytes u32,
                crc u32 of the header before it and of the payload; then the payload
 
-Little-endian. Flag 1: the payload is one zstd frame that says its content's size. Frames are
-numbered from 0 without a gap. The last one of a file, END, has the SHA-256 of every byte before it.
+Little-endian. Flag 1: the payload is one zstd frame with its content's size. Frames are numbered
+from 0 without a gap. The last one of a file, END, has the SHA-256 of every byte before it.
 
-Sans-IO: bytes in, frames out. What comes is hostile until checked; every violation is a
-DamagedError that says where, after which the decoder is of no more use. Memory is bounded by one
-frame, and grows with what has come, not with what was announced.
+Sans-IO: bytes in, frames out. Received bytes are untrusted; every violation is a DamagedError with
+its place, after which the decoder must not be used. Memory is bounded by one frame, and grows with
+what has arrived, not with what was announced.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ _HEADER: Final = struct.Struct("<HHIIII")
 _UNCHECKED: Final = _HEADER.size - 4
 _COMPRESSED: Final = 1
 _LEVEL: Final = 1
-# Less than this saved is not worth the peer's time.
+# Store a frame uncompressed unless compression shrinks it below this part.
 _WORTH: Final = 0.9
 _MAX_WINDOW_BYTES: Final = 8 << 20
 
 
 class DamagedError(SourceError):
-    """What came is not what was sent, or was never a handoff; the text says where."""
+    """The bytes are damaged, or not a handoff; the text names the place."""
 
 
 class FrameKind(IntEnum):
-    """What a frame holds; see handoff_sections.py."""
+    """The kind of a frame's section; see sections.py."""
 
     HEADER = 1
     IMAGE = 2
@@ -65,8 +65,8 @@ class FrameKind(IntEnum):
     DROPPED = 6
     TOTALS = 7
     END = 8
-    MESSAGE = 9  # of one end to the other; never in a file
-    MISSING = 10  # of post-copy; the same
+    MESSAGE = 9  # a control message; never in a file
+    MISSING = 10  # of post-copy; never in a file
     IMAGE_BYTES = 16
     IMAGE_WHOLE = 17
 
@@ -83,7 +83,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A place between two frames: where another encoder can go on. sha256 is of all before it."""
+    """A place between two frames, where another encoder can go on; sha256 is of all before it."""
 
     offset: int
     nr_frames: int
@@ -91,22 +91,22 @@ class Mark:
 
 
 class FrameEncoder:
-    """Gives the bytes of frames, in order. digest() is of all that was given, and before a mark."""
+    """Encodes frames, in order. digest() covers all bytes encoded, and those before the mark."""
 
     def __init__(self, mark: Mark | None = None) -> None:
-        """mark is where to go on; the preamble is there already then."""
+        """Start a handoff, or go on at mark, where the preamble is written already."""
         self._compressor = zstandard.ZstdCompressor(level=_LEVEL)
         self._number = mark.nr_frames if mark else 0
         self._sha = mark.sha256.copy() if mark else hashlib.sha256()
         self.nr_bytes = mark.offset if mark else 0
 
     def preamble(self) -> bytes:
-        """Give what comes before the first frame."""
+        """Return the bytes before the first frame."""
         start = _PREAMBLE.pack(MAGIC, VERSION, 0, 0)[:-4]
         return self._given(start + struct.pack("<I", zlib.crc32(start)))
 
     def frame(self, kind: FrameKind, payload: bytes) -> bytes:
-        """Give one frame; a payload is at most MAX_RAW_BYTES."""
+        """Encode one frame; the payload must be at most MAX_RAW_BYTES."""
         assert len(payload) <= MAX_RAW_BYTES
         stored, flags = payload, 0
         if len(payload) >= 128:
@@ -120,11 +120,11 @@ class FrameEncoder:
 
     @property
     def nr_frames(self) -> int:
-        """How many frames were given."""
+        """The number of frames encoded, with those before the mark."""
         return self._number
 
     def digest(self) -> str:
-        """Give the SHA-256 of all bytes given until now."""
+        """Return the SHA-256 of all bytes until now."""
         return self._sha.hexdigest()
 
     def _given(self, raw: bytes) -> bytes:
@@ -134,7 +134,7 @@ class FrameEncoder:
 
 
 class FrameDecoder:
-    """Takes bytes as they come and gives frames. Invariant: offset + what is held = bytes taken."""
+    """Decodes frames from bytes as they come. Invariant: offset + len(_held) = bytes taken."""
 
     def __init__(self) -> None:
         self._held = bytearray()
@@ -147,12 +147,12 @@ class FrameDecoder:
         self.offset = 0
 
     def feed(self, raw: bytes | bytearray | memoryview) -> Iterator[Frame]:
-        """Take bytes; give the frames that they end, each with digest() being of what is before."""
+        """Take received bytes; yield the frames they end. digest() is of the bytes before each."""
         self._held += raw
         if not self._began:
             if len(self._held) < _PREAMBLE.size:
                 if not MAGIC.startswith(bytes(self._held[: len(MAGIC)])):
-                    self.refuse("it does not begin as a handoff does")
+                    self.refuse("it does not begin with a handoff's magic")
                 return
             self._take_preamble()
         while (frame := self._next()) is not None:
@@ -165,27 +165,27 @@ class FrameDecoder:
             self._section = frame.kind.name
 
     def digest(self) -> str:
-        """Give the SHA-256 of all before the frame that was given last."""
+        """Return the SHA-256 of all bytes before the frame yielded last."""
         return self._sha.hexdigest()
 
     def mark(self) -> Mark:
-        """Give the place before the frame that was given last, or after all if none is awaited."""
+        """Return the place before the frame yielded last, or after it once feed() has returned."""
         return Mark(self.offset, self._marked, self._sha.copy())
 
     def end(self) -> Never:
-        """The bytes end here, and END was not there: say how far it is good."""
+        """Refuse an end of the bytes without END, with the offset at which to resume."""
         self.refuse(
             f"it is cut short after {len(self._held)} more bytes; everything before is good: "
-            f"go on with the transfer from byte {self.offset + len(self._held)}"
+            f"resume the transfer from byte {self.offset + len(self._held)}"
         )
 
     def check_empty(self) -> None:
-        """Refuse bytes that are left over."""
+        """Refuse bytes after the last frame."""
         if self._held:
             self.refuse(f"{len(self._held)} bytes are left over")
 
     def refuse(self, what: str) -> Never:
-        """Raise DamagedError with the place."""
+        """Raise DamagedError with the place of the damage."""
         raise DamagedError(
             f"at byte {self.offset}, frame {self._number}, after section {self._section}: {what}"
         )
@@ -194,11 +194,11 @@ class FrameDecoder:
         raw = bytes(self._held[: _PREAMBLE.size])
         magic, version, flags, crc = _PREAMBLE.unpack(raw)
         if magic != MAGIC:
-            self.refuse("it does not begin as a handoff does")
+            self.refuse("it does not begin with a handoff's magic")
         if crc != zlib.crc32(raw[:-4]):
             self.refuse("the preamble's checksum is wrong")
         if version != VERSION or flags:
-            self.refuse(f"it is of version {version}, flags {flags}; this end knows {VERSION}, 0")
+            self.refuse(f"version {version}, flags {flags}; this end reads version {VERSION}, 0")
         self._sha.update(raw)
         del self._held[: _PREAMBLE.size]
         self.offset = _PREAMBLE.size
@@ -210,7 +210,7 @@ class FrameDecoder:
         kind, flags, number, raw_bytes, stored_bytes, crc = _HEADER.unpack_from(self._held)
         if raw_bytes > MAX_RAW_BYTES or stored_bytes > raw_bytes or flags & ~_COMPRESSED:
             self.refuse(
-                f"a frame of {stored_bytes} bytes for {raw_bytes}, flags {flags}, cannot be"
+                f"invalid frame header: {stored_bytes} bytes for {raw_bytes}, flags {flags}"
             )
         if len(self._held) < _HEADER.size + stored_bytes:
             return None
@@ -221,24 +221,24 @@ class FrameDecoder:
         if checked != crc:
             self.refuse("its checksum is wrong")
         if number != self._number:
-            self.refuse(f"frame {number} comes where {self._number} should")
+            self.refuse(f"frame {number} comes instead of frame {self._number}")
         if kind not in FrameKind.__members__.values():
-            self.refuse(f"no section of kind {kind} is known")
+            self.refuse(f"unknown section kind {kind}")
         payload = self._unpack(stored, raw_bytes) if flags & _COMPRESSED else stored
         if len(payload) != raw_bytes:
-            self.refuse(f"it has {len(payload)} bytes and says {raw_bytes}")
+            self.refuse(f"it has {len(payload)} bytes and its header says {raw_bytes}")
         frame = Frame(FrameKind(kind), number, payload, self.offset)
         self._number += 1
         self._stored_bytes = stored_bytes
         return frame
 
     def _unpack(self, stored: bytes, raw_bytes: int) -> bytes:
-        # A frame that names its size makes zstd take that much memory, whatever limit is given.
+        # zstd allocates the size that a frame names, whatever limit it is given: check it first.
         try:
             if zstandard.frame_content_size(stored) != raw_bytes:
-                self.refuse("its compressed size is not the one it says")
+                self.refuse("its zstd frame and its header name different sizes")
             return self._decompressor.decompress(
                 stored, max_output_size=raw_bytes, allow_extra_data=False
             )
         except zstandard.ZstdError as error:
-            self.refuse(f"it cannot be uncompressed ({error})")
+            self.refuse(f"it cannot be decompressed ({error})")

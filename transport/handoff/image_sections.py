@@ -2,7 +2,7 @@
 """Sections with the bytes of images, for a target that has no source of its own.
 
 An IMAGE with has_bytes may be followed by IMAGE_BYTES, hottest extents first, and one IMAGE_WHOLE.
-A page that is in none of them is zeros. A page beyond the end of the image is zeros, too.
+Pages in none of them, and the part of the last page past the image's end, are zeros.
 """
 
 from __future__ import annotations
@@ -43,18 +43,21 @@ class ImageBytes:
 
 @dataclass(frozen=True)
 class ImageWhole:
-    """All of an image came that is not zeros."""
+    """The end of an image's bytes: all its pages that are not zeros came."""
 
     image: int
 
 
 def encode_runs(whose: int, runs: Sequence[tuple[int, int]]) -> bytes:
-    """Give the number of an image or a guest, and runs of its pages, as bytes."""
+    """Encode the number of an image or a guest, and runs of its pages."""
     return _WHOSE.pack(whose, len(runs)) + b"".join(_RUN.pack(*run) for run in runs)
 
 
 def decode_runs(payload: bytes) -> tuple[int, Runs, int]:
-    """Give whose they are, the runs, and how many bytes those took; ValueError, struct.error."""
+    """Return the number of the image or guest, the runs, and how many bytes both took.
+
+    Raises ValueError or struct.error for a malformed payload.
+    """
     whose, nr = _WHOSE.unpack_from(payload)
     end = _WHOSE.size + nr * _RUN.size
     if end > len(payload):
@@ -63,12 +66,12 @@ def decode_runs(payload: bytes) -> tuple[int, Runs, int]:
 
 
 def check_runs(runs: Runs, size_bytes: int, content: bytes | None) -> None:
-    """Raise ValueError unless runs ascend within an image, and the content, if any, is theirs."""
+    """Raise ValueError unless runs ascend within an image and the content, if any, fits them."""
     nr_pages = -(-size_bytes // PAGE_BYTES)
     end = total = 0
     for first, nr in runs:
         if first < end or nr == 0 or first + nr > nr_pages:
-            raise ValueError(f"{nr} pages from {first} are out of order or of the image")
+            raise ValueError(f"{nr} pages from {first} are out of order or outside the image")
         end, total = first + nr, total + nr
     if content is not None and len(content) != total * PAGE_BYTES:
         raise ValueError(f"{len(content)} bytes for {total} pages")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a handoff's frames hold, typed and checked: the same sections in a file and on a wire.
+"""The sections in a handoff's frames, typed and checked: the same in a file and on a socket.
 
     HEADER, IMAGE*, GUEST*, then IMAGE_BYTES, IMAGE_WHOLE, WORKING_SET, PAGES, DROPPED, TOTALS in
     any order, END
 
-Images and guests are numbered from 0 in the order they come. PAGES of a page that came before take
-its place; DROPPED says that pages are no longer private. TOTALS says, for each guest, once and
-last, what it must have in the end. Between two backends, control messages may stand anywhere.
+Images and guests are numbered from 0 in order. Later PAGES replace earlier ones of the same page;
+DROPPED lists pages that are no longer private. One TOTALS ends each guest's sections and states
+what the guest must have. Between two backends, control messages may stand anywhere.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _WHOSE: Final = struct.Struct("<II")
 
 @dataclass(frozen=True)
 class Header:
-    """Which handoff it is, and whose."""
+    """The id of the handoff, its backend, and the time it was made."""
 
     handoff: str
     backend: str = ""
@@ -80,10 +80,10 @@ class Header:
 
 @dataclass(frozen=True)
 class ImageSection:
-    """An image of the catalogue; its digest says which it is.
+    """An image of the catalogue, identified by its digest.
 
-    has_bytes: its bytes are in the file, or can be sent. allowed is who of the domain may use it,
-    by uids, gids and clients; None is everybody.
+    has_bytes: its bytes are in the file, or can be sent. allowed lists the uids, gids and clients
+    of the domain that may use it; None: all.
     """
 
     name: str
@@ -98,9 +98,9 @@ class ImageSection:
 
 @dataclass(frozen=True)
 class GuestSection:
-    """A guest to be: owner is who may come back to its private pages, token what it proves it by.
+    """A guest to be admitted: owner may return to its private pages and proves itself by token.
 
-    quota_bytes None is no quota.
+    quota_bytes None: no quota.
     """
 
     name: str
@@ -116,7 +116,7 @@ class GuestSection:
 
 @dataclass(frozen=True)
 class WorkingSetSection:
-    """Extents of an image, to be loaded in this order."""
+    """Extents of an image, in the order to load them."""
 
     image: int
     extents: tuple[int, ...]
@@ -133,7 +133,7 @@ class Pages:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Pages of a guest that are not private any more."""
+    """Pages of a guest that are no longer private."""
 
     guest: int
     runs: Runs
@@ -149,7 +149,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Totals:
-    """How many private pages a guest has in the end, and its counters by then."""
+    """The final number of a guest's private pages, and its final counters."""
 
     guest: int
     private_pages: int
@@ -158,20 +158,20 @@ class Totals:
 
 @dataclass(frozen=True)
 class ControlMessage:
-    """A control message of one end to the other; its "say" names its kind."""
+    """A control message to the other backend; its field "say" is its kind."""
 
     body: Mapping[str, Any]
 
     @property
     def kind(self) -> str:
-        """What kind it is of, "" if it does not say."""
-        said = self.body.get("say")
-        return said if isinstance(said, str) else ""
+        """Its kind, "" if it has none."""
+        kind = self.body.get("say")
+        return kind if isinstance(kind, str) else ""
 
 
 @dataclass(frozen=True)
 class End:
-    """All is here."""
+    """The end of a handoff, with the digest of all bytes before."""
 
     nr_frames: int
     sha256: str
@@ -202,26 +202,26 @@ _JSON_KINDS: Final[dict[type, FrameKind]] = {
 
 
 class StateWriter:
-    """Gives the bytes of sections; the caller sends them, in order."""
+    """Encodes sections; the caller must send the bytes in order."""
 
     def __init__(self, mark: Mark | None = None) -> None:
-        """mark is where a StateReader found the end of what is good: to go on with that."""
+        """Start a handoff, or go on at mark, where a StateReader found the end of good bytes."""
         self._frames = FrameEncoder(mark)
         self._began = mark is not None
 
     @property
     def nr_bytes(self) -> int:
-        """How much was given."""
+        """The number of bytes encoded, with those before the mark."""
         return self._frames.nr_bytes
 
     def write(self, section: Section) -> bytes:
-        """Give a section's bytes, the preamble before the first."""
+        """Encode a section, with the preamble before the first."""
         start = b"" if self._began else self._frames.preamble()
         self._began = True
         return start + self._frames.frame(*_encode(section))
 
     def end(self) -> bytes:
-        """Give the last section's bytes."""
+        """Encode the last section, END."""
         return self.write(End(self._frames.nr_frames, self._frames.digest()))
 
 
@@ -249,14 +249,14 @@ def _json(body: Mapping[str, Any]) -> bytes:
 
 
 class StateReader:
-    """Takes bytes and gives sections that make sense after those before; DamagedError with a place.
+    """Decodes sections and checks each against those before; DamagedError names the place.
 
-    Invariant: images, guests and totals are those that came, by number; whole are the images of
-    which an IMAGE_WHOLE came.
+    Invariant: images, guests and totals hold the received sections, by number; whole the images
+    whose IMAGE_WHOLE came.
     """
 
     def __init__(self, *, messages: bool = False) -> None:
-        """messages: whether a peer is at the other end, which sends control messages."""
+        """messages: whether the bytes come from a peer, which may send control messages."""
         self._frames = FrameDecoder()
         self._messages = messages
         self.header: Header | None = None
@@ -270,17 +270,17 @@ class StateReader:
 
     @property
     def offset(self) -> int:
-        """The bytes that were taken and found good."""
+        """The number of bytes checked and found good."""
         return self._frames.offset
 
     def mark(self) -> Mark:
-        """Give the place before the section that was given last, or after all of them."""
+        """Return the place before the section yielded last; after it once feed() has returned."""
         return self._frames.mark()
 
     def feed(self, raw: bytes | bytearray | memoryview) -> Iterator[Section]:
-        """Take bytes as they come; give the sections that they end, one by one.
+        """Take received bytes; yield the sections they end.
 
-        One by one, since a few bytes can be very many sections.
+        Not a list, since a few bytes may hold very many sections.
         """
         for frame in self._frames.feed(raw):
             try:
@@ -293,11 +293,11 @@ class StateReader:
             yield section
 
     def expect_missing(self, sizes_bytes: Sequence[int]) -> None:
-        """From now on PAGES may come of guests by number, with images of these sizes."""
+        """Accept from now on the missing PAGES of guests, by number, with images of these sizes."""
         self._missing_sizes = list(sizes_bytes)
 
     def end(self) -> None:
-        """The bytes end here; DamagedError if they should not."""
+        """Check the end of the bytes; DamagedError unless END was the last section."""
         if not self.ended:
             self._frames.end()
         self._frames.check_empty()
@@ -324,22 +324,22 @@ class StateReader:
         if kind is FrameKind.END:
             nr_frames, sha256 = take_number(body, "nr_frames"), take_text(body, "sha256")
             if (nr_frames, sha256) != (frame.number, self._frames.digest()):
-                raise ValueError("the digest of all before it is another")
+                raise ValueError("its digest or its number of frames does not match")
             return End(nr_frames, sha256)
         return _decode_body(kind, body)
 
     def _check(self, section: Section) -> None:
-        """Whether a section fits those before; and take it in."""
+        """Check a section against those before and record it; ValueError if it does not fit."""
         if isinstance(section, ControlMessage):
             if not self._messages:
-                raise ValueError("it is for two backends, not for a file")
+                raise ValueError("it may come between two backends, but not in a file")
             return
         if self._missing_sizes is not None and isinstance(section, Pages):
             size_bytes = self._of(self._missing_sizes, section.guest, "guest")
             check_runs(section.runs, size_bytes, section.content)
             return
         if isinstance(section, Missing) and not self._messages:
-            raise ValueError("it is for two backends, not for a file")
+            raise ValueError("it may come between two backends, but not in a file")
         if self.ended or (self.header is None) != isinstance(section, Header):
             raise ValueError("it is out of place")
         if isinstance(section, Header):
@@ -353,7 +353,7 @@ class StateReader:
                 self._of(self.images, section.image, "image")
                 self.guests.append(section)
             if len(self.images) > _MAX_IMAGES or len(self.guests) > _MAX_GUESTS:
-                raise ValueError("there are too many")
+                raise ValueError(f"more than {_MAX_IMAGES} images or {_MAX_GUESTS} guests")
         else:
             self._in_state = True
             self._check_state(section)
@@ -384,7 +384,7 @@ class StateReader:
         elif isinstance(section, ImageBytes | ImageWhole):
             image = self._of(self.images, section.image, "image")
             if not image.has_bytes or section.image in self.whole:
-                raise ValueError(f"image {image.name!r} was to have no more bytes")
+                raise ValueError(f"image {image.name!r} may have no more bytes")
             if isinstance(section, ImageBytes):
                 check_runs(section.runs, image.size_bytes, section.content)
             else:
@@ -392,7 +392,7 @@ class StateReader:
         else:
             guest = self._of(self.guests, section.guest, "guest")
             if section.guest in self.totals:
-                raise ValueError("the guest's totals were there already")
+                raise ValueError("the guest's totals came before it")
             if isinstance(section, Totals):
                 self.totals[section.guest] = section
                 return
@@ -433,7 +433,7 @@ def _decode_body(kind: FrameKind, body: dict[str, Any]) -> Section:
         )
     policy = take_text(body, "policy")
     if policy not in _POLICIES:
-        raise ValueError(f"policy {policy!r} is not known")
+        raise ValueError(f"unknown policy {policy!r}; one of {', '.join(_POLICIES)}")
     return GuestSection(
         name=take_text(body, "name", max_length=64),
         image=take_number(body, "image"),
@@ -452,18 +452,18 @@ def _allowed(body: dict[str, Any]) -> dict[str, tuple[int | str, ...]] | None:
     if allowed is None:
         return None
     if not isinstance(allowed, dict) or not allowed.keys() <= {"uids", "gids", "clients"}:
-        raise ValueError("it must list uids, gids and clients that may use the image")
+        raise ValueError("'allowed' must list the uids, gids and clients that may use the image")
     for key, names in allowed.items():
         kind = str if key == "clients" else int
         if not isinstance(names, list) or not all(type(name) is kind for name in names):
-            raise ValueError(f"its {key} are {names!r}"[:200])
+            raise ValueError(f"its allowed {key} are {names!r}"[:200])
     return {key: tuple(names) for key, names in allowed.items()}
 
 
 def _counters(body: dict[str, Any]) -> dict[str, int]:
     counters = body.get("counters") or {}
     if not isinstance(counters, dict) or len(counters) > 256:
-        raise ValueError("its counters are no table of numbers")
+        raise ValueError("its counters are not a table of at most 256 numbers")
     return {name: take_number(counters, name) for name in counters}
 
 

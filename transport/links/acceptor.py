@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""accept(2) that never leaves a loop spinning: a peer that there is no room for is taken too.
+"""accept(2) that never leaves a loop spinning: peers are accepted even at the limit of open files.
 
-A few descriptors are kept in reserve. Without them a peer that waits while there are no descriptors
-left could not even be told so, and would wake the loop for ever.
+A few descriptors are kept in reserve for that. Without them a waiting peer could be neither refused
+nor accepted, and would wake the loop for ever.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ NR_SPARE: Final = 4
 
 
 class Acceptor:
-    """Takes peers at listening sockets, which stay their owner's.
+    """Accepts peers at listening sockets, which stay their owner's.
 
-    Invariant: _spare has NR_SPARE descriptors, less those that peers without room were taken with
-    and that are not refilled yet.
+    Invariant: _spare has NR_SPARE descriptors, less those that were spent on refused peers and are
+    not refilled yet.
     """
 
     def __init__(self) -> None:
@@ -30,9 +30,9 @@ class Acceptor:
         self.refill()
 
     def accept(self, listener: socket.socket) -> tuple[socket.socket, Any] | None:
-        """Take a peer that waits, and its address; None if there is none, or it was turned away.
+        """Accept a waiting peer, with its address; None if none waits, or it was refused.
 
-        Raises OSError only if listener is closed, or no socket.
+        Raises OSError only if listener is closed or not a socket.
         """
         taken = self.accept_any(listener)
         if taken is None or taken[2] == 0:
@@ -42,9 +42,10 @@ class Acceptor:
         return None
 
     def accept_any(self, listener: socket.socket) -> tuple[socket.socket, Any, int] | None:
-        """Take a peer that waits, its address, and 0; or the errno that leaves it no room.
+        """Accept a waiting peer; return it, its address and 0, or the errno that leaves no room.
 
-        Such a peer has a descriptor of the reserve: tell it why, close it, and refill().
+        A peer without room has a descriptor of the reserve: the caller must send it the reason,
+        close it, and refill().
         """
         self.refill()
         try:
@@ -54,7 +55,7 @@ class Acceptor:
                 return self._accept_with_spare(listener, error.errno)
             if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
                 raise
-            return None  # nobody there, or gone again: accept(2) passes on errors of the network
+            return None  # no peer waits, or it is gone: accept(2) passes on network errors
 
     def _accept_with_spare(
         self, listener: socket.socket, why: int
@@ -70,11 +71,11 @@ class Acceptor:
 
     @property
     def has_spare(self) -> bool:
-        """Whether a peer could be taken without room for it."""
+        """Whether a peer could be accepted for which there is no room."""
         return bool(self._spare)
 
     def refill(self) -> None:
-        """Have the reserve full again, as far as there are descriptors."""
+        """Refill the reserve, as far as there are descriptors."""
         while len(self._spare) < NR_SPARE:
             try:
                 self._spare.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
@@ -82,6 +83,6 @@ class Acceptor:
                 return
 
     def close(self) -> None:
-        """Give the reserve back; nothing twice."""
+        """Close the reserve. Idempotent."""
         while self._spare:
             os.close(self._spare.pop())

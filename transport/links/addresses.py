@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a peer is, read from a URI: tcp://host:port, tls://host:port, vsock://cid:port.
+"""Addresses read from URIs: tcp://host:port, tls://host:port, vsock://cid:port.
 
-Options follow as a query, and each has an environment variable that speaks for it where the URI
-does not: `tls://host:7000?cert=me.pem&key=me.key&ca=ca.pem&server_name=backend.example`.
+Options follow as a query; each has an environment variable that is used if the URI lacks it:
+`tls://host:7000?cert=me.pem&key=me.key&ca=ca.pem&server_name=backend.example`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cowshed.cache.errors import UsageError
 
 __all__ = ["TLS_OPTIONS", "Address", "parse_stream_uri", "scheme_of"]
 
-# Option -> the environment variable that stands in for it.
+# Option -> the environment variable used if the URI lacks it.
 TLS_OPTIONS: Final = {
     "cert": "COWSHED_TLS_CERT",
     "key": "COWSHED_TLS_KEY",
@@ -33,7 +33,7 @@ _SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*):")
 class Address:
     """One end of a stream: host is a name, an address, or a vsock context id in digits.
 
-    uri is as it was given; without_options is what may be shown to others.
+    uri is as given; without_options may be shown to others.
     """
 
     uri: str
@@ -49,12 +49,12 @@ class Address:
 
     @property
     def cid(self) -> int:
-        """The vsock context id; "*" and "any" are every one of ours."""
+        """The vsock context id; "*" and "any" are all of this host's."""
         return VSOCK_ANY if self.host in ("*", "any") else int(self.host)
 
 
 def scheme_of(uri: str) -> str:
-    """Give a URI's scheme; UsageError if it has none."""
+    """Return a URI's scheme; UsageError if it has none."""
     match = _SCHEME.match(uri)
     if match is None:
         raise UsageError(f"{uri!r} is no URI; write unix:///path, tcp://host:port or the like")
@@ -62,9 +62,9 @@ def scheme_of(uri: str) -> str:
 
 
 def parse_stream_uri(uri: str) -> Address:
-    """Read a tcp, tls or vsock URI; options of tls come from the environment where it has none.
+    """Parse a tcp, tls or vsock URI; tls options that it lacks come from the environment.
 
-    Raises UsageError naming what is wrong with it. Port 0 is for listening: the kernel chooses.
+    Raises UsageError that names the mistake. Port 0 is for listening: the kernel chooses.
     """
     scheme = scheme_of(uri)
     allowed = TLS_OPTIONS if scheme == "tls" else {}
@@ -99,7 +99,7 @@ def parse_stream_uri(uri: str) -> Address:
 
 
 def _vsock_port(uri: str, netloc: str) -> int | None:
-    """A vsock port has 32 bits; urlsplit knows ports of 16."""
+    """Parse a vsock port, which has 32 bits; urlsplit takes only 16."""
     _, colon, text = netloc.rpartition(":")
     if not colon:
         return None

@@ -2,11 +2,11 @@
 """Messages and descriptors over one connected unix sequenced-packet socket.
 
 One packet of the protocol is one packet of the socket. A Connection is used in one of two ways:
-send and recv wait (a guest, a command); queue, flush and recv_ready never do (the daemon's loop,
-which watches fileno() for reading, and for writing while wants_write). Not for two threads at once.
+send and recv block (a guest, a command); queue, flush and recv_ready never do (the daemon's loop,
+which watches fileno() for reading, and for writing while wants_write). For one thread at a time.
 
-Descriptors that arrive belong to whoever takes the message; those of a message that is refused, or
-never finished, are closed here. After a PeerError the only thing left to do is close().
+The taker of a message owns its descriptors; those of a refused or unfinished message are closed
+here. After a PeerError the caller must close().
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _FD_BYTES: Final = array.array("i").itemsize
 
 
 class Eof(enum.Enum):
-    """The peer has closed; nothing more will come."""
+    """The peer has closed the connection."""
 
     EOF = enum.auto()
 
@@ -60,7 +60,7 @@ EOF: Final = Eof.EOF
 
 @dataclass(frozen=True, slots=True)
 class Received(Message):
-    """A message with its descriptors, which belong to whoever took it."""
+    """A message with its descriptors, which its taker owns."""
 
     fds: list[int] = field(default_factory=list)
 
@@ -70,9 +70,9 @@ class Received(Message):
 
 
 class Peer(NamedTuple):
-    """Who connected, told by the kernel; uid and gid are those at the time of connecting.
+    """The peer's credentials from the kernel; uid and gid are those at the time of connecting.
 
-    The pidfd, None where the kernel has none to give, is the connection's: closed with it.
+    The connection owns the pidfd and closes it; None if the kernel gave none.
     """
 
     pid: int
@@ -84,11 +84,10 @@ class Peer(NamedTuple):
 class Connection:
     """One connected sequenced-packet socket, owned: close() closes it.
 
-    no_room is the errno for which the peer is to be turned away, 0 if it is not (accept_any).
+    no_room is the errno for which the server must refuse the peer, 0 if it need not (accept_any).
 
-    Invariants: (1) descriptors in _arrived belong to the decoder's unfinished message, and are none
-    without one; those in _taken to the
-    messages there; (2) _queued_bytes and _queued_fds are the sums over _queue.
+    Invariants: (1) descriptors in _arrived belong to the decoder's unfinished message, and there
+    are none without one; (2) _queued_bytes and _queued_fds are the sums over _queue.
     """
 
     carries_descriptors = True
@@ -113,13 +112,20 @@ class Connection:
         self._was_reset = False
         self.no_room = 0
 
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold."""
+        self._decoder.check()
+        assert self._decoder.unfinished or not self._arrived
+        assert self._queued_bytes == sum(len(packet) for packet, _ in self._queue)
+        assert self._queued_fds == sum(len(fds) for _, fds in self._queue)
+
     def limit(self, receive_bytes: int, send_bytes: int) -> None:
-        """Bound messages from now on; to be called between messages."""
+        """Limit the size of messages from now on; to be called between messages."""
         self._decoder = Decoder(receive_bytes)
         self._send_limit_bytes = send_bytes
 
     def limit_sending(self, send_bytes: int) -> None:
-        """Bound what is sent from now on."""
+        """Limit the size of sent messages from now on."""
         self._send_limit_bytes = send_bytes
 
     def __enter__(self) -> Connection:
@@ -129,11 +135,11 @@ class Connection:
         self.close()
 
     def fileno(self) -> int:
-        """Give the socket's descriptor, -1 once closed."""
+        """Return the socket's descriptor, -1 once closed."""
         return self._socket.fileno()
 
     def close(self) -> None:
-        """Close the socket and every descriptor held for it; does nothing twice."""
+        """Close the socket and every descriptor received or queued on it. Idempotent."""
         self._socket.close()
         close_foreign(self._arrived)
         for message in self._taken:
@@ -149,11 +155,11 @@ class Connection:
 
     @property
     def peer(self) -> Peer:
-        """Who is at the other end; kept after close, without the pidfd."""
+        """The peer's credentials; kept after close, without the pidfd."""
         if self._peer is None:
             raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
             pidfd = None
-            # Refused by an older kernel, or because the peer is gone and reaped.
+            # Fails on an older kernel, and if the peer is gone and reaped.
             with contextlib.suppress(OSError):
                 pidfd = self._socket.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
             pid, uid, gid = _UCRED.unpack(raw)
@@ -161,7 +167,7 @@ class Connection:
         return self._peer
 
     def look_at_peer(self) -> int:
-        """Have peer known; the errno if there is no descriptor for it, and 0 if there is."""
+        """Read peer; return the errno if this process has no descriptor left for it, else 0."""
         if self.peer.pidfd is None:
             try:
                 pidfd = self._socket.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
@@ -172,12 +178,12 @@ class Connection:
 
     @property
     def identity(self) -> str:
-        """The name that the peer proved by a certificate; here none, see peer."""
+        """The name in the peer's certificate; "" on a unix socket, where peer identifies it."""
         return ""
 
     @property
     def peer_name(self) -> str:
-        """Who is at the other end, in words for a log."""
+        """The peer as text for a log."""
         return f"pid {self.peer.pid} of uid {self.peer.uid}"
 
     @property
@@ -189,7 +195,7 @@ class Connection:
         poll.register(self._socket, select.POLLRDHUP)
         return not poll.poll(0)
 
-    # Waiting.
+    # Blocking.
 
     def send(
         self,
@@ -198,24 +204,24 @@ class Connection:
         tag: int | None = None,
         timeout: float | None = None,
     ) -> int:
-        """Send a message and what is queued before it; give its tag, a fresh one if none is given.
+        """Send a message and the queue before it; return its tag, a fresh one if none is given.
 
         fds stay the caller's. Raises UsageError for a bad body, PeerError if the peer has closed
-        or takes nothing for timeout seconds.
+        or does not read all within timeout seconds.
         """
         tag = self.queue(body, fds, tag)
         self.drain(timeout)
         return tag
 
     def drain(self, timeout: float | None = None) -> None:
-        """Send all that is queued; PeerError if the peer has closed or takes too long."""
+        """Send the whole queue; PeerError if the peer has closed or takes too long."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.flush():
             if not self._wait(select.POLLOUT, deadline):
                 raise PeerError(f"peer took no message in {timeout:g} s")
 
     def recv(self, timeout: float | None = None) -> tuple[Body, list[int], int]:
-        """Wait for one message; give its body, its descriptors (now the caller's) and its tag.
+        """Wait for one message; return its body, its descriptors (now the caller's) and its tag.
 
         Raises PeerError for a closed, silent or misbehaving peer.
         """
@@ -238,7 +244,7 @@ class Connection:
             return bool(poll.poll())
         return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
 
-    # Not waiting.
+    # Non-blocking.
 
     @property
     def wants_write(self) -> bool:
@@ -247,17 +253,17 @@ class Connection:
 
     @property
     def queued_bytes(self) -> int:
-        """How much is queued that the kernel did not take yet."""
+        """The bytes queued that the kernel did not take yet."""
         return self._queued_bytes
 
     def queue(
         self, body: Mapping[str, Any], fds: Sequence[int] = (), tag: int | None = None
     ) -> int:
-        """Put a message behind those queued; give its tag, a fresh one if none is given.
+        """Append a message to the queue; return its tag, a fresh one if none is given.
 
         fds are duplicated: they stay the caller's. Raises UsageError for a bad body, PeerError if
-        the peer has let more than MAX_QUEUED_BYTES or MAX_QUEUED_FDS pile up, CapacityError if
-        this process has no descriptors left; nothing is queued then.
+        more than MAX_QUEUED_BYTES or MAX_QUEUED_FDS are queued, CapacityError if this process has
+        no descriptors left; nothing is queued then.
         """
         if tag is None:
             tag = self._next_tag
@@ -282,7 +288,7 @@ class Connection:
         return tag
 
     def flush(self) -> bool:
-        """Send what can be sent now; whether all is sent. Raises PeerError for a closed peer."""
+        """Send what the kernel takes now; True if all is sent. PeerError for a closed peer."""
         while self._queue:
             packet, fds = self._queue[0]
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
@@ -300,11 +306,11 @@ class Connection:
         return True
 
     def recv_ready(self) -> list[Received] | Literal[Eof.EOF]:
-        """Give the messages that are there, in order; EOF once all are taken and the peer closed.
+        """Return the messages that have arrived, in order; after the last, EOF if the peer closed.
 
-        Takes at most MAX_PACKETS_AT_ONCE packets, so that one peer cannot hold up the others: what
-        is left keeps fileno() readable. Raises PeerError as soon as the peer breaks a rule, and
-        CapacityError if this process had no room for descriptors that came.
+        Reads at most MAX_PACKETS_AT_ONCE packets, so that one peer cannot hold up the others; the
+        rest keeps fileno() readable. Raises PeerError as soon as the peer breaks a rule, and
+        CapacityError if this process had no room for received descriptors.
         """
         messages = list(self._taken)
         self._taken.clear()
@@ -323,7 +329,7 @@ class Connection:
         return messages
 
     def _receive(self) -> list[Received] | Literal[Eof.EOF] | None:
-        """Take one packet, give the 0 or 1 messages it ends; None if there is no packet."""
+        """Read one packet and return the 0 or 1 messages it ends; None if there is no packet."""
         packet = _packet_of_thread()
         try:
             length, ancillary, flags, _ = self._socket.recvmsg_into(
@@ -333,7 +339,7 @@ class Connection:
             return None
         except OSError as error:
             if error.errno == errno.ECONNRESET and not self._was_reset:
-                # It hung up on what we sent; what it said before that is there still.
+                # The peer closed with data of ours unread; what it sent before can still be read.
                 self._was_reset = True
                 return self._receive()
             kind = PeerGoneError if error.errno in GONE else PeerError
@@ -344,16 +350,16 @@ class Connection:
                 raise PeerError(f"peer sent a packet of more than {MAX_PACKET_BYTES} bytes")
             if nr_fds > MAX_FDS:
                 raise PeerError(f"peer sent more than {MAX_FDS} descriptors")
-            if flags & socket.MSG_CTRUNC:  # the kernel had no more numbers to give
+            if flags & socket.MSG_CTRUNC:  # this process is at its limit of open files
                 raise CapacityError(no_room(errno.EMFILE))
             if nr_fds and is_full():
                 raise PeerError("descriptors that peers sent wait to be closed: no more are taken")
             if length == 0:
-                # The end, or an empty packet, which looks the same and which no peer of ours sends.
+                # EOF, or an empty packet, which looks the same and which no cowshed peer sends.
                 if self._decoder.unfinished or nr_fds:
                     raise PeerError("peer closed the connection in the middle of a message")
                 if self._was_reset:
-                    raise PeerGoneError("peer closed the connection, and took no more of ours")
+                    raise PeerGoneError("peer closed the connection without reading all we sent")
                 return EOF
             messages = self._decoder.feed(packet[:length], nr_fds)
         except CowshedError:
@@ -377,7 +383,7 @@ _of_thread = threading.local()
 
 
 def _packet_of_thread() -> memoryview:
-    """A buffer for one packet: with one a connection, a flood of idle ones would cost gigabytes."""
+    """Return this thread's packet buffer; one a connection would cost gigabytes in a flood."""
     if not hasattr(_of_thread, "packet"):
         _of_thread.packet = memoryview(bytearray(MAX_PACKET_BYTES))
     packet: memoryview = _of_thread.packet

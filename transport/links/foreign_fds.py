@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Descriptors of a peer's choosing, looked at and closed without waiting for who is behind them.
+"""Inspect and close descriptors that a peer sent, without waiting for a file server behind them.
 
-Two things that never wait on files of the kernel's own do so elsewhere. fstat(2) asks a FUSE server
-for the attributes; statx(2) with AT_STATX_DONT_SYNC does not. close(2) asks it to flush, and the
-last close of a socket waits for as long as its SO_LINGER says. So what is not known to close at
-once is closed by a thread that nobody waits for. Each such thread may be stuck, hence their bound.
-What waits for one is bounded too: while it is too much, nobody new is let in, and who sends more
-is hung up on, so that peers cannot use up our descriptors. The kernel drops those that find no
-room in a receive in the thread that receives: give them room, SCM_MAX_FDS.
+Two system calls may block on files that are not the kernel's own. fstat(2) asks a FUSE server for
+the attributes; statx(2) with AT_STATX_DONT_SYNC does not. close(2) asks it to flush, and the last
+close of a socket waits as long as its SO_LINGER. So a thread of its own closes every descriptor
+that may block. Such a thread may be stuck for ever, so their number is bounded, and so is the
+number of descriptors that wait for one: at that bound new peers are refused, and peers that send
+more are disconnected, so that they cannot use up our descriptors. The kernel closes descriptors
+that do not fit a receive's buffer in the receiving thread: always receive with room for
+SCM_MAX_FDS.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["SCM_MAX_FDS", "close_foreign", "device_and_inode", "is_full"]
 SCM_MAX_FDS: Final = 253
 _MAX_THREADS: Final = 64
 _MAX_WAITING: Final = 1024
-# Names of what has no path; a file's begins with a slash, wherever it is mounted.
+# Names of files without a path; the link of any other file begins with a slash.
 _CLOSED_AT_ONCE: Final = ("anon_inode:", "pipe:")
 
 # linux/stat.h, linux/fcntl.h
@@ -39,7 +40,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def device_and_inode(fd: int) -> tuple[int, int]:
-    """Give what os.fstat(fd) has as st_dev and st_ino, asking no server. Raises OSError."""
+    """Return st_dev and st_ino as os.fstat(fd) does, but ask no file server. Raises OSError."""
     found = ctypes.create_string_buffer(_STATX_BYTES)
     flags = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
     if _libc.statx(fd, b"", flags, _STATX_INO, found) < 0:
@@ -53,9 +54,9 @@ def device_and_inode(fd: int) -> tuple[int, int]:
 
 
 def close_foreign(fds: list[int]) -> None:
-    """Close descriptors and empty the list; those that may wait are closed a moment later.
+    """Close descriptors and empty the list; a thread closes those that may block.
 
-    One that fails to close is gone all the same.
+    A descriptor whose close fails is gone all the same.
     """
     later = []
     while fds:
@@ -70,7 +71,7 @@ def close_foreign(fds: list[int]) -> None:
 
 
 def is_full() -> bool:
-    """Whether so many descriptors wait to be closed that no more are to be taken from peers."""
+    """Whether too many descriptors wait to be closed for any more to be accepted from peers."""
     return _closers.nr_waiting >= _MAX_WAITING
 
 
@@ -85,9 +86,9 @@ def _closes_at_once(fd: int) -> bool:
 
 
 class _Closers:
-    """Invariant: while anything waits there are threads, up to _MAX_THREADS; idle ones end.
+    """Threads that close descriptors: at most _MAX_THREADS, which end when none waits.
 
-    nr_waiting counts what was given and is not closed yet.
+    nr_waiting counts the descriptors that are not closed yet.
     """
 
     def __init__(self) -> None:
@@ -97,7 +98,7 @@ class _Closers:
         self.nr_waiting = 0
 
     def close(self, fds: list[int]) -> None:
-        """Have descriptors closed."""
+        """Queue descriptors to be closed."""
         with self._lock:
             self._waiting.extend(fds)
             self.nr_waiting += len(fds)
@@ -106,7 +107,7 @@ class _Closers:
             self._nr_threads += 1
         try:
             threading.Thread(target=self._run, name="closer", daemon=True).start()
-        except RuntimeError:  # no more threads: whoever closes next takes these along
+        except RuntimeError:  # no thread can be started: the next one closes these too
             with self._lock:
                 self._nr_threads -= 1
 

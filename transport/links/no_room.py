@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why there is no room for another guest, in words that say the cure: one text for every way in."""
+"""Messages that refuse a guest for lack of resources, with the cure: the same at every server."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _OF_THE_KERNEL: Final = (
 
 
 def no_room(why: str | int, what: str = "guest") -> str:
-    """Say that there is no room, and why: in words, or what an errno of ours stands for."""
+    """Return the message that there is no room, and why: a text, or an errno of this process."""
     return f"no room for another {what}: {why if isinstance(why, str) else _words(why)}"
 
 
 @contextlib.contextmanager
 def taking_in() -> Iterator[None]:
-    """Inside `with`, of what is made for a guest: CapacityError for what the kernel has no more of.
+    """Turn the kernel's lack of descriptors, threads or memory inside `with` into CapacityError.
 
-    Descriptors, threads and memory; whatever else goes wrong passes as it is.
+    Other errors pass unchanged.
     """
     try:
         yield
@@ -67,7 +67,7 @@ def _words(number: int) -> str:
 
 
 def start_thread(thread: threading.Thread) -> None:
-    """Start a thread; CapacityError, and nothing is started, at the limit of threads."""
+    """Start a thread; CapacityError, with nothing started, at the limit of threads."""
     try:
         thread.start()
     except RuntimeError as error:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A thread that carries a TLS connection to a plain socket, so that who serves it needs no TLS.
+"""A thread that carries a TLS connection to a plain socket, so that its server needs no TLS.
 
-    network --ciphertext--> session --plaintext--> socketpair --> whoever has `inner`
+    network --ciphertext--> session --plaintext--> socketpair --> the owner of `inner`
 
-It carries bytes in large pieces and knows nothing of requests. Each way holds at most one piece: it
-reads from one side only when the other has taken what came before, so a slow reader slows its
-writer and costs no memory.
+It carries bytes in large pieces and knows nothing of requests. Each direction buffers at most one
+piece: the relay reads from one side only when the other has taken the previous piece, so a slow
+reader slows its writer and costs no memory.
 """
 
 from __future__ import annotations
@@ -25,35 +25,36 @@ from cowshed.cache.errors import PeerError
 __all__ = ["CipherSession", "Relay"]
 
 _PIECE_BYTES: Final = 256 << 10
-# How long a peer that reads nothing may keep us once the plain side is done.
+# How long a peer that reads nothing may keep the relay once the plain side has ended.
 _LINGER_SECONDS: Final = 10.0
 
 
 class CipherSession(Protocol):
-    """One end of TLS without a socket, as transport/links/tls.py has it."""
+    """One end of TLS without a socket; transport/links/tls.py has it."""
 
     ready: bool
     ended: bool
 
     @property
     def outgoing(self) -> bytearray:
-        """What is to go to the socket; del what went from its front."""
+        """The bytes to be sent; the sender must delete from the front what it sent."""
 
     def feed(self, ciphertext: bytes | memoryview) -> bytes:
-        """Take what came; give the plaintext."""
+        """Take received bytes and return the plaintext."""
 
     def send(self, plaintext: bytes | memoryview) -> None:
-        """Put plaintext behind what is outgoing; only once ready."""
+        """Append plaintext, encrypted, to outgoing; only once ready."""
 
     def close(self) -> None:
-        """Put the closing alert behind what is outgoing."""
+        """Append the closing alert to outgoing."""
 
 
 class Relay:
-    """Carries between sock, which it owns, and `inner`, a plain socket for the caller to own.
+    """Carries between sock, which it owns, and `inner`, a plain socket that the caller owns.
 
-    on_ready is called once TLS is on; on_end once, with the reason, when everything is closed but
-    `inner`. Both are called in the relay's thread. If TLS is not on by the deadline it ends.
+    on_ready is called after the TLS handshake; on_end once, with the reason, when everything except
+    `inner` is closed. Both are called in the relay's thread. A handshake that is not done within
+    handshake_seconds ends the relay.
     """
 
     def __init__(
@@ -66,9 +67,9 @@ class Relay:
         on_end: Callable[[str], None] = lambda _: None,
         came_before: bytes = b"",
     ) -> None:
-        """Begin to carry; came_before is plaintext that session gave already.
+        """Start carrying; came_before is plaintext that session has returned already.
 
-        Raises OSError, and sock is closed, if there is no descriptor or no thread for it.
+        Raises OSError, and closes sock, if there is no descriptor or no thread left.
         """
         try:
             self.inner, self._plain = socket.socketpair()
@@ -95,14 +96,14 @@ class Relay:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
 
     def stop(self) -> None:
-        """Break the connection off; the thread ends soon. From any thread, also after the end."""
+        """Shut the connection down; the thread ends soon. From any thread, also after the end."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(OSError):
             self._plain.shutdown(socket.SHUT_RDWR)
 
     def join(self) -> None:
-        """Wait for the thread's end."""
+        """Wait for the thread to end."""
         self._thread.join()
 
     def _run(self) -> None:
@@ -128,7 +129,7 @@ class Relay:
             if not network and not plain:
                 return
             for sock, events in ((self._sock, network), (self._plain, plain)):
-                # Without events a hang-up would be reported still, again and again.
+                # A socket registered without events would still report a hang-up, in a busy loop.
                 if events:
                     poll.register(sock, events)
                 else:
@@ -136,14 +137,14 @@ class Relay:
                         poll.unregister(sock)
             ready = dict(poll.poll(self._left_ms()))
             if not ready and self._left_ms() == 0:
-                raise PeerError("TLS was not on, or not done, in time")
+                raise PeerError("the TLS handshake or close timed out")
             if ready.get(self._sock.fileno(), 0):
                 self._serve_network(network)
             if ready.get(self._plain.fileno(), 0):
                 self._serve_plain(plain)
 
     def _wanted(self) -> tuple[int, int]:
-        """Events to wait for; none on either side when everything is carried."""
+        """Return the events to wait for; none on either side when everything is carried."""
         unsent = bool(self._session.outgoing)
         network = select.POLLOUT if unsent else 0
         if not self._to_plain and not self._peer_ended:
@@ -171,7 +172,7 @@ class Relay:
             except BlockingIOError:
                 nr_sent = 0
             except (BrokenPipeError, ConnectionResetError):
-                # It reads no more, which is no error: what it sent before is still to be read.
+                # The peer reads no more, which is no error: what it sent before must still be read.
                 nr_sent = len(self._session.outgoing)
             del self._session.outgoing[:nr_sent]
         if wanted & select.POLLIN:
@@ -192,7 +193,7 @@ class Relay:
             except BlockingIOError:
                 nr_sent = 0
             except BrokenPipeError:
-                nr_sent = len(self._to_plain)  # nobody reads it; what is read below goes out still
+                nr_sent = len(self._to_plain)  # inner reads no more, but may have replies to send
             self._to_plain = self._to_plain[nr_sent:]
             self._pass_end_on()
         if wanted & select.POLLIN:
@@ -207,7 +208,7 @@ class Relay:
                     self._deadline = time.monotonic() + _LINGER_SECONDS
 
     def _pass_end_on(self) -> None:
-        """The peer sends no more: say so to the plain side, which may have replies left."""
+        """Pass the peer's end of stream on to the plain side, which may still send replies."""
         if self._peer_ended and not self._to_plain:
             with contextlib.suppress(OSError):
                 self._plain.shutdown(socket.SHUT_WR)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schemes a URI may have, and how one connects and listens by each: a table to add to.
+"""The table of URI schemes: how to connect and to listen by each.
 
-Room is left for `xen:` (grant tables and event channels) and for a 9P face: each is one more row
-whose ends give a Connection and a Listener of this shape.
+Another transport (`xen:`, with grant tables and event channels; 9P) is one more row, whose
+functions return a Connection and an AnyListener.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ __all__ = ["SCHEMES", "AnyListener", "Scheme", "connect_raw", "listen", "scheme"
 
 
 class AnyListener(Protocol):
-    """What listens, by whatever scheme."""
+    """A listener of any scheme."""
 
     def __enter__(self) -> Self:
-        """Give itself."""
+        """Return itself."""
 
     def __exit__(self, *_: object) -> None:
         """Stop listening."""
 
     @property
     def uri(self) -> str:
-        """Where one connects to it, with the port that the kernel chose."""
+        """The URI to connect to, with the port that the kernel chose."""
 
     def fileno(self) -> int:
-        """Give the descriptor to watch for reading, -1 once closed."""
+        """Return the descriptor to watch for reading, -1 once closed."""
 
     def accept(self) -> Connection | None:
-        """Take a peer that waits, without waiting; None if there is none."""
+        """Accept a waiting peer; None if none waits. Never blocks."""
 
     def accept_any(self) -> Connection | None:
-        """Take a peer likewise, even one that there is no room for: its no_room says why."""
+        """Like accept, but also return a peer that must be refused, with no_room set."""
 
     def refill(self) -> None:
-        """A peer without room is closed: have its descriptor for the next one."""
+        """Refill the reserve of descriptors, after a refused peer was closed."""
 
     def close(self) -> None:
-        """Stop listening; nothing twice."""
+        """Stop listening. Idempotent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How to reach a peer by one kind of URI; maps tells whether descriptors travel."""
+    """How to reach a peer by one scheme; maps: descriptors travel, so images can be mapped."""
 
     connect: Callable[[str, float], Connection]
     listen: Callable[[str], AnyListener]
@@ -67,7 +67,7 @@ SCHEMES: Final[dict[str, Scheme]] = {
 
 
 def scheme(uri: str) -> Scheme:
-    """Give the row of a URI's scheme; UsageError if there is none."""
+    """Return the row of a URI's scheme; UsageError if there is none."""
     name = scheme_of(uri)
     if name not in SCHEMES:
         known = ", ".join(f"{one}:" for one in SCHEMES)
@@ -76,10 +76,10 @@ def scheme(uri: str) -> Scheme:
 
 
 def connect_raw(uri: str, timeout: float = CONNECT_SECONDS) -> Connection:
-    """Connect, and say nothing yet. Raises UsageError for the URI, PeerError if nobody answers."""
+    """Connect, sending no hello. UsageError for a bad URI, PeerError if nobody listens there."""
     return scheme(uri).connect(uri, timeout)
 
 
 def listen(uri: str) -> AnyListener:
-    """Listen at a URI of any scheme; UsageError if this cannot be."""
+    """Listen at a URI of any scheme; UsageError if that fails."""
     return scheme(uri).listen(uri)

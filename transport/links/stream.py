@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages over one connected stream socket: tcp, tls, vsock.
 
-The same face as a Connection over a unix socket, with two differences: no descriptors travel, and
-what is queued goes out joined, one call to the kernel for the batch and, on tls, full records.
+The same interface as a Connection over a unix socket, with two differences: no descriptors travel,
+and queued messages are joined: one system call for a batch and, on tls, full records.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _MAX_PIECES: Final = 64
 
 
 class StreamConnection(Connection):
-    """One connected stream socket, owned; on tls, the handshake is made as bytes come and go.
+    """One connected stream socket, owned; on tls, sending and receiving advance the handshake.
 
-    Invariant: (3) _sent bytes of the first packet in _queue are on their way already.
+    _sent bytes of the first packet in _queue are sent already.
     """
 
     carries_descriptors = False
@@ -51,7 +51,7 @@ class StreamConnection(Connection):
         self._peer = Peer(0, -1, -1, None)
 
     def limit(self, receive_bytes: int, send_bytes: int) -> None:
-        """Bound messages from now on; to be called between messages."""
+        """Limit the size of messages from now on; to be called between messages."""
         self._stream = StreamDecoder(receive_bytes)
         self._send_limit_bytes = send_bytes
 
@@ -62,12 +62,12 @@ class StreamConnection(Connection):
 
     @property
     def identities(self) -> list[str]:
-        """Every name in the peer's certificate, the one it is usually known by first."""
+        """Every name in the peer's certificate, identity first."""
         return self._tls.peer_names if self._tls else []
 
     @property
     def peer_name(self) -> str:
-        """Who is at the other end, in words for a log."""
+        """The peer as text for a log."""
         return f"{self.identity} ({self.where})" if self.identity else self.where
 
     @property
@@ -85,13 +85,13 @@ class StreamConnection(Connection):
     def queue(
         self, body: Mapping[str, Any], fds: Sequence[int] = (), tag: int | None = None
     ) -> int:
-        """As Connection's; UsageError for descriptors, which no stream carries."""
+        """As Connection.queue; UsageError for descriptors, which a stream cannot carry."""
         if fds:
             raise UsageError(f"{self.where} carries no descriptors; use unix:// for those")
         return super().queue(body, (), tag)
 
     def flush(self) -> bool:
-        """Send what can be sent now; whether all is sent. Raises PeerError for a closed peer."""
+        """Send what the kernel takes now; True if all is sent. PeerError for a closed peer."""
         try:
             return self._flush_plain() if self._tls is None else self._flush_tls(self._tls)
         except BlockingIOError:
@@ -126,7 +126,7 @@ class StreamConnection(Connection):
         return packet
 
     def _wait(self, event: int, deadline: float | None) -> bool:
-        """Wait for event; while a handshake goes on, its bytes must go both ways."""
+        """Wait for event; during a TLS handshake, wait for either direction and advance it."""
         if self._tls is not None and not self._tls.ready:
             self.flush()
             event = select.POLLIN | (select.POLLOUT if self._tls.outgoing else 0)
@@ -137,7 +137,7 @@ class StreamConnection(Connection):
         return super()._wait(event, deadline)
 
     def _shake(self) -> None:
-        """Take what came of the handshake; what follows it at once is kept by the session."""
+        """Receive handshake bytes; messages that follow it at once go to _taken."""
         assert self._tls is not None
         if (got := self._receive()) is EOF:
             raise PeerError("peer closed the connection in the middle of the tls handshake")
@@ -171,19 +171,19 @@ class StreamConnection(Connection):
         return [Received(one.tag, one.body, one.nr_fds, []) for one in messages]
 
     def _pass_on_tls(self) -> None:
-        """Send what the session answers by itself: its handshake, alerts, key updates."""
+        """Send what the session produces by itself: handshake, alerts, key updates."""
         assert self._tls is not None
         outgoing = self._tls.outgoing
         try:
             while outgoing:
                 del outgoing[: self._socket.send(outgoing, socket.MSG_NOSIGNAL)]
         except OSError:
-            pass  # no room now, which flush sees to; or gone, which the next call finds
+            pass  # no room now: flush() sends the rest; or the peer is gone: the next call fails
 
     def take_stream(self) -> tuple[socket.socket, TlsSession | None]:
-        """Give the socket away, to carry something else from here on; this closes without it.
+        """Hand over the socket and its TLS session, for another protocol from here on.
 
-        Raises PeerError if the peer did not wait for the last reply, and queued data must be sent.
+        The queue must be empty. Raises PeerError if the peer sent more before the last reply.
         """
         assert not self._queue
         if self._stream.unfinished or self._taken:

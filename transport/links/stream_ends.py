@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Connect to and listen at tcp://host:port, tls://host:port and vsock://cid:port.
 
-TLS is imported where it is used: most guests and commands connect to their own host, and ssl takes
-longer to import than all of this package. A daemon has it from its start.
+TLS is imported where it is used: most guests and commands connect to their own host, and importing
+ssl takes longer than importing this package. A daemon imports it at start.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 __all__ = ["StreamListener", "connect", "listen", "tune"]
 
-# A peer that answers nothing for so long, with data on its way to it, is gone.
+# A peer that acknowledges no data for so long is taken for gone.
 _USER_TIMEOUT_MS: Final = 30_000
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
 
 
 def connect(uri: str, timeout: float = CONNECT_SECONDS) -> StreamConnection:
-    """Connect, to send requests and receive replies; the tls handshake is made by what follows.
+    """Connect, to send requests and receive replies; the first send or receive starts TLS.
 
-    Raises UsageError for a uri that cannot be used, PeerError if nobody answers in time.
+    Raises UsageError for a URI that cannot be used, PeerError if nobody answers in time.
     """
     address = parse_stream_uri(uri)
     tls = None
@@ -83,7 +83,7 @@ def _vsock(address: Address) -> socket.socket:
 
 
 def tune(sock: socket.socket) -> None:
-    """Have a tcp socket send at once, and notice a peer that is gone without a word."""
+    """Make a tcp socket send at once, and notice a peer that is gone without closing."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEPALIVE:
@@ -92,7 +92,7 @@ def tune(sock: socket.socket) -> None:
 
 
 class StreamListener:
-    """A listening stream socket, owned. uri is where it listens, with the port that it got."""
+    """A listening stream socket, owned. uri is its address, with the port that the kernel chose."""
 
     def __init__(
         self, sock: socket.socket, address: Address, context: ssl.SSLContext | None
@@ -114,7 +114,7 @@ class StreamListener:
         self.close()
 
     def fileno(self) -> int:
-        """Give the socket's descriptor, -1 once closed."""
+        """Return the socket's descriptor, -1 once closed."""
         return self._socket.fileno()
 
     @property
@@ -123,7 +123,7 @@ class StreamListener:
         return not self._is_vsock and self._socket.getsockname()[0].startswith(("127.", "::1"))
 
     def accept(self) -> StreamConnection | None:
-        """Take a peer that waits; None if there is none, or it had to be turned away."""
+        """Accept a waiting peer; None if none waits, or it had to be refused."""
         connection = self.accept_any()
         if connection is None or not connection.no_room:
             return connection
@@ -132,13 +132,13 @@ class StreamListener:
         return None
 
     def refill(self) -> None:
-        """A peer without room is closed: have its descriptor for the next one."""
+        """Refill the reserve of descriptors, after a refused peer was closed."""
         self._acceptor.refill()
 
     def accept_any(self) -> StreamConnection | None:
-        """Take a peer that waits, even one that there is no room for (no_room); None if none does.
+        """Accept a waiting peer, even one that must be refused (no_room set); None if none waits.
 
-        Tell such a peer why, close it, and refill().
+        The caller must send a refused peer the reason, close it, and refill().
         """
         taken = self._acceptor.accept_any(self._socket)
         if taken is None:
@@ -158,7 +158,7 @@ class StreamListener:
         return connection
 
     def close(self) -> None:
-        """Close the socket; nothing twice."""
+        """Close the socket. Idempotent."""
         if self._socket.fileno() < 0:
             return
         self._socket.close()
@@ -171,11 +171,11 @@ def listen(
     context: ssl.SSLContext | None = None,
     opened_by: Callable[[Callable[[], socket.socket]], socket.socket] | None = None,
 ) -> StreamListener:
-    """Listen; on tls, whoever connects must show a certificate that ca signed.
+    """Listen; on tls, clients must show a certificate that ca signed.
 
-    context is taken for tls if the URI and the environment name no files. opened_by is given how to
-    make the socket, and may give one that listens there already. Raises UsageError if this cannot
-    be.
+    context is used for tls if the URI and the environment name no files. opened_by, if given, is
+    called with a function that makes the socket, and may return one that listens there already.
+    Raises UsageError if listening fails.
     """
     address = parse_stream_uri(uri)
     if address.scheme != "tls":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """TLS without a socket: ciphertext in, plaintext out, and the other way round.
 
-Mutual always: both ends show a certificate that the other's CA has signed. The name in the client's
-certificate is who it is (certificate_name). A server takes TLS 1.2 or newer.
+Always mutual: each end shows a certificate that the other's CA has signed. The name in its
+certificate identifies the client (certificate_name). TLS 1.2 or newer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NEEDED: Final = ("cert", "key", "ca")
 
 
 def server_context(options: Mapping[str, str], what: str) -> ssl.SSLContext:
-    """Make the context of a listener that demands a certificate of whoever connects.
+    """Make the context of a listener that demands a certificate from every client.
 
     options are cert, key and ca, each a PEM file; what names the listener in a UsageError.
     """
@@ -31,7 +31,7 @@ def server_context(options: Mapping[str, str], what: str) -> ssl.SSLContext:
 
 
 def client_context(options: Mapping[str, str], what: str) -> ssl.SSLContext:
-    """Make the context of one who connects: it shows its own certificate and checks the other's."""
+    """Make the context of a client, which shows its certificate and checks the server's."""
     return _loaded(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), options, what)
 
 
@@ -58,14 +58,14 @@ def _loaded(context: ssl.SSLContext, options: Mapping[str, str], what: str) -> s
 
 
 def _no_password() -> str:
-    # Without this, OpenSSL would ask at the terminal of whoever started us.
+    # Without this, OpenSSL would ask for the passphrase at the terminal.
     raise UsageError("a TLS key is encrypted; give one without a passphrase")
 
 
 def certificate_name(certificate: Mapping[str, Any] | None) -> str:
-    """Give the name a checked certificate is for: its first DNS name, else URI or e-mail, else CN.
+    """Return a checked certificate's name: its first DNS name, else URI or e-mail, else CN.
 
-    "" for none. The argument is what SSLObject.getpeercert() gives.
+    "" if there is none. The argument is the result of SSLObject.getpeercert().
     """
     if not certificate:
         return ""
@@ -82,11 +82,11 @@ def certificate_name(certificate: Mapping[str, Any] | None) -> str:
 
 
 class TlsSession:
-    """One end of a TLS connection. feed() what came from the socket, send what outgoing holds.
+    """One end of a TLS connection: the owner must feed() received bytes and send those in outgoing.
 
-    Every violation, and every certificate that does not hold, is a PeerError, after which outgoing
-    still has the alert to be sent. Memory: what was fed and not taken, and what was sent and not
-    passed on; the caller bounds both by how much it gives at a time.
+    Every violation, and every invalid certificate, is a PeerError; outgoing then still has the
+    alert to be sent. Memory is bounded by what the caller feeds and sends at a time, and by what
+    it leaves in outgoing.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class TlsSession:
 
     @property
     def outgoing(self) -> bytearray:
-        """What is to go to the socket; del what went from its front."""
+        """The bytes to be sent; the sender must delete from the front what it sent."""
         if self._outgoing.pending:
             self._unsent += self._outgoing.read()
         return self._unsent
@@ -130,7 +130,7 @@ class TlsSession:
         return list(dict.fromkeys(filter(None, names)))
 
     def feed(self, ciphertext: bytes | memoryview) -> bytes:
-        """Take what came; give the plaintext there is. `ended` is set once the peer has closed."""
+        """Take received bytes and return the plaintext; sets `ended` once the peer has closed."""
         self._incoming.write(ciphertext)
         if not self.ready and not self._shake():
             return b""
@@ -148,7 +148,7 @@ class TlsSession:
         return b"".join(plain)
 
     def send(self, plaintext: bytes | memoryview) -> None:
-        """Put plaintext behind what is outgoing; only once ready."""
+        """Append plaintext, encrypted, to outgoing; only once ready."""
         assert self.ready
         try:
             self._object.write(plaintext)
@@ -156,8 +156,8 @@ class TlsSession:
             raise PeerError(f"TLS: {_reason(error)}") from error
 
     def close(self) -> None:
-        """Put the closing alert behind what is outgoing."""
-        # The peer's own, for which it would wait, nobody needs.
+        """Append the closing alert to outgoing."""
+        # unwrap() fails for lack of the peer's alert, which is not needed.
         with contextlib.suppress(ssl.SSLError, ValueError):
             self._object.unwrap()
 
@@ -174,7 +174,7 @@ class TlsSession:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the peer's certificate does not hold: {error.verify_message}"
+        return f"the peer's certificate is not valid: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
         return (error.reason or str(error)).replace("_", " ").lower()
     return getattr(error, "strerror", None) or str(error)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Listen at and connect to unix:///absolute/path; what then flows is in connection.py."""
+"""Listen at and connect to unix:///absolute/path; connection.py has the connection."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Listener:
         self._path = path
         self.uri: Final = f"{_SCHEME}{path}"
         self._inode = 0
-        with contextlib.suppress(OSError):  # somebody removed it
+        with contextlib.suppress(OSError):  # the path may have been removed
             self._inode = os.stat(path).st_ino
         self._acceptor: Final = Acceptor()
 
@@ -57,11 +57,11 @@ class Listener:
         self.close()
 
     def fileno(self) -> int:
-        """Give the socket's descriptor, -1 once closed."""
+        """Return the socket's descriptor, -1 once closed."""
         return self._socket.fileno()
 
     def accept(self) -> Connection | None:
-        """Take a peer that waits; None if there is none, or it had to be turned away."""
+        """Accept a waiting peer; None if none waits, or it had to be refused."""
         connection = self.accept_any()
         if connection is None or not connection.no_room:
             return connection
@@ -70,9 +70,9 @@ class Listener:
         return None
 
     def accept_any(self) -> Connection | None:
-        """Take a peer that waits, even one that there is no room for (no_room); None if none does.
+        """Accept a waiting peer, even one that must be refused (no_room set); None if none waits.
 
-        Tell such a peer why, close it, and refill().
+        The caller must send a refused peer the reason, close it, and refill().
         """
         taken = self._acceptor.accept_any(self._socket)
         if taken is None:
@@ -82,11 +82,11 @@ class Listener:
         return connection
 
     def refill(self) -> None:
-        """A peer without room is closed: have its descriptor for the next one."""
+        """Refill the reserve of descriptors, after a refused peer was closed."""
         self._acceptor.refill()
 
     def close(self) -> None:
-        """Close the socket and remove its path, unless that is another's by now; nothing twice."""
+        """Close the socket, and remove its path if that is still this socket's. Idempotent."""
         if self._socket.fileno() < 0:
             return
         self._socket.close()
@@ -97,7 +97,7 @@ class Listener:
 
 
 def parse_uri(uri: str) -> str:
-    """Give the path of a unix:///absolute/path; UsageError for anything else."""
+    """Return the path of a unix:///absolute/path; UsageError for anything else."""
     if not uri.startswith(_SCHEME):
         raise UsageError(f"cannot use {uri!r}: write unix:///absolute/path")
     path = uri.removeprefix(_SCHEME)
@@ -115,7 +115,7 @@ def connect(uri: str, timeout: float = CONNECT_SECONDS) -> Connection:
     """
     path = parse_uri(uri)
     sock = _new_socket()
-    # Bounds the wait for room in the listener's backlog, the only thing this connect waits for.
+    # Bounds the wait for room in the listener's backlog; this connect waits for nothing else.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout))
     try:
         sock.connect(path)
@@ -128,7 +128,7 @@ def connect(uri: str, timeout: float = CONNECT_SECONDS) -> Connection:
 
 
 def _timeval(seconds: float) -> bytes:
-    # Zero would be for ever.
+    # Zero would mean no timeout.
     microseconds = max(1, int(seconds * 1e6))
     return _TIMEVAL.pack(microseconds // 1_000_000, microseconds % 1_000_000)
 
@@ -139,16 +139,16 @@ def listen(uri: str, mode: int = 0o666, backlog: int = 128) -> Listener:
 
 
 def listen_socket(uri: str, mode: int = 0o666, backlog: int = 128) -> socket.socket:
-    """Give a socket that listens; whom mode lets write to the path may connect.
+    """Return a listening socket; users with write permission by mode may connect.
 
-    A path left behind by a dead listener is replaced; one that is alive, or no socket, is a
-    UsageError. Two listeners starting at once must be kept apart by a lock of their own.
+    A path left behind by a dead listener is replaced; a live listener's, or one that is not a
+    socket, is a UsageError. Callers must use a lock to keep two from starting at once.
     """
     path = parse_uri(uri)
     _remove_stale(uri, path)
     sock = _new_socket()
     try:
-        # The path gets the socket's own mode less the umask: closed to others until widened.
+        # bind() gives the path the socket's mode less the umask: closed to others until the chmod.
         os.fchmod(sock.fileno(), mode & 0o700)
         sock.bind(path)
         os.chmod(path, mode)
@@ -160,7 +160,7 @@ def listen_socket(uri: str, mode: int = 0o666, backlog: int = 128) -> socket.soc
 
 
 def adopt_connection(fd: int) -> Connection:
-    """Go on with a backend's end of a connection that another process, now gone, had; takes fd."""
+    """Go on with the backend's end of a connection that a dead process had; takes fd over."""
     return Connection(socket.socket(fileno=fd), MAX_REQUEST_BYTES, MAX_REPLY_BYTES)
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages between two programs as bytes and as conversations, without a socket."""
+"""Messages between two programs, their encoding and the rules of a conversation; no sockets."""

@@ -4,13 +4,13 @@
     connecting:  NEW --hello sent--> GREETING --its reply--> OPEN --end--> GONE
     accepting:   NEW --hello came, reply due--> OPEN --end--> GONE
 
-Then either side may ask the other, and answer in any order. A request has "op" and a tag of its
-sender's choosing; what answers it has "ok" and the same tag: any number of replies with "progress",
-then one without. The two directions' tags have nothing to do with each other.
+Then either side may send requests, and answer in any order. A request has "op" and a tag that its
+sender chooses; its replies have "ok" and the same tag: any number of replies with "progress", then
+one without. The tags of the two directions are independent.
 
-A request that is out of turn, a reply to nothing, a tag in use, and more requests unanswered than
-was agreed, are the peer's errors: PeerError, which ends the conversation. Our own are UsageError,
-and CapacityError for one request too many; those change nothing.
+The peer's errors are PeerError, and end the conversation: a request in the wrong phase, a reply to
+no request, a tag in use, more unanswered requests than agreed. Our own are UsageError, and
+CapacityError for one request too many; those change nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MAX_FEATURES: Final = 64
 
 
 class DialoguePhase(enum.Enum):
-    """Where a conversation is; see the module's picture."""
+    """The state of a conversation; see the module's diagram."""
 
     NEW = enum.auto()
     GREETING = enum.auto()
@@ -48,7 +48,7 @@ class DialoguePhase(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Greeted:
-    """Both have said hello; reply, if any, is to be sent with tag."""
+    """Both hellos are exchanged; the caller must send reply, if any, with tag."""
 
     tag: int
     reply: Body | None
@@ -56,7 +56,7 @@ class Greeted:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The peer wants something; answer(tag) is owed."""
+    """The peer made a request; the caller must answer(tag)."""
 
     tag: int
     body: Body
@@ -64,7 +64,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The peer answers our request of this tag; more follows unless it is the last."""
+    """A reply of the peer to our request of this tag; more follow unless it is the last."""
 
     tag: int
     body: Body
@@ -75,9 +75,9 @@ class Answer:
 class Dialogue:
     """One side of a conversation.
 
-    Invariants: (1) _ours, the requests of ours that wait, are at most their_limit; (2) _theirs,
-    those of the peer's that we owe an answer, at most our_limit; (3) both are empty unless OPEN,
-    but for our hello while GREETING.
+    Invariants: (1) _ours, our unanswered requests, are at most their_limit; (2) _theirs, the peer's
+    unanswered requests, are at most our_limit; (3) both are empty unless OPEN, except for our hello
+    while GREETING.
     """
 
     our_features: frozenset[str] = frozenset()
@@ -102,15 +102,18 @@ class Dialogue:
         )
 
     def hello(self) -> tuple[int, Body]:
-        """Give the first message of the one who connected, and its tag."""
+        """Return the tag and body of hello, the first message of the side that connected."""
         if self.phase is not DialoguePhase.NEW:
-            raise UsageError("hello has been said")
+            raise UsageError("hello was sent already")
         tag = self._new_tag()
         self.phase = DialoguePhase.GREETING
         return tag, {"op": "hello", **self._introduction()}
 
     def ask(self) -> int:
-        """Give the tag for a request of ours; UsageError before hello and after the end."""
+        """Return the tag for a request of ours.
+
+        Raises UsageError before hello and after the end, CapacityError at the peer's limit.
+        """
         if self.phase is not DialoguePhase.OPEN:
             raise UsageError(
                 f"no request can be made: the conversation is {self.phase.name.lower()}"
@@ -123,28 +126,28 @@ class Dialogue:
         return self._new_tag()
 
     def forget(self, tag: int) -> None:
-        """Take back an ask() whose request could not be sent."""
+        """Undo an ask() whose request could not be sent."""
         self._ours.discard(tag)
 
     def answer(self, tag: int, body: Body) -> None:
-        """Note that the peer's request of this tag is answered with body."""
+        """Record that the peer's request of this tag is answered with body."""
         if tag not in self._theirs:
             raise UsageError(f"no request with tag {tag} waits for an answer")
         if "progress" not in body:
             self._theirs.remove(tag)
 
     def end(self) -> None:
-        """The connection has ended; nothing waits any more."""
+        """Record the end of the connection, and forget all requests."""
         self.phase = DialoguePhase.GONE
         self._ours.clear()
         self._theirs.clear()
 
     def take(self, tag: int, body: Body) -> Greeted | Asked | Answer:
-        """Take a message that came; say what it is."""
+        """Take a received message and return the event that it is."""
         if "op" in body:
             return self._take_request(tag, body)
         if tag not in self._ours:
-            raise PeerError(f"an answer with tag {tag} came, and no request waits for it")
+            raise PeerError(f"peer answered tag {tag}, which is no unanswered request of ours")
         if self.phase is DialoguePhase.GREETING:
             self._take_introduction(check_reply(body))
             self._ours.remove(tag)
@@ -164,10 +167,10 @@ class Dialogue:
         if self.phase is not DialoguePhase.OPEN or op == "hello":
             raise PeerError(f"request {op!r} does not fit here ({self.phase.name.lower()})")
         if tag in self._theirs:
-            raise PeerError(f"request {op!r} has tag {tag}, which waits for an answer already")
+            raise PeerError(f"request {op!r} reuses tag {tag}, which is still unanswered")
         if len(self._theirs) >= self.our_limit:
             raise PeerError(
-                f"{len(self._theirs)} requests came unanswered; {self.our_limit} at most"
+                f"peer has {len(self._theirs)} unanswered requests; at most {self.our_limit}"
             )
         self._theirs.add(tag)
         return Asked(tag, body)
@@ -187,8 +190,8 @@ class Dialogue:
         if not isinstance(features, list) or len(features) > _MAX_FEATURES:
             raise PeerError(f"features must be a list of at most {_MAX_FEATURES}")
         self.features = self.our_features & _texts(features)
-        told = take_number(body, "max_outstanding", 1, 1 << 20, default=1)
-        self.their_limit = min(self.their_limit, told)
+        outstanding = take_number(body, "max_outstanding", 1, 1 << 20, default=1)
+        self.their_limit = min(self.their_limit, outstanding)
         self.their_message_bytes = take_number(
             body, "max_message_bytes", MIN_MESSAGE_BYTES, 1 << 40, default=MAX_REQUEST_BYTES
         )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fields of a message may hold: read a peer's fields safely, write and read refusals.
+"""Read the fields of a peer's message safely; write and read refusals.
 
-The body of a message comes from outside. Each field is taken through one of these, which gives a
-value of the type and range asked for or raises PeerError saying which field, what it held and what
+The body of a message is untrusted. Each field must be read by one of these functions: it returns a
+value of the type and range asked for, or raises PeerError that names the field, its value and what
 is needed.
 """
 
@@ -17,7 +17,7 @@ from cowshed.transport.messages.protocol import Body
 
 
 class MovedError(UsageError):
-    """The guests here move, or moved, to another backend: uri is where; "" if it cannot be said."""
+    """The backend's guests move, or moved, to another; uri is its address, "" if unknown."""
 
     def __init__(self, uri: str) -> None:
         where = uri or "another backend"
@@ -54,9 +54,9 @@ def take_number(
     *,
     default: int | None = None,
 ) -> int:
-    """Give a field's integer within bounds.
+    """Return a field's integer within bounds.
 
-    An absent or null field gives default if there is one; likewise below.
+    An absent or null field returns default if there is one; likewise below.
     """
     value = body.get(field)
     if value is None and default is not None:
@@ -71,14 +71,14 @@ def take_number(
 def take_optional_number(
     body: Mapping[str, Any], field: str, minimum: int = 0, maximum: int = MAX_NUMBER
 ) -> int | None:
-    """Give a field's integer within bounds, or None for a field that is absent or null."""
+    """Return a field's integer within bounds, or None for a field that is absent or null."""
     return None if body.get(field) is None else take_number(body, field, minimum, maximum)
 
 
 def take_text(
     body: Mapping[str, Any], field: str, *, max_length: int = 255, default: str | None = None
 ) -> str:
-    """Give a field's text: printable, not empty, at most max_length characters."""
+    """Return a field's text: printable, not empty, at most max_length characters."""
     value = body.get(field)
     if value is None and default is not None:
         return default
@@ -90,12 +90,12 @@ def take_text(
 
 
 def take_optional_text(body: Mapping[str, Any], field: str, *, max_length: int = 255) -> str | None:
-    """Give a field's text likewise, or None for a field that is absent or null."""
+    """Like take_text, but None for a field that is absent or null."""
     return None if body.get(field) is None else take_text(body, field, max_length=max_length)
 
 
 def take_flag(body: Mapping[str, Any], field: str) -> bool:
-    """Give a field's true or false; an absent or null one is false."""
+    """Return a field's boolean; an absent or null one is false."""
     value = body.get(field)
     if value is None:
         return False
@@ -107,7 +107,7 @@ def take_flag(body: Mapping[str, Any], field: str) -> bool:
 def take_choice(
     body: Mapping[str, Any], field: str, choices: Sequence[str], *, default: str | None = None
 ) -> str:
-    """Give a field's text, one of the choices."""
+    """Return a field's text, which must be one of the choices."""
     value = body.get(field)
     if value is None and default is not None:
         return default
@@ -117,7 +117,7 @@ def take_choice(
 
 
 def kind_of(error: CowshedError) -> str:
-    """Give the kind by which the peer is told of an error; "peer" for what it cannot act on."""
+    """Return the kind under which an error is sent; "peer" if the peer cannot act on it."""
     for kind, name in _KINDS:
         if isinstance(error, kind):
             return name
@@ -125,14 +125,17 @@ def kind_of(error: CowshedError) -> str:
 
 
 def error_reply(kind: str, message: str) -> Body:
-    """Give the reply that refuses a request: one line, of a kind the peer can act on."""
+    """Return the reply that refuses a request, its message cut to one line.
+
+    Raises UsageError for an unknown kind.
+    """
     if kind not in _BY_KIND:
         raise UsageError(f"no error kind {kind!r}; one of {', '.join(_BY_KIND)}")
     return {"ok": False, "error": {"kind": kind, "message": _one_line(message)}}
 
 
 def refusal(error: CowshedError) -> Body:
-    """Give the reply that refuses a request for this reason."""
+    """Return the reply that refuses a request because of error."""
     reply = error_reply(kind_of(error), str(error))
     if isinstance(error, MovedError):
         reply["error"]["uri"] = error.uri
@@ -140,7 +143,7 @@ def refusal(error: CowshedError) -> Body:
 
 
 def check_reply(body: Body) -> Body:
-    """Give a good reply back; raise what a refusal stands for, PeerError if it is neither."""
+    """Return a good reply; raise the error of a refusal, PeerError if body is neither."""
     ok = body.get("ok")
     if ok is True:
         return body

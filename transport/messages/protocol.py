@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages to packets and back, without a socket: bytes in, messages out.
+"""Encode messages as packets and decode them, without a socket.
 
 A message is one JSON object. It travels in packets of at most 64 KiB, each a little-endian header
 and a piece of the object's UTF-8 text:
@@ -7,14 +7,14 @@ and a piece of the object's UTF-8 text:
     magic u32, version u16, flags u16, tag u32,
     nr_fds u16, reserved u16, total_length u32, piece_length u32
 
-A message that does not fit goes on in the next packets: flag MORE is set in all but the last, all
-but the last are full, and nothing else comes between. Tag and total_length are repeated in each.
-Descriptors ride on the first packet. A reply carries its request's tag. What the fields of a
-message may hold is in messages.py.
+A message that does not fit continues in the next packets: flag MORE is set in all but the last, all
+but the last are full, and no other packet comes between. Each repeats tag and total_length.
+Descriptors travel with the first packet. A reply carries its request's tag. fields.py reads the
+fields of a message.
 
-Whatever a peer sends is hostile until checked: every violation is a PeerError, after which the
-decoder is of no more use. Memory held is bounded by the limit given, and grows with what has
-arrived, not with what was announced.
+Received bytes are untrusted: every violation is a PeerError, after which the decoder must not be
+used. Memory is bounded by the limit given, and grows with what has arrived, not with what was
+announced.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Body = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One whole message as it arrived; nr_fds descriptors came with it."""
+    """One whole received message; nr_fds descriptors came with it."""
 
     tag: int
     body: Body
@@ -55,7 +55,7 @@ class Message:
 def encode(
     tag: int, body: Mapping[str, Any], nr_fds: int = 0, limit_bytes: int = MAX_REPLY_BYTES
 ) -> list[bytes]:
-    """Give the packets of one message, to be sent in order; nr_fds descriptors go with the first.
+    """Return the packets of one message, to be sent in order; nr_fds descriptors go with the first.
 
     Raises UsageError if the body is not JSON or longer than limit_bytes, or a number out of range.
     """
@@ -83,7 +83,7 @@ def encode(
 
 
 class Decoder:
-    """Puts packets together again; holds at most one unfinished message of at most limit_bytes.
+    """Reassembles packets; buffers at most one unfinished message of at most limit_bytes.
 
     Invariants: (1) _pieces is empty between messages; (2) within one, len(_pieces) < _total_length
     and is a multiple of MAX_PIECE_BYTES; (3) _total_length <= limit_bytes.
@@ -96,13 +96,19 @@ class Decoder:
         self._nr_fds = 0
         self._total_length = 0
 
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold."""
+        assert not self._pieces or len(self._pieces) < self._total_length
+        assert len(self._pieces) % MAX_PIECE_BYTES == 0
+        assert self._total_length <= self.limit_bytes
+
     @property
     def unfinished(self) -> bool:
         """Whether a message has begun and not ended."""
         return bool(self._pieces)
 
     def feed(self, packet: bytes | bytearray | memoryview, nr_fds: int = 0) -> list[Message]:
-        """Take a packet and how many descriptors came with it; give the 0 or 1 messages it ends.
+        """Take a packet and the number of its descriptors; return the 0 or 1 messages it ends.
 
         Raises PeerError for every violation.
         """
@@ -121,7 +127,7 @@ class Decoder:
             _refuse(f"unknown flags {flags:#x} or reserved {reserved:#x} in a packet header")
         if fds_told != nr_fds or nr_fds > MAX_FDS:
             _refuse(
-                f"packet tells of {fds_told} descriptors and carries {nr_fds}; {MAX_FDS} at most"
+                f"packet announces {fds_told} descriptors and carries {nr_fds}; at most {MAX_FDS}"
             )
         if piece_length != len(packet) - HEADER.size:
             _refuse(f"piece of {piece_length} bytes in a packet of {len(packet)}")
@@ -146,7 +152,7 @@ class Decoder:
 
 
 def parse_body(text: bytes | bytearray) -> Body:
-    """Read a JSON object of bounded depth without NaN, infinity or repeated keys, or PeerError."""
+    """Parse a JSON object; PeerError if nested too deep, or for NaN, infinity or repeated keys."""
     try:
         body = json.loads(
             text.decode("utf-8"),
@@ -160,7 +166,7 @@ def parse_body(text: bytes | bytearray) -> Body:
         raise PeerError(f"message is not JSON: {error}") from error
     if not isinstance(body, dict):
         _refuse(f"message is a JSON {type(body).__name__}, not an object")
-    # Brackets bound the depth, and counting them is cheap: only odd messages are walked.
+    # The number of brackets bounds the depth and is cheap to count: few messages are walked.
     if text.count(b"{") + text.count(b"[") > MAX_DEPTH:
         _check_depth(body)
     return body

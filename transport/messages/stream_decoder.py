@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packets out of a stream of bytes, where nothing but their headers says where each ends.
+"""Cut a byte stream into the packets of protocol.py, by their headers.
 
-The same packets as on a socket that keeps them apart (see protocol.py), one behind the other, and
-without descriptors. A header is judged as soon as it is whole, so that a peer cannot announce what
-it may not send; what is held is at most one unfinished packet and one unfinished message.
+The packets are the same as on a sequenced-packet socket, one after the other, and without
+descriptors. Each header is checked as soon as it is complete, so that a peer cannot announce what
+it may not send. The buffers hold at most one unfinished packet and one unfinished message.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["StreamDecoder"]
 
 
 class StreamDecoder:
-    """Puts a stream's messages together; every violation is a PeerError that ends its use.
+    """Reassembles a stream's messages. After a PeerError it must not be used.
 
     Invariant: _held is shorter than one packet: a header, or a header and part of its piece.
     """
@@ -40,7 +40,7 @@ class StreamDecoder:
         return bool(self._held) or self._decoder.unfinished
 
     def feed(self, arrived: bytes | bytearray | memoryview) -> list[Message]:
-        """Take bytes, as many or few as came; give the messages that they end, in order."""
+        """Take received bytes, as many or few as came; return the messages they end, in order."""
         messages: list[Message] = []
         rest = memoryview(arrived)
         while rest:
@@ -55,9 +55,10 @@ class StreamDecoder:
     def check(self) -> None:
         """Raise AssertionError if the invariant does not hold."""
         assert len(self._held) < HEADER.size or len(self._held) < self._wanted()
+        self._decoder.check()
 
     def _wanted(self) -> int:
-        """How many bytes _held is to have before anything can be done with it."""
+        """Return the length that _held must reach before the next step."""
         if len(self._held) < HEADER.size:
             return HEADER.size
         magic, version, _, _, _, _, _, piece_length = HEADER.unpack_from(self._held)

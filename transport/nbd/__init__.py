@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NBD: its handshake and wire, the server that the C core is, and the client of the library."""
+"""NBD: its handshake and wire format, the server in the C core, and the guest library's client."""

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The asking half of NBD's transmission phase, without a socket: operations in, bytes out.
+"""The client's half of NBD's transmission phase, without a socket: operations in, bytes out.
 
-    link.start(op)         -> what to send
-    link.feed(bytes)       what came; or link.target() and link.advance(n), which saves a copy
+    link.start(op)         -> bytes to send
+    link.feed(bytes)       received bytes; or link.target() and link.advance(n), which saves a copy
     link.take_finished()   -> the operations that are done
 
-Simple and structured replies, in any order (doc/proto.md of NetworkBlockDevice/nbd). What a peer
-sends is hostile until checked: every violation is PeerError, after which the link is of no more
-use. Memory is what the operations bring; replies add at most _MAX_NOTE_BYTES.
+Takes simple and structured replies, in any order (doc/proto.md of NetworkBlockDevice/nbd). Received
+bytes are untrusted: every violation is PeerError, after which the link must not be used. Data goes
+to the operations' memory; replies add at most _MAX_NOTE_BYTES.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAX_NOTE_BYTES: Final = 4096 + 64
 
 
 class Kind(enum.IntEnum):
-    """What is asked; the numbers are NBD's."""
+    """The kind of an operation; the numbers are NBD's."""
 
     READ = 0
     WRITE = 1
@@ -48,9 +48,9 @@ class Kind(enum.IntEnum):
 
 @dataclass(eq=False)
 class BlockOp:
-    """One operation; memory is what to write, or where to put what is read, and is length long.
+    """One operation. memory, of length bytes, is written from or read into.
 
-    error is an errno once done, 0 if all went well.
+    error is an errno once done, 0 for success.
     """
 
     kind: Kind
@@ -65,14 +65,16 @@ class BlockOp:
     _got: int = 0
 
     def reset(self) -> None:
-        """Make it as if it had never been sent, to send it again."""
+        """Reset the operation to its state before it was sent, to send it again."""
         self.done, self.flying, self.error, self.why, self._got = False, False, 0, "", 0
 
 
 @dataclass
 class BlockLink:
-    """Invariants: (1) _flying are the operations started and not finished, by cookie, oldest first;
-    (2) _need bytes are wanted next, into _note, or if _into is set, into that.
+    """The client's half of one connection.
+
+    _flying maps cookies to the operations in flight, oldest first. The next step needs _need bytes,
+    in _into if that is set, else in _note.
     """
 
     _flying: dict[int, BlockOp] = field(default_factory=dict)
@@ -90,16 +92,16 @@ class BlockLink:
 
     @property
     def nr_flying(self) -> int:
-        """How many operations were started and are not finished."""
+        """The number of operations in flight."""
         return len(self._flying)
 
     @property
     def oldest(self) -> BlockOp | None:
-        """The operation that has waited longest."""
+        """The operation that has been in flight longest."""
         return next(iter(self._flying.values()), None)
 
     def start(self, op: BlockOp) -> list[bytes | memoryview]:
-        """Give what to send for op, in order."""
+        """Return the pieces to send for op, in order."""
         self._last_cookie += 1
         head = _REQUEST.pack(_REQUEST_MAGIC, 0, op.kind, self._last_cookie, op.offset, op.length)
         if op.kind is Kind.DISCONNECT:
@@ -111,16 +113,16 @@ class BlockLink:
         return [head]
 
     def take_finished(self) -> list[BlockOp]:
-        """Give the operations that were finished since the last call."""
+        """Return the operations that were finished since the last call."""
         finished, self._finished = self._finished, []
         return finished
 
     def target(self) -> memoryview | None:
-        """Where the next bytes of the stream belong, if they are data; to be told by advance()."""
+        """Return where to put the next bytes if they are data; the caller must then advance()."""
         return self._into
 
     def advance(self, nr_bytes: int) -> None:
-        """Bytes were put into target(), from its start."""
+        """Record that nr_bytes were put into target(), from its start."""
         assert self._into is not None
         assert nr_bytes <= len(self._into)
         self._into = self._into[nr_bytes:]
@@ -129,7 +131,7 @@ class BlockLink:
             self._step()
 
     def feed(self, arrived: bytes | memoryview) -> None:
-        """Take bytes of the stream, as many or few as came."""
+        """Take received bytes, as many or few as came."""
         rest = memoryview(arrived)
         while rest:
             piece, rest = rest[: self._need], rest[self._need :]
@@ -142,7 +144,7 @@ class BlockLink:
             if not self._need:
                 self._step()
 
-    # Each step has all the bytes it wanted, and says what is wanted next.
+    # Each step has all the bytes it needs, and sets what the next one needs.
 
     def _step(self) -> None:
         while not self._need:
@@ -179,11 +181,11 @@ class BlockLink:
             raise PeerError(f"reply has unknown flags {self._flags:#x}")
         if self._kind == _NONE:
             if length or not self._flags & _DONE:
-                raise PeerError("an empty reply chunk that is not empty, or not the last")
+                raise PeerError("a reply chunk of type NONE has a payload, or is not the last")
             self._on_end()
         elif self._kind == _DATA and op.kind is Kind.READ:
             if not 8 < length <= op.length - op._got + 8:
-                raise PeerError(f"{length - 8} bytes came of {op.length - op._got} that are left")
+                raise PeerError(f"peer sent {length - 8} bytes; {op.length - op._got} are left")
             self._nr_data = length - 8
             self._want(8, "data")
         elif self._kind == _HOLE and op.kind is Kind.READ and length == 12:
@@ -207,7 +209,7 @@ class BlockLink:
         assert self._op is not None
         error, length = struct.unpack_from(">IH", self._note)
         if error == 0 or 6 + length > len(self._note):
-            raise PeerError("an error reply that makes no sense")
+            raise PeerError("malformed error reply")
         text = bytes(self._note[6 : 6 + length]).decode("utf-8", "replace")
         self._fail(self._op, error, "".join(c if c.isprintable() else "?" for c in text))
         self._on_end()
@@ -219,7 +221,7 @@ class BlockLink:
         if not self._flags & _DONE:
             return
         if op.kind is Kind.READ and not op.error and op._got != op.length:
-            raise PeerError(f"{op._got} bytes came of {op.length} that were asked for")
+            raise PeerError(f"peer sent {op._got} of {op.length} bytes that were read")
         del self._flying[self._cookie]
         op.done = True
         self._finished.append(op)
@@ -227,7 +229,7 @@ class BlockLink:
     def _find(self, cookie: int) -> BlockOp:
         op = self._flying.get(cookie)
         if op is None:
-            raise PeerError(f"reply to request {cookie:#x}, which nobody made")
+            raise PeerError(f"reply to request {cookie:#x}, which is not in flight")
         self._op, self._cookie = op, cookie
         return op
 
@@ -237,12 +239,14 @@ class BlockLink:
         assert op.memory is not None
         start = offset - op.offset
         if start < 0 or length == 0 or start + length > op.length or op._got + length > op.length:
-            raise PeerError(f"{length} bytes at {offset} came for {op.length} at {op.offset}")
+            raise PeerError(
+                f"peer sent {length} bytes at {offset} for a read of {op.length} at {op.offset}"
+            )
         op._got += length
         return op.memory[start : start + length]
 
     @staticmethod
     def _fail(op: BlockOp, error: int, why: str) -> None:
-        # NBD's numbers are Linux's; one that Linux lacks is as good as EIO.
+        # NBD's error numbers are Linux's; take an unknown one as EIO.
         op.error = error if error in errno.errorcode else errno.EIO
         op.why = why

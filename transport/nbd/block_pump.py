@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many threads' block operations over one socket: batched out, answered in any order.
+"""Many threads' block operations over one socket: sent in batches, answered in any order.
 
-Whoever waits pumps: one thread at a time sends what all have queued and takes what came for
-anybody, and the others sleep until theirs is done or it is their turn to pump. So there is no
-thread of ours, sending never waits for a peer that wants its answers read first, and operations
-that nobody waits for yet (readahead) fly along.
+One of the waiting threads pumps at a time: it sends what all have queued and receives every reply.
+The others sleep until their operations are done or they must pump. So the pump needs no thread of
+its own, sending never blocks on a peer that waits for its replies to be read, and operations with
+no waiter yet (readahead) are sent and received along.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ MAX_FLYING_BYTES: Final = 16 << 20
 _MAX_VECTORS: Final = 64
 _SCRATCH_BYTES: Final = 256 << 10
 _RECV_AT_ONCE: Final = 32
-# One operation may wait that many times as long as the whole link may be silent.
+# An operation may take this many times as long as the whole link may be silent.
 _PATIENCE: Final = 4
 _GOODBYE_SECONDS: Final = 5.0
 
 
 class LinkLostError(PeerError):
-    """The connection ended, or went silent; what was under way may be tried on a new one."""
+    """The connection ended or went silent; operations in flight may be sent on a new one."""
 
 
 class BlockPump:
     """One connection in its transmission phase, owned: close() closes it.
 
-    Invariants, under _lock: (1) _pumping while one thread is in a step; (2) _flying_bytes are the
-    lengths of the link's operations, at most MAX_FLYING_BYTES unless there is but one; (3) once
-    _error is set nothing is sent or taken any more.
+    Invariants, under _lock: (1) _pumping is set while one thread is in a step; (2) _flying_bytes is
+    the sum of lengths in flight, at most MAX_FLYING_BYTES unless there is only one operation;
+    (3) once _error is set, nothing is sent or received.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -62,7 +62,7 @@ class BlockPump:
 
     @property
     def alive(self) -> bool:
-        """Whether the peer still holds its end. Costs a system call."""
+        """Whether the peer still holds its end open. Costs a system call."""
         with self._lock:
             if self._error is not None:
                 return False
@@ -71,9 +71,9 @@ class BlockPump:
             return not poll.poll(0)
 
     def close(self, *, politely: bool = False) -> None:
-        """End it: whoever waits gets LinkLostError. Does nothing twice.
+        """Close the connection: waiting threads get LinkLostError. Idempotent.
 
-        politely says good-bye and waits for the peer's end, _GOODBYE_SECONDS at most.
+        politely: send NBD_CMD_DISC and wait at most _GOODBYE_SECONDS for the peer to close.
         """
         with self._lock:
             if politely and self._error is None and not self._pumping:
@@ -82,13 +82,13 @@ class BlockPump:
             self._fail(LinkLostError("the connection was closed"))
 
     def abandon(self) -> None:
-        """In a forked child: close the descriptors and nothing else; locks may be anyhow."""
+        """In a forked child: close the descriptors only; the state of locks is unknown."""
         with contextlib.suppress(OSError):
             self._sock.close()
             os.close(self._wake_fd)
 
     def queue(self, ops: Sequence[BlockOp]) -> None:
-        """Have operations sent with the next batch; they fly while nobody waits."""
+        """Queue operations for the next batch, and send them if no thread pumps; never waits."""
         with self._lock:
             if self._error is None:
                 self._queue(ops)
@@ -96,10 +96,10 @@ class BlockPump:
                     self._attempt()
 
     def run(self, ops: Sequence[BlockOp], timeout: float) -> None:
-        """Have operations done; those that are queued already are only waited for.
+        """Queue operations that are not queued yet, and wait until all are done.
 
-        Raises LinkLostError if the connection ends, or nothing at all comes for timeout seconds
-        while something is owed. Operations that are not done then may be sent again elsewhere.
+        Raises LinkLostError if the connection ends, or the peer sends nothing for timeout seconds.
+        Operations that are not done then may be sent again on another connection.
         """
         with self._lock:
             self._queue([op for op in ops if not op.flying and not op.done])
@@ -126,7 +126,7 @@ class BlockPump:
             self._fail(LinkLostError(f"cannot send: {error.strerror}"))
 
     def _pump_once(self, deadline: float, timeout: float) -> None:
-        """Make one step, the lock held but for the wait."""
+        """Make one step, with the lock held except during the wait."""
         self._pumping = True
         try:
             self._fill()
@@ -145,7 +145,7 @@ class BlockPump:
         except OSError as error:
             self._fail(LinkLostError(error.strerror or str(error)))
         except BaseException:
-            # An interrupt between a request's halves leaves a stream nobody can go on with.
+            # An interrupt in the middle of a request leaves a stream that cannot be used.
             self._fail(LinkLostError("interrupted"))
             raise
         finally:
@@ -175,7 +175,7 @@ class BlockPump:
                     self._outgoing[0] = memoryview(self._outgoing[0])[sent:]
 
     def _receive(self) -> bool:
-        """Take what came; whether anything did."""
+        """Receive what has arrived; False if nothing had."""
         link = self._link
         for no in range(_RECV_AT_ONCE):
             target = link.target()
@@ -213,7 +213,7 @@ class BlockPump:
             os.eventfd_read(self._wake_fd)
 
     def _send_goodbye(self, deadline: float) -> None:
-        """When the peer has closed, it has let go of the guest, whose name is free again."""
+        """Send NBD_CMD_DISC and wait for the peer to close: the guest's name is free again then."""
         self._queued.clear()
         self._outgoing += self._link.start(BlockOp(Kind.DISCONNECT))
         poll = select.poll()
@@ -222,7 +222,7 @@ class BlockPump:
             poll.register(self._sock, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
             if not poll.poll(left * 1000):
                 return
-            while self._receive():  # which raises at the end
+            while self._receive():  # raises LinkLostError at the end of the stream
                 pass
 
     def _fail(self, error: LinkLostError) -> None:
@@ -230,7 +230,7 @@ class BlockPump:
             self._error = error
             self._queued.clear()
             self._outgoing.clear()
-            # Whoever pumps may be asleep on these descriptors: it is woken, and closes them then.
+            # The pumping thread may sleep on these descriptors: wake it, and let it close them.
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)
             if not self._pumping:

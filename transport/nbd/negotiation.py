@@ -6,13 +6,14 @@
                                   |  ^------GO, EXPORT_NAME-> WantsExport, entered(), options again
                                   `-----ABORT-------------> Aborted
 
-Feed what arrived and send what comes back, until `outcome` is there. An option that is unknown, not
-allowed or malformed is refused and skipped exactly, so the two ends stay in step. What no reply can
-mend (a wrong magic, too many options) is a PeerError, after which this object is of no more use.
+The caller must feed() received bytes and send the result, until `outcome` is set. An unknown,
+forbidden or malformed option is refused and skipped by its length, so both ends stay in step.
+Violations that no reply can repair (a wrong magic, too many options) are PeerError, after which
+this object must not be used.
 
 Bounds: an option's body is kept up to 64 KiB, a longer one is dropped as it arrives; a handshake
-has at most 1,024 options and 4 MiB; what is to be sent is bounded by the options in one feed() and
-by the number of exports. Feeding no more than `wanted_bytes` at a time makes that one option.
+has at most 1,024 options and 4 MiB; the replies of one feed() are bounded by the options in it and
+by the number of exports. Feeding at most `wanted_bytes` at a time makes that one option.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ MAX_PAYLOAD_BYTES: Final = 32 << 20
 MAX_OPTION_BYTES: Final = 64 << 10
 MAX_OPTIONS: Final = 1024
 MAX_HANDSHAKE_BYTES: Final = 4 << 20
-# The id of a context on the wire is its place here and one; the last is of overlays only.
+# A context's id on the wire is its index here plus 1; only overlays have the last.
 CONTEXTS: Final = ("base:allocation", "cowshed:resident", "cowshed:private")
 
 _CLIENT_FLAGS: Final = range((ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES) + 1)
@@ -71,7 +72,7 @@ _CLIENT_FLAGS: Final = range((ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES) 
 
 @dataclass(frozen=True)
 class Export:
-    """What a client may know of an export before it enters."""
+    """What a client may learn of an export before it enters."""
 
     name: str
     description: str
@@ -81,7 +82,7 @@ class Export:
 
 
 class ExportRefused(Exception):  # noqa: N818  (an answer, not a failure)
-    """Why an export cannot be had; `kind` is the reply, the text is for the client's user."""
+    """An option is refused; `kind` is the reply, the text is for the client's user."""
 
     def __init__(self, kind: Reply, why: str) -> None:
         super().__init__(why)
@@ -89,28 +90,28 @@ class ExportRefused(Exception):  # noqa: N818  (an answer, not a failure)
 
 
 class ExportPending(Exception):  # noqa: N818  (no failure either)
-    """An export cannot be entered just now: it is asked for again after NbdHandshake.entered()."""
+    """An export cannot be entered yet: NbdHandshake.entered() calls enter() again."""
 
 
 class Directory(Protocol):
     """The exports that this client may see. All three may raise ExportRefused."""
 
     def exports(self) -> Iterable[Export]:
-        """Name them all."""
+        """Return them all."""
 
     def find(self, name: str) -> Export:
-        """Describe one and change nothing; the empty name is the default export."""
+        """Describe one, without side effects; the empty name is the default export."""
 
     def enter(self, name: str) -> Export:
-        """Describe one that the client is about to use, and hold it for this client.
+        """Describe one and claim it for this client, which is about to use it.
 
-        ExportPending if that takes long.
+        Raises ExportPending if that takes long.
         """
 
 
 @dataclass(frozen=True)
 class Negotiated:
-    """How data will flow. context_ids are by place in CONTEXTS; 0 is one not asked for."""
+    """The negotiated transmission phase. context_ids are in the order of CONTEXTS; 0: not set."""
 
     structured: bool
     extended: bool
@@ -120,7 +121,7 @@ class Negotiated:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The handshake is over and the client is in an export, which its Directory holds."""
+    """The handshake is over: the client has entered an export, which its Directory claimed."""
 
     export: Export
     negotiated: Negotiated
@@ -128,24 +129,25 @@ class Chosen:
 
 @dataclass(frozen=True)
 class WantsTls:
-    """After what is queued has been sent, TLS begins; then call secured() and feed plain text."""
+    """The caller must send the replies, start TLS, call secured() and feed plaintext."""
 
 
 @dataclass(frozen=True)
 class WantsExport:
-    """The export is pending; once it is no more, call entered()."""
+    """The export is pending; the caller must call entered() once it no longer is."""
 
 
 @dataclass(frozen=True)
 class Aborted:
-    """The client wants no more; close when what is queued has been sent."""
+    """The client aborted; the caller must send the replies and close."""
 
 
 class NbdHandshake:
-    """One client's negotiation; begins with a greeting() to send.
+    """One client's negotiation; it begins with a greeting() to send.
 
-    Invariants: (1) _skip_bytes > 0 only between an option's header and its next, with _refusal to
-    send then; (2) contexts are set only with structured replies on, for the export _contexts_of.
+    _skip_bytes > 0 only between the header of an option to be skipped and the next header;
+    _refusal is sent after the skip. Contexts are set only with structured replies on, for the
+    export _contexts_of.
     """
 
     def __init__(self, directory: Directory, *, tls_offered: bool, tls_required: bool) -> None:
@@ -172,7 +174,7 @@ class NbdHandshake:
 
     @property
     def wanted_bytes(self) -> int:
-        """How many more bytes make the next step; whoever reads no more leaves the rest unread."""
+        """The number of bytes that the next step needs; reading no more leaves the rest unread."""
         if self.outcome is not None:
             return 0
         if self._client_flags is None:
@@ -184,11 +186,11 @@ class NbdHandshake:
         return OPTION_HEADER.size - len(self._arrived)
 
     def greeting(self) -> bytes:
-        """What the server says first."""
+        """Return the server's first bytes."""
         return GREETING
 
     def secured(self, directory: Directory) -> None:
-        """TLS is on, and the client may be somebody else now: nothing said before counts."""
+        """Go on over TLS, with what this client may see; forget all options set before TLS."""
         assert isinstance(self.outcome, WantsTls)
         self.outcome = None
         self.secure = True
@@ -196,15 +198,15 @@ class NbdHandshake:
         self._forget()
 
     def entered(self) -> bytes:
-        """Ask for the export that was pending again, and go on as feed() does."""
+        """Enter the pending export again, and go on as feed() does."""
         assert self._pending is not None
         self.outcome, pending, self._pending = None, self._pending, None
         return self._answer(*pending) + self.feed(b"")
 
     def feed(self, arrived: bytes) -> bytes:
-        """Take what arrived and give what to send; look at `outcome` afterwards.
+        """Take received bytes and return the bytes to send; may set `outcome`.
 
-        Raises PeerError, also for bytes that come behind what ends the handshake.
+        Raises PeerError for a violation, and for bytes after the option that ends the handshake.
         """
         self._nr_bytes += len(arrived)
         if self._nr_bytes > MAX_HANDSHAKE_BYTES:
@@ -214,11 +216,11 @@ class NbdHandshake:
         while self._step(to_send):
             pass
         if self.outcome not in (None, WantsExport()) and self._arrived:
-            raise PeerError(f"{len(self._arrived)} bytes sent behind an option that must be last")
+            raise PeerError(f"{len(self._arrived)} bytes sent after an option that must be last")
         return b"".join(to_send)
 
     def _step(self, to_send: list[bytes]) -> bool:
-        """Make one step if enough has arrived for it; False if not."""
+        """Make one step; False if not enough has arrived for it."""
         if self.outcome is not None:
             return False
         if self._skip_bytes:
@@ -275,7 +277,7 @@ class NbdHandshake:
         self._header = option, length
         return b""
 
-    # Options, whole.
+    # Complete options.
 
     def _answer(self, option: int, body: bytes) -> bytes:
         try:
@@ -292,7 +294,7 @@ class NbdHandshake:
 
     def _refuse(self, option: int, kind: Reply, why: str) -> bytes:
         if option == NbdOption.EXPORT_NAME:
-            raise PeerError(f"NBD_OPT_EXPORT_NAME knows no error replies: {why}")
+            raise PeerError(f"NBD_OPT_EXPORT_NAME has no error reply: {why}")
         return reply(option, kind, why.encode()[:MAX_STRING_BYTES])
 
     def _dispatch(self, option: int, body: bytes) -> bytes:
@@ -326,7 +328,7 @@ class NbdHandshake:
                 return self._on_list_contexts(body)
             case NbdOption.SET_META_CONTEXT:
                 return self._on_set_contexts(body)
-        raise ExportRefused(Reply.ERR_UNSUP, f"option {option} is not known here")
+        raise ExportRefused(Reply.ERR_UNSUP, f"option {option} is not supported")
 
     def _on_starttls(self, body: bytes) -> bytes:
         _without_body(body)
@@ -371,7 +373,7 @@ class NbdHandshake:
         return EXPORT_ANSWER.pack(export.size_bytes, self._flags(export)) + bytes(padding)
 
     def _choose(self, export: Export, asked_name: str) -> None:
-        """Contexts count only if they were set for this export, by the name it is entered by."""
+        """End the handshake in export; contexts count only if set by the name it is entered by."""
         ids = self._context_ids if self._contexts_of == asked_name else [0] * len(CONTEXTS)
         negotiated = Negotiated(self._structured, self._extended, export.read_only, tuple(ids))
         self.outcome = Chosen(export, negotiated)
@@ -395,7 +397,7 @@ class NbdHandshake:
     # Metadata contexts.
 
     def _on_list_contexts(self, body: bytes) -> bytes:
-        """Name the contexts that queries match; a bare namespace and a colon match all of it."""
+        """List the contexts that match the queries; "NAMESPACE:" matches all of a namespace."""
         query = parse_context_query(body)
         available = _contexts(self._directory.find(query.name))
         matching = [
@@ -444,4 +446,4 @@ def _context_replies(option: int, contexts: Iterable[tuple[int, str]]) -> bytes:
 
 def _without_body(body: bytes) -> None:
     if body:
-        raise BadOptionError(f"this option has no body, and {len(body)} bytes came with it")
+        raise BadOptionError(f"this option takes no body, and has one of {len(body)} bytes")

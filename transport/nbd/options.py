@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bodies of NBD options and of their replies: hostile bytes to checked values, and back.
+"""Parse the untrusted bodies of NBD options, and encode their replies.
 
-Nothing here remembers anything. BadOptionError says that an option's body makes no sense; the
-option is then refused, and the conversation goes on, since the body's end is known from its header.
+Stateless. A malformed body is BadOptionError: the caller refuses the option and the conversation
+goes on, since the header gives the body's length.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = [
 
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
-# More names than this are nobody's honest question.
+# No honest client asks for more.
 _MAX_QUERIES: Final = 64
 
 
 class BadOptionError(Exception):
-    """An option's body makes no sense; the text says why. too_big: it is only too much."""
+    """An option's body is malformed, or only too_big; the text says why."""
 
     def __init__(self, why: str, *, too_big: bool = False) -> None:
         super().__init__(why)
@@ -41,7 +41,7 @@ class BadOptionError(Exception):
 
 @dataclass(frozen=True)
 class InfoRequest:
-    """What INFO and GO ask: an export, and what to tell of it."""
+    """The body of INFO and GO: an export, and the information wanted of it."""
 
     name: str
     wanted: frozenset[int]
@@ -49,7 +49,7 @@ class InfoRequest:
 
 @dataclass(frozen=True)
 class ContextQuery:
-    """What LIST_META_CONTEXT and SET_META_CONTEXT ask: an export, and names or prefixes."""
+    """The body of LIST_META_CONTEXT and SET_META_CONTEXT: an export, and names or prefixes."""
 
     name: str
     queries: tuple[str, ...]
@@ -85,7 +85,7 @@ class _Cursor:
 
 
 def export_name(body: bytes) -> str:
-    """Read a string of the protocol's: at most 4096 bytes of UTF-8 without NUL."""
+    """Read a string of the protocol: at most 4096 bytes of UTF-8 without NUL."""
     if len(body) > MAX_STRING_BYTES:
         raise BadOptionError(
             f"a name of {len(body)} bytes: {MAX_STRING_BYTES} at most", too_big=True
@@ -100,7 +100,7 @@ def export_name(body: bytes) -> str:
 
 
 def parse_info_request(body: bytes) -> InfoRequest:
-    """Read the body of INFO or GO; what is asked for twice is told once."""
+    """Read the body of INFO or GO; repeated information requests count once."""
     cursor = _Cursor(body)
     name = cursor.string()
     wanted = frozenset(cursor.number(_U16) for _ in range(cursor.number(_U16)))
@@ -124,11 +124,11 @@ def parse_context_query(body: bytes) -> ContextQuery:
 
 
 def reply(option: int, kind: Reply, payload: bytes | str = b"") -> bytes:
-    """Write one reply to an option; text is for people to read."""
+    """Encode one reply to an option; a str payload is text for the client's user."""
     payload = payload.encode() if isinstance(payload, str) else payload
     return REPLY_HEADER.pack(REPLY_MAGIC, option, kind, len(payload)) + payload
 
 
 def info_reply(option: int, kind: Info, layout: str, values: Sequence[int | bytes]) -> bytes:
-    """Write one INFO reply, its payload packed big-endian."""
+    """Encode one INFO reply, its payload packed big-endian."""
     return reply(option, Reply.INFO, struct.pack(f">H{layout}", kind, *values))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to ask for ahead of a reader: pure, no bytes and no sockets.
+"""Decide what to read ahead: pure, no bytes and no sockets.
 
-A read that begins where one of the last few ended belongs to a stream. A stream's window starts at
-FIRST_BYTES with its second read, doubles as it goes on, and is asked for in chunks, so that reading
-them out one by one keeps the rest in flight. A lone read costs nothing.
+A read that begins where one of the last few ended continues a stream. A stream's window starts at
+FIRST_BYTES with its second read and doubles with each further one. It is requested in chunks, so
+that while the reader consumes one, the others are in flight. A lone read causes no readahead.
 """
 
 from __future__ import annotations
@@ -37,8 +37,15 @@ class ReadAhead:
         self._max_bytes = max_bytes
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
 
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold."""
+        assert len(self._streams) <= _NR_STREAMS
+        for end, stream in self._streams.items():
+            assert stream.window_bytes <= self._max_bytes
+            assert stream.asked_to <= max(end, self._size_bytes)
+
     def note(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Note a read; give the (offset, length) chunks to ask for ahead of the next one."""
+        """Record a read; return the (offset, length) chunks to read ahead."""
         end = offset + length
         stream = self._streams.pop(offset, None)
         if not self._max_bytes or length == 0:
@@ -49,7 +56,7 @@ class ReadAhead:
         window = min(self._max_bytes, max(FIRST_BYTES, 2 * stream.window_bytes))
         start = max(end, stream.asked_to)
         stop = min(end + window, self._size_bytes)
-        # Not in slivers: only once a whole chunk of the window is free, or the end is near.
+        # Avoid small requests: wait until a whole chunk of the window is free, or the end is near.
         if stop - start < CHUNK_BYTES and stop < self._size_bytes:
             stop = start
         self._remember(end, _Stream(window, stop))
@@ -58,7 +65,7 @@ class ReadAhead:
         ]
 
     def forget(self) -> None:
-        """Nothing that was asked for is there any more."""
+        """Forget all streams, since the chunks read ahead are lost."""
         self._streams.clear()
 
     def _remember(self, end: int, stream: _Stream) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NBD's transmission phase, served by the C core: sockets are handed over and come back as ends.
+"""NBD's transmission phase, served by the C core.
 
-Whoever negotiated hands a socket over; from then on the core's threads own it. Nothing here runs
-per request.
+The negotiating server hands a socket over; from then on the core's threads own it, and report only
+its end. No Python runs per request.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NR_BUCKETS: Final = int(lib.LATENCY_BUCKETS)
 
 
 class NbdEnd(IntEnum):
-    """Why a connection ended; who could not go on, and with what."""
+    """Why a connection ended; see nbd.h."""
 
     DISC = lib.NBD_END_DISC
     EOF = lib.NBD_END_EOF
@@ -58,7 +58,7 @@ class NbdLatency(IntEnum):
 
 @dataclass(frozen=True)
 class Ended:
-    """A connection that is no more. err is 0, or the errno its socket failed with."""
+    """A connection that has ended. err is 0, or the errno its socket failed with."""
 
     connection_no: int
     reason: NbdEnd
@@ -67,7 +67,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class NbdCounters(Counters):
-    """What clients did, ever; parked: requests that wait now. Meanings: nbd.h."""
+    """Counts of all that clients did; parked: requests that wait now. Meanings: nbd.h."""
 
     connections: int = 0
     reads: int = 0
@@ -86,9 +86,9 @@ class NbdCounters(Counters):
 
 
 class NbdServer:
-    """The threads that serve connections. Close exports first, then it.
+    """The threads that serve connections. The owner must close exports first, then the server.
 
-    event_fd becomes readable when connections have ended; take_ended() then names them, once each.
+    event_fd becomes readable when connections have ended; take_ended() returns each of them once.
     """
 
     def __init__(self, nr_workers: int) -> None:
@@ -98,7 +98,7 @@ class NbdServer:
 
     @property
     def event_fd(self) -> int:
-        """Borrowed."""
+        """The eventfd; the server owns it."""
         return lib.nbd_event_fd(self.cdata)
 
     def attach(
@@ -114,11 +114,11 @@ class NbdServer:
         max_payload_bytes: int = 32 << 20,
         early: bytes = b"",
     ) -> int:
-        """Serve a connected stream socket and give the connection's number; fd is the core's now.
+        """Serve a connected stream socket and return the connection's number; the core takes fd.
 
         context_ids: base:allocation, cowshed:resident, cowshed:private; 0 for one not negotiated.
-        trim_zeroes: what is trimmed reads as zeros, and not as the image does.
-        early: what was received behind the negotiation. On an error fd is the caller's still.
+        trim_zeroes: trimmed pages read as zeros instead of the image.
+        early: bytes received after the negotiation. On an error fd stays the caller's.
         """
         negotiated = ffi.new(
             "struct nbd_negotiated *",
@@ -139,11 +139,11 @@ class NbdServer:
         return int(number[0])
 
     def detach(self, connection_no: int) -> None:
-        """Begin the end of a connection; one that has ended already is fine."""
+        """Begin to end a connection; does nothing if it has ended already."""
         lib.nbd_detach(self.cdata, connection_no)
 
     def take_ended(self) -> list[Ended]:
-        """Name the connections that ended since the last call."""
+        """Return the connections that ended since the last call."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.event_fd)
         ended = ffi.new("struct nbd_ended[]", _TAKE_MAX)
@@ -156,13 +156,13 @@ class NbdServer:
         return taken
 
     def counters(self, image: Image) -> NbdCounters:
-        """What clients of all exports of an image did, ever: adopted with the image."""
+        """Return the counts of all exports of an image; a successor adopts them with the image."""
         counters = ffi.new("struct nbd_counters *")
         lib.nbd_image_count(self.cdata, image.cdata, counters)
         return NbdCounters.of(counters)
 
     def drain(self) -> None:
-        """End every connection and wait for the last; waits for loads and disks, for no client."""
+        """End every connection and wait for the last; waits for loads and disks, but no client."""
         lib.nbd_server_drain(self.cdata)
 
     def close(self) -> None:
@@ -190,19 +190,19 @@ class NbdExport:
         self.cdata = export[0]
 
     def close(self) -> None:
-        """Give it up; UsageError, and nothing done, while a connection uses it."""
+        """Close the export; UsageError, with nothing changed, while a connection uses it."""
         if self.cdata is not CLOSED:
             checked(lib.nbd_export_deinit(self.cdata), f"closing an export of {self.image.name!r}")
             self.cdata = CLOSED
 
     def counters(self) -> NbdCounters:
-        """Read what its clients did; no consistent snapshot. An overlay's outlive this process."""
+        """Read its counters, not as a consistent snapshot; an overlay's outlive this process."""
         counters = ffi.new("struct nbd_counters *")
         lib.nbd_export_count(self.cdata, counters)
         return NbdCounters.of(counters)
 
     def latency(self, kind: NbdLatency) -> tuple[array[int], int]:
-        """Give the counts by bucket (bounds: bucket_bound_ns) and the sum in nanoseconds."""
+        """Return the counts by bucket (bounds: bucket_bound_ns) and the sum in nanoseconds."""
         counts = array("Q", bytes(8 * _NR_BUCKETS))
         total = ffi.new("uint64_t *")
         checked(

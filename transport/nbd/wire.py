@@ -38,19 +38,19 @@ CLIENT_FLAGS: Final = struct.Struct(">I")
 OPTION_HEADER: Final = struct.Struct(">QII")  # magic, option, length
 REPLY_HEADER: Final = struct.Struct(">QIII")  # magic, option, reply type, length
 EXPORT_ANSWER: Final = struct.Struct(">QH")  # size in bytes, transmission flags
-# What proto.md allows any string.
+# proto.md's limit of any string.
 MAX_STRING_BYTES: Final = 4096
 
 
 class ClientFlag(enum.IntFlag):
-    """What a client answers the greeting with."""
+    """The flags with which a client answers the greeting."""
 
     FIXED_NEWSTYLE = 1
     NO_ZEROES = 2
 
 
 class NbdOption(enum.IntEnum):
-    """What a client may ask for before data flows."""
+    """The options of the handshake."""
 
     EXPORT_NAME = 1
     ABORT = 2
@@ -65,7 +65,7 @@ class NbdOption(enum.IntEnum):
 
 
 class Reply(enum.IntEnum):
-    """How an option may be answered; from ERR_UNSUP on, errors."""
+    """The replies to an option; errors from ERR_UNSUP on."""
 
     ACK = 1
     SERVER = 2
@@ -84,7 +84,7 @@ class Reply(enum.IntEnum):
 
 
 class Info(enum.IntEnum):
-    """What INFO and GO tell of an export."""
+    """The kinds of information on an export, of INFO and GO."""
 
     EXPORT = 0
     NAME = 1

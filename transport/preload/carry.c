@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A private page is this process's own memory, so it is copied from one mapping to the other here, and goes through no
- * backend.  What is private is what the page tables say: present or in swap, and of no file.  An entry that is not
- * present may also be a marker, left where a protected page was punched, or of a poisoned one: what /proc/self/mem
- * reads is a copy, since it asks no backend, and of a marker it reads nothing (EIO).  It minds no protection either.
+ * Copies private pages from one mapping to another, without a backend, since they are this process's own memory.  The
+ * page tables say which pages are private: those present or in swap, and of no file.  An entry that is not present may
+ * also be a marker, left where a protected page was punched, or of a poisoned page.  /proc/self/mem tells them apart:
+ * it ignores protections, never asks a backend, and fails on a marker (EIO).
  *
- * While that is done no page may become private, or change.  A page that is open is written without a fault: so all
- * that is mapped and not protected is protected first, and nobody answers for it by then.  Pages that are not mapped
- * are left as they are, for protecting them would leave a marker in each.
+ * During the copy no page may change or become private.  A page that is open for writing is written without a fault, so
+ * carry_freeze first protects all pages that are mapped and not protected; by then no backend serves them.  It leaves
+ * unmapped pages alone, for protecting them would leave a marker in each.
  */
 #define _GNU_SOURCE
 #include "transport/preload/carry.h"
@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 #include "cache/core/abi.h"
-#include "transport/core/guard.h"
+#include "transport/core/guest/guard.h"
 #include "transport/preload/real.h"
 
 #define NR_SCANNED 512
@@ -48,7 +48,7 @@ static int maps_open(void)
 	return maps.fd < 0 ? -errno : 0;
 }
 
-/* A line, up to what matters of it: the text is good until the next call. NULL at the end. */
+/* Returns the next line, good until the next call; NULL at the end. */
 static const char *maps_line(void)
 {
 	char *line, *end;
@@ -141,7 +141,7 @@ bool carry_is_any(uintptr_t start, uintptr_t end, struct frames frames)
 
 static struct page_region scanned[NR_SCANNED];
 
-/* The next runs of pages between whose categories are as wanted, and where the look at them ended. */
+/* Fills scanned with the next runs of pages of the wanted categories; returns how many, and where the scan ended. */
 static int scan(int pagemap_fd, uintptr_t start, uintptr_t end, uint64_t inverted, uint64_t wanted, uintptr_t *end_out)
 {
 	struct pm_scan_arg order = {
@@ -181,7 +181,7 @@ int carry_check(void)
 	return pagemap_fd < 0 ? pagemap_fd : mem_fd < 0 ? mem_fd : 0;
 }
 
-/* An event of the program's, which its call waits with, has the kernel refuse this until it is read. */
+/* The kernel refuses this (EAGAIN) until the event of a call that the program is in has been read. */
 static int protect(int uffd, const struct page_region *run)
 {
 	struct uffdio_writeprotect order = {
@@ -230,7 +230,7 @@ static int copy_to(int to_uffd, uintptr_t to, const char *from, uint64_t nr_byte
 	return 0;
 }
 
-/* What is not present may be nothing, a page at a time. */
+/* Pages that are not present may be markers, so those are read one at a time. */
 static int copy_run(int mem_fd, const struct page_region *run, int to_uffd, uintptr_t to)
 {
 	static char copied[COPIED_BYTES] __attribute__((aligned(PAGE_BYTES)));
@@ -271,7 +271,7 @@ int carry_private(const struct area *area, int to_uffd, uintptr_t to)
 	return err;
 }
 
-/* Nobody else runs, and what was inherited is guarded by nobody: so it can be put aside, and moving it is no event. */
+/* Moves the inherited areas away.  No other thread runs, and nothing guards the areas, so this raises no event. */
 static int put_aside(const struct range *range, uintptr_t aside, const struct area *areas, int nr)
 {
 	for (int i = 0; i < nr; i++) {

@@ -12,7 +12,7 @@
 
 struct config config;
 
-/* Copies a line without its end; gives where the next starts, NULL if it is too long or has no end. */
+/* Copies a line without its newline; returns where the next starts, NULL if it is empty, too long or unterminated. */
 static const char *take_line(const char *text, char *to, size_t capacity_bytes, bool is_last)
 {
 	size_t length = is_last ? strlen(text) : strcspn(text, "\n");
@@ -48,7 +48,7 @@ void config_read(void)
 	if (text)
 		text = take_line(text, new.open_request, sizeof(new.open_request), true);
 	if (!text) {
-		report("COWSHED_ATTACH makes no sense, so nothing is mapped from the cache; "
+		report("COWSHED_ATTACH is malformed, so nothing is mapped from the cache; "
 		       "start the program by 'cowshed attach'");
 		return;
 	}

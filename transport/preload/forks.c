@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Mappings are MADV_DONTFORK but for the instant of a fork that these handlers know of, so that a child
- * of anything else (clone(2), _Fork) finds nothing there, which is SIGSEGV and not zeros.  vfork and
- * posix_spawn share the parent's memory, guard and all, see process.h.
+ * Fork handlers.  Mappings are MADV_DONTFORK except during a fork that these handlers see.  A child of any other call
+ * (clone(2), _Fork) has nothing mapped there, and gets SIGSEGV instead of zeros.  A child of vfork or posix_spawn
+ * shares the parent's memory with its guard, see process.h.
  *
- * The lock is held, and the program's handlers wait, from before the fork until the parent's mappings are back to
- * DONTFORK and the child's are guarded.  Nothing else runs in the child before: it has one thread, and our
- * handler, registered when the program was loaded, is the first of its kind.
+ * The lock is held, and the program's signal handlers wait, from before the fork until the parent's mappings are back
+ * to DONTFORK and the child's are guarded.  Nothing else runs in the child before: it has one thread, and our fork
+ * handler, registered when the program was loaded, is the first.
  */
 #define _GNU_SOURCE
 #include "transport/preload/forks.h"
@@ -20,10 +20,10 @@
 #include "transport/preload/real.h"
 #include "transport/preload/table.h"
 
-/* Of the thread that forks; guarded by the lock. */
+/* Those of the thread that forks; guarded by the lock. */
 static sigset_t signals_before;
 
-/* False in another's memory, where the thread that is suspended meanwhile has this variable too. */
+/* False in another process's memory, where the suspended thread of that process shares this variable. */
 static __thread bool is_own __attribute__((tls_model("initial-exec")));
 
 static void advise_ranges(int advice)

@@ -3,7 +3,7 @@
 #ifndef COWSHED_PRELOAD_FORKS_H
 #define COWSHED_PRELOAD_FORKS_H
 
-/* From now on, for every fork of this process and of its children. */
+/* Handles every fork of this process and of its children from now on. */
 void forks_watch(void);
 
 #endif

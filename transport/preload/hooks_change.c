@@ -1,14 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The C library's calls that change a file by its path, or that change what is not its bytes by a descriptor.
- * To the program the image's source is a file of a read-only file system: each is EROFS.  Its bytes cannot
- * be changed by a descriptor, since hooks_open.c gives none that can be written to.
+ * Hooks for the calls that change a file by its path, or its metadata by a descriptor.  The program sees the image's
+ * source as a file of a read-only file system: each call is EROFS.  No descriptor can change its bytes, since
+ * hooks_open.c returns none that can be written to.
  *
- * Not here is what cannot change a file that exists: mknod, symlink and mkstemp of its name are EEXIST.  Calls
- * that the library makes inside itself are seen only as the call that makes them, which is why those that
- * open a named file for writing are here (setmntent, utmpname, updwtmp, posix_spawn's file actions).
- * Bare system calls are not seen at all: against them stands the launcher's read-only mount, where the
- * system lets it make one (service/commands/shield.py).
+ * Calls that cannot change a file that exists have no hook: mknod, symlink and mkstemp of its name are EEXIST.  Calls
+ * inside the C library cannot be hooked, but its functions that open a named file for writing are (setmntent, utmpname,
+ * updwtmp, posix_spawn's file actions).  Nor can bare system calls; the launcher's read-only mount stops those, where
+ * the system lets it make one (service/commands/shield.py).
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -36,7 +35,7 @@
 #define FS_IOC_ENABLE_VERITY _IOW('f', 133, char[128])
 #endif
 
-/* Whether it is the image that a call would change; says so, and errno is EROFS then and kept otherwise. */
+/* Whether the call would change the image. If so, reports it and sets errno to EROFS; otherwise keeps errno. */
 static bool is_refused(const char *call, int folder, const char *path, int flags)
 {
 	struct stat status;
@@ -61,7 +60,7 @@ static bool is_refused(const char *call, int folder, const char *path, int flags
 #define BY_FD(fd) is_refused(__func__, fd, "", AT_EMPTY_PATH)
 #define BY_FOLDER(folder, path, flags) is_refused(__func__, folder, path, flags)
 
-/* link(2) follows only if it is told to. */
+/* linkat(2) follows links only with AT_SYMLINK_FOLLOW. */
 #define LINK_FLAGS(flags) ((flags & AT_EMPTY_PATH) | (flags & AT_SYMLINK_FOLLOW ? 0 : AT_SYMLINK_NOFOLLOW))
 
 #define CHANGES(X)                                                                                                    \
@@ -154,7 +153,7 @@ EXPORTED FILE *setmntent(const char *path, const char *mode)
 FILE *__setmntent(const char *path, const char *mode) __THROW;
 EXPORTED FILE *__setmntent(const char *path, const char *mode) __attribute__((alias("setmntent")));
 
-/* The child opens it inside the C library. Gives the error itself. */
+/* The child opens the file inside the C library. Returns the error number itself. */
 EXPORTED int posix_spawn_file_actions_addopen(posix_spawn_file_actions_t *actions, int fd, const char *path, int flags,
                                               mode_t mode)
 {
@@ -165,7 +164,7 @@ EXPORTED int posix_spawn_file_actions_addopen(posix_spawn_file_actions_t *action
 	return next(actions, fd, path, flags, mode);
 }
 
-/* Those that a descriptor for reading suffices for. */
+/* Refuses the changes for which a descriptor for reading suffices. */
 EXPORTED int ioctl(int fd, unsigned long request, ...)
 {
 	va_list arguments;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Programs close descriptors that they did not open: daemons all of them, shells those above a number.
- * Without its connection a mapping would lose its guard, so to the program ours are not open.
+ * Hooks for close and dup.  Programs close descriptors that they did not open: daemons all of them, shells those above
+ * a number.  A mapping without its connection would lose its guard, so our descriptors look closed to the program.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -18,7 +18,7 @@ static bool is_none_of_ours(unsigned first, unsigned last)
 	return !config.active || lock_is_inside() || !table_may_own(first, last);
 }
 
-/* Where the table is another's its lock is not ours to take: an end of this process would leave it locked. */
+/* A process must not take the lock of another's table: its death would leave the table locked. */
 static bool may_lock(void)
 {
 	return process_kind() == PROCESS_OWN;
@@ -52,7 +52,7 @@ static int close_others(unsigned first, unsigned last, int flags)
 	for (unsigned long fd = first; result == 0 && fd <= last;) {
 		unsigned long ours = fd;
 
-		/* Nobody has descriptors beyond this; the tables are short. */
+		/* No descriptor is above INT_MAX; the tables are short. */
 		while (ours <= last && ours <= INT_MAX && !table_find_fd((int)ours) &&
 		       table_may_own((unsigned)ours, last))
 			ours++;
@@ -85,7 +85,7 @@ EXPORTED void closefrom(int lowest)
 	close_range(lowest < 0 ? 0 : (unsigned)lowest, UINT_MAX, 0);
 }
 
-/* A number that the program wants is given to it: ours goes elsewhere. */
+/* Gives the program the number that it wants: a descriptor of ours moves out of the way. */
 static int duplicate(int fd, int wanted, int flags, bool is_dup2)
 {
 	sigset_t signals;
@@ -96,9 +96,9 @@ static int duplicate(int fd, int wanted, int flags, bool is_dup2)
 	switch (process_kind()) {
 	case PROCESS_OWN:
 		break;
-	case PROCESS_IN_MEMORY_OF_ANOTHER: /* of which these are copies */
+	case PROCESS_IN_MEMORY_OF_ANOTHER: /* these are its own copies */
 		return real_dup3(fd, wanted, flags, is_dup2);
-	case PROCESS_WITH_FDS_OF_ANOTHER: /* who would not hear of another number */
+	case PROCESS_WITH_FDS_OF_ANOTHER: /* the other would not learn of a new number */
 		if (!table_find_fd(wanted))
 			return real_dup3(fd, wanted, flags, is_dup2);
 		errno = EBUSY;

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Running other programs.  This library is inherited by LD_PRELOAD, and some programs end because of it: those of
- * another C library, whose linker honours the variable and does not find what the library needs; those that
- * have to load a library first.  For these it is taken out of the variable, whose other libraries stay, and they
- * run as without us: what they read of the image is its source.
+ * Hooks for running other programs.  They inherit this library by LD_PRELOAD, and some would end because of it: those
+ * of another C library, whose linker honours the variable and does not find what the library needs, and those that
+ * must load another library first.  For these the hooks take it out of the variable, whose other libraries stay; the
+ * programs run as without us, and read the image's source.
  *
- * All of it may run in a child of vfork(2), in the parent's memory: nothing is allocated or written but the stack.
+ * A hook may run in a child of vfork(2), in the parent's memory: it allocates nothing, and writes to the stack only.
  */
 #define _GNU_SOURCE
 #include "transport/preload/hooks_exec.h"
@@ -37,9 +37,9 @@
 RUNS(FOUND)
 #define NEXT(name) ((__typeof__(name) *)real_next(&found_##name, #name))
 
-static const char *library; /* as the linker was told it */
+static const char *library; /* its name in LD_PRELOAD */
 
-/* One of the calls that run a program, but for the environment. */
+/* One of the calls that run a program, without the environment. */
 struct run {
 	enum { EXECVE, EXECVPE, EXECVEAT, FEXECVE, SPAWN, SPAWNP } call;
 	int fd, flags;
@@ -70,7 +70,7 @@ static int go(const struct run *run, char *const *environment)
 	}
 }
 
-/* As execvp(3) looks for it: a path with room for PATH_MAX, or the word itself if it is none to look for. */
+/* Searches PATH as execvp(3) does. Returns a path in room (PATH_MAX bytes), or word itself if none is found. */
 static const char *find_in_path(const char *word, char *room)
 {
 	const char *folder = getenv("PATH"), *end;
@@ -80,7 +80,7 @@ static const char *find_in_path(const char *word, char *room)
 		return word;
 	for (folder = folder ? folder : "/bin:/usr/bin";; folder = end + 1) {
 		end = strchrnul(folder, ':');
-		/* An empty one is the current folder. */
+		/* An empty entry is the current folder. */
 		if ((size_t)(end - folder) + strlen(word) + 3 <= PATH_MAX) {
 			snprintf(room, PATH_MAX, "%.*s/%s", end > folder ? (int)(end - folder) : 1,
 			         end > folder ? folder : ".", word);
@@ -108,7 +108,7 @@ static bool has_us(const char *text)
 	return strncmp(text, VARIABLE, strlen(VARIABLE)) == 0 && strstr(text, library);
 }
 
-/* The variable without this library, in as much room as it has now; false if nothing is left. */
+/* Copies the variable without this library to room, as large as text; false if no other library is left. */
 static bool take_us_out(const char *text, char *room)
 {
 	size_t length, own_length = strlen(library);
@@ -154,7 +154,7 @@ static int run_any(const struct run *run, char *const *environment)
 		nr_bytes = strlen(environment[nr_variables]) + 1;
 		nr_ours++;
 	}
-	/* Twice is none of the C library's doing: then the linker decides. */
+	/* The C library never sets a variable twice: let the linker decide. */
 	if (nr_ours != 1 || takes_us(run))
 		return go(run, environment);
 	return run_plainly(run, environment, nr_variables, nr_bytes);
@@ -226,7 +226,7 @@ EXPORTED int posix_spawnp(pid_t *child, const char *word, const posix_spawn_file
 	return run_any(&run, environment);
 }
 
-/* The words of execl and its kin as an array, and what comes after them. */
+/* Collects the words of execl and its variants in an array; arguments goes on behind them. */
 #define TAKE_WORDS(words, arguments, first)                                        \
 	size_t nr_words = 0;                                                       \
 	va_list arguments, counted;                                                \

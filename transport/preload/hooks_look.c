@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What the program asks of a path before it opens it.  To all the image's source is a file that can only be
- * read; to those to whom it is lent, one that can be read, and whose name is no link (lent.h).
+ * Hooks for calls that inspect a path before it is opened.  Every program sees the image's source as a file that can
+ * only be read; where the source is lent, also as readable, and as no symbolic link (lent.h).
  */
 #define _GNU_SOURCE
 #include "transport/preload/hooks_look.h"
@@ -16,7 +16,7 @@
 #include "transport/preload/real.h"
 #include "transport/preload/config.h"
 
-/* What programs call that were built before glibc 2.33, and what _FORTIFY_SOURCE makes of calls. */
+/* Entry points of programs built before glibc 2.33, or with _FORTIFY_SOURCE. */
 int __xstat64(int version, const char *path, struct stat *status);
 int __lxstat64(int version, const char *path, struct stat *status);
 int __fxstatat64(int version, int folder, const char *path, struct stat *status, int flags);
@@ -85,7 +85,7 @@ EXPORTED int euidaccess(const char *path, int mode)
 
 EXPORTED int eaccess(const char *path, int mode) __attribute__((alias("euidaccess"), nonnull(1)));
 
-/* As fstatat(2), for whom the source is lent. */
+/* fstatat(2) where the source is lent. */
 static int look(int folder, const char *path, struct stat *status_out, int flags)
 {
 	int result, fd;
@@ -95,7 +95,7 @@ static int look(int folder, const char *path, struct stat *status_out, int flags
 	result = real_fstatat(folder, path, status_out, flags);
 	if (!lent_is_image(path) || (result == 0 && config_is_image(status_out)))
 		return result;
-	/* Its descriptor was closed, or is another file's. */
+	/* The program closed the lent descriptor, or reused its number. */
 	fd = lent_open(O_CLOEXEC);
 	if (fd < 0)
 		return -1;
@@ -170,10 +170,10 @@ EXPORTED ssize_t readlinkat(int folder, const char *path, char *target, size_t l
 	if (!is_lent() || !lent_is_magic(folder, path))
 		return NEXT(readlinkat)(folder, path, target, length);
 	if (lent_is_name(folder, path)) {
-		errno = EINVAL; /* no link */
+		errno = EINVAL; /* not a link */
 		return -1;
 	}
-	/* Another descriptor of the image: where it leads this user finds nothing. */
+	/* Another descriptor of the image: this user cannot reach its target. */
 	name_bytes = strlen(config.image_path);
 	if (length > name_bytes)
 		length = name_bytes;

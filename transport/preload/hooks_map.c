@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The C library's mapping calls as the program sees them: what concerns the image or a guest mapping is
- * done here, the rest goes through, at the price of a comparison (and an fstat for a new mapping of a file).
+ * Hooks for the C library's mapping calls.  Calls that concern the image or a guest mapping are served here; all others
+ * pass through, at the cost of a comparison (and an fstat for a new mapping of a file).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -26,7 +26,7 @@
 
 #define POPULATE_BYTES ((uint64_t)4 << 20)
 
-/* Of the flags that say how, those that mean nothing here or that we can do ourselves. */
+/* Flags of mmap that have no effect here, or that this library implements itself. */
 #define SERVED_FLAGS                                                                                             \
 	(MAP_TYPE | MAP_FIXED | MAP_FIXED_NOREPLACE | MAP_NORESERVE | MAP_POPULATE | MAP_NONBLOCK | MAP_LOCKED | \
 	 MAP_DENYWRITE | MAP_EXECUTABLE | MAP_STACK | MAP_32BIT)
@@ -48,7 +48,7 @@ static bool is_elsewhere(const void *address, size_t length)
 	return !table_may_touch(start, end); /* process_kind may have found that it has none of them */
 }
 
-/* A child of vfork may do nothing to its parent's mappings: the table would not know. */
+/* A child of vfork must not change its parent's mappings: the table would not record it. */
 static bool is_anothers(void)
 {
 	return process_kind() == PROCESS_IN_MEMORY_OF_ANOTHER;
@@ -60,7 +60,7 @@ static int failed(int err)
 	return -1;
 }
 
-/* What a program can make sense of: ENODEV is "no mmap of this file", after which some read it instead. */
+/* Passes on errors that programs expect of mmap; all others become ENODEV, after which some read the file instead. */
 static void *mapping_failed(intptr_t err)
 {
 	switch (err) {
@@ -88,7 +88,7 @@ static int check_wanted(int prot, int flags)
 	if (type != MAP_PRIVATE && type != MAP_SHARED && type != MAP_SHARED_VALIDATE)
 		return -EINVAL;
 	if (type != MAP_PRIVATE && (prot & PROT_WRITE)) {
-		report("a shared, writable mapping of the image is refused: its pages are everybody's; map it "
+		report("a shared, writable mapping of the image is refused: other guests share its pages; map it "
 		       "MAP_PRIVATE (QEMU: share=off), or read-only");
 		return -EACCES;
 	}
@@ -101,7 +101,7 @@ static int check_wanted(int prot, int flags)
 	return 0;
 }
 
-/* A part at a time: between two the program's signals are heard. As in mmap(2), it is no error if this fails. */
+/* In parts, so that signal handlers run in between. As in mmap(2), a failure is no error. */
 static void populate(uintptr_t start, uint64_t nr_bytes)
 {
 	for (uint64_t done = 0; done < nr_bytes; done += POPULATE_BYTES) {
@@ -113,7 +113,7 @@ static void populate(uintptr_t start, uint64_t nr_bytes)
 	}
 }
 
-/* For the image's source. Populating waits for the backend, so it comes last, outside the lock. */
+/* mmap of the image's source. Populating waits for the backend, so it comes last, outside the lock. */
 static void *map_image(void *address, size_t length, int prot, int flags, off_t offset)
 {
 	uint64_t covered;
@@ -149,7 +149,7 @@ EXPORTED void *mmap64(void *address, size_t length, int prot, int flags, int fd,
 
 	if (!config.active || lock_is_inside())
 		return real_mmap(address, length, prot, flags, fd, offset);
-	/* What begins past the image's end is SIGBUS all over, in the source too. */
+	/* A mapping that begins past the image's end is all SIGBUS in the source, too: leave it to the kernel. */
 	if (!(flags & MAP_ANONYMOUS) && fd >= 0 && fstat(fd, &status) == 0 && config_is_image(&status) &&
 	    (uint64_t)offset < config.map_bytes && process_kind() == PROCESS_OWN)
 		return map_image(address, length, prot, flags, offset);
@@ -157,7 +157,7 @@ EXPORTED void *mmap64(void *address, size_t length, int prot, int flags, int fd,
 		return real_mmap(address, length, prot, flags, fd, offset);
 	if (is_anothers())
 		return mapping_failed(-EPERM);
-	/* Over a guest mapping. Its backend hears of it from the kernel. */
+	/* The call replaces a guest mapping. The kernel notifies its backend. */
 	lock_take(&signals);
 	mapped = MAP_FAILED;
 	errno = ENOMEM;
@@ -172,7 +172,7 @@ EXPORTED void *mmap64(void *address, size_t length, int prot, int flags, int fd,
 EXPORTED void *mmap(void *address, size_t length, int prot, int flags, int fd, off_t offset)
 	__attribute__((alias("mmap64")));
 
-/* Holding the lock; whole pages. */
+/* The caller must hold the lock; whole pages. */
 static int unmap(uintptr_t start, uintptr_t end)
 {
 	int err = table_reserve(1, 0);
@@ -222,8 +222,8 @@ EXPORTED int mprotect(void *address, size_t length, int prot)
 		if (!range->is_zerocopy || start >= range->end || end <= range->start)
 			continue;
 		lock_release(&signals);
-		report("writing is refused to a mapping of the image that was made MAP_SHARED: its pages are "
-		       "everybody's; map it MAP_PRIVATE");
+		report("PROT_WRITE is refused for a MAP_SHARED mapping of the image: other guests share its pages; "
+		       "map it MAP_PRIVATE");
 		return failed(-EACCES);
 	}
 	result = real_mprotect(address, length, prot);
@@ -234,7 +234,7 @@ EXPORTED int mprotect(void *address, size_t length, int prot)
 	return result;
 }
 
-/* With the lock, since what is given back in the middle of a move might come with it. */
+/* Takes the lock: a move in progress might carry over the pages that this drops. */
 static int give_back(void *address, size_t length, int advice)
 {
 	sigset_t signals;
@@ -281,7 +281,7 @@ EXPORTED int madvise(void *address, size_t length, int advice)
 			range->no_fork = advice == MADV_DONTFORK;
 			continue;
 		}
-		/* To the kernel they are DONTFORK but for the instant of a fork; see forks.c. */
+		/* For the kernel, guarded ranges are DONTFORK except during a fork; see forks.c. */
 		real_madvise((void *)range->start, range->end - range->start, MADV_DONTFORK);
 		if (start <= range->start && end >= range->end)
 			range->no_fork = advice == MADV_DONTFORK;

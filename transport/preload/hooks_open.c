@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Opening the image's source.  Reading it is the kernel's business.  Nobody is to write it: what was opened
- * for reading and writing (QEMU does, for share=off, and writes nothing) can be read only, so that a write
- * to it is EBADF, and what is for writing alone is refused.  Who may not open the source gets a descriptor
- * from the backend, each open its own, with a position of its own.
+ * Hooks for opening the image's source.  The kernel serves reads.  Nobody may write: an open for reading and writing
+ * (as QEMU's for share=off, which writes nothing) returns a read-only descriptor, so that a write is EBADF; an open for
+ * writing alone is refused.  A user who may not open the source gets a descriptor from the backend, with a file
+ * position of its own for each open.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -16,7 +16,7 @@
 #include "transport/preload/real.h"
 #include "transport/preload/config.h"
 
-/* As fcntl.h decides whether there is a mode. */
+/* Whether open takes a mode, as fcntl.h decides it. */
 #define HAS_MODE(flags) (((flags) & O_CREAT) != 0 || ((flags) & O_TMPFILE) == O_TMPFILE)
 
 /* These are what fcntl.h turns open into when programs are built with _FORTIFY_SOURCE. */
@@ -25,7 +25,7 @@ int __open64_2(const char *path, int flags);
 int __openat_2(int folder, const char *path, int flags);
 int __openat64_2(int folder, const char *path, int flags);
 
-/* -1 with errno for what is refused; else the flags to open with. */
+/* Returns the flags to open with, or -1 with errno if the open is refused. */
 static int readable_flags(int flags)
 {
 	if ((flags & O_ACCMODE) == O_WRONLY || (flags & O_TRUNC)) {
@@ -38,7 +38,7 @@ static int readable_flags(int flags)
 	return (flags & ~O_ACCMODE) | O_RDONLY;
 }
 
-/* Of the name of a source that is lent. */
+/* Opens a lent source by its name. */
 static int open_lent(int folder, const char *path, int flags)
 {
 	int fd = -1;
@@ -49,7 +49,7 @@ static int open_lent(int folder, const char *path, int flags)
 	}
 	if (!(flags & O_PATH))
 		return lent_open(flags);
-	/* The kernel gives that to anybody; of the link it would be a way to the true name. */
+	/* The kernel grants O_PATH to anybody; of the link itself, it would reveal the true path. */
 	if (lent_leads(folder, path))
 		fd = real_openat(folder, path, flags & ~O_NOFOLLOW, 0);
 	return fd < 0 ? lent_open(flags) : fd;
@@ -72,7 +72,7 @@ static int open_any(int folder, const char *path, int flags, mode_t mode)
 	if (is_name)
 		return open_lent(folder, path, flags);
 	fd = real_openat(folder, path, flags, mode);
-	/* Another name of it, a link for instance. */
+	/* Another name of the source, such as a link. */
 	if (fd < 0 && errno == EACCES && lent_leads(folder, path))
 		return lent_open(flags);
 	return fd;
@@ -132,7 +132,7 @@ EXPORTED int creat64(const char *path, mode_t mode)
 
 EXPORTED int creat(const char *path, mode_t mode) __attribute__((alias("creat64")));
 
-/* Whether fopen(3) of it has to be done here. */
+/* Whether this library must serve an fopen(3) of the path. */
 static bool is_ours_to_open(const char *path, const char *mode)
 {
 	struct stat status;
@@ -143,7 +143,7 @@ static bool is_ours_to_open(const char *path, const char *mode)
 	       (strpbrk(mode, "wa+") && real_fstatat(AT_FDCWD, path, &status, 0) == 0 && config_is_image(&status));
 }
 
-/* Opened as fopen(3) would; a descriptor for reading, -1 with errno if that is refused. */
+/* Opens path as fopen(3) would; returns a descriptor for reading, or -1 with errno. */
 static int open_for_stream(const char *path, const char *mode)
 {
 	int flags = mode[0] != 'r' ? O_WRONLY : strchr(mode, '+') ? O_RDWR : O_RDONLY;
@@ -170,7 +170,7 @@ EXPORTED FILE *fopen64(const char *path, const char *mode)
 EXPORTED FILE *fopen(const char *path, const char *mode) __attribute__((alias("fopen64")));
 EXPORTED FILE *_IO_fopen(const char *path, const char *mode) __attribute__((alias("fopen64"), malloc));
 
-/* Whatever comes of it, the stream's file is closed, as in freopen(3); on failure the stream is, too. */
+/* As freopen(3), closes the stream's old file in any case, and on failure the stream. */
 EXPORTED FILE *freopen64(const char *path, const char *mode, FILE *stream)
 {
 	char own_path[40];
@@ -192,7 +192,7 @@ EXPORTED FILE *freopen64(const char *path, const char *mode, FILE *stream)
 		errno = err;
 		return NULL;
 	}
-	/* A stream for reading, whose file then becomes the image. */
+	/* First a stream for reading, then the image as its file. */
 	stream = real_freopen("/dev/null", strchr(mode, 'e') ? "re" : "r", stream);
 	number = stream ? real_dup3(fd, fileno(stream), strchr(mode, 'e') ? O_CLOEXEC : 0, false) : -1;
 	real_close(fd);
@@ -201,7 +201,7 @@ EXPORTED FILE *freopen64(const char *path, const char *mode, FILE *stream)
 
 EXPORTED FILE *freopen(const char *path, const char *mode, FILE *stream) __attribute__((alias("freopen64")));
 
-/* By a handle it is told only once it is open: first without any right. */
+/* A handle shows its file only once it is open, so the hook opens it with O_PATH first. */
 EXPORTED int open_by_handle_at(int mount_fd, struct file_handle *handle, int flags)
 {
 	bool is_for_writing = (flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC);

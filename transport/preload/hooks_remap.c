@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * mremap of guest mappings.  Moving is the kernel's business: the guard moves along, private pages too,
- * and the backend is told.  Growing is not: the new pages would be guarded, and no part of what the
- * backend answers for.  So what is new is a guest mapping of its own, behind the old one.
+ * mremap of guest mappings.  The kernel can move one: the guard and the private pages move along, and the backend gets
+ * an event.  It cannot grow one: the new pages would be guarded, but in no region that the backend serves.  So the new
+ * part becomes a guest mapping of its own behind the old one.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -30,7 +30,7 @@ static intptr_t reserve(size_t length)
 	return mapped == MAP_FAILED ? -errno : (intptr_t)mapped;
 }
 
-/* How much of one range begins there, up to end. 0 if no range does. */
+/* Bytes from start to the end of its range, but not past end; 0 if start is in no range. */
 static size_t piece_at(uintptr_t start, uintptr_t end)
 {
 	const struct range *range = table_find(start, start + 1);
@@ -40,7 +40,7 @@ static size_t piece_at(uintptr_t start, uintptr_t end)
 	return (range->end < end ? range->end : end) - start;
 }
 
-/* What grew is several ranges, and to the program one mapping: whether this is one. */
+/* Whether the ranges from start to end are adjacent in the image too: a grown mapping is one to the program. */
 static bool is_one_mapping(uintptr_t start, uintptr_t end)
 {
 	uint64_t offset_bytes = 0;
@@ -69,13 +69,13 @@ static int move_piece(uintptr_t start, size_t length, uintptr_t target)
 	range.offset_bytes += start - range.start;
 	range.start = target;
 	range.end = target + length;
-	/* First the new, so that the link does not end with the old. */
+	/* Add the new range first: a link is closed with its last range. */
 	table_add(range);
 	table_cut(start, start + length);
 	return 0;
 }
 
-/* The target, whatever it was, is no guest mapping any more. */
+/* Retires guest mappings at the target first. */
 static intptr_t move(uintptr_t start, size_t length, uintptr_t target)
 {
 	size_t done = 0;
@@ -101,7 +101,7 @@ static int cut_off(uintptr_t start, uintptr_t end)
 	return 0;
 }
 
-/* Pages of the image from an offset on, as those of a range, at a place that is free or reserved. */
+/* Maps the image from offset_bytes on, in the way of range, at an address that is free or reserved. */
 static intptr_t map_as(const struct range *range, uint64_t offset_bytes, uintptr_t at, size_t length, int how)
 {
 	int type = range->is_zerocopy ? MAP_SHARED : MAP_PRIVATE;
@@ -111,7 +111,7 @@ static intptr_t map_as(const struct range *range, uint64_t offset_bytes, uintptr
 
 	if (mapping_covered(offset_bytes, length) > 0)
 		return mapping_make(at, length, range->prot, type | how, offset_bytes);
-	/* Past the image's end: SIGBUS, as a file without a byte gives. */
+	/* Past the image's end: an empty file, so that touching it is SIGBUS. */
 	fd = memfd_create("cowshed-end", MFD_CLOEXEC);
 	if (fd < 0)
 		return -errno;
@@ -119,7 +119,7 @@ static intptr_t map_as(const struct range *range, uint64_t offset_bytes, uintptr
 	real_close(fd);
 	if (mapped == MAP_FAILED)
 		return -errno;
-	/* Only now: the end of a link takes its guard away. */
+	/* Only now that the old pages are gone: closing their link takes the guard away. */
 	table_cut((uintptr_t)mapped, (uintptr_t)mapped + length);
 	tail.start = (uintptr_t)mapped;
 	tail.end = tail.start + length;
@@ -157,7 +157,7 @@ static intptr_t grow(const struct wanted *wanted)
 	return at;
 }
 
-/* mremap(2) of no bytes makes a second mapping of the same pages, of what is shared only. */
+/* mremap(2) with an old length of 0 maps the same pages a second time; for shared mappings only. */
 static intptr_t map_again(const struct wanted *wanted)
 {
 	struct range range = *table_find(wanted->start, wanted->start + 1);
@@ -203,7 +203,7 @@ static intptr_t remap(const struct wanted *wanted)
 	return wanted->flags & MREMAP_FIXED ? move(wanted->start, length, wanted->target) : (intptr_t)wanted->start;
 }
 
-/* Of a guest mapping, or onto one. */
+/* mremap of a guest mapping, or onto one. */
 static intptr_t remap_any(const struct wanted *wanted, void *address, size_t old_length, size_t new_length,
                           void *new_address)
 {

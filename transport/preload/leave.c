@@ -10,14 +10,14 @@
 #include <unistd.h>
 
 #include "cache/core/abi.h"
-#include "transport/core/guard.h"
+#include "transport/core/guest/guard.h"
 #include "transport/preload/real.h"
 #include "transport/preload/config.h"
 #include "transport/preload/wire.h"
 
 #define PAUSE_NS 50000000
 #define MAX_SENT_ON 8
-#define WAIT_SECONDS 60 /* for the end of a drain: as wire.c has it for a reply */
+#define WAIT_SECONDS 60 /* for the end of a drain; as REPLY_SECONDS of wire.c */
 
 char leave_digest[136];
 atomic_bool leave_is_nowhere;
@@ -31,44 +31,38 @@ void leave_close(struct leave *leave)
 			real_close(fds[i]);
 }
 
-/* Checks the reply and takes its frames; lends the device for the time of this call. */
-static int leave_take(struct leave *leave, struct packet *reply)
+/* Checks the image, opens a userfaultfd, and takes over the frames; the rest of image stays the caller's. */
+static int leave_take(struct leave *leave, struct guest_image *image)
 {
-	char digest[sizeof(leave_digest)];
-	uint64_t map_bytes, features;
 	struct stat status;
 	int err;
 
-	json_text(reply->json, "digest", digest, sizeof(digest));
-	if (digest[0] && leave_digest[0] && strcmp(digest, leave_digest) != 0) {
-		report("no mapping of the image: the backend at %s serves another one under that name",
+	if (image->digest[0] && leave_digest[0] && strcmp(image->digest, leave_digest) != 0) {
+		report("no mapping of the image: the backend at %s serves another image under that name",
 		       config.socket_path);
 		return -EACCES;
 	}
-	if (!json_number(reply->json, "map_bytes", &map_bytes) ||
-	    !json_number(reply->json, "uffd_features", &features) || map_bytes != config.map_bytes ||
-	    reply->nr_fds < 1 || reply->nr_fds > 2 || fstat(reply->fds[0], &status) < 0 ||
-	    (uint64_t)status.st_size < map_bytes) {
-		report("no mapping of the image: the backend's answer makes no sense; is it of another version?");
+	if (image->map_bytes != config.map_bytes || fstat(image->memfd, &status) < 0) {
+		report("no mapping of the image: the backend's reply is malformed; is it another version?");
 		return -EPROTO;
 	}
-	leave->uffd = guard_open(reply->nr_fds > 1 ? reply->fds[1] : -1);
+	leave->uffd = guard_open(image->uffd_device);
 	if (leave->uffd < 0) {
-		report("no mapping of the image: cannot have a userfaultfd that serves system calls too (%s); "
+		report("no mapping of the image: cannot get a userfaultfd that handles faults in system calls (%s); "
 		       "run the backend as root so that it can lend /dev/userfaultfd, or give this user access "
 		       "to that device, or set sysctl vm.unprivileged_userfaultfd=1",
 		       strerrordesc_np(-leave->uffd));
 		return leave->uffd;
 	}
-	err = guard_agree(leave->uffd, features);
+	err = guard_agree(leave->uffd, image->uffd_features);
 	if (err < 0) {
 		report("no mapping of the image: the kernel's userfaultfd lacks features; use Linux 6.7 or newer");
 		return err;
 	}
-	leave->features = features;
+	leave->features = image->uffd_features;
 	leave->frames = (struct frames){status.st_dev, status.st_ino};
-	leave->memfd = reply->fds[0];
-	reply->fds[0] = reply->fds[--reply->nr_fds];
+	leave->memfd = image->memfd;
+	image->memfd = -1;
 	return 0;
 }
 
@@ -76,7 +70,7 @@ int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_by
 {
 	static char request[sizeof(config.open_request) + 150]; /* threads may have small stacks */
 	struct leave leave = {.connection_fd = -1, .memfd = -1, .uffd = -1};
-	struct packet reply;
+	struct guest_image image;
 	int err = wire_connect();
 
 	if (err < 0)
@@ -86,10 +80,10 @@ int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_by
 	snprintf(request, sizeof(request),
 	         "%s,\"offset_bytes\":%" PRIu64 ",\"length_bytes\":%" PRIu64 ",\"carries\":true%s}",
 	         config.open_request, offset_bytes, length_bytes, more);
-	err = wire_ask(leave.connection_fd, request, NULL, 0, &reply);
+	err = wire_open(leave.connection_fd, request, &image);
 	if (err == 0) {
-		err = leave_take(&leave, &reply);
-		reply_close_fds(&reply);
+		err = leave_take(&leave, &image);
+		handshake_close_image(&image);
 	}
 	if (err < 0) {
 		leave_close(&leave);
@@ -99,8 +93,8 @@ int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_by
 	return 0;
 }
 
-/* Where the guest's backend sends us on to.  It takes a guest that has moved there, and no new one.  From then on that
-   is where this program asks. */
+/* Asks the backend at wire_moved_to, which accepts a guest that moved there, but no new one.  On success this program
+   asks there from then on. */
 static int ask_there(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes)
 {
 	char before[sizeof(config.socket_path)];
@@ -119,8 +113,6 @@ static int ask_there(struct leave *leave_out, uint64_t offset_bytes, uint64_t le
 	return err;
 }
 
-/* As leave_ask, wherever the guest is.  While it is being drained the one sends us on, and the other does not know us.
- */
 int leave_find(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, bool waits)
 {
 	int err, waited;
@@ -135,7 +127,7 @@ int leave_find(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_b
 		waited = !waits || atomic_load(&leave_is_nowhere) || err == -EMFILE ? -ETIMEDOUT
 		                                                                    : lock_wait(WAIT_SECONDS);
 		if (waited == -ETIMEDOUT)
-			report("no mapping of the image: this program's guest is at %s now, which does not take it: %s",
+			report("no mapping of the image: this program's guest moved to %s, which refuses it: %s",
 			       wire_moved_to, report_kept());
 		if (waited < 0)
 			return waited == -ETIMEDOUT ? -EACCES : waited;
@@ -145,8 +137,6 @@ int leave_find(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_b
 
 int leave_use(const struct leave *leave, uintptr_t address, uint64_t nr_bytes, bool inherited)
 {
-	char request[200];
-	struct packet reply;
 	int fds[3] = {leave->uffd, -1, -1};
 	int err = 0;
 
@@ -158,12 +148,7 @@ int leave_use(const struct leave *leave, uintptr_t address, uint64_t nr_bytes, b
 		       "/proc, and exec after changing user ids",
 		       strerrordesc_np(-err));
 	} else {
-		snprintf(request, sizeof(request),
-		         "{\"op\":\"region\",\"address\":%" PRIuPTR ",\"length\":%" PRIu64 "%s}", address, nr_bytes,
-		         inherited ? ",\"inherited\":true" : "");
-		err = wire_ask(leave->connection_fd, request, fds, 3, &reply);
-		if (err == 0)
-			reply_close_fds(&reply);
+		err = wire_region(leave->connection_fd, address, nr_bytes, fds, inherited);
 	}
 	for (unsigned i = 1; i < 3; i++)
 		if (fds[i] >= 0)

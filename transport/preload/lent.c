@@ -18,7 +18,7 @@ static bool looks_so(int folder, const char *path, int flags, struct stat *statu
 	return is_there;
 }
 
-/* /proc/PID/fd/N of a process that has ended: what a helper of a script, such as `readlink -f`, made of it. */
+/* /proc/PID/fd/N of a process that has ended: a script's helper, such as `readlink -f`, resolved {image} to that. */
 static bool is_of_the_dead(const char *path)
 {
 	const char *number = strrchr(config.image_path, '/');
@@ -64,7 +64,7 @@ bool lent_is_name(int folder, const char *path)
 	if (!config.is_lent || !path)
 		return false;
 	last = strrchr(path, '/');
-	/* Before anything is asked of the system: most paths end in other words than its number. */
+	/* Before any system call: few paths end in the descriptor's number. */
 	return strcmp(last ? last + 1 : path, strrchr(config.image_path, '/') + 1) == 0 && lent_is_magic(folder, path);
 }
 

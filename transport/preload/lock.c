@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A futex and not a mutex of the C library: that one waits with the caller's signals either blocked, so that nothing
- * ends a program whose other thread waits for the backend, or let in for an instant too long, so that a handler runs
- * with the lock held and may leave by siglongjmp.
+ * The library's lock is a futex, not a pthread mutex.  A mutex would wait either with signals blocked, so that no
+ * handler could end a program whose other thread waits for the backend, or with signals open for an instant too long,
+ * so that a handler could run with the lock held and leave by siglongjmp.
  *
- * The holder that waits for the backend is asked to begin again for the first handler at once.  From then on the times
- * in which it is not asked double, so that it gets on with a slow backend however often a timer's signal comes.
+ * lock_wait interrupts a waiting holder at once for the first handler.  After that the intervals without interruption
+ * double, so that a call makes progress with a slow backend however often a timer's signal comes.
  */
 #define _GNU_SOURCE
 #include "transport/preload/lock.h"
@@ -35,11 +35,11 @@ struct cancellation {
 	int state, type;
 };
 
-/* Of the holder: guarded by the lock. */
+/* The holder's; guarded by the lock. */
 static struct cancellation cancellation_before;
-static sigset_t held_back;
+static sigset_t blocked;
 
-/* Of one call of the program's, in the thread that makes it. */
+/* State of one call of the program, in the thread that makes it. */
 struct patience {
 	int64_t since_ns; /* when it first waited; 0: it has not */
 	int64_t deaf_until_ns, deaf_ns;
@@ -47,8 +47,8 @@ struct patience {
 };
 static OF_THREAD struct patience patience;
 
-/* The kernel's struct sigaction begins with the handler.  By a bare call, since programs put functions of their own
-   before the C library's. */
+/* The kernel's struct sigaction begins with the handler.  A bare system call, since programs may interpose the C
+   library's sigaction. */
 static bool has_handler(int number)
 {
 	union {
@@ -61,20 +61,20 @@ static bool has_handler(int number)
 	return action.handler != SIG_DFL && action.handler != SIG_IGN;
 }
 
-/* pthread_sigmask leaves the two signals of the C library itself alone. */
-static void hold_signals_back(sigset_t *held_out, sigset_t *before_out)
+/* pthread_sigmask never blocks the C library's two internal signals. */
+static void block_signals(sigset_t *blocked_out, sigset_t *before_out)
 {
-	sigemptyset(held_out);
+	sigemptyset(blocked_out);
 	for (int number = 1; number < _NSIG; number++)
 		if (has_handler(number))
-			sigaddset(held_out, number);
-	pthread_sigmask(SIG_BLOCK, held_out, before_out);
+			sigaddset(blocked_out, number);
+	pthread_sigmask(SIG_BLOCK, blocked_out, before_out);
 	for (int number = 1; number < _NSIG; number++)
 		if (sigismember(before_out, number))
-			sigdelset(held_out, number);
+			sigdelset(blocked_out, number);
 }
 
-/* Nothing is held meanwhile: a handler may leave by siglongjmp, and the thread may be cancelled. */
+/* The thread must hold nothing here: a handler may leave by siglongjmp, and the thread may be cancelled. */
 static void await(void)
 {
 	int expected = TAKEN;
@@ -83,7 +83,7 @@ static void await(void)
 		syscall(SYS_futex, &lock_state, FUTEX_WAIT_PRIVATE, AWAITED, NULL, NULL, 0);
 }
 
-static void hold_cancellation_back(struct cancellation *before_out)
+static void disable_cancellation(struct cancellation *before_out)
 {
 	pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before_out->state);
 	pthread_setcanceltype(PTHREAD_CANCEL_DEFERRED, &before_out->type);
@@ -105,13 +105,13 @@ void lock_take(sigset_t *signals_out)
 	for (;;) {
 		struct cancellation cancellation;
 		int expected = FREE;
-		sigset_t held;
+		sigset_t blocked_here;
 
-		hold_signals_back(&held, signals_out);
-		hold_cancellation_back(&cancellation);
+		block_signals(&blocked_here, signals_out);
+		disable_cancellation(&cancellation);
 		if (atomic_compare_exchange_strong(&lock_state, &expected, state)) {
 			cancellation_before = cancellation;
-			held_back = held;
+			blocked = blocked_here;
 			patience = (struct patience){0};
 			is_inside = true;
 			return;
@@ -130,8 +130,8 @@ bool lock_try(sigset_t *signals_out)
 	pthread_sigmask(SIG_BLOCK, NULL, signals_out);
 	if (!atomic_compare_exchange_strong(&lock_state, &expected, TAKEN))
 		return false;
-	hold_cancellation_back(&cancellation_before);
-	sigemptyset(&held_back);
+	disable_cancellation(&cancellation_before);
+	sigemptyset(&blocked);
 	patience = (struct patience){.insists = true};
 	is_inside = true;
 	return true;
@@ -142,7 +142,7 @@ void lock_release(const sigset_t *signals)
 	struct cancellation cancellation = cancellation_before;
 
 	is_inside = false;
-	/* All of them: the one that is woken may run a handler first, which never comes back. */
+	/* Wake all waiters: a single one might first run a handler that never returns. */
 	if (atomic_exchange(&lock_state, FREE) == AWAITED)
 		syscall(SYS_futex, &lock_state, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 	let_in(signals, cancellation);
@@ -164,7 +164,7 @@ static bool is_handler_due(void)
 
 	sigpending(&pending);
 	for (int number = 1; number < _NSIG; number++)
-		if (sigismember(&pending, number) && sigismember(&held_back, number))
+		if (sigismember(&pending, number) && sigismember(&blocked, number))
 			return true;
 	return false;
 }

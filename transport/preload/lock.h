@@ -2,13 +2,13 @@
 /*
  * The one lock of the library.
  *
- * The thread that holds it is "inside": the C library's calls that it makes go straight through.  Meanwhile nothing of
- * the program's runs in that thread: signals that have a handler wait, and so does cancellation, where the thread may
- * be cancelled in mmap at all: POSIX allows that of a deferred cancellation only, and an asynchronous one may leave the
- * lock. Signals without a handler act at once, as they would without us: they end the process, stop it, or do nothing.
+ * The thread that holds it is "inside": its calls of the C library bypass the hooks.  No program code runs in that
+ * thread meanwhile: signals with a handler are blocked, and deferred cancellation waits.  Asynchronous cancellation,
+ * which POSIX does not allow in mmap, may leave the lock held.  Signals without a handler act at once, as they would
+ * without us: they end or stop the process, or do nothing.
  *
- * The thread that waits for the lock holds nothing, and its signals are let in.  The holder that waits for the backend
- * lets go of everything when a handler is due, and begins again after that.
+ * A thread that waits for the lock holds nothing, and takes signals.  A holder that waits for the backend releases
+ * everything when a handler is due, and starts over after that.
  */
 #ifndef COWSHED_PRELOAD_LOCK_H
 #define COWSHED_PRELOAD_LOCK_H
@@ -16,28 +16,28 @@
 #include <signal.h>
 #include <stdbool.h>
 
-/* Not twice by one thread.  signals_out is for lock_release. */
+/* Takes the lock; not recursive.  signals_out is for lock_release. */
 void lock_take(sigset_t *signals_out);
 void lock_release(const sigset_t *signals);
 bool lock_is_inside(void);
 
-/* For a thread of ours, which lets no signals in: without waiting.  False if somebody has it. */
+/* For the library's own thread, which blocks all signals: takes the lock without waiting.  False if it is taken. */
 bool lock_try(sigset_t *signals_out);
 
-/* In a copy of the process, which has one thread: nobody holds it. */
+/* Frees the lock in a copy of the process, whose one thread does not hold it. */
 void lock_renew(void);
 
-/* For the holder, each time that the backend has kept it waiting for a moment.  0: wait on.  -EINTR: a handler of the
-   program's is due; undo what is half done, lock_yield, begin again.  -ETIMEDOUT: waited for so long in this call. */
+/* The holder must call this after each moment of waiting for the backend.  0: wait on.  -EINTR: a signal handler of the
+   program is due; undo what is half done, lock_yield, start over.  -ETIMEDOUT: this call has waited limit_seconds. */
 int lock_wait(unsigned limit_seconds);
 
-/* Runs the handlers that are due, without the lock, and takes it again: everything may have changed. */
+/* Releases the lock so that due handlers run, and takes it again: everything may have changed. */
 void lock_yield(sigset_t *signals);
 
-/* Until the lock is released or yielded handlers wait: what is half done cannot be undone. */
+/* Makes handlers wait until the lock is released or yielded: for a step that cannot be undone half way. */
 void lock_insist(void);
 
-/* While this is on, lock_wait never gives up: for a step after which nobody but the backend can go on. */
+/* While on, lock_wait never times out: for a step that only the backend can complete. */
 void lock_be_patient(bool on);
 
 #endif

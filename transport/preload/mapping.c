@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * No instruction of the program may find a page of the frames unguarded: it would read zeros, silently.
- * So a new mapping is PROT_NONE until all of this has been done, in this order:
+ * Makes guest mappings.  No instruction of the program may find a page of the frames unguarded: it
+ * would read zeros, silently.  So a new mapping is PROT_NONE until all of this has been done, in this order:
  *
  *   the backend has opened the image for us, a userfaultfd is there;
  *   mmap of the frames, PROT_NONE (in a process that did mlockall(MCL_FUTURE), mmap touches every page of
@@ -10,9 +10,9 @@
  *   UFFDIO_REGISTER; the backend has taken the range on;
  *   mprotect to what was asked for.
  *
- * After fork the kernel has copied to the child the entries of the page tables, without the guard.
- * Its private pages are as they were at that instant, and stay; they are the kernel's own copy-on-write
- * from there. All others are dropped, so that the child takes them from the backend anew.
+ * After fork the child has copies of the page-table entries, without the guard.  It keeps its private
+ * pages as of the fork; they are the kernel's own copy-on-write from there.  All others are dropped,
+ * so that the child takes them from the backend anew.
  */
 #define _GNU_SOURCE
 #include "transport/preload/mapping.h"
@@ -22,7 +22,7 @@
 #include <unistd.h>
 
 #include "cache/core/abi.h"
-#include "transport/core/guard.h"
+#include "transport/core/guest/guard.h"
 #include "transport/preload/carry.h"
 #include "transport/preload/leave.h"
 #include "transport/preload/real.h"
@@ -38,7 +38,7 @@ uint64_t mapping_covered(uint64_t offset_bytes, size_t length)
 	return length < left ? length : left;
 }
 
-/* The target of a MAP_FIXED that failed: the program may have reserved it, and must not find zeros. */
+/* Undoes a mapping that failed. The program may have reserved a MAP_FIXED target, and must not find zeros there. */
 static void give_up(uintptr_t address, size_t length, int uffd, uint64_t guarded_bytes, bool was_fixed)
 {
 	real_mprotect((void *)address, length, PROT_NONE);
@@ -50,7 +50,7 @@ static void give_up(uintptr_t address, size_t length, int uffd, uint64_t guarded
 		real_munmap((void *)address, length);
 }
 
-/* Old guest mappings go first: their handlers must be done with these addresses. */
+/* Ends old guest mappings there first: their handlers must be done with these addresses. */
 static int clear_target(uintptr_t address, size_t length)
 {
 	uintptr_t end = address + length;
@@ -58,7 +58,7 @@ static int clear_target(uintptr_t address, size_t length)
 
 	if (!table_touches(address, end))
 		return 0;
-	/* The program must not see what is neither the old nor the new. */
+	/* The program must not run while there is neither the old mapping nor the new. */
 	lock_insist();
 	table_retire(address, end);
 	reserved = real_mmap((void *)address, length, PROT_NONE,
@@ -165,7 +165,7 @@ static int drop(uintptr_t start, uintptr_t end)
 	return 0;
 }
 
-/* Takes every page out of the page tables that is not this process's own copy. */
+/* Drops every page from the page tables that is not this process's own copy. */
 static int drop_shared_pages(const struct range *range)
 {
 	static struct page_region found[512];
@@ -202,7 +202,7 @@ static int drop_shared_pages(const struct range *range)
 	return err;
 }
 
-/* A file without a byte. */
+/* Maps an empty file. */
 void mapping_invalidate(const struct range *range)
 {
 	size_t nr_bytes = range->end - range->start;
@@ -217,7 +217,7 @@ void mapping_invalidate(const struct range *range)
 		real_munmap((void *)range->start, nr_bytes);
 }
 
-/* In the pages that came over fork. */
+/* Guards a range in place, with the pages that it was inherited with. */
 static int guard_inherited(const struct leave *leave, const struct range *range)
 {
 	uint64_t nr_bytes = range->end - range->start;
@@ -236,7 +236,7 @@ static int inherit_once(struct leave *leave, struct range *range)
 
 	if (err < 0)
 		return err;
-	/* Its parent had it of a backend that the guest has left: these frames are not those that are answered for. */
+	/* The parent mapped it from a backend that the guest has left: its frames are not the ones served now. */
 	if (leave->frames.inode != range->frames.inode || leave->frames.device != range->frames.device)
 		err = carry_inherited(leave, range);
 	else

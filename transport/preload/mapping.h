@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Makes guest mappings of parts of the image, and takes those over that were inherited across fork.
- * Only for whoever holds the lock. See mapping.c for the order of the steps, which is what matters.
+ * Makes guest mappings of parts of the image, and takes over those that were inherited across fork.
+ * The caller must hold the lock. The order of the steps matters: see mapping.c.
  */
 #ifndef COWSHED_PRELOAD_MAPPING_H
 #define COWSHED_PRELOAD_MAPPING_H
@@ -12,9 +12,9 @@
 #include "transport/preload/table.h"
 
 /* As mmap(2) of the image with these arguments, which were checked: whole pages, offset_bytes inside the
-   image, flags that can be served. What lies past the image's end is SIGBUS, as with any file. Gives
-   the address or -errno, and has then said why; -EINTR is not the end, see lock_wait. After a failure a MAP_FIXED
-   target that was mapped is PROT_NONE. */
+   image, flags that can be served. Pages past the image's end are SIGBUS, as with any file. Returns
+   the address or -errno, and reports failures but those of mmap itself; -EINTR means to call again, see lock_wait.
+   After a failure a MAP_FIXED target that was mapped is PROT_NONE. */
 intptr_t mapping_make(uintptr_t address, size_t length, int prot, int flags, uint64_t offset_bytes);
 
 /* In a forked child, where only this thread runs: guards a range that came over fork, keeps its private
@@ -24,10 +24,10 @@ void mapping_inherit(struct range range);
 /* Replaces a range by memory that is SIGBUS to touch, with the same protection; unmaps it if that fails. */
 void mapping_invalidate(const struct range *range);
 
-/* Notes what of a mapping is past the image's end, and therefore guarded by nobody. Needs a reserved range. */
+/* Notes the part of a mapping that is past the image's end, which nothing guards. Needs a reserved range. */
 void mapping_note_tail(struct range tail);
 
-/* What the image covers of it, from offset_bytes on. */
+/* How many of length bytes from offset_bytes on the image covers. */
 uint64_t mapping_covered(uint64_t offset_bytes, size_t length);
 
 #endif

@@ -1,23 +1,23 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A move of mappings in somebody else's program, link by link, with the lock held, so that their number, places and
- * children stay as they are meanwhile.  What the library does (transport/core/follow.c) is done here for parts of the
- * image, with whatever the program made of them, in this order:
+ * Moves the mappings of somebody else's program, link by link.  The lock is held, so that meanwhile none is made, moved
+ * or forked.  The steps are those of the guest library (transport/core/guest/follow.c), but for parts of the image, as
+ * the program has cut and protected them:
  *
- *   the target has opened each part for us;
- *   its frames mapped elsewhere, PROT_NONE, MADV_DONTFORK, guarded: until then, whatever fails, nothing has happened,
- * and the old backend serves on; the old backend has said that it answers no more; what could be written unasked
- * protected, private pages copied over (carry.c), protections as they were; the new in the place of the old, in one
- * step for each mapping of the kernel's (transport/core/replace.c); the target has taken the part on, with its private
- * pages.
+ *   1. the target opens each part;
+ *   2. its frames are mapped elsewhere, PROT_NONE, MADV_DONTFORK, guarded;
+ *   3. the old backend confirms that it answers no more;
+ *   4. pages that are open for writing are protected, private pages copied over (carry.c), protections set as before;
+ *   5. the new mappings replace the old ones, in one step for each mapping of the kernel's (guest/replace.c);
+ *   6. the target takes the part on, with its private pages.
  *
- * Between the third and the last nobody answers faults: who needs a page that is not there, or writes to one that is
- * protected, waits.  What is there can be read, and is right.  Whatever fails after the third is tried again, by
- * whoever is called again: a part whose new mapping is in place, and was not taken on, is then as an old one that was
- * left.
+ * A failure before step 3 changes nothing, and the old backend serves on.  From step 3 to 6 nobody answers faults: an
+ * access to an absent page, or a write to a protected one, waits; mapped pages can be read, and are right.  After a
+ * later failure the next call goes on: a part whose new mapping is in place, but not taken on, then counts as an old
+ * one that was left.
  *
- * No handler is alive while pages are copied: the old backend has answered, or has ended with none to come after it,
- * and a target that may have taken a part on is waited for until it answers or is gone.
+ * No fault handler is active while pages are copied: the old backend has confirmed, or has ended without a successor,
+ * and this waits for a target that may have taken a part on until it answers or is gone.
  */
 #define _GNU_SOURCE
 #include "transport/preload/moves.h"
@@ -27,8 +27,8 @@
 #include <string.h>
 
 #include "cache/core/abi.h"
-#include "transport/core/guard.h"
-#include "transport/core/region.h"
+#include "transport/core/guest/guard.h"
+#include "transport/core/guest/region.h"
 #include "transport/preload/carry.h"
 #include "transport/preload/leave.h"
 #include "transport/preload/mapping.h"
@@ -40,15 +40,15 @@
 #define MAX_PARTS 64
 #define NO_LEAVE ((struct leave){.connection_fd = -1, .memfd = -1, .uffd = -1})
 
-/* What is next to each other of a range: one mapping of the target's. */
+/* Adjacent areas of a range; they become one mapping of the target's. */
 struct part {
 	struct range range;
 	unsigned first_area, nr_areas;
 	struct leave leave;
-	uintptr_t at; /* of the target's frames, elsewhere; 0: nowhere */
+	uintptr_t at; /* where the target's frames are mapped for now; 0: nowhere */
 };
 
-/* Where to; of the thread alone. */
+/* The target; the thread's alone. */
 static char target_path[sizeof(config.socket_path)];
 static char target_digest[sizeof(leave_digest)];
 
@@ -70,13 +70,13 @@ bool moves_hear(struct json event)
 	json_text(event, "uri", uri, sizeof(uri));
 	if (atomic_exchange(&leave_is_nowhere, true))
 		return false;
-	report("this program's guest is at %s now, where this program cannot follow: what it has of the image can be read, and "
+	report("this program's guest moved to %s, where this program cannot follow: pages in its memory can be read, "
 	       "writes wait; end it, and start it again there",
-	       uri[0] ? uri : "another backend, or in a file,");
+	       uri[0] ? uri : "another backend or into a file");
 	return false;
 }
 
-/* Cuts a range into what the kernel has of it, and that into parts without a gap. */
+/* Finds the areas of a range, and joins adjacent ones into parts. */
 static int add_parts(const struct range *range)
 {
 	unsigned end = nr_areas;
@@ -119,7 +119,7 @@ static int find_parts(unsigned link_no)
 	return err;
 }
 
-/* Of what the program has not seen. */
+/* Unmaps what the program has not seen yet. */
 static void drop(int uffd, uintptr_t at, size_t nr_bytes)
 {
 	real_mprotect((void *)at, nr_bytes, PROT_NONE);
@@ -139,7 +139,7 @@ static void close_parts(void)
 	nr_parts = 0;
 }
 
-/* Without a page, and without what a part of it is to be protected by. */
+/* Maps no page yet, and PROT_NONE instead of the protections of the part's areas. */
 static int map_elsewhere(struct part *part)
 {
 	size_t nr_bytes = part->range.end - part->range.start;
@@ -149,7 +149,7 @@ static int map_elsewhere(struct part *part)
 	if (mapped == MAP_FAILED)
 		return -errno;
 	part->at = (uintptr_t)mapped;
-	/* In a process that did mlockall(MCL_FUTURE) moving it would wait for every page of it. */
+	/* After mlockall(MCL_FUTURE), moving it would wait for every page of it. */
 	munlock(mapped, nr_bytes);
 	if (real_madvise(mapped, nr_bytes, MADV_DONTFORK) < 0)
 		return -errno;
@@ -163,17 +163,17 @@ static int open_parts(void)
 	for (unsigned i = 0; err == 0 && i < nr_parts; i++)
 		err = leave_ask(&parts[i].leave, parts[i].range.offset_bytes, parts[i].range.end - parts[i].range.start,
 		                "");
-	/* Without this a mapping that is moved loses its guard. */
+	/* Without this feature a mapping that is moved loses its guard. */
 	for (unsigned i = 0; err == 0 && i < nr_parts; i++)
 		err = parts[i].leave.features & UFFD_FEATURE_EVENT_REMAP ? map_elsewhere(&parts[i]) : -EPROTO;
-	/* It was drained in its turn before we came. */
+	/* The target was drained, too, before we came. */
 	if (err == -EREMCHG)
 		memcpy(target_path, wire_moved_to, sizeof(target_path));
 	wire_report_gone(err);
 	return err;
 }
 
-/* The target waits for a part that it has opened for some seconds only, and copying may have taken longer. */
+/* Opens a part anew: the target keeps it open for some seconds only, and copying may have taken longer. */
 static int open_again(struct part *part)
 {
 	struct leave fresh;
@@ -195,7 +195,7 @@ static int open_again(struct part *part)
 	return err;
 }
 
-/* What is private comes to the target's frames, and they are protected as the part is. */
+/* Copies the private pages onto the target's frames, and protects these as the part is. */
 static int fill(const struct part *part, int old_uffd)
 {
 	int err = 0;
@@ -213,7 +213,7 @@ static int fill(const struct part *part, int old_uffd)
 	return err;
 }
 
-/* One mapping of the kernel's after the other; each is the new link's once it is in place. */
+/* Swaps one mapping of the kernel's after the other; each belongs to the new link once it is in place. */
 static int swap_areas(struct part *part, int old_uffd, uint16_t link_no)
 {
 	uintptr_t from = part->at;
@@ -271,7 +271,7 @@ static int take_part(struct part *part, unsigned old_link_no)
 	return err;
 }
 
-/* What is past the image's end is SIGBUS anyway, and need not keep the old frames in memory. */
+/* Ranges past the image's end are SIGBUS anyway, and must not keep the old frames in memory. */
 static void invalidate_tails(struct frames frames)
 {
 	for (unsigned i = 0; i < table_nr_ranges; i++) {
@@ -282,7 +282,7 @@ static void invalidate_tails(struct frames frames)
 	}
 }
 
-/* The program has something else there by now, by calls that nobody saw. */
+/* Forgets ranges where the program has mapped something else by calls that no hook saw. */
 static void forget_rest(unsigned link_no)
 {
 	for (unsigned i = 0; i < table_nr_ranges;) {

@@ -1,24 +1,23 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * This program's guest mappings go where their backend says that the guest has moved to.  For the thread of orphans.c,
- * but for what says otherwise.
+ * Moves this program's guest mappings to the backend that their guest has moved to.  Only for the thread of orphans.c.
  */
 #ifndef COWSHED_PRELOAD_MOVES_H
 #define COWSHED_PRELOAD_MOVES_H
 
 #include <stdbool.h>
 
-#include "transport/core/json.h"
+#include "transport/core/guest/json.h"
 
-/* An event of the backend's, whatever it is. True if the mapping of the connection that it came over is to go. */
+/* Handles any event of a backend. True if the mapping of the connection that it came over must move. */
 bool moves_hear(struct json event);
 
-/* Holding the lock: takes a link's mappings to where its guest is.  was_left: the old backend answers for them no more
-   (orphans_leave).  0, and the link is closed; or -errno, and it is to be called again, having said why: what is there
-   is there, and the rest waits once the old backend has been left. */
+/* Moves a link's mappings to its guest's backend.  The caller must hold the lock.  was_left: the old backend does not
+   serve them any more (orphans_leave).  0: the link is closed.  -errno, reported: call it again.  Until then mapped
+   pages can be read; once the old backend was left, all other accesses wait. */
 int moves_take(unsigned link_no, bool was_left);
 
-/* Where that is: the path of a socket. */
+/* The socket path of that backend. */
 const char *moves_target(void);
 
 #endif

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * One thread for all links.  It never waits for the lock, whose holder may wait for what only this thread does: a
- * munmap waits until its event is read.  So it has a list of its own.  It takes the lock when that is free, for a move.
+ * One thread watches all links for the end of their backend.  It never waits for the lock, whose holder may wait for
+ * this thread: a munmap waits until its event is read.  So the thread has a list of its own.  For a move it takes the
+ * lock if that is free.
  *
- * A link that was left in a move, and whose ranges nobody has taken on yet, has nobody else to read its events: so they
- * are read here, and calls go on.  Faults that are read so are raised again once something is mapped there.
+ * Once a move has left the old backend, and until the target has taken the ranges on, only this thread reads a link's
+ * events, so that calls go on.  The kernel raises faults that are read here again once something is mapped there.
  *
- * Programs close descriptors that are not theirs, and use the numbers again.  So a number counts only while the file
- * behind it is the one that was noted.
+ * Programs close descriptors that are not theirs, and use the numbers again.  So a descriptor is used only while its
+ * inode is the one that was noted.
  *
  * A program whose main thread has ended by pthread_exit lives as long as it has threads: ours ends when it is the last.
  */
@@ -25,8 +26,8 @@
 #include <unistd.h>
 
 #include "cache/core/abi.h"
-#include "transport/core/orphan.h"
-#include "transport/core/packets.h"
+#include "transport/core/guest/orphan.h"
+#include "transport/core/guest/packets.h"
 #include "transport/preload/moves.h"
 #include "transport/preload/real.h"
 #include "transport/preload/report.h"
@@ -34,30 +35,30 @@
 
 #define STACK_BYTES (128u << 10)
 #define LOOK_MS 1000
-#define LOOK_MOVED_MS 20    /* for the lock, or for a target */
+#define LOOK_MOVED_MS 20    /* while a move waits for the lock, or for its target */
 #define NR_LOOKS_BETWEEN 10 /* after a try that failed */
 #define HIDING_FD 900
 
 struct watched {
 	int connection_fd, uffd; /* -1: nothing */
 	ino_t connection_ino, uffd_ino;
-	bool is_orphan; /* uffd is the thread's own, and there is no connection any more */
-	bool is_moved;  /* its ranges are to go to where the guest is */
-	bool is_left;   /* and nobody answers for them any more; both of the thread alone */
+	bool is_orphan; /* uffd is the thread's own duplicate; the connection has ended */
+	bool is_moved;  /* its ranges must follow the guest */
+	bool is_left;   /* and no backend serves them any more; only the thread sets these two */
 };
 
-/* Held for a few instructions only, inside the lock or without it. */
+/* Held for short, with the library's lock or without it. */
 static pthread_mutex_t list_lock = PTHREAD_MUTEX_INITIALIZER;
-/* By link, and behind them the orphans. */
+/* By link number; behind them the orphans. */
 static struct watched list[2 * TABLE_MAX_LINKS];
 static bool is_running;
-static bool is_ours; /* the table, so that what it has is to be watched here */
-/* Whether the program has not been told of its orphans: once for all links of a backend. */
+static bool is_ours; /* the table is this process's, so its links are watched here */
+/* Whether the next orphans are to be reported: once for all links of a backend. */
 static atomic_bool has_news;
 
-/* Of moves; of the thread alone. */
+/* State of moves; the thread's alone. */
 static unsigned nr_looks_left;
-static bool is_told_why;
+static bool is_reported;
 
 static ino_t inode_of(int fd)
 {
@@ -78,16 +79,16 @@ static bool is_alone(void)
 	if (length <= 0)
 		return false;
 	text[length] = '\0';
-	/* The name, which is the second, ends there; the state follows, and the number of threads is the twentieth. */
+	/* Field 2, the name, ends there; field 3 is the state, field 20 the number of threads. */
 	field = strrchr(text, ')');
 	if (!field || strncmp(field, ") Z", 3) != 0)
 		return false;
 	for (int no = 2; field && no < 20; no++)
 		field = strchr(field + 1, ' ');
-	return field && atoi(field) == 2; /* with the main thread, which waits for us */
+	return field && atoi(field) == 2; /* this thread, and the main one, which waits for it */
 }
 
-/* With the list's lock. */
+/* The caller must hold list_lock. */
 static void add_orphan(const struct watched *lost)
 {
 	for (unsigned i = TABLE_MAX_LINKS; i < 2 * TABLE_MAX_LINKS; i++) {
@@ -103,7 +104,7 @@ static void add_orphan(const struct watched *lost)
 	}
 }
 
-/* The links whose connection has ended are orphans from now on. */
+/* Makes orphans of the links whose connection has ended, and reports it. */
 static void find_orphans(void)
 {
 	unsigned nr_found = 0;
@@ -129,8 +130,8 @@ static void find_orphans(void)
 			orphan_wake(list[i].uffd);
 	if (!is_news)
 		return;
-	report("this program lost its backend, and none comes after it: pages that are not in memory are SIGBUS from now on; "
-	       "see the backend's log, and start this program again");
+	report("this program lost its backend, and none comes after it: touching pages that are not in memory is "
+	       "SIGBUS from now on; see the backend's log, and start this program again");
 }
 
 static void answer_orphans(void)
@@ -141,8 +142,7 @@ static void answer_orphans(void)
 			list[i].is_orphan = false;
 }
 
-/* Events of the backends', which come unasked.  Whoever ends a link by talking over its connection has it forgotten
-   here before. */
+/* Reads the events that backends send.  To end a link over its connection, a caller must call orphans_let_go first. */
 static void hear_events(void)
 {
 	static char text[4096];
@@ -186,7 +186,7 @@ static bool is_any_moved(void)
 	return is_any;
 }
 
-/* Each link that is to go, or the rest of it, is tried once; 0, or the last error. */
+/* Tries once to move each link, or the rest of it, that must follow its guest; 0, or the last error. */
 static int take_moved(void)
 {
 	int err = 0;
@@ -195,7 +195,7 @@ static int take_moved(void)
 		struct watched *one = &list[i];
 		int taken;
 
-		/* The program may have closed what is not its own. */
+		/* The program may have closed our descriptors. */
 		if (inode_of(one->uffd) != one->uffd_ino || (one->connection_ino == 0 && !one->is_left))
 			one->is_moved = false;
 		if (!one->is_moved)
@@ -220,13 +220,13 @@ static void try_moves(void)
 	snprintf(why, sizeof(why), "%s", report_kept());
 	lock_release(&signals);
 	nr_looks_left = err < 0 ? NR_LOOKS_BETWEEN : 0;
-	if (err < 0 && !is_told_why)
-		report("this program's guest is at %s now, where this program cannot go yet, and it tries again: %s",
+	if (err < 0 && !is_reported)
+		report("this program's guest moved to %s, where it cannot follow yet, and tries again: %s",
 		       moves_target(), why);
-	is_told_why = err < 0;
+	is_reported = err < 0;
 }
 
-/* False if nothing came for a while. */
+/* Waits for events; false if none came for a while. */
 static bool await(void)
 {
 	struct pollfd fds[2 * TABLE_MAX_LINKS];
@@ -343,7 +343,7 @@ void orphans_begin(void)
 
 void orphans_forget(void)
 {
-	/* The thread may have had it when the copy was made.  What it had open stays so, as it may be another's too. */
+	/* The thread may have held it when the copy was made.  Its descriptors stay open: others may share them. */
 	pthread_mutex_init(&list_lock, NULL);
 	for (unsigned i = 0; i < 2 * TABLE_MAX_LINKS; i++)
 		list[i] = (struct watched){.connection_fd = -1, .uffd = -1};

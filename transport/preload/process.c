@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A page that the kernel wipes in the copies that it makes of this memory holds the owner's process id.  Whoever finds
- * another's id there is in another's memory; whoever finds none is in a copy of which nobody has told us.
+ * Finds the table's owner.  A page that the kernel wipes in copies of this memory (MADV_WIPEONFORK) holds the owner's
+ * process id.  A process that finds another id there is in another's memory; one that finds 0 is in a copy that our
+ * fork handlers did not see.
  */
 #define _GNU_SOURCE
 #include "transport/preload/process.h"
@@ -18,7 +19,7 @@
 #include "transport/preload/real.h"
 #include "transport/preload/table.h"
 
-static pid_t *wiped_owner; /* NULL if there is no such page: then every process is its own */
+static pid_t *wiped_owner; /* NULL if there is no such page: then every process is PROCESS_OWN */
 static pid_t owner;        /* as it was when this memory was copied */
 
 void process_begin(void)
@@ -49,14 +50,14 @@ enum process_kind process_kind(void)
 {
 	if (!wiped_owner || *wiped_owner == getpid())
 		return PROCESS_OWN;
-	/* With both it is as good as a thread. */
+	/* A process that shares both is as good as a thread. */
 	if (*wiped_owner != 0)
 		return shares_fds_with(*wiped_owner) ? PROCESS_OWN : PROCESS_IN_MEMORY_OF_ANOTHER;
 	orphans_forget();
 	table_forget_ranges();
 	if (shares_fds_with(owner))
 		return PROCESS_WITH_FDS_OF_ANOTHER;
-	/* A thread that had it when the copy was made is not here to release it. */
+	/* A thread that held the lock when the copy was made is not here to release it. */
 	lock_renew();
 	table_drop_links();
 	process_begin();

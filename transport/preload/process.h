@@ -1,23 +1,22 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Whose the table is, in a process that may share its memory or its descriptors with the one that filled it: a child of
- * vfork and posix_spawn has its parent's memory and descriptors of its own, and clone(2) makes every other kind.
+ * Which process owns the table.  A process may share memory or descriptors with the owner: a child of vfork or
+ * posix_spawn has its parent's memory and its own descriptors, and clone(2) makes every other kind.
  */
 #ifndef COWSHED_PRELOAD_PROCESS_H
 #define COWSHED_PRELOAD_PROCESS_H
 
 enum process_kind {
-	PROCESS_OWN,                  /* the table tells of this process, or this is a thread of its */
-	PROCESS_IN_MEMORY_OF_ANOTHER, /* the table is another's: not to be changed, nor the mappings in it */
-	PROCESS_WITH_FDS_OF_ANOTHER,  /* it has no mappings; the descriptors of the table are not to be moved or closed
-	                               */
+	PROCESS_OWN,                  /* this process owns the table, or is as good as a thread of the owner */
+	PROCESS_IN_MEMORY_OF_ANOTHER, /* another owns the table: change neither it nor the mappings in it */
+	PROCESS_WITH_FDS_OF_ANOTHER,  /* there are no mappings; do not move or close the table's descriptors */
 };
 
-/* This process owns what is in its table from now on: at its start, and in a child of fork(3). */
+/* Makes this process the owner of its table: at its start, and in a child of fork(3). */
 void process_begin(void);
 
-/* Costs a system call: for a hook that has found that it may concern the table.  A process that a bare clone(2) made
-   has its copy of the table emptied here: the mappings do not come along. */
+/* Costs a system call, so hooks must first check whether they may concern the table.  In a process that a bare clone(2)
+   made, which has no mappings, this empties the copy of the table. */
 enum process_kind process_kind(void);
 
 #endif

@@ -14,7 +14,7 @@
 #define MAX_INTERPRETERS 5 /* the kernel's own limit for scripts run by scripts */
 #define MAX_LINE_BYTES 256
 
-static struct elf own; /* no bits: not known */
+static struct elf own; /* bits is 0 while unknown */
 
 static const char *last_word(const char *path)
 {
@@ -23,7 +23,7 @@ static const char *last_word(const char *path)
 	return slash ? slash + 1 : path;
 }
 
-/* The dynamic linker that runs it, by name; "" if none does. */
+/* The file name of the program's dynamic linker; "" if it has none. */
 static const char *linker_of(const struct elf *elf)
 {
 	return last_word(elf->is_loader ? elf->soname : elf->linker);
@@ -58,7 +58,7 @@ static int open_program(int folder, const char *path, int flags)
 	return fd;
 }
 
-/* If it is a script, puts its interpreter's path in its place. */
+/* If the file is a script, stores the path of its interpreter. */
 static bool is_script(int fd, char interpreter[MAX_LINE_BYTES])
 {
 	char line[MAX_LINE_BYTES];

@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Whether a program that is about to be run takes this library, or is better off without. */
+/* Decides whether a program that is about to be run can load this library. */
 #ifndef COWSHED_PRELOAD_PROGRAMS_H
 #define COWSHED_PRELOAD_PROGRAMS_H
 
 #include <stdbool.h>
 
-/* Learns what this process is, to compare others with. */
+/* Reads this process's own ELF properties, to compare others with. */
 void programs_learn(void);
 
-/* False if the library would end the program, or have the dynamic linker complain: another C library's or another
-   machine's, or one that has to load the address sanitizer first. Of a script its interpreter counts. True in all
-   doubt, and for static programs, whose children may take it. flags are execveat's. Safe after vfork. */
+/* False if the library would end the program, or make the dynamic linker complain: a program of another C library or
+   machine, or one that must load the address sanitizer first. For a script, its interpreter decides. True if unknown,
+   and for static programs, whose children may load it. flags are execveat's. Safe after vfork. */
 bool program_takes_us(int folder, const char *path, int flags);
 
 #endif

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Another preloaded library may stand between us and the C library, hence RTLD_NEXT.  What is called
- * before our constructor has run goes to the kernel.
+ * Calls the next library's functions: another preloaded one may stand between us and the C library, hence RTLD_NEXT.
+ * Calls made before our constructor has run go to the kernel.
  */
 #define _GNU_SOURCE
 #include "transport/preload/real.h"

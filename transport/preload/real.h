@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The C library's own calls, under the names that ours take. */
+/* The C library's own functions behind the hooks. */
 #ifndef COWSHED_PRELOAD_REAL_H
 #define COWSHED_PRELOAD_REAL_H
 
@@ -29,10 +29,10 @@ int real_close(int fd);
 int real_dup3(int fd, int wanted, int flags, bool is_dup2);
 int real_close_range(unsigned first, unsigned last, int flags);
 
-/* Finds them; until then the system calls themselves are used. */
+/* Looks them up; until then they are bare system calls. */
 void real_find(void);
 
-/* The next library's call of that name, kept in found, which is NULL at first. */
+/* Returns the next library's function of that name, and caches it in *found, which must be NULL at first. */
 void *real_next(void **found, const char *name);
 
 #endif

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Bare system calls, where the C library's are cancellation points: these may be called outside the lock. */
+/* Reports on stderr.  They are made outside the lock too, so bare system calls stand in for cancellation points. */
 #define _GNU_SOURCE
 #include "transport/preload/report.h"
 
@@ -18,19 +18,19 @@
 #include <time.h>
 #include <unistd.h>
 
-/* What stays the same of an open file, whatever is written to it.  The time of birth, where there is one, tells a file
-   from another that got its inode. */
+/* What identifies an open file and does not change by writing.  The birth time, if any, distinguishes files that had
+   the same inode one after the other. */
 struct identity {
 	uint32_t device_major, device_minor, node_major, node_minor, birth_ns;
 	uint64_t inode;
 	int64_t birth;
-	int mode; /* of opening: to read, write or both */
+	int mode; /* O_ACCMODE of its flags */
 };
 
 static struct identity stderr_at_start;
 static bool has_stderr;
 
-/* Of who holds the lock, which alone may keep what it says. */
+/* Only the thread that holds the lock stores its reports. */
 static __thread bool is_kept __attribute__((tls_model("initial-exec")));
 static char kept[400];
 

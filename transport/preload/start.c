@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The library's beginning, when the dynamic linker has loaded it for a program under `cowshed attach`. */
+/* Starts the library when the dynamic linker has loaded it into a program under `cowshed attach`. */
 #include "transport/preload/forks.h"
 #include "transport/preload/hooks_change.h"
 #include "transport/preload/hooks_exec.h"

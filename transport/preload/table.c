@@ -10,13 +10,13 @@
 #include <string.h>
 #include <sys/resource.h>
 
-#include "transport/core/guard.h"
+#include "transport/core/guest/guard.h"
 #include "transport/preload/orphans.h"
 #include "transport/preload/real.h"
 #include "transport/preload/wire.h"
 
-/* Descriptors from here on are ours if the limit allows: programs number theirs from below, and shells
-   keep some under 256.  Never those of the standard streams, which a program may have closed. */
+/* Our descriptors are numbered from here if the limit allows: programs use low numbers, and shells keep some under 256.
+   Never take those of the standard streams, which a program may have closed. */
 #define HIDING_FD 900
 #define LOWEST_FD 3
 
@@ -24,7 +24,7 @@ struct range table_ranges[TABLE_MAX_RANGES];
 unsigned table_nr_ranges;
 struct link table_links[TABLE_MAX_LINKS];
 
-/* Bounds of all there is; for a look without the lock, which may only err by saying "maybe". */
+/* Bounds of all ranges and descriptors, read without the lock: they may be too wide, never too narrow. */
 static _Atomic uintptr_t lowest_address = UINTPTR_MAX, highest_address;
 static atomic_uint lowest_fd = UINT_MAX, highest_fd;
 
@@ -222,11 +222,11 @@ int table_retire(uintptr_t start, uintptr_t end)
 			i++;
 			continue;
 		}
-		/* First, since from then on nobody answers for the pages: a handler of the program's that runs while
-		   we wait gets SIGSEGV, and would otherwise wait for ever, or find no guard. */
+		/* Before the farewell, after which nobody serves the pages: a handler of the program that runs while
+		   we wait must get SIGSEGV, not wait for ever or read unguarded pages. */
 		protect_ranges(link_no);
-		/* A handler late by an instant must not meet another mapping at this address. */
 		orphans_let_go(link_no);
+		/* A late answer of the backend must not hit another mapping at this address. */
 		err = wire_farewell(table_links[link_no].connection_fd);
 		if (err < 0)
 			break;

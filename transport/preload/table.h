@@ -1,12 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The guest mappings of this process: ranges of addresses, and the links that answer for them.  A link is
- * one connection to the backend and one userfaultfd; it has a range, several after a part in the middle was
- * unmapped, and ends with its last.  Only for whoever holds the lock, but for the two that say otherwise.
+ * The guest mappings of this process: ranges of addresses, and the links that serve them.  A link is one connection to
+ * the backend and one userfaultfd; it has one range, or several after a part in the middle was unmapped.  The caller
+ * must hold the lock, except for the two functions that say otherwise.
  *
- * Invariants: (1) ranges do not overlap and are sorted by address; (2) link.nr_ranges counts the ranges
- * that name it, and a link without any is closed; (3) a link's descriptors are open, above the numbers
- * that programs use, while it has ranges.
+ * Ranges do not overlap and are sorted by address. link.nr_ranges counts the ranges that name it, and a link without
+ * any is closed. While a link has ranges its descriptors are open, numbered above those that programs use.
  */
 #ifndef COWSHED_PRELOAD_TABLE_H
 #define COWSHED_PRELOAD_TABLE_H
@@ -17,10 +16,10 @@
 
 #define TABLE_MAX_LINKS 256
 #define TABLE_MAX_RANGES 1024
-/* Of a range that is past the image's end: SIGBUS for whoever touches it, with nobody to answer for it. */
+/* Of a range past the image's end: touching it is SIGBUS, and no backend serves it. */
 #define TABLE_NO_LINK UINT16_MAX
 
-/* Whose frames are mapped: the file of an image in a backend. */
+/* Identifies the frames that are mapped: an image's memfd in a backend. */
 struct frames {
 	dev_t device;
 	ino_t inode;
@@ -29,10 +28,10 @@ struct frames {
 struct range {
 	uintptr_t start, end;
 	uint64_t offset_bytes; /* of start, in the image */
-	int prot;              /* what the whole of it was last given */
+	int prot;              /* last set for the whole range */
 	uint16_t link_no;      /* or TABLE_NO_LINK */
-	bool is_zerocopy;      /* asked for as MAP_SHARED: never to be written */
-	bool no_fork;          /* the program wants children without it */
+	bool is_zerocopy;      /* the program asked for MAP_SHARED: never writable */
+	bool no_fork;          /* the program advised MADV_DONTFORK */
 	struct frames frames;
 };
 
@@ -52,41 +51,41 @@ bool table_may_own(unsigned first_fd, unsigned last_fd);
 
 bool table_touches(uintptr_t start, uintptr_t end);
 
-/* -ENOMEM if the table is full; take a range for each that may be added or split. */
+/* 0, or -ENOMEM if the table lacks room; count one range for each that may be added or split. */
 int table_reserve(unsigned nr_ranges, unsigned nr_links);
 
-/* Takes both descriptors over and moves them out of programs' way; gives the link's number. Needs a
-   reserved link. Until a range names it, it stays open. */
+/* Takes over both descriptors, moves them out of programs' way, and returns the link's number. Needs a
+   reserved link. The caller must give it a range, or close the descriptors. */
 uint16_t table_add_link(int connection_fd, int uffd);
 void table_add(struct range range);
 
-/* Forgets what lies between, splitting ranges at the borders; links without a range left are closed. */
+/* Forgets the ranges from start to end, splitting those at the borders; closes links without a range left. */
 void table_cut(uintptr_t start, uintptr_t end);
 
-/* What lies between, all of it in one range, is another link's from now on, and of other frames: another mapping has
-   come there.  A link without a range left is closed.  Needs two reserved ranges. At no instant is nothing there. */
+/* Gives start to end, which must lie in one range, to another link and other frames, after another mapping was put
+   there.  Closes a link without a range left.  Needs two reserved ranges. The addresses never leave the table. */
 void table_reassign(uintptr_t start, uintptr_t end, uint16_t link_no, struct frames frames);
 
-/* Takes away the guard of those links whose ranges all lie between, once the backend has let go of them:
-   for who is about to unmap it all. Their ranges become PROT_NONE and are forgotten. 0, or -EINTR: call it again. */
+/* Before an unmap: ends the links whose ranges all lie from start to end. Makes the ranges PROT_NONE, waits until the
+   backend has released them, lifts the guard and forgets them. 0, or -EINTR: call it again. */
 int table_retire(uintptr_t start, uintptr_t end);
 
-/* The range that holds all of it, or NULL. */
+/* Returns the range that contains start to end, or NULL. */
 struct range *table_find(uintptr_t start, uintptr_t end);
 
-/* Where a link keeps this descriptor; NULL if none has it. */
+/* Returns the field of a link that holds this descriptor, or NULL. */
 int *table_find_fd(int fd);
 
 /* Moves a descriptor to another number, out of programs' way; the old one is closed. */
 void table_hide_fd(int *fd);
 
-/* After ranges were changed in place. */
+/* Must be called after ranges or descriptors were changed in place. */
 void table_update_bounds(void);
 
-/* In a process that has the table and not the mappings: there are no ranges, and links keep their descriptors. */
+/* For a process that has the table but not the mappings: forgets the ranges; links keep their descriptors. */
 void table_forget_ranges(void);
 
-/* A forked child: closes the inherited descriptors and forgets all links, leaving ranges to the caller. */
+/* For a forked child: closes the inherited descriptors and forgets all links, leaving ranges to the caller. */
 void table_drop_links(void);
 
 #endif

@@ -11,19 +11,35 @@
 #include "transport/preload/real.h"
 #include "transport/preload/config.h"
 
-/* One request at a time is under way, and each takes the same tag, but for the last of a connection: a successor of the
-   backend's may answer again what had been answered. Events, which nobody asked for, have none. */
-#define TAG 1
-#define TAG_OF_LAST 2
-#define TAG_OF_EVENTS 0
 #define SLICE_MICROSECONDS 50000
-#define REPLY_SECONDS 60 /* in all, for a call of the program's */
+#define REPLY_SECONDS 60 /* in all, for one call of the program */
 #define FAREWELL_SECONDS 5
 
 static char reply_text[16 << 10];
+static unsigned limit_seconds;
 char wire_moved_to[108];
 
-/* A call on the socket comes back after this: then lock_wait says whether to go on. */
+/* Runs when a call on the socket timed out: lock_wait decides whether to go on. */
+static int wait_on(struct handshake *handshake, short events)
+{
+	int err = lock_wait(limit_seconds);
+
+	(void)handshake;
+	(void)events;
+	return err < 0 ? err : 1;
+}
+
+static struct handshake handshake = {.room = reply_text, .room_bytes = sizeof(reply_text), .wait = wait_on};
+
+static struct handshake *speak_with(int fd, unsigned seconds)
+{
+	handshake.fd = fd;
+	handshake.asked = 0;
+	limit_seconds = seconds;
+	return &handshake;
+}
+
+/* Makes calls on the socket time out after a slice, so that lock_wait can decide whether to go on. */
 static int set_timeout(int fd)
 {
 	struct timeval limit = {.tv_usec = SLICE_MICROSECONDS};
@@ -34,55 +50,10 @@ static int set_timeout(int fd)
 	return 0;
 }
 
-static int send_request(int fd, uint32_t tag, const char *request, const int *fds, unsigned nr_fds,
-                        unsigned limit_seconds)
-{
-	int err;
-
-	while ((err = packet_send(fd, tag, request, fds, nr_fds)) == -EAGAIN) {
-		err = lock_wait(limit_seconds);
-		if (err < 0)
-			break;
-	}
-	return err;
-}
-
-/* A refusal without a tag is of whatever we asked: the backend had no room to make out which. */
-static bool is_reply(const struct packet *reply, uint32_t tag)
-{
-	struct json refused;
-
-	return reply->tag == tag || (reply->tag == TAG_OF_EVENTS && json_object(reply->json, "error", &refused));
-}
-
-static int receive_reply(int fd, uint32_t tag, unsigned limit_seconds, struct packet *reply)
-{
-	int err = 0;
-
-	while (err == 0) {
-		err = packet_receive(fd, reply_text, sizeof(reply_text), reply);
-		if (err == 0 && is_reply(reply, tag))
-			return 0;
-		if (err == 0) {
-			packet_close_fds(reply);
-			err = reply->tag < tag ? lock_wait(limit_seconds) : -EPROTO;
-		} else if (err == -EAGAIN) {
-			err = lock_wait(limit_seconds);
-		}
-	}
-	return err;
-}
-
-void reply_close_fds(struct packet *reply)
-{
-	while (reply->nr_fds > 0)
-		real_close(reply->fds[--reply->nr_fds]);
-}
-
-static void say_failure(int err)
+static void report_failure(int err)
 {
 	if (err == -EACCES || err == -EINTR)
-		return; /* said where it was refused; not over */
+		return; /* reported by refused(); to be called again */
 	if (err == -EMFILE) {
 		report("no mapping of the image: this process has too many descriptors; raise its limit (ulimit -n), "
 		       "or close some");
@@ -92,64 +63,48 @@ static void say_failure(int err)
 	       strerrordesc_np(-err));
 }
 
-bool wire_take_path(struct json json, char path_out[static sizeof(wire_moved_to)])
+static bool take_path(const char *uri, char path_out[static sizeof(wire_moved_to)])
 {
 	const char *scheme = "unix://";
-	char uri[sizeof(wire_moved_to) + 8];
 
-	/* What does not fit is cut, and then it is as long as the room. */
-	if (!json_text(json, "uri", uri, sizeof(uri)) || strncmp(uri, scheme, strlen(scheme)) != 0 ||
-	    strlen(uri) - strlen(scheme) >= sizeof(wire_moved_to))
+	if (strncmp(uri, scheme, strlen(scheme)) != 0 || strlen(uri) - strlen(scheme) >= sizeof(wire_moved_to))
 		return false;
 	strcpy(path_out, uri + strlen(scheme));
 	return true;
 }
 
-/* Says what was refused, unless it is that the guest is elsewhere now. */
-static int refused(struct json reply)
+bool wire_take_path(struct json json, char path_out[static sizeof(wire_moved_to)])
 {
-	char kind[32], why[800];
-	struct json error;
+	char uri[sizeof(wire_moved_to) + 8];
 
-	if (!json_object(reply, "error", &error) || !json_text(error, "message", why, sizeof(why)))
-		return -EPROTO;
-	json_text(error, "kind", kind, sizeof(kind));
-	if (strcmp(kind, "moved") == 0 && wire_take_path(error, wire_moved_to))
-		return -EREMCHG;
-	report("no mapping of the image: the backend refused it: %s", why);
+	/* json_text cuts a longer URI to the size of the buffer, which take_path refuses. */
+	return json_text(json, "uri", uri, sizeof(uri)) && take_path(uri, path_out);
+}
+
+/* Reports a refusal, unless it redirects to another backend. */
+static int refused(int err)
+{
+	if (err == -EREMCHG && take_path(handshake.moved_to, wire_moved_to))
+		return err;
+	if (err != -EREMCHG && err != -EACCES)
+		return err;
+	report("no mapping of the image: the backend refused it: %s", handshake.message);
 	return -EACCES;
 }
 
-static int ask(int fd, uint32_t tag, const char *request, const int *fds, unsigned nr_fds, unsigned limit_seconds,
-               struct packet *reply)
+/* Reports a failure, unless callers do (wire_is_gone). */
+static int failed(int err)
 {
-	int err = send_request(fd, tag, request, fds, nr_fds, limit_seconds);
-
+	err = refused(err);
 	if (err < 0 && !wire_is_gone(err))
-		return err;
-	err = receive_reply(fd, tag, limit_seconds, reply); /* it may have said why before it hung up */
-	return err == 0 && !json_is_true(reply->json, "ok") ? refused(reply->json) : err;
-}
-
-int wire_ask(int connection_fd, const char *request, const int *fds, unsigned nr_fds, struct packet *reply_out)
-{
-	struct packet reply = {.nr_fds = 0};
-	int err = ask(connection_fd, TAG, request, fds, nr_fds, REPLY_SECONDS, &reply);
-
-	if (err < 0) {
-		reply_close_fds(&reply);
-		if (!wire_is_gone(err))
-			say_failure(err);
-		return err;
-	}
-	*reply_out = reply;
-	return 0;
+		report_failure(err);
+	return err;
 }
 
 void wire_report_gone(int err)
 {
 	if (wire_is_gone(err))
-		say_failure(err);
+		report_failure(err);
 }
 
 /* Interrupted like any call on a socket with a time limit, see packets.c. */
@@ -166,32 +121,51 @@ static int connect_retrying(int fd, const struct sockaddr_un *address)
 int wire_connect(void)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
-	struct packet reply;
 	int fd, err;
 
-	_Static_assert(sizeof(address.sun_path) == sizeof(config.socket_path), "the path fits, with its end");
+	_Static_assert(sizeof(address.sun_path) == sizeof(config.socket_path), "the path fits, with its NUL");
 	memcpy(address.sun_path, config.socket_path, sizeof(config.socket_path));
 	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 	if (fd < 0) {
 		err = -errno;
-		say_failure(err);
+		report_failure(err);
 		return err;
 	}
 	err = set_timeout(fd);
 	if (err == 0)
 		err = connect_retrying(fd, &address);
 	if (err < 0) {
-		say_failure(err);
+		report_failure(err);
 	} else {
-		err = wire_ask(fd, "{\"op\":\"hello\",\"version\":1,\"features\":[]}", NULL, 0, &reply);
-		if (err == 0)
-			reply_close_fds(&reply);
+		err = failed(handshake_hello(speak_with(fd, REPLY_SECONDS)));
 	}
 	if (err < 0) {
 		real_close(fd);
 		return err;
 	}
 	return fd;
+}
+
+int wire_open(int connection_fd, const char *request, struct guest_image *image_out)
+{
+	int err = handshake_open(speak_with(connection_fd, REPLY_SECONDS), request, image_out);
+
+	if (err != -EPROTO)
+		return failed(err);
+	report("no mapping of the image: the backend's reply is malformed; is it another version?");
+	return err;
+}
+
+int wire_region(int connection_fd, uintptr_t address, uint64_t nr_bytes, const int fds[3], bool inherited)
+{
+	return failed(handshake_region(speak_with(connection_fd, REPLY_SECONDS), (const void *)address, nr_bytes, fds,
+	                               inherited ? ",\"inherited\":true" : ""));
+}
+
+static int describe(int connection_fd, struct packet *reply_out)
+{
+	return failed(handshake_ask(speak_with(connection_fd, REPLY_SECONDS), HANDSHAKE_DESCRIBE,
+	                            config.describe_request, NULL, 0, reply_out));
 }
 
 static int open_source(void)
@@ -202,7 +176,7 @@ static int open_source(void)
 	for (int i = 0; i < WIRE_TRIES && wire_is_gone(err); i++) {
 		int fd = wire_connect();
 
-		err = fd < 0 ? fd : wire_ask(fd, config.describe_request, NULL, 0, &reply);
+		err = fd < 0 ? fd : describe(fd, &reply);
 		if (fd >= 0)
 			real_close(fd);
 	}
@@ -210,8 +184,8 @@ static int open_source(void)
 	if (err < 0)
 		return err;
 	if (reply.nr_fds != 1) {
-		reply_close_fds(&reply);
-		say_failure(-EPROTO);
+		packet_close_fds(&reply);
+		report_failure(-EPROTO);
 		return -EPROTO;
 	}
 	return reply.fds[0];
@@ -228,21 +202,17 @@ int wire_open_source(sigset_t *signals)
 
 int wire_leave(int connection_fd)
 {
-	struct packet reply = {.nr_fds = 0};
 	int err;
 
 	lock_be_patient(true);
-	err = ask(connection_fd, TAG_OF_LAST, "{\"op\":\"close\"}", NULL, 0, REPLY_SECONDS, &reply);
+	err = refused(handshake_close(speak_with(connection_fd, REPLY_SECONDS)));
 	lock_be_patient(false);
-	reply_close_fds(&reply);
-	return wire_is_gone(err) ? 0 : err;
+	return err == -EREMCHG ? 0 : err;
 }
 
 int wire_farewell(int connection_fd)
 {
-	struct packet reply = {.nr_fds = 0};
-	int err = ask(connection_fd, TAG_OF_LAST, "{\"op\":\"close\"}", NULL, 0, FAREWELL_SECONDS, &reply);
+	int err = refused(handshake_close(speak_with(connection_fd, FAREWELL_SECONDS)));
 
-	reply_close_fds(&reply);
 	return err == -EINTR ? err : 0;
 }

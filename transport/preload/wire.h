@@ -1,56 +1,54 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The guest's half of the protocol of transport/messages/protocol.py over a Unix sequenced-packet socket, as much
- * of it as a mapping needs.  One buffer for replies: only for whoever holds the lock.
+ * The handshake (transport/core/guest/handshake.h) in a program under `cowshed attach`: waiting gives way to the
+ * program's signals.  The caller must hold the lock; there is one buffer for replies.
  *
- * Functions return >= 0 or -errno; whatever the backend refuses or says wrongly is told to stderr here.  -EINTR is not
- * the end: see lock_wait.
+ * Functions return >= 0 or -errno, and report refusals and malformed replies.  -EINTR means to call again, see
+ * lock_wait.
  */
 #ifndef COWSHED_PRELOAD_WIRE_H
 #define COWSHED_PRELOAD_WIRE_H
 
-#include "transport/core/packets.h"
+#include "transport/core/guest/handshake.h"
 
 #include <errno.h>
 #include <signal.h>
 #include <stdbool.h>
 
-/* How often to come again to a backend that died before it had said yes: its successor is at the same socket. */
+/* How often to ask in all when the backend dies before it accepts: its successor is at the same socket. */
 #define WIRE_TRIES 5
 
-/* Connects to config.socket_path and greets; the descriptor is the caller's.  Fails as wire_ask does. */
+/* Connects to config.socket_path and greets; the descriptor is the caller's.  Fails as wire_open does. */
 int wire_connect(void);
 
-/* Whether an error is that the backend went away, or (-EREMCHG) sends us on to wire_moved_to. wire_ask says nothing of
-   it: callers that give up must report it. */
+/* Whether the error means that the backend is gone, or (-EREMCHG) redirects us to wire_moved_to. Callers that give up
+   must report it (wire_report_gone). */
 static inline bool wire_is_gone(int err)
 {
-	return err == -EPIPE || err == -ECONNRESET || err == -EREMCHG;
+	return handshake_is_gone(err) || err == -EREMCHG;
 }
 
-/* The path of a socket, as long as config.socket_path; of the last refusal that was -EREMCHG. */
+/* The socket path of the last refusal that was -EREMCHG; as large as config.socket_path. */
 extern char wire_moved_to[108];
 
-/* Takes such a path out of what came: false if it names no socket of this host. */
+/* Reads such a path from a message's "uri"; false if that is no socket of this host. */
 bool wire_take_path(struct json json, char path_out[static sizeof(wire_moved_to)]);
 void wire_report_gone(int err);
 
-/* Sends a request with descriptors and takes its reply, whose text is good until the next call. -EPROTO for a reply
-   that makes no sense, -EACCES for a refusal, -EPIPE when the backend is gone, and what lock_wait says. */
-int wire_ask(int connection_fd, const char *request, const int *fds, unsigned nr_fds, struct packet *reply_out);
+/* As handshake_open and handshake_region: -EPROTO for a malformed reply, -EACCES for a refusal, -EPIPE if the backend
+   is gone, and the errors of lock_wait. */
+int wire_open(int connection_fd, const char *request, struct guest_image *image_out);
+int wire_region(int connection_fd, uintptr_t address, uint64_t nr_bytes, const int fds[3], bool inherited);
 
-void reply_close_fds(struct packet *reply);
-
-/* A fresh descriptor of the image's source, for who may not open it. Yields the lock to handlers that are due; signals
-   is what lock_take gave. */
+/* Returns a fresh descriptor of the image's source, for a user who may not open it. Yields the lock to handlers that
+   are due; signals is lock_take's. */
 int wire_open_source(sigset_t *signals);
 
-/* Says a mapping's end, and waits until the backend has let go of it, for as long as there is one or a successor of it.
-   0, or -errno if it makes no sense. */
+/* Ends a mapping, and waits without limit until the backend or a successor has released it, or neither exists.  0, or
+   -errno for a refusal or a malformed reply. */
 int wire_leave(int connection_fd);
 
-/* Says a mapping's end, and waits for a few seconds at most until the backend has let go of it.  0, or -EINTR: to be
-   called again. */
+/* Ends a mapping, and waits a few seconds at most until the backend has released it.  0, or -EINTR: call again. */
 int wire_farewell(int connection_fd);
 
 #endif

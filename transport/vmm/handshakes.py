@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The handshakes of virtual machine monitors, without a socket: bytes in, typed requests out.
 
-Two dialects share an image's socket, and what arrives says which it is:
+Two dialects share an image's socket; the first bytes show which a client speaks:
 
 - Firecracker's (docs/snapshotting/handling-page-faults-on-snapshot-resume.md there): one bare JSON
-  array of memory regions and one userfaultfd. Nothing is answered; pages are populated by copy.
+  array of memory regions and one userfaultfd. There is no reply; pages are populated by copy.
 - Nydus's typed v1 (docs/nydus-uffd.md there): objects with a "type". 0 is a handshake (regions, a
-  policy, enable_prefault, and one userfaultfd), 2 asks for the device's size; 3 answers that, and
-  1 tells where the pages of some ranges lie in a file that comes along, one descriptor a range.
+  policy, enable_prefault, and one userfaultfd); 2 asks for the device's size, and 3 is the reply;
+  1 names ranges of a file to map, with a descriptor of that file for each range.
 
-A region's page size has had several names: Firecracker's "page_size" is in bytes, and so is its
-older "page_size_kib", whatever that says; a value that can only be KiB is taken as such.
+A region's page size has several names: Firecracker's "page_size" is in bytes, and so is its older
+"page_size_kib", despite the name; a value that can only be KiB is taken as KiB.
 
-Descriptors are the caller's: only how many came is told here. A handshake takes all that came with
-it and needs just one; descriptors that belong to nothing are an error.
+Descriptors stay the caller's, which passes only their number. A handshake needs exactly one;
+descriptors without a handshake are an error.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ _MAX_OFFSET: Final = 1 << 48
 _PAGE_SIZES: Final = (PAGE_BYTES, HUGE_PAGE_BYTES)
 _INT32: Final = 1 << 31
 
-# What clients make room for: one message is read with one call of so many bytes and descriptors.
+# Clients read one message by one call, with room for this many descriptors.
 _MAX_RANGES: Final = 16
 _VERSION: Final = 1
 _HANDSHAKE, _PAGE_FAULT, _STAT, _STAT_REPLY = range(4)
 
 
 class Policy(enum.IntEnum):
-    """How a Nydus client wants its pages: a file and ranges to map itself, or copied."""
+    """How a Nydus client gets its pages: it maps ranges of a file itself, or they are copied."""
 
     ZEROCOPY = 0
     COPY = 1
 
 
 class MemoryRegion(NamedTuple):
-    """Memory of the client's, and which part of the image it shows; all in bytes.
+    """A range of the client's memory and the part of the image it shows; all in bytes.
 
-    page_bytes is the unit in which it is populated: that of the memory itself for Firecracker, of a
-    Nydus client's choice.
+    page_bytes is the unit of populating: for Firecracker the page size of the memory, for Nydus the
+    client's choice.
     """
 
     address: int
@@ -80,9 +80,9 @@ class MemoryRegion(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class VmmHandshake:
-    """A request to serve the faults of regions; one userfaultfd came with it.
+    """A request to answer the faults of regions; one userfaultfd came with it.
 
-    Regions are 1 to MAX_REGIONS, each of whole pages, disjoint in addresses and in the image.
+    There are 1 to MAX_REGIONS regions, of whole pages, disjoint in addresses and in the image.
     """
 
     protocol: str
@@ -93,12 +93,12 @@ class VmmHandshake:
 
 @dataclass(frozen=True, slots=True)
 class StatRequest:
-    """A request for the device's size; it is answered with stat_reply."""
+    """A request for the device's size; stat_reply is the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unexpected:
-    """A message of a type that servers send: passed over, as its authors' server does."""
+    """A message of a type that only servers send: ignored, as Nydus's own server does."""
 
     type_no: int
 
@@ -107,10 +107,10 @@ Request = VmmHandshake | StatRequest | Unexpected
 
 
 class HandshakeDecoder:
-    """Puts a client's messages together; holds at most one unfinished message.
+    """Reassembles a client's messages; buffers at most one unfinished message.
 
-    Invariant: nr_fds descriptors have arrived since the last handshake; without an unfinished
-    message it is 0.
+    Invariant: nr_fds descriptors have arrived since the last handshake; it is 0 without an
+    unfinished message.
     """
 
     def __init__(self) -> None:
@@ -123,9 +123,9 @@ class HandshakeDecoder:
         return self._stream.unfinished
 
     def feed(self, piece: bytes, nr_fds: int = 0) -> list[Request]:
-        """Take bytes as read, and how many descriptors came with them; give what they end.
+        """Take received bytes and the number of their descriptors; return the requests they end.
 
-        Raises PeerError for whatever is no request; the decoder is of no more use then.
+        Raises PeerError for anything else; the decoder must not be used then.
         """
         self.nr_fds += nr_fds
         requests = [self._request(text) for text in self._stream.feed(piece)]
@@ -177,25 +177,25 @@ def _take_regions(entries: object, *, strict: bool) -> tuple[MemoryRegion, ...]:
 
 def _take_region(entry: object, *, strict: bool) -> MemoryRegion:
     if not isinstance(entry, dict):
-        raise PeerError("a region is no JSON object")
+        raise PeerError("a region is not a JSON object")
     page_bytes = _take_page_size(entry)
     address = take_number(entry, "base_host_virt_addr", PAGE_BYTES, _MAX_ADDRESS)
     length_bytes = take_number(entry, "size", PAGE_BYTES, _MAX_OFFSET)
     offset_bytes = take_number(entry, "offset", maximum=_MAX_OFFSET)
-    for name in ("prot", "flags"):  # of a mapping that a server may make one day
+    for name in ("prot", "flags"):  # checked, not used: reserved for a mapping made by the server
         take_number(entry, name, -_INT32, _INT32 - 1, default=0)
     if address + length_bytes > _MAX_ADDRESS or offset_bytes + length_bytes > _MAX_OFFSET:
         raise PeerError(
             f"a region of {length_bytes} bytes at {address:#x}, of the image at {offset_bytes}, "
-            "is past all memory"
+            "is outside any address space"
         )
     parts = (address, length_bytes, offset_bytes)
     if not strict and any(part % page_bytes for part in parts):
-        page_bytes = PAGE_BYTES  # there it is a wish, and such memory is none of huge pages
+        page_bytes = PAGE_BYTES  # Nydus's is a wish, and such memory cannot have huge pages
     if any(part % page_bytes for part in parts):
         raise PeerError(
             f"a region of {length_bytes} bytes at {address:#x}, of the image at {offset_bytes}, "
-            f"is not of whole pages of {page_bytes} bytes"
+            f"is not made of whole pages of {page_bytes} bytes"
         )
     return MemoryRegion(address, length_bytes, offset_bytes, page_bytes)
 
@@ -208,21 +208,20 @@ def _take_page_size(entry: Mapping[str, Any]) -> int:
             page_bytes *= 1024
     if page_bytes not in _PAGE_SIZES:
         raise PeerError(
-            f"a region has pages of {page_bytes} bytes; "
-            f"{PAGE_BYTES} and {HUGE_PAGE_BYTES} are possible"
+            f"a region has pages of {page_bytes} bytes; needed: {PAGE_BYTES} or {HUGE_PAGE_BYTES}"
         )
     return page_bytes
 
 
 class Range(NamedTuple):
-    """A part of the image as a client may map it: the file's offsets are the image's."""
+    """A part of the image for a client to map: offsets in the file are those in the image."""
 
     offset_bytes: int
     length_bytes: int
 
 
 def stat_reply(size_bytes: int) -> bytes:
-    """Give the answer to a StatRequest."""
+    """Return the reply to a StatRequest."""
     return _text(
         {
             "type": _STAT_REPLY,
@@ -235,13 +234,13 @@ def stat_reply(size_bytes: int) -> bytes:
 
 
 def range_replies(ranges: Sequence[Range]) -> Iterator[tuple[bytes, int]]:
-    """Give the messages that tell of ranges, and how many descriptors of the file go with each.
+    """Yield the messages that name ranges, each with the number of descriptors to send with it.
 
-    A client reads a message with one call into 4 KiB: each is shorter, and is to be sent whole.
+    A client reads a message by one call into 4 KiB: each is shorter, and must be sent whole.
     """
     for at in range(0, len(ranges), _MAX_RANGES):
         some = ranges[at : at + _MAX_RANGES]
-        told = [
+        entries = [
             {
                 "len": one.length_bytes,
                 "blob_offset": one.offset_bytes,
@@ -249,7 +248,7 @@ def range_replies(ranges: Sequence[Range]) -> Iterator[tuple[bytes, int]]:
             }
             for one in some
         ]
-        yield _text({"type": _PAGE_FAULT, "ranges": told}), len(some)
+        yield _text({"type": _PAGE_FAULT, "ranges": entries}), len(some)
 
 
 def _text(body: Mapping[str, Any]) -> bytes:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cuts a byte stream into JSON texts, without a socket: pieces in, whole arrays and objects out.
+"""Cut a byte stream into JSON texts, without a socket: pieces in, whole arrays and objects out.
 
-Some peers send one JSON value after another over a stream, with nothing between them that says how
-long each is. The end of a value is where its brackets close, so the cutter follows brackets and
-strings, and leaves the rest of the grammar to the parser. It keeps its place from piece to piece:
-each byte is looked at once, however small the pieces are.
+Some peers send one JSON value after another over a stream, without lengths. A value ends where its
+brackets close, so the cutter follows brackets and strings, and leaves the rest of the grammar to
+the parser. It keeps its place between pieces: each byte is scanned once, however small they are.
 """
 
 from __future__ import annotations
@@ -25,18 +24,23 @@ _INSIDE_STRING: Final = re.compile(rb'["\\]')
 
 
 class JsonStream:
-    """Holds at most one unfinished text of at most limit_bytes.
+    """Buffers at most one unfinished text of at most limit_bytes.
 
     Invariants: (1) between texts _text is empty, _depth 0 and _in_string false;
-    (2) len(_text) <= limit_bytes. After a PeerError it is of no more use.
+    (2) len(_text) <= limit_bytes. After a PeerError it must not be used.
     """
 
     def __init__(self, limit_bytes: int = MAX_TEXT_BYTES) -> None:
         self.limit_bytes: Final = limit_bytes
         self._text = bytearray()
-        self._at = 0  # what comes before was looked at
+        self._at = 0  # the bytes before are scanned
         self._depth = 0
         self._in_string = False
+
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold."""
+        assert self._text or not (self._depth or self._in_string)
+        assert len(self._text) <= self.limit_bytes
 
     @property
     def unfinished(self) -> bool:
@@ -44,9 +48,9 @@ class JsonStream:
         return bool(self._text)
 
     def feed(self, piece: bytes) -> list[bytes]:
-        """Take a piece of the stream; give the texts it ends, in order; O(len(piece) * texts).
+        """Take a piece of the stream; return the texts it ends, in order; O(len(piece) * texts).
 
-        Raises PeerError for a text too long or too deep, and for anything else between texts.
+        Raises PeerError for a text too long or too deep, and for other bytes between texts.
         """
         texts = []
         while piece:
@@ -74,12 +78,12 @@ class JsonStream:
         return texts
 
     def _find_end(self) -> int | None:
-        """Go on looking for the end of the text; where it is, or None."""
+        """Scan on for the end of the text; return it, or None if it has not arrived."""
         while True:
             pattern = _INSIDE_STRING if self._in_string else _OUTSIDE_STRING
             found = pattern.search(self._text, self._at)
             if found is None:
-                # A backslash may have been the last byte: then _at is one past what is there.
+                # If the last byte was a backslash, _at is one past the end.
                 self._at = max(self._at, len(self._text))
                 return None
             self._at = found.end()

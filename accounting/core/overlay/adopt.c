@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Going on with an overlay whose backend died, between any two of its instructions.
+ * Adopting an overlay whose backend died between any two of its instructions.
  *
- * A request in hand leaves one of three things behind. Pages taken from the quota and not private: the quota is summed
- * up anew from what is private (account_adopt).  Bytes in pages that are not private, because a write did not come to
- * its bits or a trim not to its punch: such pages are the image's, and their bytes are dropped, or a later write of
- * zeros, which makes a page private and stores nothing, would show them.  Private pages with some of a request's bytes
- * and some of those before it: whole pages are one or the other, and nobody was told that the request is done.
+ * An unfinished request leaves one of three things behind. Pages taken from the quota and not private: account_adopt
+ * adds up the quota anew from the private pages. Bytes in pages that are not private, because a write did not reach its
+ * bits or a trim its punch: these bytes are dropped, or a later write of zeros, which makes a page private and stores
+ * nothing, would expose them. Private pages of which some have the request's bytes and some the earlier ones: each
+ * whole page has one or the other, and the request was never answered.
  *
- * A page whose private bit is set, and that is not missing, has its bytes, since the bit comes after them; so nobody is
- * shown zeros for what he wrote, and what was acknowledged is there.
+ * A page whose private bit is set, and that is not missing, has its bytes, since the bit is set after they are stored;
+ * so no written page reads as zeros, and acknowledged writes are there.
  */
 #define _GNU_SOURCE
 #include "accounting/core/overlay/files.h"
@@ -35,7 +35,7 @@ int overlay_drop_leftovers(struct overlay *overlay)
 	return err;
 }
 
-/* Nobody maps these pages, so what says which of them a kernel has yet to show says nothing. */
+/* No guest maps an overlay's pages, so unsettled and discarded have no meaning for them. */
 static void settle_all(struct account *account)
 {
 	for (uint64_t i = 0; i < bits_bytes(account->header->nr_pages) / sizeof(bits_word); i++) {

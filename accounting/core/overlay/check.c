@@ -2,10 +2,10 @@
 /*
  * Checks an overlay against itself, for an audit, while its guest writes.
  *
- * The sums are read with every stripe's lock held for reading, and then the quota's: no page is becoming private or
- * shared meanwhile, nor taken or given back.  Writes wait as long, microseconds for each GiB of the image; reads do
- * not. Where bytes are stored is asked without them, as it takes as long as there are holes.  Whatever that makes look
- * wrong is looked at again by itself, under the lock of its stripe.
+ * The sums are read with every stripe's lock held for reading, and then the quota's: no page becomes private or shared
+ * meanwhile, and none is taken or given back. Writes wait that long, microseconds for each GiB of the image; reads do
+ * not. The map of stored bytes is read without locks, since that takes longer the more holes there are. Each page that
+ * looks wrong then is looked at again under its stripe's lock.
  */
 #define _GNU_SOURCE
 #include "accounting/core/overlay/overlay.h"

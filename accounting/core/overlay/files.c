@@ -3,24 +3,23 @@
  * An overlay in two files: its pages (sparse, each at its own offset), and the map of those that are private.
  *
  * The map is a header block, and for each 32,512 pages two slots of one block, each with a generation and a checksum. A
- * slot is written with the next generation over the older of the two, so that a write that is cut short leaves the
- * one before it. What a flush does, in this order:
+ * slot is written with the next generation over the older of the two, so that a write that is cut short leaves the one
+ * before it. A flush does this, in this order:
  *
  *   the bits of the blocks that changed are copied        (a bit is set only after its page was written)
  *   the pages are made durable                            so what a bit promises is there
  *   the copies go to the older slots, and become durable  from here on a crash finds the new bits
  *   pages that were trimmed before the copy are punched   not sooner: the old bits still promised them
  *
- * Pages whose bytes are still elsewhere (overlay_missing.h) have a bit in blocks of their own, which come after the
- * others and are there once a page was missing; in the blocks of private pages they have none.  When such a page comes,
- * its bit there becomes durable before the missing one is cleared: if both are set, it is here.  So missing blocks are
- * copied before the blocks of private pages, which are always copied with them, and written after those.
+ * Missing pages (missing.h) have a bit in blocks of their own, which come after the others and exist once a page was
+ * missing; in the blocks of private pages they have none. When such a page arrives, its private bit becomes durable
+ * before its missing bit is cleared: if both are set, its bytes are here. So missing blocks are copied before the
+ * blocks of private pages, which are always copied with them, and written after those.
  *
- * Blocks need not change together: each page stands for itself, and what was not flushed may be there or not.  Files
- * that an open finds with bytes in pages that are not private (a crash before the punch) are punched then.
+ * Blocks need not change together: pages are independent, and a change that was not flushed may be there or not. Bytes
+ * that an open finds in pages that are not private (a crash before the punch) are punched then.
  *
- * A failed fdatasync may have lost what was written before, and the kernel says so once: every flush fails from then
- * on.
+ * A failed fdatasync may have lost earlier writes, and the kernel reports it only once: every later flush fails.
  */
 #define _GNU_SOURCE
 #include "accounting/core/overlay/files.h"
@@ -43,7 +42,7 @@
 #define BLOCK_BYTES 4096u
 #define SLOT_WORDS 508u
 #define SLOT_PAGES (SLOT_WORDS * 64u)
-#define DROPPED_MAX 16384 /* pages: a flush nobody asked for gives their room back */
+#define DROPPED_MAX 16384 /* pages: after as many, a flush starts by itself and punches them */
 
 struct map_header {
 	uint64_t magic;
@@ -80,7 +79,7 @@ struct overlay_disk {
 	pthread_cond_t work;
 	struct overlay_sync *waiting, **waiting_tail;
 	bool nudged, stop;
-	int failed; /* -errno of the fdatasync that did; the flusher's */
+	int failed; /* -errno of the fdatasync that failed; the flusher's */
 };
 
 /* CRC-32C, bit by bit from a table of nibbles: a block takes some 10 us, a flush some milliseconds. */
@@ -115,7 +114,7 @@ static int write_all(int fd, const void *from, size_t nr_bytes, off_t offset)
 
 /* ---- flushing ---- */
 
-/* Copies the bits of a block, which is clean from now on. */
+/* Copies the bits of a block, which the caller has marked clean before. */
 static void slot_copy(struct overlay_disk *disk, uint64_t block, struct map_slot *slot)
 {
 	const struct account *account = disk->overlay->account;
@@ -132,7 +131,7 @@ static void slot_copy(struct overlay_disk *disk, uint64_t block, struct map_slot
 	slot->checksum = checksum(slot, offsetof(struct map_slot, checksum));
 }
 
-/* Drops the bytes of trimmed pages that the durable map does not promise any more. */
+/* Drops the bytes of trimmed pages that the durable map no longer promises. */
 static void slot_punch(struct overlay_disk *disk, const struct map_slot *slot)
 {
 	struct overlay *overlay = disk->overlay;
@@ -163,7 +162,7 @@ static int slots_write(struct overlay_disk *disk, const struct map_slot *slots, 
 	return err;
 }
 
-/* The first nr_missing slots are of missing pages. */
+/* Makes pages, then slots durable, in the order above; the first nr_missing slots are of missing pages. */
 static int flush_slots(struct overlay_disk *disk, struct map_slot *slots, uint64_t nr_missing, uint64_t nr)
 {
 	int err = point_reach(POINT_OVERLAY_FLUSH);
@@ -318,7 +317,7 @@ static void header_fill(const struct image *image, const uint8_t *identity, stru
 	header->checksum = checksum(header, offsetof(struct map_header, checksum));
 }
 
-/* Lays out empty slots of blocks. */
+/* Writes the empty slots of nr_blocks blocks. */
 static int slots_create(struct overlay_disk *disk, uint64_t first_block)
 {
 	for (uint64_t i = 0; i < 2 * disk->nr_blocks; i++) {
@@ -341,7 +340,7 @@ int disk_missing_begin(struct overlay_disk *disk)
 	return err;
 }
 
-/* Lays out an empty map; the header comes last, so that without it there is nothing to lose. */
+/* Writes an empty map; the header comes last, so that a map without one has nothing to lose. */
 static int map_create(struct overlay_disk *disk, const uint8_t *identity)
 {
 	const struct image *image = disk->overlay->image;
@@ -369,9 +368,8 @@ static bool slot_read(struct overlay_disk *disk, uint64_t block, uint64_t genera
 	       (slot->generation & 1) == generation;
 }
 
-/* Takes the private and missing bits over from the newer of each two slots; or its number alone, if they are known
- * better.
- */
+/* Takes over the private and missing bits from the newer slot of each block; is_left: only its generation, since the
+ * account has the bits. */
 static int map_load(struct overlay_disk *disk, bool is_left)
 {
 	struct account *account = disk->overlay->account;
@@ -399,7 +397,7 @@ static int map_load(struct overlay_disk *disk, bool is_left)
 			nr_private += is_new;
 			if (is_missing && is_new)
 				nr_missing += bits_set(account->preloaded, page);
-			else if (is_missing) /* it had just come */
+			else if (is_missing) /* it had just arrived */
 				atomic_store(&disk->dirty[block], 1);
 		}
 	}
@@ -410,7 +408,7 @@ static int map_load(struct overlay_disk *disk, bool is_left)
 	return 0;
 }
 
-/* The account was left by another process: what it did not flush is to be flushed by us. */
+/* For an account that another process left: marks all blocks to be flushed by us. */
 static int map_catch_up(struct overlay_disk *disk)
 {
 	struct overlay *overlay = disk->overlay;
@@ -418,7 +416,7 @@ static int map_catch_up(struct overlay_disk *disk)
 	uint64_t *stored = malloc(bits_bytes(nr_pages));
 	int err = stored ? overlay_stored(overlay, stored, bits_bytes(nr_pages) / 8) : -ENOMEM;
 
-	/* Bytes that are nobody's are not punched before the durable map has ceased to promise them. */
+	/* Bytes of pages that are not private must not be punched while the durable map may still promise them. */
 	for (uint64_t page = 0; page < nr_pages && !err; page++)
 		if (stored[page / 64] >> page % 64 & 1 && !bits_test(overlay->account->private, page) &&
 		    bits_set(disk->dropped, page))
@@ -457,7 +455,7 @@ static int map_open(struct overlay_disk *disk, const uint8_t *identity, bool is_
 	err = is_left ? map_catch_up(disk) : overlay_drop_leftovers(disk->overlay);
 	if (!err)
 		err = overlay_missing_init(disk->overlay);
-	/* A missing bit of a page that is here would have it fetched again after the next crash. */
+	/* A page that is here and still has its missing bit would be fetched again after the next crash: flush now. */
 	return err || is_left ? err : flush_all(disk);
 }
 

@@ -78,7 +78,7 @@ int overlay_expect(struct overlay *overlay, uint64_t first, uint64_t nr)
 		pthread_rwlock_t *stripe = overlay_stripe(overlay, page);
 
 		pthread_rwlock_wrlock(stripe);
-		/* Private first, as a missing page that is not private is none. */
+		/* Private first: the missing bit of a page that is not private does not count. */
 		bits_set(account->private, page);
 		bits_set(account->preloaded, page);
 		if (overlay->disk)
@@ -96,7 +96,7 @@ int overlay_expect(struct overlay *overlay, uint64_t first, uint64_t nr)
 
 /* ---- waiting ---- */
 
-/* Under missing->lock, or for a look. */
+/* Under missing->lock; without it the result is a hint. */
 static int state_of(struct overlay *overlay, uint64_t first, uint64_t end)
 {
 	int state = 0;
@@ -139,7 +139,7 @@ int overlay_await(struct overlay *overlay, struct overlay_wait *wait)
 	return state;
 }
 
-/* Under missing->lock: lets those go on that wait for pages of a range and need to no more. */
+/* Under missing->lock: ends the waits on pages of a range that have nothing left to wait for. */
 static void wake(struct overlay *overlay, uint64_t first, uint64_t end)
 {
 	for (struct overlay_wait **at = &overlay->missing->waits, *wait; (wait = *at);) {

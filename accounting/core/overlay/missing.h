@@ -3,17 +3,18 @@
  * Pages of an overlay that are missing: private and charged, but their bytes are still with the backend that the guest
  * came from (a handoff by post-copy).
  *
- * Which they are is the account's bitmap "preloaded" (ledger.h: private, and not in the guest's memory yet; an overlay
- * is that memory), which outlives the process, and counted in its preloaded_pages; files say so too (overlay_disk.c).
- * Pages are made missing while nobody uses the overlay yet. After that a missing page only ever ceases to be so: its
- * bytes arrive, the guest writes the whole of it, or gives it back; what arrives after that is dropped.
+ * The account's bitmap "preloaded" marks them (ledger.h: private, and not in the guest's memory yet; an overlay is that
+ * memory); it outlives the process, and preloaded_pages counts them. An overlay's files mark them too (files.c). Pages
+ * are made missing before the overlay is in use. A missing page then ceases to be missing when its bytes arrive, or
+ * when the guest writes all of it or gives it back; bytes that arrive after that are dropped.
  *
- * Who needs the bytes of a missing page waits: nobody is shown zeros or the image in its place. What is waited for is
- * *wanted*, and is to be fetched first.  A page can be lost, if there is nobody to fetch it from: then who needs it
- * fails with -EIO, until it arrives after all.  Wanted and lost are the process's own: a successor asks again.
+ * A request that needs the bytes of a missing page waits: it never reads zeros or the image in its place. A page that a
+ * request waits for is *wanted*, and should be fetched first. A page is *lost* if no backend has it any more: requests
+ * that need it fail with -EIO, until it arrives after all. Wanted and lost bits end with the process: a successor asks
+ * again.
  *
- * A missing bit is cleared after the bytes are there, under the stripe's lock; waits are under missing->lock, which is
- * within it, and outside of whatever lock go takes.
+ * A missing bit is cleared after the bytes are there, under the stripe's lock; missing->lock protects the waits; it is
+ * taken within the stripe's lock, and go takes its locks within missing->lock.
  */
 #ifndef COWSHED_OVERLAY_MISSING_H
 #define COWSHED_OVERLAY_MISSING_H
@@ -21,31 +22,31 @@
 #include "accounting/core/overlay/overlay.h"
 
 /* cdef-begin */
-/* Makes nr pages from first private, past the quota too, and missing.  Nobody may use the overlay yet.  -EEXIST: one of
- * them is private already. */
+/* Makes nr pages from first private, past the quota too, and missing. The overlay must not be in use yet. -EEXIST: one
+ * of them is private already. */
 int overlay_expect(struct overlay *overlay, uint64_t first, uint64_t nr);
-/* Bytes of nr pages from first: those that are missing are not any more; others stay as they are.  How many were
- * missing, or -errno; then some are missing still. */
+/* Stores the bytes of those of nr pages from first that are missing; others stay as they are. Returns how many were
+ * missing, or -errno: then some are still missing. */
 int64_t overlay_arrive(struct overlay *overlay, uint64_t first, uint64_t nr, const uint8_t *bytes);
-/* The missing pages: (nr_pages + 63) / 64 words; how many. */
+/* Copies the missing pages: (nr_pages + 63) / 64 words; returns how many. */
 int64_t overlay_missing(struct overlay *overlay, uint64_t *words_out, uint64_t nr_words);
-/* Of those, the ones that somebody came to wait for since the last call; how many. */
+/* Takes the missing pages that became wanted since the last call; returns how many. */
 int64_t overlay_take_wanted(struct overlay *overlay, uint64_t *words_out, uint64_t nr_words);
-/* An eventfd that counts up when a page is wanted, or the last one is not missing any more; the overlay's own; -ENOENT:
- * no page was ever missing. */
+/* A borrowed eventfd, raised when a page becomes wanted or the last missing page is missing no more; -ENOENT: no page
+ * was ever missing. */
 int overlay_missing_fd(const struct overlay *overlay);
-/* Nobody has the missing ones of nr pages from first any more; how many were not lost before. */
+/* Marks the missing ones of nr pages from first as lost; returns how many were not lost before. */
 int64_t overlay_lose(struct overlay *overlay, uint64_t first, uint64_t nr);
-/* The missing pages that are lost. */
+/* Counts the missing pages that are lost; O(pages). */
 int64_t overlay_nr_lost(struct overlay *overlay);
-/* No page is lost: somebody may have them after all. */
+/* Marks no page as lost any more: a backend may have them after all. */
 void overlay_find(struct overlay *overlay);
 /* Returns once all that was written is as durable as it gets. */
 int overlay_flush_now(struct overlay *overlay);
 /* cdef-end */
 
-/* Waits until no page of a range is missing (0), one of them is lost (-EIO), or who waits is gone (-ESHUTDOWN); go is
- * called once, under missing->lock. */
+/* Waits until no page of a range is missing (0), one of them is lost (-EIO), or the owner's waits are cancelled
+ * (-ESHUTDOWN); go is called once, under missing->lock. */
 struct overlay_wait {
 	struct overlay_wait *next;
 	uint64_t first, end;
@@ -70,17 +71,18 @@ static inline bool overlay_is_missing(const struct overlay *overlay, uint64_t pa
 	return overlay_has_missing(overlay) && bits_test(overlay->account->preloaded, page);
 }
 
-/* 0: no page of the range is missing; -EIO: one is lost; -EINPROGRESS: it has to be waited for. */
+/* 0: no page of the range is missing; -EIO: one is lost; -EINPROGRESS: the caller has to wait. */
 int overlay_look_missing(struct overlay *overlay, uint64_t first, uint64_t nr);
-/* The same, and those that are missing are wanted: -EINPROGRESS: go will be called.  first, end, owner and go are set.
- */
+/* The same, and marks missing pages as wanted; -EINPROGRESS: go will be called. The caller must set first, end, owner
+ * and go. */
 int overlay_await(struct overlay *overlay, struct overlay_wait *wait);
 /* Ends the waits of an owner, with -ESHUTDOWN. */
 void overlay_cancel_waits(struct overlay *overlay, const void *owner);
-/* Under the stripe's lock: pages of one group have bytes, or are not private any more. */
+/* Under the stripe's lock: clears the missing bits of pages of one group, which have bytes or are not private any
+ * more. */
 void overlay_come(struct overlay *overlay, uint64_t first, uint64_t nr);
 
-/* An account was adopted that may have missing pages. */
+/* Sets up overlay->missing if the account has missing pages. */
 int overlay_missing_init(struct overlay *overlay);
 void overlay_missing_deinit(struct overlay *overlay);
 

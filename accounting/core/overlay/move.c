@@ -51,7 +51,7 @@ int overlay_store(struct overlay *overlay, uint64_t first, uint64_t nr, const ui
 
 	if (err)
 		return err;
-	/* All are paid for, and what was not needed is given back: which are private may change meanwhile. */
+	/* Pays for all pages, and gives back what was not needed: which pages are private may change meanwhile. */
 	reserved = nr;
 	overlay_take_anyway(overlay, nr);
 	err = overlay_write(overlay, offset, nr << PAGE_SHIFT, bytes, &reserved);

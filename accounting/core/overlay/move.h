@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * An overlay's private pages taken out and put in, whole and in bulk: what a handoff does.
+ * Copies an overlay's private pages out and in, whole and in bulk, for a handoff.
  */
 #ifndef COWSHED_OVERLAY_MOVE_H
 #define COWSHED_OVERLAY_MOVE_H
@@ -9,7 +9,7 @@
 
 /* cdef-begin */
 /* Copies the bytes of nr pages from first, which should be private, as they are now; the image's last page ends in
- * zeros.  Others' bytes are zeros.  -EIO: one of them is missing. */
+ * zeros. Pages that are not private read as zeros. -EIO: one of them is missing. */
 int overlay_load(struct overlay *overlay, uint64_t first, uint64_t nr, uint8_t *to);
 /* Makes nr pages from first private with these bytes, past the quota too: the guest has them already. */
 int overlay_store(struct overlay *overlay, uint64_t first, uint64_t nr, const uint8_t *bytes);

@@ -33,7 +33,7 @@ int overlay_init(struct account *account, int data_fd, struct overlay **overlay_
 	overlay->data_fd = data_fd;
 	for (int i = 0; i < OVERLAY_STRIPES; i++)
 		pthread_rwlock_init(&overlay->stripes[i], NULL);
-	pthread_mutex_init(&overlay->held_lock, NULL);
+	pthread_mutex_init(&overlay->thaw_lock, NULL);
 	pthread_mutex_init(&overlay->quota_lock, NULL);
 	*overlay_out = overlay;
 	return 0;
@@ -43,7 +43,7 @@ void overlay_deinit(struct overlay *overlay)
 {
 	for (int i = 0; i < OVERLAY_STRIPES; i++)
 		pthread_rwlock_destroy(&overlay->stripes[i]);
-	pthread_mutex_destroy(&overlay->held_lock);
+	pthread_mutex_destroy(&overlay->thaw_lock);
 	overlay_missing_deinit(overlay);
 	free(overlay->dirty);
 	pthread_mutex_destroy(&overlay->quota_lock);
@@ -85,7 +85,7 @@ static uint64_t group_end(uint64_t offset)
 
 /* ---- quota ---- */
 
-/* The quota's invariant has it that what was taken is charged under one lock; here it is in hand meanwhile. */
+/* No lock is held from taking pages to charging them, as quota.h requires of mappings: they are in hand meanwhile. */
 static int take_pages(struct overlay *overlay, uint64_t nr)
 {
 	pthread_mutex_lock(&overlay->quota_lock);
@@ -126,7 +126,7 @@ int overlay_take(struct overlay *overlay, uint64_t first, uint64_t nr, uint64_t 
 	return err;
 }
 
-/* Under the stripe's lock: sees to it that the pages of a run that are not private yet are paid for. */
+/* Under the stripe's lock: makes sure that *reserved pays for the nr_new pages of a run that are not private yet. */
 static int pay(struct overlay *overlay, uint64_t nr_new, uint64_t *reserved)
 {
 	if (nr_new <= *reserved)
@@ -137,7 +137,7 @@ static int pay(struct overlay *overlay, uint64_t nr_new, uint64_t *reserved)
 	return err;
 }
 
-/* Under the stripe's lock: the pages of a run are about to change, and what is not private yet of them is paid for. */
+/* Under the stripe's lock, before the pages of a run change: pays for those not private yet and marks all dirty. */
 static int begin_change(struct overlay *overlay, uint64_t first, uint64_t nr, uint64_t nr_new, uint64_t *reserved)
 {
 	if (account_is_frozen(overlay->account))
@@ -148,7 +148,7 @@ static int begin_change(struct overlay *overlay, uint64_t first, uint64_t nr, ui
 	return err;
 }
 
-/* Under the stripe's lock: the pages are private from now on; their bytes are stored. */
+/* Under the stripe's lock: makes pages private, after their bytes were stored. */
 static void make_private(struct overlay *overlay, uint64_t first, uint64_t nr, uint64_t nr_new, uint64_t *reserved)
 {
 	struct account *account = overlay->account;
@@ -198,7 +198,7 @@ int overlay_put(struct overlay *overlay, uint64_t first, uint64_t nr, const uint
 	return data_write(overlay, first << PAGE_SHIFT, nr << PAGE_SHIFT, bytes);
 }
 
-/* Drops what a failed write left in pages that are not private: such pages hold nothing. */
+/* Drops what a failed write left in pages that are not private: such pages must hold no bytes. */
 static void data_clean(struct overlay *overlay, uint64_t first, uint64_t nr)
 {
 	for (uint64_t page = first; page < first + nr; page++)
@@ -264,7 +264,7 @@ int overlay_zero(struct overlay *overlay, uint64_t offset, uint64_t length, bool
 		pthread_rwlock_wrlock(overlay_stripe(overlay, first));
 		uint64_t nr_new = nr - bits_count(overlay->account->private, first, first + nr);
 		err = begin_change(overlay, first, nr, nr_new, reserved);
-		if (!err && (nr_new < nr || overlay->disk)) /* else there are no bytes to be rid of */
+		if (!err && (nr_new < nr || overlay->disk)) /* else there are no bytes to drop */
 			err = overlay_punch(overlay, first, nr);
 		if (err == -EOPNOTSUPP) /* a file system without holes */
 			err = data_write(overlay, offset, here, zeros);
@@ -356,7 +356,7 @@ int overlay_discard(struct overlay *overlay)
 
 /* ---- reading ---- */
 
-/* Where the run of pages that are as the one at offset is ends, within one group. */
+/* The end of the run of pages that are private (or shared) like the one at offset, within one group. */
 static uint64_t run_end(const struct overlay *overlay, uint64_t offset, uint64_t length, bool private)
 {
 	const bits_word *bits = overlay->account->private;
@@ -378,7 +378,7 @@ int64_t overlay_read_run(struct overlay *overlay, uint64_t offset, uint64_t leng
 		pthread_rwlock_rdlock(overlay_stripe(overlay, page));
 		if (overlay_is_missing(overlay, page)) {
 			pthread_rwlock_unlock(overlay_stripe(overlay, page));
-			return -EIO; /* nobody asks for it: see overlay_await */
+			return -EIO; /* the caller must wait first: see overlay_await */
 		}
 		if (bits_test(overlay->account->private, page)) {
 			end = run_end(overlay, offset, length, true);
@@ -399,7 +399,7 @@ int64_t overlay_read_run(struct overlay *overlay, uint64_t offset, uint64_t leng
 		}
 	}
 	*private_out = false;
-	/* Shared, at that moment; whatever becomes private while we look ends the run sooner. */
+	/* Shared at that moment; a page that becomes private meanwhile ends the run sooner. */
 	uint64_t next = (page + 1) << PAGE_SHIFT;
 	if (next >= offset + length)
 		return (int64_t)length;
@@ -417,13 +417,13 @@ uint64_t overlay_status_run(struct overlay *overlay, uint64_t offset, uint64_t l
 	uint64_t found = private ? bits_next_clear(bits, page, stop) : bits_next(bits, page, stop);
 	uint64_t end = found << PAGE_SHIFT < offset + length ? found << PAGE_SHIFT : offset + length;
 
-	if (end <= offset) /* it changed as we looked: the page itself is as it was */
+	if (end <= offset) /* the page changed meanwhile: report it as it was */
 		end = (page + 1) << PAGE_SHIFT < offset + length ? (page + 1) << PAGE_SHIFT : offset + length;
 	*private_out = private;
 	*zero_out = false;
 	if (!private || !want_zero)
 		return end - offset;
-	if (overlay_has_missing(overlay)) { /* of which nothing is known */
+	if (overlay_has_missing(overlay)) { /* they may be zeros or not */
 		const bits_word *missing = overlay->account->preloaded;
 		bool is_missing = bits_test(missing, page);
 		uint64_t next = is_missing ? bits_next_clear(missing, page, nr_pages_of(end))

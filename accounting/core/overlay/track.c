@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Following what is written to an overlay, and holding it back.
+ * Tracking writes to an overlay, and freezing it.
  *
- * A page is marked and written under its stripe's lock, and its bit is taken under it: so what was marked before is in
- * the bytes that are read afterwards, and what is written after that is marked again.  A freeze is a flag that is
- * looked at under the same lock: having passed all stripes, it has all writes before it or held back.
+ * A page is marked dirty and written under its stripe's lock, and its bit is taken under the same lock: so a write
+ * marked before is in the bytes that are read afterwards, and a later write marks the page again. A freeze is a flag
+ * that writers check under the same lock: once the freezer has held every stripe's lock, each write is done or held
+ * back.
  */
 #include "accounting/core/overlay/overlay.h"
 
@@ -16,7 +17,7 @@ static uint64_t nr_words_of(const struct overlay *overlay)
 	return bits_bytes(overlay->image->shape.nr_pages) / sizeof(bits_word);
 }
 
-/* Whoever changes a page, and began before this, has ended. */
+/* Waits until every change that began before has ended. */
 static void pass_stripes(struct overlay *overlay)
 {
 	for (int i = 0; i < OVERLAY_STRIPES; i++) {
@@ -47,7 +48,7 @@ int overlay_track(struct overlay *overlay, int on)
 		return -ENOMEM;
 	atomic_store(&overlay->dirty, dirty);
 	pass_stripes(overlay);
-	/* From here on all who change a page mark it. */
+	/* From here on every change marks its page. */
 	for (uint64_t i = 0; i < nr_words_of(overlay); i++)
 		atomic_fetch_or(&dirty[i], overlay->account->private[i]);
 	return 0;
@@ -84,37 +85,37 @@ void overlay_freeze(struct overlay *overlay)
 
 void overlay_thaw(struct overlay *overlay)
 {
-	pthread_mutex_lock(&overlay->held_lock);
+	pthread_mutex_lock(&overlay->thaw_lock);
 	atomic_store(&overlay->account->header->frozen, 0);
-	for (struct overlay_hold *hold; (hold = overlay->held);) {
-		overlay->held = hold->next;
-		hold->queued = false;
-		hold->go(hold);
+	for (struct overlay_thaw_wait *wait; (wait = overlay->thaw_waits);) {
+		overlay->thaw_waits = wait->next;
+		wait->queued = false;
+		wait->go(wait);
 	}
-	pthread_mutex_unlock(&overlay->held_lock);
+	pthread_mutex_unlock(&overlay->thaw_lock);
 }
 
-bool overlay_hold(struct overlay *overlay, struct overlay_hold *hold)
+bool overlay_await_thaw(struct overlay *overlay, struct overlay_thaw_wait *wait)
 {
-	pthread_mutex_lock(&overlay->held_lock);
+	pthread_mutex_lock(&overlay->thaw_lock);
 	bool frozen = account_is_frozen(overlay->account);
-	if (frozen && !hold->queued) {
-		hold->queued = true;
-		hold->next = overlay->held;
-		overlay->held = hold;
+	if (frozen && !wait->queued) {
+		wait->queued = true;
+		wait->next = overlay->thaw_waits;
+		overlay->thaw_waits = wait;
 	}
-	pthread_mutex_unlock(&overlay->held_lock);
+	pthread_mutex_unlock(&overlay->thaw_lock);
 	return frozen;
 }
 
-void overlay_unhold(struct overlay *overlay, struct overlay_hold *hold)
+void overlay_cancel_thaw_wait(struct overlay *overlay, struct overlay_thaw_wait *wait)
 {
-	pthread_mutex_lock(&overlay->held_lock);
-	for (struct overlay_hold **at = &overlay->held; hold->queued; at = &(*at)->next)
-		if (*at == hold) {
-			*at = hold->next;
-			hold->queued = false;
+	pthread_mutex_lock(&overlay->thaw_lock);
+	for (struct overlay_thaw_wait **at = &overlay->thaw_waits; wait->queued; at = &(*at)->next)
+		if (*at == wait) {
+			*at = wait->next;
+			wait->queued = false;
 			break;
 		}
-	pthread_mutex_unlock(&overlay->held_lock);
+	pthread_mutex_unlock(&overlay->thaw_lock);
 }

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A populated guest's fault thread: missing faults, loads that ended, discards, and copies ahead of the guest. */
 #define _GNU_SOURCE
-#include "faults/core/populate/populate.h"
-
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 #include "cache/core/store.h"
+#include "faults/core/answer.h"
+#include "faults/core/guest.h"
+#include "faults/core/populate/populate.h"
 #include "faults/core/uffd.h"
 
 #include <stdlib.h>
@@ -16,10 +17,10 @@
 
 #define COPY_PAGES 64
 #define ZERO_PAGES 16
-#define ORDER_LOADS 16         /* of the recorded order asked for at once */
-#define ORDER_LOOK_NS 2000000u /* between two looks at whether they are there: prefetches tell nobody */
+#define ORDER_LOADS 16         /* extents of the recorded order prefetched at once */
+#define ORDER_LOOK_NS 2000000u /* between two looks at whether they are resident: a prefetch notifies no thread */
 #define ORDER_LOOKS 200
-#define AHEAD_MAX_PAGES 512 /* beyond what a stream was given at once: it is the guest's own memory that fills */
+#define AHEAD_MAX_PAGES 512 /* beyond what a stream gets at once: copies fill the guest's own memory */
 
 static uint64_t least(uint64_t a, uint64_t b)
 {
@@ -63,7 +64,7 @@ static int copy_empty(struct guest *guest, const struct populate_region *region,
 		if (nr_done < 0)
 			return (int)nr_done;
 		if ((uint64_t)nr_done < nr)
-			return -EDQUOT; /* or the kernel stopped it: whoever waits there asks again */
+			return -EDQUOT; /* or the kernel stopped it: the faults there are woken and tried again */
 		page += nr;
 	}
 	return 0;
@@ -103,13 +104,13 @@ static bool extent_in(const struct guest *guest, const struct populate_region *r
 	return *first_out < end;
 }
 
-/* More than half of what the guest may have is left: copies that nobody asked for must not bring it to a stop. */
+/* Whether at least half of the quota is left: copies ahead of faults must not stop the guest at its quota. */
 static bool may_copy_ahead(const struct guest *guest)
 {
 	return quota_has_room(guest->account->quota, atomic_load(&guest->account->quota->header->used_pages));
 }
 
-/* Populates an extent that nobody asked for; whether it is resident. */
+/* Populates an extent ahead of a fault; returns whether it is resident. */
 static bool copy_ahead(struct guest *guest, const struct populate_region *region, uint64_t extent)
 {
 	uint64_t first, end;
@@ -180,7 +181,7 @@ int populate_want(struct guest *guest, uint64_t extent, uint64_t page, uint64_t 
 	return resident == 1;
 }
 
-/* An extent that was waited for is there, and held, or failed. */
+/* Answers a wait for an extent: it is resident and held, or its load failed. */
 static void answer_done(struct guest *guest, struct populate_miss *miss)
 {
 	struct account *account = guest->account;
@@ -207,7 +208,7 @@ static void answer_done(struct guest *guest, struct populate_miss *miss)
 			populate_poison(guest, region, miss->page);
 			pthread_mutex_unlock(&account->write_lock);
 		}
-		/* Whoever waits for another page of the extent, or met an error above, asks again. */
+		/* Wake faults on other pages of the extent, and those that met an error above. */
 		uffd_wake(guest->uffd, populate_address(region, first), (end - first) << PAGE_SHIFT);
 	}
 	if (miss->status == 0)
@@ -239,7 +240,7 @@ static bool answer_all_done(struct guest *guest)
 	return any;
 }
 
-/* A page that reads as zeros, and those behind it that do. */
+/* Installs a page that reads as zeros, and those behind it that do. */
 static int zero_run(struct guest *guest, const struct populate_region *region, uint64_t page)
 {
 	const struct account *account = guest->account;
@@ -256,7 +257,7 @@ static int zero_run(struct guest *guest, const struct populate_region *region, u
 	return nr < 0 ? (int)nr : 0;
 }
 
-/* The window of a fault: what is resident of it, page and what is behind it first. */
+/* Copies the resident part of a fault's window, page and what is behind it first. */
 static int copy_window(struct guest *guest, const struct populate_region *region, uint64_t page,
                        const struct window_plan *plan)
 {
@@ -319,8 +320,7 @@ static void populate_fault(struct guest *guest, uint64_t address, uint64_t flags
 
 	answer_all_done(guest);
 	if (!region || flags & (UFFD_PAGEFAULT_FLAG_WP | UFFD_PAGEFAULT_FLAG_MINOR))
-		return; /* of memory we were never told of, or registered for more than this: its owner waits for itself
-		         */
+		return; /* outside the regions, or registered for other faults too: the guest blocks only itself */
 	uint64_t page = region->first_page + ((address - region->address) >> PAGE_SHIFT);
 
 	count_add(COUNTER(guest->account->header, faults_missing), 1);
@@ -360,7 +360,7 @@ static void populate_discard(struct guest *guest, uint64_t start, uint64_t end, 
 	}
 }
 
-/* The recorded working set, one extent a call; whether there was anything to do now. */
+/* Copies the recorded working set, one extent a call; returns whether there was anything to do now. */
 static bool order_ahead(struct guest *guest)
 {
 	struct populate *populate = guest->populate;
@@ -441,7 +441,7 @@ static void populate_wake(struct guest *guest)
 		          guest->populate->regions[i].nr_pages << PAGE_SHIFT);
 }
 
-/* Where a machine's memory is, it stays: what moved can be populated no more. */
+/* A machine's memory must not move: moved memory can no longer be populated. */
 static void populate_move(struct guest *guest, uint64_t from, uint64_t to, uint64_t length)
 {
 	(void)from, (void)to, (void)length;
@@ -484,7 +484,7 @@ static int terms_take(struct populate *populate, const struct image *image, cons
 	return 0;
 }
 
-/* What a predecessor of ours copied. */
+/* Marks the extents that our predecessor copied. */
 static void note_populated(struct guest *guest)
 {
 	const struct image_shape *shape = &guest->image->shape;
@@ -530,7 +530,7 @@ int populate_start(struct account *account, int uffd, int pidfd, const struct fa
 		atomic_store(&account->header->populated, 1);
 		err = guest_start_kind(account, uffd, pidfd, options, &populated, populate, guest_out);
 	}
-	if (err) { /* nothing runs */
+	if (err) { /* no thread runs */
 		pthread_mutex_init(&none.answer_lock, NULL);
 		populate_end(&none);
 		pthread_mutex_destroy(&none.answer_lock);

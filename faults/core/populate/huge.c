@@ -2,13 +2,14 @@
 /*
  * Huge pages of a populated guest: installed whole, from a buffer that extents are read into as they become resident.
  *
- * One is put together at a time.  Who faults in another one meanwhile is dropped, its extents are prefetched, and all
- * are woken to ask again when the one is done.
+ * One is put together at a time. A fault in another one meanwhile is dropped, and its extents are prefetched; when the
+ * first is done, all huge regions are woken and fault again.
  */
-#include "faults/core/populate/populate.h"
-
 #include "cache/core/abi.h"
 #include "cache/core/store.h"
+#include "faults/core/answer.h"
+#include "faults/core/guest.h"
+#include "faults/core/populate/populate.h"
 #include "faults/core/uffd.h"
 
 #include <errno.h>
@@ -27,7 +28,7 @@ static uint64_t huge_pages(const struct image *image, uint64_t first)
 	return left < HUGE_PAGES ? left : HUGE_PAGES;
 }
 
-/* Its extents: they lie in it, or it in one of them. */
+/* The extents of a huge page: they lie in it, or it lies in one of them. */
 static void huge_extents(const struct image *image, uint64_t first, uint64_t *extent_out, uint64_t *nr_out)
 {
 	*extent_out = first / image->shape.extent_pages;
@@ -70,7 +71,7 @@ static void install(struct guest *guest)
 	end_assembly(guest);
 }
 
-/* Reads an extent's part, which the caller holds. */
+/* Reads the huge page's part of an extent that the caller holds. */
 static int take_extent(struct guest *guest, uint64_t extent)
 {
 	struct assembly *assembly = &guest->populate->assembly;
@@ -87,6 +88,17 @@ static int take_extent(struct guest *guest, uint64_t extent)
 	return err;
 }
 
+/* The page cannot be had: SIGBUS for who touches it. */
+static void poison_assembly(struct guest *guest)
+{
+	struct assembly *assembly = &guest->populate->assembly;
+
+	pthread_mutex_lock(&guest->account->write_lock);
+	populate_poison(guest, assembly->region, assembly->first_page);
+	pthread_mutex_unlock(&guest->account->write_lock);
+	end_assembly(guest);
+}
+
 static bool begin_assembly(struct guest *guest, const struct populate_region *region, uint64_t first, uint64_t read_ns)
 {
 	struct assembly *assembly = &guest->populate->assembly;
@@ -94,7 +106,7 @@ static bool begin_assembly(struct guest *guest, const struct populate_region *re
 
 	if (!assembly->buffer && posix_memalign((void **)&assembly->buffer, PAGE_BYTES, HUGE_BYTES)) {
 		assembly->buffer = NULL;
-		answer_failed(guest, -EAGAIN); /* for want of memory: later, perhaps */
+		answer_failed(guest, -EAGAIN); /* no memory for the buffer: retry later */
 		return false;
 	}
 	assembly->active = true;
@@ -107,8 +119,8 @@ static bool begin_assembly(struct guest *guest, const struct populate_region *re
 	return true;
 }
 
-/* Reads what is resident and asks for the rest; whether all is there. */
-static bool gather(struct guest *guest)
+/* Reads resident extents and requests the rest: 1 if all are there, 0 if some are to come, or -errno. */
+static int gather(struct guest *guest)
 {
 	struct assembly *assembly = &guest->populate->assembly;
 	struct image *image = guest->image;
@@ -120,7 +132,8 @@ static bool gather(struct guest *guest)
 		image_touch(image, extent + i);
 		image_note_first_touch(image, extent + i);
 	}
-	/* What is absent is loaded in long reads, and wanted at once, so that it goes before what nobody waits for. */
+	/* Absent extents are prefetched, for long reads, and requested at once, so that they go ahead of loads without
+	 * a waiter. */
 	store_prefetch(image, extent, nr);
 	for (uint64_t i = 0; i < nr; i++) {
 		bool held = extent_hold(&image->states[extent + i]);
@@ -128,8 +141,11 @@ static bool gather(struct guest *guest)
 		while (!held && populate_want(guest, extent + i, assembly->first_page, assembly->read_ns))
 			held = extent_hold(&image->states[extent + i]);
 		if (held) {
-			take_extent(guest, extent + i);
+			int err = take_extent(guest, extent + i);
+
 			extent_release(&image->states[extent + i]);
+			if (err)
+				return err;
 		}
 		nr_missing += !held;
 	}
@@ -152,17 +168,20 @@ void huge_fault(struct guest *guest, const struct populate_region *region, uint6
 	}
 	if (!begin_assembly(guest, region, first, read_ns))
 		return;
+	int all_there = 1;
 	if (populate_is_zero(guest, first))
 		memset(assembly->buffer, 0, assembly->nr_pages << PAGE_SHIFT);
-	else if (!gather(guest))
-		return;
-	install(guest);
+	else
+		all_there = gather(guest);
+	if (all_there < 0)
+		poison_assembly(guest);
+	else if (all_there)
+		install(guest);
 }
 
 void huge_loaded(struct guest *guest, const struct populate_region *region, uint64_t extent, int status)
 {
 	struct assembly *assembly = &guest->populate->assembly;
-	struct account *account = guest->account;
 	uint64_t first, nr;
 
 	if (!assembly->active || assembly->region != region)
@@ -173,14 +192,10 @@ void huge_loaded(struct guest *guest, const struct populate_region *region, uint
 	assembly->loaded = true;
 	if (status == 0)
 		status = take_extent(guest, extent);
-	if (status) {
-		pthread_mutex_lock(&account->write_lock);
-		populate_poison(guest, region, assembly->first_page);
-		pthread_mutex_unlock(&account->write_lock);
-		end_assembly(guest);
-	} else if (bits_next(assembly->missing, 0, nr) == nr) {
+	if (status)
+		poison_assembly(guest);
+	else if (bits_next(assembly->missing, 0, nr) == nr)
 		install(guest);
-	}
 }
 
 void huge_discard(struct guest *guest, uint64_t first, uint64_t nr)
@@ -190,7 +205,7 @@ void huge_discard(struct guest *guest, uint64_t first, uint64_t nr)
 	if (!assembly->active || first >= assembly->first_page + assembly->nr_pages ||
 	    assembly->first_page >= first + nr)
 		return;
-	/* It is zeros now: who waits for it asks again. */
+	/* It reads as zeros now: wake the faults in it. */
 	uint64_t address = populate_address(assembly->region, assembly->first_page);
 
 	end_assembly(guest);

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What populated guests get their pages by: charge first, install, and give back what was not. */
+/* Installs pages of populated guests: charges them first, and gives back the charges of those not installed. */
 #define _GNU_SOURCE
-#include "faults/core/populate/populate.h"
-
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
+#include "faults/core/guest.h"
+#include "faults/core/populate/populate.h"
 #include "faults/core/uffd.h"
+#include "faults/core/write.h"
 
 #include <unistd.h>
 
@@ -23,7 +24,10 @@ bool populate_is_zero(const struct guest *guest, uint64_t page)
 int frames_read(const struct image *image, uint64_t first, uint64_t nr, char *to)
 {
 	ssize_t length = (ssize_t)(nr << PAGE_SHIFT);
+	int err = point_reach(POINT_FRAMES_READ);
 
+	if (err)
+		return err;
 	return pread(image->frames_fd, to, (size_t)length, (off_t)(first << PAGE_SHIFT)) == length ? 0 : -EFAULT;
 }
 
@@ -31,12 +35,15 @@ int populate_poison(struct guest *guest, const struct populate_region *region, u
 {
 	struct account *account = guest->account;
 	uint64_t first = page - (page - region->first_page) % (region->page_bytes / PAGE_BYTES);
+	uint64_t end = first + region->page_bytes / PAGE_BYTES;
 	int err = uffd_poison_range(guest->uffd, populate_address(region, first), region->page_bytes);
 
-	if (!err && bits_set(account->poisoned, first)) {
-		atomic_fetch_add(&guest->image->nr_poisoned, 1);
-		count_add(COUNTER(account->header, poisoned_pages), 1);
-	}
+	end = end < guest->image->shape.nr_pages ? end : guest->image->shape.nr_pages;
+	for (page = first; page < end && !err; page++)
+		if (bits_set(account->poisoned, page)) {
+			atomic_fetch_add(&guest->image->nr_poisoned, 1);
+			count_add(COUNTER(account->header, poisoned_pages), 1);
+		}
 	return err;
 }
 
@@ -57,7 +64,7 @@ void populate_refuse(struct guest *guest, const struct populate_region *region, 
 		count_add(COUNTER(account->header, write_refused), 1);
 }
 
-/* Under write_lock: up to nr pages, but all of a huge one. */
+/* Under write_lock: takes up to nr pages from the quota; of a huge page, all or none. */
 static uint64_t take_pages(struct account *account, const struct populate_region *region, uint64_t nr)
 {
 	uint64_t nr_taken = account_take_pages(account, nr);
@@ -106,7 +113,7 @@ int64_t populate_install(struct guest *guest, const struct populate_region *regi
 	return nr_done ? (int64_t)nr_done : err;
 }
 
-/* The report is old, or a late zap took the page. */
+/* The report of the fault is old, or a late zap took the page. */
 int populate_again(struct guest *guest, const struct populate_region *region, uint64_t first, const char *from)
 {
 	uint64_t done_bytes;

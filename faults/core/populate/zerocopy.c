@@ -1,21 +1,20 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Zerocopy guests: extents pinned for them and told of, so that they map the frames themselves.
+ * Zerocopy guests: extents are pinned for them and announced, so that they map the frames themselves.
  *
- * Nothing guards such a mapping: an extent punched under it would read as zeros, silently.  So an extent is told of
- * only while it is resident and pinned, and the pin is given back when the guest was stopped.  An extent that was
- * copied in part is never lent.
+ * Nothing guards such a mapping: an extent punched under it would read as zeros, silently. So an extent is announced
+ * only while it is resident and pinned, and the pin is given back once the guest is stopped. An extent that was copied
+ * in part is never lent.
  */
-#include "faults/core/populate/populate.h"
-
 #include "cache/core/abi.h"
 #include "cache/core/store.h"
+#include "faults/core/populate/populate.h"
 
 #include <errno.h>
 
 #define LOOKS_AT_ONCE 64
 
-/* The extents that are told of together: one, or those of a huge page. */
+/* The extents that are announced together: one, or those of a huge page. */
 struct unit {
 	uint64_t extent, nr;
 };
@@ -80,7 +79,7 @@ static bool unit_pin(struct guest *guest, struct unit unit)
 	return true;
 }
 
-/* Tells of a pinned unit if all of it is resident, which it then stays; whether it did. */
+/* Announces a pinned unit if all of it is resident, as it then stays; returns whether it did. */
 static bool unit_announce(struct guest *guest, struct unit unit)
 {
 	struct image *image = guest->image;
@@ -140,7 +139,7 @@ int zerocopy_adopt(struct guest *guest)
 
 	if (!populate->allowance)
 		return 0;
-	/* What is granted was told of, or was about to be, with the rest of its unit. */
+	/* Granted extents were announced, or were about to be, with the rest of their unit. */
 	for (uint64_t e = 0; (e = bits_next(guest->account->granted, e, nr_extents)) < nr_extents; e++) {
 		struct unit unit = unit_of(guest, e);
 
@@ -178,7 +177,7 @@ bool zerocopy_ahead(struct guest *guest)
 		struct unit unit = unit_of(guest, populate->zerocopy_at);
 
 		populate->zerocopy_at = unit.extent + unit.nr;
-		/* It may go between the look and the pin: then it is told of when it is asked for. */
+		/* It may be evicted between the look and the pin: then a fault on it announces it. */
 		if (unit_resident(guest, unit) && !bits_test(populate->lent, unit.extent) && unit_pin(guest, unit))
 			unit_announce(guest, unit);
 	}
@@ -201,7 +200,7 @@ int64_t zerocopy_take(struct guest *guest, uint64_t *firsts_out, uint64_t *nrs_o
 
 		while (e < shape->nr_extents && bits_clear(to_announce, e))
 			e++;
-		if (e == first) /* taken by nobody else: there is one taker */
+		if (e == first) /* cannot happen: there is only one taker */
 			break;
 		uint64_t end_page =
 			e * shape->extent_pages < shape->nr_pages ? e * shape->extent_pages : shape->nr_pages;

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NBD clients."""
+"""The NBD server, its sessions and exports."""

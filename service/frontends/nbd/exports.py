@@ -21,30 +21,30 @@ from cowshed.service.overlays.overlays import OverlayGuest, OverlayTable
 from cowshed.transport.nbd.negotiation import Export, ExportPending, ExportRefused
 from cowshed.transport.nbd.wire import Reply
 
-__all__ = ["HeldExport", "NbdDirectory", "split_export"]
+__all__ = ["EnteredExport", "NbdDirectory", "split_export"]
 
 
 @dataclass(frozen=True)
-class HeldExport(Export):
-    """An export that a client may enter, or has entered: overlay is the guest's it is in then."""
+class EnteredExport(Export):
+    """An export that a client may enter; overlay is set once the client has entered a guest's."""
 
     image: Image | None = None
     overlay: OverlayGuest | None = None
 
 
 def split_export(name: str) -> tuple[str, str]:
-    """Split IMAGE@GUEST; the guest is "" for an image. UsageError for a guest that cannot be."""
+    """Split IMAGE@GUEST; the guest is "" for an image. UsageError for an invalid guest name."""
     image, at, guest = name.partition("@")
     if at and not (0 < len(guest) <= 64 and guest.isprintable()):
         raise UsageError(
             f"export {name[:140]!r} names no guest: "
-            "write IMAGE@GUEST, with 1 to 64 printable characters behind the '@'"
+            "write IMAGE@GUEST, with 1 to 64 printable characters after the '@'"
         )
     return image, guest
 
 
 class NbdDirectory:
-    """The exports of one client. Raises ExportRefused as transport/nbd/negotiation.py says."""
+    """The exports of one client. Raises ExportRefused, as transport/nbd/negotiation.py defines."""
 
     def __init__(
         self,
@@ -63,14 +63,14 @@ class NbdDirectory:
         self._client = client
 
     def exports(self) -> Iterator[Export]:
-        """Every image the client may use, and the overlays it may come back to."""
+        """Every image the client may use, and the overlays it may return to."""
         for image in self._access.usable(self._store, self._peer.identity):
             yield self._describe(image, "")
             for guest in self._overlays.names(image, self._peer.claim):
                 yield self._describe(image, guest)
 
     def find(self, name: str) -> Export:
-        """Describe an export; an overlay need not be there yet."""
+        """Describe an export; its overlay need not exist yet."""
         try:
             image, guest = self._look(name)
             if guest:
@@ -79,8 +79,8 @@ class NbdDirectory:
             raise _refused(error) from error
         return self._describe(image, guest)
 
-    def enter(self, name: str) -> HeldExport:
-        """Describe an export and hold it; its overlay is there afterwards."""
+    def enter(self, name: str) -> EnteredExport:
+        """Describe an export and enter it: its overlay exists afterwards and counts this client."""
         try:
             image, guest = self._look(name)
             overlay = (
@@ -101,14 +101,14 @@ class NbdDirectory:
             self._access.check_open()
             usable = self._access.usable(self._store, identity)
             if len(usable) != 1:
-                raise UsageError("there is no default export, as there are several: name one")
+                raise UsageError("there is no default export: name one of the exports")
             return usable[0], ""
         return self._access.find(self._store, image_name, identity), guest
 
     def _describe(
         self, image: Image, guest: str, overlay: OverlayGuest | None = None
-    ) -> HeldExport:
-        return HeldExport(
+    ) -> EnteredExport:
+        return EnteredExport(
             name=f"{image.label}@{guest}" if guest else image.label,
             description=f"private copy of {image.name}" if guest else "read-only image",
             size_bytes=image.size_bytes,

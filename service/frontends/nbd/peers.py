@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is at the other end of an NBD socket, and how such sockets listen: a path, or HOST:PORT."""
+"""The peer of an NBD socket, and NBD's listening sockets: at a path, or at HOST:PORT."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["NbdPeer", "listen_path", "listen_tcp", "peer_of", "tune"]
 
 _UCRED: Final = struct.Struct("iII")
 _BACKLOG: Final = 512
-# A peer that is gone without a word is noticed in 60 + 6 * 10 seconds at most.
+# A peer that vanished is noticed in 60 + 6 * 10 seconds at most.
 _TCP_OPTIONS: Final = (
     (socket.TCP_NODELAY, 1),
     (socket.TCP_KEEPIDLE, 60),
@@ -33,7 +33,7 @@ _TCP_OPTIONS: Final = (
 
 @dataclass(frozen=True)
 class NbdPeer:
-    """A client. pid is 0 and address empty where there is none; is_local: over a unix socket."""
+    """A client. pid is 0 over TCP; address is "" over a unix socket."""
 
     identity: Identity
     pid: int
@@ -41,17 +41,17 @@ class NbdPeer:
 
     @property
     def is_local(self) -> bool:
-        """Whether it came over a unix socket, where the kernel vouches for its user."""
+        """Whether it came over a unix socket, where the kernel reports its user."""
         return not self.address
 
     @property
     def counted_as(self) -> int | str:
-        """Whom its connections are counted for."""
+        """The key that its connections are counted under."""
         return self.address if self.identity.uid is None else self.identity.uid
 
     @property
     def claim(self) -> Claim:
-        """What it may say about overlays: its certificate's name counts before its user."""
+        """Its claim to overlays: its certificate's name takes precedence over its user."""
         identity = self.identity
         owners = [f"client {identity.client_name}"] if identity.client_name else []
         owners += [f"uid {identity.uid}"] if identity.uid is not None else []
@@ -64,13 +64,24 @@ class NbdPeer:
             pid=self.pid,
         )
 
+    @property
+    def who(self) -> dict[str, object]:
+        """Its fields in a log line."""
+        identity = self.identity
+        who: dict[str, object] = {}
+        if identity.client_name:
+            who["client"] = identity.client_name
+        if identity.uid is not None:
+            return {**who, "pid": self.pid, "uid": identity.uid}
+        return {**who, "address": self.address.removeprefix("address ")}
+
     def named(self, client_name: str | None) -> NbdPeer:
-        """The same, once a certificate has told its name."""
+        """Return the same peer with its certificate's name."""
         return replace(self, identity=replace(self.identity, client_name=client_name))
 
 
 def peer_of(sock: socket.socket) -> NbdPeer:
-    """Ask the kernel who is connected; OSError if nobody is any more."""
+    """Ask the kernel for the peer; OSError if it has disconnected."""
     if sock.family == socket.AF_UNIX:
         packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         pid, uid, gid = _UCRED.unpack(packed)
@@ -79,7 +90,7 @@ def peer_of(sock: socket.socket) -> NbdPeer:
 
 
 def tune(sock: socket.socket) -> None:
-    """Have a client's socket not block, and notice one over TCP that is gone without a word."""
+    """Make a client's socket non-blocking and, over TCP, enable keepalive and a send timeout."""
     sock.setblocking(False)
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -88,17 +99,17 @@ def tune(sock: socket.socket) -> None:
 
 
 def listen_path(path: Path) -> socket.socket:
-    """Listen at a path for anybody on this host; what a dead daemon left there is replaced.
+    """Listen at a path for anybody on this host; replaces the socket of a dead daemon.
 
-    The caller holds the run-dir's lock, so nobody alive listens there. UsageError if it cannot be.
+    The caller must hold the run-dir's lock, so no live daemon listens there. UsageError on failure.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
-                raise UsageError(f"cannot listen at {path}: it is there and is no socket; move it")
+                raise UsageError(f"cannot listen at {path}: it exists and is no socket; move it")
             os.unlink(path)
-        # The path gets the socket's own mode less the umask: closed to others until widened.
+        # bind() gives the path the socket's mode less the umask: closed to others until the chmod.
         os.fchmod(sock.fileno(), 0o600)
         sock.bind(str(path))
         os.chmod(path, 0o666)
@@ -112,7 +123,7 @@ def listen_path(path: Path) -> socket.socket:
 
 
 def listen_tcp(endpoint: Endpoint) -> socket.socket:
-    """Listen at HOST:PORT; UsageError if it cannot be."""
+    """Listen at HOST:PORT; UsageError on failure."""
     sock = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(

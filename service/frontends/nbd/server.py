@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NBD's way in: RUN_DIR/nbd.sock and perhaps HOST:PORT, from accepting a client until it has ended.
+"""The NBD server, at RUN_DIR/nbd.sock and perhaps HOST:PORT: a client from accept to its end.
 
     accept --admitted--> NbdSession (handshake, in the loop) --chosen--> C core's threads --> ended
 
-A client that breaks a rule, falls silent in its handshake or finds no place costs itself its
-connection and nobody else anything.
+A client that breaks a rule, stalls in its handshake or finds no place loses its connection; others
+are not affected.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import contextlib
 import os
 import socket
 import ssl
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from cowshed.cache import Image
 from cowshed.cache.errors import CowshedError
-from cowshed.service.frontends.nbd.exports import HeldExport, NbdDirectory
+from cowshed.service.frontends.frontend_server import FrontendServer
+from cowshed.service.frontends.nbd.exports import EnteredExport, NbdDirectory
 from cowshed.service.frontends.nbd.peers import NbdPeer, listen_path, listen_tcp, peer_of, tune
 from cowshed.service.frontends.nbd.session import NbdSession
 from cowshed.service.host import Host
@@ -32,7 +32,6 @@ from cowshed.service.runtime.test_points import reach
 from cowshed.service.settings.tls_context import make_context
 from cowshed.service.supervise.unserved_listeners import UnservedListeners
 from cowshed.transport.links.acceptor import NR_SPARE, Acceptor
-from cowshed.transport.links.no_room import no_room
 from cowshed.transport.links.relay import Relay
 from cowshed.transport.nbd.negotiation import MAX_PAYLOAD_BYTES, Chosen
 from cowshed.transport.nbd.serving import Ended, NbdCounters, NbdEnd, NbdExport, NbdServer
@@ -43,7 +42,6 @@ _log = EventLog("cowshed.nbd")
 
 NBD_SOCKET_NAME: Final = "nbd.sock"
 _MAX_THREADS: Final = 8
-_LOOK_SECONDS: Final = 1.0
 # A plain connection is one socket; with TLS, two ends of a pair come with it.
 _FDS_PLAIN: Final = 1
 _FDS_TLS: Final = 3
@@ -55,16 +53,16 @@ class _Client:
     """A connection that the core's threads serve."""
 
     peer: NbdPeer
-    export: HeldExport
+    export: EnteredExport
     nr_files: int
     relay: Relay | None
 
 
-class NbdService:
-    """Listens from the time it is made until close(); all in the loop.
+class NbdService(FrontendServer[NbdSession]):
+    """Listens from construction until close(); all in the loop.
 
-    What cannot be opened is left to unserved, as are the certificates, without which tls is None:
-    then local clients are offered no TLS, and HOST:PORT is not served.
+    unserved retries listeners and certificates that cannot be opened. Until the certificates can,
+    tls is None: local clients are offered no TLS, and HOST:PORT is not served.
 
     Invariant: each connection is in _sessions or in _clients, and admitted once.
     """
@@ -72,6 +70,7 @@ class NbdService:
     def __init__(
         self, host: Host, core: NbdServer, entrance: Entrance, unserved: UnservedListeners
     ) -> None:
+        super().__init__(host, _log)
         config, listeners, loop = host.config, host.listeners, host.loop
         self.tls: ssl.SSLContext | None = None
         self._nr_files: Final = _FDS_PLAIN if config.tls is None else _FDS_TLS
@@ -80,10 +79,6 @@ class NbdService:
         self._access = host.access
         self._overlays = host.overlays
         self._entrance = entrance
-        self._admission = host.admission
-        self._counters = host.counters
-        self._loop = loop
-        self._sessions: set[NbdSession] = set()
         self._clients: dict[int, _Client] = {}
         self._others: dict[int, Callable[[Ended], None]] = {}
         self._images: dict[Image, NbdExport] = {}
@@ -94,21 +89,20 @@ class NbdService:
         self._listen(listeners.open("nbd", lambda: listen_path(self._path), self._path))
         if config.tls is not None:
             address = f"nbds+unix:///?socket={self._path}"
-            unserved.serve(address, self.load_tls, self._offer_tls, held_as=address)
+            unserved.serve(address, self.load_tls, self._offer_tls, kept_as=address)
         if (endpoint := config.nbd) is not None:
-            held_as = f"nbd/{endpoint}"
+            kept_as = f"nbd/{endpoint}"
 
             def prepare() -> tuple[socket.socket, ssl.SSLContext | None]:
                 tls = self.load_tls()
-                return listeners.open(held_as, lambda: listen_tcp(endpoint)), tls
+                return listeners.open(kept_as, lambda: listen_tcp(endpoint)), tls
 
             scheme = "nbd" if config.tls is None else "nbds"
-            unserved.serve(f"{scheme}://{endpoint}", prepare, self._listen_tcp, held_as)
+            unserved.serve(f"{scheme}://{endpoint}", prepare, self._listen_tcp, kept_as)
         loop.watch(self._core.event_fd, READ, self._on_ended)
-        loop.every(_LOOK_SECONDS, self._look_after)
 
     def load_tls(self) -> ssl.SSLContext | None:
-        """Give the context of [tls], read anew unless it is in use; None if there is no [tls].
+        """Return the context of [tls], read anew unless one is in use; None if there is no [tls].
 
         UsageError, one line, if its files cannot be used. For any thread; may wait for a disk.
         """
@@ -131,73 +125,71 @@ class NbdService:
             _log.warning(
                 "nbd-open",
                 "NBD without TLS lets anybody who reaches it read every image of the default "
-                "domain: give [tls], or an address of this host alone",
+                "domain: configure [tls], or listen at a loopback address",
                 address=f"{host}:{port}",
             )
 
     def counters(self) -> Iterator[tuple[Image, NbdCounters]]:
-        """What clients did, of each image: its own export and those of its overlays."""
+        """Yield the counters of each image: of its own export and those of its overlays."""
         for image in self._store:
             yield image, self._core.counters(image)
 
     def close(self) -> None:
-        """End every connection and give everything back; the loop has stopped."""
+        """End every connection and release everything; the loop has stopped."""
         for listener in self._listeners:
             listener.close()
         with contextlib.suppress(OSError):
             self._path.unlink()
-        for session in list(self._sessions):
+        for session in list(self._sessions.values()):
             session.close()
         self._core.drain()
         for ended in self._core.take_ended():
-            self._end(ended)
+            self._end_client(ended)
         for export in self._images.values():
             export.close()
         self._acceptor.close()
 
     def nr_unfinished(self) -> int:
-        """How many are in the middle of a handshake."""
-        return sum(not session.refusal for session in self._sessions)
+        """The number of connections in a handshake."""
+        return sum(not session.refusal for session in self._sessions.values())
 
-    # Coming in.
+    # Accepting.
 
     def _on_peer(self, listener: socket.socket) -> None:
         if (taken := self._acceptor.accept_any(listener)) is not None:
             reach("NBD_CAME")
             tune(taken[0])
-            self._admit(taken[0], no_room(taken[2]) if taken[2] else "")
+            self._admit(taken[0], taken[2])
 
-    def _admit(self, sock: socket.socket, refusal: str) -> None:
+    def _admit(self, sock: socket.socket, errno: int) -> None:
         try:
             peer = peer_of(sock)
         except OSError:
             sock.close()
             return
-        refusal = refusal or self._admission.enter(peer.counted_as, self._nr_files)
-        if refusal:
-            self._counters.note_dropped("limit")
-            _log.warning("turned-away", refusal, **_who(peer))
-            turned_away = [each for each in self._sessions if each.refusal]
+        if refusal := self._refusal(errno, peer.counted_as, self._nr_files):
+            self._note_turned_away(refusal, peer.who)
+            turned_away = [each for each in self._sessions.values() if each.refusal]
             if len(turned_away) >= NR_SPARE - 1:
                 self.over(min(turned_away, key=lambda each: each.deadline), "", "")
         session = NbdSession(sock, peer, self, self._loop, refusal)
-        self._sessions.add(session)
+        self._sessions[id(session)] = session
         session.begin()
 
-    # What sessions need.
+    # SessionOwner.
 
     def directory(self, peer: NbdPeer, client: Entering) -> NbdDirectory:
         """The exports that a client may see."""
         return NbdDirectory(self._store, self._access, self._overlays, self._entrance, peer, client)
 
     def named(self, peer: NbdPeer, names: list[str]) -> NbdPeer:
-        """The client, by the names in its certificate; UsageError if they contradict."""
+        """Return the peer with the name in its certificate; UsageError if the names conflict."""
         return peer.named(self._access.domains.client_name(names))
 
     def chosen(self, session: NbdSession, chosen: Chosen) -> None:
         """Give the connection to the core's threads."""
         export = chosen.export
-        assert isinstance(export, HeldExport)
+        assert isinstance(export, EnteredExport)
         assert export.image is not None
         try:
             connection_no = self._core.attach(
@@ -215,23 +207,32 @@ class NbdService:
             self.over(session, "limit", str(error))
             return
         session.sock.detach()
-        self._sessions.discard(session)
+        del self._sessions[id(session)]
         self._clients[connection_no] = _Client(session.peer, export, self._nr_files, session.relay)
-        _log.info("nbd-attached", export=export.name, **_who(session.peer))
+        _log.info("nbd-attached", export=export.name, **session.who)
 
     def over(self, session: NbdSession, reason: str, why: str) -> None:
         """The session ended before data flowed."""
         if reason:
-            self._counters.note_dropped(reason)
-            _log.warning("dropped", why, **_who(session.peer))
-        self._sessions.discard(session)
+            self._drop(session, reason, why)
+        else:
+            self._end(session)
+
+    def _drop(self, session: NbdSession, reason: str, why: str) -> None:
+        if session.refusal and reason == "handshake":
+            self._end(session)  # counted when it was turned away
+        else:
+            super()._drop(session, reason, why)
+
+    def _end(self, session: NbdSession) -> None:
+        self._sessions.pop(id(session), None)
         session.close()
         if session.refusal:
             self._acceptor.refill()
         else:
             self._admission.leave(session.peer.counted_as, self._nr_files)
 
-    def _export(self, held: HeldExport) -> NbdExport:
+    def _export(self, held: EnteredExport) -> NbdExport:
         if held.overlay is not None:
             return held.overlay.export
         assert held.image is not None
@@ -239,16 +240,16 @@ class NbdService:
             self._images[held.image] = NbdExport(self._core, held.image)
         return self._images[held.image]
 
-    def _let_go(self, export: HeldExport) -> None:
+    def _let_go(self, export: EnteredExport) -> None:
         if export.overlay is not None:
             self._overlays.leave(export.overlay)
 
-    # Connections that came in elsewhere and speak the same from here on.
+    # Connections that another server accepted, and that speak NBD from here on.
 
     def serve(
         self, export: NbdExport, sock: socket.socket, on_ended: Callable[[Ended], None]
     ) -> int:
-        """Have the core's threads serve a connection, whose number is given; sock is theirs then.
+        """Give sock to the core's threads; return the connection's number.
 
         on_ended is called once, in the loop or by close(). CapacityError leaves sock the caller's.
         """
@@ -258,26 +259,26 @@ class NbdService:
         return number
 
     def disconnect(self, guest: OverlayGuest) -> None:
-        """Begin the end of all of an overlay's clients that came in here."""
+        """Begin to end all of an overlay's clients that this server accepted."""
         for number, client in list(self._clients.items()):
             if client.export.overlay is guest:
                 self._core.detach(number)
 
     def detach(self, connection_no: int) -> None:
-        """Begin the end of a connection."""
+        """Begin to end a connection."""
         self._core.detach(connection_no)
 
-    # Going.
+    # Ending.
 
     def look_ended(self) -> None:
-        """Let go of what has ended by now."""
+        """Release the connections that have ended by now."""
         self._on_ended()
 
     def _on_ended(self, *_: int) -> None:
         for ended in self._core.take_ended():
-            self._end(ended)
+            self._end_client(ended)
 
-    def _end(self, ended: Ended) -> None:
+    def _end_client(self, ended: Ended) -> None:
         if (on_ended := self._others.pop(ended.connection_no, None)) is not None:
             on_ended(ended)
             return
@@ -290,26 +291,11 @@ class NbdService:
                 "protocol": "it broke the NBD protocol",
                 "limit": "there was no memory for its requests",
             }[reason]
-            self._counters.note_dropped(reason)
-            _log.warning("dropped", why, export=client.export.name, **_who(peer))
+            self._note_dropped(reason, why, {"export": client.export.name, **peer.who})
         else:
             how = os.strerror(ended.err) if ended.err else ended.reason.name.lower()
-            _log.info("nbd-detached", export=client.export.name, end=how, **_who(peer))
+            _log.info("nbd-detached", export=client.export.name, end=how, **peer.who)
 
     def _look_after(self) -> None:
-        self._on_ended()  # whether or not we were told
-        now = time.monotonic()
-        for session in list(self._sessions):
-            if now > session.deadline:
-                reason = "" if session.refusal else "handshake"
-                self.over(session, reason, "it did not finish its handshake in time")
-
-
-def _who(peer: NbdPeer) -> dict[str, object]:
-    identity = peer.identity
-    who: dict[str, object] = {}
-    if identity.client_name:
-        who["client"] = identity.client_name
-    if identity.uid is not None:
-        return {**who, "pid": peer.pid, "uid": identity.uid}
-    return {**who, "address": peer.address.removeprefix("address ")}
+        self._on_ended()  # even if the core's event was missed
+        super()._look_after()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One NBD client until data flows: its socket and its handshake, in the daemon's loop.
 
-Reads no more than the handshake wants next, and nothing while there is something to send: so what
-a client has in flight is bounded by one option, and no byte of the data phase is ever read here.
-When the handshake asks for TLS, a relay takes the socket over and the rest goes on in plain text on
-the relay's inner end.
+A session reads no more than the handshake needs next, and nothing while it has something to send.
+So a client has at most one option in flight, and no byte of the data phase is read here. When the
+client requests TLS, a relay takes over the socket, and the handshake continues in plain text on the
+relay's inner end.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ _REFUSAL_SECONDS: Final = 5.0
 
 
 class _NoExports:
-    """What a client sees that there is no room for: every question is answered with the reason."""
+    """The directory of a client that there is no room for: every request is refused with why."""
 
     def __init__(self, why: str) -> None:
         self._why = why
 
     def exports(self) -> Iterable[Export]:
-        """None can be named."""
+        """Refuse."""
         raise ExportRefused(Reply.ERR_POLICY, self._why)
 
     def find(self, _: str) -> Export:
-        """None can be described."""
+        """Refuse."""
         raise ExportRefused(Reply.ERR_POLICY, self._why)
 
     def enter(self, _: str) -> Export:
-        """None can be entered."""
+        """Refuse."""
         raise ExportRefused(Reply.ERR_POLICY, self._why)
 
 
 class SessionOwner(Protocol):
-    """What a session needs of the server it belongs to."""
+    """The part of the server that a session uses."""
 
     tls: ssl.SSLContext | None
 
@@ -69,19 +69,19 @@ class SessionOwner(Protocol):
         """The exports that a client may see."""
 
     def named(self, peer: NbdPeer, names: list[str]) -> NbdPeer:
-        """The client, by the names in its certificate; UsageError if they contradict."""
+        """Return the peer with the name in its certificate; UsageError if the names conflict."""
 
     def chosen(self, session: NbdSession, chosen: Chosen) -> None:
-        """Data is to flow on session.sock, which is no longer watched."""
+        """Begin the data phase on session.sock, which the session no longer watches."""
 
     def over(self, session: NbdSession, reason: str, why: str) -> None:
         """The session ended before data flowed; reason is "" if nothing was wrong."""
 
 
 class NbdSession:
-    """Owns its socket until it is `chosen` or `over`; then its owner does.
+    """Owns its socket until the owner's chosen() or over() is called; then the owner does.
 
-    refusal is why every export is refused to this client, "" if none is for that reason.
+    refusal, if not "", is why every export is refused to this client.
     """
 
     def __init__(
@@ -116,17 +116,22 @@ class NbdSession:
             else self._owner.directory(self.peer, self._entering)
         )
 
+    @property
+    def who(self) -> dict[str, object]:
+        """The client."""
+        return self.peer.who
+
     def begin(self) -> None:
-        """Greet, and go on as the client answers."""
+        """Send the greeting, and continue as the client answers."""
         self._watch(READ)
         self._attempt(self._go_on)
 
     def close(self) -> None:
-        """Let go of the client and of the socket, whatever the handshake has come to."""
+        """Release the client and the socket, in any state of the handshake."""
         self._entering.give_up()
         self._forget()
         self.sock.close()
-        # Once TLS is on, closing the plain end is enough: what was said last still goes out.
+        # Once TLS is on, closing the plain end is enough, and the relay still sends the last reply.
         if self.relay is not None and not self._handshake.secure:
             self.relay.stop()
 
@@ -168,7 +173,10 @@ class NbdSession:
         self._go_on()
 
     def _look_gone(self) -> None:
-        """Whether it went away while it waits for its overlay; what else it said comes after."""
+        """End the session if the client left while it waits for its overlay.
+
+        Bytes that it sent are read after the overlay is there.
+        """
         with contextlib.suppress(BlockingIOError):
             if self.sock.recv(1, socket.MSG_PEEK):
                 self._forget()
@@ -180,7 +188,7 @@ class NbdSession:
         self._go_on()
 
     def _go_on(self) -> None:
-        """Send what is to be sent; once that is out, do what the handshake came to."""
+        """Send what is unsent; once all is sent, act on the handshake's outcome."""
         if self._unsent:
             with contextlib.suppress(BlockingIOError):
                 self._unsent = self._unsent[self.sock.send(self._unsent) :]
@@ -193,7 +201,7 @@ class NbdSession:
             case WantsTls():
                 self._secure()
             case Aborted():
-                self._owner.over(self, "", "it wanted no more")
+                self._owner.over(self, "", "it aborted the handshake")
             case Chosen() as chosen:
                 self._forget()
                 self._owner.chosen(self, chosen)
@@ -220,7 +228,7 @@ class NbdSession:
 
     def _on_secured(self, tls: TlsSession) -> None:
         if self.sock.fileno() < 0:
-            return  # it was closed meanwhile
+            return  # closed meanwhile
         try:
             self.peer = self._owner.named(self.peer, tls.peer_names)
         except CowshedError as error:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests by tcp, tls and vsock."""
+"""The server of guests by tcp, tls and vsock."""

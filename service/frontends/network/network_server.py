@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where guests come in over a network: each --listen URI, from accepting one until it has ended.
+"""The server of guests over a network, at each --listen URI: a connection from accept to its end.
 
     accept --Admission--> NetworkSession (in the loop) --data--> the C core's threads --> ended
 
-A guest whose connection breaks keeps its private pages: its state is "away" until it comes back by
-the same token. A guest that closes is gone with them, unless it asked to have them kept. One that
-comes back while its old connection seems to be there takes its place, once that has ended: else
-what it sent before could overtake what it sends now.
+A guest whose connection breaks keeps its private pages: its state is "away" until it reconnects
+with the same token. A guest that ends in order loses them, unless it asked to keep them. If a guest
+reconnects while its old connection seems alive, the old one must end first: otherwise writes sent
+on it could overtake those on the new one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from typing import Final
 
 from cowshed.accounting import QuotaPolicy
 from cowshed.cache import CapacityError, CowshedError, Image, PeerError, UsageError
+from cowshed.service.frontends.frontend_server import FrontendServer
 from cowshed.service.frontends.nbd.server import NbdService
 from cowshed.service.frontends.network.session import Entered, NetworkSession, address_of
 from cowshed.service.guests.turned_away import TurnedAway, what_failed
@@ -35,7 +35,6 @@ from cowshed.service.settings.domains import Identity
 from cowshed.service.supervise.unserved_listeners import UnservedListeners
 from cowshed.transport import EOF
 from cowshed.transport.links.addresses import parse_stream_uri, scheme_of
-from cowshed.transport.links.no_room import no_room
 from cowshed.transport.links.relay import Relay
 from cowshed.transport.links.stream_ends import StreamListener, listen
 from cowshed.transport.messages.fields import error_reply
@@ -45,14 +44,13 @@ __all__ = ["NetworkServer"]
 
 _log = EventLog("cowshed.network")
 
-_LOOK_SECONDS: Final = 1.0
 _FDS: Final = {"tcp": 1, "vsock": 1, "tls": 3}  # with TLS, two ends of a pair come with it
 
 
-class NetworkServer:
-    """Listens from the time it is made until close(); all in the loop.
+class NetworkServer(FrontendServer[NetworkSession]):
+    """Listens from construction until close(); all in the loop.
 
-    What cannot be opened is left to unserved, which raises UsageError at a first start.
+    unserved retries listeners that cannot be opened; at a first start it raises UsageError.
 
     Invariant: each connection is in _sessions, or its number in _numbers, and admitted once.
     """
@@ -65,17 +63,14 @@ class NetworkServer:
         handoffs: HandoffTarget,
         unserved: UnservedListeners,
     ) -> None:
-        """handoffs takes guests that other backends give, from those that the rules allow."""
-        listeners, loop = host.listeners, host.loop
+        """handoffs receives guests from the other backends that the configuration allows."""
+        super().__init__(host, _log)
+        listeners = host.listeners
         self._store = host.store
         self._access = host.access
         self._overlays = host.overlays
         self._entrance = entrance
         self._nbd = nbd
-        self._admission = host.admission
-        self._counters = host.counters
-        self._loop = loop
-        self._sessions: dict[int, NetworkSession] = {}
         self._numbers: dict[OverlayGuest, int] = {}
         self._handoffs: Final = handoffs
         self._handoff_rules: Final = host.config.handoff_rules
@@ -83,13 +78,12 @@ class NetworkServer:
         self._turned_away: dict[int, TurnedAway] = {}
         try:
             for uri in host.config.listen:
-                held_as = uri.partition("?")[0]
-                prepare = functools.partial(_prepare, uri, held_as, nbd, listeners)
-                unserved.serve(held_as, prepare, self._open, held_as)
+                kept_as = uri.partition("?")[0]
+                prepare = functools.partial(_prepare, uri, kept_as, nbd, listeners)
+                unserved.serve(kept_as, prepare, self._open, kept_as)
         except BaseException:
             self.close()
             raise
-        loop.every(_LOOK_SECONDS, self._look_after)
 
     def _open(self, listener: StreamListener) -> None:
         self._listeners[listener.fileno()] = listener
@@ -100,32 +94,32 @@ class NetworkServer:
             _log.warning(
                 "listening-open",
                 "tcp without TLS lets anybody who reaches it read every image of the default "
-                "domain: use tls://, or an address of this host alone",
+                "domain: use tls://, or a loopback address",
                 uri=listener.uri,
             )
 
     def close(self) -> None:
-        """Stop listening and end conversations; those whose bytes flow end with the C core."""
+        """Stop listening and end all sessions; the C core ends connections in their data phase."""
         for fd, listener in self._listeners.items():
             self._loop.forget(fd)
             self._turned_away[fd].close()
             listener.close()
         self._listeners.clear()
-        for fd in list(self._sessions):
-            self._end(fd)
+        for session in list(self._sessions.values()):
+            self._end(session)
 
     def nr_unfinished(self) -> int:
-        """How many are in the middle of a handshake."""
+        """The number of connections in a handshake."""
         return len(self._sessions)
 
-    # What sessions need.
+    # NetworkHost.
 
     def find_image(self, name: str, identity: Identity) -> Image:
-        """The image that a guest means; UsageError naming those it may use."""
+        """Return the image of that name; UsageError naming those the guest may use."""
         return self._access.find(self._store, name, identity)
 
     def identity(self, names: list[str]) -> Identity:
-        """Who has these names in its certificate; UsageError if they contradict."""
+        """Return the identity of a certificate's names; UsageError if they conflict."""
         return Identity(client_name=self._access.domains.client_name(names))
 
     def enter(
@@ -137,8 +131,8 @@ class NetworkServer:
         quota_bytes: int | None,
         policy: QuotaPolicy | None,
     ) -> OverlayGuest:
-        """Hold a guest's overlay for one client; CapacityError while its last one is ending."""
-        # Its last connection may have ended just now, and its name be free again.
+        """Enter a guest's overlay as its only client; CapacityError if it has another."""
+        # The guest's last connection may have just ended, which frees its name.
         self._nbd.look_ended()
         guest = self._entrance.enter(
             client, image, name, claim, quota_bytes=quota_bytes, policy=policy
@@ -147,12 +141,12 @@ class NetworkServer:
             self._overlays.leave(guest)
             if guest in self._numbers:
                 self._nbd.detach(self._numbers[guest])
-                raise CapacityError(f"guest {name!r} has a connection that is being ended; retry")
-            raise CapacityError(f"guest {name!r} is connected already; disconnect it first")
+                raise CapacityError(f"the old connection of guest {name!r} is being ended; retry")
+            raise CapacityError(f"guest {name!r} is already connected; disconnect it first")
         return guest
 
     def check_pages(self, image: Image, name: str, overlay_id: str) -> None:
-        """Refuse a guest whose private pages are not here: CapacityError, and none are made."""
+        """Raise CapacityError if the guest's private pages are not here; makes none."""
         guest = self._overlays.get(image.domain, name)
         if guest is None or guest.pages_id != overlay_id:
             raise CapacityError(
@@ -160,21 +154,21 @@ class NetworkServer:
             )
 
     def overlay_id(self, guest: OverlayGuest) -> str:
-        """Name these private pages."""
+        """Return the identifier of the guest's private pages."""
         return guest.pages_id
 
     def check_handoff(self, client_name: str | None, scheme: str) -> None:
-        """Refuse who may not give us guests: UsageError."""
+        """Raise UsageError unless this peer may hand guests over to us."""
         if self._handoffs is None or not self._handoff_rules.allows(client_name, scheme):
-            who = repr(client_name) if client_name else f"a backend that comes by {scheme}"
-            _log.warning("handoff-refused", f"handoffs of {who} are not taken here")
+            who = repr(client_name) if client_name else f"a backend connected by {scheme}"
+            _log.warning("handoff-refused", f"handoffs from {who} are not taken here")
             raise UsageError(
-                f"handoffs of {who} are not taken here; name its certificate in handoff_from, or, "
-                "for tcp without TLS, serve with --accept-handoff"
+                f"handoffs from {who} are not taken here; name its certificate in handoff_from, "
+                "or, for tcp without TLS, serve with --accept-handoff"
             )
 
     def leave(self, entered: Entered, *, was_orderly: bool) -> None:
-        """Let go of a guest; its overlay goes too if it said good-bye and wanted none kept."""
+        """Leave a guest; discards its overlay if it ended in order and did not ask to keep it."""
         guest = entered.guest
         self._overlays.leave(guest)
         if was_orderly and not entered.keep and not guest.nr_clients:
@@ -192,12 +186,12 @@ class NetworkServer:
             _log.warning("not-discarded", str(error), overlay=label)
 
     def disconnect(self, guest: OverlayGuest) -> None:
-        """Begin the end of a guest's connection, wherever it came in."""
+        """Begin to end a guest's connections, here and at the NBD server."""
         self._nbd.disconnect(guest)
         if guest in self._numbers:
             self._nbd.detach(self._numbers[guest])
 
-    # Coming in.
+    # Accepting.
 
     def _on_connect(self, listening_fd: int, _: int) -> None:
         listener = self._listeners[listening_fd]
@@ -206,13 +200,8 @@ class NetworkServer:
             return
         reach("NETWORK_CAME")
         who = address_of(connection)
-        if connection.no_room:
-            refusal = no_room(connection.no_room)
-        else:
-            refusal = self._admission.enter(who, _FDS[listener.scheme])
-        if refusal:
-            self._counters.note_dropped("limit")
-            _log.warning("turned-away", refusal, address=connection.where)
+        if refusal := self._refusal(connection.no_room, who, _FDS[listener.scheme]):
+            self._note_turned_away(refusal, {"address": connection.where})
             self._turned_away[listening_fd].add(connection, refusal)
             return
         fd = connection.fileno()
@@ -225,7 +214,7 @@ class NetworkServer:
         self._attempt(fd, reads=bool(events & READ))
 
     def _attempt(self, fd: int, *, reads: bool = False, go_on: bool = False) -> None:
-        """Do what a session asked, and send what is to be sent."""
+        """Perform a session's requests, and send its replies."""
         session = self._sessions[fd]
         tag = 0
         try:
@@ -234,19 +223,19 @@ class NetworkServer:
             if reads and not session.closing and not session.given:
                 messages = session.connection.recv_ready()
                 if messages is EOF:
-                    self._end(fd)
+                    self._end(session)
                     return
                 for message in messages:
                     tag = message.tag
                     session.handle(message)
             session.connection.flush()
             if not session.connection.wants_write and (session.closing or session.given):
-                self._give(fd) if session.given else self._end(fd)
+                self._give(fd) if session.given else self._end(session)
                 return
             self._watch(fd, session)
         except (PeerError, CapacityError, OSError) as error:
             of_ours, why = what_failed(error)
-            self._drop(fd, "limit" if of_ours else "protocol", why, tag)
+            self._drop(session, "limit" if of_ours else "protocol", why, tag)
 
     def _watch(self, fd: int, session: NetworkSession) -> None:
         events = 0 if session.has_more else READ
@@ -255,7 +244,7 @@ class NetworkServer:
         self._loop.change(fd, events)
 
     def _give(self, fd: int) -> None:
-        """Give the connection to the core's threads: the reply to "data" is out."""
+        """Give the connection to the core's threads; the reply to "data" must have been sent."""
         reach("NETWORK_GIVEN")
         session = self._sessions[fd]
         if session.brings_handoff:
@@ -286,8 +275,7 @@ class NetworkServer:
             how = ended.reason.name.lower()
             _log.info("detached", guest=entered.guest.name, end=how, **who)
             if ended.reason in (NbdEnd.PROTOCOL, NbdEnd.MEMORY):
-                self._counters.note_dropped("protocol")
-                _log.warning("dropped", "it broke the NBD protocol", **who)
+                self._note_dropped("protocol", "it broke the NBD protocol", who)
             self.leave(entered, was_orderly=ended.reason is NbdEnd.DISC)
 
         try:
@@ -302,7 +290,7 @@ class NetworkServer:
         _log.info("attached", guest=entered.guest.name, image=image, **who)
 
     def _give_handoff(self, fd: int) -> None:
-        """Give the connection to a thread of its own: a handoff comes over it."""
+        """Give a connection that brings a handoff to a thread of its own."""
         session = self._sessions[fd]
         sock, tls = session.connection.take_stream()
         del self._sessions[fd]
@@ -323,39 +311,29 @@ class NetworkServer:
             self._log_no_room(error, session.who)
 
     def _log_no_room(self, error: CowshedError | OSError, who: dict[str, object]) -> None:
-        self._counters.note_dropped("limit")
-        _log.warning("dropped", what_failed(error)[1], **who)
+        self._note_dropped("limit", what_failed(error)[1], who)
 
-    def _drop(self, fd: int, reason: str, why: str, tag: int = 0) -> None:
-        session = self._sessions[fd]
-        self._counters.note_dropped(reason)
-        _log.warning("dropped", why, **session.who)
+    def _drop(self, session: NetworkSession, reason: str, why: str, tag: int = 0) -> None:
+        self._note_dropped(reason, why, session.who)
         with contextlib.suppress(PeerError):
             kind = "capacity" if reason == "limit" else "peer"
             session.connection.queue(error_reply(kind, why), (), tag)
             session.connection.flush()
-        self._end(fd)
+        self._end(session)
 
-    def _end(self, fd: int) -> None:
-        session = self._sessions.pop(fd)
+    def _end(self, session: NetworkSession) -> None:
+        fd = session.connection.fileno()
+        del self._sessions[fd]
         self._loop.forget(fd)
         self._admission.leave(address_of(session.connection), _FDS[session.scheme])
         session.end()
 
-    def _look_after(self) -> None:
-        now = time.monotonic()
-        for fd, session in list(self._sessions.items()):
-            if now > session.deadline:
-                self._drop(fd, "handshake", "it did not finish its handshake in time")
 
-
-def _prepare(uri: str, held_as: str, nbd: NbdService, listeners: Listeners) -> StreamListener:
-    """Listen at uri; UsageError if that cannot be. For any thread; may wait for a disk."""
+def _prepare(uri: str, kept_as: str, nbd: NbdService, listeners: Listeners) -> StreamListener:
+    """Listen at uri; UsageError on failure. For any thread; may wait for a disk."""
     scheme = scheme_of(uri)
     if scheme not in _FDS:
-        raise UsageError(
-            f"cannot listen at {uri!r}: guests from elsewhere come by tcp://, tls:// or vsock://"
-        )
+        raise UsageError(f"cannot listen at {uri!r}: use tcp://, tls:// or vsock://")
     needs_tls = scheme == "tls" and not parse_stream_uri(uri).options
     context = nbd.load_tls() if needs_tls else None
-    return listen(uri, context=context, opened_by=functools.partial(listeners.open, held_as))
+    return listen(uri, context=context, opened_by=functools.partial(listeners.open, kept_as))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One guest's conversation over a network, until its bytes flow.
+"""One guest's session over a network, until its data phase.
 
     NEW --hello--> IDLE --open--> OPENED --data--> GIVEN (the C core's threads have the socket)
                    IDLE: describe             any but GIVEN: --close--> CLOSED
                    IDLE --handoff--> GIVEN (a thread of service/migration/handoff_target.py has it)
 
-As in sessions.py, what makes no sense costs the peer its connection, and what cannot be met is
-refused. Operators' requests are for the unix socket, where the kernel says who asks.
+As in sessions.py, an invalid request costs the peer its connection, and a valid one that cannot be
+met is refused. Operators' requests are for the unix socket, where the kernel reports the user.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from cowshed.transport.messages.protocol import VERSION, Body
 
 __all__ = ["Entered", "NetworkHost", "NetworkSession"]
 
-# From connecting until data flows; nobody needs to be here without a guest.
+# From connecting until data flows.
 _HANDSHAKE_SECONDS: Final = 30.0
 
 
 class NetworkState(enum.Enum):
-    """Where a conversation is; see the module's picture."""
+    """The state of a session; the module's docstring has the transitions."""
 
     NEW = enum.auto()
     IDLE = enum.auto()
@@ -71,20 +71,20 @@ _OPS: Final = frozenset(op for _, op in _NEXT)
 
 @dataclass(frozen=True)
 class Entered:
-    """A guest that was let in: keep says whether its private pages outlive a good-bye."""
+    """A guest that a session entered; keep: its private pages outlive an orderly end."""
 
     guest: OverlayGuest
     keep: bool
 
 
 class NetworkHost(Protocol):
-    """What a session needs of its server."""
+    """The part of the server that a session uses."""
 
     def find_image(self, name: str, identity: Identity) -> Image:
-        """The image that a guest means; UsageError naming those it may use."""
+        """Return the image of that name; UsageError naming those the guest may use."""
 
     def identity(self, names: list[str]) -> Identity:
-        """Who has these names in its certificate; UsageError if they contradict."""
+        """Return the identity of a certificate's names; UsageError if they conflict."""
 
     def enter(
         self,
@@ -95,26 +95,26 @@ class NetworkHost(Protocol):
         quota_bytes: int | None,
         policy: QuotaPolicy | None,
     ) -> OverlayGuest:
-        """Hold a guest's overlay for one client, the only one; UsageError if it is not its own.
+        """Enter a guest's overlay as its only client; UsageError if it is another owner's.
 
-        NotYetError as Entrance.enter() has it.
+        CapacityError if it has another client. NotYetError as in Entrance.enter().
         """
 
     def check_pages(self, image: Image, name: str, overlay_id: str) -> None:
-        """Refuse a guest whose private pages are not here: CapacityError, and none are made."""
+        """Raise CapacityError if the guest's private pages are not here; makes none."""
 
     def overlay_id(self, guest: OverlayGuest) -> str:
-        """Name these private pages: others, under the same guest's name, are named otherwise."""
+        """Return the identifier of the guest's private pages; it differs if they are made anew."""
 
     def check_handoff(self, client_name: str | None, scheme: str) -> None:
-        """Refuse who may not give us guests: UsageError."""
+        """Raise UsageError unless this peer may hand guests over to us."""
 
     def leave(self, entered: Entered, *, was_orderly: bool) -> None:
-        """Let go of what was entered. was_orderly: the guest said good-bye, and is done with it."""
+        """Leave what was entered. was_orderly: the guest closed and needs it no more."""
 
 
 class NetworkSession:
-    """The backend's half of one connection; end() gives back whatever it holds."""
+    """The backend's half of one connection; end() releases whatever it has."""
 
     def __init__(
         self,
@@ -141,31 +141,32 @@ class NetworkSession:
 
     @property
     def given(self) -> bool:
-        """Whether the guest's bytes are to flow once the reply is out."""
+        """Whether the data phase begins once the reply is sent."""
         return self._state is NetworkState.GIVEN
 
     @property
     def has_more(self) -> bool:
-        """Whether something was said after the request that waits: no more is to be read then."""
+        """Whether messages follow the request that waits; the caller must read no more then."""
         return len(self._unanswered) > 1
 
     @property
     def who(self) -> dict[str, object]:
-        """The peer, for a log."""
+        """The peer's fields in a log line."""
         client = {"client": self.connection.identity} if self.connection.identity else {}
         return {**client, "address": self.connection.where}
 
     def handle(self, message: Received) -> None:
-        """Do what one message asks and queue the reply; PeerError ends the connection.
+        """Perform one request and queue the reply; PeerError ends the connection.
 
-        One that waits for its overlay, and what comes after it, is done in go_on(), after on_made.
+        A request that waits for its overlay, and those after it, are performed by go_on(), which
+        the owner must call after on_made.
         """
         self._unanswered.append(message)
         if len(self._unanswered) == 1:
             self.go_on()
 
     def go_on(self) -> None:
-        """Do what is not done yet."""
+        """Perform the requests that wait, up to the first that must wait on."""
         while self._unanswered:
             try:
                 self._do(self._unanswered[0])
@@ -195,11 +196,11 @@ class NetworkSession:
         self._reply(message.tag, {"ok": True, **reply})
 
     def end(self) -> None:
-        """Let go of the guest, unless its bytes flow by now, and close the connection."""
+        """Leave the guest, unless its data phase has begun, and close the connection."""
         self._entering.give_up()
         entered, self.entered = self.entered, None
         if entered is not None:
-            # Who opened and never asked for data has nothing here, unless it was here before.
+            # A guest that opened and never requested data has private pages only from before.
             empty = entered.guest.account.status().private_pages == 0
             self._host.leave(entered, was_orderly=self.closing or empty)
         self.connection.close()
@@ -241,10 +242,10 @@ class NetworkSession:
         return {}
 
     def _claim(self, token: str) -> Claim:
-        """A guest is known by its token, and one with a certificate by both together."""
+        """A guest is identified by its token; one with a certificate by both together."""
         proof = f"token {hashlib.sha256(token.encode()).hexdigest()[:32]}"
         client = self._identity.client_name
-        # Its token alone may be what it is known by, if it came by another transport before.
+        # The token alone may identify it, if it connected by a transport without TLS before.
         return Claim(
             owners=(f"client {client} {proof}", proof) if client else (proof,),
             counted_as=address_of(self.connection),
@@ -269,5 +270,5 @@ def _describe(image: Image) -> Body:
 
 
 def address_of(connection: StreamConnection) -> str:
-    """Whom a connection is counted for: its host."""
+    """Return the key that a connection is counted under: its host."""
     return f"address {connection.where.partition('://')[2].rpartition(':')[0]}"

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests that map by the unix socket, and operators."""
+"""The unix socket: guests that map, and operators."""

@@ -2,7 +2,7 @@
 """Connections without a mapping, handed over to the successor at a graceful shutdown.
 
 Each is a group of its own, a record and the socket, from shortly before the end of this process
-until the successor has it. What its peer sent and nobody has read is in the socket still.
+until the successor has it. Bytes that nobody has read yet stay in the socket.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _KINDS: Final = {"record", "socket"}
 
 
 class HandedOver:
-    """Hands connections over to the successor, and takes those that the last backend left."""
+    """Hands connections over to the successor, and takes those that the last backend gave."""
 
     def __init__(self, fd_store: FdStore) -> None:
         self._fd_store = fd_store
         self._records: dict[str, int] = {}
 
     def give(self, connection: Connection, *, is_greeted: bool) -> None:
-        """Have a connection held for the successor.
+        """Have the keeper hold a connection for the successor.
 
-        It ends with this process if the keeper does not hold it by then, or if there is no
-        descriptor for its record.
+        The connection ends with this process if the keeper does not hold it by then, or if no
+        descriptor is left for its record.
         """
         try:
             record = record_make({"greeted": is_greeted})
@@ -44,10 +44,10 @@ class HandedOver:
             return
         group = f"{_PREFIX}{secrets.token_hex(8)}"
         self._records[group] = record
-        self._fd_store.hold(group, [record, connection.fileno()], pid=connection.peer.pid)
+        self._fd_store.keep(group, [record, connection.fileno()], pid=connection.peer.pid)
 
     def take_back(self) -> None:
-        """Have no connection held any more: this process goes on."""
+        """Have the keeper release all connections; this process continues."""
         for group, record in self._records.items():
             self._fd_store.release(group)
             os.close(record)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mappings that outlive their connection: parked, until their memory is gone.
 
-A program can close its end of a connection by accident: a loop of bare close(2) calls ends it, and
-the program's own userfaultfd with it. Were the mapping let go then, the last userfaultfd would go
-too, and every page that is not there would read as zeros, silently. So who leaves without "close"
-is served on until its process has ended (which the server notices), has executed another
-program, or has nothing of the mapping left.
+A program can close its connection by accident: a loop of bare close(2) calls closes it, and the
+program's own userfaultfd too. If the backend detached the mapping then, it would close the last
+userfaultfd, and every absent page would silently read as zeros. So a mapping whose connection ends
+without "close" is served until its process has ended (which the server notices), has executed
+another program, or has unmapped all of it.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ __all__ = ["Parking"]
 
 _log = EventLog("cowshed")
 
-# At a time, in the loop: 2 ms at most.
+# Pages looked at by one call, in the loop: takes 2 ms at most.
 _LOOKS: Final = 2048
 
 
 class Parking:
-    """One mapping without a connection. is_over() is to be asked now and then, in the loop."""
+    """One mapping without a connection. The owner must poll is_over(), in the loop."""
 
     def __init__(self, mapping: Mapping) -> None:
         self._mapping = mapping
         self._page = 0
-        self._is_said = False
+        self._is_logged = False
 
     def is_over(self) -> bool:
-        """Whether nobody can miss the mapping any more.
+        """Whether no process has the mapping any more.
 
         A process that ends closes its connection a moment before it has ended, but after its memory
-        has gone: so the first answer is right already, and only the second is logged.
+        is gone. So the first answer is already right, and the parking is logged by the second call.
         """
         mapping = self._mapping
         if not memory_lives(mapping.fds[2]):
@@ -44,11 +44,11 @@ class Parking:
         self._page, found = mapping.account.find_present(self._page, _LOOKS)
         if found is False:
             return True
-        if mapping.is_parked and not self._is_said:
-            self._is_said = True
+        if mapping.is_parked and not self._is_logged:
+            self._is_logged = True
             _log.warning(
                 "parked",
-                "it closed its connection and has the image mapped still: it is served until its "
+                "it closed its connection and still has the image mapped: it is served until its "
                 "process ends; programs must not close descriptors that are not theirs",
                 guest=mapping.name,
                 image=mapping.image.label,

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One connection's conversation: what it may say when, and what is done about it.
+"""One connection's session: which requests it may make when, and how they are performed.
 
     NEW --hello--> IDLE --open--> OPENED --region--> ATTACHED --close--> CLOSED
                    IDLE: describe; operators' requests, if the peer is root or our own user
 
-A request out of turn, or fields that make no sense, is the peer's error: it costs the peer its
-connection. A request that is understood and cannot be met gets a refusal, and the conversation goes
-on.
+A request out of turn or with malformed fields is the peer's error and ends its connection. A valid
+request that cannot be met is refused, and the session continues.
 """
 
 from __future__ import annotations
@@ -14,63 +13,55 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
-import secrets
 import time
 from collections.abc import Iterator
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from cowshed.accounting import QuotaPolicy, Region
+from cowshed.accounting import Region
 from cowshed.cache import (
     CowshedError,
     Image,
     PeerError,
     UsageError,
 )
-from cowshed.faults import FaultOptions, uffd_features
+from cowshed.faults import uffd_features
+from cowshed.service.frontends.unix.open_requests import check_region, read_open_request
 from cowshed.service.frontends.unix.parking import Parking
-from cowshed.service.guests.guest_records import GuestRecords, RestoredGuest
-from cowshed.service.guests.guests import Guest, GuestProcess, GuestTable, Mapping, OpenRequest
-from cowshed.service.guests.userfaultfd import check_guest_files, check_uffd
+from cowshed.service.frontends.unix.session_host import SessionHost
+from cowshed.service.guests.guest_records import RestoredGuest
+from cowshed.service.guests.guests import Guest, GuestProcess, Mapping, OpenRequest
 from cowshed.service.images.generations import image_generation
-from cowshed.service.images.reopening import Reopened, Reopener
-from cowshed.service.migration.incoming import IncomingGuest, IncomingGuests
-from cowshed.service.operators.control import Control
+from cowshed.service.images.reopening import Reopened
+from cowshed.service.migration.incoming import IncomingGuest
 from cowshed.service.persist.inherited import record_close
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.test_points import reach
-from cowshed.service.runtime.workers import Workers
-from cowshed.service.settings.config import Config
 from cowshed.service.settings.domains import Identity, is_operator
-from cowshed.service.settings.quotas import check_quota
 from cowshed.transport import Connection, Received
 from cowshed.transport.messages.fields import (
     error_reply,
     refusal,
-    take_choice,
     take_flag,
     take_number,
-    take_optional_number,
-    take_optional_text,
     take_text,
 )
 
-__all__ = ["Session", "SessionHost"]
+__all__ = ["Session"]
 
 _log = EventLog("cowshed.sessions")
 
 Body = dict[str, Any]
 
 _VERSION: Final = 1
-PAGE_BYTES: Final = 4096
 _HANDSHAKE_SECONDS: Final = 10.0
 
 
 class SessionState(enum.Enum):
-    """Where a conversation is; see the module's picture."""
+    """The state of a session; the module's docstring has the transitions."""
 
     NEW = enum.auto()
     IDLE = enum.auto()
-    EARLY = enum.auto()  # asked to open, and its private pages are still on their way here
+    EARLY = enum.auto()  # its open waits for private pages that are still arriving here
     OPENED = enum.auto()
     ATTACHED = enum.auto()
     CLOSED = enum.auto()
@@ -87,53 +78,11 @@ _NEXT: Final = {
 }
 
 
-class SessionHost(Protocol):
-    """What a session needs of the daemon."""
-
-    @property
-    def config(self) -> Config:
-        """What the daemon was told."""
-
-    @property
-    def control(self) -> Control:
-        """What operators may ask."""
-
-    @property
-    def guests(self) -> GuestTable:
-        """Who is attached."""
-
-    @property
-    def guest_records(self) -> GuestRecords:
-        """What is to outlive us."""
-
-    @property
-    def incoming(self) -> IncomingGuests:
-        """Guests that moved here, and come to map."""
-
-    @property
-    def uffd_device(self) -> int | None:
-        """An open /dev/userfaultfd to lend, or None."""
-
-    @property
-    def reopener(self) -> Reopener:
-        """Who opens sources for guests."""
-
-    @property
-    def workers(self) -> Workers:
-        """Threads for what takes long."""
-
-    def end_parked(self, request: OpenRequest) -> bool:
-        """End what is parked under a name and has nothing mapped any more; whether any was."""
-
-    def shut_down(self) -> None:
-        """End the daemon once the replies are out."""
-
-
 class Session:
-    """The backend's half of one connection; end() gives back whatever it holds.
+    """The backend's half of one connection; end() releases whatever it has.
 
-    deadline is when a handshake must have got further (time.monotonic()), or None. watched_fd is
-    the guest's pidfd once the loop watches it, else -1. parking is there once the connection has
+    deadline is when a handshake must have progressed (time.monotonic()), or None. watched_fd is
+    the guest's pidfd once the loop watches it, else -1. parking is set once the connection has
     ended before its mapping.
     """
 
@@ -147,20 +96,20 @@ class Session:
         self._state = SessionState.NEW
         self._opened: tuple[Guest, OpenRequest] | None = None
         self._moved: IncomingGuest | None = None
-        self._held_as = ""
+        self._kept_as = ""
         self._nr_working = 0
         self._is_answered = True
         self._early: tuple[SessionState, Received] | None = None
 
     @classmethod
     def of_restored(cls, restored: RestoredGuest, host: SessionHost) -> Session:
-        """Go on with the conversation of a mapping that was adopted."""
+        """Make the session of a restored mapping, attached; sends a reply that was not sent."""
         session = cls(restored.connection, host)
         session.mapping = restored.mapping
         session.deadline = None
         session._state = SessionState.ATTACHED
         session._opened = restored.mapping.guest, restored.request
-        session._held_as = restored.group
+        session._kept_as = restored.group
         if restored.tag is not None:
             session._is_answered = False
             session._reply(restored.tag, {"ok": True, "guest": restored.request.name})
@@ -168,12 +117,12 @@ class Session:
 
     @property
     def key(self) -> tuple[str, str] | None:
-        """Of the guest whose name it holds, if it does."""
+        """The key of the guest whose name this session has, or None."""
         return None if self._opened is None else self._opened[1].key
 
     @classmethod
     def handed_over(cls, connection: Connection, host: SessionHost, *, is_greeted: bool) -> Session:
-        """Go on with a conversation that our predecessor had, and which was at rest."""
+        """Continue a session that our predecessor handed over at rest."""
         session = cls(connection, host)
         if is_greeted:
             session._state = SessionState.IDLE
@@ -181,15 +130,26 @@ class Session:
         return session
 
     @property
+    def who(self) -> dict[str, object]:
+        """The fields of a log line: the peer, and its guest if there is one."""
+        mapping, peer = self.mapping, self.connection.peer
+        return {
+            "guest": mapping and mapping.name,
+            "image": mapping and mapping.image.label,
+            "pid": peer.pid,
+            "uid": peer.uid,
+        }
+
+    @property
     def is_greeted(self) -> bool:
-        """Whether hello was said."""
+        """Whether the peer sent hello."""
         return self._state is not SessionState.NEW
 
     @property
     def is_at_rest(self) -> bool:
-        """Whether our end would be noticed by nobody here, if the socket does not end with us."""
+        """Whether this process can end unnoticed by the peer, if the socket outlives it."""
         if self.mapping is not None:
-            return True  # it is held, with what it may not have been told
+            return True  # the keeper holds it, and a reply that may not have been sent
         return (
             self._state in (SessionState.NEW, SessionState.IDLE)
             and not self._nr_working
@@ -198,11 +158,11 @@ class Session:
 
     @property
     def closing(self) -> bool:
-        """Whether the conversation is over and only replies are left to send."""
+        """Whether the session is over and only replies are left to send."""
         return self._state is SessionState.CLOSED
 
     def park(self) -> bool:
-        """The connection has ended: go on without it if its guest has not said that it is done."""
+        """Park the mapping, whose connection has ended without "close"; False if none is left."""
         if self.mapping is None or self._state is not SessionState.ATTACHED:
             return False
         parking = Parking(self.mapping)
@@ -212,7 +172,7 @@ class Session:
         return True
 
     def end(self) -> None:
-        """Detach the guest, if there is one, and close the connection; nothing twice."""
+        """Detach the guest, if there is one, and close the connection; idempotent."""
         self._state = SessionState.CLOSED
         self._detach()
         opened, self._opened = self._opened, None
@@ -224,7 +184,7 @@ class Session:
         self.connection.close()
 
     def note_sent(self) -> None:
-        """All that was queued has been sent."""
+        """Note that all queued messages were sent, and so the reply to "region"."""
         if self._state is SessionState.OPENED:
             reach("OPEN_TOLD")
         if not self._is_answered and self.mapping is not None:
@@ -233,7 +193,7 @@ class Session:
             record_close(self.mapping.fds[-1])
 
     def handle(self, message: Received) -> None:
-        """Do what one message asks and queue the reply; PeerError ends the connection."""
+        """Perform one request and queue the reply; PeerError ends the connection."""
         try:
             self._dispatch(message)
         except PeerError:
@@ -296,17 +256,19 @@ class Session:
         }
         try:
             self._late_reply(tag, description, [got.fd])
-        except CowshedError as error:  # no descriptors are left
+        except CowshedError as error:  # no descriptor is left
             self._refuse(tag, error)
         finally:
             os.close(got.fd)
 
     def _comes_too_early(self, message: Received) -> bool:
-        """Whether its pages are still on their way: then it is answered later (open_again)."""
-        if not self._host.incoming.lacks(self._read_request(message.body)):
+        """Whether the guest's pages are still arriving; then open_again() answers the open."""
+        if not self._host.incoming.lacks(self._read_open(message)):
             return False
         if self._early is None:
-            _log.notice("open-waits", "for pages on their way", pid=self.connection.peer.pid)
+            _log.notice(
+                "open-waits", "the guest's pages are still arriving", pid=self.connection.peer.pid
+            )
         self._early = self._state, message
         self._state = SessionState.EARLY
         self.deadline = None
@@ -314,25 +276,25 @@ class Session:
 
     @property
     def is_early(self) -> bool:
-        """Whether its open waits for pages; open_again() now and then."""
+        """Whether its open waits for pages; the owner must call open_again() repeatedly."""
         return self._state is SessionState.EARLY and self._early is not None
 
     def open_again(self) -> None:
-        """Answer an open that waits, if its pages are here."""
+        """Answer an open that waits, if its pages have arrived."""
         assert self._early is not None
         self._state, message = self._early
         self.handle(message)
 
     def _on_open(self, message: Received) -> None:
-        request = self._read_request(message.body)
+        request = self._read_open(message)
         if (found := self._host.incoming.enter(request, self._peer())) is not None:
             self._moved, request = found
             self._opened = self._moved.guest, request
         elif take_flag(message.body, "moved") and not self._carries_on(request):
-            # Its private pages, which it counts on, are here or the guest is not.
+            # The guest relies on its private pages: without them it must not be served.
             raise UsageError(
-                f"guest {request.name!r} moved here, and its private pages are not to be had: they "
-                "are in use, or lost; see this backend's log"
+                f"guest {request.name!r} moved here, and its private pages are in use or lost; "
+                "see this backend's log"
             )
         else:
             self._opened = self._reserve(request), request
@@ -355,80 +317,35 @@ class Session:
         )
 
     def _carries_on(self, request: OpenRequest) -> bool:
-        """Whether a mapping of the guest's came before, and this one brings its own pages too."""
+        """Whether this mapping brings its own pages, and the guest has another mapping here."""
         return request.carries and self._host.guests.has_joined(request, self._peer())
 
     def _reserve(self, request: OpenRequest) -> Guest:
         try:
             return self._host.guests.reserve(request, self._peer())
         except UsageError:
-            # It may be the same program that comes again, having left without a word.
+            # It may be the same program, reconnecting after it left without "close".
             if not self._host.end_parked(request):
                 raise
         return self._host.guests.reserve(request, self._peer())
 
-    def _read_request(self, body: Body) -> OpenRequest:
-        config = self._host.config
-        quota_bytes = take_optional_number(body, "quota_bytes")
-        if quota_bytes is None:
-            quota_bytes = config.default_quota_bytes
-        else:
-            check_quota(quota_bytes)
-        policy = take_choice(
-            body, "on_quota", ("stop", "kill", "allow"), default=config.default_on_quota
-        )
-        image = self._find_image(take_text(body, "image"))
-        offset_bytes = take_optional_number(body, "offset_bytes") or 0
-        length_bytes = take_optional_number(body, "length_bytes")
-        if length_bytes is None:
-            length_bytes = max(0, image.map_bytes - offset_bytes)
-        check_part(image, offset_bytes, length_bytes)
-        return OpenRequest(
-            name=take_optional_text(body, "guest", max_length=64) or self._new_name(),
-            image=image,
-            token=take_optional_text(body, "token", max_length=64),
-            offset_bytes=offset_bytes,
-            length_bytes=length_bytes,
-            quota_bytes=quota_bytes,
-            policy=QuotaPolicy[policy.upper()],
-            options=FaultOptions(
-                window_bytes=take_optional_number(body, "window_bytes") or 0,
-                write_window_bytes=take_optional_number(body, "write_window_bytes") or 0,
-            ),
-            carries=take_flag(body, "carries"),
-        )
+    def _read_open(self, message: Received) -> OpenRequest:
+        pid = self.connection.peer.pid
+        return read_open_request(message.body, self._host.config, self._find_image, pid)
 
     def _find_image(self, name: str) -> Image:
-        """The image of that name in the peer's domain."""
+        """Return the image of that name in the peer's domain."""
         peer = self.connection.peer
         return self._host.control.find_guest_image(name, Identity(peer.uid, peer.gid))
-
-    def _new_name(self) -> str:
-        """A name for a guest that gave none, which nobody else has and nobody can foresee."""
-        return f"pid-{self.connection.peer.pid}-{secrets.token_hex(4)}"
 
     def _peer(self) -> GuestProcess:
         peer = self.connection.peer
         return GuestProcess(peer.pid, peer.uid, -1 if peer.pidfd is None else peer.pidfd)
 
     def _check_region(self, message: Received) -> int:
-        """Give the address of a region that can be attached. Raises CowshedError if it cannot."""
         assert self._opened is not None
-        request = self._opened[1]
         self._host.control.check_open()  # it may have opened before the drain
-        if len(message.fds) != 3:
-            raise PeerError(f"a region comes with 3 descriptors, not {len(message.fds)}")
-        address = take_number(message.body, "address", minimum=4096, maximum=1 << 56)
-        length = take_number(message.body, "length", minimum=4096, maximum=1 << 48)
-        if address % 4096 or length != request.length_bytes:
-            raise PeerError(
-                f"a region of {length} bytes at {address:#x} does not match the part opened of "
-                f"{request.image.label!r}, which takes {request.length_bytes} bytes"
-            )
-        peer = self.connection.peer
-        check_uffd(message.fds[0])
-        check_guest_files(peer.pid, peer.pidfd, message.fds)
-        return address
+        return check_region(message, self._opened[1], self.connection.peer)
 
     def _on_region(self, message: Received) -> None:
         address = self._check_region(message)
@@ -447,14 +364,14 @@ class Session:
         self.mapping.carries = request.carries
         message.fds.clear()
         reach("REGION_ATTACHED")
-        self._held_as = self._host.guest_records.hold(
+        self._kept_as = self._host.guest_records.keep(
             self.mapping, self.connection, request, message.tag
         )
         if self._moved is not None:
             moved, self._moved = self._moved, None
             self._host.incoming.complete(moved)
         reach("REGION_HELD")
-        self._is_answered = not self._held_as
+        self._is_answered = not self._kept_as
         peer = self.connection.peer
         _log.info(
             "attached", guest=request.name, image=request.image.label, pid=peer.pid, uid=peer.uid
@@ -468,7 +385,7 @@ class Session:
     def _detach(self) -> None:
         mapping, self.mapping = self.mapping, None
         if mapping is not None:
-            self._host.guest_records.release(self._held_as)
+            self._host.guest_records.release(self._kept_as)
             self._host.guests.detach(mapping)
             _log.info(
                 "detached",
@@ -497,7 +414,7 @@ class Session:
                 for reply in self._host.control.perform(op, body, fds):
                     yield reply
                     if self.closing:
-                        return  # nobody waits for the rest
+                        return  # the peer does not wait for the rest
             except CowshedError as error:
                 yield refusal(error)
 
@@ -514,7 +431,7 @@ class Session:
 
     def _late_reply(self, tag: int, reply: Body, fds: list[int] | None = None) -> None:
         if self._state is not SessionState.CLOSED:
-            # A peer that has gone, or reads nothing, is noticed by the loop.
+            # The loop notices a peer that is gone or reads nothing.
             with contextlib.suppress(PeerError):
                 try:
                     self._reply(tag, reply, fds)
@@ -526,16 +443,3 @@ class Session:
 
     def _reply(self, tag: int, body: Body, fds: list[int] | None = None) -> None:
         self.connection.queue(body, fds or (), tag)
-
-
-def check_part(image: Image, offset_bytes: int, length_bytes: int) -> None:
-    """Raise UsageError unless these are whole pages of an image, at least one."""
-    if (
-        (offset_bytes | length_bytes) % PAGE_BYTES
-        or length_bytes == 0
-        or offset_bytes + length_bytes > image.map_bytes
-    ):
-        raise UsageError(
-            f"{length_bytes} bytes at {offset_bytes} are no part of {image.label!r} to be mapped; "
-            f"give whole pages of {PAGE_BYTES} bytes within its {image.map_bytes}"
-        )

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where guests and operators come in: RUN_DIR/cowshed.sock, and a session for each connection."""
+"""The server of guests and operators, at RUN_DIR/cowshed.sock: a session for each connection."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from typing import Any, Final
 
 from cowshed.cache import CapacityError, PeerError
 from cowshed.cache.errors import PeerGoneError
+from cowshed.service.frontends.frontend_server import FrontendServer
 from cowshed.service.frontends.unix.handed_over import HandedOver
-from cowshed.service.frontends.unix.sessions import Session, SessionHost
+from cowshed.service.frontends.unix.session_host import SessionHost
+from cowshed.service.frontends.unix.sessions import Session
 from cowshed.service.guests.guests import Guest, OpenRequest
 from cowshed.service.guests.turned_away import TurnedAway, what_failed
 from cowshed.service.host import Host
@@ -20,42 +21,38 @@ from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, WRITE
 from cowshed.service.runtime.test_points import reach
 from cowshed.transport import EOF, AnyListener
-from cowshed.transport.links.no_room import no_room
 from cowshed.transport.messages.fields import error_reply
 
 __all__ = ["UnixServer"]
 
 _log = EventLog("cowshed")
 
-_LOOK_SECONDS: Final = 1.0
 _EARLY_SECONDS: Final = 0.05
 
 
-class UnixServer:
+class UnixServer(FrontendServer[Session]):
     """Accepts connections, runs their sessions, and ends those that broke, died or stay silent.
 
     Everything happens in the loop. The listener is borrowed. A session whose connection has ended
-    is parked while its guest's memory is there still (parking.py): it keeps its place, and its
-    socket, which a successor is to find as it is.
+    is parked while its guest's memory lives (parking.py): it keeps its place, and its socket, which
+    a successor inherits.
     """
 
     def __init__(self, listener: AnyListener, host: Host, session_host: SessionHost) -> None:
+        super().__init__(host, _log)
         self._listener = listener
-        self._admission = host.admission
         self._host = session_host
-        self._counters = host.counters
-        loop = self._loop = host.loop
-        self._sessions: dict[int, Session] = {}
-        self._turned_away = TurnedAway(loop, listener.refill)
-        loop.watch(listener.fileno(), READ, self._on_connect)
-        loop.after_calls(self._send_all)
-        loop.every(_LOOK_SECONDS, self._look_after)
+        self._turned_away = TurnedAway(host.loop, listener.refill)
+        host.loop.watch(listener.fileno(), READ, self._on_connect)
+        host.loop.after_calls(self._send_all)
 
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._sessions.values()))
 
     def close(self) -> None:
-        """End every session; the loop has stopped. Who is parked finds SIGBUS, and no zeros."""
+        """End every session; the loop has stopped. Absent pages of parked guests are poisoned, so
+        that they read as SIGBUS, not as zeros.
+        """
         for session in self._sessions.values():
             if session.mapping is not None and session.mapping.is_parked:
                 session.mapping.handler.poison_absent()
@@ -64,7 +61,7 @@ class UnixServer:
         self._turned_away.close()
 
     def notify(self, guest: Guest, event: dict[str, Any]) -> None:
-        """Send a guest something it did not ask for, on each of its connections."""
+        """Send a guest an event on each of its connections."""
         for fd, session in list(self._sessions.items()):
             mapping = session.mapping
             if mapping is not None and mapping.guest is guest and not mapping.is_parked:
@@ -75,26 +72,25 @@ class UnixServer:
                     self._lose(fd, error)
 
     def log_states(self) -> None:
-        """Log, once each, guests that stopped, went on or broke; drop those that broke."""
-        for fd, session in list(self._sessions.items()):
+        """Log each guest that stopped, resumed or broke, once; drop those that broke."""
+        for session in list(self._sessions.values()):
             mapping = session.mapping
             if mapping is None:
                 continue
             if why := log_state(mapping):
-                self._log_dropped(session, "broken", why)
-                self._end(fd)
+                self._drop(session, "broken", why)
 
     def end_parked(self, request: OpenRequest) -> bool:
-        """End what is parked under a name and has nothing mapped any more; whether any was."""
+        """End a guest's parked sessions that have nothing mapped; return whether any ended."""
         nr_before = len(self._sessions)
-        for fd, session in list(self._sessions.items()):
+        for session in list(self._sessions.values()):
             parking = session.parking
             if parking and session.key == request.key and parking.is_over():
-                self._end(fd)
+                self._end(session)
         return len(self._sessions) < nr_before
 
     def adopt(self, session: Session) -> None:
-        """Go on with a conversation that our predecessor had."""
+        """Continue a session that our predecessor had."""
         self._admission.readmit(session.connection.peer.uid)
         fd = session.connection.fileno()
         self._sessions[fd] = session
@@ -106,7 +102,7 @@ class UnixServer:
             self._lose(fd, error)
 
     def nr_unfinished(self) -> int:
-        """How many conversations are not at rest; those that are, are read no further."""
+        """The number of sessions not at rest; stops reading those that are."""
         nr_unfinished = 0
         for fd, session in self._sessions.items():
             if not session.is_at_rest:
@@ -116,7 +112,7 @@ class UnixServer:
         return nr_unfinished
 
     def give(self, handed_over: HandedOver) -> None:
-        """Carry over what is not held anyway and is at rest."""
+        """Hand over the connections at rest that have no mapping: mappings are held already."""
         for session in self._sessions.values():
             if session.mapping is None and session.is_at_rest:
                 handed_over.give(session.connection, is_greeted=session.is_greeted)
@@ -127,13 +123,8 @@ class UnixServer:
             return
         reach("GUEST_CAME")
         peer = connection.peer
-        if connection.no_room:
-            refusal = no_room(connection.no_room)
-        else:
-            refusal = self._admission.enter(peer.uid)
-        if refusal:
-            self._counters.note_dropped("limit")
-            _log.warning("turned-away", refusal, pid=peer.pid, uid=peer.uid)
+        if refusal := self._refusal(connection.no_room, peer.uid):
+            self._note_turned_away(refusal, {"pid": peer.pid, "uid": peer.uid})
             self._turned_away.add(connection, refusal)
             return
         session = Session(connection, self._host)
@@ -165,14 +156,14 @@ class UnixServer:
         except PeerGoneError as error:
             self._lose(fd, error)
         except (PeerError, CapacityError, OSError) as error:
-            # No descriptors left, say. Whoever asked for them pays, not the daemon.
+            # For example, no descriptor is left: the peer that needs it is dropped.
             of_ours, why = what_failed(error)
-            self._log_dropped(session, "limit" if of_ours else "protocol", why)
+            self._note_dropped("limit" if of_ours else "protocol", why, session.who)
             self._send_goodbye(session, error_reply("capacity" if of_ours else "peer", why), tag)
-            self._end(fd)
+            self._end(session)
 
     def _open_again(self, fd: int, session: Session) -> None:
-        """See whether the pages have come that an open waits for."""
+        """Try an open that waits for pages again."""
         if self._sessions.get(fd) is not session or not session.is_early:
             return
         try:
@@ -185,12 +176,12 @@ class UnixServer:
             self._loop.once(_EARLY_SECONDS, lambda: self._open_again(fd, session))
 
     def _watch_death(self, session: Session) -> None:
-        """Notice a guest's death even if another process holds its end of the connection open."""
+        """Watch for a guest's death, even if another process keeps its connection open."""
         pidfd = session.connection.peer.pidfd if session.mapping else None
         if pidfd is None or session.watched_fd >= 0:
             return
         session.watched_fd = pidfd
-        self._loop.watch(pidfd, READ, lambda *_: self._end(session.connection.fileno()))
+        self._loop.watch(pidfd, READ, lambda *_: self._end(session))
 
     def _send_all(self) -> None:
         for fd, session in list(self._sessions.items()):
@@ -203,7 +194,7 @@ class UnixServer:
     def _send(self, fd: int, session: Session) -> None:
         done = session.connection.flush()
         if done and session.closing:
-            self._end(fd)
+            self._end(session)
             return
         if done:
             session.note_sent()
@@ -215,17 +206,19 @@ class UnixServer:
             session.connection.flush()
 
     def _lose(self, fd: int, error: PeerError | None = None) -> None:
-        """A connection has ended, or is of no use: so does its session, unless it is parked."""
+        """End the session of a lost connection, or park it."""
         session = self._sessions[fd]
         if isinstance(error, PeerGoneError | None) and session.park():
             self._loop.forget(fd)
             return
         if isinstance(error, PeerGoneError) and session.mapping is None:
-            self._log_dropped(session, "protocol", str(error))
-        self._end(fd)
+            self._drop(session, "protocol", str(error))
+        else:
+            self._end(session)
 
-    def _end(self, fd: int) -> None:
-        session = self._sessions.pop(fd)
+    def _end(self, session: Session) -> None:
+        fd = session.connection.fileno()
+        del self._sessions[fd]
         if session.parking is None:
             self._loop.forget(fd)
         if session.watched_fd >= 0:
@@ -235,22 +228,7 @@ class UnixServer:
 
     def _look_after(self) -> None:
         self.log_states()
-        now = time.monotonic()
-        for fd, session in list(self._sessions.items()):
+        for session in list(self._sessions.values()):
             if session.parking is not None and session.parking.is_over():
-                self._end(fd)
-            elif session.deadline is not None and now > session.deadline:
-                self._log_dropped(session, "handshake", "it did not finish its handshake in time")
-                self._end(fd)
-
-    def _log_dropped(self, session: Session, reason: str, why: str) -> None:
-        self._counters.note_dropped(reason)
-        mapping, peer = session.mapping, session.connection.peer
-        _log.warning(
-            "dropped",
-            why,
-            guest=mapping and mapping.name,
-            image=mapping and mapping.image.label,
-            pid=peer.pid,
-            uid=peer.uid,
-        )
+                self._end(session)
+        super()._look_after()

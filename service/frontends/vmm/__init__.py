@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtual machine monitors at an image's own socket."""
+"""Each image's own socket, for virtual machine monitors."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One connection to an image's socket: requests and descriptors in, replies out, never waiting."""
+"""One connection to an image's socket: requests and descriptors in, replies out, non-blocking."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ __all__ = ["HandshakePeer", "Incoming"]
 
 _UCRED: Final = struct.Struct("3i")
 _SO_PEERPIDFD: Final = 77
-# Small pieces: a flood of tiny messages must not keep the loop from others for long.
+# Small reads, so that a flood of tiny messages does not occupy the loop for long.
 _PIECE_BYTES: Final = 4096
 _MAX_FDS: Final = 32
-# Replies that wait for a peer to read them: beyond so many it is at fault.
+# Unread replies; a peer that leaves more is dropped.
 _MAX_QUEUED: Final = 64
 
 
 class Incoming(NamedTuple):
-    """A request, and the descriptor that came with it if it is a handshake: the receiver's."""
+    """A request, and a handshake's descriptor (else -1), owned by the receiver."""
 
     request: Request
     fd: int
 
 
 class HandshakePeer:
-    """A connected stream socket, owned: close() closes it, whatever arrived and was not taken, and
-    record, a descriptor that is to live as long (or -1).
+    """A connected stream socket, owned: close() closes it, descriptors that arrived and were not
+    taken, and record, a descriptor with the same lifetime (or -1).
 
-    pid, uid and gid are told by the kernel, as they were when the peer connected; pidfd is None if
-    the kernel has none to give; no_room is the errno if it had no number for it. Messages that
-    come whole are looked at and left where they are until take_seen(), so that they outlive us.
-    Invariants: _arrived are the decoder's nr_fds descriptors; while _nr_seen, the bytes looked at,
+    pid, uid and gid are the kernel's, from when the peer connected; pidfd is None if the kernel
+    gives none, and no_room is the errno if no descriptor was left for it. Complete messages are
+    peeked at and stay in the socket until take_seen(), so that a successor can still read them.
+
+    Invariants: _arrived are the decoder's nr_fds descriptors; while _nr_seen, the bytes peeked at,
     is not 0, the decoder is between messages.
     """
 
@@ -60,16 +61,16 @@ class HandshakePeer:
         self.no_room = 0
         try:
             self.pidfd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-        except OSError as error:  # else an older kernel, or the peer is gone and reaped
+        except OSError as error:  # else the kernel is older, or the peer is gone and reaped
             self.no_room = error.errno if error.errno in NO_ROOM else 0
 
     @property
     def is_busy(self) -> bool:
-        """Whether a message that came, or goes, in parts has not ended."""
+        """Whether a message is partly received or partly sent."""
         return self._decoder.unfinished or bool(self._queue)
 
     def fileno(self) -> int:
-        """Give the socket's descriptor."""
+        """Return the socket's descriptor."""
         return self._socket.fileno()
 
     def close(self) -> None:
@@ -83,15 +84,15 @@ class HandshakePeer:
             self.pidfd = None
 
     def close_record(self) -> None:
-        """Close what says of whom the connection is; whoever was told to hold it does no more."""
+        """Close the record; the keeper must not hold the connection's group any more."""
         if self.record >= 0:
             os.close(self.record)
             self.record = -1
 
     def receive(self) -> list[Incoming] | None:
-        """Take what is there, a bounded part of it; None if the peer has closed its end.
+        """Return the requests that are there, a bounded number; None if the peer has closed.
 
-        Raises PeerError for a peer that breaks a rule.
+        Raises PeerError for a peer that breaks a rule, CapacityError if descriptors were lost.
         """
         self.take_seen()
         seen = None if self._decoder.unfinished else self._look()
@@ -104,12 +105,12 @@ class HandshakePeer:
         except OSError as error:
             raise PeerError(f"cannot receive from the peer: {error.strerror}") from error
         self._arrived += fds
-        if is_cut:  # the kernel had no more numbers to give
+        if is_cut:  # no descriptor was left for one that was sent
             raise CapacityError(no_room(errno.EMFILE))
         if len(fds) > _MAX_FDS:
-            raise PeerError(f"more than {_MAX_FDS} descriptors came")
+            raise PeerError(f"the peer sent more than {_MAX_FDS} descriptors")
         if fds and is_full():
-            raise PeerError("descriptors that peers sent wait to be closed: no more are taken")
+            raise PeerError("descriptors that peers sent wait to be closed: no more are accepted")
         if not piece:
             if self._decoder.unfinished:
                 raise PeerError("the peer closed the connection in the middle of a message")
@@ -121,7 +122,7 @@ class HandshakePeer:
         return incoming
 
     def _look(self) -> list[Incoming] | None:
-        """Give the messages that are there whole; None if what is there is anything else."""
+        """Peek at the socket; return its messages if they are complete and valid, else None."""
         fds: list[int] = []
         try:
             piece, fds, is_cut = self._recv(_PIECE_BYTES, socket.MSG_PEEK)
@@ -136,13 +137,13 @@ class HandshakePeer:
             ]
             self._nr_seen = len(piece)
             return incoming
-        except (OSError, PeerError):  # said when it is taken
+        except (OSError, PeerError):  # reported when it is received
             return None
         finally:
             close_foreign(fds)
 
     def take_seen(self) -> None:
-        """Take what receive() gave off the socket: it has been seen to, or never will be."""
+        """Remove from the socket what receive() peeked at: it is handled, or never will be."""
         while self._nr_seen:
             try:
                 piece, fds, _ = self._recv(self._nr_seen)
@@ -152,7 +153,7 @@ class HandshakePeer:
             self._nr_seen = self._nr_seen - len(piece) if piece else 0
 
     def _recv(self, nr_bytes: int, flags: int = 0) -> tuple[bytes, list[int], bool]:
-        """Receive a piece; the descriptors that came, and whether some were lost."""
+        """Receive bytes; also return their descriptors, and whether some were lost."""
         piece, ancillary, got, _ = self._socket.recvmsg(
             nr_bytes, socket.CMSG_SPACE(SCM_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC | flags
         )
@@ -163,16 +164,16 @@ class HandshakePeer:
         return piece, list(fds), bool(got & socket.MSG_CTRUNC)
 
     def queue(self, text: bytes, fds: list[int] | None = None) -> None:
-        """Put a message behind those that wait; fds stay the caller's, open until it is sent.
+        """Queue a message; fds stay the caller's, and must stay open until it is sent.
 
-        Raises PeerError if the peer lets too many pile up.
+        Raises PeerError if the peer leaves too many unread.
         """
         if len(self._queue) >= _MAX_QUEUED:
             raise PeerError(f"the peer leaves {len(self._queue)} messages unread")
         self._queue.append((text, fds or []))
 
     def flush(self) -> bool:
-        """Send what can be sent now; whether all is sent. PeerError if the peer has closed."""
+        """Send what can be sent now; return whether all is. PeerError if the peer has closed."""
         while self._queue:
             text, fds = self._queue[0]
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []

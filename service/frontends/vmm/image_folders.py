@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folders of images' own sockets: whom a domain does not list cannot get as far as connecting.
+"""The directories of images' own sockets: users that a domain does not list cannot connect.
 
-RUN_DIR/images is open to all, like the default domain's sockets in it. RUN_DIR/images/DOMAIN lets
-in its owner, root, and the users and groups that the domain lists, by a POSIX access control list
-(acl(5)). The daemon asks who a peer is all the same: the folder is a second wall, not the first.
+RUN_DIR/images is open to all, like the default domain's sockets in it. RUN_DIR/images/DOMAIN admits
+its owner, root, and the users and groups that the domain lists, by a POSIX access control list
+(acl(5)). The daemon also checks each peer's credentials: the directory is a second barrier.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ _ENTER: Final = 1
 
 @contextlib.contextmanager
 def image_folders(run_dir: Path, images: Iterable[Named], domains: Domains) -> Iterator[None]:
-    """Have the folders for as long as the block lasts; what is empty then is removed."""
+    """Make the directories for as long as the block lasts; then remove those that are empty."""
     images = list(images)
     for domain in make_image_folders(run_dir, images, domains):
         _log.warning(
             "open-folder",
             f"the file system of {run_dir} has no access control lists, so anybody can connect to "
-            f"the sockets of domain {domain!r}, and is turned away then: choose another --run-dir",
+            f"the sockets of domain {domain!r}, before being refused: choose another --run-dir",
         )
     try:
         yield
     finally:
         root = run_dir / "images"
-        # Images that came later have folders, too.
+        # Images added later have directories, too.
         for folder in [*root.glob("*/"), root]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
 def make_image_folders(run_dir: Path, images: Iterable[Named], domains: Domains) -> list[str]:
-    """Make the folder of each image's socket, with nobody let in who was before and is not listed.
+    """Make the directory of each image's socket, and revoke access of users no longer listed.
 
-    Gives the domains whose folder is open to all, because the file system has no access control
-    lists. Raises UsageError if a folder cannot be made.
+    Returns the domains whose directory is open to all because the file system has no access control
+    lists. Raises UsageError if a directory cannot be made.
     """
     open_to_all = []
     root = run_dir / "images"
@@ -76,7 +76,7 @@ def _make(folder: Path, mode: int) -> None:
         folder.mkdir(exist_ok=True)
         if os.path.islink(folder):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        folder.chmod(mode)  # what an earlier run's list let in is masked by it, too
+        folder.chmod(mode)  # also sets the mask of an earlier run's access list
     except OSError as error:
         raise UsageError(
             f"cannot make {str(folder)!r} for images' sockets: {error.strerror}: "
@@ -85,7 +85,7 @@ def _make(folder: Path, mode: int) -> None:
 
 
 def _let_in(folder: Path, members: DomainMembers) -> bool:
-    """Let members in beside the owner; False if that cannot be told from letting all in."""
+    """Admit members beside the owner; False, and open to all, if there are no access lists."""
     if not members.uids and not members.gids:
         return True
     entries = [

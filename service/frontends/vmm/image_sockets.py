@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each image's own socket, where machine monitors hand their memory over: RUN_DIR/images/NAME.sock.
+"""Each image's own socket, RUN_DIR/images/NAME.sock, where VMMs hand over their userfaultfd.
 
 A connection that sent a handshake is a guest until it closes or its process ends. Firecracker's
-memory is populated by copy and says nothing more. A Nydus client's is, too, under its policy Copy;
-under Zerocopy it is told of extents, which stay pinned for as long as it is connected, and of what
-is beyond the allowance for that it gets copies.
+memory is populated by copy; Firecracker sends nothing more. A Nydus client's memory is populated by
+copy under its policy Copy. Under Zerocopy the client is sent extents, which stay pinned as long as
+it is connected, and gets copies of extents beyond the allowance for pins.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from cowshed.accounting import Account, QuotaPolicy
 from cowshed.accounting import Region as PlacedRegion
 from cowshed.cache import CowshedError, Image, PeerError, UsageError
 from cowshed.faults import FaultOptions, PopulateHandler
+from cowshed.service.frontends.frontend_server import FrontendServer
 from cowshed.service.frontends.vmm.handshake_peer import HandshakePeer
 from cowshed.service.frontends.vmm.image_folders import make_image_folders
 from cowshed.service.frontends.vmm.machine_records import Caller, MachineRecords, RestoredMachine
@@ -43,7 +44,6 @@ from cowshed.service.settings.domains import Identity
 from cowshed.service.settings.names import image_socket_path
 from cowshed.transport.links.acceptor import Acceptor
 from cowshed.transport.links.foreign_fds import close_foreign
-from cowshed.transport.links.no_room import no_room
 from cowshed.transport.messages.fields import MovedError
 from cowshed.transport.vmm.handshakes import (
     MemoryRegion,
@@ -59,15 +59,14 @@ __all__ = ["ImageSockets", "shown_ranges"]
 _log = EventLog("cowshed.images")
 
 _HANDSHAKE_SECONDS: Final = 10.0
-_LOOK_SECONDS: Final = 1.0
 _BACKLOG: Final = 128
-# Of a client that asked for the size, until it hands its memory over.
+# For a client that requested the size, until its handshake.
 _IDLE_SECONDS: Final = 600.0
 
 
 @dataclass
 class _Machine:
-    """A connection, and its guest once it has sent a handshake. group is what it is held as."""
+    """A connection, and its guest once it has sent a handshake. The keeper holds it as group."""
 
     peer: HandshakePeer
     image: Image
@@ -78,9 +77,22 @@ class _Machine:
     regions: tuple[MemoryRegion, ...] = ()
     zerocopy_fd: int = -1
 
+    @property
+    def who(self) -> dict[str, object]:
+        """The fields of a log line: the peer, its image, and its guest if there is one."""
+        mapping = self.mapping
+        return {
+            "guest": mapping and mapping.name,
+            "image": self.image.label,
+            "pid": self.peer.pid,
+            "uid": self.peer.uid,
+        }
 
-class ImageSockets:
+
+class ImageSockets(FrontendServer[_Machine]):
     """Listens for every image, in the loop; close() ends every connection and guest of theirs."""
+
+    _LATE = "it sent no handshake in time"
 
     def __init__(
         self,
@@ -89,26 +101,22 @@ class ImageSockets:
         populator: Populator,
         records: MachineRecords,
     ) -> None:
-        """control says whether guests may come in."""
+        """control decides whether guests are admitted."""
+        super().__init__(host, _log)
         self._config: Final = host.config
         self._guests: Final = host.guests
         self._control = control
-        self._admission = host.admission
-        self._counters = host.counters
-        loop = self._loop = host.loop
         self._populator = populator
         self._records = records
-        self._clients: dict[int, _Machine] = {}
         self._opener = host.listeners
         self._acceptor: Final = Acceptor()
         self._listeners: dict[Path, socket.socket] = {}
         for image in host.store:
             self._listen(image, image_socket_path(host.config.run_dir, image))
-        loop.every(_LOOK_SECONDS, self._look_after)
 
     def close(self) -> None:
         """End all connections, detach their guests, remove the sockets; the loop has stopped."""
-        for client in list(self._clients.values()):
+        for client in list(self._sessions.values()):
             self._end(client)
         for path, listener in self._listeners.items():
             listener.close()
@@ -118,11 +126,11 @@ class ImageSockets:
         self._acceptor.close()
 
     def nr_unfinished(self) -> int:
-        """How many are in the middle of a message; whatever else is under way is held."""
-        return sum(client.peer.is_busy for client in self._clients.values())
+        """The number of connections in the middle of a message; the keeper holds the others."""
+        return sum(client.peer.is_busy for client in self._sessions.values())
 
     def add(self, image: Image) -> None:
-        """Listen for an image that came later; a failure is logged."""
+        """Listen for an image added later; a failure is logged."""
         config = self._config
         try:
             make_image_folders(config.run_dir, [image], config.domains)
@@ -150,19 +158,17 @@ class ImageSockets:
             return
         reach("MACHINE_ACCEPTED")
         peer = HandshakePeer(taken[0])
-        if number := taken[2] or peer.no_room:
-            # Neither protocol has words for it: the log alone says why.
-            self._turn_away(peer, image, "limit", no_room(number))
-            return
-        # Before anything is told: its size too is for those alone who may use the image.
-        if why := self._refusal(peer, image):
+        no_room = taken[2] or peer.no_room
+        # Checked before any reply: even the size is only for peers that may use the image.
+        if not no_room and (why := self._why_not(peer, image)):
             self._turn_away(peer, image, "handshake", why)
             return
-        if refusal := self._admission.enter(peer.uid):
+        # Neither protocol has an error reply: only the log has the reason.
+        if refusal := self._refusal(no_room, peer.uid):
             self._turn_away(peer, image, "limit", refusal)
             return
         try:
-            group = self._records.hold_caller(peer, image)
+            group = self._records.keep_caller(peer, image)
         except OSError as error:  # no descriptor is left for its record
             self._admission.leave(peer.uid)
             self._turn_away(peer, image, "limit", what_failed(error)[1])
@@ -174,12 +180,12 @@ class ImageSockets:
         peer = caller.peer
         deadline = time.monotonic() + _HANDSHAKE_SECONDS
         client = _Machine(peer, caller.image, deadline, caller.group)
-        self._clients[peer.fileno()] = client
+        self._sessions[peer.fileno()] = client
         self._loop.watch(peer.fileno(), READ, self._on_ready)
         return client
 
     def adopt(self, restored: Iterable[RestoredMachine], callers: Iterable[Caller]) -> None:
-        """Go on with connections that our predecessor had."""
+        """Continue connections that our predecessor had."""
         for machine in restored:
             self._admission.readmit(machine.peer.uid)
             client = self._begin(Caller(machine.peer, machine.mapping.image, machine.group))
@@ -188,8 +194,8 @@ class ImageSockets:
             self._admission.readmit(caller.peer.uid)
             self._begin(caller)
 
-    def _refusal(self, peer: HandshakePeer, image: Image) -> str:
-        """Why a peer may not use the image; "" if it may."""
+    def _why_not(self, peer: HandshakePeer, image: Image) -> str:
+        """Return why a peer may not use the image; "" if it may."""
         identity = Identity(peer.uid, peer.gid)
         try:
             if self._control.find_guest_image(_full_name(image), identity) is image:
@@ -202,13 +208,14 @@ class ImageSockets:
 
     def _turn_away(self, peer: HandshakePeer, image: Image, reason: str, why: str) -> None:
         peer.close()
-        # Before the log: a reader of it may take the descriptor that the reserve lacks.
+        # Before logging: a reader of the log may take the descriptor that the reserve needs.
         self._acceptor.refill()
-        self._counters.note_dropped(reason)
-        _log.warning("turned-away", why, image=image.label, pid=peer.pid, uid=peer.uid)
+        self._note_turned_away(
+            why, {"image": image.label, "pid": peer.pid, "uid": peer.uid}, reason
+        )
 
     def _on_ready(self, fd: int, events: int) -> None:
-        client = self._clients[fd]
+        client = self._sessions[fd]
         try:
             if events & READ:
                 incoming = client.peer.receive()
@@ -245,10 +252,10 @@ class ImageSockets:
                 close_foreign([uffd])
                 raise
         else:
-            _log.warning("ignored", f"{message} is not for servers", pid=client.peer.pid)
+            _log.warning("ignored", f"{message} is not a client's message", pid=client.peer.pid)
 
     def _attach(self, client: _Machine, handshake: VmmHandshake, uffd: int) -> None:
-        """Make the connection's guest; the descriptor is the guest's on success only."""
+        """Make the connection's guest; takes uffd over on success only."""
         peer, image = client.peer, client.image
         self._control.check_open()  # it may have connected before the drain
         check_populated_uffd(uffd)
@@ -274,8 +281,8 @@ class ImageSockets:
         ]
         caller = client.group
 
-        def hold(account: Account) -> None:
-            client.group = self._records.hold(guest, account, fds, peer, handshake)
+        def keep(account: Account) -> None:
+            client.group = self._records.keep(guest, account, fds, peer, handshake)
             reach("MACHINE_HELD")
 
         try:
@@ -285,11 +292,11 @@ class ImageSockets:
                 who,
                 shown,
                 fds,
-                # What is there already is the guest's own, too.
+                # Pages that are already present are private, too.
                 inherited=pagemap is not None,
                 transport=handshake.protocol,
                 populate=populate,
-                hold=hold,
+                keep=keep,
             )
         except BaseException:
             if client.group != caller:
@@ -314,13 +321,13 @@ class ImageSockets:
         if pagemap is None:
             _log.notice(
                 "unseen-memory",
-                f"/proc/{peer.pid}/pagemap cannot be read, so audits say nothing of this guest: "
+                f"/proc/{peer.pid}/pagemap cannot be read, so audits cannot check this guest: "
                 "run the daemon as root, or as its user",
                 guest=guest.name,
             )
 
     def _begin_populate(self, client: _Machine, mapping: Mapping, handshake: VmmHandshake) -> None:
-        """The connection is a guest's from now on."""
+        """Make the connection its guest's, and watch for extents to announce and for its death."""
         client.mapping, client.regions, client.deadline = mapping, handshake.regions, None
         assert isinstance(mapping.handler, PopulateHandler)
         client.handler = mapping.handler
@@ -331,7 +338,7 @@ class ImageSockets:
             self._loop.watch(client.peer.pidfd, READ, lambda *_: self._end(client))
 
     def _reserve(self, request: OpenRequest, peer: GuestProcess) -> Guest:
-        """Take the name, or one made from it: a process may have several connections."""
+        """Reserve the name, or NAME-2, NAME-3 ...: a process may have several connections."""
         name = request.name
         for no in itertools.count(2):
             try:
@@ -349,7 +356,7 @@ class ImageSockets:
             self._drop(client, "protocol", str(error))
 
     def _send(self, client: _Machine) -> None:
-        """Send what waits, and tell of extents while the peer reads: the rest stays marked."""
+        """Send queued replies, then extents as long as the peer reads; the rest stays marked."""
         done = client.peer.flush()
         while done and client.handler is not None and client.zerocopy_fd >= 0:
             runs = client.handler.take_zerocopy()
@@ -361,22 +368,9 @@ class ImageSockets:
             done = client.peer.flush()
         self._loop.change(client.peer.fileno(), READ if done else READ | WRITE)
 
-    def _drop(self, client: _Machine, reason: str, why: str) -> None:
-        self._counters.note_dropped(reason)
-        mapping, peer = client.mapping, client.peer
-        _log.warning(
-            "dropped",
-            why,
-            guest=mapping and mapping.name,
-            image=client.image.label,
-            pid=peer.pid,
-            uid=peer.uid,
-        )
-        self._end(client)
-
     def _end(self, client: _Machine) -> None:
         peer, mapping = client.peer, client.mapping
-        if self._clients.pop(peer.fileno(), None) is None:
+        if self._sessions.pop(peer.fileno(), None) is None:
             return
         self._loop.forget(peer.fileno())
         self._records.release(client.group)
@@ -394,21 +388,18 @@ class ImageSockets:
         peer.close()
 
     def _look_after(self) -> None:
-        now = time.monotonic()
-        for client in list(self._clients.values()):
-            if client.deadline is not None and now > client.deadline:
-                self._drop(client, "handshake", "it sent no handshake in time")
+        super()._look_after()
         self.log_states()
 
     def log_states(self) -> None:
-        """Log, once each, guests that stopped or went on; drop those that broke."""
-        for client in list(self._clients.values()):
+        """Log each guest that stopped or resumed, once; drop those that broke."""
+        for client in list(self._sessions.values()):
             if client.mapping is not None and (why := log_state(client.mapping)):
                 self._drop(client, "broken", why)
 
 
 def shown_ranges(runs: Iterable[tuple[int, int]], regions: Iterable[MemoryRegion]) -> list[Range]:
-    """Cut runs of the image (offset and length) down to what a client's regions show."""
+    """Intersect runs of the image (offset and length) with a client's regions."""
     regions = list(regions)
     ranges = []
     for offset, length in runs:
@@ -425,12 +416,12 @@ def _full_name(image: Image) -> str:
 
 
 def _listening(path: Path) -> socket.socket:
-    """Listen at a path for anybody; the run-dir's lock says that nobody alive does already."""
+    """Listen at a path for anybody; the caller must hold the run-dir's lock, as no other daemon."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
-                raise UsageError(f"cannot listen at {path}: it is there and is no socket; move it")
+                raise UsageError(f"cannot listen at {path}: it exists and is no socket; move it")
             path.unlink()
         os.fchmod(sock.fileno(), 0o600)
         sock.bind(str(path))

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What machines' connections need to be served on after our death, and taking it over.
+"""The groups by which VMMs' connections outlive this backend, and their adoption by a successor.
 
-A connection is held from its first moment (a "caller": socket, and a record that says of which
-image), because whoever restores a machine hands its memory over once and never comes again. What a
-caller sends is looked at before it is taken (handshake_peer.py), so a handshake that nobody had
-attached is still there to be read by our successor. Once attached it is a group of another kind:
-record, ledger, quota, userfaultfd and socket, and its page tables if we may see them. Unanswered
-requests are dropped, and extents that the client was to be told of are announced again when it
-faults there.
+The keeper holds a connection from its first moment (a "caller": the socket, and a record of its
+image), because a VMM sends its handshake once and never reconnects. Requests are peeked at before
+they are received (handshake_peer.py), so a successor can still read a handshake that was not
+attached. An attached connection is a group of another kind: record, ledger, quota, userfaultfd and
+socket, and /proc/PID/pagemap if it can be opened. Unanswered requests are dropped, and extents
+that were not yet announced to the client are announced when it faults there.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,7 +28,8 @@ from cowshed.service.guests.guest_records import (
 )
 from cowshed.service.guests.guests import Guest, GuestProcess, GuestTable, Mapping, OpenRequest
 from cowshed.service.persist.fd_store import FdStore
-from cowshed.service.persist.inherited import InheritedFds, record_make, record_read
+from cowshed.service.persist.inherited import InheritedFds, Kinds, record_make, record_read
+from cowshed.service.persist.restoring import has_kinds, new_group, restore_groups
 from cowshed.service.runtime.logs import EventLog
 from cowshed.transport.vmm.handshakes import MemoryRegion, Policy, VmmHandshake
 
@@ -45,7 +44,7 @@ _KINDS: Final = {"record", "ledger", "quota", "uffd", "socket"}
 
 @dataclass(frozen=True)
 class Caller:
-    """A connection to an image's socket that has not handed anything over, and its group."""
+    """A connection to an image's socket without a handshake yet, and its group."""
 
     peer: HandshakePeer
     image: Image
@@ -54,7 +53,7 @@ class Caller:
 
 @dataclass(frozen=True)
 class RestoredMachine:
-    """A restored guest: its connection, its handshake, and the group that it is held as."""
+    """A restored guest: its connection, its handshake, and its group."""
 
     peer: HandshakePeer
     mapping: Mapping
@@ -64,17 +63,17 @@ class RestoredMachine:
 
 
 class MachineRecords:
-    """Has the supervisor hold connections and what they handed over. In the loop's thread."""
+    """Has the keeper hold connections and their guests' descriptors. In the loop's thread."""
 
     def __init__(self, fd_store: FdStore) -> None:
         self._fd_store = fd_store
 
-    def hold_caller(self, peer: HandshakePeer, image: Image) -> str:
-        """Have a connection outlive us; the group's name."""
+    def keep_caller(self, peer: HandshakePeer, image: Image) -> str:
+        """Have the keeper hold a connection; return the group's name."""
         peer.record = record_make({"domain": image.domain, "image": image.name})
-        return self._hold(_CALLER, [peer.record, peer.fileno()], image, "")
+        return self._keep(_CALLER, [peer.record, peer.fileno()], image, "")
 
-    def hold(
+    def keep(
         self,
         guest: Guest,
         account: Account,
@@ -82,22 +81,22 @@ class MachineRecords:
         peer: HandshakePeer,
         handshake: VmmHandshake,
     ) -> str:
-        """Have a guest that is to be populated outlive us; the group's name.
+        """Have the keeper hold a guest about to be populated; return the group's name.
 
-        A record is added to fds, its mapping's. As long as the connection's own group is held too,
-        a successor charges what was in the memory before.
+        Appends a record to fds, the mapping's descriptors. As long as the connection's caller group
+        is held too, a successor charges the pages that were present before.
         """
         fds.append(record_make(_describe(guest.request, handshake)))
         held = [*fds, account.fd, guest.quota.fd, peer.fileno()]
-        return self._hold(_POPULATED, held, guest.request.image, guest.name)
+        return self._keep(_POPULATED, held, guest.request.image, guest.name)
 
-    def _hold(self, prefix: str, fds: list[int], image: Image, guest: str) -> str:
-        group = f"{prefix}{secrets.token_hex(8)}"
-        self._fd_store.hold(group, fds, guest=guest or None, image=image.label)
+    def _keep(self, prefix: str, fds: list[int], image: Image, guest: str) -> str:
+        group = new_group(prefix)
+        self._fd_store.keep(group, fds, guest=guest or None, image=image.label)
         return group
 
     def release(self, group: str) -> None:
-        """Have something held no more; before its descriptors are closed."""
+        """Have the keeper release a group; must precede closing its descriptors."""
         if group:
             self._fd_store.release(group)
 
@@ -108,35 +107,23 @@ class MachineRecords:
 
         Must precede any eviction: it pins the extents that were lent to them again.
         """
-        restored = []
-        for group, group_fds in inherited.take_all(_POPULATED):
-            machine = self._adopt(group, group_fds, store, guests, populator)
-            if machine is None:
-                self._fd_store.release(group)
-                for fd in group_fds.values():
-                    os.close(fd)
-            else:
-                restored.append(machine)
-                mapping = machine.mapping
-                fds = [
-                    *mapping.fds,
-                    mapping.account.fd,
-                    mapping.guest.quota.fd,
-                    machine.peer.fileno(),
-                ]
-                self._fd_store.hold(group, fds)
-        return restored
+        return restore_groups(
+            inherited,
+            _POPULATED,
+            self._fd_store,
+            lambda group, group_fds: self._adopt(group, group_fds, store, guests, populator),
+        )
 
     def _adopt(
         self,
         group: str,
-        group_fds: dict[str, int],
+        group_fds: Kinds,
         store: PageStore,
         guests: GuestTable,
         populator: Populator,
     ) -> RestoredMachine | None:
-        """Adopt one guest, its descriptors with it; None, and none taken, if it cannot be."""
-        if group_fds.keys() - {"pagemap"} != _KINDS:
+        """Adopt one guest and its descriptors; on failure return None and take no descriptor."""
+        if not has_kinds(group_fds, _KINDS, {"pagemap"}):
             return None
         record = record_read(group_fds["record"])
         request = request_of(record, store)
@@ -169,35 +156,43 @@ class MachineRecords:
         mapping.fds.append(group_fds["record"])
         for name in ("ledger", "quota", "socket"):
             os.close(group_fds[name])
+        fds = [*mapping.fds, mapping.account.fd, guest.quota.fd, peer.fileno()]
+        self._fd_store.keep(group, fds)
         return RestoredMachine(peer, mapping, handshake, group, "pagemap" in group_fds)
 
     def adopt_callers(
         self, inherited: InheritedFds, store: PageStore, restored: Iterable[RestoredMachine]
     ) -> list[Caller]:
-        """Go on with connections that had handed nothing over yet, but for those of restored."""
+        """Adopt connections without a handshake, except those of restored guests."""
         attached = {os.fstat(machine.peer.fileno()).st_ino: machine for machine in restored}
-        callers = []
-        for group, group_fds in inherited.take_all(_CALLER):
-            image = None
-            if group_fds.keys() == {"record", "socket"}:
-                image = image_of_record(record_read(group_fds["record"]), store)
-                if machine := attached.get(os.fstat(group_fds["socket"]).st_ino):
-                    image = None
-                    if machine.has_pagemap:
-                        _look_at_memory(machine.mapping)
-            if image is None:
-                self._fd_store.release(group)
-                for fd in group_fds.values():
-                    os.close(fd)
-                continue
-            peer = HandshakePeer(socket.socket(fileno=group_fds["socket"]))
-            peer.record = group_fds["record"]
-            callers.append(Caller(peer, image, group))
-        return callers
+        return restore_groups(
+            inherited,
+            _CALLER,
+            self._fd_store,
+            lambda group, group_fds: _adopt_caller(group, group_fds, store, attached),
+        )
+
+
+def _adopt_caller(
+    group: str, group_fds: Kinds, store: PageStore, attached: dict[int, RestoredMachine]
+) -> Caller | None:
+    """Adopt one connection; attached has those of restored guests, by socket inode."""
+    if not has_kinds(group_fds, {"record", "socket"}):
+        return None
+    if machine := attached.get(os.fstat(group_fds["socket"]).st_ino):
+        if machine.has_pagemap:
+            _look_at_memory(machine.mapping)
+        return None
+    image = image_of_record(record_read(group_fds["record"]), store)
+    if image is None:
+        return None
+    peer = HandshakePeer(socket.socket(fileno=group_fds["socket"]))
+    peer.record = group_fds["record"]
+    return Caller(peer, image, group)
 
 
 def _look_at_memory(mapping: Mapping) -> None:
-    """Charge what a machine's memory had before: its backend may have died before it did."""
+    """Charge pages present before the handshake, which the last backend may not have done yet."""
     try:
         mapping.account.adopt_private()
     except OSError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a machine's memory is populated: by what its handshake said and what the backend allows."""
+"""How a machine's memory is populated, by its handshake and the backend's limits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cowshed.transport.vmm.handshakes import HUGE_PAGE_BYTES, Policy, VmmHandsha
 
 __all__ = ["Populator", "check_regions", "is_zerocopy"]
 
-# Of the capacity, pinned for guests that map frames themselves.
+# The divisor: a quarter of the capacity may be pinned for guests that map frames themselves.
 _ZEROCOPY_PART: Final = 4
 
 
 class Populator:
-    """Makes the options for each handshake; all that share frames share one allowance.
+    """Makes the options for each handshake; all zerocopy guests share one allowance.
 
-    recorded gives the extents that earlier guests of an image touched, in order.
+    recorded returns the extents that earlier guests of an image touched, in order.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Populator:
         self._recorded = recorded
 
     def options(self, handshake: VmmHandshake, image: Image) -> PopulateOptions:
-        """Return the options for an image that the regions fit (check_regions)."""
+        """Return the options; the regions must fit the image (check_regions)."""
         shares = is_zerocopy(handshake)
         return PopulateOptions(
             regions=_populate_regions(handshake),
@@ -45,16 +45,16 @@ class Populator:
 
 
 def is_zerocopy(handshake: VmmHandshake) -> bool:
-    """Whether frames are to be mapped by the client itself."""
+    """Whether the client maps the frames itself."""
     return handshake.protocol == "nydus" and handshake.policy is Policy.ZEROCOPY
 
 
 def check_regions(handshake: VmmHandshake, map_bytes: int) -> None:
-    """Raise PeerError unless the regions of a handshake lie within an image of so many bytes.
+    """Raise PeerError unless the regions of a handshake lie within an image of map_bytes.
 
-    A machine's memory does, but for the rest of a huge page that its end is in: what a snapshot
-    lacks is memory that was lost, and not zeros. A disk is mapped to the next 2 MiB by those who
-    need that alignment, and is zero there.
+    A machine's memory may exceed the image only by the rest of its last huge page: pages missing
+    from a snapshot are lost memory, not zeros. A disk may be mapped up to the next 2 MiB, for
+    alignment, and reads as zeros there.
     """
     for region in handshake.regions:
         is_memory = handshake.protocol == "firecracker"
@@ -62,9 +62,9 @@ def check_regions(handshake: VmmHandshake, map_bytes: int) -> None:
         end = region.offset_bytes + region.length_bytes
         if region.offset_bytes >= map_bytes or end > -(-map_bytes // unit_bytes) * unit_bytes:
             raise PeerError(
-                f"a region of {region.length_bytes} bytes of the image at {region.offset_bytes} is "
-                f"past its end: it has {map_bytes} bytes; is it the right image's socket, and the "
-                "whole snapshot?"
+                f"a region of {region.length_bytes} bytes at {region.offset_bytes} ends past the "
+                f"image's {map_bytes} bytes: check that the socket is the right image's and the "
+                "snapshot is complete"
             )
 
 

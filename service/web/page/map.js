@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A map of an image's extents: which class a cell is of, and cells on a canvas.
+// A map of an image's extents: the class of each cell, and the cells on a canvas.
 
-// What [value, run, value, run, ...] stands for.
+// Decodes [value, run, value, run, ...].
 export function runs(encoded) {
   const values = [];
   for (let at = 0; at < encoded.length; at += 2) {
@@ -10,7 +10,7 @@ export function runs(encoded) {
   return values;
 }
 
-// Per layer: classes as [name, CSS variable, words of the legend]; a cell is of one of them.
+// Per layer: the classes of cells, as [name, CSS variable, words of the legend].
 export const LAYERS = {
   resident: [
     ["none", "--none", "not in memory"],
@@ -48,7 +48,7 @@ export class ExtentMap {
     return Math.min(this.perCell, this.nrExtents - cell * this.perCell);
   }
 
-  // The number of the cell's class among those of the layer.
+  // The index of the cell's class in LAYERS[layer].
   classOf(layer, cell) {
     const resident = this.resident[cell];
     if (!resident) return 0;
@@ -60,7 +60,7 @@ export class ExtentMap {
     return 1 + Math.min(5, 32 - Math.clz32(this.refs[cell]));
   }
 
-  // How many cells there are of each class, by name.
+  // The number of cells of each class, by name.
   counts(layer) {
     const counts = {};
     for (const [name] of LAYERS[layer]) counts[name] = 0;
@@ -71,7 +71,7 @@ export class ExtentMap {
   }
 }
 
-// Cells in rows over the whole width, as large as leaves them not too high.
+// Lays out the cells in rows over the whole width, as large as the height allows.
 export function layOut(nrCells, width) {
   for (let least = 16; ; least--) {
     const columns = Math.max(1, Math.floor(width / least));
@@ -95,7 +95,7 @@ export function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-// Draws the map; canvas.layout says where its cells are.
+// Draws the map; canvas.layout has the places of its cells.
 export function drawMap(canvas, map, layer) {
   const width = canvas.clientWidth || 300;
   const layout = layOut(map.nrCells, width);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The page: asks for /state.json once a second and draws it. Whatever a guest chose, its name above
-// all, becomes text of a node and never markup.
+// The page: fetches /state.json once a second and draws it. Text that a guest chose, such as its
+// name, becomes text content of a node, never markup.
 import { ExtentMap, LAYERS, cellAt, colour, drawMap, scaled } from "./cowshed-map.js";
 
 const POLL_MS = 1000;
 const PATIENCE_MS = 10000;
 const NR_SAMPLES = 180;
-const LEAST_SAMPLES = 30; // as wide as a line of that many, at first
+const LEAST_SAMPLES = 30; // the scale of a line with fewer samples
 const STOPPED = "stopped-quota";
 
 const $ = (id) => document.getElementById(id);
@@ -30,7 +30,7 @@ function bytes(count) {
   return `${Number(count.toPrecision(3))}${units[unit]}`;
 }
 
-// A place in an image, to the extent: 19.25M.
+// An offset in an image, exact to the extent: 19.25M.
 function place(offset) {
   for (const [unit, size] of [["G", 2 ** 30], ["M", 2 ** 20], ["K", 2 ** 10]]) {
     if (offset >= size) return `${Number((offset / size).toFixed(unit === "G" ? 5 : 3))}${unit}`;
@@ -70,7 +70,7 @@ function seconds(length) {
   return `${Math.floor(whole / 86400)}d ${two(Math.floor((whole % 86400) / 3600))}h`;
 }
 
-// What tells a guest or image from all others, and what to call it where it is not in the default domain.
+// The unique key of a guest or image, and its label, which has the domain unless that is the default.
 const keyOf = (one) => `${one.domain}/${one.name}`;
 const labelOf = (one, name = one.name) => (one.domain === "default" ? name : `${one.domain}/${name}`);
 
@@ -83,7 +83,7 @@ function node(tag, text = "", className = "") {
 
 // ---- rates
 
-// How fast a counter grows, between the two newest states; null if that is not known.
+// A counter's growth per second between the two newest states; null if unknown.
 function growth(newer, older, key) {
   if (!newer || !older) return null;
   return Math.max(0, newer[key] - older[key]) / (newest.uptime_seconds - before.uptime_seconds);
@@ -122,7 +122,7 @@ function drawSpark(canvas, samples, most) {
   pen.strokeStyle = colour("--accent");
   pen.fillStyle = colour("--accent-soft");
   pen.lineWidth = 1.5;
-  let from = null; // where a stretch without gaps began
+  let from = null; // where the current stretch without gaps begins
   const path = new Path2D();
   const finish = (x) => {
     if (from === null) return;
@@ -382,7 +382,7 @@ function drawAll() {
   drawAlerts(newest);
   drawImages(newest);
   drawGuests(newest);
-  document.body.dataset.uptime = newest.uptime_seconds; // which state is on the screen
+  document.body.dataset.uptime = newest.uptime_seconds; // identifies the state on the screen
 }
 
 function drawLive() {
@@ -409,7 +409,7 @@ async function ask() {
   setTimeout(again, POLL_MS);
 }
 
-// A page that nobody sees asks for nothing.
+// A hidden page does not fetch.
 function again() {
   if (document.hidden) document.addEventListener("visibilitychange", ask, { once: true });
   else ask();

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Readahead: a client that reads one thing after the other, and has missed, gets twice what it read so far. */
+/* Readahead: for a client that reads sequentially and has missed, prefetches twice what it has read so far. */
 #include "transport/core/blocks/wait.h"
 
 #define AHEAD_BYTES_MAX ((uint64_t)4 << 20)

@@ -16,7 +16,7 @@
  *     its client, so a slow client holds no extent.
  *   - The quota for a whole request is taken before its first byte changes; at the quota nothing is changed (-ENOSPC).
  *   - While its overlay is frozen, a queue takes no further request: changes are made in the order of the requests.
- *   - Each request completes once.
+ *   - Each request completes exactly once.
  *
  *   queue.c   submit, worker, end       read.c    READ, PREFETCH      write.c   WRITE         flush.c    FLUSH, FUA
  *   wait.c    what requests wait for    ahead.c   readahead           clear.c   DISCARD, ZERO missing.c  missing pages
@@ -30,9 +30,9 @@
 
 #include <pthread.h>
 
-#define BLK_RUN_BYTES (256u << 10)   /* the most that is given to a sink at a time, but for a read without BLK_SPLIT */
-#define BLK_REQUESTS_MAX 256         /* of a queue; beyond, it takes no more */
-#define BLK_BUFFERED_MAX (32u << 20) /* bytes that a queue's waits may buffer; beyond, the same */
+#define BLK_RUN_BYTES (256u << 10)   /* the most given to a sink at a time, except for a read without BLK_SPLIT */
+#define BLK_REQUESTS_MAX 256         /* requests of a queue at which it accepts no more */
+#define BLK_BUFFERED_MAX (32u << 20) /* bytes in buffers of a queue's waits at which it accepts no more */
 
 /*
  * READ        gives `length` bytes to the sink.
@@ -54,16 +54,16 @@ struct blk_request {
 	enum blk_op op;
 	uint32_t flags;
 	uint64_t offset, length; /* in the device; length 0: for WRITE and FLUSH only */
-	int err;                 /* 0, or -errno: a request submitted with one changes nothing and completes with it */
+	int err; /* 0, or -errno: a request submitted with an error changes nothing, completes with it */
 	/* ---- the engine's; a frontend may read them in complete */
 	bool missed; /* it needed something that was not in memory */
 	bool waited; /* it did not complete within blk_submit */
 	bool given;  /* a read whose bytes were given whole */
-	bool begun;  /* nothing more will be begun: it ends with its last wait */
+	bool begun;  /* all of it was begun: it ends with its last wait */
 	bool synced, awaits_pages;
 	uint32_t nr_waits;
 	struct blk_request *next; /* in queue->steps */
-	uint64_t at, end;         /* what is still to be begun */
+	uint64_t at, end;         /* the range that is not begun yet */
 	uint64_t reserved_pages;  /* taken of the quota and not yet used */
 };
 
@@ -72,74 +72,73 @@ struct blk_wait;
 
 /* A frontend's functions. All but wake are called by the queue's worker, within the calls that it makes. */
 struct blk_sink {
-	/* Whether the client takes one more run now. false: the frontend calls the engine again when it does. */
+	/* Whether the client takes one more run now. false: the frontend must call the engine again when it does. */
 	bool (*is_ready)(struct blk_queue *queue);
-	/* A run of a read begins; its bytes follow in order, by refer and by room and fill. whole: it is the only one.
-	 */
+	/* A run of a read begins; its bytes follow in order, by refer, or by room and fill. whole: the only run. */
 	void (*begin)(struct blk_queue *queue, struct blk_request *request, uint64_t offset, uint32_t length,
 	              bool whole);
-	/* Bytes in the frames. The sink releases the hold when it has sent or copied them. */
+	/* Bytes in the frames. The sink must release the hold when it has sent or copied them. */
 	void (*refer)(struct blk_queue *queue, const uint8_t *bytes, uint64_t nr_bytes, extent_word *hold);
-	/* Memory for the next bytes of the run, as many as are left of it; fill says how many were put there. */
+	/* Returns memory for the rest of the run; fill follows, with the number of bytes put there. */
 	uint8_t *(*room)(struct blk_queue *queue);
 	void (*fill)(struct blk_queue *queue, uint64_t nr_bytes);
 	/* The run is not given after all: forget it, and release its holds. */
 	void (*undo)(struct blk_queue *queue);
-	/* A run that had to wait, whole: wait->length bytes at wait->bytes. The sink ends it with blk_wait_free. */
+	/* A run that had to wait: wait->length bytes at wait->bytes. The sink must blk_wait_free it. */
 	void (*give)(struct blk_queue *queue, struct blk_request *request, struct blk_wait *wait, bool whole);
-	/* The request is done with; request->err says how. Its memory is the frontend's again. */
+	/* The request has completed, with request->err. Its memory is the frontend's again. */
 	void (*complete)(struct blk_queue *queue, struct blk_request *request);
-	/* From any thread, under queue->lock or the overlay's: the worker is to call the engine again. It may only
+	/* Makes the worker call the engine again. Any thread calls it, under queue->lock or the overlay's: it may only
 	 * enqueue. */
 	void (*wake)(struct blk_queue *queue);
 };
 
 /*
- * Invariants: (1) one thread at a time is in the functions below, the worker; (2) nr_waits is the number of waits that
- * were made and not freed; (3) nr_requests is the number of requests that were submitted and have not completed;
- * (4) buffered_bytes is the sum of the waits' buffers. Only what stands above the line belongs to any thread.
+ * One thread at a time, the worker, is in the functions below. nr_waits is the number of waits that were made and not
+ * freed, nr_requests that of requests that were submitted and have not completed, buffered_bytes the sum of the waits'
+ * buffers: all are 0 at the end, which blk_queue_deinit asserts. Other threads may use the fields above the line only.
  */
 struct blk_queue {
-	pthread_mutex_t lock; /* before whatever lock wake takes */
+	pthread_mutex_t lock; /* taken before any lock that wake takes */
 	struct blk_wait *ready, **ready_tail;
-	struct overlay_hold hold;
+	struct overlay_thaw_wait thaw;
 	struct blk_device *device;
 	const struct blk_sink *sink;
 	/* ---- */
 	bool broken;                                /* the client is gone: nothing more is given to it */
 	bool frozen;                                /* a change waits for its overlay's thaw */
 	struct blk_request *steps, **steps_tail;    /* requests that go on step by step */
-	struct blk_wait *finished, **finished_tail; /* waits that are over and hold nothing, not yet used */
+	struct blk_wait *finished, **finished_tail; /* waits that are over and hold nothing, for blk_queue_give */
 	uint32_t nr_requests, nr_waits;
 	uint64_t buffered_bytes;
-	uint64_t stream_offset, stream_bytes; /* where the last read ended, and how long it has gone on so */
+	uint64_t stream_offset, stream_bytes; /* where the last read ended; bytes read in sequence up to there */
 	uint64_t ahead_offset;                /* up to where that stream was read ahead; 0: not yet */
 	uint64_t nr_hits, nr_misses;          /* extents found resident, and waited for; the frontend may reset them */
 };
 
 void blk_queue_init(struct blk_queue *queue, struct blk_device *device, const struct blk_sink *sink);
-/* Nothing of it waits, and no request is left. */
+/* No wait and no request may be left. */
 void blk_queue_deinit(struct blk_queue *queue);
 
-/* Takes a request whose range is the device's (unless its err says otherwise), and ends it now or later. The queue
- * accepts one. */
+/* Takes a request whose range is inside the device (unless it has an err), and completes it now or later. The queue
+ * must accept one. */
 void blk_submit(struct blk_queue *queue, struct blk_request *request);
-/* Whether the queue takes requests and payload: not while it is frozen, nor when it has as many as it may. */
+/* Whether the queue takes requests and payload: not while it is frozen, nor at one of its limits. */
 bool blk_queue_accepts(const struct blk_queue *queue);
-/* Takes payload of a WRITE, as much as it can use now: how much. 0: a part of a page is wanted whole, or the overlay is
- * frozen. Completes the request with the last byte of it, or later. */
+/* Takes as much payload of a WRITE as it can use now; returns how much. 0: a part of a page must come whole, or the
+ * overlay is frozen. Completes the request with its last byte, or later. */
 uint64_t blk_write(struct blk_queue *queue, struct blk_request *request, const uint8_t *bytes, uint64_t nr_bytes);
-/* No more payload comes. */
+/* Ends a WRITE whose payload does not come any more. */
 void blk_write_cancel(struct blk_queue *queue, struct blk_request *request);
 
 /* What a worker does when it was woken, in this order. */
-/* Takes what is ready and drops its holds: also while the client takes nothing. */
+/* Takes the waits that are ready and drops their holds, even while the client takes nothing. */
 void blk_queue_collect(struct blk_queue *queue);
-/* Gives the sink what has come, while it is ready. */
+/* Gives the sink the data that has come, while it is ready. */
 void blk_queue_give(struct blk_queue *queue);
-/* Takes each long request a step on, while the sink is ready; whether one could go further at once. */
+/* Advances each long request by a step, while the sink is ready; returns whether one could go on at once. */
 bool blk_queue_step(struct blk_queue *queue);
-/* The client is gone (broken): ends everything that can end without a loader or a flusher. Their waits end later. */
+/* The client is gone (broken): ends all that can end without a loader or a flusher. Waits for these end later. */
 void blk_queue_abandon(struct blk_queue *queue);
 
 enum blk_status { BLK_RESIDENT, BLK_PRIVATE, BLK_ZEROES };

@@ -10,9 +10,9 @@
 
 #include <errno.h>
 
-#define STEP_BYTES ((uint64_t)16 << 20) /* between two looks at other requests */
+#define STEP_BYTES ((uint64_t)16 << 20) /* at a time, before other requests go on */
 
-/* The whole pages of what is left of a request; none: *nr_out is 0. */
+/* The whole pages in the rest of a request; *nr_out is 0 if there is none. */
 static void whole_pages(const struct blk_device *device, const struct blk_request *request, uint64_t *first_out,
                         uint64_t *nr_out)
 {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What block requests are made of: an image, its frames mapped for reading, and perhaps an overlay. */
+/* What block requests go to: an image, its frames mapped for reading, and perhaps an overlay. */
 #ifndef COWSHED_BLOCK_DEVICE_H
 #define COWSHED_BLOCK_DEVICE_H
 
@@ -12,7 +12,7 @@ struct blk_frames {
 	struct image *image;
 	uint32_t nr_devices;
 	_Atomic uint64_t nr_waiting; /* requests of all its devices that wait */
-	const uint8_t *base;         /* touched only where the ledger says RESIDENT, and held */
+	const uint8_t *base;         /* read only where the extent is resident, and held */
 };
 
 struct blk_device {
@@ -23,11 +23,11 @@ struct blk_device {
 	_Atomic uint64_t nr_waiting; /* requests that wait */
 };
 
-/* Image and overlay are borrowed and must outlive the device. `frames` is the list to look for the image's frames in,
- * or to add them to; the caller guards it. -ENOMEM. */
+/* Image and overlay are borrowed and must outlive the device. Finds the image's frames in the list `frames`, or adds
+ * them; the caller must guard the list. -ENOMEM. */
 int blk_device_init(struct blk_device *device, struct blk_frames **frames, struct image *image,
                     struct overlay *overlay);
-/* Unmaps the frames if it was their last device. No queue uses it any more. */
+/* Unmaps the frames if it was their last device. No queue may use it any more. */
 void blk_device_deinit(struct blk_device *device, struct blk_frames **frames);
 
 #endif

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* FLUSH, and changes that are to be durable when they complete. */
+/* FLUSH, and changes that must be durable when they complete. */
 #include "transport/core/blocks/wait.h"
 
 #include <errno.h>

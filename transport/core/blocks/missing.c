@@ -3,9 +3,9 @@
  * Requests for pages that are missing: still with the backend that the guest came from
  * (accounting/core/overlay/missing.h).
  *
- * A read waits until nothing of its range is missing, and then goes on as any other: a page is never missing again. A
- * write of a part of a page waits as it does for the image's page. Whole pages that are written, zeroed or discarded
- * wait for nothing.
+ * A read waits until no page of its range is missing, and then goes on as any other: a page is never missing again. A
+ * write of a part of a page waits as it does for the image's page. Writing, zeroing or discarding whole pages waits for
+ * nothing.
  */
 #include "transport/core/blocks/wait.h"
 

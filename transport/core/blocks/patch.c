@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Has a patch wait for what the image has there, or hold it. */
+/* Holds the image's extent for a patch, or makes the patch wait for it. */
 static void wait_frame(struct blk_wait *wait)
 {
 	uint64_t extent = wait->offset / wait->queue->device->extent_bytes;
@@ -54,7 +54,7 @@ bool blk_patch(struct blk_queue *queue, struct blk_request *request, uint64_t of
 	return true;
 }
 
-/* Its extent stays held, and it is ready again with the thaw. */
+/* Makes a patch ready again with the thaw; its extent stays held. */
 static void patch_freeze(struct blk_wait *wait)
 {
 	struct blk_queue *queue = wait->queue;
@@ -86,7 +86,7 @@ bool blk_patch_complete(struct blk_wait *wait)
 			patch_freeze(wait);
 			return false;
 		}
-		if (err == -EAGAIN) { /* it was missing, and given back to the image meanwhile */
+		if (err == -EAGAIN) { /* the page was missing, and was given back to the image meanwhile */
 			atomic_store(&wait->nr_awaited, 1);
 			wait_frame(wait);
 			blk_wait_all(wait);

@@ -6,17 +6,17 @@
 #include <errno.h>
 #include <stddef.h>
 
-/* Its overlay was thawed. */
-static void queue_go(struct overlay_hold *hold)
+/* The queue's overlay was thawed. */
+static void queue_go(struct overlay_thaw_wait *thaw)
 {
-	struct blk_queue *queue = (struct blk_queue *)((char *)hold - offsetof(struct blk_queue, hold));
+	struct blk_queue *queue = (struct blk_queue *)((char *)thaw - offsetof(struct blk_queue, thaw));
 
 	queue->sink->wake(queue);
 }
 
 void blk_queue_init(struct blk_queue *queue, struct blk_device *device, const struct blk_sink *sink)
 {
-	*queue = (struct blk_queue){.device = device, .sink = sink, .hold.go = queue_go};
+	*queue = (struct blk_queue){.device = device, .sink = sink, .thaw.go = queue_go};
 	pthread_mutex_init(&queue->lock, NULL);
 	queue->ready_tail = &queue->ready;
 	queue->steps_tail = &queue->steps;
@@ -26,9 +26,10 @@ void blk_queue_init(struct blk_queue *queue, struct blk_device *device, const st
 void blk_queue_deinit(struct blk_queue *queue)
 {
 	if (queue->device->overlay)
-		overlay_unhold(queue->device->overlay, &queue->hold);
-	pthread_mutex_lock(&queue->lock); /* whoever made the last wait ready lets go first */
-	assert(!queue->nr_requests && !queue->nr_waits && !queue->ready && !queue->steps && !queue->finished);
+		overlay_cancel_thaw_wait(queue->device->overlay, &queue->thaw);
+	pthread_mutex_lock(&queue->lock); /* wait for the thread that made the last wait ready */
+	assert(!queue->nr_requests && !queue->nr_waits && !queue->buffered_bytes);
+	assert(!queue->ready && !queue->steps && !queue->finished);
 	pthread_mutex_unlock(&queue->lock);
 	pthread_mutex_destroy(&queue->lock);
 }
@@ -40,7 +41,7 @@ bool blk_queue_accepts(const struct blk_queue *queue)
 
 bool blk_queue_freeze(struct blk_queue *queue, int err)
 {
-	if (err != -EBUSY || !overlay_hold(queue->device->overlay, &queue->hold))
+	if (err != -EBUSY || !overlay_await_thaw(queue->device->overlay, &queue->thaw))
 		return false;
 	queue->frozen = true;
 	return true;
@@ -124,7 +125,7 @@ void blk_queue_collect(struct blk_queue *queue)
 	}
 }
 
-/* A wait is over: counts it off its request, which may end. */
+/* Counts a wait that is over off its request, which may end. */
 static void request_waited(struct blk_queue *queue, struct blk_request *request, enum blk_wait_kind kind, int status)
 {
 	if (status && !request->err)

@@ -2,10 +2,10 @@
 /*
  * READ and PREFETCH.
  *
- * A read of what is resident refers to the frames with their extents held; private pages are copied from the overlay.
- * If one extent is missing, the whole run waits in a buffer of its own: the bytes that are there are copied, the others
- * come as they are loaded. A long read goes run by run where it may be split, so that it needs no more memory than a
- * few runs; otherwise it needs its length.
+ * A read of resident bytes refers to the frames with their extents held; private pages are copied from the overlay.
+ * If one extent is not resident, the whole run waits in a buffer of its own: the bytes that are there are copied, the
+ * others as they are loaded. A long read goes run by run where it may be split, so that it needs no more memory than a
+ * few runs; otherwise it needs a buffer of its whole length.
  */
 #include "transport/core/blocks/wait.h"
 
@@ -26,7 +26,7 @@ static uint64_t in_extent(const struct blk_device *device, uint64_t offset, uint
 	return left < length ? left : length;
 }
 
-/* Refers to shared bytes, all resident; false, with some of them held, if one is not. */
+/* Refers to shared bytes; false, with some extents held, if one is not resident. */
 static bool refer_shared(struct blk_queue *queue, uint64_t offset, uint64_t length)
 {
 	struct blk_device *device = queue->device;
@@ -45,7 +45,7 @@ static bool refer_shared(struct blk_queue *queue, uint64_t offset, uint64_t leng
 	return true;
 }
 
-/* Gives a run of at most BLK_RUN_BYTES if that needs no load; 0, -EAGAIN, or what the overlay failed with. */
+/* Gives a run of at most BLK_RUN_BYTES; 0, -EAGAIN if that needs a load, or the overlay's error. */
 static int give_resident(struct blk_queue *queue, struct blk_request *request, uint64_t offset, uint64_t length,
                          bool whole)
 {
@@ -100,7 +100,7 @@ static void wait_shared(struct blk_wait *wait, uint64_t offset, uint64_t length)
 	}
 }
 
-/* Has a request wait for the bytes of a run; -ENOMEM. */
+/* Makes a request wait for the bytes of a run; -ENOMEM. */
 static int wait_run(struct blk_queue *queue, struct blk_request *request, uint64_t offset, uint64_t length)
 {
 	struct overlay *overlay = queue->device->overlay;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What is resident, what is a guest's own, what is known to be zeros. */
+/* Which bytes are resident, which are private, which are known to be zeros. */
 #include "transport/core/blocks/blocks.h"
 
 #define SCAN_MAX ((uint64_t)1 << 20) /* extents looked at for one run */

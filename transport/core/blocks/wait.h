@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Waits: what the engine's requests wait for, and what its files share beside the public blocks.h.
+ * Waits of the engine's requests, and what its files share beside the public blocks.h.
  *
- * A loader answers with the extent held. It copies a read's bytes there and then: a wait that kept its extents until
- * the last of them came could need more than the store has room for. A patch has one extent, takes a hold of its own
- * and is made when its queue is collected, whether or not the client reads. So no hold lasts longer than a worker takes
- * to come, however slow a client is.
+ * A loader answers with the extent held. It copies a read's bytes at once: a wait that kept its extents until the last
+ * of them came could need more than the store has room for. A patch has one extent, takes a hold of its own and is
+ * applied when its queue is collected, whether or not the client reads. So no hold lasts longer than until a worker
+ * collects, however slow a client is.
  */
 #ifndef COWSHED_BLOCK_WAIT_H
 #define COWSHED_BLOCK_WAIT_H
@@ -48,42 +48,42 @@ struct blk_wait {
 struct blk_wait *blk_wait_new(struct blk_queue *queue, struct blk_request *request, enum blk_wait_kind kind,
                               uint64_t offset, uint32_t length, uint32_t nr_loads);
 void blk_wait_free(struct blk_wait *wait);
-/* Holds the extent of offset if it is resident (true); else has the wait wait for it. */
+/* Returns true, with the extent of offset held, if it is resident; else makes the wait wait for it. */
 bool blk_wait_extent(struct blk_wait *wait, uint64_t offset, uint32_t length);
-/* Has it wait for its missing pages. */
+/* Makes it wait for its missing pages. */
 void blk_wait_pages(struct blk_wait *wait);
-/* Everything that it waits for was asked for. */
+/* Must be called once everything that it waits for was asked for. */
 void blk_wait_all(struct blk_wait *wait);
-/* One thing has come that a wait needed, or has failed with status: from any thread. */
+/* One thing that a wait needs has come (status 0), or has failed; for any thread. */
 void blk_wait_answer(struct blk_wait *wait, int status);
 
 /* queue.c */
-/* Nothing more of a request will be begun: ends it, or has its last wait end it. */
+/* All of a request was begun: completes it, or leaves that to its last wait. */
 void blk_request_begun(struct blk_queue *queue, struct blk_request *request);
-/* Has a request go on step by step (blk_queue_step). */
+/* Makes a request go on step by step (blk_queue_step). */
 void blk_request_queue(struct blk_queue *queue, struct blk_request *request);
-/* A change came back with err. true: it is to wait for the overlay's thaw, and everything after it too. false, and err
- * is -EBUSY: the thaw has been. */
+/* Checks the err of a change. true: it and everything after it must wait for the overlay's thaw. false, and err is
+ * -EBUSY: the overlay was thawed meanwhile. */
 bool blk_queue_freeze(struct blk_queue *queue, int err);
 
 /* missing.c */
 /* 0: no page of the range is missing; -EIO: one is lost; -EINPROGRESS: one has to be waited for. */
 int blk_look_missing(const struct blk_device *device, uint64_t offset, uint64_t length);
-/* Has a request wait for them. */
+/* Makes a request wait for the missing pages of a range. */
 void blk_await_missing(struct blk_queue *queue, struct blk_request *request, uint64_t offset, uint64_t length);
 
 /* ahead.c */
-/* Notes a read, of a client that may read one thing after the other. */
+/* Notes a read, to detect sequential ones. */
 void blk_note_read(struct blk_queue *queue, uint64_t offset, uint64_t length);
-/* Prefetches what such a client will read next, once it has missed. */
+/* Prefetches what a client that reads sequentially will read next, once it has missed. */
 void blk_read_ahead(struct blk_queue *queue, bool missed);
 
 /* patch.c */
-/* Writes a part of one page (bytes NULL: zeros), at once or when the image's page is there; false: ask again after the
+/* Writes a part of one page (bytes NULL: zeros), at once or when the image's page is there; false: call again after the
  * thaw. */
 bool blk_patch(struct blk_queue *queue, struct blk_request *request, uint64_t offset, uint32_t length,
                const uint8_t *bytes);
-/* What a patch waited for is there. false: not now; the wait will be ready again. */
+/* Applies a patch whose wait is ready. false: not now; the wait will be ready again. */
 bool blk_patch_complete(struct blk_wait *wait);
 
 enum blk_step { BLK_STEP_MORE, BLK_STEP_WAIT, BLK_STEP_DONE };
@@ -95,7 +95,7 @@ void blk_write_begin(struct blk_queue *queue, struct blk_request *request);
 void blk_clear_begin(struct blk_queue *queue, struct blk_request *request);
 enum blk_step blk_clear_step(struct blk_queue *queue, struct blk_request *request);
 void blk_flush_begin(struct blk_queue *queue, struct blk_request *request);
-/* Has a request wait until everything that was written is durable; false: nothing to wait for, or no memory. */
+/* Makes a request wait until everything that was written is durable; false: nothing to wait for, or no memory. */
 bool blk_flush_wait(struct blk_queue *queue, struct blk_request *request);
 
 /* The first page that begins at or after an offset. */

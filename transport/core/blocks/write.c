@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * WRITE: the quota is taken when the request is submitted; then its payload goes to the overlay as it comes, whole
- * pages at a time, so that a write of 32 MiB needs no buffer. The parts of pages at its two ends are patches.
+ * WRITE.
+ *
+ * The quota is taken when the request is submitted; then its payload goes to the overlay as it comes, whole pages at a
+ * time, so that a write of 32 MiB needs no buffer. The parts of pages at its two ends are patches.
  */
 #include "transport/core/blocks/wait.h"
 
@@ -23,7 +25,7 @@ void blk_write_begin(struct blk_queue *queue, struct blk_request *request)
 		blk_request_begun(queue, request);
 }
 
-/* Takes one run of payload: whole pages, or what of one page the request has; 0 if it has not all come. */
+/* Takes one run of payload: whole pages, or the request's part of one page; 0 if that part has not come whole. */
 static uint64_t write_run(struct blk_queue *queue, struct blk_request *request, const uint8_t *bytes, uint64_t nr_bytes)
 {
 	struct blk_device *device = queue->device;

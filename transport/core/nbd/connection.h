@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A connection: its socket, its queue of block requests, and what stays of it between two slices. */
+/* A connection: its socket, its queue of block requests, and its state between two slices. */
 #ifndef COWSHED_NBD_CONNECTION_H
 #define COWSHED_NBD_CONNECTION_H
 
@@ -9,7 +9,7 @@
 
 struct nbd_slice;
 
-/* A request of the client that the engine has. */
+/* A request of the client that was submitted to the engine. */
 struct nbd_submitted {
 	struct blk_request block;
 	struct nbd_request request;
@@ -25,8 +25,8 @@ struct nbd_segment {
 };
 
 /*
- * Invariants: (1) one slice at a time, while running; (2) the connection is in the server's ready line exactly while
- * queued. What stands below the line belongs to the slice.
+ * One slice at a time serves it, while running. It is in the server's ready list exactly while queued. The slice owns
+ * the fields below the line.
  */
 struct nbd_connection {
 	struct blk_queue queue;
@@ -56,13 +56,13 @@ static inline struct nbd_connection *nbd_connection_of(struct blk_queue *queue)
 	return (struct nbd_connection *)((char *)queue - offsetof(struct nbd_connection, queue));
 }
 
-/* Nothing of it waits any more, and nobody finds it. */
+/* Nothing of it may wait any more, and no thread may find it. */
 void nbd_connection_free(struct nbd_connection *connection);
-/* Its last slice is over: closes and reports it. */
+/* Closes and reports a connection whose last slice is over. */
 void nbd_connection_end(struct nbd_connection *connection);
-/* Has a worker serve it: now, or again if one does; from any thread. */
+/* Makes a worker serve it: now, or again if one does. For any thread. */
 void nbd_connection_wake(struct nbd_connection *connection);
-/* Ends it soon, whatever it is doing; under server->lock. */
+/* Ends it soon, whatever it is doing. The caller must hold server->lock. */
 void nbd_connection_detach(struct nbd_connection *connection);
 
 #endif

@@ -49,7 +49,7 @@ void nbd_connection_detach(struct nbd_connection *connection)
 {
 	pthread_mutex_lock(&connection->lock);
 	connection->detached = true;
-	shutdown(connection->fd, SHUT_RDWR); /* whoever waits on it is woken; the slice that sees it ends it */
+	shutdown(connection->fd, SHUT_RDWR); /* wakes a thread that waits on it; the next slice ends it */
 	wake(connection);
 	pthread_mutex_unlock(&connection->lock);
 }
@@ -74,21 +74,21 @@ void nbd_connection_end(struct nbd_connection *connection)
 	blk_queue_deinit(&connection->queue);
 	epoll_ctl(server->epoll_fd, EPOLL_CTL_DEL, connection->fd, NULL);
 	pthread_mutex_lock(&server->lock);
-	close(connection->fd); /* under the lock: nbd_detach shuts down what is open */
+	close(connection->fd); /* under the lock: nbd_detach must not shut down a descriptor that is used again */
 	server->slots[(uint32_t)connection->connection_no] = NULL;
 	connection->export->nr_connections--;
 	server->ended[server->nr_ended++] = ended;
 	if (--server->nr_connections == 0)
 		pthread_cond_broadcast(&server->idle);
 	pthread_mutex_unlock(&server->lock);
-	pthread_mutex_lock(&connection->lock); /* who found it in the table lets go first */
+	pthread_mutex_lock(&connection->lock); /* wait for a thread that found it in the table */
 	pthread_mutex_unlock(&connection->lock);
 	nbd_ready_forget(connection);
 	nbd_connection_free(connection);
 	store_raise_at(POINT_WAKE_NBD_ENDED, server->event_fd);
 }
 
-/* Room for one connection more, and for the report of its end; under lock. */
+/* Finds room for one connection more, and for the report of its end. The caller must hold server->lock. */
 static int slot_take(struct nbd_server *server, uint32_t *slot_out)
 {
 	uint32_t slot = 0;
@@ -123,8 +123,8 @@ static void socket_prepare(int fd)
 	struct timeval linger = {.tv_usec = LINGER_US};
 	int one = 1, room = 4 << 20;
 
-	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK); /* to linger; all else asks for MSG_DONTWAIT */
-	/* Each only makes things faster, and fails on sockets of another kind. */
+	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK); /* to linger; all other calls pass MSG_DONTWAIT */
+	/* All but the timeout are optional, and may fail on sockets of another kind. */
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 	setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
 	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &linger, sizeof linger);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* An export: a device, and what was done with it. */
+/* An export: a device and its counters. */
 #ifndef COWSHED_NBD_EXPORT_H
 #define COWSHED_NBD_EXPORT_H
 
@@ -18,8 +18,8 @@ struct nbd_export {
 	struct blk_device device;
 	struct nbd_server *server;
 	uint32_t nr_connections; /* under server->lock */
-	/* Counters are words in the order of struct nbd_counters: its own (an overlay's are in its ledger, an image's
-	 * alone here), and those of all exports of the image. */
+	/* Counters, words in the order of struct nbd_counters: the export's (in its overlay's ledger, or else in
+	 * `here`), and those of all exports of the image. */
 	_Atomic uint64_t *counts, *image_counts;
 	_Atomic uint64_t here[NBD_COUNTS_NR];
 	_Atomic uint64_t latency_sum_ns[NBD_LATENCY_NR];

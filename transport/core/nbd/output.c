@@ -63,7 +63,7 @@ static void spent_forget(struct nbd_out *out, const struct blk_wait *wait)
 	assert(false);
 }
 
-/* Keeps iovecs [i, nr_iov) for later. Neighbours without an owner are copied together. */
+/* Puts iovecs [i, nr_iov) into the backlog. Neighbours without an owner are copied together. */
 static int backlog_keep(struct nbd_slice *slice, uint32_t i)
 {
 	struct nbd_out *out = &slice->out;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Requests as they come: checked by the protocol's rules, and submitted to the engine. */
+/* Checks requests by the protocol's rules, and submits them to the engine. */
 #include "transport/core/nbd/slice.h"
 
 #include <errno.h>
@@ -10,7 +10,7 @@ static bool is_write(const struct nbd_request *request)
 	return request->type == NBD_CMD_WRITE || request->type == NBD_CMD_TRIM || request->type == NBD_CMD_WRITE_ZEROES;
 }
 
-/* What the protocol says to answer a request with; 0: do it. */
+/* The error that the protocol demands for a request; 0: none. */
 static int request_check(const struct nbd_connection *connection, const struct nbd_request *request)
 {
 	const struct nbd_negotiated *negotiated = &connection->negotiated;
@@ -64,7 +64,7 @@ static bool has_payload(const struct nbd_connection *connection, const struct nb
 	return request->type == NBD_CMD_WRITE;
 }
 
-/* What the engine is asked for. */
+/* Translates a client's request for the engine. */
 static struct blk_request block_request(const struct nbd_connection *connection, const struct nbd_request *request)
 {
 	const struct nbd_negotiated *negotiated = &connection->negotiated;
@@ -91,7 +91,7 @@ static struct blk_request block_request(const struct nbd_connection *connection,
 		block.flags |= request->flags & NBD_CMD_FLAG_NO_HOLE ? BLK_ALLOCATE : 0;
 		block.flags |= request->flags & NBD_CMD_FLAG_FAST_ZERO ? BLK_FAST : 0;
 		break;
-	default: /* whatever has a payload */
+	default: /* any request with a payload */
 		block.op = BLK_WRITE;
 	}
 	return block;
@@ -148,7 +148,7 @@ static void dispatch(struct nbd_slice *slice, const struct nbd_request *request)
 		submit(slice, request, 0);
 }
 
-/* Uses payload as far as it goes: how much. */
+/* Passes payload to the engine, as much as it takes; returns how much. */
 static size_t take_payload(struct nbd_slice *slice)
 {
 	struct nbd_connection *connection = slice->connection;

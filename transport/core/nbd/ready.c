@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The line of connections that are ready for a slice: something of theirs has come, or their last slice had more to do
- * than was fair. Its eventfd is in the workers' epoll.
+ * The list of connections that are ready for a slice: they were woken, or their last slice left work for the next, to
+ * be fair to others. Its eventfd is in the workers' epoll.
  */
 #include "cache/core/points.h"
 #include "transport/core/nbd/server.h"

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The workers: all wait on one epoll descriptor, in which each connection is with EPOLLONESHOT, and the ready line. */
+/* The workers: all wait on one epoll descriptor, for each connection (EPOLLONESHOT) and for the ready list. */
 #define _GNU_SOURCE
 #include "transport/core/nbd/server.h"
 
@@ -14,10 +14,10 @@
 #define READY_EVENT UINT64_MAX
 #define STOP_EVENT (UINT64_MAX - 1)
 #define WORKER_STACK_BYTES (256u << 10)
-#define LOOK_MS 1000 /* a wake-up that was lost costs that much, and no more */
-#define EVENTS_MAX 1 /* what a thread has taken, no other can serve */
+#define LOOK_MS 1000 /* a lost wake-up costs this much at most */
+#define EVENTS_MAX 1 /* an event that a thread has taken, no other can serve */
 
-/* Another thread may have taken it; and nothing but time tells of one whose wake-up was lost (nr 0). */
+/* 0 if another thread took the event first. After a timeout (nr 0), finds a connection whose wake-up was lost. */
 static uint64_t next_in_line(struct nbd_server *server, int nr)
 {
 	uint64_t raised;
@@ -25,7 +25,7 @@ static uint64_t next_in_line(struct nbd_server *server, int nr)
 	return nr && read(server->ready_fd, &raised, sizeof raised) < 0 ? 0 : nbd_ready_pop(server);
 }
 
-/* Takes the connection for a slice, unless another thread has it, which will then look again. */
+/* Takes the connection for a slice, unless another thread has it, which then serves it once more. */
 static bool connection_take(struct nbd_connection *connection)
 {
 	bool mine = !connection->running;
@@ -145,7 +145,7 @@ static void server_stop_workers(struct nbd_server *server)
 	if (stop_fd >= 0)
 		epoll_ctl(server->epoll_fd, EPOLL_CTL_ADD, stop_fd, &event);
 	for (uint32_t i = 0; i < server->nr_workers; i++) {
-		store_raise(server->ready_fd); /* without a descriptor of its own, this wakes them too */
+		store_raise(server->ready_fd); /* wakes them if there is no stop_fd */
 		pthread_join(server->slices[i].thread, NULL);
 		slice_deinit(&server->slices[i]);
 	}

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The server: its workers, its connections, and the line of those that are ready for a slice.
+ * The server: its workers, its connections, and the list of those that are ready for a slice.
  *
  * Lock order: server->lock, blk_queue.lock, connection->lock, server->ready_lock; none is held while a store or an
  * overlay is called.
@@ -31,11 +31,11 @@ struct nbd_server {
 };
 
 /* ready.c */
-/* Puts a connection in line for a slice; under its lock. */
+/* Puts a connection on the ready list. The caller must hold its lock. */
 void nbd_ready_push(struct nbd_connection *connection);
-/* Takes the next one out: its number; 0 if there is none. */
+/* Takes the next one out; returns its number, 0 if there is none. */
 uint64_t nbd_ready_pop(struct nbd_server *server);
-/* Takes one out that is ending. Nobody can find it any more to put it there again. */
+/* Takes out one that is ending. No thread may find it any more, and put it there again. */
 void nbd_ready_forget(struct nbd_connection *connection);
 
 /* connections.c */

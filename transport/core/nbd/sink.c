@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The engine's sink: what it reads goes to the list of what is sent, and completions become replies. */
+/* The engine's sink: bytes that it reads go to the list of iovecs to send, and completions become replies. */
 #include "transport/core/nbd/slice.h"
 
 #include <assert.h>
@@ -15,7 +15,7 @@ static struct nbd_submitted *submitted_of(struct blk_request *block)
 	return (struct nbd_submitted *)((char *)block - offsetof(struct nbd_submitted, block));
 }
 
-/* Whether a run and the headers beside it find room in the list. */
+/* Whether the list has room for a run and its headers. */
 static bool has_room(const struct nbd_out *out, uint64_t extent_bytes)
 {
 	uint64_t nr_extents = BLK_RUN_BYTES / extent_bytes + 2;

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * One slice of a connection: collect what came, send what is owed, receive, parse, submit.
+ * One slice of a connection: collect ready waits, send replies, receive, parse, submit.
  *
- * What was received and not used (part of a header, part of a page, requests beyond a limit) is carried to the next
- * slice in a buffer that exists only while there is something in it: an idle connection costs its struct.
+ * Bytes that were received and not used (part of a header, part of a page, requests beyond a limit) are carried to the
+ * next slice in a buffer that exists only while it has bytes: an idle connection costs only its struct.
  */
 #define _GNU_SOURCE
 #include "transport/core/nbd/server.h"
@@ -27,7 +27,7 @@ void nbd_slice_break(struct nbd_slice *slice, enum nbd_end reason, int err)
 	connection->err = err;
 }
 
-/* Ends what can't be ended in the ordinary way, because the client is gone. */
+/* The client is gone: ends all that can end, and drops all that would be sent. */
 static void abandon(struct nbd_slice *slice)
 {
 	struct nbd_connection *connection = slice->connection;
@@ -73,8 +73,8 @@ static void carry_in(struct nbd_slice *slice)
 	connection->nr_carry = 0;
 }
 
-/* Receives what there is: how many bytes, 0 for none now; the end and errors are noted.  how: MSG_DONTWAIT, or 0 to
- * wait LINGER_US at most. */
+/* Receives what there is; returns how many bytes, 0 for none now. Notes the end and errors.  how: MSG_DONTWAIT, or 0
+ * to wait LINGER_US at most. */
 static size_t receive(struct nbd_slice *slice, int how)
 {
 	struct nbd_connection *connection = slice->connection;
@@ -106,7 +106,7 @@ static size_t receive(struct nbd_slice *slice, int how)
 /*
  * A client that was just answered mostly asks for more at once, so a thread stays with its connection for a moment
  * before it goes the longer way through epoll.  Only while there are fewer connections than threads, and not while
- * something is parked, whose end this thread would not hear of.
+ * a request waits, whose end this thread would not notice.
  */
 static bool linger(struct nbd_slice *slice)
 {
@@ -140,7 +140,7 @@ static void count_slice(struct nbd_slice *slice)
 	}
 }
 
-/* One round of answering; the events to wait for, or SLICE_AGAIN to go on receiving. */
+/* Runs one round of answering; returns the events to wait for, or SLICE_AGAIN to go on receiving. */
 static uint32_t slice_round(struct nbd_slice *slice, bool *more_out)
 {
 	struct nbd_connection *connection = slice->connection;
@@ -167,7 +167,7 @@ static uint32_t slice_round(struct nbd_slice *slice, bool *more_out)
 	}
 	if (connection->queue.broken)
 		abandon(slice);
-	if (connection->queue.broken && connection->queue.frozen) { /* what it holds back is not wanted any more */
+	if (connection->queue.broken && connection->queue.frozen) { /* do not wait for the thaw: the client is gone */
 		*more_out = true;
 		return 0;
 	}

@@ -31,11 +31,11 @@ struct nbd_slice {
 #define SLICE_AGAIN (1u << 30)
 #define SLICE_ENDED (1u << 31)
 uint32_t nbd_slice_run(struct nbd_slice *slice);
-/* The connection is of no more use: neither requests nor replies. */
+/* Gives the connection up: it takes no more requests, and gets no more replies. */
 void nbd_slice_break(struct nbd_slice *slice, enum nbd_end reason, int err);
 
 /* parse.c */
-/* Uses what was received, as far as it goes; true if it stopped for want of more. */
+/* Uses the received bytes as far as it can; true if it stopped because it needs more. */
 bool nbd_parse(struct nbd_slice *slice);
 /* status.c: answers a BLOCK_STATUS that was checked. */
 void nbd_status(struct nbd_slice *slice, const struct nbd_request *request);

@@ -57,7 +57,7 @@ enum nbd_command {
 #define NBD_ENOTSUP 95u
 #define NBD_ESHUTDOWN 108u
 
-/* A payload up to this size is read to its end, however wrong the request; what is longer ends the connection. */
+/* A payload up to this size is read to its end, however wrong the request; a longer one ends the connection. */
 #define NBD_PAYLOAD_MAX (1u << 25)
 
 struct nbd_request {
@@ -113,7 +113,7 @@ static inline uint8_t *wire_put_raw64(uint8_t *to, uint64_t value)
 	return (uint8_t *)memcpy(to, &value, sizeof value) + sizeof value;
 }
 
-/* Reads a header of the kind negotiated; 0 if its magic is another's. */
+/* Reads a header of the kind negotiated; 0 if its magic is another. */
 static inline int wire_get_request(const uint8_t *from, int extended, struct nbd_request *request_out)
 {
 	if (wire_get32(from) != (extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC))
@@ -126,7 +126,7 @@ static inline int wire_get_request(const uint8_t *from, int extended, struct nbd
 	return 1;
 }
 
-/* The error a client is told for -errno. */
+/* The protocol's error for -errno. */
 static inline uint32_t wire_error(int err)
 {
 	switch (-err) {
