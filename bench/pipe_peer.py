@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -75,7 +76,8 @@ class PipePeer:
             if nc.poll() is not None:
                 raise BenchError(f"nc does not listen at {' '.join(where)}")
             if self._way == "unix":
-                return Path(where[1]).exists()
+                listening = f" 00010000 .* {re.escape(where[1])}$"
+                return bool(re.search(listening, Path("/proc/net/unix").read_text(), re.MULTILINE))
             port = f":{int(where[1]):04X} 00000000:0000 0A"
             return port in Path("/proc/net/tcp").read_text()
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from domains import in_thread, is_stopped, kill_backend, new_run_dir, until
+from domains import in_thread, is_stopped, kill_backend, listens, new_run_dir, until
 from two_hosts import SIZE, Host, Model
 
 from cowshed.transport import connect
@@ -99,7 +99,7 @@ def test_a_drain_takes_images_along_and_they_are_served_from_then_on(
         with connect(b.unix) as backend, backend.open("d", guest="mapped") as disk:
             assert disk.mapped
             assert disk.read(0, SIZE - 99) == sparse.read_bytes()
-        until(lambda: (b.run_dir / "images" / "d.sock").is_socket())
+        until(lambda: listens(b.run_dir / "images" / "d.sock"))
         assert b.the_daemon.mismatches() == []
     # And from the folder alone.
     b.the_daemon.stop()

@@ -9,6 +9,7 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,15 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
         select.select([], [], [], 0.01)
+
+
+def listens(path: Path) -> bool:
+    """Return whether a server can be reached at a path, which exists before it listens there."""
+    for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+        with socket.socket(socket.AF_UNIX, kind) as sock, contextlib.suppress(OSError):
+            sock.connect(str(path))
+            return True
+    return False
 
 
 def is_stopped(pid: int) -> bool:

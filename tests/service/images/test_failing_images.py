@@ -19,6 +19,7 @@ from domains import (
     StartGuest,
     cowshed,
     kill_backend,
+    listens,
     stop,
     until,
 )
@@ -149,7 +150,7 @@ def test_a_socket_that_was_removed_is_made_again(
         (kept.run_dir / name).unlink()
     until(lambda: kept.log().count("event=socket-removed") == 3)
     os.kill(pid if end == signal.SIGKILL else kept.pid, end)
-    until((kept.run_dir / "cowshed.sock").is_socket)
+    until(lambda: listens(kept.run_dir / "cowshed.sock"))
     assert kept.guest_status("g")["state"] == "running"
     assert guest.call("compare", path=str(image), offset=0, length=MIB) == 0
     assert Site(kept, image).nbdsh("print(h.get_size())").split() == [str(4 * MIB)]
@@ -172,7 +173,7 @@ def test_something_in_the_place_of_a_socket_does_not_end_the_service(
     until(lambda: "event=not-reachable" in kept.log())
     path.unlink()
     os.kill(kept.pid, signal.SIGHUP)
-    until(path.is_socket)
+    until(lambda: listens(path))
     assert kept.guest_status("g")["state"] == "running"
 
 
@@ -184,7 +185,7 @@ def stopped_server(image: Path, run_dir: Path) -> Iterator[tuple[Path, subproces
     path, socket = run_dir / "far.raw", run_dir / "far.sock"
     path.touch()
     disk = subprocess.Popen(["nbdkit", "-f", "-U", str(socket), "file", str(image)])
-    until(socket.is_socket)
+    until(lambda: listens(socket))
     server = subprocess.Popen(["nbdfuse", "-r", str(path), f"nbd+unix:///?socket={socket}"])
     try:
         until(lambda: server.poll() is not None or path.stat().st_size > 0)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from domains import ANSWER_SECONDS, Daemon, command, new_run_dir, until, write_image
+from domains import ANSWER_SECONDS, Daemon, command, listens, new_run_dir, until, write_image
 
 from cowshed.transport import connect
 
@@ -114,7 +114,7 @@ def test_a_daemon_begun_with_closed_descriptors_serves_and_ends_as_always(
     words = command("serve", "--run-dir", str(run_dir), f"--image=d={image}", keeper)
     process = subprocess.Popen(["sh", "-c", f"exec {shlex.join(words)} {redirection}"])
     try:
-        until((run_dir / "nbd.sock").is_socket)
+        until(lambda: listens(run_dir / "nbd.sock"))
         with connect(f"unix://{run_dir}/cowshed.sock") as backend:
             backend.request("status")
         lock = run_dir / "lock"
