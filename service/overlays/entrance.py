@@ -30,7 +30,7 @@ _STOP_SECONDS: Final = 1.0
 
 
 class NotYetError(Exception):
-    """The overlay is being made: the client must enter again after on_made()."""
+    """The overlay is being made, or the last of that name removed: enter again after on_made()."""
 
 
 @dataclass(eq=False)
@@ -43,9 +43,11 @@ class Entering:
     on_made: Callable[[], None]
     error: CowshedError | None = None
     making: _Making | None = None
+    waits_for_name: bool = False
 
     def give_up(self) -> None:
         """Cancel the wait: the client has gone, and on_made is not called any more."""
+        self.waits_for_name = False
         if self.making is not None:
             self.making.waiting.remove(self)
             self.making = None
@@ -97,7 +99,7 @@ class Entrance:
         quota_bytes: int | None = None,
         policy: QuotaPolicy | None = None,
     ) -> OverlayGuest:
-        """As OverlayTable.enter(); NotYetError if it is being made: enter again after on_made."""
+        """As OverlayTable.enter(), or NotYetError: then enter again after on_made."""
         error, client.error = client.error, None
         if error is not None:
             raise error
@@ -105,9 +107,15 @@ class Entrance:
         making = self._makings.get(key)
         if making is not None:
             check_may_enter(making, image, claim)
-        elif not self._table.in_files or self._table.get(*key) is not None:
-            return self._table.enter(image, name, claim, quota_bytes=quota_bytes, policy=policy)
         else:
+            with self._table.lock:  # nothing is removed between these looks
+                if self._table.when_free(key, lambda: self._post(lambda: _go_on(client))):
+                    client.waits_for_name = True
+                    raise NotYetError
+                if not self._table.in_files or self._table.get(*key) is not None:
+                    return self._table.enter(
+                        image, name, claim, quota_bytes=quota_bytes, policy=policy
+                    )
             making = self._begin(image, name, claim, quota_bytes, policy)
         making.waiting.append(client)
         client.making = making
@@ -184,7 +192,16 @@ class Entrance:
         except CapacityError as failed:
             what = "not-discarded" if is_unused else "overlay-source-not-kept"
             _log.warning(what, str(failed), overlay=guest.label)
+            if is_unused:
+                self._table.insert(guest)
 
     def _remove(self, guest: OverlayGuest) -> None:
         self._table.unstage(guest)
         _log.info("overlay-discarded", overlay=guest.label, private=0)
+
+
+def _go_on(client: Entering) -> None:
+    """Let a client enter that has waited for its name, unless it has gone; in the loop."""
+    if client.waits_for_name:
+        client.waits_for_name = False
+        client.on_made()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from cowshed.accounting import (
@@ -67,6 +67,8 @@ class OverlayTable:
         self._records = records or OverlayRecords(FdStore(None))
         self.maker: Final = OverlayMaker(core, guests, admission, files, self._records)
         self._overlays: dict[tuple[str, str], OverlayGuest] = {}
+        # Those being removed, each with the calls of when_free(); under the lock.
+        self._leaving: dict[tuple[str, str], list[Callable[[], object]]] = {}
         self.waiting: Final = WaitingOverlays(guests)  # under the lock
         self._unused = threading.Condition(self.lock)
 
@@ -102,7 +104,7 @@ class OverlayTable:
             guest = self._overlays.get((image.domain, name))
             if guest is not None:
                 check_may_enter(guest, image, claim)
-            else:
+            elif (image.domain, name) not in self._leaving:
                 self.waiting.check(image, name)
                 self.guests.check_free(
                     OpenRequest(name, image, None, QuotaPolicy.STOP, FaultOptions())
@@ -133,6 +135,17 @@ class OverlayTable:
             guest.nr_clients += 1
             guest.transport, guest.pid = claim.transport, claim.pid
             return guest
+
+    def when_free(self, key: tuple[str, str], call: Callable[[], object]) -> bool:
+        """If an overlay of that name is being removed, call call() once it is; False if not.
+
+        The call is made in the thread that removes it.
+        """
+        with self.lock:
+            if key in self._leaving:
+                self._leaving[key].append(call)
+                return True
+            return False
 
     @property
     def in_files(self) -> bool:
@@ -181,9 +194,10 @@ class OverlayTable:
         return guest
 
     def insert(self, guest: OverlayGuest) -> None:
-        """Put an overlay into the table; from now on its owner may enter it."""
+        """Put an overlay into the table, again perhaps; from now on its owner may enter it."""
         with self.lock:
             self._overlays[guest.request.key] = guest
+        self._end_leaving(guest)
 
     def place(self, guest: OverlayGuest) -> None:
         """Insert and log an overlay that was made."""
@@ -195,7 +209,7 @@ class OverlayTable:
         with self.lock:
             if guest.nr_clients or self._overlays.get(guest.request.key) is not guest:
                 return False
-            del self._overlays[guest.request.key]
+            self._take_out(guest)
             return True
 
     def leave(self, guest: OverlayGuest) -> None:
@@ -225,14 +239,11 @@ class OverlayTable:
             if guest.nr_clients:
                 clients = "1 client" if guest.nr_clients == 1 else f"{guest.nr_clients} clients"
                 raise UsageError(f"overlay {guest.label!r} has {clients}: disconnect first")
-            del self._overlays[guest.request.key]
+            self._take_out(guest)
         # Its name stays reserved until it is closed; the disk is not waited for under the lock.
         self._wait_unused(guest)  # otherwise its record might be written again
         nr_bytes = guest.account.status().private_pages * PAGE_BYTES
-        guest.overlay.discard()
-        if self._files is not None:
-            self._files.remove(guest.image.label, guest.name)
-        self._close(guest)
+        self.unstage(guest)
         if guest_asked:
             _log.info("overlay-discarded", overlay=guest.label, private=nr_bytes)
         else:
@@ -321,21 +332,28 @@ class OverlayTable:
                 self._unused.notify_all()
 
     def unstage(self, guest: OverlayGuest) -> None:
-        """Discard a staged overlay."""
-        guest.overlay.discard()
-        if self._files is not None:
-            self._files.remove(guest.image.label, guest.name)
-        self._close(guest)
+        """Discard an overlay that is not in the table; its name is free even if its files stay."""
+        with self.lock:
+            self._leaving.setdefault(guest.request.key, [])
+        try:
+            guest.overlay.discard()
+            if self._files is not None:
+                self._files.remove(guest.image.label, guest.name)
+        finally:
+            self._close(guest)
 
     def withdraw(self, guest: OverlayGuest) -> None:
         """Remove an overlay whose pages are elsewhere now; it must have no clients."""
         with self.lock:
-            if self._overlays.pop(guest.request.key, None) is None:
+            if guest.request.key not in self._overlays:
                 return
+            self._take_out(guest)
         self._wait_unused(guest)
-        if self._files is not None:
-            self._files.remove(guest.image.label, guest.name)
-        self._close(guest)
+        try:
+            if self._files is not None:
+                self._files.remove(guest.image.label, guest.name)
+        finally:
+            self._close(guest)
 
     # Audits and metrics.
 
@@ -366,6 +384,18 @@ class OverlayTable:
             while guest.nr_users:
                 self._unused.wait()
 
+    def _take_out(self, guest: OverlayGuest) -> None:
+        """Take an overlay out of the table, to close it; under the lock."""
+        del self._overlays[guest.request.key]
+        self._leaving[guest.request.key] = []
+
+    def _end_leaving(self, guest: OverlayGuest) -> None:
+        with self.lock:
+            calls = self._leaving.pop(guest.request.key, [])
+        for call in calls:
+            call()
+
     def _close(self, guest: OverlayGuest) -> None:
         self._wait_unused(guest)
         self.maker.close(guest)
+        self._end_leaving(guest)

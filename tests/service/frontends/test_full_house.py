@@ -104,6 +104,7 @@ def house(start_daemon: StartDaemon, make_image: MakeImage, tmp_path: Path) -> H
         f"--listen=tls://127.0.0.1:0?{server}",
         "--metrics=127.0.0.1:0",
         "--accept-handoff",
+        "--verbose",
         before=("env", "COWSHED_TEST_POINTS=1", "prlimit", "--nofile=400:400"),
     )
     # Nothing that it still does gives a descriptor back, so none is free once none may be taken.
@@ -274,7 +275,12 @@ def test_however_few_descriptors_are_left_nothing_of_a_guest_is(house: House, se
         with contextlib.suppress(UsageError):  # it has gone with its pages, or is about to
             house.daemon.request("discard", overlay="d@g")
         until(lambda: house.daemon.status()["guests"] == [])
+        until(all_are_closed)
         return house.daemon.nr_fds()
+
+    def all_are_closed() -> bool:
+        log = house.daemon.log()
+        return log.count("event=overlay-made") == log.count("event=overlay-discarded")
 
     _come_and_go(house, server)
     before = nr_fds()
