@@ -130,11 +130,12 @@ def test_eight_machines_read_what_was_made_from_one_copy(
     assert {guest["pid"] for guest in guests.values()} == {
         machine.pid for machine in everybody.machines.values()
     }
-    # Each frame once, however many map it; PSS rounds down by less than a page a mapping.
+    # Each frame once, however many map it; PSS rounds down by less than a page a mapping. The first
+    # machine waited for loads, and a load maps its whole extent: it alone has what others skip.
     shares = [image_memory(m.pid, run_dir / "ext4") for m in everybody.machines.values()]
     private = sum(guest["private_bytes"] for guest in guests.values())
     assert sum(shares) <= sizes["ext4"] + private
-    assert max(shares) < sizes["ext4"] // 4 + private
+    assert max(shares) < sizes["ext4"] // 2 + private
     assert daemon.mismatches() == []
 
 

@@ -84,7 +84,7 @@ def test_what_is_resident_is_read_within_the_call(nbd: NbdStage, front: Front) -
 def test_a_miss_waits_for_its_load_and_holds_nothing_meanwhile(nbd: NbdStage, front: Front) -> None:
     nbd.stage.load(0, 1)
     queue = front()
-    stop_at(lib.POINT_LOAD_READ)
+    stop_at(lib.POINT_LOAD_READ, 0)  # readahead may come there first
     request = queue.submit(READ, 0, 3 * PAGE + (64 << 10))
     wait_at(lib.POINT_LOAD_READ)
     queue.run()
