@@ -15,6 +15,8 @@ import pytest
 from attached import ROOM, Attached
 from domains import NOBODY, StartDaemon
 
+pytestmark = pytest.mark.slow
+
 BESIDE = ("hard", "soft", "other")
 
 

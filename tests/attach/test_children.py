@@ -12,6 +12,8 @@ import pytest
 from attached import ROOM, Attached
 from domains import NOBODY
 
+pytestmark = pytest.mark.slow
+
 # Maps the file it is told, and says what is preloaded into it.
 SHOW = r"""
 #include <fcntl.h>

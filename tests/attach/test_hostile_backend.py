@@ -23,6 +23,8 @@ from cowshed.faults import uffd_features
 from cowshed.transport.guest import preloading
 from cowshed.transport.messages.protocol import HEADER, MAGIC
 
+pytestmark = pytest.mark.slow
+
 PAGE = 4096
 MAX_FDS = 4
 UFFDIO_UNREGISTER = 0x8010AA01

@@ -15,6 +15,8 @@ import pytest
 from attached import Attached, StartReader
 from domains import ANSWER_SECONDS, NOBODY, StartDaemon, command, cowshed, plain_environment, until
 
+pytestmark = pytest.mark.slow
+
 SHOW = """
 import mmap, sys
 with open(sys.argv[1]) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:

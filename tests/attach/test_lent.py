@@ -16,6 +16,7 @@ from domains import NOBODY, StartDaemon
 LIBRARY = Path(__file__).parents[2] / "transport"
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user"),
     pytest.mark.skipif(
         not all(folder.stat().st_mode & 1 for folder in [LIBRARY, *LIBRARY.parents]),

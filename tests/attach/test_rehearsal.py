@@ -11,6 +11,8 @@ from domains import StartDaemon, plain_environment, until
 
 from cowshed.cache.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 IN_A_PID_NAMESPACE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 # Prints something, which says that it ran.
 SCRIPT = """

@@ -19,6 +19,8 @@ from nbd_site import MIB, SIZE, Site, run
 
 from cowshed.transport.nbd.wire import OPTION_HEADER, OPTION_MAGIC, NbdOption
 
+pytestmark = pytest.mark.slow
+
 REQUEST = struct.Struct(">IHHQQI")
 REQUEST_MAGIC = 0x25609513
 READ, WRITE, DISC = 0, 1, 2

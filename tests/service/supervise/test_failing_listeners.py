@@ -33,7 +33,7 @@ from places import take_port
 from cowshed.transport.guest.client import connect
 
 # Some start several backends, one after the other.
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 MIB = 1 << 20
 TLS_TABLE = '[tls]\ncert = "{cert}"\nkey = "{key}"\nca = "{ca}"\n'

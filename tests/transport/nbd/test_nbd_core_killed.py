@@ -19,6 +19,8 @@ from cowshed.cache import FileSource, InheritedImage, InvariantError, PageStore
 from cowshed.cache._core import lib
 from cowshed.transport.nbd.serving import NbdCounters, NbdExport, NbdServer
 
+pytestmark = pytest.mark.slow
+
 CHILD = Path(__file__).parents[2] / "support/doomed_overlay.py"
 NR_PAGES = 64
 
