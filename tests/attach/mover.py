@@ -11,6 +11,7 @@ import os
 import random
 import sys
 import threading
+import time
 from typing import Any
 
 from reader import PAGE, Reader
@@ -22,14 +23,29 @@ MREMAP_MAYMOVE = 1
 
 
 class Mover(Reader):
+    """A thread looks, or changes, under the lock: what is there and what should be go together."""
+
     def __init__(self, image: str, copy: str) -> None:
         super().__init__(image, copy)
         self.pieces: dict[int, bytes] = {}  # what is to be found at an address, a page each
         self.stop = threading.Event()
         self.threads: list[threading.Thread] = []
+        self.lock = threading.RLock()
         self.nr_looks = 0
         self.wrong: list[tuple[int, int]] = []
         self.to_child = self.from_child = -1
+
+    def do_map(self, first: int = 0, nr_pages: int = 0, writable: bool = False) -> int:
+        with self.lock:
+            return super().do_map(first, nr_pages, writable)
+
+    def do_write(self, no: int, page: int, nr_pages: int = 1, byte: int = 1) -> None:
+        with self.lock:
+            super().do_write(no, page, nr_pages, byte)
+
+    def do_check(self) -> list[tuple[int, int]]:
+        with self.lock:
+            return super().do_check()
 
     def do_spin(self) -> None:
         """Begin to look at pages, in a thread, in no order."""
@@ -41,12 +57,14 @@ class Mover(Reader):
     def _spin(self, seed: int) -> None:
         chance = random.Random(seed)
         while not self.stop.is_set():
-            no = chance.randrange(len(self.maps))
-            mapped, first = self.maps[no]
-            page = chance.randrange(len(mapped) // PAGE)
-            if mapped[page * PAGE : (page + 1) * PAGE] != self._right(no, first, page):
-                self.wrong.append((no, page))
-            self.nr_looks += 1
+            with self.lock:
+                no = chance.randrange(len(self.maps))
+                mapped, first = self.maps[no]
+                page = chance.randrange(len(mapped) // PAGE)
+                if mapped[page * PAGE : (page + 1) * PAGE] != self._right(no, first, page):
+                    self.wrong.append((no, page))
+                self.nr_looks += 1
+            time.sleep(0)  # the main thread may want the lock
 
     def _right(self, no: int, first: int, page: int) -> bytes:
         if (no, page) in self.written:
@@ -68,13 +86,14 @@ class Mover(Reader):
         """Make a child that obeys orders; its process id."""
         theirs, self.to_child = os.pipe()
         self.from_child, ours = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(self.to_child)
-            os.close(self.from_child)
-            with os.fdopen(theirs) as orders, os.fdopen(ours, "w") as answers:
-                obey(self, orders, answers)
-            os._exit(0)
+        with self.lock:  # no other thread has it, which the child does not have
+            child = os.fork()
+            if child == 0:
+                os.close(self.to_child)
+                os.close(self.from_child)
+                with os.fdopen(theirs) as orders, os.fdopen(ours, "w") as answers:
+                    obey(self, orders, answers)
+                os._exit(0)
         os.close(theirs)
         os.close(ours)
         return child
@@ -164,15 +183,15 @@ class Mover(Reader):
         nr_pages = len(mapped) // PAGE
         while not self.stop.is_set():
             page = chance.randrange(nr_pages)
-            if mapped[page * PAGE : (page + 1) * PAGE] != self._right(1, first, page):
-                self.wrong.append((1, page))
-            if chance.randrange(4):
-                byte = chance.randrange(1, 256)
-                mapped[page * PAGE : (page + 1) * PAGE] = bytes([byte]) * PAGE
-                self.written[1, page] = byte
-            else:
-                self.do_discard(1, page)
-            self.nr_looks += 1
+            with self.lock:
+                if mapped[page * PAGE : (page + 1) * PAGE] != self._right(1, first, page):
+                    self.wrong.append((1, page))
+                if chance.randrange(4):
+                    self.do_write(1, page, byte=chance.randrange(1, 256))
+                else:
+                    self.do_discard(1, page)
+                self.nr_looks += 1
+            time.sleep(0)
 
     def do_count_on(self, first: int, nr_pages: int) -> None:
         """Begin to write to private pages of the second mapping, faster than any fault is."""
@@ -203,8 +222,9 @@ class Mover(Reader):
 
     def do_discard(self, no: int, page: int) -> None:
         """Give a page of a mapping back: it is the image's again."""
-        self.maps[no][0].madvise(mmap.MADV_DONTNEED, page * PAGE, PAGE)
-        self.written.pop((no, page), None)
+        with self.lock:
+            self.maps[no][0].madvise(mmap.MADV_DONTNEED, page * PAGE, PAGE)
+            self.written.pop((no, page), None)
 
 
 def obey(mover: Mover, orders: Any, answers: Any) -> None:
