@@ -16,6 +16,23 @@ from cowshed.accounting.ledger import (
 from cowshed.accounting.missing_pages import MissingPages
 from cowshed.accounting.overlay import Overlay, OverlaySums
 from cowshed.accounting.policy.eviction import EvictionPolicy, ExtentKey, Heat
+from cowshed.accounting.policy.sampling import (
+    MOST_TOUCHES,
+    Estimate,
+    Exposure,
+    Probe,
+)
+from cowshed.accounting.policy.standby_size import StandbySize
+from cowshed.accounting.policy.use import (
+    CAPACITY_FACTORS,
+    STAY_PARTS,
+    WINDOWS_SECONDS,
+    Counts,
+    Observed,
+    Seen,
+    Use,
+    estimate_use,
+)
 from cowshed.accounting.policy.watermarks import Watermarks
 from cowshed.accounting.policy.workingset import (
     FirstTouches,
@@ -35,16 +52,23 @@ from cowshed.accounting.sums import (
 )
 
 __all__ = [
+    "CAPACITY_FACTORS",
     "MAX_REGIONS",
+    "MOST_TOUCHES",
     "NO_QUOTA_BYTES",
+    "STAY_PARTS",
+    "WINDOWS_SECONDS",
     "Account",
     "AccountCounters",
     "AccountState",
     "AccountStatus",
     "AccountSums",
     "AuditReport",
+    "Counts",
+    "Estimate",
     "EvictReason",
     "EvictionPolicy",
+    "Exposure",
     "ExtentKey",
     "FirstTouches",
     "Heat",
@@ -52,16 +76,22 @@ __all__ = [
     "LatencyKind",
     "Mismatch",
     "MissingPages",
+    "Observed",
     "Overlay",
     "OverlaySums",
+    "Probe",
     "Quota",
     "QuotaPolicy",
     "QuotaStatus",
     "Region",
+    "Seen",
+    "StandbySize",
+    "Use",
     "Watermarks",
     "WorkingSet",
     "add_statuses",
     "audit",
+    "estimate_use",
     "evict",
     "read_accounts",
     "read_latency",

@@ -7,7 +7,8 @@ own, and a quota's used pages are those its accounts are charged for. In an over
 maps nothing, only private pages have bytes, and its quota has paid for these and for the pages that
 requests have in hand. granted: a shared page that is mapped lies in a granted extent. resident: an
 extent has all its frames in the memfd when it is RESIDENT and none when it is ABSENT, and while no
-extent changes state, the memfd's st_blocks agree.
+extent changes state, the memfd's st_blocks agree. standby: the memory of the standby list is that
+of the extents in it.
 
 Guests run meanwhile, so one look may catch a step half done. A mismatch is reported only if several
 looks in a row show it, with time for the step to end in between.
@@ -27,8 +28,9 @@ from typing import Any, Final
 
 from cowshed.accounting.ledger import Account
 from cowshed.accounting.overlay import Overlay
-from cowshed.cache import CapacityError, ExtentState, Image
+from cowshed.cache import CapacityError, ExtentState, Image, PageStore
 from cowshed.cache._core import lib
+from cowshed.cache.images import PAGE_BYTES
 
 __all__ = ["AuditReport", "Mismatch", "audit"]
 
@@ -147,7 +149,18 @@ def _look(
                 found = _look_at_overlay(image, guest, overlay, checked)
                 mismatches += itertools.islice(found, _MOST_OF_A_GUEST)
         mismatches += _look_at_frames(image, checked, check_stop)
+    for store in {image.store for image in images()}:
+        mismatches += _look_at_standby(store)
     return mismatches
+
+
+def _look_at_standby(store: PageStore) -> Iterator[Mismatch]:
+    before = store.counters()
+    found = os.fstat(store.standby_fd).st_blocks * 512 if store.standby_fd >= 0 else 0
+    expected = before.standby_pages * PAGE_BYTES
+    is_still = not (before.loading_extents or before.standby_moving)
+    if found != expected and is_still and store.counters() == before:
+        yield Mismatch("standby", "", "", "", "extent", -1, expected, found)
 
 
 def _look_at_refs(image: Image, accounts: Accounts, checked: dict[str, int]) -> Iterator[Mismatch]:

@@ -361,10 +361,15 @@ class Account:
 
 
 class EvictReason(IntEnum):
-    """Why extents are evicted; evictions are counted by reason."""
+    """Why extents are evicted; evictions are counted by reason.
+
+    With the last two their bytes go to the standby list: to make room, or as a sample.
+    """
 
     PRESSURE = lib.EVICT_PRESSURE
     REQUEST = lib.EVICT_REQUEST
+    STANDBY = lib.EVICT_STANDBY
+    SAMPLE = lib.EVICT_SAMPLE
 
 
 def evict(image: Image, extents: list[int], reason: EvictReason = EvictReason.REQUEST) -> list[int]:

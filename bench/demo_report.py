@@ -82,10 +82,9 @@ def report(measured: Measured) -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column()
     table.add_row(
-        "hit ratio",
+        "fault hits",
         format_share(status["hits"], status["hits"] + status["misses"]),
-        "faults whose page was resident already; low if guests read more than fits "
-        "into the capacity",
+        "faults whose page was resident already; pages that are mapped do not fault",
     )
     table.add_row(
         "resident",
@@ -120,7 +119,7 @@ def report(measured: Measured) -> Table:
     table.add_section()
     table.add_row("faults", "count", "p50 / p90 / p99 in the backend")
     for kind, meaning in (
-        ("hit", "the page was resident"),
+        ("hit", "the page was in memory"),
         ("miss", "the page had to be loaded"),
         ("write", "the page was copied"),
     ):

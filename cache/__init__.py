@@ -11,7 +11,7 @@ from cowshed.cache.errors import (
 )
 from cowshed.cache.images import ExtentState, Image, ImageCounters, ImageStatistics, InheritedImage
 from cowshed.cache.sources import FileSource, SourceAtPath, SourceIdentity
-from cowshed.cache.store import PageStore, StoreCounters
+from cowshed.cache.store import PageStore, SampleEnd, StoreCounters, StoreEvent
 
 __all__ = [
     "CapacityError",
@@ -25,9 +25,11 @@ __all__ = [
     "InvariantError",
     "PageStore",
     "PeerError",
+    "SampleEnd",
     "SourceAtPath",
     "SourceError",
     "SourceIdentity",
     "StoreCounters",
+    "StoreEvent",
     "UsageError",
 ]

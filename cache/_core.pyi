@@ -54,6 +54,10 @@ class StructImageCounters(CData):
     evictions: int
     evictions_pressure: int
     evictions_request: int
+    soft_hits: int
+    standby_unmaps: int
+    standby_samples: int
+    sample_hits: int
     strays: int
     nr_touched: int
     reloads: int
@@ -77,9 +81,25 @@ class StructStoreCounters(CData):
     capacity_extents: int
     reserved_extents: int
     loading_extents: int
+    standby_extents: int
+    standby_limit: int
+    standby_pages: int
+    standby_moving: int
+    room_extents: int
     pinned_extents: int
+    read_ns: int
+    read_extents: int
+    fill_cpu_ns: int
+    restore_cpu_ns: int
     nr_waiting_loaders: int
     queued_loads: int
+
+class StructSampleEnd(CData):
+    image_no: int
+    extent: int
+    unmapped_ns: int
+    ended_ns: int
+    touched: int
 
 class StructQuota(CData): ...
 
@@ -279,6 +299,7 @@ class StructNbdEnded(CData):
 class _Lib:
     ARRAYS_VERSION: int
     REFS_BUCKETS: int
+    STANDBY_AGE_MAX: int
     QUOTA_LAYOUT: int
     REGIONS_MAX: int
     LATENCY_BUCKETS: int
@@ -298,6 +319,8 @@ class _Lib:
     POINT_LOAD_ANSWER: int
     POINT_EVICT_PUNCH: int
     POINT_EVICT_REVOKE: int
+    POINT_STANDBY_FILL: int
+    POINT_STANDBY_READ: int
     POINT_FAULT_READ: int
     POINT_FAULT_HELD: int
     POINT_FRAMES_READ: int
@@ -332,6 +355,11 @@ class _Lib:
     EXTENT_EVICTING: int
     EVICT_PRESSURE: int
     EVICT_REQUEST: int
+    EVICT_STANDBY: int
+    EVICT_SAMPLE: int
+    EVENT_LOADED: int
+    EVENT_SOFT_HIT: int
+    EVENT_DROPPED: int
     QUOTA_STOP: int
     QUOTA_KILL: int
     QUOTA_ALLOW: int
@@ -470,16 +498,37 @@ class _Lib:
     ) -> int: ...
     def image_extent_refs(self, image: StructImage | Array[StructImage], extent: int, /) -> int: ...
     def image_extent_idle(self, image: StructImage | Array[StructImage], extent: int, /) -> int: ...
+    def image_walk_resident(
+        self,
+        image: StructImage | Array[StructImage],
+        at: Pointer[int],
+        stride: int,
+        nr_steps: int,
+        /,
+    ) -> int: ...
     def image_generation(self, image: StructImage | Array[StructImage], /) -> int: ...
     def image_first_touches(
         self, image: StructImage | Array[StructImage], extents_out: Pointer[int], nr_max: int, /
     ) -> int: ...
+    def store_set_standby(
+        self, store: StructStore | Array[StructStore], limit_extents: int, low_free: int, /
+    ) -> int: ...
+    def store_drop_standby(
+        self, image: StructImage | Array[StructImage], first: int, nr: int, /
+    ) -> int: ...
+    def store_in_standby(
+        self,
+        image: StructImage | Array[StructImage],
+        flags_out: bytes | Pointer[bytes] | Pointer[int],
+        /,
+    ) -> None: ...
     def store_init(
         self,
         capacity_extents: int,
         extent_pages: int,
         nr_loaders: int,
         low_free: int,
+        standby_max: int,
         store_out: Pointer[StructStore],
         /,
     ) -> int: ...
@@ -494,12 +543,21 @@ class _Lib:
     ) -> None: ...
     def store_pressure_fd(self, store: StructStore | Array[StructStore], /) -> int: ...
     def store_notice_fd(self, store: StructStore | Array[StructStore], /) -> int: ...
-    def store_take_inserted(
-        self, store: StructStore | Array[StructStore], inserted_out: Pointer[int], nr_max: int, /
+    def store_standby_fd(self, store: StructStore | Array[StructStore], /) -> int: ...
+    def store_take_events(
+        self, store: StructStore | Array[StructStore], events_out: Pointer[int], nr_max: int, /
+    ) -> int: ...
+    def store_take_sample_ends(
+        self,
+        store: StructStore | Array[StructStore],
+        ends_out: StructSampleEnd | Array[StructSampleEnd],
+        nr_max: int,
+        /,
     ) -> int: ...
     def store_prefetch(
         self, image: StructImage | Array[StructImage], first: int, nr: int, /
     ) -> int: ...
+    def store_restore(self, image: StructImage | Array[StructImage], extent: int, /) -> int: ...
     def store_wait_loaded(
         self, image: StructImage | Array[StructImage], first: int, nr: int, timeout_ms: int, /
     ) -> int: ...
@@ -1052,6 +1110,16 @@ class _Ffi:
     def new(
         self, cdecl: Literal["struct store_counters[]"], init: Any = ..., /
     ) -> Array[StructStoreCounters]: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct sample_end **"], init: Any = ..., /
+    ) -> Pointer[StructSampleEnd]: ...
+    @overload
+    def new(self, cdecl: Literal["struct sample_end *"], init: Any = ..., /) -> StructSampleEnd: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct sample_end[]"], init: Any = ..., /
+    ) -> Array[StructSampleEnd]: ...
     @overload
     def new(
         self, cdecl: Literal["struct quota **"], init: Any = ..., /

@@ -40,6 +40,7 @@ HEADERS = (
     "cache/core/shared_count.h",
     "cache/core/arrays.h",
     "cache/core/image.h",
+    "cache/core/room.h",
     "cache/core/store.h",
     "accounting/core/quota.h",
     "accounting/core/regions.h",

@@ -64,6 +64,10 @@ class ImageCounters(Counters):
     evictions: int
     evictions_pressure: int
     evictions_request: int
+    soft_hits: int
+    standby_unmaps: int
+    standby_samples: int
+    sample_hits: int
     strays: int
     nr_touched: int
     reloads: int
@@ -194,6 +198,16 @@ class Image:
         )
         return bytes(states)
 
+    def walk_resident(self, at: int, stride: int, nr_steps: int) -> tuple[int | None, int]:
+        """Look at extents from `at` on by stride, around the end, for a resident one; O(nr_steps).
+
+        Returns it, None if there was none in nr_steps, and the extent to go on from. stride must be
+        coprime to nr_extents, so that a walk comes to each extent once in a round.
+        """
+        cursor = ffi.new("uint64_t *", at)
+        found = lib.image_walk_resident(self.cdata, cursor, stride, nr_steps)
+        return None if found < 0 else found, cursor[0]
+
     def refs(self) -> array[int]:
         """Grants outstanding per extent; O(extents)."""
         return self._counts(lib.image_refs)
@@ -298,6 +312,24 @@ class Image:
             lib.store_unpin(self.cdata, first_extent, nr_extents),
             f"unpinning {nr_extents} extents of {self.label!r}",
         )
+
+    def restore(self, extent: int) -> bool:
+        """Have an extent brought back from the standby list; False if it is not there."""
+        return bool(checked(lib.store_restore(self.cdata, extent), f"restoring of {self.label!r}"))
+
+    def in_standby(self) -> bytes:
+        """Return for each extent 1 if its bytes are in the standby list, else 0; O(extents)."""
+        flags = bytearray(self.nr_extents)
+        lib.store_in_standby(self.cdata, ffi.from_buffer("uint8_t[]", flags))
+        return bytes(flags)
+
+    def drop_standby(self, first_extent: int, nr_extents: int) -> int:
+        """Drop what the standby list has of these extents, as evictions on request; in bytes."""
+        nr_pages = checked(
+            lib.store_drop_standby(self.cdata, first_extent, nr_extents),
+            f"evicting from {self.label!r}",
+        )
+        return nr_pages * PAGE_BYTES
 
     def note_reloads(self, nr_extents: int) -> None:
         """Count extents that were loaded again soon after their eviction."""

@@ -10,8 +10,9 @@ import errno
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from types import TracebackType
-from typing import Final
+from typing import Final, NamedTuple
 
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import CLOSED, check_core, checked
@@ -20,9 +21,10 @@ from cowshed.cache.errors import CapacityError, UsageError
 from cowshed.cache.images import DEFAULT_DOMAIN, PAGE_BYTES, Image, InheritedImage, image_label
 from cowshed.cache.sources import FileSource
 
-__all__ = ["PageStore", "StoreCounters"]
+__all__ = ["PageStore", "SampleEnd", "StoreCounters", "StoreEvent"]
 
 _TAKE_MAX = 4096
+_TAKE_ENDS_MAX = 1024
 
 
 @dataclass(frozen=True)
@@ -31,22 +33,52 @@ class StoreCounters(Counters):
 
     capacity_extents: int
     reserved_extents: int
+    standby_extents: int
+    standby_limit: int
+    standby_pages: int
+    standby_moving: int
+    room_extents: int
     loading_extents: int
     pinned_extents: int
+    read_ns: int
+    read_extents: int
+    fill_cpu_ns: int
+    restore_cpu_ns: int
     nr_waiting_loaders: int
     queued_loads: int
 
     @property
     def free_extents(self) -> int:
-        """Room that a loader could take now."""
-        return self.capacity_extents - self.reserved_extents
+        """Room that nobody has taken; without a standby list, what loaders can have."""
+        return self.capacity_extents - self.reserved_extents - self.standby_extents
+
+
+class StoreEvent(IntEnum):
+    """What happened to an extent, for the eviction policy."""
+
+    LOADED = lib.EVENT_LOADED
+    SOFT_HIT = lib.EVENT_SOFT_HIT
+    DROPPED = lib.EVENT_DROPPED
+
+
+_EVENTS: Final = tuple(StoreEvent)
+
+
+class SampleEnd(NamedTuple):
+    """A sample that a guest touched, or that was dropped; times are of time.monotonic()."""
+
+    image_no: int
+    extent: int
+    unmapped_at: float
+    ended_at: float
+    touched: bool
 
 
 class PageStore:
     """Owns loader threads and images; close it after its guests, or use it in a `with`.
 
     capacity_bytes is rounded down to whole extents. pressure_fd becomes readable when fewer than
-    low_free_extents are free.
+    low_free_extents are free or in the standby list, which holds nothing until set_standby().
     """
 
     def __init__(
@@ -56,6 +88,7 @@ class PageStore:
         extent_bytes: int = 64 << 10,
         nr_loaders: int = 4,
         low_free_extents: int = 1,
+        standby_max_extents: int = 0,
     ) -> None:
         if capacity_bytes < extent_bytes:
             raise CapacityError(
@@ -69,6 +102,7 @@ class PageStore:
                 extent_bytes // PAGE_BYTES,
                 nr_loaders,
                 low_free_extents,
+                standby_max_extents,
                 store,
             ),
             "starting the page store",
@@ -218,6 +252,11 @@ class PageStore:
         return lib.store_notice_fd(self._store)
 
     @property
+    def standby_fd(self) -> int:
+        """The memory of the standby list, for audits; -1 if there is none. Borrowed."""
+        return lib.store_standby_fd(self._store)
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes of frames in RESIDENT extents of all images."""
         return sum(image.resident_bytes for image in self)
@@ -235,19 +274,52 @@ class PageStore:
         lib.store_count(self._store, counters)
         return StoreCounters.of(counters)
 
-    def take_inserted(self) -> list[tuple[int, int]] | None:
-        """Take (image_no, extent) pairs that became resident since the last call, in order.
+    def set_standby(self, limit_extents: int, low_free_extents: int) -> None:
+        """Set how much the standby list may hold, and the low mark; drops what is over the limit.
+
+        Raises UsageError for more than standby_max_extents.
+        """
+        checked(
+            lib.store_set_standby(self._store, limit_extents, low_free_extents),
+            f"keeping {limit_extents} extents in standby",
+        )
+
+    def take_sample_ends(self) -> list[SampleEnd]:
+        """Take what ended samples since the last call."""
+        ends = ffi.new("struct sample_end[]", _TAKE_ENDS_MAX)
+        nr = lib.store_take_sample_ends(self._store, ends, _TAKE_ENDS_MAX)
+        return [
+            SampleEnd(
+                end.image_no,
+                end.extent,
+                end.unmapped_ns / 1e9,
+                end.ended_ns / 1e9,
+                bool(end.touched),
+            )
+            for end in ends[0:nr]
+        ]
+
+    def take_events(self) -> list[tuple[StoreEvent, tuple[int, int], float]] | None:
+        """Take the events since the last call, in order: what, (image_no, extent), and an age.
+
+        The age of a soft hit is how many other extents had come into the standby list since, as a
+        part of its limit; 1 for more.
 
         None if some were lost because the caller came too late: look at the states instead.
         """
         taken = array("Q", bytes(8 * _TAKE_MAX))
-        pairs: list[tuple[int, int]] = []
+        events: list[tuple[StoreEvent, tuple[int, int], float]] = []
         while True:
-            nr = lib.store_take_inserted(
-                self._store, ffi.from_buffer("uint64_t[]", taken), _TAKE_MAX
-            )
+            nr = lib.store_take_events(self._store, ffi.from_buffer("uint64_t[]", taken), _TAKE_MAX)
             if nr < 0:
                 return None
-            pairs.extend((entry >> 32, entry & 0xFFFFFFFF) for entry in taken[:nr])
+            events.extend(
+                (
+                    _EVENTS[entry >> 62],
+                    (entry >> 32 & 0xFFFFFF, entry & 0xFFFFFFFF),
+                    (entry >> 56 & 0x3F) / lib.STANDBY_AGE_MAX,
+                )
+                for entry in taken[:nr]
+            )
             if nr < _TAKE_MAX:
-                return pairs
+                return events

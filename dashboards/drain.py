@@ -7,7 +7,7 @@ from grafana_foundation_sdk.builders import dashboard
 
 from dashboards.boards import Row, assemble
 from dashboards.panels import figure, graph, state
-from dashboards.queries import BACKEND, added, hit_rate, per_second, quantile, total
+from dashboards.queries import BACKEND, added, estimate, per_second, quantile, total
 
 __all__ = ["board"]
 
@@ -142,9 +142,9 @@ _PAIN: Final = Row(
         ),
         graph(
             "Hit rate while draining",
-            "Share of page faults answered from memory.",
+            "Of the uses of extents by guests, those that found them in memory, estimated.",
             "percentunit",
-            {"{{instance}}": hit_rate(BACKEND, "instance")},
+            {"{{instance}}": estimate("cowshed_hit_ratio", BACKEND, "instance")},
             span=8,
             most=1,
         ),

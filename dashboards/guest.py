@@ -120,8 +120,9 @@ _FAULTS: Final = Row(
             {_LEGEND: per_second("cowshed_guest_requests_total", GUEST, _BY)},
         ),
         graph(
-            "Hit rate of each guest",
-            "Share of a guest's page faults answered from memory.",
+            "Fault hits of each guest",
+            "Share of a guest's page faults that found their page resident. Pages that are mapped "
+            "do not fault, so this is not the hit rate.",
             "percentunit",
             {_LEGEND: _HITS},
             most=1,

@@ -7,18 +7,25 @@ from grafana_foundation_sdk.builders import dashboard
 
 from dashboards.boards import IMAGE_VARIABLES, Row, assemble
 from dashboards.panels import Column, bars, graph, listing
-from dashboards.queries import IMAGE, hit_rate, per_second, quotient, total
+from dashboards.queries import IMAGE, estimate, per_second, quotient, total
 
 __all__ = ["board"]
+
+_EACH: Final = "domain, image, instance"
 
 _SERVED: Final = Row(
     "How well is the image served?",
     [
         graph(
             "Hit rate by image",
-            "Share of page faults answered from memory, without a read of the source.",
+            "Of the uses of its extents by guests in the last minute, those that found them in "
+            "memory: an estimate from random probes.",
             "percentunit",
-            {"{{domain}}/{{image}} {{instance}}": hit_rate(IMAGE, "domain, image, instance")},
+            {
+                "{{domain}}/{{image}} {{instance}}": estimate(
+                    "cowshed_image_hit_ratio", IMAGE, "domain, image, instance"
+                )
+            },
             span=8,
             most=1,
         ),
@@ -68,12 +75,15 @@ _MEMORY: Final = Row(
     [
         graph(
             "In memory",
-            "The working set is every extent that guests have requested since the start; "
-            "resident extents are in memory now.",
+            "The working set is every extent that guests have requested since the start, and what "
+            "they used in a minute is estimated; resident extents are in memory now.",
             "bytes",
             {
                 "size": total("cowshed_image_size_bytes", IMAGE),
                 "working set": total("cowshed_working_set_bytes", IMAGE),
+                "used in a minute": (
+                    f"sum({estimate('cowshed_image_estimated_working_set_bytes', IMAGE, _EACH)})"
+                ),
                 "resident": total("cowshed_resident_bytes", IMAGE),
                 "pinned": total("cowshed_pinned_bytes", IMAGE),
             },
@@ -142,6 +152,28 @@ _EVICTION: Final = Row(
             },
             span=8,
             most=1,
+        ),
+        graph(
+            "Second chances",
+            "Unmapped: extents that went to the standby list, to make room. Soft hits: those that "
+            "a guest touched in time.",
+            "ops",
+            {
+                "unmapped": per_second(
+                    "cowshed_standby_unmaps_total", IMAGE, where='reason="victim"'
+                ),
+                "soft hits": per_second("cowshed_soft_hits_total", IMAGE, where='reason="victim"'),
+            },
+        ),
+        graph(
+            "Probes",
+            "Extents unmapped to learn what is used, at random, and again if a guest touched them. "
+            "Too few make estimates wide.",
+            "ops",
+            {
+                "begun": per_second("cowshed_standby_unmaps_total", IMAGE, where='reason="sample"'),
+                "touched": per_second("cowshed_soft_hits_total", IMAGE, where='reason="sample"'),
+            },
         ),
     ],
 )

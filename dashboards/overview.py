@@ -12,7 +12,7 @@ from dashboards.queries import (
     BACKEND_OR_NONE,
     added,
     counted,
-    hit_rate,
+    estimate,
     per_second,
     quantile,
     quotient,
@@ -93,26 +93,74 @@ _WORKING: Final = Row(
     [
         graph(
             "Hit rate",
-            "Share of page faults answered from memory, without a read of the source. Touches "
-            "of mapped pages do not fault and are not counted.",
+            "Of the uses of extents by guests in the last minute, those that found them in memory: "
+            "an estimate from random probes, with its 95 % bounds.",
             "percentunit",
-            {"{{instance}}": hit_rate(BACKEND, "instance")},
+            {
+                "{{instance}}": estimate("cowshed_hit_ratio", BACKEND, "instance"),
+                "{{instance}} low": estimate("cowshed_hit_ratio", BACKEND, "instance", "low"),
+                "{{instance}} high": estimate("cowshed_hit_ratio", BACKEND, "instance", "high"),
+            },
+            span=8,
             most=1,
         ),
         graph(
+            "Would more memory help?",
+            "What guests used in the last minute, estimated with its 95 % bounds, beside the "
+            "capacity. A scan uses more than fits and needs nothing again: the next panel says "
+            "what more memory would bring.",
+            "bytes",
+            {
+                "used {{instance}}": estimate(
+                    "cowshed_estimated_working_set_bytes", BACKEND, "instance"
+                ),
+                "used, low {{instance}}": estimate(
+                    "cowshed_estimated_working_set_bytes", BACKEND, "instance", "low"
+                ),
+                "used, high {{instance}}": estimate(
+                    "cowshed_estimated_working_set_bytes", BACKEND, "instance", "high"
+                ),
+                "capacity {{instance}}": total("cowshed_capacity_bytes", BACKEND, "instance"),
+            },
+            span=8,
+        ),
+        graph(
+            "Hit rate by capacity",
+            "The hit rate of the last five minutes with half of today's capacity, with all of it "
+            "and with twice as much, estimated. Where the lines lie close together, memory does "
+            "not decide.",
+            "percentunit",
+            {
+                "{{capacity}} x {{instance}}": "max by (capacity, instance) "
+                f'(cowshed_hit_ratio_at_capacity{{{BACKEND}, window="300s"}})'
+            },
+            span=8,
+            most=1,
+        ),
+        graph(
+            "Standby list",
+            "Bytes of extents that were unmapped and not dropped yet, and the most that they may "
+            "take of the capacity.",
+            "bytes",
+            {
+                "in standby {{instance}}": total("cowshed_standby_bytes", BACKEND, "instance"),
+                "limit {{instance}}": total("cowshed_standby_limit_bytes", BACKEND, "instance"),
+            },
+        ),
+        graph(
             "How long faults take, 99 of 100",
-            "Time from reading the fault to its answer: pages that were resident (hit), pages "
+            "Time from reading the fault to its answer: pages that were in memory (hit), pages "
             "that had to be loaded (miss), and writes.",
             "s",
             {"{{kind}} {{instance}}": quantile(0.99, BACKEND, "kind, instance")},
         ),
         graph(
             "Page faults",
-            "Faults that requested a page, per second, and those answered from memory.",
+            "Faults that requested a page, per second, and those that found it resident.",
             "ops",
             {
                 "requested": per_second("cowshed_requests_total", BACKEND),
-                "answered from memory": per_second("cowshed_hits_total", BACKEND),
+                "found resident": per_second("cowshed_hits_total", BACKEND),
             },
         ),
         graph(
@@ -160,8 +208,8 @@ _SAVES: Final = Row(
             total("cowshed_guests", BACKEND),
         ),
         figure(
-            "Faults without a load",
-            "Page faults in the time shown that needed no read of a source.",
+            "Fault hits",
+            "Page faults in the time shown that found their page resident.",
             "short",
             counted("cowshed_hits_total", BACKEND),
         ),
@@ -210,7 +258,11 @@ _USERS: Final = Row(
                     per_second("cowshed_requests_total", BACKEND, "domain, image, instance"),
                     "ops",
                 ),
-                Column("Hit rate", hit_rate(BACKEND, "domain, image, instance"), "percentunit"),
+                Column(
+                    "Hit rate",
+                    estimate("cowshed_image_hit_ratio", BACKEND, "domain, image, instance"),
+                    "percentunit",
+                ),
                 Column(
                     "Resident",
                     total("cowshed_resident_bytes", BACKEND, "domain, image, instance"),
@@ -235,7 +287,6 @@ _USERS: Final = Row(
             "private copies are extra.",
             [
                 Column("Guests", total("cowshed_guests", BACKEND, "domain, instance"), "short"),
-                Column("Hit rate", hit_rate(BACKEND, "domain, instance"), "percentunit"),
                 Column(
                     "Resident",
                     total("cowshed_resident_bytes", BACKEND, "domain, instance"),

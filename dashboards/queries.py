@@ -15,7 +15,7 @@ __all__ = [
     "IMAGE",
     "added",
     "counted",
-    "hit_rate",
+    "estimate",
     "per_second",
     "quantile",
     "quotient",
@@ -59,11 +59,9 @@ def added(*terms: str) -> str:
     return " + ".join(terms)
 
 
-def hit_rate(scope: str, by: str = "") -> str:
-    """Return the share of page faults that resident extents answered."""
-    return quotient(
-        per_second("cowshed_hits_total", scope, by), per_second("cowshed_requests_total", scope, by)
-    )
+def estimate(name: str, scope: str, by: str, bound: str = "value") -> str:
+    """Return an estimate over the last minute, or one of its bounds; by must name its series."""
+    return f'max by ({by}) ({name}{{{scope}, window="60s", bound="{bound}"}})'
 
 
 def quantile(q: float, scope: str, by: str = "kind") -> str:

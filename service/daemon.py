@@ -42,6 +42,7 @@ from cowshed.service.images.incoming_images import ImageFolder
 from cowshed.service.images.loading import load
 from cowshed.service.images.opening import KeptImages, is_kept, open_store
 from cowshed.service.images.reopening import Reopener
+from cowshed.service.images.sampler import Sampler
 from cowshed.service.images.source_watch import SourceWatch
 from cowshed.service.images.unserved import UnservedImages
 from cowshed.service.images.warming import Warming
@@ -218,7 +219,7 @@ class Daemon:
             kept_images=kept_images,
             guests=guests,
             overlays=_keep_overlays(config, self._core, guests, admission, stack, records),
-            evictor=Evictor(store),
+            evictor=Evictor(store, config.standby),
             working_sets=WorkingSets(config.state_dir),
             access=Access(config.domains, specs),
             warming=Warming(),
@@ -247,6 +248,9 @@ class Daemon:
         host, stack = self.host, self._stack
         host.evictor.start()
         stack.callback(host.evictor.stop)
+        self._sampler = Sampler(host.store, host.evictor)
+        self._sampler.start()
+        stack.callback(self._sampler.stop)
         self._unserved = UnservedImages(self._unopened, host.side, self._serve_late)
         self._sources = SourceWatch(host.store, host.side)
         stack.callback(self._sources.stop)
@@ -264,6 +268,8 @@ class Daemon:
             unserved=self._unserved.status,
             unserved_listeners=self._unserved_listeners.status,
             source_wait_seconds=self._sources.waiting_seconds,
+            use=self._sampler.use,
+            why_unknown=self._sampler.why_unknown,
         )
         self.control = Control(host, status, lambda: self.workers.is_stopping)
         if test_points.ENABLED:
@@ -392,6 +398,7 @@ class Daemon:
             self._log_counts,
             self._sources.waiting_seconds,
             self._unserved.labels,
+            self._sampler,
         )
         port = MetricsPort(endpoint, sources, self.control.status)
         self._stack.callback(port.close)

@@ -24,10 +24,10 @@ at `/metrics`, as text or OpenMetrics, whichever the scraper prefers. For port 0
 one, which the log shows. There is no TLS and no password: listen on localhost, or on a network
 where every host may read.
 
-* All label sets whose values are known beforehand exist from the start, at 0.
-* Hits and requests are exported, not their ratio: the share of hits over five minutes is
-  `sum(rate(cowshed_hits_total[5m])) / sum(rate(cowshed_requests_total[5m]))`. Compute sums over
-  images or hosts in PromQL, too.
+* All label sets whose values are known beforehand exist from the start, at 0; estimates are absent
+  while they are not known.
+* `cowshed_hits_total` and `cowshed_requests_total` count faults. A page that is mapped does not
+  fault, so their quotient says nothing about how many reads wait: for that see the next section.
 * Counters of an image include those of guests that left. They, and those of the backend, never
   fall: a successor goes on with the counters of a backend that died or was replaced (`process_*`
   and `python_*` belong to the process).
@@ -47,6 +47,28 @@ where every host may read.
 * Every series of an image has the label `domain`, so images of one name in several sharing domains
   have separate series, and so have guests. It is `default` where no domains are configured.
 * A scrape while the daemon ends gets a complete answer or is refused.
+
+## The hit rate and the working set
+
+Reads of mapped pages cost nothing because nobody sees them, so both are estimated. A few times a
+second the daemon picks a resident extent at random, unmaps it from the guests and keeps its bytes
+in the standby list: the next touch costs microseconds and tells how soon the extent was used. As
+with an opinion poll, what holds of the sample holds of all, within bounds that its size gives.
+
+* *Hit rate*: of the uses of extents by guests in the window, those that found them in memory. Uses
+  of resident extents are estimated, soft hits and loads that guests waited for are counted. Uses
+  are taken to come at random times: what is read again in a burst counts as fewer, and what is
+  read at an even pace, as by a scan that repeats in a random order, as more: the hit rate was
+  shown up to ten points too high there, and within five everywhere else (`make hit-rates`).
+* *Working set*: what guests used at least once in the window: the estimated part of what is
+  resident, and what was loaded.
+* `bound="low"` and `"high"` hold the truth in about 95 of 100 cases, if the load is steady. Nothing
+  is exported while too little is known: in the first minute, with less than 160 resident extents,
+  and with `standby = 0`; and no hit rate while no guest uses anything. Pinned extents are never
+  probed, and are taken to be used as the others are.
+* Would more memory help? `cowshed_hit_ratio_at_capacity` says what the hit rate would have been
+  with half and with twice the capacity. If all three are close and low, guests read new data once
+  (a scan, a first boot); if all are close and high, there is memory to spare.
 """
 
 

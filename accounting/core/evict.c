@@ -6,6 +6,7 @@
 #include "cache/core/store.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 static int compare_extents(const void *a, const void *b)
 {
@@ -55,20 +56,37 @@ static void revoke_grants(struct image *image, const uint32_t *extents, uint64_t
 	pthread_rwlock_unlock(&image->accounts_lock);
 }
 
-int64_t evict_extents(struct image *image, uint32_t *extents, uint64_t nr, int reason)
+/* Evicts those of nr extents that can be, at most store_standby_batch if their bytes go to the standby list. */
+static uint64_t evict_some(struct image *image, uint32_t *extents, uint64_t nr, int reason)
 {
+	bool is_kept = reason == EVICT_STANDBY || reason == EVICT_SAMPLE;
 	uint64_t nr_going = store_begin_evict(image, extents, nr);
+	uint32_t slots[STANDBY_BATCH];
 
 	if (!nr_going)
 		return 0;
 	qsort(extents, nr_going, sizeof *extents, compare_extents);
+	if (is_kept)
+		store_fill_standby(image, extents, nr_going, slots);
 	point_reach(POINT_EVICT_PUNCH);
+	uint64_t since_ns = loader_now_ns();
 	punch_runs(image, extents, nr_going);
 	point_reach(POINT_EVICT_REVOKE);
 	revoke_grants(image, extents, nr_going);
-	atomic_fetch_add(reason == EVICT_PRESSURE ? &image->totals->evictions_pressure
-	                                          : &image->totals->evictions_request,
-	                 nr_going);
-	store_end_evict(image, extents, nr_going);
-	return (int64_t)nr_going;
+	store_end_evict(image, extents, is_kept ? slots : NULL, nr_going, since_ns, reason);
+	return nr_going;
+}
+
+int64_t evict_extents(struct image *image, uint32_t *extents, uint64_t nr, int reason)
+{
+	uint64_t step = reason == EVICT_STANDBY || reason == EVICT_SAMPLE ? store_standby_batch(image->store) : nr;
+	uint64_t nr_gone = 0;
+
+	for (uint64_t at = 0; at < nr; at += step) {
+		uint64_t nr_going = evict_some(image, extents + at, nr - at < step ? nr - at : step, reason);
+
+		memmove(extents + nr_gone, extents + at, nr_going * sizeof *extents);
+		nr_gone += nr_going;
+	}
+	return (int64_t)nr_gone;
 }

@@ -289,6 +289,12 @@ _Static_assert(COUNT_NO(missing_failed) == COUNT_NO(missing_hit) + FAULT_FAILED 
                        COUNT_NO(minor_failed) == COUNT_NO(minor_hit) + FAULT_FAILED,
                "count_access adds the outcome to the counter's number");
 
+/* The outcome of a fault that waited: for a load, or for bytes of the standby list (restored). */
+static inline enum fault_outcome waited_outcome(int status, bool restored)
+{
+	return status ? FAULT_FAILED : restored ? FAULT_HIT : FAULT_LOADED;
+}
+
 /* A missing (or minor) fault was answered. */
 static inline void count_access(struct ledger_header *header, bool minor, enum fault_outcome outcome)
 {

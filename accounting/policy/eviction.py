@@ -25,6 +25,19 @@ The queues are sorted by a sequence number, not linked: an extent can leave from
 image is closed, an operator evicts a range) in O(log n), and a victim that was not evicted after
 all returns to the exact place it had.
 
+With a *standby* list, a part of the capacity, use is seen
+directly: a victim keeps its bytes there for a while, and a guest that uses it again says so by a
+fault, a *soft hit*. The sooner after the unmapping it comes, the hotter the extent is. So touches
+and refs are not asked any more:
+
+    in small    every extent that reaches the end goes to standby
+    in standby  a touch brings it to main, with 16 credits if it came at once and fewer the more
+                others were unmapped meanwhile; what nobody touches is dropped, and is a ghost
+    in main     as above; a round costs 1 credit, and only soft hits give any
+
+The small queue is a hundredth of the frames then: it only has to keep what was just loaded from
+being unmapped at once.
+
 Left out: the paper's counters per read (we have no reads to count), and going round until
 everything hot has cooled: right after a hundred guests attach that would be four rounds of the
 whole cache while loaders wait. Instead, a call that has passed over PATIENCE extents per victim
@@ -33,6 +46,7 @@ ignores heat.
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from math import ceil
 from typing import Protocol
 
 from sortedcontainers import SortedDict
@@ -48,6 +62,10 @@ PROMOTING_CREDIT = 2
 """Credit that moves an extent from small to main; 1 may be just the fault that loaded it."""
 SMALL_SHARE = 10
 """The small queue's part of the capacity is one in this many."""
+SMALL_SHARE_STANDBY = 100
+"""The same with a standby list, of the frames."""
+MAX_CREDIT_STANDBY = 16
+"""Rounds of main that a soft hit can buy."""
 PATIENCE = 32
 """Wanted extents that a call passes over per victim. Past that it ignores heat: loaders are
 waiting, and passing this many takes about as long as the load that the victim makes room for."""
@@ -74,18 +92,27 @@ class EvictionPolicy:
     Invariants:
     1. Every tracked key has one place: a sequence number, unique, less than the next to be given.
     2. At its place it is in exactly one of small, main and chosen; chosen names the queue it left.
-    3. Credit is kept for keys of main only, those looked at since they got there: 0 to MAX_CREDIT.
-    4. No ghost is tracked, and there are at most nr_ghosts_max, as many as main's share.
+    3. Credit is kept for keys of main only, those looked at since they got there: 0 to MAX_CREDIT,
+       with standby MAX_CREDIT_STANDBY.
+    4. No ghost is tracked, and there are at most nr_ghosts_max, nine tenths of the capacity.
+    5. No extent in standby is tracked or a ghost.
     """
 
-    def __init__(self, capacity_extents: int) -> None:
-        """Start with nothing resident. Raises UsageError for a capacity of less than one extent."""
+    def __init__(self, capacity_extents: int, standby_extents: int = 0) -> None:
+        """Start with nothing resident; standby_extents: in the standby list at most, 0: none.
+
+        Raises UsageError for a capacity of less than one extent.
+        """
         if capacity_extents < 1:
             raise UsageError(
                 f"capacity of {capacity_extents} extents is too small: give at least 1"
             )
-        self.nr_small_wanted = max(1, capacity_extents // SMALL_SHARE)
-        self.nr_ghosts_max = max(1, capacity_extents - self.nr_small_wanted)
+        frames = capacity_extents - standby_extents
+        self.has_standby = standby_extents > 0
+        self.nr_small_wanted = max(
+            1, frames // (SMALL_SHARE_STANDBY if self.has_standby else SMALL_SHARE)
+        )
+        self.nr_ghosts_max = max(1, capacity_extents - capacity_extents // SMALL_SHARE)
         self._next_place = 0
         self._places: dict[ExtentKey, int] = {}
         self._small: SortedDict[int, ExtentKey] = SortedDict()
@@ -93,6 +120,7 @@ class EvictionPolicy:
         self._chosen: dict[ExtentKey, SortedDict[int, ExtentKey]] = {}
         self._credits: dict[ExtentKey, int] = {}
         self._ghosts: OrderedDict[ExtentKey, None] = OrderedDict()
+        self._standby: set[ExtentKey] = set()
 
     def __len__(self) -> int:
         """Count the tracked extents, chosen victims included."""
@@ -117,6 +145,7 @@ class EvictionPolicy:
                 raise InvariantError(
                     f"extent {key} became resident twice: forget it when it is evicted"
                 )
+            self._standby.discard(key)  # loaded ahead: nobody has used it
             if key in ghosts:
                 del ghosts[key]
                 self._append(self._main, key)
@@ -190,26 +219,53 @@ class EvictionPolicy:
         they are gone for another reason. Raises InvariantError at a key that is not tracked; those
         before it are forgotten.
         """
-        places, chosen, ghosts = self._places, self._chosen, self._ghosts
         for key in keys:
-            place = places.pop(key, None)
-            if place is None:
-                raise InvariantError(
-                    f"extent {key} is not tracked: admit it when it becomes resident"
-                )
-            if chosen.pop(key, None) is None:
-                del (self._small if place in self._small else self._main)[place]
-            self._credits.pop(key, None)
+            self._remove(key)
             if evicted:
-                ghosts[key] = None
-                if len(ghosts) > self.nr_ghosts_max:
-                    ghosts.popitem(last=False)
+                self._add_ghost(key)
+
+    def unmap(self, keys: Iterable[ExtentKey]) -> None:
+        """Stop tracking extents whose bytes went to the standby list, in that order; O(log n) each.
+
+        Raises InvariantError at a key that is not tracked; those before it are in standby.
+        """
+        for key in keys:
+            self._remove(key)
+            self._standby.add(key)
+
+    def touch(self, key: ExtentKey, age: float) -> None:
+        """Note that a guest's touch brought an extent, a sample perhaps, back; O(log n).
+
+        age says after how many others were unmapped, as a part of the list's length: 0 to 1.
+        """
+        self._standby.discard(key)
+        self._ghosts.pop(key, None)
+        if key in self._chosen:
+            return
+        place = self._places.get(key)
+        if place is not None and place in self._small:
+            del self._small[place]
+        if place is None or place not in self._main:
+            self._append(self._main, key)
+        credit = ceil((1 - age) * MAX_CREDIT_STANDBY)
+        self._credits[key] = max(credit, self._credits.get(key, 0))
+
+    def drop(self, key: ExtentKey) -> None:
+        """Remember an extent that left the standby list untouched, a sample perhaps, as a ghost."""
+        if key in self._standby:
+            self._standby.remove(key)
+        elif key in self._places:
+            self._remove(key)
+        else:
+            return
+        self._add_ghost(key)
 
     def drop_image(self, image_no: int) -> None:
         """Forget all about an image, ghosts too, so that its number may be used again; O(n)."""
         self.forget([key for key in self._places if key[0] == image_no], evicted=False)
         for key in [key for key in self._ghosts if key[0] == image_no]:
             del self._ghosts[key]
+        self._standby = {key for key in self._standby if key[0] != image_no}
 
     def check(self) -> None:
         """Recompute the invariants from scratch; O(n). Raises InvariantError naming one broken."""
@@ -230,10 +286,27 @@ class EvictionPolicy:
         of_main = set(self._main.values()) | {k for k, q in self._chosen.items() if q is self._main}
         _require(self._credits.keys() <= of_main, 3, "credit outside main")
         _require(
-            all(0 <= c <= MAX_CREDIT for c in self._credits.values()), 3, "credit out of range"
+            all(0 <= c <= MAX_CREDIT_STANDBY for c in self._credits.values()),
+            3,
+            "credit out of range",
         )
         _require(self._ghosts.keys().isdisjoint(self._places), 4, "a ghost is resident")
         _require(len(self._ghosts) <= self.nr_ghosts_max, 4, "too many ghosts")
+        _require(self._standby.isdisjoint(self._places), 5, "a standby extent is resident")
+        _require(self._standby.isdisjoint(self._ghosts), 5, "a standby extent is a ghost")
+
+    def _remove(self, key: ExtentKey) -> None:
+        place = self._places.pop(key, None)
+        if place is None:
+            raise InvariantError(f"extent {key} is not tracked: admit it when it becomes resident")
+        if self._chosen.pop(key, None) is None:
+            del (self._small if place in self._small else self._main)[place]
+        self._credits.pop(key, None)
+
+    def _add_ghost(self, key: ExtentKey) -> None:
+        self._ghosts[key] = None
+        if len(self._ghosts) > self.nr_ghosts_max:
+            self._ghosts.popitem(last=False)
 
     def _append(self, queue: "SortedDict[int, ExtentKey]", key: ExtentKey) -> None:
         place = self._next_place
@@ -258,6 +331,8 @@ class EvictionPolicy:
 
     def _is_wanted(self, key: ExtentKey, heat: Heat) -> bool:
         """Return whether an extent of small has earned a place in main; takes its touches."""
+        if self.has_standby:
+            return False
         return heat.take_touches(key) + _shared(heat.refs(key)) >= PROMOTING_CREDIT
 
     def _credit(self, key: ExtentKey, heat: Heat, *, seen: bool) -> int:
@@ -267,6 +342,8 @@ class EvictionPolicy:
         the call goes round must not prolong it.
         """
         credit = self._credits.get(key)
+        if self.has_standby:
+            return credit or 0
         if seen and credit is not None:
             return credit
         touches = 0 if seen else heat.take_touches(key)

@@ -52,7 +52,8 @@ static int arrays_map(struct image *image)
 	image->past = (struct account_past *)at;
 	image->served = (_Atomic uint64_t *)(at + 8 * IMAGE_PAST_WORDS);
 	image->waiters = calloc(image->shape.nr_extents, sizeof *image->waiters);
-	return image->waiters ? 0 : -ENOMEM;
+	image->standby = calloc(image->shape.nr_extents, sizeof *image->standby);
+	return image->waiters && image->standby ? 0 : -ENOMEM;
 }
 
 int arrays_create(struct image *image)
@@ -100,7 +101,9 @@ int arrays_adopt(struct image *image, int arrays_fd)
 void arrays_close(struct image *image)
 {
 	free(image->waiters);
+	free(image->standby);
 	image->waiters = NULL;
+	image->standby = NULL;
 	if (image->header)
 		munmap(image->header, image->ledger_bytes);
 	image->header = NULL;

@@ -22,7 +22,8 @@ struct image_totals {
 	_Atomic uint64_t evictions_pressure, evictions_request;
 	_Atomic uint64_t nr_touched;
 	_Atomic uint64_t reloads, attaches;
-	uint64_t spare[5];
+	_Atomic uint64_t victim_hits, standby_unmaps, standby_samples, sample_hits; /* 0 from releases before */
+	uint64_t spare[1];
 };
 
 struct arrays_header {

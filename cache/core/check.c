@@ -31,11 +31,11 @@ static const char *image_check(const struct image *image, struct extent_sums *su
 
 static bool is_queued_twice(const struct store *store)
 {
-	const struct load_queue *queues[2] = {&store->demand, &store->prefetch};
+	const struct load_queue *queues[3] = {&store->demand, &store->prefetch, &store->restores};
 
-	for (int q = 0; q < 2; q++)
+	for (int q = 0; q < 3; q++)
 		for (const struct load *load = queues[q]->head; load; load = load->next)
-			for (int p = q; p < 2; p++)
+			for (int p = q; p < 3; p++)
 				for (const struct load *other = p == q ? load->next : queues[p]->head; other;
 				     other = other->next)
 					if (other->image == load->image && other->first < load->first + load->nr &&
@@ -65,7 +65,7 @@ static const char *loaders_check(const struct store *store)
 		uint32_t nr_loaders = 0;
 
 		for (const struct loader *loader = store->loaders; loader; loader = loader->next)
-			nr_loaders += loader->image == image;
+			nr_loaders += loader->image == image && !loader->restoring;
 		if (nr_loaders != image->nr_loaders || nr_loaders > store->nr_loaders)
 			return "store (6): image->nr_loaders counts its loaders at work, at most store->nr_loaders";
 	}
@@ -85,16 +85,18 @@ const char *store_check(struct store *store)
 		;
 	else if (store->reserved_extents < least || store->reserved_extents > least + sums.evicting)
 		broken = "store (1): reserved_extents counts the extents RESIDENT, EVICTING or being filled";
-	else if (store->reserved_extents > store->capacity_extents)
-		broken = "store (2): reserved_extents <= capacity_extents";
+	else if (store->reserved_extents + standby_nr(&store->standby) > store->capacity_extents)
+		broken = "store (2): frames and standby list together are at most the capacity";
 	else if (is_queued_twice(store))
 		broken = "store (3): an extent is in at most one load of the queues";
-	else if (!is_counted(&store->demand) || !is_counted(&store->prefetch))
+	else if (!is_counted(&store->demand) || !is_counted(&store->prefetch) || !is_counted(&store->restores))
 		broken = "store (4): a queue's nr is the number of its loads";
 	else if (sums.pinned != store->pinned_extents)
 		broken = "store (7): pinned_extents counts the extents with a pin or a loan";
 	else
 		broken = loaders_check(store);
+	if (!broken && store->standby.slots)
+		broken = standby_check(store);
 	pthread_mutex_unlock(&store->lock);
 	return broken;
 }

@@ -175,6 +175,7 @@ void image_shape(const struct image *image, struct image_shape *shape_out)
 void image_count(const struct image *image, struct image_counters *counters_out)
 {
 	const struct image_totals *totals = image->totals;
+	uint64_t sample_hits = atomic_load(&totals->sample_hits);
 	struct image_counters counters = {
 		.load_bytes = atomic_load(&totals->load_bytes),
 		.load_errors = atomic_load(&totals->load_errors),
@@ -183,6 +184,10 @@ void image_count(const struct image *image, struct image_counters *counters_out)
 		.prefetch_loads = atomic_load(&totals->prefetch_loads),
 		.evictions_pressure = atomic_load(&totals->evictions_pressure),
 		.evictions_request = atomic_load(&totals->evictions_request),
+		.soft_hits = atomic_load(&totals->victim_hits) + sample_hits,
+		.standby_unmaps = atomic_load(&totals->standby_unmaps),
+		.standby_samples = atomic_load(&totals->standby_samples),
+		.sample_hits = sample_hits,
 		.strays = atomic_load(&totals->strays),
 		.nr_touched = atomic_load(&totals->nr_touched),
 		.reloads = atomic_load(&totals->reloads),
@@ -323,6 +328,19 @@ int image_extent_idle(const struct image *image, uint64_t extent)
 {
 	assert(extent < image->shape.nr_extents);
 	return !image_is_pinned(image, extent) && atomic_load(&image->states[extent]) == EXTENT_RESIDENT;
+}
+
+int64_t image_walk_resident(const struct image *image, uint64_t *at, uint64_t stride, uint64_t nr_steps)
+{
+	for (uint64_t step = 0; step < nr_steps; step++) {
+		uint64_t extent = *at;
+
+		assert(extent < image->shape.nr_extents);
+		*at = (extent + stride) % image->shape.nr_extents;
+		if (extent_state(&image->states[extent]) == EXTENT_RESIDENT)
+			return (int64_t)extent;
+	}
+	return -1;
 }
 
 int64_t image_first_touches(const struct image *image, uint32_t *extents_out, uint64_t nr_max)

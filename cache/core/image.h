@@ -38,10 +38,14 @@ struct image_counters {
 	uint64_t demand_loads, prefetch_loads; /* with a waiter at its end, without one */
 	uint64_t evictions;                    /* extents evicted: because room was short, and on request */
 	uint64_t evictions_pressure, evictions_request;
-	uint64_t strays;     /* extents found with frames that no load wrote, and emptied */
-	uint64_t nr_touched; /* extents ever granted: the length of the first-touch order */
-	uint64_t reloads;    /* extents loaded again while the policy remembered their eviction */
-	uint64_t attaches;   /* times a guest was attached */
+	uint64_t soft_hits;       /* extents brought back from the standby list for a waiter */
+	uint64_t standby_unmaps;  /* extents unmapped into the standby list to make room */
+	uint64_t standby_samples; /* extents unmapped into it as samples */
+	uint64_t sample_hits;     /* of soft_hits, samples */
+	uint64_t strays;          /* extents found with frames that no load wrote, and emptied */
+	uint64_t nr_touched;      /* extents ever granted: the length of the first-touch order */
+	uint64_t reloads;         /* extents loaded again while the policy remembered their eviction */
+	uint64_t attaches;        /* times a guest was attached */
 };
 
 #define REFS_BUCKETS 7
@@ -56,7 +60,8 @@ struct image_statistics {
 	uint64_t resident_by_refs[REFS_BUCKETS]; /* RESIDENT extents with 0, 1, 2-3, 4-7, 8-15, 16-31, more refs */
 };
 
-enum evict_reason { EVICT_PRESSURE, EVICT_REQUEST };
+/* The last two do not drop the bytes: they go to the standby list, if it takes them. */
+enum evict_reason { EVICT_PRESSURE, EVICT_REQUEST, EVICT_STANDBY, EVICT_SAMPLE };
 
 /* Makes an image over source_fd (and direct_fd, the same file opened O_DIRECT, or -1). Takes over both descriptors, on
  * success only. -EINVAL for a size of 0 or past 2^48. */
@@ -101,6 +106,9 @@ uint8_t image_take_touches(struct image *image, uint64_t extent);
 uint32_t image_extent_refs(const struct image *image, uint64_t extent);
 /* RESIDENT, not pinned, without a hold at this moment. */
 int image_extent_idle(const struct image *image, uint64_t extent);
+/* Walks over the extents: from *at by stride, modulo their number, until one is RESIDENT or after nr_steps; returns
+ * that extent, or -1. Leaves *at past the last that it looked at. stride: coprime to their number. */
+int64_t image_walk_resident(const struct image *image, uint64_t *at, uint64_t stride, uint64_t nr_steps);
 /* Changes whenever an extent's state does: between two equal readings, no state changed. */
 uint64_t image_generation(const struct image *image);
 /* Copies the order in which extents were first granted; returns how many. */
@@ -140,7 +148,9 @@ struct image {
 	_Atomic uint64_t *served;  /* IMAGE_SERVED_WORDS words of transport: counters of clients that get bytes */
 
 	struct load_waiter **waiters; /* by extent, under the store's lock */
-	uint32_t nr_loaders;          /* loaders with a load of it, until it is answered; under the store's lock */
+	uint32_t *standby;            /* by extent: its slot in the standby list, or 0; under the store's lock */
+	uint32_t nr_loaders;          /* loaders with a read of it, until it is answered; under the store's lock */
+	uint32_t nr_restorers;        /* loaders that bring extents back from the standby list; likewise */
 	bool was_waited_for;          /* whether waiters ever had an entry; under the store's lock */
 	uint32_t nr_prefetches;       /* loads of it in the prefetch queue; under the store's lock */
 

@@ -19,6 +19,18 @@
 /* The most extents in one read: LOAD_CHUNK_BYTES of one-page extents. */
 #define RUN_MAX (LOAD_CHUNK_BYTES / PAGE_BYTES)
 
+/* What a loader fills in one go: neighbours, all from the source or all from the standby list. */
+struct run {
+	uint64_t first, nr;
+	slot_no slots[RUN_MAX];       /* the extents' own, if the loader restores */
+	uint64_t sampled_ns[RUN_MAX]; /* likewise: when the extent was unmapped as a sample, or 0 */
+	uint64_t touched_ns[RUN_MAX]; /* likewise: when its return was asked for, or 0 */
+	uint8_t ages[RUN_MAX];        /* likewise: standby_age */
+	slot_no dropped[RUN_MAX];     /* slots whose room was taken for the run */
+	uint64_t nr_dropped;
+	bool is_restored; /* the bytes came from the standby list */
+};
+
 void load_queue_init(struct load_queue *queue)
 {
 	*queue = (struct load_queue){.tail = &queue->head};
@@ -52,10 +64,16 @@ static struct load *load_queue_unlink(struct load_queue *queue, struct load **at
 	return load;
 }
 
-struct load *load_queue_pop(struct load_queue *queue, uint32_t nr_max)
+/* Whether the extents of a load come from the standby list: all do, or none. */
+static bool is_restore(const struct load *load)
+{
+	return load->image->standby[load->first] != 0;
+}
+
+struct load *load_queue_pop(struct load_queue *queue, uint32_t nr_max, bool has_room)
 {
 	for (struct load **at = &queue->head; *at; at = &(*at)->next)
-		if ((*at)->image->nr_loaders < nr_max)
+		if (is_restore(*at) || (has_room && (*at)->image->nr_loaders < nr_max))
 			return load_queue_unlink(queue, at);
 	return NULL;
 }
@@ -113,12 +131,22 @@ static int source_read(struct image *image, char *to, uint64_t length, uint64_t 
 	return err;
 }
 
-uint64_t loader_now_ns(void)
+static uint64_t clock_ns(clockid_t clock)
 {
 	struct timespec now;
 
-	clock_gettime(CLOCK_MONOTONIC, &now);
+	clock_gettime(clock, &now);
 	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+uint64_t loader_now_ns(void)
+{
+	return clock_ns(CLOCK_MONOTONIC);
+}
+
+uint64_t loader_cpu_ns(void)
+{
+	return clock_ns(CLOCK_THREAD_CPUTIME_ID);
 }
 
 static int source_read_retrying(struct loader *loader, char *to, uint64_t length, uint64_t offset)
@@ -180,9 +208,52 @@ static int run_fill(struct loader *loader, uint64_t first, uint64_t nr, char *bu
 	return err;
 }
 
-/* Ends the load of a run: makes its extents RESIDENT or, on error, ABSENT, and answers the waiters. */
-static void run_end(struct store *store, struct image *image, uint64_t first, uint64_t nr, int status)
+/* Copies a run from the standby list to the frames. Fails only if a read or write of a memfd fails; the caller then
+ * reads the source. */
+static int run_restore(struct loader *loader, const struct run *run, char *buffer)
 {
+	struct store *store = loader->store;
+	struct image *image = loader->image;
+	uint64_t nr_pages = 0;
+	int err = 0;
+
+	for (uint64_t i = 0; i < run->nr && !err; i++) {
+		err = standby_read(&store->standby, run->slots[i], image, run->first + i,
+		                   buffer + nr_pages * PAGE_BYTES);
+		nr_pages += image_extent_pages(image, run->first + i);
+	}
+	room_empty(store, run->slots, run->nr); /* its room is what the frames take now */
+	if (!err)
+		err = frames_write(image, buffer, nr_pages * PAGE_BYTES, run->first * store->standby.slot_bytes);
+	return err;
+}
+
+/* Counts an extent that became RESIDENT and reports it to the policy; under lock. */
+static void count_loaded(struct loader *loader, const struct run *run, uint64_t extent, bool is_wanted)
+{
+	struct image *image = loader->image;
+	struct store *store = loader->store;
+	uint64_t sampled_ns = run->sampled_ns[extent - run->first];
+
+	if (!run->is_restored)
+		atomic_fetch_add(is_wanted ? &image->totals->demand_loads : &image->totals->prefetch_loads, 1);
+	else if (is_wanted)
+		atomic_fetch_add(sampled_ns ? &image->totals->sample_hits : &image->totals->victim_hits, 1);
+	/* What a sampler asked back without a waiter has ended for it already. */
+	if (sampled_ns && (is_wanted || loader->prefetch)) {
+		uint64_t touched_ns = is_wanted ? run->touched_ns[extent - run->first] : 0;
+
+		sample_end_push(store, image, extent, sampled_ns, touched_ns ? touched_ns : loader_now_ns(), is_wanted);
+	}
+	event_push(store, run->is_restored && is_wanted ? EVENT_SOFT_HIT : EVENT_LOADED, run->ages[extent - run->first],
+	           image, extent);
+}
+
+/* Ends the load of nr extents of a run: makes them RESIDENT or, on error, ABSENT, and answers the waiters. */
+static void run_end(struct loader *loader, const struct run *run, uint64_t first, uint64_t nr, int status)
+{
+	struct store *store = loader->store;
+	struct image *image = loader->image;
 	struct load_waiter *waiters[RUN_MAX];
 	bool held[RUN_MAX];
 	bool repair = status == 0 && atomic_load(&image->nr_poisoned) > 0;
@@ -197,8 +268,9 @@ static void run_end(struct store *store, struct image *image, uint64_t first, ui
 		held[i] = status == 0 && (waiters[i] || repair);
 		if (status == 0) {
 			atomic_fetch_add(&image->resident_pages, image_extent_pages(image, extent));
-			atomic_fetch_add(waiters[i] ? &image->totals->demand_loads : &image->totals->prefetch_loads, 1);
-			inserted_push(store, image, extent);
+			count_loaded(loader, run, extent, waiters[i]);
+		} else if (loader->restoring) {
+			event_push(store, EVENT_DROPPED, 0, image, extent);
 		}
 		extent_step(&image->states[extent], EXTENT_LOADING, status == 0 ? EXTENT_RESIDENT : EXTENT_ABSENT,
 		            held[i]);
@@ -209,7 +281,7 @@ static void run_end(struct store *store, struct image *image, uint64_t first, ui
 	store->loading_extents -= nr;
 	if (status) {
 		store->reserved_extents -= nr;
-		pthread_cond_broadcast(&store->work);
+		loaders_wake(store);
 	}
 	pthread_mutex_unlock(&store->lock);
 	point_reach(POINT_LOAD_ANSWER);
@@ -221,6 +293,7 @@ static void run_end(struct store *store, struct image *image, uint64_t first, ui
 			mend(image, first + i);
 		for (struct load_waiter *next, *waiter = waiters[i]; waiter; waiter = next) {
 			next = waiter->next;
+			waiter->restored = run->is_restored;
 			waiter->answer(waiter, status);
 		}
 		if (held[i])
@@ -228,15 +301,14 @@ static void run_end(struct store *store, struct image *image, uint64_t first, ui
 	}
 }
 
-static void run_load(struct loader *loader, uint64_t first, uint64_t nr, char *buffer)
+static void run_load(struct loader *loader, const struct run *run, uint64_t first, uint64_t nr, char *buffer)
 {
-	struct store *store = loader->store;
 	struct image *image = loader->image;
 	int err = run_fill(loader, first, nr, buffer);
 
 	if (err && nr > 1) { /* one bad place must not fail its neighbours */
 		for (uint64_t i = 0; i < nr; i++)
-			run_load(loader, first + i, 1, buffer);
+			run_load(loader, run, first + i, 1, buffer);
 		return;
 	}
 	int stopped = point_reach(POINT_LOAD_PUBLISH);
@@ -244,35 +316,98 @@ static void run_load(struct loader *loader, uint64_t first, uint64_t nr, char *b
 		image_punch(image, first, nr);
 		err = stopped;
 	}
-	run_end(store, image, first, nr, err);
+	run_end(loader, run, first, nr, err);
 }
 
-/* Takes the next load that has room and that this thread may do, under lock; NULL: wait. */
-static struct load *next_load(struct store *store, bool *prefetch_out)
+/* Takes the next load that this thread may do, under lock; NULL: wait. Sets loader->prefetch. */
+static struct load *next_load(struct loader *loader)
 {
-	struct load *load = NULL;
+	struct store *store = loader->store;
+	bool has_room = room_left(store) > 0;
+	struct load *load = load_queue_pop(&store->restores, 0, false);
 
-	*prefetch_out = false;
-	if (store->reserved_extents >= store->capacity_extents)
-		return NULL;
-	load = load_queue_pop(&store->demand, store->nr_loaders);
+	loader->prefetch = false;
+	if (load || loader->restores_only)
+		return load;
+	load = load_queue_pop(&store->demand, store->nr_loaders, has_room);
 	if (!load && (store->nr_prefetching + 1 < store->nr_loaders || store->nr_loaders == 1)) {
-		load = load_queue_pop(&store->prefetch, store->nr_loaders);
-		*prefetch_out = load != NULL;
+		load = load_queue_pop(&store->prefetch, store->nr_loaders, has_room);
+		loader->prefetch = load != NULL;
 		if (load)
 			load->image->nr_prefetches--;
 	}
 	return load;
 }
 
-static void wait_for_work(struct store *store)
+/* Returns a load, or what is left of it, to the front of its queue; under lock. */
+static void load_return(struct loader *loader, struct load *load)
 {
-	bool no_room = store->reserved_extents >= store->capacity_extents && (store->demand.nr || store->prefetch.nr);
+	struct store *store = loader->store;
+
+	load->image->nr_prefetches += loader->prefetch;
+	load_queue_push_front(loader->prefetch   ? &store->prefetch
+	                      : is_restore(load) ? &store->restores
+	                                         : &store->demand,
+	                      load);
+}
+
+/* Takes at most nr_max extents off the front of a load into a run, with their room; under lock. false: there was no
+ * room after all, and the load is in its queue again. */
+static bool run_take(struct loader *loader, struct load *load, uint64_t nr_max, struct run *run)
+{
+	struct store *store = loader->store;
+	struct image *image = load->image;
+	bool restoring = is_restore(load);
+	uint64_t nr = load->nr < nr_max ? load->nr : nr_max;
+
+	*run = (struct run){.first = load->first};
+	for (uint64_t i = 0; restoring && i < nr; i++) {
+		slot_no slot = image->standby[run->first + i];
+		const struct standby_slot *from = &store->standby.slots[slot];
+
+		run->sampled_ns[i] = from->is_sample ? from->since_ns : 0;
+		run->touched_ns[i] = from->touched_ns;
+		run->ages[i] = (uint8_t)standby_age(&store->standby, slot);
+		run->slots[i] = room_take_standby(store, image, run->first + i);
+	}
+	run->nr = restoring ? nr : room_take(store, nr, run->dropped, &run->nr_dropped);
+	load->first += run->nr;
+	load->nr -= run->nr;
+	if (load->nr)
+		load_return(loader, load);
+	else
+		free(load);
+	if (!run->nr)
+		return false;
+	store->loading_extents += run->nr;
+	store->nr_prefetching += loader->prefetch;
+	*(restoring ? &image->nr_restorers : &image->nr_loaders) += 1;
+	loader->image = image;
+	loader->restoring = restoring;
+	if (store->watch_sleeps && !restoring)
+		pthread_cond_signal(&store->watch);
+	if (!restoring && room_left(store) < store->low_free)
+		store_raise_at(POINT_WAKE_EVICTOR, store->pressure_fd);
+	return true;
+}
+
+void loaders_wake(struct store *store)
+{
+	if (store->demand.nr || store->prefetch.nr)
+		pthread_cond_broadcast(&store->work);
+}
+
+static void wait_for_work(struct loader *loader)
+{
+	struct store *store = loader->store;
+	bool no_room = !loader->restores_only && room_left(store) == 0 && (store->demand.nr || store->prefetch.nr);
 
 	if (no_room)
 		store_raise_at(POINT_WAKE_EVICTOR, store->pressure_fd);
 	store->nr_waiting_room += no_room;
-	pthread_cond_wait(&store->work, &store->lock);
+	store->restorer_waits |= loader->restores_only;
+	pthread_cond_wait(loader->restores_only ? &store->soft : &store->work, &store->lock);
+	store->restorer_waits &= !loader->restores_only;
 	store->nr_waiting_room -= no_room;
 }
 
@@ -284,12 +419,13 @@ uint32_t loaders_note_stuck(struct store *store)
 	for (struct loader *loader = store->loaders; loader; loader = loader->next) {
 		uint64_t since = atomic_load(&loader->reading_since_ns);
 
-		if (loader->image && !loader->stuck && since && now - since >= LOAD_STUCK_MS * 1000000ull) {
+		if (loader->image && !loader->stuck && !loader->restores_only && since &&
+		    now - since >= LOAD_STUCK_MS * 1000000ull) {
 			loader->stuck = true;
 			store->nr_stuck++;
 			store->nr_prefetching -= loader->prefetch;
 		}
-		nr_well += !loader->stuck;
+		nr_well += !loader->stuck && !loader->restores_only;
 	}
 	return nr_well;
 }
@@ -303,17 +439,19 @@ static void loader_end_load(struct loader *loader)
 		store->nr_stuck--;
 	else
 		store->nr_prefetching -= loader->prefetch;
-	loader->image->nr_loaders--;
+	*(loader->restoring ? &loader->image->nr_restorers : &loader->image->nr_loaders) -= 1;
 	loader->image = NULL;
-	loader->prefetch = loader->stuck = false;
+	loader->prefetch = loader->restoring = loader->stuck = false;
 	pthread_cond_broadcast(&store->loaded);
-	pthread_cond_broadcast(&store->work); /* loads of this image may have waited for it */
+	loaders_wake(store); /* loads of this image may have waited for it */
 }
 
 /* Whether a loader is surplus, because stuck ones were replaced and came back; under lock. */
-static bool is_one_too_many(const struct store *store)
+static bool is_one_too_many(const struct loader *loader)
 {
-	return store->nr_alive - store->nr_stuck > store->nr_loaders;
+	const struct store *store = loader->store;
+
+	return !loader->restores_only && store->nr_alive - store->nr_stuck > store->nr_loaders;
 }
 
 static void loader_forget(struct loader *loader)
@@ -324,8 +462,8 @@ static void loader_forget(struct loader *loader)
 	while (*at != loader)
 		at = &(*at)->next;
 	*at = loader->next;
+	store->nr_alive -= !loader->restores_only;
 	free(loader);
-	store->nr_alive--;
 	pthread_cond_broadcast(&store->ended);
 }
 
@@ -337,47 +475,35 @@ void *loader_main(void *arg)
 	uint64_t chunk = step > LOAD_CHUNK_BYTES ? 1 : LOAD_CHUNK_BYTES / step;
 	char *buffer = NULL;
 
-	prctl(PR_SET_NAME, "cow-loader");
+	prctl(PR_SET_NAME, loader->restores_only ? "cow-restorer" : "cow-loader");
 	while (!buffer && posix_memalign((void **)&buffer, PAGE_BYTES, chunk * step))
 		sleep(1); /* nothing can be loaded without it: try until there is memory */
 	pthread_mutex_lock(&store->lock);
-	while (!store->stop && !is_one_too_many(store)) {
-		bool prefetch;
-		struct load *load = next_load(store, &prefetch);
+	while (!store->stop && !is_one_too_many(loader)) {
+		struct load *load = next_load(loader);
+		struct run run;
 
-		if (!load) {
-			wait_for_work(store);
+		if (!load || !run_take(loader, load, chunk, &run)) {
+			wait_for_work(loader);
 			continue;
 		}
-		struct image *image = load->image;
-		uint64_t first = load->first, nr = load->nr;
-		uint64_t room = store->capacity_extents - store->reserved_extents;
-
-		nr = nr > chunk ? chunk : nr;
-		nr = nr > room ? room : nr;
-		load->first += nr;
-		load->nr -= nr;
-		if (load->nr) {
-			load_queue_push_front(prefetch ? &store->prefetch : &store->demand, load);
-			image->nr_prefetches += prefetch;
-		} else {
-			free(load);
-		}
-		store->reserved_extents += nr;
-		store->loading_extents += nr;
-		store->nr_prefetching += prefetch;
-		image->nr_loaders++;
-		loader->image = image;
-		loader->prefetch = prefetch;
-		if (store->watch_sleeps)
-			pthread_cond_signal(&store->watch);
-		if (room - nr < store->low_free)
-			store_raise_at(POINT_WAKE_EVICTOR, store->pressure_fd);
+		uint64_t began_ns = loader_now_ns(), began_cpu_ns = loader_cpu_ns();
 		pthread_mutex_unlock(&store->lock);
 
-		run_load(loader, first, nr, buffer);
+		room_empty(store, run.dropped, run.nr_dropped);
+		run.is_restored = loader->restoring && run_restore(loader, &run, buffer) == 0;
+		if (run.is_restored)
+			run_end(loader, &run, run.first, run.nr, 0);
+		else
+			run_load(loader, &run, run.first, run.nr, buffer);
 
 		pthread_mutex_lock(&store->lock);
+		if (loader->restoring) {
+			store->restore_cpu_ns += loader_cpu_ns() - began_cpu_ns;
+		} else {
+			store->read_ns += loader_now_ns() - began_ns;
+			store->read_extents += run.nr;
+		}
 		loader_end_load(loader);
 	}
 	loader_forget(loader);

@@ -25,6 +25,7 @@ struct load_waiter {
 	/* status 0: the extent is resident and held while this runs; else -errno of the failed load. */
 	void (*answer)(struct load_waiter *waiter, int status);
 	uint64_t extent;
+	bool restored; /* from the standby list; set before the answer */
 };
 
 struct load {
@@ -43,7 +44,8 @@ struct loader {
 	struct loader *next;
 	struct store *store;
 	struct image *image; /* of the load that it has in hand, or NULL */
-	bool prefetch, stuck;
+	bool restores_only;  /* no slow source may stand before a soft hit */
+	bool prefetch, restoring, stuck;
 	_Atomic uint64_t reading_since_ns; /* CLOCK_MONOTONIC, 0: in no read of a source */
 };
 
@@ -54,16 +56,20 @@ struct loader {
 
 void load_queue_init(struct load_queue *queue);
 void load_queue_push(struct load_queue *queue, struct load *load);
-/* Takes out the first load of an image that has fewer than nr_max loaders at work, or NULL; O(loads passed over). */
-struct load *load_queue_pop(struct load_queue *queue, uint32_t nr_max);
+/* Takes out the first load that begins in the standby list or, if there is room, is of an image that fewer than nr_max
+ * loaders read; NULL if there is none. O(loads passed over). */
+struct load *load_queue_pop(struct load_queue *queue, uint32_t nr_max, bool has_room);
 /* Takes out the load that covers an extent, or NULL. */
 struct load *load_queue_take(struct load_queue *queue, const struct image *image, uint64_t extent);
 
 /* The main function of a loader thread; arg is its struct loader, which the thread owns and frees. */
 void *loader_main(void *arg);
+/* Under lock: wakes loaders for loads that could not be done a moment ago; nobody if none are queued. */
+void loaders_wake(struct store *store);
 /* Under lock: marks the loaders that are stuck; returns how many are not. */
 uint32_t loaders_note_stuck(struct store *store);
-/* Nanoseconds on CLOCK_MONOTONIC. */
+/* Nanoseconds on CLOCK_MONOTONIC; of CPU time that this thread has used. */
 uint64_t loader_now_ns(void);
+uint64_t loader_cpu_ns(void);
 
 #endif

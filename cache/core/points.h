@@ -19,6 +19,8 @@ enum point {
 	POINT_LOAD_ANSWER,      /* extents published; no waiter answered yet */
 	POINT_EVICT_PUNCH,      /* extents EVICTING; frames still mapped */
 	POINT_EVICT_REVOKE,     /* frames gone; grants not yet revoked */
+	POINT_STANDBY_FILL,     /* an extent EVICTING, about to be copied to the standby list; an error drops it */
+	POINT_STANDBY_READ,     /* about to copy bytes back; an error makes the loader read the source instead */
 	POINT_FAULT_READ,       /* events read, none answered */
 	POINT_FAULT_HELD,       /* an extent is held, not yet mapped */
 	POINT_FRAMES_READ,      /* about to copy frames for a populated guest; an error counts as the memfd's */

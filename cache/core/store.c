@@ -35,7 +35,7 @@ static struct timespec deadline_in(int timeout_ms)
 }
 
 /* Starts one more loader; under lock. Loaders are detached: one that hangs must not delay the exit. */
-static int loader_start(struct store *store)
+static int loader_start(struct store *store, bool restores_only)
 {
 	struct loader *loader = calloc(1, sizeof *loader);
 	pthread_t thread;
@@ -43,6 +43,7 @@ static int loader_start(struct store *store)
 	if (!loader)
 		return -ENOMEM;
 	loader->store = store;
+	loader->restores_only = restores_only;
 	int err = thread_start(&thread, loader_main, loader);
 	if (err) {
 		free(loader);
@@ -51,14 +52,14 @@ static int loader_start(struct store *store)
 	pthread_detach(thread);
 	loader->next = store->loaders;
 	store->loaders = loader;
-	store->nr_alive++;
+	store->nr_alive += !restores_only;
 	return 0;
 }
 
 static bool loads_in_hand(const struct store *store)
 {
 	for (const struct loader *loader = store->loaders; loader; loader = loader->next)
-		if (loader->image)
+		if (loader->image && !loader->restoring)
 			return true;
 	return false;
 }
@@ -79,7 +80,7 @@ static void *watcher_main(void *arg)
 		struct timespec until = deadline_in(WATCH_MS);
 		pthread_cond_timedwait(&store->watch, &store->lock, &until);
 		for (uint32_t nr = loaders_note_stuck(store); nr < store->nr_loaders && !store->stop; nr++)
-			if (loader_start(store) < 0)
+			if (loader_start(store, false) < 0)
 				break; /* tried again at the next look */
 	}
 	pthread_mutex_unlock(&store->lock);
@@ -95,9 +96,10 @@ static int stop_loaders(struct store *store, int timeout_ms)
 	pthread_mutex_lock(&store->lock);
 	store->stop = true;
 	pthread_cond_broadcast(&store->work);
+	pthread_cond_broadcast(&store->soft);
 	pthread_cond_broadcast(&store->loaded);
 	pthread_cond_broadcast(&store->watch);
-	while (store->nr_alive && err != ETIMEDOUT) {
+	while (store->loaders && err != ETIMEDOUT) {
 		if (timeout_ms < 0)
 			pthread_cond_wait(&store->ended, &store->lock);
 		else
@@ -105,7 +107,7 @@ static int stop_loaders(struct store *store, int timeout_ms)
 	}
 	bool is_watched = store->is_watched;
 	store->is_watched = false;
-	err = store->nr_alive ? -ETIMEDOUT : 0;
+	err = store->loaders ? -ETIMEDOUT : 0;
 	pthread_mutex_unlock(&store->lock);
 	if (is_watched)
 		pthread_join(store->watcher, NULL);
@@ -118,8 +120,11 @@ static void store_free(struct store *store)
 		close(store->pressure_fd);
 	if (store->notice_fd >= 0)
 		close(store->notice_fd);
-	free(store->inserted);
+	free(store->events);
+	free(store->sample_ends);
+	standby_deinit(&store->standby);
 	pthread_cond_destroy(&store->work);
+	pthread_cond_destroy(&store->soft);
 	pthread_cond_destroy(&store->loaded);
 	pthread_cond_destroy(&store->watch);
 	pthread_cond_destroy(&store->ended);
@@ -127,14 +132,21 @@ static void store_free(struct store *store)
 	free(store);
 }
 
+static uint32_t standby_batch(uint64_t capacity_extents)
+{
+	uint64_t share = capacity_extents / 128;
+
+	return share < 1 ? 1 : share > STANDBY_BATCH ? STANDBY_BATCH : (uint32_t)share;
+}
+
 int store_init(uint64_t capacity_extents, uint32_t extent_pages, uint32_t nr_loaders, uint64_t low_free,
-               struct store **store_out)
+               uint64_t standby_max, struct store **store_out)
 {
 	int err = 0;
 
 	if (!capacity_extents || !extent_pages || extent_pages & (extent_pages - 1) || !nr_loaders)
 		return -EINVAL;
-	if ((uint64_t)extent_pages * PAGE_BYTES > LOAD_CHUNK_BYTES * 2u)
+	if ((uint64_t)extent_pages * PAGE_BYTES > LOAD_CHUNK_BYTES * 2u || standby_max >= capacity_extents)
 		return -EINVAL;
 	struct store *store = calloc(1, sizeof *store);
 	if (!store)
@@ -142,9 +154,11 @@ int store_init(uint64_t capacity_extents, uint32_t extent_pages, uint32_t nr_loa
 	store->capacity_extents = capacity_extents;
 	store->extent_pages = extent_pages;
 	store->low_free = low_free;
-	store->nr_inserted_slots = 4 * capacity_extents + 1024;
+	store->standby_max = standby_max;
+	store->nr_event_slots = 4 * capacity_extents + 1024;
 	pthread_mutex_init(&store->lock, NULL);
 	pthread_cond_init(&store->work, NULL);
+	pthread_cond_init(&store->soft, NULL);
 	pthread_condattr_t monotonic;
 	pthread_condattr_init(&monotonic);
 	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
@@ -154,17 +168,24 @@ int store_init(uint64_t capacity_extents, uint32_t extent_pages, uint32_t nr_loa
 	pthread_condattr_destroy(&monotonic);
 	load_queue_init(&store->demand);
 	load_queue_init(&store->prefetch);
+	load_queue_init(&store->restores);
 	store->pressure_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	store->notice_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	store->inserted = calloc(store->nr_inserted_slots, sizeof *store->inserted);
+	store->events = calloc(store->nr_event_slots, sizeof *store->events);
+	store->sample_ends = calloc(NR_SAMPLE_ENDS, sizeof *store->sample_ends);
 	store->nr_loaders = nr_loaders;
 	if (store->pressure_fd < 0 || store->notice_fd < 0)
 		err = -EMFILE;
-	else if (!store->inserted)
+	else if (!store->events || !store->sample_ends)
 		err = -ENOMEM;
+	else if (standby_max)
+		err = standby_init(&store->standby, standby_max, standby_batch(capacity_extents),
+		                   (uint64_t)extent_pages * PAGE_BYTES);
 	pthread_mutex_lock(&store->lock);
 	for (uint32_t i = 0; i < nr_loaders && !err; i++)
-		err = loader_start(store);
+		err = loader_start(store, false);
+	if (!err && standby_max)
+		err = loader_start(store, true);
 	if (!err)
 		err = thread_start(&store->watcher, watcher_main, store);
 	store->is_watched = !err;
@@ -228,40 +249,79 @@ int store_notice_fd(const struct store *store)
 	return store->notice_fd;
 }
 
+int store_standby_fd(const struct store *store)
+{
+	return store->standby.slots ? store->standby.fd : -1;
+}
+
 void store_count(struct store *store, struct store_counters *counters_out)
 {
 	pthread_mutex_lock(&store->lock);
 	*counters_out = (struct store_counters){
 		.capacity_extents = store->capacity_extents,
 		.reserved_extents = store->reserved_extents,
+		.standby_extents = standby_nr(&store->standby),
+		.standby_limit = store->standby.limit,
+		.standby_pages = store->standby.nr_pages,
+		.standby_moving = store->standby.nr_in_hand + store->standby.nr_dropping,
+		.room_extents = room_left(store),
 		.loading_extents = store->loading_extents,
 		.pinned_extents = store->pinned_extents,
+		.read_ns = store->read_ns,
+		.read_extents = store->read_extents,
+		.fill_cpu_ns = store->fill_cpu_ns,
+		.restore_cpu_ns = store->restore_cpu_ns,
 		.nr_waiting_loaders = store->nr_waiting_room,
-		.queued_loads = store->demand.nr + store->prefetch.nr,
+		.queued_loads = store->demand.nr + store->prefetch.nr + store->restores.nr,
 	};
 	pthread_mutex_unlock(&store->lock);
 }
 
-int64_t store_take_inserted(struct store *store, uint64_t *inserted_out, uint64_t nr_max)
+int64_t store_take_events(struct store *store, uint64_t *events_out, uint64_t nr_max)
 {
 	int64_t nr = 0;
 
 	pthread_mutex_lock(&store->lock);
-	if (store->inserted_head - store->inserted_tail > store->nr_inserted_slots) {
-		store->inserted_tail = store->inserted_head; /* entries were lost: the caller must look at the states */
+	if (store->events_head - store->events_tail > store->nr_event_slots) {
+		store->events_tail = store->events_head; /* some were lost: the caller must look at the states */
 		nr = -EOVERFLOW;
 	}
-	while (nr >= 0 && (uint64_t)nr < nr_max && store->inserted_tail != store->inserted_head)
-		inserted_out[nr++] = store->inserted[store->inserted_tail++ % store->nr_inserted_slots];
+	while (nr >= 0 && (uint64_t)nr < nr_max && store->events_tail != store->events_head)
+		events_out[nr++] = store->events[store->events_tail++ % store->nr_event_slots];
 	pthread_mutex_unlock(&store->lock);
 	return nr;
 }
 
-void inserted_push(struct store *store, const struct image *image, uint64_t extent)
+void event_push(struct store *store, enum store_event kind, uint32_t age, const struct image *image, uint64_t extent)
 {
-	uint64_t entry = (uint64_t)image->shape.image_no << INSERTED_SHIFT | extent;
+	uint64_t entry = (uint64_t)kind << EVENT_KIND_SHIFT | (uint64_t)age << EVENT_AGE_SHIFT |
+	                 (uint64_t)image->shape.image_no << EVENT_IMAGE_SHIFT | extent;
 
-	store->inserted[store->inserted_head++ % store->nr_inserted_slots] = entry;
+	store->events[store->events_head++ % store->nr_event_slots] = entry;
+}
+
+void sample_end_push(struct store *store, const struct image *image, uint64_t extent, uint64_t unmapped_ns,
+                     uint64_t ended_ns, bool touched)
+{
+	store->sample_ends[store->sample_ends_head++ % NR_SAMPLE_ENDS] =
+		(struct sample_end){.image_no = image->shape.image_no,
+		                    .extent = (uint32_t)extent,
+		                    .unmapped_ns = unmapped_ns,
+		                    .ended_ns = ended_ns,
+		                    .touched = touched};
+}
+
+int64_t store_take_sample_ends(struct store *store, struct sample_end *ends_out, uint64_t nr_max)
+{
+	int64_t nr = 0;
+
+	pthread_mutex_lock(&store->lock);
+	if (store->sample_ends_head - store->sample_ends_tail > NR_SAMPLE_ENDS)
+		store->sample_ends_tail = store->sample_ends_head - NR_SAMPLE_ENDS;
+	while ((uint64_t)nr < nr_max && store->sample_ends_tail != store->sample_ends_head)
+		ends_out[nr++] = store->sample_ends[store->sample_ends_tail++ % NR_SAMPLE_ENDS];
+	pthread_mutex_unlock(&store->lock);
+	return nr;
 }
 
 static void add_image(struct store *store, struct image *image)
@@ -290,10 +350,17 @@ int store_adopt_image(struct store *store, struct image *image)
 		if (image_is_pinned(image, e))
 			store->pinned_extents++;
 		if (extent_state(&image->states[e]) == EXTENT_RESIDENT)
-			inserted_push(store, image, e);
+			event_push(store, EVENT_LOADED, 0, image, e);
 	}
 	pthread_mutex_unlock(&store->lock);
 	return nr_resident < 0 ? (int)nr_resident : 0;
+}
+
+/* LOADING -> ABSENT for an extent that no loader has in hand. */
+static void unqueue(struct image *image, uint64_t extent)
+{
+	standby_unclaim(&image->store->standby, image, extent);
+	extent_step(&image->states[extent], EXTENT_LOADING, EXTENT_ABSENT, 0);
 }
 
 /* Drops the queued loads of an image, or of all (NULL). */
@@ -307,8 +374,8 @@ static void queue_purge(struct load_queue *queue, const struct image *image)
 
 		if (!image || load->image == image) {
 			for (uint64_t i = 0; i < load->nr; i++)
-				extent_step(&load->image->states[load->first + i], EXTENT_LOADING, EXTENT_ABSENT, 0);
-			load->image->nr_prefetches = 0; /* right for the demand queue, too: both are purged */
+				unqueue(load->image, load->first + i);
+			load->image->nr_prefetches = 0; /* right for the other queues, too: all are purged */
 			free(load);
 		} else {
 			load_queue_push(queue, load);
@@ -356,6 +423,7 @@ void store_cancel_loads(struct store *store)
 	store->cancelled = true;
 	queue_purge(&store->demand, NULL);
 	queue_purge(&store->prefetch, NULL);
+	queue_purge(&store->restores, NULL);
 	for (struct image *image = store->images; image; image = image->next)
 		waiters = waiters_take(image, waiters);
 	pthread_cond_broadcast(&store->loaded);
@@ -383,8 +451,10 @@ int store_remove_image(struct store *store, struct image *image)
 	pthread_mutex_lock(&store->lock);
 	queue_purge(&store->demand, image);
 	queue_purge(&store->prefetch, image);
+	queue_purge(&store->restores, image);
 	/* A loader still uses the image after publishing its extents: it answers waiters and releases its holds. */
-	while (image->nr_loaders || next_in_state(image, 0, EXTENT_LOADING) < image->shape.nr_extents) {
+	while (image->nr_loaders || image->nr_restorers ||
+	       next_in_state(image, 0, EXTENT_LOADING) < image->shape.nr_extents) {
 		if (store->stop) {
 			pthread_mutex_unlock(&store->lock);
 			return -ETIMEDOUT;
@@ -406,8 +476,9 @@ int store_remove_image(struct store *store, struct image *image)
 		uint32_t extent = (uint32_t)e;
 
 		if (store_begin_evict(image, &extent, 1) == 1)
-			store_end_evict(image, &extent, 1); /* closing the memfd drops the frames */
+			store_abandon(image, &extent, 1); /* closing the memfd drops the frames */
 	}
+	room_drop_image(image);
 
 	pthread_mutex_lock(&store->lock);
 	struct image **at = &store->images;
@@ -416,100 +487,6 @@ int store_remove_image(struct store *store, struct image *image)
 	*at = image->next;
 	pthread_mutex_unlock(&store->lock);
 	return 0;
-}
-
-static struct load *load_new(struct image *image, uint64_t first, uint64_t nr)
-{
-	struct load *load = malloc(sizeof *load);
-
-	if (load) {
-		*load = (struct load){.image = image, .first = first, .nr = nr};
-		for (uint64_t i = 0; i < nr; i++)
-			extent_step(&image->states[first + i], EXTENT_ABSENT, EXTENT_LOADING, 0);
-		atomic_fetch_add(&image->generation, 1);
-	}
-	return load;
-}
-
-int store_want(struct image *image, uint64_t extent, struct load_waiter *waiter)
-{
-	struct store *store = image->store;
-	struct load *load = NULL;
-	int result = 0;
-
-	pthread_mutex_lock(&store->lock);
-	switch (extent_state(&image->states[extent])) {
-	case EXTENT_RESIDENT:
-		result = 1;
-		break;
-	case EXTENT_ABSENT:
-		load = store->cancelled ? NULL : load_new(image, extent, 1);
-		if (!load)
-			result = store->cancelled ? -ESHUTDOWN : -ENOMEM;
-		break;
-	case EXTENT_LOADING:
-		load = load_queue_take(&store->prefetch, image, extent);
-		if (load)
-			image->nr_prefetches--;
-		else if (store->cancelled)
-			result = -ESHUTDOWN;
-		break;
-	case EXTENT_EVICTING: /* store_end_evict starts the load */
-		if (store->cancelled)
-			result = -ESHUTDOWN;
-		break;
-	}
-	if (load) {
-		load_queue_push(&store->demand, load);
-		pthread_cond_signal(&store->work);
-	}
-	if (result == 0) {
-		image->was_waited_for = true;
-		waiter->extent = extent;
-		waiter->next = image->waiters[extent];
-		image->waiters[extent] = waiter;
-	}
-	pthread_mutex_unlock(&store->lock);
-	return result;
-}
-
-int64_t store_prefetch(struct image *image, uint64_t first, uint64_t nr)
-{
-	struct store *store = image->store;
-	uint64_t chunk = LOAD_CHUNK_BYTES / PAGE_BYTES / store->extent_pages;
-	uint64_t end = first + nr;
-	int64_t nr_asked = 0;
-
-	if (chunk == 0)
-		chunk = 1;
-	if (first > image->shape.nr_extents || nr > image->shape.nr_extents - first)
-		return -ERANGE;
-	pthread_mutex_lock(&store->lock);
-	/* Readahead of more than an eighth of the store would evict what it has just loaded. */
-	uint64_t budget = store->capacity_extents / 8 + 1;
-	uint64_t pending = image->nr_prefetches * chunk; /* per image: a source that hangs takes nothing from others */
-	budget = budget > pending && !store->cancelled ? budget - pending : 0;
-	while (first < end && budget) {
-		if (extent_state(&image->states[first]) != EXTENT_ABSENT) {
-			first++;
-			continue;
-		}
-		uint64_t run = 1;
-		while (run < chunk && run < budget && first + run < end &&
-		       extent_state(&image->states[first + run]) == EXTENT_ABSENT)
-			run++;
-		struct load *load = load_new(image, first, run);
-		if (!load)
-			break;
-		load_queue_push(&store->prefetch, load);
-		image->nr_prefetches++;
-		pthread_cond_signal(&store->work);
-		first += run;
-		budget -= run;
-		nr_asked += (int64_t)run;
-	}
-	pthread_mutex_unlock(&store->lock);
-	return nr_asked;
 }
 
 int store_wait_loaded(struct image *image, uint64_t first, uint64_t nr, int timeout_ms)
@@ -589,95 +566,4 @@ int store_lend(struct image *image, uint64_t first, uint64_t nr, uint64_t max_pi
 int store_end_loan(struct image *image, uint64_t first, uint64_t nr)
 {
 	return unpin(image, image->loans, first, nr);
-}
-
-uint64_t store_begin_evict(struct image *image, uint32_t *extents, uint64_t nr)
-{
-	struct store *store = image->store;
-	uint64_t nr_going = 0;
-
-	pthread_mutex_lock(&store->lock);
-	for (uint64_t i = 0; i < nr; i++) {
-		uint32_t extent = extents[i];
-
-		if (extent < image->shape.nr_extents && !image_is_pinned(image, extent) &&
-		    extent_begin_evict(&image->states[extent])) {
-			atomic_fetch_sub(&image->resident_pages, image_extent_pages(image, extent));
-			extents[i] = extents[nr_going];
-			extents[nr_going++] = extent;
-		}
-	}
-	if (nr_going)
-		atomic_fetch_add(&image->generation, 1);
-	pthread_mutex_unlock(&store->lock);
-	return nr_going;
-}
-
-/* EVICTING -> ABSENT for nr extents, of which nr_room had room of their own. */
-static void end_evict(struct image *image, const uint32_t *extents, uint64_t nr, uint64_t nr_room)
-{
-	struct store *store = image->store;
-
-	pthread_mutex_lock(&store->lock);
-	for (uint64_t i = 0; i < nr; i++) {
-		struct load *load = NULL;
-
-		extent_step(&image->states[extents[i]], EXTENT_EVICTING, EXTENT_ABSENT, 0);
-		if (image->waiters[extents[i]] && !store->cancelled)
-			load = load_new(image, extents[i], 1);
-		if (load)
-			load_queue_push(&store->demand, load);
-		/* If there is no memory for the load, the waiters stay: the next fault on the extent starts one. */
-	}
-	assert(store->reserved_extents >= nr_room);
-	store->reserved_extents -= nr_room;
-	atomic_fetch_add(&image->generation, 1);
-	pthread_cond_broadcast(&store->work);
-	pthread_mutex_unlock(&store->lock);
-}
-
-void store_end_evict(struct image *image, const uint32_t *extents, uint64_t nr)
-{
-	end_evict(image, extents, nr, nr);
-}
-
-/* Punches the stray frames of one ABSENT extent, by the steps of an eviction. */
-static bool scrub_extent(struct image *image, uint64_t extent)
-{
-	struct store *store = image->store;
-	uint32_t no = (uint32_t)extent;
-	bool mine = false;
-
-	pthread_mutex_lock(&store->lock);
-	if (extent_state(&image->states[extent]) == EXTENT_ABSENT) {
-		extent_step(&image->states[extent], EXTENT_ABSENT, EXTENT_EVICTING, 0);
-		mine = true;
-	}
-	pthread_mutex_unlock(&store->lock);
-	if (mine) {
-		image_punch(image, extent, 1);
-		end_evict(image, &no, 1, 0); /* a stray took no room, so none is given back */
-		atomic_fetch_add(&image->totals->strays, 1);
-	}
-	return mine;
-}
-
-int64_t store_scrub(struct image *image)
-{
-	uint64_t step = (uint64_t)image->shape.extent_pages * PAGE_BYTES;
-	int64_t nr = 0;
-
-	for (uint64_t e = 0; e < image->shape.nr_extents; e++) {
-		if (extent_state(&image->states[e]) != EXTENT_ABSENT)
-			continue;
-		off_t at = lseek(image->frames_fd, (off_t)(e * step), SEEK_DATA);
-		if (at < 0)
-			return errno == ENXIO ? nr : -errno;
-		uint64_t found = (uint64_t)at / step;
-		if (found > e)
-			e = found - 1; /* skip to the next frame, stray or not */
-		else
-			nr += scrub_extent(image, e);
-	}
-	return nr;
 }

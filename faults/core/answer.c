@@ -252,8 +252,9 @@ static void answer_loaded(struct load_waiter *waiter, int status)
 		}
 		/* Wake faults on other pages of the extent, and those that met an error above. */
 		answer_wake(guest, first, nr_pages);
-		count_access(header, miss->minor, status == 0 ? FAULT_LOADED : FAULT_FAILED);
-		account_note_latency(guest->account, LATENCY_MISS, clock_now_ns() - miss->read_ns);
+		count_access(header, miss->minor, waited_outcome(status, waiter->restored));
+		account_note_latency(guest->account, waiter->restored ? LATENCY_HIT : LATENCY_MISS,
+		                     clock_now_ns() - miss->read_ns);
 	}
 	pthread_mutex_unlock(&guest->answer_lock);
 	free(miss);

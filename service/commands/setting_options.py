@@ -32,6 +32,9 @@ def _how(option: Option) -> dict[str, Any]:
     how: dict[str, Any] = {"multiple": option.is_repeatable}
     if option.choices:
         how["type"] = click.Choice(option.choices)
+    elif option.bounds:
+        how["type"] = click.INT
+        how["metavar"] = option.unit.upper()
     else:
         how["metavar"] = _METAVARS.get(option.kind, option.kind)
     if option.envvar:

@@ -14,10 +14,18 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final
 
-from cowshed.accounting import EvictionPolicy, EvictReason, ExtentKey, Watermarks, evict
-from cowshed.cache import CapacityError, ExtentState, Image, PageStore
+from cowshed.accounting import (
+    EvictionPolicy,
+    EvictReason,
+    ExtentKey,
+    StandbySize,
+    Watermarks,
+    evict,
+)
+from cowshed.cache import CapacityError, ExtentState, Image, PageStore, StoreCounters, StoreEvent
 from cowshed.cache._core import lib
 from cowshed.service.runtime.logs import EventLog
 
@@ -29,6 +37,13 @@ _IDLE_SECONDS: Final = 1.0
 _SCRUB_SECONDS: Final = 1.0
 # While loaders wait and nothing can be evicted (all held or pinned for the moment): retry soon.
 _RETRY_SECONDS: Final = 0.005
+# Extents unmapped into the standby list for each that was read: many soft hits may come between two
+# loads, but one load must not unmap a large part of the cache. While nothing is read, no room is
+# needed, and nothing is unmapped: guests would only touch it again.
+_UNMAPS_PER_LOAD: Final = 8
+_UNMAPS_MIN: Final = 64
+# The standby list is filled up again once it lacks one in this many.
+_LOW_SHARE: Final = 16
 
 
 class _StoreHeat:
@@ -53,10 +68,15 @@ class _StoreHeat:
 class Evictor:
     """Owns the policy and the thread. Must be started after the store, and stopped before it."""
 
-    def __init__(self, store: PageStore) -> None:
-        capacity = store.counters().capacity_extents
+    def __init__(self, store: PageStore, standby_percent: int = 0) -> None:
+        counters = store.counters()
+        capacity = counters.capacity_extents
         self._store = store
-        self._policy = EvictionPolicy(capacity)
+        standby = capacity * standby_percent // 100
+        self._policy = EvictionPolicy(capacity, standby)
+        self._size = StandbySize(standby)
+        self._counted = counters
+        self._marks = (0, 0)
         self._heat = _StoreHeat(store)
         self._lock = threading.Lock()
         self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -64,7 +84,9 @@ class Evictor:
         self.watermarks: Final = Watermarks(capacity)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Turn the standby list on and start the thread."""
+        if self._policy.has_standby:
+            self._set_standby(self._store.counters())
         self._thread.start()
 
     def stop(self) -> None:
@@ -84,6 +106,19 @@ class Evictor:
         with self._lock:
             self._admit()
             return self._evict_from(image, list(extents), EvictReason.REQUEST)
+
+    def sample(self, keys: Iterable[ExtentKey]) -> list[tuple[Image, int]]:
+        """Unmap those of the extents that can be into the standby list; return them.
+
+        The policy goes on tracking them: nothing says yet that they are not used.
+        """
+        taken: list[tuple[Image, int]] = []
+        with self._lock:
+            for image_no, extent in keys:
+                image = self._store.image(image_no)
+                if image is not None and evict(image, [extent], EvictReason.SAMPLE):
+                    taken.append((image, extent))
+        return taken
 
     def check(self) -> None:
         """Recompute the policy's invariants. Raises InvariantError."""
@@ -123,17 +158,57 @@ class Evictor:
         """Evict up to the high watermark; return whether room is still short afterwards."""
         self._admit()
         counters = self._store.counters()
+        if self._policy.has_standby:
+            return self._fill_standby(counters)
         wanted = self.watermarks.nr_to_evict(counters.free_extents)
         if wanted:
             try:
                 victims = self._policy.choose_victims(wanted, self._heat)
             except CapacityError:
                 victims = []  # all extents are held or pinned for the moment
-            self._evict_keys(victims)
+            self._evict_keys(victims, EvictReason.PRESSURE)
             counters = self._store.counters()
         return counters.nr_waiting_loaders > 0 or counters.free_extents < self.watermarks.low_free
 
-    def _evict_keys(self, keys: Iterable[ExtentKey]) -> None:
+    def _fill_standby(self, counters: StoreCounters) -> bool:
+        """Unmap victims into the standby list if loads need room; return whether loaders wait."""
+        before, self._counted = self._counted, counters
+        nr_read = counters.read_extents - before.read_extents
+        self._size.note(
+            nr_read,
+            counters.read_ns - before.read_ns,
+            (counters.restore_cpu_ns - before.restore_cpu_ns)
+            + (counters.fill_cpu_ns - before.fill_cpu_ns),
+        )
+        target = self._set_standby(counters)
+        room = counters.room_extents
+        if nr_read or room < self.watermarks.low_free:
+            wanted = min(target - room, max(_UNMAPS_MIN, _UNMAPS_PER_LOAD * nr_read))
+            # After a restart with less capacity: these are dropped, not kept.
+            wanted = max(wanted, counters.reserved_extents - counters.capacity_extents)
+            if wanted > 0:
+                with suppress(CapacityError):  # all extents are held or pinned for the moment
+                    victims = self._policy.choose_victims(wanted, self._heat)
+                    self._evict_keys(victims, EvictReason.STANDBY)
+        return self._store.counters().nr_waiting_loaders > 0
+
+    def _set_standby(self, counters: StoreCounters) -> int:
+        """Set how long the list may be, less for what is pinned; return how long it is to be kept.
+
+        While all images fit into the capacity no room is needed, and the list has samples only.
+        """
+        unpinned = 1 - counters.pinned_extents / counters.capacity_extents
+        limit = max(1, int(self._size.extents * unpinned))
+        nr_extents = sum(image.nr_extents for image in self._store)
+        beyond = nr_extents - counters.capacity_extents + self.watermarks.high_free
+        target = max(0, min(limit, beyond))
+        marks = limit, max(0, target - max(1, target // _LOW_SHARE))
+        if marks != self._marks:
+            self._store.set_standby(*marks)
+            self._marks = marks
+        return target
+
+    def _evict_keys(self, keys: Iterable[ExtentKey], reason: EvictReason) -> None:
         by_image: defaultdict[int, list[int]] = defaultdict(list)
         for image_no, extent in keys:
             by_image[image_no].append(extent)
@@ -142,31 +217,49 @@ class Evictor:
             if image is None:
                 self._policy.drop_image(image_no)
                 continue
-            self._evict_from(image, extents, EvictReason.PRESSURE)
+            self._evict_from(image, extents, reason)
 
     def _evict_from(self, image: Image, extents: list[int], reason: EvictReason) -> list[int]:
         gone = evict(image, extents, reason)
         keys = [(image.image_no, extent) for extent in gone]
         # The policy does not track an extent that became resident a moment ago.
-        self._policy.forget([key for key in keys if key in self._policy], evicted=True)
+        tracked = [key for key in keys if key in self._policy]
+        if reason == EvictReason.STANDBY:
+            self._policy.unmap(tracked)
+        else:
+            self._policy.forget(tracked, evicted=True)
         return gone
 
     def _admit(self) -> None:
-        """Report the extents that became resident since the last call to the policy."""
-        inserted = self._store.take_inserted()
-        if inserted is None:
-            inserted = [
-                (image.image_no, extent)
-                for image in self._store
-                for extent, state in enumerate(image.states())
-                if state == ExtentState.RESIDENT
-            ]
-        fresh = [key for key in dict.fromkeys(inserted) if key not in self._policy]
-        reloads = Counter(key[0] for key in fresh if self._policy.remembers(key))
+        """Report to the policy what happened to extents since the last call."""
+        events = self._store.take_events()
+        if events is None:
+            self._compare()
+            return
+        reloads: Counter[int] = Counter()
+        for event, key, age in events:
+            if event == StoreEvent.SOFT_HIT:
+                self._policy.touch(key, age)
+            elif event == StoreEvent.DROPPED:
+                self._policy.drop(key)
+            elif key not in self._policy:
+                reloads[key[0]] += self._policy.remembers(key)
+                self._policy.admit([key])
         for image_no, nr_extents in reloads.items():
-            if image := self._store.image(image_no):
+            if nr_extents and (image := self._store.image(image_no)):
                 image.note_reloads(nr_extents)
-        self._policy.admit(fresh)
+
+    def _compare(self) -> None:
+        """Tell the policy what is resident and what is gone, after events were lost; O(extents)."""
+        for image in self._store:
+            for extent, (state, is_kept) in enumerate(
+                zip(image.states(), image.in_standby(), strict=True)
+            ):
+                key = image.image_no, extent
+                if state == ExtentState.RESIDENT and key not in self._policy:
+                    self._policy.admit([key])
+                elif state == ExtentState.ABSENT and not is_kept:
+                    self._policy.drop(key)
 
     def _scrub(self) -> None:
         """Empty strays: frames that no load wrote, but a read of an unguarded mapping filled."""

@@ -105,13 +105,15 @@ def open_store(
     wait; then an image of the configuration that cannot be opened raises CowshedError. Sources that
     do not answer are waited for _OPEN_SECONDS in all. If a loader hangs, the store is not closed.
     """
+    capacity_extents = config.capacity_bytes // config.extent_bytes
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(
             PageStore(
                 config.capacity_bytes,
                 extent_bytes=config.extent_bytes,
                 nr_loaders=config.loaders,
-                low_free_extents=Watermarks(config.capacity_bytes // config.extent_bytes).low_free,
+                low_free_extents=Watermarks(capacity_extents).low_free,
+                standby_max_extents=capacity_extents * config.standby // 100,
             )
         )
         stack.callback(store.stop, _STOP_SECONDS)

@@ -29,7 +29,11 @@ WRITE_OUTCOMES: Final = ("copied", "refused")
 LOAD_REASONS: Final = ("demand", "prefetch")
 SOURCES: Final = ("file",)
 EVICT_REASONS: Final = ("pressure", "request")
-CHECKS: Final = ("refs", "private", "granted", "resident")
+WINDOWS: Final = ("10s", "60s", "300s")
+BOUNDS: Final = ("value", "low", "high")
+CAPACITIES: Final = ("0.5", "1", "2")
+STANDBY_REASONS: Final = ("victim", "sample")
+CHECKS: Final = ("refs", "private", "granted", "resident", "standby")
 DRAIN_STATES: Final = ("none", "draining", "done", "failed")
 DROP_REASONS: Final = ("handshake", "protocol", "limit", "broken")
 DURATION_KINDS: Final = ("hit", "miss", "write")
@@ -39,7 +43,8 @@ DURATION_KINDS: Final = ("hit", "miss", "write")
 class Metric:
     """One metric. values has the values that a label can take, if they are known beforehand.
 
-    name is as in queries: with _total, _info. of_guest: only with guest_metrics.
+    name is as in queries: with _total, _info. of_guest: only with guest_metrics. is_estimate:
+    absent while it is not known, where others are 0.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Metric:
     labels: tuple[str, ...] = ()
     values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     of_guest: bool = False
+    is_estimate: bool = False
 
 
 def _image(name: str, kind: Kind, meaning: str, /, **values: tuple[str, ...]) -> Metric:
@@ -56,6 +62,10 @@ def _image(name: str, kind: Kind, meaning: str, /, **values: tuple[str, ...]) ->
 
 def _one(name: str, kind: Kind, meaning: str, /, **values: tuple[str, ...]) -> Metric:
     return Metric(f"cowshed_{name}", kind, meaning, tuple(values), values)
+
+
+def _estimate(name: str, meaning: str, /, *labels: str, **values: tuple[str, ...]) -> Metric:
+    return Metric(f"cowshed_{name}", "gauge", meaning, (*labels, *values), values, is_estimate=True)
 
 
 def _guest(name: str, kind: Kind, meaning: str) -> Metric:
@@ -106,6 +116,35 @@ _BACKEND: Final = (
         "gauge",
         "The part of the capacity taken by extents that are resident, being loaded or evicted.",
     ),
+    _one(
+        "standby_bytes",
+        "gauge",
+        "The part of the capacity taken by the standby list: extents that were unmapped and not "
+        "dropped yet.",
+    ),
+    _one("standby_limit_bytes", "gauge", "The most that the standby list may take."),
+    _estimate(
+        "hit_ratio",
+        "Of the uses of extents in the window, by guests of all images, those that found their "
+        "extent in memory: an estimate from random probes, with its 95 % bounds. Absent while it "
+        "is not known.",
+        window=WINDOWS,
+        bound=BOUNDS,
+    ),
+    _estimate(
+        "estimated_working_set_bytes",
+        "What guests of all images used at least once in the window: an estimate from random "
+        "probes, with its 95 % bounds. Absent while it is not known.",
+        window=WINDOWS,
+        bound=BOUNDS,
+    ),
+    _estimate(
+        "hit_ratio_at_capacity",
+        "The hit ratio that the window would have had with half of the capacity (0.5), with all "
+        "of it (1) or with twice as much (2): an estimate. Absent while it is not known.",
+        window=WINDOWS,
+        capacity=CAPACITIES,
+    ),
     _one("pinnable_bytes", "gauge", "The most that pins of all images may take together."),
     _one("waiting_loaders", "gauge", "Loader threads that have work and no room for it."),
     _one("queued_loads", "gauge", "Runs of extents that wait for a loader."),
@@ -135,9 +174,9 @@ _BACKEND: Final = (
     _one(
         "fault_duration_seconds",
         "histogram",
-        "From the moment a fault is read to its answer. hit: answered from a resident extent; "
-        "miss: after a load, failed ones too; write: opened for a private copy. A fault that waits "
-        "at its quota is in none.",
+        "From the moment a fault is read to its answer. hit: answered from memory, a resident "
+        "extent or the standby list; miss: after a load, failed ones too; write: opened for a "
+        "private copy. A fault that waits at its quota is in none.",
         kind=DURATION_KINDS,
     ),
     _one(
@@ -230,9 +269,9 @@ _IMAGES: Final = (
     Metric(
         "cowshed_faults_total",
         "counter",
-        "Faults answered, by kind and outcome. missing and minor: hit (resident), loaded, failed "
-        "(its source could not be read); write: copied (the page was opened for a private copy), "
-        "refused (at the quota; first touches that were writes too).",
+        "Faults answered, by kind and outcome. missing and minor: hit (resident, or in the standby "
+        "list), loaded, failed (its source could not be read); write: copied (the page was opened "
+        "for a private copy), refused (at the quota; first touches that were writes too).",
         ("domain", "image", "kind", "outcome"),
         {
             "kind": ("missing", "minor", "write"),
@@ -242,8 +281,8 @@ _IMAGES: Final = (
     _image(
         "loads_total",
         "counter",
-        "Extents made resident. demand: a guest waited when the load ended; prefetch: none did "
-        "(readahead, warm and pin).",
+        "Extents read from their source. demand: a guest waited when the load ended; prefetch: "
+        "none did (readahead, warm and pin).",
         reason=LOAD_REASONS,
     ),
     _image("load_bytes_total", "counter", "Bytes read from the source.", source=SOURCES),
@@ -259,6 +298,36 @@ _IMAGES: Final = (
         "counter",
         "Extents evicted. pressure: to make room; request: by an operator's command.",
         reason=EVICT_REASONS,
+    ),
+    _image(
+        "soft_hits_total",
+        "counter",
+        "Extents that a guest's touch brought back from the standby list, without a read of the "
+        "source. Reasons: as in cowshed_standby_unmaps_total.",
+        reason=STANDBY_REASONS,
+    ),
+    _image(
+        "standby_unmaps_total",
+        "counter",
+        "Extents unmapped into the standby list. victim: to make room; sample: at random, and "
+        "again if they were touched, to learn what is used.",
+        reason=STANDBY_REASONS,
+    ),
+    _estimate(
+        "image_hit_ratio",
+        "As cowshed_hit_ratio, of this image.",
+        "domain",
+        "image",
+        window=WINDOWS,
+        bound=BOUNDS,
+    ),
+    _estimate(
+        "image_estimated_working_set_bytes",
+        "As cowshed_estimated_working_set_bytes, of this image.",
+        "domain",
+        "image",
+        window=WINDOWS,
+        bound=BOUNDS,
     ),
     _image(
         "reloads_total",

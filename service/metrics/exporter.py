@@ -41,8 +41,10 @@ from cowshed.cache.images import PAGE_BYTES
 from cowshed.service.guests.guests import Guest, GuestTable
 from cowshed.service.guests.states import STATE_WORDS, joint_state
 from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.sampler import Sampler
 from cowshed.service.images.warming import Warming
 from cowshed.service.metrics.catalog import (
+    BOUNDS,
     CATALOG,
     DRAIN_STATES,
     MAPPING_TRANSPORTS,
@@ -87,6 +89,7 @@ class MetricsSources:
     log_counts: KeptCounts = field(default_factory=lambda: KeptCounts(LOG_COUNTS))
     source_wait_seconds: Callable[[Image], float] = lambda _: 0.0
     unserved: Callable[[], list[tuple[str, str]]] = list
+    sampler: Sampler | None = None
 
 
 class Exporter(Collector):
@@ -133,6 +136,8 @@ class Exporter(Collector):
             _read_sums(values, image, sums[image])
         for domain_and_name in self._sources.unserved():
             values["cowshed_image_unserved"][domain_and_name] = 1
+        if self._sources.sampler is not None:
+            _read_use(values, self._sources.sampler, images)
         self._read_users(values, images)
         self._read_nbd(values, images)
         self._read_guests(values, images)
@@ -154,6 +159,8 @@ class Exporter(Collector):
             ("start_timestamp_seconds", self._started_at),
             ("capacity_bytes", store.capacity_bytes),
             ("reserved_bytes", counters.reserved_extents * store.extent_bytes),
+            ("standby_bytes", counters.standby_extents * store.extent_bytes),
+            ("standby_limit_bytes", counters.standby_limit * store.extent_bytes),
             (
                 "pinnable_bytes",
                 max(0, self._sources.evictor.max_pinned_extents) * store.extent_bytes,
@@ -286,12 +293,34 @@ def _read_image(values: dict[str, _Values], image: Image) -> None:
         ("load_errors_total", "file", counters.load_errors),
         ("evictions_total", "pressure", counters.evictions_pressure),
         ("evictions_total", "request", counters.evictions_request),
+        ("standby_unmaps_total", "victim", counters.standby_unmaps),
+        ("standby_unmaps_total", "sample", counters.standby_samples),
+        ("soft_hits_total", "victim", counters.soft_hits - counters.sample_hits),
+        ("soft_hits_total", "sample", counters.sample_hits),
         *(
             ("extents", refs, nr)
             for refs, nr in zip(REFS, statistics.resident_by_refs, strict=True)
         ),
     ):
         values[f"cowshed_{metric}"][*labels, what] = value
+
+
+def _read_use(values: dict[str, _Values], sampler: Sampler, images: list[Image]) -> None:
+    scopes = [("", (), sampler.use()), *(("image_", _labels(i), sampler.use(i)) for i in images)]
+    for prefix, labels, uses in scopes:
+        for use in uses:
+            for factor, hit_rate in (use.hit_rate_at or {}).items():
+                at_capacity = values["cowshed_hit_ratio_at_capacity"]
+                at_capacity[f"{use.window_seconds}s", f"{factor:g}"] = hit_rate
+            for metric, estimate in (
+                ("hit_ratio", use.hit_rate),
+                ("estimated_working_set_bytes", use.working_set_bytes),
+            ):
+                if estimate is None:
+                    continue
+                for bound in BOUNDS:
+                    key = *labels, f"{use.window_seconds}s", bound
+                    values[f"cowshed_{prefix}{metric}"][key] = getattr(estimate, bound)
 
 
 def _read_sums(values: dict[str, _Values], image: Image, sums: AccountSums) -> None:

@@ -166,9 +166,11 @@ class Control:
         room = self._evictor.watermarks.capacity_extents - self._evictor.watermarks.high_free
         # At most as many as there is room for: an image may have a billion extents.
         wanted = list(itertools.islice(_in_order(first, extents), max(0, room)))
-        states = image.states()
+        states, in_standby = image.states(), image.in_standby()
         loads_before = image.counters().loads
-        already = sum(states[extent] == ExtentState.RESIDENT for extent in wanted)
+        absent = sum(
+            states[extent] != ExtentState.RESIDENT and not in_standby[extent] for extent in wanted
+        )
         with self._warming.enter(image, "warm", len(wanted)) as warm:
             for warm.done_extents in load(image, wanted):
                 if warm.is_aborted:
@@ -179,10 +181,10 @@ class Control:
                     )
                 progress = {"done_bytes": warm.done_bytes, "total_bytes": warm.total_bytes}
                 yield {"progress": progress}
-        loaded = min(image.counters().loads - loads_before, len(wanted) - already)
+        loaded = min(image.counters().loads - loads_before, absent)
         yield {
             "loaded_bytes": loaded * image.extent_bytes,
-            "already_bytes": already * image.extent_bytes,
+            "already_bytes": (len(wanted) - loaded) * image.extent_bytes,
             "left_out_bytes": (len(extents) - len(wanted)) * image.extent_bytes,
         }
 
@@ -202,10 +204,11 @@ class Control:
         image, extents = self._range(request)
         resident = list(_resident(image, extents))
         gone = self._evictor.evict_now(image, resident)
+        dropped_bytes = image.drop_standby(extents.start, len(extents))
         pins = image.pins()
         kept = set(resident) - set(gone)
         yield {
-            "evicted_bytes": sum(image.extent_bytes_of(extent) for extent in gone),
+            "evicted_bytes": sum(map(image.extent_bytes_of, gone)) + dropped_bytes,
             "kept_bytes": sum(image.extent_bytes_of(extent) for extent in kept),
             "kept_why": "pinned" if any(pins[extent] for extent in kept) else "busy",
         }

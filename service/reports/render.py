@@ -16,9 +16,12 @@ from cowshed.service.reports.wording import (
     STOPPED,
     Answer,
     counted,
+    format_curve,
     format_drain,
+    format_hit_rate,
     format_milliseconds,
     format_quota,
+    format_use,
     format_users,
     format_via,
     format_warming,
@@ -65,10 +68,12 @@ def audit_view(audit: Answer) -> RenderableType:
         return Text(f"No mismatches. Checked {checked}.")
     table = new_table("=CHECK", "WHERE", ">EXPECTED", ">FOUND")
     for mismatch in mismatches:
-        where = [f"image {label_of(mismatch, 'image')}"]
+        where = [f"image {label_of(mismatch, 'image')}" if mismatch["image"] else "standby list"]
         where += [f"guest {mismatch['guest']}"] if mismatch.get("guest") else []
         where += [
-            f"{name} {mismatch[key]}" for key, name in _MISMATCH_PLACES.items() if key in mismatch
+            f"{name} {mismatch[key]}"
+            for key, name in _MISMATCH_PLACES.items()
+            if key in mismatch and mismatch["image"]
         ]
         add_row(
             table,
@@ -187,6 +192,17 @@ def warnings(status: Answer) -> list[Text]:
     return found
 
 
+def _standby(status: Answer) -> str:
+    kept = status.get("standby")
+    if kept is None:
+        return "not told by this daemon, which is older"
+    return (
+        f"{format_count(kept['victim_hits'])} of {format_count(kept['victims'])} unmapped extents "
+        f"were touched in time; {format_count(kept['sample_hits'])} of "
+        f"{format_count(kept['samples'])} samples"
+    )
+
+
 def _totals(status: Answer) -> Table:
     resident_bytes, capacity_bytes = status["resident_bytes"], status["capacity_bytes"]
     hits, misses = status["hits"], status["misses"]
@@ -194,11 +210,14 @@ def _totals(status: Answer) -> Table:
     lines = {
         "Memory": f"{format_bytes(resident_bytes)} of {format_bytes(capacity_bytes)} resident "
         f"({format_share(resident_bytes, capacity_bytes)}), "
+        f"{format_bytes(status.get('standby', {}).get('bytes', 0))} in standby, "
         f"{format_bytes(status['saved_bytes'])} saved by sharing",
-        "Hit rate": f"{format_share(hits, hits + misses)} "
-        f"({format_count(hits)} hits, {format_count(misses)} misses)",
-        "Faults": ", ".join(f"{format_count(faults[kind])} {kind}" for kind in faults),
+        "Hit rate": format_use(status, 60),
+        "By capacity": f"hit rate {format_curve(status, 300)}",
+        "Faults": ", ".join(f"{format_count(faults[kind])} {kind}" for kind in faults)
+        + f"; {format_count(hits)} found their extent resident, {format_count(misses)} did not",
         "Loads": f"{format_count(status['loads'])} ({format_count(status['load_errors'])} failed)",
+        "Standby": _standby(status),
         "Evicted": f"{format_count(status['evicted_extents'])} extents "
         f"({format_count(evictions['pressure'])} under pressure, "
         f"{format_count(evictions['request'])} on request)",
@@ -224,7 +243,9 @@ def _latencies(latency_us: Mapping[str, Answer]) -> Table:
 
 
 def _images(images: Sequence[Answer]) -> Table:
-    table = new_table("IMAGE", ">SIZE", ">RESIDENT", ">", ">PINNED", "=DIGEST", "SOURCE")
+    table = new_table(
+        "IMAGE", ">SIZE", ">RESIDENT", ">", ">HIT RATE", ">PINNED", "=DIGEST", "SOURCE"
+    )
     for image in sorted(images, key=key_of):
         digest = str(image["digest"] or "-")
         add_row(
@@ -233,6 +254,7 @@ def _images(images: Sequence[Answer]) -> Table:
             format_bytes(image["size_bytes"]),
             format_bytes(image["resident_bytes"]),
             format_share(image["resident_bytes"], image["size_bytes"]),
+            format_hit_rate(image, 60),
             format_bytes(image["pinned_bytes"]),
             digest.rpartition(":")[2][:12],
             image["source"],
@@ -241,9 +263,7 @@ def _images(images: Sequence[Answer]) -> Table:
 
 
 def _guests(guests: Iterable[Answer]) -> Table:
-    table = new_table(
-        "GUEST", "IMAGE", ">PID", "=STATE", "=VIA", ">GRANTED", ">PRIVATE", "=POLICY", ">HITS"
-    )
+    table = new_table("GUEST", "IMAGE", ">PID", "=STATE", "=VIA", ">GRANTED", ">PRIVATE", "=POLICY")
     for guest in sorted(guests, key=key_of):
         add_row(
             table,
@@ -255,7 +275,6 @@ def _guests(guests: Iterable[Answer]) -> Table:
             format_bytes(guest["granted_bytes"]),
             format_quota(guest),
             guest["policy"] if guest["quota_bytes"] is not None else "-",
-            format_share(guest["hits"], guest["hits"] + guest["misses"]),
         )
     return table
 

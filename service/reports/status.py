@@ -9,6 +9,7 @@ import operator
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Final, Protocol
 
 from cowshed.accounting import (
@@ -18,6 +19,7 @@ from cowshed.accounting import (
     Latency,
     LatencyKind,
     MissingPages,
+    Use,
     read_latency,
     sum_accounts,
 )
@@ -66,13 +68,18 @@ class StatusReader:
         unserved: Callable[[], list[dict[str, Any]]] = list,
         unserved_listeners: Callable[[], list[dict[str, Any]]] = list,
         source_wait_seconds: Callable[[Image], float] = lambda _: 0.0,
+        use: Callable[[Image | None], list[Use]] = lambda _: [],
+        why_unknown: Callable[[], str] = str,
     ) -> None:
         """drain() returns the drain in progress or the last one; None if there was none.
 
         unserved() and unserved_listeners() return the images and listeners of the configuration
         that cannot be served, and why. source_wait_seconds(image) is how long the oldest read or
-        check of its source has been unanswered.
+        check of its source has been unanswered. use(image) estimates what guests use of an image,
+        or of all; why_unknown() says why, if it does not.
         """
+        self._use = use
+        self._why_unknown = why_unknown
         self._store = host.store
         self._evictor = host.evictor
         self._guests = host.guests
@@ -114,11 +121,13 @@ class StatusReader:
             {
                 **_image_status(image),
                 "source_wait_seconds": self._source_wait_seconds(image),
+                "use": [_use_status(use) for use in self._use(image)],
                 "warming": _warming_status(self._warming.of(image)),
             }
             for image in self._store
         ]
         counters = [image.counters() for image in self._store]
+        of_store = self._store.counters()
         return {
             "pid": os.getpid(),
             "version": VERSION,
@@ -128,6 +137,16 @@ class StatusReader:
             "capacity_bytes": self._store.capacity_bytes,
             "resident_bytes": sum(image["resident_bytes"] for image in images),
             "saved_bytes": sum(image["saved_bytes"] for image in images),
+            "standby": {
+                "bytes": of_store.standby_extents * self._store.extent_bytes,
+                "limit_bytes": of_store.standby_limit * self._store.extent_bytes,
+                "victims": sum(counter.standby_unmaps for counter in counters),
+                "victim_hits": sum(c.soft_hits - c.sample_hits for c in counters),
+                "samples": sum(counter.standby_samples for counter in counters),
+                "sample_hits": sum(counter.sample_hits for counter in counters),
+            },
+            "use": [_use_status(use) for use in self._use(None)],
+            "use_unknown_because": self._why_unknown(),
             "hits": totals.hits,
             "misses": totals.misses,
             # Summed from the settled values above: a new sum would include unsettled charges.
@@ -155,6 +174,16 @@ class StatusReader:
             "unserved_listeners": self._unserved_listeners(),
             "guests": guests,
         }
+
+
+def _use_status(use: Use) -> dict[str, Any]:
+    """Describe an estimate; None stands for what is not known."""
+    return {
+        "window_seconds": use.window_seconds,
+        "hit_rate": use.hit_rate and asdict(use.hit_rate),
+        "working_set_bytes": use.working_set_bytes and asdict(use.working_set_bytes),
+        "hit_rate_at": use.hit_rate_at and {f"{at:g}": hit for at, hit in use.hit_rate_at.items()},
+    }
 
 
 def _latency_us(latency: Latency) -> dict[str, float]:

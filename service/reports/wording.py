@@ -102,6 +102,46 @@ def format_drain(status: Answer) -> str:
     return f"{printable(drain['phase'])} to {to}, {guests}: {', '.join(parts)}"
 
 
+def hit_rate(one: Answer, window_seconds: int) -> float | None:
+    """Return the estimated hit rate of all, or of an image, over a window; None: not known."""
+    found = _use_within(one, window_seconds).get("hit_rate")
+    return float(found["value"]) if found else None
+
+
+def format_hit_rate(one: Answer, window_seconds: int) -> str:
+    """Format that hit rate: ``82%``; ``-`` if it is not known."""
+    found = hit_rate(one, window_seconds)
+    return "-" if found is None else format_share(found, 1)
+
+
+def format_use(status: Answer, window_seconds: int) -> str:
+    """Format an estimate: ``82% (76% to 86%) of uses, of a working set of 12M (11M to 13M)``."""
+    use = _use_within(status, window_seconds)
+    hits, used = use.get("hit_rate"), use.get("working_set_bytes")
+    because = status.get("use_unknown_because", "this daemon is older and does not tell")
+    rate = f"unknown: {because}"
+    if hits:
+        value, low, high = (format_share(hits[key], 1) for key in ("value", "low", "high"))
+        rate = f"{value} ({low} to {high}) of uses, estimated over {window_seconds} s"
+    if not used:
+        return rate
+    value, low, high = (format_bytes(round(used[key])) for key in ("value", "low", "high"))
+    return f"{rate}; working set {value} ({low} to {high})"
+
+
+def format_curve(status: Answer, window_seconds: int) -> str:
+    """Format hit rates: ``62% with half of it, 80% with all, 91% with twice as much``."""
+    words = {"0.5": "with half of it", "1": "with all", "2": "with twice as much"}
+    at = _use_within(status, window_seconds).get("hit_rate_at") or {}
+    parts = [f"{format_share(at[key], 1)} {where}" for key, where in words.items() if key in at]
+    return f"{', '.join(parts)}; estimated over {window_seconds} s" if parts else "unknown"
+
+
+def _use_within(one: Answer, window_seconds: int) -> Answer:
+    uses = [use for use in one.get("use", ()) if use["window_seconds"] == window_seconds]
+    return uses[0] if uses else {}
+
+
 def quota_command(guest: Answer, status: Answer) -> str:
     """Return the command that resumes a stopped guest: it doubles the quota."""
     run_dir = status["run_dir"]

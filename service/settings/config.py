@@ -46,6 +46,7 @@ EXTENT_DEFAULT_BYTES = 64 << 10
 EXTENT_MIN_BYTES = 4 << 10
 EXTENT_MAX_BYTES = 2 << 20
 LOADERS_DEFAULT = 4
+STANDBY_DEFAULT_PERCENT = 20
 SOCKET_PATH_MAX_BYTES = 107  # sun_path less its NUL, unix(7)
 
 _KEYS = (*(option.key for option in OPTIONS), *TABLES)
@@ -67,6 +68,7 @@ class Config:
     state_dir: Path
     capacity_bytes: int = CAPACITY_DEFAULT_BYTES
     extent_bytes: int = EXTENT_DEFAULT_BYTES
+    standby: int = STANDBY_DEFAULT_PERCENT
     loaders: int = LOADERS_DEFAULT
     keeper: bool = True
     default_quota_bytes: int | None = None
@@ -182,8 +184,8 @@ def config_load(
         check_key(key, _KEYS, "")
     if given.get("run_dir") == "":  # an empty environment variable counts as unset
         del given["run_dir"]
-    not_given = (None, (), False)
-    settings |= _settings_of({k: v for k, v in given.items() if v not in not_given}, Path.cwd())
+    given = {k: v for k, v in given.items() if v is not None and v is not False and v != ()}
+    settings |= _settings_of(given, Path.cwd())
     settings.setdefault("network_quota_bytes", settings.get("default_quota_bytes"))
     settings["handoff_rules"] = HandoffRules(
         settings.pop("handoff_from", ()), settings.pop("accept_handoff", False)

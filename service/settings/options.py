@@ -141,6 +141,18 @@ OPTIONS: Final = (
         field="extent_bytes",
     ),
     Option(
+        "standby",
+        _number_of("percent"),
+        "number",
+        "20",
+        "Percent of the capacity that may keep the bytes of unmapped extents.",
+        "A guest that touches one has it back without a read of the source, and eviction learns "
+        "that it is used. 0 turns it off: extents are then dropped when they are unmapped.",
+        flag="--standby",
+        bounds=(0, 50),
+        unit="percent",
+    ),
+    Option(
         "loaders",
         _number_of("threads"),
         "number",

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cowshed.service.reports.wording import key_of
+from cowshed.service.reports.wording import hit_rate, key_of
 
 Answer = Mapping[str, Any]
 
@@ -22,9 +22,10 @@ _IMAGE_COUNTERS = ("loads",)
 class History:
     """Rates between the two newest status objects, and earlier rates as far as they are drawn.
 
-    Invariants: `hit_rates` and `fault_rates` are equally long, at most NR_SAMPLES, oldest first,
-    a hit rate None where nothing faulted; `guest_faults` has the guests of the newest status and no
-    others; rates are of one daemon: counters that went back, or another pid, start afresh.
+    Invariants: `hit_rates` (estimates over 60 s) and `fault_rates` are equally long, at most
+    NR_SAMPLES, oldest first, a hit rate None where it was not known; `guest_faults` has the guests
+    of the newest status and no others; rates are of one daemon: counters that went back, or another
+    pid, start afresh.
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,7 @@ class History:
         self._older = {} if restarted else self._newer
         self._seconds = (now_ns - self._newer_ns) / 1e9
         self._newer, self._newer_ns, self._pid = counters, now_ns, status["pid"]
-        self._remember(key_of(guest) for guest in status["guests"])
+        self._remember((key_of(guest) for guest in status["guests"]), hit_rate(status, 60))
 
     def rate(self, *names: str, guest: str | None = None, image: str | None = None) -> float | None:
         """Return the growth per second of the sum of these counters; None before two samples.
@@ -65,11 +66,10 @@ class History:
         keys = names if one is None else [_key(name, kind, one) for name in names]
         return sum(self._gained(key) for key in keys) / self._seconds
 
-    def _remember(self, guests: Iterable[str]) -> None:
+    def _remember(self, guests: Iterable[str], estimate: float | None) -> None:
         faults = self.rate("hits", "misses")
         if faults is not None:
-            hits, misses = self._gained("hits"), self._gained("misses")
-            self.hit_rates.append(hits / (hits + misses) if hits + misses else None)
+            self.hit_rates.append(estimate)
             self.fault_rates.append(faults)
         kept: dict[str, deque[float]] = {}
         for guest in guests:

@@ -20,6 +20,7 @@ from cowshed.service.reports.wording import (
     STOPPED,
     Answer,
     format_drain,
+    format_hit_rate,
     format_quota,
     format_via,
     format_warming,
@@ -51,11 +52,12 @@ _IMAGE_COLUMNS: Mapping[str, int] = {
     ">RESIDENT": 0,
     ">": 70,
     "=": 76,
+    ">HIT RATE": 84,
     ">SAVED": 54,
     ">GUESTS": 64,
     ">FAULTS/s": 46,
     ">LOADS/s": 76,
-    ">WORKING SET": _WIDER,
+    ">TOUCHED": _WIDER,
     "=SOURCE": _WIDER,
 }
 _GUEST_COLUMNS: Mapping[str, int] = {
@@ -68,7 +70,7 @@ _GUEST_COLUMNS: Mapping[str, int] = {
     ">PRIVATE": 44,
     ">FAULTS/s": 0,
     ">COPIES/s": 70,
-    ">HITS": 60,
+    ">FAULT HITS": 66,
     ">UID": _WIDER,
     "=FAULTS/s BEFORE": _WIDER,
 }
@@ -119,8 +121,6 @@ class ScreenFrame:
     def _totals(self) -> list[Text]:
         status, history = self.status, self.history
         resident_bytes, capacity_bytes = status["resident_bytes"], status["capacity_bytes"]
-        hits, misses = status["hits"], status["misses"]
-        now = history.hit_rates[-1] if history.hit_rates else None
         nr_bars = max(10, min(self.columns // 3, self.columns - 56))
         bar = self._bar(resident_bytes, capacity_bytes, 12 if self.columns < _WIDE else 30)
         loaded = history.rate("load_bytes")
@@ -128,8 +128,7 @@ class ScreenFrame:
             "Memory": f"{bar} {format_bytes(resident_bytes)} of {format_bytes(capacity_bytes)} "
             f"({format_share(resident_bytes, capacity_bytes)}), "
             f"{format_bytes(status['saved_bytes'])} saved by sharing",
-            "Hits": f"{'-' if now is None else format_share(now, 1)} now, "
-            f"{format_share(hits, hits + misses)} in all  "
+            "Hits": f"{format_hit_rate(status, 60)} of uses in a minute, estimated  "
             f"{sparkline(_last(history.hit_rates, nr_bars), blocks=self.blocks)}",
             "A second": f"{rounded(history.rate('hits', 'misses'))} faults, "
             f"{rounded(history.rate('cow_breaks'))} copies, "
@@ -208,6 +207,7 @@ class ScreenFrame:
                 format_bytes(image["resident_bytes"]),
                 format_share(image["resident_bytes"], image["size_bytes"]),
                 self._bar(image["resident_bytes"], image["size_bytes"], 6),
+                format_hit_rate(image, 60),
                 format_bytes(image["saved_bytes"]),
                 format_count(len(guests)),
                 rounded(_faults_of(guests, self.history)),
@@ -361,7 +361,7 @@ def _describe_image(image: Answer) -> list[str]:
         ", ".join(
             (
                 f"{format_bytes(image['pinned_bytes'])} pinned",
-                f"working set {format_bytes(image['working_set_bytes'])}",
+                f"touched {format_bytes(image['working_set_bytes'])}",
                 f"{format_count(image['load_errors'])} loads failed",
                 digest[:19],
             )
@@ -389,7 +389,8 @@ def _help() -> list[RenderableType]:
         table.add_row(Text(keys, style="bold"), Text(meaning))
     words = {
         "saved": "what the guests' mappings would take more if each had frames of its own",
-        "faults": "reads or writes that trapped; those that found their extent resident are hits",
+        "faults": "reads or writes that trapped; fault hits found their extent resident",
+        "hit rate": "uses of extents that found them in memory, with a fault or without: estimated",
         "copies": "pages a guest wrote first: its own from then on, within its quota",
         "P50/P99": "how long answers took since the start: half were faster; all but 1% were",
     }

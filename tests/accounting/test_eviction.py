@@ -236,3 +236,84 @@ def test_impossible_calls_are_refused() -> None:
     with pytest.raises(UsageError, match="capacity of 0"):
         EvictionPolicy(0)
     policy.check()
+
+
+class Unseen:
+    """A heat that must not be asked: with a standby list only soft hits count."""
+
+    def take_touches(self, key: ExtentKey, /) -> int:
+        raise AssertionError(key)
+
+    def refs(self, key: ExtentKey, /) -> int:
+        raise AssertionError(key)
+
+    def evictable(self, key: ExtentKey, /) -> bool:
+        return True
+
+
+def standby_policy(nr_extents: int = 100) -> EvictionPolicy:
+    policy = EvictionPolicy(nr_extents, nr_extents // 5)
+    policy.admit((0, extent) for extent in range(nr_extents))
+    return policy
+
+
+def test_with_a_standby_list_victims_leave_in_the_order_of_their_loads_whatever_the_faults() -> (
+    None
+):
+    policy = standby_policy()
+    victims = policy.choose_victims(3, Unseen())
+    assert victims == [(0, 0), (0, 1), (0, 2)]
+    policy.unmap(victims)
+    assert (0, 0) not in policy
+    policy.check()
+
+
+def test_a_soft_hit_buys_rounds_of_main_by_its_age() -> None:
+    policy = standby_policy(10)
+    victims = policy.choose_victims(10, Unseen())
+    policy.unmap(victims)
+    policy.touch(victims[0], 1.0)
+    policy.touch(victims[1], 0.3)
+    policy.touch(victims[2], 0.0)
+    policy.check()
+    left = [policy.choose_victims(1, Unseen()) for _ in range(3) if len(policy)]
+    for each in left:
+        assert each == [victims[0]]  # no credit; it was not evicted, so it is chosen again
+    policy.unmap(left[0])
+    assert policy.choose_victims(1, Unseen()) == [victims[1]]
+    policy.unmap([victims[1]])
+    assert policy.choose_victims(1, Unseen()) == [victims[2]]
+
+
+def test_what_is_dropped_from_standby_is_a_ghost_and_goes_to_main_when_it_returns() -> None:
+    policy = standby_policy(10)
+    (victim,) = policy.choose_victims(1, Unseen())
+    policy.unmap([victim])
+    assert not policy.remembers(victim)
+    policy.drop(victim)
+    assert policy.remembers(victim)
+    policy.drop(victim)  # an event about an extent that is not in standby changes nothing
+    policy.admit([victim])
+    policy.check()
+    assert policy.choose_victims(9, Unseen())[-1] != victim
+
+
+def test_a_sample_stays_tracked_until_it_is_dropped() -> None:
+    policy = standby_policy(10)
+    policy.touch((0, 3), 0.0)
+    assert len(policy) == 10
+    policy.check()
+    assert (0, 3) not in policy.choose_victims(9, Unseen()), "its use keeps it"
+    policy.drop((0, 4))
+    assert (0, 4) not in policy
+    assert policy.remembers((0, 4))
+    policy.check()
+
+
+def test_an_image_that_goes_takes_its_standby_extents_along() -> None:
+    policy = standby_policy(10)
+    policy.unmap(policy.choose_victims(4, Unseen()))
+    policy.drop_image(0)
+    policy.drop((0, 0))
+    assert not policy.remembers((0, 0))
+    policy.check()

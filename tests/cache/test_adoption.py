@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from domains import plain_environment
-from stage import EXTENT_PAGES, PAGE, content
+from stage import EXTENT_PAGES, PAGE, content, loaded
 
 from cowshed.cache import ExtentState, FileSource, Image, InheritedImage, PageStore, UsageError
 from cowshed.cache._core import lib
@@ -86,7 +86,7 @@ def test_resident_extents_pins_and_totals_outlive_their_process(source: Path) ->
         assert image.store.counters().pinned_extents == 1
         totals = image.counters()
         assert (totals.loads, totals.evictions_request, totals.reloads) == (7, 1, 2)
-        assert sorted(image.store.take_inserted() or []) == [(0, no) for no in resident(image)]
+        assert sorted(image.store.take_events() or []) == loaded(*resident(image))
         for no in (4, 7):
             image.prefetch(no, 1)
             assert image.wait_loaded(no, 1, 60_000)

@@ -9,7 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from domains import in_thread
-from stage import MakeStage, Stage, content, fail_at, let_go, stop_at, until, wait_at
+from stage import (
+    MakeStage,
+    Stage,
+    content,
+    fail_at,
+    let_go,
+    loaded,
+    stop_at,
+    until,
+    wait_at,
+)
 
 from cowshed.cache import CapacityError, ExtentState, PageStore, UsageError
 from cowshed.cache._core import lib
@@ -200,8 +210,8 @@ def test_the_end_of_an_image_waits_for_loaders_that_have_published_and_not_answe
 def test_what_became_resident_is_told_once_in_order(stage: Stage) -> None:
     for extent in (5, 0, 3):
         stage.load(extent, 1)
-    assert stage.store.take_inserted() == [(0, 5), (0, 0), (0, 3)]
-    assert stage.store.take_inserted() == []
+    assert stage.store.take_events() == loaded(5, 0, 3)
+    assert stage.store.take_events() == []
 
 
 def test_insertions_that_nobody_took_are_reported_as_lost_and_not_invented(
@@ -212,9 +222,9 @@ def test_insertions_that_nobody_took_are_reported_as_lost_and_not_invented(
     for _ in range(rounds):
         stage.load()
         stage.evict_all()
-    assert stage.store.take_inserted() is None
+    assert stage.store.take_events() is None
     stage.load(7, 1)
-    assert stage.store.take_inserted() == [(0, 7)]
+    assert stage.store.take_events() == loaded(7)
 
 
 def test_the_generation_changes_with_every_state(stage: Stage) -> None:

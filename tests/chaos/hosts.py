@@ -25,13 +25,18 @@ ENVIRONMENT = ("env", "COWSHED_TEST_POINTS=1", "PYTHONFAULTHANDLER=1")
 class ChaosHost:
     """One backend of image "d", kept, which every transport reaches. points: faults injected."""
 
-    def __init__(self, name: str, run_dir: Path, image: Path, authority: Authority) -> None:
+    def __init__(
+        self, name: str, run_dir: Path, image: Path, authority: Authority, extent: str
+    ) -> None:
         self.name = name
         self.run_dir = run_dir
         server = urlencode(authority.issue(f"server-{name}", "IP:127.0.0.1"))
+        settings = run_dir / "chaos.toml"
+        settings.write_text(f'extent = "{extent}"\n')
         arguments = [
             f"--image=d={image}",
             "--capacity=3M",
+            f"--config={settings}",
             "--listen=tcp://127.0.0.1:0",
             f"--listen=tls://127.0.0.1:0?{server}",
             "--accept-handoff",

@@ -52,8 +52,10 @@ class World:
         self._client = urlencode(authority.issue("alice", "DNS:alice.example"))
         self.guest_log_path = folder / "guests.log"
         self.guest_log = self.guest_log_path.open("wb")
+        # Of small extents enough are resident for the sampler to make probes.
+        extent = random.Random(f"{seed}:extent").choice(("8K", "64K"))
         self.hosts = [
-            ChaosHost(name, run_dir, image, authority)
+            ChaosHost(name, run_dir, image, authority, extent)
             for name, run_dir in zip("AB", run_dirs, strict=True)
         ]
         self.owner = 0

@@ -39,6 +39,18 @@ def make_guest(name: str, **changes: object) -> Body:
     }
 
 
+def make_use() -> list[Body]:
+    return [
+        {
+            "window_seconds": seconds,
+            "hit_rate": {"value": 0.75, "low": 0.71, "high": 0.8},
+            "working_set_bytes": {"value": 700 << 20, "low": 600 << 20, "high": 800 << 20},
+            "hit_rate_at": {"0.5": 0.5, "1": 0.75, "2": 0.9},
+        }
+        for seconds in (10, 60, 300)
+    ]
+
+
 @pytest.fixture
 def new_guest() -> Callable[..., Body]:
     return make_guest
@@ -59,6 +71,16 @@ def status() -> Body:
         "adoption_seconds": 0.0123,
         "capacity_bytes": 2 << 30,
         "resident_bytes": 1288490188,
+        "standby": {
+            "bytes": 100 << 20,
+            "limit_bytes": 400 << 20,
+            "victims": 5432,
+            "victim_hits": 4321,
+            "samples": 654,
+            "sample_hits": 456,
+        },
+        "use": make_use(),
+        "use_unknown_because": "no guest used anything",
         "hits": 1234567,
         "misses": 2345,
         "evicted_extents": 123,
@@ -78,6 +100,7 @@ def status() -> Body:
             {
                 "name": "debian-12",
                 "domain": "default",
+                "use": make_use(),
                 "size_bytes": 2 << 30,
                 "resident_bytes": 1 << 30,
                 "digest": "sha256:" + "ab12cd34" * 8,

@@ -61,14 +61,16 @@ class Sampler:
         generations = [image.generation for image in images]
         resident = [image.resident_bytes for image in images]
         blocks = [os.fstat(image.frames_fd).st_blocks * 512 for image in images]
+        blocks.append(os.fstat(self._store.standby_fd).st_blocks * 512)
         counters = self._store.counters()
+        taken = counters.reserved_extents + counters.standby_extents + counters.standby_moving
         quiet = generations == [image.generation for image in images]
         worst = max(max(resident), max(blocks))
         if quiet:
             self.nr_samples += 1
             worst = max(sum(resident), sum(blocks))
             self.most_bytes = max(self.most_bytes, worst)
-        if worst > capacity or counters.reserved_extents > counters.capacity_extents:
+        if worst > capacity or taken > counters.capacity_extents:
             self.violations.append(
                 f"capacity {capacity}: resident {resident}, st_blocks {blocks}, {counters}"
             )
@@ -147,7 +149,7 @@ class Channel:
         """Recompute what can be, in a quiet moment; what is wrong."""
         problems = []
         counters = self._store.counters()
-        nr_resident = 0
+        nr_resident = nr_out = 0
         with self._evictor._lock:
             self._evictor._admit()
             policy = self._evictor._policy
@@ -161,14 +163,18 @@ class Channel:
                     where = f"extent {extent} of {image.name}"
                     resident = state == ExtentState.RESIDENT
                     nr_resident += resident
-                    if resident != ((image.image_no, extent) in policy):
-                        problems.append(f"{where}: state {state}, and the policy thinks otherwise")
+                    tracked = (image.image_no, extent) in policy
+                    nr_out += tracked and not resident  # as a sample
+                    if resident and not tracked:
+                        problems.append(f"{where}: resident, and the policy thinks otherwise")
                     if refs and not resident:
                         problems.append(f"{where}: {refs} grants, and in state {state}")
                     if nr_pins != pinned[extent]:
                         problems.append(f"{where}: {nr_pins} pins, must be {pinned[extent]}")
                     if nr_pins and not resident and pinned_stay:
                         problems.append(f"{where}: pinned, and in state {state}")
+        if nr_out > counters.standby_extents:
+            problems.append(f"the policy tracks {nr_out} extents that are away, and {counters}")
         if counters.reserved_extents != nr_resident:
             problems.append(f"{nr_resident} extents are resident, and {counters}")
         nr_pinned = sum(len(of_image) for of_image in pins.values())

@@ -23,8 +23,17 @@ from typing import Any
 import pytest
 from domains import plain_environment
 
-from cowshed.accounting import Account, AuditReport, Quota, QuotaPolicy, Region, audit, evict
-from cowshed.cache import ExtentState, FileSource, Image, PageStore
+from cowshed.accounting import (
+    Account,
+    AuditReport,
+    EvictReason,
+    Quota,
+    QuotaPolicy,
+    Region,
+    audit,
+    evict,
+)
+from cowshed.cache import ExtentState, FileSource, Image, PageStore, StoreEvent
 from cowshed.cache._core import lib
 from cowshed.faults import (
     FaultHandler,
@@ -40,6 +49,11 @@ EXTENT_PAGES = 16
 NO_QUOTA = 1 << 40
 ANSWER_SECONDS = 60.0
 SCRIPT = Path(__file__).with_name("mapped_guest.py")
+
+
+def loaded(*extents: int) -> list[tuple[StoreEvent, tuple[int, int], float]]:
+    """Return the events of a store's first image that tell of loads of these extents."""
+    return [(StoreEvent.LOADED, (0, extent), 0.0) for extent in extents]
 
 
 def content(page: int, nr_pages: int = 1) -> bytes:
@@ -157,6 +171,7 @@ class Stage:
         extent_pages: int = EXTENT_PAGES,
         nr_loaders: int = 4,
         cut_bytes: int = 0,
+        standby: int = 0,
     ) -> None:
         self.path = folder / "image.raw"
         self.size_bytes = nr_pages * PAGE - cut_bytes
@@ -164,8 +179,12 @@ class Stage:
         extent_bytes = extent_pages * PAGE
         capacity = capacity or -(-nr_pages // extent_pages) + 4
         self.store = PageStore(
-            capacity * extent_bytes, extent_bytes=extent_bytes, nr_loaders=nr_loaders
+            capacity * extent_bytes,
+            extent_bytes=extent_bytes,
+            nr_loaders=nr_loaders,
+            standby_max_extents=standby,
         )
+        self.store.set_standby(standby, 1)
         self.image = self.store.open_image("disk", FileSource.open(self.path))
         self.guests: list[MappedGuest] = []
         self._quotas: list[Quota] = []
@@ -280,6 +299,11 @@ class Stage:
 
     def _may_go(self, extent: int) -> bool:
         return self.state(extent) is ExtentState.RESIDENT and not self.image.pins()[extent]
+
+    def to_standby(self, *extents: int, reason: EvictReason = EvictReason.STANDBY) -> None:
+        """Move extents, which must be resident, to the standby list, in this order."""
+        for extent in extents:
+            until(lambda: evict(self.image, [extent], reason), "nobody holds the extent")  # noqa: B023
 
     def evict_all(self) -> list[int]:
         return self.evict(*range(self.image.nr_extents))

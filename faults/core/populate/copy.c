@@ -213,8 +213,9 @@ static void answer_done(struct guest *guest, struct populate_miss *miss)
 	}
 	if (miss->status == 0)
 		extent_release(&guest->image->states[extent]);
-	count_access(account->header, false, miss->status == 0 ? FAULT_LOADED : FAULT_FAILED);
-	account_note_latency(account, LATENCY_MISS, clock_now_ns() - miss->read_ns);
+	count_access(account->header, false, waited_outcome(miss->status, miss->waiter.restored));
+	account_note_latency(account, miss->waiter.restored ? LATENCY_HIT : LATENCY_MISS,
+	                     clock_now_ns() - miss->read_ns);
 }
 
 static struct populate_miss *take_done(struct guest *guest)

@@ -39,7 +39,7 @@ function place(offset) {
 }
 
 function share(part, whole) {
-  if (!whole) return "–";
+  if (!whole || part === undefined) return "–";
   const percent = (100 * part) / whole;
   if (percent > 0 && percent < 0.1) return "<0.1%";
   if (percent > 99.9 && percent < 100) return ">99.9%";
@@ -98,10 +98,22 @@ function observe(state) {
   if (restarted) for (const samples of Object.values(history)) samples.length = 0;
   if (!before) return;
   const faults = growth(state, before, "hits") + growth(state, before, "misses");
-  remember(history.hit, faults ? growth(state, before, "hits") / faults : null);
+  remember(history.hit, useWithin(state, 60)?.hit_rate?.value ?? null);
   remember(history.faults, faults);
   remember(history.loads, growth(state, before, "loads"));
 }
+
+const useWithin = (state, window) => state.use.find((use) => use.window_seconds === window);
+
+// What is estimated of the last minute, with its bounds.
+function describeUse(state) {
+  const { hit_rate: rate, working_set_bytes: used } = useWithin(state, 60) ?? {};
+  const parts = [rate ? `${share(rate.low, 1)} to ${share(rate.high, 1)}, estimated over a minute` : unknown(state)];
+  if (used) parts.push(`working set ${bytes(used.low)} to ${bytes(used.high)}`);
+  return parts.join("; ");
+}
+
+const unknown = (state) => `unknown: ${state.use_unknown_because}`;
 
 function remember(samples, value) {
   samples.push(value);
@@ -145,6 +157,33 @@ function drawSpark(canvas, samples, most) {
   pen.stroke(path);
 }
 
+// The hit rate against the capacity, from half of it to twice as much, on a scale of doublings.
+function drawCurve(canvas, at) {
+  const width = canvas.clientWidth || 180;
+  const height = 32;
+  const pen = scaled(canvas, width, height);
+  const points = Object.entries(at)
+    .map(([factor, hit]) => [4 + ((Math.log2(factor) + 1) / 2) * (width - 8), height - 4 - hit * (height - 8)])
+    .sort((one, other) => one[0] - other[0]);
+  pen.strokeStyle = colour("--accent");
+  pen.lineWidth = 1.5;
+  pen.beginPath();
+  points.forEach(([x, y]) => pen.lineTo(x, y));
+  pen.stroke();
+  pen.fillStyle = colour("--accent");
+  for (const [x, y] of points) pen.fillRect(x - 2.5, y - 2.5, 5, 5);
+}
+
+function drawWouldHelp(state) {
+  const at = useWithin(state, 300)?.hit_rate_at ?? {};
+  const known = (factor) => (factor in at ? share(at[factor], 1) : "–");
+  $("hit-double").textContent = known("2");
+  $("curve-note").textContent = Object.keys(at).length
+    ? `hit rate; ${known("1")} with today's, ${known("0.5")} with half (estimated, 5 minutes)`
+    : `hit rate ${unknown(state)}`;
+  drawCurve($("curve"), at);
+}
+
 function drawTotals(state) {
   $("about").textContent =
     `${state.version}, pid ${state.pid}, up ${seconds(state.uptime_seconds)}, ${state.run_dir}`;
@@ -153,10 +192,9 @@ function drawTotals(state) {
   $("capacity").textContent =
     `${share(state.resident_bytes, state.capacity_bytes)} of ${bytes(state.capacity_bytes)}`;
   $("saved").textContent = bytes(state.saved_bytes);
-  const hit = last(history.hit);
-  $("hit-rate").textContent = hit === null ? "–" : share(hit, 1);
-  $("hit-all").textContent =
-    `${share(state.hits, state.hits + state.misses)} of ${count(state.hits + state.misses)} since the start`;
+  $("hit-rate").textContent = share(useWithin(state, 60)?.hit_rate?.value, 1);
+  $("hit-all").textContent = describeUse(state);
+  drawWouldHelp(state);
   $("faults").textContent = rate(last(history.faults));
   $("copies").textContent = `${rate(growth(state, before, "cow_breaks"))} copies a second`;
   $("loads").textContent = rate(last(history.loads));
@@ -239,7 +277,8 @@ function drawImages(state) {
     entry.map = image.map && new ExtentMap(image.map);
     entry.about.textContent =
       `${bytes(image.resident_bytes)} of ${bytes(image.size_bytes)} resident ` +
-      `(${share(image.resident_bytes, image.size_bytes)}), ${bytes(image.saved_bytes)} saved, ` +
+      `(${share(image.resident_bytes, image.size_bytes)}), ` +
+      `hit rate ${share(useWithin(image, 60)?.hit_rate?.value, 1)}, ${bytes(image.saved_bytes)} saved, ` +
       `${bytes(image.pinned_bytes)} pinned, ${count(image.nr_guests)} guests` +
       (image.warming
         ? `, warming: ${bytes(image.warming.done_bytes)} of ${bytes(image.warming.total_bytes)}`

@@ -111,7 +111,7 @@ def test_what_is_asked_for_is_loaded_before_what_is_warmed(image: Image, sets: W
     until(lambda: not warming.of(image))
     for reader in readers:
         reader.join()
-    order = [extent for _, extent in image.store.take_inserted() or ()]
+    order = [extent for _, (_, extent), _ in image.store.take_events() or ()]
     assert sorted(order) == list(range(NR_EXTENTS))
     assert sorted(order[:in_hand]) == list(range(in_hand))
     # The run that one of the two is in comes with it.

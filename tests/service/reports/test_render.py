@@ -53,12 +53,31 @@ def test_status_fits_80_columns_and_loses_no_name(status: Body) -> None:
 def test_status_shows_totals_in_human_units(status: Body) -> None:
     text = text_of(status_view(status))
     assert "cowshed 0.1.0, pid 4242, up 1h 02m, /run/cowshed" in text
-    assert "1.2G of 2G resident (60%), 5.4G saved by sharing" in text
-    assert "99.8% (1,234,567 hits, 2,345 misses)" in text
+    flat = " ".join(text.split())
+    assert "1.2G of 2G resident (60%), 100M in standby, 5.4G saved by sharing" in flat
+    assert "Hit rate 75% (71% to 80%) of uses, estimated over 60 s; working set 700M" in flat
+    assert "hit rate 50% with half of it, 75% with all, 90% with twice as much" in flat
+    assert "4,321 of 5,432 unmapped extents were touched in time; 456 of 654 samples" in flat
+    assert words_of(text, "debian-12    2G").startswith("debian-12 2G 1G 50% 75% 64M")
+    assert words_of(text, "alpine       5M").startswith("alpine 5M 0 0% - 0")
     assert "2,345 (7 failed)" in text
     assert "123 extents (100 under pressure, 23 on request)" in text
     assert words_of(text, "1,234,567  ") == "hit 1,234,567 3.1us 12us 85us 1.21ms"
     assert words_of(text, " 0      -") == "write 0 - - - -"
+
+
+def test_what_is_not_known_of_use_is_said_with_its_reason(status: Body) -> None:
+    for use in status["use"]:
+        use.update(hit_rate=None, working_set_bytes=None, hit_rate_at=None)
+    flat = " ".join(text_of(status_view(status)).split())
+    assert "Hit rate unknown: no guest used anything By capacity hit rate unknown Faults" in flat
+
+
+def test_the_status_of_an_older_daemon_is_shown_as_far_as_it_tells(status: Body) -> None:
+    older = {key: value for key, value in status.items() if not key.startswith(("use", "standby"))}
+    older["images"] = [{k: v for k, v in image.items() if k != "use"} for image in status["images"]]
+    flat = " ".join(text_of(status_view(older)).split())
+    assert "Hit rate unknown: this daemon is older and does not tell" in flat
 
 
 def test_a_guest_stopped_by_its_quota_is_marked_with_who_why_and_the_cure(status: Body) -> None:
@@ -111,7 +130,7 @@ def test_a_changed_source_is_told(status: Body) -> None:
 def test_a_guest_without_a_quota_has_no_limit_shown(status: Body) -> None:
     status["guests"] = [guest for guest in status["guests"] if guest["quota_bytes"] is None]
     row = words_of(text_of(status_view(status), width=120), "sandbox-")
-    assert row == "sandbox-0a1b2c3d4e5f debian-12 41234 detached unix 512M 12M - 99.8%"
+    assert row == "sandbox-0a1b2c3d4e5f debian-12 41234 detached unix 512M 12M -"
 
 
 def test_names_can_neither_move_the_cursor_nor_style_the_text(status: Body) -> None:

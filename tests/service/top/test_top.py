@@ -74,7 +74,7 @@ def test_rates_are_growth_over_the_time_between_samples(status: Body) -> None:
     assert history.rate("hits", "misses") == 50
     assert history.rate("hits", guest="default/web-1") == 45
     assert history.rate("hits", guest="default/build-7") == 0
-    assert list(history.hit_rates) == [0.9]
+    assert list(history.hit_rates) == [0.75]
     assert list(history.fault_rates) == [50]
     assert {name: list(rates) for name, rates in history.guest_faults.items() if any(rates)} == {
         "default/web-1": [50]
@@ -93,7 +93,9 @@ def test_an_image_and_a_guest_of_one_name_are_counted_apart(
     assert history.rate("loads", image="default/alpine") == 0
 
 
-def test_a_moment_without_faults_has_no_hit_rate(status: Body) -> None:
+def test_a_moment_without_an_estimate_has_no_hit_rate(status: Body) -> None:
+    for use in status["use"]:
+        use["hit_rate"] = None
     history = History()
     history.observe(status, 0)
     history.observe(status, SECOND_NS)
@@ -264,7 +266,7 @@ def test_the_wider_a_terminal_the_more_columns(crowd: tuple[Body, History]) -> N
         (50, ["HITS", "SAVED"], ["STATE", "PRIVATE"]),
         (80, ["PID", "UID", "SOURCE"], ["STATE", "PRIVATE", "HITS"]),
         (110, ["UID", "SOURCE"], ["PID", "GRANTED"]),
-        (200, [], ["PID", "UID", "SOURCE", "WORKING SET", "FAULTS/s BEFORE"]),
+        (200, [], ["PID", "UID", "SOURCE", "TOUCHED", "FAULTS/s BEFORE"]),
     ]:
         shown = "\n".join(frame(*crowd, columns=columns, lines=50))
         assert [word for word in absent if word in shown] == []
@@ -357,7 +359,7 @@ def test_the_selected_row_is_in_view_and_told_about(crowd: tuple[Body, History])
     assert shown[-2].split() == ["cowshed", "quota", "zz", "128M"]
     state.press("i", names)
     shown = frame(status, history, state=state, lines=24)
-    assert shown[-3].startswith("alpine: 0 pinned, working set 0, 7 loads failed, digest not known")
+    assert shown[-3].startswith("alpine: 0 pinned, touched 0, 7 loads failed, digest not known")
     assert "CHANGED after it was opened" in shown[-2]
 
 
@@ -380,7 +382,7 @@ def test_guests_and_images_of_one_name_in_two_domains_are_rows_of_their_own(
         "tenant-a/web-1: pid 41234, uid 1000, via unix, 512M of tenant-a/debian-12"
     )
     guests_of = {
-        line.split()[0]: line.split()[6]
+        line.split()[0]: line.split()[7]
         for line in shown
         if re.match(r" *(tenant-a/)?debian-12 ", line)
     }
@@ -410,7 +412,7 @@ def test_a_pipe_gets_every_guest_and_image_whole(crowd: tuple[Body, History]) ->
 def test_the_first_frame_has_totals_and_no_rates(status: Body) -> None:
     shown = frame(status)
     assert "- faults, - copies, - loads, - evictions" in line_with(shown, "A second")
-    assert "- now, 99.8% in all" in line_with(shown, "Hits")
+    assert "75% of uses in a minute, estimated" in line_with(shown, "Hits")
     assert "hit 3.1us/85us, miss 140us/1.9ms" in line_with(shown, "P50/P99")
 
 

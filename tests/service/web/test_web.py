@@ -418,9 +418,11 @@ def test_the_page_fits_a_phone_and_both_colour_schemes(
 def test_rates_are_drawn_and_a_daemon_that_is_gone_is_told(
     make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest, browser: Browser
 ) -> None:
-    daemon = start_daemon(
-        "--image", f"d={make_image(4 * MIB)}", "--capacity", "16M", "--metrics", "127.0.0.1:0"
-    )
+    image = make_image(4 * MIB)
+    settings = image.with_name("cowshed.toml")
+    settings.write_text('extent = "16K"\n')  # enough are resident for an estimate
+    options = ["--config", str(settings), "--capacity", "16M", "--metrics", "127.0.0.1:0"]
+    daemon = start_daemon("--image", f"d={image}", *options)
     guest = start_guest(daemon.uri)
     guest.call("open", image="d", guest="g")
     browser.become(1280, 900)
@@ -436,8 +438,14 @@ def test_rates_are_drawn_and_a_daemon_that_is_gone_is_told(
     const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
     return data.some((value, at) => at % 4 === 3 && value);
     """
-    for spark in ("hit-spark", "fault-spark", "load-spark"):
+    for spark in ("fault-spark", "load-spark"):
         browser.until(inked, spark)
+
+    def is_hit_rate_drawn() -> bool:
+        guest.call("hash", offset=0, length=4 * MIB)
+        return bool(browser.run(inked, "hit-spark"))
+
+    until(is_hit_rate_drawn)
     assert daemon.stop() == 0
     told = browser.until(
         "const live = document.getElementById('live');"
