@@ -36,8 +36,8 @@ export PYTHON
 # half of a daemon's time to start and end.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo demo-vm test test-quick check dashboards man files stubs format bench fuzz sanitize wheel clean links \
-	guest-library install-guest-library
+.PHONY: help setup demo demo-vm test test-quick check dashboards man files stubs format bench misses hit-rates fuzz \
+	sanitize wheel clean links guest-library install-guest-library
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -134,6 +134,12 @@ format: setup ## lay out the code
 
 bench: setup ## measure; docs/benchmarks.md describes the cases
 	@$(BIN)/python bench/run.py
+
+misses: setup ## compare eviction policies on recorded accesses; writes the table of docs/eviction.md
+	@$(BIN)/python bench/misses.py --write
+
+hit-rates: setup ## compare the hit rates that a daemon shows with true ones; about fourteen minutes
+	@$(BIN)/python bench/hit_rates.py
 
 fuzz: setup ## fuzz all code that reads a peer's bytes, coverage-guided; FUZZ_SECONDS=60 for each target
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest -q --timeout=0 tests/fuzz

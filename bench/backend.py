@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import re
 import select
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,15 +27,21 @@ class BenchError(Exception):
 
 
 class Served:
-    """A running daemon that serves these images; idle, since all digests are done."""
+    """A running daemon that serves these images; idle, since all digests are done.
 
-    def __init__(self, images: dict[str, Path], capacity_bytes: int) -> None:
+    options are further ones of `cowshed serve`.
+    """
+
+    def __init__(
+        self, images: dict[str, Path], capacity_bytes: int, options: Sequence[str] = ()
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="cowshed-bench-")
         run_dir = self.run_dir = Path(self._folder.name)
         self.uri = f"unix://{run_dir}/cowshed.sock"
         self._log_path = run_dir / "log"
         command = [sys.executable, "-m", "cowshed.service.cli", "serve"]
         command += ["--no-keeper", "--run-dir", str(run_dir), "--capacity", str(capacity_bytes)]
+        command += options
         for name, path in images.items():
             command += ["--image", f"{name}={path}"]
         with self._log_path.open("wb") as log:
@@ -71,6 +79,14 @@ class Served:
         """Send the daemon one request, as an operator."""
         with connect(self.uri) as backend:
             return dict(backend.request(op, **fields))
+
+    @property
+    def metrics_url(self) -> str:
+        """The address of its metrics, if an option asked for them."""
+        found = re.search(r"url=(http://\S+)", self._log_path.read_text())
+        if not found:
+            raise BenchError("the daemon exports no metrics")
+        return found[1]
 
     def evict(self, image: str) -> None:
         """Evict all of an image; BenchError if some of it stayed."""

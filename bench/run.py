@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures the cost of cowshed, as ratios to the plain kernel's in the same run.
 
-    make bench                          every case, about nine minutes
+    make bench                          every case, about eleven minutes
     .venv/bin/python bench/run.py --quick --only fault
 
 Writes build/bench/bench.json, bench.png and bench.svg. A missed aim does not fail the run: the exit
@@ -30,6 +30,7 @@ from case_memory import memory
 from case_nbd import nbd
 from case_resident import first_write, resident
 from case_restart import restart
+from case_sampling import sampling
 from case_scrape import scrape
 from case_vm import vm
 from cases import Bench, CaseResult
@@ -45,6 +46,7 @@ CASES: dict[str, Callable[[Bench], CaseResult]] = {
     "cold": cold,
     "memory": memory,
     "scrape": scrape,
+    "sampling": sampling,
     "nbd": nbd,
     "vm": vm,
     "restart": restart,

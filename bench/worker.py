@@ -115,6 +115,42 @@ class Worker:
         finally:
             mapping.close()
 
+    def do_stay(self, place: str, seconds: float, seed: int | None) -> dict[str, Any]:
+        """Open as a guest and read all; then touch random pages, or rest (seed None), for so long.
+
+        Returns the time of the 50th, 99th and 99.9th of 100 touches (the median of passes over all
+        pages), of the slowest of all, and the daemon's CPU time.
+        """
+        mapping = GuestMapping(self._uri, place)
+        try:
+            nr_pages = mapping.nr_bytes // PAGE_BYTES
+            self._touch(mapping, "read", self._order(nr_pages, "sequential", 0), 0)
+            pages = self._order(nr_pages, "shuffled", seed or 0)
+            each = ffi.new("uint32_t[]", nr_pages)
+            numbers = ffi.from_buffer("uint32_t[]", pages)
+            before, began = thread_times(self._daemon_pid), time.monotonic()
+            times: list[list[int]] = []
+            slowest = 0
+            while (left := began + seconds - time.monotonic()) > 0:
+                if seed is None:
+                    time.sleep(left)
+                    continue
+                checked(self._lib.touch_each(mapping.base, numbers, nr_pages, each), "touching")
+                ordered = sorted(ffi.unpack(each, nr_pages))
+                times.append([ordered[int(nr_pages * part)] for part in (0.5, 0.99, 0.999)])
+                slowest = max(slowest, ordered[-1])
+            run_ns = sum(sums["run_ns"] for sums in self._daemon_since(before).values())
+            elapsed = time.monotonic() - began
+            medians = [sorted(column)[len(times) // 2] for column in zip(*times, strict=True)]
+            return {
+                "percent": run_ns / elapsed / 1e7,
+                "ns": medians,
+                "slowest_ns": slowest,
+                "nr": len(times) * nr_pages,
+            }
+        finally:
+            mapping.close()
+
     def do_ping(self, nr: int, pong_cpus: list[int] | None) -> dict[str, Any]:
         """Time nr round trips of a byte through two pipes to a process that runs on pong_cpus."""
         if self._pong is None:

@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # The measurements are of the first test that wants them, and take long on a busy machine.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
+# Of a small image, eight extents may be unmapped at the moment to see whether they are used.
+MOST_PROBED_MIB = 0.5
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -78,7 +81,8 @@ def test_aims_of_every_case_are_judged(report: Any) -> None:
 def test_every_page_of_a_random_order_is_a_fault_of_its_own(report: Any) -> None:
     (case,) = [case for case in report["cases"] if case["name"] == "fault"]
     for row in case["rows"]:
-        assert row["where"]["fault"]["pages_per_fault"] == pytest.approx(1.0, rel=0.01)
+        # What a probe had unmapped comes back by whole extents.
+        assert row["where"]["fault"]["pages_per_fault"] == pytest.approx(1.0, rel=0.1)
 
 
 def test_handler_is_pinned_where_the_row_says(report: Any) -> None:
@@ -92,8 +96,12 @@ def test_guests_of_a_cold_image_wait_for_loads_and_others_do_not(report: Any) ->
     for case in report["cases"]:
         for row in case["rows"]:
             for side in row["where"].values():
-                if "misses" in side:
-                    assert (side["misses"] > 0) == (case["name"] == "cold")
+                if "misses" not in side:
+                    continue
+                if case["name"] == "cold":
+                    assert side["misses"] > 0
+                else:  # touches of probes
+                    assert side["misses"] <= 2 + 0.05 * side["faults"]
 
 
 def test_every_page_is_mapped_in_the_end(report: Any) -> None:
@@ -101,13 +109,15 @@ def test_every_page_is_mapped_in_the_end(report: Any) -> None:
         for name, side in row["where"].items():
             if "mapped_pages" in side:
                 expected = 8192 if "image" in row["name"] else 4096
-                assert side["mapped_pages"] == expected, (row["name"], name)
+                is_ours = name.startswith(("guest", "fault"))
+                least = expected - (MOST_PROBED_MIB * 256 if is_ours else 0)
+                assert least <= side["mapped_pages"] <= expected, (row["name"], name)
 
 
 def test_everybody_in_a_crowd_has_all_of_the_image(report: Any) -> None:
     (case,) = [case for case in report["cases"] if case["name"] == "memory"]
     for row in case["rows"]:
-        assert row["where"]["guests"]["mib_mapped_per_guest"] == 16
+        assert 16 - MOST_PROBED_MIB <= row["where"]["guests"]["mib_mapped_per_guest"] <= 16
         assert row["where"]["plain mmap"]["mib_mapped_per_guest"] == 16
 
 

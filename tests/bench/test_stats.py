@@ -1,20 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ratios, intervals and aims of the benchmarks. bench/ is a folder of scripts, not a package."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_modules import bench_module
 
-PATH = Path(__file__).resolve().parents[2] / "bench/stats.py"
-spec = importlib.util.spec_from_file_location("bench_stats", PATH)
-assert spec is not None
-assert spec.loader is not None
-stats = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = stats  # dataclasses look their module up
-spec.loader.exec_module(stats)
+stats = bench_module("stats")
 
 
 def test_ratio_is_of_medians() -> None:
