@@ -11,9 +11,17 @@ from cowshed.cache.errors import (
 )
 from cowshed.cache.images import ExtentState, Image, ImageCounters, ImageStatistics, InheritedImage
 from cowshed.cache.sources import FileSource, SourceAtPath, SourceIdentity
-from cowshed.cache.store import PageStore, SampleEnd, StoreCounters, StoreEvent
+from cowshed.cache.store import (
+    HUGE_EXTENT_BYTES,
+    PageStore,
+    SampleEnd,
+    StoreCounters,
+    StoreEvent,
+    probe_huge_frames,
+)
 
 __all__ = [
+    "HUGE_EXTENT_BYTES",
     "CapacityError",
     "CowshedError",
     "ExtentState",
@@ -32,4 +40,5 @@ __all__ = [
     "StoreCounters",
     "StoreEvent",
     "UsageError",
+    "probe_huge_frames",
 ]

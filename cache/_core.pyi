@@ -298,6 +298,7 @@ class StructNbdEnded(CData):
 
 class _Lib:
     ARRAYS_VERSION: int
+    HUGE_EXTENT_PAGES: int
     REFS_BUCKETS: int
     STANDBY_AGE_MAX: int
     QUOTA_LAYOUT: int
@@ -408,12 +409,14 @@ class _Lib:
     def point_wait(self, point: int, nr_threads: int, timeout_ms: int, /) -> int: ...
     def point_release(self, point: int, /) -> int: ...
     def shared_count_add(self, words: Pointer[int], no: int, nr: int, /) -> None: ...
+    def frames_probe_huge(self) -> int: ...
     def image_open(
         self,
         store: StructStore | Array[StructStore],
         source_fd: int,
         direct_fd: int,
         size_bytes: int,
+        extent_pages: int,
         image_out: Pointer[StructImage],
         /,
     ) -> int: ...
@@ -423,6 +426,7 @@ class _Lib:
         source_fd: int,
         direct_fd: int,
         size_bytes: int,
+        extent_pages: int,
         inherited: StructInheritedImage | Array[StructInheritedImage],
         image_out: Pointer[StructImage],
         /,

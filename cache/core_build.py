@@ -39,6 +39,7 @@ HEADERS = (
     "cache/core/extent.h",
     "cache/core/shared_count.h",
     "cache/core/arrays.h",
+    "cache/core/frames.h",
     "cache/core/image.h",
     "cache/core/room.h",
     "cache/core/store.h",

@@ -139,6 +139,15 @@ class Image:
         return self.extent_pages * PAGE_BYTES
 
     @property
+    def room_extents(self) -> int:
+        """The room of all its extents in the store, in the store's extents."""
+        return -(-self.map_bytes // self.store.extent_bytes)
+
+    def room_of(self, extent: int) -> int:
+        """Return the room of one extent in the store, in the store's extents."""
+        return -(-self.extent_bytes_of(extent) // self.store.extent_bytes)
+
+    @property
     def guest_fd(self) -> int:
         """The frames, read-only: guests get this descriptor. Borrowed."""
         return lib.image_guest_fd(self.cdata)

@@ -7,6 +7,7 @@ The store never chooses what to evict. It raises `pressure_fd` when room is shor
 from __future__ import annotations
 
 import errno
+import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,15 +22,31 @@ from cowshed.cache.errors import CapacityError, UsageError
 from cowshed.cache.images import DEFAULT_DOMAIN, PAGE_BYTES, Image, InheritedImage, image_label
 from cowshed.cache.sources import FileSource
 
-__all__ = ["PageStore", "SampleEnd", "StoreCounters", "StoreEvent"]
+__all__ = [
+    "HUGE_EXTENT_BYTES",
+    "PageStore",
+    "SampleEnd",
+    "StoreCounters",
+    "StoreEvent",
+    "probe_huge_frames",
+]
+
+HUGE_EXTENT_BYTES: Final[int] = lib.HUGE_EXTENT_PAGES * PAGE_BYTES
+"""Images with extents of so many bytes have frames of huge pages."""
 
 _TAKE_MAX = 4096
 _TAKE_ENDS_MAX = 1024
 
 
+def probe_huge_frames() -> OSError | None:
+    """Return why images with extents of HUGE_EXTENT_BYTES cannot be opened here, or None."""
+    err = lib.frames_probe_huge()
+    return None if err == 0 else OSError(-err, os.strerror(-err))
+
+
 @dataclass(frozen=True)
 class StoreCounters(Counters):
-    """The store at one instant, in extents unless the name says otherwise. Meanings: store.h."""
+    """The store at one instant, in the store's extents unless the name says otherwise: store.h."""
 
     capacity_extents: int
     reserved_extents: int
@@ -77,8 +94,11 @@ class SampleEnd(NamedTuple):
 class PageStore:
     """Owns loader threads and images; close it after its guests, or use it in a `with`.
 
-    capacity_bytes is rounded down to whole extents. pressure_fd becomes readable when fewer than
-    low_free_extents are free or in the standby list, which holds nothing until set_standby().
+    Room is counted in extents of extent_bytes, the smallest that an image may have; images can have
+    larger ones, each a power of two, and have default_extent_bytes (None: the smallest) if they are
+    opened without a size. capacity_bytes is rounded down to whole extents. pressure_fd becomes
+    readable when fewer than low_free_extents are free or in the standby list, which holds nothing
+    until set_standby().
     """
 
     def __init__(
@@ -86,6 +106,7 @@ class PageStore:
         capacity_bytes: int,
         *,
         extent_bytes: int = 64 << 10,
+        default_extent_bytes: int | None = None,
         nr_loaders: int = 4,
         low_free_extents: int = 1,
         standby_max_extents: int = 0,
@@ -112,6 +133,7 @@ class PageStore:
         self._images: dict[int, Image] = {}
         self._unlisted: set[int] = set()
         self.extent_bytes: Final = extent_bytes
+        self.default_extent_bytes: Final = default_extent_bytes or extent_bytes
         self.capacity_bytes: Final = capacity_bytes // extent_bytes * extent_bytes
 
     def __enter__(self) -> PageStore:
@@ -161,17 +183,26 @@ class PageStore:
         source: FileSource,
         domain: str = DEFAULT_DOMAIN,
         *,
+        extent_bytes: int | None = None,
         listed: bool = True,
     ) -> Image:
         """Take over a source as an image with frames of its own; its extents are ABSENT.
 
-        Iteration skips an image that is not listed, until list_image(). UsageError, and nothing
-        taken over, if the domain has an image of that name.
+        extent_bytes: None for the default; HUGE_EXTENT_BYTES needs what probe_huge_frames() looks
+        for. Iteration skips an image that is not listed, until list_image(). UsageError, and
+        nothing taken over, if the domain has an image of that name.
         """
         label = self._new_label(name, domain)
         image = ffi.new("struct image **")
         checked(
-            lib.image_open(self._store, source.fd, source.direct_fd, source.size_bytes, image),
+            lib.image_open(
+                self._store,
+                source.fd,
+                source.direct_fd,
+                source.size_bytes,
+                (extent_bytes or self.default_extent_bytes) // PAGE_BYTES,
+                image,
+            ),
             f"opening image {label!r} of {source.size_bytes} bytes",
         )
         return self._add(Image(self, name, source, image[0], domain), listed=listed)
@@ -181,7 +212,13 @@ class PageStore:
         self._unlisted.discard(image.image_no)
 
     def adopt_image(
-        self, name: str, source: FileSource, inherited: InheritedImage, domain: str = DEFAULT_DOMAIN
+        self,
+        name: str,
+        source: FileSource,
+        inherited: InheritedImage,
+        domain: str = DEFAULT_DOMAIN,
+        *,
+        extent_bytes: int | None = None,
     ) -> Image:
         """Take over a source, and its image's descriptors from a process that is gone.
 
@@ -191,19 +228,21 @@ class PageStore:
         """
         label = self._new_label(name, domain)
         image = ffi.new("struct image **")
+        extent_bytes = extent_bytes or self.default_extent_bytes
         fds = (inherited.frames_fd, inherited.guest_fd, inherited.arrays_fd)
         err = lib.image_adopt(
             self._store,
             source.fd,
             source.direct_fd,
             source.size_bytes,
+            extent_bytes // PAGE_BYTES,
             ffi.new("struct inherited_image *", fds),
             image,
         )
         if err == -errno.EBADMSG:
             raise UsageError(
                 f"the inherited image {label!r} does not have {source.size_bytes} bytes in extents "
-                f"of {self.extent_bytes}; serve it as before, or detach its guests first"
+                f"of {extent_bytes}; serve it as before, or detach its guests first"
             )
         checked(err, f"adopting image {label!r}")
         return self._add(Image(self, name, source, image[0], domain))

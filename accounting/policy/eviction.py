@@ -38,6 +38,10 @@ and refs are not asked any more:
 The small queue is a hundredth of the frames then: it only has to keep what was just loaded from
 being unmapped at once.
 
+Extents that take the room of several are too large for the list: they are dropped when they are
+unmapped, and are judged by touches and refs beside the others. The shares of queues and ghosts
+count extents, whatever room they take.
+
 Left out: the paper's counters per read (we have no reads to count), and going round until
 everything hot has cooled: right after a hundred guests attach that would be four rounds of the
 whole cache while loaders wait. Instead, a call that has passed over PATIENCE extents per victim
@@ -45,7 +49,7 @@ ignores heat.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import ceil
 from typing import Protocol
 
@@ -98,15 +102,22 @@ class EvictionPolicy:
     5. No extent in standby is tracked or a ghost.
     """
 
-    def __init__(self, capacity_extents: int, standby_extents: int = 0) -> None:
+    def __init__(
+        self,
+        capacity_extents: int,
+        standby_extents: int = 0,
+        room_of: Callable[[ExtentKey], int] = lambda _: 1,
+    ) -> None:
         """Start with nothing resident; standby_extents: in the standby list at most, 0: none.
 
+        room_of: how much of the capacity an extent takes; the list has only those that take 1.
         Raises UsageError for a capacity of less than one extent.
         """
         if capacity_extents < 1:
             raise UsageError(
                 f"capacity of {capacity_extents} extents is too small: give at least 1"
             )
+        self._room_of = room_of
         frames = capacity_extents - standby_extents
         self.has_standby = standby_extents > 0
         self.nr_small_wanted = max(
@@ -153,10 +164,11 @@ class EvictionPolicy:
                 self._append(self._small, key)
 
     def choose_victims(self, nr_extents: int, heat: Heat) -> list[ExtentKey]:
-        """Name up to nr_extents evictable extents, coldest first; fewer only if there are no more.
+        """Name evictable extents that together have the room of nr_extents, coldest first.
 
-        Evicts nothing: the caller punches them, then calls forget(); a victim not forgotten by the
-        next call is considered again, at its old place. Takes touches and spends credit. About
+        They have less only if there are no more, and more only if the last is a large one. Evicts
+        nothing: the caller punches them, then calls forget(); a victim not forgotten by the next
+        call is considered again, at its old place. Takes touches and spends credit. About
         O(nr_extents log n); O(n log n) when most of the cache is pinned.
 
         Raises UsageError for fewer than one extent and CapacityError if nothing is evictable.
@@ -166,12 +178,13 @@ class EvictionPolicy:
         self._return_chosen()
         small, main = self._small, self._main
         victims: list[ExtentKey] = []
+        room = 0  # of the victims
         seen_from_place = self._next_place  # places given from here on: seen in this call
         nr_small_unseen = len(small)
         nr_stuck = 0  # extents of main passed in a row since anything changed; all of them: give up
         patience = PATIENCE * nr_extents
         small_due = len(small) >= self.nr_small_wanted  # decided per victim: main must not lose
-        while len(victims) < nr_extents:  # what small promotes before the rest of small is seen
+        while room < nr_extents:  # what small promotes before the rest of small is seen
             if nr_small_unseen and (small_due or nr_stuck >= len(main)):
                 nr_small_unseen -= 1
                 small_due = True
@@ -204,6 +217,7 @@ class EvictionPolicy:
             del queue[place]
             self._chosen[key] = queue
             victims.append(key)
+            room += self._room_of(key)
             small_due = len(small) >= self.nr_small_wanted
         if not victims:
             raise CapacityError(
@@ -329,9 +343,13 @@ class EvictionPolicy:
             queue[self._places[key]] = key
         self._chosen.clear()
 
+    def _is_kept(self, key: ExtentKey) -> bool:
+        """Whether the extent, unmapped, goes to the standby list: then that shows its use."""
+        return self.has_standby and self._room_of(key) == 1
+
     def _is_wanted(self, key: ExtentKey, heat: Heat) -> bool:
         """Return whether an extent of small has earned a place in main; takes its touches."""
-        if self.has_standby:
+        if self._is_kept(key):
             return False
         return heat.take_touches(key) + _shared(heat.refs(key)) >= PROMOTING_CREDIT
 
@@ -342,7 +360,7 @@ class EvictionPolicy:
         the call goes round must not prolong it.
         """
         credit = self._credits.get(key)
-        if self.has_standby:
+        if self._is_kept(key):
             return credit or 0
         if seen and credit is not None:
             return credit

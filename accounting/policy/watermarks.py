@@ -24,23 +24,28 @@ MOST_EXTENTS = 4096
 class Watermarks:
     """The free room, in extents, at which background eviction begins and ends.
 
-    Always 1 <= low_free <= high_free <= capacity_extents - 1, so that an extent can stay.
-    Raises UsageError for a capacity of less than 2 extents.
+    largest_extent is the room of the largest extent, if some take more than one: a load of it must
+    find so much. Always largest_extent <= low_free <= high_free <= capacity_extents -
+    largest_extent, so that an extent can stay. Raises UsageError for a capacity of less than two of
+    the largest extents.
     """
 
     capacity_extents: int
+    largest_extent: int = 1
     low_free: int = field(init=False)
     high_free: int = field(init=False)
 
     def __post_init__(self) -> None:
         """Derive both marks from the capacity."""
-        capacity = self.capacity_extents
-        if capacity < 2:
-            raise UsageError(f"capacity of {capacity} extents is too small: give at least 2")
-        low = max(1, min(capacity // LOW_SHARE, MOST_EXTENTS // 2))
-        high = max(low + 1, min(capacity // HIGH_SHARE, MOST_EXTENTS))
+        capacity, largest = self.capacity_extents, self.largest_extent
+        if capacity < 2 * largest:
+            raise UsageError(
+                f"capacity of {capacity} extents is too small: give at least {2 * largest}"
+            )
+        low = max(largest, min(capacity // LOW_SHARE, MOST_EXTENTS // 2))
+        high = max(low + largest, min(capacity // HIGH_SHARE, MOST_EXTENTS))
         object.__setattr__(self, "low_free", low)
-        object.__setattr__(self, "high_free", min(high, max(1, capacity // MOST_SHARE)))
+        object.__setattr__(self, "high_free", min(high, max(largest, capacity // MOST_SHARE)))
 
     def nr_to_evict(self, free_extents: int) -> int:
         """Return how many extents the evictor must evict now: 0 unless free room is below low_free.

@@ -119,15 +119,15 @@ static bool is_lent(const struct image *image, uint64_t extent)
 
 int64_t arrays_mend(struct image *image, uint64_t nr_max)
 {
-	uint64_t nr_resident = 0, nr_pages = 0, nr_lent = 0;
+	uint64_t nr_resident = 0, nr_pages = 0, nr_lent = 0; /* nr_resident, nr_lent: of room */
 
 	/* Lent extents go last: a guest that maps them unguarded would read zeros. */
 	for (uint64_t e = 0; e < image->shape.nr_extents; e++)
-		nr_lent += is_lent(image, e);
+		nr_lent += is_lent(image, e) ? image_room(image, e, 1) : 0;
 	for (uint64_t e = 0; e < image->shape.nr_extents; e++) {
 		enum extent_state state = extent_state(&image->states[e]);
-		bool lent = is_lent(image, e);
-		bool keep = state == EXTENT_RESIDENT && nr_resident + (lent ? 0 : nr_lent) < nr_max;
+		uint64_t room = image_room(image, e, 1), lent = is_lent(image, e) ? room : 0;
+		bool keep = state == EXTENT_RESIDENT && nr_resident + room + (lent ? 0 : nr_lent) <= nr_max;
 
 		/* Frames of an ABSENT extent do not matter: a load overwrites them, a scrub drops them. */
 		if (state != EXTENT_ABSENT && !keep) {
@@ -138,7 +138,7 @@ int64_t arrays_mend(struct image *image, uint64_t nr_max)
 		atomic_store(&image->states[e], keep ? EXTENT_RESIDENT : EXTENT_ABSENT);
 		atomic_store(&image->refs[e], 0);
 		atomic_store(&image->loans[e], 0);
-		nr_resident += keep;
+		nr_resident += keep ? room : 0;
 		nr_lent -= lent;
 		nr_pages += keep ? image_extent_pages(image, e) : 0;
 	}

@@ -44,8 +44,8 @@ int arrays_adopt(struct image *image, int arrays_fd);
 void arrays_close(struct image *image);
 /*
  * Makes the arrays true again; must run before anything else uses the image. Drops all holds, punches extents that were
- * LOADING or EVICTING, and keeps at most nr_max RESIDENT ones. Accounts count grants and loans anew as they are
- * adopted. Returns how many extents are resident, or -errno.
+ * LOADING or EVICTING, and keeps RESIDENT ones as far as their room is at most nr_max. Accounts count grants and loans
+ * anew as they are adopted. Returns the room of those that are resident, or -errno.
  */
 int64_t arrays_mend(struct image *image, uint64_t nr_max);
 

@@ -4,6 +4,7 @@
 
 #include <stddef.h>
 
+/* Of room. */
 struct extent_sums {
 	uint64_t resident, evicting, pinned;
 };
@@ -18,9 +19,10 @@ static const char *image_check(const struct image *image, struct extent_sums *su
 
 		if (state == EXTENT_RESIDENT)
 			resident_pages += image_extent_pages(image, extent);
-		sums->resident += state == EXTENT_RESIDENT;
-		sums->evicting += state == EXTENT_EVICTING;
-		sums->pinned += image_is_pinned(image, extent);
+		uint64_t room = image_room(image, extent, 1);
+		sums->resident += state == EXTENT_RESIDENT ? room : 0;
+		sums->evicting += state == EXTENT_EVICTING ? room : 0;
+		sums->pinned += image_is_pinned(image, extent) ? room : 0;
 		if (image->waiters[extent] && state != EXTENT_LOADING && state != EXTENT_EVICTING)
 			return "image (3): an extent with waiters is LOADING or EVICTING";
 	}

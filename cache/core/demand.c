@@ -99,17 +99,15 @@ static bool is_alike(const struct image *image, uint64_t first, uint64_t extent)
 int64_t store_prefetch(struct image *image, uint64_t first, uint64_t nr)
 {
 	struct store *store = image->store;
-	uint64_t chunk = LOAD_CHUNK_BYTES / PAGE_BYTES / store->extent_pages;
+	uint64_t chunk = load_chunk(image), room = image->shape.extent_pages / store->extent_pages;
 	uint64_t end = first + nr;
 	int64_t nr_asked = 0;
 
-	if (chunk == 0)
-		chunk = 1;
 	if (first > image->shape.nr_extents || nr > image->shape.nr_extents - first)
 		return -ERANGE;
 	pthread_mutex_lock(&store->lock);
 	/* Readahead of more than an eighth of the store would evict what it has just loaded. */
-	uint64_t budget = store->capacity_extents / 8 + 1;
+	uint64_t budget = store->capacity_extents / 8 / room + 1;
 	uint64_t pending = image->nr_prefetches * chunk; /* per image: a source that hangs takes nothing from others */
 	budget = budget > pending && !store->cancelled ? budget - pending : 0;
 	while (first < end && budget) {

@@ -3,6 +3,7 @@
 #include "cache/core/image.h"
 
 #include "cache/core/abi.h"
+#include "cache/core/frames.h"
 #include "cache/core/loader.h"
 #include "cache/core/store.h"
 
@@ -13,34 +14,6 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-/*
- * The memfd of the frames gets mode 0, so that guests cannot reopen it for writing; they get an O_RDONLY description
- * that was opened before. Seals would do, too, but F_SEAL_WRITE and F_SEAL_FUTURE_WRITE forbid punching.
- */
-static int frames_open(uint64_t map_bytes, int *frames_fd_out, int *guest_fd_out)
-{
-	char path[32];
-	int frames_fd = memfd_create("cowshed-image", MFD_CLOEXEC);
-	int guest_fd = -1;
-
-	if (frames_fd < 0)
-		return -errno;
-	snprintf(path, sizeof path, "/proc/self/fd/%d", frames_fd);
-	if (ftruncate(frames_fd, (off_t)map_bytes) == 0)
-		guest_fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (guest_fd < 0 || fchmod(frames_fd, 0) < 0) {
-		int err = -errno;
-
-		if (guest_fd >= 0)
-			close(guest_fd);
-		close(frames_fd);
-		return err;
-	}
-	*frames_fd_out = frames_fd;
-	*guest_fd_out = guest_fd;
-	return 0;
-}
 
 static void image_deinit(struct image *image)
 {
@@ -53,15 +26,24 @@ static void image_deinit(struct image *image)
 	free(image);
 }
 
-static struct image *image_new(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes)
+static bool can_open(const struct store *store, uint64_t size_bytes, uint32_t extent_pages)
+{
+	uint32_t least = store_extent_pages(store);
+
+	return size_bytes != 0 && size_bytes >> 48 == 0 && extent_pages >= least && extent_pages % least == 0 &&
+	       (extent_pages & (extent_pages - 1)) == 0 && extent_pages <= EXTENT_PAGES_MAX;
+}
+
+static struct image *image_new(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes,
+                               uint32_t extent_pages)
 {
 	uint64_t nr_pages = (size_bytes + PAGE_BYTES - 1) / PAGE_BYTES;
-	uint32_t extent_pages = store_extent_pages(store);
 	struct image *image = calloc(1, sizeof *image);
 
 	if (!image)
 		return NULL;
 	image->store = store;
+	image->room_pages = store_extent_pages(store);
 	image->shape = (struct image_shape){
 		.extent_pages = extent_pages,
 		.size_bytes = size_bytes,
@@ -76,14 +58,15 @@ static struct image *image_new(struct store *store, int source_fd, int direct_fd
 	return image;
 }
 
-int image_open(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, struct image **image_out)
+int image_open(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, uint32_t extent_pages,
+               struct image **image_out)
 {
-	if (size_bytes == 0 || size_bytes >> 48)
+	if (!can_open(store, size_bytes, extent_pages))
 		return -EINVAL;
-	struct image *image = image_new(store, source_fd, direct_fd, size_bytes);
+	struct image *image = image_new(store, source_fd, direct_fd, size_bytes, extent_pages);
 	if (!image)
 		return -ENOMEM;
-	int err = frames_open(image->shape.map_bytes, &image->frames_fd, &image->guest_fd);
+	int err = frames_open(image->shape.map_bytes, extent_pages, &image->frames_fd, &image->guest_fd);
 	if (!err)
 		err = arrays_create(image);
 	if (err) {
@@ -104,12 +87,12 @@ static bool frames_fit(const struct image *image, const struct inherited_image *
 	       frames.st_dev == guest.st_dev && (fcntl(inherited->guest_fd, F_GETFL) & O_ACCMODE) == O_RDONLY;
 }
 
-int image_adopt(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes,
+int image_adopt(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, uint32_t extent_pages,
                 const struct inherited_image *inherited, struct image **image_out)
 {
-	if (size_bytes == 0 || size_bytes >> 48)
+	if (!can_open(store, size_bytes, extent_pages))
 		return -EINVAL;
-	struct image *image = image_new(store, source_fd, direct_fd, size_bytes);
+	struct image *image = image_new(store, source_fd, direct_fd, size_bytes, extent_pages);
 	if (!image)
 		return -ENOMEM;
 	int err = frames_fit(image, inherited) ? arrays_adopt(image, inherited->arrays_fd) : -EBADMSG;

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * An image: its frames (one memfd, page offset = image offset) and the state of each extent.
+ * An image: its frames (one file, page offset = image offset) and the state of each extent.
  *
  * No process maps the frames for writing. Loaders write them with pwrite, guests map them through a read-only
- * descriptor, and an extent counts as resident only when its state says so: the memfd may hold stray zero pages that a
- * reader of an unguarded mapping caused.
+ * descriptor, and an extent counts as resident only when its state says so: the file may hold stray zero pages that a
+ * reader of an unguarded mapping caused. frames.h says what kind of file it is.
  *
  * The per-extent arrays live in a memfd of their own (arrays.h), so that they can outlive the process.
  */
@@ -64,8 +64,10 @@ struct image_statistics {
 enum evict_reason { EVICT_PRESSURE, EVICT_REQUEST, EVICT_STANDBY, EVICT_SAMPLE };
 
 /* Makes an image over source_fd (and direct_fd, the same file opened O_DIRECT, or -1). Takes over both descriptors, on
- * success only. -EINVAL for a size of 0 or past 2^48. */
-int image_open(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, struct image **image_out);
+ * success only. extent_pages: a power of two, from the store's extent to EXTENT_PAGES_MAX. -EINVAL for another, and for
+ * a size of 0 or past 2^48; frames_probe_huge's errors for extents of HUGE_EXTENT_PAGES. */
+int image_open(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, uint32_t extent_pages,
+               struct image **image_out);
 /* Descriptors of an image that another process had open; that process must no longer use them. */
 struct inherited_image {
 	int frames_fd, guest_fd, arrays_fd;
@@ -73,7 +75,7 @@ struct inherited_image {
 /* Makes an image over inherited descriptors. Resident extents stay resident, as far as the store has room; unfinished
  * loads and evictions are undone. The caller must adopt the accounts before guests go on. Takes over all descriptors,
  * on success only. -EBADMSG: they belong to an image of another size or extent size. */
-int image_adopt(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes,
+int image_adopt(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, uint32_t extent_pages,
                 const struct inherited_image *inherited, struct image **image_out);
 /* Totals that Python counts: add nr reloads, or one attach. */
 void image_note_reloads(struct image *image, uint64_t nr);
@@ -116,6 +118,7 @@ int64_t image_first_touches(const struct image *image, uint32_t *extents_out, ui
 /* cdef-end */
 
 #define TOUCHES_MAX 3
+#define EXTENT_PAGES_MAX 512
 #define IMAGE_PAST_WORDS 576
 #define IMAGE_SERVED_WORDS 64
 
@@ -124,7 +127,7 @@ struct account_past;
 struct load_waiter;
 
 /*
- * Invariants: (1) frames of a RESIDENT extent are all in the memfd; (2) refs[e] is the number of attached
+ * Invariants: (1) frames of a RESIDENT extent are all in the file; (2) refs[e] is the number of attached
  * accounts whose grant bit e is set; (3) waiters[e] is empty unless e is LOADING or EVICTING;
  * (4) resident_pages is the sum of the pages of RESIDENT extents. store_check recomputes (3) and (4), an audit (2).
  */
@@ -132,6 +135,7 @@ struct image {
 	struct store *store;
 	struct image *next;
 	struct image_shape shape;
+	uint32_t room_pages; /* of a unit of room: the store's extent */
 	int frames_fd, guest_fd, source_fd, direct_fd, ledger_fd;
 
 	struct arrays_header *header; /* the mapped memfd of the totals and arrays below */
@@ -169,6 +173,17 @@ static inline uint64_t image_extent_pages(const struct image *image, uint64_t ex
 	uint64_t left = image->shape.nr_pages - first;
 
 	return left < image->shape.extent_pages ? left : image->shape.extent_pages;
+}
+
+/* The room of nr extents from first in the store's capacity, in the store's extents. Only the last extent may need less
+ * than the others. */
+static inline uint64_t image_room(const struct image *image, uint64_t first, uint64_t nr)
+{
+	uint64_t start = first * image->shape.extent_pages;
+	uint64_t end = start + nr * image->shape.extent_pages;
+
+	end = end < image->shape.nr_pages ? end : image->shape.nr_pages;
+	return end > start ? (end - start + image->room_pages - 1) / image->room_pages : 0;
 }
 
 /* Whether eviction is forbidden. */

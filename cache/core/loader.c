@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
@@ -18,15 +19,18 @@
 #define RETRY_DELAY_NS 5000000l /* doubled each time */
 /* The most extents in one read: LOAD_CHUNK_BYTES of one-page extents. */
 #define RUN_MAX (LOAD_CHUNK_BYTES / PAGE_BYTES)
+/* A loader's buffer has one huge page, where the system gives one: a device then reads into few segments. */
+#define BUFFER_BYTES ((size_t)EXTENT_PAGES_MAX * PAGE_BYTES)
+_Static_assert(LOAD_CHUNK_BYTES <= BUFFER_BYTES, "a run is read in one piece");
 
 /* What a loader fills in one go: neighbours, all from the source or all from the standby list. */
 struct run {
 	uint64_t first, nr;
-	slot_no slots[RUN_MAX];       /* the extents' own, if the loader restores */
-	uint64_t sampled_ns[RUN_MAX]; /* likewise: when the extent was unmapped as a sample, or 0 */
-	uint64_t touched_ns[RUN_MAX]; /* likewise: when its return was asked for, or 0 */
-	uint8_t ages[RUN_MAX];        /* likewise: standby_age */
-	slot_no dropped[RUN_MAX];     /* slots whose room was taken for the run */
+	slot_no slots[RUN_MAX];            /* the extents' own, if the loader restores */
+	uint64_t sampled_ns[RUN_MAX];      /* likewise: when the extent was unmapped as a sample, or 0 */
+	uint64_t touched_ns[RUN_MAX];      /* likewise: when its return was asked for, or 0 */
+	uint8_t ages[RUN_MAX];             /* likewise: standby_age */
+	slot_no dropped[EXTENT_PAGES_MAX]; /* slots whose room was taken for the run */
 	uint64_t nr_dropped;
 	bool is_restored; /* the bytes came from the standby list */
 };
@@ -70,11 +74,26 @@ static bool is_restore(const struct load *load)
 	return load->image->standby[load->first] != 0;
 }
 
-struct load *load_queue_pop(struct load_queue *queue, uint32_t nr_max, bool has_room)
+uint64_t load_chunk(const struct image *image)
 {
-	for (struct load **at = &queue->head; *at; at = &(*at)->next)
-		if (is_restore(*at) || (has_room && (*at)->image->nr_loaders < nr_max))
+	uint64_t chunk = LOAD_CHUNK_BYTES / PAGE_BYTES / image->shape.extent_pages;
+
+	return chunk ? chunk : 1;
+}
+
+struct load *load_queue_pop(struct load_queue *queue, uint32_t nr_max, uint64_t *room)
+{
+	for (struct load **at = &queue->head; *at; at = &(*at)->next) {
+		const struct load *load = *at;
+
+		if (is_restore(load))
 			return load_queue_unlink(queue, at);
+		if (load->image->nr_loaders >= nr_max)
+			continue;
+		if (image_room(load->image, load->first, 1) <= *room)
+			return load_queue_unlink(queue, at);
+		*room = 0;
+	}
 	return NULL;
 }
 
@@ -278,9 +297,9 @@ static void run_end(struct loader *loader, const struct run *run, uint64_t first
 	if (status)
 		atomic_fetch_add(&image->totals->load_errors, nr);
 	atomic_fetch_add(&image->generation, 1);
-	store->loading_extents -= nr;
+	store->loading_extents -= image_room(image, first, nr);
 	if (status) {
-		store->reserved_extents -= nr;
+		store->reserved_extents -= image_room(image, first, nr);
 		loaders_wake(store);
 	}
 	pthread_mutex_unlock(&store->lock);
@@ -319,23 +338,24 @@ static void run_load(struct loader *loader, const struct run *run, uint64_t firs
 	run_end(loader, run, first, nr, err);
 }
 
-/* Takes the next load that this thread may do, under lock; NULL: wait. Sets loader->prefetch. */
+/* Takes the next load that this thread may do, under lock; NULL: wait. Sets loader->prefetch and lacks_room. */
 static struct load *next_load(struct loader *loader)
 {
 	struct store *store = loader->store;
-	bool has_room = room_left(store) > 0;
-	struct load *load = load_queue_pop(&store->restores, 0, false);
+	uint64_t none = 0, room = room_left(store);
+	struct load *load = load_queue_pop(&store->restores, 0, &none);
 
-	loader->prefetch = false;
+	loader->prefetch = loader->lacks_room = false;
 	if (load || loader->restores_only)
 		return load;
-	load = load_queue_pop(&store->demand, store->nr_loaders, has_room);
+	load = load_queue_pop(&store->demand, store->nr_loaders, &room);
 	if (!load && (store->nr_prefetching + 1 < store->nr_loaders || store->nr_loaders == 1)) {
-		load = load_queue_pop(&store->prefetch, store->nr_loaders, has_room);
+		load = load_queue_pop(&store->prefetch, store->nr_loaders, &room);
 		loader->prefetch = load != NULL;
 		if (load)
 			load->image->nr_prefetches--;
 	}
+	loader->lacks_room = !load && !room && (store->demand.nr || store->prefetch.nr);
 	return load;
 }
 
@@ -351,14 +371,14 @@ static void load_return(struct loader *loader, struct load *load)
 	                      load);
 }
 
-/* Takes at most nr_max extents off the front of a load into a run, with their room; under lock. false: there was no
- * room after all, and the load is in its queue again. */
-static bool run_take(struct loader *loader, struct load *load, uint64_t nr_max, struct run *run)
+/* Takes extents off the front of a load into a run, with their room; under lock. false: there was no room after all,
+ * and the load is in its queue again. */
+static bool run_take(struct loader *loader, struct load *load, struct run *run)
 {
 	struct store *store = loader->store;
 	struct image *image = load->image;
 	bool restoring = is_restore(load);
-	uint64_t nr = load->nr < nr_max ? load->nr : nr_max;
+	uint64_t nr_max = load_chunk(image), nr = load->nr < nr_max ? load->nr : nr_max;
 
 	*run = (struct run){.first = load->first};
 	for (uint64_t i = 0; restoring && i < nr; i++) {
@@ -370,7 +390,7 @@ static bool run_take(struct loader *loader, struct load *load, uint64_t nr_max, 
 		run->ages[i] = (uint8_t)standby_age(&store->standby, slot);
 		run->slots[i] = room_take_standby(store, image, run->first + i);
 	}
-	run->nr = restoring ? nr : room_take(store, nr, run->dropped, &run->nr_dropped);
+	run->nr = restoring ? nr : room_take(store, image, run->first, nr, run->dropped, &run->nr_dropped);
 	load->first += run->nr;
 	load->nr -= run->nr;
 	if (load->nr)
@@ -379,7 +399,7 @@ static bool run_take(struct loader *loader, struct load *load, uint64_t nr_max, 
 		free(load);
 	if (!run->nr)
 		return false;
-	store->loading_extents += run->nr;
+	store->loading_extents += image_room(image, run->first, run->nr);
 	store->nr_prefetching += loader->prefetch;
 	*(restoring ? &image->nr_restorers : &image->nr_loaders) += 1;
 	loader->image = image;
@@ -400,7 +420,7 @@ void loaders_wake(struct store *store)
 static void wait_for_work(struct loader *loader)
 {
 	struct store *store = loader->store;
-	bool no_room = !loader->restores_only && room_left(store) == 0 && (store->demand.nr || store->prefetch.nr);
+	bool no_room = loader->lacks_room;
 
 	if (no_room)
 		store_raise_at(POINT_WAKE_EVICTOR, store->pressure_fd);
@@ -471,19 +491,18 @@ void *loader_main(void *arg)
 {
 	struct loader *loader = arg;
 	struct store *store = loader->store;
-	uint64_t step = (uint64_t)store->extent_pages * PAGE_BYTES;
-	uint64_t chunk = step > LOAD_CHUNK_BYTES ? 1 : LOAD_CHUNK_BYTES / step;
 	char *buffer = NULL;
 
 	prctl(PR_SET_NAME, loader->restores_only ? "cow-restorer" : "cow-loader");
-	while (!buffer && posix_memalign((void **)&buffer, PAGE_BYTES, chunk * step))
+	while (!buffer && posix_memalign((void **)&buffer, BUFFER_BYTES, BUFFER_BYTES))
 		sleep(1); /* nothing can be loaded without it: try until there is memory */
+	madvise(buffer, BUFFER_BYTES, MADV_HUGEPAGE);
 	pthread_mutex_lock(&store->lock);
 	while (!store->stop && !is_one_too_many(loader)) {
 		struct load *load = next_load(loader);
 		struct run run;
 
-		if (!load || !run_take(loader, load, chunk, &run)) {
+		if (!load || !run_take(loader, load, &run)) {
 			wait_for_work(loader);
 			continue;
 		}
@@ -502,7 +521,7 @@ void *loader_main(void *arg)
 			store->restore_cpu_ns += loader_cpu_ns() - began_cpu_ns;
 		} else {
 			store->read_ns += loader_now_ns() - began_ns;
-			store->read_extents += run.nr;
+			store->read_extents += image_room(loader->image, run.first, run.nr);
 		}
 		loader_end_load(loader);
 	}

@@ -46,6 +46,7 @@ struct loader {
 	struct image *image; /* of the load that it has in hand, or NULL */
 	bool restores_only;  /* no slow source may stand before a soft hit */
 	bool prefetch, restoring, stuck;
+	bool lacks_room;                   /* the first load that it could do needs more room than there is */
 	_Atomic uint64_t reading_since_ns; /* CLOCK_MONOTONIC, 0: in no read of a source */
 };
 
@@ -56,9 +57,12 @@ struct loader {
 
 void load_queue_init(struct load_queue *queue);
 void load_queue_push(struct load_queue *queue, struct load *load);
-/* Takes out the first load that begins in the standby list or, if there is room, is of an image that fewer than nr_max
- * loaders read; NULL if there is none. O(loads passed over). */
-struct load *load_queue_pop(struct load_queue *queue, uint32_t nr_max, bool has_room);
+/* The most extents of an image that one run fills. */
+uint64_t load_chunk(const struct image *image);
+/* Takes out the first load that begins in the standby list or is of an image that fewer than nr_max loaders read, and
+ * whose first extent fits into *room; NULL if there is none. A load that does not fit sets *room to 0, so that smaller
+ * ones do not take for ever what it waits for. O(loads passed over). */
+struct load *load_queue_pop(struct load_queue *queue, uint32_t nr_max, uint64_t *room);
 /* Takes out the load that covers an extent, or NULL. */
 struct load *load_queue_take(struct load_queue *queue, const struct image *image, uint64_t extent);
 

@@ -40,14 +40,17 @@ static slot_no drop_oldest(struct store *store)
 	return slot;
 }
 
-uint64_t room_take(struct store *store, uint64_t nr, slot_no *dropped, uint64_t *nr_dropped_out)
+uint64_t room_take(struct store *store, const struct image *image, uint64_t first, uint64_t nr, slot_no *dropped,
+                   uint64_t *nr_dropped_out)
 {
-	uint64_t room = room_free(store), nr_dropped = 0;
+	uint64_t free = room_free(store), left = room_left(store), nr_dropped = 0;
 
-	while (room + nr_dropped < nr && (dropped[nr_dropped] = drop_oldest(store)))
+	while (image_room(image, first, nr) > left)
+		nr--;
+	uint64_t wanted = image_room(image, first, nr);
+	while (free + nr_dropped < wanted && (dropped[nr_dropped] = drop_oldest(store)))
 		nr_dropped++;
-	nr = nr > room + nr_dropped ? room + nr_dropped : nr;
-	store->reserved_extents += nr;
+	store->reserved_extents += wanted;
 	*nr_dropped_out = nr_dropped;
 	return nr;
 }

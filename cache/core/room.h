@@ -2,6 +2,9 @@
 /*
  * Room in the store's capacity: what is free, and what dropping the old end of the standby list makes free.
  *
+ * Room is counted in the store's extents, which are the smallest of all images. An extent of an image with larger ones
+ * takes room for several (image_room), all at once.
+ *
  * A loader that needs room and finds none free drops standby extents itself, oldest first: their order was decided when
  * they were unmapped, so there is nothing to choose, and no load waits for the evictor while the list has any.
  */
@@ -25,9 +28,10 @@ void store_in_standby(const struct image *image, uint8_t *flags_out);
 uint64_t room_free(const struct store *store);
 /* The same, and those that standby extents would give. */
 uint64_t room_left(const struct store *store);
-/* Reserves up to nr extents and returns how many; writes to dropped the slots whose room is among it: the caller must
- * give them to room_empty before it writes that many frames. */
-uint64_t room_take(struct store *store, uint64_t nr, slot_no *dropped, uint64_t *nr_dropped_out);
+/* Reserves room for up to nr extents from first and returns how many; writes to dropped the slots whose room is among
+ * it: the caller must give them to room_empty before it writes that many frames. */
+uint64_t room_take(struct store *store, const struct image *image, uint64_t first, uint64_t nr, slot_no *dropped,
+                   uint64_t *nr_dropped_out);
 /* Reserves the room of an extent whose slot the caller takes out to restore it. */
 slot_no room_take_standby(struct store *store, struct image *image, uint64_t extent);
 /* Without the lock: gives the memory of slots back, and then the slots. */

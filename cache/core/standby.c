@@ -75,6 +75,11 @@ void standby_deinit(struct standby *standby)
 	standby->slots = NULL;
 }
 
+bool standby_takes(const struct standby *standby, const struct image *image)
+{
+	return (uint64_t)image->shape.extent_pages * PAGE_BYTES == standby->slot_bytes;
+}
+
 uint32_t standby_take_free(struct standby *standby, slot_no *slots_out, uint32_t nr)
 {
 	uint32_t nr_taken = 0;

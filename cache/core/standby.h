@@ -7,6 +7,9 @@
  * the old end. So the list shows which extents are used, which the page tables of guests do not. The extent itself is
  * ABSENT (or LOADING, while its bytes go back): only the load looks here.
  *
+ * A slot has the size of the store's extents, and an image with larger extents has none in the list: a copy of 2 MiB
+ * would take as long as many a source takes to read them. Its victims are dropped at once.
+ *
  * Slots are parts of one memfd without a name, which ends with the process: a successor begins with an empty list. A
  * slot in use counts against the store's capacity as a frame does, and its memory is given back to the system before
  * its room is given to others.
@@ -65,6 +68,8 @@ struct standby {
  * memfd's error. */
 int standby_init(struct standby *standby, uint64_t limit_max, uint32_t nr_hand, uint64_t slot_bytes);
 void standby_deinit(struct standby *standby);
+/* Whether the list takes extents of an image: those of the store's size. Larger ones are dropped at once. */
+bool standby_takes(const struct standby *standby, const struct image *image);
 /* Extents in the list. */
 static inline uint64_t standby_nr(const struct standby *standby)
 {

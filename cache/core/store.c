@@ -146,7 +146,7 @@ int store_init(uint64_t capacity_extents, uint32_t extent_pages, uint32_t nr_loa
 
 	if (!capacity_extents || !extent_pages || extent_pages & (extent_pages - 1) || !nr_loaders)
 		return -EINVAL;
-	if ((uint64_t)extent_pages * PAGE_BYTES > LOAD_CHUNK_BYTES * 2u || standby_max >= capacity_extents)
+	if (extent_pages > EXTENT_PAGES_MAX || standby_max >= capacity_extents)
 		return -EINVAL;
 	struct store *store = calloc(1, sizeof *store);
 	if (!store)
@@ -341,19 +341,19 @@ void store_add_image(struct store *store, struct image *image)
 int store_adopt_image(struct store *store, struct image *image)
 {
 	pthread_mutex_lock(&store->lock);
-	int64_t nr_resident = arrays_mend(image, store->capacity_extents - store->reserved_extents);
-	if (nr_resident >= 0) {
-		store->reserved_extents += (uint64_t)nr_resident;
+	int64_t nr_room = arrays_mend(image, store->capacity_extents - store->reserved_extents);
+	if (nr_room >= 0) {
+		store->reserved_extents += (uint64_t)nr_room;
 		add_image(store, image);
 	}
-	for (uint64_t e = 0; nr_resident >= 0 && e < image->shape.nr_extents; e++) {
+	for (uint64_t e = 0; nr_room >= 0 && e < image->shape.nr_extents; e++) {
 		if (image_is_pinned(image, e))
-			store->pinned_extents++;
+			store->pinned_extents += image_room(image, e, 1);
 		if (extent_state(&image->states[e]) == EXTENT_RESIDENT)
 			event_push(store, EVENT_LOADED, 0, image, e);
 	}
 	pthread_mutex_unlock(&store->lock);
-	return nr_resident < 0 ? (int)nr_resident : 0;
+	return nr_room < 0 ? (int)nr_room : 0;
 }
 
 /* LOADING -> ABSENT for an extent that no loader has in hand. */
@@ -465,7 +465,7 @@ int store_remove_image(struct store *store, struct image *image)
 	for (uint64_t e = 0; e < image->shape.nr_extents; e++) {
 		if (!image_is_pinned(image, e))
 			continue; /* not written: in an image of terabytes these arrays are holes */
-		store->pinned_extents--;
+		store->pinned_extents -= image_room(image, e, 1);
 		atomic_store(&image->pins[e], 0);
 		atomic_store(&image->loans[e], 0);
 	}
@@ -517,7 +517,7 @@ static int pin(struct image *image, _Atomic uint32_t *counts, uint64_t first, ui
 		return -ERANGE;
 	pthread_mutex_lock(&store->lock);
 	for (uint64_t i = 0; i < nr; i++)
-		nr_new += !image_is_pinned(image, first + i);
+		nr_new += image_is_pinned(image, first + i) ? 0 : image_room(image, first + i, 1);
 	if (nr_new && store->pinned_extents + nr_new > max_pinned) {
 		err = -ENOSPC;
 	} else {
@@ -542,7 +542,7 @@ static int unpin(struct image *image, _Atomic uint32_t *counts, uint64_t first, 
 			err = -ENOENT;
 	for (uint64_t i = 0; i < nr && !err; i++) {
 		atomic_fetch_sub(&counts[first + i], 1);
-		store->pinned_extents -= !image_is_pinned(image, first + i);
+		store->pinned_extents -= image_is_pinned(image, first + i) ? 0 : image_room(image, first + i, 1);
 	}
 	pthread_mutex_unlock(&store->lock);
 	return err;

@@ -2,10 +2,11 @@
 /*
  * The page store: every image's frames under one capacity.
  *
- * An extent takes its room when a loader begins to fill it and gives it back when it is ABSENT again; one whose bytes
- * go to the standby list keeps it until they are dropped. So frames and list together never exceed the capacity, not by
- * one extent. A loader that finds little room raises the pressure eventfd, and waits if there is none; the evictor
- * watches that descriptor, chooses victims and evicts them. The store never chooses.
+ * Room is counted in the store's extents, the smallest of all images: "extents" of counters and limits here means that.
+ * An extent takes its room (image_room) when a loader begins to fill it and gives it back when it is ABSENT again; one
+ * whose bytes go to the standby list keeps it until they are dropped. So frames and list together never exceed the
+ * capacity, not by one extent. A loader that finds little room raises the pressure eventfd, and waits if there is too
+ * little; the evictor watches that descriptor, chooses victims and evicts them. The store never chooses.
  */
 #ifndef COWSHED_STORE_H
 #define COWSHED_STORE_H
@@ -42,8 +43,9 @@ struct sample_end {
 	int touched;
 };
 
-/* extent_pages: a power of two.  low_free: pressure is raised when fewer extents are free or in the standby list.
- * standby_max: the most extents that the standby list may ever hold; store_set_standby turns it on. */
+/* extent_pages: a power of two, at most EXTENT_PAGES_MAX; an image's extents are a multiple of it. low_free: pressure
+ * is raised when fewer extents are free or in the standby list. standby_max: the most extents that the standby list may
+ * ever hold; store_set_standby turns it on. */
 int store_init(uint64_t capacity_extents, uint32_t extent_pages, uint32_t nr_loaders, uint64_t low_free,
                uint64_t standby_max, struct store **store_out);
 /* Answers every waiter for a load, now and from now on, with an error. Loads that a loader has in hand go on. */
@@ -75,8 +77,8 @@ int64_t store_prefetch(struct image *image, uint64_t first, uint64_t nr);
 int store_restore(struct image *image, uint64_t extent);
 /* Waits until no extent in [first, first + nr) is LOADING: 0, or -ETIMEDOUT. */
 int store_wait_loaded(struct image *image, uint64_t first, uint64_t nr, int timeout_ms);
-/* Forbids eviction of nr extents from first, resident or not; counted.  -ENOSPC, and nothing done, if more than
- * max_pinned extents would be pinned in the store. */
+/* Forbids eviction of nr extents from first, resident or not; counted.  -ENOSPC, and nothing done, if the room of all
+ * that is pinned in the store would be more than max_pinned. */
 int store_pin(struct image *image, uint64_t first, uint64_t nr, uint64_t max_pinned);
 /* Takes one pin back from each; -ENOENT, and nothing done, if one of them has none. */
 int store_unpin(struct image *image, uint64_t first, uint64_t nr);
@@ -96,11 +98,11 @@ const char *store_check(struct store *store);
 #define NR_SAMPLE_ENDS 1024
 
 /*
- * Invariants, all under lock: (1) reserved_extents counts the extents in state RESIDENT or EVICTING (but not those that
- * are being scrubbed) plus those a loader is filling; (2) reserved_extents and the standby list's room together are at
- * most capacity_extents; (3) an extent is in at most one load of the queues; (4) a queue's nr is the number of its
- * loads; (5) nr_prefetching counts the loaders with a prefetch that are not stuck; (6) no image has more than
- * nr_loaders loaders that read its source; (7) pinned_extents counts the extents with a pin or a loan. store_check
+ * Invariants, all under lock: (1) reserved_extents is the room of the extents in state RESIDENT or EVICTING (but not
+ * those that are being scrubbed) plus those a loader is filling; (2) reserved_extents and the standby list's room
+ * together are at most capacity_extents; (3) an extent is in at most one load of the queues; (4) a queue's nr is the
+ * number of its loads; (5) nr_prefetching counts the loaders with a prefetch that are not stuck; (6) no image has more
+ * than nr_loaders loaders that read its source; (7) pinned_extents counts the extents with a pin or a loan. store_check
  * recomputes them.
  */
 struct store {

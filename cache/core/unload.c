@@ -47,7 +47,8 @@ void store_fill_standby(struct image *image, const uint32_t *extents, uint64_t n
 	assert(nr <= STANDBY_BATCH);
 	pthread_mutex_lock(&store->lock);
 	/* Just after the list was turned on, or has grown, its room may not be free yet. */
-	if (buffer && standby->limit && store->reserved_extents + standby_room(standby) <= store->capacity_extents)
+	bool has_room = store->reserved_extents + standby_room(standby) <= store->capacity_extents;
+	if (buffer && standby->limit && has_room && standby_takes(standby, image))
 		nr_slots = standby_take_free(standby, slots_out, (uint32_t)nr);
 	pthread_mutex_unlock(&store->lock);
 	for (uint64_t i = 0; i < nr; i++) {
@@ -67,13 +68,15 @@ void store_fill_standby(struct image *image, const uint32_t *extents, uint64_t n
 	free(buffer);
 }
 
-/* EVICTING -> ABSENT for nr extents, of which nr_room had room of their own; under lock. */
-static void end_evict(struct image *image, const uint32_t *extents, uint64_t nr, uint64_t nr_room)
+/* EVICTING -> ABSENT for nr extents, with their room unless they are strays, which took none; under lock. */
+static void end_evict(struct image *image, const uint32_t *extents, uint64_t nr, bool is_stray)
 {
 	struct store *store = image->store;
+	uint64_t nr_room = 0;
 
 	for (uint64_t i = 0; i < nr; i++) {
 		extent_step(&image->states[extents[i]], EXTENT_EVICTING, EXTENT_ABSENT, 0);
+		nr_room += is_stray ? 0 : image_room(image, extents[i], 1);
 		/* If there is no memory for the load, the waiters stay: the next fault on the extent starts one. */
 		if (image->waiters[extents[i]] && !store->cancelled)
 			queue_demand(image, extents[i]);
@@ -87,7 +90,7 @@ static void end_evict(struct image *image, const uint32_t *extents, uint64_t nr,
 void store_abandon(struct image *image, const uint32_t *extents, uint64_t nr)
 {
 	pthread_mutex_lock(&image->store->lock);
-	end_evict(image, extents, nr, nr);
+	end_evict(image, extents, nr, false);
 	pthread_mutex_unlock(&image->store->lock);
 }
 
@@ -105,7 +108,7 @@ void store_end_evict(struct image *image, const uint32_t *extents, const uint32_
 			event_push(store, EVENT_DROPPED, 0, image, extents[i]);
 		nr_kept += slots[i] != 0;
 	}
-	end_evict(image, extents, nr, nr);
+	end_evict(image, extents, nr, false);
 	pthread_mutex_unlock(&store->lock);
 	atomic_fetch_add(reason == EVICT_SAMPLE ? &image->totals->standby_samples : &image->totals->standby_unmaps,
 	                 nr_kept);
@@ -132,7 +135,7 @@ static bool scrub_extent(struct image *image, uint64_t extent)
 	if (mine) {
 		image_punch(image, extent, 1);
 		pthread_mutex_lock(&store->lock);
-		end_evict(image, &no, 1, 0); /* a stray took no room, so none is given back */
+		end_evict(image, &no, 1, true);
 		pthread_mutex_unlock(&store->lock);
 		atomic_fetch_add(&image->totals->strays, 1);
 	}

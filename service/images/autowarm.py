@@ -85,8 +85,8 @@ class Autowarm:
         extents = [] if warm.is_aborted else self._working_sets.earlier(image)
         marks = self._evictor.watermarks
         room = marks.capacity_extents - marks.high_free
-        room -= sum(each.resident_bytes // each.extent_bytes for each in self._store)
-        wanted = extents[: max(0, room)]
+        room -= sum(each.resident_bytes for each in self._store) // self._store.extent_bytes
+        wanted = extents[: max(0, room // image.room_of(0))]
         if wanted:
             _log.info("autowarm", image=image.label, extents=len(wanted))
             warm.total_extents = len(wanted)

@@ -64,24 +64,31 @@ class _StoreHeat:
         image = self._store.image(key[0])
         return bool(image and lib.image_extent_idle(image.cdata, key[1]))
 
+    def room_of(self, key: ExtentKey) -> int:
+        image = self._store.image(key[0])
+        return image.room_of(key[1]) if image else 1
+
 
 class Evictor:
-    """Owns the policy and the thread. Must be started after the store, and stopped before it."""
+    """Owns the policy and the thread. Must be started after the store, and stopped before it.
 
-    def __init__(self, store: PageStore, standby_percent: int = 0) -> None:
+    Room is in the store's extents; largest_extent is that of the largest extent of any image.
+    """
+
+    def __init__(self, store: PageStore, standby_percent: int = 0, largest_extent: int = 1) -> None:
         counters = store.counters()
         capacity = counters.capacity_extents
         self._store = store
         standby = capacity * standby_percent // 100
-        self._policy = EvictionPolicy(capacity, standby)
+        self._heat = _StoreHeat(store)
+        self._policy = EvictionPolicy(capacity, standby, self._heat.room_of)
         self._size = StandbySize(standby)
         self._counted = counters
         self._marks = (0, 0)
-        self._heat = _StoreHeat(store)
         self._lock = threading.Lock()
         self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="evictor", daemon=True)
-        self.watermarks: Final = Watermarks(capacity)
+        self.watermarks: Final = Watermarks(capacity, largest_extent)
 
     def start(self) -> None:
         """Turn the standby list on and start the thread."""
@@ -98,8 +105,9 @@ class Evictor:
 
     @property
     def max_pinned_extents(self) -> int:
-        """The number of extents that may be pinned; leaves room to load and to evict."""
-        return self.watermarks.capacity_extents - self.watermarks.high_free - 1
+        """How much may be pinned, in the store's extents; leaves room to load and to evict."""
+        marks = self.watermarks
+        return marks.capacity_extents - marks.high_free - marks.largest_extent
 
     def evict_now(self, image: Image, extents: Iterable[int]) -> list[int]:
         """Evict those of an image's extents that are evictable; return the evicted."""
@@ -116,9 +124,15 @@ class Evictor:
         with self._lock:
             for image_no, extent in keys:
                 image = self._store.image(image_no)
-                if image is not None and evict(image, [extent], EvictReason.SAMPLE):
+                if image is None or not self.is_kept(image):
+                    continue
+                if evict(image, [extent], EvictReason.SAMPLE):
                     taken.append((image, extent))
         return taken
+
+    def is_kept(self, image: Image) -> bool:
+        """Whether the standby list takes an image's extents; larger ones are dropped at once."""
+        return image.extent_bytes == self._store.extent_bytes
 
     def check(self) -> None:
         """Recompute the policy's invariants. Raises InvariantError."""
@@ -198,10 +212,14 @@ class Evictor:
         While all images fit into the capacity no room is needed, and the list has samples only.
         """
         unpinned = 1 - counters.pinned_extents / counters.capacity_extents
-        limit = max(1, int(self._size.extents * unpinned))
-        nr_extents = sum(image.nr_extents for image in self._store)
+        images = list(self._store)
+        most = sum(image.room_extents for image in images if self.is_kept(image))
+        limit = max(1, min(most, int(self._size.extents * unpinned)))
+        nr_extents = sum(image.room_extents for image in images)
         beyond = nr_extents - counters.capacity_extents + self.watermarks.high_free
-        target = max(0, min(limit, beyond))
+        # What the list does not take must leave free room behind it, as without a list.
+        least = 0 if all(map(self.is_kept, images)) else self.watermarks.high_free
+        target = max(0, min(max(limit, least), beyond))
         marks = limit, max(0, target - max(1, target // _LOW_SHARE))
         if marks != self._marks:
             self._store.set_standby(*marks)

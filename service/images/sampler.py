@@ -8,7 +8,8 @@ often extents are used: an extent that was touched is probed again a tick later 
 access might fault again before its guest has run), until it was out for so long that one touch in
 all is to be expected on average. The others stay out for a window: they tell how much is used at
 all. An extent that nobody touched goes back into the frames without a read of the source, unless
-its room was needed meanwhile. accounting/policy/use.py makes estimates of all this.
+its room was needed meanwhile. Images whose extents the list does not take are neither probed nor
+counted. accounting/policy/use.py makes estimates of all this.
 """
 
 from __future__ import annotations
@@ -156,6 +157,8 @@ class Sampler:
         counters = self._store.counters()
         if not counters.standby_limit:
             return "standby is 0, so that nothing is measured"
+        if not self._images():
+            return "the standby list takes no extents of this size, so that nothing is measured"
         if counters.reserved_extents < _RESIDENT_MIN:
             return f"less than {_RESIDENT_MIN} extents are resident, too few to measure"
         return "no guest used anything, or too little was measured yet"
@@ -183,7 +186,7 @@ class Sampler:
         if now - self._counted_at < 1:
             return
         self._counted_at = now
-        images = list(self._store)
+        images = self._images()
         seen = Seen()
         for image in images:
             of = image.counters()
@@ -198,6 +201,10 @@ class Sampler:
             del self._records[gone]
             for window in WINDOWS_SECONDS:
                 self._made.pop((gone, window), None)
+
+    def _images(self) -> list[Image]:
+        """Return the images that can be probed."""
+        return [image for image in self._store if self._evictor.is_kept(image)]
 
     def _take_ends(self, now: float) -> None:
         for end in self._store.take_sample_ends():
@@ -274,7 +281,7 @@ class Sampler:
         An image by how much of it is resident; of the image the next on a walk in strides, which
         comes to each extent once in a round, so that none is picked more often by chance.
         """
-        images = list(self._store)
+        images = self._images()
         resident = [image.resident_bytes for image in images]
         if not any(resident):
             return None

@@ -212,10 +212,15 @@ class Receiver:
             return
         room = self._evictor.watermarks.capacity_extents - self._evictor.watermarks.high_free
         room -= self._store.counters().reserved_extents
-        scale = self._sections[section.image].extent_bytes / image.extent_bytes
-        wanted = dict.fromkeys(int(extent * scale) for extent in section.extents)
+        theirs, ours = self._sections[section.image].extent_bytes, image.extent_bytes
+        # What lies in each of the source's extents, or the one that it lies in.
+        wanted = dict.fromkeys(
+            covering
+            for extent in section.extents
+            for covering in range(extent * theirs // ours, -(-(extent + 1) * theirs // ours))
+        )
         inside = [extent for extent in wanted if extent < image.nr_extents]
-        yield from self._load(image, inside[: max(0, room)])
+        yield from self._load(image, inside[: max(0, room // image.room_of(0))])
 
     def keep(self, handoff: str) -> None:
         """Make the staged guests outlive this process: a successor admits them if the handoff is

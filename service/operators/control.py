@@ -135,12 +135,13 @@ class Control:
     def _do_pin(self, request: Body) -> Iterator[Body]:
         image, extents = self._range(request)
         most = max(0, self._evictor.max_pinned_extents)
+        most_bytes = most * image.store.extent_bytes
         try:
             image.pin(extents.start, len(extents), most)
         except CapacityError as error:
             raise CapacityError(
                 f"cannot pin {format_bytes(len(extents) * image.extent_bytes)} of {image.label!r}: "
-                f"at most {format_bytes(most * image.extent_bytes)} of the capacity can be pinned; "
+                f"at most {format_bytes(most_bytes)} of the capacity can be pinned; "
                 "unpin something, or raise the capacity"
             ) from error
         for _ in load(image, extents):
@@ -165,7 +166,8 @@ class Control:
         first = self._working_sets.recorded(image) if whole else []
         room = self._evictor.watermarks.capacity_extents - self._evictor.watermarks.high_free
         # At most as many as there is room for: an image may have a billion extents.
-        wanted = list(itertools.islice(_in_order(first, extents), max(0, room)))
+        most = max(0, room // image.room_of(0))
+        wanted = list(itertools.islice(_in_order(first, extents), most))
         states, in_standby = image.states(), image.in_standby()
         loads_before = image.counters().loads
         absent = sum(

@@ -317,3 +317,37 @@ def test_an_image_that_goes_takes_its_standby_extents_along() -> None:
     policy.drop((0, 0))
     assert not policy.remembers((0, 0))
     policy.check()
+
+
+def large(key: ExtentKey) -> int:
+    """Extents of image 1 take the room of 32."""
+    return 32 if key[0] == 1 else 1
+
+
+@pytest.mark.parametrize("standby", [0, 40])
+def test_victims_are_as_many_as_their_room_needs(standby: int) -> None:
+    policy = EvictionPolicy(200, standby, large)
+    policy.admit([*extents(range(3)), *extents(range(3), image_no=1), *extents(range(3, 9))])
+    assert policy.choose_victims(4, Ledger()) == [*extents(range(3)), *extents([0], image_no=1)]
+    assert policy.choose_victims(36, Ledger()) == [*extents(range(3)), *extents([0, 1], image_no=1)]
+
+
+def test_beside_a_standby_list_large_extents_are_judged_by_touches_and_refs() -> None:
+    policy = EvictionPolicy(200, 40, large)
+    keys = [*extents([0]), *extents([0], image_no=1), *extents([1]), *extents([1], image_no=1)]
+    policy.admit(keys)
+    heat = Ledger(touches=dict.fromkeys(keys[:2], 3))
+    # The first is touched, too, but the list would show its use.
+    assert policy.choose_victims(34, heat) == [keys[0], keys[2], keys[3]]
+    policy.check()
+
+
+def test_a_large_extent_that_was_unmapped_is_a_ghost_once_it_was_dropped() -> None:
+    policy = EvictionPolicy(200, 40, large)
+    key = (1, 0)
+    policy.admit([key])
+    policy.unmap(policy.choose_victims(1, Ledger()))
+    assert not policy.remembers(key)
+    policy.drop(key)
+    assert policy.remembers(key)
+    policy.check()

@@ -69,3 +69,19 @@ def test_a_capacity_without_room_for_both_is_refused(capacity: int) -> None:
 def test_an_impossible_count_is_our_bug(free: int) -> None:
     with pytest.raises(InvariantError, match=rf"{free} extents free of 64"):
         Watermarks(64).nr_to_evict(free)
+
+
+@given(st.integers(1, 512), st.data())
+def test_a_load_of_the_largest_extent_finds_room_between_the_marks(
+    largest: int, data: st.DataObject
+) -> None:
+    capacity = data.draw(st.integers(2 * largest, 1 << 24))
+    marks = Watermarks(capacity, largest)
+    assert largest <= marks.low_free <= marks.high_free <= capacity - largest
+    free = data.draw(st.integers(0, largest - 1))
+    assert free + marks.nr_to_evict(free) >= largest
+
+
+def test_a_capacity_of_one_large_extent_is_refused() -> None:
+    with pytest.raises(UsageError, match="give at least 64"):
+        Watermarks(63, 32)

@@ -7,14 +7,24 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 from domains import plain_environment
 from stage import EXTENT_PAGES, PAGE, content, loaded
 
-from cowshed.cache import ExtentState, FileSource, Image, InheritedImage, PageStore, UsageError
+from cowshed.accounting import evict
+from cowshed.cache import (
+    HUGE_EXTENT_BYTES,
+    ExtentState,
+    FileSource,
+    Image,
+    InheritedImage,
+    PageStore,
+    UsageError,
+    probe_huge_frames,
+)
 from cowshed.cache._core import lib
 
 SCRIPT = Path(__file__).parents[1] / "support" / "doomed_store.py"
@@ -32,11 +42,16 @@ def source(tmp_path: Path) -> Path:
 
 
 def image_left_by(
-    source: Path, point: int = -1, end: str = "load", capacity: int = 8
+    source: Path,
+    point: int = -1,
+    end: str = "load",
+    capacity: int = 8,
+    extent_bytes: int = EXTENT,
 ) -> InheritedImage:
     """Let a store live and die; give what it left."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     arguments = [str(theirs.fileno()), str(source), str(capacity), str(point), end]
+    arguments.append(str(extent_bytes))
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments],
         env=plain_environment(),
@@ -145,3 +160,35 @@ def test_descriptors_of_another_shape_are_refused_and_stay_the_callers(
         opened.close()
     with adopted(source, inherited) as image:
         check_whole(image, source)
+
+
+@pytest.mark.skipif(probe_huge_frames() is not None, reason="needs to mount a tmpfs: run as root")
+def test_extents_of_2_mib_are_adopted_as_far_as_there_is_room_and_with_their_size_only(
+    tmp_path: Path,
+) -> None:
+    source, tail_pages, room = tmp_path / "source", 35, HUGE_EXTENT_BYTES // EXTENT
+    size_bytes = 6 * HUGE_EXTENT_BYTES + tail_pages * PAGE
+    source.write_bytes(content(0, size_bytes // PAGE))
+    left = image_left_by(source, capacity=8 * room, extent_bytes=HUGE_EXTENT_BYTES)
+    with PageStore((3 * room + 5) * EXTENT) as store:
+        with (
+            closing(FileSource.open(source)) as opened,
+            pytest.raises(UsageError, match="in extents of 65536"),
+        ):
+            store.adopt_image("image", opened, left)
+        image = store.adopt_image(
+            "image", FileSource.open(source), left, extent_bytes=HUGE_EXTENT_BYTES
+        )
+        # The others were resident, too, but for number 4; the last needs less room.
+        assert resident(image) == [0, 1, 2, 6]
+        assert store.counters().reserved_extents == 3 * room + 3
+        assert os.fstat(image.frames_fd).st_blocks * 512 == image.resident_bytes
+        assert image.resident_bytes == 3 * HUGE_EXTENT_BYTES + tail_pages * PAGE
+        assert store.counters().pinned_extents == room
+        store.check()
+        for no in resident(image):
+            frames = os.pread(image.frames_fd, HUGE_EXTENT_BYTES, no * HUGE_EXTENT_BYTES)
+            assert frames == content(no * 512, len(frames) // PAGE)
+        assert evict(image, [0]) == [0]
+        assert image.prefetch(3, 1) == 1
+        assert image.wait_loaded(3, 1, 60_000)

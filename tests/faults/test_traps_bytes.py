@@ -14,9 +14,11 @@ import signal
 import pytest
 from domains import ANSWER_SECONDS, NOBODY, MakeImage, StartDaemon, StartGuest
 from stage import (
+    EXTENT_PAGES,
     PAGE,
     SIGBUS_DEATH,
     SIGSEGV_DEATH,
+    MakeStage,
     Stage,
     content,
     fail_at,
@@ -27,8 +29,10 @@ from stage import (
     wait_at,
 )
 
-from cowshed.cache import ExtentState
+from cowshed.cache import ExtentState, probe_huge_frames
 from cowshed.cache._core import lib
+
+HUGE_PAGES = 512
 
 
 def test_trap_01_a_hole_is_never_read_as_zeros(stage: Stage) -> None:
@@ -76,7 +80,13 @@ def test_trap_01_a_dead_backend_means_sigbus_and_not_zeros(
     assert guest.process.wait(ANSWER_SECONDS) == -signal.SIGBUS
 
 
-def test_trap_02_another_user_cannot_change_or_keep_shared_frames(stage: Stage) -> None:
+@pytest.mark.parametrize("extent_pages", [EXTENT_PAGES, HUGE_PAGES])
+def test_trap_02_another_user_cannot_change_or_keep_shared_frames(
+    make_stage: MakeStage, extent_pages: int
+) -> None:
+    if extent_pages == HUGE_PAGES and probe_huge_frames() is not None:
+        pytest.skip("needs to mount a tmpfs: run as root")
+    stage = make_stage(nr_pages=2 * extent_pages + 9, extent_pages=extent_pages)
     stage.load()
     attacker = stage.guest(uid=NOBODY)
     before = [stage.frame(page) for page in range(stage.image.nr_pages)]

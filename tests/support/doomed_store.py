@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A process with a page store that dies at a named point, run by test_adoption.py.
 
-Arguments: a socket's number, the source's path, capacity in extents, a point's number or -1, and
-whether it dies in an eviction ("evict") or a load ("load"). Sends frames, guest's and arrays'
+Arguments: a socket's number, the source's path, capacity in extents, a point's number or -1,
+whether it dies in an eviction ("evict") or a load ("load"), and the size of the image's extents, a
+multiple of those that the capacity is in. Sends frames, guest's and arrays'
 descriptors over the socket, makes extents 0 to 5 resident, pins 5, and dies while it loads 6, or
 evicts 1 and 2; without a point it reports and then dies.
 """
@@ -20,7 +21,8 @@ from cowshed.cache._core import lib
 link = socket.socket(fileno=int(sys.argv[1]))
 source, capacity, point, end = sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 store = PageStore(capacity * 65536)
-image = store.open_image("image", FileSource.open(Path(source)))
+extent_bytes = int(sys.argv[6])
+image = store.open_image("image", FileSource.open(Path(source)), extent_bytes=extent_bytes)
 socket.send_fds(link, [b"fds"], [image.frames_fd, image.guest_fd, image.arrays_fd])
 image.pin(5, 1, capacity)
 for extent in range(6):

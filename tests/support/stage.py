@@ -160,7 +160,11 @@ class MappedGuest:
 
 
 class Stage:
-    """A store with one image, and the guests that use it. Figures are in extents and pages."""
+    """A store with one image, and the guests that use it. Figures are in extents and pages.
+
+    image_extent_pages: the image's, if they are larger than the store's, in which capacity and
+    standby are counted.
+    """
 
     def __init__(
         self,
@@ -169,6 +173,7 @@ class Stage:
         nr_pages: int = 8 * EXTENT_PAGES,
         capacity: int | None = None,
         extent_pages: int = EXTENT_PAGES,
+        image_extent_pages: int | None = None,
         nr_loaders: int = 4,
         cut_bytes: int = 0,
         standby: int = 0,
@@ -185,7 +190,11 @@ class Stage:
             standby_max_extents=standby,
         )
         self.store.set_standby(standby, 1)
-        self.image = self.store.open_image("disk", FileSource.open(self.path))
+        self.image = self.store.open_image(
+            "disk",
+            FileSource.open(self.path),
+            extent_bytes=(image_extent_pages or extent_pages) * PAGE,
+        )
         self.guests: list[MappedGuest] = []
         self._quotas: list[Quota] = []
         try:

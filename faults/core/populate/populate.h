@@ -42,7 +42,7 @@ struct populate_options {
 	uint32_t zerocopy_resident;           /* announce resident extents ahead of faults */
 };
 
-/* How many extents all zerocopy guests together may keep pinned. Must outlive them. */
+/* How much room, in the store's extents, all zerocopy guests together may keep pinned. Must outlive them. */
 struct zerocopy_allowance {
 	uint64_t left_extents;
 };

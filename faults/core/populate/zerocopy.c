@@ -62,16 +62,17 @@ static bool unit_pin(struct guest *guest, struct unit unit)
 	const struct image_shape *shape = &guest->image->shape;
 	uint64_t end = unit.extent + unit.nr;
 	uint64_t first_page = unit.extent * shape->extent_pages, end_page = end * shape->extent_pages;
+	uint64_t room = image_room(guest->image, unit.extent, unit.nr);
 
 	if (bits_test(populate->lent, unit.extent))
 		return true;
 	end_page = end_page < shape->nr_pages ? end_page : shape->nr_pages;
 	if (bits_next(guest->account->private, first_page, end_page) < end_page)
 		return false;
-	if (!allowance_take(populate->allowance, unit.nr))
+	if (!allowance_take(populate->allowance, room))
 		return false;
 	if (store_lend(guest->image, unit.extent, unit.nr, populate->max_pinned_extents) < 0) {
-		allowance_give(populate->allowance, unit.nr);
+		allowance_give(populate->allowance, room);
 		return false;
 	}
 	for (uint64_t extent = unit.extent; extent < end; extent++)
@@ -144,12 +145,14 @@ int zerocopy_adopt(struct guest *guest)
 		struct unit unit = unit_of(guest, e);
 
 		for (uint64_t extent = unit.extent; extent < unit.extent + unit.nr; extent++) {
+			uint64_t room = image_room(guest->image, extent, 1);
+
 			if (bits_test(populate->lent, extent))
 				continue;
-			if (!allowance_take(populate->allowance, 1))
+			if (!allowance_take(populate->allowance, room))
 				return -ENOSPC;
 			if (store_lend(guest->image, extent, 1, UINT64_MAX) < 0) {
-				allowance_give(populate->allowance, 1);
+				allowance_give(populate->allowance, room);
 				return -ENOSPC;
 			}
 			bits_set(populate->lent, extent);
@@ -220,6 +223,6 @@ void zerocopy_end(struct guest *guest)
 		return;
 	for (uint64_t e = 0; (e = bits_next(populate->lent, e, nr_extents)) < nr_extents; e++) {
 		store_end_loan(guest->image, e, 1);
-		allowance_give(populate->allowance, 1);
+		allowance_give(populate->allowance, image_room(guest->image, e, 1));
 	}
 }
