@@ -29,11 +29,12 @@ class BenchError(Exception):
 class Served:
     """A running daemon that serves these images; idle, since all digests are done.
 
-    options are further ones of `cowshed serve`.
+    images are sources by name, which may have options as `--image` takes them; options are further
+    ones of `cowshed serve`.
     """
 
     def __init__(
-        self, images: dict[str, Path], capacity_bytes: int, options: Sequence[str] = ()
+        self, images: dict[str, Path | str], capacity_bytes: int, options: Sequence[str] = ()
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="cowshed-bench-")
         run_dir = self.run_dir = Path(self._folder.name)
@@ -42,8 +43,8 @@ class Served:
         command = [sys.executable, "-m", "cowshed.service.cli", "serve"]
         command += ["--no-keeper", "--run-dir", str(run_dir), "--capacity", str(capacity_bytes)]
         command += options
-        for name, path in images.items():
-            command += ["--image", f"{name}={path}"]
+        for name, source in images.items():
+            command += ["--image", f"{name}={source}"]
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         self.pid = self._process.pid

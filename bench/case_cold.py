@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """An image that is not in memory, read front to back, against pread of the same file.
 
-Both sides start cold each time: the image is evicted, the file is dropped from the page cache (by
-posix_fadvise on that file, so that other files stay cached; by drop_caches if pages remain and the
-run is root's).
+The image is served twice: with extents of the default size, and with extents of 2 MiB, whose frames
+have huge pages. Both sides start cold each time: the image is evicted, the file is dropped from the
+page cache (by posix_fadvise on that file, so that other files stay cached; by drop_caches if pages
+remain and the run is root's).
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from backend import BenchError
 from cases import Bench, CaseResult, Row, Side, explain
 from stats import Aim, compare
 
-__all__ = ["cold"]
+__all__ = ["COLD_HUGE", "cold"]
+
+# The name of the image with extents of 2 MiB.
+COLD_HUGE = "cold-2M"
 
 COLD_AIM = Aim(0.95, at_least=True)
+DIRECT_AIM = Aim(1.2, at_least=True)
 KIB = 1 << 10
 PREADS = {
     "pread 128K": (128 * KIB, False),
@@ -31,12 +36,15 @@ PREADS = {
 def cold(bench: Bench) -> CaseResult:
     """Read an evicted image as a guest in three ways; read and map its uncached file."""
     size_bytes = bench.cold.stat().st_size
-    sides = {
-        "guest copy": _side(bench, "touch", size_bytes, side="guest", how="copy"),
-        "guest touch": _side(bench, "touch", size_bytes, side="guest", how="read"),
-        "guest read()": _side(bench, "library", size_bytes, place="cold", chunk_bytes=1024 * KIB),
-        "mmap copy": _side(bench, "touch", size_bytes, side="plain", how="copy"),
-    }
+    sides = {"mmap copy": _side(bench, "touch", size_bytes, side="plain", how="copy")}
+    for image, of in (("cold", ""), (COLD_HUGE, " 2M")):
+        sides |= {
+            f"guest{of} copy": _side(bench, "touch", size_bytes, image, side="guest", how="copy"),
+            f"guest{of} touch": _side(bench, "touch", size_bytes, image, side="guest", how="read"),
+            f"guest{of} read()": _side(
+                bench, "library", size_bytes, image, place=image, chunk_bytes=1024 * KIB
+            ),
+        }
     path = str(bench.cold)
     for name, (chunk_bytes, direct) in PREADS.items():
         if not direct or _has_direct(bench.cold):
@@ -45,12 +53,15 @@ def cold(bench: Bench) -> CaseResult:
             )
     row = Row.measure(bench, f"whole image of {size_bytes >> 20} MiB", "MiB/s", sides, [])
     row.ratios = [
-        compare(row.samples, "guest copy", name, COLD_AIM if "direct" not in name else None)
+        compare(row.samples, guest, name, _aim(name))
+        for guest in ("guest copy", "guest 2M copy")
         for name in sides
         if name.startswith("pread")
     ]
     row.ratios += [
-        compare(row.samples, name, "pread 1M") for name in ("guest touch", "guest read()")
+        compare(row.samples, name, "pread 1M")
+        for name in sides
+        if name.endswith(("touch", "read()"))
     ]
     row.ratios.append(compare(row.samples, "guest copy", "mmap copy"))
     return CaseResult(
@@ -64,6 +75,12 @@ def cold(bench: Bench) -> CaseResult:
     )
 
 
+def _aim(pread: str) -> Aim | None:
+    if "direct" not in pread:
+        return COLD_AIM
+    return DIRECT_AIM if pread == "pread 1M direct" else None
+
+
 def _has_direct(path: Path) -> bool:
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
@@ -73,7 +90,8 @@ def _has_direct(path: Path) -> bool:
 
 
 def _make_cold(bench: Bench) -> None:
-    bench.served.evict("cold")
+    for image in ("cold", COLD_HUGE):
+        bench.served.evict(image)
     path = str(bench.cold)
     if bench.worker.call("uncache", path=path) and os.geteuid() == 0:
         Path("/proc/sys/vm/drop_caches").write_text("3\n")
@@ -82,9 +100,9 @@ def _make_cold(bench: Bench) -> None:
         raise BenchError(f"{left} pages of {path} stay in the page cache: is it mapped elsewhere?")
 
 
-def _side(bench: Bench, do: str, size_bytes: int, **fields: Any) -> Side:
+def _side(bench: Bench, do: str, size_bytes: int, image: str = "", **fields: Any) -> Side:
     if do == "touch":
-        place = "cold" if fields["side"] == "guest" else str(bench.cold)
+        place = image or str(bench.cold)
         fields |= {"order": "sequential", "place": place}
 
     def measure() -> tuple[float, dict[str, float]]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from backend import BenchError, Served, WorkerProcess
-from case_cold import cold
+from case_cold import COLD_HUGE, cold
 from case_fault import fault
 from case_memory import memory
 from case_nbd import nbd
@@ -112,8 +112,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     print(machine_text(machine), flush=True)
     results: dict[str, CaseResult] = {}
     cases = []
-    images = {"warm": warm, "cold": cold_image}
-    capacity_bytes = 2 * sum(image.stat().st_size for image in images.values())
+    images = {"warm": warm, "cold": cold_image, COLD_HUGE: f"{cold_image},extent=2M"}
+    capacity_bytes = 2 * warm.stat().st_size + 4 * cold_image.stat().st_size
     with Served(images, capacity_bytes) as served, WorkerProcess(out, served) as worker:
         bench = Bench(
             served=served,

@@ -62,9 +62,9 @@ def cli() -> None:
     "--image",
     "images",
     multiple=True,
-    metavar="NAME=SOURCE[,domain=D][,trim=T]",
+    metavar="NAME=SOURCE[,domain=D][,trim=T][,extent=E]",
     help="Serve SOURCE, a path or file: URL, as NAME, with separate frames for each domain; "
-    "trim=zeros or image as --trim. Repeatable.",
+    "trim=zeros or image as --trim, extent=2M as --extent. Repeatable.",
 )
 @setting_options
 @click.option(

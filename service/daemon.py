@@ -38,6 +38,7 @@ from cowshed.service.images.access import Access
 from cowshed.service.images.autowarm import Autowarm
 from cowshed.service.images.digests import DigestThread
 from cowshed.service.images.evictor import Evictor
+from cowshed.service.images.extents import resolve_extents
 from cowshed.service.images.incoming_images import ImageFolder
 from cowshed.service.images.loading import load
 from cowshed.service.images.opening import KeptImages, is_kept, open_store
@@ -162,7 +163,7 @@ class Daemon:
         fd_store: FdStore | None = None,
         inherited: InheritedFds | None = None,
     ) -> None:
-        self.config: Final = config
+        self.config: Final = resolve_extents(config)
         self._stack: Final = stack
         fd_store = fd_store or stack.enter_context(contextlib.closing(FdStore(None)))
         inherited = inherited or InheritedFds({})
@@ -219,7 +220,9 @@ class Daemon:
             kept_images=kept_images,
             guests=guests,
             overlays=_keep_overlays(config, self._core, guests, admission, stack, records),
-            evictor=Evictor(store, config.standby),
+            evictor=Evictor(
+                store, config.standby, config.largest_extent_bytes // store.extent_bytes
+            ),
             working_sets=WorkingSets(config.state_dir),
             access=Access(config.domains, specs),
             warming=Warming(),
@@ -354,7 +357,9 @@ class Daemon:
         Takes over the source. On failure nothing of the image is left, and the call may be retried.
         """
         try:
-            image = self.host.store.open_image(spec.name, source, spec.domain, listed=False)
+            image = self.host.store.open_image(
+                spec.name, source, spec.domain, extent_bytes=spec.extent_bytes, listed=False
+            )
         except BaseException:
             source.close()
             raise

@@ -47,12 +47,20 @@ name = "debian"
 source = "/srv/images/debian.raw"
 domain = "tenant-a"                     # "default" unless given
 trim = "zeros"                          # as the setting, for this image
+extent = "2M"                           # likewise
 uids = [1001, "alice"]                  # its users, unless given all of its domain; also gids
 clients = ["vm7.example"]               # the same, by the name in a TLS client's certificate
 ```
 
-`--image NAME=SOURCE[,domain=DOMAIN][,trim=WHAT]` adds one, or replaces the file's of that name and
-domain.
+`--image NAME=SOURCE[,domain=DOMAIN][,trim=WHAT][,extent=SIZE]` adds one, or replaces the file's of
+that name and domain.
+
+Extents of 2M are for images that guests read in large pieces. Their frames are on a tmpfs with
+huge pages, which the daemon mounts for itself and nobody else sees. If it may not (it needs
+CAP_SYS_ADMIN), the log says so, and the image gets extents of 64K, or of the `extent` setting if
+that is less. Extents larger than the smallest in the configuration do not go to the standby list:
+they are dropped when they are unmapped, and the estimates of use leave their image out. A reload or
+a takeover cannot change the extents of an image that is served; a drain can.
 
 ## Sharing domains
 

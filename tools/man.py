@@ -86,8 +86,8 @@ def settings_page() -> str:
         "one is an error. An option of the command line wins over the file.\n\n"
         "Sizes are bytes, or a number with K, M, G or T. Relative paths start at the file's "
         'directory. Besides the settings below, [images] has a line NAME = "SOURCE" for each '
-        "image, [[image]] has name, source, domain, trim, uids, gids and clients, [domains.NAME] "
-        "has uids, gids and clients, and [tls] has cert, key, ca and clients."
+        "image, [[image]] has name, source, domain, trim, extent, uids, gids and clients, "
+        "[domains.NAME] has uids, gids and clients, and [tls] has cert, key, ca and clients."
     )
     lines.append(".SH SETTINGS")
     for option in OPTIONS:

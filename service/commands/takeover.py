@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from cowshed.cache import FileSource
 from cowshed.cache.errors import CowshedError, PeerGoneError, UsageError
+from cowshed.service.images.extents import resolve_extents
 from cowshed.service.operators.control_client import ControlClient
 from cowshed.service.operators.takeover import described
 from cowshed.service.runtime.stops import stop_at
@@ -64,7 +65,8 @@ def take_over(config: Config, serve: Callable[[], int]) -> tuple[Keeper, str]:
     we serve. Raises CowshedError, one line, if the backend did not leave to us; it, or its
     successor, then continues to serve.
     """
-    images = [_described(spec) for spec in config.images]
+    config = resolve_extents(config, is_logged=False)
+    images = [_described(spec, config.extent_of(spec)) for spec in config.images]
     with ControlClient(config.run_dir) as client:
         met = _meet(
             client,
@@ -129,13 +131,13 @@ def _ask(
     return left.reply
 
 
-def _described(spec: ImageSpec) -> dict[str, Any]:
+def _described(spec: ImageSpec, extent_bytes: int) -> dict[str, Any]:
     """Describe an image that we would serve.
 
     One that cannot be opened may be served all the same, from the backend's open descriptor.
     """
     try:
         with contextlib.closing(FileSource.open(Path(spec.source))) as source:
-            return described(spec.domain, spec.name, source.size_bytes)
+            return described(spec.domain, spec.name, source.size_bytes, extent_bytes)
     except CowshedError as error:
-        return described(spec.domain, spec.name, None, str(error))
+        return described(spec.domain, spec.name, None, extent_bytes, str(error))

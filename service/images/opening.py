@@ -105,14 +105,17 @@ def open_store(
     wait; then an image of the configuration that cannot be opened raises CowshedError. Sources that
     do not answer are waited for _OPEN_SECONDS in all. If a loader hangs, the store is not closed.
     """
-    capacity_extents = config.capacity_bytes // config.extent_bytes
+    extent_bytes = config.least_extent_bytes
+    capacity_extents = config.capacity_bytes // extent_bytes
+    largest_extent = config.largest_extent_bytes // extent_bytes
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(
             PageStore(
                 config.capacity_bytes,
-                extent_bytes=config.extent_bytes,
+                extent_bytes=extent_bytes,
+                default_extent_bytes=config.extent_bytes,
                 nr_loaders=config.loaders,
-                low_free_extents=Watermarks(capacity_extents).low_free,
+                low_free_extents=Watermarks(capacity_extents, largest_extent).low_free,
                 standby_max_extents=capacity_extents * config.standby // 100,
             )
         )
@@ -185,7 +188,7 @@ def _open_kept(
 def _open_new(store: PageStore, spec: ImageSpec, openings: _Openings) -> Image:
     source = openings.take(spec)
     try:
-        return store.open_image(spec.name, source, spec.domain)
+        return store.open_image(spec.name, source, spec.domain, extent_bytes=spec.extent_bytes)
     except BaseException:
         source.close()
         raise
@@ -201,7 +204,9 @@ def _adopt(
         source = _same_source(spec, identity, openings)
     try:
         image = InheritedImage(left["image"], left["guest"], left["extents"])
-        return store.adopt_image(spec.name, source, image, spec.domain)
+        return store.adopt_image(
+            spec.name, source, image, spec.domain, extent_bytes=spec.extent_bytes
+        )
     except BaseException:
         source.close()
         raise

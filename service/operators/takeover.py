@@ -121,14 +121,15 @@ class TakeoverHandler:
                 "hand its guests to a daemon of this program with 'cowshed drain' instead"
             )
         extent_bytes = take_number(request, "extent_bytes")
-        if extent_bytes != self._store.extent_bytes:
+        served_bytes = self._store.default_extent_bytes
+        if extent_bytes != served_bytes:
             raise UsageError(
-                f"the daemon has extents of {self._store.extent_bytes} bytes, and the new "
+                f"the daemon has extents of {served_bytes} bytes, and the new "
                 f"configuration of {extent_bytes}: take over with the same, or restart it"
             )
-        self._check_images(request.get("images"))
+        self._check_images(request.get("images"), extent_bytes)
 
-    def _check_images(self, listed: object) -> None:
+    def _check_images(self, listed: object, extent_bytes: int) -> None:
         if not isinstance(listed, list):
             raise UsageError("a takeover needs the list of its images")
         named = {
@@ -149,11 +150,23 @@ class TakeoverHandler:
                     f"image {image.label!r} is not in the new configuration, and {len(users)} "
                     f"guests use it ({users[0]}, ...): add it, or end them first"
                 )
+            if there is not None:
+                # Programs of older releases send none: all their images have the default extents.
+                self._check_extents(image, there.get("extent_bytes", extent_bytes))
             if size_bytes is not None and size_bytes != image.size_bytes:
                 raise UsageError(
                     f"image {image.label!r} has {image.size_bytes} bytes, and {size_bytes} in the "
                     "new configuration: an image is never changed; serve that under another name"
                 )
+
+    @staticmethod
+    def _check_extents(image: Image, extent_bytes: object) -> None:
+        if extent_bytes != image.extent_bytes:
+            raise UsageError(
+                f"image {image.label!r} has extents of {image.extent_bytes} bytes, and of "
+                f"{extent_bytes} in the new configuration: take over with the same, or restart "
+                "the daemon"
+            )
 
     def _users(self, image: Image) -> list[str]:
         with self._guests.lock:
@@ -196,10 +209,18 @@ class TakeoverHandler:
         _log.warning("takeover-failed", f"{why}; everything stays as it is", pid=pid)
 
 
-def described(domain: str, name: str, size_bytes: int | None, why: str = "") -> Body:
+def described(
+    domain: str, name: str, size_bytes: int | None, extent_bytes: int, why: str = ""
+) -> Body:
     """Return the follower's description of an image that it would serve.
 
     size_bytes is None, with the reason why, if its source cannot be opened: then the takeover goes
     on only if this backend serves the image now.
     """
-    return {"domain": domain, "name": name, "size_bytes": size_bytes, "why": why}
+    return {
+        "domain": domain,
+        "name": name,
+        "size_bytes": size_bytes,
+        "extent_bytes": extent_bytes,
+        "why": why,
+    }

@@ -30,10 +30,11 @@ from cowshed.service.settings.handoff_rules import HandoffRules
 from cowshed.service.settings.images import (
     ImageSpec,
     absolute,
+    check_extent,
     image_spec,
     parse_image,
 )
-from cowshed.service.settings.options import OPTIONS, RUN_DIR_DEFAULT, TABLES, text_of
+from cowshed.service.settings.options import OPTIONS, RUN_DIR_DEFAULT, TABLES, size_text, text_of
 from cowshed.service.settings.quotas import check_quota
 from cowshed.service.settings.tls_config import TlsConfig, parse_tls
 
@@ -43,15 +44,13 @@ SOCKET_NAME = "cowshed.sock"
 CAPACITY_DEFAULT_BYTES = 1 << 30
 CAPACITY_MIN_EXTENTS = 2  # one stays while the next is loaded
 EXTENT_DEFAULT_BYTES = 64 << 10
-EXTENT_MIN_BYTES = 4 << 10
-EXTENT_MAX_BYTES = 2 << 20
 LOADERS_DEFAULT = 4
 STANDBY_DEFAULT_PERCENT = 20
 SOCKET_PATH_MAX_BYTES = 107  # sun_path less its NUL, unix(7)
 
 _KEYS = (*(option.key for option in OPTIONS), *TABLES)
 _MEMBER_KEYS = ("uids", "gids", "clients")
-_IMAGE_KEYS = ("name", "source", "domain", "trim", *_MEMBER_KEYS)
+_IMAGE_KEYS = ("name", "source", "domain", "trim", "extent", *_MEMBER_KEYS)
 
 
 @dataclass(frozen=True)
@@ -97,10 +96,23 @@ class Config:
                 return spec.trim == "zeros"
         return self.trim == "zeros"
 
+    def extent_of(self, spec: ImageSpec) -> int:
+        """Return the size of an image's extents, in bytes."""
+        return spec.extent_bytes or self.extent_bytes
+
+    @property
+    def least_extent_bytes(self) -> int:
+        """The size of the smallest extents, in which room is counted."""
+        return min((self.extent_bytes, *map(self.extent_of, self.images)))
+
+    @property
+    def largest_extent_bytes(self) -> int:
+        """The size of the largest extents."""
+        return max((self.extent_bytes, *map(self.extent_of, self.images)))
+
     def __post_init__(self) -> None:
-        extent = self.extent_bytes
-        if not EXTENT_MIN_BYTES <= extent <= EXTENT_MAX_BYTES or extent & (extent - 1):
-            raise UsageError(f"extent of {extent} bytes: use a power of two, 4K to 2M, such as 64K")
+        check_extent(self.extent_bytes)
+        extent = self.largest_extent_bytes
         least_bytes = CAPACITY_MIN_EXTENTS * extent
         if self.capacity_bytes < least_bytes:
             raise UsageError(
@@ -147,10 +159,10 @@ def config_load(
 ) -> Config:
     """Return the configuration of `config_file` (None: no file), overridden by given options.
 
-    `images` are NAME=SOURCE[,domain=DOMAIN][,trim=WHAT]; each replaces the file's image of the same
-    name and domain. `given` are options by key; None, () and False count as not given. `verbose`
-    means a log_level of at least info. Reads the file and looks up the users and groups that it
-    names, and nothing else. Raises UsageError, one line.
+    `images` are NAME=SOURCE[,domain=DOMAIN][,trim=WHAT][,extent=SIZE]; each replaces the file's
+    image of the same name and domain. `given` are options by key; None, () and False count as not
+    given. `verbose` means a log_level of at least info. Reads the file and looks up the users and
+    groups that it names, and nothing else. Raises UsageError, one line.
     """
     table: Mapping[str, Any] = {}
     file_text = None
@@ -173,8 +185,15 @@ def config_load(
 
     named: set[str] = set()
     for text in images:
-        name, source, domain, image_trim = parse_image(text)
-        spec = image_spec(name, source, Path.cwd(), domain, trim=image_trim)
+        name, source, options = parse_image(text)
+        spec = image_spec(
+            name,
+            source,
+            Path.cwd(),
+            options.get("domain", DEFAULT_DOMAIN),
+            trim=options.get("trim"),
+            extent=options.get("extent"),
+        )
         if spec.label in named:
             raise _given_twice(spec)
         named.add(spec.label)
@@ -257,6 +276,7 @@ def _images_of(table: Mapping[str, Any], file_dir: Path) -> Iterator[ImageSpec]:
             text_of("domain", each["domain"]) if "domain" in each else DEFAULT_DOMAIN,
             _allowed_of(each),
             text_of("trim", each["trim"]) if "trim" in each else None,
+            size_text("extent", each["extent"]) if "extent" in each else None,
         )
 
 

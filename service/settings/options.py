@@ -18,7 +18,7 @@ from cowshed.service.settings.endpoint import Endpoint, parse_endpoint
 from cowshed.service.settings.images import TRIMS
 from cowshed.service.settings.quotas import parse_quota
 
-__all__ = ["OPTIONS", "RUN_DIR_DEFAULT", "TABLES", "Option", "flag_of", "text_of"]
+__all__ = ["OPTIONS", "RUN_DIR_DEFAULT", "TABLES", "Option", "flag_of", "size_text", "text_of"]
 
 RUN_DIR_DEFAULT: Final = "/run/cowshed"
 # Tables of the file, which are not single settings.
@@ -79,7 +79,7 @@ def flag_of(key: str, value: object) -> bool:
     return value
 
 
-def _size_text(key: str, value: object) -> str:
+def size_text(key: str, value: object) -> str:
     """Return a size as text: a string, or a whole number of bytes (but not true or false)."""
     if isinstance(value, str):
         return value
@@ -89,11 +89,11 @@ def _size_text(key: str, value: object) -> str:
 
 
 def _size(key: str, value: object) -> int:
-    return parse_size(_size_text(key, value), key)
+    return parse_size(size_text(key, value), key)
 
 
 def _quota(key: str, value: object) -> int | None:
-    return parse_quota(_size_text(key, value))
+    return parse_quota(size_text(key, value))
 
 
 def _endpoint(key: str, value: object) -> Endpoint:
@@ -137,8 +137,10 @@ OPTIONS: Final = (
         "size",
         "64K",
         "The unit of load, map and eviction.",
-        "A power of two, 4K to 2M.",
+        "A power of two, 4K to 2M; an image can have its own. Extents of 2M have huge pages, if "
+        "the daemon may mount a tmpfs: their loads take a fraction of the CPU time.",
         field="extent_bytes",
+        flag="--extent",
     ),
     Option(
         "standby",

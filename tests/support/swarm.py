@@ -50,12 +50,14 @@ def hold(no: int, rng: random.Random, path: str) -> dict[str, int]:
     os._exit(0)
 
 
-def read_randomly(no: int, rng: random.Random, path: str, nr_reads: int) -> dict[str, int]:
-    """Read at random offsets; return the number of wrong bytes."""
+def read_randomly(
+    no: int, rng: random.Random, path: str, nr_reads: int, name: str = "d"
+) -> dict[str, int]:
+    """Read the image of that name at random offsets; return the number of wrong bytes."""
     with open(path, "rb", buffering=0) as image, connect(uri) as backend:
         size = os.fstat(image.fileno()).st_size
         wrong = 0
-        with backend.open("d", guest=f"g{no}") as disk:
+        with backend.open(name, guest=f"{name}{no}") as disk:
             for _ in range(nr_reads):
                 offset = rng.randrange(size)
                 length = min(rng.choice((1, 100, PAGE, 20_000, 100_000)), size - offset)

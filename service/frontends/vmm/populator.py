@@ -27,7 +27,7 @@ class Populator:
         self, config: Config, max_pinned_extents: int, recorded: Callable[[Image], list[int]]
     ) -> None:
         self._max_pinned_extents: Final = max(0, max_pinned_extents)
-        nr_zerocopy = config.capacity_bytes // config.extent_bytes // _ZEROCOPY_PART
+        nr_zerocopy = config.capacity_bytes // config.least_extent_bytes // _ZEROCOPY_PART
         self._allowance: Final = ZerocopyAllowance(min(nr_zerocopy, self._max_pinned_extents))
         self._recorded = recorded
 

@@ -33,10 +33,10 @@ def image(make_image: MakeImage) -> Path:
     return make_image(SIZE - PAGE + 100)
 
 
-@pytest.fixture
-def large(image: Path, start_daemon: StartDaemon) -> Daemon:
+@pytest.fixture(params=["", ",extent=2M"])
+def large(image: Path, start_daemon: StartDaemon, request: pytest.FixtureRequest) -> Daemon:
     """May pin all of the image for its clients."""
-    return start_daemon("--image", f"d={image}", "--capacity", "32M")
+    return start_daemon("--image", f"d={image}{request.param}", "--capacity", "32M")
 
 
 @pytest.mark.parametrize("policy", [ZEROCOPY, COPY])
