@@ -23,6 +23,7 @@ static void image_deinit(struct image *image)
 	if (image->frames_fd >= 0)
 		close(image->frames_fd);
 	pthread_rwlock_destroy(&image->accounts_lock);
+	pthread_mutex_destroy(&image->fill_lock);
 	free(image);
 }
 
@@ -55,6 +56,7 @@ static struct image *image_new(struct store *store, int source_fd, int direct_fd
 	image->source_fd = source_fd;
 	image->direct_fd = direct_fd;
 	pthread_rwlock_init(&image->accounts_lock, NULL);
+	pthread_mutex_init(&image->fill_lock, NULL);
 	return image;
 }
 

@@ -137,6 +137,9 @@ struct image {
 	struct image_shape shape;
 	uint32_t room_pages; /* of a unit of room: the store's extent */
 	int frames_fd, guest_fd, source_fd, direct_fd, ledger_fd;
+	/* Held around writes of frames, which the kernel does one at a time: a loader that waits for its turn there
+	 * spins, and takes the CPU from a guest. No other lock is taken within. */
+	pthread_mutex_t fill_lock;
 
 	struct arrays_header *header; /* the mapped memfd of the totals and arrays below */
 	size_t ledger_bytes;

@@ -193,6 +193,7 @@ static int frames_write(struct image *image, const char *from, uint64_t length, 
 {
 	int err = point_reach(POINT_LOAD_FILL);
 
+	pthread_mutex_lock(&image->fill_lock);
 	for (uint64_t done = 0; done < length && !err;) {
 		ssize_t put = pwrite(image->frames_fd, from + done, length - done, (off_t)(offset + done));
 
@@ -201,6 +202,7 @@ static int frames_write(struct image *image, const char *from, uint64_t length, 
 		if (put > 0)
 			done += (uint64_t)put;
 	}
+	pthread_mutex_unlock(&image->fill_lock);
 	return err;
 }
 
