@@ -162,7 +162,7 @@ class Channel:
                 ):
                     where = f"extent {extent} of {image.name}"
                     resident = state == ExtentState.RESIDENT
-                    nr_resident += resident
+                    nr_resident += image.room_of(extent) if resident else 0
                     tracked = (image.image_no, extent) in policy
                     nr_out += tracked and not resident  # as a sample
                     if resident and not tracked:
@@ -176,10 +176,12 @@ class Channel:
         if nr_out > counters.standby_extents:
             problems.append(f"the policy tracks {nr_out} extents that are away, and {counters}")
         if counters.reserved_extents != nr_resident:
-            problems.append(f"{nr_resident} extents are resident, and {counters}")
-        nr_pinned = sum(len(of_image) for of_image in pins.values())
+            problems.append(f"room of {nr_resident} is resident, and {counters}")
+        nr_pinned = sum(
+            image.room_of(int(extent)) for image in self._store for extent in pins[image.name]
+        )
         if counters.pinned_extents != nr_pinned:
-            problems.append(f"{nr_pinned} extents are pinned, and {counters}")
+            problems.append(f"room of {nr_pinned} is pinned, and {counters}")
         return problems[:20]
 
     def do_left(self) -> dict[str, Any]:

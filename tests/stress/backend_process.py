@@ -34,10 +34,14 @@ class BackendProcess:
         self._patience = patience
         self._lock = threading.Lock()
         config = run_dir / "config.toml"
-        images = "".join(f'{name} = "{run_dir}/{name}.raw"\n' for name in of.sizes)
+        images = "".join(
+            f'[[image]]\nname = "{name}"\nsource = "{run_dir}/{name}.raw"\n'
+            f"extent = {of.extent_of(name)}\n"
+            for name in of.sizes
+        )
         config.write_text(
             f'capacity = {of.capacity_bytes}\nrun_dir = "{run_dir}"\n'
-            f"extent = {of.extent_bytes}\nloaders = {of.loaders}\n[images]\n{images}"
+            f"extent = {of.extent_bytes}\nloaders = {of.loaders}\n{images}"
         )
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(

@@ -137,7 +137,7 @@ class Commands:
         raise StressError(f"unpinned {length} bytes at {offset} of {image}, which nobody pinned")
 
     def _count_pins(self, image: str, offset: int, length: int, step: int) -> None:
-        extent_bytes = self._round.extent_bytes
+        extent_bytes = self._round.extent_of(image)
         of_image = self.pins[image]
         for extent in range(offset // extent_bytes, (offset + length - 1) // extent_bytes + 1):
             of_image[extent] += step
@@ -158,8 +158,9 @@ class Commands:
 
     def repair_all(self) -> None:
         """Load everything once more, a part at a time."""
-        step = max(1, self._round.capacity_extents // 2) * self._round.extent_bytes
         for image, size in self._round.sizes.items():
+            extent_bytes = self._round.extent_of(image)
+            step = max(1, self._round.capacity_bytes // 2 // extent_bytes) * extent_bytes
             for offset in range(0, size, step):
                 part = {"image": image, "offset": offset, "length": min(step, size - offset)}
                 self._backend.request("evict", **part)

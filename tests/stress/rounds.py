@@ -18,10 +18,14 @@ NOBODY = 65534
 
 @dataclass(frozen=True)
 class Round:
-    """errors: sources fail now and then; sizes: bytes of each image, by name."""
+    """errors: sources fail now and then; sizes: bytes of each image, by name.
+
+    The image "large" has extents of large_extent_bytes, which may be more than the others'.
+    """
 
     no: int
     extent_bytes: int
+    large_extent_bytes: int
     capacity_extents: int
     loaders: int
     nr_guests: int
@@ -32,10 +36,14 @@ class Round:
     def capacity_bytes(self) -> int:
         return self.capacity_extents * self.extent_bytes
 
+    def extent_of(self, image: str) -> int:
+        return self.large_extent_bytes if image == "large" else self.extent_bytes
+
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
         return (
-            f"round {self.no}: extents of {self.extent_bytes >> 10}K, capacity "
+            f"round {self.no}: extents of {self.extent_bytes >> 10}K, of the large image "
+            f"{self.large_extent_bytes >> 10}K, capacity "
             f"{self.capacity_extents}, {self.loaders} loaders, {self.nr_guests} guests, "
             f"images {sizes}" + (", sources that fail" if self.errors else "")
         )
@@ -50,10 +58,14 @@ def make_round(rng: random.Random, no: int) -> Round:
         "small": rng.choice((rng.randrange(1, 9000), rng.randrange(100_000, 1_500_000) | 1)),
     }
     nr_extents = sum(-(-size // extent_bytes) for size in sizes.values())
+    large_extent_bytes = min(2048 * KIB, extent_bytes * (1, 1, 32, 8, 512)[no % 5])
+    largest = large_extent_bytes // extent_bytes
     least = 2 if rng.random() < 0.3 else min(6, max(2, nr_extents // 8))
+    least = max(least, 2 * largest)
     return Round(
         no=no,
         extent_bytes=extent_bytes,
+        large_extent_bytes=large_extent_bytes,
         capacity_extents=max(2, rng.randint(least, max(least, nr_extents * 2 // 3))),
         loaders=rng.choice((1, 2, 4)),
         nr_guests=rng.randint(3, 6),

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 ROUND = Round(
     no=0,
     extent_bytes=64 * KIB,
+    large_extent_bytes=64 * KIB,
     capacity_extents=8,
     loaders=1,
     nr_guests=3,
