@@ -40,7 +40,7 @@ void store_fill_standby(struct image *image, const uint32_t *extents, uint64_t n
 {
 	struct store *store = image->store;
 	struct standby *standby = &store->standby;
-	char *buffer = malloc(standby->slot_bytes);
+	char *buffer = standby_takes(standby, image) ? malloc(standby->slot_bytes) : NULL;
 	uint64_t began_ns = loader_cpu_ns();
 	uint32_t nr_slots = 0;
 
@@ -48,7 +48,7 @@ void store_fill_standby(struct image *image, const uint32_t *extents, uint64_t n
 	pthread_mutex_lock(&store->lock);
 	/* Just after the list was turned on, or has grown, its room may not be free yet. */
 	bool has_room = store->reserved_extents + standby_room(standby) <= store->capacity_extents;
-	if (buffer && standby->limit && has_room && standby_takes(standby, image))
+	if (buffer && standby->limit && has_room)
 		nr_slots = standby_take_free(standby, slots_out, (uint32_t)nr);
 	pthread_mutex_unlock(&store->lock);
 	for (uint64_t i = 0; i < nr; i++) {
