@@ -35,44 +35,45 @@ PREADS = {
 
 def cold(bench: Bench) -> CaseResult:
     """Read an evicted image as a guest in three ways; read and map its uncached file."""
-    size_bytes = bench.cold.stat().st_size
-    sides = {"mmap copy": _side(bench, "touch", size_bytes, side="plain", how="copy")}
-    for image, of in (("cold", ""), (COLD_HUGE, " 2M")):
-        sides |= {
-            f"guest{of} copy": _side(bench, "touch", size_bytes, image, side="guest", how="copy"),
-            f"guest{of} touch": _side(bench, "touch", size_bytes, image, side="guest", how="read"),
-            f"guest{of} read()": _side(
-                bench, "library", size_bytes, image, place=image, chunk_bytes=1024 * KIB
-            ),
-        }
-    path = str(bench.cold)
-    for name, (chunk_bytes, direct) in PREADS.items():
-        if not direct or _has_direct(bench.cold):
-            sides[name] = _side(
-                bench, "file", size_bytes, path=path, chunk_bytes=chunk_bytes, direct=direct
-            )
-    row = Row.measure(bench, f"whole image of {size_bytes >> 20} MiB", "MiB/s", sides, [])
-    row.ratios = [
-        compare(row.samples, guest, name, _aim(name))
-        for guest in ("guest copy", "guest 2M copy")
-        for name in sides
-        if name.startswith("pread")
-    ]
-    row.ratios += [
-        compare(row.samples, name, "pread 1M")
-        for name in sides
-        if name.endswith(("touch", "read()"))
-    ]
-    row.ratios.append(compare(row.samples, "guest copy", "mmap copy"))
+    size = f"whole image of {bench.cold.stat().st_size >> 20} MiB"
     return CaseResult(
         "cold image read front to back, bandwidth, against pread of the same file",
-        [row],
+        [_row(bench, "cold", size), _row(bench, COLD_HUGE, f"{size}, extents of 2M")],
         [
             "the daemon reads its source O_DIRECT; pread is buffered unless it says direct",
             "copy and pread move every byte into a buffer; touch reads one byte of each page",
             "a virtual disk may be cached by its host: for all sides alike",
         ],
     )
+
+
+def _row(bench: Bench, image: str, name: str) -> Row:
+    size_bytes = bench.cold.stat().st_size
+    sides = {
+        "guest copy": _side(bench, "touch", size_bytes, image, side="guest", how="copy"),
+        "guest touch": _side(bench, "touch", size_bytes, image, side="guest", how="read"),
+        "guest read()": _side(
+            bench, "library", size_bytes, image, place=image, chunk_bytes=1024 * KIB
+        ),
+        "mmap copy": _side(bench, "touch", size_bytes, side="plain", how="copy"),
+    }
+    path = str(bench.cold)
+    for pread, (chunk_bytes, direct) in PREADS.items():
+        if not direct or _has_direct(bench.cold):
+            sides[pread] = _side(
+                bench, "file", size_bytes, path=path, chunk_bytes=chunk_bytes, direct=direct
+            )
+    row = Row.measure(bench, name, "MiB/s", sides, [])
+    row.ratios = [
+        compare(row.samples, "guest copy", pread, _aim(pread))
+        for pread in sides
+        if pread.startswith("pread")
+    ]
+    row.ratios += [
+        compare(row.samples, guest, "pread 1M") for guest in ("guest touch", "guest read()")
+    ]
+    row.ratios.append(compare(row.samples, "guest copy", "mmap copy"))
+    return row
 
 
 def _aim(pread: str) -> Aim | None:
