@@ -38,7 +38,7 @@ def cold(bench: Bench) -> CaseResult:
     size = f"whole image of {bench.cold.stat().st_size >> 20} MiB"
     return CaseResult(
         "cold image read front to back, bandwidth, against pread of the same file",
-        [_row(bench, "cold", size), _row(bench, COLD_HUGE, f"{size}, extents of 2M")],
+        [_row(bench, "cold", size), _row(bench, COLD_HUGE, f"{size}, 2M extents")],
         [
             "the daemon reads its source O_DIRECT; pread is buffered unless it says direct",
             "copy and pread move every byte into a buffer; touch reads one byte of each page",
