@@ -238,6 +238,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ([], "no image to serve"),
         (["debian"], "has no '='"),
         (["a=/a", "a=/b"], "given twice"),
+        (["a=/a,extent=3M"], "extent of 3145728 bytes of image 'a': use a power of two, 4K to 2M"),
+        (["a=/a,extent=2K"], "extent of 2048 bytes of image 'a'"),
+        (["a=/a,extent=lots"], "extent of image 'a' 'lots' is not a size"),
+        (["a=/a,extent="], "image 'a' has an empty extent"),
+        (["a=/a,extent=2M,extent=2M"], "image 'a' has extent= twice"),
         (["=/a"], "image name ''"),
     ],
 )
@@ -251,6 +256,26 @@ def test_a_config_made_by_hand_is_checked_too() -> None:
     twice = (ImageSpec("a", "/a"), ImageSpec("a", "/b"))
     with pytest.raises(UsageError, match="given twice"):
         Config(images=twice, run_dir=Path("/run/x"), state_dir=Path("/run/x/state"))
+
+
+def test_an_image_has_the_extents_that_it_names_or_the_configurations(tmp_path: Path) -> None:
+    path = tmp_path / "cowshed.toml"
+    path.write_text(
+        'extent = "16K"\n[images]\na = "/a"\n[[image]]\nname = "b"\nsource = "/b"\n'
+        'extent = "2M"\n[[image]]\nname = "c"\nsource = "/c"\nextent = 4096\n'
+    )
+    config = config_load(config_file=path, images=["d=/d,extent=8K"])
+    sizes = {spec.name: config.extent_of(spec) for spec in config.images}
+    assert sizes == {"a": 16 << 10, "b": 2 << 20, "c": 4 << 10, "d": 8 << 10}
+    assert (config.least_extent_bytes, config.largest_extent_bytes) == (4 << 10, 2 << 20)
+    assert config_load(images=["a=/a"], extent="2M").largest_extent_bytes == 2 << 20
+
+
+def test_two_of_the_largest_extents_must_fit() -> None:
+    images = ["a=/a,extent=2M", "b=/b"]
+    assert config_load(images=images, capacity="4M").capacity_bytes == 4 << 20
+    with pytest.raises(UsageError, match="less than 2 extents of 2M: give 4M or more"):
+        config_load(images=images, capacity="4095K")
 
 
 def test_capacity_of_exactly_two_extents_is_enough() -> None:

@@ -198,6 +198,12 @@ def test_an_option_takes_the_place_of_the_image_in_its_domain_only(tmp_path: Pat
         ("a=/x\ny,domain=d", ImageSpec("a", "/x\ny", "d")),
         ("a=file:///x%2Cdomain=e", ImageSpec("a", "/x,domain=e")),
         ("a=file:///x%2Cdomain=e,domain=d", ImageSpec("a", "/x,domain=e", "d")),
+        ("a=/x,extent=2M", ImageSpec("a", "/x", extent_bytes=2 << 20)),
+        ("a=/x,extent=1K,domain=d,y", ImageSpec("a", "/x,extent=1K,domain=d,y")),
+        (
+            "a=/x,extent=4K,trim=zeros,domain=d",
+            ImageSpec("a", "/x", "d", trim="zeros", extent_bytes=4096),
+        ),
     ],
 )
 def test_only_a_trailing_known_key_ends_a_source(option: str, expected: ImageSpec) -> None:
