@@ -26,10 +26,10 @@ def image(make_image: MakeImage) -> Path:
     return make_image(SIZE)
 
 
-@pytest.fixture
-def small(image: Path, start_daemon: StartDaemon) -> Daemon:
+@pytest.fixture(params=["", ",extent=2M"])
+def small(image: Path, start_daemon: StartDaemon, request: pytest.FixtureRequest) -> Daemon:
     """Holds half of the image."""
-    return start_daemon("--image", f"d={image}", "--capacity", "4M")
+    return start_daemon("--image", f"d={image}{request.param}", "--capacity", "4M")
 
 
 def test_memory_reads_as_its_snapshot_from_many_threads(

@@ -40,10 +40,11 @@ def image(make_image: MakeImage) -> Path:
     return make_image(SIZE - 300 * PAGE - 100)
 
 
-@pytest.fixture
-def small(image: Path, start_daemon: StartDaemon) -> Daemon:
-    """Holds less than one huge page."""
-    return start_daemon("--image", f"d={image}", "--capacity", "1M")
+@pytest.fixture(params=[("64K", "1M"), ("2M", "4M")])
+def small(image: Path, start_daemon: StartDaemon, request: pytest.FixtureRequest) -> Daemon:
+    """Holds less than one huge page, or two if extents are as large."""
+    extent, capacity = request.param
+    return start_daemon("--image", f"d={image},extent={extent}", "--capacity", capacity)
 
 
 def pages_of(image: Path) -> int:
