@@ -106,11 +106,12 @@ class EvictionPolicy:
         self,
         capacity_extents: int,
         standby_extents: int = 0,
-        room_of: Callable[[ExtentKey], int] = lambda _: 1,
+        room_of: Callable[[ExtentKey], int] | None = None,
     ) -> None:
         """Start with nothing resident; standby_extents: in the standby list at most, 0: none.
 
-        room_of: how much of the capacity an extent takes; the list has only those that take 1.
+        room_of: how much of the capacity an extent takes, None: all take 1. The list has only those
+        that take 1.
         Raises UsageError for a capacity of less than one extent.
         """
         if capacity_extents < 1:
@@ -217,7 +218,7 @@ class EvictionPolicy:
             del queue[place]
             self._chosen[key] = queue
             victims.append(key)
-            room += self._room_of(key)
+            room += self._room_of(key) if self._room_of else 1
             small_due = len(small) >= self.nr_small_wanted
         if not victims:
             raise CapacityError(
@@ -345,7 +346,7 @@ class EvictionPolicy:
 
     def _is_kept(self, key: ExtentKey) -> bool:
         """Whether the extent, unmapped, goes to the standby list: then that shows its use."""
-        return self.has_standby and self._room_of(key) == 1
+        return self.has_standby and (not self._room_of or self._room_of(key) == 1)
 
     def _is_wanted(self, key: ExtentKey, heat: Heat) -> bool:
         """Return whether an extent of small has earned a place in main; takes its touches."""

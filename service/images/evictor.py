@@ -81,7 +81,8 @@ class Evictor:
         self._store = store
         standby = capacity * standby_percent // 100
         self._heat = _StoreHeat(store)
-        self._policy = EvictionPolicy(capacity, standby, self._heat.room_of)
+        room_of = self._heat.room_of if largest_extent > 1 else None
+        self._policy = EvictionPolicy(capacity, standby, room_of)
         self._size = StandbySize(standby)
         self._counted = counters
         self._marks = (0, 0)

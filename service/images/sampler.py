@@ -159,7 +159,7 @@ class Sampler:
             return "standby is 0, so that nothing is measured"
         if not self._images():
             return "the standby list takes no extents of this size, so that nothing is measured"
-        if counters.reserved_extents < _RESIDENT_MIN:
+        if self._resident_extents() < _RESIDENT_MIN:
             return f"less than {_RESIDENT_MIN} extents are resident, too few to measure"
         return "no guest used anything, or too little was measured yet"
 
@@ -172,7 +172,7 @@ class Sampler:
             self._take_ends(now)
             self._end_due(now)
         if counters.standby_limit:
-            self._begin(counters.reserved_extents, counters.standby_limit)
+            self._begin(self._resident_extents(), counters.standby_limit)
 
     def _run(self) -> None:
         while not self._stopping.wait(_TICK_SECONDS):
@@ -205,6 +205,10 @@ class Sampler:
     def _images(self) -> list[Image]:
         """Return the images that can be probed."""
         return [image for image in self._store if self._evictor.is_kept(image)]
+
+    def _resident_extents(self) -> int:
+        """Count what may be probed."""
+        return sum(image.resident_bytes for image in self._images()) // self._store.extent_bytes
 
     def _take_ends(self, now: float) -> None:
         for end in self._store.take_sample_ends():

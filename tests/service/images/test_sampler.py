@@ -11,7 +11,7 @@ import pytest
 from stage import EXTENT_PAGES, MakeStage, Stage, content, fail_at, make_stage, until
 
 from cowshed.accounting import WINDOWS_SECONDS, EvictReason, evict
-from cowshed.cache import ExtentState
+from cowshed.cache import ExtentState, probe_huge_frames
 from cowshed.cache._core import lib
 from cowshed.service.images.evictor import Evictor
 from cowshed.service.images.sampler import Sampler
@@ -145,3 +145,18 @@ def test_evicted_extents_are_no_probes(sampled: Sampled) -> None:
     for _ in range(5):
         sampled.tick()
     assert sampled.stage.store.counters().standby_extents == 0
+
+
+@pytest.mark.skipif(probe_huge_frames() is not None, reason="needs to mount a tmpfs: run as root")
+def test_extents_that_the_list_does_not_take_are_not_probed(make_stage: MakeStage) -> None:
+    """A probe of one would evict it."""
+    stage = make_stage(nr_pages=8 * 512, capacity=320, image_extent_pages=512, standby=24)
+    evictor = Evictor(stage.store, 20, 32)
+    sampler = Sampler(stage.store, evictor)
+    stage.load()
+    for _ in range(20):
+        sampler.tick()
+    assert evictor.sample([(stage.image.image_no, 0)]) == []
+    assert set(stage.image.states()) == {ExtentState.RESIDENT}
+    assert [use.hit_rate for use in sampler.use()] == [None] * len(WINDOWS_SECONDS)
+    assert "no extents of this size" in sampler.why_unknown()
