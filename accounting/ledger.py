@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
+from cowshed.accounting.page_runs import PackedRuns
 from cowshed.accounting.quota import Quota, QuotaPolicy
 from cowshed.cache import Image, InvariantError, PeerError, UsageError
 from cowshed.cache._core import ffi, lib
@@ -282,6 +283,38 @@ class Account:
             raise PeerError(f"protecting written pages: {os.strerror(-result)}")
         checked(result, "taking dirty pages")
         return bytes(words)
+
+    def load_runs(
+        self, mem_fd: int, runs: PackedRuns, to: memoryview, *, is_frozen: bool
+    ) -> list[int]:
+        """Copy the pages of runs, one after another, out of the guest's memory.
+
+        mem_fd is its /proc/PID/mem. Returns the pages that the guest discarded or moved meanwhile:
+        they came as zeros, and must be read again. PeerGoneError if the memory is gone, PeerError
+        if a page is not mapped. OSError if one cannot be read; is_frozen: a discarded one, too.
+        """
+        nr_pages = runs.check(self.image.nr_pages)
+        assert len(to) == nr_pages * PAGE_BYTES
+        unread = bytearray(nr_pages)
+        nr = lib.account_load(
+            self.cdata,
+            mem_fd,
+            ffi.from_buffer(runs.raw),
+            len(runs),
+            int(is_frozen),
+            ffi.from_buffer(to),
+            ffi.from_buffer(unread),
+        )
+        if nr == -errno.ESRCH:
+            raise PeerGoneError("reading private pages: its memory is gone")
+        if nr == -errno.ENXIO:
+            raise PeerError("it unmapped private pages")
+        if nr < 0:
+            raise OSError(-nr, os.strerror(-nr))
+        if nr == 0:
+            return []
+        pages = (page for first, nr in runs for page in range(first, first + nr))
+        return [page for page, is_unread in zip(pages, unread, strict=True) if is_unread]
 
     def preload(self, source_fd: int, bitmap: bytes) -> int:
         """Make pages private whose bytes a file has at their image offsets; return how many.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from cowshed.accounting.ledger import Account
+from cowshed.accounting.page_runs import PackedRuns
 from cowshed.cache import InvariantError, SourceError, UsageError
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import CLOSED, checked
@@ -111,10 +112,29 @@ class Overlay:
         )
         return bytes(pages)
 
+    def load_runs(self, runs: PackedRuns, to: memoryview) -> None:
+        """Copy the pages of runs, one after another, as load() does; `to` must be as long."""
+        assert len(to) == runs.check(self.account.image.nr_pages) * PAGE_BYTES
+        checked(
+            lib.overlay_load_runs(
+                self.cdata, ffi.from_buffer(runs.raw), len(runs), ffi.from_buffer(to)
+            ),
+            f"reading an overlay over {self.account.image.label!r}",
+        )
+
     def store(self, first_page: int, pages: bytes | memoryview) -> None:
         """Make pages private with these bytes, past the quota too. OSError if there is no room."""
         nr_pages = len(pages) // PAGE_BYTES
         err = lib.overlay_store(self.cdata, first_page, nr_pages, ffi.from_buffer(pages))
+        if err < 0:
+            raise OSError(-err, f"writing an overlay over {self.account.image.label!r}")
+
+    def store_runs(self, runs: PackedRuns, pages: bytes | memoryview) -> None:
+        """Make the pages of runs private, one after another, as store() does."""
+        assert len(pages) == runs.check(self.account.image.nr_pages) * PAGE_BYTES
+        err = lib.overlay_store_runs(
+            self.cdata, ffi.from_buffer(runs.raw), len(runs), ffi.from_buffer(pages)
+        )
         if err < 0:
             raise OSError(-err, f"writing an overlay over {self.account.image.label!r}")
 

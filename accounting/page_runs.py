@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final
+from typing import Final, overload
 
-__all__ = ["count_pages", "page_bitmap", "page_runs", "split_runs"]
+from cowshed.cache._core import ffi, lib
+
+__all__ = ["PackedRuns", "count_pages", "packed_runs", "page_bitmap", "page_runs", "split_runs"]
+
+_RUN: Final = struct.Struct("<QI")
 
 _FULL: Final = 0xFF
 # A run of bytes whose bits are all set; or one byte with some set.
@@ -61,6 +66,71 @@ def page_runs(bitmap: int) -> Iterator[tuple[int, int]]:
             end = page + at + nr
     if start != end:
         yield start, end - start
+
+
+class PackedRuns(Sequence[tuple[int, int]]):
+    """Runs as a handoff sends them, 12 bytes each: a sequence of (first page, number of pages).
+
+    The core's calls take raw as it is; nothing is made of a run unless it is looked at.
+    """
+
+    __slots__ = ("raw",)
+
+    def __init__(self, raw: bytes) -> None:
+        assert len(raw) % _RUN.size == 0
+        self.raw: Final = raw
+
+    @classmethod
+    def of(cls, runs: Sequence[tuple[int, int]]) -> PackedRuns:
+        """Pack runs, unless they are packed."""
+        if isinstance(runs, PackedRuns):
+            return runs
+        return cls(b"".join(_RUN.pack(*run) for run in runs))
+
+    def check(self, nr_pages: int) -> int:
+        """Return how many pages they have.
+
+        ValueError unless they ascend, none is empty, and all are within nr_pages pages.
+        """
+        total: int = lib.page_runs_check(ffi.from_buffer(self.raw), len(self), nr_pages)
+        if total < 0:
+            raise ValueError(f"runs of pages are out of order or outside the image of {nr_pages}")
+        return total
+
+    def __len__(self) -> int:
+        return len(self.raw) // _RUN.size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return _RUN.iter_unpack(self.raw)
+
+    @overload
+    def __getitem__(self, no: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, no: slice) -> Sequence[tuple[int, int]]: ...
+    def __getitem__(self, no: int | slice) -> tuple[int, int] | Sequence[tuple[int, int]]:
+        return tuple(self)[no]
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == (tuple(other) if isinstance(other, Sequence) else other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
+def packed_runs(bitmap: int, max_pages: int) -> Iterator[PackedRuns]:
+    """Give the runs as split_runs() does, packed; for bitmaps with many of them."""
+    nr_words = (bitmap.bit_length() + 63) // 64
+    words = bitmap.to_bytes(8 * nr_words, "little")
+    cdata = ffi.from_buffer("uint64_t[]", words)
+    room = bytearray(max_pages * _RUN.size)
+    next_page = ffi.new("uint64_t *")
+    while nr := lib.page_runs_make(
+        cdata, nr_words, next_page[0], max_pages, ffi.from_buffer(room), next_page
+    ):
+        yield PackedRuns(bytes(memoryview(room)[: nr * _RUN.size]))
 
 
 def split_runs(bitmap: int, max_pages: int) -> Iterator[list[tuple[int, int]]]:

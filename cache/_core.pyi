@@ -305,6 +305,7 @@ class _Lib:
     REGIONS_MAX: int
     LATENCY_BUCKETS: int
     LEDGER_LAYOUT: int
+    PAGE_RUN_BYTES: int
     OVERLAY_IDENTITY_BYTES: int
     WINDOW_STREAMS: int
     WINDOW_GROWTH: int
@@ -734,6 +735,30 @@ class _Lib:
     ) -> int: ...
     def account_freeze(self, account: StructAccount | Array[StructAccount], /) -> int: ...
     def account_thaw(self, account: StructAccount | Array[StructAccount], /) -> None: ...
+    def page_runs_make(
+        self,
+        words: Pointer[int],
+        nr_words: int,
+        from_: int,
+        max_pages: int,
+        runs_out: bytes | Pointer[bytes] | Pointer[int],
+        next_out: Pointer[int],
+        /,
+    ) -> int: ...
+    def page_runs_check(
+        self, runs: bytes | Pointer[bytes] | Pointer[int], nr_runs: int, nr_pages: int, /
+    ) -> int: ...
+    def account_load(
+        self,
+        account: StructAccount | Array[StructAccount],
+        mem_fd: int,
+        runs: bytes | Pointer[bytes] | Pointer[int],
+        nr_runs: int,
+        is_frozen: int,
+        to: bytes | Pointer[bytes] | Pointer[int],
+        unread: bytes | Pointer[bytes] | Pointer[int],
+        /,
+    ) -> int: ...
     def evict_extents(
         self,
         image: StructImage | Array[StructImage],
@@ -811,11 +836,27 @@ class _Lib:
         to: bytes | Pointer[bytes] | Pointer[int],
         /,
     ) -> int: ...
+    def overlay_load_runs(
+        self,
+        overlay: StructOverlay | Array[StructOverlay],
+        runs: bytes | Pointer[bytes] | Pointer[int],
+        nr_runs: int,
+        to: bytes | Pointer[bytes] | Pointer[int],
+        /,
+    ) -> int: ...
     def overlay_store(
         self,
         overlay: StructOverlay | Array[StructOverlay],
         first: int,
         nr: int,
+        bytes: bytes | Pointer[bytes] | Pointer[int],
+        /,
+    ) -> int: ...
+    def overlay_store_runs(
+        self,
+        overlay: StructOverlay | Array[StructOverlay],
+        runs: bytes | Pointer[bytes] | Pointer[int],
+        nr_runs: int,
         bytes: bytes | Pointer[bytes] | Pointer[int],
         /,
     ) -> int: ...

@@ -50,6 +50,8 @@ HEADERS = (
     "accounting/core/presence.h",
     "accounting/core/preload.h",
     "accounting/core/track.h",
+    "accounting/core/page_runs.h",
+    "accounting/core/guest_memory.h",
     "accounting/core/evict.h",
     "accounting/core/overlay/overlay.h",
     "accounting/core/overlay/move.h",

@@ -14,8 +14,9 @@ import os
 from dataclasses import replace
 from typing import Final
 
+from cowshed.accounting.page_runs import PackedRuns
 from cowshed.service.guests.guests import Guest
-from cowshed.service.migration.migrating import MigratingMapping, Runs, counters_of, owner_of_token
+from cowshed.service.migration.migrating import MigratingMapping, counters_of, owner_of_token
 from cowshed.service.overlays.claims import CARRIER
 from cowshed.transport.handoff.sections import GuestSection
 
@@ -84,7 +85,7 @@ class MigratingCarrier(MigratingMapping):
         """Return no pages: none are sent."""
         return 0
 
-    def load(self, runs: Runs) -> bytes:  # noqa: ARG002
+    def load(self, runs: PackedRuns, to: memoryview) -> None:  # noqa: ARG002
         """Must not be called: private() is empty."""
         raise AssertionError(f"guest {self.name!r} carries its pages along itself")
 

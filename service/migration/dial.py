@@ -48,7 +48,7 @@ def dial_target(
         sock, tls = connection.take_stream()
         if tls is not None:
             sock = Relay(sock, tls, handshake_seconds=0).inner
-        return SocketLink(sock, look)
+        return SocketLink(sock, look, is_relayed=tls is not None)
     except BaseException:
         connection.close()
         raise

@@ -314,6 +314,7 @@ class Drain:
             self._error = UsageError(print_blockers("drain", self._blockers))
             return Event.REFUSED
         self._target.check(message, "accepted")
+        self._the_sender.use_features(message.body.get("has"))
         wanted = message.body.get("images")
         if self._with_images and isinstance(wanted, list):
             self._wanted = [no for no in range(len(images)) if no in wanted]

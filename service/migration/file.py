@@ -232,8 +232,8 @@ def _read(
     look: Callable[[], None],
 ) -> None:
     checked = False
-    while raw := link.receive():
-        for section in reader.feed(raw):
+    while nr_bytes := link.receive_into(reader.room()):
+        for section in reader.advance(nr_bytes):
             if isinstance(section, Header | ImageSection | GuestSection):
                 continue
             if not checked:

@@ -29,6 +29,7 @@ from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.stops import stop_at
 from cowshed.service.runtime.test_points import reach
 from cowshed.transport.handoff.sections import (
+    XXH128,
     ControlMessage,
     End,
     GuestSection,
@@ -48,7 +49,7 @@ __all__ = ["HandoffTarget"]
 
 _log = EventLog("cowshed.handoff")
 
-_FEATURES: Final = ("post-copy", "carried")
+_FEATURES: Final = ("post-copy", "carried", XXH128)
 _WARM_SECONDS: Final = 60.0
 _MAX_FORGOTTEN: Final = 1000
 _CHECKING_SECONDS: Final = 1.0
@@ -266,8 +267,8 @@ class _Reception:
         """Receive until it is over."""
         why = ""
         try:
-            while raw := self._link.receive():
-                for section in self._reader.feed(raw):
+            while nr_bytes := self._link.receive_into(self._reader.room()):
+                for section in self._reader.advance(nr_bytes):
                     self._take(section)
             why = "its source hung up"
         except CowshedError as error:
@@ -446,7 +447,7 @@ class _Reception:
     def do(self, action: Action) -> None:
         """Perform an action of the state machine."""
         if action is Action.SEND_ACCEPTED:
-            self._send("accepted", images=self._receiver.wanted)
+            self._send("accepted", images=self._receiver.wanted, has=list(_FEATURES))
         elif action is Action.SEND_REFUSED:
             self._send("refused", blockers=self._blockers)
         elif action is Action.SEND_READY:

@@ -14,15 +14,28 @@ import socket
 import stat
 import time
 from collections.abc import Callable
-from typing import Final
+from enum import Enum
+from typing import Final, TypeVar
 
 from cowshed.cache.errors import PeerError, SourceError
 
-__all__ = ["SILENCE_SECONDS", "FileLink", "Link", "SocketLink", "open_link"]
+__all__ = ["SILENCE_SECONDS", "FileLink", "Link", "Reach", "SocketLink", "open_link"]
 
 SILENCE_SECONDS: Final = 30.0
 _LOOK_SECONDS: Final = 0.1
 _READ_BYTES: Final = 1 << 20
+_SEND_BYTES: Final = 4 << 20
+_SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h
+
+_Received = TypeVar("_Received")
+
+
+class Reach(Enum):
+    """Where a link leads; a sender decides by it whether to compress."""
+
+    FILE = "file"
+    HOST = "host"
+    NETWORK = "network"
 
 
 class Link:
@@ -31,12 +44,18 @@ class Link:
     def __init__(self, look: Callable[[], None]) -> None:
         self._look = look
 
-    def send(self, raw: bytes) -> None:
+    reach = Reach.FILE
+
+    def send(self, raw: bytes | memoryview) -> None:
         """Send all bytes."""
         raise NotImplementedError
 
     def receive(self) -> bytes:
         """Wait for some bytes and return them; b"" at the end."""
+        raise NotImplementedError
+
+    def receive_into(self, room: memoryview) -> int:
+        """Wait for some bytes, put them into room and return how many; 0 at the end."""
         raise NotImplementedError
 
     def has_come(self) -> bool:
@@ -57,15 +76,22 @@ class SocketLink(Link):
         look: Callable[[], None] = lambda: None,
         silence_seconds: float = SILENCE_SECONDS,
         with_it: Callable[[], None] = lambda: None,
+        *,
+        is_relayed: bool = False,
     ) -> None:
-        """with_it() is called when the link is closed, to release the socket's origin."""
+        """with_it() is called when the link is closed, to release the socket's origin.
+
+        is_relayed: the socket leads to a relay, and the peer is elsewhere.
+        """
         super().__init__(look)
         self._with_it = with_it
+        self.reach = Reach.HOST if not is_relayed and _is_local(sock) else Reach.NETWORK
+        _enlarge(sock)
         sock.setblocking(False)
         self._socket = sock
         self._silence_seconds = silence_seconds
 
-    def send(self, raw: bytes) -> None:
+    def send(self, raw: bytes | memoryview) -> None:
         """Send all bytes. Raises PeerError."""
         left = memoryview(raw)
         while left:
@@ -78,9 +104,16 @@ class SocketLink(Link):
 
     def receive(self) -> bytes:
         """Wait for some bytes and return them; b"" once the peer has closed. Raises PeerError."""
+        return self._when_come(lambda: self._socket.recv(_READ_BYTES))
+
+    def receive_into(self, room: memoryview) -> int:
+        """Wait for some bytes, as receive() does, and put them into room."""
+        return self._when_come(lambda: self._socket.recv_into(room))
+
+    def _when_come(self, receive: Callable[[], _Received]) -> _Received:
         while True:
             try:
-                return self._socket.recv(_READ_BYTES)
+                return receive()
             except BlockingIOError:
                 self._wait(select.POLLIN, "sent nothing")
             except OSError as error:
@@ -127,7 +160,7 @@ class FileLink(Link):
         super().__init__(look)
         self._fd = fd
 
-    def send(self, raw: bytes) -> None:
+    def send(self, raw: bytes | memoryview) -> None:
         """Write all bytes."""
         left = memoryview(raw)
         try:
@@ -142,6 +175,14 @@ class FileLink(Link):
         self._look()
         try:
             return os.read(self._fd, _READ_BYTES)
+        except OSError as error:
+            raise SourceError(f"cannot read the file: {error.strerror}") from error
+
+    def receive_into(self, room: memoryview) -> int:
+        """Read some bytes into room; 0 at the end."""
+        self._look()
+        try:
+            return os.readv(self._fd, [room])
         except OSError as error:
             raise SourceError(f"cannot read the file: {error.strerror}") from error
 
@@ -165,6 +206,31 @@ class FileLink(Link):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _is_local(sock: socket.socket) -> bool:
+    """Whether the peer is on this host: by a unix socket, or at our own address."""
+    if sock.family == socket.AF_UNIX:
+        return True
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    try:
+        return bool(sock.getsockname()[0] == sock.getpeername()[0])
+    except OSError:  # it is gone already
+        return False
+
+
+def _enlarge(sock: socket.socket) -> None:
+    """Make room for two large frames in the socket, so that the two ends work at the same time.
+
+    The kernel sizes those of tcp by itself.
+    """
+    if sock.family != socket.AF_UNIX:
+        return
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BYTES)
+    except OSError:  # not privileged: up to the system's limit
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
 
 
 def open_link(fd: int, look: Callable[[], None] = lambda: None) -> SocketLink | FileLink:

@@ -7,19 +7,18 @@ descriptor of /proc/PID/mem that it sent. One that maps nothing has them in its 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Final, Protocol
 
-from cowshed.accounting import AccountStatus, MissingPages, Region
+from cowshed.accounting import AccountStatus, MissingPages
+from cowshed.accounting.page_runs import PackedRuns, page_bitmap
 from cowshed.cache import CowshedError, Image, PeerError
 from cowshed.cache.errors import PeerGoneError
-from cowshed.cache.images import PAGE_BYTES
 from cowshed.service.guests.guests import Guest, GuestTable
 from cowshed.service.overlays.claims import CARRIER
 from cowshed.service.overlays.overlays import OverlayGuest
@@ -30,16 +29,12 @@ __all__ = [
     "MigratingGuest",
     "MigratingMapping",
     "MigratingOverlay",
-    "Runs",
     "counters_of",
     "owner_of_token",
     "thaw_all",
 ]
 
 _log = EventLog("cowshed.drain")
-
-# (first page, number of pages), in order.
-Runs = Sequence[tuple[int, int]]
 
 
 def owner_of_token(token: str) -> str:
@@ -87,8 +82,11 @@ class MigratingGuest(Protocol):
     def private(self) -> int:
         """Return the private pages there are now."""
 
-    def load(self, runs: Runs) -> bytes:
-        """Copy private pages; zeros of a guest that has left. PeerError if they are unreadable."""
+    def load(self, runs: PackedRuns, to: memoryview) -> None:
+        """Copy private pages, zeros of a guest that has left; `to` is as long.
+
+        PeerError if they are unreadable.
+        """
 
     def counters(self) -> dict[str, int]:
         """Return its counters."""
@@ -186,9 +184,9 @@ class MigratingOverlay:
         """Return its private pages."""
         return _bits(self.guest.account.private_bitmap())
 
-    def load(self, runs: Runs) -> bytes:
+    def load(self, runs: PackedRuns, to: memoryview) -> None:
         """Copy pages out of the overlay."""
-        return b"".join(self.guest.overlay.load(*run) for run in runs)
+        self.guest.overlay.load_runs(runs, to)
 
     def counters(self) -> dict[str, int]:
         """Return its counters."""
@@ -313,49 +311,27 @@ class MigratingMapping:
             self._mapping.account.settle()
             return _bits(self._mapping.account.private_bitmap())
 
-    def load(self, runs: Runs) -> bytes:
+    def load(self, runs: PackedRuns, to: memoryview) -> None:
         """Copy pages out of its memory; zeros if it has left."""
         with self._locked() as is_here:
             if is_here:
-                regions = self._mapping.account.regions()
-                pages = b"".join(self._of(regions, *run) for run in runs)
-                if regions != self._mapping.account.regions():  # it remapped some of it meanwhile
-                    for first, nr in runs:
-                        self._unread |= ((1 << nr) - 1) << first
-                return pages
-        return bytes(PAGE_BYTES * sum(nr for _, nr in runs))
+                self._unread |= page_bitmap(self._read(runs, to))
+                return
+        to[:] = bytes(len(to))
 
-    def _of(self, regions: Sequence[Region], first_page: int, nr_pages: int) -> bytes:
-        offset, end = first_page * PAGE_BYTES, (first_page + nr_pages) * PAGE_BYTES
-        pages = b""
-        for region in regions:
-            if region.offset <= offset < region.offset + region.length:
-                nr = min(end, region.offset + region.length) - offset
-                pages += self._read(region, offset, nr)
-                offset += nr
-        if offset != end:
-            raise PeerError(f"guest {self.name!r} unmapped private pages; end it")
-        return pages
-
-    def _read(self, region: Region, offset: int, nr_bytes: int) -> bytes:
-        pages = b""
-        while len(pages) < nr_bytes:
-            at = offset + len(pages)
-            try:
-                got = os.pread(
-                    self._mapping.fds[2], nr_bytes - len(pages), region.address + at - region.offset
-                )
-            except OSError as error:
-                if self._frozen or error.errno != errno.EIO:
-                    raise PeerError(
-                        f"memory of guest {self.name!r} cannot be read: {error.strerror}; end it"
-                    ) from error
-                self._unread |= 1 << at // PAGE_BYTES
-                got = bytes(PAGE_BYTES)
-            if not got:
-                raise PeerGoneError("reading private pages: its memory is gone")
-            pages += got
-        return pages
+    def _read(self, runs: PackedRuns, to: memoryview) -> list[int]:
+        """Copy pages, and return those that must be read again."""
+        mapping = self._mapping
+        try:
+            return mapping.account.load_runs(mapping.fds[2], runs, to, is_frozen=self._frozen)
+        except PeerGoneError:
+            raise
+        except PeerError as error:
+            raise PeerError(f"guest {self.name!r}: {error}; end it") from error
+        except OSError as error:
+            raise PeerError(
+                f"memory of guest {self.name!r} cannot be read: {error.strerror}; end it"
+            ) from error
 
     def counters(self) -> dict[str, int]:
         """Return its counters."""

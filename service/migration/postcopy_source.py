@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from cowshed.accounting.page_runs import count_pages, split_runs
+from cowshed.accounting.page_runs import PackedRuns, count_pages, split_runs
 from cowshed.cache import PeerError
 from cowshed.service.migration.migrating import MigratingGuest, MigratingMapping
 from cowshed.service.migration.sender import Sender
@@ -152,10 +152,11 @@ def _runs(pages: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _load(each: MigratingGuest, runs: list[tuple[int, int]]) -> bytes | None:
+def _load(each: MigratingGuest, runs: list[tuple[int, int]]) -> bytearray | None:
     """Copy pages; None if they are gone."""
+    content = bytearray(sum(nr for _, nr in runs) * PAGE_BYTES)
     try:
-        content = each.load(runs)
+        each.load(PackedRuns.of(runs), memoryview(content))
     except PeerError as error:
         _log.info("pages-unreadable", str(error), guest=each.name)
         return None

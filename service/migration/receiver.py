@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from cowshed.accounting import MissingPages, QuotaPolicy
-from cowshed.accounting.page_runs import count_pages
+from cowshed.accounting.page_runs import PackedRuns, count_pages
 from cowshed.cache import (
     CowshedError,
     FileSource,
@@ -180,15 +180,12 @@ class Receiver:
     def take(self, section: Section) -> None:
         """Store a section that follows the offer. Raises SourceError if there is no room."""
         if isinstance(section, Pages):
-            guest, at = self._staged(section.guest), 0
-            content = memoryview(section.content)
-            for first, nr in section.runs:
-                try:
-                    guest.overlay.store(first, content[at : at + nr * PAGE_BYTES])
-                except OSError as error:
-                    raise SourceError(f"no room for private pages: {error.strerror}") from error
-                at += nr * PAGE_BYTES
-            self.total_bytes += at
+            guest = self._staged(section.guest)
+            try:
+                guest.overlay.store_runs(PackedRuns.of(section.runs), section.content)
+            except OSError as error:
+                raise SourceError(f"no room for private pages: {error.strerror}") from error
+            self.total_bytes += len(section.content)
         elif isinstance(section, Missing):
             missing = MissingPages(self._staged(section.guest).overlay)
             for run in section.runs:

@@ -8,19 +8,28 @@ import socket
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
-from cowshed.accounting.page_runs import count_pages, page_bitmap, split_runs
+from cowshed.accounting.page_runs import (
+    PackedRuns,
+    count_pages,
+    packed_runs,
+    page_bitmap,
+    split_runs,
+)
 from cowshed.cache import ExtentState, Image
 from cowshed.service.images.working_sets import WorkingSets
+from cowshed.service.migration.compression import CompressionChoice
 from cowshed.service.migration.image_source import bytes_to_send, check_source, image_sections
-from cowshed.service.migration.link import Link
+from cowshed.service.migration.link import Link, Reach
 from cowshed.service.migration.migrating import MigratingGuest, thaw_all
 from cowshed.service.migration.resumption import Prefix, page_digest
 from cowshed.service.settings.domains import DomainMembers
 from cowshed.transport.handoff.sections import (
     MAX_PAGES,
     PAGE_BYTES,
+    XXH128,
     ControlMessage,
     Dropped,
     Header,
@@ -101,6 +110,9 @@ class Sender:
         self._migrating: Final = migrating
         self._images: Final = images
         self._writer = StateWriter(prefix.mark if prefix else None)
+        # Any compression takes longer than copies within a host do; a file is to be small.
+        self._writer.compress(link.reach is not Reach.HOST)
+        self._choice = CompressionChoice() if link.reach is Reach.NETWORK else None
         self.progress: Final = progress
         self._known = prefix.pages if prefix else [{} for _ in migrating]
         self._sent = [page_bitmap(known) for known in self._known]
@@ -112,6 +124,11 @@ class Sender:
         sender = Sender(self._link, migrating, images, self.progress)
         sender._writer = self._writer
         return sender
+
+    def use_features(self, features: object) -> None:
+        """Use what the other end has announced, if it has: an older one announces nothing."""
+        if isinstance(features, list) and XXH128 in features:
+            self._writer.use_xxh128()
 
     def track(self) -> None:
         """Begin to track guests' writes; thaw() ends it."""
@@ -245,8 +262,7 @@ class Sender:
                 self._put(Dropped(no, tuple(runs)))
             self._sent[no] = private
             self._put(Totals(no, count_pages(private), each.counters()))
-        self._link.send(self._writer.end())
-        self.progress.sent_bytes = self._writer.nr_bytes
+        self._give(self._writer.end())
         self.progress.done_bytes = self.progress.total_bytes
 
     def send_missing(self) -> list[int]:
@@ -259,28 +275,42 @@ class Sender:
                 self._put(Missing(no, tuple(runs[at : at + _RUNS_AT_ONCE])))
             self._put(Totals(no, count_pages(private), each.counters()))
             missing.append(private)
-        self._link.send(self._writer.end())
-        self.progress.sent_bytes = self._writer.nr_bytes
+        self._give(self._writer.end())
         self.progress.total_bytes = PAGE_BYTES * sum(map(count_pages, missing))
         return missing
 
-    def push(self, no: int, runs: Sequence[tuple[int, int]], content: bytes) -> None:
+    def push(self, no: int, runs: Sequence[tuple[int, int]], content: bytearray) -> None:
         """Send missing pages of a guest, at most MAX_PAGES."""
-        self._put(Pages(no, tuple(runs), content))
+        self._put(Pages(no, tuple(runs), bytes(content)))
 
     def _send_pages(self, no: int, pages: int) -> None:
-        each = self._migrating[no]
-        for runs in split_runs(pages, MAX_PAGES):
-            content = each.load(runs)
-            self.progress.done_bytes += len(content)
+        for runs in packed_runs(pages, MAX_PAGES):
             if self._known[no]:
-                runs, content = self._news(no, runs, content)
-            if runs:
-                self._put(Pages(no, tuple(runs), content))
+                self._send_news(no, runs)
+            else:
+                nr_bytes = sum(nr for _, nr in runs) * PAGE_BYTES
+                self._send_runs(no, runs, nr_bytes)
+                self.progress.done_bytes += nr_bytes
         self._sent[no] |= pages
 
+    def _send_runs(self, no: int, runs: PackedRuns, nr_bytes: int) -> None:
+        if self._choice is not None:
+            self._writer.compress(self._choice.next())
+        began = time.monotonic()
+        self._give(self._writer.pages(no, runs, nr_bytes, partial(self._migrating[no].load, runs)))
+        if self._choice is not None:
+            self._choice.note(nr_bytes, time.monotonic() - began)
+
+    def _send_news(self, no: int, runs: PackedRuns) -> None:
+        content = bytearray(sum(nr for _, nr in runs) * PAGE_BYTES)
+        self._migrating[no].load(runs, memoryview(content))
+        self.progress.done_bytes += len(content)
+        news, kept = self._news(no, runs, bytes(content))
+        if news:
+            self._put(Pages(no, news, kept))
+
     def _news(
-        self, no: int, runs: list[tuple[int, int]], content: bytes
+        self, no: int, runs: PackedRuns, content: bytes
     ) -> tuple[list[tuple[int, int]], bytes]:
         """Leave out the pages of which the other end has the current bytes."""
         known = self._known[no]
@@ -301,7 +331,10 @@ class Sender:
         return news, b"".join(kept)
 
     def _put(self, section: Section) -> None:
-        self._link.send(self._writer.write(section))
+        self._give(self._writer.write(section))
+
+    def _give(self, raw: bytes | memoryview) -> None:
+        self._link.send(raw)
         self.progress.sent_bytes = self._writer.nr_bytes
 
 

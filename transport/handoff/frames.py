@@ -5,8 +5,11 @@
     frame      kind u16, flags u16, number u32, raw_bytes u32, stored_bytes u32,
                crc u32 of the header before it and of the payload; then the payload
 
-Little-endian. Flag 1: the payload is one zstd frame with its content's size. Frames are numbered
-from 0 without a gap. The last one of a file, END, has the SHA-256 of every byte before it.
+Little-endian. Flag 1: the payload is one zstd frame with its content's size. Flag 2, only between
+two backends that know it: the XXH3-128 of the stored payload follows the header, 16 bytes in
+canonical (big-endian) order; the crc is then of the header and these. Frames are numbered from 0
+without a gap. The last one of a file, END, has the SHA-256 of every byte before it, except the
+payloads of frames with flag 2, whose digests it covers.
 
 Sans-IO: bytes in, frames out. Received bytes are untrusted; every violation is a DamagedError with
 its place, after which the decoder must not be used. Memory is bounded by one frame, and grows with
@@ -23,11 +26,13 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Never
 
+import xxhash
 import zstandard
 
 from cowshed.cache.errors import SourceError
 
 __all__ = [
+    "HEAD_BYTES",
     "MAX_RAW_BYTES",
     "DamagedError",
     "Frame",
@@ -44,6 +49,14 @@ _PREAMBLE: Final = struct.Struct("<8sHHI")
 _HEADER: Final = struct.Struct("<HHIIII")
 _UNCHECKED: Final = _HEADER.size - 4
 _COMPRESSED: Final = 1
+_XXH128: Final = 2
+_FLAGS: Final = _COMPRESSED | _XXH128
+# What precedes a payload at most: the header, and with flag 2 the payload's digest.
+HEAD_BYTES: Final = _HEADER.size + 16
+# Smaller payloads are neither compressed nor have a digest of their own.
+_LEAST_BYTES: Final = 128
+_FIRST_BYTES: Final = 64 << 10
+_MAX_SPARE: Final = 3
 _LEVEL: Final = 1
 # Store a frame uncompressed unless compression shrinks it below this part.
 _WORTH: Final = 0.9
@@ -77,7 +90,7 @@ class Frame:
 
     kind: FrameKind
     number: int
-    payload: bytes
+    payload: bytes | memoryview
     offset: int
 
 
@@ -91,7 +104,11 @@ class Mark:
 
 
 class FrameEncoder:
-    """Encodes frames, in order. digest() covers all bytes encoded, and those before the mark."""
+    """Encodes frames, in order. digest() covers all bytes encoded, and those before the mark.
+
+    compresses: whether to compress payloads that shrink enough. checks_by_xxh128: the peer knows
+    flag 2. Both may change between frames.
+    """
 
     def __init__(self, mark: Mark | None = None) -> None:
         """Start a handoff, or go on at mark, where the preamble is written already."""
@@ -99,24 +116,53 @@ class FrameEncoder:
         self._number = mark.nr_frames if mark else 0
         self._sha = mark.sha256.copy() if mark else hashlib.sha256()
         self.nr_bytes = mark.offset if mark else 0
+        self.compresses = True
+        self.checks_by_xxh128 = False
 
     def preamble(self) -> bytes:
         """Return the bytes before the first frame."""
         start = _PREAMBLE.pack(MAGIC, VERSION, 0, 0)[:-4]
-        return self._given(start + struct.pack("<I", zlib.crc32(start)))
+        whole = start + struct.pack("<I", zlib.crc32(start))
+        self._sha.update(whole)
+        self.nr_bytes += len(whole)
+        return whole
 
     def frame(self, kind: FrameKind, payload: bytes) -> bytes:
         """Encode one frame; the payload must be at most MAX_RAW_BYTES."""
-        assert len(payload) <= MAX_RAW_BYTES
-        stored, flags = payload, 0
-        if len(payload) >= 128:
+        room = bytearray(HEAD_BYTES + len(payload))
+        room[HEAD_BYTES:] = payload
+        return bytes(self.seal(kind, memoryview(room)))
+
+    def seal(self, kind: FrameKind, room: memoryview) -> bytes | memoryview:
+        """Encode one frame whose payload is in room, after HEAD_BYTES for what precedes it.
+
+        Returns a part of room, unless the payload was compressed: so it is not copied.
+        """
+        payload = room[HEAD_BYTES:]
+        raw_bytes = len(payload)
+        assert raw_bytes <= MAX_RAW_BYTES
+        packed, flags = None, 0
+        if self.compresses and raw_bytes >= _LEAST_BYTES:
             packed = self._compressor.compress(payload)
-            if len(packed) < _WORTH * len(payload):
-                stored, flags = packed, _COMPRESSED
-        head = _HEADER.pack(kind, flags, self._number, len(payload), len(stored), 0)[:-4]
+            if len(packed) < _WORTH * raw_bytes:
+                payload, flags = memoryview(packed), _COMPRESSED
+        digest = b""
+        if self.checks_by_xxh128 and raw_bytes >= _LEAST_BYTES:
+            flags |= _XXH128
+            digest = xxhash.xxh3_128_digest(payload)
+        head = _HEADER.pack(kind, flags, self._number, raw_bytes, len(payload), 0)[:-4]
+        crc = zlib.crc32(digest or payload, zlib.crc32(head))
+        head += struct.pack("<I", crc) + digest
         self._number += 1
-        crc = zlib.crc32(stored, zlib.crc32(head))
-        return self._given(head + struct.pack("<I", crc) + stored)
+        self._sha.update(head)
+        if not digest:
+            self._sha.update(payload)
+        self.nr_bytes += len(head) + len(payload)
+        if flags & _COMPRESSED:
+            return head + payload
+        start = HEAD_BYTES - len(head)
+        room[start:HEAD_BYTES] = head
+        return room[start:]
 
     @property
     def nr_frames(self) -> int:
@@ -124,20 +170,23 @@ class FrameEncoder:
         return self._number
 
     def digest(self) -> str:
-        """Return the SHA-256 of all bytes until now."""
+        """Return the SHA-256 of all bytes until now, without payloads that xxh128 covers."""
         return self._sha.hexdigest()
-
-    def _given(self, raw: bytes) -> bytes:
-        self._sha.update(raw)
-        self.nr_bytes += len(raw)
-        return raw
 
 
 class FrameDecoder:
-    """Decodes frames from bytes as they come. Invariant: offset + len(_held) = bytes taken."""
+    """Decodes frames from bytes as they come: into room(), then advance(); or feed().
+
+    No bytes past the frame's end are asked for, so each frame has a buffer of its own, of which its
+    payload is a part. Invariant: offset + _nr_held = bytes taken; _room has the frame's first
+    _nr_held bytes.
+    """
 
     def __init__(self) -> None:
-        self._held = bytearray()
+        self._room = bytearray(_FIRST_BYTES)
+        self._nr_held = 0
+        self._most_bytes = _FIRST_BYTES  # of a frame that has arrived
+        self._spare: list[bytearray] = []
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
         self._began = False
         self._number = 0
@@ -148,21 +197,50 @@ class FrameDecoder:
 
     def feed(self, raw: bytes | bytearray | memoryview) -> Iterator[Frame]:
         """Take received bytes; yield the frames they end. digest() is of the bytes before each."""
-        self._held += raw
+        left = memoryview(raw)
+        while left:
+            room = self.room()
+            nr = min(len(room), len(left))
+            room[:nr] = left[:nr]
+            room.release()
+            left = left[nr:]
+            yield from self.advance(nr)
+
+    def room(self) -> memoryview:
+        """Return where to put the next bytes; never empty, and never past the end of a frame."""
+        need = self._need()
+        if need > len(self._room):
+            # Not more than twice of what has arrived, or of what the largest frame had.
+            size = min(need, max(2 * self._nr_held, self._most_bytes))
+            if size > len(self._room):
+                larger = self._take_spare(size)
+                larger[: self._nr_held] = memoryview(self._room)[: self._nr_held]
+                self._room = larger
+        return memoryview(self._room)[self._nr_held : min(need, len(self._room))]
+
+    def advance(self, nr_bytes: int) -> Iterator[Frame]:
+        """Take bytes that were put into room(); yield the frame that they end, if they do.
+
+        digest() is of the bytes before the frame until it has been taken. The payload is valid as
+        long as it is referred to.
+        """
+        self._nr_held += nr_bytes
         if not self._began:
-            if len(self._held) < _PREAMBLE.size:
-                if not MAGIC.startswith(bytes(self._held[: len(MAGIC)])):
-                    self.refuse("it does not begin with a handoff's magic")
-                return
-            self._take_preamble()
-        while (frame := self._next()) is not None:
-            taken = _HEADER.size + self._stored_bytes
-            yield frame
-            self._marked = self._number
-            self._sha.update(memoryview(self._held)[:taken])
-            del self._held[:taken]
-            self.offset += taken
-            self._section = frame.kind.name
+            held = bytes(memoryview(self._room)[: self._nr_held])
+            if not MAGIC.startswith(held[: len(MAGIC)]):
+                self.refuse("it does not begin with a handoff's magic")
+            if self._nr_held == _PREAMBLE.size:
+                self._take_preamble(held)
+            return
+        if self._nr_held < _HEADER.size or self._nr_held < self._need():
+            return
+        frame, head_bytes = self._decode()
+        yield frame
+        whole = memoryview(self._room)[: self._nr_held]
+        self._sha.update(whole if head_bytes == _HEADER.size else whole[:head_bytes])
+        self._marked = self._number
+        self._section = frame.kind.name
+        self._pass_over()
 
     def digest(self) -> str:
         """Return the SHA-256 of all bytes before the frame yielded last."""
@@ -175,14 +253,14 @@ class FrameDecoder:
     def end(self) -> Never:
         """Refuse an end of the bytes without END, with the offset at which to resume."""
         self.refuse(
-            f"it is cut short after {len(self._held)} more bytes; everything before is good: "
-            f"resume the transfer from byte {self.offset + len(self._held)}"
+            f"it is cut short after {self._nr_held} more bytes; everything before is good: "
+            f"resume the transfer from byte {self.offset + self._nr_held}"
         )
 
     def check_empty(self) -> None:
         """Refuse bytes after the last frame."""
-        if self._held:
-            self.refuse(f"{len(self._held)} bytes are left over")
+        if self._nr_held:
+            self.refuse(f"{self._nr_held} bytes are left over")
 
     def refuse(self, what: str) -> Never:
         """Raise DamagedError with the place of the damage."""
@@ -190,8 +268,20 @@ class FrameDecoder:
             f"at byte {self.offset}, frame {self._number}, after section {self._section}: {what}"
         )
 
-    def _take_preamble(self) -> None:
-        raw = bytes(self._held[: _PREAMBLE.size])
+    def _need(self) -> int:
+        """Return how many bytes the preamble or the frame has, as far as it is known."""
+        if not self._began:
+            return _PREAMBLE.size
+        if self._nr_held < _HEADER.size:
+            return _HEADER.size
+        _, flags, _, raw_bytes, stored_bytes, _ = _HEADER.unpack_from(self._room)
+        if raw_bytes > MAX_RAW_BYTES or stored_bytes > raw_bytes or flags & ~_FLAGS:
+            self.refuse(
+                f"invalid frame header: {stored_bytes} bytes for {raw_bytes}, flags {flags}"
+            )
+        return _head_bytes(flags) + int(stored_bytes)
+
+    def _take_preamble(self, raw: bytes) -> None:
         magic, version, flags, crc = _PREAMBLE.unpack(raw)
         if magic != MAGIC:
             self.refuse("it does not begin with a handoff's magic")
@@ -200,26 +290,34 @@ class FrameDecoder:
         if version != VERSION or flags:
             self.refuse(f"version {version}, flags {flags}; this end reads version {VERSION}, 0")
         self._sha.update(raw)
-        del self._held[: _PREAMBLE.size]
-        self.offset = _PREAMBLE.size
         self._began = True
+        self._pass_over()
 
-    def _next(self) -> Frame | None:
-        if len(self._held) < _HEADER.size:
-            return None
-        kind, flags, number, raw_bytes, stored_bytes, crc = _HEADER.unpack_from(self._held)
-        if raw_bytes > MAX_RAW_BYTES or stored_bytes > raw_bytes or flags & ~_COMPRESSED:
-            self.refuse(
-                f"invalid frame header: {stored_bytes} bytes for {raw_bytes}, flags {flags}"
-            )
-        if len(self._held) < _HEADER.size + stored_bytes:
-            return None
-        view = memoryview(self._held)
-        stored = bytes(view[_HEADER.size : _HEADER.size + stored_bytes])
-        checked = zlib.crc32(stored, zlib.crc32(view[:_UNCHECKED]))
-        view.release()
-        if checked != crc:
+    def _pass_over(self) -> None:
+        """Begin the next frame, in a buffer that nobody else refers to."""
+        self.offset += self._nr_held
+        self._most_bytes = max(self._most_bytes, self._nr_held)
+        self._nr_held = 0
+        self._spare = [self._room, *self._spare][:_MAX_SPARE]
+        self._room = self._take_spare(_FIRST_BYTES)
+
+    def _take_spare(self, size: int) -> bytearray:
+        for no, spare in enumerate(self._spare):
+            if len(spare) >= size and _is_free(spare):
+                return self._spare.pop(no)
+        return bytearray(size)
+
+    def _decode(self) -> tuple[Frame, int]:
+        """Check the whole frame in _room; return it, and the size of what precedes its payload."""
+        kind, flags, number, raw_bytes, stored_bytes, crc = _HEADER.unpack_from(self._room)
+        head_bytes = _head_bytes(flags)
+        whole = memoryview(self._room)
+        stored = whole[head_bytes : head_bytes + stored_bytes]
+        digest = whole[_HEADER.size : head_bytes]
+        if zlib.crc32(digest or stored, zlib.crc32(whole[:_UNCHECKED])) != crc:
             self.refuse("its checksum is wrong")
+        if digest and xxhash.xxh3_128_digest(stored) != digest:
+            self.refuse("its xxh128 is wrong")
         if number != self._number:
             self.refuse(f"frame {number} comes instead of frame {self._number}")
         if kind not in FrameKind.__members__.values():
@@ -227,12 +325,10 @@ class FrameDecoder:
         payload = self._unpack(stored, raw_bytes) if flags & _COMPRESSED else stored
         if len(payload) != raw_bytes:
             self.refuse(f"it has {len(payload)} bytes and its header says {raw_bytes}")
-        frame = Frame(FrameKind(kind), number, payload, self.offset)
         self._number += 1
-        self._stored_bytes = stored_bytes
-        return frame
+        return Frame(FrameKind(kind), number, payload, self.offset), head_bytes
 
-    def _unpack(self, stored: bytes, raw_bytes: int) -> bytes:
+    def _unpack(self, stored: memoryview, raw_bytes: int) -> bytes:
         # zstd allocates the size that a frame names, whatever limit it is given: check it first.
         try:
             if zstandard.frame_content_size(stored) != raw_bytes:
@@ -242,3 +338,17 @@ class FrameDecoder:
             )
         except zstandard.ZstdError as error:
             self.refuse(f"it cannot be decompressed ({error})")
+
+
+def _head_bytes(flags: int) -> int:
+    return HEAD_BYTES if flags & _XXH128 else _HEADER.size
+
+
+def _is_free(buffer: bytearray) -> bool:
+    """Whether nobody refers to a part of it; only such a buffer may change its size."""
+    try:
+        buffer.append(0)
+    except BufferError:
+        return False
+    del buffer[-1]
+    return True

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from cowshed.accounting.page_runs import PackedRuns
+
 __all__ = [
     "PAGE_BYTES",
     "ImageBytes",
@@ -23,12 +25,11 @@ __all__ = [
 ]
 
 PAGE_BYTES: Final = 4096
-_RUN: Final = struct.Struct("<QI")
 _WHOSE: Final = struct.Struct("<II")
 
-Runs = tuple[tuple[int, int], ...]
+Runs = Sequence[tuple[int, int]]
 
-RUN_BYTES: Final = _RUN.size
+RUN_BYTES: Final = 12
 WHOSE_BYTES: Final = _WHOSE.size
 
 
@@ -38,7 +39,7 @@ class ImageBytes:
 
     image: int
     runs: Runs
-    content: bytes
+    content: bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -48,30 +49,25 @@ class ImageWhole:
     image: int
 
 
-def encode_runs(whose: int, runs: Sequence[tuple[int, int]]) -> bytes:
+def encode_runs(whose: int, runs: Runs) -> bytes:
     """Encode the number of an image or a guest, and runs of its pages."""
-    return _WHOSE.pack(whose, len(runs)) + b"".join(_RUN.pack(*run) for run in runs)
+    return _WHOSE.pack(whose, len(runs)) + PackedRuns.of(runs).raw
 
 
-def decode_runs(payload: bytes) -> tuple[int, Runs, int]:
+def decode_runs(payload: bytes | memoryview) -> tuple[int, PackedRuns, int]:
     """Return the number of the image or guest, the runs, and how many bytes both took.
 
     Raises ValueError or struct.error for a malformed payload.
     """
     whose, nr = _WHOSE.unpack_from(payload)
-    end = _WHOSE.size + nr * _RUN.size
+    end = _WHOSE.size + nr * RUN_BYTES
     if end > len(payload):
         raise ValueError(f"{len(payload)} bytes for {nr} runs")
-    return whose, tuple(_RUN.iter_unpack(payload[_WHOSE.size : end])), end
+    return whose, PackedRuns(bytes(payload[_WHOSE.size : end])), end
 
 
-def check_runs(runs: Runs, size_bytes: int, content: bytes | None) -> None:
+def check_runs(runs: Runs, size_bytes: int, content: bytes | memoryview | None) -> None:
     """Raise ValueError unless runs ascend within an image and the content, if any, fits them."""
-    nr_pages = -(-size_bytes // PAGE_BYTES)
-    end = total = 0
-    for first, nr in runs:
-        if first < end or nr == 0 or first + nr > nr_pages:
-            raise ValueError(f"{nr} pages from {first} are out of order or outside the image")
-        end, total = first + nr, total + nr
+    total = PackedRuns.of(runs).check(-(-size_bytes // PAGE_BYTES))
     if content is not None and len(content) != total * PAGE_BYTES:
         raise ValueError(f"{len(content)} bytes for {total} pages")

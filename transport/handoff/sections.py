@@ -14,12 +14,14 @@ from __future__ import annotations
 import json
 import struct
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+from cowshed.accounting.page_runs import PackedRuns
 from cowshed.cache.errors import CowshedError
 from cowshed.transport.handoff.frames import (
+    HEAD_BYTES,
     MAX_RAW_BYTES,
     DamagedError,
     Frame,
@@ -45,6 +47,7 @@ from cowshed.transport.messages.protocol import parse_body
 __all__ = [
     "MAX_PAGES",
     "PAGE_BYTES",
+    "XXH128",
     "ControlMessage",
     "Dropped",
     "End",
@@ -63,6 +66,7 @@ __all__ = [
 ]
 
 MAX_PAGES: Final = 512
+XXH128: Final = "xxh128"  # the feature of a reader that knows frames' flag 2
 _MAX_IMAGES: Final = 4096
 _MAX_GUESTS: Final = 65536
 _POLICIES: Final = ("stop", "kill", "allow")
@@ -128,7 +132,7 @@ class Pages:
 
     guest: int
     runs: Runs
-    content: bytes
+    content: bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,7 @@ class StateWriter:
         """Start a handoff, or go on at mark, where a StateReader found the end of good bytes."""
         self._frames = FrameEncoder(mark)
         self._began = mark is not None
+        self._room = bytearray()
 
     @property
     def nr_bytes(self) -> int:
@@ -220,6 +225,33 @@ class StateWriter:
         self._began = True
         return start + self._frames.frame(*_encode(section))
 
+    def pages(
+        self, guest: int, runs: PackedRuns, nr_bytes: int, load: Callable[[memoryview], object]
+    ) -> bytes | memoryview:
+        """Encode a PAGES section; load(room) puts the nr_bytes bytes of its pages into room.
+
+        Returns what is valid until the next call, after other sections were written: so the pages
+        are not copied again.
+        """
+        assert self._began
+        front = encode_runs(guest, runs)
+        start = HEAD_BYTES + len(front)
+        size = start + nr_bytes
+        if size > len(self._room):
+            self._room = bytearray(size)
+        room = memoryview(self._room)[:size]
+        room[HEAD_BYTES:start] = front
+        load(room[start:])
+        return self._frames.seal(FrameKind.PAGES, room)
+
+    def use_xxh128(self) -> None:
+        """Check large payloads by XXH3-128 from now on; the reader must know that."""
+        self._frames.checks_by_xxh128 = True
+
+    def compress(self, on: bool) -> None:
+        """Begin or end to compress payloads."""
+        self._frames.compresses = on
+
     def end(self) -> bytes:
         """Encode the last section, END."""
         return self.write(End(self._frames.nr_frames, self._frames.digest()))
@@ -230,9 +262,10 @@ def _encode(section: Section) -> tuple[FrameKind, bytes]:
         numbers = array("I", section.extents)
         return FrameKind.WORKING_SET, _WHOSE.pack(section.image, len(numbers)) + numbers.tobytes()
     if isinstance(section, Pages):
-        return FrameKind.PAGES, encode_runs(section.guest, section.runs) + section.content
+        return FrameKind.PAGES, encode_runs(section.guest, section.runs) + bytes(section.content)
     if isinstance(section, ImageBytes):
-        return FrameKind.IMAGE_BYTES, encode_runs(section.image, section.runs) + section.content
+        content = bytes(section.content)
+        return FrameKind.IMAGE_BYTES, encode_runs(section.image, section.runs) + content
     if isinstance(section, Dropped):
         return FrameKind.DROPPED, encode_runs(section.guest, section.runs)
     if isinstance(section, Missing):
@@ -283,14 +316,19 @@ class StateReader:
         Not a list, since a few bytes may hold very many sections.
         """
         for frame in self._frames.feed(raw):
-            try:
-                section = self._decode(frame)
-                self._check(section)
-            except DamagedError:
-                raise
-            except (CowshedError, struct.error, ValueError, TypeError, OverflowError) as error:
-                self._frames.refuse(f"section {frame.kind.name}: {error}")
-            yield section
+            yield self._section(frame)
+
+    def room(self) -> memoryview:
+        """Return where to receive the next bytes, at least one; advance() must follow."""
+        return self._frames.room()
+
+    def advance(self, nr_bytes: int) -> Iterator[Section]:
+        """Take bytes that were received into room(); yield the section that they end, if any.
+
+        Saves the copy that feed() makes.
+        """
+        for frame in self._frames.advance(nr_bytes):
+            yield self._section(frame)
 
     def expect_missing(self, sizes_bytes: Sequence[int]) -> None:
         """Accept from now on the missing PAGES of guests, by number, with images of these sizes."""
@@ -302,13 +340,23 @@ class StateReader:
             self._frames.end()
         self._frames.check_empty()
 
+    def _section(self, frame: Frame) -> Section:
+        try:
+            section = self._decode(frame)
+            self._check(section)
+        except DamagedError:
+            raise
+        except (CowshedError, struct.error, ValueError, TypeError, OverflowError) as error:
+            self._frames.refuse(f"section {frame.kind.name}: {error}")
+        return section
+
     def _decode(self, frame: Frame) -> Section:
         payload, kind = frame.payload, frame.kind
         if kind is FrameKind.WORKING_SET:
             image, nr = _WHOSE.unpack_from(payload)
             if len(payload) != _WHOSE.size + 4 * nr:
                 raise ValueError(f"{len(payload)} bytes for {nr} extents")
-            return WorkingSetSection(image, tuple(array("I", payload[_WHOSE.size :])))
+            return WorkingSetSection(image, tuple(array("I", bytes(payload[_WHOSE.size :]))))
         if kind in (FrameKind.PAGES, FrameKind.IMAGE_BYTES, FrameKind.DROPPED, FrameKind.MISSING):
             whose, runs, start = decode_runs(payload)
             if kind is FrameKind.PAGES:
@@ -318,7 +366,7 @@ class StateReader:
             if start != len(payload):
                 raise ValueError("bytes are left over")
             return (Missing if kind is FrameKind.MISSING else Dropped)(whose, runs)
-        body = parse_body(payload)
+        body = parse_body(bytes(payload))
         if kind is FrameKind.MESSAGE:
             return ControlMessage(body)
         if kind is FrameKind.END:

@@ -4,6 +4,7 @@
 
 #include "accounting/core/overlay/files.h"
 #include "accounting/core/overlay/missing.h"
+#include "accounting/core/page_runs.h"
 #include "cache/core/abi.h"
 
 #include <errno.h>
@@ -44,17 +45,49 @@ int overlay_load(struct overlay *overlay, uint64_t first, uint64_t nr, uint8_t *
 	return err;
 }
 
+int overlay_load_runs(struct overlay *overlay, const uint8_t *runs, uint64_t nr_runs, uint8_t *to)
+{
+	int err = 0;
+
+	for (uint64_t no = 0; no < nr_runs && !err; no++) {
+		struct page_run run = page_run_at(runs, no);
+
+		err = overlay_load(overlay, run.first, run.nr, to);
+		to += (uint64_t)run.nr << PAGE_SHIFT;
+	}
+	return err;
+}
+
 int overlay_store(struct overlay *overlay, uint64_t first, uint64_t nr, const uint8_t *bytes)
 {
 	int err = check_range(overlay, first, nr);
-	uint64_t offset = first << PAGE_SHIFT, reserved;
+	uint64_t reserved = nr;
 
 	if (err)
 		return err;
 	/* Pays for all pages, and gives back what was not needed: which pages are private may change meanwhile. */
-	reserved = nr;
 	overlay_take_anyway(overlay, nr);
-	err = overlay_write(overlay, offset, nr << PAGE_SHIFT, bytes, &reserved);
+	err = overlay_write(overlay, first << PAGE_SHIFT, nr << PAGE_SHIFT, bytes, &reserved);
+	overlay_give(overlay, reserved);
+	return err;
+}
+
+int overlay_store_runs(struct overlay *overlay, const uint8_t *runs, uint64_t nr_runs, const uint8_t *bytes)
+{
+	int64_t nr_pages = page_runs_check(runs, nr_runs, overlay->image->shape.nr_pages);
+	int err = 0;
+
+	if (nr_pages < 0)
+		return (int)nr_pages;
+	uint64_t reserved = (uint64_t)nr_pages;
+	overlay_take_anyway(overlay, reserved); /* as in overlay_store */
+	for (uint64_t no = 0; no < nr_runs && !err; no++) {
+		struct page_run run = page_run_at(runs, no);
+		uint64_t length = (uint64_t)run.nr << PAGE_SHIFT;
+
+		err = overlay_write(overlay, run.first << PAGE_SHIFT, length, bytes, &reserved);
+		bytes += length;
+	}
 	overlay_give(overlay, reserved);
 	return err;
 }
