@@ -219,7 +219,8 @@ class HandoffService:
     def _on_owner(self, names: list[str]) -> None:
         """Note that guests were received: a drained backend admits guests again."""
         if self._drain is not None and self._drain.phase is Phase.MOVED:
-            self.record.set_source(None)
+            if self.record.source is not None:  # else it was deleted with the record that we own
+                self.record.set_source(None)
             self._drain = None
             self.close_admission(None)
             self.counters.drain = DrainStatistics()

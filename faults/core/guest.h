@@ -94,8 +94,9 @@ struct guest {
 	uint64_t idle_at_ns;   /* if not 0: there may be idle work then */
 	uint64_t drop_at_ns;   /* if not 0: the guest is dropped then, see remap.c */
 	uint64_t drop_address;
-	uint64_t preload_page; /* the next preloaded page to copy ahead */
-	struct guest_pause {   /* freeze.c */
+	uint64_t preload_page;  /* the next preloaded page to copy ahead */
+	uint64_t preload_at_ns; /* when that begins; 0: not known yet */
+	struct guest_pause {    /* freeze.c */
 		_Atomic bool wanted;
 		bool on;          /* under lock: the thread has handled all events it read, and reads no more */
 		bool events_wait; /* the thread's: only events wait to be read */

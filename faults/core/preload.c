@@ -3,8 +3,9 @@
  * Preloaded pages: private pages that a guest arrived with (accounting/core/preload.h), copied into its memory.
  *
  * A fault on one is answered by UFFDIO_COPY from the source, with those that follow it; the rest is copied in the
- * thread's idle time, once from the first page to the last. While private pages are tracked, copies are installed
- * write-protected, so that later writes are seen.
+ * thread's idle time, once from the first page to the last. That begins a while after the guest arrived: guests of a
+ * drain arrive together, and those that wait to be attached need the CPU more. While private pages are tracked, copies
+ * are installed write-protected, so that later writes are seen.
  */
 #include "faults/core/preload.h"
 
@@ -19,6 +20,7 @@
 
 #define PRELOAD_AT_ONCE 16 /* for a fault */
 #define PRELOAD_PUSHED 64  /* between two looks at the faults */
+#define PRELOAD_AFTER_NS 50000000u
 
 /* Under write_lock: copies the run of preloaded pages that begins with page, nr_max at most. *nr_out is how many are
  * there now. */
@@ -72,13 +74,26 @@ bool answer_preloaded(struct guest *guest, uint64_t page, uint64_t read_ns)
 	return preloaded;
 }
 
+/* Whether the guest arrived a while ago; if not, has the thread wake then. */
+static bool is_settled_in(struct guest *guest)
+{
+	uint64_t now = clock_now_ns();
+
+	if (!guest->preload_at_ns)
+		guest->preload_at_ns = now + PRELOAD_AFTER_NS;
+	if (now >= guest->preload_at_ns)
+		return true;
+	guest->idle_at_ns = guest->preload_at_ns;
+	return false;
+}
+
 bool preload_push(struct guest *guest)
 {
 	struct account *account = guest->account;
 	uint64_t nr_pages = account->image->shape.nr_pages, nr = 0;
 
 	if (!atomic_load_explicit(&account->header->preloaded_pages, memory_order_relaxed) ||
-	    guest->preload_page >= nr_pages || point_reach(POINT_PRELOAD_PUSH) < 0)
+	    guest->preload_page >= nr_pages || !is_settled_in(guest) || point_reach(POINT_PRELOAD_PUSH) < 0)
 		return false;
 	pthread_mutex_lock(&account->write_lock);
 	guest->preload_page = bits_next(account->preloaded, guest->preload_page, nr_pages);

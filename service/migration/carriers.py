@@ -81,7 +81,7 @@ class MigratingCarrier(MigratingMapping):
     def thaw(self) -> None:
         """Do nothing."""
 
-    def private(self) -> int:
+    def private(self, *, settles: bool = True) -> int:  # noqa: ARG002
         """Return no pages: none are sent."""
         return 0
 

@@ -240,9 +240,10 @@ class Drain:
         """Take an event, perform its actions, and do the same with the event that they return."""
         following: Event | None = event
         while following is not None:
-            actions = self._machine.on(following)
+            before, actions = self.phase, self._machine.on(following)
             self._note()
-            stop_at(f"source-{self.phase}")
+            if self.phase is not before:
+                stop_at(f"source-{self.phase}")
             following = None
             for action in actions:
                 following = _ACTIONS[action](self) or following
@@ -384,10 +385,12 @@ class Drain:
         return Event.ARRIVED_READY
 
     def _record_committing(self) -> None:
-        self._record(Phase.COMMIT)
+        if self._file is None:
+            self._record(Phase.COMMIT)
 
     def _send_commit(self) -> Event:
         if self._file is not None:
+            self._record(Phase.COMMIT)  # not before: nobody could be asked for the outcome
             return Event.COMMITTED
         self._the_sender.send("commit", handoff=self.handoff)
         return self._outcome(self._target.hear("the target's commit"))
@@ -564,11 +567,7 @@ class Drain:
         if self.dry_run:
             return
         total = self._progress.total_bytes
-        state = "draining"
-        if self.phase is Phase.MOVED:
-            state = "done"
-        elif self.phase is Phase.ABORTED:
-            state = "failed"
+        state = {Phase.MOVED: "done", Phase.ABORTED: "failed"}.get(self.phase, "draining")
         ratio = 1.0 if state == "done" else min(0.99, self._progress.done_bytes / max(1, total))
         nr = len(self._blockers)
         statistics = replace(DrainStatistics(), state=state, progress_ratio=ratio, nr_blockers=nr)

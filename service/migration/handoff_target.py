@@ -228,6 +228,10 @@ class HandoffTarget:
             self._forget(handoff)
             return "denied"
 
+    def prepare(self, handoff: str) -> None:
+        """Have little left to write in own(), when guests wait for it."""
+        self._record.prepare_owned(handoff)
+
     def own(self, handoff: str, incomplete: Sequence[tuple[str, str]] = ()) -> None:
         """Record that a handoff's guests are ours; incomplete: their keys if pages are missing."""
         self._record.add_owned(handoff, incomplete)
@@ -360,6 +364,7 @@ class _Reception:
             self._check(is_dry=message.kind == "dry-run")
         elif message.kind == "warm":
             self._warm()
+            self._target.prepare(self.handoff)
             self._send("warmed")
         elif message.kind == "commit":
             self._target.commit(self)

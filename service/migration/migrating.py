@@ -79,8 +79,8 @@ class MigratingGuest(Protocol):
     def thaw(self) -> None:
         """Let it write again."""
 
-    def private(self) -> int:
-        """Return the private pages there are now."""
+    def private(self, *, settles: bool = True) -> int:
+        """Return the private pages there are now; settles: without charges never used."""
 
     def load(self, runs: PackedRuns, to: memoryview) -> None:
         """Copy private pages, zeros of a guest that has left; `to` is as long.
@@ -180,8 +180,8 @@ class MigratingOverlay:
         """Resume the writes."""
         self.guest.overlay.thaw()
 
-    def private(self) -> int:
-        """Return its private pages."""
+    def private(self, *, settles: bool = True) -> int:  # noqa: ARG002
+        """Return its private pages: no other is ever charged."""
         return _bits(self.guest.account.private_bitmap())
 
     def load(self, runs: PackedRuns, to: memoryview) -> None:
@@ -303,12 +303,13 @@ class MigratingMapping:
             if self.is_here:
                 self._mapping.handler.thaw()
 
-    def private(self) -> int:
-        """Return the pages private by its page tables; settles charges never used."""
+    def private(self, *, settles: bool = True) -> int:
+        """Return the pages private by its page tables; not settled, also charges never used."""
         with self._guests.lock:
             if not self.is_here:
                 return 0
-            self._mapping.account.settle()
+            if settles:
+                self._mapping.account.settle()
             return _bits(self._mapping.account.private_bitmap())
 
     def load(self, runs: PackedRuns, to: memoryview) -> None:

@@ -40,6 +40,7 @@ class HandoffRecord:
         """Raises UsageError for a file that is no record of ours."""
         self._path: Final = state_dir / "handoff.json"
         self._lock = threading.Lock()
+        self._prepared = ""  # the bytes of the file that waits to become the record
         self.source: SourceRecord | None = None
         self.owned: list[str] = []
         self.incomplete: dict[str, list[tuple[str, str]]] = {}
@@ -85,6 +86,22 @@ class HandoffRecord:
             self._write(source, self.owned, self.incomplete)
             self.source = source
 
+    def prepare_owned(self, handoff: str) -> None:
+        """Write and sync beforehand what add_owned(handoff) will record, while guests still run.
+
+        If the record changes meanwhile, add_owned() writes it anew. Raises SourceError.
+        """
+        with self._lock:
+            source, owned = self._with(handoff)
+            text = self._text(source, owned, self.incomplete)
+            self._prepared = ""
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                _write_synced(self._path.with_suffix(".owned"), text)
+            except OSError as error:
+                raise self._error(error) from error
+            self._prepared = text
+
     def add_owned(self, handoff: str, incomplete: Sequence[tuple[str, str]] = ()) -> None:
         """Record that a handoff's guests are ours; incomplete has their keys if pages are missing.
 
@@ -92,9 +109,7 @@ class HandoffRecord:
         and a successor must not redirect them to the old target. Raises SourceError.
         """
         with self._lock:
-            is_over = self.source is not None and self.source["phase"] is Phase.MOVED
-            source = None if is_over else self.source
-            owned = [*self.owned, handoff][-_MAX_OWNED:]
+            source, owned = self._with(handoff)
             table = (
                 {**self.incomplete, handoff: list(incomplete)} if incomplete else self.incomplete
             )
@@ -108,20 +123,34 @@ class HandoffRecord:
             self._write(self.source, self.owned, table)
             self.incomplete = table
 
+    def _with(self, handoff: str) -> tuple[SourceRecord | None, list[str]]:
+        """Return the record of our drain, and the received handoffs, once this one is ours."""
+        is_over = self.source is not None and self.source["phase"] is Phase.MOVED
+        return None if is_over else self.source, [*self.owned, handoff][-_MAX_OWNED:]
+
+    @staticmethod
+    def _text(
+        source: SourceRecord | None,
+        owned: list[str],
+        incomplete: dict[str, list[tuple[str, str]]],
+    ) -> str:
+        return json.dumps(
+            {"version": _VERSION, "source": source, "owned": owned, "arriving": incomplete}
+        )
+
     def _write(
         self,
         source: SourceRecord | None,
         owned: list[str],
         incomplete: dict[str, list[tuple[str, str]]],
     ) -> None:
-        temporary = self._path.with_suffix(".new")
-        table = {"version": _VERSION, "source": source, "owned": owned, "arriving": incomplete}
+        text = self._text(source, owned, incomplete)
+        is_prepared, self._prepared = text == self._prepared, ""
+        temporary = self._path.with_suffix(".owned" if is_prepared else ".new")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "w", opener=_opener) as file:
-                json.dump(table, file)
-                file.flush()
-                os.fsync(file.fileno())
+            if not is_prepared:
+                _write_synced(temporary, text)
             os.replace(temporary, self._path)
             folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -131,9 +160,19 @@ class HandoffRecord:
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            raise SourceError(
-                f"cannot write {self._path}: {error.strerror}; make room, or make it writable"
-            ) from error
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> SourceError:
+        return SourceError(
+            f"cannot write {self._path}: {error.strerror}; make room, or make it writable"
+        )
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with open(path, "w", opener=_opener) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _opener(path: str, flags: int) -> int:

@@ -255,9 +255,11 @@ class Sender:
     def send_last(self) -> None:
         """Send the remaining pages and the totals of guests, which must be frozen; then END."""
         for no, each in enumerate(self._migrating):
-            dirty = each.take_dirty()
-            self._send_pages(no, (dirty | ~self._sent[no]) & each.private())
-            private = each.private()  # none if it left meanwhile, when its pages were read as zeros
+            dirty, private = each.take_dirty(), each.private()
+            self._send_pages(no, (dirty | ~self._sent[no]) & private)
+            # None are left if it left meanwhile, when its pages were read as zeros. While it is
+            # frozen it gets no new charge that would have to be settled.
+            private &= each.private(settles=False)
             for runs in split_runs(self._sent[no] & ~private, 1 << 40):
                 self._put(Dropped(no, tuple(runs)))
             self._sent[no] = private

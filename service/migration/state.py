@@ -4,8 +4,10 @@
 The source owns the guests until the target has recorded the commit; that record is the one point
 where ownership changes. It follows:
 
-* The source records that it is about to request the commit before it does. From then on it does not
-  know who owns: it stays frozen and asks for the outcome, for as long as it takes.
+* The source records that it is about to request the commit before it freezes guests, so that none
+  waits for its disk. Once it has requested the commit it does not know who owns: it stays frozen
+  and asks for the outcome, for as long as it takes. So does its successor if it dies after the
+  record; a target that was not asked to commit then denies it.
 * A target that is asked before it committed forgets the handoff at once, so that its answer
   "denied" stays true even if a commit that was sent earlier arrives later.
 * A target that lost its source before the commit may forget the handoff, for the same reason.
@@ -138,13 +140,16 @@ class IllegalTransitionError(UsageError):
 Table = Mapping[tuple[Phase, Event], tuple[Phase, tuple[Action, ...]]]
 
 _ROLLBACK: Final = (Action.THAW, Action.OPEN_ADMISSION)
-_BEFORE_COMMIT: Final = (
-    Phase.CONNECT,
-    Phase.PREPARE,
-    Phase.WARM,
-    Phase.PRECOPY,
-    Phase.FREEZE,
-)
+# The record is deleted after the thaw: guests need not wait for it, see Drain._forget_record.
+_ROLLBACK_RECORDED: Final = (Action.THAW, Action.FORGET_RECORD, Action.OPEN_ADMISSION)
+_BEFORE_COMMIT: Final = {
+    Phase.CONNECT: _ROLLBACK,
+    Phase.PREPARE: _ROLLBACK,
+    Phase.WARM: _ROLLBACK,
+    Phase.PRECOPY: _ROLLBACK,
+    Phase.FREEZE: _ROLLBACK_RECORDED,
+}
+_FREEZE: Final = (Action.RECORD_COMMITTING, Action.FREEZE, Action.SEND_LAST)
 _RECORDED: Final = (Phase.COMMIT, Phase.PUSH, Phase.MOVED)
 _STAGING: Final = (Phase.CHECK, Phase.RECEIVE, Phase.READY)
 _DENY: Final = (Phase.FORGOTTEN, (Action.SEND_DENIED,))
@@ -155,16 +160,10 @@ _SOURCE: Final[Table] = {
     (Phase.PREPARE, Event.ACCEPTED): (Phase.WARM, (Action.SEND_WORKING_SET,)),
     (Phase.PREPARE, Event.REFUSED): (Phase.ABORTED, _ROLLBACK),
     (Phase.WARM, Event.SENT): (Phase.PRECOPY, (Action.TRACK, Action.SEND_PAGES)),
-    (Phase.WARM, Event.POSTPONED): (
-        Phase.FREEZE,
-        (Action.TRACK, Action.FREEZE, Action.SEND_LAST),
-    ),
+    (Phase.WARM, Event.POSTPONED): (Phase.FREEZE, (Action.TRACK, *_FREEZE)),
     (Phase.PRECOPY, Event.SENT): (Phase.PRECOPY, (Action.SEND_PAGES,)),
-    (Phase.PRECOPY, Event.CONVERGED): (Phase.FREEZE, (Action.FREEZE, Action.SEND_LAST)),
-    (Phase.FREEZE, Event.ARRIVED_READY): (
-        Phase.COMMIT,
-        (Action.RECORD_COMMITTING, Action.SEND_COMMIT),
-    ),
+    (Phase.PRECOPY, Event.CONVERGED): (Phase.FREEZE, _FREEZE),
+    (Phase.FREEZE, Event.ARRIVED_READY): (Phase.COMMIT, (Action.SEND_COMMIT,)),
     # Notify first, since guests wait; after a death before the record the target is asked again.
     (Phase.COMMIT, Event.COMMITTED): (Phase.MOVED, (Action.NOTIFY_GUESTS, Action.RECORD_MOVED)),
     (Phase.COMMIT, Event.COMMITTED_MISSING): (
@@ -176,11 +175,14 @@ _SOURCE: Final[Table] = {
     (Phase.PUSH, Event.FILLED): (Phase.MOVED, (Action.RECORD_MOVED, Action.NOTIFY_GUESTS)),
     (Phase.COMMIT, Event.DENIED): (Phase.ABORTED, (Action.FORGET_RECORD, *_ROLLBACK)),
     (Phase.COMMIT, Event.LOST): (Phase.COMMIT, (Action.ASK,)),
-    **{(phase, Event.LOST): (Phase.ABORTED, _ROLLBACK) for phase in _BEFORE_COMMIT},
-    **{(phase, Event.DENIED): (Phase.ABORTED, _ROLLBACK) for phase in _BEFORE_COMMIT},
     **{
-        (phase, Event.ABORT): (Phase.ABORTED, (Action.SEND_ABORT, *_ROLLBACK))
-        for phase in _BEFORE_COMMIT
+        (phase, event): (Phase.ABORTED, rollback)
+        for phase, rollback in _BEFORE_COMMIT.items()
+        for event in (Event.LOST, Event.DENIED)
+    },
+    **{
+        (phase, Event.ABORT): (Phase.ABORTED, (Action.SEND_ABORT, *rollback))
+        for phase, rollback in _BEFORE_COMMIT.items()
     },
     # A repeated answer, because the question was repeated.
     **{

@@ -2,12 +2,15 @@
 """Private pages that a guest brings with it: charged at once, copied when touched or when idle."""
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 
 import pytest
 from stage import PAGE, MappedGuest, Stage, content, fail_at, let_go, private_pages, until
 
 from cowshed.cache._core import lib
+
+PUSH_AFTER_SECONDS = 0.05  # PRELOAD_AFTER_NS
 
 
 def own(page: int) -> bytes:
@@ -47,6 +50,17 @@ def test_preloaded_pages_are_charged_at_once_and_pushed_in_idle_time(
         assert guest.read(page) == (own(page) if page in pages else content(page))
     assert private_pages(guest) == len(pages)
     assert stage.audit().mismatches == []
+
+
+def test_pages_are_not_copied_ahead_as_long_as_others_may_have_to_be_attached(
+    stage: Stage, source: int
+) -> None:
+    began = time.monotonic()
+    guest = stage.guest(preload=(source, bitmap_of([3])))
+    stage.load()
+    assert guest.read(4) == content(4)  # its thread has been idle since
+    until(lambda: preloaded(guest) == 0, "it is pushed")
+    assert time.monotonic() - began >= PUSH_AFTER_SECONDS
 
 
 @pytest.fixture

@@ -265,6 +265,25 @@ def test_after_an_accident_at_any_step_there_is_one_owner(accident: str, post_co
         world.come_to_an_end()
 
 
+@pytest.mark.parametrize("post_copy", [False, True])
+def test_a_frozen_guest_waits_for_no_record_but_that_of_the_new_owner(post_copy: bool) -> None:
+    world, done = World(post_copy=post_copy), []
+    while move := _good_moves(world):
+        world.do(move)
+        done.append(move)
+    frozen = done[
+        done.index(f"source does {Action.FREEZE}") : done.index(f"source does {Action.SEND_COMMIT}")
+    ]
+    assert not [move for move in frozen if any(move.endswith(f" {each}") for each in _RECORDS)]
+    assert f"source does {Action.RECORD_COMMITTING}" in done
+
+
+def test_a_drain_that_is_given_up_while_guests_are_frozen_leaves_no_record() -> None:
+    for event in (Event.ABORT, Event.LOST, Event.DENIED):
+        actions = Handoff(Role.SOURCE, Phase.FREEZE).on(event)
+        assert actions.index(Action.THAW) < actions.index(Action.FORGET_RECORD)
+
+
 def test_a_commit_that_comes_after_the_question_is_denied() -> None:
     late = Handoff(Role.TARGET, Phase.READY)
     assert Action.SEND_DENIED in late.on(Event.ASKED)

@@ -29,22 +29,38 @@ def greet(uri: str, timeout: float = REPLY_SECONDS) -> Connection:
     If the backend dies meanwhile, its successor listens at the same socket, so this tries again.
     Raises UsageError for a URI that cannot be used, PeerError if no cowshed backend answers there.
     """
+    return _greet(uri, timeout, None)[0]
+
+
+def greet_asking(
+    uri: str, op: str, fields: Mapping[str, Any], timeout: float = REPLY_SECONDS
+) -> tuple[Connection, int]:
+    """Like greet(), and send a first request along, so that both take one round trip.
+
+    Returns the request's tag: the caller must call reply_to() next.
+    """
+    return _greet(uri, timeout, {"op": op, **fields})
+
+
+def _greet(uri: str, timeout: float, first: Body | None) -> tuple[Connection, int]:
     deadline = time.monotonic() + timeout
     for _ in range(_GREETINGS - 1):
         with contextlib.suppress(_DiedError):
-            return _greet_once(uri, max(0.05, deadline - time.monotonic()))
-    return _greet_once(uri, max(0.05, deadline - time.monotonic()))
+            return _greet_once(uri, max(0.05, deadline - time.monotonic()), first)
+    return _greet_once(uri, max(0.05, deadline - time.monotonic()), first)
 
 
 class _DiedError(PeerError):
     """hello failed: the peer closed the connection, was silent or sent a malformed reply."""
 
 
-def _greet_once(uri: str, timeout: float) -> Connection:
+def _greet_once(uri: str, timeout: float, first: Body | None) -> tuple[Connection, int]:
     connection = connect_raw(uri, min(timeout, CONNECT_SECONDS))
     try:
+        tag = connection.queue({"op": "hello", "version": VERSION, "features": []})
+        first_tag = tag if first is None else connection.queue(first)
         try:
-            reply = ask(connection, "hello", {"version": VERSION, "features": []}, timeout=timeout)
+            reply = reply_to(connection, "hello", tag, timeout)
         except PeerGoneError as error:
             raise _DiedError(
                 f"the backend at {uri.partition('?')[0]} closed the connection before it replied: "
@@ -58,7 +74,7 @@ def _greet_once(uri: str, timeout: float) -> Connection:
     except BaseException:
         connection.close()
         raise
-    return connection
+    return connection, first_tag
 
 
 def ask(
@@ -86,7 +102,18 @@ def ask_for_fds(
     timeout: float = REPLY_SECONDS,
 ) -> tuple[Body, list[int]]:
     """Like ask, but also return the reply's descriptors, which are then the caller's."""
-    for body, reply_fds in ask_stream(connection, op, fields, fds, timeout):
+    return _the_reply(ask_stream(connection, op, fields, fds, timeout))
+
+
+def reply_to(connection: Connection, op: str, tag: int, timeout: float = REPLY_SECONDS) -> Body:
+    """Send what is queued, and return the reply to the request with that tag, as ask() does."""
+    reply, reply_fds = _the_reply(_replies(connection, op, tag, timeout))
+    close_all(reply_fds)
+    return reply
+
+
+def _the_reply(replies: Iterator[tuple[Body, list[int]]]) -> tuple[Body, list[int]]:
+    for body, reply_fds in replies:
         if "progress" in body:
             close_all(reply_fds)
             continue
@@ -120,7 +147,12 @@ def ask_stream(
 
     Closes the connection if anything fails or the caller stops before the reply.
     """
-    tag = connection.queue({"op": op, **fields}, fds)
+    yield from _replies(connection, op, connection.queue({"op": op, **fields}, fds), timeout)
+
+
+def _replies(
+    connection: Connection, op: str, tag: int, timeout: float
+) -> Iterator[tuple[Body, list[int]]]:
     finished = False
     try:
         with contextlib.suppress(PeerGoneError):  # the peer may have sent why before it closed

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Final
 
 from cowshed.cache.errors import CapacityError, UsageError
-from cowshed.transport.channels.exchange import again_if_gone, ask, greet
+from cowshed.transport.channels.exchange import again_if_gone, ask, greet_asking, reply_to
 from cowshed.transport.guest.byte_disk import READAHEAD_BYTES, REQUEST_SECONDS, ByteDisk, Dialled
 from cowshed.transport.links.relay import Relay
 from cowshed.transport.links.schemes import scheme
@@ -102,11 +102,12 @@ def open_by_bytes(
 
 def _dial(uri: str, fields: Body, deadline: float) -> Dialled:
     try:
-        connection = greet(uri, _left(deadline))
+        # Together: after a drain or a restart many guests connect at once.
+        connection, tag = greet_asking(uri, "open", fields, _left(deadline))
     except CapacityError as error:
         raise _FullError(str(error)) from error
     try:
-        reply = ask(connection, "open", fields, timeout=_left(deadline))
+        reply = reply_to(connection, "open", tag, _left(deadline))
         dialled: dict[str, Any] = {
             "size_bytes": take_number(reply, "size_bytes", minimum=1),
             "extent_bytes": take_number(reply, "extent_bytes", minimum=512),
