@@ -62,6 +62,8 @@ class StructImageCounters(CData):
     nr_touched: int
     reloads: int
     attaches: int
+    collapse_failures: int
+    lent_regions: int
 
 class StructImageStatistics(CData):
     resident_pages: int
@@ -153,11 +155,19 @@ class StructAccountStatus(CData):
     frozen: int
     spare: int
     preloaded_pages: int
+    open_regions: int
+    lost_regions: int
+    reserved_pages: int
     account_no: int
     counters: StructAccountCounters
 
 class StructAccountSums(CData):
     private_pages: int
+    reserved_pages: int
+    open_regions: int
+    lost_regions: int
+    opens: int
+    closes: Array[int]
     cow_pages: int
     closed_cow_pages: int
     counters: StructAccountCounters
@@ -252,6 +262,7 @@ class StructRegion(CData):
     uffd: int
     pagemap_fd: int
     mem_fd: int
+    read_only: int
     epoch: int
 
 class StructFollowStatus(CData):
@@ -300,11 +311,14 @@ class _Lib:
     ARRAYS_VERSION: int
     HUGE_EXTENT_PAGES: int
     REFS_BUCKETS: int
+    OPEN_PAGES: int
     STANDBY_AGE_MAX: int
     QUOTA_LAYOUT: int
     REGIONS_MAX: int
+    CLOSE_NR: int
     LATENCY_BUCKETS: int
     LEDGER_LAYOUT: int
+    OPEN_REGIONS_LAYOUT: int
     PAGE_RUN_BYTES: int
     OVERLAY_IDENTITY_BYTES: int
     WINDOW_STREAMS: int
@@ -323,6 +337,13 @@ class _Lib:
     POINT_EVICT_REVOKE: int
     POINT_STANDBY_FILL: int
     POINT_STANDBY_READ: int
+    POINT_COLLAPSE: int
+    POINT_DISSOLVE: int
+    POINT_OPEN_CHARGED: int
+    POINT_OPEN_BARE: int
+    POINT_OPEN_DONE: int
+    POINT_CLOSE_GUARDED: int
+    POINT_CLOSE_PROTECTED: int
     POINT_FAULT_READ: int
     POINT_FAULT_HELD: int
     POINT_FRAMES_READ: int
@@ -365,6 +386,12 @@ class _Lib:
     QUOTA_STOP: int
     QUOTA_KILL: int
     QUOTA_ALLOW: int
+    CLOSE_QUOTA: int
+    CLOSE_PRESSURE: int
+    CLOSE_FREEZE: int
+    CLOSE_REQUEST: int
+    CLOSE_SAMPLE: int
+    CLOSE_GUEST: int
     LATENCY_HIT: int
     LATENCY_MISS: int
     LATENCY_WRITE: int
@@ -515,6 +542,15 @@ class _Lib:
     def image_first_touches(
         self, image: StructImage | Array[StructImage], extents_out: Pointer[int], nr_max: int, /
     ) -> int: ...
+    def image_collapse(
+        self, image: StructImage | Array[StructImage], region_no: int, max_pinned: int, /
+    ) -> int: ...
+    def image_is_collapsed(
+        self, image: StructImage | Array[StructImage], region_no: int, /
+    ) -> int: ...
+    def image_pinned_regions(
+        self, image: StructImage | Array[StructImage], regions_out: Pointer[int], nr_max: int, /
+    ) -> int: ...
     def store_set_standby(
         self, store: StructStore | Array[StructStore], limit_extents: int, low_free: int, /
     ) -> int: ...
@@ -548,6 +584,7 @@ class _Lib:
     ) -> None: ...
     def store_pressure_fd(self, store: StructStore | Array[StructStore], /) -> int: ...
     def store_notice_fd(self, store: StructStore | Array[StructStore], /) -> int: ...
+    def store_wanted_fd(self, store: StructStore | Array[StructStore], /) -> int: ...
     def store_standby_fd(self, store: StructStore | Array[StructStore], /) -> int: ...
     def store_take_events(
         self, store: StructStore | Array[StructStore], events_out: Pointer[int], nr_max: int, /
@@ -700,6 +737,46 @@ class _Lib:
         /,
     ) -> int: ...
     def account_check(self, account: StructAccount | Array[StructAccount], /) -> Pointer[bytes]: ...
+    def account_open_region(
+        self,
+        account: StructAccount | Array[StructAccount],
+        region_no: int,
+        nr_spare: int,
+        max_pinned: int,
+        /,
+    ) -> int: ...
+    def account_close_region(
+        self, account: StructAccount | Array[StructAccount], region_no: int, reason: int, /
+    ) -> int: ...
+    def account_close_regions(
+        self, account: StructAccount | Array[StructAccount], first: int, nr: int, reason: int, /
+    ) -> int: ...
+    def account_open_bitmap(
+        self,
+        account: StructAccount | Array[StructAccount],
+        words_out: Pointer[int],
+        nr_words: int,
+        /,
+    ) -> int: ...
+    def account_reserved_bitmap(
+        self,
+        account: StructAccount | Array[StructAccount],
+        words_out: Pointer[int],
+        nr_words: int,
+        /,
+    ) -> int: ...
+    def account_shrink(self, account: StructAccount | Array[StructAccount], /) -> int: ...
+    def account_set_read_only(
+        self, account: StructAccount | Array[StructAccount], on: int, /
+    ) -> int: ...
+    def account_finish_opening(self, account: StructAccount | Array[StructAccount], /) -> int: ...
+    def account_take_wanted(
+        self,
+        account: StructAccount | Array[StructAccount],
+        regions_out: Pointer[int],
+        nr_max: int,
+        /,
+    ) -> int: ...
     def account_settle(self, account: StructAccount | Array[StructAccount], /) -> int: ...
     def account_adopt_private(self, account: StructAccount | Array[StructAccount], /) -> int: ...
     def account_look(

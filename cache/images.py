@@ -72,6 +72,8 @@ class ImageCounters(Counters):
     nr_touched: int
     reloads: int
     attaches: int
+    collapse_failures: int
+    lent_regions: int
 
 
 @dataclass(frozen=True)
@@ -321,6 +323,24 @@ class Image:
             lib.store_unpin(self.cdata, first_extent, nr_extents),
             f"unpinning {nr_extents} extents of {self.label!r}",
         )
+
+    def collapse(self, region_no: int, max_pinned_extents: int) -> int:
+        """Make the frames of 2 MiB of the image, all resident, one huge page.
+
+        Return 0 once they are, or -errno, as image_collapse(). 0.4 to 5 ms.
+        """
+        return lib.image_collapse(self.cdata, region_no, max_pinned_extents)
+
+    def is_collapsed(self, region_no: int) -> bool:
+        """Whether the frames of a region are one huge page."""
+        return bool(lib.image_is_collapsed(self.cdata, region_no))
+
+    def pinned_regions(self) -> list[int]:
+        """Return the regions of 2 MiB that are all resident and pinned by operators; O(extents)."""
+        regions = array("I", bytes(4 * (self.nr_pages // lib.OPEN_PAGES + 1)))
+        numbers = ffi.from_buffer("uint32_t[]", regions)
+        nr = lib.image_pinned_regions(self.cdata, numbers, len(regions))
+        return regions[:nr].tolist()
 
     def restore(self, extent: int) -> bool:
         """Have an extent brought back from the standby list; False if it is not there."""

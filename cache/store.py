@@ -291,6 +291,11 @@ class PageStore:
         return lib.store_notice_fd(self._store)
 
     @property
+    def wanted_fd(self) -> int:
+        """An eventfd: readable when a guest found a region worth opening. Borrowed."""
+        return lib.store_wanted_fd(self._store)
+
+    @property
     def standby_fd(self) -> int:
         """The memory of the standby list, for audits; -1 if there is none. Borrowed."""
         return lib.store_standby_fd(self._store)

@@ -2,6 +2,8 @@
 #include "accounting/core/evict.h"
 
 #include "accounting/core/settle.h"
+#include "cache/core/collapse.h"
+#include "cache/core/loader.h"
 #include "cache/core/points.h"
 #include "cache/core/store.h"
 
@@ -56,16 +58,88 @@ static void revoke_grants(struct image *image, const uint32_t *extents, uint64_t
 	pthread_rwlock_unlock(&image->accounts_lock);
 }
 
+static uint64_t region_of(const struct image *image, uint64_t extent)
+{
+	return extent * image->shape.extent_pages / OPEN_PAGES;
+}
+
+/* How many of the nr extents from i on, which are sorted, lie in the same region. */
+static uint64_t same_region(const struct image *image, const uint32_t *extents, uint64_t nr, uint64_t i)
+{
+	uint64_t run = 1;
+
+	while (i + run < nr && region_of(image, extents[i + run]) == region_of(image, extents[i]))
+		run++;
+	return run;
+}
+
+/* Whether a huge page would be punched in part if these of its extents went. */
+static bool is_partly_huge(const struct image *image, uint64_t region_no, uint64_t nr_going)
+{
+	return image_is_collapsed(image, region_no) && nr_going * image->shape.extent_pages < OPEN_PAGES;
+}
+
+/* If its bytes are lost, which takes an error of the memfd, the region is evicted. */
+static void dissolve(struct image *image, uint64_t region_no)
+{
+	uint32_t extents[OPEN_PAGES];
+	int64_t nr = region_begin_dissolve(image, region_no, extents);
+
+	if (nr < 0)
+		return;
+	if (region_rewrite(image, region_no) == 0) {
+		store_return(image, extents, (uint64_t)nr);
+		return;
+	}
+	revoke_grants(image, extents, (uint64_t)nr);
+	store_end_evict(image, extents, NULL, (uint64_t)nr, loader_now_ns(), EVICT_PRESSURE);
+}
+
+/* Sorts the extents, and dissolves the huge pages that would be punched in part, as pinned ones stay. */
+static void dissolve_before(struct image *image, uint32_t *extents, uint64_t nr)
+{
+	qsort(extents, nr, sizeof *extents, compare_extents);
+	for (uint64_t i = 0, run; i < nr; i += run) {
+		uint64_t nr_going = 0;
+
+		run = same_region(image, extents, nr, i);
+		for (uint64_t j = i; j < i + run; j++)
+			nr_going += extents[j] < image->shape.nr_extents && !image_is_pinned(image, extents[j]);
+		if (nr_going && is_partly_huge(image, region_of(image, extents[i]), nr_going))
+			dissolve(image, region_of(image, extents[i]));
+	}
+}
+
+/* Of nr EVICTING extents, sorted: returns those that would punch a huge page in part, because it was held or pinned, or
+ * was collapsed anew; moves the others to the front. How many these are. */
+static uint64_t return_partly_huge(struct image *image, uint32_t *extents, uint64_t nr)
+{
+	uint64_t nr_going = 0;
+
+	for (uint64_t i = 0, run; i < nr; i += run) {
+		run = same_region(image, extents, nr, i);
+		if (is_partly_huge(image, region_of(image, extents[i]), run)) {
+			store_return(image, extents + i, run);
+			continue;
+		}
+		memmove(extents + nr_going, extents + i, run * sizeof *extents);
+		nr_going += run;
+	}
+	return nr_going;
+}
+
 /* Evicts those of nr extents that can be, at most store_standby_batch if their bytes go to the standby list. */
 static uint64_t evict_some(struct image *image, uint32_t *extents, uint64_t nr, int reason)
 {
 	bool is_kept = reason == EVICT_STANDBY || reason == EVICT_SAMPLE;
-	uint64_t nr_going = store_begin_evict(image, extents, nr);
 	uint32_t slots[STANDBY_BATCH];
 
+	dissolve_before(image, extents, nr);
+	uint64_t nr_going = store_begin_evict(image, extents, nr);
+	qsort(extents, nr_going, sizeof *extents, compare_extents);
+	nr_going = return_partly_huge(image, extents, nr_going);
 	if (!nr_going)
 		return 0;
-	qsort(extents, nr_going, sizeof *extents, compare_extents);
 	if (is_kept)
 		store_fill_standby(image, extents, nr_going, slots);
 	point_reach(POINT_EVICT_PUNCH);

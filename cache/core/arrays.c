@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "cache/core/arrays.h"
 
+#include "cache/core/collapse.h"
 #include "cache/core/image.h"
 
 #include <errno.h>
@@ -12,6 +13,7 @@
 
 struct layout {
 	size_t words, bytes; /* length of a per-extent array of uint32_t, of uint8_t */
+	size_t before_bytes; /* what releases without open regions have; the bitmap of collapsed regions follows */
 	size_t total_bytes;
 };
 
@@ -25,8 +27,9 @@ static struct layout layout_of(const struct image *image)
 	uint64_t nr = image->shape.nr_extents;
 	struct layout layout = {.words = round_up(nr * sizeof(uint32_t)), .bytes = round_up(nr)};
 
-	layout.total_bytes = sizeof(struct arrays_header) + 5 * layout.words + 2 * layout.bytes +
-	                     8 * (IMAGE_PAST_WORDS + IMAGE_SERVED_WORDS);
+	layout.before_bytes = sizeof(struct arrays_header) + 5 * layout.words + 2 * layout.bytes +
+	                      8 * (IMAGE_PAST_WORDS + IMAGE_SERVED_WORDS);
+	layout.total_bytes = layout.before_bytes + bits_bytes(image_nr_regions(image));
 	return layout;
 }
 
@@ -53,7 +56,9 @@ static int arrays_map(struct image *image)
 	image->served = (_Atomic uint64_t *)(at + 8 * IMAGE_PAST_WORDS);
 	image->waiters = calloc(image->shape.nr_extents, sizeof *image->waiters);
 	image->standby = calloc(image->shape.nr_extents, sizeof *image->standby);
-	return image->waiters && image->standby ? 0 : -ENOMEM;
+	image->region_loans = calloc(image_nr_regions(image), sizeof *image->region_loans);
+	image->collapsed = (bits_word *)((char *)mapped + layout.before_bytes);
+	return image->waiters && image->standby && image->region_loans ? 0 : -ENOMEM;
 }
 
 int arrays_create(struct image *image)
@@ -85,8 +90,13 @@ int arrays_adopt(struct image *image, int arrays_fd)
 
 	if (fstat(arrays_fd, &status) < 0)
 		return -errno;
-	if (status.st_size != (off_t)layout_of(image).total_bytes)
+	struct layout layout = layout_of(image);
+	if (status.st_size == (off_t)layout.before_bytes) {
+		if (ftruncate(arrays_fd, (off_t)layout.total_bytes) < 0)
+			return -errno;
+	} else if (status.st_size != (off_t)layout.total_bytes) {
 		return -EBADMSG;
+	}
 	image->ledger_fd = arrays_fd;
 	int err = arrays_map(image);
 	if (!err && !describes(image->header, &image->shape))
@@ -102,6 +112,8 @@ void arrays_close(struct image *image)
 {
 	free(image->waiters);
 	free(image->standby);
+	free(image->region_loans);
+	image->region_loans = NULL;
 	image->waiters = NULL;
 	image->standby = NULL;
 	if (image->header)
@@ -117,31 +129,54 @@ static bool is_lent(const struct image *image, uint64_t extent)
 	return atomic_load(&image->loans[extent]) && extent_state(&image->states[extent]) == EXTENT_RESIDENT;
 }
 
-int64_t arrays_mend(struct image *image, uint64_t nr_max)
+/* What is known so far of the extents that stay. */
+struct mending {
+	uint64_t max_room;       /* that those that stay may take */
+	uint64_t lent_room;      /* of lent extents that were not looked at yet */
+	uint64_t room, nr_pages; /* of those that stay */
+};
+
+/* Keeps nr extents from first, or punches them all at once: a part of a huge page must not be punched (collapse.h). */
+static int mend_run(struct image *image, uint64_t first, uint64_t nr, struct mending *mending)
 {
-	uint64_t nr_resident = 0, nr_pages = 0, nr_lent = 0; /* nr_resident, nr_lent: of room */
+	bool lent = false, resident = true, absent = true;
 
-	/* Lent extents go last: a guest that maps them unguarded would read zeros. */
-	for (uint64_t e = 0; e < image->shape.nr_extents; e++)
-		nr_lent += is_lent(image, e) ? image_room(image, e, 1) : 0;
-	for (uint64_t e = 0; e < image->shape.nr_extents; e++) {
+	for (uint64_t e = first; e < first + nr; e++) {
 		enum extent_state state = extent_state(&image->states[e]);
-		uint64_t room = image_room(image, e, 1), lent = is_lent(image, e) ? room : 0;
-		bool keep = state == EXTENT_RESIDENT && nr_resident + room + (lent ? 0 : nr_lent) <= nr_max;
 
-		/* Frames of an ABSENT extent do not matter: a load overwrites them, a scrub drops them. */
-		if (state != EXTENT_ABSENT && !keep) {
-			int err = image_punch(image, e, 1);
-			if (err)
-				return err;
-		}
+		mending->lent_room -= is_lent(image, e) ? image_room(image, e, 1) : 0;
+		lent |= is_lent(image, e);
+		resident &= state == EXTENT_RESIDENT;
+		absent &= state == EXTENT_ABSENT;
+	}
+	uint64_t room = image_room(image, first, nr);
+	bool keep = resident && (lent || mending->room + mending->lent_room + room <= mending->max_room);
+	/* Frames of an ABSENT extent do not matter: a load overwrites them, a scrub drops them. */
+	int err = keep || absent ? 0 : image_punch(image, first, nr);
+	for (uint64_t e = first; e < first + nr && !err; e++) {
 		atomic_store(&image->states[e], keep ? EXTENT_RESIDENT : EXTENT_ABSENT);
 		atomic_store(&image->refs[e], 0);
 		atomic_store(&image->loans[e], 0);
-		nr_resident += keep ? room : 0;
-		nr_lent -= lent;
-		nr_pages += keep ? image_extent_pages(image, e) : 0;
+		mending->nr_pages += keep ? image_extent_pages(image, e) : 0;
 	}
-	atomic_store(&image->resident_pages, nr_pages);
-	return (int64_t)nr_resident;
+	mending->room += keep ? room : 0;
+	return err;
+}
+
+int64_t arrays_mend(struct image *image, uint64_t max_room)
+{
+	struct mending mending = {.max_room = max_room};
+
+	/* Lent extents stay, beyond max_room too: a guest that maps them unguarded, or has them open, would read zeros.
+	 */
+	for (uint64_t e = 0; e < image->shape.nr_extents; e++)
+		mending.lent_room += is_lent(image, e) ? image_room(image, e, 1) : 0;
+	for (uint64_t e = 0, nr; e < image->shape.nr_extents; e += nr) {
+		nr = image_collapsed_extents(image, e);
+		int err = mend_run(image, e, nr, &mending);
+		if (err)
+			return err;
+	}
+	atomic_store(&image->resident_pages, mending.nr_pages);
+	return (int64_t)mending.room;
 }

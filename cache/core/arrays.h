@@ -23,7 +23,7 @@ struct image_totals {
 	_Atomic uint64_t nr_touched;
 	_Atomic uint64_t reloads, attaches;
 	_Atomic uint64_t victim_hits, standby_unmaps, standby_samples, sample_hits; /* 0 from releases before */
-	uint64_t spare[1];
+	_Atomic uint64_t collapse_failures;                                         /* likewise */
 };
 
 struct arrays_header {
@@ -44,9 +44,10 @@ int arrays_adopt(struct image *image, int arrays_fd);
 void arrays_close(struct image *image);
 /*
  * Makes the arrays true again; must run before anything else uses the image. Drops all holds, punches extents that were
- * LOADING or EVICTING, and keeps RESIDENT ones as far as their room is at most nr_max. Accounts count grants and loans
- * anew as they are adopted. Returns the room of those that are resident, or -errno.
+ * LOADING or EVICTING, and keeps RESIDENT ones as far as their room is at most max_room, or those that are lent, if
+ * these take more. Accounts count grants and loans anew as they are adopted. Returns the room of those that are
+ * resident, or -errno.
  */
-int64_t arrays_mend(struct image *image, uint64_t nr_max);
+int64_t arrays_mend(struct image *image, uint64_t max_room);
 
 #endif

@@ -3,6 +3,7 @@
 #include "cache/core/image.h"
 
 #include "cache/core/abi.h"
+#include "cache/core/collapse.h"
 #include "cache/core/frames.h"
 #include "cache/core/loader.h"
 #include "cache/core/store.h"
@@ -147,6 +148,7 @@ int image_punch(struct image *image, uint64_t first, uint64_t nr)
 
 	if (start + length > image->shape.map_bytes)
 		length = image->shape.map_bytes - start;
+	image_note_split(image, start / PAGE_BYTES, length / PAGE_BYTES);
 	if (fallocate(image->frames_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)start, (off_t)length) < 0)
 		return -errno;
 	return 0;
@@ -177,6 +179,8 @@ void image_count(const struct image *image, struct image_counters *counters_out)
 		.nr_touched = atomic_load(&totals->nr_touched),
 		.reloads = atomic_load(&totals->reloads),
 		.attaches = atomic_load(&totals->attaches),
+		.collapse_failures = atomic_load(&totals->collapse_failures),
+		.lent_regions = atomic_load(&image->nr_lent_regions),
 	};
 
 	counters.loads = counters.demand_loads + counters.prefetch_loads;
@@ -203,8 +207,9 @@ void image_measure(const struct image *image, struct image_statistics *statistic
 
 		statistics.granted_pages += refs * nr_pages;
 		statistics.saved_pages += refs ? (refs - 1) * nr_pages : 0;
-		if (image_is_pinned(image, e))
-			statistics.pinned_pages += nr_pages;
+		bool pinned = atomic_load_explicit(&image->pins[e], memory_order_relaxed) || image_own_loans(image, e);
+
+		statistics.pinned_pages += pinned ? nr_pages : 0;
 		statistics.touched_pages += touched ? nr_pages : 0;
 		if (!resident)
 			continue;
@@ -273,7 +278,7 @@ int image_pins(const struct image *image, uint64_t first, uint64_t nr, uint32_t 
 	if (!extents_ok(image, first, nr))
 		return -ERANGE;
 	for (uint64_t i = 0; i < nr; i++)
-		pins_out[i] = atomic_load(&image->pins[first + i]) + atomic_load(&image->loans[first + i]);
+		pins_out[i] = atomic_load(&image->pins[first + i]) + image_own_loans(image, first + i);
 	return 0;
 }
 

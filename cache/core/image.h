@@ -38,14 +38,16 @@ struct image_counters {
 	uint64_t demand_loads, prefetch_loads; /* with a waiter at its end, without one */
 	uint64_t evictions;                    /* extents evicted: because room was short, and on request */
 	uint64_t evictions_pressure, evictions_request;
-	uint64_t soft_hits;       /* extents brought back from the standby list for a waiter */
-	uint64_t standby_unmaps;  /* extents unmapped into the standby list to make room */
-	uint64_t standby_samples; /* extents unmapped into it as samples */
-	uint64_t sample_hits;     /* of soft_hits, samples */
-	uint64_t strays;          /* extents found with frames that no load wrote, and emptied */
-	uint64_t nr_touched;      /* extents ever granted: the length of the first-touch order */
-	uint64_t reloads;         /* extents loaded again while the policy remembered their eviction */
-	uint64_t attaches;        /* times a guest was attached */
+	uint64_t soft_hits;         /* extents brought back from the standby list for a waiter */
+	uint64_t standby_unmaps;    /* extents unmapped into the standby list to make room */
+	uint64_t standby_samples;   /* extents unmapped into it as samples */
+	uint64_t sample_hits;       /* of soft_hits, samples */
+	uint64_t strays;            /* extents found with frames that no load wrote, and emptied */
+	uint64_t nr_touched;        /* extents ever granted: the length of the first-touch order */
+	uint64_t reloads;           /* extents loaded again while the policy remembered their eviction */
+	uint64_t attaches;          /* times a guest was attached */
+	uint64_t collapse_failures; /* of image_collapse */
+	uint64_t lent_regions;      /* now: regions that are pinned because a guest has them open */
 };
 
 #define REFS_BUCKETS 7
@@ -55,7 +57,7 @@ struct image_statistics {
 	uint64_t resident_pages;
 	uint64_t granted_pages;                         /* a page granted to two guests counts twice */
 	uint64_t saved_pages;                           /* granted_pages, less one for each page that is granted */
-	uint64_t pinned_pages;                          /* resident or not */
+	uint64_t pinned_pages;                          /* resident or not; not for open regions alone */
 	uint64_t touched_pages, touched_resident_pages; /* ever granted; of those, resident */
 	uint64_t resident_by_refs[REFS_BUCKETS]; /* RESIDENT extents with 0, 1, 2-3, 4-7, 8-15, 16-31, more refs */
 };
@@ -94,7 +96,8 @@ int image_arrays_fd(const struct image *image);
 uint64_t image_read_wait_ns(const struct image *image);
 /* Pages in RESIDENT extents; O(1). */
 uint64_t image_resident_pages(const struct image *image);
-/* Copy an array's entries of nr extents from first: states (enum extent_state), refs, pins plus loans, holds. */
+/* Copy an array's entries of nr extents from first: states (enum extent_state), refs, pins plus loans to
+ * zerocopy guests, holds. */
 int image_states(const struct image *image, uint64_t first, uint64_t nr, uint8_t *states_out);
 int image_refs(const struct image *image, uint64_t first, uint64_t nr, uint32_t *refs_out);
 int image_pins(const struct image *image, uint64_t first, uint64_t nr, uint32_t *pins_out);
@@ -120,6 +123,7 @@ int64_t image_first_touches(const struct image *image, uint32_t *extents_out, ui
 #define TOUCHES_MAX 3
 #define EXTENT_PAGES_MAX 512
 #define IMAGE_PAST_WORDS 576
+#define IMAGE_REGION_PAGES 512 /* no extent is larger */
 #define IMAGE_SERVED_WORDS 64
 
 struct account;
@@ -147,19 +151,22 @@ struct image {
 	extent_word *states;
 	_Atomic uint32_t *refs;
 	_Atomic uint32_t *pins;  /* by operators; changed under the store's lock */
-	_Atomic uint32_t *loans; /* to zerocopy guests; as pins, but end with the guest */
+	_Atomic uint32_t *loans; /* to zerocopy guests and open regions; as pins, but end with the guest */
 	_Atomic uint32_t *order;
 	_Atomic uint8_t *touches;
 	_Atomic uint8_t *touched;
 	struct account_past *past; /* IMAGE_PAST_WORDS words of accounting, under accounts_lock */
 	_Atomic uint64_t *served;  /* IMAGE_SERVED_WORDS words of transport: counters of clients that get bytes */
 
-	struct load_waiter **waiters; /* by extent, under the store's lock */
-	uint32_t *standby;            /* by extent: its slot in the standby list, or 0; under the store's lock */
-	uint32_t nr_loaders;          /* loaders with a read of it, until it is answered; under the store's lock */
-	uint32_t nr_restorers;        /* loaders that bring extents back from the standby list; likewise */
-	bool was_waited_for;          /* whether waiters ever had an entry; under the store's lock */
-	uint32_t nr_prefetches;       /* loads of it in the prefetch queue; under the store's lock */
+	struct load_waiter **waiters;     /* by extent, under the store's lock */
+	uint32_t *standby;                /* by extent: its slot in the standby list, or 0; under the store's lock */
+	uint32_t nr_loaders;              /* loaders with a read of it, until it is answered; under the store's lock */
+	uint32_t nr_restorers;            /* loaders that bring extents back from the standby list; likewise */
+	bool was_waited_for;              /* whether waiters ever had an entry; under the store's lock */
+	uint32_t nr_prefetches;           /* loads of it in the prefetch queue; under the store's lock */
+	_Atomic uint64_t nr_lent_regions; /* regions with loans to them */
+	_Atomic uint32_t *region_loans;   /* by region of OPEN_PAGES: of the loans of its extents, those to it */
+	bits_word *collapsed;             /* by region of OPEN_PAGES: its frames are one huge page (collapse.h) */
 
 	pthread_rwlock_t accounts_lock; /* taken before an account's write_lock, and that before the store's */
 	struct account *accounts;
@@ -194,6 +201,16 @@ static inline bool image_is_pinned(const struct image *image, uint64_t extent)
 {
 	return atomic_load_explicit(&image->pins[extent], memory_order_relaxed) ||
 	       atomic_load_explicit(&image->loans[extent], memory_order_relaxed);
+}
+
+/* Of an extent's loans, those to zerocopy guests. */
+static inline uint32_t image_own_loans(const struct image *image, uint64_t extent)
+{
+	uint64_t region_no = extent * image->shape.extent_pages / IMAGE_REGION_PAGES;
+	uint32_t to_region = atomic_load_explicit(&image->region_loans[region_no], memory_order_relaxed);
+	uint32_t loans = atomic_load_explicit(&image->loans[extent], memory_order_relaxed);
+
+	return loans > to_region ? loans - to_region : 0;
 }
 
 /* Drops the frames of nr extents from first, in every mapping of every guest. */

@@ -189,7 +189,7 @@ static int source_read_retrying(struct loader *loader, char *to, uint64_t length
 	return err;
 }
 
-static int frames_write(struct image *image, const char *from, uint64_t length, uint64_t offset)
+int frames_write(struct image *image, const char *from, uint64_t length, uint64_t offset)
 {
 	int err = point_reach(POINT_LOAD_FILL);
 

@@ -21,6 +21,13 @@ enum point {
 	POINT_EVICT_REVOKE,     /* frames gone; grants not yet revoked */
 	POINT_STANDBY_FILL,     /* an extent EVICTING, about to be copied to the standby list; an error drops it */
 	POINT_STANDBY_READ,     /* about to copy bytes back; an error makes the loader read the source instead */
+	POINT_COLLAPSE,         /* about to collapse the frames of a region; an error counts as the kernel's */
+	POINT_DISSOLVE,         /* a region's frames are read, and about to be punched and written again */
+	POINT_OPEN_CHARGED,     /* a region's pages are reserved, it is guarded as before; under write_lock */
+	POINT_OPEN_BARE,        /* a region is unregistered, and not registered anew; under write_lock */
+	POINT_OPEN_DONE,        /* a region is open, not yet checked; under write_lock */
+	POINT_CLOSE_GUARDED,    /* a region is registered for all faults, not protected yet; under write_lock */
+	POINT_CLOSE_PROTECTED,  /* a region is protected, its reserved pages still charged; under write_lock */
 	POINT_FAULT_READ,       /* events read, none answered */
 	POINT_FAULT_HELD,       /* an extent is held, not yet mapped */
 	POINT_FRAMES_READ,      /* about to copy frames for a populated guest; an error counts as the memfd's */

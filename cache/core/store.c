@@ -3,6 +3,7 @@
 #include "cache/core/store.h"
 
 #include "cache/core/abi.h"
+#include "cache/core/collapse.h"
 #include "cache/core/points.h"
 
 #include <errno.h>
@@ -120,6 +121,8 @@ static void store_free(struct store *store)
 		close(store->pressure_fd);
 	if (store->notice_fd >= 0)
 		close(store->notice_fd);
+	if (store->wanted_fd >= 0)
+		close(store->wanted_fd);
 	free(store->events);
 	free(store->sample_ends);
 	standby_deinit(&store->standby);
@@ -171,10 +174,11 @@ int store_init(uint64_t capacity_extents, uint32_t extent_pages, uint32_t nr_loa
 	load_queue_init(&store->restores);
 	store->pressure_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	store->notice_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	store->wanted_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	store->events = calloc(store->nr_event_slots, sizeof *store->events);
 	store->sample_ends = calloc(NR_SAMPLE_ENDS, sizeof *store->sample_ends);
 	store->nr_loaders = nr_loaders;
-	if (store->pressure_fd < 0 || store->notice_fd < 0)
+	if (store->pressure_fd < 0 || store->notice_fd < 0 || store->wanted_fd < 0)
 		err = -EMFILE;
 	else if (!store->events || !store->sample_ends)
 		err = -ENOMEM;
@@ -247,6 +251,11 @@ int store_pressure_fd(const struct store *store)
 int store_notice_fd(const struct store *store)
 {
 	return store->notice_fd;
+}
+
+int store_wanted_fd(const struct store *store)
+{
+	return store->wanted_fd;
 }
 
 int store_standby_fd(const struct store *store)
@@ -341,7 +350,10 @@ void store_add_image(struct store *store, struct image *image)
 int store_adopt_image(struct store *store, struct image *image)
 {
 	pthread_mutex_lock(&store->lock);
-	int64_t nr_room = arrays_mend(image, store->capacity_extents - store->reserved_extents);
+	uint64_t room = store->capacity_extents > store->reserved_extents
+	                        ? store->capacity_extents - store->reserved_extents
+	                        : 0;
+	int64_t nr_room = arrays_mend(image, room);
 	if (nr_room >= 0) {
 		store->reserved_extents += (uint64_t)nr_room;
 		add_image(store, image);
@@ -518,7 +530,9 @@ static int pin(struct image *image, _Atomic uint32_t *counts, uint64_t first, ui
 	pthread_mutex_lock(&store->lock);
 	for (uint64_t i = 0; i < nr; i++)
 		nr_new += image_is_pinned(image, first + i) ? 0 : image_room(image, first + i, 1);
-	if (nr_new && store->pinned_extents + nr_new > max_pinned) {
+	if (counts == image->loans && max_pinned != UINT64_MAX && region_is_parted(image, first, nr)) {
+		err = -EBUSY;
+	} else if (nr_new && store->pinned_extents + nr_new > max_pinned) {
 		err = -ENOSPC;
 	} else {
 		for (uint64_t i = 0; i < nr; i++)

@@ -59,6 +59,8 @@ void store_count(struct store *store, struct store_counters *counters_out);
 /* Borrowed eventfds: room is short; a guest stopped or broke. */
 int store_pressure_fd(const struct store *store);
 int store_notice_fd(const struct store *store);
+/* Raised when a guest's fault thread found a region worth opening. */
+int store_wanted_fd(const struct store *store);
 /* Borrowed: the memory of the standby list, for audits; -1 if there is none. */
 int store_standby_fd(const struct store *store);
 /* Takes the events since the last call, in order; returns how many. Each is enum store_event << 62 | age << 56 |
@@ -82,7 +84,8 @@ int store_wait_loaded(struct image *image, uint64_t first, uint64_t nr, int time
 int store_pin(struct image *image, uint64_t first, uint64_t nr, uint64_t max_pinned);
 /* Takes one pin back from each; -ENOENT, and nothing done, if one of them has none. */
 int store_unpin(struct image *image, uint64_t first, uint64_t nr);
-/* The same for a zerocopy guest: its loans are counted apart and end with the guest. */
+/* The same for a zerocopy guest or an open region: their loans are counted apart and end with them. -EBUSY, and nothing
+ * done: the extents are a part of a huge page. UINT64_MAX: no condition, for what a predecessor had lent. */
 int store_lend(struct image *image, uint64_t first, uint64_t nr, uint64_t max_pinned);
 int store_end_loan(struct image *image, uint64_t first, uint64_t nr);
 /* Punches stray frames out of ABSENT extents; returns how many extents had some. */
@@ -116,7 +119,7 @@ struct store {
 	uint64_t capacity_extents, low_free;
 	uint64_t reserved_extents, loading_extents, pinned_extents;
 	uint64_t read_ns, read_extents, fill_cpu_ns, restore_cpu_ns; /* as in store_counters */
-	int pressure_fd, notice_fd;
+	int pressure_fd, notice_fd, wanted_fd;
 
 	struct standby standby;
 	uint64_t standby_max;

@@ -7,6 +7,7 @@
  * in part is never lent.
  */
 #include "cache/core/abi.h"
+#include "cache/core/collapse.h"
 #include "cache/core/store.h"
 #include "faults/core/populate/populate.h"
 
@@ -14,7 +15,8 @@
 
 #define LOOKS_AT_ONCE 64
 
-/* The extents that are announced together: one, or those of a huge page. */
+/* The extents that are lent and announced together: one, or those of a huge page, the guest's or the frames'. A part of
+ * huge frames would keep the rest from being evicted; none is made of frames that are lent. */
 struct unit {
 	uint64_t extent, nr;
 };
@@ -24,6 +26,7 @@ static struct unit unit_of(const struct guest *guest, uint64_t extent)
 	const struct image_shape *shape = &guest->image->shape;
 	const struct populate *populate = guest->populate;
 	uint64_t page = extent * shape->extent_pages;
+	uint64_t huge = page / OPEN_PAGES * OPEN_PAGES / shape->extent_pages;
 
 	for (uint32_t i = 0; i < populate->nr_regions; i++) {
 		const struct populate_region *region = &populate->regions[i];
@@ -36,6 +39,8 @@ static struct unit unit_of(const struct guest *guest, uint64_t extent)
 		return (struct unit){.extent = first / shape->extent_pages,
 		                     .nr = (end - 1) / shape->extent_pages + 1 - first / shape->extent_pages};
 	}
+	if (image_collapsed_extents(guest->image, huge) > 1)
+		return (struct unit){.extent = huge, .nr = image_collapsed_extents(guest->image, huge)};
 	return (struct unit){.extent = extent, .nr = 1};
 }
 

@@ -146,6 +146,33 @@ def test_units_of_two_mebibytes_are_told_of_whole(
     assert large.mismatches() == []
 
 
+def test_frames_in_a_huge_page_are_lent_together_and_lent_ones_made_none(
+    image: Path, start_daemon: StartDaemon, start_guest: StartGuest
+) -> None:
+    """A huge page of which a part is lent could be neither evicted nor dissolved."""
+    daemon = start_daemon("--image", f"d={image}", "--capacity", "32M", "--open-regions", "pinned")
+    mapped = start_guest(daemon.uri)
+    mapped.call("open", image="d", guest="mapped")
+    for offset in (0, HUGE):
+        daemon.request("warm", image="d", offset=offset, length=HUGE)
+    daemon.request("pin", image="d", offset=0, length=HUGE)
+    until(lambda: daemon.guest_status("mapped")["open_regions"] == 1)
+    client = new_machine(daemon, start_guest, [SIZE], features=0)
+    client.call("nydus", image=str(image), policy=ZEROCOPY)
+    client.call("read", page=10)
+    client.call("read", page=600)
+    told = {tuple(each) for each in client.call("told")}
+    assert told == {(0, HUGE), (600 // 16 * 16 * PAGE, 16 * PAGE)}
+    daemon.request("pin", image="d", offset=HUGE, length=HUGE)
+    busy = client.call("read", page=1000)
+    assert busy == image.read_bytes()[1000 * PAGE :][:8].hex()
+    daemon.request("unpin", image="d", offset=0, length=2 * HUGE)
+    until(lambda: daemon.request("evict", image="d")["kept_bytes"] == HUGE + 2 * 16 * PAGE)
+    assert daemon.guest_status("mapped")["open_regions"] == 0
+    assert client.call("compare") == []
+    assert daemon.mismatches() == []
+
+
 def test_a_region_may_show_a_part_and_only_that_is_told_of(
     large: Daemon, image: Path, start_guest: StartGuest
 ) -> None:
