@@ -4,10 +4,12 @@
 from cowshed.accounting.audit import AuditReport, Mismatch, audit
 from cowshed.accounting.ledger import (
     MAX_REGIONS,
+    OPEN_PAGES,
     Account,
     AccountCounters,
     AccountState,
     AccountStatus,
+    CloseReason,
     EvictReason,
     LatencyKind,
     Region,
@@ -16,6 +18,7 @@ from cowshed.accounting.ledger import (
 from cowshed.accounting.missing_pages import MissingPages
 from cowshed.accounting.overlay import Overlay, OverlaySums
 from cowshed.accounting.policy.eviction import EvictionPolicy, ExtentKey, Heat
+from cowshed.accounting.policy.opening import OpeningPolicy, RegionKey
 from cowshed.accounting.policy.sampling import (
     MOST_TOUCHES,
     Estimate,
@@ -56,6 +59,7 @@ __all__ = [
     "MAX_REGIONS",
     "MOST_TOUCHES",
     "NO_QUOTA_BYTES",
+    "OPEN_PAGES",
     "STAY_PARTS",
     "WINDOWS_SECONDS",
     "Account",
@@ -64,6 +68,7 @@ __all__ = [
     "AccountStatus",
     "AccountSums",
     "AuditReport",
+    "CloseReason",
     "Counts",
     "Estimate",
     "EvictReason",
@@ -77,6 +82,7 @@ __all__ = [
     "Mismatch",
     "MissingPages",
     "Observed",
+    "OpeningPolicy",
     "Overlay",
     "OverlaySums",
     "Probe",
@@ -84,6 +90,7 @@ __all__ = [
     "QuotaPolicy",
     "QuotaStatus",
     "Region",
+    "RegionKey",
     "Seen",
     "StandbySize",
     "Use",

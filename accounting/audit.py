@@ -3,12 +3,13 @@
 
 Four things are checked. refs: an extent's reference count is the number of accounts whose grant bit
 is set. private: the pages an account is charged for are the pages PAGEMAP_SCAN shows as the guest's
-own, and a quota's used pages are those its accounts are charged for. In an overlay, whose guest
-maps nothing, only private pages have bytes, and its quota has paid for these and for the pages that
-requests have in hand. granted: a shared page that is mapped lies in a granted extent. resident: an
-extent has all its frames in the memfd when it is RESIDENT and none when it is ABSENT, and while no
-extent changes state, the memfd's st_blocks agree. standby: the memory of the standby list is that
-of the extents in it.
+own, and a quota's used pages are those its accounts are charged for. Pages of an open region are
+charged whether they are the guest's own or not, and all of its extents are granted. In an overlay,
+whose guest maps nothing, only private pages have bytes, and its quota has paid for these and for
+the pages that requests have in hand. granted: a shared page that is mapped lies in a granted
+extent. resident: an extent has all its frames in the memfd when it is RESIDENT and none when it is
+ABSENT, and while no extent changes state, the memfd's st_blocks agree. standby: the memory of the
+standby list is that of the extents in it.
 
 Guests run meanwhile, so one look may catch a step half done. A mismatch is reported only if several
 looks in a row show it, with time for the step to end in between.
@@ -182,6 +183,7 @@ def _look_at_pages(
 ) -> Iterator[Mismatch]:
     try:
         account.settle()
+        reserved = account.reserved_bitmap()
         before = account.private_bitmap()
         looks = account.looks()
     except OSError:
@@ -191,7 +193,9 @@ def _look_at_pages(
     charged = int.from_bytes(before, "little")
     copied = int(looks.translate(_PRIVATE)[::-1], 2)
     checked["private_pages"] += copied.bit_count()
-    for page in _bits(charged ^ copied):
+    # A reserved page is charged, whether it was written by now or not.
+    may_be = charged & int.from_bytes(reserved, "little")
+    for page in _bits((charged ^ copied) & ~may_be):
         is_charged = before[page // 8] >> page % 8 & 1
         yield Mismatch(
             "private", image.domain, image.name, guest, "page", page, is_charged, 1 - is_charged

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_REGIONS",
+    "OPEN_PAGES",
     "Account",
     "AccountCounters",
     "AccountState",
     "AccountStatus",
+    "CloseReason",
     "EvictReason",
     "LatencyKind",
     "Region",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 MAX_REGIONS: Final = int(lib.REGIONS_MAX)
+OPEN_PAGES: Final = int(lib.OPEN_PAGES)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,20 @@ class AccountCounters(Counters):
         return self.charged_pages - self.uncharged_pages
 
 
+class CloseReason(IntEnum):
+    """Why an open region was closed: its quota ran short, or the store's room; its guest's private
+    pages are tracked or frozen; on request, of an eviction too; to learn whether it is used; its
+    guest changed or left its memory.
+    """
+
+    QUOTA = lib.CLOSE_QUOTA
+    PRESSURE = lib.CLOSE_PRESSURE
+    FREEZE = lib.CLOSE_FREEZE
+    REQUEST = lib.CLOSE_REQUEST
+    SAMPLE = lib.CLOSE_SAMPLE
+    GUEST = lib.CLOSE_GUEST
+
+
 class AccountState(IntEnum):
     """State of an account: running; stopped at its quota; frozen by a drain; no longer served."""
 
@@ -107,8 +124,9 @@ class AccountStatus:
 
     stopped_since_ns is CLOCK_MONOTONIC, 0 while the guest runs. broken is 0, or -errno once its
     memory can no longer be served. frozen: writes are not answered until it is thawed. Of the
-    private pages, preloaded_pages are not in its memory yet. account_no is unique in this process
-    and never used again.
+    private pages, preloaded_pages are not in its memory yet. reserved_pages are charged to it for
+    its open_regions, beside the private ones; lost_regions stay pinned until it ends. account_no is
+    unique in this process and never used again.
     """
 
     granted_extents: int
@@ -119,6 +137,9 @@ class AccountStatus:
     broken: int
     frozen: bool
     preloaded_pages: int
+    open_regions: int
+    lost_regions: int
+    reserved_pages: int
     account_no: int
     counters: AccountCounters
 
@@ -134,6 +155,9 @@ class AccountStatus:
             broken=status.broken,
             frozen=bool(status.frozen),
             preloaded_pages=status.preloaded_pages,
+            open_regions=status.open_regions,
+            lost_regions=status.lost_regions,
+            reserved_pages=status.reserved_pages,
             account_no=status.account_no,
             counters=AccountCounters.of(status.counters),
         )
@@ -249,6 +273,74 @@ class Account:
         If the guest's page tables cannot be read (it is going away) the charges stand.
         """
         lib.account_settle(self.cdata)
+
+    @property
+    def nr_regions(self) -> int:
+        """The number of regions of the image; the last is never open if it is short."""
+        return -(-self.image.nr_pages // OPEN_PAGES)
+
+    def open_region(self, region_no: int, spare_pages: int, max_pinned_extents: int) -> int:
+        """Let the kernel map a region for the guest by itself, if its frames are collapsed.
+
+        Return 0 once it is open, or -errno if it is not opened, as account_open_region() does. All
+        its pages are charged, with spare_pages of the quota left; its extents are pinned, with no
+        more than max_pinned_extents in the store. About 10 us.
+        """
+        return lib.account_open_region(self.cdata, region_no, spare_pages, max_pinned_extents)
+
+    def close_regions(self, reason: CloseReason, first: int = 0, nr: int | None = None) -> int:
+        """Close the open ones of nr regions from first, exactly charged; return how many.
+
+        PeerError if the guest does not let them be closed within a second: some may stay open.
+        """
+        nr = self.nr_regions - first if nr is None else nr
+        result = lib.account_close_regions(self.cdata, first, nr, reason)
+        if result == -errno.EAGAIN:
+            raise PeerError("closing regions: the guest's memory is changing all the time")
+        return checked(result, "closing regions")
+
+    def open_regions(self) -> list[int]:
+        """Return the numbers of the open regions."""
+        words = bytearray(8 * ((self.nr_regions + 63) // 64))
+        checked(
+            lib.account_open_bitmap(
+                self.cdata, ffi.from_buffer("uint64_t[]", words), len(words) // 8
+            ),
+            "reading open regions",
+        )
+        bits = int.from_bytes(words, "little")
+        return [no for no in range(self.nr_regions) if bits >> no & 1] if bits else []
+
+    def take_wanted(self, nr_max: int) -> list[int]:
+        """Take up to nr_max regions that the fault thread found worth opening."""
+        regions = array("I", bytes(4 * nr_max))
+        nr = lib.account_take_wanted(self.cdata, ffi.from_buffer("uint32_t[]", regions), nr_max)
+        return regions[:nr].tolist()
+
+    def shrink(self) -> None:
+        """Close regions while the quota has no room: after it was made smaller."""
+        lib.account_shrink(self.cdata)
+
+    def set_read_only(self, read_only: bool) -> None:
+        """State whether the guest writes its mapping: if not, open regions are not charged.
+
+        Closes all regions. PeerError, and nothing is changed, if the guest does not let them be
+        closed within a second.
+        """
+        if lib.account_set_read_only(self.cdata, int(read_only)) == -errno.EAGAIN:
+            raise PeerError("closing regions: the guest's memory is changing all the time")
+
+    def finish_opening(self) -> None:
+        """Check the region that was being opened when the predecessor ended."""
+        lib.account_finish_opening(self.cdata)
+
+    def reserved_bitmap(self) -> bytes:
+        """Copy the bitmap of pages that are charged with open regions, and not seen as copied."""
+        words = bytearray(8 * ((self.image.nr_pages + 63) // 64))
+        lib.account_reserved_bitmap(
+            self.cdata, ffi.from_buffer("uint64_t[]", words), len(words) // 8
+        )
+        return bytes(words)
 
     def adopt_private(self) -> int:
         """Charge private pages inherited over fork, past the quota too; return how many.

@@ -15,6 +15,7 @@ from cowshed.accounting.ledger import (
     AccountCounters,
     AccountState,
     AccountStatus,
+    CloseReason,
     LatencyKind,
 )
 from cowshed.cache import Image
@@ -66,14 +67,20 @@ class Latency:
 class AccountSums:
     """An image's accounts together. Counters and latencies include closed accounts.
 
-    private_pages are charged now. cow_pages are the private copies ever made, ahead of the kernel
-    by charges that were not settled yet; closed_cow_pages are those of closed accounts. No counter
-    is ever less than at an earlier reading.
+    private_pages are charged now, reserved_pages beside them for open_regions. opens and closes, by
+    reason, are of regions, over the accounts that ever were. cow_pages are the private copies ever
+    made, ahead of the kernel by charges that were not settled yet; closed_cow_pages are those of
+    closed accounts. No counter is ever less than at an earlier reading.
     """
 
     private_pages: int
     cow_pages: int
     closed_cow_pages: int
+    reserved_pages: int
+    open_regions: int
+    lost_regions: int
+    opens: int
+    closes: dict[CloseReason, int]
     counters: AccountCounters
     latencies: dict[LatencyKind, Latency]
 
@@ -86,6 +93,11 @@ def sum_accounts(image: Image) -> AccountSums:
         private_pages=sums.private_pages,
         cow_pages=sums.cow_pages,
         closed_cow_pages=sums.closed_cow_pages,
+        reserved_pages=sums.reserved_pages,
+        open_regions=sums.open_regions,
+        lost_regions=sums.lost_regions,
+        opens=sums.opens,
+        closes={reason: sums.closes[reason] for reason in CloseReason},
         counters=AccountCounters.of(sums.counters),
         latencies={
             kind: Latency(list(sums.latency[kind]), sums.latency_sum_ns[kind])
@@ -153,6 +165,9 @@ def add_statuses(statuses: Sequence[AccountStatus]) -> AccountStatus:
         broken=first.broken if all(status.broken for status in statuses) else 0,
         frozen=any(status.frozen for status in statuses),
         preloaded_pages=sum(status.preloaded_pages for status in statuses),
+        open_regions=sum(status.open_regions for status in statuses),
+        lost_regions=sum(status.lost_regions for status in statuses),
+        reserved_pages=sum(status.reserved_pages for status in statuses),
         account_no=first.account_no,
         counters=functools.reduce(operator.add, (status.counters for status in statuses)),
     )

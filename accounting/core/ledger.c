@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "accounting/core/ledger.h"
 
+#include "accounting/core/open_regions.h"
 #include "accounting/core/preload.h"
 
 #include <errno.h>
@@ -12,9 +13,16 @@
 
 static _Atomic uint64_t nr_accounts_ever;
 
-static size_t ledger_bytes(const struct image_shape *shape)
+/* What releases without open regions have; the bitmaps of these follow. */
+static size_t ledger_bytes_before(const struct image_shape *shape)
 {
 	return sizeof(struct ledger_header) + bits_bytes(shape->nr_extents) + 6 * bits_bytes(shape->nr_pages);
+}
+
+static size_t ledger_bytes(const struct image *image)
+{
+	return ledger_bytes_before(&image->shape) + bits_bytes(image->shape.nr_pages) +
+	       2 * bits_bytes(image_nr_regions(image)) + sizeof(bits_word);
 }
 
 static int ledger_map(struct account *account, int ledger_fd)
@@ -23,7 +31,7 @@ static int ledger_map(struct account *account, int ledger_fd)
 	size_t by_extent = bits_bytes(shape->nr_extents);
 	size_t by_page = bits_bytes(shape->nr_pages);
 
-	account->ledger_bytes = ledger_bytes(shape);
+	account->ledger_bytes = ledger_bytes(account->image);
 	void *at = mmap(NULL, account->ledger_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, ledger_fd, 0);
 	if (at == MAP_FAILED)
 		return -errno;
@@ -36,6 +44,11 @@ static int ledger_map(struct account *account, int ledger_fd)
 	account->unmapped = (bits_word *)(bits + by_extent + 3 * by_page);
 	account->poisoned = (bits_word *)(bits + by_extent + 4 * by_page);
 	account->preloaded = (bits_word *)(bits + by_extent + 5 * by_page);
+	account->reserved = (bits_word *)(bits + by_extent + 6 * by_page);
+	account->opened = (bits_word *)(bits + by_extent + 7 * by_page);
+	size_t by_region = bits_bytes(image_nr_regions(account->image));
+	account->lost = (bits_word *)(bits + by_extent + 7 * by_page + by_region);
+	account->flags = (bits_word *)(bits + by_extent + 7 * by_page + 2 * by_region);
 	return 0;
 }
 
@@ -44,7 +57,7 @@ static int ledger_create(struct account *account)
 	const struct image_shape *shape = &account->image->shape;
 
 	account->ledger_fd = memfd_create("cowshed-ledger", MFD_CLOEXEC);
-	if (account->ledger_fd < 0 || ftruncate(account->ledger_fd, (off_t)ledger_bytes(shape)) < 0)
+	if (account->ledger_fd < 0 || ftruncate(account->ledger_fd, (off_t)ledger_bytes(account->image)) < 0)
 		return -errno;
 	int err = ledger_map(account, account->ledger_fd);
 	if (err)
@@ -60,6 +73,8 @@ static void account_free(struct account *account)
 {
 	account_drop_preloaded(account);
 	free(account->dirty);
+	free(account->faults);
+	free(account->wanted);
 	if (account->header)
 		munmap(account->header, account->ledger_bytes);
 	if (account->ledger_fd >= 0)
@@ -77,6 +92,14 @@ static struct account *account_new(struct image *image, struct quota *quota)
 		return NULL;
 	account->image = image;
 	account->quota = quota;
+	account->faults = calloc(image_nr_regions(image), sizeof *account->faults);
+	account->wanted = calloc(1, bits_bytes(image_nr_regions(image)));
+	if (!account->faults || !account->wanted) {
+		free(account->faults);
+		free(account->wanted);
+		free(account);
+		return NULL;
+	}
 	quota_join(quota);
 	account->ledger_fd = account->uffd = account->pagemap_fd = account->preload_fd = -1;
 	pthread_mutex_init(&account->write_lock, NULL);
@@ -118,29 +141,36 @@ int account_open(struct image *image, struct quota *quota, struct account **acco
 static void mend_pages(struct account *account)
 {
 	struct ledger_header *header = account->header;
-	uint64_t nr_private = 0, nr_preloaded = 0, nr_poisoned = 0;
+	uint64_t nr_private = 0, nr_preloaded = 0, nr_reserved = 0, nr_poisoned = 0;
 
 	for (uint64_t i = 0; i < bits_bytes(header->nr_pages) / sizeof(bits_word); i++) {
 		uint64_t private = atomic_load_explicit(&account->private[i], memory_order_relaxed);
 		uint64_t preloaded = atomic_load_explicit(&account->preloaded[i], memory_order_relaxed);
 		uint64_t unsettled = atomic_load_explicit(&account->unsettled[i], memory_order_relaxed);
 		uint64_t poisoned = atomic_load_explicit(&account->poisoned[i], memory_order_relaxed);
+		uint64_t reserved = atomic_load_explicit(&account->reserved[i], memory_order_relaxed);
 
-		if (!(private | preloaded | unsettled | poisoned))
+		if (!(private | preloaded | unsettled | poisoned | reserved))
 			continue;
+		/* A region that was being opened or closed: settling gives charges for nothing back. */
+		uint64_t kept = bits_test(account->opened, i * 64 / OPEN_PAGES) ? reserved & private : 0;
+		if (reserved != kept)
+			atomic_store(&account->reserved[i], kept);
 		if (preloaded & ~private)
 			atomic_store(&account->preloaded[i], preloaded & private);
 		preloaded &= private;
 		if (unsettled != (private & ~preloaded))
 			atomic_store(&account->unsettled[i], private & ~preloaded);
 		if (private & ~preloaded && !atomic_load(&header->populated))
-			atomic_fetch_or(&account->discarded[i], private & ~preloaded);
+			atomic_fetch_or(&account->discarded[i], private & ~preloaded & ~kept);
 		nr_private += (uint64_t)__builtin_popcountll(private);
 		nr_preloaded += (uint64_t)__builtin_popcountll(preloaded);
+		nr_reserved += (uint64_t)__builtin_popcountll(kept);
 		nr_poisoned += (uint64_t)__builtin_popcountll(poisoned);
 	}
 	atomic_store(&header->private_pages, nr_private);
 	atomic_store(&header->preloaded_pages, nr_preloaded);
+	atomic_store(&account->nr_reserved, nr_reserved);
 	atomic_fetch_add(&account->image->nr_poisoned, nr_poisoned);
 	quota_take_anyway(account->quota, nr_private);
 }
@@ -164,6 +194,7 @@ static void mend_grants(struct account *account)
 static void account_mend(struct account *account)
 {
 	mend_grants(account);
+	account_lend_again(account);
 	mend_pages(account);
 	/* A guest that is still at its quota stops again. */
 	if (atomic_load(&account->header->stopped_since_ns) == STOP_ENDING)
@@ -177,8 +208,12 @@ int account_adopt(struct image *image, struct quota *quota, int ledger_fd, struc
 
 	if (fstat(ledger_fd, &status) < 0)
 		return -errno;
-	if ((uint64_t)status.st_size != ledger_bytes(&image->shape))
+	if ((uint64_t)status.st_size == ledger_bytes_before(&image->shape)) {
+		if (ftruncate(ledger_fd, (off_t)ledger_bytes(image)) < 0)
+			return -errno;
+	} else if ((uint64_t)status.st_size != ledger_bytes(image)) {
 		return -EBADMSG;
+	}
 	struct account *account = account_new(image, quota);
 	if (!account)
 		return -ENOMEM;
@@ -221,6 +256,7 @@ int account_close(struct account *account)
 	*at = account->next;
 	for (uint64_t e = 0; (e = bits_next(account->granted, e, nr_extents)) < nr_extents; e++)
 		account_revoke(account, e);
+	account_end_loans(account);
 	account_add_past(account);
 	account->header->magic = 0; /* if we die now, its counters must not be added again */
 	quota_give(account->quota, account->header->private_pages);
@@ -295,6 +331,8 @@ void account_uncharge(struct account *account, uint64_t page)
 	assert(was);
 	(void)was;
 	bits_clear(account->unsettled, page);
+	if (bits_clear(account->reserved, page))
+		atomic_fetch_sub(&account->nr_reserved, 1);
 	if (bits_clear(account->preloaded, page))
 		atomic_fetch_sub(&account->header->preloaded_pages, 1);
 	account_mark_dirty(account, page, 1);

@@ -14,6 +14,9 @@
  *   unmapped   by page    the guest unmapped it (munmap): what is at its address now is not ours
  *   poisoned   by page    SIGBUS for the guest, because the source failed
  *   preloaded  by page    private, and still only in the preload file, not in the guest's memory yet (preload.h)
+ *   reserved   by page    charged with its open region (open_regions.h), and no copy of it was seen
+ *   opened     by region  the region is open
+ *   lost       by region  was open, and the guest has moved a part of it away unguarded: its frames stay lent
  *
  * While private pages are tracked (track.h) there is one more bitmap, in the process's own memory:
  *
@@ -25,12 +28,18 @@
 #include "accounting/core/quota.h"
 #include "accounting/core/regions.h"
 #include "cache/core/bits.h"
+#include "cache/core/collapse.h"
 #include "cache/core/image.h"
 
 #include <pthread.h>
 
 /* cdef-begin */
 struct account;
+
+/* Why a region is closed: its quota ran short, room did, its pages are tracked or frozen, it is evicted, to learn
+ * whether it is used, its guest changed or unguarded it. */
+enum close_reason { CLOSE_QUOTA, CLOSE_PRESSURE, CLOSE_FREEZE, CLOSE_REQUEST, CLOSE_SAMPLE, CLOSE_GUEST };
+#define CLOSE_NR 6
 
 enum latency_kind { LATENCY_HIT, LATENCY_MISS, LATENCY_WRITE, LATENCY_NR };
 #define LATENCY_BUCKETS 160
@@ -56,7 +65,7 @@ struct account_counters {
 
 struct account_status {
 	uint64_t granted_extents;
-	uint64_t private_pages;    /* charged now */
+	uint64_t private_pages;    /* charged now, and not reserved */
 	uint64_t quota_pages;      /* the quota's limit; the policy is the quota's, too */
 	uint64_t stopped_since_ns; /* CLOCK_MONOTONIC, 0: running */
 	uint32_t policy;
@@ -64,13 +73,19 @@ struct account_status {
 	uint32_t frozen; /* 1: no private page changes until the thaw */
 	uint32_t spare;
 	uint64_t preloaded_pages; /* private pages that are not in its memory yet */
-	uint64_t account_no;      /* unique in this process, never used again */
+	uint64_t open_regions, lost_regions;
+	uint64_t reserved_pages; /* charged, with open regions, and not private; private_pages does not count them */
+	uint64_t account_no;     /* unique in this process, never used again */
 	struct account_counters counters;
 };
 
 /* All accounts of one image together. The counters include closed accounts. */
 struct account_sums {
-	uint64_t private_pages;    /* charged now */
+	uint64_t private_pages;  /* charged now, and not reserved */
+	uint64_t reserved_pages; /* as account_status.reserved_pages */
+	uint64_t open_regions, lost_regions;
+	uint64_t opens;            /* of regions, ever */
+	uint64_t closes[CLOSE_NR]; /* by reason: enum close_reason */
 	uint64_t cow_pages;        /* private copies ever made; never less than an earlier reading, see account_sum */
 	uint64_t closed_cow_pages; /* of accounts that were closed */
 	struct account_counters counters;
@@ -132,7 +147,9 @@ const char *account_check(struct account *account);
 #define LEDGER_MAGIC 0x474c4453574f43ull /* "COWSDLG" */
 /* cdef-begin */
 #define LEDGER_LAYOUT 5
+#define OPEN_REGIONS_LAYOUT 1 /* of what is added for open regions at the end of the ledger, and of the arrays */
 /* cdef-end */
+#define LEDGER_READ_ONLY 0 /* the guest does not write its mapping: its open regions are not charged */
 #define LEDGER_SERVED_WORDS 16
 #define LEDGER_INBOX_WORDS 64
 
@@ -150,7 +167,7 @@ struct ledger_header {
 	_Atomic uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
 	_Atomic uint64_t served[LEDGER_SERVED_WORDS]; /* transport's counters of the clients of an overlay */
 	_Atomic uint32_t populated; /* pages are copied into the guest; adopting then adds no discarded bits */
-	uint32_t spare;
+	_Atomic uint32_t opening;   /* 1 + the region that is being opened, from before it is unregistered on */
 	/* The fault thread reads messages into this; an event stays until it is handled, so that no death loses it. See
 	 * guest.c. */
 	uint64_t inbox[LEDGER_INBOX_WORDS];
@@ -165,7 +182,8 @@ struct account_past {
 	uint64_t counts[COUNTS_NR];
 	uint64_t latency_sum_ns[LATENCY_NR];
 	uint64_t latency[LATENCY_NR][LATENCY_BUCKETS];
-	_Atomic uint64_t cow_pages; /* the highest sum so far */
+	_Atomic uint64_t cow_pages;               /* the highest sum so far */
+	_Atomic uint64_t opens, closes[CLOSE_NR]; /* of closed accounts too; 0 from releases before */
 };
 _Static_assert(sizeof(struct account_past) <= 8 * IMAGE_PAST_WORDS, "an image has room for it");
 
@@ -173,9 +191,12 @@ _Static_assert(sizeof(struct account_past) <= 8 * IMAGE_PAST_WORDS, "an image ha
  * Invariants: (1) granted_extents is the number of granted bits, each counted in the image's refs;
  * (2) private_pages is the number of private bits, each taken from the quota; (3) unsettled is a subset of private.
  * (4) preloaded is a subset of private, and disjoint from unsettled; (5) while dirty is not NULL, every private page
- * that the guest can write without a fault is dirty; (6) header->preloaded_pages is the number of preloaded bits. (2)
- * to (6) change only under write_lock (an overlay's, under its stripes' locks); so do the regions, and only in the
- * guest's fault thread. An audit recomputes (1), account_check (2) to (4) and (6).
+ * that the guest can write without a fault is dirty; (6) header->preloaded_pages is the number of preloaded bits;
+ * (7) nr_open, nr_lost and nr_reserved are the numbers of opened, lost and reserved bits; (8) reserved is a subset of
+ * unsettled, and lies in opened regions; (9) all pages of an opened region are private, unless read-only or unmapped,
+ * and its extents are lent, as those of a lost one. (2) to (9) change only under write_lock (an overlay's, under its
+ * stripes' locks); so do the regions, and only in the guest's fault thread. An audit recomputes (1), account_check (2)
+ * to (4) and (6) to (9).
  */
 struct account {
 	struct account *next; /* in image->accounts */
@@ -187,7 +208,15 @@ struct account {
 	int ledger_fd, uffd, pagemap_fd;
 	bool populated; /* pages are copied into the guest, not mapped */
 	bits_word *granted, *private, *unsettled, *discarded, *unmapped, *poisoned, *preloaded;
-	bits_word *dirty; /* NULL: private pages are not tracked */
+	bits_word *reserved, *opened, *lost;
+	bits_word *flags; /* LEDGER_READ_ONLY */
+	_Atomic uint64_t nr_open, nr_lost, nr_reserved;
+	uint64_t quota_short_ns;    /* when regions were last closed for the quota; 0: never */
+	uint64_t close_at;          /* where account_close_for_quota goes on */
+	_Atomic uint8_t *faults;    /* by region: faults since it was last named wanted, at most FAULTS_WANTED */
+	bits_word *wanted;          /* by region: worth opening, says the fault thread */
+	_Atomic bool wants_regions; /* wanted has a bit that nobody took */
+	bits_word *dirty;           /* NULL: private pages are not tracked */
 	bool thaw_ends_tracking;
 	const char
 		*preloaded_bytes; /* the preload file, mapped while it has pages that are not in the guest's memory */
@@ -237,6 +266,18 @@ static inline bool account_span(const struct account *account, uint64_t first, u
 		return regions_span(&account->header->regions, first, end, span_out);
 	*span_out = (struct account_span){first, end - first, whole + (first << 12)};
 	return first < end;
+}
+
+static inline bool account_is_read_only(const struct account *account)
+{
+	return bits_test(account->flags, LEDGER_READ_ONLY);
+}
+
+/* Whether the page lies in an open region. */
+static inline bool account_is_open(const struct account *account, uint64_t page)
+{
+	return __builtin_expect(atomic_load_explicit(&account->nr_open, memory_order_relaxed) != 0, 0) &&
+	       bits_test(account->opened, page / OPEN_PAGES);
 }
 
 /* Where a page is; 0 if the guest does not have it. */

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "accounting/core/presence.h"
 
+#include "accounting/core/region_guard.h"
 #include "accounting/core/settle.h"
 
 #include <errno.h>
@@ -16,6 +17,8 @@ static bool is_present(struct account *account, uint64_t page)
 
 	if (account->dirty || account_is_frozen(account)) /* protection marks clean or frozen pages now: do not probe */
 		return true;
+	if (account_is_open(account, page))
+		return account_is_bare(account, page);
 	err = account_protect(account, page, 1, true);
 	return err != -ENOENT && err != -ESRCH;
 }

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "accounting/core/settle.h"
 
+#include "accounting/core/open_regions.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
 
@@ -10,7 +11,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#define LOOKS_MAX 512
 #define SCANNED_MAX 64
 #define SETTLE_QUOTA_EVERY_NS 20000000u
 #define LOOK_DOUBTFUL 0xff /* a copy in swap, or no page; only within this file */
@@ -75,7 +75,7 @@ static int look_at_span(struct account *account, const struct account_span *span
  * PAGEMAP_SCAN reports no pages, and no error, for a process that has ended (Linux 6.18.44). A read then returns no
  * bytes, at any offset.
  */
-static int look_at_life(const struct account *account)
+int account_look_at_life(const struct account *account)
 {
 	uint64_t entry;
 	ssize_t got = pread(account->pagemap_fd, &entry, sizeof entry, 0);
@@ -83,7 +83,7 @@ static int look_at_life(const struct account *account)
 	return got > 0 ? 0 : got < 0 ? -errno : -ESRCH;
 }
 
-static int look_closely(struct account *account, uint64_t first, uint64_t nr, uint8_t *looks_out)
+int account_look_closely(struct account *account, uint64_t first, uint64_t nr, uint8_t *looks_out)
 {
 	struct account_span span;
 	uint64_t end = first + nr;
@@ -94,13 +94,13 @@ static int look_closely(struct account *account, uint64_t first, uint64_t nr, ui
 	memset(looks_out, PAGE_LOOK_ABSENT, nr);
 	for (uint64_t page = first; !err && account_span(account, page, end, &span); page = span.page + span.nr_pages)
 		err = look_at_span(account, &span, looks_out + (span.page - first));
-	return err ? err : look_at_life(account);
+	return err ? err : account_look_at_life(account);
 }
 
 /* A doubtful page that was settled is a copy: the event of a discard would have been read. */
 int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *looks_out)
 {
-	int err = look_closely(account, first, nr, looks_out);
+	int err = account_look_closely(account, first, nr, looks_out);
 
 	for (uint64_t i = 0; i < nr && !err; i++) {
 		if (looks_out[i] == LOOK_DOUBTFUL)
@@ -148,7 +148,7 @@ static int look_in_doubt(struct account *account, uint64_t page, uint8_t *look_o
 	int err = account_protect(account, page, 1, false);
 
 	if (!err)
-		err = look_closely(account, page, 1, look_out);
+		err = account_look_closely(account, page, 1, look_out);
 	return err ? err : account_protect(account, page, 1, true);
 }
 
@@ -159,9 +159,9 @@ static int look_in_doubt(struct account *account, uint64_t page, uint8_t *look_o
  */
 static int64_t settle_batch(struct account *account, uint64_t first, uint64_t nr)
 {
-	uint8_t looks[LOOKS_MAX];
+	uint8_t looks[OPEN_PAGES];
 	int64_t nr_returned = 0;
-	int err = look_closely(account, first, nr, looks);
+	int err = account_look_closely(account, first, nr, looks);
 
 	for (uint64_t i = 0; i < nr && !err; i++)
 		if (looks[i] == LOOK_DOUBTFUL && bits_test(account->unsettled, first + i))
@@ -177,7 +177,7 @@ static int64_t settle_batch(struct account *account, uint64_t first, uint64_t nr
 		err = account_protect(account, first + i, run, true);
 		point_reach(POINT_SETTLE_PROTECTED);
 		if (!err)
-			err = look_closely(account, first + i, run, looks + i);
+			err = account_look_closely(account, first + i, run, looks + i);
 		for (uint64_t j = i; j < i + run && !err; j++)
 			if (looks[j] == PAGE_LOOK_PRIVATE)
 				err = account_protect(account, first + j, 1, false);
@@ -200,8 +200,10 @@ int64_t account_settle_range(struct account *account, uint64_t first, uint64_t n
 	if (account->pagemap_fd < 0 || account_is_frozen(account))
 		return 0;
 	for (uint64_t page = first; (page = bits_next(account->unsettled, page, end)) < end;) {
-		uint64_t batch = end - page < LOOKS_MAX ? end - page : LOOKS_MAX;
-		int64_t nr_here = settle_batch(account, page, batch);
+		uint64_t region_end = (page / OPEN_PAGES + 1) * OPEN_PAGES;
+		uint64_t batch = (end < region_end ? end : region_end) - page;
+		int64_t nr_here = account_is_open(account, page) ? account_settle_open(account, page, batch)
+		                                                 : settle_batch(account, page, batch);
 
 		if (nr_here < 0)
 			return nr_here;
@@ -243,6 +245,9 @@ int64_t account_settle_quota(struct account *account)
 		if (other->quota == account->quota && pthread_mutex_trylock(&other->write_lock) == 0) {
 			int64_t nr_here = account_settle_range(other, 0, image->shape.nr_pages);
 
+			if (nr_here <= 0)
+				nr_here = (int64_t)account_close_for_quota(other);
+
 			pthread_mutex_unlock(&other->write_lock);
 			nr += nr_here > 0 ? nr_here : 0;
 		}
@@ -256,7 +261,9 @@ bool account_page_is_private(struct account *account, uint64_t page)
 
 	if (!bits_test(account->private, page))
 		return false;
-	int err = look_closely(account, page, 1, &seen);
+	if (account_is_open(account, page)) /* it may be written at any moment */
+		return true;
+	int err = account_look_closely(account, page, 1, &seen);
 	if (!err && seen == LOOK_DOUBTFUL && !account_is_frozen(account))
 		err = look_in_doubt(account, page, &seen);
 	/* A doubtful page stays charged; so does an open one, because a write may copy it at any moment, without a

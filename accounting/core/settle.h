@@ -27,6 +27,11 @@ enum page_look { PAGE_LOOK_ABSENT, PAGE_LOOK_SHARED, PAGE_LOOK_OPEN, PAGE_LOOK_P
 int account_look(struct account *account, uint64_t first, uint64_t nr, uint8_t *looks_out);
 /* cdef-end */
 
+/* As account_look, but a preloaded page that is not in memory is absent; and while private pages may be protected, the
+ * marker of a page that is gone may be LOOK_DOUBTFUL. */
+int account_look_closely(struct account *account, uint64_t first, uint64_t nr, uint8_t *looks_out);
+/* 0, or -ESRCH if the guest's memory is gone. */
+int account_look_at_life(const struct account *account);
 /* Write-protects the pages that the guest has mapped, or removes the protection; 0 or -errno. */
 int account_protect(struct account *account, uint64_t first, uint64_t nr, bool on);
 /* Under write_lock: as account_settle, for [first, first + nr). */

@@ -87,17 +87,29 @@ void account_add_past(const struct account *account)
 	add_latencies(account->header, past->latency_sum_ns, past->latency);
 }
 
+/* Two counters, which change one after the other. */
+static uint64_t private_pages(const struct account *account)
+{
+	uint64_t nr_reserved = atomic_load(&account->nr_reserved);
+	uint64_t nr_charged = atomic_load(&account->header->private_pages);
+
+	return nr_charged > nr_reserved ? nr_charged - nr_reserved : 0;
+}
+
 void account_read(const struct account *account, struct account_status *status_out)
 {
 	struct ledger_header *header = account->header;
 	struct account_status status = {
 		.granted_extents = header->granted_extents,
-		.private_pages = header->private_pages,
+		.private_pages = private_pages(account),
 		.quota_pages = atomic_load(&account->quota->header->quota_pages),
 		.policy = quota_policy_of(account->quota),
 		.broken = header->broken,
 		.frozen = atomic_load(&header->frozen),
 		.preloaded_pages = atomic_load(&header->preloaded_pages),
+		.open_regions = atomic_load(&account->nr_open),
+		.lost_regions = atomic_load(&account->nr_lost),
+		.reserved_pages = atomic_load(&account->nr_reserved),
 		.account_no = account->account_no,
 	};
 
@@ -167,8 +179,14 @@ void account_sum(struct image *image, struct account_sums *sums_out)
 
 		add_counters(header, (uint64_t *)&sums_out->counters, &since_ns);
 		add_latencies(header, sums_out->latency_sum_ns, sums_out->latency);
-		sums_out->private_pages += header->private_pages;
+		sums_out->private_pages += private_pages(account);
+		sums_out->reserved_pages += atomic_load(&account->nr_reserved);
+		sums_out->open_regions += atomic_load(&account->nr_open);
+		sums_out->lost_regions += atomic_load(&account->nr_lost);
 	}
+	sums_out->opens = atomic_load(&past->opens);
+	for (int i = 0; i < CLOSE_NR; i++)
+		sums_out->closes[i] = atomic_load(&past->closes[i]);
 	uint64_t charged = sums_out->counters.charged_pages, returned = sums_out->counters.uncharged_pages;
 	sums_out->cow_pages = raise_to(&past->cow_pages, charged > returned ? charged - returned : 0);
 	pthread_rwlock_unlock(&image->accounts_lock);

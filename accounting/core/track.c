@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "accounting/core/track.h"
 
+#include "accounting/core/open_regions.h"
 #include "accounting/core/settle.h"
 #include "cache/core/points.h"
 
@@ -59,6 +60,10 @@ static int begin(struct account *account)
 		return -EOPNOTSUPP;
 	if (account->dirty)
 		return 0;
+	/* An open page is written unseen. */
+	int err = account_close_all(account, CLOSE_FREEZE);
+	if (err)
+		return err;
 	bits_word *dirty = calloc(nr_words, sizeof *dirty);
 	if (!dirty)
 		return -ENOMEM;
@@ -102,6 +107,8 @@ int account_track(struct account *account, int on)
 {
 	int err = 0;
 
+	if (on) /* most of them without holding up its faults */
+		account_close_regions(account, 0, image_nr_regions(account->image), CLOSE_FREEZE);
 	pthread_mutex_lock(&account->write_lock);
 	bool frozen = account_is_frozen(account);
 	if (on) {
@@ -194,6 +201,7 @@ static int freeze(struct account *account)
 
 int account_freeze(struct account *account)
 {
+	account_close_regions(account, 0, image_nr_regions(account->image), CLOSE_FREEZE);
 	pthread_mutex_lock(&account->write_lock);
 	int err = freeze(account);
 	pthread_mutex_unlock(&account->write_lock);

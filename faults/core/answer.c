@@ -8,6 +8,7 @@
  */
 #include "faults/core/answer.h"
 
+#include "accounting/core/open_regions.h"
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
@@ -77,6 +78,33 @@ static bool pass_preloaded(const struct account *account, struct account_span *s
 	return first < end;
 }
 
+/* Likewise skips open regions, where the kernel maps pages by itself. */
+static bool pass_open(const struct account *account, struct account_span *span)
+{
+	uint64_t end = span->page + span->nr_pages, first = span->page;
+
+	while (first < end && account_is_open(account, first))
+		first = (first / OPEN_PAGES + 1) * OPEN_PAGES;
+	first = first < end ? first : end;
+	uint64_t closed_end = first;
+	while (closed_end < end && !account_is_open(account, closed_end))
+		closed_end = (closed_end / OPEN_PAGES + 1) * OPEN_PAGES;
+	span->address += (first - span->page) << PAGE_SHIFT;
+	span->page = first;
+	span->nr_pages = (closed_end < end ? closed_end : end) - first;
+	return first < end;
+}
+
+static bool has_open(const struct account *account, const struct account_span *span)
+{
+	uint64_t end = span->page + span->nr_pages;
+
+	for (uint64_t page = span->page; page < end; page = (page / OPEN_PAGES + 1) * OPEN_PAGES)
+		if (account_is_open(account, page))
+			return true;
+	return false;
+}
+
 /* Maps a run of pages, whose extents the caller holds, in the regions that have them. Returns the error of the part
  * with fault_page, else the first error. */
 static int map_run(struct guest *guest, uint64_t first, uint64_t nr, uint64_t fault_page, uint32_t max_skips)
@@ -88,12 +116,30 @@ static int map_run(struct guest *guest, uint64_t first, uint64_t nr, uint64_t fa
 	for (; account_span(guest->account, first, end, &span); first = span.page + span.nr_pages) {
 		if (atomic_load(&guest->account->header->preloaded_pages) && !pass_preloaded(guest->account, &span))
 			continue;
+		if (atomic_load_explicit(&guest->account->nr_open, memory_order_relaxed) &&
+		    !pass_open(guest->account, &span))
+			continue;
 		int span_err = map_span(guest, &span, fault_page, max_skips);
+
+		/* A region was opened meanwhile: its pages cannot be mapped protected, and need not be. */
+		if (span_err == -EINVAL && has_open(guest->account, &span)) {
+			answer_wake(guest, span.page, span.nr_pages);
+			span_err = 0;
+		}
 
 		if (span_err && (!err || fault_page - span.page < span.nr_pages))
 			err = span_err;
 	}
 	return err;
+}
+
+void answer_in_open(struct guest *guest, uint64_t page, uint64_t flags)
+{
+	bool missing = !(flags & (UFFD_PAGEFAULT_FLAG_MINOR | UFFD_PAGEFAULT_FLAG_WP));
+	int err = account_fault_in_open(guest->account, page, missing);
+
+	answer_wake(guest, page, 1);
+	answer_failed(guest, err);
 }
 
 void answer_wake(struct guest *guest, uint64_t first, uint64_t nr)
@@ -204,6 +250,8 @@ int answer_poison(struct guest *guest, uint64_t page)
 
 	if (!address)
 		return -ENOENT;
+	if (account_is_open(account, page)) /* it was loaded since, and is there */
+		return 0;
 	if (account->pagemap_fd >= 0)
 		account_look(account, page, 1, &look);
 	/* Mark it before poisoning it: a good load that ends between the two would not look for it. */
@@ -343,6 +391,7 @@ void answer_access(struct guest *guest, uint64_t page, uint64_t flags, uint64_t 
 
 	if (answer_preloaded(guest, page, read_ns) || answer_private(guest, page))
 		return;
+	account_note_fault(account, page);
 	window_plan_fault(&guest->windows, &shape, (const uint64_t *)account->granted, page, &plan);
 	if (account_region_of(account, page, &region) && region.nr_pages != shape.nr_pages)
 		window_clip(&plan, &shape, region.first_page, region.nr_pages);

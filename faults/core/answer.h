@@ -9,6 +9,8 @@
 void answer_access(struct guest *guest, uint64_t page, uint64_t flags, uint64_t read_ns);
 /* The guest gave pages back (madvise) or unmapped them. */
 void answer_discard(struct guest *guest, uint64_t first, uint64_t nr, bool unmapped);
+/* A fault on a page of an open region. */
+void answer_in_open(struct guest *guest, uint64_t page, uint64_t flags);
 /* Wakes faults that are blocked on one of the pages. */
 void answer_wake(struct guest *guest, uint64_t first, uint64_t nr);
 /* Under the account's write_lock: poisons a page that is not mapped. */

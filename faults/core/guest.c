@@ -69,6 +69,10 @@ static void mapped_fault(struct guest *guest, uint64_t address, uint64_t flags, 
 	}
 	if (bits_test(guest->account->unmapped, page)) /* it mapped the image there again */
 		bits_clear(guest->account->unmapped, page);
+	if (account_is_open(guest->account, page)) {
+		answer_in_open(guest, page, flags);
+		return;
+	}
 	if (flags & UFFD_PAGEFAULT_FLAG_WP) {
 		count_add(COUNTER(header, faults_write), 1);
 		answer_write(guest, page, read_ns);

@@ -3,6 +3,7 @@
  * Poisons the pages that are not in a guest's memory. This is the last step for a guest that may have no userfaultfd of
  * its own any more, before ours is closed: without it those pages would read as zeros.
  */
+#include "accounting/core/open_regions.h"
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "faults/core/guest.h"
@@ -42,6 +43,7 @@ int guest_poison_absent(struct guest *guest)
 	struct account_span span;
 	int err = 0;
 
+	account_close_regions(account, 0, image_nr_regions(guest->image), CLOSE_GUEST);
 	for (uint64_t page = 0; !err && account_span(account, page, nr_pages, &span);
 	     page = span.page + span.nr_pages) {
 		span.nr_pages = span.nr_pages < BATCH_PAGES ? span.nr_pages : BATCH_PAGES;

@@ -9,6 +9,7 @@
 #define _GNU_SOURCE
 #include "faults/core/write.h"
 
+#include "accounting/core/open_regions.h"
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
@@ -27,6 +28,8 @@ uint64_t account_take_pages(struct account *account, uint64_t nr_wanted)
 	uint64_t nr = quota_take(account->quota, 1, nr_wanted);
 
 	if (nr == 0 && account_settle_range(account, 0, account->image->shape.nr_pages) > 0)
+		nr = quota_take(account->quota, 1, nr_wanted);
+	if (nr == 0 && account_close_for_quota(account) > 0)
 		nr = quota_take(account->quota, 1, nr_wanted);
 	return nr;
 }
@@ -112,6 +115,18 @@ static void clip_to_granted(const struct guest *guest, uint64_t page, uint64_t *
 	*nr = end - *first;
 }
 
+/* Cuts a window down to the closed regions round page: the kernel answers writes in open ones. */
+static void clip_to_closed(const struct account *account, uint64_t page, uint64_t *first, uint64_t *nr)
+{
+	uint64_t region_first = page / OPEN_PAGES * OPEN_PAGES, end = *first + *nr;
+
+	if (*first < region_first && account_is_open(account, region_first - 1))
+		*first = region_first;
+	if (end > region_first + OPEN_PAGES && account_is_open(account, region_first + OPEN_PAGES))
+		end = region_first + OPEN_PAGES;
+	*nr = end - *first;
+}
+
 /*
  * Under write_lock. A charged page that still faults was charged by an earlier report of the same fault, or with a
  * window when it was not mapped yet, or was protected by settling: only it and the charged pages behind it have to be
@@ -124,13 +139,17 @@ static int answer_write_locked(struct guest *guest, uint64_t page)
 
 	if (account_is_frozen(account)) /* the thaw wakes the fault */
 		return -EBUSY;
+	if (account_is_open(account, page)) /* opened since the fault was read */
+		return uffd_wake(guest->uffd, account_address(account, page), PAGE_BYTES);
 	if (bits_test(account->private, page)) {
 		nr = WINDOW_WRITE_MAX_PAGES;
 		clip_to_region(account, page, &first, &nr);
+		clip_to_closed(account, page, &first, &nr);
 		nr = bits_next_clear(account->unsettled, page + 1, page + nr) - page;
 	} else {
 		write_window(guest, page, &first, &nr);
 		clip_to_granted(guest, page, &first, &nr);
+		clip_to_closed(account, page, &first, &nr);
 		uint64_t nr_new = nr - bits_count(account->private, first, first + nr);
 
 		if (!quota_take(account->quota, nr_new, nr_new)) { /* then what is left, from page on */
@@ -169,6 +188,7 @@ void answer_write(struct guest *guest, uint64_t page, uint64_t read_ns)
 	struct account *account = guest->account;
 
 	image_touch(guest->image, page / guest->image->shape.extent_pages);
+	account_note_fault(account, page);
 	if (answer_open(guest, page) == 0) {
 		count_add(COUNTER(account->header, write_copied), 1);
 		account_note_latency(account, LATENCY_WRITE, clock_now_ns() - read_ns);
@@ -204,7 +224,8 @@ static int write_first_locked(struct guest *guest, uint64_t page)
 
 	write_window(guest, page, &first, &nr);
 	/* While frozen, the page is mapped as for a read, and the write faults again. */
-	if (bits_test(guest->account->private, page) || nr > 1 || account_is_frozen(guest->account)) {
+	if (bits_test(guest->account->private, page) || nr > 1 || account_is_frozen(guest->account) ||
+	    account_is_open(guest->account, page)) {
 		guest->windows = before; /* answer_open plans the same window again */
 		return -ENOTSUP;
 	}
@@ -255,12 +276,17 @@ void answer_discard(struct guest *guest, uint64_t first, uint64_t nr, bool unmap
 
 	pthread_mutex_lock(&account->write_lock);
 	for (uint64_t page = first; page < end; page++) {
+		bool reserved = bits_test(account->reserved, page);
+
 		bits_set(account->discarded, page);
 		if (unmapped)
 			bits_set(account->unmapped, page);
 		if (bits_test(account->private, page)) {
-			account_uncharge(account, page);
-			count_add(COUNTER(header, discarded_pages), 1);
+			if (!unmapped && account_is_open(account, page))
+				account_reserve_again(account, page);
+			else
+				account_uncharge(account, page);
+			count_add(COUNTER(header, discarded_pages), !reserved);
 		}
 		if (bits_clear(account->poisoned, page))
 			atomic_fetch_sub(&guest->image->nr_poisoned, 1);

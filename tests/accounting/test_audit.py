@@ -18,6 +18,9 @@ from cowshed.accounting import Account, audit
 from cowshed.cache import CapacityError, FileSource, Image, InvariantError, PageStore
 from cowshed.cache._core import ffi, lib
 
+# The bitmaps and the flags of open regions, at the end of a ledger of 128 pages.
+OPEN_BYTES = 16 + 2 * 8 + 8
+
 
 def found(stage: Stage) -> list[tuple[str, str, int, int, int]]:
     return [
@@ -148,7 +151,7 @@ def test_what_the_bitmaps_do_not_add_up_to_is_a_broken_invariant(
     guest.account.check()
     ledger = guest.account.fd
     # The grants' bitmap, 8 bytes, is followed by six of pages.
-    at = os.fstat(ledger).st_size - (6 if bitmap == "private" else 5) * 16
+    at = os.fstat(ledger).st_size - OPEN_BYTES - (6 if bitmap == "private" else 5) * 16
     with mmap.mmap(ledger, 0) as mapping:
         mapping[at + 15] ^= 0x80  # of the last page
         with pytest.raises(InvariantError, match=broken):
@@ -164,7 +167,7 @@ def test_every_corrupted_grant_bit_is_found(stage: Stage) -> None:
     guest.account.add_grants(refs)
     assert list(refs) == [1] + [0] * 7
     ledger = guest.account.fd
-    header = os.fstat(ledger).st_size - 8 - 6 * 16
+    header = os.fstat(ledger).st_size - OPEN_BYTES - 8 - 6 * 16
     with mmap.mmap(ledger, 0) as mapping:
         assert mapping[header] == 1  # the bitmap of grants
         mapping[header] = 0b101

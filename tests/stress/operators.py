@@ -29,6 +29,12 @@ _STOPS = (
     "FAULT_HELD",
     "WRITE_CHARGED",
     "SETTLE_PROTECTED",
+    "COLLAPSE",
+    "OPEN_CHARGED",
+    "OPEN_BARE",
+    "OPEN_DONE",
+    "CLOSE_GUARDED",
+    "CLOSE_PROTECTED",
 )
 # How sources and frames fail: the point, errno, and how many times most.
 _ERRORS = (
@@ -39,6 +45,8 @@ _ERRORS = (
     ("LOAD_FILL", errno.ENOSPC, 4),
     ("LOAD_PUBLISH", errno.EIO, 2),
 )
+
+_REGION_BYTES = 2048 * KIB
 
 # How long a guest whose quota was raised may take to notice, on a busy machine.
 _GOES_ON_SECONDS = 60.0
@@ -88,7 +96,8 @@ class Commands:
 
     def act(self) -> None:
         """One request at random."""
-        kind = self._rng.choice(("evict", "evict", "evict", "warm", "pin", "unpin", "audit"))
+        kinds = ("evict", "evict", "evict", "warm", "pin", "unpin", "region", "audit")
+        kind = self._rng.choice(kinds)
         self.nr_requests[kind] += 1
         getattr(self, f"_{kind}")()
 
@@ -111,13 +120,22 @@ class Commands:
         self._backend.request("warm", image=image, offset=offset, length=length)
 
     def _pin(self) -> None:
-        image, offset, length = self._some_range()
+        self._pin_range(*self._some_range())
+
+    def _pin_range(self, image: str, offset: int, length: int) -> None:
         try:
             self._backend.request("pin", image=image, offset=offset, length=length)
         except CapacityError:
             return
         self._pinned_ranges.append((image, offset, length))
         self._count_pins(image, offset, length, 1)
+
+    def _region(self) -> None:
+        """Pin a whole region, so that it is opened for every guest with room in its quota."""
+        nr_regions = self._round.sizes["large"] // _REGION_BYTES
+        if nr_regions:
+            offset = self._rng.randrange(nr_regions) * _REGION_BYTES
+            self._pin_range("large", offset, _REGION_BYTES)
 
     def _unpin(self) -> None:
         if self._pinned_ranges:

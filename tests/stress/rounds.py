@@ -50,7 +50,10 @@ class Round:
 
 
 def make_round(rng: random.Random, no: int) -> Round:
-    """Large and tiny extents, with and without errors, in turns; too little capacity."""
+    """Large and tiny extents, with and without errors, in turns; too little capacity.
+
+    In one of three rounds there is room enough for regions to be opened.
+    """
     extent_bytes = (64 * KIB, 4 * KIB, 64 * KIB, 4 * KIB, 16 * KIB, 2048 * KIB)[no % 6]
     errors = no % 4 in (1, 2)
     sizes = {
@@ -58,6 +61,9 @@ def make_round(rng: random.Random, no: int) -> Round:
         "small": rng.choice((rng.randrange(1, 9000), rng.randrange(100_000, 1_500_000) | 1)),
     }
     nr_extents = sum(-(-size // extent_bytes) for size in sizes.values())
+    opens = no % 3 == 0
+    if opens:
+        sizes["large"] = rng.randrange(4096 * KIB, 7168 * KIB) | 1
     large_extent_bytes = min(2048 * KIB, extent_bytes * (1, 1, 32, 8, 512)[no % 5])
     largest = large_extent_bytes // extent_bytes
     least = 2 if rng.random() < 0.3 else min(6, max(2, nr_extents // 8))
@@ -66,7 +72,11 @@ def make_round(rng: random.Random, no: int) -> Round:
         no=no,
         extent_bytes=extent_bytes,
         large_extent_bytes=large_extent_bytes,
-        capacity_extents=max(2, rng.randint(least, max(least, nr_extents * 2 // 3))),
+        capacity_extents=(
+            -(-sum(sizes.values()) * 5 // (6 * extent_bytes)) + 2 * largest + 2
+            if opens
+            else max(2, rng.randint(least, max(least, nr_extents * 2 // 3)))
+        ),
         loaders=rng.choice((1, 2, 4)),
         nr_guests=rng.randint(3, 6),
         errors=errors,
@@ -78,7 +88,8 @@ def make_life(rng: random.Random, of: Round, no: int, uri: str, run_dir: Path) -
     """A guest's terms and how long it lives."""
     name = f"g{of.no}-{no}"
     image = rng.choice(("large", "large", "large", "small"))
-    quota_pages = rng.choice((None, rng.randint(1, 16), rng.randint(16, 300)))
+    quotas = (None, rng.randint(1, 16), rng.randint(16, 300), rng.randint(500, 2000))
+    quota_pages = rng.choice(quotas)
     return Life(
         name=name,
         seed=f"{rng.random()}",

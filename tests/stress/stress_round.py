@@ -327,7 +327,7 @@ class RoundRun:
             f"{self._quotas.nr_stops} seen stopped; faults {sum(faults.values())}, "
             f"loads {status['loads']}, load errors {status['load_errors']}, "
             f"evicted {status['evicted_extents']}, cow {status['cow_breaks']}; "
-            f"requests {requests}; "
+            f"regions opened {status['open_regions']['opens']}; requests {requests}; "
             f"{sampled['nr_samples']} samples, most {sampled['most_bytes']} "
             f"of {self.round.capacity_bytes} bytes"
         )

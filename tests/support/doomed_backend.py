@@ -6,8 +6,9 @@
 First it sends the descriptors for a successor: frames, guest's, arrays, quota, ledger. It then
 receives a packet with the guest's [uffd, pagemap] and {"base", "pid"}. Each later packet is an
 order, which it answers by a packet: {"arm": POINT} makes it die there; {"evict": [..]};
-{"settle": 0}; {"released": 0} waits until no hold is left, {"counted": N} until N answered accesses
-have been counted, both of which happen after the guest goes on.
+{"settle": 0}; {"open": REGION} loads all and opens it; {"close": 0} closes all regions;
+{"released": 0} waits until no hold is left, {"counted": N} until N answered accesses have been
+counted, both of which happen after the guest goes on.
 """
 
 import json
@@ -16,8 +17,10 @@ import socket
 import sys
 from pathlib import Path
 
-from cowshed.accounting import Account, Quota, QuotaPolicy, Region, evict
-from cowshed.cache import FileSource, PageStore
+from regions import collapse_region
+
+from cowshed.accounting import Account, CloseReason, Quota, QuotaPolicy, Region, evict
+from cowshed.cache import ExtentState, FileSource, PageStore
 from cowshed.cache._core import lib
 from cowshed.faults import FaultHandler, FaultOptions
 
@@ -45,6 +48,14 @@ while packet := link.recv(4096):
         lib.point_arm(order["arm"], lib.POINT_KILL, 0, 1)
     elif "evict" in order:
         evict(image, order["evict"])
+    elif "open" in order:
+        while image.states().count(ExtentState.ABSENT):
+            image.prefetch(0, image.nr_extents)
+            image.wait_loaded(0, image.nr_extents, 60_000)
+        collapse_region(image, order["open"])
+        account.open_region(order["open"], 0, 1 << 40)
+    elif "close" in order:
+        account.close_regions(CloseReason.REQUEST)
     elif "released" in order:
         while any(image.holds()):
             os.sched_yield()

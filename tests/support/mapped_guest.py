@@ -36,6 +36,7 @@ MREMAP_FIXED = 2
 MAP_FIXED_NOREPLACE = 0x100000
 PR_SET_PDEATHSIG = 1
 UFFDIO_UNREGISTER = 0x8010AA01
+ALL_MODES = 7
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mremap.restype = ctypes.c_void_p
@@ -145,6 +146,8 @@ class MappedGuest:
             MREMAP_MAYMOVE | MREMAP_FIXED,
             ctypes.c_void_p(hole),
         )
+        if moved == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), "mremap")
         self.region.address = ffi.cast("void *", moved)
         return int(moved)
 
@@ -206,6 +209,36 @@ class MappedGuest:
     def do_protect(self, page: int, nr_pages: int, prot: int) -> int:
         at = ctypes.c_void_p(self.base + page * PAGE_BYTES)
         return int(libc.mprotect(at, ctypes.c_size_t(nr_pages * PAGE_BYTES), prot))
+
+    def do_unregister(self, page: int, nr_pages: int) -> None:
+        """Take the guard off by itself."""
+        at, length = self.base + page * PAGE_BYTES, nr_pages * PAGE_BYTES
+        fcntl.ioctl(self.region.uffd, UFFDIO_UNREGISTER, struct.pack("QQ", at, length))
+
+    def do_steal(self, page: int, nr_pages: int) -> None:
+        """Take the guard off, and register the range with a userfaultfd of its own."""
+        self.do_unregister(page, nr_pages)
+        self.own_uffd = new_uffd(0)
+        at, length = self.base + page * PAGE_BYTES, nr_pages * PAGE_BYTES
+        fcntl.ioctl(
+            self.own_uffd, UFFDIO_REGISTER, struct.pack("QQQQ", at, length, MODE_MISSING, 0)
+        )
+
+    def do_guard(self) -> None:
+        """Register the whole mapping for all faults again."""
+        order = struct.pack("QQQQ", self.base, self.region.map_bytes, ALL_MODES, 0)
+        fcntl.ioctl(self.region.uffd, UFFDIO_REGISTER, order)
+
+    def do_splice(self, page: int) -> None:
+        """Put a page into a pipe by reference, as a reader in the kernel holds it."""
+        self.pipe = os.pipe()
+        at = (ctypes.c_size_t * 2)(self.base + page * PAGE_BYTES, PAGE_BYTES)
+        if libc.vmsplice(self.pipe[1], at, ctypes.c_size_t(1), 0) != PAGE_BYTES:
+            raise OSError(ctypes.get_errno(), "vmsplice")
+
+    def do_spliced(self) -> str:
+        """Return what the page in the pipe holds now."""
+        return os.read(self.pipe[0], PAGE_BYTES).hex()
 
     def do_occupy(self, page: int, nr_pages: int) -> None:
         """Map ordinary memory where the image was, and write to it."""
@@ -294,11 +327,17 @@ def main() -> None:
         link.sendmsg([json.dumps(answer).encode()], anc)
 
     link.send(b'{"id": 0, "ok": null}')
+    # Made once: a new one for each order would be mapped where a mapping was just moved away.
+    room = bytearray(1 << 20)
     while True:
-        packet, fds, _, _ = socket.recv_fds(link, 1 << 20, 8)
-        if not packet:
+        nr_bytes, ancillary, _, _ = link.recvmsg_into([room], socket.CMSG_SPACE(8 * 4))
+        if not nr_bytes:
             return
-        threading.Thread(target=obey, args=(json.loads(packet), fds), daemon=True).start()
+        fds = array.array("i")
+        for _, _, rights in ancillary:
+            fds.frombytes(rights)
+        order = json.loads(bytes(memoryview(room)[:nr_bytes]))
+        threading.Thread(target=obey, args=(order, list(fds)), daemon=True).start()
 
 
 if __name__ == "__main__":
