@@ -16,7 +16,19 @@ from pathlib import Path
 from typing import Any
 
 PAGE = 4096
+MREMAP_FIXED = 2
+ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+FIXED_NOREPLACE = 0x100000
+OFFSET = ctypes.c_long
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.mremap.restype = LIBC.mmap.restype = ctypes.c_void_p
 SYS_CLOSE = 57 if os.uname().machine == "aarch64" else 3
+
+
+class Buffer(ctypes.Structure):
+    """Py_buffer, of which only the address is looked at."""
+
+    _fields_ = (("buf", ctypes.c_void_p), ("rest", ctypes.c_byte * 256))
 
 
 class Reader:
@@ -38,6 +50,53 @@ class Reader:
         for each in range(page, page + nr_pages):
             self.maps[no][0][each * PAGE : (each + 1) * PAGE] = bytes([byte]) * PAGE
             self.written[no, each] = byte
+
+    def do_map_private(self, writable: bool = False) -> int:
+        """Map all privately, as a loader does; the mapping's number."""
+        prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        mapped = mmap.mmap(self.file.fileno(), len(self.copy), flags=mmap.MAP_PRIVATE, prot=prot)
+        self.maps.append((mapped, 0))
+        return len(self.maps) - 1
+
+    def do_protect(self, no: int, page: int, nr_pages: int) -> int:
+        """Make pages writable; 0, or the errno."""
+        at = ctypes.c_void_p(self._address(no) + page * PAGE)
+        prot = mmap.PROT_READ | mmap.PROT_WRITE
+        failed = LIBC.mprotect(at, ctypes.c_size_t(nr_pages * PAGE), prot)
+        return ctypes.get_errno() if failed else 0
+
+    def do_fill(self, no: int, page: int, nr_pages: int, byte: int = 1) -> None:
+        """Write to pages whatever Python thinks of the mapping."""
+        ctypes.memset(self._address(no) + page * PAGE, byte, nr_pages * PAGE)
+        self.written |= {(no, each): byte for each in range(page, page + nr_pages)}
+
+    def do_address(self, no: int) -> int:
+        return self._address(no)
+
+    def do_move(self, no: int) -> bool:
+        """Move a mapping and check its bytes at the new place; then move it back."""
+        length = len(self.maps[no][0])
+        whole = ctypes.c_size_t(-(-length // PAGE) * PAGE)
+        hole = LIBC.mmap(None, whole, 0, ANONYMOUS, -1, OFFSET(0))
+        old = ctypes.c_void_p(self._address(no))
+        moved = LIBC.mremap(old, whole, whole, MREMAP_FIXED | 1, ctypes.c_void_p(hole))
+        if moved != hole:
+            raise OSError(ctypes.get_errno(), "mremap")
+        # Or else an allocation of this process may take the place.
+        LIBC.mmap(old, whole, 0, ANONYMOUS | FIXED_NOREPLACE, -1, OFFSET(0))
+        found = ctypes.string_at(moved, length)
+        back = LIBC.mremap(ctypes.c_void_p(moved), whole, whole, MREMAP_FIXED | 1, old)
+        if back != old.value:
+            raise OSError(ctypes.get_errno(), "mremap back")
+        return found == self.copy
+
+    def _address(self, no: int) -> int:
+        view = Buffer()
+        ctypes.pythonapi.PyObject_GetBuffer(
+            ctypes.py_object(self.maps[no][0]), ctypes.byref(view), 0
+        )
+        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(view))
+        return int(view.buf)
 
     def do_check(self) -> list[tuple[int, int]]:
         """Every page that is not as it should be, as mapping and page."""

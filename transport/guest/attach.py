@@ -73,7 +73,10 @@ def _handshake(connection: Connection, timeout: float) -> StructHandshake:
 def _attach(connection: Connection, request: Body, more: bytes) -> Attached:
     handshake = _handshake(connection, REPLY_SECONDS)
     opening = json.dumps({"op": "open", **request}).encode()
-    region = ffi.new("struct region *", {"uffd": -1, "pagemap_fd": -1, "mem_fd": -1})
+    read_only = int(bool(request.get("read_only")))
+    region = ffi.new(
+        "struct region *", {"uffd": -1, "pagemap_fd": -1, "mem_fd": -1, "read_only": read_only}
+    )
     image = ffi.new("struct guest_image *")
     stage = ffi.new("int *")
     try:

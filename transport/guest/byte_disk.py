@@ -33,7 +33,9 @@ from cowshed.transport.nbd.readahead import ReadAhead
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["ByteDisk", "Dialled"]
+    from cowshed.transport.guest.disk import Disk
+
+__all__ = ["ByteDisk", "Dialled", "check_writable"]
 
 PAGE_BYTES: Final = 4096
 PIECE_BYTES: Final = 512 << 10
@@ -59,6 +61,14 @@ class Dialled:
     overlay: str = ""
 
 
+def check_writable(disk: Disk | ByteDisk) -> None:
+    """Raise UsageError if the disk was opened read-only."""
+    if disk.read_only:
+        raise UsageError(
+            f"disk {disk.image!r} was opened read-only; open it without read_only to write"
+        )
+
+
 class ByteDisk:
     """An image opened over a network, or anything that NBD serves.
 
@@ -79,7 +89,9 @@ class ByteDisk:
         origin: str = "",
         timeout: float = REQUEST_SECONDS,
         readahead_bytes: int = READAHEAD_BYTES,
+        read_only: bool = False,
     ) -> None:
+        self.read_only: Final = read_only
         self.image: Final = image
         self.guest: Final = guest
         self.origin: Final = origin
@@ -173,6 +185,7 @@ class ByteDisk:
 
         Raises as read does, and OSError (ENOSPC) at the guest's quota: part may be written then.
         """
+        check_writable(self)
         with memoryview(data).cast("B") as source:
             length = len(source)
             self._check_range("write", offset, length)

@@ -131,6 +131,7 @@ class Backend:
         timeout: float = REQUEST_SECONDS,
         readahead_bytes: int = READAHEAD_BYTES,
         follow_moves: bool = True,
+        read_only: bool = False,
     ) -> Disk | ByteDisk:
         """Open an image as a guest of its own; None leaves a choice to the backend.
 
@@ -144,6 +145,9 @@ class Backend:
         over a network, which finds its private pages. At quota_bytes of private pages the backend
         does what on_quota says: "stop" the writer, "kill" it, or "allow" and count.
 
+        read_only: the disk is not written; write() is a UsageError and the view is read-only. Then
+        no quota bounds what the kernel may map without asking the backend.
+
         A backend that is being drained, or was, replies with the URI of the backend that has its
         guests now: the image is opened there, and an open disk follows its guest by a thread of its
         own (disk.py). With follow_moves False the reply is a MovedError, and a disk does not
@@ -151,13 +155,15 @@ class Backend:
 
         Raises as request does, and UsageError if this process cannot have the page faults it needs.
         """
-        request = {
+        request: Body = {
             "image": image,
             "guest": guest,
             "quota_bytes": quota_bytes,
             "on_quota": on_quota,
             "token": token,
         }
+        if read_only:
+            request["read_only"] = True
         windows = {"window_bytes": window_bytes, "write_window_bytes": write_window_bytes}
         uri = self.uri
         for _ in range(_MAX_MOVES if follow_moves else 0):

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.errors import CowshedError, UsageError
 from cowshed.transport.guest.attach import PAGE_BYTES, attach, detach, round_up
-from cowshed.transport.guest.byte_disk import ByteDisk
+from cowshed.transport.guest.byte_disk import ByteDisk, check_writable
 from cowshed.transport.guest.following import Following
 from cowshed.transport.guest.forks import forget_in_child
 from cowshed.transport.links.connection import Connection
@@ -65,6 +65,7 @@ class Disk:
         self._origin: Final = origin
         self._following: Following | None = None
         self.image: Final[str] = request["image"]
+        self.read_only: Final = bool(request.get("read_only"))
         self._connection = connection
         self._lock = threading.Lock()
         self._state = "closed"
@@ -145,7 +146,7 @@ class Disk:
 
     @property
     def view(self) -> memoryview:
-        """The whole image as writable memory; writes are private to this guest.
+        """The whole image as memory; writes are private to this guest. Read-only if the disk is.
 
         Keeps the disk mapped: release every view, and all slices and casts of it, before close. An
         access may wait for the backend while the thread holds the GIL. Raises UsageError once the
@@ -162,7 +163,8 @@ class Disk:
                 pointer = ffi.gc(ffi.cast("char *", self._region.address), self._end_view)
                 exporter = ffi.buffer(pointer, self.size_bytes)
                 self._exporter = weakref.ref(exporter)
-            return memoryview(exporter)
+            memory = memoryview(exporter)
+            return memory.toreadonly() if self.read_only else memory
 
     def _end_view(self, _: object) -> None:
         if self._following is not None:
@@ -186,6 +188,7 @@ class Disk:
 
         Raises as read does; the bytes before the bad page are then written.
         """
+        check_writable(self)
         with ffi.from_buffer(data) as source:
             length = len(source)
             self._check_range("write", offset, length)

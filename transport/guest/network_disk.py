@@ -46,7 +46,10 @@ def open_by_bytes(
 
     Raises UsageError, CapacityError or SourceError as the backend refuses, PeerError if it is gone.
     """
-    fields = {name: value for name, value in request.items() if value is not None}
+    read_only = bool(request.get("read_only"))  # the backend charges what is written, and no more
+    fields = {
+        name: value for name, value in request.items() if value is not None and name != "read_only"
+    }
     fields |= {"token": request.get("token") or os.urandom(16).hex()}
     fields |= {"keep": request.get("token") is not None}
 
@@ -97,6 +100,7 @@ def open_by_bytes(
         origin=uri.partition("?")[0],
         timeout=timeout,
         readahead_bytes=readahead_bytes,
+        read_only=read_only,
     )
 
 

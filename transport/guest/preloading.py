@@ -98,17 +98,19 @@ def environment(
     path: str,
     request: Body,
     populate: bool = False,
+    read_only: bool = False,
 ) -> dict[str, str]:
     """Return the program's environment: outer, plus what loads and configures the library.
 
     source was described for request's image; path is the file that the program opens for it;
-    populate makes each mapping behave as with MAP_POPULATE. Raises UsageError if a value is too
+    populate makes each mapping behave as with MAP_POPULATE; with read_only none may be writable.
+    Raises UsageError if a value is too
     long or contains a newline.
     """
     status = os.stat(path)
     opening = json.dumps({"op": "open", **{k: v for k, v in request.items() if v is not None}})
     lines = [
-        f"1 {status.st_dev} {status.st_ino} {source.map_bytes} {int(populate)}",
+        f"1 {status.st_dev} {status.st_ino} {source.map_bytes} {int(populate)} {int(read_only)}",
         str(socket),
         path,
         json.dumps({"op": "describe", "image": request["image"]}),

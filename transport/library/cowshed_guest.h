@@ -36,6 +36,7 @@ extern "C" {
 typedef struct cowshed_disk cowshed_disk;
 
 #define COWSHED_DEFAULT (-1) /* for a number: the backend's default */
+#define COWSHED_READ_ONLY 2u /* flags: the address is not writable, cowshed_write is -EROFS; no quota is needed */
 #define COWSHED_NO_FOLLOW 1u /* flags: stay when the backend is drained; pages that are not in memory are EIO then */
 
 /* Begin with COWSHED_OPTIONS_INIT. */

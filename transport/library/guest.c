@@ -112,6 +112,8 @@ static void put_open(struct text *text, const char *image, const char *guest, co
 	put_string(text, "guest", guest);
 	put_number(text, "window_bytes", options->window_bytes);
 	put_number(text, "write_window_bytes", options->write_window_bytes);
+	if (options->flags & COWSHED_READ_ONLY)
+		put(text, ",\"read_only\":true");
 }
 
 static int nap(void)
@@ -261,7 +263,12 @@ int cowshed_open(const char *socket_path, const char *image, const struct cowshe
 	struct cowshed_disk *disk = calloc(1, sizeof(*disk));
 	if (!disk)
 		return fail(-ENOMEM, "no memory to open %s", image);
-	disk->region = (struct region){.uffd = -1, .pagemap_fd = -1, .mem_fd = -1};
+	disk->region = (struct region){
+		.uffd = -1,
+		.pagemap_fd = -1,
+		.mem_fd = -1,
+		.read_only = (options.flags & COWSHED_READ_ONLY) != 0,
+	};
 	err = attach(socket_path, image, request.bytes, !(options.flags & COWSHED_NO_FOLLOW), disk);
 	if (err < 0) {
 		free(disk);
@@ -330,6 +337,8 @@ int64_t cowshed_read(cowshed_disk *disk, uint64_t offset, void *to, uint64_t len
 
 int64_t cowshed_write(cowshed_disk *disk, uint64_t offset, const void *from, uint64_t length)
 {
+	if (disk->region.read_only)
+		return fail(-EROFS, "the image was opened with COWSHED_READ_ONLY; open it without to write");
 	int err = check_range(disk, "write", offset, length);
 
 	return err < 0 || !length ? err

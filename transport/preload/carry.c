@@ -6,8 +6,9 @@
  * it ignores protections, never asks a backend, and fails on a marker (EIO).
  *
  * During the copy no page may change or become private.  A page that is open for writing is written without a fault, so
- * carry_freeze first protects all pages that are mapped and not protected; by then no backend serves them.  It leaves
- * unmapped pages alone, for protecting them would leave a marker in each.
+ * carry_freeze first protects all pages that are mapped and not protected; by then no backend serves them, and open
+ * regions are guarded for all faults again.  It leaves unmapped pages alone, for protecting them would leave a marker
+ * in each.
  */
 #define _GNU_SOURCE
 #include "transport/preload/carry.h"
@@ -204,6 +205,9 @@ int carry_freeze(int uffd, const struct area *area)
 	int pagemap_fd = open_self("/proc/self/pagemap");
 	int err = pagemap_fd < 0 ? pagemap_fd : 0;
 
+	/* The backend may have left regions open, where the kernel makes pages private by itself. */
+	if (err == 0)
+		err = guard_range(uffd, (void *)area->start, area->end - area->start);
 	for (uintptr_t at = area->start; err == 0 && at < area->end;) {
 		int nr = scan(pagemap_fd, at, area->end, 0, PAGE_IS_WRITTEN, &at);
 

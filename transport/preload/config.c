@@ -34,8 +34,8 @@ void config_read(void)
 	if (!text)
 		return;
 	text = take_line(text, numbers, sizeof(numbers), false);
-	if (text && sscanf(numbers, "1 %" SCNu64 " %" SCNu64 " %" SCNu64 " %u", &new.device, &new.inode, &new.map_bytes,
-	                   &new.populate) != 4)
+	if (text && sscanf(numbers, "1 %" SCNu64 " %" SCNu64 " %" SCNu64 " %u %u", &new.device, &new.inode,
+	                   &new.map_bytes, &new.populate, &new.read_only) != 5)
 		text = NULL;
 	if (text && (new.map_bytes == 0 || new.map_bytes % PAGE_BYTES != 0))
 		text = NULL;

@@ -92,6 +92,10 @@ static int check_wanted(int prot, int flags)
 		       "MAP_PRIVATE (QEMU: share=off), or read-only");
 		return -EACCES;
 	}
+	if (config.read_only && (prot & PROT_WRITE)) {
+		report("a writable mapping of the image is refused: it is attached with --read-only");
+		return -EACCES;
+	}
 	if (flags & ~SERVED_FLAGS) {
 		report("a mapping of the image with flags %#x is refused: %#x cannot be served (such as "
 		       "MAP_HUGETLB, MAP_SYNC, MAP_GROWSDOWN); leave them out",
@@ -219,12 +223,25 @@ EXPORTED int mprotect(void *address, size_t length, int prot)
 	for (unsigned i = 0; (prot & PROT_WRITE) && i < table_nr_ranges; i++) {
 		const struct range *range = &table_ranges[i];
 
+		if (config.read_only && start < range->end && end > range->start) {
+			lock_release(&signals);
+			report("PROT_WRITE is refused: the image is attached with --read-only");
+			return failed(-EACCES);
+		}
 		if (!range->is_zerocopy || start >= range->end || end <= range->start)
 			continue;
 		lock_release(&signals);
 		report("PROT_WRITE is refused for a MAP_SHARED mapping of the image: other guests share its pages; "
 		       "map it MAP_PRIVATE");
 		return failed(-EACCES);
+	}
+	if (prot & PROT_WRITE) {
+		while ((result = mapping_make_writable(start, end)) == -EINTR)
+			lock_yield(&signals);
+		if (result < 0) {
+			lock_release(&signals);
+			return failed(result);
+		}
 	}
 	result = real_mprotect(address, length, prot);
 	for (unsigned i = 0; result == 0 && i < table_nr_ranges; i++)

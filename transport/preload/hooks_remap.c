@@ -10,11 +10,14 @@
 #include <stdbool.h>
 
 #include "cache/core/abi.h"
+#include "transport/core/guest/guard.h"
 #include "transport/preload/mapping.h"
 #include "transport/preload/process.h"
 #include "transport/preload/real.h"
 #include "transport/preload/table.h"
 #include "transport/preload/config.h"
+
+#define MOVE_TRIES 16
 
 struct wanted {
 	uintptr_t start;
@@ -59,12 +62,31 @@ static bool is_one_mapping(uintptr_t start, uintptr_t end)
 	return start < end;
 }
 
+/*
+ * The kernel moves a guarded mapping only in one piece. An open region, which the backend has registered for missing
+ * faults only, splits it; once the range is registered for all faults it is one again, and the backend closes the
+ * region when it notices. It may open others meanwhile.
+ */
+static int move_range(const struct range *range, uintptr_t start, size_t length, uintptr_t target)
+{
+	for (int i = 0; i < MOVE_TRIES; i++) {
+		if (real_mremap((void *)start, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)target) !=
+		    MAP_FAILED)
+			return 0;
+		if (errno != EFAULT || range->link_no == TABLE_NO_LINK)
+			break;
+		guard_range(table_links[range->link_no].uffd, (void *)start, length);
+	}
+	return -errno;
+}
+
 static int move_piece(uintptr_t start, size_t length, uintptr_t target)
 {
 	struct range range = *table_find(start, start + length);
+	int err = move_range(&range, start, length, target);
 
-	if (real_mremap((void *)start, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)target) == MAP_FAILED)
-		return -errno;
+	if (err < 0)
+		return err;
 	table_cut(target, target + length);
 	range.offset_bytes += start - range.start;
 	range.start = target;

@@ -66,7 +66,7 @@ static int leave_take(struct leave *leave, struct guest_image *image)
 	return 0;
 }
 
-int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, const char *more)
+int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, bool read_only, const char *more)
 {
 	static char request[sizeof(config.open_request) + 150]; /* threads may have small stacks */
 	struct leave leave = {.connection_fd = -1, .memfd = -1, .uffd = -1};
@@ -78,8 +78,8 @@ int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_by
 	leave.connection_fd = err;
 	/* "carries": in a move this library brings the private pages along (moves.c). */
 	snprintf(request, sizeof(request),
-	         "%s,\"offset_bytes\":%" PRIu64 ",\"length_bytes\":%" PRIu64 ",\"carries\":true%s}",
-	         config.open_request, offset_bytes, length_bytes, more);
+	         "%s,\"offset_bytes\":%" PRIu64 ",\"length_bytes\":%" PRIu64 ",\"carries\":true%s%s}",
+	         config.open_request, offset_bytes, length_bytes, read_only ? ",\"read_only\":true" : "", more);
 	err = wire_open(leave.connection_fd, request, &image);
 	if (err == 0) {
 		err = leave_take(&leave, &image);
@@ -95,7 +95,7 @@ int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_by
 
 /* Asks the backend at wire_moved_to, which accepts a guest that moved there, but no new one.  On success this program
    asks there from then on. */
-static int ask_there(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes)
+static int ask_there(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, bool read_only)
 {
 	char before[sizeof(config.socket_path)];
 	int err = -EREMCHG;
@@ -105,7 +105,7 @@ static int ask_there(struct leave *leave_out, uint64_t offset_bytes, uint64_t le
 	report_keep(true);
 	for (int i = 0; i < MAX_SENT_ON && err == -EREMCHG; i++) {
 		memcpy(config.socket_path, wire_moved_to, sizeof(wire_moved_to));
-		err = leave_ask(leave_out, offset_bytes, length_bytes, ",\"moved\":true");
+		err = leave_ask(leave_out, offset_bytes, length_bytes, read_only, ",\"moved\":true");
 	}
 	report_keep(false);
 	if (err < 0)
@@ -113,15 +113,15 @@ static int ask_there(struct leave *leave_out, uint64_t offset_bytes, uint64_t le
 	return err;
 }
 
-int leave_find(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, bool waits)
+int leave_find(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, bool read_only, bool waits)
 {
 	int err, waited;
 
 	for (;;) {
-		err = leave_ask(leave_out, offset_bytes, length_bytes, "");
+		err = leave_ask(leave_out, offset_bytes, length_bytes, read_only, "");
 		if (err != -EREMCHG)
 			return err;
-		err = ask_there(leave_out, offset_bytes, length_bytes);
+		err = ask_there(leave_out, offset_bytes, length_bytes, read_only);
 		if (err == 0 || err == -EINTR)
 			return err;
 		waited = !waits || atomic_load(&leave_is_nowhere) || err == -EMFILE ? -ETIMEDOUT

@@ -20,9 +20,9 @@ struct leave {
 	uint64_t features; /* of the userfaultfd */
 };
 
-/* Asks the backend at config.socket_path, once; more is "" or further fields of the request, after a comma.  0, or
-   -errno as wire_open returns it. */
-int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, const char *more);
+/* Asks the backend at config.socket_path, once; read_only: the program does not write the mapping; more is "" or
+   further fields of the request, after a comma.  0, or -errno as wire_open returns it. */
+int leave_ask(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, bool read_only, const char *more);
 /* Makes the backend answer the faults of a registered range; an inherited one keeps its private pages. */
 int leave_use(const struct leave *leave, uintptr_t address, uint64_t nr_bytes, bool inherited);
 void leave_close(struct leave *leave);
@@ -30,7 +30,7 @@ void leave_close(struct leave *leave);
 /* As leave_ask, at whichever backend has the guest now; this program asks there from then on.  During a drain the
    source redirects us, and the target does not know the guest yet: with waits, wait for the end of the drain.  Programs
    that have a part of the image already should. */
-int leave_find(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, bool waits);
+int leave_find(struct leave *leave_out, uint64_t offset_bytes, uint64_t length_bytes, bool read_only, bool waits);
 
 /* Set once the guest has moved to where this program cannot follow. For any thread. */
 extern atomic_bool leave_is_nowhere;

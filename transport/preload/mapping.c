@@ -29,6 +29,7 @@
 #include "transport/preload/config.h"
 #include "transport/preload/wire.h"
 
+#define HUGE_BYTES ((uint64_t)2 << 20)
 #define KEPT_FLAGS (MAP_FIXED | MAP_FIXED_NOREPLACE | MAP_32BIT)
 
 uint64_t mapping_covered(uint64_t offset_bytes, size_t length)
@@ -69,6 +70,38 @@ static int clear_target(uintptr_t address, size_t length)
 	return 0;
 }
 
+/*
+ * Where the program leaves the address to the kernel and can use it: one that is congruent to the offset modulo 2 MiB,
+ * where an open region takes one page-table entry.
+ */
+static void *map_aligned(void *address, size_t length, int flags, int fd, uint64_t offset_bytes)
+{
+	const int kind = MAP_PRIVATE | MAP_NORESERVE;
+
+	if (!address && !flags && length >= HUGE_BYTES) {
+		char *reserved = real_mmap(NULL, length + HUGE_BYTES, PROT_NONE, kind | MAP_ANONYMOUS, -1, 0);
+
+		if (reserved != MAP_FAILED) {
+			uint64_t before = (offset_bytes - (uintptr_t)reserved) % HUGE_BYTES;
+
+			if (before)
+				real_munmap(reserved, before);
+			real_munmap(reserved + before + length, HUGE_BYTES - before);
+			address = reserved + before;
+			flags = MAP_FIXED;
+		}
+	}
+	void *mapped = real_mmap(address, length, PROT_NONE, kind | flags, fd, (off_t)offset_bytes);
+
+	if (mapped == MAP_FAILED && flags == MAP_FIXED && address) {
+		int err = errno;
+
+		real_munmap(address, length);
+		errno = err;
+	}
+	return mapped;
+}
+
 static intptr_t map_guarded(const struct leave *leave, uintptr_t address, size_t length, int prot, int flags,
                             uint64_t offset_bytes)
 {
@@ -77,8 +110,7 @@ static intptr_t map_guarded(const struct leave *leave, uintptr_t address, size_t
 	void *mapped;
 	int err;
 
-	mapped = real_mmap((void *)address, length, PROT_NONE, MAP_PRIVATE | MAP_NORESERVE | (flags & KEPT_FLAGS),
-	                   leave->memfd, (off_t)offset_bytes);
+	mapped = map_aligned((void *)address, length, flags & KEPT_FLAGS, leave->memfd, offset_bytes);
 	if (mapped == MAP_FAILED)
 		return -errno;
 	at = (uintptr_t)mapped;
@@ -103,7 +135,8 @@ static intptr_t map_guarded(const struct leave *leave, uintptr_t address, size_t
 static intptr_t make_once(struct leave *leave, uintptr_t address, size_t length, int prot, int flags,
                           uint64_t offset_bytes)
 {
-	intptr_t at = leave_find(leave, offset_bytes, mapping_covered(offset_bytes, length), table_nr_ranges > 0);
+	intptr_t at = leave_find(leave, offset_bytes, mapping_covered(offset_bytes, length), !(prot & PROT_WRITE),
+	                         table_nr_ranges > 0);
 
 	if (at < 0)
 		return at;
@@ -140,6 +173,7 @@ intptr_t mapping_make(uintptr_t address, size_t length, int prot, int flags, uin
 		.offset_bytes = offset_bytes,
 		.prot = prot,
 		.link_no = table_add_link(leave.connection_fd, leave.uffd),
+		.read_only = !(prot & PROT_WRITE),
 		.is_zerocopy = (flags & MAP_TYPE) != MAP_PRIVATE,
 		.frames = leave.frames,
 	};
@@ -232,7 +266,7 @@ static int guard_inherited(const struct leave *leave, const struct range *range)
 static int inherit_once(struct leave *leave, struct range *range)
 {
 	uint64_t nr_bytes = range->end - range->start;
-	int err = leave_find(leave, range->offset_bytes, nr_bytes, true);
+	int err = leave_find(leave, range->offset_bytes, nr_bytes, range->read_only, true);
 
 	if (err < 0)
 		return err;
@@ -267,4 +301,24 @@ void mapping_inherit(struct range range)
 	real_close(leave.memfd);
 	range.link_no = table_add_link(leave.connection_fd, leave.uffd);
 	table_add(range);
+}
+
+int mapping_make_writable(uintptr_t start, uintptr_t end)
+{
+	for (unsigned i = 0; i < table_nr_ranges; i++) {
+		struct range *range = &table_ranges[i];
+
+		if (!range->read_only || start >= range->end || end <= range->start)
+			continue;
+		if (range->link_no != TABLE_NO_LINK) {
+			int err = wire_make_writable(table_links[range->link_no].connection_fd);
+
+			if (err < 0)
+				return err;
+		}
+		for (unsigned j = 0; j < table_nr_ranges; j++)
+			if (table_ranges[j].link_no == range->link_no)
+				table_ranges[j].read_only = false;
+	}
+	return 0;
 }

@@ -30,4 +30,8 @@ void mapping_note_tail(struct range tail);
 /* How many of length bytes from offset_bytes on the image covers. */
 uint64_t mapping_covered(uint64_t offset_bytes, size_t length);
 
+/* Before the bytes from start to end become writable: has the backend charge for open regions there. 0, or -EINTR: call
+   it again. */
+int mapping_make_writable(uintptr_t start, uintptr_t end);
+
 #endif

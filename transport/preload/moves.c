@@ -162,7 +162,7 @@ static int open_parts(void)
 
 	for (unsigned i = 0; err == 0 && i < nr_parts; i++)
 		err = leave_ask(&parts[i].leave, parts[i].range.offset_bytes, parts[i].range.end - parts[i].range.start,
-		                "");
+		                parts[i].range.read_only, "");
 	/* Without this feature a mapping that is moved loses its guard. */
 	for (unsigned i = 0; err == 0 && i < nr_parts; i++)
 		err = parts[i].leave.features & UFFD_FEATURE_EVENT_REMAP ? map_elsewhere(&parts[i]) : -EPROTO;
@@ -177,7 +177,8 @@ static int open_parts(void)
 static int open_again(struct part *part)
 {
 	struct leave fresh;
-	int err = leave_ask(&fresh, part->range.offset_bytes, part->range.end - part->range.start, "");
+	int err = leave_ask(&fresh, part->range.offset_bytes, part->range.end - part->range.start,
+	                    part->range.read_only, "");
 
 	if (err < 0) {
 		wire_report_gone(err);

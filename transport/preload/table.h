@@ -31,6 +31,7 @@ struct range {
 	int prot;              /* last set for the whole range */
 	uint16_t link_no;      /* or TABLE_NO_LINK */
 	bool is_zerocopy;      /* the program asked for MAP_SHARED: never writable */
+	bool read_only;        /* the backend was told that it is not written: it charges nothing for open regions */
 	bool no_fork;          /* the program advised MADV_DONTFORK */
 	struct frames frames;
 };

@@ -14,6 +14,8 @@
 #define SLICE_MICROSECONDS 50000
 #define REPLY_SECONDS 60 /* in all, for one call of the program */
 #define FAREWELL_SECONDS 5
+#define WRITABLE_SECONDS 5
+#define WRITABLE_TRIES 12
 
 static char reply_text[16 << 10];
 static unsigned limit_seconds;
@@ -198,6 +200,24 @@ int wire_open_source(sigset_t *signals)
 	while ((fd = open_source()) == -EINTR)
 		lock_yield(signals);
 	return fd;
+}
+
+int wire_make_writable(int connection_fd)
+{
+	struct packet reply;
+	int err = -ETIMEDOUT;
+
+	/* A backend that dies may take the request along: ask its successor, on the same connection. */
+	for (int i = 0; err == -ETIMEDOUT && i < WRITABLE_TRIES; i++)
+		err = handshake_ask(speak_with(connection_fd, WRITABLE_SECONDS), HANDSHAKE_WRITABLE,
+		                    "{\"op\":\"writable\"}", NULL, 0, &reply);
+
+	if (err == 0)
+		packet_close_fds(&reply);
+	/* A release that does not know the request knows no open regions either. */
+	if (err == -EACCES && strcmp(handshake.kind, "unknown") != 0)
+		return -EAGAIN;
+	return err == -EINTR ? err : 0;
 }
 
 int wire_leave(int connection_fd)

@@ -186,6 +186,7 @@ static int map_image(struct follower *f, const struct guest_image *image)
 	/* Without this feature a mapping that is moved loses its guard. */
 	if (!(image->uffd_features & UFFD_FEATURE_EVENT_REMAP))
 		return -EPROTO;
+	f->fresh.read_only = f->region->read_only;
 	err = region_init(&f->fresh, image->memfd, image->map_bytes, image->uffd_device, image->uffd_features, &stage);
 	if (err < 0) {
 		note_why(f, "cannot map the image of %s (step %d): %s", f->status.uri, stage, strerror(-err));

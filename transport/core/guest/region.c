@@ -38,6 +38,7 @@
 #include "transport/core/guest/guard.h"
 
 /* Copied by one system call: bounds how long the kernel does not look at a fatal signal. */
+#define HUGE_BYTES ((uint64_t)2 << 20)
 #define CHUNK_BYTES ((uint64_t)8 << 20)
 
 static void close_fd(int *fd)
@@ -58,6 +59,32 @@ static int probe_copy(void)
 	return 0;
 }
 
+/*
+ * Maps at an address congruent to the image's offset 0 modulo 2 MiB, where the kernel can map an open region with one
+ * page-table entry. NORESERVE: only what the guest writes costs it memory, and the quota bounds that.
+ */
+static void *map_aligned(int memfd, uint64_t map_bytes)
+{
+	const uint64_t reserved_bytes = map_bytes + HUGE_BYTES;
+	char *reserved = mmap(NULL, reserved_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (reserved == MAP_FAILED)
+		return MAP_FAILED;
+	uint64_t before = -(uintptr_t)reserved % HUGE_BYTES;
+	char *at = mmap(reserved + before, map_bytes, PROT_NONE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, memfd, 0);
+	int err = errno;
+
+	if (at == MAP_FAILED) {
+		munmap(reserved, reserved_bytes);
+		errno = err;
+		return MAP_FAILED;
+	}
+	if (before)
+		munmap(reserved, before);
+	munmap(at + map_bytes, reserved_bytes - before - map_bytes);
+	return at;
+}
+
 static int open_proc(const char *path, int *fd_out)
 {
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -70,7 +97,14 @@ static int open_proc(const char *path, int *fd_out)
 
 int region_init(struct region *r, int memfd, uint64_t map_bytes, int uffd_device, uint64_t features, int *stage_out)
 {
-	struct region new = {.map_bytes = map_bytes, .uffd = -1, .pagemap_fd = -1, .mem_fd = -1};
+	struct region new = {
+		.map_bytes = map_bytes,
+		.uffd = -1,
+		.pagemap_fd = -1,
+		.mem_fd = -1,
+		.read_only = r->read_only,
+	};
+	const int prot = r->read_only ? PROT_READ : PROT_READ | PROT_WRITE;
 	int stage, err;
 
 	stage = REGION_STAGE_COPY;
@@ -83,8 +117,7 @@ int region_init(struct region *r, int memfd, uint64_t map_bytes, int uffd_device
 		err = -EINVAL;
 		goto fail;
 	}
-	/* NORESERVE: only what the guest writes costs it memory, and the quota bounds that. */
-	new.address = mmap(NULL, map_bytes, PROT_NONE, MAP_PRIVATE | MAP_NORESERVE, memfd, 0);
+	new.address = map_aligned(memfd, map_bytes);
 	if (new.address == MAP_FAILED) {
 		err = -errno;
 		new.address = NULL;
@@ -108,7 +141,7 @@ int region_init(struct region *r, int memfd, uint64_t map_bytes, int uffd_device
 
 	stage = REGION_STAGE_REGISTER;
 	err = guard_range(new.uffd, new.address, map_bytes);
-	if (err == 0 && mprotect(new.address, map_bytes, PROT_READ | PROT_WRITE) < 0)
+	if (err == 0 && mprotect(new.address, map_bytes, prot) < 0)
 		err = -errno;
 	if (err < 0)
 		goto fail;

@@ -29,11 +29,13 @@ struct region {
 	int uffd; /* the three are -1 when closed */
 	int pagemap_fd;
 	int mem_fd;
-	uint32_t epoch; /* odd while another mapping takes this one's place (follow.c) */
+	uint32_t read_only; /* given to region_init: 1 if the guest must not write */
+	uint32_t epoch;     /* odd while another mapping takes this one's place (follow.c) */
 };
 
 /* Maps and guards map_bytes of memfd. uffd_device is an open /dev/userfaultfd to try first, or -1;
-   both descriptors stay the caller's. On failure nothing is left behind and *r is untouched. */
+   both descriptors stay the caller's. Of *r it reads read_only alone. On failure nothing is left behind and *r is
+   untouched. */
 int region_init(struct region *r, int memfd, uint64_t map_bytes, int uffd_device, uint64_t features, int *stage_out);
 
 /* Unmaps, then closes. Never waits for the backend. Harmless when repeated. */
