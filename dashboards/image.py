@@ -178,6 +178,46 @@ _EVICTION: Final = Row(
     ],
 )
 
+_REGIONS: Final = Row(
+    "How much does the kernel map by itself?",
+    [
+        graph(
+            "Open regions",
+            "Parts of 2 MiB that guests read and write without a fault, summed over guests. Lost: "
+            "they stay in memory until their guest ends.",
+            "short",
+            {
+                "open": total("cowshed_open_regions", IMAGE),
+                "lost": total("cowshed_lost_regions", IMAGE),
+            },
+        ),
+        graph(
+            "Reserved for open regions",
+            "Charged to quotas beside the private pages. A guest that needs it gets it back.",
+            "bytes",
+            {"reserved": total("cowshed_open_region_reserved_bytes", IMAGE)},
+        ),
+        graph(
+            "Regions opened and closed",
+            "quota: a guest needed its quota; pressure: another extent needed the room; freeze: a "
+            "drain; request: cowshed evict; sample: to learn whether it is used; guest: it changed "
+            "its memory, or left.",
+            "ops",
+            {
+                "opened": per_second("cowshed_region_opens_total", IMAGE),
+                "closed: {{reason}}": per_second("cowshed_region_closes_total", IMAGE, "reason"),
+            },
+        ),
+        graph(
+            "Huge pages refused",
+            "Times that the kernel made no huge page of a region's frames: free memory is "
+            "fragmented, or a frame was in use.",
+            "ops",
+            {"refused": per_second("cowshed_collapse_failures_total", IMAGE)},
+        ),
+    ],
+)
+
 _SOURCE: Final = Row(
     "Is its source well?",
     [
@@ -279,6 +319,6 @@ def board() -> dashboard.Dashboard:
     return assemble(
         "Image",
         about,
-        [_SERVED, _MEMORY, _EVICTION, _SOURCE, _WRITES],
+        [_SERVED, _MEMORY, _EVICTION, _REGIONS, _SOURCE, _WRITES],
         IMAGE_VARIABLES,
     )

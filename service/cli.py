@@ -104,10 +104,10 @@ def serve(
     except UsageError as error:
         raise WrongUsage(str(error)) from error
     if check:
-        from cowshed.service.supervise.layouts import LAYOUTS
+        from cowshed.service.supervise.layouts import ALL_LAYOUTS, LAYOUTS
         from cowshed.service.supervise.reload_check import answer_check
 
-        answer_check(LAYOUTS, config.text)
+        answer_check(LAYOUTS, ALL_LAYOUTS, config.text)
         print_line("the configuration is right")
         return 0
     # Imported here because this is all of the daemon, which the other commands do not need.

@@ -31,6 +31,7 @@ from cowshed.service.frontends.vmm.populator import Populator
 from cowshed.service.guests.admission import Admission
 from cowshed.service.guests.guest_records import GuestRecords, RestoredGuest
 from cowshed.service.guests.guests import GuestTable, OpenRequest
+from cowshed.service.guests.opener import Opener
 from cowshed.service.guests.userfaultfd import open_device
 from cowshed.service.handoffs import HandoffService
 from cowshed.service.host import Host
@@ -251,6 +252,15 @@ class Daemon:
         host, stack = self.host, self._stack
         host.evictor.start()
         stack.callback(host.evictor.stop)
+        self._opener = Opener(
+            host.store,
+            host.guests,
+            host.evictor,
+            self.config.open_regions,
+            is_moving=lambda: host.access.moved_to is not None,
+        )
+        self._opener.start()
+        stack.callback(self._opener.stop)
         self._sampler = Sampler(host.store, host.evictor)
         self._sampler.start()
         stack.callback(self._sampler.stop)

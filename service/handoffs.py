@@ -74,6 +74,7 @@ class HandoffService:
         self._guests = host.guests
         self._overlays = host.overlays
         self._access = host.access
+        self._open_regions = host.evictor.open_regions
         self._loop = host.loop
         self._unix_server = unix_server
         self._disconnect = disconnect
@@ -151,6 +152,9 @@ class HandoffService:
     def close_admission(self, uri: str | None) -> None:
         """Redirect new guests to uri; None: admit them again."""
         self._access.moved_to = uri
+        if uri is not None and self._open_regions is not None:
+            # A program that takes its pages along must see every change to them.
+            self._open_regions.close_all()
 
     def wait_admitted(self) -> None:
         """Wait for one turn of the loop, which admits guests, so that all admitted ones are seen.

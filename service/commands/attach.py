@@ -47,6 +47,7 @@ class AttachOrder:
     quota_bytes: int | None = None
     on_quota: str | None = None
     populate: bool = False
+    read_only: bool = False
 
     @classmethod
     def parse(
@@ -58,6 +59,7 @@ class AttachOrder:
         quota: str | None,
         on_quota: str | None,
         populate: bool,
+        read_only: bool = False,
     ) -> Self:
         """Build the order from a command line. Raises UsageError, one line."""
         if not any(IMAGE_WORD in word for word in command):
@@ -75,7 +77,7 @@ class AttachOrder:
             quota_bytes = parse_quota(quota)
             if quota_bytes is None:
                 quota_bytes = _NO_QUOTA_BYTES
-        return cls(image, command, run_dir, guest, quota_bytes, on_quota, populate)
+        return cls(image, command, run_dir, guest, quota_bytes, on_quota, populate, read_only)
 
 
 def become(order: AttachOrder) -> NoReturn:
@@ -98,7 +100,14 @@ def become(order: AttachOrder) -> NoReturn:
     make_read_only(path)
     words = [word.replace(IMAGE_WORD, path) for word in order.command]
     environment = preloading.environment(
-        os.environ, library, socket, source, path, request, order.populate
+        os.environ,
+        library,
+        socket,
+        source,
+        path,
+        request,
+        order.populate,
+        order.read_only,
     )
     _execute(program, words, environment)
 

@@ -31,6 +31,12 @@ from cowshed.service.commands.shell import WrongUsage, run_dir_option
     is_flag=True,
     help="Populate a mapping before mmap returns, as MAP_POPULATE does: for debuggers.",
 )
+@click.option(
+    "--read-only",
+    is_flag=True,
+    help="Refuse writable mappings, private ones too: then no quota bounds what the kernel may map "
+    "by itself.",
+)
 @run_dir_option
 def attach(
     image: str,
@@ -39,6 +45,7 @@ def attach(
     quota: str | None,
     on_quota: str | None,
     populate: bool,
+    read_only: bool,
     run_dir: Path,
 ) -> None:
     """Run COMMAND with IMAGE as a file that it maps from the cache.
@@ -53,7 +60,9 @@ def attach(
     from cowshed.service.commands.attach import AttachOrder, become
 
     try:
-        order = AttachOrder.parse(image, command, run_dir, guest, quota, on_quota, populate)
+        order = AttachOrder.parse(
+            image, command, run_dir, guest, quota, on_quota, populate, read_only
+        )
     except UsageError as error:
         raise WrongUsage(str(error)) from error
     become(order)

@@ -27,7 +27,7 @@ from cowshed.service.runtime.stops import stop_at
 from cowshed.service.settings.config import Config
 from cowshed.service.settings.images import ImageSpec
 from cowshed.service.supervise.keeper import Keeper
-from cowshed.service.supervise.layouts import LAYOUTS
+from cowshed.service.supervise.layouts import ALL_LAYOUTS, LAYOUTS
 
 __all__ = ["take_over"]
 
@@ -72,6 +72,7 @@ def take_over(config: Config, serve: Callable[[], int]) -> tuple[Keeper, str]:
             client,
             uid=os.geteuid(),
             layouts=LAYOUTS,
+            all_layouts=ALL_LAYOUTS,
             extent_bytes=config.extent_bytes,
             images=images,
         )

@@ -167,6 +167,7 @@ def describe_request(request: OpenRequest) -> dict[str, Any]:
         "window_bytes": request.options.window_bytes,
         "write_window_bytes": request.options.write_window_bytes,
         "carries": request.carries,
+        "read_only": request.read_only,
     }
 
 
@@ -191,6 +192,7 @@ def request_of(record: dict[str, Any], store: PageStore) -> OpenRequest | None:
         offset_bytes=record["offset_bytes"],
         length_bytes=record["length_bytes"],
         carries=record.get("carries") is True,
+        read_only=record.get("read_only") is True,
     )
 
 

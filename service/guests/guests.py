@@ -50,7 +50,8 @@ class OpenRequest:
 
     With a token, other connections of the same user and image that know it join the guest, and
     share its quota. offset_bytes and length_bytes are the part of the image to map. carries: when
-    the guest is moved, the program itself takes along the mapping's private pages.
+    the guest is moved, the program itself takes along the mapping's private pages. read_only: it
+    does not write the mapping, so that open regions are not charged.
     """
 
     name: str
@@ -62,6 +63,7 @@ class OpenRequest:
     offset_bytes: int = 0
     length_bytes: int = 0
     carries: bool = False
+    read_only: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
@@ -142,12 +144,18 @@ class Guest:
         self.quota.set_quota(
             NO_QUOTA_BYTES if quota_bytes is None else quota_bytes, self.request.policy
         )
+        self.shrink()
         self.resume()
 
     def resume(self) -> None:
         """Retry the faults stopped at the quota."""
         for mapping in self.mappings:
             mapping.handler.resume()
+
+    def shrink(self) -> None:
+        """Close open regions while more than the quota is charged."""
+        for mapping in self.mappings:
+            mapping.account.shrink()
 
     def settle(self) -> None:
         """Give back charges whose copies never happened."""
@@ -347,6 +355,7 @@ class GuestTable:
         populate: PopulateOptions | None = None,
         preload: tuple[int, bytes] | None = None,
         keep: Callable[[Account], None] | None = None,
+        read_only: bool = False,
     ) -> Mapping:
         """Start answering a mapping; takes fds, [uffd, pagemap, mem], over on success only.
 
@@ -354,12 +363,14 @@ class GuestTable:
         private pages that it begins with: a file of them, and their bitmap (Account.preload). With
         populate, pages are copied into the guest's own memory; fds may then be [uffd] alone. keep
         is called before any event is read, since an event, once read, is in the account alone.
+        read_only is OpenRequest's.
         On failure nothing is left of the mapping. Raises UsageError for invalid regions
         (Account.place), CapacityError if no descriptor, thread or memory is left for it.
         """
         with contextlib.ExitStack() as stack:
             account = Account(guest.image, guest.quota)
             stack.callback(account.close)
+            account.set_read_only(read_only)
             account.place(fds[0], fds[1] if len(fds) > 1 else -1, regions)
             if preload is not None:
                 account.preload(*preload)
@@ -379,6 +390,7 @@ class GuestTable:
         with self.lock:
             guest.mappings.append(mapping)
             guest.image.note_attach()
+        os.eventfd_write(guest.image.store.wanted_fd, 1)  # what is pinned is opened for it
         return mapping
 
     def attach_again(
@@ -414,6 +426,7 @@ class GuestTable:
                 else PopulateHandler(*arguments, populate)
             )
             stack.pop_all()
+        account.finish_opening()
         handler.resume()
         mapping = Mapping(guest, peer, transport, account, handler, fds)
         with self.lock:

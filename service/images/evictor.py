@@ -15,9 +15,11 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Final
+from typing import Final, Protocol
 
 from cowshed.accounting import (
+    OPEN_PAGES,
+    CloseReason,
     EvictionPolicy,
     EvictReason,
     ExtentKey,
@@ -44,6 +46,16 @@ _UNMAPS_PER_LOAD: Final = 8
 _UNMAPS_MIN: Final = 64
 # The standby list is filled up again once it lacks one in this many.
 _LOW_SHARE: Final = 16
+
+
+class OpenRegions(Protocol):
+    """What the evictor asks of the opener (guests/opener.py): it has extents pinned."""
+
+    def close_for_room(self, nr_extents: int, *, is_last_resort: bool = False) -> int: ...
+    def close_range(
+        self, image: Image, first_extent: int, nr_extents: int, reason: CloseReason
+    ) -> None: ...
+    def close_all(self) -> None: ...
 
 
 class _StoreHeat:
@@ -90,6 +102,7 @@ class Evictor:
         self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="evictor", daemon=True)
         self.watermarks: Final = Watermarks(capacity, largest_extent)
+        self.open_regions: OpenRegions | None = None
 
     def start(self) -> None:
         """Turn the standby list on and start the thread."""
@@ -112,24 +125,47 @@ class Evictor:
 
     def evict_now(self, image: Image, extents: Iterable[int]) -> list[int]:
         """Evict those of an image's extents that are evictable; return the evicted."""
+        wanted = list(extents)
+        if self.open_regions is not None and wanted:
+            nr = max(wanted) - min(wanted) + 1
+            self.open_regions.close_range(image, min(wanted), nr, CloseReason.REQUEST)
         with self._lock:
             self._admit()
-            return self._evict_from(image, list(extents), EvictReason.REQUEST)
+            return self._evict_from(image, wanted, EvictReason.REQUEST)
+
+    def pin(self, image: Image, extents: range) -> None:
+        """Pin extents; regions that are open elsewhere give way. CapacityError: too many."""
+        most = max(0, self.max_pinned_extents)
+        try:
+            image.pin(extents.start, len(extents), most)
+        except CapacityError:
+            regions = self.open_regions
+            if regions is None or not regions.close_for_room(len(extents), is_last_resort=True):
+                raise
+            image.pin(extents.start, len(extents), most)
 
     def sample(self, keys: Iterable[ExtentKey]) -> list[tuple[Image, int]]:
         """Unmap those of the extents that can be into the standby list; return them.
 
-        The policy goes on tracking them: nothing says yet that they are not used.
+        The policy goes on tracking them: nothing says yet that they are not used. Regions that are
+        open are closed for it.
         """
         taken: list[tuple[Image, int]] = []
-        with self._lock:
-            for image_no, extent in keys:
-                image = self._store.image(image_no)
-                if image is None or not self.is_kept(image):
-                    continue
+        for image_no, extent in keys:
+            image = self._store.image(image_no)
+            if image is None or not self.is_kept(image):
+                continue
+            if self.open_regions is not None:
+                self.open_regions.close_range(image, extent, 1, CloseReason.SAMPLE)
+            with self._lock:
                 if evict(image, [extent], EvictReason.SAMPLE):
                     taken.append((image, extent))
         return taken
+
+    def is_costly(self, key: ExtentKey) -> bool:
+        """Whether a probe of the extent takes milliseconds: it lies in a huge page."""
+        image = self._store.image(key[0])
+        return image is not None and image.is_collapsed(key[1] * image.extent_pages // OPEN_PAGES)
 
     def is_kept(self, image: Image) -> bool:
         """Whether the standby list takes an image's extents; larger ones are dropped at once."""
@@ -177,13 +213,21 @@ class Evictor:
             return self._fill_standby(counters)
         wanted = self.watermarks.nr_to_evict(counters.free_extents)
         if wanted:
-            try:
-                victims = self._policy.choose_victims(wanted, self._heat)
-            except CapacityError:
-                victims = []  # all extents are held or pinned for the moment
-            self._evict_keys(victims, EvictReason.PRESSURE)
+            self._evict_keys(self._choose(wanted), EvictReason.PRESSURE)
             counters = self._store.counters()
         return counters.nr_waiting_loaders > 0 or counters.free_extents < self.watermarks.low_free
+
+    def _choose(self, nr_wanted: int) -> list[ExtentKey]:
+        """Choose victims, from open regions too; none if all are held or pinned for the moment."""
+        regions = self.open_regions
+        if regions is not None:
+            regions.close_for_room(nr_wanted)
+        with suppress(CapacityError):
+            return self._policy.choose_victims(nr_wanted, self._heat)
+        if regions is not None and regions.close_for_room(nr_wanted, is_last_resort=True):
+            with suppress(CapacityError):
+                return self._policy.choose_victims(nr_wanted, self._heat)
+        return []
 
     def _fill_standby(self, counters: StoreCounters) -> bool:
         """Unmap victims into the standby list if loads need room; return whether loaders wait."""
@@ -202,9 +246,7 @@ class Evictor:
             # After a restart with less capacity: these are dropped, not kept.
             wanted = max(wanted, counters.reserved_extents - counters.capacity_extents)
             if wanted > 0:
-                with suppress(CapacityError):  # all extents are held or pinned for the moment
-                    victims = self._policy.choose_victims(wanted, self._heat)
-                    self._evict_keys(victims, EvictReason.STANDBY)
+                self._evict_keys(self._choose(wanted), EvictReason.STANDBY)
         return self._store.counters().nr_waiting_loaders > 0
 
     def _set_standby(self, counters: StoreCounters) -> int:

@@ -19,7 +19,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -61,6 +61,8 @@ _EXPOSURE_SECONDS_MAX: Final = 1.0
 _TRIES: Final = 8
 # Steps of a walk in search of a resident extent; after so many without one, on the next occasion.
 _WALK_STEPS: Final = 1 << 16
+# A probe in a huge page of frames takes a millisecond or more: so much of a CPU's time for these.
+_COSTLY_SHARE: Final = 0.002
 # Strides of about the golden ratio spread evenly however many there are.
 _GOLDEN: Final = (1 + math.sqrt(5)) / 2
 # Estimates are made anew as often as this in their window, if somebody asks.
@@ -110,6 +112,8 @@ class Sampler:
         self._again: dict[ExtentKey, _Exposing] = {}  # touched, to be probed again
         self._rates: deque[float] = deque(maxlen=_RECENT_EXPOSURES)
         self._counted_at = -math.inf
+        self._waiting: ExtentKey | None = None
+        self._costly_from = -math.inf
         self._stay_seconds = math.inf
         self._records: dict[int, _Record] = {}
         self._made: dict[tuple[int, int], tuple[float, Use]] = {}  # by image and window; -1: all
@@ -266,7 +270,7 @@ class Sampler:
         room = max(0, min(most - len(self._out), _BEGUN_PER_TICK))
         nr_again = min(room, len(again))
         self._begin_again(again, nr_again)
-        picked = [key for _ in range(room - nr_again) if (key := self._pick()) is not None]
+        picked = self._pick_some(room - nr_again)
         limit = self._exposure_seconds()
         begun = self._evictor.sample(key for key in picked if key not in self._again)
         with self._lock:
@@ -278,6 +282,27 @@ class Sampler:
                 exposing = None if is_long else _Exposing(limit)
                 out = _Out(image, self._clock(), horizon, exposing)
                 self._out[image.image_no, extent] = out
+
+    def _pick_some(self, nr: int) -> Iterator[ExtentKey]:
+        """Pick up to nr extents, each to be unmapped before the next is asked for.
+
+        One in a huge page costs a millisecond or more, so that the next of these must wait its
+        time; and all others wait behind it, or too few of the probes would be of open regions.
+        """
+        for _ in range(nr):
+            key = self._waiting if self._waiting is not None else self._pick()
+            self._waiting = None
+            if key is None:
+                return
+            is_costly = self._evictor.is_costly(key)
+            if is_costly and self._clock() < self._costly_from:
+                self._waiting = key
+                return
+            began = time.thread_time()
+            yield key
+            if is_costly:
+                cost = time.thread_time() - began
+                self._costly_from = self._clock() + cost / _COSTLY_SHARE
 
     def _pick(self) -> ExtentKey | None:
         """Pick a resident extent at random.

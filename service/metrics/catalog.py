@@ -29,6 +29,7 @@ WRITE_OUTCOMES: Final = ("copied", "refused")
 LOAD_REASONS: Final = ("demand", "prefetch")
 SOURCES: Final = ("file",)
 EVICT_REASONS: Final = ("pressure", "request")
+CLOSE_REASONS: Final = ("quota", "pressure", "freeze", "request", "sample", "guest")
 WINDOWS: Final = ("10s", "60s", "300s")
 BOUNDS: Final = ("value", "low", "high")
 CAPACITIES: Final = ("0.5", "1", "2")
@@ -213,6 +214,37 @@ _IMAGES: Final = (
         "Memory the grants would take if every guest had its own frames, less what they take.",
     ),
     _image("pinned_bytes", "gauge", "Extents under at least one pin, resident or not."),
+    _image(
+        "open_regions",
+        "gauge",
+        "Regions of 2 MiB that the kernel maps for a guest by itself, summed over guests.",
+    ),
+    _image(
+        "lost_regions",
+        "gauge",
+        "Regions that stay in memory until their guest ends, because it moved a part of one away "
+        "while it was being opened.",
+    ),
+    _image(
+        "open_region_reserved_bytes",
+        "gauge",
+        "Charged to guests' quotas for open regions beside their private pages; given back when "
+        "these are closed.",
+    ),
+    _image("region_opens_total", "counter", "Regions opened."),
+    _image(
+        "region_closes_total",
+        "counter",
+        "Regions closed. quota: a guest's quota ran short; pressure: room did; freeze: private "
+        "pages are moved; request: an operator's command; sample: to learn whether it is used; "
+        "guest: it changed its memory, or left.",
+        reason=CLOSE_REASONS,
+    ),
+    _image(
+        "collapse_failures_total",
+        "counter",
+        "Times that the kernel made no huge page of a region's frames, which then is not opened.",
+    ),
     _image(
         "working_set_bytes",
         "gauge",

@@ -284,6 +284,7 @@ def _read_image(values: dict[str, _Values], image: Image) -> None:
         ("strays_total", counters.strays),
         ("reloads_total", counters.reloads),
         ("guest_attaches_total", counters.attaches),
+        ("collapse_failures_total", counters.collapse_failures),
     ):
         values[f"cowshed_{metric}"][labels] = value
     for metric, what, value in (
@@ -338,8 +339,14 @@ def _read_sums(values: dict[str, _Values], image: Image, sums: AccountSums) -> N
         ("quota_stops_total", counters.quota_stops),
         ("quota_stopped_seconds_total", counters.stopped_ns / 1e9),
         ("retries_total", counters.retries),
+        ("open_regions", sums.open_regions),
+        ("lost_regions", sums.lost_regions),
+        ("open_region_reserved_bytes", sums.reserved_pages * PAGE_BYTES),
+        ("region_opens_total", sums.opens),
     ):
         values[f"cowshed_{metric}"][labels] = value
+    for reason, nr in sums.closes.items():
+        values["cowshed_region_closes_total"][*labels, reason.name.lower()] = nr
     faults = values["cowshed_faults_total"]
     for kind, outcome, nr in (
         ("missing", "hit", counters.missing_hit),

@@ -98,6 +98,8 @@ class Drain:
         self._blockers: list[Blocker] = []
         self._error: CowshedError | None = None
         self._admission_closed = False
+        # Reported until a rollback is over: "aborted" says that guests are served again.
+        self._undoes: Phase | None = None
         self.would_move = False
         self.over = threading.Event()
 
@@ -153,7 +155,7 @@ class Drain:
         return {
             "to": self.uri,
             "handoff": self.handoff,
-            "phase": str(self.phase),
+            "phase": str(self._undoes or self.phase),
             "dry_run": self.dry_run,
             "post_copy": self.post_copy,
             "waits_for": self._waits_for,
@@ -240,13 +242,17 @@ class Drain:
         """Take an event, perform its actions, and do the same with the event that they return."""
         following: Event | None = event
         while following is not None:
-            before, actions = self.phase, self._machine.on(following)
+            before = self._undoes = self.phase
+            actions = self._machine.on(following)
+            if self.phase is not Phase.ABORTED:
+                self._undoes = None
             self._note()
             if self.phase is not before:
                 stop_at(f"source-{self.phase}")
             following = None
             for action in actions:
                 following = _ACTIONS[action](self) or following
+            self._undoes = None
 
     def _wait_name(self, what: str) -> None:
         self._waits_for = what

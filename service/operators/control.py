@@ -137,7 +137,7 @@ class Control:
         most = max(0, self._evictor.max_pinned_extents)
         most_bytes = most * image.store.extent_bytes
         try:
-            image.pin(extents.start, len(extents), most)
+            self._evictor.pin(image, extents)
         except CapacityError as error:
             raise CapacityError(
                 f"cannot pin {format_bytes(len(extents) * image.extent_bytes)} of {image.label!r}: "
@@ -147,6 +147,7 @@ class Control:
         for _ in load(image, extents):
             if self.is_stopping():
                 raise CapacityError(f"{image.label!r} is pinned and not loaded: the daemon ends")
+        os.eventfd_write(self._store.wanted_fd, 1)  # to be opened
         yield {"pinned_bytes": _pinned_bytes(image)}
 
     def _do_unpin(self, request: Body) -> Iterator[Body]:

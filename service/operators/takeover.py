@@ -25,8 +25,13 @@ from cowshed.service.persist.notice import FOLLOWER, LEFT
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ
 from cowshed.service.runtime.stops import stop_at
-from cowshed.service.supervise.layouts import LAYOUTS
-from cowshed.transport.messages.fields import take_choice, take_number, take_text
+from cowshed.service.supervise.layouts import ALL_LAYOUTS
+from cowshed.transport.messages.fields import (
+    take_choice,
+    take_number,
+    take_optional_text,
+    take_text,
+)
 
 __all__ = ["TakeoverHandler", "described"]
 
@@ -114,11 +119,12 @@ class TakeoverHandler:
                 "the daemon is systemd's, which would start it again beside yours: "
                 "use 'systemctl reload' on its unit, which replaces it too"
             )
-        layouts = take_text(request, "layouts")
-        if layouts != LAYOUTS:
+        layouts = take_optional_text(request, "all_layouts") or take_text(request, "layouts")
+        if layouts != ALL_LAYOUTS:
             raise UsageError(
-                f"the daemon keeps its ledger in layout {LAYOUTS}, and this program in {layouts}: "
-                "hand its guests to a daemon of this program with 'cowshed drain' instead"
+                f"the daemon keeps its ledger in layout {ALL_LAYOUTS}, and this program in "
+                f"{layouts}: hand its guests to a daemon of this program with 'cowshed drain' "
+                "instead"
             )
         extent_bytes = take_number(request, "extent_bytes")
         served_bytes = self._store.default_extent_bytes

@@ -203,6 +203,27 @@ def _standby(status: Answer) -> str:
     )
 
 
+def _regions(status: Answer) -> str:
+    regions = status.get("open_regions")
+    if regions is None:
+        return "not told by this daemon, which is older"
+    closes = ", ".join(
+        f"{format_count(nr)} {reason}" for reason, nr in regions["closes"].items() if nr
+    )
+    line = (
+        f"{format_count(regions['open'])} open, "
+        f"{format_bytes(regions['reserved_bytes'])} reserved; "
+        f"{format_count(regions['opens'])} opened, "
+        f"{format_count(sum(regions['closes'].values()))} closed"
+    )
+    line += f" ({closes})" if closes else ""
+    if nr := regions["collapse_failures"]:
+        line += f"; {format_count(nr)} times no huge page"
+    if nr := regions["lost"]:
+        line += f"; {format_count(nr)} lost"
+    return line
+
+
 def _totals(status: Answer) -> Table:
     resident_bytes, capacity_bytes = status["resident_bytes"], status["capacity_bytes"]
     hits, misses = status["hits"], status["misses"]
@@ -218,6 +239,7 @@ def _totals(status: Answer) -> Table:
         + f"; {format_count(hits)} found their extent resident, {format_count(misses)} did not",
         "Loads": f"{format_count(status['loads'])} ({format_count(status['load_errors'])} failed)",
         "Standby": _standby(status),
+        "Regions": _regions(status),
         "Evicted": f"{format_count(status['evicted_extents'])} extents "
         f"({format_count(evictions['pressure'])} under pressure, "
         f"{format_count(evictions['request'])} on request)",

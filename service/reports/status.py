@@ -16,6 +16,8 @@ from cowshed.accounting import (
     MAX_REGIONS,
     AccountCounters,
     AccountStatus,
+    AccountSums,
+    CloseReason,
     Latency,
     LatencyKind,
     MissingPages,
@@ -23,7 +25,7 @@ from cowshed.accounting import (
     read_latency,
     sum_accounts,
 )
-from cowshed.cache import Image, PageStore
+from cowshed.cache import Image, ImageCounters, PageStore
 from cowshed.service.guests.guests import Guest, GuestTable
 from cowshed.service.guests.states import STATE_WORDS
 from cowshed.service.images.evictor import Evictor
@@ -145,6 +147,7 @@ class StatusReader:
                 "samples": sum(counter.standby_samples for counter in counters),
                 "sample_hits": sum(counter.sample_hits for counter in counters),
             },
+            "open_regions": _regions_status(sums, counters),
             "use": [_use_status(use) for use in self._use(None)],
             "use_unknown_because": self._why_unknown(),
             "hits": totals.hits,
@@ -174,6 +177,21 @@ class StatusReader:
             "unserved_listeners": self._unserved_listeners(),
             "guests": guests,
         }
+
+
+def _regions_status(sums: list[AccountSums], counters: list[ImageCounters]) -> dict[str, Any]:
+    """Add up the open regions of all images."""
+    return {
+        "open": sum(of_image.open_regions for of_image in sums),
+        "lost": sum(of_image.lost_regions for of_image in sums),
+        "reserved_bytes": sum(of_image.reserved_pages for of_image in sums) * _PAGE_BYTES,
+        "opens": sum(of_image.opens for of_image in sums),
+        "closes": {
+            reason.name.lower(): sum(of_image.closes[reason] for of_image in sums)
+            for reason in CloseReason
+        },
+        "collapse_failures": sum(of_image.collapse_failures for of_image in counters),
+    }
 
 
 def _use_status(use: Use) -> dict[str, Any]:
@@ -245,6 +263,10 @@ def _guest_status(guest: Guest | OverlayGuest, status: AccountStatus) -> dict[st
         "uid": guest.uid,
         "granted_bytes": guest.granted_bytes(status),
         "private_bytes": status.private_pages * _PAGE_BYTES,
+        # Charged beside the private bytes, for open regions.
+        "reserved_bytes": status.reserved_pages * _PAGE_BYTES,
+        "open_regions": status.open_regions,
+        "lost_regions": status.lost_regions,
         "quota_bytes": guest.quota_bytes,
         "policy": status.policy.name.lower(),
         "hits": counters.hits,

@@ -42,8 +42,13 @@ def label_of(one: Answer, key: str = "name") -> str:
 
 
 def format_quota(guest: Answer) -> str:
-    """Format a guest's private bytes and quota: ``12M of 64M``; ``12M`` without a limit."""
+    """Format a guest's private bytes and quota: ``12M of 64M``; ``12M`` without a limit.
+
+    With what open regions reserve beside them: ``12M, 4M reserved of 64M``.
+    """
     private = format_bytes(guest["private_bytes"])
+    if guest.get("reserved_bytes"):
+        private += f", {format_bytes(guest['reserved_bytes'])} reserved"
     quota_bytes = guest["quota_bytes"]
     return private if quota_bytes is None else f"{private} of {format_bytes(quota_bytes)}"
 

@@ -68,6 +68,7 @@ class Config:
     capacity_bytes: int = CAPACITY_DEFAULT_BYTES
     extent_bytes: int = EXTENT_DEFAULT_BYTES
     standby: int = STANDBY_DEFAULT_PERCENT
+    open_regions: str = "auto"
     loaders: int = LOADERS_DEFAULT
     keeper: bool = True
     default_quota_bytes: int | None = None

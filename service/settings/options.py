@@ -155,6 +155,18 @@ OPTIONS: Final = (
         unit="percent",
     ),
     Option(
+        "open_regions",
+        text_of,
+        "auto, pinned or off",
+        "auto",
+        "Which regions of 2 MiB the kernel maps for guests by itself, at its own speed.",
+        "auto: those that guests use much, if the capacity is 8M or more, and what is pinned; "
+        "pinned: only that. All pages of an open region are charged to its guest, until the quota "
+        "needs them.",
+        flag="--open-regions",
+        choices=("auto", "pinned", "off"),
+    ),
+    Option(
         "loaders",
         _number_of("threads"),
         "number",

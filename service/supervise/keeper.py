@@ -51,7 +51,7 @@ from cowshed.service.runtime.logs import (
 )
 from cowshed.service.runtime.loop import LEAVE, ignore_stop_signals
 from cowshed.service.settings.config_text import CONFIG_FD, config_text_make
-from cowshed.service.supervise.layouts import LAYOUTS
+from cowshed.service.supervise.layouts import ALL_LAYOUTS
 from cowshed.service.supervise.reload_check import ReloadCheck
 from cowshed.service.supervise.run_lock import EXIT_TAKEN
 from cowshed.service.supervise.serve_command import serve_command
@@ -266,7 +266,7 @@ class Keeper:
         """Exec the program as it is installed now; log a refusal if the check failed."""
         self._check = None
         try:
-            text = check.end(LAYOUTS)
+            text = check.end(ALL_LAYOUTS)
         except UsageError as error:
             _refuse_reload(error)
             return

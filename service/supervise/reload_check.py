@@ -66,7 +66,7 @@ class ReloadCheck:
     def end(self, layouts: str) -> str | None:
         """Return the text of the valid configuration, None if there is no file; closes all.
 
-        layouts are the running daemon's. UsageError says why the program cannot go on.
+        layouts are all of the running daemon's. UsageError says why the program cannot go on.
         """
         status = self._child.poll()
         if status is None:
@@ -79,8 +79,9 @@ class ReloadCheck:
             raise UsageError(why or f"its --check ended with status {status}")
         try:
             fields = json.loads(answer)
-            theirs, text = fields["layouts"], fields["text"]
-        except (ValueError, KeyError, TypeError):
+            theirs = fields.get("all_layouts", fields["layouts"])
+            text = fields["text"]
+        except (ValueError, KeyError, TypeError, AttributeError):
             theirs, text = "an unknown one", None
         if theirs != layouts:
             raise UsageError(
@@ -101,14 +102,15 @@ class ReloadCheck:
             os.close(fd)
 
 
-def answer_check(layouts: str, text: str | None) -> None:
+def answer_check(layouts: str, all_layouts: str, text: str | None) -> None:
     """Write the answer in the checking process, if a daemon asked.
 
     The caller must have checked everything before.
     """
     fd = os.environ.get(_ANSWER_FD, "")
     if fd:
-        os.write(int(fd), json.dumps({"layouts": layouts, "text": text}).encode())
+        answer = {"layouts": layouts, "all_layouts": all_layouts, "text": text}
+        os.write(int(fd), json.dumps(answer).encode())
 
 
 def _read(fd: int) -> str:

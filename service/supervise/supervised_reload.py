@@ -12,7 +12,7 @@ from collections.abc import Callable
 from cowshed.cache.errors import UsageError
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.loop import READ, Loop
-from cowshed.service.supervise.layouts import LAYOUTS
+from cowshed.service.supervise.layouts import ALL_LAYOUTS
 from cowshed.service.supervise.reload_check import ReloadCheck
 
 __all__ = ["SupervisedReload"]
@@ -55,7 +55,7 @@ class SupervisedReload:
         assert check is not None
         self._loop.forget(check.fd)
         try:
-            check.end(LAYOUTS)
+            check.end(ALL_LAYOUTS)
         except UsageError as error:
             self._refuse(error)
         else:

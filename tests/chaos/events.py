@@ -19,8 +19,11 @@ from hosts import ChaosHost
 from page_model import PAGE
 from world import World
 
+from cowshed.cache import CapacityError
+
 Event = Callable[[World], None]
 
+_REGION_BYTES: Final = 2 << 20
 _PHASES: Final = ("connect", "prepare", "warm", "precopy", "freeze", "commit", "moved")
 _PHASES_OF_POST_COPY: Final = (
     *("connect", "prepare", "warm", "freeze", "commit", "push"),
@@ -146,6 +149,24 @@ def evict(world: World) -> None:
     for _ in range(world.rng.randrange(1, 20)):
         world.hosts[world.owner].request("evict", image=IMAGE)
     world.note("evicted everything, again and again")
+    world.wait_progress()
+
+
+def open_regions(world: World) -> None:
+    """Pin a region, which opens it for mapped guests; then let it be closed and evicted again."""
+    host = world.hosts[world.owner]
+    region = {"image": IMAGE, "offset": 0, "length": _REGION_BYTES}
+    try:
+        host.request("pin", **region)
+    except CapacityError:  # machines have too much lent
+        return
+    world.note("pinned a region")
+    world.wait_progress()
+    nr_open = host.status()["open_regions"]["open"]
+    host.request("unpin", **region)
+    if world.rng.random() < 0.5:
+        host.request("evict", **region)
+    world.note(f"unpinned it, with {nr_open} open")
     world.wait_progress()
 
 
@@ -301,6 +322,7 @@ EVENTS: Final[list[tuple[int, Event]]] = [
     (3, kill_guest),
     (2, kill_guest_and_backend),
     (2, evict),
+    (3, open_regions),
     (2, squeeze),
     (2, look),
     (1, look_while_busy),

@@ -159,6 +159,27 @@ def test_evictions_under_mounted_disks_change_no_byte(
     assert daemon.mismatches() == []
 
 
+def test_what_is_pinned_is_open_for_a_machine(
+    everybody: Herd, daemon: Daemon, sums: str, sizes: dict[str, int]
+) -> None:
+    machine, name = everybody[NAMES[4]], NAMES[4]
+    daemon.request("pin", image="ext4")
+    until(lambda: daemon.guest_status(name)["open_regions"] == sizes["ext4"] // (2 * MIB))
+    before = daemon.guest_status(name)["faults"]
+    assert machine.call("sums /") == sums
+    machine.call("mount -o remount,rw / && echo mine > /open && sync")
+    after = daemon.guest_status(name)["faults"]
+    # What is behind the last whole region faults as before.
+    assert sum(after.values()) - sum(before.values()) < 512
+    assert machine.call("cat /open") == "mine\n"
+    assert 0 < daemon.guest_status(name)["private_bytes"] < 2 * MIB
+    assert daemon.mismatches() == []
+    daemon.request("unpin", image="ext4")
+    assert daemon.request("evict", image="ext4")["kept_bytes"] == 0
+    assert machine.call("rm /open; sums /") == sums
+    assert daemon.mismatches() == []
+
+
 def test_what_one_machine_writes_no_other_sees(
     everybody: Herd, daemon: Daemon, sums: str, folder: Path
 ) -> None:

@@ -65,6 +65,7 @@ def read_open_request(
             write_window_bytes=take_optional_number(body, "write_window_bytes") or 0,
         ),
         carries=take_flag(body, "carries"),
+        read_only=take_flag(body, "read_only"),
     )
 
 

@@ -74,6 +74,7 @@ _NEXT: Final = {
     (SessionState.OPENED, "region"): SessionState.ATTACHED,
     (SessionState.OPENED, "close"): SessionState.CLOSED,
     (SessionState.IDLE, "close"): SessionState.CLOSED,
+    (SessionState.ATTACHED, "writable"): SessionState.ATTACHED,
     (SessionState.ATTACHED, "close"): SessionState.CLOSED,
 }
 
@@ -100,6 +101,7 @@ class Session:
         self._nr_working = 0
         self._is_answered = True
         self._early: tuple[SessionState, Received] | None = None
+        self._read_only = False
 
     @classmethod
     def of_restored(cls, restored: RestoredGuest, host: SessionHost) -> Session:
@@ -287,6 +289,7 @@ class Session:
 
     def _on_open(self, message: Received) -> None:
         request = self._read_open(message)
+        self._read_only = request.read_only
         if (found := self._host.incoming.enter(request, self._peer())) is not None:
             self._moved, request = found
             self._opened = self._moved.guest, request
@@ -360,6 +363,7 @@ class Session:
             list(message.fds),
             inherited=inherited,
             preload=None if self._moved is None else self._moved.preload,
+            read_only=self._read_only,
         )
         self.mapping.carries = request.carries
         message.fds.clear()
@@ -377,6 +381,12 @@ class Session:
             "attached", guest=request.name, image=request.image.label, pid=peer.pid, uid=peer.uid
         )
         self._reply(message.tag, {"ok": True, "guest": request.name})
+
+    def _on_writable(self, message: Received) -> None:
+        """A program is about to make writable what it mapped for reading: charge it from now on."""
+        assert self.mapping is not None
+        self.mapping.account.set_read_only(False)
+        self._reply(message.tag, {"ok": True})
 
     def _on_close(self, message: Received) -> None:
         self._detach()

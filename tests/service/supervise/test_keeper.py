@@ -309,7 +309,17 @@ _OTHER_LAYOUT = """
 import sys
 if "--check" in sys.argv:
     from cowshed.service.supervise import layouts
-    layouts.LAYOUTS = "9.9.9"
+    layouts.LAYOUTS = layouts.ALL_LAYOUTS = "9.9.9"
+"""
+# A release that knows no open regions: it would find ledgers longer than its own, and lose guests.
+_OLDER = """
+import json, os, sys
+if "--check" in sys.argv:
+    from cowshed.service.supervise import reload_check
+    def answer_check(layouts, all_layouts, text):
+        answer = {"layouts": layouts, "text": text}
+        os.write(int(os.environ["COWSHED_CHECK_FD"]), json.dumps(answer).encode())
+    reload_check.answer_check = answer_check
 """
 
 
@@ -328,10 +338,11 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("text", "why"),
     [
         (_OTHER_LAYOUT, "is installed now in 9.9.9"),
+        (_OLDER, "is installed now in 2.5.1"),
         ("import os; os._exit(7)", "ended with status 7"),
         ("import os, sys; '--check' in sys.argv and os.kill(os.getpid(), 9)", "status -9"),
     ],
-    ids=["layout", "broken", "killed"],
+    ids=["layout", "older", "broken", "killed"],
 )
 @pytest.mark.parametrize("is_supervised", [False, True], ids=["keeper", "supervisor"])
 def test_a_reload_to_a_program_that_could_not_go_on_is_refused_in_one_line(
