@@ -28,6 +28,7 @@ from case_cold import COLD_HUGE, cold
 from case_fault import fault
 from case_memory import memory
 from case_nbd import nbd
+from case_open import open_regions
 from case_resident import first_write, resident
 from case_restart import restart
 from case_sampling import sampling
@@ -41,6 +42,7 @@ from report import JSON_VERSION, case_json, case_text, machine_text, verdict
 
 CASES: dict[str, Callable[[Bench], CaseResult]] = {
     "resident": resident,
+    "open": open_regions,
     "fault": fault,
     "write": first_write,
     "cold": cold,
@@ -114,7 +116,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     cases = []
     images = {"warm": warm, "cold": cold_image, COLD_HUGE: f"{cold_image},extent=2M"}
     capacity_bytes = 2 * warm.stat().st_size + 4 * cold_image.stat().st_size
-    with Served(images, capacity_bytes) as served, WorkerProcess(out, served) as worker:
+    # Regions that open by themselves would change rows of guests whose faults are answered.
+    settings = ["--open-regions", "pinned"]
+    with (
+        Served(images, capacity_bytes, settings) as served,
+        WorkerProcess(out, served) as worker,
+    ):
         bench = Bench(
             served=served,
             worker=worker,

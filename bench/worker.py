@@ -19,14 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from machine import thread_times
-from mappings import PAGE_BYTES, GuestMapping, PlainMapping, page_order, smaps_of
+from mappings import (
+    PAGE_BYTES,
+    GuestMapping,
+    HugeMapping,
+    PlainMapping,
+    page_order,
+    smaps_of,
+)
 from native import checked, cost_of, ffi, load
 
 from cowshed.transport import connect
 
 HOW = {"read": 0, "copy": 1, "write": 2}
 MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23
-Mapping = GuestMapping | PlainMapping
+Mapping = GuestMapping | PlainMapping | HugeMapping
+_GUESTS = ("guest", "open")
 
 
 class Worker:
@@ -38,7 +46,7 @@ class Worker:
         self._daemon_pid = daemon_pid
         self._backend = connect(uri)
         self._orders: dict[tuple[int, str, int], array[int]] = {}
-        self._memfds: dict[str, int] = {}
+        self._memfds: dict[tuple[str, str], int] = {}
         self._pong: tuple[int, int, int] | None = None
 
     def do_pin(self, cpus: list[int]) -> None:
@@ -57,9 +65,10 @@ class Worker:
         """Map, touch, touch again, unmap. place is the image's name for a guest, else a path.
 
         side "plain" maps the file; "populate" also has the kernel map everything in one call;
-        "memfd" maps a copy of the file in a memfd, like the backend's frames but without a backend.
+        "memfd" maps a copy of the file in a memfd, like the backend's frames but without a backend;
+        "huge" one in huge pages. "open" is a guest whose regions are all open.
         """
-        before = thread_times(self._daemon_pid) if side == "guest" else {}
+        before = thread_times(self._daemon_pid) if side in _GUESTS else {}
         began = time.perf_counter_ns()
         mapping = self._map(side, place)
         mapped_ns = time.perf_counter_ns() - began
@@ -196,16 +205,19 @@ class Worker:
         return int(self._lib.touch_clock_ns())
 
     def _map(self, side: str, place: str) -> Mapping:
-        if side == "guest":
-            return GuestMapping(self._uri, place)
+        if side in _GUESTS:
+            return GuestMapping(self._uri, place, wait_open=side == "open")
+        if side == "huge":
+            return HugeMapping(self._copy_in_memfd(place, "huge"))
         return PlainMapping(self._copy_in_memfd(place) if side == "memfd" else place)
 
-    def _copy_in_memfd(self, path: str) -> str:
-        if path not in self._memfds:
-            self._memfds[path] = fd = os.memfd_create("bench")
+    def _copy_in_memfd(self, path: str, kind: str = "") -> str:
+        key = kind, path
+        if key not in self._memfds:
+            self._memfds[key] = fd = os.memfd_create("bench")
             with open(path, "rb") as file, open(fd, "wb", closefd=False) as copy:
                 shutil.copyfileobj(file, copy, 1 << 20)
-        return f"/proc/self/fd/{self._memfds[path]}"
+        return f"/proc/self/fd/{self._memfds[key]}"
 
     def _order(self, nr_pages: int, order: str, seed: int) -> array[int]:
         key = (nr_pages, order, seed)
