@@ -9,12 +9,15 @@
 #include <assert.h>
 #include <errno.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
 #endif
 
 #define REGION_BYTES ((uint64_t)OPEN_PAGES * PAGE_BYTES)
+#define TRIES 4
+#define FIRST_PAUSE_NS 200000 /* then twice as long each time: 1.4 ms in all */
 
 /* The extents that a region touches. */
 static uint64_t region_extents(const struct image *image, uint64_t region_no, uint64_t *first_out)
@@ -101,6 +104,21 @@ bool region_is_parted(const struct image *image, uint64_t first, uint64_t nr)
 	return false;
 }
 
+/* A fault that the kernel is answering holds a reference to its frame, and the fault that had the region collapsed is
+ * often the one: EAGAIN. It ends in microseconds. */
+static int collapse_at(void *at)
+{
+	struct timespec pause = {.tv_nsec = FIRST_PAUSE_NS};
+
+	for (int nr_tries = 1; madvise(at, REGION_BYTES, MADV_COLLAPSE) < 0; nr_tries++) {
+		if (errno != EAGAIN || nr_tries == TRIES)
+			return -errno;
+		nanosleep(&pause, NULL);
+		pause.tv_nsec *= 2;
+	}
+	return 0;
+}
+
 /* The kernel collapses what is mapped at an address congruent to its offset, so the region gets a mapping of its own
  * for that time. */
 static int collapse(struct image *image, uint64_t region_no)
@@ -114,8 +132,10 @@ static int collapse(struct image *image, uint64_t region_no)
 	uint64_t aligned = ((uintptr_t)reserved + REGION_BYTES - 1) / REGION_BYTES * REGION_BYTES;
 	void *at = mmap((void *)(uintptr_t)aligned, REGION_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
 	                image->frames_fd, (off_t)(region_no * REGION_BYTES));
-	if (at == MAP_FAILED || madvise(at, REGION_BYTES, MADV_COLLAPSE) < 0)
+	if (at == MAP_FAILED)
 		err = -errno;
+	else
+		err = collapse_at(at);
 	munmap(reserved, reserved_bytes);
 	return err;
 }

@@ -22,8 +22,8 @@
 /* Collapses the region's frames; 0 at once if they are collapsed already. -ESTALE: not all of its extents are RESIDENT;
  * -ENOSPC: more than max_pinned extents would be pinned in the store for that time; -EBUSY: some are lent by
  * themselves, and the others could not be evicted any more. Errors of the kernel are counted: -EAGAIN, -EBUSY, -ENOMEM:
- * not now, no huge page is free or a frame is in use; -EINVAL: the system forbids it. Cost: 0.4 ms, up to 5 ms where
- * memory is fragmented. */
+ * not now, no huge page is free or a frame stays in use, though tried again for 1.4 ms; -EINVAL: the system forbids it.
+ * Cost: 0.4 ms, up to 5 ms where memory is fragmented. */
 int image_collapse(struct image *image, uint64_t region_no, uint64_t max_pinned);
 /* Whether a collapse succeeded, and nothing of the region was punched since. */
 int image_is_collapsed(const struct image *image, uint64_t region_no);
