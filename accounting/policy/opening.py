@@ -9,7 +9,7 @@ frames are one huge page pays at once.
 Open regions cause no faults, so that nothing tells whether they are used. They are closed in the
 order in which they were opened: one now and then, to learn that, and more when room is short, as
 many as are their share of what is resident. A region that is used is named at once and opened
-again, as the last.
+again, as the last. Closing what operators have pinned gives no room: such regions are kept.
 
 Sans I/O: told what happened, with the time in seconds.
 """
@@ -17,6 +17,8 @@ Sans I/O: told what happened, with the time in seconds.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Set
+from itertools import islice
 from typing import Final
 
 __all__ = ["OpeningPolicy", "RegionKey"]
@@ -102,23 +104,32 @@ class OpeningPolicy:
             return key if now - opened >= _SAMPLE_AFTER_SECONDS else None
         return None
 
-    def choose_for_room(self, nr_wanted: int, nr_open: int, nr_resident: int) -> list[RegionKey]:
-        """Name the regions to close when nr_wanted extents are to be evicted.
+    def choose_for_room(
+        self, nr_wanted: int, nr_open: int, nr_resident: int, kept: Set[RegionKey] = frozenset()
+    ) -> list[RegionKey]:
+        """Name the regions to close when nr_wanted extents are to be evicted, none of those kept.
 
         nr_open of the nr_resident extents lie in open regions: as many of those wanted come from
         them, on average over several calls.
         """
-        if not self._open or not nr_open:
+        nr_regions = self._nr_closable(kept)
+        if not nr_regions or not nr_open:
             self._owed = 0.0
             return []
-        per_region = nr_open / len(self._open)
-        self._owed += nr_wanted * nr_open / max(nr_open, nr_resident) / per_region
-        nr = min(len(self._open), int(self._owed))
+        self._owed += nr_wanted * nr_regions / max(nr_open, nr_resident)
+        nr = min(nr_regions, int(self._owed))
         self._owed -= nr
-        return [key for key, _ in zip(self._open, range(nr), strict=False)]
+        return self._oldest(nr, kept)
 
-    def choose_all_for(self, nr_wanted: int, nr_open: int) -> list[RegionKey]:
-        """Name the regions to close when nothing else can be evicted."""
+    def choose_all_for(
+        self, nr_wanted: int, nr_open: int, kept: Set[RegionKey] = frozenset()
+    ) -> list[RegionKey]:
+        """Name the regions to close when nothing else can be evicted, none of those kept."""
         per_region = max(1.0, nr_open / len(self._open)) if self._open else 1.0
-        nr = min(len(self._open), int(-(-nr_wanted // per_region)))
-        return [key for key, _ in zip(self._open, range(nr), strict=False)]
+        return self._oldest(int(-(-nr_wanted // per_region)), kept)
+
+    def _nr_closable(self, kept: Set[RegionKey]) -> int:
+        return len(self._open) - sum(key in self._open for key in kept)
+
+    def _oldest(self, nr: int, kept: Set[RegionKey]) -> list[RegionKey]:
+        return list(islice((key for key in self._open if key not in kept), nr))

@@ -97,15 +97,16 @@ class Opener:
     def close_for_room(self, nr_extents: int, *, is_last_resort: bool = False) -> int:
         """Close regions so that some of nr_extents may be evicted from them; return how many.
 
-        is_last_resort: nothing else can be evicted.
+        is_last_resort: nothing else can be evicted. What operators have pinned stays open.
         """
         nr_open = self._open_extents()
         resident = self._store.resident_bytes // self._store.extent_bytes
+        kept = self._look() if is_last_resort else self._pinned
         with self._lock:
             keys = (
-                self._policy.choose_all_for(nr_extents, nr_open)
+                self._policy.choose_all_for(nr_extents, nr_open, kept)
                 if is_last_resort
-                else self._policy.choose_for_room(nr_extents, nr_open, resident)
+                else self._policy.choose_for_room(nr_extents, nr_open, resident, kept)
             )
         return sum(self._close(key, CloseReason.PRESSURE) for key in keys)
 
@@ -123,13 +124,14 @@ class Opener:
     def close_range(
         self, image: Image, first_extent: int, nr_extents: int, reason: CloseReason
     ) -> None:
-        """Close an image's open regions that touch the extents."""
+        """Close an image's open regions that touch the extents; no pinned ones for a sample."""
         per_extent = image.extent_pages
         first = first_extent * per_extent // OPEN_PAGES
         last = ((first_extent + nr_extents) * per_extent - 1) // OPEN_PAGES
         with self._lock:
             keys = [(image.image_no, no) for no in range(first, last + 1)]
-            keys = [key for key in keys if key in self._policy]
+            kept = self._pinned if reason is CloseReason.SAMPLE else frozenset()
+            keys = [key for key in keys if key in self._policy and key not in kept]
         for key in keys:
             self._close(key, reason)
 
@@ -181,15 +183,19 @@ class Opener:
                 if not isinstance(mapping.handler, PopulateHandler)
             ]
 
-    def _open_pinned(self) -> None:
-        """Open what operators have pinned, for every guest that has it closed."""
-        self._looked = time.monotonic()
-        self._pinned = {
+    def _look(self) -> set[RegionKey]:
+        """Return the regions that operators have pinned, of images that guests have open."""
+        return {
             (image.image_no, no)
             for image in self._store
             if any(guest.image is image for guest in self._guests)
             for no in image.pinned_regions()
         }
+
+    def _open_pinned(self) -> None:
+        """Open what operators have pinned, for every guest that has it closed."""
+        self._looked = time.monotonic()
+        self._pinned = self._look()
         most = self._evictor.max_pinned_extents
         for mapping in self._mappings() if self._pinned else ():
             with self._guests.lock:

@@ -95,6 +95,15 @@ def test_where_all_is_open_as_much_is_closed_as_is_wanted(policy: OpeningPolicy)
     assert len(policy.choose_all_for(10_000, 256)) == 8
 
 
+def test_what_operators_have_pinned_is_not_closed_for_room(policy: OpeningPolicy) -> None:
+    for no in range(8):
+        policy.note_opened((0, no), 0.0)
+    pinned = {(0, no) for no in range(6)} | {(1, 0)}
+    assert policy.choose_for_room(128, 256, 256, pinned) == [(0, 6)]
+    assert policy.choose_all_for(10_000, 256, pinned) == [(0, 6), (0, 7)]
+    assert policy.choose_for_room(64, 256, 256, {(0, no) for no in range(8)}) == []
+
+
 def test_without_an_open_region_none_is_chosen(policy: OpeningPolicy) -> None:
     assert policy.choose_for_room(64, 0, 256) == []
     assert policy.choose_all_for(64, 0) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import signal
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,14 @@ def test_what_guests_use_is_opened_for_them(
 ) -> None:
     daemon.request("warm", image="d")
     guests = [open_guest(daemon, start_guest, name, window_bytes=PAGE) for name in ("one", "two")]
-    for seed, guest in enumerate(guests):
-        touch_all(guest, seed)
-    until(lambda: regions(daemon)["open"] > 0)
+    seeds = count()
+
+    def is_open_after_use() -> bool:
+        for guest in guests:
+            touch_all(guest, next(seeds))
+        return regions(daemon)["open"] > 0
+
+    until(is_open_after_use)
     for guest in guests:
         compare(guest, image)
     assert daemon.mismatches() == []
@@ -181,6 +187,22 @@ def test_a_store_whose_every_region_is_open_makes_room(
     assert other.call("compare", path=str(two), offset=0, length=SIZE) == 0
     assert regions(daemon)["closes"]["pressure"] > 0
     compare(guest, one)
+    assert daemon.mismatches() == []
+
+
+def test_what_is_pinned_stays_open_while_room_is_short(
+    make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest
+) -> None:
+    one, two = make_image(SIZE, "one"), make_image(4 * SIZE, "two")
+    daemon = start_daemon(f"--image=d={one}", f"--image=e={two}", "--capacity=12M")
+    open_guest(daemon, start_guest, "g")
+    daemon.request("pin", image="d")
+    until(lambda: nr_open(daemon, "g") == 4)
+    other = start_guest(daemon.uri)
+    other.call("open", image="e", guest="other")
+    assert other.call("compare", path=str(two), offset=0, length=4 * SIZE) == 0
+    assert regions(daemon)["closes"]["pressure"] == 0
+    assert nr_open(daemon, "g") == 4
     assert daemon.mismatches() == []
 
 
