@@ -35,7 +35,7 @@ def outcomes(samples: Samples, *which: str) -> float:
 
 @pytest.fixture
 def daemon(make_image: MakeImage, start_daemon: StartDaemon) -> Daemon:
-    return start_daemon("--image", f"d={make_image(4 * MIB)}", *ANY_PORT)
+    return start_daemon("--image", f"d={make_image(4 * MIB)}", *ANY_PORT, "--open-regions", "off")
 
 
 def test_faults_loads_and_durations_agree_with_each_other(
