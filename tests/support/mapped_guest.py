@@ -178,9 +178,13 @@ class MappedGuest:
         return int(moved)
 
     def do_hole(self, nr_pages: int) -> int:
-        """Reserve address space for so many pages; return its address."""
+        """Reserve address space for so many pages; return its address.
+
+        A page on either side stays reserved: what is moved there borders on nothing moved before,
+        since mremap takes no range of two mappings.
+        """
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        return int(libc.mmap(None, nr_pages * PAGE_BYTES, 0, flags, -1, 0))
+        return int(libc.mmap(None, (nr_pages + 2) * PAGE_BYTES, 0, flags, -1, 0)) + PAGE_BYTES
 
     def do_read_at(self, address: int, length: int) -> str:
         buffer = ctypes.create_string_buffer(length)
