@@ -124,7 +124,7 @@ class EvictionPolicy:
         self.nr_small_wanted = max(
             1, frames // (SMALL_SHARE_STANDBY if self.has_standby else SMALL_SHARE)
         )
-        self.nr_ghosts_max = max(1, capacity_extents - capacity_extents // SMALL_SHARE)
+        self.nr_ghosts_max = max(1, capacity_extents - max(1, capacity_extents // SMALL_SHARE))
         self._next_place = 0
         self._places: dict[ExtentKey, int] = {}
         self._small: SortedDict[int, ExtentKey] = SortedDict()
