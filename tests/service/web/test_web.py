@@ -382,6 +382,13 @@ def test_images_and_guests_of_one_name_in_two_domains_are_shown_apart(
     assert browser.complaints() == []
 
 
+# The page's width once the latencies, which a slow machine makes long, are as long as they get.
+FIT = """
+for (const cell of document.querySelectorAll("#latency td + td")) cell.textContent = "88.8 ms";
+return document.documentElement.scrollWidth;
+"""
+
+
 @needs_browser
 def test_the_page_fits_a_phone_and_both_colour_schemes(
     make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest, browser: Browser
@@ -402,7 +409,7 @@ def test_the_page_fits_a_phone_and_both_colour_schemes(
         for dark in (False, True):
             browser.become(columns, lines, dark=dark, ratio=ratio)
             wait_for(browser, daemon)
-            assert browser.run("return document.documentElement.scrollWidth") == columns
+            assert browser.run(FIT) == columns
             backgrounds.add(browser.run("return getComputedStyle(document.body).backgroundColor"))
             for layer in ("resident", "refs", "heat"):
                 cells = shown(browser, layer)
