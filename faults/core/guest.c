@@ -25,15 +25,6 @@
 #define GUEST_STACK_BYTES (128u << 10)
 #define STOPPED_RECHECK_NS 100000000u
 #define LOOK_NS 2000000000u /* a lost kick costs at most that much */
-/* A spin that finds a fault earns credit, one that does not costs it; without credit one sleep in
- * SPIN_PROBE is preceded by a spin, to see whether it pays again. */
-#define SPIN_CREDIT_MAX 16
-#define SPIN_EARNED 4
-#define SPIN_PROBE 256
-
-/* Spinning threads in the process.  Each takes a CPU from the guests, so there is only ever one. */
-static _Atomic int nr_spinning;
-
 uint64_t clock_now_ns(void)
 {
 	struct timespec now;
@@ -201,27 +192,17 @@ ssize_t read_messages(const struct guest *guest, struct uffd_msg *messages, size
 	return got < 0 ? -errno : got / (ssize_t)sizeof *messages;
 }
 
-/*
- * The next fault often comes within microseconds, and a thread that is still awake answers it without the price of a
- * wake-up.  That only works if the guest runs on another CPU meanwhile: hence the credit.
- */
 static ssize_t spin_for_messages(struct guest *guest, struct uffd_msg *messages)
 {
 	uint64_t spin_ns = atomic_load_explicit(&guest->spin_ns, memory_order_relaxed);
 	ssize_t nr = -EAGAIN;
 
-	if (!spin_ns || (guest->spin_credit <= 0 && ++guest->nr_sleeps % SPIN_PROBE))
+	if (!spin_ns || !spin_begin(&guest->spin))
 		return nr;
-	if (atomic_fetch_add(&nr_spinning, 1) == 0) {
-		uint64_t end = clock_now_ns() + spin_ns;
-
-		while (nr == -EAGAIN && clock_now_ns() < end)
-			nr = read_messages(guest, messages, MESSAGES_MAX);
-		guest->spin_credit += nr > 0 ? SPIN_EARNED : -1;
-		if (guest->spin_credit > SPIN_CREDIT_MAX)
-			guest->spin_credit = SPIN_CREDIT_MAX;
-	}
-	atomic_fetch_sub(&nr_spinning, 1);
+	uint64_t end = clock_now_ns() + spin_ns;
+	while (nr == -EAGAIN && clock_now_ns() < end)
+		nr = read_messages(guest, messages, MESSAGES_MAX);
+	spin_end(&guest->spin, nr > 0);
 	return nr;
 }
 
@@ -382,7 +363,7 @@ int guest_start_kind(struct account *account, int uffd, int pidfd, const struct 
 	guest->image = account->image;
 	guest->uffd = uffd;
 	guest->pidfd = pidfd;
-	guest->spin_credit = SPIN_CREDIT_MAX;
+	spin_init(&guest->spin);
 	guest->kick_fd = -1;
 	atomic_store(&guest->nr_users, 1);
 	pthread_mutex_init(&guest->answer_lock, NULL);

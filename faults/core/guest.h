@@ -14,6 +14,7 @@
 #define COWSHED_GUEST_H
 
 #include "accounting/core/ledger.h"
+#include "cache/core/spin.h"
 #include "faults/core/window.h"
 
 #include <sys/types.h>
@@ -103,8 +104,7 @@ struct guest {
 		pthread_mutex_t lock;
 		pthread_cond_t changed;
 	} pause;
-	int32_t spin_credit;
-	uint32_t nr_sleeps;
+	struct spin spin;
 };
 
 uint64_t clock_now_ns(void);
