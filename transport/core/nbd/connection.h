@@ -3,6 +3,7 @@
 #ifndef COWSHED_NBD_CONNECTION_H
 #define COWSHED_NBD_CONNECTION_H
 
+#include "cache/core/spin.h"
 #include "transport/core/blocks/wait.h"
 #include "transport/core/nbd/export.h"
 #include "transport/core/nbd/wire.h"
@@ -49,6 +50,7 @@ struct nbd_connection {
 	struct nbd_submitted *payload; /* whose payload comes next */
 	uint64_t payload_left;
 	struct nbd_segment *backlog, **backlog_tail;
+	struct spin spin;
 };
 
 static inline struct nbd_connection *nbd_connection_of(struct blk_queue *queue)

@@ -158,6 +158,7 @@ int nbd_attach(struct nbd_server *server, struct nbd_export *export, int fd, con
 	connection->negotiated.read_only |= !export->device.overlay;
 	connection->fd = fd;
 	connection->backlog_tail = &connection->backlog;
+	spin_init(&connection->spin);
 	if (nr_early && !(connection->carry = malloc(nr_early))) {
 		nbd_connection_free(connection);
 		return -ENOMEM;

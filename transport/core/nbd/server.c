@@ -95,8 +95,11 @@ static void *worker_main(void *arg)
 			continue;
 		bool mine = connection_take(connection);
 		pthread_mutex_unlock(&connection->lock);
-		if (mine)
+		if (mine) {
+			atomic_fetch_add_explicit(&server->nr_serving, 1, memory_order_relaxed);
 			connection_serve(slice, connection);
+			atomic_fetch_sub_explicit(&server->nr_serving, 1, memory_order_relaxed);
+		}
 	}
 	return NULL;
 }

@@ -28,6 +28,7 @@ struct nbd_server {
 
 	struct nbd_slice *slices; /* one a worker */
 	uint32_t nr_workers;
+	_Atomic uint32_t nr_serving; /* workers that serve a connection, or linger with it */
 };
 
 /* ready.c */

@@ -15,6 +15,7 @@
 #include <sys/socket.h>
 
 #define ROUNDS_MAX 64
+#define SPIN_NS 30000 /* longer than the client takes to wake up, and to ask */
 
 void nbd_slice_break(struct nbd_slice *slice, enum nbd_end reason, int err)
 {
@@ -103,6 +104,23 @@ static size_t receive(struct nbd_slice *slice, int how)
 	return 0;
 }
 
+/* Looks for bytes without sleeping. Not while other threads serve: they, and their clients, need the CPU. */
+static bool spin_receive(struct nbd_slice *slice)
+{
+	struct nbd_connection *connection = slice->connection;
+	uint64_t end = clock_ns() + SPIN_NS;
+	bool found;
+
+	if (atomic_load_explicit(&slice->server->nr_serving, memory_order_relaxed) > 1 ||
+	    !spin_begin(&connection->spin))
+		return false;
+	do {
+		found = receive(slice, MSG_DONTWAIT) || connection->closing;
+	} while (!found && clock_ns() < end);
+	spin_end(&connection->spin, found);
+	return found;
+}
+
 /*
  * A client that was just answered mostly asks for more at once, so a thread stays with its connection for a moment
  * before it goes the longer way through epoll.  Only while there are fewer connections than threads, and not while
@@ -117,7 +135,7 @@ static bool linger(struct nbd_slice *slice)
 		return false;
 	if (atomic_load_explicit(&server->nr_connections, memory_order_relaxed) >= server->nr_workers)
 		return false;
-	return receive(slice, 0) || connection->closing;
+	return spin_receive(slice) || receive(slice, 0) || connection->closing;
 }
 
 static void count_slice(struct nbd_slice *slice)
