@@ -105,6 +105,12 @@ class LoadWatch:
         }
 
 
+def cpu_of(tid: int) -> int:
+    """Return the CPU that a thread is on, or was on last."""
+    fields = Path(f"/proc/{tid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[36])
+
+
 def thread_times(pid: int) -> dict[str, dict[str, int]]:
     """Return the CPU use of a process's threads so far, added up by their names.
 

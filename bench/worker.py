@@ -18,7 +18,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from machine import thread_times
+from machine import cpu_of, thread_times
 from mappings import (
     PAGE_BYTES,
     GuestMapping,
@@ -35,6 +35,8 @@ HOW = {"read": 0, "copy": 1, "write": 2}
 MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23
 Mapping = GuestMapping | PlainMapping | HugeMapping
 _GUESTS = ("guest", "open")
+# Single faults between two looks at where both ends are.
+LOOK_FAULTS = 128
 
 
 class Worker:
@@ -101,6 +103,7 @@ class Worker:
         """Open as a guest with windows of one page; time nr single faults on random pages.
 
         fault_cpus are the CPUs that the daemon's thread for this guest may use; None for all.
+        apart in the answer: in what part of the time the two were on different CPUs.
         """
         mapping = GuestMapping(self._uri, place, window_bytes=PAGE_BYTES)
         try:
@@ -111,12 +114,19 @@ class Worker:
             pages = self._order(mapping.nr_bytes // PAGE_BYTES, "shuffled", seed)[:nr]
             each = ffi.new("uint32_t[]", nr)
             numbers = ffi.from_buffer("uint32_t[]", pages)
+            nr_apart = 0
             began = time.perf_counter_ns()
-            checked(self._lib.touch_each(mapping.base, numbers, nr, each), "touching pages")
+            parts = range(0, nr, LOOK_FAULTS)
+            for first in parts:
+                nr_now = min(LOOK_FAULTS, nr - first)
+                err = self._lib.touch_each(mapping.base, numbers + first, nr_now, each + first)
+                checked(err, "touching pages")
+                nr_apart += cpu_of(os.getpid()) != cpu_of(tid)
             wall_ns = time.perf_counter_ns() - began
             return {
                 "each_ns": list(each),
                 "wall_ns": wall_ns,
+                "apart": nr_apart / len(parts),
                 "handler_cpus": sorted(os.sched_getaffinity(tid)),
                 "daemon": self._daemon_since(before),
                 "guest": self._guest_status(mapping.name),
