@@ -58,11 +58,12 @@ class Reader:
         self.maps.append((mapped, 0))
         return len(self.maps) - 1
 
-    def do_protect(self, no: int, page: int, nr_pages: int) -> int:
-        """Make pages writable; 0, or the errno."""
+    def do_protect(self, no: int, page: int, nr_pages: int, call: str = "mprotect") -> int:
+        """Make pages writable by mprotect or pkey_mprotect; 0, or the errno."""
         at = ctypes.c_void_p(self._address(no) + page * PAGE)
         prot = mmap.PROT_READ | mmap.PROT_WRITE
-        failed = LIBC.mprotect(at, ctypes.c_size_t(nr_pages * PAGE), prot)
+        key = [-1] if call == "pkey_mprotect" else []
+        failed = getattr(LIBC, call)(at, ctypes.c_size_t(nr_pages * PAGE), prot, *key)
         return ctypes.get_errno() if failed else 0
 
     def do_fill(self, no: int, page: int, nr_pages: int, byte: int = 1) -> None:

@@ -103,14 +103,15 @@ def test_a_mapping_for_reading_alone_costs_no_quota(
     assert daemon.mismatches() == []
 
 
+@pytest.mark.parametrize("call", ["mprotect", "pkey_mprotect"])
 def test_once_it_may_be_written_it_is_charged(
-    pinned: Attached, readers: list[AttachedReader]
+    pinned: Attached, readers: list[AttachedReader], call: str
 ) -> None:
     daemon = pinned.daemon
     readers.append(reader := AttachedReader(pinned, "g", ["--quota", "64K"]))
     no = reader.call("map_private")
     until(lambda: nr_open(daemon) == NR_REGIONS)
-    assert reader.call("protect", no=no, page=3, nr_pages=8) == 0
+    assert reader.call("protect", no=no, page=3, nr_pages=8, call=call) == 0
     assert nr_open(daemon) == 0
     reader.call("fill", no=no, page=3, nr_pages=8)
     assert charged(daemon) == (8 * PAGE, 0)

@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdarg.h>
+#include <sys/syscall.h>
 
 #include "cache/core/abi.h"
 #include "transport/preload/mapping.h"
@@ -209,14 +210,21 @@ EXPORTED int munmap(void *address, size_t length)
 	return err < 0 ? failed(err) : 0;
 }
 
-EXPORTED int mprotect(void *address, size_t length, int prot)
+/* pkey: as for pkey_mprotect; -1: none is named. */
+static int really_protect(void *address, size_t length, int prot, int pkey)
+{
+	return pkey == -1 ? real_mprotect(address, length, prot)
+	                  : (int)syscall(SYS_pkey_mprotect, address, length, prot, pkey);
+}
+
+static int protect(void *address, size_t length, int prot, int pkey)
 {
 	uintptr_t start = (uintptr_t)address, end = page_up(start + length);
 	sigset_t signals;
 	int result;
 
 	if (is_elsewhere(address, length))
-		return real_mprotect(address, length, prot);
+		return really_protect(address, length, prot, pkey);
 	if (is_anothers())
 		return failed(-EPERM);
 	lock_take(&signals);
@@ -243,12 +251,22 @@ EXPORTED int mprotect(void *address, size_t length, int prot)
 			return failed(result);
 		}
 	}
-	result = real_mprotect(address, length, prot);
+	result = really_protect(address, length, prot, pkey);
 	for (unsigned i = 0; result == 0 && i < table_nr_ranges; i++)
 		if (start <= table_ranges[i].start && end >= table_ranges[i].end)
 			table_ranges[i].prot = prot;
 	lock_release(&signals);
 	return result;
+}
+
+EXPORTED int mprotect(void *address, size_t length, int prot)
+{
+	return protect(address, length, prot, -1);
+}
+
+EXPORTED int pkey_mprotect(void *address, size_t length, int prot, int pkey)
+{
+	return protect(address, length, prot, pkey);
 }
 
 /* Takes the lock: a move in progress might carry over the pages that this drops. */

@@ -25,6 +25,7 @@
 #include "transport/core/guest/guard.h"
 #include "transport/preload/carry.h"
 #include "transport/preload/leave.h"
+#include "transport/preload/orphans.h"
 #include "transport/preload/real.h"
 #include "transport/preload/config.h"
 #include "transport/preload/wire.h"
@@ -311,7 +312,10 @@ int mapping_make_writable(uintptr_t start, uintptr_t end)
 		if (!range->read_only || start >= range->end || end <= range->start)
 			continue;
 		if (range->link_no != TABLE_NO_LINK) {
-			int err = wire_make_writable(table_links[range->link_no].connection_fd);
+			orphans_ask(range->link_no, true);
+			int err = wire_make_writable(table_links[range->link_no].connection_fd, orphans_hear,
+			                             range->link_no);
+			orphans_ask(range->link_no, false);
 
 			if (err < 0)
 				return err;

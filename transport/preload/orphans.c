@@ -42,9 +42,10 @@
 struct watched {
 	int connection_fd, uffd; /* -1: nothing */
 	ino_t connection_ino, uffd_ino;
+	bool is_asked;  /* a caller reads the connection */
 	bool is_orphan; /* uffd is the thread's own duplicate; the connection has ended */
 	bool is_moved;  /* its ranges must follow the guest */
-	bool is_left;   /* and no backend serves them any more; only the thread sets these two */
+	bool is_left;   /* and no backend serves them any more; only the thread sets it */
 };
 
 /* Held for short, with the library's lock or without it. */
@@ -153,7 +154,7 @@ static void hear_events(void)
 		struct watched *one = &list[i];
 		struct pollfd ready = {.fd = one->connection_fd, .events = POLLIN};
 
-		while (one->connection_ino != 0 && !one->is_moved && poll(&ready, 1, 0) == 1 &&
+		while (one->connection_ino != 0 && !one->is_moved && !one->is_asked && poll(&ready, 1, 0) == 1 &&
 		       (ready.revents & POLLIN) && inode_of(one->connection_fd) == one->connection_ino &&
 		       packet_receive(one->connection_fd, text, sizeof(text), &packet) == 0) {
 			while (packet.nr_fds > 0)
@@ -238,7 +239,7 @@ static bool await(void)
 		is_any_moved |= list[i].is_moved;
 		if (list[i].is_orphan || list[i].is_left)
 			fds[nr++] = (struct pollfd){.fd = list[i].uffd, .events = POLLIN};
-		else if (list[i].connection_ino != 0 && !list[i].is_moved)
+		else if (list[i].connection_ino != 0 && !list[i].is_moved && !list[i].is_asked)
 			fds[nr++] = (struct pollfd){.fd = list[i].connection_fd, .events = POLLIN};
 	}
 	pthread_mutex_unlock(&list_lock);
@@ -319,6 +320,20 @@ void orphans_let_go(unsigned link_no)
 {
 	pthread_mutex_lock(&list_lock);
 	list[link_no] = (struct watched){.connection_fd = -1, .uffd = -1};
+	pthread_mutex_unlock(&list_lock);
+}
+
+void orphans_ask(unsigned link_no, bool on)
+{
+	pthread_mutex_lock(&list_lock);
+	list[link_no].is_asked = on;
+	pthread_mutex_unlock(&list_lock);
+}
+
+void orphans_hear(unsigned link_no, struct json event)
+{
+	pthread_mutex_lock(&list_lock);
+	list[link_no].is_moved |= moves_hear(event);
 	pthread_mutex_unlock(&list_lock);
 }
 

@@ -6,6 +6,10 @@
 #ifndef COWSHED_PRELOAD_ORPHANS_H
 #define COWSHED_PRELOAD_ORPHANS_H
 
+#include <stdbool.h>
+
+#include "transport/core/guest/json.h"
+
 /* Watches the table's links.  The holder of the lock must call this when links have changed. */
 void orphans_look(void);
 
@@ -17,6 +21,11 @@ void orphans_forget(void);
 
 /* Stops watching a link that is about to be closed on purpose. orphans_look watches it again. */
 void orphans_let_go(unsigned link_no);
+
+/* Before and after a caller asks something over a link's connection: the thread does not read it meanwhile. */
+void orphans_ask(unsigned link_no, bool on);
+/* An event that such a caller received. */
+void orphans_hear(unsigned link_no, struct json event);
 
 /* For a move, by the thread: no backend serves a link's ranges any more, until orphans_take_on. */
 void orphans_leave(unsigned link_no);

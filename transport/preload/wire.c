@@ -202,20 +202,25 @@ int wire_open_source(sigset_t *signals)
 	return fd;
 }
 
-int wire_make_writable(int connection_fd)
+int wire_make_writable(int connection_fd, void (*hear)(unsigned of, struct json event), unsigned of)
 {
 	struct packet reply;
 	int err = -ETIMEDOUT;
 
 	/* A backend that dies may take the request along: ask its successor, on the same connection. */
+	handshake.hear = hear;
+	handshake.of = of;
 	for (int i = 0; err == -ETIMEDOUT && i < WRITABLE_TRIES; i++)
-		err = handshake_ask(speak_with(connection_fd, WRITABLE_SECONDS), HANDSHAKE_WRITABLE,
+		err = handshake_ask(speak_with(connection_fd, (unsigned)(i + 1) * WRITABLE_SECONDS), HANDSHAKE_WRITABLE,
 		                    "{\"op\":\"writable\"}", NULL, 0, &reply);
+	handshake.hear = NULL;
 
 	if (err == 0)
 		packet_close_fds(&reply);
 	/* A release that does not know the request knows no open regions either. */
 	if (err == -EACCES && strcmp(handshake.kind, "unknown") != 0)
+		return -EAGAIN;
+	if (err == -ETIMEDOUT) /* it lives, and does not charge for writes yet */
 		return -EAGAIN;
 	return err == -EINTR ? err : 0;
 }

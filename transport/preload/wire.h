@@ -45,8 +45,9 @@ int wire_region(int connection_fd, uintptr_t address, uint64_t nr_bytes, const i
 int wire_open_source(sigset_t *signals);
 
 /* Before a mapping that is not written becomes writable: from its return on the backend charges what it opens.  A
-   backend that is gone, or knows no open regions, charges as well.  -EAGAIN: the backend cannot; -EINTR: call again. */
-int wire_make_writable(int connection_fd);
+   backend that is gone, or knows no open regions, charges as well.  -EAGAIN: the backend cannot, or does not
+   answer; -EINTR: call again.  Events that arrive meanwhile are passed to hear. */
+int wire_make_writable(int connection_fd, void (*hear)(unsigned of, struct json event), unsigned of);
 
 /* Ends a mapping, and waits without limit until the backend or a successor has released it, or neither exists.  0, or
    -errno for a refusal or a malformed reply. */

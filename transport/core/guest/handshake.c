@@ -52,6 +52,8 @@ static int receive_reply(struct handshake *h, uint32_t tag, struct packet *reply
 			return 0;
 		if (err == 0) {
 			packet_close_fds(reply);
+			if (reply->tag == 0 && h->hear)
+				h->hear(h->of, reply->json);
 			/* Events have no tag. A successor cannot know which replies arrived, and repeats the last. */
 			if (reply->tag > tag)
 				return -EPROTO;

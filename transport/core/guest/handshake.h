@@ -51,6 +51,9 @@ struct handshake {
 	size_t room_bytes; /* for one reply: at least 4 KiB */
 	/* Waits for the peer, for these events of poll: 1 to try again, 0 when the time is up, or -errno. */
 	int (*wait)(struct handshake *handshake, short events);
+	/* Hears the events that arrive before a reply; NULL: they are dropped. */
+	void (*hear)(unsigned of, struct json event);
+	unsigned of;
 	uint32_t asked; /* the tag of a request that was sent and not answered yet, or 0 */
 	struct json reply;
 	char kind[32], message[800]; /* of the last refusal, as printable ASCII */

@@ -37,8 +37,8 @@
 #include "cache/core/abi.h"
 #include "transport/core/guest/guard.h"
 
-/* Copied by one system call: bounds how long the kernel does not look at a fatal signal. */
 #define HUGE_BYTES ((uint64_t)2 << 20)
+/* Copied by one system call: bounds how long the kernel does not look at a fatal signal. */
 #define CHUNK_BYTES ((uint64_t)8 << 20)
 
 static void close_fd(int *fd)
