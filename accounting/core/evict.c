@@ -2,6 +2,7 @@
 #include "accounting/core/evict.h"
 
 #include "accounting/core/settle.h"
+#include "cache/core/abi.h"
 #include "cache/core/collapse.h"
 #include "cache/core/loader.h"
 #include "cache/core/points.h"
@@ -79,20 +80,21 @@ static bool is_partly_huge(const struct image *image, uint64_t region_no, uint64
 	return image_is_collapsed(image, region_no) && nr_going * image->shape.extent_pages < OPEN_PAGES;
 }
 
-/* If its bytes are lost, which takes an error of the memfd, the region is evicted. */
+/* If its bytes are lost, which takes an error of the memfd, the region is evicted. Without memory for them, it stays,
+ * and so do its parts. */
 static void dissolve(struct image *image, uint64_t region_no)
 {
 	uint32_t extents[OPEN_PAGES];
-	int64_t nr = region_begin_dissolve(image, region_no, extents);
+	char *buffer = malloc((size_t)OPEN_PAGES * PAGE_BYTES);
+	int64_t nr = buffer ? region_begin_dissolve(image, region_no, extents) : -ENOMEM;
 
-	if (nr < 0)
-		return;
-	if (region_rewrite(image, region_no) == 0) {
+	if (nr >= 0 && region_rewrite(image, region_no, buffer) == 0) {
 		store_return(image, extents, (uint64_t)nr);
-		return;
+	} else if (nr >= 0) {
+		revoke_grants(image, extents, (uint64_t)nr);
+		store_end_evict(image, extents, NULL, (uint64_t)nr, loader_now_ns(), EVICT_PRESSURE);
 	}
-	revoke_grants(image, extents, (uint64_t)nr);
-	store_end_evict(image, extents, NULL, (uint64_t)nr, loader_now_ns(), EVICT_PRESSURE);
+	free(buffer);
 }
 
 /* Sorts the extents, and dissolves the huge pages that would be punched in part, as pinned ones stay. */

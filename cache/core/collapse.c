@@ -154,12 +154,14 @@ int image_collapse(struct image *image, uint64_t region_no, uint64_t max_pinned)
 		return -EBUSY;
 	}
 	err = point_reach(POINT_COLLAPSE);
+	bits_set(image->collapsed, region_no); /* before: whoever dies in between leaves no huge page without its bit */
 	if (!err)
 		err = collapse(image, region_no);
-	if (err)
+	point_reach(POINT_COLLAPSED);
+	if (err) {
+		bits_clear(image->collapsed, region_no);
 		atomic_fetch_add(&image->totals->collapse_failures, 1);
-	else
-		bits_set(image->collapsed, region_no);
+	}
 	region_end_loan(image, region_no);
 	return err;
 }

@@ -51,8 +51,9 @@ uint64_t image_collapsed_extents(const struct image *image, uint64_t extent);
 /* Dissolving in steps. Makes all extents of a collapsed region EVICTING and names them (OPEN_PAGES at most); returns
  * how many, or -EBUSY, and none is, if one is held, lent or not RESIDENT. */
 int64_t region_begin_dissolve(struct image *image, uint64_t region_no, uint32_t *extents_out);
-/* Reads the region's frames, punches them and writes them again. -errno: the bytes are gone. */
-int region_rewrite(struct image *image, uint64_t region_no);
+/* Reads the region's frames into buffer, which has room for them, punches them and writes them again. -errno: the bytes
+ * are gone. */
+int region_rewrite(struct image *image, uint64_t region_no, char *buffer);
 /* Makes EVICTING extents, whose frames are there, RESIDENT again, and answers waiters. */
 void store_return(struct image *image, const uint32_t *extents, uint64_t nr);
 /* The frames of [first_page, first_page + nr) are punched. */

@@ -60,11 +60,10 @@ static int read_all(int fd, char *buffer, uint64_t offset)
 	return 0;
 }
 
-int region_rewrite(struct image *image, uint64_t region_no)
+int region_rewrite(struct image *image, uint64_t region_no, char *buffer)
 {
 	uint64_t nr = OPEN_PAGES / image->shape.extent_pages;
-	char *buffer = malloc(REGION_BYTES);
-	int err = buffer ? read_all(image->frames_fd, buffer, region_no * REGION_BYTES) : -ENOMEM;
+	int err = read_all(image->frames_fd, buffer, region_no * REGION_BYTES);
 
 	point_reach(POINT_DISSOLVE);
 	/* Whatever happened to the bytes: no part of it is a huge page from here on. */
@@ -73,7 +72,6 @@ int region_rewrite(struct image *image, uint64_t region_no)
 		abort(); /* as in an eviction */
 	if (!err)
 		err = frames_write(image, buffer, REGION_BYTES, region_no * REGION_BYTES);
-	free(buffer);
 	return err;
 }
 

@@ -6,6 +6,7 @@
 #include "cache/core/collapse.h"
 #include "cache/core/frames.h"
 #include "cache/core/loader.h"
+#include "cache/core/points.h"
 #include "cache/core/store.h"
 
 #include <errno.h>
@@ -148,9 +149,11 @@ int image_punch(struct image *image, uint64_t first, uint64_t nr)
 
 	if (start + length > image->shape.map_bytes)
 		length = image->shape.map_bytes - start;
-	image_note_split(image, start / PAGE_BYTES, length / PAGE_BYTES);
 	if (fallocate(image->frames_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)start, (off_t)length) < 0)
 		return -errno;
+	point_reach(POINT_PUNCHED);
+	/* Not before: whoever dies in between leaves a bit for no huge page, and not a huge page without its bit. */
+	image_note_split(image, start / PAGE_BYTES, length / PAGE_BYTES);
 	return 0;
 }
 

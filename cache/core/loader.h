@@ -72,9 +72,9 @@ void *loader_main(void *arg);
 void loaders_wake(struct store *store);
 /* Under lock: marks the loaders that are stuck; returns how many are not. */
 uint32_t loaders_note_stuck(struct store *store);
-/* Nanoseconds on CLOCK_MONOTONIC; of CPU time that this thread has used. */
 /* Writes frames, whole pages; an error may leave some of them written. */
 int frames_write(struct image *image, const char *from, uint64_t length, uint64_t offset);
+/* Nanoseconds on CLOCK_MONOTONIC; of CPU time that this thread has used. */
 uint64_t loader_now_ns(void);
 uint64_t loader_cpu_ns(void);
 

@@ -18,10 +18,12 @@ enum point {
 	POINT_LOAD_PUBLISH,     /* frames written; extents still LOADING */
 	POINT_LOAD_ANSWER,      /* extents published; no waiter answered yet */
 	POINT_EVICT_PUNCH,      /* extents EVICTING; frames still mapped */
+	POINT_PUNCHED,          /* frames are punched, nothing says yet that they are no huge page */
 	POINT_EVICT_REVOKE,     /* frames gone; grants not yet revoked */
 	POINT_STANDBY_FILL,     /* an extent EVICTING, about to be copied to the standby list; an error drops it */
 	POINT_STANDBY_READ,     /* about to copy bytes back; an error makes the loader read the source instead */
 	POINT_COLLAPSE,         /* about to collapse the frames of a region; an error counts as the kernel's */
+	POINT_COLLAPSED,        /* the frames of a region are one huge page, and still lent */
 	POINT_DISSOLVE,         /* a region's frames are read, and about to be punched and written again */
 	POINT_OPEN_CHARGED,     /* a region's pages are reserved, it is guarded as before; under write_lock */
 	POINT_OPEN_BARE,        /* a region is unregistered, and not registered anew; under write_lock */

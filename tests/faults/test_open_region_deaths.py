@@ -155,6 +155,31 @@ def test_a_huge_page_is_never_punched_in_part_by_a_successor(
         succession.check(mine)
 
 
+@pytest.mark.parametrize("point", [lib.POINT_COLLAPSED, lib.POINT_PUNCHED])
+def test_a_huge_page_whose_making_or_end_was_cut_short_is_known(
+    succession: Succession, point: int
+) -> None:
+    mine = write(succession, 3)
+    assert succession.guest.read(5 * 16 + 3) == content(5 * 16 + 3)
+    if point == lib.POINT_PUNCHED:
+        succession.order(open=0)
+        succession.order(close=0)
+        assert succession.guest.read(5 * 16 + 3) == content(5 * 16 + 3)
+        succession.guest.call("splice", page=5 * 16 + 3)
+    succession.order(arm=point)
+    succession.order(**({"evict": [7]} if point == lib.POINT_PUNCHED else {"open": 0}))
+    succession.die()
+    succession.succeed()
+    if point == lib.POINT_COLLAPSED:
+        assert succession.image.is_collapsed(0)
+        assert succession.guest.read(5 * 16 + 3) == content(5 * 16 + 3)
+        succession.guest.call("splice", page=5 * 16 + 3)
+        assert evict(succession.image, [5]) == [5]
+    assert bytes.fromhex(succession.guest.call("spliced")) == content(5 * 16 + 3)
+    succession.check(mine)
+    succession.account.check()
+
+
 def test_what_does_not_fit_is_dropped_a_huge_page_at_a_time(succession: Succession) -> None:
     write(succession, 3)
     succession.order(open=0)
