@@ -224,6 +224,11 @@ static int open_for_kernel(struct account *account, uint64_t region_no, const st
 	atomic_store(&account->header->opening, (uint32_t)region_no + 1);
 	int err = guard_unregister(account->uffd, span);
 
+	if (err && guard_is_whole(account->uffd, span)) { /* the guest may have no more mappings: nothing was done */
+		atomic_store(&account->header->opening, 0);
+		close_locked(account, region_no, false, CLOSE_GUEST);
+		return err;
+	}
 	point_reach(POINT_OPEN_BARE);
 	if (!err)
 		err = guard_register(account->uffd, span, GUARD_MISSING);
@@ -274,6 +279,8 @@ static int open_locked(struct account *account, uint64_t region_no, uint64_t nr_
 		return 0;
 	if (atomic_load(&account->header->opening))
 		return -EAGAIN;
+	if (atomic_load(&account->nr_open) >= OPEN_REGIONS_MAX)
+		return -ENOSPC;
 	int err = check_openable(account, region_no, &span);
 	if (!err)
 		err = region_lend(account->image, region_no, max_pinned);
@@ -295,9 +302,14 @@ int account_open_region(struct account *account, uint64_t region_no, uint64_t nr
 		return -ERANGE;
 	pthread_mutex_lock(&account->write_lock);
 	int err = open_locked(account, region_no, nr_spare, max_pinned);
+	bool is_ours = atomic_load(&account->header->opening) == region_no + 1;
 	pthread_mutex_unlock(&account->write_lock);
-	/* The fault thread must read an event before it can be checked. */
-	return err == -EAGAIN ? account_finish_opening(account) : err;
+	if (err != -EAGAIN)
+		return err;
+	/* The fault thread must read an event before it can be checked, or another one, which must be closed or open
+	 * before this one's turn comes. */
+	err = account_finish_opening(account);
+	return is_ours ? err : -EAGAIN;
 }
 
 int account_close_region(struct account *account, uint64_t region_no, int reason)
@@ -389,10 +401,11 @@ int account_fault_in_open(struct account *account, uint64_t page, bool missing)
 	return err == -EAGAIN ? err : 0;
 }
 
-uint64_t account_close_for_quota(struct account *account)
+int64_t account_close_for_quota(struct account *account)
 {
 	uint64_t nr_regions = image_nr_regions(account->image);
 	uint64_t before = atomic_load(&account->header->private_pages);
+	int64_t none = 0;
 
 	for (uint64_t i = 0; i < nr_regions && atomic_load(&account->nr_reserved) && !quota_has_room(account->quota, 1);
 	     i++) {
@@ -400,13 +413,13 @@ uint64_t account_close_for_quota(struct account *account)
 
 		if (bits_next(account->reserved, first_page_of(no), first_page_of(no) + OPEN_PAGES) <
 		    first_page_of(no) + OPEN_PAGES)
-			close_locked(account, no, false, CLOSE_QUOTA);
+			none = close_locked(account, no, false, CLOSE_QUOTA) == -EAGAIN ? -EAGAIN : none;
 	}
 	uint64_t after = atomic_load(&account->header->private_pages);
 	if (before <= after)
-		return 0;
+		return none;
 	account->quota_short_ns = loader_now_ns();
-	return before - after;
+	return (int64_t)(before - after);
 }
 
 void account_reserve_again(struct account *account, uint64_t page)

@@ -25,11 +25,16 @@
 #include "accounting/core/ledger.h"
 
 /* cdef-begin */
+/* An open region that borders on no other takes two of the guest's mappings, of which the kernel allows 65530. */
+#define OPEN_REGIONS_MAX 16384
+
 /* Opens a region whose frames are collapsed; 0 if it is open. -ESTALE: not all of it is resident, or not collapsed;
- * -ENOSPC: more than max_pinned extents would be pinned; -EDQUOT: the quota has not nr_spare pages more than it needs;
- * -EBUSY: pages of it are preloaded, poisoned or unmapped, or the account is tracked, frozen or broken; -ENXIO: the
- * guest has not mapped all of it in one piece; -EOPNOTSUPP: its memory is populated; -ENOENT: the guest changed the
- * mapping meanwhile, and it is closed again; other errors: of userfaultfd, likewise. Cost: 10 us. */
+ * -ENOSPC: more than max_pinned extents would be pinned, or the account has OPEN_REGIONS_MAX open; -EDQUOT: the quota
+ * has not nr_spare pages more than it needs; -EBUSY: pages of it are preloaded, poisoned or unmapped, or the account is
+ * tracked, frozen or broken; -ENXIO: the guest has not mapped all of it in one piece; -EOPNOTSUPP: its memory is
+ * populated; -ENOENT: the guest changed the mapping meanwhile, and it is closed again; -ENOMEM: the guest may have no
+ * more mappings (vm.max_map_count); -EAGAIN: another region's opening is not over; other errors: of userfaultfd,
+ * likewise. Cost: 10 us. */
 int account_open_region(struct account *account, uint64_t region_no, uint64_t nr_spare, uint64_t max_pinned);
 /* Closes a region; 1 if it was open. -EAGAIN: an event is unread, it stays open, try again; other errors: of
  * PAGEMAP_SCAN, likewise. If the guest has taken a part of it out of our guard, the region is lost. Cost: 15 us, and
@@ -54,8 +59,9 @@ int64_t account_take_wanted(struct account *account, uint32_t *regions_out, uint
 
 /* Under write_lock, for each: */
 int account_close_all(struct account *account, int reason);
-/* Closes regions with reserved pages until the quota has room for a page; returns how many pages came back. */
-uint64_t account_close_for_quota(struct account *account);
+/* Closes regions with reserved pages until the quota has room for a page; returns how many pages came back. -EAGAIN:
+ * none did, and an event is unread, without which a region cannot be closed. */
+int64_t account_close_for_quota(struct account *account);
 /* Settles [first, first + nr), which lies in one open region. */
 int account_settle_open(struct account *account, uint64_t first, uint64_t nr);
 /* A discard of a charged page in an open region: it may be written again without a fault, so it is reserved anew. */

@@ -58,6 +58,13 @@ static int probe(int uffd, uint64_t address, uint64_t nr_pages)
 	return ioctl(uffd, UFFDIO_CONTINUE, &order) < 0 ? -errno : 0;
 }
 
+bool guard_is_whole(int uffd, const struct account_span *span)
+{
+	int err = probe(uffd, span->address, span->nr_pages);
+
+	return !err || err == -EEXIST;
+}
+
 bool account_is_bare(const struct account *account, uint64_t page)
 {
 	uint64_t address = account_address(account, page);

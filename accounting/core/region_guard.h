@@ -21,6 +21,9 @@ int guard_map_page(int uffd, uint64_t address);
  * mapped, which is possible only if it is of the frames.
  */
 int guard_check_all(const struct account *account, const struct account_span *span);
+/* Whether all of the range is one mapping that is registered for all faults; its pages, which are resident, are mapped
+ * then. */
+bool guard_is_whole(int uffd, const struct account_span *span);
 /* Whether the page is registered for missing faults only. */
 bool account_is_bare(const struct account *account, uint64_t page);
 

@@ -221,6 +221,16 @@ int64_t account_settle(struct account *account)
 	return nr;
 }
 
+int64_t account_give_back(struct account *account)
+{
+	int64_t settled = account_settle_range(account, 0, account->image->shape.nr_pages);
+	int64_t closed = settled > 0 ? 0 : account_close_for_quota(account);
+
+	if (settled > 0 || closed > 0)
+		return settled > 0 ? settled : closed;
+	return settled == -EAGAIN || closed == -EAGAIN ? -EAGAIN : 0;
+}
+
 /* Whether the last run is long enough ago; if so, the caller must settle. */
 static bool quota_begin_settle(struct quota *quota)
 {
@@ -236,23 +246,27 @@ static bool quota_begin_settle(struct quota *quota)
 int64_t account_settle_quota(struct account *account)
 {
 	struct image *image = account->image;
-	int64_t nr = 0;
+	int64_t nr = 0, none = 0;
 
 	if (!quota_begin_settle(account->quota))
-		return 0;
+		return -EAGAIN;
 	pthread_rwlock_rdlock(&image->accounts_lock);
-	for (struct account *other = image->accounts; other; other = other->next)
-		if (other->quota == account->quota && pthread_mutex_trylock(&other->write_lock) == 0) {
-			int64_t nr_here = account_settle_range(other, 0, image->shape.nr_pages);
-
-			if (nr_here <= 0)
-				nr_here = (int64_t)account_close_for_quota(other);
-
-			pthread_mutex_unlock(&other->write_lock);
-			nr += nr_here > 0 ? nr_here : 0;
+	for (struct account *other = image->accounts; other; other = other->next) {
+		if (other->quota != account->quota)
+			continue;
+		if (pthread_mutex_trylock(&other->write_lock)) {
+			none = -EAGAIN;
+			continue;
 		}
+		int64_t nr_here = account_give_back(other);
+		pthread_mutex_unlock(&other->write_lock);
+		if (nr_here > 0)
+			nr += nr_here;
+		else if (nr_here == -EAGAIN)
+			none = -EAGAIN;
+	}
 	pthread_rwlock_unlock(&image->accounts_lock);
-	return nr;
+	return nr ? nr : none;
 }
 
 bool account_page_is_private(struct account *account, uint64_t page)

@@ -36,9 +36,13 @@ int account_look_at_life(const struct account *account);
 int account_protect(struct account *account, uint64_t first, uint64_t nr, bool on);
 /* Under write_lock: as account_settle, for [first, first + nr). */
 int64_t account_settle_range(struct account *account, uint64_t first, uint64_t nr);
+/* Under write_lock, at the quota: gives back charges that never became copies, or those of open regions; returns how
+ * many. -EAGAIN: none, and an event is unread, without which that cannot be known. */
+int64_t account_give_back(struct account *account);
 /* With no write_lock held: settles the accounts of the account's quota, except those whose write_lock is taken; returns
- * how many charges were given back. Does nothing if it ran less than 20 ms ago: the writer of a fresh charge may not
- * have run yet, and threads at the quota would take the last pages from each other for ever. */
+ * how many charges were given back. -EAGAIN: none, and some could not be looked at. So it is if it ran less than 20 ms
+ * ago, and does nothing: the writer of a fresh charge may not have run yet, and threads at the quota would take the
+ * last pages from each other for ever. */
 int64_t account_settle_quota(struct account *account);
 /* Under write_lock: whether a charged page is the guest's own, or open to become so; gives the charge back if not. */
 bool account_page_is_private(struct account *account, uint64_t page);

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "faults/core/guest.h"
 
+#include "accounting/core/open_regions.h"
 #include "accounting/core/settle.h"
 #include "cache/core/abi.h"
 #include "cache/core/points.h"
@@ -238,14 +239,17 @@ void ask_again(struct guest *guest)
 	guest->kind->wake(guest);
 }
 
-/* Charges for nothing in the quota's other accounts are room too, and no other thread looks for them now. */
+/* Charges for nothing in the quota's accounts are room too, and no other thread looks for them now. */
 static bool has_room(const struct guest *guest)
 {
-	struct quota *quota = guest->account->quota;
+	struct account *account = guest->account;
 
-	if (!quota_has_room(quota, guest->wanted_pages) && atomic_load(&quota->nr_accounts) > 1)
-		account_settle_quota(guest->account);
-	return quota_has_room(quota, guest->wanted_pages);
+	if (!quota_has_room(account->quota, guest->wanted_pages)) {
+		account_shrink(account);
+		if (atomic_load(&account->quota->nr_accounts) > 1)
+			account_settle_quota(account);
+	}
+	return quota_has_room(account->quota, guest->wanted_pages);
 }
 
 static void sleep_for_messages(struct guest *guest)

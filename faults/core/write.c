@@ -23,20 +23,23 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-uint64_t account_take_pages(struct account *account, uint64_t nr_wanted)
+int64_t account_take_pages(struct account *account, uint64_t nr_wanted)
 {
 	uint64_t nr = quota_take(account->quota, 1, nr_wanted);
+	int64_t back = 0;
 
-	if (nr == 0 && account_settle_range(account, 0, account->image->shape.nr_pages) > 0)
+	while (nr == 0 && (back = account_give_back(account)) > 0)
 		nr = quota_take(account->quota, 1, nr_wanted);
-	if (nr == 0 && account_close_for_quota(account) > 0)
-		nr = quota_take(account->quota, 1, nr_wanted);
-	return nr;
+	return nr ? (int64_t)nr : back ? back : -EDQUOT;
 }
 
-bool quota_settle_others(struct account *account)
+int quota_settle_others(struct account *account)
 {
-	return atomic_load(&account->quota->nr_accounts) > 1 && account_settle_quota(account) > 0;
+	if (atomic_load(&account->quota->nr_accounts) <= 1)
+		return -EDQUOT;
+	int64_t back = account_settle_quota(account);
+
+	return back > 0 ? 0 : back ? -EAGAIN : -EDQUOT;
 }
 
 static void quota_stop(struct guest *guest)
@@ -140,7 +143,7 @@ static int answer_write_locked(struct guest *guest, uint64_t page)
 	if (account_is_frozen(account)) /* the thaw wakes the fault */
 		return -EBUSY;
 	if (account_is_open(account, page)) /* opened since the fault was read */
-		return uffd_wake(guest->uffd, account_address(account, page), PAGE_BYTES);
+		return answer_wake(guest, page, 1), 0;
 	if (bits_test(account->private, page)) {
 		nr = WINDOW_WRITE_MAX_PAGES;
 		clip_to_region(account, page, &first, &nr);
@@ -153,10 +156,13 @@ static int answer_write_locked(struct guest *guest, uint64_t page)
 		uint64_t nr_new = nr - bits_count(account->private, first, first + nr);
 
 		if (!quota_take(account->quota, nr_new, nr_new)) { /* then what is left, from page on */
-			nr = account_take_pages(account, bits_next(account->private, page, first + nr) - page);
+			int64_t taken =
+				account_take_pages(account, bits_next(account->private, page, first + nr) - page);
+
+			if (taken < 0)
+				return (int)taken;
 			first = page;
-			if (!nr)
-				return -EDQUOT;
+			nr = (uint64_t)taken;
 		}
 		charge_range(account, first, nr);
 	}
@@ -164,7 +170,6 @@ static int answer_write_locked(struct guest *guest, uint64_t page)
 	int err = open_pages(account, guest->uffd, first, nr);
 	if (err == -ENOENT && nr > 1) /* the guest unregistered a part of it: settling returns the other charges */
 		err = open_pages(account, guest->uffd, page, 1);
-	answer_failed(guest, err);
 	return err;
 }
 
@@ -177,9 +182,10 @@ int answer_open(struct guest *guest, uint64_t page)
 		pthread_mutex_lock(&account->write_lock);
 		err = answer_write_locked(guest, page);
 		pthread_mutex_unlock(&account->write_lock);
-	} while (err == -EDQUOT && quota_settle_others(account));
+	} while (err == -EDQUOT && (err = quota_settle_others(account)) == 0);
 	if (err == -EDQUOT)
 		quota_refuse(guest);
+	answer_failed(guest, err);
 	return err;
 }
 
@@ -229,7 +235,9 @@ static int write_first_locked(struct guest *guest, uint64_t page)
 		guest->windows = before; /* answer_open plans the same window again */
 		return -ENOTSUP;
 	}
-	return account_take_pages(guest->account, 1) ? copy_page(guest, page) : -EDQUOT;
+	int64_t taken = account_take_pages(guest->account, 1);
+
+	return taken < 0 ? (int)taken : copy_page(guest, page);
 }
 
 /* The page is not mapped yet, so it can be poisoned for this guest alone. */
@@ -262,7 +270,7 @@ int write_first(struct guest *guest, uint64_t page)
 		pthread_mutex_lock(&account->write_lock);
 		err = write_first_locked(guest, page);
 		pthread_mutex_unlock(&account->write_lock);
-	} while (err == -EDQUOT && quota_settle_others(account));
+	} while (err == -EDQUOT && (err = quota_settle_others(account)) == 0);
 	if (err == -EDQUOT)
 		refuse_first(guest, page);
 	return err;

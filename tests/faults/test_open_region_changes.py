@@ -23,6 +23,7 @@ from regions import (
 from stage import (
     ANSWER_SECONDS,
     PAGE,
+    MakeStage,
     MappedGuest,
     Stage,
     content,
@@ -335,6 +336,26 @@ def test_an_opening_waits_until_it_can_be_checked(two: Stage, pool: ThreadPoolEx
     assert two.evict(0) == [0]
     check_bytes(guest, dict.fromkeys(range(12, 20), 1))
     check_books(two)
+
+
+def test_a_guest_that_may_have_no_more_mappings_keeps_none_of_the_frames(
+    make_stage: MakeStage,
+) -> None:
+    stage = make_stage(nr_pages=8 * REGION)
+    stage.load()
+    guest = stage.guest()
+    guest.call("use_up_mappings", nr_left=3)
+    results = [open_region(guest, region) for region in (1, 3, 5, 7)]
+    assert set(results) <= {0, errno.ENOMEM}
+    assert errno.ENOMEM in results
+    status = guest.account.status()
+    assert (status.open_regions, status.lost_regions) == (results.count(0), 0)
+    for region, result in zip((1, 3, 5, 7), results, strict=True):
+        assert guest.read(region * REGION) == content(region * REGION)
+        if result:
+            extents = range(region * REGION // 16, (region + 1) * REGION // 16)
+            assert stage.evict(*extents) == list(extents)
+    check_books(stage)
 
 
 def test_pages_are_poisoned_only_where_no_frame_can_be_mapped(two: Stage) -> None:

@@ -22,6 +22,7 @@ import socket
 import struct
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from machine_client import EVENT_REMOVE, MODE_MISSING, UFFDIO_REGISTER, new_uffd
@@ -176,6 +177,18 @@ class MappedGuest:
         if libc.mmap(ctypes.c_void_p(start), before, 0, flags, -1, 0) != start:
             raise OSError(ctypes.get_errno(), "the place that was left is taken")
         return int(moved)
+
+    def do_use_up_mappings(self, nr_left: int) -> None:
+        """Make mappings until the kernel allows about nr_left more."""
+        most = int(Path("/proc/sys/vm/max_map_count").read_text())
+        span = 2 * PAGE_BYTES * most
+        start = libc.mmap(None, span, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        page = ctypes.c_size_t(PAGE_BYTES)
+        pages = iter(range(start, start + span, 2 * PAGE_BYTES))
+        while libc.mprotect(ctypes.c_void_p(next(pages)), page, 0) == 0:
+            pass
+        for at in range(start, start + nr_left * PAGE_BYTES, 2 * PAGE_BYTES):
+            libc.mprotect(ctypes.c_void_p(at), page, mmap.PROT_READ)
 
     def do_hole(self, nr_pages: int) -> int:
         """Reserve address space for so many pages; return its address.

@@ -64,14 +64,14 @@ void populate_refuse(struct guest *guest, const struct populate_region *region, 
 		count_add(COUNTER(account->header, write_refused), 1);
 }
 
-/* Under write_lock: takes up to nr pages from the quota; of a huge page, all or none. */
-static uint64_t take_pages(struct account *account, const struct populate_region *region, uint64_t nr)
+/* Under write_lock: as account_take_pages; of a huge page, all or none. */
+static int64_t take_pages(struct account *account, const struct populate_region *region, uint64_t nr)
 {
-	uint64_t nr_taken = account_take_pages(account, nr);
+	int64_t nr_taken = account_take_pages(account, nr);
 
-	if (region->page_bytes > PAGE_BYTES && nr_taken < nr) {
-		quota_give(account->quota, nr_taken);
-		return 0;
+	if (region->page_bytes > PAGE_BYTES && nr_taken > 0 && (uint64_t)nr_taken < nr) {
+		quota_give(account->quota, (uint64_t)nr_taken);
+		return -EDQUOT;
 	}
 	return nr_taken;
 }
@@ -80,16 +80,19 @@ int64_t populate_install(struct guest *guest, const struct populate_region *regi
                          const char *from)
 {
 	struct account *account = guest->account;
-	uint64_t done_bytes = 0, nr_charged;
-	int err = -EDQUOT;
+	uint64_t done_bytes = 0;
+	int64_t taken;
+	int err;
 
 	pthread_mutex_lock(&account->write_lock);
-	while (!(nr_charged = take_pages(account, region, nr))) {
+	while ((taken = take_pages(account, region, nr)) < 0) {
 		pthread_mutex_unlock(&account->write_lock);
-		if (!quota_settle_others(account))
+		err = taken == -EDQUOT ? quota_settle_others(account) : (int)taken;
+		if (err)
 			return err;
 		pthread_mutex_lock(&account->write_lock);
 	}
+	uint64_t nr_charged = (uint64_t)taken;
 	for (uint64_t i = 0; i < nr_charged; i++)
 		account_charge(account, first + i);
 	point_reach(POINT_WRITE_CHARGED);
