@@ -28,7 +28,8 @@ RegionKey = tuple[int, int]
 
 _NAMED_MAX: Final = 1 << 16
 _AGAIN_SECONDS: Final = 60.0
-_BUSY_SECONDS: Final = 1.0  # doubled each time, up to the other
+_BUSY_SECONDS: Final = 1.0  # doubled each time
+_BUSY_MOST_SECONDS: Final = 8.0
 _SAMPLE_AFTER_SECONDS: Final = 10.0
 _TIMES: Final = 2
 
@@ -57,7 +58,7 @@ class OpeningPolicy:
 
         Empty: not yet. O(1).
         """
-        if now < self._refused.get(key, (now, 0.0))[0]:
+        if self.is_refused(key, now):
             return set()
         named = self._named.setdefault(key, set())
         if account_no in named:
@@ -73,6 +74,10 @@ class OpeningPolicy:
             return named
         return set()
 
+    def is_refused(self, key: RegionKey, now: float) -> bool:
+        """Return whether it is too early to try the region again after note_refused()."""
+        return now < self._refused.get(key, (now, 0.0))[0]
+
     def note_opened(self, key: RegionKey, now: float) -> None:
         """A region was opened for a guest; its turn to be closed comes last."""
         self._open[key] = now
@@ -84,15 +89,15 @@ class OpeningPolicy:
         self._open.pop(key, None)
 
     def note_refused(self, key: RegionKey, now: float, *, is_busy: bool = False) -> None:
-        """The frames of a region could not be made one huge page: try again in a minute.
+        """A region could not be made one huge page, or be opened: try again in a minute.
 
-        is_busy: a frame was in use at the moment; try again in a second, then in two, then four.
+        is_busy: a frame was in use at the moment; try again in a second, then in two, four, eight.
         An attempt unmaps frames, which guests then fault in again.
         """
         seconds = _AGAIN_SECONDS
         if is_busy:
             last = self._refused.get(key, (now, 0.0))[1]
-            seconds = min(max(2 * last, _BUSY_SECONDS), _AGAIN_SECONDS)
+            seconds = min(max(2 * last, _BUSY_SECONDS), _BUSY_MOST_SECONDS)
         self._refused[key] = now + seconds, seconds
         self._refused.move_to_end(key)
         while len(self._refused) > _NAMED_MAX:

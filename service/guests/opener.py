@@ -76,6 +76,7 @@ class Opener:
         self._thread = threading.Thread(target=self._run, name="opener", daemon=True)
         self._stopping = threading.Event()
         self._failed_logged = False
+        self._full_logged = False
         evictor.open_regions = self
 
     def start(self) -> None:
@@ -100,15 +101,26 @@ class Opener:
         is_last_resort: nothing else can be evicted. What operators have pinned stays open.
         """
         nr_open = self._open_extents()
+        if is_last_resort:
+            return self._close_oldest(nr_extents, nr_open)
         resident = self._store.resident_bytes // self._store.extent_bytes
-        kept = self._look() if is_last_resort else self._pinned
         with self._lock:
-            keys = (
-                self._policy.choose_all_for(nr_extents, nr_open, kept)
-                if is_last_resort
-                else self._policy.choose_for_room(nr_extents, nr_open, resident, kept)
-            )
+            keys = self._policy.choose_for_room(nr_extents, nr_open, resident, self._pinned)
         return sum(self._close(key, CloseReason.PRESSURE) for key in keys)
+
+    def _close_oldest(self, nr_extents: int, nr_open: int) -> int:
+        """Close regions until some were, or each was tried: guests may have closed them since."""
+        kept = self._look()
+        tried: set[RegionKey] = set()
+        nr_closed = 0
+        while not nr_closed:
+            with self._lock:
+                keys = self._policy.choose_all_for(nr_extents, nr_open, kept | tried)
+            if not keys:
+                break
+            nr_closed = sum(self._close(key, CloseReason.PRESSURE) for key in keys)
+            tried.update(keys)
+        return nr_closed
 
     def close_all(self) -> None:
         """Close all regions: guests are about to leave for another backend."""
@@ -208,8 +220,14 @@ class Opener:
                     return
                 if image_no != image.image_no or region_no in is_open:
                     continue
+                if self._is_refused((image_no, region_no)):
+                    continue
                 if self._collapse(image, region_no, most):
                     self._open(mapping, region_no, most)
+
+    def _is_refused(self, key: RegionKey) -> bool:
+        with self._lock:
+            return self._policy.is_refused(key, time.monotonic())
 
     def _open_wanted(self) -> None:
         for mapping, region_no in self._take_wanted():
@@ -272,6 +290,20 @@ class Opener:
         if err == 0:
             with self._lock:
                 self._policy.note_opened((mapping.image.image_no, region_no), time.monotonic())
+        elif err == errno.ENOMEM:
+            with self._lock:
+                key = mapping.image.image_no, region_no
+                self._policy.note_refused(key, time.monotonic())
+            if not self._full_logged:
+                self._full_logged = True
+                _log.warning(
+                    "region-not-opened",
+                    "the guest may have no more mappings, and faults there as before; raise "
+                    "vm.max_map_count, or serve with --open-regions off",
+                    guest=mapping.name,
+                    image=mapping.image.label,
+                    region=region_no,
+                )
         elif err == errno.ENOENT:
             _log.warning(
                 "region-lost",
@@ -300,6 +332,8 @@ class Opener:
         image = self._store.image(image_no)
         nr = 0
         is_closed = True
+        with self._lock:  # not afterwards: a guest may have it opened again while others are closed
+            self._policy.note_closed(key)
         for mapping in self._mappings(image) if image is not None else ():
             with self._guests.lock:
                 if mapping not in mapping.guest.mappings:
@@ -309,9 +343,7 @@ class Opener:
                 except PeerError as error:
                     is_closed = False
                     _log.warning("region-stays-open", str(error), guest=mapping.name)
-        with self._lock:
-            if is_closed:
-                self._policy.note_closed(key)
-            else:
+        if not is_closed:
+            with self._lock:
                 self._policy.note_opened(key, time.monotonic())
         return nr

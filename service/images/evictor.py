@@ -136,13 +136,16 @@ class Evictor:
     def pin(self, image: Image, extents: range) -> None:
         """Pin extents; regions that are open elsewhere give way. CapacityError: too many."""
         most = max(0, self.max_pinned_extents)
-        try:
-            image.pin(extents.start, len(extents), most)
-        except CapacityError:
-            regions = self.open_regions
-            if regions is None or not regions.close_for_room(len(extents), is_last_resort=True):
-                raise
-            image.pin(extents.start, len(extents), most)
+        room = len(extents) * image.extent_bytes // self._store.extent_bytes
+        while True:
+            try:
+                image.pin(extents.start, len(extents), most)
+            except CapacityError:
+                regions = self.open_regions
+                if regions is None or not regions.close_for_room(room, is_last_resort=True):
+                    raise
+            else:
+                return
 
     def sample(self, keys: Iterable[ExtentKey]) -> list[tuple[Image, int]]:
         """Unmap those of the extents that can be into the standby list; return them.

@@ -21,7 +21,7 @@ from domains import (
     until,
 )
 from scraping import ANY_PORT, scrape, value
-from switches import BEFORE
+from switches import BEFORE, switch
 
 from cowshed.cache import UsageError
 from cowshed.transport import connect
@@ -66,6 +66,15 @@ def touch_all(guest: Guest, seed: int) -> None:
         for i in range(40):
             page = (seed * 7919 + i * 104729) % 512
             guest.call("read", offset=region * REGION + page * PAGE, length=8)
+
+
+def evict_first(daemon: Daemon) -> None:
+    """Evict the first region, which a look for pins just before the unpin may open anew."""
+    until(
+        lambda: (
+            daemon.request("evict", image="d", offset=0, length=REGION)["evicted_bytes"] == REGION
+        )
+    )
 
 
 def test_what_is_pinned_is_open_for_every_guest(
@@ -150,9 +159,8 @@ def test_an_eviction_on_request_closes_first(
     until(lambda: nr_open(daemon, "g") == 4)
     guest.call("write", offset=PAGE, hex="ab" * PAGE)
     daemon.request("unpin", image="d")
-    evicted = daemon.request("evict", image="d", offset=0, length=REGION)
-    assert evicted["evicted_bytes"] == REGION
-    assert regions(daemon)["closes"]["request"] == 1
+    evict_first(daemon)
+    assert regions(daemon)["closes"]["request"] >= 1
     assert guest.call("read", offset=PAGE, length=4) == "abababab"
     assert guest.call("compare", path=str(image), offset=REGION, length=SIZE - REGION) == 0
     assert daemon.mismatches() == []
@@ -283,6 +291,34 @@ def test_a_collapse_that_the_system_forbids_is_counted_and_said_once(
     assert daemon.mismatches() == []
 
 
+def test_what_cannot_be_collapsed_is_left_alone_for_a_while(
+    image: Path, start_daemon: StartDaemon, start_guest: StartGuest
+) -> None:
+    daemon = start_daemon(f"--image=d={image}", "--capacity=64M", before=BEFORE)
+    switch(daemon, "COLLAPSE", "fail", errno=errno.ENOMEM, times=0)
+    guests = [open_guest(daemon, start_guest, f"g{no}") for no in range(4)]
+    daemon.request("pin", image="d")
+    until(lambda: regions(daemon)["collapse_failures"] == 4)
+    for seed, guest in enumerate(guests):
+        touch_all(guest, seed)
+    daemon.request("pin", image="d", offset=0, length=REGION)  # has it look again
+    assert regions(daemon)["collapse_failures"] == 4
+
+
+def test_regions_that_guests_use_give_way_to_pins_of_an_image_with_larger_extents(
+    make_image: MakeImage, start_daemon: StartDaemon, start_guest: StartGuest
+) -> None:
+    small, large = make_image(SIZE, "small"), make_image(10 * REGION, "large")
+    daemon = start_daemon(f"--image=d={small}", f"--image=e={large},extent=1M", "--capacity=24M")
+    open_guest(daemon, start_guest, "g")
+    daemon.request("pin", image="d")
+    until(lambda: nr_open(daemon, "g") == 4)
+    daemon.request("unpin", image="d")
+    daemon.request("pin", image="e", offset=0, length=19 * MIB)
+    assert regions(daemon)["closes"]["pressure"] >= 3
+    assert daemon.mismatches() == []
+
+
 def test_metrics_tell_of_open_regions(
     image: Path, start_daemon: StartDaemon, start_guest: StartGuest
 ) -> None:
@@ -292,12 +328,14 @@ def test_metrics_tell_of_open_regions(
     until(lambda: nr_open(daemon, "g") == 4)
     guest.call("write", offset=PAGE, hex="ab" * PAGE)
     daemon.request("unpin", image="d")
-    daemon.request("evict", image="d", offset=0, length=REGION)
+    evict_first(daemon)
     found = scrape(daemon)
     assert value(found, "open_regions", image="d") == 3
     assert value(found, "open_region_reserved_bytes", image="d") == 3 * REGION
     assert value(found, "private_bytes", image="d") == PAGE
-    assert value(found, "region_opens_total", image="d") == 4
-    assert value(found, "region_closes_total", image="d", reason="request") == 1
+    shown = regions(daemon)
+    assert value(found, "region_opens_total", image="d") == shown["opens"] >= 4
+    closes = value(found, "region_closes_total", image="d", reason="request")
+    assert closes == shown["closes"]["request"] >= 1
     assert value(found, "lost_regions", image="d") == 0
-    assert value(found, "collapse_failures_total", image="d") == 0
+    assert value(found, "collapse_failures_total", image="d") == shown["collapse_failures"]
