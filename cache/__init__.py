@@ -9,7 +9,9 @@ from cowshed.cache.errors import (
     SourceError,
     UsageError,
 )
+from cowshed.cache.fetches import Fetch, FetchCounters, FetchQueue
 from cowshed.cache.images import ExtentState, Image, ImageCounters, ImageStatistics, InheritedImage
+from cowshed.cache.remote_source import RemoteSource
 from cowshed.cache.sources import FileSource, SourceAtPath, SourceIdentity
 from cowshed.cache.store import (
     HUGE_EXTENT_BYTES,
@@ -25,6 +27,9 @@ __all__ = [
     "CapacityError",
     "CowshedError",
     "ExtentState",
+    "Fetch",
+    "FetchCounters",
+    "FetchQueue",
     "FileSource",
     "Image",
     "ImageCounters",
@@ -33,6 +38,7 @@ __all__ = [
     "InvariantError",
     "PageStore",
     "PeerError",
+    "RemoteSource",
     "SampleEnd",
     "SourceAtPath",
     "SourceError",

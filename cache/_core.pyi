@@ -34,6 +34,7 @@ class Array(Pointer[_T]):
     def __iter__(self) -> Iterator[_T]: ...
 
 class StructStore(CData): ...
+class StructOrigin(CData): ...
 class StructImage(CData): ...
 
 class StructImageShape(CData):
@@ -74,10 +75,28 @@ class StructImageStatistics(CData):
     touched_resident_pages: int
     resident_by_refs: Array[int]
 
+class StructImageSource(CData):
+    source_fd: int
+    direct_fd: int
+    origin: StructOrigin
+
 class StructInheritedImage(CData):
     frames_fd: int
     guest_fd: int
     arrays_fd: int
+
+class StructFetch(CData): ...
+
+class StructFetchRequest(CData):
+    image_no: int
+    is_prefetch: int
+    offset_bytes: int
+    length_bytes: int
+
+class StructOriginCounters(CData):
+    queued_demand: int
+    queued_prefetch: int
+    fetches: int
 
 class StructStoreCounters(CData):
     capacity_extents: int
@@ -334,6 +353,8 @@ class _Lib:
     POINT_LOAD_FILL: int
     POINT_LOAD_PUBLISH: int
     POINT_LOAD_ANSWER: int
+    POINT_FETCH_TAKEN: int
+    POINT_FETCH_FILL: int
     POINT_EVICT_PUNCH: int
     POINT_PUNCHED: int
     POINT_EVICT_REVOKE: int
@@ -444,8 +465,7 @@ class _Lib:
     def image_open(
         self,
         store: StructStore | Array[StructStore],
-        source_fd: int,
-        direct_fd: int,
+        source: StructImageSource | Array[StructImageSource],
         size_bytes: int,
         extent_pages: int,
         image_out: Pointer[StructImage],
@@ -454,8 +474,7 @@ class _Lib:
     def image_adopt(
         self,
         store: StructStore | Array[StructStore],
-        source_fd: int,
-        direct_fd: int,
+        source: StructImageSource | Array[StructImageSource],
         size_bytes: int,
         extent_pages: int,
         inherited: StructInheritedImage | Array[StructInheritedImage],
@@ -554,6 +573,30 @@ class _Lib:
     def image_pinned_regions(
         self, image: StructImage | Array[StructImage], regions_out: Pointer[int], nr_max: int, /
     ) -> int: ...
+    def origin_open(
+        self, store: StructStore | Array[StructStore], origin_out: Pointer[StructOrigin], /
+    ) -> int: ...
+    def origin_close(self, origin: StructOrigin | Array[StructOrigin], /) -> int: ...
+    def origin_stop(self, origin: StructOrigin | Array[StructOrigin], /) -> None: ...
+    def origin_count(
+        self,
+        origin: StructOrigin | Array[StructOrigin],
+        counters_out: StructOriginCounters | Array[StructOriginCounters],
+        /,
+    ) -> None: ...
+    def store_take_fetch(
+        self,
+        origin: StructOrigin | Array[StructOrigin],
+        demand_only: int,
+        timeout_ms: int,
+        fetch_out: Pointer[StructFetch],
+        request_out: StructFetchRequest | Array[StructFetchRequest],
+        /,
+    ) -> int: ...
+    def store_fill(
+        self, fetch: StructFetch | Array[StructFetch], bytes: CData | bytes, length_bytes: int, /
+    ) -> int: ...
+    def store_fetch_end(self, fetch: StructFetch | Array[StructFetch], err: int, /) -> None: ...
     def store_set_standby(
         self, store: StructStore | Array[StructStore], limit_extents: int, low_free: int, /
     ) -> int: ...
@@ -1173,6 +1216,10 @@ class _Ffi:
     ) -> Pointer[StructStore]: ...
     @overload
     def new(
+        self, cdecl: Literal["struct origin **"], init: Any = ..., /
+    ) -> Pointer[StructOrigin]: ...
+    @overload
+    def new(
         self, cdecl: Literal["struct image **"], init: Any = ..., /
     ) -> Pointer[StructImage]: ...
     @overload
@@ -1213,6 +1260,18 @@ class _Ffi:
     ) -> Array[StructImageStatistics]: ...
     @overload
     def new(
+        self, cdecl: Literal["struct image_source **"], init: Any = ..., /
+    ) -> Pointer[StructImageSource]: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct image_source *"], init: Any = ..., /
+    ) -> StructImageSource: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct image_source[]"], init: Any = ..., /
+    ) -> Array[StructImageSource]: ...
+    @overload
+    def new(
         self, cdecl: Literal["struct inherited_image **"], init: Any = ..., /
     ) -> Pointer[StructInheritedImage]: ...
     @overload
@@ -1223,6 +1282,34 @@ class _Ffi:
     def new(
         self, cdecl: Literal["struct inherited_image[]"], init: Any = ..., /
     ) -> Array[StructInheritedImage]: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct fetch **"], init: Any = ..., /
+    ) -> Pointer[StructFetch]: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct fetch_request **"], init: Any = ..., /
+    ) -> Pointer[StructFetchRequest]: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct fetch_request *"], init: Any = ..., /
+    ) -> StructFetchRequest: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct fetch_request[]"], init: Any = ..., /
+    ) -> Array[StructFetchRequest]: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct origin_counters **"], init: Any = ..., /
+    ) -> Pointer[StructOriginCounters]: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct origin_counters *"], init: Any = ..., /
+    ) -> StructOriginCounters: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct origin_counters[]"], init: Any = ..., /
+    ) -> Array[StructOriginCounters]: ...
     @overload
     def new(
         self, cdecl: Literal["struct store_counters **"], init: Any = ..., /

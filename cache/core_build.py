@@ -42,6 +42,7 @@ HEADERS = (
     "cache/core/frames.h",
     "cache/core/image.h",
     "cache/core/collapse.h",
+    "cache/core/fetch.h",
     "cache/core/room.h",
     "cache/core/store.h",
     "accounting/core/quota.h",

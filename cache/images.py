@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import checked
 from cowshed.cache.counters import Counters
+from cowshed.cache.remote_source import RemoteSource
 from cowshed.cache.sources import FileSource, SourceAtPath
 
 if TYPE_CHECKING:
@@ -111,7 +112,12 @@ class Image:
     """
 
     def __init__(
-        self, store: PageStore, name: str, source: FileSource, cdata: StructImage, domain: str
+        self,
+        store: PageStore,
+        name: str,
+        source: FileSource | RemoteSource,
+        cdata: StructImage,
+        domain: str,
     ) -> None:
         shape = ffi.new("struct image_shape *")
         lib.image_shape(cdata, shape)
@@ -252,6 +258,11 @@ class Image:
         """Bytes of frames that one extent has."""
         return min(self.extent_bytes, self.map_bytes - extent * self.extent_bytes)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether its bytes are fetched from an origin: it has no file on this host."""
+        return isinstance(self.source, RemoteSource)
+
     def look_at_source(self) -> str | None:
         """Note a change of the source's size, once; return it, or None if nothing is new.
 
@@ -272,8 +283,11 @@ class Image:
         Also None if stop() was true meanwhile. OSError if the source cannot be read.
 
         If the image's digest is known, digest_of computes the source's, or returns "" if stopped.
-        Otherwise the resident extents are compared: no other bytes that guests got are known.
+        Otherwise the resident extents are compared: no other bytes that guests got are known. None
+        for a remote image, whose fetches compare the object's version.
         """
+        if isinstance(self.source, RemoteSource):
+            return None
         if self.digest:
             digest = digest_of(self.source)
             is_same = digest in ("", self.digest)

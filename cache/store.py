@@ -13,14 +13,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cowshed.cache._core import ffi, lib
 from cowshed.cache.calls import CLOSED, check_core, checked
 from cowshed.cache.counters import Counters
 from cowshed.cache.errors import CapacityError, UsageError
+from cowshed.cache.fetches import FetchQueue
 from cowshed.cache.images import DEFAULT_DOMAIN, PAGE_BYTES, Image, InheritedImage, image_label
+from cowshed.cache.remote_source import RemoteSource
 from cowshed.cache.sources import FileSource
+
+if TYPE_CHECKING:
+    from cowshed.cache._core import StructImageSource
 
 __all__ = [
     "HUGE_EXTENT_BYTES",
@@ -132,6 +137,7 @@ class PageStore:
         self._is_left = False
         self._images: dict[int, Image] = {}
         self._unlisted: set[int] = set()
+        self._queues: list[FetchQueue] = []
         self.extent_bytes: Final = extent_bytes
         self.default_extent_bytes: Final = default_extent_bytes or extent_bytes
         self.capacity_bytes: Final = capacity_bytes // extent_bytes * extent_bytes
@@ -159,7 +165,8 @@ class PageStore:
     def stop(self, timeout_seconds: float) -> bool:
         """Cancel loads and end the loaders; False if one hangs in a read and is left behind.
 
-        Then close() leaves open what that thread uses, until the process ends.
+        Then close() leaves open what that thread uses, until the process ends; so it does for a
+        fetch that was not ended.
         """
         return bool(lib.store_stop(self._store, int(timeout_seconds * 1000)) == 0)
 
@@ -168,7 +175,7 @@ class PageStore:
         if self._store is CLOSED or self._is_left:
             return
         closed = [self._close_image(image) for image in list(self._images.values())]
-        if not all(closed):
+        if not all([*closed, *(queue.close() for queue in self._queues)]):
             return
         checked(lib.store_deinit(self._store), "closing the page store")
         self._store = CLOSED
@@ -177,16 +184,25 @@ class PageStore:
         """Make close() do nothing: a hung thread uses an image until the process ends."""
         self._is_left = True
 
+    def open_queue(self) -> FetchQueue:
+        """Return a queue for the loads of images that have no file; close() closes it."""
+        queue = FetchQueue(self._store)
+        self._queues.append(queue)
+        return queue
+
     def open_image(
         self,
         name: str,
-        source: FileSource,
+        source: FileSource | RemoteSource,
         domain: str = DEFAULT_DOMAIN,
         *,
         extent_bytes: int | None = None,
         listed: bool = True,
+        queue: FetchQueue | None = None,
     ) -> Image:
         """Take over a source as an image with frames of its own; its extents are ABSENT.
+
+        A RemoteSource needs the queue in which its loads wait for the threads that fetch.
 
         extent_bytes: None for the default; HUGE_EXTENT_BYTES needs what probe_huge_frames() looks
         for. Iteration skips an image that is not listed, until list_image(). UsageError, and
@@ -197,8 +213,7 @@ class PageStore:
         checked(
             lib.image_open(
                 self._store,
-                source.fd,
-                source.direct_fd,
+                _image_source(source, queue),
                 source.size_bytes,
                 (extent_bytes or self.default_extent_bytes) // PAGE_BYTES,
                 image,
@@ -214,11 +229,12 @@ class PageStore:
     def adopt_image(
         self,
         name: str,
-        source: FileSource,
+        source: FileSource | RemoteSource,
         inherited: InheritedImage,
         domain: str = DEFAULT_DOMAIN,
         *,
         extent_bytes: int | None = None,
+        queue: FetchQueue | None = None,
     ) -> Image:
         """Take over a source, and its image's descriptors from a process that is gone.
 
@@ -232,8 +248,7 @@ class PageStore:
         fds = (inherited.frames_fd, inherited.guest_fd, inherited.arrays_fd)
         err = lib.image_adopt(
             self._store,
-            source.fd,
-            source.direct_fd,
+            _image_source(source, queue),
             source.size_bytes,
             extent_bytes // PAGE_BYTES,
             ffi.new("struct inherited_image *", fds),
@@ -367,3 +382,10 @@ class PageStore:
             )
             if nr < _TAKE_MAX:
                 return events
+
+
+def _image_source(source: FileSource | RemoteSource, queue: FetchQueue | None) -> StructImageSource:
+    if isinstance(source, RemoteSource) != (queue is not None):
+        raise UsageError(f"image source {str(source.path)!r}: give a queue to a remote source only")
+    origin = queue.cdata if queue is not None else ffi.NULL
+    return ffi.new("struct image_source *", (source.fd, source.direct_fd, origin))

@@ -31,18 +31,42 @@ static const char *image_check(const struct image *image, struct extent_sums *su
 	return NULL;
 }
 
-static bool is_queued_twice(const struct store *store)
+/* Every queue by number: the store's three, then two of each origin; NULL past the last. */
+static const struct load_queue *queue_of(const struct store *store, int no)
 {
 	const struct load_queue *queues[3] = {&store->demand, &store->prefetch, &store->restores};
+	const struct origin *origin = store->origins;
 
-	for (int q = 0; q < 3; q++)
-		for (const struct load *load = queues[q]->head; load; load = load->next)
-			for (int p = q; p < 3; p++)
-				for (const struct load *other = p == q ? load->next : queues[p]->head; other;
-				     other = other->next)
-					if (other->image == load->image && other->first < load->first + load->nr &&
-					    load->first < other->first + other->nr)
-						return true;
+	if (no < 3)
+		return queues[no];
+	for (no -= 3; origin && no >= 2; no -= 2)
+		origin = origin->next;
+	return !origin ? NULL : no ? &origin->prefetch : &origin->demand;
+}
+
+/* Whether an extent of a load is in a later one, of its queue or of a queue after that. */
+static bool is_in_later_load(const struct store *store, int no, const struct load *load)
+{
+	const struct load_queue *queue;
+
+	for (const struct load *other = load->next;; other = queue->head) {
+		for (; other; other = other->next)
+			if (other->image == load->image && other->first < load->first + load->nr &&
+			    load->first < other->first + other->nr)
+				return true;
+		if (!(queue = queue_of(store, ++no)))
+			return false;
+	}
+}
+
+static bool is_queued_twice(const struct store *store)
+{
+	const struct load_queue *queue;
+
+	for (int no = 0; (queue = queue_of(store, no)); no++)
+		for (const struct load *load = queue->head; load; load = load->next)
+			if (is_in_later_load(store, no, load))
+				return true;
 	return false;
 }
 
@@ -53,6 +77,16 @@ static bool is_counted(const struct load_queue *queue)
 	for (const struct load *load = queue->head; load; load = load->next)
 		nr++;
 	return nr == queue->nr;
+}
+
+static bool are_counted(const struct store *store)
+{
+	const struct load_queue *queue;
+
+	for (int no = 0; (queue = queue_of(store, no)); no++)
+		if (!is_counted(queue))
+			return false;
+	return true;
 }
 
 static const char *loaders_check(const struct store *store)
@@ -91,12 +125,14 @@ const char *store_check(struct store *store)
 		broken = "store (2): frames and standby list together are at most the capacity";
 	else if (is_queued_twice(store))
 		broken = "store (3): an extent is in at most one load of the queues";
-	else if (!is_counted(&store->demand) || !is_counted(&store->prefetch) || !is_counted(&store->restores))
+	else if (!are_counted(store))
 		broken = "store (4): a queue's nr is the number of its loads";
 	else if (sums.pinned != store->pinned_extents)
 		broken = "store (7): pinned_extents counts the extents with a pin or a loan";
 	else
 		broken = loaders_check(store);
+	if (!broken)
+		broken = origins_check(store);
 	if (!broken && store->standby.slots)
 		broken = standby_check(store);
 	pthread_mutex_unlock(&store->lock);

@@ -2,7 +2,7 @@
 /* The store's part of loads: who asks for an extent, and in which queue its load waits. */
 #include "cache/core/store.h"
 
-#include "cache/core/abi.h"
+#include "cache/core/run.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -34,6 +34,10 @@ static void queue_wanted(struct store *store, struct load *load, uint64_t extent
 		pthread_cond_signal(&store->soft);
 		if (store->restorer_waits && store->restores.nr == 1)
 			return; /* it takes it at once */
+	} else if (load->image->origin) {
+		load_queue_push(&load->image->origin->demand, load);
+		pthread_cond_broadcast(&load->image->origin->work);
+		return;
 	} else {
 		load_queue_push(&store->demand, load);
 	}
@@ -67,6 +71,8 @@ int store_want(struct image *image, uint64_t extent, struct load_waiter *waiter)
 		break;
 	case EXTENT_LOADING:
 		load = load_queue_take(&store->prefetch, image, extent);
+		if (!load && image->origin)
+			load = load_queue_take(&image->origin->prefetch, image, extent);
 		if (load) {
 			image->nr_prefetches--;
 			queue_wanted(store, load, extent);
@@ -121,9 +127,14 @@ int64_t store_prefetch(struct image *image, uint64_t first, uint64_t nr)
 		struct load *load = load_new(image, first, run);
 		if (!load)
 			break;
-		load_queue_push(&store->prefetch, load);
 		image->nr_prefetches++;
-		pthread_cond_signal(&store->work);
+		if (image->origin && !image->standby[first]) {
+			load_queue_push(&image->origin->prefetch, load);
+			pthread_cond_broadcast(&image->origin->work);
+		} else {
+			load_queue_push(&store->prefetch, load);
+			pthread_cond_signal(&store->work);
+		}
 		first += run;
 		budget -= run;
 		nr_asked += (int64_t)run;

@@ -6,6 +6,7 @@
 #include "cache/core/abi.h"
 #include "cache/core/loader.h"
 #include "cache/core/points.h"
+#include "cache/core/run.h"
 #include "cache/core/store.h"
 
 #include <errno.h>

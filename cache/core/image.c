@@ -37,7 +37,7 @@ static bool can_open(const struct store *store, uint64_t size_bytes, uint32_t ex
 	       (extent_pages & (extent_pages - 1)) == 0 && extent_pages <= EXTENT_PAGES_MAX;
 }
 
-static struct image *image_new(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes,
+static struct image *image_new(struct store *store, const struct image_source *source, uint64_t size_bytes,
                                uint32_t extent_pages)
 {
 	uint64_t nr_pages = (size_bytes + PAGE_BYTES - 1) / PAGE_BYTES;
@@ -55,19 +55,20 @@ static struct image *image_new(struct store *store, int source_fd, int direct_fd
 		.nr_extents = (nr_pages + extent_pages - 1) / extent_pages,
 	};
 	image->frames_fd = image->guest_fd = image->ledger_fd = -1;
-	image->source_fd = source_fd;
-	image->direct_fd = direct_fd;
+	image->source_fd = source->source_fd;
+	image->direct_fd = source->direct_fd;
+	image->origin = source->origin;
 	pthread_rwlock_init(&image->accounts_lock, NULL);
 	pthread_mutex_init(&image->fill_lock, NULL);
 	return image;
 }
 
-int image_open(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, uint32_t extent_pages,
+int image_open(struct store *store, const struct image_source *source, uint64_t size_bytes, uint32_t extent_pages,
                struct image **image_out)
 {
 	if (!can_open(store, size_bytes, extent_pages))
 		return -EINVAL;
-	struct image *image = image_new(store, source_fd, direct_fd, size_bytes, extent_pages);
+	struct image *image = image_new(store, source, size_bytes, extent_pages);
 	if (!image)
 		return -ENOMEM;
 	int err = frames_open(image->shape.map_bytes, extent_pages, &image->frames_fd, &image->guest_fd);
@@ -91,12 +92,12 @@ static bool frames_fit(const struct image *image, const struct inherited_image *
 	       frames.st_dev == guest.st_dev && (fcntl(inherited->guest_fd, F_GETFL) & O_ACCMODE) == O_RDONLY;
 }
 
-int image_adopt(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, uint32_t extent_pages,
+int image_adopt(struct store *store, const struct image_source *source, uint64_t size_bytes, uint32_t extent_pages,
                 const struct inherited_image *inherited, struct image **image_out)
 {
 	if (!can_open(store, size_bytes, extent_pages))
 		return -EINVAL;
-	struct image *image = image_new(store, source_fd, direct_fd, size_bytes, extent_pages);
+	struct image *image = image_new(store, source, size_bytes, extent_pages);
 	if (!image)
 		return -ENOMEM;
 	int err = frames_fit(image, inherited) ? arrays_adopt(image, inherited->arrays_fd) : -EBADMSG;
@@ -134,7 +135,8 @@ int image_close(struct image *image)
 	int err = store_remove_image(image->store, image);
 	if (err)
 		return err;
-	close(image->source_fd);
+	if (image->source_fd >= 0)
+		close(image->source_fd);
 	if (image->direct_fd >= 0)
 		close(image->direct_fd);
 	image_deinit(image);

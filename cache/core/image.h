@@ -19,6 +19,7 @@
 
 /* cdef-begin */
 struct store;
+struct origin;
 struct image;
 
 struct image_shape {
@@ -65,10 +66,16 @@ struct image_statistics {
 /* The last two do not drop the bytes: they go to the standby list, if it takes them. */
 enum evict_reason { EVICT_PRESSURE, EVICT_REQUEST, EVICT_STANDBY, EVICT_SAMPLE };
 
-/* Makes an image over source_fd (and direct_fd, the same file opened O_DIRECT, or -1). Takes over both descriptors, on
- * success only. extent_pages: a power of two, from the store's extent to EXTENT_PAGES_MAX. -EINVAL for another, and for
- * a size of 0 or past 2^48; frames_probe_huge's errors for extents of HUGE_EXTENT_PAGES. */
-int image_open(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, uint32_t extent_pages,
+/* Where an image's bytes come from: a file, source_fd, and direct_fd, the same file opened O_DIRECT, or -1; or, if
+ * origin is not NULL, fetch threads (fetch.h), and no descriptors. */
+struct image_source {
+	int source_fd, direct_fd;
+	struct origin *origin;
+};
+/* Makes an image over a source. Takes over its descriptors, on success only. extent_pages: a power of two, from the
+ * store's extent to EXTENT_PAGES_MAX. -EINVAL for another, and for a size of 0 or past 2^48; frames_probe_huge's errors
+ * for extents of HUGE_EXTENT_PAGES. */
+int image_open(struct store *store, const struct image_source *source, uint64_t size_bytes, uint32_t extent_pages,
                struct image **image_out);
 /* Descriptors of an image that another process had open; that process must no longer use them. */
 struct inherited_image {
@@ -77,7 +84,7 @@ struct inherited_image {
 /* Makes an image over inherited descriptors. Resident extents stay resident, as far as the store has room; unfinished
  * loads and evictions are undone. The caller must adopt the accounts before guests go on. Takes over all descriptors,
  * on success only. -EBADMSG: they belong to an image of another size or extent size. */
-int image_adopt(struct store *store, int source_fd, int direct_fd, uint64_t size_bytes, uint32_t extent_pages,
+int image_adopt(struct store *store, const struct image_source *source, uint64_t size_bytes, uint32_t extent_pages,
                 const struct inherited_image *inherited, struct image **image_out);
 /* Totals that Python counts: add nr reloads, or one attach. */
 void image_note_reloads(struct image *image, uint64_t nr);
@@ -141,6 +148,7 @@ struct image {
 	struct image_shape shape;
 	uint32_t room_pages; /* of a unit of room: the store's extent */
 	int frames_fd, guest_fd, source_fd, direct_fd, ledger_fd;
+	struct origin *origin; /* NULL: source_fd is read */
 	/* Held around writes of frames, which the kernel does one at a time: a loader that waits for its turn there
 	 * spins, and takes the CPU from a guest. No other lock is taken within. */
 	pthread_mutex_t fill_lock;

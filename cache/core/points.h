@@ -17,6 +17,8 @@ enum point {
 	POINT_LOAD_FILL,        /* source read; about to write the frames; an error counts as the memfd's */
 	POINT_LOAD_PUBLISH,     /* frames written; extents still LOADING */
 	POINT_LOAD_ANSWER,      /* extents published; no waiter answered yet */
+	POINT_FETCH_TAKEN,      /* a fetch is taken, with room; the thread does not have it yet */
+	POINT_FETCH_FILL,       /* bytes of extents are given, none of them in the frames; an error fails the extents */
 	POINT_EVICT_PUNCH,      /* extents EVICTING; frames still mapped */
 	POINT_PUNCHED,          /* frames are punched, nothing says yet that they are no huge page */
 	POINT_EVICT_REVOKE,     /* frames gone; grants not yet revoked */

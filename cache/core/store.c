@@ -28,13 +28,6 @@ static int thread_start(pthread_t *thread, void *(*run)(void *), void *arg)
 	return -err;
 }
 
-static struct timespec deadline_in(int timeout_ms)
-{
-	uint64_t at = loader_now_ns() + (uint64_t)timeout_ms * 1000000u;
-
-	return (struct timespec){.tv_sec = (time_t)(at / 1000000000u), .tv_nsec = (long)(at % 1000000000u)};
-}
-
 /* Starts one more loader; under lock. Loaders are detached: one that hangs must not delay the exit. */
 static int loader_start(struct store *store, bool restores_only)
 {
@@ -78,7 +71,7 @@ static void *watcher_main(void *arg)
 			store->watch_sleeps = false;
 			continue;
 		}
-		struct timespec until = deadline_in(WATCH_MS);
+		struct timespec until = loader_deadline_in(WATCH_MS);
 		pthread_cond_timedwait(&store->watch, &store->lock, &until);
 		for (uint32_t nr = loaders_note_stuck(store); nr < store->nr_loaders && !store->stop; nr++)
 			if (loader_start(store, false) < 0)
@@ -91,7 +84,7 @@ static void *watcher_main(void *arg)
 /* Returns 0 once all loaders have ended; timeout_ms < 0: waits without limit. */
 static int stop_loaders(struct store *store, int timeout_ms)
 {
-	struct timespec until = deadline_in(timeout_ms < 0 ? 0 : timeout_ms);
+	struct timespec until = loader_deadline_in(timeout_ms < 0 ? 0 : timeout_ms);
 	int err = 0;
 
 	pthread_mutex_lock(&store->lock);
@@ -206,7 +199,7 @@ int store_init(uint64_t capacity_extents, uint32_t extent_pages, uint32_t nr_loa
 int store_deinit(struct store *store)
 {
 	pthread_mutex_lock(&store->lock);
-	bool busy = store->images != NULL;
+	bool busy = store->images || store->origins;
 	pthread_mutex_unlock(&store->lock);
 	if (busy)
 		return -EBUSY;
@@ -283,6 +276,8 @@ void store_count(struct store *store, struct store_counters *counters_out)
 		.nr_waiting_loaders = store->nr_waiting_room,
 		.queued_loads = store->demand.nr + store->prefetch.nr + store->restores.nr,
 	};
+	for (const struct origin *origin = store->origins; origin; origin = origin->next)
+		counters_out->queued_loads += origin->demand.nr + origin->prefetch.nr;
 	pthread_mutex_unlock(&store->lock);
 }
 
@@ -338,6 +333,8 @@ static void add_image(struct store *store, struct image *image)
 	image->shape.image_no = store->nr_images_ever++;
 	image->next = store->images;
 	store->images = image;
+	if (image->origin)
+		image->origin->nr_images++;
 }
 
 void store_add_image(struct store *store, struct image *image)
@@ -436,6 +433,10 @@ void store_cancel_loads(struct store *store)
 	queue_purge(&store->demand, NULL);
 	queue_purge(&store->prefetch, NULL);
 	queue_purge(&store->restores, NULL);
+	for (struct origin *origin = store->origins; origin; origin = origin->next) {
+		queue_purge(&origin->demand, NULL);
+		queue_purge(&origin->prefetch, NULL);
+	}
 	for (struct image *image = store->images; image; image = image->next)
 		waiters = waiters_take(image, waiters);
 	pthread_cond_broadcast(&store->loaded);
@@ -454,24 +455,44 @@ uint64_t store_read_wait_ns(struct store *store, const struct image *image)
 		if (since && since < now && now - since > longest)
 			longest = now - since;
 	}
+	uint64_t since = fetch_waits_since_ns(image);
+	if (since && since < now && now - since > longest)
+		longest = now - since;
 	pthread_mutex_unlock(&store->lock);
 	return longest;
+}
+
+/* Drops the loads of an image that no loader has in hand. */
+static int loads_drop(struct store *store, struct image *image)
+{
+	queue_purge(&store->demand, image);
+	queue_purge(&store->prefetch, image);
+	queue_purge(&store->restores, image);
+	if (!image->origin)
+		return 0;
+	queue_purge(&image->origin->demand, image);
+	queue_purge(&image->origin->prefetch, image);
+	return fetches_abandon(image);
 }
 
 int store_remove_image(struct store *store, struct image *image)
 {
 	pthread_mutex_lock(&store->lock);
-	queue_purge(&store->demand, image);
-	queue_purge(&store->prefetch, image);
-	queue_purge(&store->restores, image);
+	int err = loads_drop(store, image);
 	/* A loader still uses the image after publishing its extents: it answers waiters and releases its holds. */
-	while (image->nr_loaders || image->nr_restorers ||
-	       next_in_state(image, 0, EXTENT_LOADING) < image->shape.nr_extents) {
+	while (!err && (image->nr_loaders || image->nr_restorers ||
+	                next_in_state(image, 0, EXTENT_LOADING) < image->shape.nr_extents)) {
 		if (store->stop) {
-			pthread_mutex_unlock(&store->lock);
-			return -ETIMEDOUT;
+			err = -ETIMEDOUT;
+			break;
 		}
 		pthread_cond_wait(&store->loaded, &store->lock);
+		if (image->origin) /* a fetch instead of a restore may have begun meanwhile */
+			err = loads_drop(store, image);
+	}
+	if (err) {
+		pthread_mutex_unlock(&store->lock);
+		return err;
 	}
 	struct load_waiter *waiters = waiters_take(image, NULL);
 	for (uint64_t e = 0; e < image->shape.nr_extents; e++) {
@@ -497,6 +518,8 @@ int store_remove_image(struct store *store, struct image *image)
 	while (*at != image)
 		at = &(*at)->next;
 	*at = image->next;
+	if (image->origin)
+		image->origin->nr_images--;
 	pthread_mutex_unlock(&store->lock);
 	return 0;
 }
@@ -509,7 +532,7 @@ int store_wait_loaded(struct image *image, uint64_t first, uint64_t nr, int time
 
 	if (first > image->shape.nr_extents || nr > image->shape.nr_extents - first)
 		return -ERANGE;
-	deadline = deadline_in(timeout_ms);
+	deadline = loader_deadline_in(timeout_ms);
 	pthread_mutex_lock(&store->lock);
 	while (!store->stop && err != ETIMEDOUT && next_in_state(image, first, EXTENT_LOADING) < first + nr)
 		err = pthread_cond_timedwait(&store->loaded, &store->lock, &deadline);

@@ -11,6 +11,7 @@
 #ifndef COWSHED_STORE_H
 #define COWSHED_STORE_H
 
+#include "cache/core/fetch.h"
 #include "cache/core/image.h"
 #include "cache/core/loader.h"
 #include "cache/core/room.h"
@@ -53,7 +54,7 @@ void store_cancel_loads(struct store *store);
 /* The same, and ends the loaders. -ETIMEDOUT if one is still in a read after timeout_ms: it is left behind, and the
  * image it reads and the store stay open until the process ends. */
 int store_stop(struct store *store, int timeout_ms);
-/* -EBUSY, and nothing done, while images are open. */
+/* -EBUSY, and nothing done, while images or origins are open. */
 int store_deinit(struct store *store);
 void store_count(struct store *store, struct store_counters *counters_out);
 /* Borrowed eventfds: room is short; a guest stopped or broke. */
@@ -114,6 +115,7 @@ struct store {
 	pthread_cond_t soft;   /* a load was queued in restores, or stop */
 	pthread_cond_t loaded; /* a load ended, or stop */
 	struct image *images;
+	struct origin *origins;
 	uint32_t nr_images_ever;
 	uint32_t extent_pages;
 	uint64_t capacity_extents, low_free;
@@ -153,8 +155,8 @@ void event_push(struct store *store, enum store_event kind, uint32_t age, const 
 /* Under lock: queues the end of a sample, which it had been since unmapped_ns, for store_take_sample_ends. */
 void sample_end_push(struct store *store, const struct image *image, uint64_t extent, uint64_t unmapped_ns,
                      uint64_t ended_ns, bool touched);
-/* Waits for the image's loads, evicts its extents, forgets it. -ETIMEDOUT if the store was stopped while a loader has a
- * load of it in hand; then only its queued loads are dropped. */
+/* Waits for the image's loads, but for no fetch; evicts its extents, forgets it. -ETIMEDOUT if the store was stopped
+ * while a loader has a load of it in hand; then only its queued loads are dropped. */
 int store_remove_image(struct store *store, struct image *image);
 
 /* Requests an extent for a fault: 1 if it is RESIDENT (the caller must hold it); 0 if waiter was queued: a loader will

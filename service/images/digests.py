@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from cowshed.cache import FileSource, Image
+from cowshed.cache import FileSource, Image, RemoteSource
 from cowshed.service.runtime.logs import EventLog
 from cowshed.service.runtime.side_threads import InTime
 
@@ -25,7 +25,7 @@ _LOOK_SECONDS: Final = 0.2
 _HUNG_SECONDS: Final = 2.0
 
 
-def digest_of(source: FileSource, stop: Callable[[], bool] = lambda: False) -> str:
+def digest_of(source: FileSource | RemoteSource, stop: Callable[[], bool] = lambda: False) -> str:
     """Return "sha256:HEX" of a source's bytes, "" if stopped; OSError if it cannot be read.
 
     Reads the source's own descriptors, O_DIRECT where possible: about as fast as SHA-256, 1 GB/s.

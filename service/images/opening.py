@@ -25,6 +25,7 @@ from cowshed.cache import (
     Image,
     InheritedImage,
     PageStore,
+    RemoteSource,
     SourceError,
     SourceIdentity,
 )
@@ -245,7 +246,7 @@ def _close_all(*groups: Kinds) -> None:
             os.close(fd)
 
 
-def _describe(source: FileSource) -> dict[str, Any]:
+def _describe(source: FileSource | RemoteSource) -> dict[str, Any]:
     """Return the record of a source."""
     identity = source.identity
     return {

@@ -33,7 +33,14 @@ from cowshed.accounting import (
     audit,
     evict,
 )
-from cowshed.cache import ExtentState, FileSource, Image, PageStore, StoreEvent
+from cowshed.cache import (
+    ExtentState,
+    FileSource,
+    Image,
+    PageStore,
+    RemoteSource,
+    StoreEvent,
+)
 from cowshed.cache._core import lib
 from cowshed.faults import (
     FaultHandler,
@@ -163,7 +170,7 @@ class Stage:
     """A store with one image, and the guests that use it. Figures are in extents and pages.
 
     image_extent_pages: the image's, if they are larger than the store's, in which capacity and
-    standby are counted.
+    standby are counted. is_remote: the image has no file; its loads wait in queue.
     """
 
     def __init__(
@@ -177,6 +184,8 @@ class Stage:
         nr_loaders: int = 4,
         cut_bytes: int = 0,
         standby: int = 0,
+        is_remote: bool = False,
+        low_free: int = 1,
     ) -> None:
         self.path = folder / "image.raw"
         self.size_bytes = nr_pages * PAGE - cut_bytes
@@ -189,11 +198,14 @@ class Stage:
             nr_loaders=nr_loaders,
             standby_max_extents=standby,
         )
-        self.store.set_standby(standby, 1)
+        self.store.set_standby(standby, low_free)
+        self.queue = self.store.open_queue()
+        remote = RemoteSource("http://origin/disk", self.size_bytes, '"1"', 0)
         self.image = self.store.open_image(
             "disk",
-            FileSource.open(self.path),
+            remote if is_remote else FileSource.open(self.path),
             extent_bytes=(image_extent_pages or extent_pages) * PAGE,
+            queue=self.queue if is_remote else None,
         )
         self.guests: list[MappedGuest] = []
         self._quotas: list[Quota] = []
