@@ -4,6 +4,7 @@
 import errno
 import mmap
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from regions import (
@@ -339,17 +340,21 @@ def test_an_opening_waits_until_it_can_be_checked(two: Stage, pool: ThreadPoolEx
 
 
 def test_a_guest_that_may_have_no_more_mappings_keeps_none_of_the_frames(
-    make_stage: MakeStage,
+    make_stage: MakeStage, tmp_path: Path
 ) -> None:
     stage = make_stage(nr_pages=8 * REGION)
     stage.load()
     guest = stage.guest()
-    guest.call("use_up_mappings", nr_left=3)
+    full, enough = tmp_path / "full", tmp_path / "enough"
+    using = guest.start("use_up_mappings", nr_left=3, full=str(full), enough=str(enough))
+    until(full.exists, "the mappings are used up")
     results = [open_region(guest, region) for region in (1, 3, 5, 7)]
     assert set(results) <= {0, errno.ENOMEM}
     assert errno.ENOMEM in results
     status = guest.account.status()
     assert (status.open_regions, status.lost_regions) == (results.count(0), 0)
+    enough.touch()
+    guest.finish(using)
     for region, result in zip((1, 3, 5, 7), results, strict=True):
         assert guest.read(region * REGION) == content(region * REGION)
         if result:

@@ -22,6 +22,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +179,12 @@ class MappedGuest:
             raise OSError(ctypes.get_errno(), "the place that was left is taken")
         return int(moved)
 
-    def do_use_up_mappings(self, nr_left: int) -> None:
-        """Make mappings until the kernel allows about nr_left more."""
+    def do_use_up_mappings(self, nr_left: int, full: str, enough: str) -> None:
+        """Make mappings until the kernel allows about nr_left more; then make the file full.
+
+        Gives them back once there is a file enough: another order would need a thread, and that
+        mappings for its stack.
+        """
         most = int(Path("/proc/sys/vm/max_map_count").read_text())
         span = 2 * PAGE_BYTES * most
         start = libc.mmap(None, span, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
@@ -189,6 +194,10 @@ class MappedGuest:
             pass
         for at in range(start, start + nr_left * PAGE_BYTES, 2 * PAGE_BYTES):
             libc.mprotect(ctypes.c_void_p(at), page, mmap.PROT_READ)
+        os.close(os.open(full, os.O_CREAT))
+        while not os.access(enough, os.F_OK):
+            time.sleep(0.01)
+        libc.munmap(ctypes.c_void_p(start), ctypes.c_size_t(span))
 
     def do_hole(self, nr_pages: int) -> int:
         """Reserve address space for so many pages; return its address.
